@@ -1,0 +1,120 @@
+"""The whole run's settings: one frozen object that every role reads from run.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from minpro_megatron.config.base import Section
+from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
+from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.rollout import (
+    CollectorConfig,
+    DataConfig,
+    EvaluationConfig,
+    SamplingConfig,
+    ServerConfig,
+    StalenessConfig,
+)
+from minpro_megatron.config.trainer import BatchConfig, ModelConfig, OptimizerConfig
+
+
+class RunConfig(Section):
+    """A run. Made by a recipe, checked at construction, written to `run_dir/run.json`, read by every role."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="also the run folder's name")
+    runs_dir: str = "runs"
+    seed: int = Field(0, ge=0, lt=2**31)
+    num_global_steps: int = Field(120, ge=1)
+    device: str = Field("cuda", pattern="^(cpu|cuda)$", description="where the trainer's ranks compute")
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    objective: ObjectiveConfig = MinproConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    staleness: StalenessConfig = StalenessConfig()
+    server: ServerConfig = ServerConfig()
+    collector: CollectorConfig = CollectorConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        batch, parallel, sampling = self.batch, self.parallel, self.sampling
+        if batch.num_prompts % batch.mini_batch_prompts:
+            raise ValueError(
+                f"batch.num_prompts = {batch.num_prompts} must be a multiple of batch.mini_batch_prompts = "
+                f"{batch.mini_batch_prompts}: a global step is a whole number of optimizer updates"
+            )
+        longest = sampling.max_prompt_tokens + sampling.max_response_tokens
+        if longest > batch.max_tokens_per_row:
+            raise ValueError(
+                f"sampling.max_prompt_tokens + sampling.max_response_tokens = {longest} must fit in a row: "
+                f"raise batch.max_tokens_per_row = {batch.max_tokens_per_row}"
+            )
+        sequences = batch.mini_batch_prompts * batch.responses_per_prompt
+        if sequences < parallel.data_size:
+            raise ValueError(
+                f"an update has {sequences} sequences for parallel.data = {parallel.data_size} ranks: "
+                "raise batch.mini_batch_prompts or lower parallel.data"
+            )
+        if self.device == "cpu" and self.model.dtype != "float32":
+            raise ValueError(f"model.dtype = {self.model.dtype} needs device = cuda; set model.dtype to float32")
+        return self
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "RunConfig":
+        """The settings in `text`. Raises ValueError, one line a problem, if they are not valid."""
+        return parse_run_config(json.loads(text))
+
+
+def parse_run_config(values: dict[str, Any]) -> RunConfig:
+    """A validated RunConfig. Raises ValueError naming field, value and rule, one line a problem."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_problem(entry) for entry in error.errors())) from None
+
+
+def _problem(entry: Any) -> str:
+    where = ".".join(str(part) for part in entry["loc"]) or "run"
+    shown = "" if isinstance(entry["input"], dict | Section) else f" (got {entry['input']!r})"
+    return f"{where}: {entry['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
+    """`config` with `section.key=value` assignments applied; values are JSON, or plain text where that fails.
+
+    Raises ValueError for an assignment without '=', an unknown key, or a value the field refuses.
+    """
+    values = config.model_dump()
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator:
+            raise ValueError(f"override {assignment!r}: expected section.key=value, such as optimizer.learning_rate=1e-5")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        *sections, key = path.strip().split(".")
+        target = values
+        for section in sections:
+            if not isinstance(target.get(section), dict):
+                raise ValueError(f"override {assignment!r}: there is no section {section!r}; known: {', '.join(target)}")
+            target = target[section]
+        if key not in target:
+            raise ValueError(f"override {assignment!r}: there is no setting {key!r}; known: {', '.join(target)}")
+        if path.strip() == "objective.name" and value != target[key]:
+            values["objective"] = {"name": value}  # another objective has other settings: start from its defaults
+        else:
+            target[key] = value
+    return parse_run_config(values)

@@ -1,0 +1,41 @@
+"""What the trainer does with a batch: model, optimizer, packing."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from minpro_megatron.config.base import Section
+
+
+class ModelConfig(Section):
+    """The policy's starting point."""
+
+    hf_path: str = Field(description="Hugging Face folder or hub id: architecture, tokenizer, names for the export")
+    megatron_path: str = Field(description="Megatron distributed checkpoint made by tools/convert_checkpoint.py")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule; the defaults are the paper's (arXiv:2601.22718, Table 3)."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    warmup_global_steps: int = Field(10, ge=0, description="linear warm-up, in global steps")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_grad: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+
+class BatchConfig(Section):
+    """What one global step consumes and how it reaches the ranks."""
+
+    num_prompts: int = Field(512, ge=1, description="prompts a global step")
+    responses_per_prompt: int = Field(8, ge=2, description="responses a prompt: the group of the advantage")
+    mini_batch_prompts: int = Field(32, ge=1, description="prompts an optimizer update")
+    max_tokens_per_row: int = Field(32768, ge=1, description="longest packed row, prompt and padding included")
+    packing: bool = Field(True, description="several sequences a row (thd); off: one sequence a row, padded")
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.num_prompts // self.mini_batch_prompts

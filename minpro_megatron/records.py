@@ -1,0 +1,138 @@
+"""What travels between the stages: one frozen record per stage, and their binary form.
+
+Path: Prompt -> IssuedGroup (given to the servers) -> CollectedGroup (sampled and rewarded) -> Batch (one global
+step's groups, sent to the trainer) -> BehaviorLogProbs (the trainer's scores, sent back and stored).
+Arrays are one-dimensional numpy arrays; the binary form is MessagePack.
+"""
+
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+RecordType = TypeVar("RecordType")
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of the records: immutable, keyword-only."""
+
+
+class Prompt(Record):
+    """A task: `text` is what the policy continues, `answer` is what the reward compares with."""
+
+    id: str
+    source: str
+    text: str
+    answer: str
+
+
+class IssuedGroup(Record):
+    """A prompt with everything that decides its sampling: `responses_per_prompt` responses, one seed each."""
+
+    group_id: int  # counts all groups of the run: batch_index * num_prompts + place in the batch
+    batch_index: int  # the global step that consumes it
+    policy_version: int  # the version its tokens must be sampled with (delay mode)
+    prompt: Prompt
+    prompt_token_ids: np.ndarray  # int32
+    sampling_seeds: list[int]
+
+
+class Response(Record):
+    """One sampled response. `token_ids` includes the stop token if there was one."""
+
+    token_ids: np.ndarray  # int32 [response tokens]
+    rollout_log_probs: np.ndarray  # float32 [response tokens], as SGLang reported them
+    policy_versions: np.ndarray  # int32 [response tokens]: the version that sampled each token
+    finish_reason: str  # "stop" or "length"
+    reward: float
+
+
+class CollectedGroup(Record):
+    """A group whose responses are all sampled and rewarded."""
+
+    issued: IssuedGroup
+    responses: list[Response]
+
+    @property
+    def oldest_version(self) -> int:
+        return min(int(response.policy_versions.min()) for response in self.responses)
+
+
+class Batch(Record):
+    """The groups that global step `index` consumes, in canonical order (by group_id)."""
+
+    index: int
+    groups: list[CollectedGroup]
+
+
+class BehaviorLogProbs(Record):
+    """The trainer's log-probs of batch `index` under its sampling weights: [group][response], float32 [tokens]."""
+
+    index: int
+    policy_version: int
+    log_probs: list[list[np.ndarray]]
+
+
+class EvaluationResult(Record):
+    """Held-out accuracy of one policy version: mean over samples, standard error over prompts."""
+
+    policy_version: int
+    pass_at_1: float
+    standard_error: float
+    num_prompts: int
+    samples_per_prompt: int
+    mean_response_tokens: float
+    wall_time_s: float
+
+
+class ServerAddress(Record):
+    """A ready rollout server, as `run_dir/endpoints/server-<index>.json` states it."""
+
+    index: int
+    url: str
+    tensor_parallel: int
+
+
+class PublishLease(Record):
+    """The collector's permission to publish `version`: no request is in flight until publish_end."""
+
+    version: int
+    servers: list[ServerAddress]
+    evaluations: list[EvaluationResult]  # all evaluations finished so far
+
+
+class CollectorTotals(Record):
+    """What the collector's journal holds at the end of the run."""
+
+    groups_issued: int
+    groups_consumed: int
+    groups_dropped: int
+    smallest_staleness: int
+    largest_staleness: int
+    versions_published: int
+    evaluations: list[EvaluationResult]
+
+
+def _encode_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, value.tobytes()]
+    raise TypeError(f"records cannot hold {type(value).__name__}")
+
+
+def _decode_array(kind: type, value: Any) -> Any:
+    if kind is np.ndarray:
+        dtype, data = value
+        if dtype not in ("<i4", "<f4"):
+            raise ValueError(f"array dtype {dtype!r}: records hold int32 and float32 only")
+        return np.frombuffer(data, dtype=dtype)
+    raise TypeError(f"records cannot hold {kind.__name__}")
+
+
+def encode(record: Record) -> bytes:
+    """The record as MessagePack; arrays as (dtype, bytes)."""
+    return msgspec.msgpack.encode(record, enc_hook=_encode_array)
+
+
+def decode(kind: type[RecordType], data: bytes) -> RecordType:
+    """The record of type `kind` in `data`. Raises msgspec.ValidationError if `data` is not one."""
+    return msgspec.msgpack.decode(data, type=kind, dec_hook=_decode_array)
