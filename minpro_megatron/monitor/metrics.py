@@ -1,0 +1,179 @@
+"""Metrics that know how to merge, and the list of every scalar the system writes.
+
+A mean over ranks or micro-batches of different sizes is only right if its sum and its count travel together, so a
+`Metric` carries both until the very end; `values` is the only place that divides.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Reduction = Literal["mean", "sum", "max", "min"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A partial result of one name: `total` over `count` observations, to be merged by `reduction`.
+
+    For `mean` and `sum` the total is a sum; for `max` and `min` it is the extreme value. A count of 0 means that
+    nothing was observed: such a metric changes nothing in a merge and has no value.
+    """
+
+    total: float
+    count: float
+    reduction: Reduction
+
+    @property
+    def value(self) -> float:
+        """total / count for a mean, else the total; NaN if nothing was observed."""
+        if self.count == 0:
+            return math.nan
+        return self.total / self.count if self.reduction == "mean" else self.total
+
+
+def mean(total: float, count: float) -> Metric:
+    """A mean, given as the sum of the observations and their number.
+
+    >>> merge([{"response/length_mean": mean(30, 3)}, {"response/length_mean": mean(70, 1)}])["response/length_mean"].value
+    25.0
+    """
+    return Metric(total, count, "mean")
+
+
+def total(value: float) -> Metric:
+    """A quantity that adds up over ranks and micro-batches."""
+    return Metric(value, 1, "sum")
+
+
+def largest(value: float) -> Metric:
+    """A maximum."""
+    return Metric(value, 1, "max")
+
+
+def smallest(value: float) -> Metric:
+    """A minimum."""
+    return Metric(value, 1, "min")
+
+
+def merge(parts: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """One metric per name over all `parts`; a name that only some parts have is merged over those.
+
+    Sums are exact (`math.fsum`), so neither the order of the parts nor their grouping on one level changes the
+    result. A NaN anywhere stays visible, whatever the reduction. Raises ValueError if two parts give a name
+    different reductions.
+    """
+    collected: dict[str, list[Metric]] = {}
+    for part in parts:
+        for name, metric in part.items():
+            collected.setdefault(name, []).append(metric)
+    return {name: _merge_one(name, metrics) for name, metrics in collected.items()}
+
+
+def _merge_one(name: str, metrics: list[Metric]) -> Metric:
+    reductions = {metric.reduction for metric in metrics}
+    if len(reductions) > 1:
+        raise ValueError(f"metric {name!r}: cannot merge different reductions {', '.join(sorted(reductions))}")
+    observed = [metric for metric in metrics if metric.count != 0]
+    if not observed:
+        return metrics[0]
+    combine = _COMBINE[metrics[0].reduction]
+    combined = combine([metric.total for metric in observed])
+    return Metric(combined, math.fsum(metric.count for metric in observed), metrics[0].reduction)
+
+
+def _extreme(choose: Callable[[Iterable[float]], float]) -> Callable[[Sequence[float]], float]:
+    def pick(numbers: Sequence[float]) -> float:
+        # max() and min() keep or lose a NaN depending on where it stands; a broken number must not be lost.
+        return math.nan if any(math.isnan(number) for number in numbers) else choose(numbers)
+
+    return pick
+
+
+def _exact_sum(numbers: Sequence[float]) -> float:
+    # fsum raises on inf - inf and on intermediate overflow; a diverged run must still be able to log itself.
+    if all(math.isfinite(number) for number in numbers):
+        try:
+            return math.fsum(numbers)
+        except OverflowError:
+            pass
+    return sum(numbers)
+
+
+_COMBINE: dict[Reduction, Callable[[Sequence[float]], float]] = {
+    "mean": _exact_sum,
+    "sum": _exact_sum,
+    "max": _extreme(max),
+    "min": _extreme(min),
+}
+
+
+def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """The number of each metric; those that observed nothing are left out."""
+    return {name: metric.value for name, metric in metrics.items() if metric.count != 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What a scalar means: its unit ("" for a pure number), how its parts merge, and a line for the README."""
+
+    unit: str
+    reduction: Reduction
+    description: str
+
+
+METRICS: dict[str, Declaration] = {
+    "reward/mean": Declaration("", "mean", "reward of a response"),
+    "reward/accuracy": Declaration("share", "mean", "responses whose answer is right"),
+    "reward/equal_groups": Declaration("share", "mean", "groups whose rewards are all equal: no policy gradient"),
+    "policy/entropy": Declaration("nats", "mean", "entropy of the policy at a response token"),
+    "ratio/mean": Declaration("", "mean", "importance ratio pi / pi_old of a response token"),
+    "ratio/min": Declaration("", "min", "smallest importance ratio"),
+    "ratio/max": Declaration("", "max", "largest importance ratio"),
+    "prefix_min/mean": Declaration("", "mean", "smallest ratio among a token's predecessors (1 for the first token)"),
+    "prefix_min/min": Declaration("", "min", "smallest prefix minimum"),
+    "prefix_min/below_one": Declaration("share", "mean", "response tokens whose prefix minimum is below 1"),
+    "objective/loss": Declaration("", "mean", "value of the surrogate loss"),
+    "objective/weight_mean": Declaration("", "mean", "coefficient of the advantage after clipping"),
+    "objective/clipped_fraction": Declaration("share", "mean", "response tokens whose weight was clipped or masked"),
+    "staleness/min": Declaration("global steps", "min", "freshest group of the batch"),
+    "staleness/mean": Declaration("global steps", "mean", "policy version minus a group's oldest token version"),
+    "staleness/max": Declaration("global steps", "max", "stalest group of the batch"),
+    "response/length_mean": Declaration("tokens", "mean", "length of a response"),
+    "response/length_max": Declaration("tokens", "max", "longest response"),
+    "response/truncated_fraction": Declaration("share", "mean", "responses cut at the length limit"),
+    "optimizer/grad_norm": Declaration("", "mean", "global gradient norm of an update, before clipping"),
+    "optimizer/learning_rate": Declaration("", "max", "learning rate of the step's last update"),
+    "optimizer/skipped_updates": Declaration("updates", "sum", "updates skipped for a gradient that is not finite"),
+    "mismatch/log_prob_abs_mean": Declaration("nats", "mean", "|behavior log-prob - rollout log-prob| of a token"),
+    "mismatch/log_prob_abs_max": Declaration("nats", "max", "largest difference between trainer and server"),
+    "mismatch/kl_k3": Declaration("nats", "mean", "k3 estimate of KL(server || trainer) under the sampling weights"),
+    "batch/tokens": Declaration("tokens", "sum", "prompt and response tokens trained on in the step"),
+    "batch/padding_fraction": Declaration("share", "mean", "row slots that hold padding"),
+    "time/wait_for_batch_s": Declaration("s", "max", "trainer waiting for rollouts"),
+    "time/score_s": Declaration("s", "max", "behavior log-probs of the batch to come"),
+    "time/train_s": Declaration("s", "max", "forward, backward and optimizer updates"),
+    "time/publish_s": Declaration("s", "max", "sending the weights to the servers and checking them"),
+    "time/step_s": Declaration("s", "max", "the whole global step"),
+    "throughput/response_tokens_per_s": Declaration("tokens/s", "mean", "response tokens of the batch per second of step"),
+    "throughput/trained_tokens_per_s": Declaration("tokens/s", "mean", "trained tokens per second of training"),
+    "eval/pass_at_1": Declaration("share", "mean", "held-out accuracy of one sample"),
+    "eval/standard_error": Declaration("share", "mean", "standard error of pass@1 over prompts"),
+    "eval/response_length_mean": Declaration("tokens", "mean", "length of a held-out response"),
+}
+
+
+def check_declared(names: Iterable[str]) -> None:
+    """Raises ValueError if a name is not in METRICS: an undeclared scalar has no unit and no meaning."""
+    unknown = sorted(set(names) - METRICS.keys())
+    if unknown:
+        raise ValueError(f"undeclared metrics {', '.join(unknown)}: declare them in minpro_megatron/monitor/metrics.py")
+
+
+def metric_table() -> str:
+    """METRICS as a Markdown table, for the README."""
+    lines = ["| metric | unit | reduction | what it is |", "|---|---|---|---|"]
+    for name, declaration in METRICS.items():
+        description = declaration.description.replace("|", "\\|")
+        lines.append(f"| `{name}` | {declaration.unit} | {declaration.reduction} | {description} |")
+    return "\n".join(lines) + "\n"
