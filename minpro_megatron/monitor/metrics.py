@@ -1,7 +1,7 @@
 """Metrics that know how to merge, and the list of every scalar the system writes.
 
-A mean over ranks or micro-batches of different sizes is only right if its sum and its count travel together, so a
-`Metric` carries both until the very end; `values` is the only place that divides.
+A mean over ranks or micro-batches of different sizes is only right if its sum and its count travel together, so
+a `Metric` carries both until the very end; `values` is the only place that divides.
 """
 
 import math
@@ -16,8 +16,8 @@ Reduction = Literal["mean", "sum", "max", "min"]
 class Metric:
     """A partial result of one name: `total` over `count` observations, to be merged by `reduction`.
 
-    For `mean` and `sum` the total is a sum; for `max` and `min` it is the extreme value. A count of 0 means that
-    nothing was observed: such a metric changes nothing in a merge and has no value.
+    For `mean` and `sum` the total is a sum; for `max` and `min` it is the extreme value. A count of 0 means
+    that nothing was observed: such a metric changes nothing in a merge and has no value.
     """
 
     total: float
@@ -35,7 +35,8 @@ class Metric:
 def mean(total: float, count: float) -> Metric:
     """A mean, given as the sum of the observations and their number.
 
-    >>> merge([{"response/length_mean": mean(30, 3)}, {"response/length_mean": mean(70, 1)}])["response/length_mean"].value
+    >>> parts = [{"response/length_mean": mean(30, 3)}, {"response/length_mean": mean(70, 1)}]
+    >>> merge(parts)["response/length_mean"].value
     25.0
     """
     return Metric(total, count, "mean")
@@ -59,9 +60,8 @@ def smallest(value: float) -> Metric:
 def merge(parts: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
     """One metric per name over all `parts`; a name that only some parts have is merged over those.
 
-    Sums are exact (`math.fsum`), so neither the order of the parts nor their grouping on one level changes the
-    result. A NaN anywhere stays visible, whatever the reduction. Raises ValueError if two parts give a name
-    different reductions.
+    Sums are correctly rounded (`math.fsum`), so the order of the parts does not change the result. A NaN anywhere
+    stays visible, whatever the reduction. Raises ValueError if two parts give a name different reductions.
     """
     collected: dict[str, list[Metric]] = {}
     for part in parts:
@@ -73,7 +73,7 @@ def merge(parts: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
 def _merge_one(name: str, metrics: list[Metric]) -> Metric:
     reductions = {metric.reduction for metric in metrics}
     if len(reductions) > 1:
-        raise ValueError(f"metric {name!r}: cannot merge different reductions {', '.join(sorted(reductions))}")
+        raise ValueError(f"metric {name!r}: cannot merge reductions {' and '.join(sorted(reductions))}")
     observed = [metric for metric in metrics if metric.count != 0]
     if not observed:
         return metrics[0]
@@ -115,7 +115,7 @@ def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """What a scalar means: its unit ("" for a pure number), how its parts merge, and a line for the README."""
+    """What a scalar means: its unit ("" for a pure number), how its parts merge, a line for the README."""
 
     unit: str
     reduction: Reduction
@@ -125,29 +125,29 @@ class Declaration:
 METRICS: dict[str, Declaration] = {
     "reward/mean": Declaration("", "mean", "reward of a response"),
     "reward/accuracy": Declaration("share", "mean", "responses whose answer is right"),
-    "reward/equal_groups": Declaration("share", "mean", "groups whose rewards are all equal: no policy gradient"),
+    "reward/equal_groups": Declaration("share", "mean", "groups whose rewards are all equal (no gradient)"),
     "policy/entropy": Declaration("nats", "mean", "entropy of the policy at a response token"),
     "ratio/mean": Declaration("", "mean", "importance ratio pi / pi_old of a response token"),
     "ratio/min": Declaration("", "min", "smallest importance ratio"),
     "ratio/max": Declaration("", "max", "largest importance ratio"),
-    "prefix_min/mean": Declaration("", "mean", "smallest ratio among a token's predecessors (1 for the first token)"),
+    "prefix_min/mean": Declaration("", "mean", "smallest ratio before a token (1 for the first token)"),
     "prefix_min/min": Declaration("", "min", "smallest prefix minimum"),
     "prefix_min/below_one": Declaration("share", "mean", "response tokens whose prefix minimum is below 1"),
     "objective/loss": Declaration("", "mean", "value of the surrogate loss"),
     "objective/weight_mean": Declaration("", "mean", "coefficient of the advantage after clipping"),
-    "objective/clipped_fraction": Declaration("share", "mean", "response tokens whose weight was clipped or masked"),
+    "objective/clipped_fraction": Declaration("share", "mean", "response tokens whose weight was clipped"),
     "staleness/min": Declaration("global steps", "min", "freshest group of the batch"),
-    "staleness/mean": Declaration("global steps", "mean", "policy version minus a group's oldest token version"),
+    "staleness/mean": Declaration("global steps", "mean", "policy version minus a group's oldest version"),
     "staleness/max": Declaration("global steps", "max", "stalest group of the batch"),
     "response/length_mean": Declaration("tokens", "mean", "length of a response"),
     "response/length_max": Declaration("tokens", "max", "longest response"),
     "response/truncated_fraction": Declaration("share", "mean", "responses cut at the length limit"),
     "optimizer/grad_norm": Declaration("", "mean", "global gradient norm of an update, before clipping"),
     "optimizer/learning_rate": Declaration("", "max", "learning rate of the step's last update"),
-    "optimizer/skipped_updates": Declaration("updates", "sum", "updates skipped for a gradient that is not finite"),
-    "mismatch/log_prob_abs_mean": Declaration("nats", "mean", "|behavior log-prob - rollout log-prob| of a token"),
-    "mismatch/log_prob_abs_max": Declaration("nats", "max", "largest difference between trainer and server"),
-    "mismatch/kl_k3": Declaration("nats", "mean", "k3 estimate of KL(server || trainer) under the sampling weights"),
+    "optimizer/skipped_updates": Declaration("updates", "sum", "updates skipped: gradient not finite"),
+    "mismatch/log_prob_abs_mean": Declaration("nats", "mean", "|behavior - rollout log-prob| of a token"),
+    "mismatch/log_prob_abs_max": Declaration("nats", "max", "largest such difference"),
+    "mismatch/kl_k3": Declaration("nats", "mean", "k3 estimate of KL(server || trainer), same weights"),
     "batch/tokens": Declaration("tokens", "sum", "prompt and response tokens trained on in the step"),
     "batch/padding_fraction": Declaration("share", "mean", "row slots that hold padding"),
     "time/wait_for_batch_s": Declaration("s", "max", "trainer waiting for rollouts"),
@@ -155,8 +155,8 @@ METRICS: dict[str, Declaration] = {
     "time/train_s": Declaration("s", "max", "forward, backward and optimizer updates"),
     "time/publish_s": Declaration("s", "max", "sending the weights to the servers and checking them"),
     "time/step_s": Declaration("s", "max", "the whole global step"),
-    "throughput/response_tokens_per_s": Declaration("tokens/s", "mean", "response tokens of the batch per second of step"),
-    "throughput/trained_tokens_per_s": Declaration("tokens/s", "mean", "trained tokens per second of training"),
+    "throughput/response_tokens_per_s": Declaration("tokens/s", "mean", "the batch's response tokens / step"),
+    "throughput/trained_tokens_per_s": Declaration("tokens/s", "mean", "batch tokens / training time"),
     "eval/pass_at_1": Declaration("share", "mean", "held-out accuracy of one sample"),
     "eval/standard_error": Declaration("share", "mean", "standard error of pass@1 over prompts"),
     "eval/response_length_mean": Declaration("tokens", "mean", "length of a held-out response"),
@@ -167,7 +167,7 @@ def check_declared(names: Iterable[str]) -> None:
     """Raises ValueError if a name is not in METRICS: an undeclared scalar has no unit and no meaning."""
     unknown = sorted(set(names) - METRICS.keys())
     if unknown:
-        raise ValueError(f"undeclared metrics {', '.join(unknown)}: declare them in minpro_megatron/monitor/metrics.py")
+        raise ValueError(f"undeclared metrics {', '.join(unknown)}: declare them in METRICS of {__name__}")
 
 
 def metric_table() -> str:
