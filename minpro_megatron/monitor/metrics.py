@@ -1,7 +1,7 @@
 """Metrics that know how to merge, and the list of every scalar the system writes.
 
-A mean over ranks or micro-batches of different sizes is only right if its sum and its count travel together, so
-a `Metric` carries both until the very end; `values` is the only place that divides.
+A mean over ranks or micro-batches of different sizes is only right if its sum and its count travel together,
+so a `Metric` carries both until the very end; `values` is the only place that divides.
 """
 
 import math
@@ -60,8 +60,9 @@ def smallest(value: float) -> Metric:
 def merge(parts: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
     """One metric per name over all `parts`; a name that only some parts have is merged over those.
 
-    Sums are correctly rounded (`math.fsum`), so the order of the parts does not change the result. A NaN anywhere
-    stays visible, whatever the reduction. Raises ValueError if two parts give a name different reductions.
+    Sums are correctly rounded (`math.fsum`), so the order of the parts does not change the result. A NaN
+    anywhere stays visible, whatever the reduction. Raises ValueError if two parts give a name different
+    reductions.
     """
     collected: dict[str, list[Metric]] = {}
     for part in parts:

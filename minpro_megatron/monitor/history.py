@@ -1,0 +1,76 @@
+"""The scalars of a run as `run_dir/metrics.jsonl` holds them: one JSON line per call of `RunWriter.scalars`."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The scalars written together at one step; `time` is the Unix time in seconds."""
+
+    step: int
+    time: float
+    metrics: Mapping[str, float]
+
+    @property
+    def is_global_step(self) -> bool:
+        """Whether these are the scalars of a trained global step; evaluations are written on their own."""
+        return any(not name.startswith("eval/") for name in self.metrics)
+
+
+def encode_entry(entry: Entry) -> str:
+    """The entry as one line of strict JSON: numbers that are not finite become null."""
+    metrics = {name: number if math.isfinite(number) else None for name, number in entry.metrics.items()}
+    return json.dumps({"step": entry.step, "time": entry.time, "metrics": metrics}, allow_nan=False) + "\n"
+
+
+def decode_entry(line: str | bytes) -> Entry:
+    """The entry in `line`; null becomes NaN. Raises ValueError if the line is not one."""
+    try:
+        content = json.loads(line)
+        metrics = {
+            str(name): math.nan if number is None else float(number)
+            for name, number in content["metrics"].items()
+        }
+        return Entry(step=int(content["step"]), time=float(content["time"]), metrics=metrics)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a line of {FILE_NAME}: {line[:80]!r}") from error
+
+
+class HistoryTail:
+    """Follows metrics.jsonl while another process appends to it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = Path(run_dir) / FILE_NAME
+        self._offset = 0
+
+    def new_entries(self) -> list[Entry]:
+        """What was added since the last call; a line still being written waits for its end."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                added = file.read()
+        except FileNotFoundError:
+            return []
+        complete = added[: added.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        entries = []
+        for line in complete.splitlines():
+            try:
+                entries.append(decode_entry(line))
+            except ValueError:
+                continue  # half a line, left by a process that was killed while writing
+        return entries
+
+
+def read_history(run_dir: Path) -> list[Entry]:
+    """The run's entries, ordered by step. A step trained again after a restart counts once, the last time."""
+    latest: dict[tuple[bool, int], Entry] = {}
+    for entry in HistoryTail(run_dir).new_entries():
+        latest[entry.is_global_step, entry.step] = entry
+    return sorted(latest.values(), key=lambda entry: (entry.step, entry.is_global_step))

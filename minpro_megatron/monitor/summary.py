@@ -1,0 +1,111 @@
+"""What a finished run amounts to, as `run_dir/summary.json`."""
+
+from importlib import metadata
+from pathlib import Path
+
+from minpro_megatron.config.base import Section
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.records import CollectorTotals
+
+FILE_NAME = "summary.json"
+MAIN_PACKAGES = (
+    "minpro-megatron",
+    "torch",
+    "megatron-core",
+    "sglang",
+    "transformers",
+    "transformer-engine",
+    "numpy",
+)
+
+
+class RunSummary(Section):
+    """The figures of a finished run. pass@1 and its standard error are shares; None: not evaluated."""
+
+    name: str
+    objective: str
+    seed: int
+    steps: int  # global steps
+    updates: int  # optimizer updates
+    wall_time_s: float
+    wall_time_by_phase_s: dict[str, float]
+    pass_at_1_before: float | None
+    pass_at_1_after: float | None
+    standard_error_before: float | None
+    standard_error_after: float | None
+    num_evaluation_samples: int  # prompts x samples of one evaluation
+    smallest_staleness: int
+    largest_staleness: int
+    versions_published: int
+    groups_issued: int
+    groups_consumed: int
+    groups_dropped: int
+    hf_export: str | None  # the trained weights as a Hugging Face folder
+    package_versions: dict[str, str]
+
+
+def summarize(
+    config: RunConfig,
+    totals: CollectorTotals,
+    *,
+    steps: int,
+    updates: int,
+    wall_time_s: float,
+    wall_time_by_phase_s: dict[str, float],
+    hf_export: Path | str | None,
+) -> RunSummary:
+    """The summary of a run from its settings, the collector's totals and the trainer's clocks.
+
+    "Before" and "after" are the evaluations of the lowest and the highest policy version; with only one
+    evaluation there is no "after".
+    """
+    evaluations = sorted(totals.evaluations, key=lambda evaluation: evaluation.policy_version)
+    before = evaluations[0] if evaluations else None
+    after = evaluations[-1] if len(evaluations) > 1 else None
+    return RunSummary(
+        name=config.name,
+        objective=config.objective.name,
+        seed=config.seed,
+        steps=steps,
+        updates=updates,
+        wall_time_s=wall_time_s,
+        wall_time_by_phase_s=wall_time_by_phase_s,
+        pass_at_1_before=before.pass_at_1 if before else None,
+        pass_at_1_after=after.pass_at_1 if after else None,
+        standard_error_before=before.standard_error if before else None,
+        standard_error_after=after.standard_error if after else None,
+        num_evaluation_samples=before.num_prompts * before.samples_per_prompt if before else 0,
+        smallest_staleness=totals.smallest_staleness,
+        largest_staleness=totals.largest_staleness,
+        versions_published=totals.versions_published,
+        groups_issued=totals.groups_issued,
+        groups_consumed=totals.groups_consumed,
+        groups_dropped=totals.groups_dropped,
+        hf_export=str(hf_export) if hf_export else None,
+        package_versions=installed_versions(),
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of the main packages that are installed."""
+    versions = {}
+    for package in MAIN_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_summary(run_dir: Path, summary: RunSummary) -> None:
+    replace_file(Path(run_dir) / FILE_NAME, summary.model_dump_json(indent=2) + "\n")
+
+
+def read_summary(run_dir: Path) -> RunSummary | None:
+    """The run's summary; None if it has none, because it has not finished."""
+    try:
+        text = (Path(run_dir) / FILE_NAME).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    return RunSummary.model_validate_json(text)

@@ -1,0 +1,58 @@
+"""Writes a run's numbers for TensorBoard and as JSON lines. The only file of this folder that imports torch."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from minpro_megatron.monitor.history import FILE_NAME, Entry, encode_entry
+from minpro_megatron.monitor.metrics import check_declared
+
+
+class RunWriter:
+    """Writes to `run_dir/tensorboard` and `run_dir/metrics.jsonl`; one process of a run holds one.
+
+    `step` is the global step, counted from 0; for `eval/` names it is the policy version evaluated, and these are
+    written in a call of their own.
+
+    >>> with RunWriter(run_dir) as writer:              # doctest: +SKIP
+    ...     writer.scalars(0, {"reward/accuracy": 0.25})
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"))
+        self._lines = (Path(run_dir) / FILE_NAME).open("a", encoding="utf-8")
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes the scalars of one step. Raises ValueError for a name that METRICS does not declare."""
+        check_declared(metrics)
+        entry = Entry(step=step, time=time.time(), metrics={name: float(metrics[name]) for name in metrics})
+        for name, number in entry.metrics.items():
+            self._board.add_scalar(name, number, step, walltime=entry.time)
+        self._board.flush()
+        self._lines.write(encode_entry(entry))
+        self._lines.flush()
+
+    def histogram(self, step: int, name: str, values: Any) -> None:
+        """Writes the distribution of `values` (a tensor or array; empty: nothing is written)."""
+        if len(values):
+            self._board.add_histogram(name, values, step)
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        self._board.add_text(name, markdown, step)
+
+    def close(self) -> None:
+        self._board.close()
+        self._lines.close()
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
