@@ -1,4 +1,4 @@
-"""The scalars of a run as `run_dir/metrics.jsonl` holds them: one JSON line per call of `RunWriter.scalars`."""
+"""The scalars of a run in `run_dir/metrics.jsonl`: one JSON line per call of `RunWriter.scalars`."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Writes a run's numbers for TensorBoard and as JSON lines. The only file of this folder that imports torch."""
+"""Writes numbers for TensorBoard and as JSON lines; the only file of this folder that imports torch."""
 
 import time
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from minpro_megatron.monitor.metrics import check_declared
 class RunWriter:
     """Writes to `run_dir/tensorboard` and `run_dir/metrics.jsonl`; one process of a run holds one.
 
-    `step` is the global step, counted from 0; for `eval/` names it is the policy version evaluated, and these are
-    written in a call of their own.
+    `step` is the global step, counted from 0; for `eval/` names it is the policy version evaluated, and these
+    are written in a call of their own.
 
     >>> with RunWriter(run_dir) as writer:              # doctest: +SKIP
     ...     writer.scalars(0, {"reward/accuracy": 0.25})
@@ -26,6 +26,8 @@ class RunWriter:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"))
         self._lines = (Path(run_dir) / FILE_NAME).open("a", encoding="utf-8")
+        if self._lines.tell() and not (Path(run_dir) / FILE_NAME).read_bytes().endswith(b"\n"):
+            self._lines.write("\n")  # a killed predecessor left half a line: do not lose the next one to it
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the scalars of one step. Raises ValueError for a name that METRICS does not declare."""
