@@ -1,0 +1,128 @@
+"""Runs a recipe on this machine: checks, starts and watches the roles, shows progress, says how it ended."""
+
+import fcntl
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.launch.logs import explanation
+from minpro_megatron.launch.preflight import problems
+from minpro_megatron.launch.recipe import apply_overrides, load_recipe
+from minpro_megatron.launch.roles import role_commands
+from minpro_megatron.launch.supervisor import FAILED, FINISHED, INTERRUPTED, Outcome, Supervisor
+from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.progress import Progress, duration
+from minpro_megatron.monitor.summary import RunSummary, read_summary
+
+# Written by roles for each other and for the display; left over from a failed start they would mislead.
+_LEFTOVERS = ("status", "endpoints", "tensorboard", "logs", "metrics.jsonl", "summary.json")
+
+
+def launch(recipe: str, overrides: list[str]) -> int:
+    """Runs `recipe` with `overrides` to its end and returns the status code (see supervisor).
+
+    Raises UserError, with one line a problem, before anything has started.
+    """
+    config = apply_overrides(load_recipe(recipe), overrides)
+    found = problems(config)
+    if found:
+        raise UserError(found)
+    with _claimed(config.run_dir):
+        _remove_leftovers(config.run_dir)
+        config_file = config.run_dir.absolute() / "run.json"
+        replace_file(config_file, config.to_json())
+        print(
+            f"run {config.name}: {config.objective.name}, {config.num_global_steps} global steps; "
+            f"files in {config.run_dir}"
+        )
+        supervisor = Supervisor(role_commands(config, config_file, incarnation=0), config.run_dir / "logs")
+        with Progress(config) as progress:
+            outcome = supervisor.run(progress.tick)
+        return _conclude(config, outcome)
+
+
+@contextmanager
+def _claimed(run_dir: Path) -> Iterator[None]:
+    """Holds the run folder against a second launcher. The lock ends with this process, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "launch.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"name = {run_dir.name}: another launch is using {run_dir}; choose another name=..."
+            ) from None
+        yield
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    for name in _LEFTOVERS:
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _conclude(config: RunConfig, outcome: Outcome) -> int:
+    """Says how the run ended and returns its status code."""
+    for failure in outcome.failures:
+        print(f"error: the role {failure.role} {failure.how}; its log: {failure.log_file}", file=sys.stderr)
+        for line in explanation(failure.log_file):
+            print(f"  | {line}", file=sys.stderr)
+    if outcome.left_behind:
+        pids = ", ".join(map(str, outcome.left_behind))
+        print(f"error: these processes could not be ended: {pids}; end them by hand", file=sys.stderr)
+    if outcome.status == INTERRUPTED:
+        print(f"interrupted by {outcome.interrupted_by}; all processes were stopped", file=sys.stderr)
+    if outcome.status == FINISHED:
+        return _finish(config)
+    return outcome.status
+
+
+def _finish(config: RunConfig) -> int:
+    summary = read_summary(config.run_dir)
+    if summary is None:
+        print(
+            f"error: all roles exited with 0 but wrote no {config.run_dir / 'summary.json'}", file=sys.stderr
+        )
+        return FAILED
+    for line in concluding_lines(config, summary, _report(config)):
+        print(line)
+    return FINISHED
+
+
+def _report(config: RunConfig) -> Path | None:
+    """Writes the report; a run that has succeeded does not fail over its pictures."""
+    try:
+        from minpro_megatron.monitor.report import write_report
+
+        return write_report(config.run_dir)
+    except Exception as error:
+        print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+def concluding_lines(config: RunConfig, summary: RunSummary, report: Path | None) -> list[str]:
+    """What a finished run prints: accuracy before and after, and where everything is."""
+    lines = [
+        f"finished {summary.steps} global steps ({summary.updates} updates) in "
+        f"{duration(summary.wall_time_s)}, staleness {summary.smallest_staleness}-{summary.largest_staleness}"
+    ]
+    before, after = summary.pass_at_1_before, summary.pass_at_1_after
+    if before is not None and after is not None:
+        lines.append(
+            f"pass@1       {100 * before:.1f} % +- {100 * (summary.standard_error_before or 0):.1f} before, "
+            f"{100 * after:.1f} % +- {100 * (summary.standard_error_after or 0):.1f} after "
+            f"({summary.num_evaluation_samples} samples, standard errors)"
+        )
+    if report is not None:
+        lines.append(f"report       {report}")
+    lines.append(f"TensorBoard  tensorboard --logdir {config.run_dir / 'tensorboard'}")
+    if summary.hf_export is not None:
+        lines.append(f"HF weights   {summary.hf_export}")
+    return lines

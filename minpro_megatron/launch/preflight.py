@@ -1,0 +1,184 @@
+"""Everything that can be known to be wrong before a process starts, all of it at once."""
+
+import ctypes
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.launch.roles import gpus_needed
+
+_PROMPT_FIELDS = {"id", "source", "prompt", "answer"}
+_SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a short run
+
+
+def problems(config: RunConfig) -> list[str]:
+    """One line for each thing that would stop this run: the setting, its value, the rule and the remedy."""
+    checks = (_hf_model, _megatron_model, _data_files, _run_folder, _ports, _gpus, _disk_space)
+    return [problem for check in checks for problem in check(config)]
+
+
+def _hf_model(config: RunConfig) -> Iterator[str]:
+    folder, field = Path(config.model.hf_path), f"model.hf_path = {config.model.hf_path}"
+    if not folder.is_dir():
+        if not is_hub_id(config.model.hf_path):
+            yield f"{field}: no such folder; give a Hugging Face model folder or a hub id (owner/name)"
+        return
+    if not (folder / "config.json").is_file():
+        yield f"{field}: config.json is missing; give a folder in Hugging Face format"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        yield f"{field}: the tokenizer is missing; copy tokenizer.json and tokenizer_config.json into it"
+    missing = _missing_weights(folder)
+    if missing:
+        yield f"{field}: {missing}; the servers load safetensors from it: download the folder again"
+
+
+def is_hub_id(hf_path: str) -> bool:
+    """Whether this names a model on the Hugging Face hub rather than a folder that is missing here."""
+    owner, separator, name = hf_path.partition("/")
+    return (
+        bool(separator and owner and name)
+        and "/" not in name
+        and owner[0] not in ".~"
+        and not Path(owner).exists()
+    )
+
+
+def _missing_weights(folder: Path) -> str:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return "" if any(folder.glob("*.safetensors")) else "no *.safetensors file"
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return f"{index.name} is damaged"
+    absent = sorted(name for name in named if not (folder / name).is_file())
+    return f"{len(absent)} of {len(named)} weight files missing, such as {absent[0]}" if absent else ""
+
+
+def _megatron_model(config: RunConfig) -> Iterator[str]:
+    folder, field = Path(config.model.megatron_path), f"model.megatron_path = {config.model.megatron_path}"
+    if not folder.is_dir():
+        yield f"{field}: there is no such folder; make it from model.hf_path with tools/convert_checkpoint.py"
+    elif not (folder / "manifest.json").is_file():
+        yield f"{field}: manifest.json is missing; run tools/convert_checkpoint.py to its end"
+
+
+def _data_files(config: RunConfig) -> Iterator[str]:
+    for name in ("train_file", "heldout_file"):
+        path = Path(getattr(config.data, name))
+        field = f"data.{name} = {path}"
+        if not path.is_file():
+            yield f"{field}: there is no such file; give a JSON Lines file of id, source, prompt and answer"
+        elif path.stat().st_size == 0:
+            yield f"{field}: the file is empty; it needs one prompt a line"
+        elif path.suffix == ".jsonl":
+            yield from (f"{field}: {problem}" for problem in _first_line_problem(path))
+
+
+def _first_line_problem(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline()
+    try:
+        fields = set(json.loads(first))
+    except (ValueError, TypeError):
+        yield "line 1 is not a JSON object; it needs one object a line"
+        return
+    if missing := sorted(_PROMPT_FIELDS - fields):
+        yield f"line 1 has no {', '.join(missing)}; each line needs {', '.join(sorted(_PROMPT_FIELDS))}"
+
+
+def has_journal(run_dir: Path) -> bool:
+    """Whether a run has already collected rollouts in this folder."""
+    return any(run_dir.glob("journal*"))
+
+
+def _run_folder(config: RunConfig) -> Iterator[str]:
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        yield f"runs_dir/name = {config.run_dir}: this is a file; choose another name=..."
+    elif has_journal(config.run_dir):
+        yield f"name = {config.name}: {config.run_dir} holds an earlier run; give a new name=... or delete it"
+    parent = _existing_parent(config.run_dir)
+    if not os.access(parent, os.W_OK):
+        yield f"runs_dir = {config.runs_dir}: {parent} cannot be written to; choose another runs_dir=..."
+
+
+def _ports(config: RunConfig) -> Iterator[str]:
+    server, collector = config.server, config.collector
+    wanted = {}
+    if server.first_port:
+        for index in range(server.count):
+            wanted[server.first_port + index] = (server.host, f"server.first_port = {server.first_port}")
+    if collector.port in wanted:
+        yield f"collector.port = {collector.port}: a server has it; choose another, or 0 for any free port"
+    elif collector.port:
+        wanted[collector.port] = (collector.host, f"collector.port = {collector.port}")
+    for port, (host, field) in wanted.items():
+        if reason := _cannot_listen(host, port):
+            yield f"{field}: cannot listen on {host}:{port} ({reason}); choose another, or 0 for any free one"
+
+
+def _cannot_listen(host: str, port: int) -> str:
+    if port > 65535:
+        return "ports end at 65535"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # a closed port in TIME_WAIT is free
+            listener.bind(address)
+            listener.listen()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _gpus(config: RunConfig) -> Iterator[str]:
+    trainer, servers = gpus_needed(config)
+    if trainer + servers == 0:
+        return
+    present = count_gpus()
+    if present == 0:
+        fields = [name for name, count in (("device", trainer), ("server.device", servers)) if count]
+        remedy = " ".join(f"{field}=cpu" for field in fields)
+        yield f"{' and '.join(fields)} = cuda: no usable NVIDIA GPU on this machine; set {remedy}"
+    elif present < trainer + servers:
+        yield (
+            f"parallel's world size {trainer} + server.count x server.tensor_parallel {servers} = "
+            f"{trainer + servers} GPUs: {present} visible; trainer and servers share none: lower one of them"
+        )
+
+
+def count_gpus() -> int:
+    """The number of GPUs the driver shows, CUDA_VISIBLE_DEVICES considered; 0 without a working driver.
+
+    It asks the driver itself: importing torch for this would take seconds.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _disk_space(config: RunConfig) -> Iterator[str]:
+    model = Path(config.model.hf_path)
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors")) if model.is_dir() else 0
+    needed = 2 * weights + _SPARE_BYTES  # the trained weights, written once beside a temporary copy
+    free = shutil.disk_usage(_existing_parent(config.run_dir)).free
+    if free < needed:
+        yield (
+            f"runs_dir = {config.runs_dir}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed; "
+            "free some space or choose another runs_dir=..."
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

@@ -1,0 +1,88 @@
+"""The command line and environment of each role's process."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from minpro_megatron.config.run import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RoleCommand:
+    """How to start one role; `stays`: it serves the others and is stopped once they are done."""
+
+    role: str
+    arguments: list[str]
+    environment: dict[str, str]
+    stays: bool = False
+
+
+def role_commands(
+    config: RunConfig, config_file: Path, incarnation: int, environment: Mapping[str, str] = os.environ
+) -> list[RoleCommand]:
+    """The commands of serve, collect and train, to be started together."""
+    shared = dict(environment) | {"PYTHONUNBUFFERED": "1"}
+    if Path(config.model.hf_path).is_dir():
+        shared |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    trainer_gpus, server_gpus = gpu_shares(config, environment)
+    options = ["--config", str(config_file), "--incarnation", str(incarnation)]
+    package = [sys.executable, "-m", "minpro_megatron"]
+    return [
+        RoleCommand(
+            role="serve",
+            arguments=[*package, "serve", *options],
+            environment=shared | {"CUDA_VISIBLE_DEVICES": server_gpus},
+            stays=True,
+        ),
+        RoleCommand(
+            role="collect",
+            arguments=[*package, "collect", *options],
+            environment=shared | {"CUDA_VISIBLE_DEVICES": ""},
+        ),
+        RoleCommand(
+            role="train",
+            arguments=[*_torchrun(config.parallel.world_size), "-m", "minpro_megatron", "train", *options],
+            environment=shared | _trainer_environment(config) | {"CUDA_VISIBLE_DEVICES": trainer_gpus},
+        ),
+    ]
+
+
+def _torchrun(world_size: int) -> list[str]:
+    # --local-addr: else torchrun gives the workers the machine's own name to meet at, which need not resolve.
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={world_size}",
+        "--nnodes=1",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--local-addr=127.0.0.1",
+        "--max-restarts=0",
+    ]
+
+
+def _trainer_environment(config: RunConfig) -> dict[str, str]:
+    if config.device == "cpu":
+        # The ranks are the parallelism: with a thread pool each they would only take turns on the same cores.
+        loopback = "lo" if sys.platform.startswith("linux") else "lo0"
+        return {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
+    # megatron overlaps tensor-parallel communication with computation only if kernels start in launch order.
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+def gpus_needed(config: RunConfig) -> tuple[int, int]:
+    """The number of GPUs of the trainer and of the servers on this machine."""
+    trainer = config.parallel.world_size if config.device == "cuda" else 0
+    servers = config.server.count * config.server.tensor_parallel if config.server.device == "cuda" else 0
+    return trainer, servers
+
+
+def gpu_shares(config: RunConfig, environment: Mapping[str, str]) -> tuple[str, str]:
+    """CUDA_VISIBLE_DEVICES of the trainer and of the servers: disjoint shares, "" without a GPU."""
+    trainer, servers = gpus_needed(config)
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    visible = given.split(",") if given else [str(index) for index in range(trainer + servers)]
+    return ",".join(visible[:trainer]), ",".join(visible[trainer : trainer + servers])

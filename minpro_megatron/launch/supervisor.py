@@ -1,0 +1,169 @@
+"""Starts the roles, watches them, and stops everything as soon as one of them fails."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from minpro_megatron.launch.prctl import adopt_orphans, ending_with_this_process
+from minpro_megatron.launch.processes import descendants, kill_all, reap_orphans
+from minpro_megatron.launch.roles import RoleCommand
+
+FINISHED, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+_POLL_S = 0.1
+_REAP_EVERY_S = 5.0
+_FAILURES_TOGETHER_S = 1.0
+_TERMINATE_LIMIT_S = 6.0  # from SIGTERM to SIGKILL
+_KILL_LIMIT_S = 6.0
+_INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A role that ended when it should not have. `how` completes the sentence "the role <role> ..."."""
+
+    role: str
+    how: str
+    log_file: Path
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How the run ended: its status code, the roles that failed first, processes that could not be ended."""
+
+    status: int
+    failures: list[Failure] = field(default_factory=list)
+    interrupted_by: str | None = None
+    left_behind: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Running:
+    command: RoleCommand
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+
+class Supervisor:
+    """Runs the roles to their end; use once, from the main thread.
+
+    The run is finished when every role that does not stay has exited with 0; the staying ones then get
+    SIGTERM. If any role ends otherwise, or this process is told to stop (SIGINT, SIGTERM, SIGHUP), all
+    processes get SIGTERM and 6 s later SIGKILL, whoever started them. A further signal skips the 6 s. If this
+    process itself is killed, the kernel tells the roles to end.
+    """
+
+    def __init__(self, commands: Sequence[RoleCommand], log_dir: Path) -> None:
+        self._commands = commands
+        self._log_dir = log_dir
+        self._running: list[_Running] = []
+        self._signals: list[signal.Signals] = []
+        self._not_ours: set[int] = set()
+
+    def run(self, each_tick: Callable[[], None] = lambda: None) -> Outcome:
+        """Starts the roles, calls `each_tick` ten times a second, returns when no process is left."""
+        with ExitStack() as stack:
+            for number in _INTERRUPTIONS:
+                previous = signal.signal(number, self._on_signal)
+                stack.callback(signal.signal, number, previous)
+            self._not_ours = {child.pid for child in psutil.Process().children()}
+            adopt_orphans()
+            outcome = Outcome(FAILED)
+            try:
+                for command in self._commands:
+                    self._start(command)
+                outcome = self._watch(each_tick)
+            finally:  # also for an exception in each_tick: nothing may be left behind
+                outcome.left_behind = self._stop()
+            return outcome
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._signals.append(signal.Signals(number))
+
+    def _start(self, command: RoleCommand) -> None:
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        log_file = self._log_dir / f"{command.role}.log"
+        with log_file.open("ab") as log:
+            process = subprocess.Popen(
+                command.arguments,
+                env=command.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C in the terminal reaches only the launcher, which decides
+                preexec_fn=ending_with_this_process(signal.SIGTERM),
+            )
+        self._running.append(_Running(command, process, log_file))
+
+    def _watch(self, each_tick: Callable[[], None]) -> Outcome:
+        next_reaping = time.monotonic() + _REAP_EVERY_S
+        while True:
+            if self._signals:
+                return Outcome(INTERRUPTED, interrupted_by=self._signals[0].name)
+            if self._failures():
+                # One failure makes others fail at once. Which one is seen first is chance: name them all.
+                time.sleep(_FAILURES_TOGETHER_S)
+                return Outcome(FAILED, self._failures())
+            if all(running.process.returncode == 0 for running in self._running if not running.command.stays):
+                return Outcome(FINISHED)
+            each_tick()
+            if time.monotonic() > next_reaping:
+                reap_orphans(self._own_pids() | self._not_ours)
+                next_reaping = time.monotonic() + _REAP_EVERY_S
+            time.sleep(_POLL_S)
+
+    def _failures(self) -> list[Failure]:
+        return [failure for running in self._running if (failure := _failure_of(running))]
+
+    def _stop(self) -> list[int]:
+        """Ends every process that this run has started; returns the pids that would not end."""
+        signals_before = len(self._signals)
+        self._terminate()
+        deadline = time.monotonic() + _TERMINATE_LIMIT_S
+        while descendants(self._not_ours) and time.monotonic() < deadline:
+            if len(self._signals) > signals_before:
+                break  # a second Ctrl-C: no more patience
+            time.sleep(_POLL_S)
+        try:
+            return kill_all(self._own_pids(), self._not_ours, _KILL_LIMIT_S)
+        finally:
+            for running in self._running:
+                running.process.poll()
+
+    def _terminate(self) -> None:
+        """SIGTERM to the roles and to adopted orphans; a living role ends its own children itself."""
+        for child in psutil.Process().children():
+            if child.pid not in self._not_ours:
+                try:
+                    child.terminate()
+                except psutil.NoSuchProcess:
+                    continue
+
+    def _own_pids(self) -> set[int]:
+        return {running.process.pid for running in self._running}
+
+
+def _failure_of(running: _Running) -> Failure | None:
+    status = running.process.poll()
+    if status is None or (status == 0 and not running.command.stays):
+        return None
+    if status < 0:
+        how = f"was ended by signal {_signal_name(-status)}"
+    elif status == 0:
+        how = "exited before the others were done (exit status 0)"
+    else:
+        how = f"failed with exit status {status}"
+    return Failure(running.command.role, how, running.log_file)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

@@ -1,0 +1,249 @@
+"""The launcher's display: what the roles do before the first step, then how training goes.
+
+It only reads `metrics.jsonl` and `status/`, so it can watch any run, and a role never waits for it.
+"""
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.history import Entry, HistoryTail
+from minpro_megatron.monitor.status import Status, read_statuses
+
+ROLES = ("serve", "collect", "train")
+_RECENT_STEPS = 10  # that the time per step is averaged over
+_LINE_EVERY_STEPS = 10  # without a terminal
+_REFRESH_S = 0.5
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """What the entries of metrics.jsonl say so far."""
+
+    num_global_steps: int
+    steps_done: int = 0
+    latest: Mapping[str, float] = field(default_factory=dict)  # of the last trained step
+    rewards: list[float] = field(default_factory=list)
+    evaluations: dict[int, float] = field(default_factory=dict)  # policy version -> pass@1
+    _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
+    _last_time: float | None = None
+
+    def add(self, entry: Entry) -> None:
+        if "eval/pass_at_1" in entry.metrics:
+            self.evaluations[entry.step] = entry.metrics["eval/pass_at_1"]
+        if not entry.is_global_step:
+            return
+        self.steps_done = max(self.steps_done, entry.step + 1)
+        self.latest = entry.metrics
+        self.rewards.append(self.reward)
+        seconds = entry.metrics.get("time/step_s", math.nan)
+        if math.isnan(seconds) and self._last_time is not None:
+            seconds = entry.time - self._last_time
+        if not math.isnan(seconds):
+            self._step_seconds.append(seconds)
+        self._last_time = entry.time
+
+    @property
+    def reward(self) -> float:
+        """Accuracy of the last step's rollouts, or the mean reward where there is no notion of accuracy."""
+        return self.latest.get("reward/accuracy", self.latest.get("reward/mean", math.nan))
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over the last steps; NaN before the first."""
+        return sum(self._step_seconds) / len(self._step_seconds) if self._step_seconds else math.nan
+
+    @property
+    def seconds_left(self) -> float:
+        return self.seconds_per_step * (self.num_global_steps - self.steps_done)
+
+    def figures(self) -> dict[str, str]:
+        """The display's figures, ready to print; those not known yet are left out."""
+        figures = {"reward": _number(self.reward, "{:.3f}")}
+        if self.evaluations:
+            versions = sorted(self.evaluations)
+            shown = [versions[0]] if len(versions) == 1 else [versions[0], versions[-1]]
+            figures["pass@1"] = " -> ".join(f"{100 * self.evaluations[version]:.1f} %" for version in shown)
+        figures["staleness"] = _number(self.latest.get("staleness/max", math.nan), "{:.0f}")
+        figures["tokens/s"] = _number(
+            self.latest.get("throughput/response_tokens_per_s", math.nan), "{:,.0f}"
+        )
+        figures["s/step"] = _number(self.seconds_per_step, "{:.1f}")
+        figures["left"] = "" if math.isnan(self.seconds_left) else duration(self.seconds_left)
+        return {name: text for name, text in figures.items() if text}
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else form.format(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(42), duration(192), duration(7380)
+    ('42 s', '3 min 12 s', '2 h 03 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The values as a row of at most `width` bars, each the mean of its share of them; NaN is left out."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    columns = min(width, len(finite))
+    means = []
+    for column in range(columns):
+        part = finite[column * len(finite) // columns : (column + 1) * len(finite) // columns]
+        means.append(sum(part) / len(part))
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(_BARS[min(int((value - low) / span * len(_BARS)), len(_BARS) - 1)] for value in means)
+
+
+class Progress:
+    """Shows a run's progress: a live panel on a terminal, else a plain line about every ten steps.
+
+    Call `tick` often; it reads the files about twice a second. Use as a context manager.
+    """
+
+    def __init__(self, config: RunConfig, console: Console | None = None) -> None:
+        self._run_dir: Path = config.run_dir
+        self._title = f"{config.name} · {config.objective.name}"
+        self._state = TrainingState(config.num_global_steps)
+        self._tail = HistoryTail(config.run_dir)
+        self._console = console or Console(highlight=False)
+        self._live: Live | None = None
+        self._started = time.time()
+        self._next_refresh = 0.0
+        self._printed_steps = 0
+        self._printed_phases: dict[str, str] = {}
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            # No refresh thread: the launcher forks, and its children must not inherit a lock that one holds.
+            self._live = Live(console=self._console, auto_refresh=False, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._next_refresh != math.inf:
+            self._next_refresh = 0.0
+            self.tick()
+        self._stop_live()
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def tick(self) -> None:
+        """Shows what is new. A display that fails says so once and stops: the run must not end over it."""
+        if time.monotonic() < self._next_refresh:
+            return
+        self._next_refresh = time.monotonic() + _REFRESH_S
+        try:
+            self._refresh()
+        except Exception as error:
+            self._next_refresh = math.inf
+            self._stop_live()
+            print(f"warning: the progress display stopped: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def _refresh(self) -> None:
+        for entry in self._tail.new_entries():
+            self._state.add(entry)
+        statuses = read_statuses(self._run_dir)
+        if self._live is not None:
+            self._live.update(self._panel(statuses), refresh=True)
+        else:
+            self._print_news(statuses)
+
+    @property
+    def _is_training(self) -> bool:
+        return 0 < self._state.steps_done < self._state.num_global_steps
+
+    def _panel(self, statuses: Mapping[str, Status]) -> RenderableType:
+        parts: list[RenderableType] = []
+        state = self._state
+        if state.steps_done:
+            bar = Table.grid(padding=(0, 1), expand=True)
+            bar.add_column(no_wrap=True)
+            bar.add_column(ratio=1)
+            counted = f"step {state.steps_done}/{state.num_global_steps}"
+            bar.add_row(counted, ProgressBar(total=state.num_global_steps, completed=state.steps_done))
+            parts.append(bar)
+            parts.append(_figures_line(state))
+            parts.append(Text(f"reward {sparkline(state.rewards, 60)}", style="cyan", no_wrap=True))
+        if not self._is_training:  # start and end are the times when one wonders what it is doing
+            parts.append(_phases_table(statuses, self._started))
+        elapsed = duration(time.time() - self._started)
+        return Panel(
+            Group(*parts),
+            title=self._title,
+            subtitle=elapsed,
+            title_align="left",
+            width=_width(self._console),
+        )
+
+    def _print_news(self, statuses: Mapping[str, Status]) -> None:
+        state = self._state
+        if not self._is_training:
+            for role, status in statuses.items():
+                if self._printed_phases.get(role) != status.phase:
+                    self._printed_phases[role] = status.phase
+                    self._print(f"{role}: {status.phase}")
+        first = self._printed_steps == 0 and state.steps_done > 0
+        last = state.steps_done == state.num_global_steps != self._printed_steps
+        if first or last or state.steps_done >= self._printed_steps + _LINE_EVERY_STEPS:
+            self._printed_steps = state.steps_done
+            figures = "  ".join(f"{name} {text}" for name, text in state.figures().items())
+            self._print(f"step {state.steps_done}/{state.num_global_steps}  {figures}")
+
+    def _print(self, line: str) -> None:
+        elapsed = duration(time.time() - self._started)
+        # soft_wrap: a log file has no width. markup off: a phase may hold brackets.
+        self._console.print(f"[{elapsed:>11}] {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _width(console: Console) -> int:
+    return min(console.width, 100)
+
+
+def _figures_line(state: TrainingState) -> Text:
+    line = Text()
+    for name, text in state.figures().items():
+        line.append(f"{name} ", style="dim").append(f"{text}   ", style="bold")
+    return line
+
+
+def _phases_table(statuses: Mapping[str, Status], started: float) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for role in ROLES:
+        status = statuses.get(role, Status("starting", started))
+        table.add_row(
+            Text(role, style="bold"),
+            Text(status.phase),
+            Text(duration(time.time() - status.time), style="dim"),
+        )
+    return table
