@@ -12,7 +12,7 @@ from minpro_megatron.launch.logs import explanation
 from minpro_megatron.launch.preflight import problems
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.roles import role_commands
-from minpro_megatron.launch.supervisor import FAILED, FINISHED, INTERRUPTED, Outcome, Supervisor
+from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, Supervisor
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.progress import Progress, duration
@@ -70,18 +70,25 @@ def _remove_leftovers(run_dir: Path) -> None:
 
 def _conclude(config: RunConfig, outcome: Outcome) -> int:
     """Says how the run ended and returns its status code."""
-    for failure in outcome.failures:
-        print(f"error: the role {failure.role} {failure.how}; its log: {failure.log_file}", file=sys.stderr)
-        for line in explanation(failure.log_file):
-            print(f"  | {line}", file=sys.stderr)
-    if outcome.left_behind:
-        pids = ", ".join(map(str, outcome.left_behind))
-        print(f"error: these processes could not be ended: {pids}; end them by hand", file=sys.stderr)
-    if outcome.status == INTERRUPTED:
-        print(f"interrupted by {outcome.interrupted_by}; all processes were stopped", file=sys.stderr)
+    for line in closing_lines(outcome):
+        print(line, file=sys.stderr)
     if outcome.status == FINISHED:
         return _finish(config)
     return outcome.status
+
+
+def closing_lines(outcome: Outcome) -> list[str]:
+    """Why the run did not finish, with the part of each failed role's log that explains it."""
+    lines = []
+    for failure in outcome.failures:
+        lines.append(f"error: the role {failure.role} {failure.how}; its log: {failure.log_file}")
+        lines.extend(f"  | {line}" for line in explanation(failure.log_file))
+    if outcome.left_behind:
+        pids = ", ".join(map(str, outcome.left_behind))
+        lines.append(f"error: these processes could not be ended: {pids}; end them by hand")
+    if outcome.interrupted_by is not None:
+        lines.append(f"interrupted by {outcome.interrupted_by}; all processes were stopped")
+    return lines
 
 
 def _finish(config: RunConfig) -> int:
@@ -91,7 +98,7 @@ def _finish(config: RunConfig) -> int:
             f"error: all roles exited with 0 but wrote no {config.run_dir / 'summary.json'}", file=sys.stderr
         )
         return FAILED
-    for line in concluding_lines(config, summary, _report(config)):
+    for line in finished_lines(config, summary, _report(config)):
         print(line)
     return FINISHED
 
@@ -107,7 +114,7 @@ def _report(config: RunConfig) -> Path | None:
         return None
 
 
-def concluding_lines(config: RunConfig, summary: RunSummary, report: Path | None) -> list[str]:
+def finished_lines(config: RunConfig, summary: RunSummary, report: Path | None) -> list[str]:
     """What a finished run prints: accuracy before and after, and where everything is."""
     lines = [
         f"finished {summary.steps} global steps ({summary.updates} updates) in "

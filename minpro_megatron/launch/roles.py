@@ -3,20 +3,10 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
-
-
-@dataclass(frozen=True, slots=True)
-class RoleCommand:
-    """How to start one role; `stays`: it serves the others and is stopped once they are done."""
-
-    role: str
-    arguments: list[str]
-    environment: dict[str, str]
-    stays: bool = False
+from minpro_megatron.launch.supervisor import RoleCommand
 
 
 def role_commands(

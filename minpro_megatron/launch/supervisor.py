@@ -12,7 +12,6 @@ import psutil
 
 from minpro_megatron.launch.prctl import adopt_orphans, ending_with_this_process
 from minpro_megatron.launch.processes import descendants, kill_all, reap_orphans
-from minpro_megatron.launch.roles import RoleCommand
 
 FINISHED, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -22,6 +21,16 @@ _FAILURES_TOGETHER_S = 1.0
 _TERMINATE_LIMIT_S = 6.0  # from SIGTERM to SIGKILL
 _KILL_LIMIT_S = 6.0
 _INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True)
+class RoleCommand:
+    """How to start one role; `stays`: it serves the others and is stopped once they are done."""
+
+    role: str
+    arguments: list[str]
+    environment: dict[str, str]
+    stays: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,26 +133,32 @@ class Supervisor:
     def _stop(self) -> list[int]:
         """Ends every process that this run has started; returns the pids that would not end."""
         signals_before = len(self._signals)
-        self._terminate()
+        told = self._terminate(set())
         deadline = time.monotonic() + _TERMINATE_LIMIT_S
         while descendants(self._not_ours) and time.monotonic() < deadline:
             if len(self._signals) > signals_before:
                 break  # a second Ctrl-C: no more patience
             time.sleep(_POLL_S)
+            told = self._terminate(told)
         try:
             return kill_all(self._own_pids(), self._not_ours, _KILL_LIMIT_S)
         finally:
             for running in self._running:
                 running.process.poll()
 
-    def _terminate(self) -> None:
-        """SIGTERM to the roles and to adopted orphans; a living role ends its own children itself."""
+    def _terminate(self, told: set[int]) -> set[int]:
+        """SIGTERM, once, to the roles and to orphans adopted since; a living role ends its own children.
+
+        Returns the pids that have been told so far.
+        """
         for child in psutil.Process().children():
-            if child.pid not in self._not_ours:
+            if child.pid not in self._not_ours | told:
                 try:
                     child.terminate()
                 except psutil.NoSuchProcess:
                     continue
+                told = told | {child.pid}
+        return told
 
     def _own_pids(self) -> set[int]:
         return {running.process.pid for running in self._running}
