@@ -1,0 +1,152 @@
+"""The Megatron-Core model of an architecture on a mesh. The only file that constructs GPTModel."""
+
+import warnings
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.actor.torch_backend import TorchBackend, TorchRMSNorm
+from minpro_megatron.parallel.mesh import Mesh
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_model(architecture: Architecture, mesh: Mesh, dtype: torch.dtype) -> list[GPTModel]:
+    """This rank's model chunks (one, or `virtual_pipeline` of them), with uninitialised weights: load some before use.
+
+    Raises ValueError where the architecture cannot be cut as the mesh says.
+    """
+    _refuse_uneven_cuts(architecture, mesh)
+    config = transformer_config(architecture, mesh, dtype)
+    chunks = mesh.config.virtual_pipeline
+    return [_build_chunk(architecture, mesh, config, chunk if chunks > 1 else None) for chunk in range(chunks)]
+
+
+def transformer_config(architecture: Architecture, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+    parallel = mesh.config
+    mixture = {}
+    if architecture.num_experts:
+        mixture = dict(
+            num_moe_experts=architecture.num_experts,
+            moe_router_topk=architecture.num_experts_per_token,
+            moe_ffn_hidden_size=architecture.expert_ffn_hidden_size,
+            moe_router_pre_softmax=False,  # softmax over the chosen experts' logits = norm_topk_prob
+            moe_router_dtype="fp32",
+            moe_router_load_balancing_type="none",  # reinforcement learning keeps the router free of an aux loss
+            moe_token_dispatcher_type="alltoall",
+            moe_grouped_gemm=False,
+        )
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        perform_initialization=False,  # weights always come from a checkpoint
+        calculate_per_token_loss=True,  # gradients are divided by the mini-batch's token count, once
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        moe_permute_fusion=False,
+        batch_p2p_comm=True,
+        **mixture,
+    )
+
+
+def _refuse_uneven_cuts(architecture: Architecture, mesh: Mesh) -> None:
+    parallel = mesh.config
+    rules = [
+        ("tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
+        ("tensor", parallel.tensor, "num_key_value_heads", architecture.num_query_groups),
+        ("tensor", parallel.tensor, "padded vocabulary", architecture.padded_vocab_size),
+        ("pipeline x virtual_pipeline", parallel.pipeline * parallel.virtual_pipeline, "layers", architecture.num_layers),
+    ]
+    if architecture.num_experts:
+        rules.append(("expert", parallel.expert, "num_experts", architecture.num_experts))
+        rules.append(("expert_tensor", parallel.expert_tensor, "moe_intermediate_size", architecture.expert_ffn_hidden_size))
+    elif parallel.expert > 1:
+        raise ValueError(f"parallel.expert = {parallel.expert}: {architecture.name} has no experts; set it to 1")
+    for axis, degree, what, size in rules:
+        if size % degree:
+            raise ValueError(f"parallel.{axis} = {degree} must divide the model's {what} = {size}")
+
+
+def _build_chunk(architecture: Architecture, mesh: Mesh, config: TransformerConfig, chunk: int | None) -> GPTModel:
+    last_chunk = chunk is None or chunk == mesh.config.virtual_pipeline - 1
+    with warnings.catch_warnings():
+        # GPTModel announces a successor (HybridModel) that does not build Qwen3 in this release
+        warnings.simplefilter("ignore")
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, mesh, chunk),
+            vocab_size=architecture.padded_vocab_size,
+            max_sequence_length=0,  # used by learned positions only
+            pre_process=mesh.is_first_pipeline_stage and chunk in (None, 0),
+            post_process=mesh.is_last_pipeline_stage and last_chunk,
+            position_embedding_type="rope",
+            rotary_base=int(architecture.rope_theta),
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            parallel_output=True,
+            pg_collection=mesh.groups,
+            vp_stage=chunk,
+        )
+    return model.to(mesh.device)
+
+
+def _block_spec(config: TransformerConfig, mesh: Mesh, chunk: int | None) -> TransformerBlockSubmodules:
+    backend = TorchBackend()
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchRMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_linear(),
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=TorchRMSNorm,
+                    k_layernorm=TorchRMSNorm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=TorchRMSNorm,
+            cross_attention=IdentityOp,
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=config.num_moe_experts),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=mesh.pipeline.rank())
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TorchRMSNorm)

@@ -1,0 +1,160 @@
+"""Megatron layers in plain torch: what Transformer Engine provides on GPUs, for machines without it.
+
+Shapes: T tokens this rank holds of a packed row, H query heads, G query groups (key/value heads), D head dim,
+N sequences in the row, Q and K the longest padded query and key runs of a sequence.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from minpro_megatron.batching.shards import context_shard
+
+
+class TorchRMSNorm(torch.nn.Module):
+    """RMSNorm computed in float32. Marks its weight for megatron's gradient sum over sequence-parallel ranks,
+    which torch's own module cannot do (megatron's wrapper of it refuses sequence parallelism)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), self.weight.float(), self.eps)
+        return normed.to(hidden.dtype)
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """Index tensors between a packed row's tokens and [sequence, position] blocks; -1 never occurs: padding points
+    at token 0, and what attention computes there is dropped (queries) or masked (keys)."""
+
+    query_index_NQ: Tensor  # into this rank's T tokens
+    query_slot_T: Tensor  # into the flattened [N * Q] block
+    key_index_NK: Tensor  # into the C * T tokens gathered from the context ranks, rank after rank
+    mask_N1QK: Tensor | None  # None: plain causal attention
+
+
+def padded_layout(lengths: list[int], context_size: int, context_rank: int, device: torch.device) -> PaddedLayout:
+    """The layout of a packed row with sequences of `lengths` (padded), as context rank `context_rank` holds it."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    held = [context_shard(lengths, context_size, rank) for rank in range(context_size)]
+    mine = held[context_rank]
+    sequence = np.searchsorted(starts, mine, side="right") - 1
+    counts = np.asarray(lengths) // context_size
+    first = np.concatenate([[0], np.cumsum(counts)])[:-1]
+    slot = np.arange(len(mine)) - first[sequence]  # place among this rank's tokens of the sequence
+    num_sequences, width = len(lengths), int(counts.max())
+    query_index = np.zeros((num_sequences, width), dtype=np.int64)
+    query_index[sequence, slot] = np.arange(len(mine))
+    query_position = np.full((num_sequences, width), -1)
+    query_position[sequence, slot] = mine - starts[sequence]
+
+    gathered = np.concatenate(held)
+    key_sequence = np.searchsorted(starts, gathered, side="right") - 1
+    key_index = np.zeros((num_sequences, max(lengths)), dtype=np.int64)
+    key_index[key_sequence, gathered - starts[key_sequence]] = np.arange(len(gathered))
+
+    mask = None
+    if context_size > 1:
+        visible = np.arange(max(lengths))[None, None, :] <= np.maximum(query_position, 0)[:, :, None]
+        mask = torch.from_numpy(visible[:, None]).to(device)
+    return PaddedLayout(
+        query_index_NQ=torch.from_numpy(query_index).to(device),
+        query_slot_T=torch.from_numpy(sequence * width + slot).to(device),
+        key_index_NK=torch.from_numpy(key_index).to(device),
+        mask_N1QK=mask,
+    )
+
+
+class _GatherAcrossRanks(torch.autograd.Function):
+    """[T, ...] on every rank -> [ranks * T, ...], rank after rank; backward sums each rank's part over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous()
+        local = gradient.new_empty(gradient.shape[0] // ctx.group.size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(local, gradient, group=ctx.group)
+        return local, None
+
+
+class TorchAttention(MegatronModule):
+    """Causal attention inside each sequence of a packed row, with context parallelism by gathering keys and values.
+
+    Sequences are laid out in a padded block for torch's scaled_dot_product_attention. Right padding needs no mask:
+    under causality no real token sees it.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, pg_collection: Any = None, **unused: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.context_group: dist.ProcessGroup = pg_collection.cp
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query_THD: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        assert packed_seq_params is not None and attention_mask is None, "rows are always packed (thd)"
+        layout = self._layout(packed_seq_params)
+        key_value = torch.stack([key_TGD, value_TGD], dim=1)
+        if self.context_group.size() > 1:
+            key_value = _GatherAcrossRanks.apply(key_value, self.context_group)
+        key, value = key_value[layout.key_index_NK].permute(2, 0, 3, 1, 4)  # each [N, G, K, D]
+        query = query_THD[layout.query_index_NQ].transpose(1, 2)  # [N, H, Q, D]
+        out_NHQD = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=layout.mask_N1QK,
+            is_causal=layout.mask_N1QK is None,
+            scale=self.softmax_scale,
+            enable_gqa=True,
+        )
+        return out_NHQD.transpose(1, 2).flatten(0, 1)[layout.query_slot_T].flatten(1)
+
+    def _layout(self, packed: PackedSeqParams) -> PaddedLayout:
+        """Computed by the first layer that sees the row, kept with the row for the others."""
+        layout = getattr(packed, "padded_layout", None)
+        if layout is None:
+            lengths = torch.diff(packed.cu_seqlens_q_padded).tolist()
+            device = packed.cu_seqlens_q_padded.device
+            layout = padded_layout(lengths, self.context_group.size(), self.context_group.rank(), device)
+            packed.padded_layout = layout  # type: ignore[attr-defined]
+        return layout
+
+
+class TorchBackend(LocalSpecProvider):
+    """The layer modules of this backend, for megatron's spec builders."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        return TorchRMSNorm
+
+    def core_attention(self) -> type:
+        return TorchAttention

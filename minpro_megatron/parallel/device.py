@@ -1,0 +1,135 @@
+"""Where a rank computes: the CUDA device it was given, or the CPU, on which Megatron-Core must first be told so.
+
+Megatron-Core writes `device="cuda"` and `torch.cuda.current_device()` all over. On a machine without a GPU those
+places are redirected to the CPU, once per process, by replacing the named functions of torch. Nothing is replaced
+where the run's device is CUDA.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like", "randn")
+_installed = False
+
+
+def select_device(name: str) -> torch.device:
+    """The torch device of this rank for the setting `device`: "cpu", or "cuda" with torchrun's LOCAL_RANK."""
+    if name == "cpu":
+        install_cpu_device()
+        return CPU
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def process_group_backend(device: torch.device) -> str:
+    return "gloo" if device.type == "cpu" else "nccl"
+
+
+def install_cpu_device() -> None:
+    """Make the calls that Megatron-Core aims at CUDA act on the CPU in this process. Safe to call twice."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _redirect_tensor_methods()
+    _redirect_cuda_module()
+    dist.all_to_all_single = _all_to_all_with_list_splits(dist.all_to_all_single)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # pinning is a property of CUDA's driver
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _redirect_tensor_methods() -> None:
+    tensor_type = torch.Tensor.type
+
+    def cuda_type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Megatron's optimizers sort parameters by "torch.cuda.FloatTensor" and refuse any other name.
+        name = tensor_type(self, *args, **kwargs)
+        return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) and not args and not kwargs else name
+
+    tensor: Any = torch.Tensor
+    tensor.type = cuda_type_name
+    tensor.pin_memory = tensor.cuda = lambda self, *args, **kwargs: self
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, *args, **kwargs: self
+
+
+class _NoStream:
+    """A stream or event on a device that runs everything in order: there is nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> "_NoStream":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        return None
+
+    def query(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Callable:
+        if name not in ("wait", "wait_stream", "wait_event", "record", "record_event", "synchronize"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+
+class _DefaultGenerators:
+    """Indexed by a device (torch.cuda.default_generators[i]), always the CPU's generator."""
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+def _redirect_cuda_module() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.Stream = cuda.Event = _NoStream
+    for name in ("current_stream", "default_stream", "stream"):
+        setattr(cuda, name, lambda *args, **kwargs: _NoStream())
+    for name in ("set_device", "synchronize", "_lazy_init"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    for name in ("range_push", "range_pop"):
+        setattr(cuda.nvtx, name, lambda *args, **kwargs: None)
+    cuda._lazy_call = lambda function, **kwargs: function()
+    cuda.manual_seed = torch.manual_seed
+    cuda.default_generators = _DefaultGenerators()
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _all_to_all_with_list_splits(all_to_all_single: Callable) -> Callable:
+    """Megatron's token dispatcher passes split sizes as tensors, which NCCL's wrapper takes and gloo's does not."""
+
+    @functools.wraps(all_to_all_single)
+    def call(output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **rest: Any) -> Any:
+        def as_list(sizes: Any) -> Any:
+            return sizes.tolist() if torch.is_tensor(sizes) else sizes
+
+        return all_to_all_single(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **rest)
+
+    return call

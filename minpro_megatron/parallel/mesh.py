@@ -1,0 +1,116 @@
+"""The mesh of trainer ranks: process groups by axis, as Megatron-Core made them.
+
+This is the only place that reads megatron's global `parallel_state`; everything else takes a Mesh or a group.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.parallel.device import process_group_backend, select_device
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the mesh. Groups carry their own size and rank: `mesh.tensor.size()`."""
+
+    config: ParallelConfig
+    device: torch.device
+    groups: ProcessGroupCollection
+    tensor: dist.ProcessGroup
+    context: dist.ProcessGroup
+    tensor_and_context: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    data: dist.ProcessGroup
+    expert: dist.ProcessGroup
+    expert_tensor: dist.ProcessGroup
+    expert_data: dist.ProcessGroup
+    control: dist.ProcessGroup  # all ranks over gloo, for Python objects
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def is_first_pipeline_stage(self) -> bool:
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_pipeline_stage(self) -> bool:
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    def from_rank_0(self, value: T | None) -> T:
+        """Rank 0's `value` on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return cast(T, box[0])
+
+    def from_all_ranks(self, value: T) -> list[T]:
+        """Every rank's `value`, in rank order, on every rank."""
+        gathered: list[T | None] = [None] * self.control.size()
+        dist.all_gather_object(gathered, value, group=self.control)
+        return cast(list[T], gathered)
+
+
+@contextmanager
+def open_mesh(
+    config: ParallelConfig, device_name: str, seed: int, init_method: str = "env://", timeout_s: float = 1800, **where: int
+) -> Iterator[Mesh]:
+    """Join the process group and lay the mesh over it; leaves both at the end.
+
+    `where` is rank= and world_size= where the environment does not tell them. `seed` fixes Megatron's random state.
+    Raises ValueError if the number of processes is not `config.world_size`.
+    """
+    device = select_device(device_name)
+    dist.init_process_group(
+        process_group_backend(device), init_method=init_method, timeout=timedelta(seconds=timeout_s), **where
+    )
+    try:
+        if dist.get_world_size() != config.world_size:
+            raise ValueError(
+                f"parallel: tensor x pipeline x context x data = {config.world_size} ranks are needed, "
+                f"{dist.get_world_size()} were started"
+            )
+        yield _lay_mesh(config, device, seed)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Mesh(
+        config=config,
+        device=device,
+        groups=groups,
+        tensor=groups.tp,
+        context=groups.cp,
+        tensor_and_context=groups.tp_cp,
+        pipeline=groups.pp,
+        data=groups.dp,
+        expert=groups.ep,
+        expert_tensor=groups.expt_tp,
+        expert_data=groups.expt_dp,
+        control=dist.new_group(backend="gloo"),
+    )

@@ -1,0 +1,98 @@
+"""What a Hugging Face config.json says about the model, in one frozen record, for the architectures we know."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VOCABULARY_MULTIPLE = 128  # fixed whatever the mesh, so that a checkpoint fits every tensor degree up to 128
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a Qwen3 dense or Qwen3-MoE model. `num_experts` is 0 for a dense one."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    num_experts: int
+    num_experts_per_token: int
+    expert_ffn_hidden_size: int
+    vocab_size: int
+    rope_theta: float
+    norm_epsilon: float
+    tied_embeddings: bool
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def read_architecture(hf_path: str | Path) -> Architecture:
+    """The architecture of the Hugging Face folder `hf_path`.
+
+    Raises ValueError if it is not one we know, or uses a feature that would silently compute something else.
+    """
+    path = Path(hf_path) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model.hf_path = {hf_path}: there is no config.json; give a Hugging Face model folder")
+    config = json.loads(path.read_text())
+    names = config.get("architectures") or ["none"]
+    if names[0] not in _READERS:
+        raise ValueError(f"{path}: architectures = {names[0]!r} is not known; known: {', '.join(_READERS)}")
+    _refuse_unsupported(path, config)
+    return _READERS[names[0]](config)
+
+
+def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"{path}: rope type {rope!r} is not supported; only the default rotary embedding is")
+    for field, wanted in {"attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}.items():
+        if config.get(field, wanted) != wanted:
+            raise ValueError(f"{path}: {field} = {config[field]!r} is not supported; only {wanted!r} is")
+
+
+def _qwen3(config: dict[str, Any]) -> Architecture:
+    rope = config.get("rope_parameters") or {}
+    return Architecture(
+        name=config["architectures"][0],
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config["num_key_value_heads"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_experts=0,
+        num_experts_per_token=0,
+        expert_ffn_hidden_size=0,
+        vocab_size=config["vocab_size"],
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 1e6),
+        norm_epsilon=config["rms_norm_eps"],
+        tied_embeddings=config.get("tie_word_embeddings", False),
+    )
+
+
+def _qwen3_moe(config: dict[str, Any]) -> Architecture:
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise ValueError("config.json: decoder_sparse_step != 1 or mlp_only_layers: every layer must be an MoE layer")
+    if not config.get("norm_topk_prob", False):
+        raise ValueError("config.json: norm_topk_prob = false is not supported; every released Qwen3-MoE sets true")
+    dense = _qwen3({**config, "intermediate_size": config.get("intermediate_size") or config["moe_intermediate_size"]})
+    # transformers 5 writes num_local_experts where the released checkpoints say num_experts
+    num_experts = config.get("num_experts") or config["num_local_experts"]
+    return Architecture(
+        **{
+            **vars(dense),
+            "num_experts": num_experts,
+            "num_experts_per_token": config["num_experts_per_tok"],
+            "expert_ffn_hidden_size": config["moe_intermediate_size"],
+        }
+    )
+
+
+_READERS = {"Qwen3ForCausalLM": _qwen3, "Qwen3MoeForCausalLM": _qwen3_moe}

@@ -1,0 +1,72 @@
+"""This rank's parameters under their global names, and loading them from Hugging Face tensors."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.weights.table import Entry, entries
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+
+
+def global_parameters(chunks: Sequence[torch.nn.Module], num_experts: int, mesh: Mesh) -> dict[str, torch.nn.Parameter]:
+    """{global Megatron name: this rank's shard} over its model chunks (unwrapped GPTModels).
+
+    A stage numbers its layers, and a rank its experts, from 0; here both count over the whole model.
+    """
+    first_expert = mesh.expert.rank() * (num_experts // mesh.expert.size())
+    named = {}
+    for chunk in chunks:
+        layers = chunk.decoder.layers  # type: ignore[union-attr]
+        for name, parameter in chunk.named_parameters():
+            # megatron counts layer_number from 1
+            name = _LAYER.sub(lambda match: f"decoder.layers.{layers[int(match[1])].layer_number - 1}.", name)
+            name = _EXPERT.sub(lambda match: f".local_experts.{first_expert + int(match[1])}.", name)
+            named[name] = parameter
+    return named
+
+
+def axis_rank_and_size(entry: Entry, mesh: Mesh) -> tuple[int, int]:
+    group = mesh.tensor if entry.axis == "tensor" else mesh.expert_tensor
+    return group.rank(), group.size()
+
+
+@torch.no_grad()
+def load_hf_tensors(
+    chunks: Sequence[torch.nn.Module], architecture: Architecture, mesh: Mesh, read: Callable[[str], Tensor]
+) -> None:
+    """Fill this rank's parameters; `read(name)` returns a HF tensor.
+
+    Raises ValueError if a parameter stays without a value or a shape does not fit: no weight is left random.
+    """
+    parameters = global_parameters(chunks, architecture.num_experts, mesh)
+    missing = set(parameters)
+    for entry in entries(architecture):
+        parameter = parameters.get(entry.megatron)
+        if parameter is None and architecture.tied_embeddings and entry.layer is None:
+            parameter = _tied_output(parameters, entry)
+        if parameter is None:
+            continue
+        full = entry.split.join([read(name) for name in entry.hf])
+        shard = entry.split.shard(full, *axis_rank_and_size(entry, mesh))
+        if shard.shape != parameter.shape:
+            raise ValueError(
+                f"{' + '.join(entry.hf)}: shape {tuple(shard.shape)} of this rank's shard does not fit "
+                f"{entry.megatron} {tuple(parameter.shape)}; does config.json belong to these weights?"
+            )
+        parameter.copy_(shard)
+        missing.discard(entry.megatron)
+        if architecture.tied_embeddings and entry.megatron.startswith("embedding."):
+            missing.discard("output_layer.weight")
+    if missing:
+        raise ValueError(f"no Hugging Face tensor maps to {', '.join(sorted(missing))}")
+
+
+def _tied_output(parameters: dict[str, torch.nn.Parameter], entry: Entry) -> torch.nn.Parameter | None:
+    """On a last pipeline stage apart from the first, a tied model keeps its own copy of the embedding."""
+    return parameters.get("output_layer.weight") if entry.megatron.startswith("embedding.") else None
