@@ -1,0 +1,264 @@
+"""The control plane of rollout servers, blocking: what the trainer's rank 0 does to publish weights."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import msgspec
+import requests
+
+from minpro_megatron.records import ServerAddress
+
+
+class ControlError(RuntimeError):
+    """A server refused or failed a control request; the message names server, request and reason."""
+
+
+class WeightsChecksum(msgspec.Struct, frozen=True, kw_only=True):
+    """Checksums of the weights a server holds: one for the whole server, one for each tensor of each rank."""
+
+    engine: str
+    tensors: list[dict[str, str]]
+
+
+class GreedyAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A greedy continuation with the log-probs of its tokens, at temperature 1 over the whole vocabulary."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    policy_version: int
+
+
+class ServerControl:
+    """Control requests to one server. Each raises ControlError unless the server reports success.
+
+    With `vocabulary_size` given, prompts are checked against it: a larger token id would end the server.
+    One thread at a time may use an object.
+    """
+
+    def __init__(
+        self, address: ServerAddress, timeout_s: float = 600.0, vocabulary_size: int | None = None
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._vocabulary_size = vocabulary_size
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy has no business between trainer and server
+        # Minutes pass between two publications; a kept connection might be closed under a request, and most
+        # of these requests cannot be sent twice.
+        self._session.headers["Connection"] = "close"
+
+    def close(self) -> None:
+        self._session.close()
+
+    def pause_generation(self, mode: Literal["in_place", "retract", "abort"]) -> None:
+        """Stops generating; new requests wait. `in_place` keeps the KV cache of running requests."""
+        self._post("pause_generation", {"mode": mode})
+
+    def continue_generation(self) -> None:
+        self._post("continue_generation", {})
+
+    def flush_cache(self) -> None:
+        """Empties the prefix cache. The server refuses while requests run or are paused `in_place`."""
+        self._post("flush_cache", {})
+
+    def init_weights_update_group(
+        self,
+        *,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
+    ) -> None:
+        """Joins the group as ranks rank_offset .. rank_offset + tensor_parallel - 1.
+
+        Blocks until all `world_size` members have come: call it on all servers at once (`start_for_all`)
+        while the trainer joins as rank 0.
+        """
+        fields = {"master_address": master_address, "master_port": master_port, "rank_offset": rank_offset}
+        fields |= {"world_size": world_size, "group_name": group_name, "backend": backend}
+        self._post("init_weights_update_group", fields)
+
+    def destroy_weights_update_group(self, *, group_name: str) -> None:
+        self._post("destroy_weights_update_group", {"group_name": group_name})
+
+    def begin_weight_update(self) -> None:
+        self._post("begin_weight_update", {})
+
+    def update_weights_from_distributed(
+        self,
+        *,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str,
+        weight_version: int,
+        load_format: Literal["flattened_bucket"] | None = None,
+        flush_cache: bool = False,
+    ) -> None:
+        """Receives the named tensors by broadcast from rank 0 of the group; blocks until they have come.
+
+        Names are Hugging Face's. An unknown name is accepted without effect: compare `weights_checksum`.
+        """
+        if not len(names) == len(dtypes) == len(shapes):
+            raise ValueError(
+                f"names, dtypes, shapes: lengths {len(names)}, {len(dtypes)}, {len(shapes)} must agree"
+            )
+        fields = {"names": list(names), "dtypes": list(dtypes), "shapes": [list(shape) for shape in shapes]}
+        fields |= {
+            "group_name": group_name,
+            "weight_version": str(weight_version),
+            "flush_cache": flush_cache,
+        }
+        if load_format is not None:
+            fields["load_format"] = load_format
+        self._post("update_weights_from_distributed", fields)
+
+    def end_weight_update(self) -> None:
+        self._post("end_weight_update", {})
+
+    def update_weights_from_disk(
+        self, *, model_path: str, weight_version: int, flush_cache: bool = True
+    ) -> None:
+        """Loads a Hugging Face folder that the server can read; needs no begin and end around it."""
+        fields = {"model_path": model_path, "weight_version": str(weight_version), "flush_cache": flush_cache}
+        self._post("update_weights_from_disk", fields)
+
+    def weights_checksum(self) -> WeightsChecksum:
+        """What the server computes over the weights it holds now."""
+        answer = self._post("weights_checker", {"action": "checksum"})
+        try:
+            tensors = [rank["checksums"] for rank in answer["ranks"]]
+            found = {"engine": answer["per_engine_checksum"], "tensors": tensors}
+            return msgspec.convert(found, WeightsChecksum)
+        except (KeyError, TypeError, msgspec.ValidationError) as error:
+            raise self._error("weights_checker", f"unexpected answer: {error}") from None
+
+    def model_info(self) -> dict[str, Any]:
+        """The server's description of its model; answers even while generation is paused."""
+        return self._request("GET", "model_info", None)
+
+    def policy_version(self) -> int:
+        """The version of the weights the server holds, by its own account."""
+        version = self.model_info().get("weight_version")
+        try:
+            return int(str(version))
+        except ValueError:
+            raise self._error("model_info", f"weight_version = {version!r} is no policy version") from None
+
+    def generate_greedy(self, token_ids: Sequence[int], num_tokens: int) -> GreedyAnswer:
+        """Exactly `num_tokens` greedy tokens after the prompt. Waits for as long as generation is paused."""
+        size = self._vocabulary_size
+        wrong = [token for token in token_ids if token < 0 or (size is not None and token >= size)]
+        if wrong or not token_ids:
+            raise ValueError(
+                f"prompt token ids {wrong or 'are none'}: they must lie within the vocabulary of {size}"
+            )
+        parameters = {"max_new_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True}
+        request = {
+            "input_ids": list(map(int, token_ids)),
+            "sampling_params": parameters,
+            "return_logprob": True,
+        }
+        answer = self._post("generate", request)
+        try:
+            meta = answer["meta_info"]
+            greedy = msgspec.convert(
+                {
+                    "token_ids": answer["output_ids"],
+                    "log_probs": [entry[0] for entry in meta["output_token_logprobs"]],
+                    "policy_version": int(meta["weight_version"]),
+                },
+                GreedyAnswer,
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise self._error("generate", f"unexpected answer: {error}") from None
+        if not len(greedy.token_ids) == len(greedy.log_probs) == num_tokens:
+            raise self._error(
+                "generate",
+                f"{len(greedy.token_ids)} tokens, {len(greedy.log_probs)} log-probs instead of {num_tokens}",
+            )
+        return greedy
+
+    def _post(self, endpoint: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return self._request("POST", endpoint, fields)
+
+    def _request(self, method: str, endpoint: str, fields: Mapping[str, Any] | None) -> dict[str, Any]:
+        try:
+            response = self._session.request(
+                method, f"{self.address.url}/{endpoint}", json=fields, timeout=(10, self._timeout_s)
+            )
+        except requests.RequestException as error:
+            raise self._error(endpoint, f"no answer: {error}") from None
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = {"message": response.text.strip()}
+        if not isinstance(answer, dict):
+            answer = {"message": str(answer)}
+        if response.status_code != 200 or answer.get("success") is False:
+            reason = answer.get("error") or answer.get("message") or response.reason
+            reason = reason.get("message", reason) if isinstance(reason, dict) else reason
+            raise self._error(endpoint, f"status {response.status_code}: {str(reason)[:500]}")
+        return answer
+
+    def _error(self, endpoint: str, reason: str) -> ControlError:
+        return ControlError(f"server {self.address.index} at {self.address.url}, {endpoint}: {reason}")
+
+
+class PendingCalls:
+    """Control requests that are under way, one for each server."""
+
+    def __init__(self, executor: ThreadPoolExecutor, futures: Sequence[Future[Any]]) -> None:
+        self._executor = executor
+        self._futures = futures
+
+    def wait(self) -> list[Any]:
+        """The results in the servers' order. Raises one ControlError with the message of every failure."""
+        failures = [future.exception() for future in self._futures]
+        self._executor.shutdown()
+        for failure in failures:
+            if failure is not None and not isinstance(failure, ControlError):
+                raise failure
+        messages = [str(failure) for failure in failures if failure is not None]
+        if messages:
+            raise ControlError("; ".join(messages))
+        return [future.result() for future in self._futures]
+
+
+def start_for_all(
+    controls: Sequence[ServerControl],
+    method: str,
+    *,
+    per_server: Sequence[Mapping[str, Any]] | None = None,
+    **arguments: Any,
+) -> PendingCalls:
+    """Calls `method` on every server in threads; `per_server` holds arguments that differ between servers.
+
+    For requests that the trainer must take part in: start, broadcast, then `wait()`.
+    """
+    own = [{} for _ in controls] if per_server is None else list(per_server)
+    if len(own) != len(controls):
+        raise ValueError(f"per_server has {len(own)} entries for {len(controls)} servers")
+    executor = ThreadPoolExecutor(max_workers=max(1, len(controls)), thread_name_prefix="server-control")
+    calls = [
+        executor.submit(getattr(control, method), **arguments, **extra)
+        for control, extra in zip(controls, own, strict=True)
+    ]
+    return PendingCalls(executor, calls)
+
+
+def for_all(
+    controls: Sequence[ServerControl],
+    method: str,
+    *,
+    per_server: Sequence[Mapping[str, Any]] | None = None,
+    **arguments: Any,
+) -> list[Any]:
+    """`method` of every server at once; the results in the servers' order.
+
+    >>> for_all(controls, "pause_generation", mode="retract")  # doctest: +SKIP
+    """
+    return start_for_all(controls, method, per_server=per_server, **arguments).wait()

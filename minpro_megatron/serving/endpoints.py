@@ -1,0 +1,47 @@
+"""Where the rollout servers listen: `run_dir/endpoints/server-<index>.json`, from serve to collect."""
+
+from pathlib import Path
+
+import msgspec
+
+from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.records import ServerAddress
+
+
+class _Endpoint(ServerAddress):
+    """A server's address and the incarnation of the run that started it: older files do not count."""
+
+    incarnation: int
+
+
+def endpoint_file(run_dir: Path, index: int) -> Path:
+    return Path(run_dir) / "endpoints" / f"server-{index}.json"
+
+
+def write_server_address(run_dir: Path, address: ServerAddress, incarnation: int) -> None:
+    """States that the server is ready for requests."""
+    endpoint = _Endpoint(**msgspec.structs.asdict(address), incarnation=incarnation)
+    replace_file(endpoint_file(run_dir, address.index), msgspec.json.encode(endpoint).decode() + "\n")
+
+
+def remove_server_addresses(run_dir: Path) -> None:
+    """Withdraws every server's address."""
+    for path in (Path(run_dir) / "endpoints").glob("server-*.json"):
+        path.unlink(missing_ok=True)
+
+
+def read_server_addresses(run_dir: Path, count: int, incarnation: int) -> list[ServerAddress]:
+    """The addresses of this incarnation's servers 0 .. count-1 that are ready by now, in order of index."""
+    addresses = []
+    for index in range(count):
+        try:
+            endpoint = msgspec.json.decode(endpoint_file(run_dir, index).read_bytes(), type=_Endpoint)
+        except FileNotFoundError:
+            continue
+        if endpoint.incarnation == incarnation:
+            addresses.append(
+                ServerAddress(
+                    index=endpoint.index, url=endpoint.url, tensor_parallel=endpoint.tensor_parallel
+                )
+            )
+    return addresses

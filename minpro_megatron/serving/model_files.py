@@ -1,0 +1,95 @@
+"""What a rollout server and its clients must know about a Hugging Face checkpoint, read without torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """`vocabulary_size` counts embedding rows: a larger token id in a prompt would end the server."""
+
+    vocabulary_size: int
+    stop_token_ids: tuple[int, ...]
+    max_position_embeddings: int
+
+
+def model_file(hf_path: str, name: str) -> Path:
+    """The file `name` of a checkpoint folder, or of a hub id (downloaded if the cache does not hold it).
+
+    Raises FileNotFoundError naming the setting if there is no such file.
+    """
+    folder = Path(hf_path)
+    if folder.is_dir():
+        path = folder / name
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(hf_path, name))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"model.hf_path = {hf_path!r}: no folder, and {name} did not come from the hub ({error}); "
+                "give an existing folder or a hub id"
+            ) from None
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model.hf_path = {hf_path!r}: the file {name} is missing; export the checkpoint again"
+        )
+    return path
+
+
+def read_model_facts(hf_path: str) -> ModelFacts:
+    """The facts in config.json and, where there is one, generation_config.json.
+
+    The stop tokens are those of both files, as in SGLang: a server would stop at either.
+    Raises ValueError naming file and field for a value that is missing or damaged.
+    """
+    config_path = model_file(hf_path, "config.json")
+    config = _read_object(config_path)
+    try:
+        generation = _read_object(model_file(hf_path, "generation_config.json"))
+    except FileNotFoundError:
+        generation = {}
+    vocabulary_size = _positive(config, "vocab_size", config_path)
+    stop_token_ids = sorted({*_token_ids(config, config_path), *_token_ids(generation, config_path)})
+    if not stop_token_ids:
+        raise ValueError(
+            f"{config_path}: eos_token_id is missing: without a stop token no response could end"
+        )
+    if stop_token_ids[0] < 0 or stop_token_ids[-1] >= vocabulary_size:
+        raise ValueError(
+            f"{config_path}: eos_token_id = {stop_token_ids} must lie within vocab_size = {vocabulary_size}"
+        )
+    return ModelFacts(
+        vocabulary_size=vocabulary_size,
+        stop_token_ids=tuple(stop_token_ids),
+        max_position_embeddings=_positive(config, "max_position_embeddings", config_path),
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _positive(config: dict[str, Any], field: str, path: Path) -> int:
+    value = config.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{path}: {field} = {value!r} must be a positive integer")
+    return value
+
+
+def _token_ids(config: dict[str, Any], path: Path) -> list[int]:
+    value = config.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        raise ValueError(f"{path}: eos_token_id = {value!r} must be a token id or a list of them")
+    return ids
