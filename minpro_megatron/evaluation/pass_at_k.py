@@ -1,0 +1,49 @@
+"""pass@k: the chance that at least one of k samples is right, estimated from n samples a prompt."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PassAtK:
+    """The mean over prompts and its standard error, clustered by prompt; with a single prompt that is 0."""
+
+    mean: float
+    standard_error: float
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The unbiased estimate 1 - C(n - c, k) / C(n, k), arXiv:2107.03374, section 2.1.
+
+    Raises ValueError unless 0 <= num_correct <= num_samples and 1 <= k <= num_samples.
+
+    >>> pass_at_k(num_samples=4, num_correct=1, k=2)
+    0.5
+    """
+    if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
+        raise ValueError(
+            f"num_samples = {num_samples}, num_correct = {num_correct}, k = {k}: "
+            "0 <= num_correct <= num_samples and 1 <= k <= num_samples must hold"
+        )
+    if num_correct == 0:
+        return 0.0
+    # Exact integers, divided once: a product of n floats would lose digits for large n.
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def mean_pass_at_k(num_samples: int, num_correct: Sequence[int], k: int) -> PassAtK:
+    """pass@k over prompts; `num_correct` has one count a prompt, each out of `num_samples`.
+
+    The samples of one prompt depend on each other through the prompt, so the standard error is that of the
+    mean of the prompts' values (arXiv:2411.00640, section 2.2, with equal clusters). Raises ValueError
+    without prompts.
+    """
+    values = [pass_at_k(num_samples, count, k) for count in num_correct]
+    if not values:
+        raise ValueError("num_correct is empty: pass@k needs one prompt at least")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return PassAtK(mean, 0.0)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return PassAtK(mean, math.sqrt(variance / len(values)))
