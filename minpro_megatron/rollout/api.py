@@ -1,0 +1,174 @@
+"""The collector's HTTP interface, which the trainer's rank 0 uses through `minpro_megatron.rollout.feed`.
+
+    GET  /v1/batch/{index}            Batch, or 204: ask again
+    POST /v1/scored                   BehaviorLogProbs
+    POST /v1/consumed/{step}          {"policy_version": v}
+    POST /v1/publish_begin/{version}  PublishLease, or 204: ask again
+    POST /v1/publish_end/{version}
+    POST /v1/finish                   CollectorTotals, or 204: ask again
+
+Records travel as MessagePack. 400: damaged request; 409: out of order or of another incarnation; 500: the
+collector has failed. The body of these is one line of text.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from minpro_megatron import records
+from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.records import BehaviorLogProbs, Record
+from minpro_megatron.rollout.collector import Collector, CollectorFailed, Conflict
+from minpro_megatron.rollout.journal import JournalError
+from minpro_megatron.rollout.protocol import (
+    COLLECTOR_ENDPOINT,
+    INCARNATION_HEADER,
+    LONG_POLL_S,
+    CollectorEndpoint,
+)
+
+log = logging.getLogger(__name__)
+
+# The scores of a large batch: 4096 responses of 20480 tokens are 0.3 GiB.
+MAX_BODY_BYTES = 8 * 2**30
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class _Consumed(msgspec.Struct):
+    policy_version: int
+
+
+class CollectorApi:
+    """Serves a collector, once there is one, to trainers of one incarnation; use inside `async with`.
+
+    It listens before the collector exists, so that a trainer which starts earlier waits and learns of
+    failures.
+    """
+
+    def __init__(
+        self, run_dir: Path, host: str, port: int, incarnation: int, long_poll_s: float = LONG_POLL_S
+    ) -> None:
+        self._run_dir = Path(run_dir)
+        self._host, self._port = host, port
+        self._incarnation = incarnation
+        self._long_poll_s = long_poll_s
+        self._collector: asyncio.Future[Collector] | None = None
+        self._runner: web.AppRunner | None = None
+
+    async def __aenter__(self) -> "CollectorApi":
+        """Raises OSError if the port is taken."""
+        self._collector = asyncio.get_running_loop().create_future()
+        application = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
+        application.router.add_get(r"/v1/batch/{index:\d{1,9}}", self._batch)
+        application.router.add_post("/v1/scored", self._scored)
+        application.router.add_post(r"/v1/consumed/{step:\d{1,9}}", self._consumed)
+        application.router.add_post(r"/v1/publish_begin/{version:\d{1,9}}", self._publish_begin)
+        application.router.add_post(r"/v1/publish_end/{version:\d{1,9}}", self._publish_end)
+        application.router.add_post("/v1/finish", self._finish)
+        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, self._host, self._port).start()
+        host, port = self._runner.addresses[0][:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        endpoint = CollectorEndpoint(url=url, incarnation=self._incarnation)
+        replace_file(self._run_dir / COLLECTOR_ENDPOINT, msgspec.json.encode(endpoint).decode() + "\n")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        (self._run_dir / COLLECTOR_ENDPOINT).unlink(missing_ok=True)
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def serve(self, collector: Collector) -> None:
+        """From now on requests are answered."""
+        assert self._collector is not None
+        self._collector.set_result(collector)
+
+    def fail(self, message: str) -> None:
+        """There will be no collector: tells whoever waits for it."""
+        assert self._collector is not None
+        if not self._collector.done():
+            self._collector.set_exception(CollectorFailed(message))
+            self._collector.exception()  # retrieved: a run without a waiting trainer must not warn about it
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get(INCARNATION_HEADER)
+        if given != str(self._incarnation):
+            return _refusal(
+                409, f"this is incarnation {self._incarnation} of the run, the request is of {given}"
+            )
+        try:
+            return await handler(request)
+        except (ValueError, msgspec.DecodeError) as error:
+            return _refusal(400, str(error))
+        except Conflict as error:
+            return _refusal(409, str(error))
+        except (CollectorFailed, JournalError) as error:
+            return _refusal(500, str(error))
+
+    async def _batch(self, request: web.Request) -> web.Response:
+        collector = await self._ready()
+        if collector is None:
+            return web.Response(status=204)
+        return await _answer(await collector.batch(int(request.match_info["index"]), self._long_poll_s))
+
+    async def _scored(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        scores = await asyncio.to_thread(records.decode, BehaviorLogProbs, body)
+        await (await self._must_be_ready()).scored(scores)
+        return web.Response()
+
+    async def _consumed(self, request: web.Request) -> web.Response:
+        version = msgspec.json.decode(await request.read(), type=_Consumed).policy_version
+        await (await self._must_be_ready()).consumed(int(request.match_info["step"]), version)
+        return web.Response()
+
+    async def _publish_begin(self, request: web.Request) -> web.Response:
+        collector = await self._must_be_ready()
+        return await _answer(
+            await collector.publish_begin(int(request.match_info["version"]), self._long_poll_s)
+        )
+
+    async def _publish_end(self, request: web.Request) -> web.Response:
+        await (await self._must_be_ready()).publish_end(int(request.match_info["version"]))
+        return web.Response()
+
+    async def _finish(self, request: web.Request) -> web.StreamResponse:
+        collector = await self._must_be_ready()
+        totals = await collector.finish(self._long_poll_s)
+        if totals is None:
+            return web.Response(status=204)
+        response = await _answer(totals)
+        await response.prepare(request)
+        await response.write_eof()
+        await collector.totals_delivered()
+        return response
+
+    async def _ready(self) -> Collector | None:
+        assert self._collector is not None
+        done, _ = await asyncio.wait([self._collector], timeout=self._long_poll_s)
+        return self._collector.result() if done else None
+
+    async def _must_be_ready(self) -> Collector:
+        collector = await self._ready()
+        if collector is None:
+            raise Conflict("the collector is still starting; ask for a batch first")
+        return collector
+
+
+async def _answer(record: Record | None) -> web.Response:
+    if record is None:
+        return web.Response(status=204)
+    # In a thread: a large batch takes seconds to encode, and other requests should not wait for it.
+    body = await asyncio.to_thread(records.encode, record)
+    return web.Response(body=body, content_type="application/msgpack")
+
+
+def _refusal(status: int, message: str) -> web.Response:
+    return web.Response(status=status, text=" ".join(message.split()))

@@ -1,0 +1,106 @@
+"""The trainer's side of the collector's HTTP interface, blocking; only the trainer's rank 0 uses it."""
+
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import requests
+
+from minpro_megatron import records
+from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease
+from minpro_megatron.rollout.protocol import (
+    COLLECTOR_ENDPOINT,
+    INCARNATION_HEADER,
+    LONG_POLL_S,
+    CollectorEndpoint,
+)
+
+
+class FeedError(RuntimeError):
+    """The collector refused a request, failed, or is gone; the message is one line with the reason."""
+
+
+class Feed:
+    """What the trainer asks of the collector. A global step with version v, under delay n, is:
+
+        batch(v + n), scored(...), consumed(v, v), publish_begin(v + 1), [publish], publish_end(v + 1)
+
+    Every method blocks until it has its answer and raises FeedError if there will be none.
+    """
+
+    def __init__(self, run_dir: Path | str, incarnation: int, start_timeout_s: float = 120.0) -> None:
+        """Waits until the collector has written its address, at most `start_timeout_s` seconds."""
+        self._run_dir = Path(run_dir)
+        self._session = requests.Session()
+        self._session.trust_env = False
+        self._session.headers[INCARNATION_HEADER] = str(incarnation)
+        # A step takes minutes: a kept connection would often be closed under the next request, and a
+        # request that changes the collector's state cannot be sent again without knowing whether the first
+        # one arrived.
+        self._session.headers["Connection"] = "close"
+        self._url = self._wait_for_endpoint(incarnation, start_timeout_s)
+
+    def _wait_for_endpoint(self, incarnation: int, timeout_s: float) -> str:
+        path = self._run_dir / COLLECTOR_ENDPOINT
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                endpoint = msgspec.json.decode(path.read_bytes(), type=CollectorEndpoint)
+                if endpoint.incarnation == incarnation:
+                    return endpoint.url
+            except FileNotFoundError:
+                pass
+            if time.monotonic() > deadline:
+                raise FeedError(
+                    f"{path}: no collector of incarnation {incarnation} within {timeout_s:g} s; "
+                    f"see its log under {self._run_dir / 'logs'}"
+                )
+            time.sleep(0.1)
+
+    def batch(self, index: int) -> Batch:
+        """The groups that global step `index` consumes, sampled and rewarded."""
+        return records.decode(Batch, self._poll("GET", f"batch/{index}"))
+
+    def scored(self, scores: BehaviorLogProbs) -> None:
+        """Hands in a batch's behavior log-probs, once; without them the batch cannot be consumed."""
+        self._send("POST", "scored", records.encode(scores))
+
+    def consumed(self, step: int, policy_version: int) -> None:
+        """States that step `step` has trained on its batch, begun with the weights of `policy_version`."""
+        self._send("POST", f"consumed/{step}", msgspec.json.encode({"policy_version": policy_version}))
+
+    def publish_begin(self, version: int) -> PublishLease:
+        """Waits until no request of the previous version is in flight; then the servers are the trainer's."""
+        return records.decode(PublishLease, self._poll("POST", f"publish_begin/{version}"))
+
+    def publish_end(self, version: int) -> None:
+        """States that every server of the lease holds `version` and generates again."""
+        self._send("POST", f"publish_end/{version}")
+
+    def finish(self) -> CollectorTotals:
+        """Waits for the last evaluation; the collector ends after its answer."""
+        return records.decode(CollectorTotals, self._poll("POST", "finish"))
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _poll(self, method: str, path: str) -> bytes:
+        while True:
+            response = self._send(method, path)
+            if response.status_code != 204:  # 204: not ready yet, ask again
+                return response.content
+
+    def _send(self, method: str, path: str, body: bytes | None = None) -> requests.Response:
+        try:
+            response = self._session.request(
+                method, f"{self._url}/v1/{path}", data=body, timeout=(10, LONG_POLL_S + 100)
+            )
+        except requests.RequestException as error:
+            self._fail(path, f"the collector at {self._url} does not answer ({type(error).__name__})", error)
+        if response.status_code >= 300:
+            self._fail(path, response.text.strip() or f"status {response.status_code}", None)
+        return response
+
+    def _fail(self, path: str, reason: str, cause: BaseException | None) -> NoReturn:
+        raise FeedError(f"{path}: {reason}; see the log of collect under {self._run_dir / 'logs'}") from cause

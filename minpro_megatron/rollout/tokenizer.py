@@ -1,0 +1,40 @@
+"""Text to token ids and back with the `tokenizers` library alone: transformers' tokenizers import torch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minpro_megatron.serving.model_files import ModelFacts, model_file
+
+
+class TextTokenizer:
+    """The tokenizer of a Hugging Face checkpoint. Raises FileNotFoundError or ValueError if there is none."""
+
+    def __init__(self, hf_path: str, facts: ModelFacts) -> None:
+        path = model_file(hf_path, "tokenizer.json")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
+            raise ValueError(f"{path}: not a tokenizer ({error})") from None
+        # Truncation or padding left in the file would silently change every prompt.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if self._tokenizer.get_vocab_size() > facts.vocabulary_size:
+            raise ValueError(
+                f"{path}: {self._tokenizer.get_vocab_size()} tokens exceed the model's vocab_size = "
+                f"{facts.vocabulary_size}; tokenizer and model do not belong together"
+            )
+        self._stop_token_ids = frozenset(facts.stop_token_ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids of each text, int32, without begin or end tokens: the text is the whole prompt."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def response_text(self, token_ids: np.ndarray) -> str:
+        """What the reward reads: the response without its stop token and other special tokens."""
+        ids = token_ids.tolist()
+        if ids and ids[-1] in self._stop_token_ids:
+            ids.pop()
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
