@@ -29,7 +29,6 @@ class TokenSequence:
     rollout_log_probs: np.ndarray  # float32 [response tokens]
     advantage: float
     first_slot: int  # where the response's tokens start in the batch's flat token array
-    staleness: int  # global steps between sampling and consumption
 
     @property
     def num_tokens(self) -> int:

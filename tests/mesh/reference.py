@@ -56,7 +56,6 @@ def make_sequences(count: int, longest: int, seed: int = 0) -> list[TokenSequenc
                 rollout_log_probs=np.zeros(response, np.float32),
                 advantage=[0.8, -1.1, 0.0, 0.3][index % 4],
                 first_slot=first_slot,
-                staleness=0,
             )
         )
         first_slot += response

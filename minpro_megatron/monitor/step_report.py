@@ -1,0 +1,87 @@
+"""What the trainer tells the world after a global step."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, smallest, total
+from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
+
+SAMPLES_EVERY_STEPS = 10
+HISTOGRAMS_EVERY_STEPS = 10
+
+
+def batch_metrics(batch: Batch, step: int) -> dict[str, Metric]:
+    """The metrics that follow from the groups alone, as global step `step` consumes them."""
+    return merge([_group_metrics(group, step) for group in batch.groups])
+
+
+def _group_metrics(group: CollectedGroup, step: int) -> dict[str, Metric]:
+    rewards = [response.reward for response in group.responses]
+    lengths = [len(response.token_ids) for response in group.responses]
+    truncated = sum(response.finish_reason == "length" for response in group.responses)
+    staleness = step - group.oldest_version
+    count = len(rewards)
+    return {
+        "reward/mean": mean(sum(rewards), count),
+        "reward/accuracy": mean(sum(reward > 0 for reward in rewards), count),
+        "reward/equal_groups": mean(float(len(set(rewards)) == 1), 1),
+        "staleness/min": smallest(staleness),
+        "staleness/mean": mean(staleness, 1),
+        "staleness/max": largest(staleness),
+        "response/length_mean": mean(sum(lengths), count),
+        "response/length_max": largest(max(lengths)),
+        "response/truncated_fraction": mean(truncated, count),
+        "batch/tokens": total(sum(lengths) + count * len(group.issued.prompt_token_ids)),
+    }
+
+
+class StepReport:
+    """Writes a run's steps and evaluations; rank 0 of the trainer holds one."""
+
+    def __init__(self, writer: RunWriter, response_text: Callable[[np.ndarray], str]) -> None:
+        """`response_text` turns a response's token ids into text, for the samples."""
+        self._writer = writer
+        self._response_text = response_text
+        self._evaluated: set[int] = set()
+        self.samples: list[dict] = []  # of the last step that showed any
+
+    def step(self, step: int, scalars: dict[str, float], batch: Batch) -> None:
+        response_tokens = sum(len(response.token_ids) for group in batch.groups for response in group.responses)
+        rates = {
+            "throughput/response_tokens_per_s": response_tokens / scalars["time/step_s"],
+            "throughput/trained_tokens_per_s": scalars["batch/tokens"] / scalars["time/train_s"],
+        }
+        if step % SAMPLES_EVERY_STEPS == 0:
+            self._show_samples(step, batch)
+        if step % HISTOGRAMS_EVERY_STEPS == 0:
+            lengths = [len(response.token_ids) for group in batch.groups for response in group.responses]
+            self._writer.histogram(step, "response/length", np.asarray(lengths))
+        self._writer.scalars(step, scalars | rates)
+
+    def evaluations(self, results: Sequence[EvaluationResult]) -> None:
+        """Writes those results that were not written before."""
+        for result in results:
+            if result.policy_version not in self._evaluated:
+                self._evaluated.add(result.policy_version)
+                scalars = {
+                    "eval/pass_at_1": result.pass_at_1,
+                    "eval/standard_error": result.standard_error,
+                    "eval/response_length_mean": result.mean_response_tokens,
+                }
+                self._writer.scalars(result.policy_version, scalars)
+
+    def _show_samples(self, step: int, batch: Batch) -> None:
+        self.samples = [
+            {
+                "step": step,
+                "prompt": group.issued.prompt.text,
+                "response": self._response_text(group.responses[0].token_ids),
+                "answer": group.issued.prompt.answer,
+                "reward": group.responses[0].reward,
+            }
+            for group in batch.groups[:8]
+        ]
+        lines = [f"- `{sample['prompt']}{sample['response']}` reward {sample['reward']:g}" for sample in self.samples]
+        self._writer.text(step, "samples", "\n".join(lines))

@@ -1,0 +1,106 @@
+"""The role `train`: one rank of the trainer, from its start to the run's export and report."""
+
+import logging
+import sys
+import time
+import warnings
+
+import torch
+
+from minpro_megatron.actor.checkpoint import load_weights
+from minpro_megatron.actor.model import DTYPES, build_model
+from minpro_megatron.actor.policy import Policy
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.report import write_report
+from minpro_megatron.monitor.status import write_status
+from minpro_megatron.monitor.step_report import StepReport
+from minpro_megatron.monitor.summary import summarize, write_summary
+from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.parallel.mesh import Mesh, open_mesh
+from minpro_megatron.records import CollectorTotals
+from minpro_megatron.rollout.feed import Feed, FeedError
+from minpro_megatron.rollout.tokenizer import TextTokenizer
+from minpro_megatron.serving.control import ControlError
+from minpro_megatron.serving.model_files import read_model_facts
+from minpro_megatron.train import Trainer
+from minpro_megatron.weights.architecture import read_architecture
+from minpro_megatron.weights.gather import WeightGatherer
+from minpro_megatron.weights.hf_files import write_hf
+from minpro_megatron.weights.publish import Publisher
+
+BUCKET_BYTES = 512 << 20  # of the publishing broadcasts; rank 0 and every server hold about two buckets at a time
+HF_EXPORT = "hf_export"
+
+
+def run(config: RunConfig, incarnation: int) -> int:
+    """Trains this rank's share of the run. Returns 0 when the run is finished, 1 with a line on stderr if not."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    try:
+        with open_mesh(config.parallel, config.device, config.seed) as mesh:
+            _train(config, incarnation, mesh)
+    except (ValueError, FeedError, ControlError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
+    started = time.monotonic()
+    if config.device == "cpu":
+        torch.set_num_threads(1)  # the ranks are the parallelism
+    first = mesh.rank == 0
+    _say(config, mesh, "loading the model")
+    architecture = read_architecture(config.model.hf_path)
+    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype])
+    load_weights(chunks, architecture, config.model.megatron_path, mesh)
+    policy = Policy(config, architecture, chunks, mesh)
+    gatherer = WeightGatherer(chunks, architecture, mesh)
+    publisher = Publisher(gatherer, mesh, BUCKET_BYTES)
+    _say(config, mesh, "waiting for the first batch")
+    if not first:
+        Trainer(config, mesh, policy, publisher, feed=None, report=None).run()
+        _export(config, gatherer, mesh)
+        return
+    tokenizer = TextTokenizer(config.model.hf_path, read_model_facts(config.model.hf_path))
+    feed = Feed(config.run_dir, incarnation, start_timeout_s=config.server.start_timeout_s)
+    with RunWriter(config.run_dir) as writer:
+        report = StepReport(writer, tokenizer.response_text)
+        trainer = Trainer(config, mesh, policy, publisher, feed=feed, report=report)
+        totals = trainer.run()
+    assert totals is not None, "rank 0 has a feed"
+    _say(config, mesh, "exporting the trained weights")
+    _export(config, gatherer, mesh)
+    _conclude(config, trainer, totals, time.monotonic() - started, report.samples)
+    _say(config, mesh, "finished")
+
+
+def _export(config: RunConfig, gatherer: WeightGatherer, mesh: Mesh) -> None:
+    buckets = gatherer.buckets(BUCKET_BYTES)
+    if mesh.rank == 0:
+        tensors = (pair for bucket in buckets for pair in bucket)
+        write_hf(tensors, config.model.hf_path, config.run_dir / HF_EXPORT)
+    else:
+        for _ in buckets:
+            pass
+
+
+def _conclude(
+    config: RunConfig, trainer: Trainer, totals: CollectorTotals, wall_time_s: float, samples: list[dict]
+) -> None:
+    summary = summarize(
+        config,
+        totals,
+        steps=config.num_global_steps,
+        updates=trainer.updates,
+        wall_time_s=wall_time_s,
+        wall_time_by_phase_s=trainer.seconds,
+        hf_export=config.run_dir / HF_EXPORT,
+    )
+    write_summary(config.run_dir, summary)
+    write_report(config.run_dir, samples)
+
+
+def _say(config: RunConfig, mesh: Mesh, phase: str) -> None:
+    if mesh.rank == 0:
+        write_status(config.run_dir, "train", phase)

@@ -1,0 +1,122 @@
+"""The training loop, as the algorithm reads (DESIGN: delay mode with behavior log-probs under the sampling weights).
+
+All ranks run it together; only rank 0 has a Feed, and what it fetches goes to the others.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minpro_megatron.actor.policy import Policy, learning_rate_at
+from minpro_megatron.batching.sequences import behavior_record, token_sequences
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.metrics import Metric, mean, merge, total, values
+from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.records import Batch, CollectorTotals, PublishLease
+from minpro_megatron.rollout.feed import Feed
+from minpro_megatron.rollout.staleness import sampling_version
+from minpro_megatron.monitor.step_report import StepReport, batch_metrics
+from minpro_megatron.weights.publish import Publisher
+
+PHASES = ("wait_for_batch", "score", "train", "publish")
+
+
+@dataclass
+class Trainer:
+    """One run of the trainer on this rank."""
+
+    config: RunConfig
+    mesh: Mesh
+    policy: Policy
+    publisher: Publisher
+    feed: Feed | None  # rank 0's
+    report: StepReport | None  # rank 0's
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    updates: int = 0
+    _ready: dict[int, tuple[Batch, np.ndarray]] = field(default_factory=dict)  # fetched and scored, by batch index
+
+    def run(self) -> CollectorTotals | None:
+        """Trains through all global steps. Returns the collector's totals on rank 0, None elsewhere.
+
+        Batch k is sampled with version max(0, k - n) and consumed at step k. Its behavior log-probs are computed
+        under the very weights that sampled it: for k <= n before the first update, else right after step k - n, when
+        the trainer is one step ahead of the servers and swaps the sampling weights in once more.
+        """
+        delay = self.config.staleness.delay_steps
+        for index in range(min(delay, self.config.num_global_steps)):
+            self._fetch_and_score(index)
+        for step in range(self.config.num_global_steps):
+            start, before = time.monotonic(), dict(self.seconds)
+            self.policy.keep_sampling_weights()
+            if delay == 0:
+                self._fetch_and_score(step)
+            batch, behavior_log_probs = self._ready.pop(step)
+            metrics = self._train_on(batch, behavior_log_probs, step)
+            if delay > 0 and step + delay < self.config.num_global_steps:
+                with self.policy.sampling_weights():
+                    self._fetch_and_score(step + delay)
+            self._publish(step + 1)
+            spent = {phase: self.seconds[phase] - before[phase] for phase in PHASES}
+            self._write(step, batch, metrics, spent, time.monotonic() - start)
+        totals = self.feed.finish() if self.feed else None
+        if self.report and totals:
+            self.report.evaluations(totals.evaluations)
+        return totals
+
+    def _fetch_and_score(self, index: int) -> None:
+        with self._timed("wait_for_batch"):
+            batch = self.mesh.from_rank_0(self.feed.batch(index) if self.feed else None)
+        with self._timed("score"):
+            sequences = [sequence for group in token_sequences(batch) for sequence in group]
+            log_probs = self.policy.score(sequences)
+            if self.feed:
+                version = sampling_version(index, self.config.staleness.delay_steps)
+                self.feed.scored(behavior_record(batch, version, log_probs))
+        self._ready[index] = (batch, log_probs)
+
+    def _train_on(self, batch: Batch, behavior_log_probs: np.ndarray, step: int) -> dict[str, Metric]:
+        with self._timed("train"):
+            groups = token_sequences(batch, behavior_log_probs)
+            size = self.config.batch.mini_batch_prompts
+            learning_rate = learning_rate_at(self.config.optimizer, step)
+            parts = []
+            for first in range(0, len(groups), size):
+                mini_batch = [sequence for group in groups[first : first + size] for sequence in group]
+                result = self.policy.update(mini_batch, learning_rate)
+                self.updates += 1
+                parts.append(result.metrics)
+                if self.mesh.rank == 0:  # the same on all ranks: stated once
+                    skipped = total(0.0 if result.applied else 1.0)
+                    parts.append({"optimizer/grad_norm": mean(result.grad_norm, 1), "optimizer/skipped_updates": skipped})
+            metrics = merge(self.mesh.from_all_ranks(merge(parts)))
+        if self.feed:
+            self.feed.consumed(step, step)
+        return metrics
+
+    def _publish(self, version: int) -> None:
+        with self._timed("publish"):
+            lease: PublishLease | None = None
+            if self.feed:
+                lease = self.feed.publish_begin(version)
+            self.publisher.publish(lease)
+            if self.feed and self.report and lease:
+                self.feed.publish_end(version)
+                self.report.evaluations(lease.evaluations)
+
+    def _write(
+        self, step: int, batch: Batch, metrics: dict[str, Metric], spent: dict[str, float], step_s: float
+    ) -> None:
+        if not self.report:
+            return
+        times = {f"time/{phase}_s": seconds for phase, seconds in spent.items()} | {"time/step_s": step_s}
+        rate = {"optimizer/learning_rate": learning_rate_at(self.config.optimizer, step)}
+        self.report.step(step, values(metrics | batch_metrics(batch, step)) | times | rate, batch)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[phase] += time.monotonic() - start
