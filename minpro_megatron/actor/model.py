@@ -79,7 +79,10 @@ def transformer_config(architecture: Architecture, mesh: Mesh, dtype: torch.dtyp
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         moe_permute_fusion=False,
-        batch_p2p_comm=True,
+        # Two interleaved stages exchange activations and gradients between the same pair of ranks, and batched
+        # messages of one pair are matched by order: they would be swapped. Overlapped ones go over two groups.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
         **mixture,
     )
 
