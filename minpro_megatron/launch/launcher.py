@@ -18,8 +18,11 @@ from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.progress import Progress, duration
 from minpro_megatron.monitor.summary import RunSummary, read_summary
 
-# Written by roles for each other and for the display; left over from a failed start they would mislead.
-_LEFTOVERS = ("status", "endpoints", "tensorboard", "logs", "metrics.jsonl", "summary.json")
+# What a run that failed while it started may have left: it would mislead this one's roles and display.
+_LEFTOVERS = (
+    "endpoints", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm", "journal.sqlite-wal", "logs",
+    "metrics.jsonl", "report.html", "status", "summary.json", "tensorboard",
+)  # fmt: skip
 
 
 def launch(recipe: str, overrides: list[str]) -> int:
@@ -94,9 +97,7 @@ def closing_lines(outcome: Outcome) -> list[str]:
 def _finish(config: RunConfig) -> int:
     summary = read_summary(config.run_dir)
     if summary is None:
-        print(
-            f"error: all roles exited with 0 but wrote no {config.run_dir / 'summary.json'}", file=sys.stderr
-        )
+        print(f"error: all roles exited with 0 but wrote no {config.run_dir / 'summary.json'}", file=sys.stderr)
         return FAILED
     for line in finished_lines(config, summary, _report(config)):
         print(line)
@@ -104,8 +105,10 @@ def _finish(config: RunConfig) -> int:
 
 
 def _report(config: RunConfig) -> Path | None:
-    """Writes the report; a run that has succeeded does not fail over its pictures."""
+    """The report, written if the trainer has not; a run that has succeeded does not fail over its pictures."""
     try:
+        if (written := config.run_dir / "report.html").exists():
+            return written
         from minpro_megatron.monitor.report import write_report
 
         return write_report(config.run_dir)

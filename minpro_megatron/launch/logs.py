@@ -6,12 +6,15 @@ from pathlib import Path
 
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\s*$")
 _RANK = re.compile(r"^\[rank\d+\]:\s?")  # torch puts it before each line of a rank's traceback
-_COMPLAINT = re.compile(r"\b(ERROR|CRITICAL|FATAL|[A-Z]\w*Error|[Ee]rror:|[Ss]egmentation fault|Killed)\b")
+_COMPLAINT = re.compile(r"\b(ERROR|CRITICAL|FATAL|[A-Z]\w*Error|[Ee]rror:|[Ss]egmentation fault)\b")
 # These are what a process says when another one has already failed: true, but not the cause.
 _CONSEQUENCE = re.compile(
-    r"ChildFailedError|SignalException|KeyboardInterrupt|CancelledError|BrokenPipeError|DistNetworkError"
+    r"SignalException|KeyboardInterrupt|CancelledError|BrokenPipeError|DistNetworkError"
     r"|Connection closed by peer|[Cc]onnection reset by peer|Connect call failed"
 )
+# torchrun's own account of a failed rank: this line names the rank and its status, the rest repeats it.
+_TORCHRUN_VERDICT = re.compile(r"torch/distributed/elastic/.*failed \(exitcode")
+_TORCHRUN_CHATTER = re.compile(r"torch/distributed/(elastic/.*(closing signal|death signal)|run\.py)|^\*{20,}$")
 _NEW_LOG_LINE = re.compile(
     r"\[|[EWIF]\d{4} |\d{4}-\d\d-\d\d|(INFO|WARNING|ERROR|DEBUG)\b|During handling of|The above exception"
 )
@@ -21,11 +24,11 @@ _LINES_AFTER = 5
 
 @dataclass(frozen=True, slots=True)
 class _Traceback:
-    """A traceback's lines: the frames with their heading, the message, and the index of the line after it."""
+    """A traceback's lines: the frames with their heading, the message, and the indices of all of them."""
 
     frames: list[str]
     message: list[str]
-    end: int
+    indices: list[int]
 
     @property
     def is_consequence(self) -> bool:
@@ -33,23 +36,18 @@ class _Traceback:
 
 
 def explanation(log_file: Path, max_lines: int = 20) -> list[str]:
-    """About `max_lines` lines of the log: the last traceback that is a cause and not a consequence; else the
-    lines from the last error on; else the last lines."""
-    lines = _tail(log_file)
+    """About `max_lines` lines of the log: the last traceback that is a cause and not a consequence, with the end
+    of the log where the role outlived it; else the end of the log, with the last error before it."""
+    lines = _without_torchrun(_tail(log_file))
     tracebacks = [_traceback(lines, index) for index, line in enumerate(lines) if _TRACEBACK.search(line)]
     causes = [traceback for traceback in tracebacks if not traceback.is_consequence]
+    consequences = {index for traceback in tracebacks if traceback.is_consequence for index in traceback.indices}
     if causes:
-        after = lines[causes[-1].end :]
-        handled = bool(after) and not any(_CONSEQUENCE.search(line) for line in after)
-        # A traceback that the process outlived may not be why it ended: show the end of the log as well.
-        return _shortened(causes[-1], max_lines) + (["...", *after[-_LINES_AFTER:]] if handled else [])
-    if tracebacks:
-        return tracebacks[-1].message[-max_lines:]  # torchrun names the rank that failed first at the end
-    complaints = [index for index, line in enumerate(lines) if _COMPLAINT.search(line)]
-    start = max(len(lines) - max_lines, 0)
-    if complaints:
-        start = min(start, max(complaints[-1] - 2, 0))
-    return lines[start:][:max_lines]
+        last = causes[-1]
+        after = [lines[index] for index in range(last.indices[-1] + 1, len(lines)) if index not in consequences]
+        return _shortened(last, max_lines) + (["...", *after[-_LINES_AFTER:]] if after else [])
+    told = [line for index, line in enumerate(lines) if index not in consequences]
+    return _end(told or lines, max_lines)
 
 
 def _tail(log_file: Path) -> list[str]:
@@ -64,11 +62,18 @@ def _tail(log_file: Path) -> list[str]:
     return [line.rstrip().split("\r")[-1] for line in text.split("\n") if line.strip()]
 
 
+def _without_torchrun(lines: list[str]) -> list[str]:
+    """The log up to torchrun's verdict; what follows is torchrun's own traceback and says nothing more."""
+    verdicts = [index for index, line in enumerate(lines) if _TORCHRUN_VERDICT.search(line)]
+    kept = lines[: verdicts[-1] + 1] if verdicts else lines
+    return [line for line in kept if not _TORCHRUN_CHATTER.search(line)]
+
+
 def _traceback(lines: list[str], start: int) -> _Traceback:
     """The traceback whose heading is line `start`, without the lines of other ranks in between."""
     rank = _RANK.match(lines[start])
     prefix = rank.group(0).rstrip() if rank else ""
-    frames, message, end = [lines[start]], [], start + 1
+    frames, message, indices = [lines[start]], [], [start]
     for index, line in enumerate(lines[start + 1 :], start + 1):
         if not line.startswith(prefix):
             continue
@@ -76,8 +81,8 @@ def _traceback(lines: list[str], start: int) -> _Traceback:
         if _TRACEBACK.search(bare) or (message and _NEW_LOG_LINE.match(bare)):
             break
         (message if message or not bare.startswith(" ") else frames).append(line)
-        end = index + 1
-    return _Traceback(frames, message, end)
+        indices.append(index)
+    return _Traceback(frames, message, indices)
 
 
 def _shortened(traceback: _Traceback, max_lines: int) -> list[str]:
@@ -88,3 +93,11 @@ def _shortened(traceback: _Traceback, max_lines: int) -> list[str]:
     if len(frames) <= room + 1:
         return [heading, *frames, *message]
     return [heading, f"  ... {len(frames) - room} lines left out ...", *frames[-room:], *message]
+
+
+def _end(lines: list[str], max_lines: int) -> list[str]:
+    complaints = [index for index, line in enumerate(lines) if _COMPLAINT.search(line)]
+    if not complaints or complaints[-1] >= len(lines) - max_lines:
+        return lines[-max_lines:]
+    half = max_lines // 2
+    return [*lines[complaints[-1] :][:half], "...", *lines[-half:]]

@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.roles import gpus_needed
+from minpro_megatron.rollout.journal import FILE_NAME as JOURNAL_FILE
 
 _PROMPT_FIELDS = {"id", "source", "prompt", "answer"}
 _SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a short run
@@ -39,12 +42,7 @@ def _hf_model(config: RunConfig) -> Iterator[str]:
 def is_hub_id(hf_path: str) -> bool:
     """Whether this names a model on the Hugging Face hub rather than a folder that is missing here."""
     owner, separator, name = hf_path.partition("/")
-    return (
-        bool(separator and owner and name)
-        and "/" not in name
-        and owner[0] not in ".~"
-        and not Path(owner).exists()
-    )
+    return bool(separator and owner and name) and "/" not in name and owner[0] not in ".~" and not Path(owner).exists()
 
 
 def _missing_weights(folder: Path) -> str:
@@ -91,15 +89,22 @@ def _first_line_problem(path: Path) -> Iterator[str]:
         yield f"line 1 has no {', '.join(missing)}; each line needs {', '.join(sorted(_PROMPT_FIELDS))}"
 
 
-def has_journal(run_dir: Path) -> bool:
-    """Whether a run has already collected rollouts in this folder."""
-    return any(run_dir.glob("journal*"))
+def holds_a_run(run_dir: Path) -> bool:
+    """Whether the folder's journal has rollouts; that of a run which failed while it started has none."""
+    journal = run_dir / JOURNAL_FILE
+    if not journal.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=rw", uri=True, timeout=0.1)) as database:
+            return database.execute("SELECT EXISTS (SELECT 1 FROM groups)").fetchone()[0] == 1
+    except sqlite3.Error:
+        return True  # in use, or damaged: in any case not ours to throw away
 
 
 def _run_folder(config: RunConfig) -> Iterator[str]:
     if config.run_dir.exists() and not config.run_dir.is_dir():
         yield f"runs_dir/name = {config.run_dir}: this is a file; choose another name=..."
-    elif has_journal(config.run_dir):
+    elif holds_a_run(config.run_dir):
         yield f"name = {config.name}: {config.run_dir} holds an earlier run; give a new name=... or delete it"
     parent = _existing_parent(config.run_dir)
     if not os.access(parent, os.W_OK):
@@ -127,9 +132,7 @@ def _cannot_listen(host: str, port: int) -> str:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # a closed port in TIME_WAIT is free
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed port in TIME_WAIT is free
             listener.bind(address)
             listener.listen()
     except OSError as error:

@@ -85,6 +85,4 @@ def _given(entry: Any) -> str:
 
 
 def _is_recipe(value: object, module_name: str) -> bool:
-    return (
-        inspect.isfunction(value) and value.__module__ == module_name and not value.__name__.startswith("_")
-    )
+    return inspect.isfunction(value) and value.__module__ == module_name and not value.__name__.startswith("_")
