@@ -1,0 +1,62 @@
+# Everything is run with the Python of the virtual environment that set-up makes. To use another folder for it:
+# make MINPRO_VENV=/path/to/venv test
+VENV := $(or $(MINPRO_VENV),.venv)
+PYTHON := $(VENV)/bin/python
+export MINPRO_VENV := $(VENV)
+
+HF_MODEL := artifacts/tiny_moe/hf/config.json
+MEGATRON_MODEL := artifacts/tiny_moe/megatron/manifest.json
+TIERS := $(wildcard tests/unit tests/mesh tests/e2e)
+SHELL_SCRIPTS := environment/setup.sh .ci/run
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-mesh test-e2e lint format constraints clean
+# A model whose writing was interrupted is made again.
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+	@echo "ARGS=... is passed on, for example: make test-unit ARGS='-k packing -x'"
+
+setup: ## make or update the virtual environment (.venv or $MINPRO_VENV)
+	@environment/setup.sh
+
+demo: setup $(HF_MODEL) $(MEGATRON_MODEL) ## train a tiny MoE here: real Megatron-Core, real SGLang
+	$(PYTHON) -m minpro_megatron launch recipes.demo:tiny_moe $(ARGS)
+
+# Set-up is an order-only prerequisite: it runs before, and does not make the files out of date.
+$(HF_MODEL): tools/make_tiny_model.py | setup
+	$(PYTHON) tools/make_tiny_model.py --output $(@D)
+
+$(MEGATRON_MODEL): $(HF_MODEL) | setup
+	$(PYTHON) tools/convert_checkpoint.py to-megatron --hf $(<D) --output $(@D)
+
+test: setup ## all tests that run on this machine: unit, mesh, e2e
+	$(PYTHON) -m pytest $(TIERS) $(ARGS)
+
+test-unit: setup ## pure functions, records, settings
+	$(PYTHON) -m pytest tests/unit $(ARGS)
+
+test-mesh: setup ## Megatron-Core on 2 to 8 gloo ranks
+	$(PYTHON) -m pytest tests/mesh $(ARGS)
+
+test-e2e: setup ## trainer ranks, collector and an SGLang server
+	$(PYTHON) -m pytest tests/e2e $(ARGS)
+
+lint: setup ## formatting, ruff, pyright, shellcheck; changes nothing
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+	$(VENV)/bin/shellcheck $(SHELL_SCRIPTS)
+
+format: setup ## format the code and apply ruff's safe fixes
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+# Not after set-up, which would undo the version being tried.
+constraints: ## pin the installed versions (ARGS=--gpu: those of GPU machines too)
+	$(PYTHON) environment/write_constraints.py $(ARGS)
+
+clean: ## remove models made here, caches and build leftovers; keeps the environment and runs/
+	rm -rf artifacts build dist *.egg-info .pytest_cache .ruff_cache environment/sglang_cpu/build
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
