@@ -1,0 +1,34 @@
+"""A small valid run, for tests of what is around it."""
+
+from pathlib import Path
+
+from minpro_megatron.config.rollout import DataConfig, SamplingConfig, ServerConfig
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.trainer import BatchConfig, ModelConfig
+
+PROMPT = '{"id": "1", "source": "test", "prompt": "1+1=", "answer": "2"}\n'
+
+
+def example_config(folder: Path, **changes: object) -> RunConfig:
+    """A CPU run whose files are under `folder` (see `write_example_files`), with `changes` to its settings."""
+    settings = {
+        "name": "example",
+        "runs_dir": str(folder / "runs"),
+        "num_global_steps": 4,
+        "device": "cpu",
+        "model": ModelConfig(hf_path=str(folder / "hf"), megatron_path=str(folder / "megatron"), dtype="float32"),
+        "data": DataConfig(train_file=str(folder / "train.jsonl"), heldout_file=str(folder / "heldout.jsonl")),
+        "batch": BatchConfig(num_prompts=4, mini_batch_prompts=2, max_tokens_per_row=64),
+        "sampling": SamplingConfig(max_prompt_tokens=16, max_response_tokens=8),
+        "server": ServerConfig(device="cpu", dtype="float32"),
+    }
+    return RunConfig.model_validate(settings | changes)
+
+
+def write_example_files(folder: Path) -> None:
+    """What preflight looks for: a model in both forms and the data."""
+    for name in ("hf/config.json", "hf/tokenizer.json", "hf/model.safetensors", "megatron/manifest.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    for name in ("train.jsonl", "heldout.jsonl"):
+        (folder / name).write_text(PROMPT)
