@@ -102,9 +102,7 @@ def _line(axes: Axes, data: Series, color: str, label: str, *, smoothed: bool = 
         axes.plot(data.steps, data.values, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(data.steps, smooth(data.values), color=color, label=label)
     else:
-        axes.plot(
-            data.steps, data.values, color=color, label=label, marker="." if len(data.steps) < 3 else ""
-        )
+        axes.plot(data.steps, data.values, color=color, label=label, marker="." if len(data.steps) < 3 else "")
 
 
 def _legend(axes: Axes) -> None:
@@ -164,9 +162,7 @@ def _ratio(axes: Axes, history: Sequence[Entry]) -> bool:
     average = series(history, "ratio/mean")
     low, high = series(history, "ratio/min"), series(history, "ratio/max")
     if low and high and low.steps == high.steps:
-        axes.fill_between(
-            low.steps, low.values, high.values, color=_BLUE, alpha=0.12, label="min to max", linewidth=0
-        )
+        axes.fill_between(low.steps, low.values, high.values, color=_BLUE, alpha=0.12, label="min to max", linewidth=0)
     _line(axes, average, _BLUE, "mean")
     axes.axhline(1.0, color=_GREY, linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
@@ -218,9 +214,7 @@ def _staleness(axes: Axes, history: Sequence[Entry]) -> bool:
     average = series(history, "staleness/mean")
     low, high = series(history, "staleness/min"), series(history, "staleness/max")
     if low and high and low.steps == high.steps:
-        axes.fill_between(
-            low.steps, low.values, high.values, step="mid", color=_PURPLE, alpha=0.15, linewidth=0
-        )
+        axes.fill_between(low.steps, low.values, high.values, step="mid", color=_PURPLE, alpha=0.15, linewidth=0)
     if average:
         axes.step(average.steps, average.values, where="mid", color=_PURPLE, label="mean")
     axes.set_ylabel("global steps")
@@ -245,14 +239,10 @@ def _phases(axes: Axes, history: Sequence[Entry]) -> bool:
         return False
     parts = [[entry.metrics.get(name, 0.0) for entry in entries] for name in _PHASES]
     known = [sum(seconds) for seconds in zip(*parts, strict=True)]
-    rest = [
-        max(entry.metrics["time/step_s"] - spent, 0.0) for entry, spent in zip(entries, known, strict=True)
-    ]
+    rest = [max(entry.metrics["time/step_s"] - spent, 0.0) for entry, spent in zip(entries, known, strict=True)]
     steps = [entry.step for entry in entries]
     labels, colors = [label for label, _ in _PHASES.values()], [color for _, color in _PHASES.values()]
-    axes.stackplot(
-        steps, *parts, rest, labels=[*labels, "other"], colors=[*colors, "#e2e8f0"], alpha=0.85, linewidth=0
-    )
+    axes.stackplot(steps, *parts, rest, labels=[*labels, "other"], colors=[*colors, "#e2e8f0"], alpha=0.85, linewidth=0)
     axes.set_ylabel("seconds")
     axes.set_ylim(bottom=0)
     _legend(axes)
@@ -283,8 +273,7 @@ def _throughput(axes: Axes, history: Sequence[Entry]) -> bool:
 _CHARTS: list[tuple[str, str, Callable[[Axes, Sequence[Entry]], bool]]] = [
     (
         "Accuracy",
-        "Rollouts lag behind the policy; held-out points are of that policy version (bars: one "
-        "standard error).",
+        "Rollouts lag behind the policy; held-out points are of that policy version (bars: one standard error).",
         _accuracy,
     ),
     ("Entropy", "Mean over response tokens. A collapse towards 0 ends exploration.", _entropy),

@@ -34,8 +34,7 @@ def decode_entry(line: str | bytes) -> Entry:
     try:
         content = json.loads(line)
         metrics = {
-            str(name): math.nan if number is None else float(number)
-            for name, number in content["metrics"].items()
+            str(name): math.nan if number is None else float(number) for name, number in content["metrics"].items()
         }
         return Entry(step=int(content["step"]), time=float(content["time"]), metrics=metrics)
     except (KeyError, TypeError, AttributeError) as error:

@@ -79,9 +79,7 @@ class TrainingState:
             shown = [versions[0]] if len(versions) == 1 else [versions[0], versions[-1]]
             figures["pass@1"] = " -> ".join(f"{100 * self.evaluations[version]:.1f} %" for version in shown)
         figures["staleness"] = _number(self.latest.get("staleness/max", math.nan), "{:.0f}")
-        figures["tokens/s"] = _number(
-            self.latest.get("throughput/response_tokens_per_s", math.nan), "{:,.0f}"
-        )
+        figures["tokens/s"] = _number(self.latest.get("throughput/response_tokens_per_s", math.nan), "{:,.0f}")
         figures["s/step"] = _number(self.seconds_per_step, "{:.1f}")
         figures["left"] = "" if math.isnan(self.seconds_left) else duration(self.seconds_left)
         return {name: text for name, text in figures.items() if text}

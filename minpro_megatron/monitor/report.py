@@ -43,8 +43,7 @@ def write_report(run_dir: Path, samples: Sequence[Mapping[str, Any]] | None = No
         subtitle=_subtitle(config, summary),
         cards=_cards(config, history, summary),
         charts=[
-            {"title": chart.title, "caption": chart.caption, "data": _base64(chart.svg)}
-            for chart in charts(history)
+            {"title": chart.title, "caption": chart.caption, "data": _base64(chart.svg)} for chart in charts(history)
         ],
         evaluations=_evaluations(history),
         phases=_phases(summary),
@@ -105,9 +104,7 @@ def _percent(share: float | None, digits: int = 1) -> str:
     return "-" if share is None or math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
-def _cards(
-    config: Mapping[str, Any], history: Sequence[Entry], summary: RunSummary | None
-) -> list[dict[str, str]]:
+def _cards(config: Mapping[str, Any], history: Sequence[Entry], summary: RunSummary | None) -> list[dict[str, str]]:
     """The headline figures: of the summary, or of what there is so far."""
     steps = [entry for entry in history if entry.is_global_step]
     if summary is None:

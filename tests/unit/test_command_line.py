@@ -1,0 +1,190 @@
+"""The command line: a user's error is one line and status 2; a whole launch with stand-ins for the roles."""
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from minpro_megatron.__main__ import main
+from minpro_megatron.launch.recipe import load_recipe
+from tests.unit.run_examples import example_config, write_example_files
+
+RECIPES = """
+from pathlib import Path
+from tests.unit.run_examples import example_config
+
+def good():
+    return example_config(Path(__file__).parent)
+
+def wrong_value():
+    return example_config(Path(__file__).parent, num_global_steps=0, seed=-1)
+
+def raising():
+    return 1 / 0
+
+def not_a_config():
+    return {}
+
+number = 3
+"""
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """A module with recipes, importable by name."""
+    (tmp_path / "my_recipes.py").write_text(RECIPES)
+    (tmp_path / "broken_recipes.py").write_text("import not_installed_anywhere\n")
+    (tmp_path / "crashing_recipes.py").write_text("raise RuntimeError('two\\nlines')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in ("my_recipes", "broken_recipes", "crashing_recipes"):
+        sys.modules.pop(name, None)
+
+
+def errors_of(capsys, *arguments: str) -> list[str]:
+    """The lines on standard error of a command that must end with status 2 and print nothing else."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as end:
+        status = end.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert all(line.startswith("error: ") for line in lines), lines
+    return [line.removeprefix("error: ") for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ([], "required: COMMAND; see .*--help"),
+        (["launch"], "required: RECIPE"),
+        (["lunch"], "invalid choice: 'lunch'"),
+        (["train"], "required: --config, --incarnation"),
+        (["train", "--config", "run.json", "--incarnation", "x"], "--incarnation: invalid int value: 'x'"),
+        (["launch", "my_recipes"], "recipe 'my_recipes': expected module:function, such as "),
+        (["launch", "no_such:thing"], "recipe 'no_such:thing': there is no module 'no_such'"),
+        (["launch", "broken_recipes:x"], "importing broken_recipes failed: .*'not_installed_anywhere'"),
+        (["launch", "crashing_recipes:x"], r"failed: RuntimeError: two lines \(.*crashing_recipes.py:1\)"),
+        (["launch", "my_recipes:god"], "no function 'god'; it has: .*good"),
+        (["launch", "my_recipes:number"], "no function 'number'"),
+        (["launch", "my_recipes:raising"], r"ZeroDivisionError: division by zero \(.*my_recipes.py:12\)"),
+        (["launch", "my_recipes:not_a_config"], "returned dict; it must return a RunConfig"),
+        (["launch", "my_recipes:good", "seed"], "override 'seed': expected section.key=value"),
+        (["launch", "my_recipes:good", "optimizer.lr=1"], "no setting 'lr'; known: learning_rate, "),
+        (["launch", "my_recipes:good", "seed=x"], "seed: .*valid integer.* \\(got 'x'\\)"),
+        (["launch", "my_recipes:good"], "model.hf_path = .*/hf: no such folder"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(recipes, capsys, arguments, pattern):
+    line = errors_of(capsys, *arguments)[0]
+    assert re.search(pattern, line), line
+
+
+def test_every_wrong_setting_has_its_line(recipes, capsys):
+    lines = errors_of(capsys, "launch", "my_recipes:wrong_value")
+    assert [re.findall(r": (\w+): .*\(got (.+)\)", line)[0] for line in lines] == [
+        ("seed", "-1"),
+        ("num_global_steps", "0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (None, "No such file or directory; give the run.json"),
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[]", "valid dictionary"),
+        (b'{"name": "x"}', "model: Field required"),
+    ],
+)
+def test_a_role_refuses_a_bad_config_file(tmp_path, capsys, content, pattern):
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_bytes(content)
+    # Not `collect` itself: in this process it would ask the kernel to end the tests with their parent.
+    from minpro_megatron.launch.recipe import read_config
+    from minpro_megatron.launch.user_error import UserError
+
+    with pytest.raises(UserError, match=pattern) as caught:
+        read_config(path)
+    assert all(problem.startswith(f"--config {path}: ") for problem in caught.value.problems)
+
+
+def test_a_recipe_is_found_by_its_name(recipes):
+    assert load_recipe("my_recipes:good") == example_config(recipes)
+
+
+# The launcher as it is, with shell scripts as roles.
+LAUNCH = """
+import os, sys
+from minpro_megatron.launch import launcher, supervisor
+from minpro_megatron.launch.supervisor import RoleCommand
+from minpro_megatron.__main__ import main
+
+supervisor._POLL_S = supervisor._FAILURES_TOGETHER_S = 0.03
+def stand_ins(config, config_file, incarnation):
+    environment = {**os.environ, "RUN": str(config.run_dir)}
+    scripts = {"serve": "sleep 60", "collect": "exit 0", "train": sys.argv[1]}
+    return [RoleCommand(role, ["sh", "-c", script], environment, role == "serve") for role, script in scripts.items()]
+
+launcher.role_commands = stand_ins
+sys.exit(main(["launch", "my_recipes:good", "name=other"]))
+"""
+
+
+def launch(folder, train: str) -> subprocess.CompletedProcess[str]:
+    write_example_files(folder)
+    return subprocess.run(
+        [sys.executable, "-c", LAUNCH, train],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{folder}:."},
+    )
+
+
+def test_a_launch_that_finishes(recipes):
+    summary = {
+        "name": "other", "objective": "minpro", "seed": 0, "steps": 4, "updates": 8, "wall_time_s": 125.0,
+        "wall_time_by_phase_s": {}, "pass_at_1_before": 0.125, "pass_at_1_after": 0.5,
+        "standard_error_before": 0.01, "standard_error_after": 0.02, "num_evaluation_samples": 128,
+        "smallest_staleness": 0, "largest_staleness": 2, "versions_published": 5, "groups_issued": 16,
+        "groups_consumed": 16, "groups_dropped": 0, "hf_export": "somewhere/hf_export", "package_versions": {},
+    }  # fmt: skip
+    entry = {"step": 3, "time": 1.0, "metrics": {"reward/accuracy": 0.5, "time/step_s": 2.0}}
+    (recipes / "summary.json").write_text(json.dumps(summary))
+    (recipes / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    ended = launch(recipes, f'cp {recipes}/summary.json {recipes}/metrics.jsonl "$RUN"; touch "$RUN/report.html"')
+    run_dir = recipes / "runs" / "other"
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (
+        textwrap.dedent(f"""\
+        finished 4 global steps (8 updates) in 2 min 05 s, staleness 0-2
+        pass@1       12.5 % +- 1.0 before, 50.0 % +- 2.0 after (128 samples, standard errors)
+        report       {run_dir}/report.html
+        TensorBoard  tensorboard --logdir {run_dir}/tensorboard
+        HF weights   somewhere/hf_export
+        """)
+        in ended.stdout
+    )
+    assert "step 4/4  reward 0.500" in ended.stdout
+    assert json.loads((run_dir / "run.json").read_text())["name"] == "other"
+
+
+def test_a_launch_that_fails_says_which_role_and_why(recipes):
+    run_dir = recipes / "runs" / "other"
+    (run_dir / "endpoints").mkdir(parents=True)
+    (run_dir / "endpoints" / "collector.json").write_text("left by a failed start")
+    ended = launch(recipes, 'ls "$RUN/endpoints"; echo "train: no batch came" >&2; exit 1')
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines() == [
+        f"error: the role train failed with exit status 1; its log: {run_dir}/logs/train.log",
+        f"  | ls: cannot access '{run_dir}/endpoints': No such file or directory",
+        "  | train: no batch came",
+    ]

@@ -1,0 +1,149 @@
+"""Preflight names each problem, all at once, with field, value and remedy; a good run has none."""
+
+import json
+import re
+import socket
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from minpro_megatron.launch import preflight
+from minpro_megatron.launch.preflight import is_hub_id, problems
+from tests.unit.run_examples import PROMPT, example_config, write_example_files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_example_files(tmp_path)
+    return tmp_path
+
+
+def only_problem(config) -> str:
+    (problem,) = problems(config)
+    return problem
+
+
+def test_a_good_run_has_no_problem(folder):
+    assert problems(example_config(folder)) == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "pattern"),
+    [
+        ("hf/config.json", r"^model.hf_path = .*/hf: config.json is missing; give"),
+        ("hf/tokenizer.json", r"^model.hf_path = .*/hf: the tokenizer is missing; copy tokenizer.json"),
+        ("hf/model.safetensors", r"^model.hf_path = .*/hf: no \*.safetensors file; .*download"),
+        ("megatron/manifest.json", r"^model.megatron_path = .*/megatron: manifest.json is missing; run tools/"),
+        ("train.jsonl", r"^data.train_file = .*train.jsonl: there is no such file; give"),
+        ("heldout.jsonl", r"^data.heldout_file = .*heldout.jsonl: there is no such file; give"),
+    ],
+)
+def test_a_missing_file_is_named(folder, missing, pattern):
+    (folder / missing).unlink()
+    assert re.search(pattern, only_problem(example_config(folder)))
+
+
+def test_a_shard_that_the_index_names_must_be_there(folder):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "1 of 2 weight files missing, such as model-2.safetensors" in only_problem(example_config(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        ("", "the file is empty"),
+        ("1+1=2\n", "line 1 is not a JSON object"),
+        ("3\n", "line 1 is not a JSON object"),
+        (PROMPT.replace("answer", "solution"), "line 1 has no answer"),
+    ],
+)
+def test_the_data_must_hold_prompts(folder, content, rule):
+    (folder / "train.jsonl").write_text(content)
+    problem = only_problem(example_config(folder))
+    assert problem.startswith(f"data.train_file = {folder}/train.jsonl: {rule}")
+
+
+def make_journal(config, *, groups: int) -> None:
+    config.run_dir.mkdir(parents=True)
+    with closing(sqlite3.connect(config.run_dir / "journal.sqlite")) as journal:
+        journal.execute("CREATE TABLE groups (group_id INTEGER)")
+        journal.executemany("INSERT INTO groups VALUES (?)", [(group,) for group in range(groups)])
+        journal.commit()
+
+
+def test_a_folder_with_rollouts_is_not_overwritten(folder):
+    config = example_config(folder)
+    make_journal(config, groups=1)
+    assert re.search(r"^name = example: .*runs/example holds an earlier run; .*name=", only_problem(config))
+
+
+def test_a_damaged_journal_is_not_overwritten_either(folder):
+    config = example_config(folder)
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "journal.sqlite").write_text("this is no database, but somebody may still want it")
+    assert "holds an earlier run" in only_problem(config)
+
+
+def test_a_run_that_failed_before_its_first_rollout_may_start_again(folder):
+    config = example_config(folder)
+    make_journal(config, groups=0)
+    assert problems(config) == []
+
+
+def test_ports_in_use_are_named(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = {"device": "cpu", "dtype": "float32", "first_port": port}
+        config = example_config(folder, server=server, collector={"port": port})
+        both = problems(config)
+    assert re.search(rf"^collector.port = {port}: a server has it; choose", both[0])
+    assert re.search(rf"^server.first_port = {port}: cannot listen on 127.0.0.1:{port} \(.*in use\)", both[1])
+    assert problems(config.model_copy(update={"collector": config.collector.model_copy(update={"port": 0})})) == []
+
+
+def test_ports_end_at_65535(folder):
+    server = {"device": "cpu", "dtype": "float32", "first_port": 65535, "count": 2}
+    assert "ports end at 65535" in only_problem(example_config(folder, server=server))
+
+
+@pytest.mark.parametrize(
+    ("present", "pattern"),
+    [
+        (0, r"^device and server.device = cuda: no usable NVIDIA GPU .*set device=cpu server.device=cpu$"),
+        (2, r"^parallel's world size 2 \+ .*tensor_parallel 1 = 3 GPUs: 2 visible"),
+        (3, None),
+    ],
+)
+def test_gpus_must_be_there(folder, monkeypatch, present, pattern):
+    monkeypatch.setattr(preflight, "count_gpus", lambda: present)
+    config = example_config(folder, device="cuda", server={"device": "cuda"}, parallel={"tensor": 2})
+    found = problems(config)
+    assert [bool(re.search(str(pattern), problem)) for problem in found] == ([True] if pattern else [])
+
+
+def test_disk_space_must_do(folder, monkeypatch):
+    monkeypatch.setattr(preflight, "_SPARE_BYTES", 10**18)
+    assert re.search(r"^runs_dir = .* GB free, about 1000000000.0 GB needed; ", only_problem(example_config(folder)))
+
+
+def test_all_problems_come_at_once(tmp_path):
+    fields = [problem.split(" = ")[0] for problem in problems(example_config(tmp_path))]
+    assert fields == ["model.hf_path", "model.megatron_path", "data.train_file", "data.heldout_file"]
+
+
+@pytest.mark.parametrize(
+    ("hf_path", "expected"),
+    [
+        ("Qwen/Qwen3-30B-A3B", True),
+        ("tests/unit-model", False),  # `tests` is a folder here
+        ("./Qwen/x", False),
+        ("/models/x", False),
+        ("~/x", False),
+        ("model", False),
+        ("a/b/c", False),
+    ],
+)
+def test_hub_ids_are_told_from_missing_folders(hf_path, expected):
+    assert is_hub_id(hf_path) == expected
