@@ -5,19 +5,17 @@ step's groups, sent to the trainer) -> BehaviorLogProbs (the trainer's scores, s
 Arrays are one-dimensional numpy arrays; the binary form is MessagePack.
 """
 
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
-
-RecordType = TypeVar("RecordType")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Base of the records: immutable, keyword-only."""
 
 
-class Prompt(Record):
+class Prompt(Record, frozen=True, kw_only=True):
     """A task: `text` is what the policy continues, `answer` is what the reward compares with."""
 
     id: str
@@ -26,7 +24,7 @@ class Prompt(Record):
     answer: str
 
 
-class IssuedGroup(Record):
+class IssuedGroup(Record, frozen=True, kw_only=True):
     """A prompt with everything that decides its sampling: `responses_per_prompt` responses, one seed each."""
 
     group_id: int  # counts all groups of the run: batch_index * num_prompts + place in the batch
@@ -37,7 +35,7 @@ class IssuedGroup(Record):
     sampling_seeds: list[int]
 
 
-class Response(Record):
+class Response(Record, frozen=True, kw_only=True):
     """One sampled response. `token_ids` includes the stop token if there was one."""
 
     token_ids: np.ndarray  # int32 [response tokens]
@@ -47,7 +45,7 @@ class Response(Record):
     reward: float
 
 
-class CollectedGroup(Record):
+class CollectedGroup(Record, frozen=True, kw_only=True):
     """A group whose responses are all sampled and rewarded."""
 
     issued: IssuedGroup
@@ -58,14 +56,14 @@ class CollectedGroup(Record):
         return min(int(response.policy_versions.min()) for response in self.responses)
 
 
-class Batch(Record):
+class Batch(Record, frozen=True, kw_only=True):
     """The groups that global step `index` consumes, in canonical order (by group_id)."""
 
     index: int
     groups: list[CollectedGroup]
 
 
-class BehaviorLogProbs(Record):
+class BehaviorLogProbs(Record, frozen=True, kw_only=True):
     """The trainer's log-probs of batch `index` under its sampling weights: [group][response], float32 [tokens]."""
 
     index: int
@@ -73,7 +71,7 @@ class BehaviorLogProbs(Record):
     log_probs: list[list[np.ndarray]]
 
 
-class EvaluationResult(Record):
+class EvaluationResult(Record, frozen=True, kw_only=True):
     """Held-out accuracy of one policy version: mean over samples, standard error over prompts."""
 
     policy_version: int
@@ -85,7 +83,7 @@ class EvaluationResult(Record):
     wall_time_s: float
 
 
-class ServerAddress(Record):
+class ServerAddress(Record, frozen=True, kw_only=True):
     """A ready rollout server, as `run_dir/endpoints/server-<index>.json` states it."""
 
     index: int
@@ -93,7 +91,7 @@ class ServerAddress(Record):
     tensor_parallel: int
 
 
-class PublishLease(Record):
+class PublishLease(Record, frozen=True, kw_only=True):
     """The collector's permission to publish `version`: no request is in flight until publish_end."""
 
     version: int
@@ -101,7 +99,7 @@ class PublishLease(Record):
     evaluations: list[EvaluationResult]  # all evaluations finished so far
 
 
-class CollectorTotals(Record):
+class CollectorTotals(Record, frozen=True, kw_only=True):
     """What the collector's journal holds at the end of the run."""
 
     groups_issued: int
@@ -133,6 +131,6 @@ def encode(record: Record) -> bytes:
     return msgspec.msgpack.encode(record, enc_hook=_encode_array)
 
 
-def decode(kind: type[RecordType], data: bytes) -> RecordType:
+def decode[RecordType](kind: type[RecordType], data: bytes) -> RecordType:
     """The record of type `kind` in `data`. Raises msgspec.ValidationError if `data` is not one."""
     return msgspec.msgpack.decode(data, type=kind, dec_hook=_decode_array)

@@ -14,11 +14,11 @@ from minpro_megatron.actor.policy import Policy, learning_rate_at
 from minpro_megatron.batching.sequences import behavior_record, token_sequences
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.metrics import Metric, mean, merge, total, values
+from minpro_megatron.monitor.step_report import StepReport, batch_metrics
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.records import Batch, CollectorTotals, PublishLease
 from minpro_megatron.rollout.feed import Feed
 from minpro_megatron.rollout.staleness import sampling_version
-from minpro_megatron.monitor.step_report import StepReport, batch_metrics
 from minpro_megatron.weights.publish import Publisher
 
 PHASES = ("wait_for_batch", "score", "train", "publish")
@@ -90,7 +90,12 @@ class Trainer:
                 parts.append(result.metrics)
                 if self.mesh.rank == 0:  # the same on all ranks: stated once
                     skipped = total(0.0 if result.applied else 1.0)
-                    parts.append({"optimizer/grad_norm": mean(result.grad_norm, 1), "optimizer/skipped_updates": skipped})
+                    parts.append(
+                        {
+                            "optimizer/grad_norm": mean(result.grad_norm, 1),
+                            "optimizer/skipped_updates": skipped,
+                        }
+                    )
             metrics = merge(self.mesh.from_all_ranks(merge(parts)))
         if self.feed:
             self.feed.consumed(step, step)

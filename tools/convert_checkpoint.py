@@ -16,7 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -66,8 +73,8 @@ def to_hf(megatron: Path, reference: Path, output: Path) -> None:
 @contextmanager
 def _one_process_mesh() -> Iterator[Mesh]:
     with tempfile.TemporaryDirectory() as folder:
-        where = {"rank": 0, "world_size": 1}
-        with open_mesh(ParallelConfig(), "cpu", seed=0, init_method=f"file://{folder}/rendezvous", **where) as mesh:
+        rendezvous = f"file://{folder}/rendezvous"
+        with open_mesh(ParallelConfig(), "cpu", seed=0, init_method=rendezvous, rank=0, world_size=1) as mesh:
             yield mesh
 
 
@@ -77,7 +84,13 @@ def _weight_bytes(hf: Path) -> int:
 
 @contextmanager
 def _progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    ]
     with Progress(*columns) as progress:
         task = progress.add_task(what, total=total_bytes)
         yield lambda num_bytes: progress.advance(task, num_bytes)

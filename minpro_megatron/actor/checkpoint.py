@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,7 @@ def load_weights(chunks: Sequence[GPTModel], architecture: Architecture, path: s
     state = _sharded_state(chunks, mesh)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        loaded = dist_checkpointing.load(state, str(path))
+        loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(path)))
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"chunk{index}"], strict=True)
 
@@ -64,11 +64,15 @@ def check_manifest(path: str | Path, architecture: Architecture) -> None:
         raise ValueError(f"model.megatron_path = {path}: there is no {MANIFEST}; run tools/convert_checkpoint.py first")
     manifest = json.loads(file.read_text())
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{file}: format_version = {manifest.get('format_version')}, expected {FORMAT_VERSION}; convert again")
+        raise ValueError(
+            f"{file}: format_version = {manifest.get('format_version')}, expected {FORMAT_VERSION}; convert again"
+        )
     wanted = asdict(architecture)
     for field, value in manifest["architecture"].items():
         if wanted.get(field) != value:
-            raise ValueError(f"{file}: {field} = {value}, but model.hf_path says {wanted.get(field)}; convert that model")
+            raise ValueError(
+                f"{file}: {field} = {value}, but model.hf_path says {wanted.get(field)}; convert that model"
+            )
 
 
 def _sharded_state(chunks: Sequence[GPTModel], mesh: Mesh) -> dict[str, Any]:

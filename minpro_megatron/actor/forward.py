@@ -78,7 +78,13 @@ class ForwardStep:
         return output, lambda output_2L: self._loss(output_2L, micro_batch)
 
     def _log_probs_and_entropies(
-        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: MicroBatch, **unused: Any
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: MicroBatch,
+        **unused: Any,
     ) -> Tensor:
         """[2, L]: log-probs of the labels, and entropies, from the sequence-sharded hidden states [L, 1, H]."""
         log_probs, entropies = vocab_parallel_log_probs(
@@ -91,7 +97,9 @@ class ForwardStep:
         )
         return torch.stack([log_probs, entropies])
 
-    def _score_output(self, output_2L: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, tuple[Tensor, np.ndarray]]:
+    def _score_output(
+        self, output_2L: Tensor, micro_batch: MicroBatch
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, np.ndarray]]:
         nothing = output_2L.new_zeros(())
         return nothing, nothing.int(), (output_2L[0].detach(), micro_batch.row.flat_slot_L)
 

@@ -1,22 +1,23 @@
 """The Megatron-Core model of an architecture on a mesh. The only file that constructs GPTModel."""
 
 import warnings
+from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.actor.torch_backend import TorchBackend, TorchRMSNorm
 from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.weights.architecture import Architecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,18 +35,6 @@ def build_model(architecture: Architecture, mesh: Mesh, dtype: torch.dtype) -> l
 
 def transformer_config(architecture: Architecture, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
     parallel = mesh.config
-    mixture = {}
-    if architecture.num_experts:
-        mixture = dict(
-            num_moe_experts=architecture.num_experts,
-            moe_router_topk=architecture.num_experts_per_token,
-            moe_ffn_hidden_size=architecture.expert_ffn_hidden_size,
-            moe_router_pre_softmax=False,  # softmax over the chosen experts' logits = norm_topk_prob
-            moe_router_dtype="fp32",
-            moe_router_load_balancing_type="none",  # reinforcement learning keeps the router free of an aux loss
-            moe_token_dispatcher_type="alltoall",
-            moe_grouped_gemm=False,
-        )
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -83,8 +72,23 @@ def transformer_config(architecture: Architecture, mesh: Mesh, dtype: torch.dtyp
         # messages of one pair are matched by order: they would be swapped. Overlapped ones go over two groups.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
-        **mixture,
+        **_mixture_settings(architecture),
     )
+
+
+def _mixture_settings(architecture: Architecture) -> dict[str, Any]:
+    if not architecture.num_experts:
+        return {}
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_router_topk": architecture.num_experts_per_token,
+        "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
+        "moe_router_pre_softmax": False,  # softmax over the chosen experts' logits: norm_topk_prob
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # no auxiliary loss beside the policy objective
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
+    }
 
 
 def _refuse_uneven_cuts(architecture: Architecture, mesh: Mesh) -> None:
@@ -93,11 +97,23 @@ def _refuse_uneven_cuts(architecture: Architecture, mesh: Mesh) -> None:
         ("tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
         ("tensor", parallel.tensor, "num_key_value_heads", architecture.num_query_groups),
         ("tensor", parallel.tensor, "padded vocabulary", architecture.padded_vocab_size),
-        ("pipeline x virtual_pipeline", parallel.pipeline * parallel.virtual_pipeline, "layers", architecture.num_layers),
+        (
+            "pipeline x virtual_pipeline",
+            parallel.pipeline * parallel.virtual_pipeline,
+            "layers",
+            architecture.num_layers,
+        ),
     ]
     if architecture.num_experts:
         rules.append(("expert", parallel.expert, "num_experts", architecture.num_experts))
-        rules.append(("expert_tensor", parallel.expert_tensor, "moe_intermediate_size", architecture.expert_ffn_hidden_size))
+        rules.append(
+            (
+                "expert_tensor",
+                parallel.expert_tensor,
+                "moe_intermediate_size",
+                architecture.expert_ffn_hidden_size,
+            )
+        )
     elif parallel.expert > 1:
         raise ValueError(f"parallel.expert = {parallel.expert}: {architecture.name} has no experts; set it to 1")
     for axis, degree, what, size in rules:
@@ -127,8 +143,9 @@ def _build_chunk(architecture: Architecture, mesh: Mesh, config: TransformerConf
     return model.to(mesh.device)
 
 
-def _block_spec(config: TransformerConfig, mesh: Mesh, chunk: int | None) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, mesh: Mesh, chunk: int | None) -> Any:  # as GPTModel's parameter has it
     backend = TorchBackend()
+    add_residual: Any = get_bias_dropout_add
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -144,11 +161,11 @@ def _block_spec(config: TransformerConfig, mesh: Mesh, chunk: int | None) -> Tra
                     k_layernorm=TorchRMSNorm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add_residual,
             pre_mlp_layernorm=TorchRMSNorm,
             cross_attention=IdentityOp,
             mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=config.num_moe_experts),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add_residual,
         ),
     )
     num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=mesh.pipeline.rank())

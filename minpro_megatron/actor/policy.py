@@ -1,13 +1,19 @@
 """The policy: a Megatron model with its optimizer, which scores sequences and learns from them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -45,7 +51,7 @@ class Policy:
         self.modules = chunks
         self._place = RankSlice(mesh.context.size(), mesh.context.rank(), mesh.tensor.size(), mesh.tensor.rank())
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-        self._chunks = [
+        self._chunks: list[Any] = [
             DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
@@ -54,7 +60,10 @@ class Policy:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self._optimizer.scale_loss
         settings = LossSettings(
-            OBJECTIVES[config.objective.name], config.objective, architecture.vocab_size, config.sampling.temperature
+            OBJECTIVES[config.objective.name],
+            config.objective,
+            architecture.vocab_size,
+            config.sampling.temperature,
         )
         self._score_step = ForwardStep(mesh, settings, train=False)
         self._train_step = ForwardStep(mesh, settings, train=True)
@@ -84,8 +93,14 @@ class Policy:
         statistics = self._run(self._train_step, micro_batches, row_tokens, forward_only=False)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        applied, grad_norm, _ = self._optimizer.step()
-        return UpdateResult(float(grad_norm), bool(applied), _as_metrics(statistics) | {"batch/padding_fraction": padding})
+        # megatron's step() would write a NaN gradient into the weights: it looks for one only under fp16's scaler
+        optimizer: Any = self._optimizer
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())  # over the whole model, the same on every rank
+        applied = math.isfinite(grad_norm)
+        if applied:
+            optimizer.step()
+        return UpdateResult(grad_norm, applied, _as_metrics(statistics) | {"batch/padding_fraction": padding})
 
     def keep_sampling_weights(self) -> None:
         """Remember the current weights in host memory: the version that the servers sample with now."""
@@ -101,7 +116,8 @@ class Policy:
     @contextmanager
     def sampling_weights(self) -> Iterator[None]:
         """Within: the kept weights are in place, for scoring. Updating and publishing are refused meanwhile."""
-        assert self._sampling_weights is not None and not self._swapped, "keep_sampling_weights() comes first"
+        assert self._sampling_weights is not None, "keep_sampling_weights() comes first"
+        assert not self._swapped, "the sampling weights are swapped in already"
         parameters = [parameter for chunk in self.modules for parameter in chunk.parameters()]
         current = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
         self._copy_in(parameters, self._sampling_weights)
@@ -138,9 +154,12 @@ class Policy:
         padding = mean(len(rows) * row_tokens - real, len(rows) * row_tokens)
         return [MicroBatch(shard, self._mesh.device) for shard in shards], row_tokens, padding
 
-    def _run(self, step: ForwardStep, micro_batches: list[MicroBatch], row_tokens: int, forward_only: bool) -> list:
+    def _run(
+        self, step: ForwardStep, micro_batches: list[MicroBatch], row_tokens: int, forward_only: bool
+    ) -> list[Any]:
+        """What the loss function gave for each micro-batch; nothing where there is no last pipeline stage."""
         iterators = [iter(micro_batches) for _ in self._chunks]
-        return get_forward_backward_func()(
+        results = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._chunks,
@@ -149,6 +168,7 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        return results or []
 
 
 def _megatron_optimizer(config: OptimizerConfig, chunk: GPTModel) -> MegatronOptimizerConfig:

@@ -106,7 +106,11 @@ class TorchAttention(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, softmax_scale: float | None = None, pg_collection: Any = None, **unused: Any
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.context_group: dist.ProcessGroup = pg_collection.cp
@@ -121,7 +125,8 @@ class TorchAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **unused: Any,
     ) -> Tensor:
-        assert packed_seq_params is not None and attention_mask is None, "rows are always packed (thd)"
+        assert packed_seq_params is not None, "rows are always packed (thd)"
+        assert attention_mask is None, "causality inside each sequence is the only mask there is"
         layout = self._layout(packed_seq_params)
         key_value = torch.stack([key_TGD, value_TGD], dim=1)
         if self.context_group.size() > 1:

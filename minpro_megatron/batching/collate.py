@@ -117,10 +117,18 @@ def _whole_row(sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> di
         "sequence": np.repeat(np.arange(len(lengths)), lengths),
         "position_ids": np.concatenate([np.arange(length) for length in lengths]),
     }
-    for name in ("mask", "sequence_weight", "behavior_log_probs", "rollout_log_probs", "advantages", "first_trained"):
+    for name in (
+        "mask",
+        "sequence_weight",
+        "behavior_log_probs",
+        "rollout_log_probs",
+        "advantages",
+        "first_trained",
+    ):
         row[name] = np.zeros(total, np.float32)
     start = 0
     for sequence, length in zip(sequences, lengths, strict=False):
+        assert len(sequence.prompt_ids), "a response with no prompt: its first token has no slot before it"
         ids = np.concatenate([sequence.prompt_ids, sequence.response_ids])
         row["input_ids"][start : start + len(ids)] = ids
         row["label_ids"][start : start + len(ids) - 1] = ids[1:]

@@ -1,5 +1,6 @@
 """Which sequences share a packed row, and which data-parallel rank trains on which rows."""
 
+import heapq
 from collections.abc import Sequence
 
 
@@ -7,8 +8,8 @@ def pack_rows(lengths: Sequence[int], max_tokens: int, multiple: int) -> list[li
     """Sequence indices of each row: at most `max_tokens` a row, the number of rows a multiple of `multiple`.
 
     Longest first, each into the emptiest row that still has room, with the fewest rows for which that works: the
-    rows come out alike, so no rank waits long for another. Deterministic; inside a row indices ascend. A row can
-    be empty only if there are fewer sequences than `multiple`. Raises ValueError for a sequence longer than a row.
+    rows come out alike, so no rank waits long for another. Deterministic; inside a row indices ascend. A row is
+    empty only if there are fewer sequences than rows. Raises ValueError for a sequence longer than a row.
 
     >>> pack_rows([5, 1, 3, 4], max_tokens=8, multiple=2)
     [[0, 1], [2, 3]]
@@ -32,13 +33,14 @@ def _fill(
     longest_first: list[int], lengths: Sequence[int], max_tokens: int, num_rows: int
 ) -> list[list[int]] | None:
     rows: list[list[int]] = [[] for _ in range(num_rows)]
-    filled = [0] * num_rows
+    # (tokens, row), emptiest first. A heap: long responses need many attempts, each over all sequences.
+    filled = [(0, row) for row in range(num_rows)]
     for index in longest_first:
-        emptiest = min(range(num_rows), key=lambda row: (filled[row], row))
-        if filled[emptiest] + lengths[index] > max_tokens:
+        tokens, emptiest = filled[0]
+        if tokens + lengths[index] > max_tokens:
             return None
         rows[emptiest].append(index)
-        filled[emptiest] += lengths[index]
+        heapq.heapreplace(filled, (tokens + lengths[index], emptiest))
     return [sorted(row) for row in rows]
 
 

@@ -14,6 +14,8 @@ def token_sequences(batch: Batch, behavior_log_probs: np.ndarray | None = None) 
     it; None while the batch is still to be scored.
     """
     groups, first_slot = [], 0
+    num_scored = sum(len(response.token_ids) for group in batch.groups for response in group.responses)
+    assert behavior_log_probs is None or len(behavior_log_probs) == num_scored, "scores of another batch"
     for group in batch.groups:
         advantages = group_advantages([response.reward for response in group.responses])
         sequences = []
@@ -40,6 +42,7 @@ def token_sequences(batch: Batch, behavior_log_probs: np.ndarray | None = None) 
 def behavior_record(batch: Batch, policy_version: int, log_probs: np.ndarray) -> BehaviorLogProbs:
     """The scores of `batch` as they go back to the collector; `log_probs` as in token_sequences."""
     ends = np.cumsum([len(response.token_ids) for group in batch.groups for response in group.responses])
+    assert len(log_probs) == ends[-1], "scores of another batch"
     pieces = iter(np.split(log_probs, ends[:-1]))
     return BehaviorLogProbs(
         index=batch.index,

@@ -13,8 +13,8 @@ class MinproConfig(Section):
     """MinPRO, arXiv:2601.22718: clip(prefix_min_t * ratio_t, 1 - clip_low, 1 + clip_high), Table 3's values."""
 
     name: Literal["minpro"] = "minpro"
-    clip_low: float = Field(1.0, ge=0, le=1)
-    clip_high: float = Field(4.0, ge=0)
+    clip_low: float = Field(default=1.0, ge=0, le=1)
+    clip_high: float = Field(default=4.0, ge=0)
     aggregation: Aggregation = "token_mean"
 
 
@@ -22,8 +22,8 @@ class CispoConfig(Section):
     """CISPO, arXiv:2506.13585: clip(ratio_t, 1 - clip_low, 1 + clip_high)."""
 
     name: Literal["cispo"] = "cispo"
-    clip_low: float = Field(1.0, ge=0, le=1)
-    clip_high: float = Field(4.0, ge=0)
+    clip_low: float = Field(default=1.0, ge=0, le=1)
+    clip_high: float = Field(default=4.0, ge=0)
     aggregation: Aggregation = "token_mean"
 
 
@@ -31,9 +31,9 @@ class GrpoConfig(Section):
     """GRPO with DAPO's asymmetric clip and dual clip, arXiv:2402.03300 and arXiv:2503.14476."""
 
     name: Literal["grpo"] = "grpo"
-    clip_low: float = Field(0.2, ge=0, le=1)
-    clip_high: float = Field(0.28, ge=0)
-    dual_clip: float = Field(10.0, gt=1)
+    clip_low: float = Field(default=0.2, ge=0, le=1)
+    clip_high: float = Field(default=0.28, ge=0)
+    dual_clip: float = Field(default=10.0, gt=1)
     aggregation: Aggregation = "token_mean"
 
     @model_validator(mode="after")

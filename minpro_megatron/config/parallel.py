@@ -14,13 +14,13 @@ class ParallelConfig(Section):
     when `tensor > 1`: MoE layers need it there, and dense layers only save memory by it.
     """
 
-    tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
-    virtual_pipeline: int = Field(1, ge=1, description="model chunks a pipeline rank (interleaved schedule)")
-    context: int = Field(1, ge=1)
-    expert: int = Field(1, ge=1)
-    expert_tensor: int = Field(1, ge=1)
-    data: int = Field(0, ge=0)
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    virtual_pipeline: int = Field(default=1, ge=1, description="model chunks a pipeline rank (interleaved schedule)")
+    context: int = Field(default=1, ge=1)
+    expert: int = Field(default=1, ge=1)
+    expert_tensor: int = Field(default=1, ge=1)
+    data: int = Field(default=0, ge=0)
 
     @property
     def sequence_parallel(self) -> bool:

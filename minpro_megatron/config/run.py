@@ -25,9 +25,9 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="also the run folder's name")
     runs_dir: str = "runs"
-    seed: int = Field(0, ge=0, lt=2**31)
-    num_global_steps: int = Field(120, ge=1)
-    device: str = Field("cuda", pattern="^(cpu|cuda)$", description="where the trainer's ranks compute")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    num_global_steps: int = Field(default=120, ge=1)
+    device: str = Field(default="cuda", pattern="^(cpu|cuda)$", description="where the trainer's ranks compute")
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -100,7 +100,9 @@ def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator:
-            raise ValueError(f"override {assignment!r}: expected section.key=value, such as optimizer.learning_rate=1e-5")
+            raise ValueError(
+                f"override {assignment!r}: expected section.key=value, such as optimizer.learning_rate=1e-5"
+            )
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -109,7 +111,9 @@ def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
         target = values
         for section in sections:
             if not isinstance(target.get(section), dict):
-                raise ValueError(f"override {assignment!r}: there is no section {section!r}; known: {', '.join(target)}")
+                raise ValueError(
+                    f"override {assignment!r}: there is no section {section!r}; known: {', '.join(target)}"
+                )
             target = target[section]
         if key not in target:
             raise ValueError(f"override {assignment!r}: there is no setting {key!r}; known: {', '.join(target)}")

@@ -18,23 +18,23 @@ class ModelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its schedule; the defaults are the paper's (arXiv:2601.22718, Table 3)."""
 
-    learning_rate: float = Field(1e-6, gt=0)
-    warmup_global_steps: int = Field(10, ge=0, description="linear warm-up, in global steps")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_grad: float = Field(1.0, gt=0, description="largest global gradient norm")
+    learning_rate: float = Field(default=1e-6, gt=0)
+    warmup_global_steps: int = Field(default=10, ge=0, description="linear warm-up, in global steps")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_grad: float = Field(default=1.0, gt=0, description="largest global gradient norm")
 
 
 class BatchConfig(Section):
     """What one global step consumes and how it reaches the ranks."""
 
-    num_prompts: int = Field(512, ge=1, description="prompts a global step")
-    responses_per_prompt: int = Field(8, ge=2, description="responses a prompt: the group of the advantage")
-    mini_batch_prompts: int = Field(32, ge=1, description="prompts an optimizer update")
-    max_tokens_per_row: int = Field(32768, ge=1, description="longest packed row, prompt and padding included")
-    packing: bool = Field(True, description="several sequences a row (thd); off: one sequence a row, padded")
+    num_prompts: int = Field(default=512, ge=1, description="prompts a global step")
+    responses_per_prompt: int = Field(default=8, ge=2, description="responses a prompt: the group of the advantage")
+    mini_batch_prompts: int = Field(default=32, ge=1, description="prompts an optimizer update")
+    max_tokens_per_row: int = Field(default=32768, ge=1, description="longest packed row, prompt and padding included")
+    packing: bool = Field(default=True, description="several sequences a row (thd); off: one sequence a row, padded")
 
     @property
     def updates_per_step(self) -> int:

@@ -14,7 +14,18 @@ import torch
 import torch.distributed as dist
 
 CPU = torch.device("cpu")
-_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like", "randn")
+_FACTORIES = (
+    "tensor",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "randn",
+)
 _installed = False
 
 
@@ -126,7 +137,9 @@ def _all_to_all_with_list_splits(all_to_all_single: Callable) -> Callable:
     """Megatron's token dispatcher passes split sizes as tensors, which NCCL's wrapper takes and gloo's does not."""
 
     @functools.wraps(all_to_all_single)
-    def call(output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **rest: Any) -> Any:
+    def call(
+        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **rest: Any
+    ) -> Any:
         def as_list(sizes: Any) -> Any:
             return sizes.tolist() if torch.is_tensor(sizes) else sizes
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,6 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.parallel.device import process_group_backend, select_device
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,13 @@ class Mesh:
     def is_last_pipeline_stage(self) -> bool:
         return self.pipeline.rank() == self.pipeline.size() - 1
 
-    def from_rank_0(self, value: T | None) -> T:
+    def from_rank_0[T](self, value: T | None) -> T:
         """Rank 0's `value` on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return cast(T, box[0])
 
-    def from_all_ranks(self, value: T) -> list[T]:
+    def from_all_ranks[T](self, value: T) -> list[T]:
         """Every rank's `value`, in rank order, on every rank."""
         gathered: list[T | None] = [None] * self.control.size()
         dist.all_gather_object(gathered, value, group=self.control)
@@ -66,16 +63,26 @@ class Mesh:
 
 @contextmanager
 def open_mesh(
-    config: ParallelConfig, device_name: str, seed: int, init_method: str = "env://", timeout_s: float = 1800, **where: int
+    config: ParallelConfig,
+    device_name: str,
+    seed: int,
+    init_method: str = "env://",
+    timeout_s: float = 1800,
+    rank: int = -1,
+    world_size: int = -1,
 ) -> Iterator[Mesh]:
     """Join the process group and lay the mesh over it; leaves both at the end.
 
-    `where` is rank= and world_size= where the environment does not tell them. `seed` fixes Megatron's random state.
+    `rank` and `world_size` are given where the environment does not tell them. `seed` fixes Megatron's random state.
     Raises ValueError if the number of processes is not `config.world_size`.
     """
     device = select_device(device_name)
     dist.init_process_group(
-        process_group_backend(device), init_method=init_method, timeout=timedelta(seconds=timeout_s), **where
+        process_group_backend(device),
+        init_method=init_method,
+        timeout=timedelta(seconds=timeout_s),
+        rank=rank,
+        world_size=world_size,
     )
     try:
         if dist.get_world_size() != config.world_size:
@@ -112,5 +119,5 @@ def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         expert=groups.ep,
         expert_tensor=groups.expt_tp,
         expert_data=groups.expt_dp,
-        control=dist.new_group(backend="gloo"),
+        control=cast(dist.ProcessGroup, dist.new_group(backend="gloo")),
     )

@@ -35,7 +35,9 @@ class ShardedScan:
         context_size = group.size() // tensor_size
         front = [(rank, 0) for rank in range(group.size())]
         back = [
-            (context * tensor_size + tensor, 1) for context in reversed(range(context_size)) for tensor in range(tensor_size)
+            (context * tensor_size + tensor, 1)
+            for context in reversed(range(context_size))
+            for tensor in range(tensor_size)
         ]
         order = torch.tensor([2 * rank + half for rank, half in front + back])
         self._order = order.to(sequence_L.device)

@@ -1,13 +1,21 @@
 """The process group over which rank 0 broadcasts new weights to the rollout servers."""
 
 from datetime import timedelta
+from typing import cast
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 
 def join_update_group(
-    *, master_address: str, master_port: int, world_size: int, group_name: str, backend: str, timeout_s: float = 300
+    *,
+    master_address: str,
+    master_port: int,
+    world_size: int,
+    group_name: str,
+    backend: str,
+    timeout_s: float = 300,
 ) -> dist.ProcessGroup:
     """Join as rank 0 the group that the servers join through `/init_weights_update_group`. Blocks until they have.
 
@@ -17,16 +25,16 @@ def join_update_group(
     """
     timeout = timedelta(seconds=timeout_s)
     address = f"tcp://{master_address}:{master_port}"
-    store, rank, world_size = next(dist.rendezvous(address, rank=0, world_size=world_size, timeout=timeout))
+    store, rank, world_size = next(rendezvous(address, rank=0, world_size=world_size, timeout=timeout))
     store.set_timeout(timeout)
     group, _ = distributed_c10d._new_process_group_helper(
         world_size,
         rank,
         [],
         dist.Backend(backend),
-        dist.PrefixStore(group_name, store),
-        group_name=group_name,
+        distributed_c10d.PrefixStore(group_name, store),
+        group_name=distributed_c10d.GroupName(group_name),
         timeout=timeout,
     )
     distributed_c10d._world.pg_group_ranks[group] = {member: member for member in range(world_size)}
-    return group
+    return cast(dist.ProcessGroup, group)

@@ -45,16 +45,34 @@ def read_architecture(hf_path: str | Path) -> Architecture:
     if names[0] not in _READERS:
         raise ValueError(f"{path}: architectures = {names[0]!r} is not known; known: {', '.join(_READERS)}")
     _refuse_unsupported(path, config)
-    return _READERS[names[0]](config)
+    try:
+        return _READERS[names[0]](config)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]} is missing; take the config.json of the released model") from None
+
+
+# field -> (what transformers takes where it is absent, the only value supported)
+_DENSE_ONLY = {
+    "attention_bias": (False, False),
+    "use_sliding_window": (False, False),
+    "hidden_act": ("silu", "silu"),
+}
+_MIXTURE_ONLY = {
+    "decoder_sparse_step": (1, 1),  # every layer is an MoE layer
+    "mlp_only_layers": ([], []),
+    "norm_topk_prob": (False, True),  # the released Qwen3-MoE models all set true
+}
 
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{path}: rope type {rope!r} is not supported; only the default rotary embedding is")
-    for field, wanted in {"attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}.items():
-        if config.get(field, wanted) != wanted:
-            raise ValueError(f"{path}: {field} = {config[field]!r} is not supported; only {wanted!r} is")
+    mixture = config["architectures"][0] == "Qwen3MoeForCausalLM"
+    for field, (absent, supported) in (_DENSE_ONLY | (_MIXTURE_ONLY if mixture else {})).items():
+        value = absent if config.get(field) is None else config[field]
+        if value != supported:
+            raise ValueError(f"{path}: {field} = {value!r} is not supported; only {supported!r} is")
 
 
 def _qwen3(config: dict[str, Any]) -> Architecture:
@@ -71,20 +89,17 @@ def _qwen3(config: dict[str, Any]) -> Architecture:
         num_experts_per_token=0,
         expert_ffn_hidden_size=0,
         vocab_size=config["vocab_size"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 1e6),
+        # required: the default differs between versions of transformers, and a wrong one is wrong everywhere
+        rope_theta=float(rope.get("rope_theta") or config["rope_theta"]),
         norm_epsilon=config["rms_norm_eps"],
         tied_embeddings=config.get("tie_word_embeddings", False),
     )
 
 
 def _qwen3_moe(config: dict[str, Any]) -> Architecture:
-    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
-        raise ValueError("config.json: decoder_sparse_step != 1 or mlp_only_layers: every layer must be an MoE layer")
-    if not config.get("norm_topk_prob", False):
-        raise ValueError("config.json: norm_topk_prob = false is not supported; every released Qwen3-MoE sets true")
     dense = _qwen3({**config, "intermediate_size": config.get("intermediate_size") or config["moe_intermediate_size"]})
     # transformers 5 writes num_local_experts where the released checkpoints say num_experts
-    num_experts = config.get("num_experts") or config["num_local_experts"]
+    num_experts = config.get("num_local_experts") or config["num_experts"]
     return Architecture(
         **{
             **vars(dense),

@@ -55,18 +55,19 @@ def write_hf(
     temporary = output.with_name(output.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weight_map, pending, size, files = {}, {}, 0, 0
+    weight_map, pending, size, files, total = {}, {}, 0, 0, 0
     for name, tensor in tensors:
+        if size + tensor.nbytes > shard_bytes:
+            files, pending, size = _flush(temporary, files, pending, weight_map), {}, 0
         pending[name] = tensor.detach().contiguous().cpu()
         size += tensor.nbytes
+        total += tensor.nbytes
         announce(tensor.nbytes)
-        if size >= shard_bytes:
-            files, pending, size = _flush(temporary, files, pending, weight_map), {}, 0
     files = _flush(temporary, files, pending, weight_map)
-    _name_shards(temporary, files, weight_map)
+    _name_shards(temporary, files, weight_map, total)
     for pattern in _NOT_WEIGHTS:
         for source in Path(reference).glob(pattern):
-            if source.name != _INDEX:
+            if not source.name.endswith(".index.json"):  # of the reference's weight files
                 shutil.copy2(source, temporary / source.name)
     if output.exists():
         shutil.rmtree(output)
@@ -81,15 +82,17 @@ def _flush(folder: Path, files: int, pending: dict[str, Tensor], weight_map: dic
     return files + 1
 
 
-def _name_shards(folder: Path, files: int, weight_map: dict[str, int]) -> None:
+def _name_shards(folder: Path, files: int, weight_map: dict[str, int], total: int) -> None:
     if files == 1:
         (folder / "part-0.safetensors").rename(folder / "model.safetensors")
         return
     names = [f"model-{index + 1:05d}-of-{files:05d}.safetensors" for index in range(files)]
     for index, name in enumerate(names):
         (folder / f"part-{index}.safetensors").rename(folder / name)
-    total = sum((folder / name).stat().st_size for name in names)
-    index = {"metadata": {"total_size": total}, "weight_map": {key: names[part] for key, part in weight_map.items()}}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {key: names[part] for key, part in weight_map.items()},
+    }
     (folder / _INDEX).write_text(json.dumps(index, indent=2))
 
 

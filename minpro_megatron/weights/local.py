@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,18 @@ def global_parameters(chunks: Sequence[torch.nn.Module], num_experts: int, mesh:
     first_expert = mesh.expert.rank() * (num_experts // mesh.expert.size())
     named = {}
     for chunk in chunks:
-        layers = chunk.decoder.layers  # type: ignore[union-attr]
         for name, parameter in chunk.named_parameters():
-            # megatron counts layer_number from 1
-            name = _LAYER.sub(lambda match: f"decoder.layers.{layers[int(match[1])].layer_number - 1}.", name)
             name = _EXPERT.sub(lambda match: f".local_experts.{first_expert + int(match[1])}.", name)
-            named[name] = parameter
+            named[_with_global_layer(name, chunk)] = parameter
     return named
+
+
+def _with_global_layer(name: str, chunk: torch.nn.Module) -> str:
+    match = _LAYER.match(name)
+    if match is None:
+        return name
+    layer: Any = chunk.get_submodule(match[0].rstrip("."))
+    return _LAYER.sub(f"decoder.layers.{layer.layer_number - 1}.", name)  # megatron counts layer_number from 1
 
 
 def axis_rank_and_size(entry: Entry, mesh: Mesh) -> tuple[int, int]:

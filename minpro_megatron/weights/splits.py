@@ -66,6 +66,10 @@ class Vocabulary:
     padded_size: int
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        if tensors[0].shape[0] != self.vocab_size:
+            raise ValueError(
+                f"config.json says vocab_size = {self.vocab_size}, the embedding has {tensors[0].shape[0]} rows"
+            )
         full = tensors[0].new_zeros(self.padded_size, tensors[0].shape[1])
         full[: self.vocab_size] = tensors[0]
         return full

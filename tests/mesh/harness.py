@@ -59,7 +59,13 @@ def _collect(results: Any, world_size: int, deadline_s: float) -> list[Any]:
 
 
 def _rank(
-    function: Callable, rank: int, config: ParallelConfig, folder: str, arguments: tuple, results: Any, deadline_s: float
+    function: Callable,
+    rank: int,
+    config: ParallelConfig,
+    folder: str,
+    arguments: tuple,
+    results: Any,
+    deadline_s: float,
 ) -> None:
     faulthandler.dump_traceback_later(deadline_s, exit=True)
     import torch
@@ -68,9 +74,9 @@ def _rank(
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    where = {"rank": rank, "world_size": config.world_size}
     try:
-        with open_mesh(config, "cpu", seed=1, init_method=f"file://{folder}/rendezvous", **where) as mesh:
+        rendezvous = f"file://{folder}/rendezvous"
+        with open_mesh(config, "cpu", seed=1, init_method=rendezvous, rank=rank, world_size=config.world_size) as mesh:
             value = function(mesh, *arguments)
             torch.distributed.barrier()
         results.put((rank, True, value))

@@ -5,9 +5,9 @@ import warnings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # megatron-core announces what is not installed
+
     import minpro_megatron.actor.checkpoint
     import minpro_megatron.actor.policy
-    import minpro_megatron.weights.gather
-    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+    import minpro_megatron.weights.gather  # noqa: F401
 
 logging.getLogger("megatron.core").setLevel(logging.ERROR)

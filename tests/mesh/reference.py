@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minpro_megatron.batching.collate import TokenSequence
 
@@ -25,11 +25,16 @@ COMMON = {
 }
 
 
-def make_model(mixture: bool) -> torch.nn.Module:
+def make_model(mixture: bool) -> PreTrainedModel:
     """A small Qwen3-MoE or dense Qwen3 with weights large enough that attention and routing matter."""
     torch.manual_seed(0)
     if mixture:
-        experts = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 16}
+        experts = {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": 16,
+        }
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, intermediate_size=64, **experts))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**COMMON, intermediate_size=64))
@@ -62,7 +67,7 @@ def make_sequences(count: int, longest: int, seed: int = 0) -> list[TokenSequenc
     return sequences
 
 
-def response_log_probs(model: torch.nn.Module, sequence: TokenSequence, temperature: float) -> Tensor:
+def response_log_probs(model: PreTrainedModel, sequence: TokenSequence, temperature: float) -> Tensor:
     """log pi of the response tokens given everything before them, from the whole logits. [response tokens]"""
     ids = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()
     logits = model(ids[None]).logits[0].float() / temperature
@@ -92,7 +97,11 @@ class ReferenceStep:
 
 
 def reference_step(
-    model: torch.nn.Module, sequences: list[TokenSequence], temperature: float, learning_rate: float, clip: float
+    model: PreTrainedModel,
+    sequences: list[TokenSequence],
+    temperature: float,
+    learning_rate: float,
+    clip: float,
 ) -> ReferenceStep:
     """One AdamW update of `model` with the paper's weight decay, on every parameter."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
@@ -108,7 +117,7 @@ def reference_step(
     return ReferenceStep(float(loss), float(grad_norm), saved_tensors(model))
 
 
-def saved_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The model's tensors under the names of its files: in memory transformers fuses the experts of a layer."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -10,7 +10,14 @@ import torch
 from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
-from tests.mesh.reference import ReferenceStep, make_model, make_sequences, reference_step, response_log_probs, saved_tensors
+from tests.mesh.reference import (
+    ReferenceStep,
+    make_model,
+    make_sequences,
+    reference_step,
+    response_log_probs,
+    saved_tensors,
+)
 
 pytestmark = pytest.mark.mesh
 
@@ -39,23 +46,34 @@ def _config(parallel: dict[str, int], packing: bool) -> RunConfig:
             "data": {"train_file": "unused", "heldout_file": "unused"},
             "parallel": parallel,
             "sampling": {"temperature": TEMPERATURE, "max_prompt_tokens": 16, "max_response_tokens": 64},
-            "batch": {"num_prompts": 8, "mini_batch_prompts": 8, "max_tokens_per_row": 128, "packing": packing},
+            "batch": {
+                "num_prompts": 8,
+                "mini_batch_prompts": 8,
+                "max_tokens_per_row": 128,
+                "packing": packing,
+            },
         }
     )
 
 
-def _step(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> dict:
+def _loaded(mesh: Mesh, hf_path: str) -> tuple:
     from minpro_megatron.actor.model import build_model
-    from minpro_megatron.actor.policy import Policy
-    from minpro_megatron.monitor.metrics import merge
     from minpro_megatron.weights.architecture import read_architecture
-    from minpro_megatron.weights.gather import WeightGatherer
     from minpro_megatron.weights.hf_files import HfReader
     from minpro_megatron.weights.local import load_hf_tensors
 
     architecture = read_architecture(hf_path)
     chunks = build_model(architecture, mesh, torch.float32)
     load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path).read)
+    return architecture, chunks
+
+
+def _step(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> dict:
+    from minpro_megatron.actor.policy import Policy
+    from minpro_megatron.monitor.metrics import merge
+    from minpro_megatron.weights.gather import WeightGatherer
+
+    architecture, chunks = _loaded(mesh, hf_path)
     policy = Policy(config, architecture, chunks, mesh)
     before = policy.score(sequences)
     policy.keep_sampling_weights()
@@ -68,11 +86,20 @@ def _step(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> dict:
     # numpy: a tensor sent through a queue lives only as long as the process that made it
     weights = {name: tensor.numpy().copy() for bucket in buckets for name, tensor in bucket}
     values = {name: metric.value for name, metric in metrics.items()}
-    return {"before": before, "kept": kept, "after": after, "grad_norm": result.grad_norm, "metrics": values, "weights": weights}
+    return {
+        "before": before,
+        "kept": kept,
+        "after": after,
+        "grad_norm": result.grad_norm,
+        "metrics": values,
+        "weights": weights,
+    }
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list, np.ndarray, ReferenceStep, dict]]:
+def references(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[Path, list, np.ndarray, ReferenceStep, dict]]:
     made = {}
     for kind in ("moe", "dense"):
         model = make_model(kind == "moe")
@@ -107,3 +134,21 @@ def test_step_equals_transformers(kind: str, parallel: dict[str, int], packing: 
     difference = sum(float((torch.from_numpy(weights[n]) - expected.updated[n]).norm() ** 2) for n in weights) ** 0.5
     update = sum(float((expected.updated[n] - start[n]).norm() ** 2) for n in weights) ** 0.5
     assert difference <= 1e-3 * update
+
+
+def _step_on_nan(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> tuple[bool, bool]:
+    from minpro_megatron.actor.policy import Policy
+
+    architecture, chunks = _loaded(mesh, hf_path)
+    policy = Policy(config, architecture, chunks, mesh)
+    before = [parameter.detach().clone() for chunk in policy.modules for parameter in chunk.parameters()]
+    result = policy.update([replace(sequences[0], advantage=float("nan")), *sequences[1:]], LEARNING_RATE)
+    after = [parameter for chunk in policy.modules for parameter in chunk.parameters()]
+    return result.applied, all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_update_with_nan_gradient_is_skipped_on_every_rank(references: dict) -> None:
+    path, sequences, *_ = references["moe"]
+    config = _config({"tensor": 2, "expert": 2}, True)
+    ranks = run_mesh(_step_on_nan, config, str(path), sequences, tensor=2, expert=2)
+    assert ranks == [(False, True)] * 2
