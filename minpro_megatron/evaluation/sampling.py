@@ -46,9 +46,7 @@ async def evaluate(groups: Sequence[IssuedGroup], collect_group: CollectGroup) -
         pending = [tasks.create_task(_collect(collect_group, group)) for group in groups]
     collected = [task.result() for task in pending]
     samples_per_prompt = len(groups[0].sampling_seeds)
-    num_correct = [
-        sum(response.reward >= RIGHT_REWARD for response in group.responses) for group in collected
-    ]
+    num_correct = [sum(response.reward >= RIGHT_REWARD for response in group.responses) for group in collected]
     pass_at_1 = mean_pass_at_k(samples_per_prompt, num_correct, k=1)
     lengths = [len(response.token_ids) for group in collected for response in group.responses]
     return EvaluationResult(

@@ -46,9 +46,7 @@ class _Worker:
                 f"the grading process did not start: {' '.join(self._command)}; its error stands above"
             ) from None
 
-    async def grade_some(
-        self, texts: Sequence[str], answer: str, timeout_s: float
-    ) -> list[float | str | None]:
+    async def grade_some(self, texts: Sequence[str], answer: str, timeout_s: float) -> list[float | str | None]:
         """The results of `texts` up to the first that hangs or kills the grader, which is None and the last.
 
         Others are the reward, or a text saying what the grader raised. The time limit holds for each
@@ -95,9 +93,7 @@ class RewardPool:
     `num_killed` counts responses whose grader hung or died, `num_errors` those whose grader raised.
     """
 
-    def __init__(
-        self, reward: str, num_workers: int, timeout_s: float, command: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, reward: str, num_workers: int, timeout_s: float, command: Sequence[str] | None = None) -> None:
         """`command` replaces the worker's command line, in tests. Raises ValueError for an unknown reward."""
         if command is None:
             check_reward_name(reward)

@@ -14,9 +14,7 @@ REWARDS = {
 def check_reward_name(name: str) -> None:
     """Raises ValueError if there is no reward function of this name."""
     if name not in REWARDS:
-        raise ValueError(
-            f"collector.reward = {name!r}: there is no such reward; known: {', '.join(sorted(REWARDS))}"
-        )
+        raise ValueError(f"collector.reward = {name!r}: there is no such reward; known: {', '.join(sorted(REWARDS))}")
 
 
 def load_reward(name: str) -> RewardFunction:

@@ -78,30 +78,22 @@ async def _until_terminated(config: RunConfig, incarnation: int) -> None:
             raise
 
 
-async def _make_collector(
-    config: RunConfig, incarnation: int, journal: Journal, stack: AsyncExitStack
-) -> Collector:
+async def _make_collector(config: RunConfig, incarnation: int, journal: Journal, stack: AsyncExitStack) -> Collector:
     facts = read_model_facts(config.model.hf_path)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     training, heldout = await asyncio.to_thread(_read_prompts, config, tokenizer)
-    rewards = RewardPool(
-        config.collector.reward, config.collector.reward_workers, config.collector.reward_timeout_s
-    )
+    rewards = RewardPool(config.collector.reward, config.collector.reward_workers, config.collector.reward_timeout_s)
     await stack.enter_async_context(rewards)
     addresses = await _wait_for_servers(config, incarnation)
     clients = [await _connect(address, facts, config, stack) for address in addresses]
     responses_per_prompt = config.batch.responses_per_prompt
-    groups_per_server = max(
-        1, round(QUEUE_FACTOR * config.server.max_running_requests / responses_per_prompt)
-    )
+    groups_per_server = max(1, round(QUEUE_FACTOR * config.server.max_running_requests / responses_per_prompt))
     groups = GroupCollector(clients, rewards, tokenizer, groups_per_server)
     stack.callback(partial(_log_rewards, rewards))
     return Collector(config, journal, PromptStream(training, config), heldout, groups.collect, addresses)
 
 
-def _read_prompts(
-    config: RunConfig, tokenizer: TextTokenizer
-) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
+def _read_prompts(config: RunConfig, tokenizer: TextTokenizer) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
     longest, wanted = config.sampling.max_prompt_tokens, config.evaluation.num_prompts
     training = load_prompts(config.data.train_file, "data.train_file")
     heldout = load_prompts(config.data.heldout_file, "data.heldout_file")
@@ -132,14 +124,10 @@ async def _wait_for_servers(config: RunConfig, incarnation: int) -> list[ServerA
         await asyncio.sleep(0.1)
 
 
-async def _connect(
-    address: ServerAddress, facts: ModelFacts, config: RunConfig, stack: AsyncExitStack
-) -> ServerClient:
+async def _connect(address: ServerAddress, facts: ModelFacts, config: RunConfig, stack: AsyncExitStack) -> ServerClient:
     client = await stack.enter_async_context(ServerClient(address, facts, config.server.request_timeout_s))
     if (version := await client.policy_version()) != 0:
-        raise StartError(
-            f"{client.name} holds policy version {version}, but a run starts from version 0; restart it"
-        )
+        raise StartError(f"{client.name} holds policy version {version}, but a run starts from version 0; restart it")
     return client
 
 
@@ -153,6 +141,4 @@ def _log_rewards(rewards: RewardPool) -> None:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return (
-        text if isinstance(error, RuntimeError | ValueError) and text else f"{type(error).__name__}: {text}"
-    )
+    return text if isinstance(error, RuntimeError | ValueError) and text else f"{type(error).__name__}: {text}"

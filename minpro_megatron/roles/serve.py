@@ -54,9 +54,7 @@ def run(config: RunConfig, incarnation: int) -> int:
             write_status(config.run_dir, "serve", "stopped")
 
 
-def _serve(
-    config: RunConfig, incarnation: int, servers: list[ServerProcess], stop_requested: _StopRequest
-) -> int:
+def _serve(config: RunConfig, incarnation: int, servers: list[ServerProcess], stop_requested: _StopRequest) -> int:
     start = time.monotonic()
     write_status(config.run_dir, "serve", f"starting {len(servers)} server{'s' * (len(servers) > 1)}")
     for server in servers:
@@ -66,9 +64,7 @@ def _serve(
         if not server.wait_until_ready(left_s, stop_requested):
             return 0
         write_server_address(config.run_dir, server.address, incarnation)
-        log.info(
-            "server %d ready at %s after %.1f s", server.index, server.address.url, time.monotonic() - start
-        )
+        log.info("server %d ready at %s after %.1f s", server.index, server.address.url, time.monotonic() - start)
     write_status(config.run_dir, "serve", "serving")
     while not stop_requested():
         for server in servers:

@@ -50,9 +50,7 @@ class CollectorApi:
     failures.
     """
 
-    def __init__(
-        self, run_dir: Path, host: str, port: int, incarnation: int, long_poll_s: float = LONG_POLL_S
-    ) -> None:
+    def __init__(self, run_dir: Path, host: str, port: int, incarnation: int, long_poll_s: float = LONG_POLL_S) -> None:
         self._run_dir = Path(run_dir)
         self._host, self._port = host, port
         self._incarnation = incarnation
@@ -100,9 +98,7 @@ class CollectorApi:
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get(INCARNATION_HEADER)
         if given != str(self._incarnation):
-            return _refusal(
-                409, f"this is incarnation {self._incarnation} of the run, the request is of {given}"
-            )
+            return _refusal(409, f"this is incarnation {self._incarnation} of the run, the request is of {given}")
         try:
             return await handler(request)
         except (ValueError, msgspec.DecodeError) as error:
@@ -131,9 +127,7 @@ class CollectorApi:
 
     async def _publish_begin(self, request: web.Request) -> web.Response:
         collector = await self._must_be_ready()
-        return await _answer(
-            await collector.publish_begin(int(request.match_info["version"]), self._long_poll_s)
-        )
+        return await _answer(await collector.publish_begin(int(request.match_info["version"]), self._long_poll_s))
 
     async def _publish_end(self, request: web.Request) -> web.Response:
         await (await self._must_be_ready()).publish_end(int(request.match_info["version"]))

@@ -76,9 +76,7 @@ class Collector:
         self._evaluating = SamplingParameters(
             config.evaluation.temperature, sampling.max_response_tokens, config.evaluation.top_p
         )
-        self._evaluated_versions = set(
-            evaluated_versions(config.num_global_steps, config.evaluation.every_steps)
-        )
+        self._evaluated_versions = set(evaluated_versions(config.num_global_steps, config.evaluation.every_steps))
         self._changed = asyncio.Condition()
         self._version = 0  # what the servers hold
         self._version_ended = False  # all work under self._version has ended
@@ -177,14 +175,8 @@ class Collector:
             raise Conflict(f"batch {index}: it is consumed already")
         version = sampling_version(index, self._config.staleness.delay_steps)
         if version > self._version:  # waiting would never end: the trainer that waits is the one to publish
-            raise Conflict(
-                f"batch {index}: it is sampled with version {version}; the servers hold {self._version}"
-            )
-        return (
-            self._batches[index]
-            if await self._wait_until(lambda: index in self._batches, timeout_s)
-            else None
-        )
+            raise Conflict(f"batch {index}: it is sampled with version {version}; the servers hold {self._version}")
+        return self._batches[index] if await self._wait_until(lambda: index in self._batches, timeout_s) else None
 
     async def scored(self, scores: BehaviorLogProbs) -> None:
         """Stores a batch's behavior log-probs. Raises ValueError if they do not fit the batch."""
@@ -199,7 +191,7 @@ class Collector:
         self._scored.add(scores.index)
 
     async def consumed(self, step: int, policy_version: int) -> None:
-        """Step `step`, begun with `policy_version`, has trained on its batch; checks the staleness once more."""
+        """Step `step`, begun with `policy_version`, has trained on its batch. Checks its staleness again."""
         self._raise_failure()
         if step != self._next_step or step not in self._batches:
             raise Conflict(f"step {step}: the next step to consume its batch is {self._next_step}")
@@ -211,8 +203,8 @@ class Collector:
         for group, value in zip(batch.groups, found, strict=True):
             if value != expected:
                 raise Conflict(
-                    f"step {step}: group {group.issued.group_id}, sampled with version {group.oldest_version}, was "
-                    f"consumed with version {policy_version}: staleness {value} instead of {expected}"
+                    f"step {step}: group {group.issued.group_id}, sampled with version {group.oldest_version} "
+                    f"and consumed with version {policy_version}: staleness {value} instead of {expected}"
                 )
         await self._journal.consume(batch, step, found)
         del self._batches[step]
@@ -222,15 +214,13 @@ class Collector:
     async def publish_begin(self, version: int, timeout_s: float) -> PublishLease | None:
         """Permission to publish `version`; None if work under the one before it goes on past `timeout_s`."""
         if version != self._version + 1 or version > self._num_steps:
-            raise Conflict(
-                f"publish version {version}: the servers hold {self._version} of {self._num_steps}"
-            )
+            raise Conflict(f"publish version {version}: the servers hold {self._version} of {self._num_steps}")
         if self._next_step != version:
             raise Conflict(f"publish version {version}: step {version - 1} has not consumed its batch")
         if not await self._wait_until(lambda: self._version_ended, timeout_s):
             return None
         self._publishing = True
-        return PublishLease(version=version, servers=self._servers, evaluations=self._evaluations)
+        return PublishLease(version=version, servers=self._servers, evaluations=list(self._evaluations))
 
     async def publish_end(self, version: int) -> None:
         """The servers hold `version`: its work begins."""
@@ -244,11 +234,7 @@ class Collector:
         """The totals once the last version's evaluation has ended; None if that exceeds `timeout_s`."""
         if self._version != self._num_steps:
             raise Conflict(f"finish: version {self._version} of {self._num_steps} is published")
-        return (
-            await self._journal.totals()
-            if await self._wait_until(lambda: self._version_ended, timeout_s)
-            else None
-        )
+        return await self._journal.totals() if await self._wait_until(lambda: self._version_ended, timeout_s) else None
 
     async def totals_delivered(self) -> None:
         """Lets `run` return: the trainer has its answer."""
@@ -280,9 +266,7 @@ def check_scores(batch: Batch, scores: BehaviorLogProbs) -> None:
     where = f"scores of batch {batch.index}"
     version = batch.groups[0].issued.policy_version
     if scores.policy_version != version:
-        raise ValueError(
-            f"{where}: computed with version {scores.policy_version}, sampled with version {version}"
-        )
+        raise ValueError(f"{where}: computed with version {scores.policy_version}, sampled with version {version}")
     if len(scores.log_probs) != len(batch.groups):
         raise ValueError(f"{where}: {len(scores.log_probs)} groups instead of {len(batch.groups)}")
     for group, responses in zip(batch.groups, scores.log_probs, strict=True):

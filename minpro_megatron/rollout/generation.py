@@ -66,7 +66,7 @@ class GroupCollector:
         self._gate = asyncio.Semaphore(max_groups_per_server * len(self._generators))
 
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
-        """The group, sampled and rewarded. Raises GenerationError, or a ServerError that repeating cannot mend."""
+        """The group, sampled and rewarded. Raises GenerationError, or a ServerError that cannot be mended."""
         async with self._gate:
             sequences = await self._sample(issued, sampling)
         texts = [self._tokenizer.response_text(sequence.token_ids) for sequence in sequences]
@@ -106,6 +106,4 @@ class GroupCollector:
 
     def _least_loaded(self, tried: set[int]) -> int:
         untried = set(range(len(self._generators))) - tried
-        return min(
-            untried or range(len(self._generators)), key=lambda server: (self._in_flight[server], server)
-        )
+        return min(untried or range(len(self._generators)), key=lambda server: (self._in_flight[server], server))

@@ -95,9 +95,7 @@ class Journal:
         refuse_existing_journal(run_dir)
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         try:
-            connection = await asyncio.get_running_loop().run_in_executor(
-                thread, _create, Path(run_dir) / FILE_NAME
-            )
+            connection = await asyncio.get_running_loop().run_in_executor(thread, _create, Path(run_dir) / FILE_NAME)
         except (sqlite3.Error, OSError) as error:
             thread.shutdown()
             raise JournalError(f"{Path(run_dir) / FILE_NAME}: cannot be created ({error})") from None
@@ -122,8 +120,8 @@ class Journal:
 
         def write(connection: sqlite3.Connection) -> None:
             insert = (
-                "INSERT INTO groups"
-                " (group_id, batch_index, policy_version, prompt_id, prompt_token_ids, state) VALUES (?, ?, ?, ?, ?, 'issued')"
+                "INSERT INTO groups (group_id, batch_index, policy_version, prompt_id,"
+                " prompt_token_ids, state) VALUES (?, ?, ?, ?, ?, 'issued')"
             )
             connection.executemany(insert, rows)
 
@@ -135,8 +133,7 @@ class Journal:
         def write(connection: sqlite3.Connection) -> None:
             oldest = [(group.oldest_version, group.issued.group_id) for group in batch.groups]
             changed = connection.executemany(
-                "UPDATE groups SET state = 'collected', oldest_version = ?"
-                " WHERE group_id = ? AND state = 'issued'",
+                "UPDATE groups SET state = 'collected', oldest_version = ? WHERE group_id = ? AND state = 'issued'",
                 oldest,
             )
             _expect_rows(changed, len(oldest), f"batch {batch.index} was not issued, or is collected already")
@@ -172,9 +169,7 @@ class Journal:
                 for place, log_probs in enumerate(responses)
             ]
             update = "UPDATE responses SET behavior_log_probs = ? WHERE group_id = ? AND place = ?"
-            _expect_rows(
-                connection.executemany(update, rows), len(rows), f"batch {batch.index} lacks responses"
-            )
+            _expect_rows(connection.executemany(update, rows), len(rows), f"batch {batch.index} lacks responses")
             ids = [(group.issued.group_id,) for group in batch.groups]
             changed = connection.executemany(
                 "UPDATE groups SET state = 'scored' WHERE group_id = ? AND state = 'collected'", ids
@@ -185,9 +180,7 @@ class Journal:
 
     async def consume(self, batch: Batch, step: int, staleness: Sequence[int]) -> None:
         """Records that global step `step` has trained on the batch; `staleness` has one value a group."""
-        rows = [
-            (step, value, group.issued.group_id) for group, value in zip(batch.groups, staleness, strict=True)
-        ]
+        rows = [(step, value, group.issued.group_id) for group, value in zip(batch.groups, staleness, strict=True)]
 
         def write(connection: sqlite3.Connection) -> None:
             changed = connection.executemany(
@@ -202,9 +195,7 @@ class Journal:
     async def publish(self, version: int) -> None:
         """Records that the servers hold `version`."""
         values = (version, time.time())
-        await self._transaction(
-            lambda connection: connection.execute("INSERT INTO versions VALUES (?, ?)", values)
-        )
+        await self._transaction(lambda connection: connection.execute("INSERT INTO versions VALUES (?, ?)", values))
 
     async def evaluate(self, result: EvaluationResult) -> None:
         """Records a held-out evaluation."""
@@ -259,9 +250,7 @@ def _totals(connection: sqlite3.Connection) -> CollectorTotals:
     def count(condition: str) -> int:
         return connection.execute(f"SELECT count(*) FROM groups WHERE {condition}").fetchone()[0]
 
-    query = (
-        "SELECT coalesce(min(staleness), 0), coalesce(max(staleness), 0) FROM groups WHERE state = 'consumed'"
-    )
+    query = "SELECT coalesce(min(staleness), 0), coalesce(max(staleness), 0) FROM groups WHERE state = 'consumed'"
     smallest, largest = connection.execute(query).fetchone()
     names = EvaluationResult.__struct_fields__
     query = f"SELECT {', '.join(names)} FROM evaluations ORDER BY policy_version"

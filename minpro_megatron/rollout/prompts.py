@@ -67,9 +67,7 @@ class TokenizedPrompt:
     token_ids: np.ndarray  # int32
 
 
-def tokenize(
-    prompts: list[Prompt], tokenizer: TextTokenizer, max_tokens: int, setting: str
-) -> list[TokenizedPrompt]:
+def tokenize(prompts: list[Prompt], tokenizer: TextTokenizer, max_tokens: int, setting: str) -> list[TokenizedPrompt]:
     """The prompts of at most `max_tokens` tokens; longer ones are dropped with a warning that counts them.
 
     Raises ValueError if none is left.
@@ -86,9 +84,7 @@ def tokenize(
             setting, dropped, len(prompts), max_tokens,
         )  # fmt: skip
     if not kept:
-        raise ValueError(
-            f"{setting}: no prompt has 1 .. sampling.max_prompt_tokens = {max_tokens} tokens; raise it"
-        )
+        raise ValueError(f"{setting}: no prompt has 1 .. sampling.max_prompt_tokens = {max_tokens} tokens; raise it")
     return kept
 
 

@@ -52,7 +52,7 @@ class ServerError(RuntimeError):
 
 
 class ServerUnavailable(ServerError):
-    """The server did not answer, also after retries: connection refused or dropped, time limit, status 5xx."""
+    """No answer, also after retries: connection refused or dropped, time limit exceeded, status 5xx."""
 
 
 class RequestRefused(ServerError):
@@ -187,17 +187,13 @@ class ServerClient:
         assert self._session is not None, "use `async with` around the client"
         headers = {"Content-Type": "application/json"}
         try:
-            async with self._session.post(
-                f"{self.address.url}/generate", data=request, headers=headers
-            ) as response:
+            async with self._session.post(f"{self.address.url}/generate", data=request, headers=headers) as response:
                 body = await response.read()
         except aiohttp.ConnectionTimeoutError as error:
             raise ServerUnavailable(self.name, request_ids[0], "connection", _named(error)) from None
         except TimeoutError as error:
             await self._abort(request_ids)
-            problem = (
-                f"no answer within the time limit of server.request_timeout_s = {self._timeout.total:g} s"
-            )
+            problem = f"no answer within the time limit of server.request_timeout_s = {self._timeout.total:g} s"
             raise ServerUnavailable(self.name, request_ids[0], "connection", problem) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerUnavailable(self.name, request_ids[0], "connection", _named(error)) from error
@@ -214,9 +210,7 @@ class ServerClient:
         for request_id in request_ids:
             with suppress(aiohttp.ClientError, TimeoutError, OSError):
                 fields = {"rid": request_id}
-                async with self._session.post(
-                    f"{self.address.url}/abort_request", json=fields, timeout=limit
-                ):
+                async with self._session.post(f"{self.address.url}/abort_request", json=fields, timeout=limit):
                     pass
 
     def _checked(
@@ -259,9 +253,7 @@ class ServerClient:
 
         require(meta.id == request_id, "meta_info.id", f"answers request {meta.id!r}")
         reason = meta.finish_reason.type
-        require(
-            reason in ("stop", "length"), "meta_info.finish_reason", f"{reason!r} is neither stop nor length"
-        )
+        require(reason in ("stop", "length"), "meta_info.finish_reason", f"{reason!r} is neither stop nor length")
         require(
             meta.prompt_tokens == num_prompt_tokens,
             "meta_info.prompt_tokens",
@@ -314,9 +306,7 @@ class ServerClient:
             finish_reason="stop" if stopped else "length",
         )
 
-    def _versions(
-        self, spans: list[_VersionSpan], num_tokens: int, request_id: str, policy_version: int
-    ) -> np.ndarray:
+    def _versions(self, spans: list[_VersionSpan], num_tokens: int, request_id: str, policy_version: int) -> np.ndarray:
         field = "meta_info.weight_versions"
         versions = np.empty(num_tokens, dtype=np.int32)
         covered = 0
@@ -329,9 +319,7 @@ class ServerClient:
             covered = span.end
         if covered != num_tokens:
             shown = [(span.version, span.start, span.end) for span in spans[:5]]
-            raise InvalidAnswer(
-                self.name, request_id, field, f"{shown} do not cover the {num_tokens} tokens in order"
-            )
+            raise InvalidAnswer(self.name, request_id, field, f"{shown} do not cover the {num_tokens} tokens in order")
         if (versions != policy_version).any():
             found = sorted(set(versions.tolist()))
             problem = f"sampled with version {found} instead of {policy_version}"

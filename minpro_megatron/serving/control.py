@@ -36,9 +36,7 @@ class ServerControl:
     One thread at a time may use an object.
     """
 
-    def __init__(
-        self, address: ServerAddress, timeout_s: float = 600.0, vocabulary_size: int | None = None
-    ) -> None:
+    def __init__(self, address: ServerAddress, timeout_s: float = 600.0, vocabulary_size: int | None = None) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._vocabulary_size = vocabulary_size
@@ -103,9 +101,7 @@ class ServerControl:
         Names are Hugging Face's. An unknown name is accepted without effect: compare `weights_checksum`.
         """
         if not len(names) == len(dtypes) == len(shapes):
-            raise ValueError(
-                f"names, dtypes, shapes: lengths {len(names)}, {len(dtypes)}, {len(shapes)} must agree"
-            )
+            raise ValueError(f"names, dtypes, shapes: lengths {len(names)}, {len(dtypes)}, {len(shapes)} must agree")
         fields = {"names": list(names), "dtypes": list(dtypes), "shapes": [list(shape) for shape in shapes]}
         fields |= {
             "group_name": group_name,
@@ -119,9 +115,7 @@ class ServerControl:
     def end_weight_update(self) -> None:
         self._post("end_weight_update", {})
 
-    def update_weights_from_disk(
-        self, *, model_path: str, weight_version: int, flush_cache: bool = True
-    ) -> None:
+    def update_weights_from_disk(self, *, model_path: str, weight_version: int, flush_cache: bool = True) -> None:
         """Loads a Hugging Face folder that the server can read; needs no begin and end around it."""
         fields = {"model_path": model_path, "weight_version": str(weight_version), "flush_cache": flush_cache}
         self._post("update_weights_from_disk", fields)
@@ -153,9 +147,7 @@ class ServerControl:
         size = self._vocabulary_size
         wrong = [token for token in token_ids if token < 0 or (size is not None and token >= size)]
         if wrong or not token_ids:
-            raise ValueError(
-                f"prompt token ids {wrong or 'are none'}: they must lie within the vocabulary of {size}"
-            )
+            raise ValueError(f"prompt token ids {wrong or 'are none'}: they must lie within the vocabulary of {size}")
         parameters = {"max_new_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True}
         request = {
             "input_ids": list(map(int, token_ids)),

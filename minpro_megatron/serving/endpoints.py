@@ -8,9 +8,12 @@ from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.records import ServerAddress
 
 
-class _Endpoint(ServerAddress):
-    """A server's address and the incarnation of the run that started it: older files do not count."""
+class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A ServerAddress, and the incarnation of the run that started the server: older files do not count."""
 
+    index: int
+    url: str
+    tensor_parallel: int
     incarnation: int
 
 
@@ -40,8 +43,6 @@ def read_server_addresses(run_dir: Path, count: int, incarnation: int) -> list[S
             continue
         if endpoint.incarnation == incarnation:
             addresses.append(
-                ServerAddress(
-                    index=endpoint.index, url=endpoint.url, tensor_parallel=endpoint.tensor_parallel
-                )
+                ServerAddress(index=endpoint.index, url=endpoint.url, tensor_parallel=endpoint.tensor_parallel)
             )
     return addresses

@@ -35,9 +35,7 @@ def model_file(hf_path: str, name: str) -> Path:
                 "give an existing folder or a hub id"
             ) from None
     if not path.is_file():
-        raise FileNotFoundError(
-            f"model.hf_path = {hf_path!r}: the file {name} is missing; export the checkpoint again"
-        )
+        raise FileNotFoundError(f"model.hf_path = {hf_path!r}: the file {name} is missing; export the checkpoint again")
     return path
 
 
@@ -56,9 +54,7 @@ def read_model_facts(hf_path: str) -> ModelFacts:
     vocabulary_size = _positive(config, "vocab_size", config_path)
     stop_token_ids = sorted({*_token_ids(config, config_path), *_token_ids(generation, config_path)})
     if not stop_token_ids:
-        raise ValueError(
-            f"{config_path}: eos_token_id is missing: without a stop token no response could end"
-        )
+        raise ValueError(f"{config_path}: eos_token_id is missing: without a stop token no response could end")
     if stop_token_ids[0] < 0 or stop_token_ids[-1] >= vocabulary_size:
         raise ValueError(
             f"{config_path}: eos_token_id = {stop_token_ids} must lie within vocab_size = {vocabulary_size}"

@@ -43,9 +43,7 @@ def context_length(config: RunConfig) -> int:
     longest = read_model_facts(config.model.hf_path).max_position_embeddings
     needed = f"sampling.max_prompt_tokens + sampling.max_response_tokens + {CONTEXT_MARGIN_TOKENS} = {length}"
     if length > longest:
-        raise ValueError(
-            f"{needed} exceeds the model's max_position_embeddings = {longest}; lower one of them"
-        )
+        raise ValueError(f"{needed} exceeds the model's max_position_embeddings = {longest}; lower one of them")
     cache = config.server.max_total_tokens
     if cache is not None and cache < length:
         raise ValueError(f"{needed} exceeds server.max_total_tokens = {cache}; raise it")
@@ -97,9 +95,7 @@ def server_command(config: RunConfig, index: int, port: int) -> list[str]:
 def server_environment(config: RunConfig, environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a server process, from that of this process."""
     # A server talks to itself over HTTP when it starts, which a proxy setting must not redirect.
-    not_proxied = ",".join(
-        filter(None, [environment.get("NO_PROXY"), config.server.host, "127.0.0.1", "localhost"])
-    )
+    not_proxied = ",".join(filter(None, [environment.get("NO_PROXY"), config.server.host, "127.0.0.1", "localhost"]))
     changes = {
         # With SGLang's 5 s a connection often closes while the trainer trains, under the next request's feet.
         "SGLANG_TIMEOUT_KEEP_ALIVE": "600",
@@ -114,6 +110,9 @@ def server_environment(config: RunConfig, environment: Mapping[str, str]) -> dic
         changes |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if config.server.device == "cpu":
         changes |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        # gloo would look its address up by the machine's name, which need not resolve.
+        loopback = "lo" if sys.platform.startswith("linux") else "lo0"
+        changes |= {"GLOO_SOCKET_IFNAME": environment.get("GLOO_SOCKET_IFNAME", loopback)}
     return dict(environment) | changes
 
 
@@ -235,9 +234,7 @@ class ServerProcess:
 
     def _why_ended(self) -> str:
         status = self.exit_status
-        how = (
-            f"by signal {signal.Signals(-status).name}" if status and status < 0 else f"with status {status}"
-        )
+        how = f"by signal {signal.Signals(-status).name}" if status and status < 0 else f"with status {status}"
         return f"its process ended {how}; the end of {self.log_file}:"
 
     def describe_end(self) -> str:
@@ -255,7 +252,7 @@ class ServerProcess:
         return "\n".join(lines[-num_lines:])
 
 
-def stop_servers(servers: list[ServerProcess], grace_s: float = 5.0) -> None:
+def stop_servers(servers: list[ServerProcess], grace_s: float = 4.0) -> None:
     """Ends the servers with all their processes: SIGTERM, and SIGKILL for what is left after `grace_s`."""
     started = [server._process for server in servers if server._process is not None]
     members: dict[int, psutil.Process] = {}
@@ -275,7 +272,16 @@ def stop_servers(servers: list[ServerProcess], grace_s: float = 5.0) -> None:
             member.kill()
     for process in started:
         process.wait()
-    psutil.wait_procs(list(members.values()), timeout=2)
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline and any(_runs(member) for member in members.values()):
+        time.sleep(0.01)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:  # an orphan may stay a zombie until whoever adopted it looks: it holds nothing any more
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _process_tree(pid: int) -> dict[int, psutil.Process]:

@@ -1,0 +1,132 @@
+"""Graders that hang, die, raise or print: the response gets 0, the next one is graded as if nothing had been."""
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+
+import psutil
+import pytest
+
+from minpro_megatron.rewards.pool import RewardPool, RewardWorkerError
+from minpro_megatron.rewards.registry import load_reward
+
+# A worker with the real protocol whose grader does what the response says. Standard library only: it starts in 20 ms.
+WORKER = """
+import struct, sys, time, os
+def read(n):
+    data = sys.stdin.buffer.read(n)
+    if len(data) < n: sys.exit(0)
+    return data
+def write(data):
+    sys.stdout.buffer.write(struct.pack("<I", len(data)) + data); sys.stdout.buffer.flush()
+write(b"")
+while True:
+    body = read(struct.unpack("<I", read(4))[0])
+    if b"hang" in body: time.sleep(60)
+    if b"die" in body: os._exit(9)
+    if b"garbage" in body: write(b"\\xc1"); continue
+    if b"nan" in body: write(b"\\xcb" + struct.pack(">d", float("nan"))); continue
+    if b"raise" in body: write(bytes([0xa5]) + b"Error"); continue
+    write(b"\\xcb" + struct.pack(">d", 1.0 if b"right" in body else 0.0))
+"""
+
+
+def with_pool(use: Callable[[RewardPool], Awaitable[None]], timeout_s: float = 0.1, num_workers: int = 1) -> RewardPool:
+    pool = RewardPool("calculator", num_workers, timeout_s, command=[sys.executable, "-I", "-S", "-c", WORKER])
+
+    async def main() -> None:
+        async with pool:
+            await use(pool)
+
+    asyncio.run(main())
+    return pool
+
+
+def test_rewards_come_in_order() -> None:
+    async def use(pool: RewardPool) -> None:
+        assert await pool.grade_all(["right", "wrong", "right"], "1") == [1.0, 0.0, 1.0]
+        assert await pool.grade_all([], "1") == []
+
+    pool = with_pool(use, timeout_s=5)
+    assert (pool.num_killed, pool.num_errors) == (0, 0)
+
+
+@pytest.mark.parametrize("fault", ["hang", "die", "garbage"])
+def test_a_killed_grader_costs_one_response(fault: str) -> None:
+    async def use(pool: RewardPool) -> None:
+        assert await pool.grade_all(["right", fault, "right"], "1") == [1.0, 0.0, 1.0]
+        assert await pool.grade_all(["right"], "1") == [1.0]
+
+    pool = with_pool(use)
+    assert (pool.num_killed, pool.num_errors) == (1, 0)
+
+
+@pytest.mark.parametrize("fault", ["raise", "nan"])
+def test_a_grader_that_raises_costs_one_response(fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def use(pool: RewardPool) -> None:
+        assert await pool.grade_all(["right", fault, "right"], "1") == [1.0, 0.0, 1.0]
+
+    pool = with_pool(use, timeout_s=5)
+    assert (pool.num_killed, pool.num_errors) == (0, 1)
+    assert f"reward 0 for '{fault}'" in caplog.text
+
+
+def test_one_hanging_grader_does_not_hold_up_the_others() -> None:
+    async def use(pool: RewardPool) -> None:
+        slow = asyncio.create_task(pool.grade_all(["hang"], "1"))
+        await asyncio.sleep(0)
+        assert await pool.grade_all(["right"], "1") == [1.0]
+        assert not slow.done()
+        assert await slow == [0.0]
+
+    assert with_pool(use, num_workers=2).num_killed == 1
+
+
+def test_after_a_cancelled_group_the_next_answers_are_its_own() -> None:
+    async def use(pool: RewardPool) -> None:
+        cancelled = asyncio.create_task(pool.grade_all(["right", "hang"], "1"))
+        await asyncio.sleep(0.02)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert await pool.grade_all(["wrong"], "1") == [0.0]
+
+    with_pool(use, timeout_s=5)
+
+
+def test_no_process_is_left() -> None:
+    workers: list[psutil.Process] = []
+
+    async def use(pool: RewardPool) -> None:
+        await pool.grade_all(["right", "hang", "right"], "1")
+        workers.extend(psutil.Process().children())
+
+    with_pool(use)
+    assert len(workers) == 1
+    assert not workers[0].is_running()
+
+
+def test_a_worker_that_cannot_start_is_an_error_of_the_installation() -> None:
+    async def main() -> None:
+        async with RewardPool("calculator", 1, 1.0, command=[sys.executable, "-I", "-S", "-c", "raise SystemExit(3)"]):
+            raise AssertionError("started")
+
+    with pytest.raises(RewardWorkerError, match="did not start"):
+        asyncio.run(main())
+
+
+def test_an_unknown_reward_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"collector.reward = 'nonsense'.*known: calculator"):
+        RewardPool("nonsense", 1, 1.0)
+    with pytest.raises(ValueError, match="known: calculator"):
+        load_reward("nonsense")
+
+
+def test_the_real_worker_grades() -> None:
+    async def main() -> None:
+        async with RewardPool("calculator", 1, 5.0) as pool:
+            assert await pool.grade_all(["24", "25", "024", ""], "24") == [1.0, 0.0, 0.0, 0.0]
+            assert await pool.grade_all(["24"], "twenty-four") == [0.0]
+            assert pool.num_errors == 1
+
+    asyncio.run(main())
