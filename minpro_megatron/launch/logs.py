@@ -15,6 +15,7 @@ _CONSEQUENCE = re.compile(
 # torchrun's own account of a failed rank: this line names the rank and its status, the rest repeats it.
 _TORCHRUN_VERDICT = re.compile(r"torch/distributed/elastic/.*failed \(exitcode")
 _TORCHRUN_CHATTER = re.compile(r"torch/distributed/(elastic/.*(closing signal|death signal)|run\.py)|^\*{20,}$")
+_WARNING = re.compile(r":\d+: \w*Warning: |^W\d{4} ")  # Python's, with a line of its source after it; torch's
 _NEW_LOG_LINE = re.compile(
     r"\[|[EWIF]\d{4} |\d{4}-\d\d-\d\d|(INFO|WARNING|ERROR|DEBUG)\b|During handling of|The above exception"
 )
@@ -37,7 +38,8 @@ class _Traceback:
 
 def explanation(log_file: Path, max_lines: int = 20) -> list[str]:
     """About `max_lines` lines of the log: the last traceback that is a cause and not a consequence, with the end
-    of the log where the role outlived it; else the end of the log, with the last error before it."""
+    of the log where the role outlived it; else the end of the log, with the last error before it. Empty if the log
+    says nothing but warnings and what followed from another role's end."""
     lines = _without_torchrun(_tail(log_file))
     tracebacks = [_traceback(lines, index) for index, line in enumerate(lines) if _TRACEBACK.search(line)]
     causes = [traceback for traceback in tracebacks if not traceback.is_consequence]
@@ -46,8 +48,8 @@ def explanation(log_file: Path, max_lines: int = 20) -> list[str]:
         last = causes[-1]
         after = [lines[index] for index in range(last.indices[-1] + 1, len(lines)) if index not in consequences]
         return _shortened(last, max_lines) + (["...", *after[-_LINES_AFTER:]] if after else [])
-    told = [line for index, line in enumerate(lines) if index not in consequences]
-    return _end(told or lines, max_lines)
+    told = [line for index, line in enumerate(lines) if index not in consequences and not _is_warning(lines, index)]
+    return _end(told, max_lines)
 
 
 def _tail(log_file: Path) -> list[str]:
@@ -93,6 +95,11 @@ def _shortened(traceback: _Traceback, max_lines: int) -> list[str]:
     if len(frames) <= room + 1:
         return [heading, *frames, *message]
     return [heading, f"  ... {len(frames) - room} lines left out ...", *frames[-room:], *message]
+
+
+def _is_warning(lines: list[str], index: int) -> bool:
+    source_line = index > 0 and lines[index].startswith("  ") and _WARNING.search(lines[index - 1])
+    return bool(source_line or _WARNING.search(lines[index]))
 
 
 def _end(lines: list[str], max_lines: int) -> list[str]:

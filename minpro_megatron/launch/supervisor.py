@@ -169,7 +169,8 @@ def _failure_of(running: _Running) -> Failure | None:
     if status is None or (status == 0 and not running.command.stays):
         return None
     if status < 0:
-        how = f"was ended by signal {_signal_name(-status)}"
+        hint = " (as the kernel does when memory runs out)" if -status == signal.SIGKILL else ""
+        how = f"was ended by signal {_signal_name(-status)}{hint}"
     elif status == 0:
         how = "exited before the others were done (exit status 0)"
     else:

@@ -95,6 +95,13 @@ def test_without_a_traceback_the_last_error_and_the_end_are_shown(tmp_path):
     assert explained(tmp_path, text) == [f"line {index}" for index in range(80, 100)]
 
 
+def test_warnings_explain_nothing(tmp_path):
+    text = "a.py:12: UserWarning: no Apex\n  warnings.warn(\nloading\n  indented\nb.py:3: FutureWarning: x\n  f()\n"
+    text += "W1121 10:58:22.784000 14501 torch/utils/cpp_extension.py:183] No CUDA runtime is found\n"
+    assert explained(tmp_path, text) == ["loading", "  indented"]
+    assert explained(tmp_path, "a.py:12: UserWarning: no Apex\n  warnings.warn(\n") == []
+
+
 def test_a_huge_log_is_read_from_its_end_and_bars_are_shown_once(tmp_path):
     (tmp_path / "role.log").write_bytes(b"x" * 10**7 + b"\n 10%\r 50%\r100%\n\xff broken\n")
     assert explanation(tmp_path / "role.log")[-2:] == ["100%", "\ufffd broken"]
