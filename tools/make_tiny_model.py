@@ -1,0 +1,354 @@
+"""Make a tiny Qwen3-MoE checkpoint in Hugging Face format, warm-started on the calculator task.
+
+    python tools/make_tiny_model.py --output artifacts/tiny_moe/hf
+
+The warm start is supervised, on expressions of the calculator task with a share of the answers wrong on purpose.
+The model then knows most answers (greedy decoding is mostly right) without saying them reliably (sampling is mostly
+wrong): what reinforcement learning can raise. Held-out prompts are never trained on.
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn import functional
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from minpro_megatron.rewards import calculator
+from tools.prompt_sets import rows
+from tools.prompt_sets.calculator import HELDOUT_FILE
+
+PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+CHARACTERS = "0123456789+-*/=(). ,:$%\n"
+IGNORED = -100  # the label that cross_entropy skips
+LINES_EVERY_STEPS = 100  # progress lines where there is no terminal for a live display
+DATA_FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "data"
+
+Pair = tuple[str, str]  # (prompt, answer), such as ("48/2=", "24")
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """How the warm start is trained: on one machine type these settings decide the weights.
+
+    The first `right_steps` see right answers only, so that the model learns the arithmetic; from then on
+    `wrong_share` of the answers are wrong, so that it learns to be unsure.
+    """
+
+    seed: int
+    steps: int
+    batch_size: int = 128
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 30
+    weight_decay: float = 0.3
+    right_share_of_steps: float = 0.6
+    wrong_share: float = 0.5
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then linear decay towards 0."""
+        return self.learning_rate * min((step + 1) / self.warmup_steps, 1 - step / self.steps)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares (0 to 1) of held-out prompts solved, with standard errors over the prompts."""
+
+    num_prompts: int
+    sampled: float
+    sampled_standard_error: float
+    greedy: float
+    greedy_standard_error: float
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A character-level tokenizer: 3 special tokens, then CHARACTERS; any other character becomes `<unk>`.
+
+    It adds no begin and no end token: the prompt `48/2=` is exactly its five characters.
+    """
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNK, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    # `[\s\S]` and not `.`: the newline is a character of the vocabulary too.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, seed: int) -> Qwen3MoeForCausalLM:
+    """A randomly initialised float32 Qwen3-MoE whose heads, experts and layers divide by two in every way."""
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        moe_intermediate_size=hidden_size // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden_size // 4,  # pyright: ignore[reportCallIssue]: undeclared, but kept and read by the model
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        tie_word_embeddings=False,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32,
+    )
+    torch.manual_seed(seed)
+    return Qwen3MoeForCausalLM(config)
+
+
+def save_checkpoint(output: Path, model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the checkpoint files into the existing folder `output`, `config.json` last."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0
+    )
+    tokenizer.save_pretrained(output)
+    model.save_pretrained(output)
+    config_path = output / "config.json"
+    config = json.loads(config_path.read_text())
+    config_path.unlink()
+    # transformers 5 saves `num_local_experts`, `rope_parameters` and `dtype`; the published Qwen3-MoE checkpoints
+    # carry the older keys, and everything that reads those must be able to read this one.
+    config["num_experts"] = config.pop("num_local_experts")
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["rope_scaling"] = None
+    config["torch_dtype"] = config.pop("dtype")
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The prompt and answer of every row of a prompt file; raises rows.DamagedRow with file, row, field and rule."""
+    return [
+        (rows.text_field(path, number, row, "prompt"), rows.text_field(path, number, row, "answer"))
+        for number, row in rows.read_jsonl(path)
+    ]
+
+
+def synthetic_pairs(heldout: list[Pair]) -> list[Pair]:
+    """Every expression of the task with its right answer, except the held-out prompts."""
+    excluded = {prompt for prompt, _ in heldout}
+    return [pair for pair in calculator.all_expressions() if pair[0] not in excluded]
+
+
+def wrong_answer(answer: str, generator: random.Random) -> str:
+    """One of the task's answers other than `answer`, all equally likely."""
+    wrong = generator.randrange(calculator.MAX_ANSWER)
+    return str(wrong if wrong < int(answer) else wrong + 1)
+
+
+def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and next-token labels, both int64 [pairs, longest - 1]; only answers and end tokens have labels.
+
+    Rows are padded on the right, where causal attention keeps the padding out of every labelled position.
+    """
+    # One character is one token: looking characters up is some 50 times faster than calling the tokenizer.
+    vocabulary = tokenizer.get_vocab()
+    sequences = [[vocabulary[c] for c in prompt + answer] + [vocabulary[EOS]] for prompt, answer in pairs]
+    longest = max(len(sequence) for sequence in sequences)
+    tokens = torch.tensor([sequence + [vocabulary[PAD]] * (longest - len(sequence)) for sequence in sequences])
+    labels = torch.tensor(
+        [
+            [IGNORED] * len(prompt) + sequence[len(prompt) :] + [IGNORED] * (longest - len(sequence))
+            for sequence, (prompt, _) in zip(sequences, pairs, strict=True)
+        ]
+    )
+    return tokens[:, :-1], labels[:, 1:]
+
+
+@contextmanager
+def training_progress(console: Console, num_steps: int) -> Iterator:
+    """Yields `report(step, loss)`: a live line on a terminal, else one plain line every LINES_EVERY_STEPS."""
+    started = time.monotonic()
+    columns = (
+        TextColumn("warm start"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.1f} steps/s  left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=num_steps, loss=math.nan, rate=0.0)
+
+        def report(step: int, loss: float) -> None:
+            rate = step / max(time.monotonic() - started, 1e-9)
+            progress.update(task, completed=step, loss=loss, rate=rate)
+            if not console.is_terminal and (step % LINES_EVERY_STEPS == 0 or step == num_steps):
+                left_s = (num_steps - step) / rate
+                console.print(f"step {step}/{num_steps}  loss {loss:.3f}  {rate:.1f} steps/s  {left_s:.0f} s left")
+
+        yield report
+
+
+def warm_start(
+    model: Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: list[Pair],
+    settings: WarmStart,
+    console: Console,
+) -> None:
+    """Train `model` in place on prompts drawn from `pairs`."""
+    generator = random.Random(settings.seed)
+    # grouped_mm, the default, gives the same values but loses tenfold when other processes want the same cores.
+    model.set_experts_implementation("eager")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True)
+    model.train()
+    with training_progress(console, settings.steps) as report:
+        for step in range(settings.steps):
+            wrong_share = settings.wrong_share if step >= settings.right_share_of_steps * settings.steps else 0.0
+            batch = []
+            for prompt, answer in generator.choices(pairs, k=settings.batch_size):
+                wrong = generator.random() < wrong_share
+                batch.append((prompt, wrong_answer(answer, generator) if wrong else answer))
+            tokens, labels = encode(batch, tokenizer)
+            logits = model(tokens, use_cache=False).logits
+            loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate_at(step)
+            optimizer.step()
+            report(step + 1, loss.item())
+    model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> Accuracy:
+    """How many prompts one response solves, sampled at temperature 1 and decoded greedily.
+
+    The sampled share is the mean probability of the right answer and its end token: what infinitely many samples
+    per prompt would give, so that its standard error has no sampling part.
+    """
+    tokens, labels = encode(pairs, tokenizer)
+    log_probs = model(tokens, use_cache=False).logits.float().log_softmax(-1)
+    response = labels != IGNORED
+    token_log_probs = log_probs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    sampled = (token_log_probs * response).sum(dim=1).exp()
+    greedy = ((log_probs.argmax(-1) == labels) | ~response).all(dim=1).float()
+    root = math.sqrt(len(pairs))
+    return Accuracy(
+        num_prompts=len(pairs),
+        sampled=sampled.mean().item(),
+        sampled_standard_error=sampled.std().item() / root,
+        greedy=greedy.mean().item(),
+        greedy_standard_error=greedy.std().item() / root,
+    )
+
+
+def check_replaceable(output: Path) -> None:
+    """Raises ValueError if `output` is something this tool did not make: it would be lost."""
+    if output.exists() and not (output / "warm_start.json").is_file():
+        raise ValueError(f"--output: {output} exists and was not made by this tool; choose another folder")
+
+
+@contextmanager
+def replaced_folder(output: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `output` that becomes `output` only if the block ends without an error."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        yield partial
+        # mkdtemp and safetensors write for the owner alone; a checkpoint is read by the other users of a cluster.
+        partial.chmod(0o755)
+        for path in partial.iterdir():
+            path.chmod(0o644)
+        if output.exists():
+            check_replaceable(output)
+            output.rename(partial.with_suffix(".replaced"))
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial.with_suffix(".replaced"), ignore_errors=True)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Make a tiny Qwen3-MoE checkpoint, warm-started on calculator prompts."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; replaced if made by this")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1500, help="warm-start steps; 0 leaves the random weights")
+    parser.add_argument("--hidden-size", type=int, default=128, help="a multiple of 8")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--data", type=Path, default=DATA_FOLDER, help=f"folder with {HELDOUT_FILE}")
+    # Fixed, not the number of cores: the order of summation, and with it the weights, depends on it.
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    options = parser.parse_args(arguments)
+    for flag, value, minimum in (("steps", options.steps, 0), ("layers", options.layers, 1)):
+        if value < minimum:
+            parser.error(f"--{flag}: {value} is less than {minimum}")
+    if options.hidden_size < 8 or options.hidden_size % 8:
+        parser.error(f"--hidden-size: {options.hidden_size} is not a positive multiple of 8 (4 heads of even size)")
+    return options
+
+
+def make_checkpoint(options: argparse.Namespace, console: Console) -> Accuracy:
+    """Build, train, measure and save the model that the command line `options` ask for."""
+    check_replaceable(options.output)
+    heldout = read_pairs(options.data / HELDOUT_FILE)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, options.hidden_size, options.layers, options.seed)
+    settings = WarmStart(seed=options.seed, steps=options.steps)
+    started, started_cpu = time.monotonic(), time.process_time()
+    if settings.steps:
+        warm_start(model, tokenizer, synthetic_pairs(heldout), settings, console)
+    measured = accuracy(model, tokenizer, heldout)
+    record = {
+        "settings": asdict(settings),
+        "heldout_accuracy": asdict(measured),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "wall_s": round(time.monotonic() - started, 1),
+        "cpu_s": round(time.process_time() - started_cpu, 1),
+    }
+    with replaced_folder(options.output) as partial:
+        (partial / "warm_start.json").write_text(json.dumps(record, indent=2) + "\n")
+        save_checkpoint(partial, model, tokenizer)
+    return measured
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make one checkpoint; 0 on success, 2 after a message about what the user gave."""
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    try:
+        measured = make_checkpoint(options, console)
+    except (ValueError, OSError) as error:
+        print(f"make_tiny_model: {error}", file=sys.stderr)
+        return 2
+    console.print(
+        f"held-out accuracy on {measured.num_prompts} prompts: "
+        f"sampled {measured.sampled:.3f} ± {measured.sampled_standard_error:.3f}, "
+        f"greedy {measured.greedy:.3f} ± {measured.greedy_standard_error:.3f}"
+    )
+    console.print(f"wrote {options.output}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Prompt sets as JSON Lines: reading rows with errors that say where the damage is, writing them atomically."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+PROMPT_FIELDS = ("id", "source", "prompt", "answer")
+
+
+class DamagedRow(ValueError):
+    """A row of an input file that breaks a rule. The message names the file, row number, field and rule."""
+
+    def __init__(self, path: Path, row_number: int, field: str, rule: str) -> None:
+        super().__init__(f"{path}, row {row_number}, field {field}: {rule}")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every `(row number from 1, object)` of a JSON Lines file.
+
+    Raises DamagedRow for a row that is not UTF-8, not JSON or not an object; an empty row is one of these.
+    """
+    with path.open("rb") as file:
+        for row_number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise DamagedRow(path, row_number, "(whole row)", f"must be UTF-8: {error}") from error
+            except json.JSONDecodeError as error:
+                raise DamagedRow(path, row_number, "(whole row)", f"must be one JSON object: {error}") from error
+            if not isinstance(row, dict):
+                rule = f"must be one JSON object, is {type(row).__name__}"
+                raise DamagedRow(path, row_number, "(whole row)", rule)
+            yield row_number, row
+
+
+def text_field(path: Path, row_number: int, row: dict[str, Any], field: str) -> str:
+    """The non-empty text `row[field]`; raises DamagedRow where it is missing, of another type or empty."""
+    if field not in row:
+        raise DamagedRow(path, row_number, field, f"is missing; the row has {sorted(row)}")
+    value = row[field]
+    if not isinstance(value, str):
+        raise DamagedRow(path, row_number, field, f"must be a text, is {type(value).__name__}")
+    if not value.strip():
+        raise DamagedRow(path, row_number, field, "must not be empty")
+    return value
+
+
+def write_prompts(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write prompt rows sorted by id, replacing `path` in one step; parent folders are made.
+
+    The same rows give the same bytes in whatever order they come.
+    """
+    rows = sorted(rows, key=lambda row: row["id"])
+    assert all(tuple(row) == PROMPT_FIELDS for row in rows), f"prompt rows have exactly {PROMPT_FIELDS}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.chmod(partial, 0o644)  # mkstemp's 0600 would hide the file from the other users of a cluster
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
