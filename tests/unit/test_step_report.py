@@ -1,0 +1,39 @@
+"""The numbers of a batch are those one would count by hand."""
+
+import pytest
+
+from minpro_megatron.monitor.metrics import METRICS, values
+from minpro_megatron.monitor.step_report import batch_metrics
+from minpro_megatron.records import Batch
+from tests.unit.batches import make_group
+
+BATCH = Batch(
+    index=9,
+    groups=[
+        make_group(1, 3, [1.0, 0.0, -0.5], [5, 2, 11], versions=[7, 6, 8], finish_reasons=["stop", "stop", "length"]),
+        make_group(2, 10, [1.0, 1.0], [1, 4], versions=[9, 9]),
+        make_group(3, 1, [0.0, 0.0, 0.0], [3, 3, 3], versions=[7, 7, 7], finish_reasons=["length"] * 3),
+    ],
+)
+
+
+def test_batch_metrics_are_counted_by_hand() -> None:
+    assert values(batch_metrics(BATCH, step=9)) == pytest.approx(
+        {
+            "reward/mean": 2.5 / 8,
+            "reward/accuracy": 3 / 8,
+            "reward/equal_groups": 2 / 3,
+            "staleness/min": 0,  # step 9 less the oldest version of each group: 6, 9, 7
+            "staleness/mean": (3 + 0 + 2) / 3,
+            "staleness/max": 3,
+            "response/length_mean": 32 / 8,
+            "response/length_max": 11,
+            "response/truncated_fraction": 4 / 8,
+            "batch/tokens": 32 + 3 * 3 + 2 * 10 + 3 * 1,
+        }
+    )
+
+
+def test_metrics_are_declared_with_the_reduction_they_use() -> None:
+    for name, metric in batch_metrics(BATCH, step=9).items():
+        assert METRICS[name].reduction == metric.reduction, name
