@@ -1,0 +1,170 @@
+"""config.json becomes an Architecture, or is refused with the field, its value and what is supported."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minpro_megatron.weights.architecture import Architecture, read_architecture
+
+# As published with Qwen/Qwen3-30B-A3B (fields that describe the model).
+RELEASED_MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+# As published with Qwen/Qwen3-8B.
+RELEASED_DENSE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def read(folder: Path, config: dict[str, Any]) -> Architecture:
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_architecture(folder)
+
+
+def as_transformers_5_writes(config: dict[str, Any]) -> dict[str, Any]:
+    changed = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling", "num_experts")}
+    changed["rope_parameters"] = {"rope_theta": config["rope_theta"], "rope_type": "default"}
+    if "num_experts" in config:
+        changed["num_local_experts"] = config["num_experts"]
+    return changed
+
+
+def test_the_released_mixture_is_read(tmp_path: Path) -> None:
+    assert read(tmp_path, RELEASED_MIXTURE) == Architecture(
+        name="Qwen3MoeForCausalLM",
+        num_layers=48,
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_query_groups=4,
+        head_dim=128,
+        ffn_hidden_size=6144,
+        num_experts=128,
+        num_experts_per_token=8,
+        expert_ffn_hidden_size=768,
+        vocab_size=151936,
+        rope_theta=1e6,
+        norm_epsilon=1e-6,
+        tied_embeddings=False,
+    )
+
+
+def test_the_released_dense_model_is_read(tmp_path: Path) -> None:
+    found = read(tmp_path, RELEASED_DENSE)
+    assert (found.name, found.num_experts, found.expert_ffn_hidden_size) == ("Qwen3ForCausalLM", 0, 0)
+    assert (found.ffn_hidden_size, found.num_query_groups, found.rope_theta) == (12288, 8, 1e6)
+
+
+@pytest.mark.parametrize("config", [RELEASED_MIXTURE, RELEASED_DENSE], ids=["mixture", "dense"])
+def test_both_spellings_of_the_config_say_the_same(config: dict[str, Any], tmp_path: Path) -> None:
+    other = {**config, "rope_theta": 5e6}
+    assert read(tmp_path, as_transformers_5_writes(other)) == read(tmp_path, other)
+    assert read(tmp_path, other).rope_theta == 5e6
+
+
+def test_tied_embeddings_and_a_missing_head_dim_are_read(tmp_path: Path) -> None:
+    config = {key: value for key, value in RELEASED_DENSE.items() if key != "head_dim"}
+    found = read(tmp_path, {**config, "tie_word_embeddings": True})
+    assert found.tied_embeddings
+    assert found.head_dim == 4096 // 32
+
+
+@pytest.mark.parametrize(("size", "padded"), [(151_936, 151_936), (77, 128), (129, 256), (128, 128)])
+def test_the_vocabulary_is_padded_to_a_fixed_multiple(size: int, padded: int, tmp_path: Path) -> None:
+    assert read(tmp_path, {**RELEASED_DENSE, "vocab_size": size}).padded_vocab_size == padded
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "supported"),
+    [
+        ("attention_bias", True, "only False"),
+        ("use_sliding_window", True, "only False"),
+        ("hidden_act", "gelu", "only 'silu'"),
+        ("decoder_sparse_step", 2, "only 1"),
+        ("mlp_only_layers", [0], r"only \[\]"),
+        ("norm_topk_prob", False, "only True"),
+        ("norm_topk_prob", None, "only True"),  # transformers takes False where it is absent
+    ],
+)
+def test_unsupported_settings_are_refused_by_field_value_and_rule(
+    field: str, value: Any, supported: str, tmp_path: Path
+) -> None:
+    shown = False if value is None else value
+    with pytest.raises(ValueError, match=rf"config.json: {field} = .*is not supported; {supported}") as refused:
+        read(tmp_path, {**RELEASED_MIXTURE, field: value})
+    assert repr(shown) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+    ],
+    ids=str,
+)
+def test_scaled_rotary_embeddings_are_refused(rope: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rope type .*(yarn|linear).* is not supported; only the default"):
+        read(tmp_path, {**RELEASED_DENSE, **rope})
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["num_hidden_layers", "vocab_size", "rms_norm_eps", "rope_theta", "num_experts", "moe_intermediate_size"],
+)
+def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
+    config = {key: value for key, value in RELEASED_MIXTURE.items() if key != field}
+    with pytest.raises(ValueError, match=f"config.json: {field} is missing"):
+        read(tmp_path, config)
+
+
+def test_another_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    for names in (["LlamaForCausalLM"], [], None):
+        with pytest.raises(ValueError, match=r"architectures = .* is not known; known: Qwen3ForCausalLM, Qwen3Moe"):
+            read(tmp_path, {**RELEASED_DENSE, "architectures": names})
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.hf_path = .*there is no config.json; give a Hugging Face"):
+        read_architecture(tmp_path / "absent")
