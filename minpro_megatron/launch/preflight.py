@@ -63,6 +63,17 @@ def _megatron_model(config: RunConfig) -> Iterator[str]:
         yield f"{field}: there is no such folder; make it from model.hf_path with tools/convert_checkpoint.py"
     elif not (folder / "manifest.json").is_file():
         yield f"{field}: manifest.json is missing; run tools/convert_checkpoint.py to its end"
+    elif _newest(Path(config.model.hf_path)) > (folder / "manifest.json").stat().st_mtime:
+        # The trainer starts from one and the servers from the other: every ratio of the first steps would be wrong.
+        yield (
+            f"{field}: older than the weights in model.hf_path = {config.model.hf_path}; run "
+            f"tools/convert_checkpoint.py again, or touch {folder / 'manifest.json'} if they are the same weights"
+        )
+
+
+def _newest(folder: Path) -> float:
+    """The time of the last change to a weight file, 0 without one."""
+    return max((path.stat().st_mtime for path in folder.glob("*.safetensors")), default=0.0)
 
 
 def _data_files(config: RunConfig) -> Iterator[str]:

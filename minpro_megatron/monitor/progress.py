@@ -71,6 +71,11 @@ class TrainingState:
     def seconds_left(self) -> float:
         return self.seconds_per_step * (self.num_global_steps - self.steps_done)
 
+    @property
+    def time_left(self) -> str:
+        """Ready to print; empty before the first step and after the last."""
+        return f"{duration(self.seconds_left)} left" if self.seconds_left > 0 else ""
+
     def figures(self) -> dict[str, str]:
         """The display's figures, ready to print; those not known yet are left out."""
         figures = {"reward": _number(self.reward, "{:.3f}")}
@@ -81,7 +86,6 @@ class TrainingState:
         figures["staleness"] = _number(self.latest.get("staleness/max", math.nan), "{:.0f}")
         figures["tokens/s"] = _number(self.latest.get("throughput/response_tokens_per_s", math.nan), "{:,.0f}")
         figures["s/step"] = _number(self.seconds_per_step, "{:.1f}")
-        figures["left"] = "" if math.isnan(self.seconds_left) else duration(self.seconds_left)
         return {name: text for name, text in figures.items() if text}
 
 
@@ -188,11 +192,14 @@ class Progress:
             bar = Table.grid(padding=(0, 1), expand=True)
             bar.add_column(no_wrap=True)
             bar.add_column(ratio=1)
+            bar.add_column(no_wrap=True)
             counted = f"step {state.steps_done}/{state.num_global_steps}"
-            bar.add_row(counted, ProgressBar(total=state.num_global_steps, completed=state.steps_done))
+            done = ProgressBar(total=state.num_global_steps, completed=state.steps_done)
+            bar.add_row(counted, done, state.time_left)
             parts.append(bar)
             parts.append(_figures_line(state))
-            parts.append(Text(f"reward {sparkline(state.rewards, 60)}", style="cyan", no_wrap=True))
+            trend = sparkline(state.rewards, _width(self._console) - len("reward ") - 4)  # inside the frame
+            parts.append(Text(f"reward {trend}", style="cyan", no_wrap=True))
         if not self._is_training:  # start and end are the times when one wonders what it is doing
             parts.append(_phases_table(statuses, self._started))
         elapsed = duration(time.time() - self._started)
@@ -216,7 +223,7 @@ class Progress:
         if first or last or state.steps_done >= self._printed_steps + _LINE_EVERY_STEPS:
             self._printed_steps = state.steps_done
             figures = "  ".join(f"{name} {text}" for name, text in state.figures().items())
-            self._print(f"step {state.steps_done}/{state.num_global_steps}  {figures}")
+            self._print(f"step {state.steps_done}/{state.num_global_steps}  {figures}  {state.time_left}".rstrip())
 
     def _print(self, line: str) -> None:
         elapsed = duration(time.time() - self._started)
@@ -231,7 +238,8 @@ def _width(console: Console) -> int:
 def _figures_line(state: TrainingState) -> Text:
     line = Text()
     for name, text in state.figures().items():
-        line.append(f"{name} ", style="dim").append(f"{text}   ", style="bold")
+        text = text.replace(" ", "\u00a0")  # a narrow terminal breaks the line between figures, not inside one
+        line.append(f"{name}\u00a0", style="dim").append(text, style="bold").append("   ")
     return line
 
 

@@ -1,6 +1,7 @@
 """Preflight names each problem, all at once, with field, value and remedy; a good run has none."""
 
 import json
+import os
 import re
 import socket
 import sqlite3
@@ -42,6 +43,12 @@ def test_a_good_run_has_no_problem(folder):
 def test_a_missing_file_is_named(folder, missing, pattern):
     (folder / missing).unlink()
     assert re.search(pattern, only_problem(example_config(folder)))
+
+
+def test_a_conversion_of_older_weights_is_refused(folder):
+    converted = (folder / "megatron" / "manifest.json").stat().st_mtime
+    os.utime(folder / "hf" / "model.safetensors", (converted + 10, converted + 10))
+    assert re.search("^model.megatron_path = .*: older than the weights in", only_problem(example_config(folder)))
 
 
 def test_a_shard_that_the_index_names_must_be_there(folder):

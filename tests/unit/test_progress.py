@@ -20,7 +20,7 @@ def step_entry(step: int, **metrics: float) -> Entry:
 
 def test_figures_follow_the_entries():
     state = TrainingState(num_global_steps=10)
-    assert state.figures() == {}
+    assert (state.figures(), state.time_left) == ({}, "")
     state.add(Entry(0, 99.0, {"eval/pass_at_1": 0.125}))
     for step in range(4):
         state.add(
@@ -34,8 +34,8 @@ def test_figures_follow_the_entries():
         "staleness": "2",
         "tokens/s": "1,234",
         "s/step": "3.0",
-        "left": "18 s",
     }
+    assert state.time_left == "18 s left"
 
 
 def test_without_step_times_the_clock_between_steps_counts():
