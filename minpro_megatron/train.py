@@ -1,16 +1,17 @@
-"""The training loop, as the algorithm reads (DESIGN: delay mode with behavior log-probs under the sampling weights).
+"""The training loop, as the algorithm reads: delay mode, behavior log-probs under the sampling weights.
 
 All ranks run it together; only rank 0 has a Feed, and what it fetches goes to the others.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from minpro_megatron.actor.policy import Policy, learning_rate_at
+from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.batching.sequences import behavior_record, token_sequences
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.metrics import Metric, mean, merge, total, values
@@ -21,7 +22,19 @@ from minpro_megatron.rollout.feed import Feed
 from minpro_megatron.rollout.staleness import sampling_version
 from minpro_megatron.weights.publish import Publisher
 
+LARGEST_START_MISMATCH = 0.1  # nats, mean over tokens; float32 engines differ by 1e-7, bfloat16 ones by about 1e-2
 PHASES = ("wait_for_batch", "score", "train", "publish")
+
+
+def refuse_different_models(sequences: Sequence[TokenSequence], log_probs: np.ndarray) -> None:
+    """Raises ValueError if the servers sampled the first batch with other weights than the trainer's initial ones."""
+    rollout = np.concatenate([sequence.rollout_log_probs for sequence in sequences])
+    mismatch = float(np.abs(rollout - log_probs).mean())
+    if not mismatch <= LARGEST_START_MISMATCH:
+        raise ValueError(
+            f"batch 0: the servers' log-probs differ from the trainer's by {mismatch:.3g} nats a token (limit "
+            f"{LARGEST_START_MISMATCH}): model.megatron_path and model.hf_path hold different weights; convert again"
+        )
 
 
 @dataclass
@@ -42,17 +55,19 @@ class Trainer:
         """Trains through all global steps. Returns the collector's totals on rank 0, None elsewhere.
 
         Batch k is sampled with version max(0, k - n) and consumed at step k. Its behavior log-probs are computed
-        under the very weights that sampled it: for k <= n before the first update, else right after step k - n, when
-        the trainer is one step ahead of the servers and swaps the sampling weights in once more.
+        under the very weights that sampled it: for k < n before the first update, else right after step k - n, when
+        the trainer is one step ahead of the servers and swaps the sampling weights in once more (n = 0: right before
+        step k).
         """
         delay = self.config.staleness.delay_steps
         for index in range(min(delay, self.config.num_global_steps)):
             self._fetch_and_score(index)
         for step in range(self.config.num_global_steps):
             start, before = time.monotonic(), dict(self.seconds)
-            self.policy.keep_sampling_weights()
             if delay == 0:
                 self._fetch_and_score(step)
+            else:
+                self.policy.keep_sampling_weights()
             batch, behavior_log_probs = self._ready.pop(step)
             metrics = self._train_on(batch, behavior_log_probs, step)
             if delay > 0 and step + delay < self.config.num_global_steps:
@@ -72,6 +87,8 @@ class Trainer:
         with self._timed("score"):
             sequences = [sequence for group in token_sequences(batch) for sequence in group]
             log_probs = self.policy.score(sequences)
+            if index == 0:
+                refuse_different_models(sequences, log_probs)
             if self.feed:
                 version = sampling_version(index, self.config.staleness.delay_steps)
                 self.feed.scored(behavior_record(batch, version, log_probs))

@@ -32,7 +32,7 @@ def tiny_moe() -> RunConfig:
         ),
         parallel=ParallelConfig(tensor=2, expert=2),
         objective=MinproConfig(clip_low=1.0, clip_high=4.0),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_global_steps=5),
+        optimizer=OptimizerConfig(learning_rate=5e-5, warmup_global_steps=5),
         batch=BatchConfig(num_prompts=32, responses_per_prompt=8, mini_batch_prompts=8, max_tokens_per_row=1024),
         sampling=SamplingConfig(max_prompt_tokens=16, max_response_tokens=8),
         staleness=StalenessConfig(delay_steps=2),

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
@@ -92,7 +92,8 @@ def _problem(entry: Any) -> str:
 
 
 def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
-    """`config` with `section.key=value` assignments applied; values are JSON, or plain text where that fails.
+    """`config` with `section.key=value` assignments applied in order; values are JSON, or plain text where that fails
+    or where the setting is a text. `objective.name=...` first replaces the section by that objective's defaults.
 
     Raises ValueError for an assignment without '=', an unknown key, or a value the field refuses.
     """
@@ -103,22 +104,38 @@ def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
             raise ValueError(
                 f"override {assignment!r}: expected section.key=value, such as optimizer.learning_rate=1e-5"
             )
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        *sections, key = path.strip().split(".")
-        target = values
-        for section in sections:
-            if not isinstance(target.get(section), dict):
-                raise ValueError(
-                    f"override {assignment!r}: there is no section {section!r}; known: {', '.join(target)}"
-                )
-            target = target[section]
-        if key not in target:
-            raise ValueError(f"override {assignment!r}: there is no setting {key!r}; known: {', '.join(target)}")
+        target, key = _find_setting(values, path.strip(), assignment)
+        value = _parse_value(text, target[key])
         if path.strip() == "objective.name" and value != target[key]:
-            values["objective"] = {"name": value}  # another objective has other settings: start from its defaults
+            values["objective"] = _objective_defaults(value)
         else:
             target[key] = value
     return parse_run_config(values)
+
+
+def _find_setting(values: dict[str, Any], path: str, assignment: str) -> tuple[dict[str, Any], str]:
+    *sections, key = path.split(".")
+    target = values
+    for section in sections:
+        if not isinstance(target.get(section), dict):
+            raise ValueError(f"override {assignment!r}: there is no section {section!r}; known: {', '.join(target)}")
+        target = target[section]
+    if key not in target:
+        raise ValueError(f"override {assignment!r}: there is no setting {key!r}; known: {', '.join(target)}")
+    return target, key
+
+
+def _parse_value(text: str, current: Any) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    # name=2024 is a name, not a number
+    return text if isinstance(current, str) and not isinstance(value, str) else value
+
+
+def _objective_defaults(name: Any) -> dict[str, Any]:
+    try:
+        return TypeAdapter(ObjectiveConfig).validate_python({"name": name}).model_dump()
+    except ValidationError as error:
+        raise ValueError("\n".join(f"objective.name: {entry['msg']}" for entry in error.errors())) from None

@@ -1,0 +1,97 @@
+"""A tiny model in both formats, made once, and runs of the whole system on it."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    hf: Path
+    megatron: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Random weights: what is tested is that everything works together, not that anything is learnt."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    model = TinyModel(folder / "hf", folder / "megatron")
+    make = ["tools/make_tiny_model.py", "--steps", "0", "--output", model.hf]
+    convert = ["tools/convert_checkpoint.py", "to-megatron", "--hf", model.hf, "--output", model.megatron]
+    for command in (make, convert):
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, timeout=170, capture_output=True)
+    return model
+
+
+class Launch:
+    """`python -m minpro_megatron launch recipes.demo:tiny_moe` on the tiny model, in its own run folder."""
+
+    def __init__(self, model: TinyModel, runs_dir: Path, name: str, *overrides: str) -> None:
+        self.run_dir = runs_dir / name
+        settings = [f"name={name}", f"runs_dir={runs_dir}", f"model.hf_path={model.hf}"]
+        settings += [f"model.megatron_path={model.megatron}", *overrides]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "minpro_megatron", "launch", "recipes.demo:tiny_moe", *settings],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait(self, timeout_s: float) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, output
+
+    def wait_for(self, file: str, timeout_s: float) -> None:
+        """Until `file` of the run folder is there and not empty."""
+        deadline = time.monotonic() + timeout_s
+        path = self.run_dir / file
+        while not (path.is_file() and path.stat().st_size):
+            assert self.process.poll() is None, f"the run ended before {file}:\n{self.wait(5)[1]}"
+            assert time.monotonic() < deadline, f"no {file} within {timeout_s:g} s"
+            time.sleep(0.2)
+
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """Processes of this run: those with its folder and all `words` in their command line, or SGLang's on it."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            line = " ".join(process.info["cmdline"] or [])
+            if str(self.run_dir) in line and all(word in line for word in words):
+                found.append(process)
+        return found
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.wait(30)
+
+
+@pytest.fixture
+def launches(tiny_model: TinyModel, tmp_path: Path) -> Iterator["Launcher"]:
+    launcher = Launcher(tiny_model, tmp_path)
+    yield launcher
+    for launch in launcher.started:
+        launch.end()
+
+
+class Launcher:
+    def __init__(self, model: TinyModel, runs_dir: Path) -> None:
+        self._model = model
+        self._runs_dir = runs_dir
+        self.started: list[Launch] = []
+
+    def __call__(self, name: str, *overrides: str) -> Launch:
+        self.started.append(Launch(self._model, self._runs_dir, name, *overrides))
+        return self.started[-1]

@@ -1,0 +1,103 @@
+"""The main job with every real part: three roles, two Megatron ranks, a real SGLang server."""
+
+import json
+import signal
+import sqlite3
+import time
+
+import psutil
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from minpro_megatron.monitor.metrics import METRICS
+from tests.e2e.conftest import Launch, Launcher
+
+pytestmark = pytest.mark.e2e
+
+SMALL = (
+    "num_global_steps=4",
+    "evaluation.num_prompts=8",
+    "evaluation.samples_per_prompt=2",
+    "batch.num_prompts=8",
+    "batch.mini_batch_prompts=2",
+)
+STOPPED_WITHIN_S = 15
+
+
+def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None:
+    launch = launches("whole", *SMALL)
+    status, output = launch.wait(170)
+    assert status == 0, output
+
+    summary = json.loads((launch.run_dir / "summary.json").read_text())
+    expected = {"steps": 4, "updates": 16, "versions_published": 4, "smallest_staleness": 0, "largest_staleness": 2}
+    expected |= {"groups_issued": 32, "groups_consumed": 32, "groups_dropped": 0, "num_evaluation_samples": 16}
+    assert {name: summary[name] for name in expected} == expected
+    assert summary["pass_at_1_before"] is not None
+    assert summary["pass_at_1_after"] is not None
+
+    steps = [json.loads(line) for line in (launch.run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["metrics"] for line in steps if "objective/loss" in line["metrics"]]
+    assert [metrics["staleness/max"] for metrics in trained] == [0, 1, 2, 2]
+    # Server and trainer compute the same log-probs from the same version of the weights: publishing worked.
+    assert max(metrics["mismatch/log_prob_abs_max"] for metrics in trained) < 1e-4
+    assert trained[0]["ratio/max"] > 1  # later updates of step 0 have moved away from the sampling weights
+
+    events = EventAccumulator(str(launch.run_dir / "tensorboard")).Reload()
+    assert set(METRICS) <= set(events.Tags()["scalars"])
+    _check_journal(launch)
+    _check_export(launch)
+    report = (launch.run_dir / "report.html").read_text()
+    assert report.count("<img") + report.count("<svg") >= 4
+
+
+def _check_journal(launch: Launch) -> None:
+    with sqlite3.connect(f"file:{launch.run_dir / 'journal.sqlite'}?mode=ro", uri=True) as journal:
+        rows = journal.execute("SELECT batch_index, policy_version, state FROM groups").fetchall()
+    assert sorted(rows) == [(batch, max(0, batch - 2), "consumed") for batch in range(4) for _ in range(8)]
+
+
+def _check_export(launch: Launch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(launch.run_dir / "hf_export")
+    tokenizer = AutoTokenizer.from_pretrained(launch.run_dir / "hf_export")
+    ids = tokenizer("1+1=", return_tensors="pt", add_special_tokens=False).input_ids
+    assert model(ids).logits.isfinite().all()
+
+
+def test_killed_trainer_rank_stops_every_role(launches: Launcher) -> None:
+    launch = launches("killed", *SMALL, "num_global_steps=1000")
+    launch.wait_for("metrics.jsonl", 170)
+    started = launch.descendants()
+    ranks = [
+        process for process in launch.processes("minpro_megatron", "train") if "torch.distributed" not in _line(process)
+    ]
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    status, output = launch.wait(60)
+    assert time.monotonic() - killed_at < STOPPED_WITHIN_S
+    assert status == 1
+    assert "train" in output
+    assert _alive(started) == []
+
+
+def test_interrupt_while_the_server_starts_leaves_no_process(launches: Launcher) -> None:
+    launch = launches("interrupted", *SMALL)
+    launch.wait_for("logs/server-0.log", 60)
+    started = launch.descendants()
+    launch.process.send_signal(signal.SIGINT)
+    interrupted_at = time.monotonic()
+    status, output = launch.wait(60)
+    assert time.monotonic() - interrupted_at < STOPPED_WITHIN_S
+    assert status == 130, output
+    assert _alive(started) == []
+
+
+def _line(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
+
+
+def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
