@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 # serve reports a server that does not start after server.start_timeout_s; collect waits a little longer
 # than that.
 START_MARGIN_S = 60.0
+# How long a failed collector stays to answer a trainer that is between two requests.
+FAILURE_DELIVERY_S = 1.0
 STATUS_TERMINATED = 128 + signal.SIGTERM
 # More groups than fit: the server's queue then always holds the next one when responses of different
 # lengths end.
@@ -69,12 +71,14 @@ async def _until_terminated(config: RunConfig, incarnation: int) -> None:
             collector = await _make_collector(config, incarnation, journal, stack)
         except Exception as error:
             api.fail(_one_line(error))
+            await api.wait_until_failure_is_told(FAILURE_DELIVERY_S)
             raise
         api.serve(collector)
         try:
             await collector.run()
         except Exception as error:
-            await collector.fail(_one_line(error))  # leaving the stack gives the waiting trainer its answer
+            await collector.fail(_one_line(error))
+            await api.wait_until_failure_is_told(FAILURE_DELIVERY_S)
             raise
 
 

@@ -14,6 +14,7 @@ collector has failed. The body of these is one line of text.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -57,6 +58,7 @@ class CollectorApi:
         self._long_poll_s = long_poll_s
         self._collector: asyncio.Future[Collector] | None = None
         self._runner: web.AppRunner | None = None
+        self._failure_told = asyncio.Event()
 
     async def __aenter__(self) -> "CollectorApi":
         """Raises OSError if the port is taken."""
@@ -94,6 +96,14 @@ class CollectorApi:
             self._collector.set_exception(CollectorFailed(message))
             self._collector.exception()  # retrieved: a run without a waiting trainer must not warn about it
 
+    async def wait_until_failure_is_told(self, timeout_s: float) -> None:
+        """Returns once a request was answered with the collector's failure, or after `timeout_s` seconds.
+
+        A trainer between two requests would otherwise find nobody there, and not learn why.
+        """
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._failure_told.wait(), timeout_s)
+
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get(INCARNATION_HEADER)
@@ -105,7 +115,10 @@ class CollectorApi:
             return _refusal(400, str(error))
         except Conflict as error:
             return _refusal(409, str(error))
-        except (CollectorFailed, JournalError) as error:
+        except CollectorFailed as error:
+            self._failure_told.set()
+            return _refusal(500, str(error))
+        except JournalError as error:
             return _refusal(500, str(error))
 
     async def _batch(self, request: web.Request) -> web.Response:

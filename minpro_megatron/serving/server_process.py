@@ -29,6 +29,10 @@ CONTEXT_MARGIN_TOKENS = 8
 PORT_RANGE = range(20000, 32000)
 
 
+# SGLang looks for a SIGTERM every 5 s. A server has nothing to save, and who stops this role waits only seconds.
+STOP_GRACE_S = 3.0
+
+
 class ServerStartError(RuntimeError):
     """A server did not come up. The message says why, and the last lines of its log follow."""
 
@@ -252,7 +256,7 @@ class ServerProcess:
         return "\n".join(lines[-num_lines:])
 
 
-def stop_servers(servers: list[ServerProcess], grace_s: float = 4.0) -> None:
+def stop_servers(servers: list[ServerProcess], grace_s: float = STOP_GRACE_S) -> None:
     """Ends the servers with all their processes: SIGTERM, and SIGKILL for what is left after `grace_s`."""
     started = [server._process for server in servers if server._process is not None]
     members: dict[int, psutil.Process] = {}

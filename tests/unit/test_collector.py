@@ -49,6 +49,7 @@ async def collect(config: RunConfig, servers: FakeServers, long_poll_s: float = 
                 await collector.run()
             except Exception as error:
                 await collector.fail(str(error))
+                await api.wait_until_failure_is_told(5)
                 raise
     finally:
         await journal.close()
