@@ -42,7 +42,8 @@ find_python() {
     local candidate
     if [ -n "${MINPRO_PYTHON:-}" ]; then
         python_works "$MINPRO_PYTHON" ||
-            fail "MINPRO_PYTHON=$MINPRO_PYTHON is not a working Python 3.12 or 3.13 (with venv and ssl): correct or unset it"
+            fail "MINPRO_PYTHON=$MINPRO_PYTHON is not a working Python 3.12 or 3.13 (with venv and ssl):" \
+                "correct or unset it"
         echo "$MINPRO_PYTHON"
         return
     fi
@@ -86,8 +87,8 @@ print(digest.hexdigest())
 PYTHON
 }
 
-# Without an argument: prints the installed distributions. With the file of an earlier such list: exits 0 if they are all
-# still there in the same versions (more may have been added).
+# Without an argument: prints the installed distributions. With the file of an earlier such list: exits 0 if they
+# are all still there in the same versions (more may have been added).
 installed() {
     "$PY" - "$@" <<'PYTHON'
 import importlib.metadata, pathlib, sys
@@ -103,7 +104,8 @@ is_up_to_date() {
         [ "$(<"$STAMP")" = "$(hash_inputs "$(<"$STATE.kind")")" ] && installed "$INSTALLED"
 }
 
-# An interrupted or broken environment, or one of another kind or Python, is made anew; pip brings any other up to date.
+# An interrupted or broken environment, or one of another kind or Python, is made anew; pip brings any other up to
+# date.
 must_start_anew() {
     if [ -e "$UNFINISHED" ] || ! "$PY" -c '' 2>/dev/null || ! has_pip; then
         return 0
@@ -161,13 +163,14 @@ version_of() {
     sed -n "s/^$1==//p" environment/constraints.txt
 }
 
-# Empties $VENV, provided it is ours to empty.
+# Empties $VENV, provided it is ours to empty. The mark stays throughout, so that this too can be interrupted.
 empty_venv() {
     if [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ] && [ ! -e "$UNFINISHED" ] && [ -n "$(ls -A "$VENV")" ]; then
         fail "$VENV exists and is not a virtual environment: move it away or set MINPRO_VENV to another path"
     fi
-    rm -rf "$VENV"
     mkdir -p "$VENV"
+    : >"$UNFINISHED"
+    find "$VENV/" -mindepth 1 -maxdepth 1 ! -name "${UNFINISHED##*/}" -exec rm -rf {} +
 }
 
 # $1 is the Python to make the virtual environment with; empty where there is one already.
