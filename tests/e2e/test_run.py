@@ -70,9 +70,8 @@ def test_killed_trainer_rank_stops_every_role(launches: Launcher) -> None:
     launch = launches("killed", *SMALL, "num_global_steps=1000")
     launch.wait_for("metrics.jsonl", 170)
     started = launch.descendants()
-    ranks = [
-        process for process in launch.processes("minpro_megatron", "train") if "torch.distributed" not in _line(process)
-    ]
+    torchrun = next(process for process in launch.processes("torch.distributed.run"))
+    ranks = [process for process in torchrun.children() if "train" in process.cmdline()]
     assert len(ranks) == 2
     ranks[1].send_signal(signal.SIGKILL)
     killed_at = time.monotonic()
@@ -93,10 +92,6 @@ def test_interrupt_while_the_server_starts_leaves_no_process(launches: Launcher)
     assert time.monotonic() - interrupted_at < STOPPED_WITHIN_S
     assert status == 130, output
     assert _alive(started) == []
-
-
-def _line(process: psutil.Process) -> str:
-    return " ".join(process.cmdline())
 
 
 def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
