@@ -67,6 +67,8 @@ def check_manifest(path: str | Path, architecture: Architecture) -> None:
         raise ValueError(
             f"{file}: format_version = {manifest.get('format_version')}, expected {FORMAT_VERSION}; convert again"
         )
+    if "architecture" not in manifest:
+        raise ValueError(f"{file}: architecture is missing; convert again")
     wanted = asdict(architecture)
     for field, value in manifest["architecture"].items():
         if wanted.get(field) != value:

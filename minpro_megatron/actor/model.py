@@ -116,6 +116,8 @@ def _refuse_uneven_cuts(architecture: Architecture, mesh: Mesh) -> None:
         )
     elif parallel.expert > 1:
         raise ValueError(f"parallel.expert = {parallel.expert}: {architecture.name} has no experts; set it to 1")
+    else:
+        rules.append(("tensor", parallel.tensor, "intermediate_size", architecture.ffn_hidden_size))
     for axis, degree, what, size in rules:
         if size % degree:
             raise ValueError(f"parallel.{axis} = {degree} must divide the model's {what} = {size}")

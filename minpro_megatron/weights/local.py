@@ -58,12 +58,16 @@ def load_hf_tensors(
             parameter = _tied_output(parameters, entry)
         if parameter is None:
             continue
-        full = entry.split.join([read(name) for name in entry.hf])
-        shard = entry.split.shard(full, *axis_rank_and_size(entry, mesh))
-        if shard.shape != parameter.shape:
+        tensors = [read(name) for name in entry.hf]
+        try:
+            shard = entry.split.shard(entry.split.join(tensors), *axis_rank_and_size(entry, mesh))
+        except (RuntimeError, IndexError):  # torch could not rearrange tensors of these shapes
+            shard = None
+        if shard is None or shard.shape != parameter.shape:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise ValueError(
-                f"{' + '.join(entry.hf)}: shape {tuple(shard.shape)} of this rank's shard does not fit "
-                f"{entry.megatron} {tuple(parameter.shape)}; does config.json belong to these weights?"
+                f"{' + '.join(entry.hf)}: shapes {shapes} do not make {entry.megatron} with "
+                f"{tuple(parameter.shape)} on this rank; does config.json belong to these weights?"
             )
         parameter.copy_(shard)
         missing.discard(entry.megatron)
