@@ -9,5 +9,6 @@ with warnings.catch_warnings():
     import minpro_megatron.actor.checkpoint
     import minpro_megatron.actor.policy
     import minpro_megatron.weights.gather  # noqa: F401
+    import tests.mesh.reference  # noqa: F401  with transformers: seconds for every rank, where test modules import it
 
 logging.getLogger("megatron.core").setLevel(logging.ERROR)

@@ -25,10 +25,11 @@ COMMON = {
 }
 
 
-def make_model(mixture: bool) -> PreTrainedModel:
-    """A small Qwen3-MoE or dense Qwen3 with weights large enough that attention and routing matter."""
+def make_model(kind: str) -> PreTrainedModel:
+    """A small Qwen3-MoE ("moe") or dense Qwen3 ("dense", "tied": embedding and output layer are one), with weights
+    large enough that attention and routing matter."""
     torch.manual_seed(0)
-    if mixture:
+    if kind == "moe":
         experts = {
             "num_experts": 8,
             "num_experts_per_tok": 2,
@@ -37,7 +38,8 @@ def make_model(mixture: bool) -> PreTrainedModel:
         }
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, intermediate_size=64, **experts))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**COMMON, intermediate_size=64))
+        tied = {"tie_word_embeddings": kind == "tied"}
+        model = Qwen3ForCausalLM(Qwen3Config(**{**COMMON, **tied}, intermediate_size=64))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in name else parameter * 5)
@@ -91,7 +93,7 @@ def minpro_token_losses(log_probs: Tensor, behavior: Tensor, mask: Tensor, advan
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    loss: float
+    token_mean_loss: float  # whatever was trained on
     grad_norm: float
     updated: dict[str, Tensor]
 
@@ -102,19 +104,22 @@ def reference_step(
     temperature: float,
     learning_rate: float,
     clip: float,
+    aggregation: str,
 ) -> ReferenceStep:
     """One AdamW update of `model` with the paper's weight decay, on every parameter."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    total = torch.zeros(())
+    losses, counts = [], []
     for sequence in sequences:
         log_probs = response_log_probs(model, sequence, temperature)
         behavior, mask = torch.from_numpy(sequence.behavior_log_probs), torch.from_numpy(sequence.loss_mask)
-        total = total + minpro_token_losses(log_probs, behavior, mask, sequence.advantage).sum()
-    loss = total / sum(float(sequence.loss_mask.sum()) for sequence in sequences)
-    loss.backward()
+        losses.append(minpro_token_losses(log_probs, behavior, mask, sequence.advantage).sum())
+        counts.append(float(sequence.loss_mask.sum()))
+    token_mean = torch.stack(losses).sum() / sum(counts)
+    sequence_mean = (torch.stack(losses) / torch.tensor(counts)).mean()
+    (token_mean if aggregation == "token_mean" else sequence_mean).backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    return ReferenceStep(float(loss), float(grad_norm), saved_tensors(model))
+    return ReferenceStep(token_mean.item(), float(grad_norm), saved_tensors(model))
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -34,10 +34,19 @@ MESHES = [
     ("moe", {"tensor": 2, "pipeline": 2, "context": 2, "expert": 2}, True),
     ("dense", {"tensor": 2, "context": 2, "data": 2}, True),
     ("dense", {"pipeline": 2, "data": 2}, False),
+    ("tied", {"pipeline": 2, "tensor": 2}, True),
+    ("moe by sequence", {"tensor": 2, "context": 2}, True),
 ]
+# name -> (model, aggregation)
+KINDS = {
+    "moe": ("moe", "token_mean"),
+    "dense": ("dense", "token_mean"),
+    "tied": ("tied", "token_mean"),
+    "moe by sequence": ("moe", "sequence_mean"),
+}
 
 
-def _config(parallel: dict[str, int], packing: bool) -> RunConfig:
+def _config(parallel: dict[str, int], packing: bool, aggregation: str = "token_mean") -> RunConfig:
     return parse_run_config(
         {
             "name": "mesh-test",
@@ -45,6 +54,7 @@ def _config(parallel: dict[str, int], packing: bool) -> RunConfig:
             "model": {"hf_path": "unused", "megatron_path": "unused", "dtype": "float32"},
             "data": {"train_file": "unused", "heldout_file": "unused"},
             "parallel": parallel,
+            "objective": {"name": "minpro", "aggregation": aggregation},
             "sampling": {"temperature": TEMPERATURE, "max_prompt_tokens": 16, "max_response_tokens": 64},
             "batch": {
                 "num_prompts": 8,
@@ -101,9 +111,9 @@ def references(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[Path, list, np.ndarray, ReferenceStep, dict]]:
     made = {}
-    for kind in ("moe", "dense"):
-        model = make_model(kind == "moe")
-        path = tmp_path_factory.mktemp(kind)
+    for kind, (architecture, aggregation) in KINDS.items():
+        model = make_model(architecture)
+        path = tmp_path_factory.mktemp(architecture)
         model.save_pretrained(path)
         start = saved_tensors(model)
         noise = np.random.default_rng(7)
@@ -114,7 +124,7 @@ def references(
                 log_probs.append(current)
                 drift = noise.normal(0, 0.7, len(current)).astype(np.float32)
                 sequences.append(replace(sequence, behavior_log_probs=current + drift))
-        step = reference_step(model, sequences, TEMPERATURE, LEARNING_RATE, clip=1.0)
+        step = reference_step(model, sequences, TEMPERATURE, LEARNING_RATE, 1.0, aggregation)
         made[kind] = (path, sequences, np.concatenate(log_probs), step, start)
     return made
 
@@ -122,13 +132,13 @@ def references(
 @pytest.mark.parametrize(("kind", "parallel", "packing"), MESHES, ids=str)
 def test_step_equals_transformers(kind: str, parallel: dict[str, int], packing: bool, references: dict) -> None:
     path, sequences, log_probs, expected, start = references[kind]
-    ranks = run_mesh(_step, _config(parallel, packing), str(path), sequences, **parallel)
+    ranks = run_mesh(_step, _config(parallel, packing, KINDS[kind][1]), str(path), sequences, **parallel)
     for result in ranks:
         np.testing.assert_allclose(result["before"], log_probs, atol=2e-5)
         np.testing.assert_array_equal(result["kept"], result["before"])
         assert np.abs(result["after"] - result["before"]).max() > 1e-3
         assert result["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-5)
-        assert result["metrics"]["objective/loss"] == pytest.approx(expected.loss, rel=1e-5)
+        assert result["metrics"]["objective/loss"] == pytest.approx(expected.token_mean_loss, rel=1e-5)
     weights = ranks[0]["weights"]
     assert weights.keys() == start.keys()
     difference = sum(float((torch.from_numpy(weights[n]) - expected.updated[n]).norm() ** 2) for n in weights) ** 0.5
@@ -152,3 +162,31 @@ def test_update_with_nan_gradient_is_skipped_on_every_rank(references: dict) -> 
     config = _config({"tensor": 2, "expert": 2}, True)
     ranks = run_mesh(_step_on_nan, config, str(path), sequences, tensor=2, expert=2)
     assert ranks == [(False, True)] * 2
+
+
+def _misuse_while_swapped(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> None:
+    from minpro_megatron.actor.policy import Policy
+
+    architecture, chunks = _loaded(mesh, hf_path)
+    policy = Policy(config, architecture, chunks, mesh)
+    with pytest.raises(AssertionError, match="keep_sampling_weights"), policy.sampling_weights():
+        pass
+    policy.keep_sampling_weights()
+    policy.update(sequences, LEARNING_RATE)
+    trained = [parameter.detach().clone() for chunk in policy.modules for parameter in chunk.parameters()]
+    with policy.sampling_weights():
+        for misuse in (policy.keep_sampling_weights, policy.sampling_weights().__enter__):
+            with pytest.raises(AssertionError, match="swapped in already"):
+                misuse()
+        with pytest.raises(AssertionError, match="an update would be lost"):
+            policy.update(sequences, LEARNING_RATE)
+    with pytest.raises(KeyError), policy.sampling_weights():
+        raise KeyError("scoring failed")
+    after = [parameter for chunk in policy.modules for parameter in chunk.parameters()]
+    assert all(torch.equal(old, new) for old, new in zip(trained, after, strict=True))
+    policy.keep_sampling_weights()  # allowed again
+
+
+def test_nothing_but_scoring_is_allowed_with_the_sampling_weights_swapped_in(references: dict) -> None:
+    path, sequences, *_ = references["dense"]
+    run_mesh(_misuse_while_swapped, _config({}, True), str(path), sequences)
