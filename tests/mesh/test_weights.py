@@ -1,0 +1,212 @@
+"""Weights pass from Hugging Face files through any mesh, and from mesh to mesh, without a changed bit."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from minpro_megatron.parallel.mesh import Mesh
+from tests.mesh.harness import run_mesh
+from tests.mesh.reference import make_model, saved_tensors
+
+pytestmark = pytest.mark.mesh
+
+BUCKET_BYTES = 3000  # less than most tensors: many buckets, and tensors larger than one
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+SAVED_ON = {"moe": {"pipeline": 2, "expert": 2, "tensor": 2}, "dense": {"data": 2}, "tied": {}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, np.ndarray]]]:
+    """Folder and tensors of a mixture, a dense and a tied dense model."""
+    made = {}
+    for kind in SAVED_ON:
+        model = make_model(kind)
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder)
+        made[kind] = (folder, {name: tensor.numpy() for name, tensor in saved_tensors(model).items()})
+    return made
+
+
+@pytest.fixture(scope="module")
+def saved(models: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
+    """For each model: a Megatron checkpoint, and what the ranks of the mesh that saved it found."""
+    made = {}
+    for kind, degrees in SAVED_ON.items():
+        path = tmp_path_factory.mktemp(f"{kind}-megatron") / "checkpoint"
+        # what a crash while saving leaves behind must neither be taken for a checkpoint nor get into one
+        path.with_name("checkpoint.partial").mkdir()
+        (path.with_name("checkpoint.partial") / "left_over").write_text("")
+        ranks = run_mesh(_through_the_mesh, models[kind][0], [None], path, **degrees)
+        made[kind] = (path, [rank[0] for rank in ranks])
+    return made
+
+
+def _through_the_mesh(
+    mesh: Mesh, hf_path: Path, sources: list[Path | None], save_to: Path | None
+) -> list[dict[str, Any]]:
+    """For each source (a checkpoint, or None: Hugging Face): load, save if told to, gather to rank 0."""
+    from minpro_megatron.actor.checkpoint import load_weights, save_weights
+    from minpro_megatron.actor.model import build_model
+    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.weights.gather import WeightGatherer
+    from minpro_megatron.weights.hf_files import HfReader
+    from minpro_megatron.weights.local import global_parameters, load_hf_tensors
+
+    architecture = read_architecture(hf_path)
+    chunks = build_model(architecture, mesh, torch.float32)
+    parameters = global_parameters(chunks, architecture.num_experts, mesh)
+    gatherer = WeightGatherer(chunks, architecture, mesh)
+    found = []
+    for source in sources:
+        for parameter in parameters.values():
+            parameter.data.fill_(torch.nan)  # what is not loaded stays NaN
+        if source:
+            load_weights(chunks, architecture, source, mesh)
+        else:
+            load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path).read)
+        if save_to:
+            save_weights(chunks, architecture, save_to, mesh, source="test")
+        buckets = list(gatherer.buckets(BUCKET_BYTES))
+        ends = [name for name in (EMBEDDING, OUTPUT) if name in parameters]
+        found.append(
+            {
+                "gathered": {name: tensor.numpy().copy() for bucket in buckets for name, tensor in bucket},
+                "buckets": [sum(tensor.nbytes for _, tensor in bucket) for bucket in buckets],
+                "finite": all(bool(parameter.isfinite().all()) for parameter in parameters.values()),
+                "ends": {name: parameters[name].detach().numpy().copy() for name in ends},
+                "tensor_rank": mesh.tensor.rank(),
+            }
+        )
+    return found
+
+
+def assert_bit_equal(ranks: list[dict[str, Any]], expected: dict[str, np.ndarray]) -> None:
+    gathered = ranks[0]["gathered"]
+    assert gathered.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert gathered[name].shape == tensor.shape
+        assert gathered[name].tobytes() == tensor.tobytes(), name
+    assert all(rank["finite"] for rank in ranks)
+    assert not any(rank["gathered"] for rank in ranks[1:])
+    # a bucket is closed by the parameter that fills it; the largest one is made of two of the files' tensors
+    largest = max(tensor.nbytes for tensor in expected.values())
+    assert max(ranks[0]["buckets"]) < BUCKET_BYTES + 2 * largest
+    assert {len(rank["buckets"]) for rank in ranks} == {len(ranks[0]["buckets"])}
+
+
+def assert_ends_are(ranks: list[dict[str, Any]], expected: dict[str, np.ndarray], tensor_size: int) -> None:
+    """Embedding and output layer of every rank are its rows of the vocabulary, padded with zeros."""
+    embedding = expected["model.embed_tokens.weight"]
+    for rank in ranks:
+        for name, found in rank["ends"].items():
+            rows = embedding if name == EMBEDDING else expected.get("lm_head.weight", embedding)
+            padded = np.concatenate([rows, np.zeros((128 - len(rows), rows.shape[1]), rows.dtype)])
+            np.testing.assert_array_equal(found, np.split(padded, tensor_size)[rank["tensor_rank"]], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", SAVED_ON)
+def test_hugging_face_weights_come_back_from_the_mesh_that_saves_them(kind: str, models: dict, saved: dict) -> None:
+    path, ranks = saved[kind]
+    assert_bit_equal(ranks, models[kind][1])
+    assert_ends_are(ranks, models[kind][1], SAVED_ON[kind].get("tensor", 1))
+    assert [entry.name for entry in path.parent.iterdir()] == ["checkpoint"]
+    assert not (path / "left_over").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "degrees"),
+    [
+        ("moe", {}),
+        ("moe", {"pipeline": 2, "virtual_pipeline": 2}),
+        ("moe", {"tensor": 2, "expert_tensor": 2, "data": 2, "expert": 2}),
+        ("dense", {"tensor": 2, "context": 2}),
+        ("tied", {"pipeline": 2, "tensor": 2}),
+    ],
+    ids=str,
+)
+def test_both_forms_load_on_another_mesh(kind: str, degrees: dict[str, int], models: dict, saved: dict) -> None:
+    folder, expected = models[kind]
+    ranks = run_mesh(_through_the_mesh, folder, [None, saved[kind][0]], None, **degrees)
+    for source in (0, 1):
+        found = [rank[source] for rank in ranks]
+        assert_bit_equal(found, expected)
+        assert_ends_are(found, expected, degrees.get("tensor", 1))
+        # the last stage of a tied model holds a copy of the embedding, which rank 0 does not gather
+        on_last_stage = [rank for rank in found if OUTPUT in rank["ends"]]
+        assert len(on_last_stage) == len(ranks) // degrees.get("pipeline", 1)
+
+
+def _refusals_on_rank(mesh: Mesh, hf_path: Path, folder: Path) -> None:
+    from minpro_megatron.actor.checkpoint import check_manifest, load_weights
+    from minpro_megatron.actor.model import build_model
+    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.weights.hf_files import HfReader
+    from minpro_megatron.weights.local import load_hf_tensors
+
+    architecture = read_architecture(hf_path)
+    chunks = build_model(architecture, mesh, torch.float32)
+    reader = HfReader(hf_path)
+
+    with pytest.raises(ValueError, match=r"no manifest.json; run tools/convert_checkpoint.py"):
+        load_weights(chunks, architecture, folder / "absent", mesh)
+    right = {"format_version": 1, "source": "test", "architecture": asdict(architecture)}
+    other = {**right, "architecture": {**right["architecture"], "num_layers": 6}}
+    for name, manifest, message in [
+        ("old", {**right, "format_version": 0}, r"format_version = 0, expected 1; convert again"),
+        ("other", other, r"num_layers = 6, but model.hf_path says 4; convert that model"),
+        ("damaged", {"format_version": 1}, r"architecture is missing; convert again"),
+    ]:
+        (folder / name).mkdir()
+        (folder / name / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=message):
+            check_manifest(folder / name, architecture)
+    (folder / "right").mkdir()
+    (folder / "right" / "manifest.json").write_text(json.dumps(right))
+    check_manifest(folder / "right", architecture)
+
+    def with_other_shape(name: str) -> Tensor:
+        tensor = reader.read(name)
+        return tensor[:-1] if "k_proj" in name else tensor
+
+    with pytest.raises(ValueError, match=r"k_proj.*does config.json belong to these weights"):
+        load_hf_tensors(chunks, architecture, mesh, with_other_shape)
+    longer = replace(architecture, num_layers=5)
+    larger_model = build_model(longer, mesh, torch.float32)
+    with pytest.raises(ValueError, match=r"there is no tensor 'model.layers.4.*does config.json belong"):
+        load_hf_tensors(larger_model, longer, mesh, reader.read)
+    with pytest.raises(ValueError, match=r"no Hugging Face tensor maps to decoder.layers.4"):
+        load_hf_tensors(larger_model, architecture, mesh, reader.read)
+
+
+def test_weights_that_do_not_belong_to_the_config_are_refused(models: dict, tmp_path: Path) -> None:
+    run_mesh(_refusals_on_rank, models["moe"][0], tmp_path)
+
+
+def _cuts_on_rank(mesh: Mesh, hf_path: Path, changes: list[tuple[dict[str, Any], str]]) -> None:
+    from minpro_megatron.actor.model import build_model
+    from minpro_megatron.weights.architecture import read_architecture
+
+    for changed, message in changes:
+        with pytest.raises(ValueError, match=message):
+            build_model(replace(read_architecture(hf_path), **changed), mesh, torch.float32)
+
+
+def test_models_that_the_mesh_cannot_cut_are_refused(models: dict) -> None:
+    dense = [
+        ({"num_attention_heads": 3}, r"parallel.tensor = 2 must divide the model's num_attention_heads = 3"),
+        ({"num_query_groups": 1}, r"parallel.tensor = 2 must divide the model's num_key_value_heads = 1"),
+        ({"ffn_hidden_size": 63}, r"parallel.tensor = 2 must divide the model's intermediate_size = 63"),
+    ]
+    run_mesh(_cuts_on_rank, models["dense"][0], dense, tensor=2)
+    mixture = [
+        ({"num_experts": 7}, r"parallel.expert = 2 must divide the model's num_experts = 7"),
+        ({"num_layers": 3}, r"pipeline x virtual_pipeline = 2 must divide the model's layers = 3"),
+        ({"num_experts": 0}, r"parallel.expert = 2: .* has no experts; set it to 1"),
+    ]
+    run_mesh(_cuts_on_rank, models["moe"][0], mixture, data=2, expert=2, pipeline=2)
