@@ -26,7 +26,9 @@ from rich.progress import (
 )
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# Before the imports: megatron-core announces at import every optional package that is not installed.
+warnings.simplefilter("ignore")
+logging.disable(logging.WARNING)
 
 from minpro_megatron.actor.checkpoint import check_manifest, load_weights, save_weights
 from minpro_megatron.actor.model import DTYPES, build_model
@@ -107,8 +109,6 @@ def main() -> int:
     back.add_argument("--hf-reference", type=Path, required=True, help="folder to take config and tokenizer from")
     back.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     try:
         if arguments.command == "to-megatron":

@@ -29,9 +29,7 @@ def pack_rows(lengths: Sequence[int], max_tokens: int, multiple: int) -> list[li
         num_rows += multiple
 
 
-def _fill(
-    longest_first: list[int], lengths: Sequence[int], max_tokens: int, num_rows: int
-) -> list[list[int]] | None:
+def _fill(longest_first: list[int], lengths: Sequence[int], max_tokens: int, num_rows: int) -> list[list[int]] | None:
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     # (tokens, row), emptiest first. A heap: long responses need many attempts, each over all sequences.
     filled = [(0, row) for row in range(num_rows)]

@@ -55,12 +55,14 @@ def _torchrun(world_size: int) -> list[str]:
 
 
 def _trainer_environment(config: RunConfig) -> dict[str, str]:
+    # megatron-core announces, once a rank and module, every optional package that is not installed.
+    quiet = {"PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning"}
     if config.device == "cpu":
         # The ranks are the parallelism: with a thread pool each they would only take turns on the same cores.
         loopback = "lo" if sys.platform.startswith("linux") else "lo0"
-        return {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
+        return quiet | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
     # megatron overlaps tensor-parallel communication with computation only if kernels start in launch order.
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    return quiet | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 def gpus_needed(config: RunConfig) -> tuple[int, int]:

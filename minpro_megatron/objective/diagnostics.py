@@ -19,7 +19,11 @@ class Statistic:
 
 
 def token_statistics(
-    tokens: PolicyTokens, terms: ObjectiveTerms, entropies_L: Tensor, rollout_log_probs_L: Tensor, behavior_L: Tensor
+    tokens: PolicyTokens,
+    terms: ObjectiveTerms,
+    entropies_L: Tensor,
+    rollout_log_probs_L: Tensor,
+    behavior_L: Tensor,
 ) -> dict[str, Statistic]:
     """The statistics of the trained slots by metric name (see monitor.metrics.METRICS for their meaning)."""
     mask = tokens.mask_L > 0

@@ -3,7 +3,6 @@
 import logging
 import sys
 import time
-import warnings
 
 import torch
 
@@ -34,7 +33,6 @@ HF_EXPORT = "hf_export"
 
 def run(config: RunConfig, incarnation: int) -> int:
     """Trains this rank's share of the run. Returns 0 when the run is finished, 1 with a line on stderr if not."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     try:
         with open_mesh(config.parallel, config.device, config.seed) as mesh:

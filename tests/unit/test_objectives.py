@@ -1,5 +1,6 @@
 """The objectives equal loops written from the papers, and the loss has exactly the gradient that they state."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +35,7 @@ def terms_of(name: str, tokens: Tokens, dtype: torch.dtype = torch.float64) -> O
     return OBJECTIVES[name](tokens.for_objective(dtype), SETTINGS[name])
 
 
-def assert_trained_equal(found: torch.Tensor, expected: list[float], tokens: Tokens, tolerance: float) -> None:
+def assert_trained_equal(found: torch.Tensor, expected: Sequence[float], tokens: Tokens, tolerance: float) -> None:
     trained = tokens.mask > 0
     np.testing.assert_allclose(
         found.double().numpy()[trained], np.array(expected)[trained], rtol=tolerance, atol=tolerance

@@ -214,7 +214,7 @@ def test_stand_in_refuses_where_a_driver_is(sglang_cpu_sources: ModuleType, monk
 def environment_with_driver(tmp_path: Path) -> dict[str, str]:
     """The environment variables of a machine on which the dynamic loader finds a libcuda.so.1."""
     # Any library will do: only whether it loads is looked at.
-    (tmp_path / "libcuda.so.1").symlink_to(importlib.import_module("_ctypes").__file__)
+    (tmp_path / "libcuda.so.1").symlink_to(str(importlib.import_module("_ctypes").__file__))
     return os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(SGLANG_CPU / "src")}
 
 

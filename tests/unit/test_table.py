@@ -1,6 +1,7 @@
 """The table covers the checkpoints of each architecture tensor for tensor."""
 
 import math
+from typing import Any
 
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -74,7 +75,7 @@ def hf_shape(name: str, a: Architecture) -> tuple[int, ...]:
 def test_the_table_names_exactly_the_tensors_that_transformers_writes(kind: str) -> None:
     common = {**COMMON, "num_hidden_layers": 2, "tie_word_embeddings": kind == "tied"}
     if kind == "mixture":
-        experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        experts: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
         model, ours = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, intermediate_size=64, **experts)), TINY
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**common, intermediate_size=64))
