@@ -28,10 +28,11 @@ class Row:
 
 
 def random_rows(context_size: int, tensor_size: int) -> list[Row]:
-    """Ragged rows: many short sequences, few long ones, one alone; holes, and sequences masked wholly."""
+    """Ragged rows of many short or few long sequences; holes, and sequences masked wholly."""
     rows = []
-    for seed, (count, longest) in enumerate([(9, 2), (4, 7), (1, 5), (6, 5), (2, 9)]):
+    for seed in range(24):
         random = np.random.default_rng(seed)
+        count, longest = random.integers(1, 9), random.integers(1, 9)
         lengths = (random.integers(1, longest + 1, count) * sequence_multiple(context_size)).tolist()
         lengths[-1] += -sum(lengths) % row_multiple(context_size, tensor_size)
         total = sum(lengths)
@@ -39,6 +40,21 @@ def random_rows(context_size: int, tensor_size: int) -> list[Row]:
         mask[np.repeat(np.arange(count), lengths) == count - 3] = 0
         rows.append(Row(lengths, random.normal(0, 2, total), mask))
     return rows
+
+
+def chunks_cut_between_tensor_ranks(rows: list[Row], context_size: int, tensor_size: int) -> set[tuple[int, int]]:
+    """(context rank, half) of the chunks of which more than one tensor rank holds a part."""
+    cut = set()
+    for row in rows:
+        halves = chunk_halves(row.lengths, context_size)
+        sequence = np.repeat(np.arange(len(row.lengths)), row.lengths)
+        for context_rank in range(context_size):
+            held = sequence[context_shard(row.lengths, context_size, context_rank)]
+            for tensor_rank in range(1, tensor_size):
+                first = tensor_shard(len(held), tensor_size, tensor_rank).start
+                if held[first - 1] == held[first] and halves[first - 1] == halves[first]:
+                    cut.add((context_rank, int(halves[first])))
+    return cut
 
 
 def _scan_on_rank(mesh: Mesh, rows: list[Row]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
@@ -86,6 +102,8 @@ def expected_scans(row: Row) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("context", "tensor"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2)])
 def test_sharded_scans_equal_loops_over_whole_sequences(context: int, tensor: int) -> None:
     rows = random_rows(context, tensor)
+    if context > 1 and tensor > 1:  # the rows must try the order of tensor ranks inside front and back chunks
+        assert len(chunks_cut_between_tensor_ranks(rows, context, tensor)) == 2 * context
     ranks = run_mesh(_scan_on_rank, rows, context=context, tensor=tensor)
     for index, row in enumerate(rows):
         expected = expected_scans(row)
