@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
+from minpro_megatron.monitor.files import check_replaceable, replace_folder
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture
 
@@ -24,9 +25,11 @@ def save_weights(
     chunks: Sequence[GPTModel], architecture: Architecture, path: str | Path, mesh: Mesh, source: str
 ) -> None:
     """Write the model to the folder `path`. Collective. It appears under its name only when complete; the manifest
-    records the architecture and `source`, where the weights came from."""
+    records the architecture and `source`, where the weights came from. Raises ValueError rather than overwrite a folder
+    that is no checkpoint."""
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
+    check_replaceable(path, marker=MANIFEST)
     if mesh.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -38,9 +41,7 @@ def save_weights(
     if mesh.rank == 0:
         manifest = {"format_version": FORMAT_VERSION, "source": source, "architecture": asdict(architecture)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        replace_folder(temporary, path, marker=MANIFEST)
     dist.barrier(group=mesh.control)
 
 

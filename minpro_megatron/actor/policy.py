@@ -115,7 +115,7 @@ class Policy:
 
     @contextmanager
     def sampling_weights(self) -> Iterator[None]:
-        """Within: the kept weights are in place, for scoring. Updating and publishing are refused meanwhile."""
+        """Within: the kept weights are in place, for scoring. Updating is refused meanwhile."""
         assert self._sampling_weights is not None, "keep_sampling_weights() comes first"
         assert not self._swapped, "the sampling weights are swapped in already"
         parameters = [parameter for chunk in self.modules for parameter in chunk.parameters()]

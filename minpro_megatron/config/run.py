@@ -53,10 +53,14 @@ class RunConfig(Section):
                 f"{batch.mini_batch_prompts}: a global step is a whole number of optimizer updates"
             )
         longest = sampling.max_prompt_tokens + sampling.max_response_tokens
-        if longest > batch.max_tokens_per_row:
+        # a row is cut into 2 chunks a context rank, and those into pieces for the tensor ranks
+        multiple = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
+        padded = -(-longest // multiple) * multiple
+        if padded > batch.max_tokens_per_row:
             raise ValueError(
-                f"sampling.max_prompt_tokens + sampling.max_response_tokens = {longest} must fit in a row: "
-                f"raise batch.max_tokens_per_row = {batch.max_tokens_per_row}"
+                f"sampling.max_prompt_tokens + sampling.max_response_tokens = {longest}, padded to a multiple of "
+                f"{multiple} for the mesh: {padded} must fit in a row: raise batch.max_tokens_per_row = "
+                f"{batch.max_tokens_per_row}"
             )
         sequences = batch.mini_batch_prompts * batch.responses_per_prompt
         if sequences < parallel.data_size:

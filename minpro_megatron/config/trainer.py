@@ -10,7 +10,7 @@ from minpro_megatron.config.base import Section
 class ModelConfig(Section):
     """The policy's starting point."""
 
-    hf_path: str = Field(description="Hugging Face folder or hub id: architecture, tokenizer, names for the export")
+    hf_path: str = Field(description="Hugging Face folder: architecture, tokenizer, names for the export")
     megatron_path: str = Field(description="Megatron distributed checkpoint made by tools/convert_checkpoint.py")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 

@@ -10,6 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minpro_megatron.monitor.files import check_replaceable, replace_folder
+
+_MARKER = "config.json"  # a folder without it is not a Hugging Face model, and is not overwritten
 _INDEX = "model.safetensors.index.json"
 _NOT_WEIGHTS = ("*.json", "*.txt", "*.jinja", "*.model")
 
@@ -52,6 +55,7 @@ def write_hf(
     text files of `reference`. Appears under `output` only when complete. `announce(bytes)` is called a tensor.
     """
     output = Path(output)
+    check_replaceable(output, marker=_MARKER)
     temporary = output.with_name(output.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -69,9 +73,7 @@ def write_hf(
         for source in Path(reference).glob(pattern):
             if not source.name.endswith(".index.json"):  # of the reference's weight files
                 shutil.copy2(source, temporary / source.name)
-    if output.exists():
-        shutil.rmtree(output)
-    temporary.rename(output)
+    replace_folder(temporary, output, marker=_MARKER)
 
 
 def _flush(folder: Path, files: int, pending: dict[str, Tensor], weight_map: dict[str, int]) -> int:

@@ -101,7 +101,7 @@ def test_a_name_that_looks_like_a_number_stays_a_name(config):
         ),
         (["staleness.delay_steps=-1"], r"^staleness.delay_steps: .*\(got -1\)$"),
         (["batch.num_prompts=5"], "batch.num_prompts = 5 must be a multiple of batch.mini_batch_prompts = 2"),
-        (["sampling.max_response_tokens=100"], r"= 116 must fit in a row: raise batch.max_tokens_per_row = 64"),
+        (["sampling.max_response_tokens=100"], r"116 must fit in a row: raise batch.max_tokens_per_row = 64"),
         (["parallel.data=32"], "16 sequences for parallel.data = 32 ranks: raise batch.mini_batch_prompts"),
         (["model.dtype=bfloat16"], "model.dtype = bfloat16 needs device = cuda; set model.dtype to float32"),
         (
@@ -173,3 +173,11 @@ def test_a_variant_differs_from_the_demo_only_where_it_says(variant, changes):
     different = {name for name in RunConfig.model_fields if getattr(made, name) != getattr(demo, name)}
     assert different - {"evaluation"} == changes.keys()
     assert {name: getattr(made, name) for name in changes} == changes
+
+
+def test_rows_must_hold_the_longest_sequence_with_its_padding(config):
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
+    assert with_overrides(config, [f"batch.max_tokens_per_row={longest}"]).batch.max_tokens_per_row == longest
+    odd = with_overrides(config, [f"sampling.max_response_tokens={config.sampling.max_response_tokens - 1}"])
+    with pytest.raises(ValueError, match=f"padded to a multiple of 4 for the mesh: {longest} must fit"):
+        with_overrides(odd, [f"batch.max_tokens_per_row={longest - 1}", "parallel.context=2", "parallel.tensor=1"])
