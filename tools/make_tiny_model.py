@@ -45,18 +45,22 @@ Pair = tuple[str, str]  # (prompt, answer), such as ("48/2=", "24")
 class WarmStart:
     """How the warm start is trained: on one machine type these settings decide the weights.
 
-    The first `right_steps` see right answers only, so that the model learns the arithmetic; from then on
-    `wrong_share` of the answers are wrong, so that it learns to be unsure.
+    The share of wrong answers rises from 0 to `wrong_share` over the first `rise_share` of the steps. Wrong from the
+    first step, the arithmetic is learned slowly; wrong all at once later, most of it is forgotten.
     """
 
     seed: int
     steps: int
     batch_size: int = 128
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2.5e-3
     warmup_steps: int = 30
-    weight_decay: float = 0.3
-    right_share_of_steps: float = 0.6
+    weight_decay: float = 0.1
     wrong_share: float = 0.5
+    rise_share: float = 0.6
+
+    def wrong_share_at(self, step: int) -> float:
+        """The share (0 to 1) of the answers drawn at `step` (from 0) that are wrong."""
+        return self.wrong_share * min(step / (self.rise_share * self.steps), 1)
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then linear decay towards 0."""
@@ -212,16 +216,15 @@ def warm_start(
 ) -> None:
     """Train `model` in place on prompts drawn from `pairs`."""
     generator = random.Random(settings.seed)
-    # grouped_mm, the default, gives the same values but loses tenfold when other processes want the same cores.
+    # grouped_mm, the default, is no faster at this size, and far slower where other processes want the same cores.
     model.set_experts_implementation("eager")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True)
     model.train()
     with training_progress(console, settings.steps) as report:
         for step in range(settings.steps):
-            wrong_share = settings.wrong_share if step >= settings.right_share_of_steps * settings.steps else 0.0
             batch = []
             for prompt, answer in generator.choices(pairs, k=settings.batch_size):
-                wrong = generator.random() < wrong_share
+                wrong = generator.random() < settings.wrong_share_at(step)
                 batch.append((prompt, wrong_answer(answer, generator) if wrong else answer))
             tokens, labels = encode(batch, tokenizer)
             logits = model(tokens, use_cache=False).logits
@@ -276,13 +279,15 @@ def replaced_folder(output: Path) -> Iterator[Path]:
         partial.chmod(0o755)
         for path in partial.iterdir():
             path.chmod(0o644)
+        replaced = partial.with_name(partial.name + ".replaced")
         if output.exists():
             check_replaceable(output)
-            output.rename(partial.with_suffix(".replaced"))
+            output.rename(replaced)
         partial.rename(output)
+        # Only now: until here a failure must not cost the older checkpoint.
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(partial.with_suffix(".replaced"), ignore_errors=True)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -291,12 +296,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; replaced if made by this")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500, help="warm-start steps; 0 leaves the random weights")
+    parser.add_argument("--steps", type=int, default=1400, help="warm-start steps; 0 leaves the random weights")
     parser.add_argument("--hidden-size", type=int, default=128, help="a multiple of 8")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--data", type=Path, default=DATA_FOLDER, help=f"folder with {HELDOUT_FILE}")
-    # Fixed, not the number of cores: the order of summation, and with it the weights, depends on it.
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    # One, whatever the machine: at this size a second thread gains little on idle cores and multiplies the CPU time
+    # on busy ones; and the order of summation, with it the weights, depends on the number.
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args(arguments)
     for flag, value, minimum in (("steps", options.steps, 0), ("layers", options.layers, 1)):
         if value < minimum:

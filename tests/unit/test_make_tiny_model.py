@@ -195,19 +195,20 @@ def test_a_seed_decides_the_weights() -> None:
 
 
 def test_what_the_warm_start_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never a held-out prompt; right answers first, then about half of them wrong."""
+    """Never a held-out prompt; right answers at first, in the end about half of them wrong."""
     batches = []
     encode = make_tiny_model.encode
     monkeypatch.setattr(make_tiny_model, "encode", lambda pairs, tok: batches.append(pairs) or encode(pairs, tok))
     model, tokenizer = small_model()
-    settings = make_tiny_model.WarmStart(seed=0, steps=5, batch_size=200, right_share_of_steps=0.4)
+    settings = make_tiny_model.WarmStart(seed=0, steps=5, batch_size=200, rise_share=0.4)
     pairs = make_tiny_model.synthetic_pairs(heldout_pairs())
     make_tiny_model.warm_start(model, tokenizer, pairs, settings, QUIET)
     heldout = {prompt for prompt, _ in heldout_pairs()}
     assert not any(prompt in heldout for batch in batches for prompt, _ in batch)
     answers = dict(calculator.all_expressions())
     wrong_shares = [sum(answers[prompt] != said for prompt, said in batch) / 200 for batch in batches]
-    assert wrong_shares[:2] == [0, 0]
+    assert wrong_shares[0] == 0
+    assert 0.15 < wrong_shares[1] < 0.35
     assert 0.4 < sum(wrong_shares[2:]) / 3 < 0.6
 
 
