@@ -33,7 +33,6 @@ class Mesh:
     data: dist.ProcessGroup
     expert: dist.ProcessGroup
     expert_tensor: dist.ProcessGroup
-    expert_data: dist.ProcessGroup
     control: dist.ProcessGroup  # all ranks over gloo, for Python objects
 
     @property
@@ -118,6 +117,5 @@ def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         data=groups.dp,
         expert=groups.ep,
         expert_tensor=groups.expt_tp,
-        expert_data=groups.expt_dp,
         control=cast(dist.ProcessGroup, dist.new_group(backend="gloo")),
     )

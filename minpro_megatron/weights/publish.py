@@ -52,13 +52,6 @@ class Publisher:
         for_all(self._controls, "flush_cache")
         self._check(lease.version)
 
-    def close(self) -> None:
-        if self._group is not None:
-            for_all(self._controls, "destroy_weights_update_group", group_name=GROUP_NAME)
-            dist.destroy_process_group(self._group)
-        for control in self._controls:
-            control.close()
-
     def _connect(self, servers: Sequence[ServerAddress]) -> None:
         self._controls = [ServerControl(server) for server in servers]
         self._checksum = self._common_checksum()
