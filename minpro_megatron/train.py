@@ -73,7 +73,7 @@ class Trainer:
             if delay > 0 and step + delay < self.config.num_global_steps:
                 with self.policy.sampling_weights():
                     self._fetch_and_score(step + delay)
-            self._publish(step + 1)
+            self._publish(step + 1, changed=metrics["optimizer/grad_norm"].total > 0)
             spent = {phase: self.seconds[phase] - before[phase] for phase in PHASES}
             self._write(step, batch, metrics, spent, time.monotonic() - start)
         totals = self.feed.finish() if self.feed else None
@@ -118,12 +118,12 @@ class Trainer:
             self.feed.consumed(step, step)
         return metrics
 
-    def _publish(self, version: int) -> None:
+    def _publish(self, version: int, changed: bool) -> None:
         with self._timed("publish"):
             lease: PublishLease | None = None
             if self.feed:
                 lease = self.feed.publish_begin(version)
-            self.publisher.publish(lease)
+            self.publisher.publish(lease, changed)
             if self.feed and self.report and lease:
                 self.feed.publish_end(version)
                 self.report.evaluations(lease.evaluations)

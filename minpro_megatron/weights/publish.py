@@ -31,8 +31,9 @@ class Publisher:
         self._group: dist.ProcessGroup | None = None
         self._checksum = ""
 
-    def publish(self, lease: PublishLease | None) -> None:
+    def publish(self, lease: PublishLease | None, changed: bool) -> None:
         """Collective: `lease` on rank 0, None elsewhere. Returns when every server holds the lease's version.
+        `changed`: the weights must differ from those last published.
 
         Raises ControlError if a server refuses, RuntimeError if the servers do not end with one and the same new
         set of weights (SGLang accepts unknown tensor names without a word: only checksums tell).
@@ -50,7 +51,7 @@ class Publisher:
             self._broadcast(bucket, lease.version)
         for_all(self._controls, "end_weight_update")
         for_all(self._controls, "flush_cache")
-        self._check(lease.version)
+        self._check(lease.version, changed)
 
     def _connect(self, servers: Sequence[ServerAddress]) -> None:
         self._controls = [ServerControl(server) for server in servers]
@@ -87,9 +88,9 @@ class Publisher:
         assert sending is not None
         sending.wait()
 
-    def _check(self, version: int) -> None:
+    def _check(self, version: int, changed: bool) -> None:
         checksum = self._common_checksum()
-        if checksum == self._checksum:
+        if changed and checksum == self._checksum:
             raise RuntimeError(
                 f"publishing version {version} changed no weight on the servers (checksum {checksum}): "
                 "do the tensor names fit the server's model?"
