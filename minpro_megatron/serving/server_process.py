@@ -225,7 +225,14 @@ class ServerProcess:
                         f"raise it if the server was still loading\n{self.log_tail()}"
                     )
                 time.sleep(0.2)
+            self._freeze_garbage_collection(session)
         return True
+
+    def _freeze_garbage_collection(self, session: requests.Session) -> None:
+        # SGLang asks itself for this at start-up, without a second try, before its port listens if it is slow. Without
+        # it every collection walks the imported packages: 0.5 s for each /flush_cache on two cores, 0.006 s with it.
+        with suppress(requests.RequestException):
+            session.post(f"{self.address.url}/freeze_gc", timeout=60)
 
     def _answers(self, session: requests.Session) -> bool:
         try:
