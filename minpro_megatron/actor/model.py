@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from minpro_megatron.actor.torch_backend import TorchBackend, TorchRMSNorm
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,7 +27,7 @@ def build_model(architecture: Architecture, mesh: Mesh, dtype: torch.dtype) -> l
 
     Raises ValueError where the architecture cannot be cut as the mesh says.
     """
-    _refuse_uneven_cuts(architecture, mesh)
+    refuse_uneven_cuts(architecture, mesh.config)
     config = transformer_config(architecture, mesh, dtype)
     chunks = mesh.config.virtual_pipeline
     return [_build_chunk(architecture, mesh, config, chunk if chunks > 1 else None) for chunk in range(chunks)]
@@ -89,38 +89,6 @@ def _mixture_settings(architecture: Architecture) -> dict[str, Any]:
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
     }
-
-
-def _refuse_uneven_cuts(architecture: Architecture, mesh: Mesh) -> None:
-    parallel = mesh.config
-    rules = [
-        ("tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
-        ("tensor", parallel.tensor, "num_key_value_heads", architecture.num_query_groups),
-        ("tensor", parallel.tensor, "padded vocabulary", architecture.padded_vocab_size),
-        (
-            "pipeline x virtual_pipeline",
-            parallel.pipeline * parallel.virtual_pipeline,
-            "layers",
-            architecture.num_layers,
-        ),
-    ]
-    if architecture.num_experts:
-        rules.append(("expert", parallel.expert, "num_experts", architecture.num_experts))
-        rules.append(
-            (
-                "expert_tensor",
-                parallel.expert_tensor,
-                "moe_intermediate_size",
-                architecture.expert_ffn_hidden_size,
-            )
-        )
-    elif parallel.expert > 1:
-        raise ValueError(f"parallel.expert = {parallel.expert}: {architecture.name} has no experts; set it to 1")
-    else:
-        rules.append(("tensor", parallel.tensor, "intermediate_size", architecture.ffn_hidden_size))
-    for axis, degree, what, size in rules:
-        if size % degree:
-            raise ValueError(f"parallel.{axis} = {degree} must divide the model's {what} = {size}")
 
 
 def _build_chunk(architecture: Architecture, mesh: Mesh, config: TransformerConfig, chunk: int | None) -> GPTModel:

@@ -13,6 +13,7 @@ from pathlib import Path
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.roles import gpus_needed
 from minpro_megatron.rollout.journal import FILE_NAME as JOURNAL_FILE
+from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 
 _PROMPT_FIELDS = {"id", "source", "prompt", "answer"}
 _SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a short run
@@ -20,7 +21,7 @@ _SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a sho
 
 def problems(config: RunConfig) -> list[str]:
     """One line for each thing that would stop this run: the setting, its value, the rule and the remedy."""
-    checks = (_hf_model, _megatron_model, _data_files, _run_folder, _ports, _gpus, _disk_space)
+    checks = (_hf_model, _mesh_fits_model, _megatron_model, _data_files, _run_folder, _ports, _gpus, _disk_space)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -55,6 +56,15 @@ def _missing_weights(folder: Path) -> str:
         return f"{index.name} is damaged"
     absent = sorted(name for name in named if not (folder / name).is_file())
     return f"{len(absent)} of {len(named)} weight files missing, such as {absent[0]}" if absent else ""
+
+
+def _mesh_fits_model(config: RunConfig) -> Iterator[str]:
+    if not (Path(config.model.hf_path) / "config.json").is_file():
+        return  # said already
+    try:
+        refuse_uneven_cuts(read_architecture(config.model.hf_path), config.parallel)
+    except ValueError as error:
+        yield str(error)
 
 
 def _megatron_model(config: RunConfig) -> Iterator[str]:

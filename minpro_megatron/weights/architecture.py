@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minpro_megatron.config.parallel import ParallelConfig
+
 VOCABULARY_MULTIPLE = 128  # fixed whatever the mesh, so that a checkpoint fits every tensor degree up to 128
 
 
@@ -111,3 +113,35 @@ def _qwen3_moe(config: dict[str, Any]) -> Architecture:
 
 
 _READERS = {"Qwen3ForCausalLM": _qwen3, "Qwen3MoeForCausalLM": _qwen3_moe}
+
+
+def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """Raises ValueError where the mesh's degrees do not divide the model's sizes."""
+    rules = [
+        ("tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
+        ("tensor", parallel.tensor, "num_key_value_heads", architecture.num_query_groups),
+        ("tensor", parallel.tensor, "padded vocabulary", architecture.padded_vocab_size),
+        (
+            "pipeline x virtual_pipeline",
+            parallel.pipeline * parallel.virtual_pipeline,
+            "layers",
+            architecture.num_layers,
+        ),
+    ]
+    if architecture.num_experts:
+        rules.append(("expert", parallel.expert, "num_experts", architecture.num_experts))
+        rules.append(
+            (
+                "expert_tensor",
+                parallel.expert_tensor,
+                "moe_intermediate_size",
+                architecture.expert_ffn_hidden_size,
+            )
+        )
+    elif parallel.expert > 1:
+        raise ValueError(f"parallel.expert = {parallel.expert}: {architecture.name} has no experts; set it to 1")
+    else:
+        rules.append(("tensor", parallel.tensor, "intermediate_size", architecture.ffn_hidden_size))
+    for axis, degree, what, size in rules:
+        if size % degree:
+            raise ValueError(f"parallel.{axis} = {degree} must divide the model's {what} = {size}")

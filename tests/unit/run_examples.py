@@ -1,11 +1,28 @@
 """A small valid run, for tests of what is around it."""
 
+import json
 from pathlib import Path
 
 from minpro_megatron.config.rollout import DataConfig, SamplingConfig, ServerConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import BatchConfig, ModelConfig
 
+HF_CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "vocab_size": 32,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+}
 PROMPT = '{"id": "1", "source": "test", "prompt": "1+1=", "answer": "2"}\n'
 
 
@@ -30,5 +47,6 @@ def write_example_files(folder: Path) -> None:
     for name in ("hf/config.json", "hf/tokenizer.json", "hf/model.safetensors", "megatron/manifest.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
+    (folder / "hf/config.json").write_text(json.dumps(HF_CONFIG))
     for name in ("train.jsonl", "heldout.jsonl"):
         (folder / name).write_text(PROMPT)

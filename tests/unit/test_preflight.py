@@ -154,3 +154,15 @@ def test_all_problems_come_at_once(tmp_path):
 )
 def test_hub_ids_are_told_from_missing_folders(hf_path, expected):
     assert is_hub_id(hf_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("parallel", "pattern"),
+    [
+        ({"expert": 3}, r"^parallel.expert = 3 must divide the model's num_experts = 8$"),
+        ({"tensor": 4}, r"^parallel.tensor = 4 must divide the model's num_key_value_heads = 2$"),
+        ({"pipeline": 3}, r"^parallel.pipeline x virtual_pipeline = 3 must divide the model's layers = 2$"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_model_is_named_before_any_rank_starts(folder, parallel, pattern):
+    assert re.search(pattern, only_problem(example_config(folder, parallel=parallel)))
