@@ -38,7 +38,8 @@ class Launch:
     def __init__(self, model: TinyModel, runs_dir: Path, name: str, *overrides: str) -> None:
         self.run_dir = runs_dir / name
         settings = [f"name={name}", f"runs_dir={runs_dir}", f"model.hf_path={model.hf}"]
-        settings += [f"model.megatron_path={model.megatron}", *overrides]
+        # a busy test machine may start the server more slowly than the demo allows
+        settings += [f"model.megatron_path={model.megatron}", "server.start_timeout_s=150", *overrides]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "minpro_megatron", "launch", "recipes.demo:tiny_moe", *settings],
             cwd=ROOT,
