@@ -220,8 +220,9 @@ class ServerProcess:
                 if self.exit_status is not None:
                     raise ServerStartError(f"server {self.index}: {self._why_ended()}\n{self.log_tail()}")
                 if time.monotonic() > deadline:
+                    limit_s = self._config.server.start_timeout_s  # timeout_s is what was left of it
                     raise ServerStartError(
-                        f"server {self.index}: not ready after server.start_timeout_s = {self._config.server.start_timeout_s:g} s; "
+                        f"server {self.index}: not ready after server.start_timeout_s = {limit_s:g} s; "
                         f"raise it if the server was still loading\n{self.log_tail()}"
                     )
                 time.sleep(0.2)
