@@ -28,8 +28,7 @@ def problems(config: RunConfig) -> list[str]:
 def _hf_model(config: RunConfig) -> Iterator[str]:
     folder, field = Path(config.model.hf_path), f"model.hf_path = {config.model.hf_path}"
     if not folder.is_dir():
-        if not is_hub_id(config.model.hf_path):
-            yield f"{field}: no such folder; give a Hugging Face model folder or a hub id (owner/name)"
+        yield f"{field}: no such folder; give a Hugging Face model folder (a hub id has to be downloaded first)"
         return
     if not (folder / "config.json").is_file():
         yield f"{field}: config.json is missing; give a folder in Hugging Face format"
@@ -38,12 +37,6 @@ def _hf_model(config: RunConfig) -> Iterator[str]:
     missing = _missing_weights(folder)
     if missing:
         yield f"{field}: {missing}; the servers load safetensors from it: download the folder again"
-
-
-def is_hub_id(hf_path: str) -> bool:
-    """Whether this names a model on the Hugging Face hub rather than a folder that is missing here."""
-    owner, separator, name = hf_path.partition("/")
-    return bool(separator and owner and name) and "/" not in name and owner[0] not in ".~" and not Path(owner).exists()
 
 
 def _missing_weights(folder: Path) -> str:

@@ -13,7 +13,7 @@ import psutil
 from minpro_megatron.launch.prctl import adopt_orphans, ending_with_this_process
 from minpro_megatron.launch.processes import descendants, kill_all, reap_orphans
 
-FINISHED, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+FINISHED, FAILED, INTERRUPTED = 0, 1, 130
 
 _POLL_S = 0.1
 _REAP_EVERY_S = 5.0

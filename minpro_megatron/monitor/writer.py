@@ -28,8 +28,6 @@ class RunWriter:
         self._lines = (Path(run_dir) / FILE_NAME).open("a", encoding="utf-8")
         if self._lines.tell() and not (Path(run_dir) / FILE_NAME).read_bytes().endswith(b"\n"):
             self._lines.write("\n")  # a killed predecessor left half a line: do not lose the next one to it
-        if self._lines.tell() and not (Path(run_dir) / FILE_NAME).read_bytes().endswith(b"\n"):
-            self._lines.write("\n")  # a killed predecessor left half a line: do not lose the next one to it
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the scalars of one step. Raises ValueError for a name that METRICS does not declare."""

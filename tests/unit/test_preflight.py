@@ -10,7 +10,7 @@ from contextlib import closing
 import pytest
 
 from minpro_megatron.launch import preflight
-from minpro_megatron.launch.preflight import is_hub_id, problems
+from minpro_megatron.launch.preflight import problems
 from tests.unit.run_examples import PROMPT, example_config, write_example_files
 
 
@@ -140,20 +140,13 @@ def test_all_problems_come_at_once(tmp_path):
     assert fields == ["model.hf_path", "model.megatron_path", "data.train_file", "data.heldout_file"]
 
 
-@pytest.mark.parametrize(
-    ("hf_path", "expected"),
-    [
-        ("Qwen/Qwen3-30B-A3B", True),
-        ("tests/unit-model", False),  # `tests` is a folder here
-        ("./Qwen/x", False),
-        ("/models/x", False),
-        ("~/x", False),
-        ("model", False),
-        ("a/b/c", False),
-    ],
-)
-def test_hub_ids_are_told_from_missing_folders(hf_path, expected):
-    assert is_hub_id(hf_path) == expected
+@pytest.mark.parametrize("hf_path", ["Qwen/Qwen3-8B-Base", "/nowhere/model"])
+def test_a_model_that_is_no_folder_here_is_refused(folder, hf_path):
+    model = example_config(folder).model.model_copy(update={"hf_path": hf_path})
+    assert re.search(
+        rf"^model.hf_path = {hf_path}: no such folder; give .* downloaded first",
+        only_problem(example_config(folder, model=model)),
+    )
 
 
 @pytest.mark.parametrize(
