@@ -12,8 +12,9 @@ import numpy as np
 
 from minpro_megatron.actor.policy import Policy, learning_rate_at
 from minpro_megatron.batching.collate import TokenSequence
-from minpro_megatron.batching.sequences import behavior_record, token_sequences
+from minpro_megatron.batching.sequences import behavior_record, token_sequences, with_log_probs
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.monitor.metrics import Metric, mean, merge, total, values
 from minpro_megatron.monitor.step_report import StepReport, batch_metrics
 from minpro_megatron.parallel.mesh import Mesh
@@ -23,6 +24,7 @@ from minpro_megatron.rollout.staleness import sampling_version
 from minpro_megatron.weights.publish import Publisher
 
 LARGEST_START_MISMATCH = 0.1  # nats, mean over tokens; float32 engines differ by 1e-7, bfloat16 ones by about 1e-2
+SAMPLING, REFERENCE = "sampling", "reference"  # names of kept weights
 PHASES = ("wait_for_batch", "score", "train", "publish")
 
 
@@ -35,6 +37,20 @@ def refuse_different_models(sequences: Sequence[TokenSequence], log_probs: np.nd
             f"batch 0: the servers' log-probs differ from the trainer's by {mismatch:.3g} nats a token (limit "
             f"{LARGEST_START_MISMATCH}): model.megatron_path and model.hf_path hold different weights; convert again"
         )
+
+
+def refuse_broken_scores(index: int, log_probs: np.ndarray) -> None:
+    """Raises ValueError if a log-prob is NaN or infinite: ratios against it would be no numbers either."""
+    broken = int(np.count_nonzero(~np.isfinite(log_probs)))
+    if broken:
+        raise ValueError(
+            f"batch {index}: {broken} of {len(log_probs)} behavior log-probs are not finite: the weights hold NaN or "
+            "infinity; look for a diverging loss or gradient norm before it, and start again from earlier weights"
+        )
+
+
+def _flat(groups: Sequence[Sequence[TokenSequence]]) -> list[TokenSequence]:
+    return [sequence for group in groups for sequence in group]
 
 
 @dataclass
@@ -60,6 +76,8 @@ class Trainer:
         step k).
         """
         delay = self.config.staleness.delay_steps
+        if self.config.loss.kl.enabled:
+            self.policy.keep_weights(REFERENCE)
         for index in range(min(delay, self.config.num_global_steps)):
             self._fetch_and_score(index)
         for step in range(self.config.num_global_steps):
@@ -67,11 +85,11 @@ class Trainer:
             if delay == 0:
                 self._fetch_and_score(step)
             else:
-                self.policy.keep_sampling_weights()
+                self.policy.keep_weights(SAMPLING)
             batch, behavior_log_probs = self._ready.pop(step)
             metrics = self._train_on(batch, behavior_log_probs, step)
             if delay > 0 and step + delay < self.config.num_global_steps:
-                with self.policy.sampling_weights():
+                with self.policy.kept_weights(SAMPLING):
                     self._fetch_and_score(step + delay)
             self._publish(step + 1, changed=metrics["optimizer/grad_norm"].total > 0)
             spent = {phase: self.seconds[phase] - before[phase] for phase in PHASES}
@@ -85,8 +103,9 @@ class Trainer:
         with self._timed("wait_for_batch"):
             batch = self.mesh.from_rank_0(self.feed.batch(index) if self.feed else None)
         with self._timed("score"):
-            sequences = [sequence for group in token_sequences(batch) for sequence in group]
+            sequences = _flat(self._sequences(batch))
             log_probs = self.policy.score(sequences)
+            refuse_broken_scores(index, log_probs)
             if index == 0:
                 refuse_different_models(sequences, log_probs)
             if self.feed:
@@ -94,15 +113,30 @@ class Trainer:
                 self.feed.scored(behavior_record(batch, version, log_probs))
         self._ready[index] = (batch, log_probs)
 
+    def _sequences(self, batch: Batch) -> list[list[TokenSequence]]:
+        return token_sequences(batch, self.config.loss, self.config.sampling.max_response_tokens)
+
+    def _other_log_probs(self, groups: list[list[TokenSequence]]) -> dict[str, np.ndarray]:
+        """What the loss needs beside the behavior log-probs: a scoring pass each, under weights of their own."""
+        found = {}
+        if self.config.loss.decoupled.enabled:
+            found["proximal_log_probs"] = self.policy.score(_flat(groups))
+        if self.config.loss.kl.enabled:
+            with self.policy.kept_weights(REFERENCE):
+                found["reference_log_probs"] = self.policy.score(_flat(groups))
+        return found
+
     def _train_on(self, batch: Batch, behavior_log_probs: np.ndarray, step: int) -> dict[str, Metric]:
         with self._timed("train"):
-            groups = token_sequences(batch, behavior_log_probs)
+            groups = self._sequences(batch)
+            other = self._other_log_probs(groups)
+            groups = with_log_probs(groups, behavior_log_probs=behavior_log_probs, **other)
             size = self.config.batch.mini_batch_prompts
             learning_rate = learning_rate_at(self.config.optimizer, step)
             parts = []
             for first in range(0, len(groups), size):
-                mini_batch = [sequence for group in groups[first : first + size] for sequence in group]
-                result = self.policy.update(mini_batch, learning_rate)
+                seed = derive_seed(self.config.seed, "update", self.updates)
+                result = self.policy.update(_flat(groups[first : first + size]), learning_rate, seed)
                 self.updates += 1
                 parts.append(result.metrics)
                 if self.mesh.rank == 0:  # the same on all ranks: stated once

@@ -1,4 +1,4 @@
-"""One micro-batch through the model: tensors of a row shard, log-probs from hidden states, the loss."""
+"""One micro-batch through the model: tensors of a row shard in, log-probs and entropies of its tokens out."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,12 +11,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from minpro_megatron.batching.collate import RowShard
-from minpro_megatron.objective.diagnostics import Statistic, token_statistics
-from minpro_megatron.objective.registry import Objective
-from minpro_megatron.objective.terms import policy_tokens, summed_loss
 from minpro_megatron.parallel.log_probs import vocab_parallel_log_probs
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.parallel.prefix_scan import ShardedScan
 
 
 @dataclass(frozen=True)
@@ -25,6 +21,7 @@ class MicroBatch:
 
     row: RowShard
     device: torch.device
+    surveyed_L: Tensor | None = None  # what the objective's survey of the mini-batch said of each slot
 
     def tensor(self, name: str) -> Tensor:
         return torch.from_numpy(getattr(self.row, name)).to(self.device, non_blocking=True)
@@ -48,22 +45,26 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class LossSettings:
-    """What turns log-probs into the loss of a run."""
+class TokenScores:
+    """The model's word on the slots of a micro-batch. float32 [L]; only the log-probs carry a gradient."""
 
-    objective: Objective
-    objective_settings: Any
+    log_probs_L: Tensor
+    entropies_L: Tensor
+
+
+# What the last pipeline stage makes of a micro-batch's scores, in the form that megatron's schedules want:
+# (scalar to differentiate, int count that the gradients are divided by, anything to be handed back).
+LossFunction = Callable[[TokenScores, MicroBatch], tuple[Tensor, Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class ForwardStep:
+    """Megatron's forward_step_func. Made anew for every pass over the micro-batches: they differ in `loss`."""
+
+    mesh: Mesh
     vocab_size: int
     temperature: float
-
-
-class ForwardStep:
-    """Megatron's forward_step_func for `mode` "score" (log-probs out) or "train" (loss out)."""
-
-    def __init__(self, mesh: Mesh, settings: LossSettings, train: bool) -> None:
-        self._mesh = mesh
-        self._settings = settings
-        self._loss = self._train_loss if train else self._score_output
+    loss: LossFunction
 
     def __call__(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         micro_batch = next(micro_batches)
@@ -75,7 +76,7 @@ class ForwardStep:
             output_processor=self._log_probs_and_entropies,
             output_processor_context=micro_batch,
         )
-        return output, lambda output_2L: self._loss(output_2L, micro_batch)
+        return output, lambda output_2L: self.loss(TokenScores(output_2L[0], output_2L[1].detach()), micro_batch)
 
     def _log_probs_and_entropies(
         self,
@@ -91,39 +92,8 @@ class ForwardStep:
             hidden_states[:, 0],
             output_layer.weight if output_weight is None else output_weight,
             context.tensor("label_ids_S"),
-            vocab_size=self._settings.vocab_size,
-            temperature=self._settings.temperature,
-            group=self._mesh.tensor,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            group=self.mesh.tensor,
         )
         return torch.stack([log_probs, entropies])
-
-    def _score_output(
-        self, output_2L: Tensor, micro_batch: MicroBatch
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, np.ndarray]]:
-        nothing = output_2L.new_zeros(())
-        return nothing, nothing.int(), (output_2L[0].detach(), micro_batch.row.flat_slot_L)
-
-    def _train_loss(self, output_2L: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Statistic]]:
-        log_probs, entropies = output_2L[0], output_2L[1].detach()
-        settings, row = self._settings, micro_batch.row
-        mask, behavior = micro_batch.tensor("mask_L"), micro_batch.tensor("behavior_log_probs_L")
-        scan = ShardedScan(
-            micro_batch.tensor("sequence_L"),
-            micro_batch.tensor("half_L"),
-            mask,
-            num_sequences=len(row.padded_lengths),
-            group=self._mesh.tensor_and_context,
-            tensor_size=self._mesh.tensor.size(),
-        )
-        tokens = policy_tokens(log_probs, behavior, micro_batch.tensor("advantages_L"), mask, scan)
-        terms = settings.objective(tokens, settings.objective_settings)
-        by_sequence = settings.objective_settings.aggregation == "sequence_mean"
-        weight = micro_batch.tensor("sequence_weight_L") if by_sequence else mask
-        # megatron divides the gradients by the sum of these counts over micro-batches, data and context ranks
-        count = row.num_sequences if by_sequence else row.num_tokens
-        statistics = token_statistics(tokens, terms, entropies, micro_batch.tensor("rollout_log_probs_L"), behavior)
-        return (
-            summed_loss(log_probs, terms, weight),
-            torch.tensor(count, dtype=torch.int, device=log_probs.device),
-            statistics,
-        )

@@ -1,8 +1,8 @@
 """The policy: a Megatron model with its optimizer, which scores sequences and learns from them."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from minpro_megatron.actor.forward import ForwardStep, LossSettings, MicroBatch
+from minpro_megatron.actor.forward import ForwardStep, LossFunction, MicroBatch
+from minpro_megatron.actor.loss import PolicyLoss, score, with_survey
+from minpro_megatron.actor.snapshots import WeightSnapshots
 from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_length, row_length, shard_row
 from minpro_megatron.batching.packing import pack_rows, rows_of_rank
 from minpro_megatron.config.run import RunConfig
@@ -27,7 +29,9 @@ from minpro_megatron.config.trainer import OptimizerConfig
 from minpro_megatron.monitor.metrics import Metric, mean, merge
 from minpro_megatron.objective.diagnostics import Statistic
 from minpro_megatron.objective.registry import OBJECTIVES
+from minpro_megatron.objective.terms import MiniBatch
 from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.parallel.ranks import GroupRanks
 from minpro_megatron.weights.architecture import Architecture
 
 
@@ -36,7 +40,7 @@ class UpdateResult:
     """One optimizer update. `metrics` are this rank's part and merge over ranks and updates."""
 
     grad_norm: float  # before clipping, over the whole model
-    applied: bool  # False: the gradient was not finite and the weights are as before
+    applied: bool  # False: no trained token, or a gradient that is not finite; the weights are as before
     metrics: dict[str, Metric]
 
 
@@ -55,85 +59,106 @@ class Policy:
             DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
-        self._optimizer = get_megatron_optimizer(_megatron_optimizer(config.optimizer, chunks[0]), self._chunks)
+        self._optimizer: Any = get_megatron_optimizer(_megatron_optimizer(config.optimizer, chunks[0]), self._chunks)
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self._optimizer.scale_loss
-        settings = LossSettings(
-            OBJECTIVES[config.objective.name],
-            config.objective,
-            architecture.vocab_size,
-            config.sampling.temperature,
-        )
-        self._score_step = ForwardStep(mesh, settings, train=False)
-        self._train_step = ForwardStep(mesh, settings, train=True)
-        self._sampling_weights: list[torch.Tensor] | None = None
-        self._swapped = False
+        self._objective = OBJECTIVES[config.objective.name]
+        self._loss = PolicyLoss(mesh, self._objective, config.objective, config.loss)
+        self._vocab_size = architecture.vocab_size
+        self._snapshots = WeightSnapshots([parameter for chunk in chunks for parameter in chunk.parameters()])
 
     def score(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
         """Log-probs of the response tokens under the current weights, float32 [all response tokens], on every rank."""
         micro_batches, row_tokens, _ = self._micro_batches(sequences)
-        with torch.no_grad():
-            outputs = self._run(self._score_step, micro_batches, row_tokens, forward_only=True)
-        flat = torch.zeros(sum(len(sequence.response_ids) for sequence in sequences), device=self._mesh.device)
-        for log_probs, slots in outputs:
-            slots = torch.from_numpy(slots).to(flat.device)
-            flat[slots[slots >= 0]] = log_probs[slots >= 0]
-        # Every token has one owner among last-stage ranks; the others add zero, so the sum is exact.
-        dist.all_reduce(flat)
-        return flat.cpu().numpy()
+        outputs = self._run_forward(score, micro_batches, row_tokens)
+        return self._by_token(outputs, ["log_probs"], sequences)["log_probs"]
 
-    def update(self, sequences: Sequence[TokenSequence], learning_rate: float) -> UpdateResult:
-        """One optimizer update on the mini-batch `sequences`; the loss is divided by its global token count."""
-        assert not self._swapped, "the sampling weights are swapped in: an update would be lost"
-        micro_batches, row_tokens, padding = self._micro_batches(sequences)
-        for chunk in self._chunks:
-            chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        statistics = self._run(self._train_step, micro_batches, row_tokens, forward_only=False)
+    def inspect(self, sequences: Sequence[TokenSequence], seed: int = 0) -> dict[str, np.ndarray]:
+        """What an update on the mini-batch `sequences` would see, float32 [all response tokens] by name, on every rank:
+        log_probs, coefficients (-d loss / d log-prob, times the denominator; 0 where masked) and prefix_min."""
+        micro_batches, row_tokens, _ = self._micro_batches(sequences)
+        micro_batches = self._surveyed(micro_batches, row_tokens, seed)
+        outputs = self._run_forward(self._loss.inspect, micro_batches, row_tokens)
+        return self._by_token(outputs, ["log_probs", "coefficients", "prefix_min"], sequences)
+
+    def update(self, sequences: Sequence[TokenSequence], learning_rate: float, seed: int = 0) -> UpdateResult:
+        """One optimizer update on the mini-batch `sequences`; the loss is divided by its global token count.
+
+        `seed` is for objectives that draw random numbers: another one for every update, the same on all ranks.
+        """
+        if not any(sequence.num_trained_tokens for sequence in sequences):
+            return UpdateResult(0.0, applied=False, metrics={})
+        metrics = self.accumulate_gradient(sequences, seed)
+        if self._objective.learning_rate_factor is not None:
+            learning_rate *= self._global_mean(metrics, self._objective.learning_rate_factor)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         # megatron's step() would write a NaN gradient into the weights: it looks for one only under fp16's scaler
-        optimizer: Any = self._optimizer
-        optimizer.prepare_grads()
-        grad_norm = float(optimizer.get_grad_norm())  # over the whole model, the same on every rank
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())  # over the whole model, the same on every rank
         applied = math.isfinite(grad_norm)
         if applied:
-            optimizer.step()
-        return UpdateResult(grad_norm, applied, _as_metrics(statistics) | {"batch/padding_fraction": padding})
+            self._optimizer.step()
+        return UpdateResult(grad_norm, applied, metrics)
 
-    def keep_sampling_weights(self) -> None:
-        """Remember the current weights in host memory: the version that the servers sample with now."""
-        assert not self._swapped, "the sampling weights are swapped in already"
-        parameters = [parameter for chunk in self.modules for parameter in chunk.parameters()]
-        if self._sampling_weights is None:
-            pin = self._mesh.device.type == "cuda"
-            self._sampling_weights = [torch.empty_like(p, device="cpu", pin_memory=pin) for p in parameters]
-        with torch.no_grad():
-            for kept, parameter in zip(self._sampling_weights, parameters, strict=True):
-                kept.copy_(parameter)
+    def accumulate_gradient(self, sequences: Sequence[TokenSequence], seed: int = 0) -> dict[str, Metric]:
+        """Forward and backward of the mini-batch: its gradient replaces what is in the gradient buffers.
 
-    @contextmanager
-    def sampling_weights(self) -> Iterator[None]:
-        """Within: the kept weights are in place, for scoring. Updating is refused meanwhile."""
-        assert self._sampling_weights is not None, "keep_sampling_weights() comes first"
-        assert not self._swapped, "the sampling weights are swapped in already"
-        parameters = [parameter for chunk in self.modules for parameter in chunk.parameters()]
-        current = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-        self._copy_in(parameters, self._sampling_weights)
-        self._swapped = True
-        try:
-            yield
-        finally:
-            # in place: the float32 optimizer's master weights are views of the same memory
-            self._copy_in(parameters, current)
-            self._swapped = False
+        Returns this rank's part of the metrics. `update` is this and the optimizer's step.
+        """
+        self._snapshots.refuse_while_swapped("the gradient would be that of other weights")
+        micro_batches, row_tokens, padding = self._micro_batches(sequences)
+        micro_batches = self._surveyed(micro_batches, row_tokens, seed)
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        statistics = self._run(self._loss.train, micro_batches, row_tokens, forward_only=False)
+        return _as_metrics(statistics) | {"batch/padding_fraction": padding}
 
-    @staticmethod
-    def _copy_in(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.copy_(value)
+    def keep_weights(self, name: str) -> None:
+        """Remember the current weights in host memory as `name`."""
+        self._snapshots.keep(name)
+
+    def kept_weights(self, name: str) -> AbstractContextManager[None]:
+        """Within: the weights kept as `name` are in place, for scoring. Updating is refused meanwhile."""
+        return self._snapshots.swapped_in(name)
+
+    def _surveyed(self, micro_batches: list[MicroBatch], row_tokens: int, seed: int) -> list[MicroBatch]:
+        """The micro-batches with what the objective's survey says of them; costs a forward pass if there is one."""
+        if self._objective.survey is None:
+            return micro_batches
+        tokens = self._run_forward(self._loss.survey, micro_batches, row_tokens)
+        if not tokens:  # not the last pipeline stage
+            return micro_batches
+        mini_batch = MiniBatch(tokens, GroupRanks(self._mesh.stage), seed)
+        return with_survey(micro_batches, self._objective.survey(mini_batch, self._config.objective))
+
+    def _by_token(
+        self, outputs: list[dict[str, Any]], names: Sequence[str], sequences: Sequence[TokenSequence]
+    ) -> dict[str, np.ndarray]:
+        """The values of all ranks' slots in the order of `sequences`, [all response tokens]; all ranks get all."""
+        ends = [sequence.first_slot + len(sequence.response_ids) for sequence in sequences]
+        flat = torch.zeros(len(names), max(ends, default=0), device=self._mesh.device)
+        for output in outputs:
+            slots = torch.from_numpy(output["slots"]).to(flat.device)
+            for row, name in enumerate(names):
+                flat[row, slots[slots >= 0]] = output["values"][name][slots >= 0].float()
+        # Every token has one owner among last-stage ranks; the others add zero, so the sum is exact.
+        dist.all_reduce(flat)
+        found = flat.cpu().numpy()
+        spans = [slice(end - len(sequence.response_ids), end) for sequence, end in zip(sequences, ends, strict=True)]
+        return {
+            name: np.concatenate([found[row, span] for span in spans]) if spans else found[row]
+            for row, name in enumerate(names)
+        }
+
+    def _global_mean(self, metrics: dict[str, Metric], name: str) -> float:
+        part = metrics.get(name)
+        sums = [part.total, part.count] if part else [0.0, 0.0]
+        total = torch.tensor(sums, dtype=torch.float64, device=self._mesh.device)
+        dist.all_reduce(total)
+        return float(total[0] / total[1])
 
     def _micro_batches(self, sequences: Sequence[TokenSequence]) -> tuple[list[MicroBatch], int, Metric]:
         """(this rank's micro-batches, tokens of a row, the share of slots that are padding)."""
@@ -154,13 +179,17 @@ class Policy:
         padding = mean(len(rows) * row_tokens - real, len(rows) * row_tokens)
         return [MicroBatch(shard, self._mesh.device) for shard in shards], row_tokens, padding
 
+    def _run_forward(self, loss: LossFunction, micro_batches: list[MicroBatch], row_tokens: int) -> list[Any]:
+        with torch.no_grad():
+            return self._run(loss, micro_batches, row_tokens, forward_only=True)
+
     def _run(
-        self, step: ForwardStep, micro_batches: list[MicroBatch], row_tokens: int, forward_only: bool
+        self, loss: LossFunction, micro_batches: list[MicroBatch], row_tokens: int, forward_only: bool
     ) -> list[Any]:
         """What the loss function gave for each micro-batch; nothing where there is no last pipeline stage."""
         iterators = [iter(micro_batches) for _ in self._chunks]
         results = get_forward_backward_func()(
-            forward_step_func=step,
+            forward_step_func=ForwardStep(self._mesh, self._vocab_size, self._config.sampling.temperature, loss),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._chunks,
             num_microbatches=len(micro_batches),

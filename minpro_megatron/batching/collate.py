@@ -17,6 +17,8 @@ from minpro_megatron.batching.shards import (
     tensor_shard,
 )
 
+PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "proximal_log_probs", "reference_log_probs", "staleness")
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -29,10 +31,17 @@ class TokenSequence:
     rollout_log_probs: np.ndarray  # float32 [response tokens]
     advantage: float
     first_slot: int  # where the response's tokens start in the batch's flat token array
+    proximal_log_probs: np.ndarray | None = None  # float32 [response tokens]; None where the loss has no use for them
+    reference_log_probs: np.ndarray | None = None
+    staleness: np.ndarray | None = None  # int32 [response tokens], in global steps; None: 0
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return int(np.count_nonzero(self.loss_mask))
 
 
 @dataclass(frozen=True)
@@ -57,12 +66,15 @@ class RowShard:
     num_sequences: int  # sequences whose first trained token is in the context shard
     behavior_log_probs_L: np.ndarray  # float32
     rollout_log_probs_L: np.ndarray  # float32
+    proximal_log_probs_L: np.ndarray  # float32
+    reference_log_probs_L: np.ndarray  # float32
     advantages_L: np.ndarray  # float32
     mask_L: np.ndarray  # float32: 1 where the label is a trained response token
     sequence_weight_L: np.ndarray  # float32: mask / trained tokens of the sequence
     sequence_L: np.ndarray  # int64: which sequence of the row a slot belongs to
     half_L: np.ndarray  # int64: 0 in the sequence's front chunk, 1 in its back chunk
     flat_slot_L: np.ndarray  # int64: the label's place in the batch's flat response-token array, -1 for none
+    staleness_L: np.ndarray  # int64: global steps
 
 
 def padded_length(sequence: TokenSequence, context_size: int) -> int:
@@ -99,12 +111,15 @@ def shard_row(sequences: Sequence[TokenSequence], row_tokens: int, place: RankSl
         num_sequences=int(row["first_trained"][held].sum()),
         behavior_log_probs_L=row["behavior_log_probs"][local],
         rollout_log_probs_L=row["rollout_log_probs"][local],
+        proximal_log_probs_L=row["proximal_log_probs"][local],
+        reference_log_probs_L=row["reference_log_probs"][local],
         advantages_L=row["advantages"][local],
         mask_L=row["mask"][local],
         sequence_weight_L=row["sequence_weight"][local],
         sequence_L=row["sequence"][local],
         half_L=chunk_halves(lengths, place.context_size)[piece],
         flat_slot_L=row["flat_slot"][local],
+        staleness_L=row["staleness"][local],
     )
 
 
@@ -114,6 +129,7 @@ def _whole_row(sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> di
         "input_ids": np.zeros(total, np.int64),
         "label_ids": np.zeros(total, np.int64),
         "flat_slot": np.full(total, -1, np.int64),
+        "staleness": np.zeros(total, np.int64),
         "sequence": np.repeat(np.arange(len(lengths)), lengths),
         "position_ids": np.concatenate([np.arange(length) for length in lengths]),
     }
@@ -122,6 +138,8 @@ def _whole_row(sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> di
         "sequence_weight",
         "behavior_log_probs",
         "rollout_log_probs",
+        "proximal_log_probs",
+        "reference_log_probs",
         "advantages",
         "first_trained",
     ):
@@ -139,8 +157,9 @@ def _whole_row(sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> di
         if len(trained):
             row["sequence_weight"][response] = sequence.loss_mask / len(trained)
             row["first_trained"][first + trained[0]] = 1
-        row["behavior_log_probs"][response] = sequence.behavior_log_probs
-        row["rollout_log_probs"][response] = sequence.rollout_log_probs
+        for name in PER_TOKEN:
+            values = getattr(sequence, name)
+            row[name][response] = 0 if values is None else values
         row["advantages"][response] = sequence.advantage
         row["flat_slot"][response] = sequence.first_slot + np.arange(len(sequence.response_ids))
         start += length

@@ -1,37 +1,38 @@
 """From a batch of collected groups to the sequences that the trainer packs."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from minpro_megatron.batching.collate import TokenSequence
-from minpro_megatron.objective.advantages import group_advantages
-from minpro_megatron.records import Batch, BehaviorLogProbs
+from minpro_megatron.config.loss import LossConfig
+from minpro_megatron.objective.advantages import group_advantages, overlong_penalty
+from minpro_megatron.records import Batch, BehaviorLogProbs, CollectedGroup
 
 
-def token_sequences(batch: Batch, behavior_log_probs: np.ndarray | None = None) -> list[list[TokenSequence]]:
-    """[group][response] of `batch`, in canonical order.
+def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) -> list[list[TokenSequence]]:
+    """[group][response] of `batch`, in canonical order, as global step `batch.index` consumes it; not scored yet.
 
-    `behavior_log_probs` is float32 [all response tokens of the batch] in canonical order, as Policy.score returned
-    it; None while the batch is still to be scored.
+    Rewards are shaped and equal-reward groups treated as `loss` says.
     """
     groups, first_slot = [], 0
-    num_scored = sum(len(response.token_ids) for group in batch.groups for response in group.responses)
-    assert behavior_log_probs is None or len(behavior_log_probs) == num_scored, "scores of another batch"
     for group in batch.groups:
-        advantages = group_advantages([response.reward for response in group.responses])
+        rewards = _shaped_rewards(group, loss, max_response_tokens)
+        advantages = group_advantages(rewards)
+        trained = 0.0 if loss.equal_reward_groups == "mask" and len(set(rewards)) == 1 else 1.0
         sequences = []
         for response, advantage in zip(group.responses, advantages, strict=True):
             num_tokens = len(response.token_ids)
-            span = slice(first_slot, first_slot + num_tokens)
-            scored = np.zeros(num_tokens, np.float32) if behavior_log_probs is None else behavior_log_probs[span]
             sequences.append(
                 TokenSequence(
                     prompt_ids=group.issued.prompt_token_ids,
                     response_ids=response.token_ids,
-                    loss_mask=np.ones(num_tokens, np.float32),
-                    behavior_log_probs=scored,
+                    loss_mask=np.full(num_tokens, trained, np.float32),
+                    behavior_log_probs=np.zeros(num_tokens, np.float32),
                     rollout_log_probs=response.rollout_log_probs,
                     advantage=float(advantage),
                     first_slot=first_slot,
+                    staleness=batch.index - response.policy_versions,
                 )
             )
             first_slot += num_tokens
@@ -39,8 +40,30 @@ def token_sequences(batch: Batch, behavior_log_probs: np.ndarray | None = None) 
     return groups
 
 
+def with_log_probs(groups: list[list[TokenSequence]], **log_probs: np.ndarray) -> list[list[TokenSequence]]:
+    """`groups` with fields such as behavior_log_probs=... filled in.
+
+    Each array is float32 [all response tokens of the batch] in canonical order, as Policy.score returned it.
+    """
+    num_scored = sum(len(sequence.response_ids) for sequences in groups for sequence in sequences)
+    assert all(len(values) == num_scored for values in log_probs.values()), "scores of another batch"
+    return [
+        [
+            replace(
+                sequence,
+                **{
+                    name: values[sequence.first_slot : sequence.first_slot + len(sequence.response_ids)]
+                    for name, values in log_probs.items()
+                },
+            )
+            for sequence in sequences
+        ]
+        for sequences in groups
+    ]
+
+
 def behavior_record(batch: Batch, policy_version: int, log_probs: np.ndarray) -> BehaviorLogProbs:
-    """The scores of `batch` as they go back to the collector; `log_probs` as in token_sequences."""
+    """The scores of `batch` as they go back to the collector; `log_probs` as in with_log_probs."""
     ends = np.cumsum([len(response.token_ids) for group in batch.groups for response in group.responses])
     assert len(log_probs) == ends[-1], "scores of another batch"
     pieces = iter(np.split(log_probs, ends[:-1]))
@@ -49,3 +72,14 @@ def behavior_record(batch: Batch, policy_version: int, log_probs: np.ndarray) ->
         policy_version=policy_version,
         log_probs=[[next(pieces) for _ in group.responses] for group in batch.groups],
     )
+
+
+def _shaped_rewards(group: CollectedGroup, loss: LossConfig, max_response_tokens: int) -> list[float]:
+    penalty = loss.overlong_penalty
+    if not penalty.enabled:
+        return [response.reward for response in group.responses]
+    return [
+        response.reward
+        + overlong_penalty(len(response.token_ids), max_response_tokens, penalty.buffer_tokens, penalty.scale)
+        for response in group.responses
+    ]

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.rollout import (
@@ -32,6 +33,7 @@ class RunConfig(Section):
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     objective: ObjectiveConfig = MinproConfig()
+    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -67,6 +69,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"an update has {sequences} sequences for parallel.data = {parallel.data_size} ranks: "
                 "raise batch.mini_batch_prompts or lower parallel.data"
+            )
+        penalty = self.loss.overlong_penalty
+        if penalty.enabled and penalty.buffer_tokens > sampling.max_response_tokens:
+            raise ValueError(
+                f"loss.overlong_penalty.buffer_tokens = {penalty.buffer_tokens} must not exceed "
+                f"sampling.max_response_tokens = {sampling.max_response_tokens}: lower it"
             )
         if self.device == "cpu" and self.model.dtype != "float32":
             raise ValueError(f"model.dtype = {self.model.dtype} needs device = cuda; set model.dtype to float32")

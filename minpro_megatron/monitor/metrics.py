@@ -75,7 +75,8 @@ def _merge_one(name: str, metrics: list[Metric]) -> Metric:
     reductions = {metric.reduction for metric in metrics}
     if len(reductions) > 1:
         raise ValueError(f"metric {name!r}: cannot merge reductions {' and '.join(sorted(reductions))}")
-    observed = [metric for metric in metrics if metric.count != 0]
+    # a part of a mean may hold some of the sum and nothing of the count: the rest of its observations are elsewhere
+    observed = [metric for metric in metrics if metric.count != 0 or metric.reduction == "mean"]
     if not observed:
         return metrics[0]
     combine = _COMBINE[metrics[0].reduction]

@@ -1,16 +1,47 @@
-"""The objectives by name; chosen once, when the policy is built."""
+"""The objectives by name; chosen once, when the policy is built.
+
+A new objective is one function and one line here (and its settings in config/objective.py).
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from minpro_megatron.objective.clipped import grpo
-from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
-from minpro_megatron.objective.weighted import cispo, minpro
+from torch import Tensor
 
-Objective = Callable[[PolicyTokens, Any], ObjectiveTerms]
+from minpro_megatron.objective.clipped import ctpo, grpo, gspo, m2po_winsorized
+from minpro_megatron.objective.masked import m2po
+from minpro_megatron.objective.surveys import (
+    large_second_moments,
+    shuffled_prefix_minima,
+    small_prefix_ratios,
+    winsorizing_log_ratio,
+)
+from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, PolicyTokens
+from minpro_megatron.objective.weighted import cispo, minpro, prefix_filter, prefix_ratio, shuffled_minpro
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`terms` gives each token's part of the loss. Optional: a `survey` of the whole mini-batch that comes before it
+    (objective.surveys), and the name of a metric whose mean over the mini-batch multiplies the learning rate."""
+
+    terms: Callable[[PolicyTokens, Any], ObjectiveTerms]
+    survey: Callable[[MiniBatch, Any], list[Tensor]] | None = None
+    learning_rate_factor: str | None = None
+
 
 OBJECTIVES: dict[str, Objective] = {
-    "minpro": minpro,
-    "cispo": cispo,
-    "grpo": grpo,
+    "minpro": Objective(minpro),
+    "cispo": Objective(cispo),
+    "grpo": Objective(grpo),
+    "gspo": Objective(gspo),
+    "m2po": Objective(m2po, survey=large_second_moments),
+    "m2po_winsorized": Objective(m2po_winsorized, survey=winsorizing_log_ratio),
+    "ctpo": Objective(ctpo),
+    "prefix_ratio": Objective(prefix_ratio),
+    "prefix_filter": Objective(prefix_filter, survey=small_prefix_ratios),
+    # the learning rate and not the gradient: Adam divides a factor on the gradient out again
+    "scaled_cispo": Objective(cispo, learning_rate_factor="prefix_min/mean"),
+    "shuffled_minpro": Objective(shuffled_minpro, survey=shuffled_prefix_minima),
 }

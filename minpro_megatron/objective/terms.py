@@ -1,10 +1,13 @@
 """What every objective takes and gives, and the loss made of it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from minpro_megatron.objective.ranking import Ranks
 from minpro_megatron.objective.scan import PrefixScan
 
 LARGEST_LOG_RATIO = 20.0  # exp(20) = 4.9e8 stays finite in float32, and so do products of two
@@ -19,6 +22,31 @@ class PolicyTokens:
     advantages_L: Tensor
     mask_L: Tensor  # 1 for trained response tokens
     scan: PrefixScan
+    ids_L: Tensor  # int64: the token's place among the mini-batch's response tokens, -1 where there is no token
+    surveyed_L: Tensor | None = None  # what the objective's survey of the mini-batch said of each token
+
+    @cached_property
+    def is_trained_L(self) -> Tensor:
+        return self.mask_L > 0
+
+    @cached_property
+    def earlier_L(self) -> Tensor:
+        """float64: the number of trained tokens of the sequence before this one."""
+        return self.scan.exclusive(self.mask_L, "sum")
+
+    @cached_property
+    def prefix_minimum_L(self) -> Tensor:
+        """m_t = min of the ratios of the sequence's earlier trained tokens, 1 for the first.
+
+        arXiv:2601.22718, section 4. For ratios (1.5, .5, 2, 30, 1) it is (1, 1.5, .5, .5, .5).
+        """
+        log_minimum = self.scan.exclusive(self.log_ratio_L, "min")
+        return torch.where(log_minimum == torch.inf, 1.0, log_minimum.exp())
+
+    @cached_property
+    def prefix_log_ratio_L(self) -> Tensor:
+        """float64: log of the product of the ratios up to and with this token."""
+        return self.scan.inclusive(self.log_ratio_L, "sum")
 
 
 @dataclass(frozen=True)
@@ -32,30 +60,56 @@ class ObjectiveTerms:
     value_L: Tensor
     weight_L: Tensor  # what multiplies the advantage, after clipping
     clipped_L: Tensor  # bool
+    left_out_L: Tensor  # bool: the token has no part in the loss, but still counts in the denominator
+
+    def without(self, left_out_L: Tensor) -> "ObjectiveTerms":
+        """The terms with those tokens left out."""
+        coefficients, value, weight = (
+            torch.where(left_out_L, 0.0, kept) for kept in (self.coefficients_L, self.value_L, self.weight_L)
+        )
+        return ObjectiveTerms(coefficients, value, weight, self.clipped_L & ~left_out_L, self.left_out_L | left_out_L)
+
+    def scaled(self, factor_L: Tensor) -> "ObjectiveTerms":
+        """The terms with every token's part of the loss times its factor; `weight_L` stays the objective's own."""
+        return replace(self, coefficients_L=self.coefficients_L * factor_L, value_L=self.value_L * factor_L)
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """A rank's share of an optimizer mini-batch, with what it takes to look at all of it."""
+
+    micro_batches: Sequence[PolicyTokens]
+    ranks: Ranks  # all ranks that hold tokens of the mini-batch
+    seed: int  # of this update: the same on all ranks
 
 
 def policy_tokens(
-    log_probs_L: Tensor, behavior_log_probs_L: Tensor, advantages_L: Tensor, mask_L: Tensor, scan: PrefixScan
+    log_probs_L: Tensor,
+    behavior_log_probs_L: Tensor,
+    advantages_L: Tensor,
+    mask_L: Tensor,
+    scan: PrefixScan,
+    ids_L: Tensor,
+    surveyed_L: Tensor | None = None,
 ) -> PolicyTokens:
     log_probs_L = log_probs_L.detach()
     log_ratio = (log_probs_L - behavior_log_probs_L).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-    return PolicyTokens(log_probs_L, torch.where(mask_L > 0, log_ratio, 0.0), advantages_L, mask_L, scan)
+    log_ratio = torch.where(mask_L > 0, log_ratio, 0.0)
+    return PolicyTokens(log_probs_L, log_ratio, advantages_L, mask_L, scan, ids_L, surveyed_L)
 
 
-def prefix_minimum(tokens: PolicyTokens) -> Tensor:
-    """m_t = min of the ratios of the sequence's earlier trained tokens, 1 for the first. arXiv:2601.22718, section 4.
+def summed_value(terms: ObjectiveTerms, token_weight_L: Tensor) -> Tensor:
+    """The sum over local slots of weight x value. Scalar, float64, without gradient.
 
-    For ratios (1.5, .5, 2, 30, 1) it is (1, 1.5, .5, .5, .5).
+    `token_weight_L` is the mask for token-mean, mask / trained tokens of the sequence for sequence-mean.
     """
-    log_minimum = tokens.scan.exclusive(tokens.log_ratio_L, "min")
-    return torch.where(log_minimum.isinf(), 1.0, log_minimum.exp())
+    return torch.where(token_weight_L > 0, terms.value_L.double() * token_weight_L, 0.0).sum()
 
 
 def summed_loss(log_probs_L: Tensor, terms: ObjectiveTerms, token_weight_L: Tensor) -> Tensor:
-    """The sum over local slots of weight x value, with the gradient that the coefficients say. Scalar.
+    """`summed_value` as a float32 scalar, with the gradient that the coefficients say.
 
-    `token_weight_L` is the mask for token-mean, mask / trained tokens of the sequence for sequence-mean; the caller
-    divides by the mini-batch's number of tokens or sequences.
+    The caller divides by the mini-batch's number of tokens or sequences.
     """
-    slope = -(terms.coefficients_L * token_weight_L * log_probs_L).sum()
-    return slope + ((terms.value_L * token_weight_L).sum() - slope).detach()
+    slope = -(torch.where(token_weight_L > 0, terms.coefficients_L * token_weight_L, 0.0) * log_probs_L).sum()
+    return slope + (summed_value(terms, token_weight_L).to(slope.dtype) - slope).detach()

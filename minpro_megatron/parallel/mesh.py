@@ -29,6 +29,7 @@ class Mesh:
     tensor: dist.ProcessGroup
     context: dist.ProcessGroup
     tensor_and_context: dist.ProcessGroup
+    stage: dist.ProcessGroup  # the tensor x context x data ranks of this rank's pipeline stage
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
     expert: dist.ProcessGroup
@@ -113,6 +114,7 @@ def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         tensor=groups.tp,
         context=groups.cp,
         tensor_and_context=groups.tp_cp,
+        stage=groups.tp_dp_cp,
         pipeline=groups.pp,
         data=groups.dp,
         expert=groups.ep,

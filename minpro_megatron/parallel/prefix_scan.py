@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minpro_megatron.objective.scan import IDENTITY, PieceBlock, exclusive_of, reduced
+from minpro_megatron.objective.scan import IDENTITY, Operator, Runs, combined, unmasked
 
 
 class ShardedScan:
@@ -28,8 +28,7 @@ class ShardedScan:
     ) -> None:
         """`group` holds the tensor x context ranks, tensor ranks fastest; `num_sequences` is the whole row's."""
         self._mask_L = mask_L.bool()
-        self._key_L = sequence_L * 2 + half_L
-        self._block = PieceBlock.of_runs(self._key_L)
+        self._runs = Runs.of(sequence_L * 2 + half_L)
         self._num_sequences = num_sequences
         self._group = group
         context_size = group.size() // tensor_size
@@ -43,27 +42,33 @@ class ShardedScan:
         self._order = order.to(sequence_L.device)
         self._place_of = torch.argsort(self._order)  # [2 * ranks]: where in the order (rank, half) stands
 
-    def exclusive(self, values_L: Tensor, operator: str) -> Tensor:
-        local = self._lay_out(values_L, operator)
-        within_piece = self._block.pick(exclusive_of(local, operator, dim=1))
-        before = exclusive_of(self._exchange(local, operator)[self._order], operator, dim=0)  # [2 * ranks, sequences]
+    def exclusive(self, values_L: Tensor, operator: Operator) -> Tensor:
+        running = self._local(values_L, operator)
+        return combined(self._carried(running, operator), self._runs.shifted(running, operator), operator)
+
+    def inclusive(self, values_L: Tensor, operator: Operator) -> Tensor:
+        running = self._local(values_L, operator)
+        return combined(self._carried(running, operator), running, operator)
+
+    def whole(self, values_L: Tensor, operator: Operator) -> Tensor:
+        totals = self._exchange(self._local(values_L, operator), operator)
+        by_sequence = totals.amin(0) if operator == "min" else totals.sum(0)
+        return by_sequence[torch.div(self._runs.key_L, 2, rounding_mode="floor")]
+
+    def _local(self, values_L: Tensor, operator: Operator) -> Tensor:
+        return self._runs.running(unmasked(values_L, self._mask_L, operator), operator)
+
+    def _carried(self, running_L: Tensor, operator: Operator) -> Tensor:
+        """The reduction of all pieces before the slot's own, for every slot."""
+        pieces = self._exchange(running_L, operator)[self._order]
+        running = pieces.cummin(0).values if operator == "min" else pieces.cumsum(0)
+        before = torch.cat([torch.full_like(pieces[:1], IDENTITY[operator]), running[:-1]])  # [2 * ranks, sequences]
         mine = before[self._place_of[2 * self._group.rank() : 2 * self._group.rank() + 2]]  # [2, sequences]
-        carried = mine.t().reshape(-1)[self._key_L]
-        return torch.minimum(within_piece, carried) if operator == "min" else within_piece + carried
+        return mine.t().reshape(-1)[self._runs.key_L]
 
-    def whole(self, values_L: Tensor, operator: str) -> Tensor:
-        totals = self._exchange(self._lay_out(values_L, operator), operator)
-        return reduced(totals, operator, dim=0)[torch.div(self._key_L, 2, rounding_mode="floor")]
-
-    def _lay_out(self, values_L: Tensor, operator: str) -> Tensor:
-        identity = IDENTITY[operator]
-        return self._block.lay_out(torch.where(self._mask_L, values_L.detach(), identity), identity)
-
-    def _exchange(self, local: Tensor, operator: str) -> Tensor:
+    def _exchange(self, running_L: Tensor, operator: Operator) -> Tensor:
         """Every rank's piece totals, [2 * ranks, sequences]; row 2 * rank + half, the identity where it holds none."""
-        totals = local.new_full((2 * self._num_sequences,), IDENTITY[operator])
-        first_slots = self._block.index[:, 0]
-        totals[self._key_L[first_slots]] = reduced(local, operator, dim=1)
+        totals = self._runs.totals(running_L, 2 * self._num_sequences, operator)
         gathered = totals.new_empty(self._group.size() * len(totals))
         if self._group.size() == 1:
             gathered = totals

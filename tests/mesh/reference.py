@@ -93,7 +93,7 @@ def minpro_token_losses(log_probs: Tensor, behavior: Tensor, mask: Tensor, advan
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    token_mean_loss: float  # whatever was trained on
+    loss: float
     grad_norm: float
     updated: dict[str, Tensor]
 
@@ -116,10 +116,11 @@ def reference_step(
         counts.append(float(sequence.loss_mask.sum()))
     token_mean = torch.stack(losses).sum() / sum(counts)
     sequence_mean = (torch.stack(losses) / torch.tensor(counts)).mean()
-    (token_mean if aggregation == "token_mean" else sequence_mean).backward()
+    loss = token_mean if aggregation == "token_mean" else sequence_mean
+    loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    return ReferenceStep(token_mean.item(), float(grad_norm), saved_tensors(model))
+    return ReferenceStep(loss.item(), float(grad_norm), saved_tensors(model))
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

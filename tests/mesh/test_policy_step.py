@@ -86,9 +86,9 @@ def _step(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> dict:
     architecture, chunks = _loaded(mesh, hf_path)
     policy = Policy(config, architecture, chunks, mesh)
     before = policy.score(sequences)
-    policy.keep_sampling_weights()
+    policy.keep_weights("sampling")
     result = policy.update(sequences, LEARNING_RATE)
-    with policy.sampling_weights():
+    with policy.kept_weights("sampling"):
         kept = policy.score(sequences)
     after = policy.score(sequences)
     metrics = merge(mesh.from_all_ranks(result.metrics))
@@ -138,7 +138,7 @@ def test_step_equals_transformers(kind: str, parallel: dict[str, int], packing: 
         np.testing.assert_array_equal(result["kept"], result["before"])
         assert np.abs(result["after"] - result["before"]).max() > 1e-3
         assert result["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-5)
-        assert result["metrics"]["objective/loss"] == pytest.approx(expected.token_mean_loss, rel=1e-5)
+        assert result["metrics"]["objective/loss"] == pytest.approx(expected.loss, rel=1e-5)
     weights = ranks[0]["weights"]
     assert weights.keys() == start.keys()
     difference = sum(float((torch.from_numpy(weights[n]) - expected.updated[n]).norm() ** 2) for n in weights) ** 0.5
@@ -169,22 +169,22 @@ def _misuse_while_swapped(mesh: Mesh, config: RunConfig, hf_path: str, sequences
 
     architecture, chunks = _loaded(mesh, hf_path)
     policy = Policy(config, architecture, chunks, mesh)
-    with pytest.raises(AssertionError, match="keep_sampling_weights"), policy.sampling_weights():
+    with pytest.raises(AssertionError, match="comes first"), policy.kept_weights("sampling"):
         pass
-    policy.keep_sampling_weights()
+    policy.keep_weights("sampling")
     policy.update(sequences, LEARNING_RATE)
     trained = [parameter.detach().clone() for chunk in policy.modules for parameter in chunk.parameters()]
-    with policy.sampling_weights():
-        for misuse in (policy.keep_sampling_weights, policy.sampling_weights().__enter__):
-            with pytest.raises(AssertionError, match="swapped in already"):
+    with policy.kept_weights("sampling"):
+        for misuse in (lambda: policy.keep_weights("other"), policy.kept_weights("sampling").__enter__):
+            with pytest.raises(AssertionError, match="swapped in"):
                 misuse()
-        with pytest.raises(AssertionError, match="an update would be lost"):
+        with pytest.raises(AssertionError, match="swapped in"):
             policy.update(sequences, LEARNING_RATE)
-    with pytest.raises(KeyError), policy.sampling_weights():
+    with pytest.raises(KeyError), policy.kept_weights("sampling"):
         raise KeyError("scoring failed")
     after = [parameter for chunk in policy.modules for parameter in chunk.parameters()]
     assert all(torch.equal(old, new) for old, new in zip(trained, after, strict=True))
-    policy.keep_sampling_weights()  # allowed again
+    policy.keep_weights("sampling")  # allowed again
 
 
 def test_nothing_but_scoring_is_allowed_with_the_sampling_weights_swapped_in(references: dict) -> None:

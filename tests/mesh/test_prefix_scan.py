@@ -1,6 +1,7 @@
 """Scans over ranks that hold pieces of packed rows equal loops over the whole sequences."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,14 +9,14 @@ import pytest
 import torch
 
 from minpro_megatron.batching.shards import chunk_halves, context_shard, row_multiple, sequence_multiple, tensor_shard
-from minpro_megatron.objective.scan import IDENTITY
+from minpro_megatron.objective.scan import IDENTITY, Operator
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.parallel.prefix_scan import ShardedScan
 from tests.mesh.harness import run_mesh
 
 pytestmark = pytest.mark.mesh
 
-COMBINE = {"min": min, "sum": math.fsum}
+COMBINE: dict[Operator, Callable] = {"min": min, "sum": math.fsum}
 
 
 @dataclass(frozen=True)
@@ -77,23 +78,25 @@ def _scan_on_rank(mesh: Mesh, rows: list[Row]) -> list[tuple[np.ndarray, dict[st
         scans = {}
         for operator in IDENTITY:
             scans[f"exclusive {operator}"] = scan.exclusive(wild, operator).numpy()
+            scans[f"inclusive {operator}"] = scan.inclusive(wild, operator).numpy()
             scans[f"whole {operator}"] = scan.whole(wild, operator).numpy()
         found.append((positions, scans))
     return found
 
 
 def expected_scans(row: Row) -> dict[str, np.ndarray]:
-    expected = {
-        f"{kind} {operator}": np.zeros(sum(row.lengths)) for kind in ("exclusive", "whole") for operator in COMBINE
-    }
+    kinds = ("exclusive", "inclusive", "whole")
+    expected = {f"{kind} {operator}": np.zeros(sum(row.lengths)) for kind in kinds for operator in COMBINE}
     start = 0
     for length in row.lengths:
         trained = [place for place in range(start, start + length) if row.mask[place]]
         for place in range(start, start + length):
             earlier = [row.values[other] for other in trained if other < place]
+            up_to_here = [row.values[other] for other in trained if other <= place]
             for operator, combine in COMBINE.items():
                 none = IDENTITY[operator]
                 expected[f"exclusive {operator}"][place] = combine(earlier) if earlier else none
+                expected[f"inclusive {operator}"][place] = combine(up_to_here) if up_to_here else none
                 expected[f"whole {operator}"][place] = combine(row.values[trained]) if trained else none
         start += length
     return expected

@@ -32,6 +32,7 @@ class Tokens:
             torch.tensor(self.advantages, dtype=dtype),
             mask,
             WholeSequenceScan(torch.tensor(self.sequence), mask),
+            torch.arange(len(self.mask)),
         )
 
     @property

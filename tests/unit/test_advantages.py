@@ -5,7 +5,7 @@ import statistics
 import numpy as np
 import pytest
 
-from minpro_megatron.objective.advantages import group_advantages
+from minpro_megatron.objective.advantages import group_advantages, overlong_penalty
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -35,7 +35,18 @@ def test_a_tiny_difference_is_damped_instead_of_blown_up() -> None:
     assert np.abs(group_advantages([0.5, 0.5 + 1e-9])).max() < 1e-3
 
 
-@pytest.mark.parametrize("rewards", [[], [1.0], [1.0, float("nan")], [float("inf"), 0.0]])
+def test_a_group_of_one_has_nothing_to_compare_with() -> None:
+    assert group_advantages([3.0]).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("rewards", [[], [float("nan")], [1.0, float("nan")], [float("inf"), 0.0]])
 def test_groups_that_have_no_advantage_are_refused(rewards: list[float]) -> None:
-    with pytest.raises(ValueError, match="at least two finite rewards"):
+    with pytest.raises(ValueError, match="needs finite rewards, at least one"):
         group_advantages(rewards)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "penalty"), [(1, 0.0), (80, 0.0), (81, -0.1), (90, -1.0), (99, -1.9), (100, -2.0), (140, -2.0)]
+)
+def test_the_overlong_penalty_falls_over_the_buffer_and_no_further(num_tokens: int, penalty: float) -> None:
+    assert overlong_penalty(num_tokens, limit=100, buffer_tokens=20, scale=2.0) == pytest.approx(penalty, abs=1e-12)

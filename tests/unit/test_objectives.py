@@ -10,7 +10,7 @@ import torch
 from minpro_megatron.config.objective import CispoConfig, GrpoConfig, MinproConfig
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.scan import WholeSequenceScan
-from minpro_megatron.objective.terms import ObjectiveTerms, policy_tokens, prefix_minimum, summed_loss
+from minpro_megatron.objective.terms import ObjectiveTerms, policy_tokens, summed_loss
 from tests.unit.ragged_tokens import Tokens, clip, ppo_objective, prefix_minima, random_tokens
 
 SETTINGS = {"minpro": MinproConfig(), "cispo": CispoConfig(), "grpo": GrpoConfig()}
@@ -32,7 +32,7 @@ def one_sequence(ratios: list[float], advantage: float = 1.0, mask: list[int] | 
 
 
 def terms_of(name: str, tokens: Tokens, dtype: torch.dtype = torch.float64) -> ObjectiveTerms:
-    return OBJECTIVES[name](tokens.for_objective(dtype), SETTINGS[name])
+    return OBJECTIVES[name].terms(tokens.for_objective(dtype), SETTINGS[name])
 
 
 def assert_trained_equal(found: torch.Tensor, expected: Sequence[float], tokens: Tokens, tolerance: float) -> None:
@@ -64,7 +64,7 @@ def test_weighted_objectives_equal_the_papers_loops(name: str, dtype: torch.dtyp
 def test_both_ends_of_the_clip_hold(clips: tuple[float, float]) -> None:
     settings = MinproConfig(clip_low=clips[0], clip_high=clips[1])
     tokens = random_tokens(5, drift=2.0)
-    weights = OBJECTIVES["minpro"](tokens.for_objective(torch.float64), settings).weight_L
+    weights = OBJECTIVES["minpro"].terms(tokens.for_objective(torch.float64), settings).weight_L
     raw = [m * ratio for m, ratio in zip(prefix_minima(tokens), tokens.ratios, strict=True)]
     assert max(raw) > 1 + clips[1]
     assert_trained_equal(weights, [clip(w, 1 - clips[0], 1 + clips[1]) for w in raw], tokens, 1e-11)
@@ -109,7 +109,7 @@ def test_grpo_case_by_case(ratio: float, advantage: float, objective: float, coe
 
 def test_minpro_of_the_five_ratios() -> None:
     tokens = one_sequence(FIVE_RATIOS)
-    minima = prefix_minimum(tokens.for_objective(torch.float64))
+    minima = tokens.for_objective(torch.float64).prefix_minimum_L
     torch.testing.assert_close(minima, torch.tensor([1, 1.5, 0.5, 0.5, 0.5]).double(), rtol=1e-12, atol=0)
     weights = terms_of("minpro", tokens).weight_L
     torch.testing.assert_close(weights, torch.tensor([1.5, 0.75, 1, 5, 0.5]).double(), rtol=1e-12, atol=0)
@@ -117,11 +117,11 @@ def test_minpro_of_the_five_ratios() -> None:
 
 def test_the_prefix_minimum_may_exceed_one_and_skips_masked_tokens() -> None:
     tokens = one_sequence([0.1, 3.0, 0.2, 2.0, 5.0], mask=[0, 1, 0, 1, 1])
-    minima = prefix_minimum(tokens.for_objective(torch.float64))
+    minima = tokens.for_objective(torch.float64).prefix_minimum_L
     torch.testing.assert_close(minima, torch.tensor([1, 1, 3, 3, 2.0]).double(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_with_all_ratios_one_the_gradient_is_reinforces(name: str, aggregation: str) -> None:
     tokens = random_tokens(11)
@@ -133,8 +133,10 @@ def test_with_all_ratios_one_the_gradient_is_reinforces(name: str, aggregation: 
     log_probs = logits.log_softmax(-1).gather(1, actions)[:, 0]
     scan = WholeSequenceScan(torch.tensor(tokens.sequence), torch.tensor(tokens.mask))
     advantages = torch.tensor(tokens.advantages).double()
-    seen = policy_tokens(log_probs, log_probs.detach(), advantages, torch.tensor(tokens.mask), scan)
-    loss = summed_loss(log_probs, OBJECTIVES[name](seen, SETTINGS[name]), weights)
+    seen = policy_tokens(
+        log_probs, log_probs.detach(), advantages, torch.tensor(tokens.mask), scan, torch.arange(len(tokens.mask))
+    )
+    loss = summed_loss(log_probs, OBJECTIVES[name].terms(seen, SETTINGS[name]), weights)
     (found,) = torch.autograd.grad(loss, logits)
 
     log_probs = logits.log_softmax(-1).gather(1, actions)[:, 0]
@@ -169,7 +171,7 @@ def test_with_prefix_factor_one_minpro_is_cispo_exactly() -> None:
     assert ours.weight_L[trained].max() > 2
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_the_loss_has_the_terms_value_and_minus_coefficient_times_weight_as_gradient(name: str) -> None:
     tokens = random_tokens(7)
     terms = terms_of(name, tokens)
@@ -198,7 +200,7 @@ def test_sequence_mean_is_the_sum_of_each_sequences_mean() -> None:
     assert float(loss) == pytest.approx(sum(means), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_masked_tokens_change_nothing(name: str) -> None:
     tokens = random_tokens(13)
     masked, trained = tokens.mask == 0, tokens.mask > 0
@@ -224,7 +226,7 @@ def test_masked_tokens_change_nothing(name: str) -> None:
     assert torch.equal(log_probs.grad[masked], torch.zeros(int(masked.sum())).double())
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_log_ratios_beyond_twenty_stay_finite(name: str) -> None:
     tokens = replace(
         one_sequence([1.0] * 4),
@@ -233,7 +235,7 @@ def test_log_ratios_beyond_twenty_stay_finite(name: str) -> None:
     )
     seen = tokens.for_objective(torch.float32)
     assert seen.log_ratio_L.tolist() == [-20, 20, 20, -20]
-    terms = OBJECTIVES[name](seen, SETTINGS[name])
+    terms = OBJECTIVES[name].terms(seen, SETTINGS[name])
     for field in ("coefficients_L", "value_L", "weight_L"):
         assert getattr(terms, field).isfinite().all(), field
 
@@ -242,7 +244,8 @@ def test_objectives_keep_no_gradient() -> None:
     log_probs = torch.tensor([-0.5, -1.0, -0.2], requires_grad=True)
     mask = torch.ones(3)
     scan = WholeSequenceScan(torch.zeros(3, dtype=torch.int64), mask)
-    tokens = policy_tokens(log_probs, torch.zeros(3), torch.ones(3), mask, scan)
-    for name, objective in OBJECTIVES.items():
-        terms = objective(tokens, SETTINGS[name])
+    tokens = policy_tokens(log_probs, torch.zeros(3), torch.ones(3), mask, scan, torch.arange(3))
+    for name in SETTINGS:
+        objective = OBJECTIVES[name]
+        terms = objective.terms(tokens, SETTINGS[name])
         assert not any(value.requires_grad for value in vars(terms).values()), name

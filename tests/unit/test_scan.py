@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minpro_megatron.objective.scan import IDENTITY, PieceBlock, WholeSequenceScan, exclusive_of
+from minpro_megatron.objective.scan import IDENTITY, Operator, Runs, WholeSequenceScan
 
 COMBINE = {"min": min, "sum": math.fsum}
 
@@ -21,13 +21,13 @@ def ragged(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.tensor(random.normal(0, 3, total)), torch.tensor(mask), torch.tensor(sequence)
 
 
-def reduce_where(values: torch.Tensor, chosen: list[int], operator: str) -> float:
+def reduce_where(values: torch.Tensor, chosen: list[int], operator: Operator) -> float:
     return COMBINE[operator](values[chosen].tolist()) if chosen else IDENTITY[operator]
 
 
 @pytest.mark.parametrize("operator", IDENTITY)
 @pytest.mark.parametrize("seed", range(10))
-def test_exclusive_and_whole_equal_loops(seed: int, operator: str) -> None:
+def test_scans_equal_loops(seed: int, operator: Operator) -> None:
     values, mask, sequence = ragged(seed)
     scan = WholeSequenceScan(sequence, mask)
     members = [
@@ -35,13 +35,18 @@ def test_exclusive_and_whole_equal_loops(seed: int, operator: str) -> None:
         for place in range(len(values))
     ]
     earlier = [[other for other in of if other < place] for place, of in enumerate(members)]
-    for found, chosen in ((scan.exclusive(values, operator), earlier), (scan.whole(values, operator), members)):
+    up_to_here = [[other for other in of if other <= place] for place, of in enumerate(members)]
+    for found, chosen in (
+        (scan.exclusive(values, operator), earlier),
+        (scan.inclusive(values, operator), up_to_here),
+        (scan.whole(values, operator), members),
+    ):
         expected = [reduce_where(values, of, operator) for of in chosen]
         np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("operator", IDENTITY)
-def test_the_first_token_gets_the_identity_and_one_token_is_a_sequence(operator: str) -> None:
+def test_the_first_token_gets_the_identity_and_one_token_is_a_sequence(operator: Operator) -> None:
     scan = WholeSequenceScan(torch.tensor([4, 2, 2]), torch.ones(3))
     found = scan.exclusive(torch.tensor([7.0, -1.0, 5.0]), operator)
     assert found.tolist() == [IDENTITY[operator], IDENTITY[operator], -1.0]
@@ -54,38 +59,23 @@ def test_masked_values_are_never_seen() -> None:
     assert scan.whole(values, "sum").tolist() == [5.0, 5.0, 5.0]
 
 
+@pytest.mark.parametrize("operator", IDENTITY)
 @pytest.mark.parametrize("seed", range(10))
-def test_pieces_are_the_runs_of_equal_neighbours(seed: int) -> None:
-    key = torch.tensor(np.random.default_rng(seed).integers(0, 3, 40))
-    block = PieceBlock.of_runs(key)
-    runs: list[list[int]] = []
-    for slot, value in enumerate(key.tolist()):
-        if slot and value == key[slot - 1]:
-            runs[-1].append(slot)
-        else:
-            runs.append([slot])
-    found = [row[valid].tolist() for row, valid in zip(block.index, block.valid, strict=True)]
-    assert found == runs
-    assert block.valid.shape[1] == max(map(len, runs))
+def test_totals_go_to_the_key_of_their_run_and_are_the_identity_elsewhere(seed: int, operator: Operator) -> None:
+    random = np.random.default_rng(seed)
+    keys = np.sort(random.permutation(20)[:7])
+    key = torch.tensor(np.repeat(keys, random.integers(1, 9, 7)))
+    values = torch.tensor(random.normal(0, 3, len(key)))
+    runs = Runs.of(key)
+    found = runs.totals(runs.running(values, operator), 20, operator)
+    expected = [reduce_where(values, torch.where(key == name)[0].tolist(), operator) for name in range(20)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_block_gives_back_what_was_laid_out_and_pads_with_the_identity(seed: int) -> None:
-    values, _, sequence = ragged(seed)
-    block = PieceBlock.of_runs(sequence)
-    laid_out = block.lay_out(values, -7.5)
-    assert torch.equal(block.pick(laid_out), values)
-    assert (laid_out[~block.valid] == -7.5).all()
-    assert int(block.valid.sum()) == len(values)
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_exclusive_of_shifts_by_one_along_its_dimension(dim: int) -> None:
-    values = torch.tensor([[3.0, 1.0, 2.0], [5.0, 4.0, 6.0]])
-    rows = values if dim == 1 else values.t()
-    for operator, combine in COMBINE.items():
-        found = exclusive_of(rows.t() if dim == 0 else rows, operator, dim)
-        found = found if dim == 1 else found.t()
-        for row, of in zip(rows.tolist(), found.tolist(), strict=True):
-            expected = [combine(row[:i]) if i else IDENTITY[operator] for i in range(len(row))]
-            assert of == expected
+def test_sums_are_accumulated_in_float64() -> None:
+    count = 20_000
+    scan = WholeSequenceScan(torch.zeros(count, dtype=torch.int64), torch.ones(count))
+    found = scan.inclusive(torch.full((count,), 0.1), "sum")
+    assert found.dtype == torch.float64
+    assert float(found[-1]) == pytest.approx(count * float(np.float32(0.1)), rel=1e-12)
+    assert scan.inclusive(torch.full((count,), 0.1), "min").dtype == torch.float32

@@ -1,0 +1,109 @@
+"""What the last pipeline stage makes of a micro-batch's log-probs: the loss, a survey's tokens, or plain scores."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minpro_megatron.actor.forward import MicroBatch, TokenScores
+from minpro_megatron.config.loss import LossConfig
+from minpro_megatron.config.objective import ObjectiveSection
+from minpro_megatron.objective.corrections import OtherLogProbs, corrected
+from minpro_megatron.objective.diagnostics import Statistic, loss_statistic, token_statistics
+from minpro_megatron.objective.registry import Objective
+from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, policy_tokens, summed_loss, summed_value
+from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.parallel.prefix_scan import ShardedScan
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The loss of a run. The methods are megatron loss functions (actor.forward.LossFunction)."""
+
+    mesh: Mesh
+    objective: Objective
+    objective_settings: ObjectiveSection
+    settings: LossConfig
+
+    def train(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Statistic]]:
+        """The loss summed over the local slots, and the statistics of them."""
+        row = micro_batch.row
+        tokens, terms, others = self._terms(scores, micro_batch)
+        by_sequence = self.objective_settings.aggregation == "sequence_mean"
+        weight = micro_batch.tensor("sequence_weight_L") if by_sequence else tokens.mask_L
+        # megatron divides the gradients by the sum of these counts over micro-batches, data and context ranks, but
+        # not over tensor ranks, which all give the count of the whole context shard
+        count = row.num_sequences if by_sequence else row.num_tokens
+        own_count = count if self.mesh.tensor.rank() == 0 else 0
+        statistics = token_statistics(tokens, terms, scores.entropies_L, others)
+        statistics |= loss_statistic(summed_value(terms, weight), own_count)
+        return (
+            summed_loss(scores.log_probs_L, terms, weight),
+            torch.tensor(count, dtype=torch.int, device=weight.device),
+            statistics,
+        )
+
+    def survey(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, PolicyTokens]:
+        """The tokens as the objective sees them, for its survey of the mini-batch."""
+        nothing = scores.log_probs_L.new_zeros(())
+        return nothing, nothing.int(), self._tokens(scores, micro_batch, self._others(micro_batch))
+
+    def inspect(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Per-token results by name, each [L], and the `slots` they belong to."""
+        nothing = scores.log_probs_L.new_zeros(())
+        tokens, terms, _ = self._terms(scores, micro_batch)
+        found = {
+            "log_probs": scores.log_probs_L.detach(),
+            "coefficients": torch.where(tokens.is_trained_L, terms.coefficients_L, 0.0),
+            "prefix_min": tokens.prefix_minimum_L,
+        }
+        return nothing, nothing.int(), {"slots": micro_batch.row.flat_slot_L, "values": found}
+
+    def _terms(
+        self, scores: TokenScores, micro_batch: MicroBatch
+    ) -> tuple[PolicyTokens, ObjectiveTerms, OtherLogProbs]:
+        others = self._others(micro_batch)
+        tokens = self._tokens(scores, micro_batch, others)
+        terms = self.objective.terms(tokens, self.objective_settings)
+        return tokens, corrected(terms, scores.log_probs_L, tokens.mask_L, others, self.settings), others
+
+    def _tokens(self, scores: TokenScores, micro_batch: MicroBatch, others: OtherLogProbs) -> PolicyTokens:
+        mask = micro_batch.tensor("mask_L")
+        scan = ShardedScan(
+            micro_batch.tensor("sequence_L"),
+            micro_batch.tensor("half_L"),
+            mask,
+            num_sequences=len(micro_batch.row.padded_lengths),
+            group=self.mesh.tensor_and_context,
+            tensor_size=self.mesh.tensor.size(),
+        )
+        return policy_tokens(
+            scores.log_probs_L,
+            others.denominator(self.settings),
+            micro_batch.tensor("advantages_L"),
+            mask,
+            scan,
+            micro_batch.tensor("flat_slot_L"),
+            micro_batch.surveyed_L,
+        )
+
+    @staticmethod
+    def _others(micro_batch: MicroBatch) -> OtherLogProbs:
+        return OtherLogProbs(
+            behavior_L=micro_batch.tensor("behavior_log_probs_L"),
+            rollout_L=micro_batch.tensor("rollout_log_probs_L"),
+            proximal_L=micro_batch.tensor("proximal_log_probs_L"),
+            reference_L=micro_batch.tensor("reference_log_probs_L"),
+        )
+
+
+def score(scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The log-probs alone, in the form of PolicyLoss.inspect."""
+    nothing = scores.log_probs_L.new_zeros(())
+    found = {"log_probs": scores.log_probs_L.detach()}
+    return nothing, nothing.int(), {"slots": micro_batch.row.flat_slot_L, "values": found}
+
+
+def with_survey(micro_batches: list[MicroBatch], surveyed: list[Tensor]) -> list[MicroBatch]:
+    return [replace(one, surveyed_L=found) for one, found in zip(micro_batches, surveyed, strict=True)]

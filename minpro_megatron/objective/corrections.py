@@ -1,0 +1,70 @@
+"""Corrections that work with every objective: engine mismatch, a proximal policy, a KL penalty."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minpro_megatron.config.loss import LossConfig
+from minpro_megatron.objective.terms import LARGEST_LOG_RATIO, ObjectiveTerms
+
+
+@dataclass(frozen=True)
+class OtherLogProbs:
+    """Log-probs of the same tokens from elsewhere than the current weights, float32 [L]; zeros where not in use."""
+
+    behavior_L: Tensor  # trainer, sampling weights
+    rollout_L: Tensor  # server, sampling weights
+    proximal_L: Tensor  # trainer, weights at the start of the global step
+    reference_L: Tensor  # trainer, initial weights
+
+    def denominator(self, settings: LossConfig) -> Tensor:
+        """What the objective's ratio is taken against."""
+        return self.proximal_L if settings.decoupled.enabled else self.behavior_L
+
+
+def corrected(
+    terms: ObjectiveTerms, log_probs_L: Tensor, mask_L: Tensor, others: OtherLogProbs, settings: LossConfig
+) -> ObjectiveTerms:
+    """The objective's terms with whatever `settings` switches on; the same object if that is nothing."""
+    trained = mask_L > 0
+    if settings.truncated_importance.enabled or settings.icepop.enabled:
+        terms = _for_mismatch(terms, _ratio(others.behavior_L, others.rollout_L, trained), settings)
+    if settings.decoupled.enabled:
+        weight = _ratio(others.proximal_L, others.behavior_L, trained)
+        terms = terms.scaled(weight).without(weight > settings.decoupled.largest_weight)
+    if settings.kl.enabled:
+        value, slope = kl_estimate(log_probs_L.detach(), others.reference_L, settings.kl.estimator)
+        factor = torch.where(trained, settings.kl.coefficient, 0.0)
+        terms = replace(
+            terms,
+            coefficients_L=terms.coefficients_L - torch.where(trained, slope, 0.0) * factor,
+            value_L=terms.value_L + torch.where(trained, value, 0.0) * factor,
+        )
+    return terms
+
+
+def kl_estimate(log_probs_L: Tensor, reference_L: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """(estimate of KL(policy || reference), its derivative by the policy's log-prob), per sampled token, in nats.
+
+    With d = log pi - log pi_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (J. Schulman, "Approximating KL
+    divergence", 2020); d is clamped to +-20.
+    """
+    difference = (log_probs_L - reference_L).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    if estimator == "k1":
+        return difference, torch.ones_like(difference)
+    if estimator == "k2":
+        return difference**2 / 2, difference
+    inverse = (-difference).exp()
+    return inverse - 1 + difference, 1 - inverse
+
+
+def _for_mismatch(terms: ObjectiveTerms, ratio_L: Tensor, settings: LossConfig) -> ObjectiveTerms:
+    truncated, icepop = settings.truncated_importance, settings.icepop
+    terms = terms.scaled(ratio_L.clamp(max=truncated.cap) if truncated.enabled else ratio_L)
+    return terms.without((ratio_L < icepop.low) | (ratio_L > icepop.high)) if icepop.enabled else terms
+
+
+def _ratio(numerator_L: Tensor, denominator_L: Tensor, trained_L: Tensor) -> Tensor:
+    log_ratio = (numerator_L - denominator_L).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return torch.where(trained_L, log_ratio, 0.0).exp()  # a masked token's numbers may be anything
