@@ -15,7 +15,8 @@ from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.batching.sequences import behavior_record, token_sequences, with_log_probs
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
-from minpro_megatron.monitor.metrics import Metric, mean, merge, total, values
+from minpro_megatron.monitor.histograms import merge_histograms
+from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, total, values
 from minpro_megatron.monitor.step_report import StepReport, batch_metrics
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.records import Batch, CollectorTotals, PublishLease
@@ -87,13 +88,13 @@ class Trainer:
             else:
                 self.policy.keep_weights(SAMPLING)
             batch, behavior_log_probs = self._ready.pop(step)
-            metrics = self._train_on(batch, behavior_log_probs, step)
+            metrics, histograms = self._train_on(batch, behavior_log_probs, step)
             if delay > 0 and step + delay < self.config.num_global_steps:
                 with self.policy.kept_weights(SAMPLING):
                     self._fetch_and_score(step + delay)
             self._publish(step + 1, changed=metrics["optimizer/grad_norm"].total > 0)
             spent = {phase: self.seconds[phase] - before[phase] for phase in PHASES}
-            self._write(step, batch, metrics, spent, time.monotonic() - start)
+            self._write(step, batch, metrics, histograms, spent, time.monotonic() - start)
         totals = self.feed.finish() if self.feed else None
         if self.report and totals:
             self.report.evaluations(totals.evaluations)
@@ -126,31 +127,35 @@ class Trainer:
                 found["reference_log_probs"] = self.policy.score(_flat(groups))
         return found
 
-    def _train_on(self, batch: Batch, behavior_log_probs: np.ndarray, step: int) -> dict[str, Metric]:
+    def _train_on(
+        self, batch: Batch, behavior_log_probs: np.ndarray, step: int
+    ) -> tuple[dict[str, Metric], dict[str, np.ndarray]]:
         with self._timed("train"):
             groups = self._sequences(batch)
             other = self._other_log_probs(groups)
             groups = with_log_probs(groups, behavior_log_probs=behavior_log_probs, **other)
             size = self.config.batch.mini_batch_prompts
             learning_rate = learning_rate_at(self.config.optimizer, step)
-            parts = []
+            parts, histograms = [], []
             for first in range(0, len(groups), size):
                 seed = derive_seed(self.config.seed, "update", self.updates)
                 result = self.policy.update(_flat(groups[first : first + size]), learning_rate, seed)
                 self.updates += 1
                 parts.append(result.metrics)
+                histograms.append(result.histograms)
                 if self.mesh.rank == 0:  # the same on all ranks: stated once
-                    skipped = total(0.0 if result.applied else 1.0)
                     parts.append(
                         {
                             "optimizer/grad_norm": mean(result.grad_norm, 1),
-                            "optimizer/skipped_updates": skipped,
+                            "optimizer/learning_rate": largest(result.learning_rate),
+                            "optimizer/skipped_updates": total(0.0 if result.applied else 1.0),
                         }
                     )
-            metrics = merge(self.mesh.from_all_ranks(merge(parts)))
+            of_ranks = self.mesh.from_all_ranks((merge(parts), merge_histograms(histograms)))
+            metrics = merge([part for part, _ in of_ranks])
         if self.feed:
             self.feed.consumed(step, step)
-        return metrics
+        return metrics, merge_histograms([part for _, part in of_ranks])
 
     def _publish(self, version: int, changed: bool) -> None:
         with self._timed("publish"):
@@ -163,13 +168,17 @@ class Trainer:
                 self.report.evaluations(lease.evaluations)
 
     def _write(
-        self, step: int, batch: Batch, metrics: dict[str, Metric], spent: dict[str, float], step_s: float
+        self,
+        step: int,
+        batch: Batch,
+        metrics: dict[str, Metric],
+        histograms: dict[str, np.ndarray],
+        spent: dict[str, float],
+        step_s: float,
     ) -> None:
-        if not self.report:
-            return
-        times = {f"time/{phase}_s": seconds for phase, seconds in spent.items()} | {"time/step_s": step_s}
-        rate = {"optimizer/learning_rate": learning_rate_at(self.config.optimizer, step)}
-        self.report.step(step, values(metrics | batch_metrics(batch, step)) | times | rate, batch)
+        if self.report:
+            times = {f"time/{phase}_s": seconds for phase, seconds in spent.items()} | {"time/step_s": step_s}
+            self.report.step(step, values(metrics | batch_metrics(batch, step)) | times, histograms, batch)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ from minpro_megatron.actor.forward import MicroBatch, TokenScores
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import ObjectiveSection
 from minpro_megatron.objective.corrections import OtherLogProbs, corrected
-from minpro_megatron.objective.diagnostics import Statistic, loss_statistic, token_statistics
+from minpro_megatron.objective.diagnostics import Statistics, loss_statistic, token_statistics
 from minpro_megatron.objective.registry import Objective
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, policy_tokens, summed_loss, summed_value
 from minpro_megatron.parallel.mesh import Mesh
@@ -26,7 +26,7 @@ class PolicyLoss:
     objective_settings: ObjectiveSection
     settings: LossConfig
 
-    def train(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Statistic]]:
+    def train(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Statistics]:
         """The loss summed over the local slots, and the statistics of them."""
         row = micro_batch.row
         tokens, terms, others = self._terms(scores, micro_batch)
@@ -36,8 +36,9 @@ class PolicyLoss:
         # not over tensor ranks, which all give the count of the whole context shard
         count = row.num_sequences if by_sequence else row.num_tokens
         own_count = count if self.mesh.tensor.rank() == 0 else 0
-        statistics = token_statistics(tokens, terms, scores.entropies_L, others)
-        statistics |= loss_statistic(summed_value(terms, weight), own_count)
+        staleness = micro_batch.tensor("staleness_L")
+        statistics = token_statistics(tokens, terms, scores.entropies_L, others, staleness)
+        statistics.by_name.update(loss_statistic(summed_value(terms, weight), own_count))
         return (
             summed_loss(scores.log_probs_L, terms, weight),
             torch.tensor(count, dtype=torch.int, device=weight.device),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_le
 from minpro_megatron.batching.packing import pack_rows, rows_of_rank
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import OptimizerConfig
-from minpro_megatron.monitor.metrics import Metric, mean, merge
-from minpro_megatron.objective.diagnostics import Statistic
+from minpro_megatron.monitor.metrics import Metric, mean
+from minpro_megatron.objective.diagnostics import as_metrics
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import MiniBatch
 from minpro_megatron.parallel.mesh import Mesh
@@ -37,11 +37,13 @@ from minpro_megatron.weights.architecture import Architecture
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer update. `metrics` are this rank's part and merge over ranks and updates."""
+    """One optimizer update. `metrics` and `histograms` are this rank's part and merge over ranks and updates."""
 
     grad_norm: float  # before clipping, over the whole model
     applied: bool  # False: no trained token, or a gradient that is not finite; the weights are as before
-    metrics: dict[str, Metric]
+    learning_rate: float
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    histograms: dict[str, np.ndarray] = field(default_factory=dict)  # monitor.histograms
 
 
 class Policy:
@@ -88,8 +90,8 @@ class Policy:
         `seed` is for objectives that draw random numbers: another one for every update, the same on all ranks.
         """
         if not any(sequence.num_trained_tokens for sequence in sequences):
-            return UpdateResult(0.0, applied=False, metrics={})
-        metrics = self.accumulate_gradient(sequences, seed)
+            return UpdateResult(0.0, applied=False, learning_rate=learning_rate)
+        metrics, histograms = self.accumulate_gradient(sequences, seed)
         if self._objective.learning_rate_factor is not None:
             learning_rate *= self._global_mean(metrics, self._objective.learning_rate_factor)
         for group in self._optimizer.param_groups:
@@ -100,12 +102,14 @@ class Policy:
         applied = math.isfinite(grad_norm)
         if applied:
             self._optimizer.step()
-        return UpdateResult(grad_norm, applied, metrics)
+        return UpdateResult(grad_norm, applied, learning_rate, metrics, histograms)
 
-    def accumulate_gradient(self, sequences: Sequence[TokenSequence], seed: int = 0) -> dict[str, Metric]:
+    def accumulate_gradient(
+        self, sequences: Sequence[TokenSequence], seed: int = 0
+    ) -> tuple[dict[str, Metric], dict[str, np.ndarray]]:
         """Forward and backward of the mini-batch: its gradient replaces what is in the gradient buffers.
 
-        Returns this rank's part of the metrics. `update` is this and the optimizer's step.
+        Returns this rank's part of the metrics and of the histograms. `update` is this and the optimizer's step.
         """
         self._snapshots.refuse_while_swapped("the gradient would be that of other weights")
         micro_batches, row_tokens, padding = self._micro_batches(sequences)
@@ -114,7 +118,8 @@ class Policy:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         statistics = self._run(self._loss.train, micro_batches, row_tokens, forward_only=False)
-        return _as_metrics(statistics) | {"batch/padding_fraction": padding}
+        metrics, histograms = as_metrics(statistics)
+        return metrics | {"batch/padding_fraction": padding}, histograms
 
     def keep_weights(self, name: str) -> None:
         """Remember the current weights in host memory as `name`."""
@@ -214,20 +219,6 @@ def _megatron_optimizer(config: OptimizerConfig, chunk: GPTModel) -> MegatronOpt
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=True,
     )
-
-
-def _as_metrics(micro_batches: Sequence[dict[str, Statistic]]) -> dict[str, Metric]:
-    """The statistics as numbers, with one transfer from the device; empty where there is no last pipeline stage."""
-    statistics = [(name, s) for micro_batch in micro_batches for name, s in micro_batch.items()]
-    if not statistics:
-        return {}
-    flat = torch.stack([value.double() for _, s in statistics for value in (s.total, s.count)]).tolist()
-    totals, counts = flat[0::2], flat[1::2]
-    parts = [
-        {name: Metric(total, count, s.reduction)}
-        for (name, s), total, count in zip(statistics, totals, counts, strict=True)
-    ]
-    return merge(parts)
 
 
 def learning_rate_at(config: OptimizerConfig, step: int) -> float:

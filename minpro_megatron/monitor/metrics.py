@@ -117,27 +117,51 @@ def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """What a scalar means: its unit ("" for a pure number), how its parts merge, a line for the README."""
+    """What a scalar means: its unit ("" for a pure number), how its parts merge, a line for the README.
+
+    A "derived" scalar is computed from merged ones at the very end (`monitor.step_report`).
+    """
 
     unit: str
-    reduction: Reduction
+    reduction: Reduction | Literal["derived"]
     description: str
 
 
+# A name that ends in /<...> stands for a family: one scalar for each bucket that holds anything.
 METRICS: dict[str, Declaration] = {
     "reward/mean": Declaration("", "mean", "reward of a response"),
     "reward/accuracy": Declaration("share", "mean", "responses whose answer is right"),
     "reward/equal_groups": Declaration("share", "mean", "groups whose rewards are all equal (no gradient)"),
     "policy/entropy": Declaration("nats", "mean", "entropy of the policy at a response token"),
+    "policy/kl_k1": Declaration("nats", "mean", "k1 estimate of KL(old policy || policy)"),
+    "policy/kl_k2": Declaration("nats", "mean", "k2 estimate of it"),
+    "policy/kl_k3": Declaration("nats", "mean", "k3 estimate of it"),
     "ratio/mean": Declaration("", "mean", "importance ratio pi / pi_old of a response token"),
     "ratio/min": Declaration("", "min", "smallest importance ratio"),
     "ratio/max": Declaration("", "max", "largest importance ratio"),
+    "ratio/square_mean": Declaration("", "mean", "squared importance ratio"),
+    "ratio/log_second_moment": Declaration("nats^2", "mean", "squared log of the importance ratio"),
+    "ratio/effective_sample_size": Declaration("share", "derived", "mean ratio squared / mean squared ratio"),
+    "ratio/quantile_01": Declaration("", "derived", "importance ratio: 1 % of the tokens have less (3 % exact)"),
+    "ratio/quantile_50": Declaration("", "derived", "median importance ratio"),
+    "ratio/quantile_99": Declaration("", "derived", "importance ratio: 1 % of the tokens have more"),
+    "ratio/min_position": Declaration("share", "mean", "where a response's smallest ratio sits: 0 first, 1 last"),
     "prefix_min/mean": Declaration("", "mean", "smallest ratio before a token (1 for the first token)"),
     "prefix_min/min": Declaration("", "min", "smallest prefix minimum"),
     "prefix_min/below_one": Declaration("share", "mean", "response tokens whose prefix minimum is below 1"),
+    "prefix_min/quantile_01": Declaration("", "derived", "prefix minimum: 1 % of the tokens have less (3 % exact)"),
+    "prefix_min/quantile_50": Declaration("", "derived", "median prefix minimum"),
+    "prefix_min/quantile_99": Declaration("", "derived", "prefix minimum: 1 % of the tokens have more"),
     "objective/loss": Declaration("", "mean", "value of the surrogate loss"),
     "objective/weight_mean": Declaration("", "mean", "coefficient of the advantage after clipping"),
+    "objective/weight_square_mean": Declaration("", "mean", "squared coefficient of the advantage"),
+    "objective/effective_sample_size": Declaration("share", "derived", "mean weight squared / mean squared weight"),
+    "objective/weight_by_position/<first>": Declaration(
+        "", "mean", "weight at trained tokens <first> to 2 <first> - 1"
+    ),
+    "objective/weight_by_staleness/<steps>": Declaration("", "mean", "weight of tokens that stale (16: or staler)"),
     "objective/clipped_fraction": Declaration("share", "mean", "response tokens whose weight was clipped"),
+    "objective/masked_fraction": Declaration("share", "mean", "response tokens left out by the objective or IcePop"),
     "staleness/min": Declaration("global steps", "min", "freshest group of the batch"),
     "staleness/mean": Declaration("global steps", "mean", "policy version minus a group's oldest version"),
     "staleness/max": Declaration("global steps", "max", "stalest group of the batch"),
@@ -167,7 +191,8 @@ METRICS: dict[str, Declaration] = {
 
 def check_declared(names: Iterable[str]) -> None:
     """Raises ValueError if a name is not in METRICS: an undeclared scalar has no unit and no meaning."""
-    unknown = sorted(set(names) - METRICS.keys())
+    families = {name.partition("<")[0] for name in METRICS if "<" in name}
+    unknown = sorted(name for name in set(names) - METRICS.keys() if name.rpartition("/")[0] + "/" not in families)
     if unknown:
         raise ValueError(f"undeclared metrics {', '.join(unknown)}: declare them in METRICS of {__name__}")
 

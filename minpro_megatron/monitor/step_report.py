@@ -1,9 +1,11 @@
 """What the trainer tells the world after a global step."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from minpro_megatron.monitor.histograms import bin_edges, histogram_quantile
 from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, smallest, total
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
@@ -37,6 +39,20 @@ def _group_metrics(group: CollectedGroup, step: int) -> dict[str, Metric]:
     }
 
 
+def derived_metrics(scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What METRICS calls derived: effective sample sizes and quantiles of the tokens of a step."""
+    derived = {}
+    for area, name in (("ratio", ""), ("objective", "weight_")):
+        square = scalars.get(f"{area}/{name}square_mean", 0.0)
+        if square > 0:
+            derived[f"{area}/effective_sample_size"] = scalars[f"{area}/{name}mean"] ** 2 / square
+    for area, counts in histograms.items():
+        if counts.any():
+            for percent in (1, 50, 99):
+                derived[f"{area}/quantile_{percent:02d}"] = math.exp(histogram_quantile(counts, percent / 100))
+    return derived
+
+
 class StepReport:
     """Writes a run's steps and evaluations; rank 0 of the trainer holds one."""
 
@@ -47,7 +63,7 @@ class StepReport:
         self._evaluated: set[int] = set()
         self.samples: list[dict] = []  # of the last step that showed any
 
-    def step(self, step: int, scalars: dict[str, float], batch: Batch) -> None:
+    def step(self, step: int, scalars: dict[str, float], histograms: Mapping[str, np.ndarray], batch: Batch) -> None:
         response_tokens = sum(len(response.token_ids) for group in batch.groups for response in group.responses)
         rates = {
             "throughput/response_tokens_per_s": response_tokens / scalars["time/step_s"],
@@ -58,7 +74,9 @@ class StepReport:
         if step % HISTOGRAMS_EVERY_STEPS == 0:
             lengths = [len(response.token_ids) for group in batch.groups for response in group.responses]
             self._writer.histogram(step, "response/length", np.asarray(lengths))
-        self._writer.scalars(step, scalars | rates)
+            for name, counts in histograms.items():
+                self._writer.counts(step, f"{name}/log", counts, bin_edges())
+        self._writer.scalars(step, scalars | rates | derived_metrics(scalars, histograms))
 
     def evaluations(self, results: Sequence[EvaluationResult]) -> None:
         """Writes those results that were not written before."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from minpro_megatron.monitor.history import FILE_NAME, Entry, encode_entry
@@ -43,6 +44,25 @@ class RunWriter:
         """Writes the distribution of `values` (a tensor or array; empty: nothing is written)."""
         if len(values):
             self._board.add_histogram(name, values, step)
+
+    def counts(self, step: int, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
+        """Writes a distribution given as counts [n] between edges [n + 1] (no observation: nothing is written)."""
+        held = np.flatnonzero(counts)
+        if not len(held):
+            return
+        counts, edges = counts[held[0] : held[-1] + 1], edges[held[0] : held[-1] + 2]
+        middles = (edges[1:] + edges[:-1]) / 2
+        self._board.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=int(counts.sum()),
+            sum=float((counts * middles).sum()),
+            sum_squares=float((counts * middles**2).sum()),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
 
     def text(self, step: int, name: str, markdown: str) -> None:
         self._board.add_text(name, markdown, step)

@@ -44,7 +44,10 @@ def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None
     assert trained[0]["ratio/max"] > 1  # later updates of step 0 have moved away from the sampling weights
 
     events = EventAccumulator(str(launch.run_dir / "tensorboard")).Reload()
-    assert set(METRICS) <= set(events.Tags()["scalars"])
+    scalars, families = set(events.Tags()["scalars"]), {name for name in METRICS if "<" in name}
+    assert set(METRICS) - families <= scalars
+    assert all(any(name.startswith(family.partition("<")[0]) for name in scalars) for family in families)
+    assert {"ratio/log", "prefix_min/log"} <= set(events.Tags()["histograms"])
     _check_journal(launch)
     _check_export(launch)
     report = (launch.run_dir / "report.html").read_text()

@@ -26,6 +26,17 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert board.Tensors("samples/text_summary")[0].tensor_proto.string_val[0] == b"- `1+1=2` reward 1"
 
 
+def test_counts_are_written_as_a_histogram_without_the_empty_ends(tmp_path):
+    with RunWriter(tmp_path) as writer:
+        writer.counts(3, "ratio/log", np.array([0, 2, 0, 1, 0]), np.array([-3.0, -1.0, 0.0, 1.0, 3.0, 9.0]))
+        writer.counts(3, "ratio/none", np.zeros(2, np.int64), np.array([0.0, 1.0, 2.0]))
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["histograms"] == ["ratio/log"]
+    histogram = board.Histograms("ratio/log")[0].histogram_value
+    assert (histogram.num, histogram.min, histogram.max) == (3, -1.0, 3.0)
+    assert list(zip(histogram.bucket_limit, histogram.bucket, strict=True)) == [(0.0, 2.0), (1.0, 0.0), (3.0, 1.0)]
+
+
 def test_each_step_is_one_line_of_strict_json_at_once(tmp_path):
     with RunWriter(tmp_path) as writer:
         writer.scalars(3, {"optimizer/grad_norm": math.inf, "reward/mean": 1})

@@ -1,0 +1,39 @@
+"""Histograms that merge exactly: every part counts into the same fixed bins, so merging is adding.
+
+The bins suit log-ratios: evenly spaced in asinh(x / SCALE), that is about linear near 0 and logarithmic far from it.
+A quantile read off them is within one bin of the true one: 3e-4 near 0, 3 % of the value far from it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+SCALE = 0.01
+STEP = 1 / 32
+BINS_PER_SIDE = 272  # asinh(20 / SCALE) / STEP = 265.4: log-ratios are clamped to +-20
+NUM_BINS = 2 * BINS_PER_SIDE
+
+
+def bin_edges() -> np.ndarray:
+    """float64 [NUM_BINS + 1], ascending. The first and last bin also hold whatever lies beyond them."""
+    return SCALE * np.sinh(STEP * np.arange(-BINS_PER_SIDE, BINS_PER_SIDE + 1))
+
+
+def merge_histograms(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The sum of the counts, [NUM_BINS] by name."""
+    merged: dict[str, np.ndarray] = {}
+    for part in parts:
+        for name, counts in part.items():
+            merged[name] = merged[name] + counts if name in merged else counts
+    return merged
+
+
+def histogram_quantile(counts: np.ndarray, share: float) -> float:
+    """The value below which `share` of the observations lie, interpolated within its bin; NaN without observations."""
+    running, edges = np.cumsum(counts), bin_edges()
+    if running[-1] == 0:
+        return float("nan")
+    target = max(share * running[-1], np.finfo(np.float64).tiny)  # an empty bin never holds the smallest observation
+    place = int(np.searchsorted(running, target))
+    inside = (target - (running[place] - counts[place])) / counts[place]
+    return float(edges[place] + inside * (edges[place + 1] - edges[place]))
