@@ -51,7 +51,7 @@ class Runs:
     """Runs of neighbouring slots with the same key: the pieces of sequences that lie together."""
 
     key_L: Tensor  # int64
-    start_L: Tensor  # int64: the first slot of the slot's run
+    column_L: Tensor  # int64: the slot's place in its run, from 0
     is_last_L: Tensor  # bool: the last slot of its run
 
     @staticmethod
@@ -60,24 +60,20 @@ class Runs:
         changes = key_L[1:] != key_L[:-1]
         is_first = torch.cat([changes.new_ones(1), changes])
         is_last = torch.cat([changes, changes.new_ones(1)])
-        return Runs(key_L, torch.where(is_first, place, 0).cummax(0).values, is_last)
+        return Runs(key_L, place - torch.where(is_first, place, 0).cummax(0).values, is_last)
 
     def running(self, values_L: Tensor, operator: Operator) -> Tensor:
         """Inclusive scan within each run, in log2(L) passes of O(L): no run is padded to the longest."""
-        place = torch.arange(len(values_L), device=values_L.device)
-        result, step = values_L, 1
+        result, step = values_L.clone(), 1
         while step < len(values_L):
-            same_run = place[step:] - step >= self.start_L[step:]
-            earlier = torch.where(same_run, result[:-step], IDENTITY[operator])
-            result = torch.cat([result[:step], combined(earlier, result[step:], operator)])
+            earlier = torch.where(self.column_L[step:] >= step, result[:-step], IDENTITY[operator])
+            result[step:] = combined(earlier, result[step:], operator)
             step *= 2
         return result
 
     def shifted(self, running_L: Tensor, operator: Operator) -> Tensor:
         """What `running` holds one slot earlier in the run; the identity in its first slot."""
-        earlier = torch.cat([torch.full_like(running_L[:1], IDENTITY[operator]), running_L[:-1]])
-        is_first = torch.arange(len(running_L), device=running_L.device) == self.start_L
-        return torch.where(is_first, IDENTITY[operator], earlier)
+        return torch.where(self.column_L == 0, IDENTITY[operator], running_L.roll(1))
 
     def totals(self, running_L: Tensor, num_keys: int, operator: Operator) -> Tensor:
         """[num_keys] reduction of each key's run, the identity for keys that have none."""
