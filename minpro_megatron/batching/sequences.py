@@ -1,5 +1,6 @@
 """From a batch of collected groups to the sequences that the trainer packs."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.objective.advantages import group_advantages, overlong_penalty
-from minpro_megatron.records import Batch, BehaviorLogProbs, CollectedGroup
+from minpro_megatron.records import Batch, BehaviorLogProbs
 
 
 def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) -> list[list[TokenSequence]]:
@@ -17,9 +18,9 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
     """
     groups, first_slot = [], 0
     for group in batch.groups:
-        rewards = _shaped_rewards(group, loss, max_response_tokens)
-        advantages = group_advantages(rewards)
-        trained = 0.0 if loss.equal_reward_groups == "mask" and len(set(rewards)) == 1 else 1.0
+        rewards = [response.reward for response in group.responses]
+        lengths = [len(response.token_ids) for response in group.responses]
+        advantages, trained = advantages_and_trained(rewards, lengths, loss, max_response_tokens)
         sequences = []
         for response, advantage in zip(group.responses, advantages, strict=True):
             num_tokens = len(response.token_ids)
@@ -27,7 +28,7 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
                 TokenSequence(
                     prompt_ids=group.issued.prompt_token_ids,
                     response_ids=response.token_ids,
-                    loss_mask=np.full(num_tokens, trained, np.float32),
+                    loss_mask=np.full(num_tokens, float(trained), np.float32),
                     behavior_log_probs=np.zeros(num_tokens, np.float32),
                     rollout_log_probs=response.rollout_log_probs,
                     advantage=float(advantage),
@@ -38,6 +39,23 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
             first_slot += num_tokens
         groups.append(sequences)
     return groups
+
+
+def advantages_and_trained(
+    rewards: Sequence[float], lengths: Sequence[int], loss: LossConfig, max_response_tokens: int
+) -> tuple[np.ndarray, bool]:
+    """(float32 [responses], whether the group's tokens count) of one group, from rewards and numbers of tokens.
+
+    `loss` says how long responses are punished and whether a group with equal rewards is left out.
+    """
+    penalty = loss.overlong_penalty
+    if penalty.enabled:
+        rewards = [
+            reward + overlong_penalty(length, max_response_tokens, penalty.buffer_tokens, penalty.scale)
+            for reward, length in zip(rewards, lengths, strict=True)
+        ]
+    trained = loss.equal_reward_groups == "keep" or len(set(rewards)) > 1
+    return group_advantages(rewards), trained
 
 
 def with_log_probs(groups: list[list[TokenSequence]], **log_probs: np.ndarray) -> list[list[TokenSequence]]:
@@ -72,14 +90,3 @@ def behavior_record(batch: Batch, policy_version: int, log_probs: np.ndarray) ->
         policy_version=policy_version,
         log_probs=[[next(pieces) for _ in group.responses] for group in batch.groups],
     )
-
-
-def _shaped_rewards(group: CollectedGroup, loss: LossConfig, max_response_tokens: int) -> list[float]:
-    penalty = loss.overlong_penalty
-    if not penalty.enabled:
-        return [response.reward for response in group.responses]
-    return [
-        response.reward
-        + overlong_penalty(len(response.token_ids), max_response_tokens, penalty.buffer_tokens, penalty.scale)
-        for response in group.responses
-    ]

@@ -34,12 +34,13 @@ def _hf_model(config: RunConfig) -> Iterator[str]:
         yield f"{field}: config.json is missing; give a folder in Hugging Face format"
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         yield f"{field}: the tokenizer is missing; copy tokenizer.json and tokenizer_config.json into it"
-    missing = _missing_weights(folder)
+    missing = missing_weights(folder)
     if missing:
         yield f"{field}: {missing}; the servers load safetensors from it: download the folder again"
 
 
-def _missing_weights(folder: Path) -> str:
+def missing_weights(folder: Path) -> str:
+    """What is wrong with the weight files of a Hugging Face folder; empty if they are all there."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return "" if any(folder.glob("*.safetensors")) else "no *.safetensors file"

@@ -33,13 +33,14 @@ def role_commands(
         ),
         RoleCommand(
             role="train",
-            arguments=[*_torchrun(config.parallel.world_size), "-m", "minpro_megatron", "train", *options],
-            environment=shared | _trainer_environment(config) | {"CUDA_VISIBLE_DEVICES": trainer_gpus},
+            arguments=[*torchrun(config.parallel.world_size), "-m", "minpro_megatron", "train", *options],
+            environment=shared | trainer_environment(config.device) | {"CUDA_VISIBLE_DEVICES": trainer_gpus},
         ),
     ]
 
 
-def _torchrun(world_size: int) -> list[str]:
+def torchrun(world_size: int) -> list[str]:
+    """The start of a command line that runs what follows it as `world_size` ranks on this machine."""
     # --local-addr: else torchrun gives the workers the machine's own name to meet at, which need not resolve.
     return [
         sys.executable,
@@ -54,10 +55,11 @@ def _torchrun(world_size: int) -> list[str]:
     ]
 
 
-def _trainer_environment(config: RunConfig) -> dict[str, str]:
+def trainer_environment(device: str) -> dict[str, str]:
+    """What ranks that compute on `device` (cpu or cuda) need beside the environment of their parent."""
     # megatron-core announces, once a rank and module, every optional package that is not installed.
     quiet = {"PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning"}
-    if config.device == "cpu":
+    if device == "cpu":
         # The ranks are the parallelism: with a thread pool each they would only take turns on the same cores.
         loopback = "lo" if sys.platform.startswith("linux") else "lo0"
         return quiet | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
