@@ -1,18 +1,28 @@
 """Log-probs of the labels from sequence-sharded hidden states, without ever holding the row's logits.
 
-Shapes: L tokens of this tensor rank's sequence piece, P tensor ranks, C tokens of a chunk, V vocabulary columns of
-this rank, H hidden size. One chunk at a time: gather the chunk's hidden states over the tensor ranks, multiply with
-this rank's vocabulary columns, reduce a few numbers a token over the ranks, keep the own tokens' results. Backward
-computes each chunk's logits again.
+Shapes: L tokens of this tensor rank's sequence piece, P tensor ranks, C gathered tokens of a chunk, V vocabulary
+columns of this rank, B columns of a block, H hidden size.
+
+A chunk of tokens is gathered over the tensor ranks; its logits are made block of columns by block of columns, and of
+each block only a few numbers a token are kept. Ranks exchange those once a chunk. Backward makes each block's logits
+again. Blocks in both directions keep all traffic small: a block of logits is read where it was just written, gradients
+of the weight are visited once a chunk, those of the hidden states once a block.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
-CHUNK_LOGITS = 64 << 20  # largest number of float32 logits held at once, in one chunk's gathered block
+# (gathered tokens, vocabulary columns) of a block of float32 logits. On a CPU 8 MiB, which stay in the cache, measured
+# (benchmarks/log_probs.md). On a GPU 256 MiB, calculated: with smaller blocks the gradients' accumulators, read and
+# written once a block, move more bytes than the logits.
+CPU_BLOCK = (1024, 2048)
+CUDA_BLOCK = (8192, 8192)
 
 
 def vocab_parallel_log_probs(
@@ -25,104 +35,200 @@ def vocab_parallel_log_probs(
     group: dist.ProcessGroup,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropies) of the own tokens, float32 [L]; the entropies carry no gradient.
+    """(log-probs, entropies) of the own tokens in nats, float32 [L]; the entropies carry no gradient.
 
     `label_ids_S` are the labels of all P x L tokens of the context shard, in tensor-rank order. Columns at and past
-    `vocab_size` (padding) are outside the softmax and get no gradient. Logits are divided by `temperature`.
+    `vocab_size` (padding) are outside the softmax and get no gradient. Logits are divided by `temperature`; they, the
+    softmax and the sums behind both gradients are float32 whatever the inputs' dtype. A token gets NaN if one of its
+    logits is NaN or infinite or its label is outside the vocabulary. `chunk_tokens` own tokens are gathered at once.
     With one rank in `group` nothing is communicated.
     """
-    chunk = chunk_tokens or max(1, CHUNK_LOGITS // (weight_VH.shape[0] * group.size()))
+    tokens, columns = CUDA_BLOCK if hidden_LH.is_cuda else CPU_BLOCK
+    chunk = chunk_tokens or max(1, tokens // group.size())
     real_columns = max(0, min(weight_VH.shape[0], vocab_size - group.rank() * weight_VH.shape[0]))
     labels_PL = label_ids_S.view(group.size(), -1)
-    return _VocabParallelLogProbs.apply(hidden_LH, weight_VH, labels_PL, real_columns, temperature, group, chunk)
+    settings = _Settings(real_columns, temperature, group, chunk, columns)
+    return _VocabParallelLogProbs.apply(hidden_LH, weight_VH, labels_PL, settings)
+
+
+class _Settings(NamedTuple):
+    real_columns: int
+    temperature: float
+    group: dist.ProcessGroup
+    chunk: int
+    block_columns: int
+
+    def chunks(self, num_tokens: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.chunk, num_tokens)) for start in range(0, num_tokens, self.chunk))
+
+    def blocks(self) -> Iterator[slice]:
+        starts = range(0, self.real_columns, self.block_columns)
+        return (slice(start, min(start + self.block_columns, self.real_columns)) for start in starts)
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_LH: Tensor,
-        weight_VH: Tensor,
-        labels_PL: Tensor,
-        real_columns: int,
-        temperature: float,
-        group: dist.ProcessGroup,
-        chunk: int,
+        ctx: Any, hidden_LH: Tensor, weight_VH: Tensor, labels_PL: Tensor, settings: _Settings
     ) -> tuple[Tensor, Tensor]:
-        num_tokens = hidden_LH.shape[0]
-        log_probs = hidden_LH.new_empty(num_tokens, dtype=torch.float32)
+        group = settings.group
+        log_probs = hidden_LH.new_empty(hidden_LH.shape[0], dtype=torch.float32)
         entropies = torch.empty_like(log_probs)
         log_normalizer_PL = hidden_LH.new_empty(labels_PL.shape, dtype=torch.float32)
-        for start in range(0, num_tokens, chunk):
-            part = slice(start, min(start + chunk, num_tokens))
-            logits = _chunk_logits(hidden_LH[part], weight_VH, real_columns, temperature, group)[1]
-            log_prob, entropy, normalizer = _reduce_over_vocabulary(
-                logits, labels_PL[:, part].reshape(-1), weight_VH.shape[0], group
+        for part in settings.chunks(hidden_LH.shape[0]):
+            hidden_CH = _gather(hidden_LH[part].contiguous(), group)
+            sums = _sums_over_columns(
+                hidden_CH, weight_VH, _local_labels(labels_PL[:, part], weight_VH, group), settings
             )
+            log_prob, entropy, normalizer = _over_ranks(sums, group)
             log_normalizer_PL[:, part] = normalizer.view(group.size(), -1)
             log_probs[part] = log_prob.view(group.size(), -1)[group.rank()]
             entropies[part] = entropy.view(group.size(), -1)[group.rank()]
         ctx.save_for_backward(hidden_LH, weight_VH, labels_PL, log_normalizer_PL)
-        ctx.settings = (real_columns, temperature, group, chunk)
+        ctx.settings = settings
         ctx.mark_non_differentiable(entropies)
         return log_probs, entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_LH, weight_VH, labels_PL, log_normalizer_PL = ctx.saved_tensors
-        real_columns, temperature, group, chunk = ctx.settings
+        settings, group = ctx.settings, ctx.settings.group
         gradient_PL = _gather(gradients[0].contiguous(), group).view(labels_PL.shape)
+        logit_gradient = _elementwise(_logit_gradient, hidden_LH.device.type)
         d_hidden = torch.empty_like(hidden_LH)
         d_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
-        for start in range(0, hidden_LH.shape[0], chunk):
-            part = slice(start, min(start + chunk, hidden_LH.shape[0]))
-            gathered, logits = _chunk_logits(hidden_LH[part], weight_VH, real_columns, temperature, group)
-            scale = (gradient_PL[:, part] / temperature).reshape(-1, 1)
-            normalizer = log_normalizer_PL[:, part].reshape(-1, 1)
-            # d log p(label) / d logit_v = [v is the label] - p_v; padding columns have logit -inf, so p_v = 0
-            d_logits = logits.sub_(normalizer).exp_().mul_(-scale)
-            local, mine = _local_labels(labels_PL[:, part].reshape(-1), weight_VH.shape[0], group)
-            d_logits.scatter_add_(1, local[:, None], torch.where(mine[:, None], scale, 0.0))
-            d_logits = d_logits.to(weight_VH.dtype)
-            d_weight += d_logits.t() @ gathered
-            d_hidden[part] = _reduce_scatter(d_logits @ weight_VH, group)
-        return d_hidden, d_weight.to(weight_VH.dtype), None, None, None, None, None
+        for part in settings.chunks(hidden_LH.shape[0]):
+            hidden_CH = _operand(_gather(hidden_LH[part].contiguous(), group))
+            labels = _local_labels(labels_PL[:, part], weight_VH, group)
+            normalizer, gradient = log_normalizer_PL[:, part].reshape(-1), gradient_PL[:, part].reshape(-1)
+            d_hidden_CH = torch.zeros_like(hidden_CH, dtype=torch.float32)
+            for block in settings.blocks():
+                weight_BH = _operand(weight_VH[block])
+                logits = _product(hidden_CH, weight_BH.t(), 1 / settings.temperature)
+                d_logits = logit_gradient(logits, normalizer, labels - block.start, gradient, hidden_CH.dtype)
+                del logits
+                _add_product(d_weight[block], d_logits.t(), hidden_CH, 1 / settings.temperature)
+                _add_product(d_hidden_CH, d_logits, weight_BH, 1 / settings.temperature)
+            d_hidden[part] = _reduce_scatter(d_hidden_CH, group)
+        return d_hidden, d_weight.to(weight_VH.dtype), None, None
 
 
-def _chunk_logits(
-    hidden_CH: Tensor, weight_VH: Tensor, real_columns: int, temperature: float, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    gathered = _gather(hidden_CH.contiguous(), group)
-    logits = (gathered @ weight_VH.t()).float().div_(temperature)
-    logits[:, real_columns:] = -torch.inf
-    return gathered, logits
+class _Sums(NamedTuple):
+    """Of every gathered token, over some of the vocabulary's columns; float32 [C] each. z are the logits."""
+
+    largest: Tensor  # max z; -inf over no columns
+    total: Tensor  # sum of exp(z - largest)
+    weighted: Tensor  # sum of exp(z - largest) (z - largest)
+    label: Tensor  # z of the label, 0 where it is not among the columns
+    found: Tensor  # 1 where the label is among the columns, else 0
 
 
-def _reduce_over_vocabulary(
-    logits: Tensor, labels: Tensor, columns: int, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sums_over_columns(hidden_CH: Tensor, weight_VH: Tensor, labels: Tensor, settings: _Settings) -> _Sums:
+    add_block = _elementwise(_add_block, hidden_CH.device.type)
+    hidden_CH = _operand(hidden_CH)
+    zero = hidden_CH.new_zeros(len(hidden_CH), dtype=torch.float32)
+    largest, total, weighted, label, found = torch.full_like(zero, -torch.inf), zero, zero, zero, zero
+    for block in settings.blocks():
+        logits = _product(hidden_CH, _operand(weight_VH[block]).t(), 1 / settings.temperature)
+        column = labels - block.start
+        inside = (column >= 0) & (column < logits.shape[1])
+        here = logits.gather(1, torch.where(inside, column, 0)[:, None])[:, 0]
+        label, found = torch.where(inside, here, label), found + inside
+        largest, total, weighted = add_block(logits, largest, total, weighted)
+    return _Sums(largest, total, weighted, label, found)
+
+
+def _over_ranks(sums: _Sums, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob of the label, entropy, log-sum-exp) of every gathered token, the same on all ranks of `group`."""
-    largest = logits.amax(dim=1)
+    largest = sums.largest.clone()
     if group.size() > 1:
+        # the maximum of gloo and NCCL may drop a NaN, but the rank that has it also has it in its sums
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    local, mine = _local_labels(labels, columns, group)
-    target = torch.where(mine, logits.gather(1, local[:, None])[:, 0] - largest, 0.0)
-    shifted = logits - largest[:, None]
-    exponentials = shifted.exp()
-    weighted = (exponentials * shifted.masked_fill_(exponentials == 0, 0.0)).sum(dim=1)
-    sums = torch.stack([exponentials.sum(dim=1), weighted, target])
+    total, weighted = _relative_to(largest, sums.largest, sums.total, sums.weighted)
+    summed = torch.stack([total, weighted, sums.label, sums.found])
     if group.size() > 1:
-        dist.all_reduce(sums, group=group)
-    total, weighted, target = sums
+        dist.all_reduce(summed, group=group)
+    total, weighted, label, found = summed
     log_total = total.log()
-    return target - log_total, log_total - weighted / total, largest + log_total
+    # A logit of -inf would only drop out of `total`, but makes `weighted` NaN: pass that on
+    valid = torch.where((found > 0) & ~weighted.isnan(), 0.0, torch.nan)
+    return label - largest - log_total + valid, log_total - weighted / total + valid, largest + log_total + valid
 
 
-def _local_labels(labels: Tensor, columns: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """(column of the label on this rank, 0 elsewhere; whether the label is on this rank)."""
-    local = labels - group.rank() * columns
-    mine = (local >= 0) & (local < columns)
-    return torch.where(mine, local, 0), mine
+# The next two visit every logit. Written to be compiled into one kernel each; on a CPU they run as they stand.
+
+
+def _add_block(logits_CB: Tensor, largest: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`largest`, `total` and `weighted` (see _Sums) over the former columns and the block's."""
+    former, largest = largest, torch.maximum(largest, logits_CB.amax(dim=1))
+    total, weighted = _relative_to(largest, former, total, weighted)
+    shifted = logits_CB - largest[:, None]
+    exponentials = shifted.exp()
+    return largest, total + exponentials.sum(dim=1), weighted + (exponentials * shifted).sum(dim=1)
+
+
+def _logit_gradient(
+    logits_CB: Tensor, log_normalizer: Tensor, labels: Tensor, gradient: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """d log p(label) / d logit = [column is the label] - p(column), times the upstream gradient; in `dtype`."""
+    columns = torch.arange(logits_CB.shape[1], device=logits_CB.device)
+    negative = (logits_CB - log_normalizer[:, None]).exp_()
+    negative.add_(columns == labels[:, None], alpha=-1)
+    return negative.mul_(-gradient[:, None]).to(dtype)
+
+
+def _relative_to(largest: Tensor, former: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
+    """(total, weighted) of _Sums when the exponents are taken relative to `largest` instead of `former`."""
+    shift = former - largest
+    return total * shift.exp(), (weighted + torch.where(total == 0, 0.0, shift * total)) * shift.exp()
+
+
+@cache
+def _elementwise(function: Callable, device_type: str) -> Callable:
+    # Eager kernels would read and write a GPU's block of logits ten times over, as long as its matrix products take.
+    # A CPU's block stays in the cache, and compiling there needs a C++ compiler.
+    return torch.compile(function, dynamic=True) if device_type == "cuda" else function
+
+
+def _operand(matrix: Tensor) -> Tensor:
+    """What the products below take: on a CPU they give float32 only for float32."""
+    return matrix if matrix.is_cuda else matrix.float()
+
+
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right in float32, summed in float32, also of bfloat16 operands."""
+    if left.is_cuda:
+        out = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+        return _addmm(out, left, right, scale, beta=0)
+    out = _cpu_product(left, right)
+    return out if scale == 1 else out.mul_(scale)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """out += scale * left @ right for float32 `out`."""
+    if left.is_cuda:
+        _addmm(out, left, right, scale, beta=1)
+    else:
+        out.add_(_cpu_product(left, right), alpha=scale)
+
+
+def _addmm(out: Tensor, left: Tensor, right: Tensor, scale: float, beta: int) -> Tensor:
+    if left.dtype == torch.float32:
+        return out.addmm_(left, right, beta=beta, alpha=scale)
+    return torch.addmm(out, left, right, out_dtype=torch.float32, beta=beta, alpha=scale, out=out)
+
+
+def _cpu_product(left: Tensor, right: Tensor) -> Tensor:
+    if not torch.backends.mkldnn.is_available():
+        return left @ right
+    # torch.mm takes MKL, which leaves AVX-512 unused on AMD: 180 GFLOP/s where oneDNN gives 400 (Zen 5, 2 cores).
+    # Asking for oneDNN's layout is how a float32 product gets there.
+    return functional.linear(left.to_mkldnn(), right.t()).to_dense()
+
+
+def _local_labels(labels_PC: Tensor, weight_VH: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Columns of the chunk's labels on this rank, [C]; outside 0 .. V-1 where another rank has them."""
+    return labels_PC.reshape(-1) - group.rank() * weight_VH.shape[0]
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -137,5 +243,5 @@ def _reduce_scatter(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return gathered
     local = gathered.new_empty(gathered.shape[0] // group.size(), *gathered.shape[1:])
-    dist.reduce_scatter_tensor(local, gathered.contiguous(), group=group)
+    dist.reduce_scatter_tensor(local, gathered, group=group)
     return local
