@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minpro_megatron.actor.policy import Policy, learning_rate_at
+from minpro_megatron.actor.policy import Policy, UpdateResult, learning_rate_at
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.batching.sequences import behavior_record, token_sequences, with_log_probs
 from minpro_megatron.config.run import RunConfig
@@ -26,6 +26,7 @@ from minpro_megatron.weights.publish import Publisher
 
 LARGEST_START_MISMATCH = 0.1  # nats, mean over tokens; float32 engines differ by 1e-7, bfloat16 ones by about 1e-2
 SAMPLING, REFERENCE = "sampling", "reference"  # names of kept weights
+MOST_BROKEN_UPDATES = 3  # in a row
 PHASES = ("wait_for_batch", "score", "train", "publish")
 
 
@@ -66,6 +67,7 @@ class Trainer:
     report: StepReport | None  # rank 0's
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     updates: int = 0
+    broken_in_a_row: int = 0
     _ready: dict[int, tuple[Batch, np.ndarray]] = field(default_factory=dict)  # fetched and scored, by batch index
 
     def run(self) -> CollectorTotals | None:
@@ -141,6 +143,7 @@ class Trainer:
                 seed = derive_seed(self.config.seed, "update", self.updates)
                 result = self.policy.update(_flat(groups[first : first + size]), learning_rate, seed)
                 self.updates += 1
+                self._refuse_a_diverged_run(result, step)
                 parts.append(result.metrics)
                 histograms.append(result.histograms)
                 if self.mesh.rank == 0:  # the same on all ranks: stated once
@@ -156,6 +159,21 @@ class Trainer:
         if self.feed:
             self.feed.consumed(step, step)
         return metrics, merge_histograms([part for _, part in of_ranks])
+
+    def _refuse_a_diverged_run(self, result: UpdateResult, step: int) -> None:
+        """Raises ValueError at the third update in a row whose gradient is not finite: it will not get better."""
+        self.broken_in_a_row = self.broken_in_a_row + 1 if result.skipped == "gradient not finite" else 0
+        if self.broken_in_a_row < MOST_BROKEN_UPDATES:
+            return
+        metrics = values(merge(self.mesh.from_all_ranks(result.metrics)))
+        names = self.policy.parameters_with_broken_gradient()
+        raise ValueError(
+            f"global step {step}, update {self.updates}: the gradient was not finite {self.broken_in_a_row} times in "
+            f"a row. Loss {metrics['objective/loss']:.4g}, largest ratio {metrics['ratio/max']:.4g}, entropy "
+            f"{metrics['policy/entropy']:.4g}; {len(names)} parameters have such gradients, first {names[:3]}. "
+            "If the loss is not finite either, the weights or the log-probs are broken: go back to earlier weights and "
+            "lower optimizer.learning_rate; if it is, the backward pass overflowed: look at those parameters"
+        )
 
     def _publish(self, version: int, changed: bool) -> None:
         with self._timed("publish"):

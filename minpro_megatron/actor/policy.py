@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.actor.forward import ForwardStep, LossFunction, MicroBatch
 from minpro_megatron.actor.loss import PolicyLoss, score, with_survey
 from minpro_megatron.actor.snapshots import WeightSnapshots
 from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_length, row_length, shard_row
-from minpro_megatron.batching.packing import pack_rows, rows_of_rank
+from minpro_megatron.batching.packing import imbalance, pack_rows, share_rows
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import OptimizerConfig
 from minpro_megatron.monitor.metrics import Metric, mean
@@ -33,6 +34,9 @@ from minpro_megatron.objective.terms import MiniBatch
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.parallel.ranks import GroupRanks
 from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.weights.local import global_parameters
+
+Skipped = Literal["no trained token", "gradient not finite"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,14 @@ class UpdateResult:
     """One optimizer update. `metrics` and `histograms` are this rank's part and merge over ranks and updates."""
 
     grad_norm: float  # before clipping, over the whole model
-    applied: bool  # False: no trained token, or a gradient that is not finite; the weights are as before
     learning_rate: float
+    skipped: Skipped | None = None  # why the weights are as before, if they are
     metrics: dict[str, Metric] = field(default_factory=dict)
     histograms: dict[str, np.ndarray] = field(default_factory=dict)  # monitor.histograms
+
+    @property
+    def applied(self) -> bool:
+        return self.skipped is None
 
 
 class Policy:
@@ -67,7 +75,8 @@ class Policy:
             chunk.config.grad_scale_func = self._optimizer.scale_loss
         self._objective = OBJECTIVES[config.objective.name]
         self._loss = PolicyLoss(mesh, self._objective, config.objective, config.loss)
-        self._vocab_size = architecture.vocab_size
+        self._vocab_size, self._num_experts = architecture.vocab_size, architecture.num_experts
+        self._cost = forward_flops(architecture)
         self._snapshots = WeightSnapshots([parameter for chunk in chunks for parameter in chunk.parameters()])
 
     def score(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
@@ -90,7 +99,7 @@ class Policy:
         `seed` is for objectives that draw random numbers: another one for every update, the same on all ranks.
         """
         if not any(sequence.num_trained_tokens for sequence in sequences):
-            return UpdateResult(0.0, applied=False, learning_rate=learning_rate)
+            return UpdateResult(0.0, learning_rate, skipped="no trained token")
         metrics, histograms = self.accumulate_gradient(sequences, seed)
         if self._objective.learning_rate_factor is not None:
             learning_rate *= self._global_mean(metrics, self._objective.learning_rate_factor)
@@ -99,10 +108,16 @@ class Policy:
         # megatron's step() would write a NaN gradient into the weights: it looks for one only under fp16's scaler
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())  # over the whole model, the same on every rank
-        applied = math.isfinite(grad_norm)
-        if applied:
-            self._optimizer.step()
-        return UpdateResult(grad_norm, applied, learning_rate, metrics, histograms)
+        if not math.isfinite(grad_norm):
+            return UpdateResult(grad_norm, learning_rate, "gradient not finite", metrics, histograms)
+        self._optimizer.step()
+        return UpdateResult(grad_norm, learning_rate, None, metrics, histograms)
+
+    def parameters_with_broken_gradient(self) -> list[str]:
+        """Global names of the parameters whose last gradient is not finite somewhere, sorted, on every rank."""
+        named = global_parameters(self.modules, self._num_experts, self._mesh)
+        mine = [name for name, parameter in named.items() if not bool(_gradient(parameter).isfinite().all())]
+        return sorted({name for names in self._mesh.from_all_ranks(mine) for name in names})
 
     def accumulate_gradient(
         self, sequences: Sequence[TokenSequence], seed: int = 0
@@ -112,14 +127,14 @@ class Policy:
         Returns this rank's part of the metrics and of the histograms. `update` is this and the optimizer's step.
         """
         self._snapshots.refuse_while_swapped("the gradient would be that of other weights")
-        micro_batches, row_tokens, padding = self._micro_batches(sequences)
+        micro_batches, row_tokens, filling = self._micro_batches(sequences)
         micro_batches = self._surveyed(micro_batches, row_tokens, seed)
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         statistics = self._run(self._loss.train, micro_batches, row_tokens, forward_only=False)
         metrics, histograms = as_metrics(statistics)
-        return metrics | {"batch/padding_fraction": padding}, histograms
+        return metrics | filling, histograms
 
     def keep_weights(self, name: str) -> None:
         """Remember the current weights in host memory as `name`."""
@@ -165,24 +180,31 @@ class Policy:
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
-    def _micro_batches(self, sequences: Sequence[TokenSequence]) -> tuple[list[MicroBatch], int, Metric]:
-        """(this rank's micro-batches, tokens of a row, the share of slots that are padding)."""
-        place, batch = self._place, self._config.batch
+    def _micro_batches(self, sequences: Sequence[TokenSequence]) -> tuple[list[MicroBatch], int, dict[str, Metric]]:
+        """(this rank's micro-batches, tokens of a row, how well the rows are filled and shared)."""
+        place, batch, data = self._place, self._config.batch, self._mesh.data
         lengths = [padded_length(sequence, place.context_size) for sequence in sequences]
-        multiple = self._mesh.data.size()
+        costs = [self._cost.of(length) for length in lengths]
+        multiple = data.size()
         if self._mesh.config.virtual_pipeline > 1:
             multiple *= self._mesh.pipeline.size()  # the interleaved schedule wants whole rounds of stages
         if batch.packing:
-            rows = pack_rows(lengths, batch.max_tokens_per_row, multiple)
+            rows = pack_rows(lengths, costs, batch.max_tokens_per_row, multiple)
         else:
             rows = [[index] for index in range(len(lengths))]
             rows += [[] for _ in range(-len(rows) % multiple)]
         row_tokens = row_length(rows, lengths, place.context_size, place.tensor_size)
-        mine = rows_of_rank(len(rows), self._mesh.data.size(), self._mesh.data.rank())
-        shards = [shard_row([sequences[index] for index in rows[row]], row_tokens, place) for row in mine]
+        row_costs = [sum(costs[index] for index in row) for row in rows]
+        shares = share_rows(row_costs, data.size())
+        shards = [
+            shard_row([sequences[index] for index in rows[row]], row_tokens, place) for row in shares[data.rank()]
+        ]
         real = sum(sequence.num_tokens for sequence in sequences)
-        padding = mean(len(rows) * row_tokens - real, len(rows) * row_tokens)
-        return [MicroBatch(shard, self._mesh.device) for shard in shards], row_tokens, padding
+        filling = {
+            "batch/padding_fraction": mean(len(rows) * row_tokens - real, len(rows) * row_tokens),
+            "batch/imbalance": mean(imbalance(row_costs, shares), 1),
+        }
+        return [MicroBatch(shard, self._mesh.device) for shard in shards], row_tokens, filling
 
     def _run_forward(self, loss: LossFunction, micro_batches: list[MicroBatch], row_tokens: int) -> list[Any]:
         with torch.no_grad():
@@ -219,6 +241,10 @@ def _megatron_optimizer(config: OptimizerConfig, chunk: GPTModel) -> MegatronOpt
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=True,
     )
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return cast(torch.Tensor, getattr(parameter, "main_grad"))  # noqa: B009 (megatron's own attribute)
 
 
 def learning_rate_at(config: OptimizerConfig, step: int) -> float:

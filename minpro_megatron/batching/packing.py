@@ -2,16 +2,29 @@
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
-def pack_rows(lengths: Sequence[int], max_tokens: int, multiple: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class SequenceCost:
+    """The computation for a sequence of n tokens, linear * n + quadratic * n^2, in any unit: attention makes one long
+    sequence dearer than two of half its length."""
+
+    linear: float
+    quadratic: float
+
+    def of(self, num_tokens: int) -> float:
+        return self.linear * num_tokens + self.quadratic * num_tokens**2
+
+
+def pack_rows(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, multiple: int) -> list[list[int]]:
     """Sequence indices of each row: at most `max_tokens` a row, the number of rows a multiple of `multiple`.
 
-    Longest first, each into the emptiest row that still has room, with the fewest rows for which that works: the
-    rows come out alike, so no rank waits long for another. Deterministic; inside a row indices ascend. A row is
+    Dearest first, each into the cheapest row that still has room, with the fewest rows for which that works: the
+    rows come out alike in cost, so no rank waits long for another. Deterministic; inside a row indices ascend. A row is
     empty only if there are fewer sequences than rows. Raises ValueError for a sequence longer than a row.
 
-    >>> pack_rows([5, 1, 3, 4], max_tokens=8, multiple=2)
+    >>> pack_rows([5, 1, 3, 4], [5, 1, 3, 4], max_tokens=8, multiple=2)
     [[0, 1], [2, 3]]
     """
     for index, length in enumerate(lengths):
@@ -20,29 +33,59 @@ def pack_rows(lengths: Sequence[int], max_tokens: int, multiple: int) -> list[li
                 f"sequence {index} has {length} tokens with padding, more than batch.max_tokens_per_row = "
                 f"{max_tokens}; raise it or shorten the responses"
             )
-    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    dearest_first = sorted(range(len(lengths)), key=lambda index: (-costs[index], index))
     num_rows = -(-max(1, -(-sum(lengths) // max_tokens)) // multiple) * multiple
     while True:
-        rows = _fill(longest_first, lengths, max_tokens, num_rows)
+        rows = _fill(dearest_first, lengths, costs, max_tokens, num_rows)
         if rows is not None:
             return rows
         num_rows += multiple
 
 
-def _fill(longest_first: list[int], lengths: Sequence[int], max_tokens: int, num_rows: int) -> list[list[int]] | None:
+def _fill(
+    dearest_first: list[int], lengths: Sequence[int], costs: Sequence[float], max_tokens: int, num_rows: int
+) -> list[list[int]] | None:
     rows: list[list[int]] = [[] for _ in range(num_rows)]
-    # (tokens, row), emptiest first. A heap: long responses need many attempts, each over all sequences.
-    filled = [(0, row) for row in range(num_rows)]
-    for index in longest_first:
-        tokens, emptiest = filled[0]
-        if tokens + lengths[index] > max_tokens:
+    tokens = [0] * num_rows
+    by_cost = [(0.0, row) for row in range(num_rows)]  # a heap: long responses need many attempts
+    for index in dearest_first:
+        full = []
+        while by_cost and tokens[by_cost[0][1]] + lengths[index] > max_tokens:
+            full.append(heapq.heappop(by_cost))
+        if not by_cost:
             return None
-        rows[emptiest].append(index)
-        heapq.heapreplace(filled, (tokens + lengths[index], emptiest))
+        spent, row = by_cost[0]
+        rows[row].append(index)
+        tokens[row] += lengths[index]
+        heapq.heapreplace(by_cost, (spent + costs[index], row))
+        for entry in full:
+            heapq.heappush(by_cost, entry)
     return [sorted(row) for row in rows]
 
 
-def rows_of_rank(num_rows: int, data_size: int, data_rank: int) -> range:
-    """The rows of one data-parallel rank: as many for each, neighbours (of like length) on different ranks."""
-    assert num_rows % data_size == 0, f"{num_rows} rows cannot be shared by {data_size} ranks"
-    return range(data_rank, num_rows, data_size)
+def share_rows(row_costs: Sequence[float], data_size: int) -> list[list[int]]:
+    """The rows of each data-parallel rank, as many for each, in the order in which the rank works on them.
+
+    Rows of like cost come at the same time on all ranks, because expert parallelism makes the ranks wait for each other
+    in every layer; of those, the dearest goes to the rank that has had least to do so far.
+
+    >>> share_rows([1.0, 4.0, 2.0, 3.0], data_size=2)
+    [[1, 0], [3, 2]]
+    """
+    assert len(row_costs) % data_size == 0, f"{len(row_costs)} rows cannot be shared by {data_size} ranks"
+    dearest_first = sorted(range(len(row_costs)), key=lambda row: (-row_costs[row], row))
+    shares: list[list[int]] = [[] for _ in range(data_size)]
+    spent = [0.0] * data_size
+    for first in range(0, len(dearest_first), data_size):
+        least_first = sorted(range(data_size), key=lambda rank: (spent[rank], rank))
+        for rank, row in zip(least_first, dearest_first[first : first + data_size], strict=True):
+            shares[rank].append(row)
+            spent[rank] += row_costs[row]
+    return shares
+
+
+def imbalance(row_costs: Sequence[float], shares: Sequence[Sequence[int]]) -> float:
+    """How much longer the busiest rank works than the mean one: 0 for equal shares, 0.1 for 10 % more."""
+    spent = [sum(row_costs[row] for row in share) for share in shares]
+    mean = sum(spent) / len(spent)
+    return max(spent) / mean - 1 if mean else 0.0

@@ -176,6 +176,7 @@ METRICS: dict[str, Declaration] = {
     "mismatch/kl_k3": Declaration("nats", "mean", "k3 estimate of KL(server || trainer), same weights"),
     "batch/tokens": Declaration("tokens", "sum", "prompt and response tokens trained on in the step"),
     "batch/padding_fraction": Declaration("share", "mean", "row slots that hold padding"),
+    "batch/imbalance": Declaration("share", "mean", "work of the busiest data-parallel rank above the mean"),
     "time/wait_for_batch_s": Declaration("s", "max", "trainer waiting for rollouts"),
     "time/score_s": Declaration("s", "max", "behavior log-probs of the batch to come"),
     "time/train_s": Declaration("s", "max", "forward, backward and optimizer updates"),

@@ -1,9 +1,11 @@
 """Packing loses no sequence, overfills no row and gives every rank as many rows."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from minpro_megatron.batching.packing import pack_rows, rows_of_rank
+from minpro_megatron.batching.packing import SequenceCost, imbalance, pack_rows, share_rows
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 3, 8])
@@ -11,48 +13,91 @@ from minpro_megatron.batching.packing import pack_rows, rows_of_rank
 def test_every_sequence_is_in_one_row_within_capacity(seed: int, multiple: int) -> None:
     random = np.random.default_rng(seed)
     lengths = random.integers(1, 101, random.integers(1, 60)).tolist()
-    rows = pack_rows(lengths, 100, multiple)
+    rows = pack_rows(lengths, lengths, 100, multiple)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in row) <= 100 for row in rows)
     assert all(row == sorted(row) for row in rows)
     assert len(rows) % multiple == 0
-    assert rows == pack_rows(list(lengths), 100, multiple)
+    assert rows == pack_rows(list(lengths), list(lengths), 100, multiple)
 
 
 def test_no_row_is_empty_while_there_are_as_many_sequences() -> None:
     for seed in range(20):
         random = np.random.default_rng(seed)
         lengths = random.integers(1, 101, random.integers(8, 60)).tolist()
-        rows = pack_rows(lengths, 100, 4)
+        rows = pack_rows(lengths, lengths, 100, 4)
         assert len(lengths) < len(rows) or all(rows)
 
 
 def test_rows_come_out_alike() -> None:
     lengths = np.random.default_rng(0).integers(1, 101, 400).tolist()
-    filled = [sum(lengths[index] for index in row) for row in pack_rows(lengths, 1000, 4)]
+    filled = [sum(lengths[index] for index in row) for row in pack_rows(lengths, lengths, 1000, 4)]
     assert max(filled) - min(filled) <= 30
     assert len(filled) == 24  # 20,000 tokens; the fewest rows in fours that hold them
 
 
 def test_the_fewest_rows_are_taken() -> None:
-    assert len(pack_rows([50, 50, 50, 50], 100, 1)) == 2
-    assert len(pack_rows([60, 60, 60, 40], 100, 1)) == 3
-    assert pack_rows([3], 100, 4) == [[0], [], [], []]
-    assert len(pack_rows([100] * 6, 100, 4)) == 8
+    assert len(pack_rows([50, 50, 50, 50], [50, 50, 50, 50], 100, 1)) == 2
+    assert len(pack_rows([60, 60, 60, 40], [60, 60, 60, 40], 100, 1)) == 3
+    assert pack_rows([3], [3], 100, 4) == [[0], [], [], []]
+    assert len(pack_rows([100] * 6, [100] * 6, 100, 4)) == 8
 
 
 def test_a_sequence_longer_than_a_row_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sequence 1 has 101 tokens.*batch.max_tokens_per_row = 100"):
-        pack_rows([5, 101], 100, 1)
+        pack_rows([5, 101], [5, 101], 100, 1)
 
 
 def test_many_long_sequences_pack_in_a_moment() -> None:
-    rows = pack_rows([20_000] * 1024, 32_768, 8)  # one each: many row counts are tried before
+    rows = pack_rows([20_000] * 1024, [20_000] * 1024, 32_768, 8)  # one each: many row counts are tried before
     assert len(rows) == 1024
+
+
+COST = SequenceCost(linear=1.0, quadratic=1 / 16_000)  # about Qwen3-30B-A3B: attention doubles the cost at 16k tokens
+
+
+def long_responses(seed: int) -> tuple[list[int], list[float]]:
+    """(lengths, costs) of a mini-batch of 256 responses of up to 20,000 tokens."""
+    lengths = np.minimum(np.random.default_rng(seed).lognormal(8.3, 1.0, 256), 20_000).astype(int).tolist()
+    return lengths, [COST.of(length) for length in lengths]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_come_out_alike_in_cost_where_attention_counts(seed: int) -> None:
+    lengths, costs = long_responses(seed)
+    spread = {}
+    for name, by in (("cost", costs), ("tokens", lengths)):
+        of_rows = [sum(costs[index] for index in row) for row in pack_rows(lengths, by, 32_768, 8)]
+        spread[name] = max(of_rows) / np.mean(of_rows) - 1
+    assert spread["cost"] < 0.85 * spread["tokens"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ranks_end_alike(seed: int) -> None:
+    lengths, costs = long_responses(seed)
+    rows = pack_rows(lengths, costs, 32_768, 8)
+    row_costs = [sum(costs[index] for index in row) for row in rows]
+    in_order = [list(range(rank, len(rows), 8)) for rank in range(8)]
+    assert imbalance(row_costs, share_rows(row_costs, 8)) < min(0.01, 0.5 * imbalance(row_costs, in_order))
 
 
 @pytest.mark.parametrize(("num_rows", "size"), [(8, 1), (8, 4), (12, 3)])
 def test_ranks_share_the_rows_evenly(num_rows: int, size: int) -> None:
-    shares = [list(rows_of_rank(num_rows, size, rank)) for rank in range(size)]
+    costs = np.random.default_rng(num_rows).random(num_rows).tolist()
+    shares = share_rows(costs, size)
     assert sorted(row for share in shares for row in share) == list(range(num_rows))
     assert {len(share) for share in shares} == {num_rows // size}
+
+
+def test_at_any_time_all_ranks_work_on_rows_of_like_cost() -> None:
+    costs = np.random.default_rng(2).lognormal(0, 1, 64).tolist()
+    shares = share_rows(costs, 8)
+    at_a_time = list(zip(*shares, strict=True))
+    for earlier, later in itertools.pairwise(at_a_time):
+        assert min(costs[row] for row in earlier) >= max(costs[row] for row in later)
+
+
+def test_imbalance_is_the_busiest_ranks_surplus() -> None:
+    assert imbalance([1.0, 1.0, 1.0, 3.0], [[0, 1], [2, 3]]) == pytest.approx(1 / 3)
+    assert imbalance([2.0, 2.0], [[0], [1]]) == 0
+    assert imbalance([0.0], [[0]]) == 0

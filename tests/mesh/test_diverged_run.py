@@ -1,0 +1,45 @@
+"""Three updates in a row without a finite gradient end the run, on every rank, with a diagnosis."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minpro_megatron.parallel.mesh import Mesh
+from tests.mesh.harness import run_mesh
+from tests.mesh.reference import make_model, make_sequences
+from tests.mesh.test_policy_step import _config, _loaded
+
+pytestmark = pytest.mark.mesh
+
+
+def _updates(mesh: Mesh, hf_path: str, broken: list[bool]) -> str:
+    """The message with which the run ended, "" if it did not."""
+    from minpro_megatron.actor.policy import Policy
+    from minpro_megatron.train import Trainer
+
+    config = _config({"tensor": 2, "expert": 2}, True)
+    architecture, chunks = _loaded(mesh, hf_path)
+    policy = Policy(config, architecture, chunks, mesh)
+    nobody: Any = None
+    trainer = Trainer(config, mesh, policy, publisher=nobody, feed=None, report=None)
+    sound = make_sequences(4, 12)
+    for is_broken in broken:
+        advantage = float("nan") if is_broken else 1.0
+        result = policy.update([replace(sound[0], advantage=advantage), *sound[1:]], learning_rate=1e-6)
+        try:
+            trainer._refuse_a_diverged_run(result, step=7)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_the_third_broken_gradient_in_a_row_ends_the_run(tmp_path: Path) -> None:
+    make_model("moe").save_pretrained(tmp_path)
+    broken = [True, True, False, True, True, True]
+    messages = run_mesh(_updates, str(tmp_path), broken, tensor=2, expert=2)
+    assert messages[0] == messages[1]
+    for part in ("global step 7", "3 times in a row", "Loss nan", "decoder.layers.0.", "learning_rate"):
+        assert part in messages[0]
+    assert run_mesh(_updates, str(tmp_path), broken[:5], tensor=2, expert=2) == ["", ""]
