@@ -27,7 +27,7 @@ def gspo(tokens: PolicyTokens, settings: GspoConfig) -> ObjectiveTerms:
     """
     total = tokens.scan.whole(tokens.log_ratio_L, "sum")
     count = tokens.scan.whole(tokens.mask_L, "sum").clamp(min=1)
-    ratio = (total / count).exp().to(tokens.log_ratio_L.dtype)
+    ratio = (total / count).exp()
     lower, upper = (torch.full_like(ratio, bound) for bound in (1 - settings.clip_low, 1 + settings.clip_high))
     return _pessimistic(tokens, ratio, lower, upper, dual_L=None)
 
@@ -43,7 +43,7 @@ def ctpo(tokens: PolicyTokens, settings: CtpoConfig) -> ObjectiveTerms:
         log_ratio = log_ratio.clamp(-settings.log_clamp, settings.log_clamp)
     root = (tokens.earlier_L + 1).sqrt()
     ratio, lower, upper, dual = (
-        exponent.clamp(max=LARGEST_LOG_RATIO).exp().to(tokens.log_ratio_L.dtype)
+        exponent.clamp(max=LARGEST_LOG_RATIO).exp()
         for exponent in (
             log_ratio,
             -settings.log_clip_low * root,

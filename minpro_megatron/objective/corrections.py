@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minpro_megatron.config.loss import LossConfig
-from minpro_megatron.objective.terms import LARGEST_LOG_RATIO, ObjectiveTerms
+from minpro_megatron.objective.terms import ObjectiveTerms, log_difference
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class OtherLogProbs:
 def corrected(
     terms: ObjectiveTerms, log_probs_L: Tensor, mask_L: Tensor, others: OtherLogProbs, settings: LossConfig
 ) -> ObjectiveTerms:
-    """The objective's terms with whatever `settings` switches on; the same object if that is nothing."""
+    """The objective's terms with whatever `settings` switches on; the same object if that is nothing.
+
+    As in the ratio, infinite differences of a trained token's log-probs count as +-20 and NaN stays NaN; what is
+    switched off is not looked at. A token that is left out has no part in the objective, whatever its numbers, but
+    still pays the KL penalty.
+    """
     trained = mask_L > 0
     if settings.truncated_importance.enabled or settings.icepop.enabled:
         terms = _for_mismatch(terms, _ratio(others.behavior_L, others.rollout_L, trained), settings)
@@ -48,9 +53,9 @@ def kl_estimate(log_probs_L: Tensor, reference_L: Tensor, estimator: str) -> tup
     """(estimate of KL(policy || reference), its derivative by the policy's log-prob), per sampled token, in nats.
 
     With d = log pi - log pi_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (J. Schulman, "Approximating KL
-    divergence", 2020); d is clamped to +-20.
+    divergence", 2020); d is clamped to +-20 in both.
     """
-    difference = (log_probs_L - reference_L).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    difference = log_difference(log_probs_L, reference_L)
     if estimator == "k1":
         return difference, torch.ones_like(difference)
     if estimator == "k2":
@@ -66,5 +71,5 @@ def _for_mismatch(terms: ObjectiveTerms, ratio_L: Tensor, settings: LossConfig) 
 
 
 def _ratio(numerator_L: Tensor, denominator_L: Tensor, trained_L: Tensor) -> Tensor:
-    log_ratio = (numerator_L - denominator_L).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    log_ratio = log_difference(numerator_L, denominator_L)
     return torch.where(trained_L, log_ratio, 0.0).exp()  # a masked token's numbers may be anything

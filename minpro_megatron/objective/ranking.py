@@ -93,8 +93,10 @@ def order_statistic(values_N: Tensor, place: int, ranks: Ranks) -> float:
 
 
 def quantile(values_N: Tensor, share: float, ranks: Ranks) -> float:
-    """The `share` quantile over all ranks with linear interpolation, as numpy.quantile has it; needs a value."""
+    """The `share` quantile over all ranks with linear interpolation, as numpy.quantile has it; NaN of no values."""
     count = int(ranks.sum(torch.tensor(len(values_N), device=values_N.device)))
+    if count == 0:
+        return float("nan")
     place = share * (count - 1)
     lower = order_statistic(values_N, int(place), ranks)
     fraction = place - int(place)

@@ -18,7 +18,7 @@ class PolicyTokens:
     """The local slots that an objective sees; nothing here carries a gradient. L: local slots."""
 
     log_probs_L: Tensor  # float32, of the current policy
-    log_ratio_L: Tensor  # delta_t = log pi - log pi_old, clamped to +-20, 0 where masked
+    log_ratio_L: Tensor  # float64: delta_t = log pi - log pi_old, clamped to +-20, 0 where masked
     advantages_L: Tensor
     mask_L: Tensor  # 1 for trained response tokens
     scan: PrefixScan
@@ -51,9 +51,10 @@ class PolicyTokens:
 
 @dataclass(frozen=True)
 class ObjectiveTerms:
-    """Per-token results of an objective, all without gradient.
+    """Per-token results of an objective, all without gradient; numbers are float64.
 
     The loss is a sum over tokens: `value_L` is each token's part of it, and d loss / d log pi_t = -coefficient_t.
+    Masked tokens have numbers too, which mean nothing.
     """
 
     coefficients_L: Tensor
@@ -63,7 +64,7 @@ class ObjectiveTerms:
     left_out_L: Tensor  # bool: the token has no part in the loss, but still counts in the denominator
 
     def without(self, left_out_L: Tensor) -> "ObjectiveTerms":
-        """The terms with those tokens left out."""
+        """The terms with those tokens left out, whatever their numbers are."""
         coefficients, value, weight = (
             torch.where(left_out_L, 0.0, kept) for kept in (self.coefficients_L, self.value_L, self.weight_L)
         )
@@ -92,10 +93,17 @@ def policy_tokens(
     ids_L: Tensor,
     surveyed_L: Tensor | None = None,
 ) -> PolicyTokens:
+    """What an objective is asked about. Log-probs may be anything where the mask is 0. Where it is 1, an infinite
+    difference counts as +-20 like every large one, and NaN stays NaN, down to the loss and the gradient."""
     log_probs_L = log_probs_L.detach()
-    log_ratio = (log_probs_L - behavior_log_probs_L).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-    log_ratio = torch.where(mask_L > 0, log_ratio, 0.0)
+    log_ratio = torch.where(mask_L > 0, log_difference(log_probs_L, behavior_log_probs_L), 0.0)
     return PolicyTokens(log_probs_L, log_ratio, advantages_L, mask_L, scan, ids_L, surveyed_L)
+
+
+def log_difference(log_probs_L: Tensor, others_L: Tensor) -> Tensor:
+    """log_probs - others, float64, clamped to +-20. In float32 a difference near 20 would be rounded by 1e-6, and the
+    ratio with it."""
+    return (log_probs_L.double() - others_L).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
 def summed_value(terms: ObjectiveTerms, token_weight_L: Tensor) -> Tensor:
@@ -107,9 +115,12 @@ def summed_value(terms: ObjectiveTerms, token_weight_L: Tensor) -> Tensor:
 
 
 def summed_loss(log_probs_L: Tensor, terms: ObjectiveTerms, token_weight_L: Tensor) -> Tensor:
-    """`summed_value` as a float32 scalar, with the gradient that the coefficients say.
+    """`summed_value` as a scalar of the log-probs' type, with the gradient that the coefficients say.
 
-    The caller divides by the mini-batch's number of tokens or sequences.
+    The caller divides by the mini-batch's number of tokens or sequences. Masked log-probs may be anything; if one of a
+    trained token is NaN or infinite, the scalar is not finite.
     """
-    slope = -(torch.where(token_weight_L > 0, terms.coefficients_L * token_weight_L, 0.0) * log_probs_L).sum()
+    counts = token_weight_L > 0
+    factors = torch.where(counts, terms.coefficients_L * token_weight_L, 0.0).to(log_probs_L.dtype)
+    slope = -(factors * torch.where(counts, log_probs_L, 0.0)).sum()
     return slope + (summed_value(terms, token_weight_L).to(slope.dtype) - slope).detach()

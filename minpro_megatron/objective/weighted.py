@@ -28,7 +28,7 @@ def cispo(tokens: PolicyTokens, settings: ClippedWeightSection) -> ObjectiveTerm
 
 def prefix_ratio(tokens: PolicyTokens, settings: PrefixRatioConfig) -> ObjectiveTerms:
     """weight = clip(rho_1 * ... * rho_t, 1 - clip_low, 1 + clip_high): arXiv:2601.22718's first failed attempt."""
-    ratio = tokens.prefix_log_ratio_L.clamp(max=LARGEST_LOG_RATIO).exp().to(tokens.log_ratio_L.dtype)
+    ratio = tokens.prefix_log_ratio_L.clamp(max=LARGEST_LOG_RATIO).exp()
     return _weighted_log_prob(tokens, ratio, settings)
 
 
