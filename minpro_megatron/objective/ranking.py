@@ -102,7 +102,9 @@ def quantile(values_N: Tensor, share: float, ranks: Ranks) -> float:
     fraction = place - int(place)
     if fraction == 0:
         return lower
-    return lower + fraction * (order_statistic(values_N, int(place) + 1, ranks) - lower)
+    upper = order_statistic(values_N, int(place) + 1, ranks)
+    # from the nearer end, as numpy does it: rounding cannot carry the result beyond the other
+    return lower + fraction * (upper - lower) if fraction < 0.5 else upper - (1 - fraction) * (upper - lower)
 
 
 def smallest(values_N: Tensor, ids_N: Tensor, how_many: int, ranks: Ranks) -> Tensor:
