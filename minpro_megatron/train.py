@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minpro_megatron.actor.policy import Policy, UpdateResult, learning_rate_at
+from minpro_megatron.actor.routing import Routes
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.batching.sequences import behavior_record, token_sequences, with_log_probs
 from minpro_megatron.config.run import RunConfig
@@ -68,7 +69,8 @@ class Trainer:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     updates: int = 0
     broken_in_a_row: int = 0
-    _ready: dict[int, tuple[Batch, np.ndarray]] = field(default_factory=dict)  # fetched and scored, by batch index
+    # fetched and scored, by batch index: behavior log-probs, and each mini-batch's routes if they are replayed
+    _ready: dict[int, tuple[Batch, np.ndarray, list[Routes] | None]] = field(default_factory=dict)
 
     def run(self) -> CollectorTotals | None:
         """Trains through all global steps. Returns the collector's totals on rank 0, None elsewhere.
@@ -89,8 +91,8 @@ class Trainer:
                 self._fetch_and_score(step)
             else:
                 self.policy.keep_weights(SAMPLING)
-            batch, behavior_log_probs = self._ready.pop(step)
-            metrics, histograms = self._train_on(batch, behavior_log_probs, step)
+            batch, behavior_log_probs, routes = self._ready.pop(step)
+            metrics, histograms = self._train_on(batch, behavior_log_probs, routes, step)
             if delay > 0 and step + delay < self.config.num_global_steps:
                 with self.policy.kept_weights(SAMPLING):
                     self._fetch_and_score(step + delay)
@@ -106,42 +108,56 @@ class Trainer:
         with self._timed("wait_for_batch"):
             batch = self.mesh.from_rank_0(self.feed.batch(index) if self.feed else None)
         with self._timed("score"):
-            sequences = _flat(self._sequences(batch))
-            log_probs = self.policy.score(sequences)
+            groups = self._sequences(batch)
+            sequences = _flat(groups)
+            log_probs, routes = self._behavior_log_probs(groups)
             refuse_broken_scores(index, log_probs)
             if index == 0:
                 refuse_different_models(sequences, log_probs)
             if self.feed:
                 version = sampling_version(index, self.config.staleness.delay_steps)
                 self.feed.scored(behavior_record(batch, version, log_probs))
-        self._ready[index] = (batch, log_probs)
+        self._ready[index] = (batch, log_probs, routes)
+
+    def _behavior_log_probs(self, groups: list[list[TokenSequence]]) -> tuple[np.ndarray, list[Routes] | None]:
+        if self.config.model.routing_replay == "none":
+            return self.policy.score(_flat(groups)), None
+        # packed as the updates will pack them, so that every route stays on the rank that needs it again
+        scored = [self.policy.score_and_record(mini_batch) for mini_batch in self._mini_batches(groups)]
+        return np.concatenate([log_probs for log_probs, _ in scored]), [routes for _, routes in scored]
 
     def _sequences(self, batch: Batch) -> list[list[TokenSequence]]:
         return token_sequences(batch, self.config.loss, self.config.sampling.max_response_tokens)
 
-    def _other_log_probs(self, groups: list[list[TokenSequence]]) -> dict[str, np.ndarray]:
+    def _mini_batches(self, groups: list[list[TokenSequence]]) -> list[list[TokenSequence]]:
+        size = self.config.batch.mini_batch_prompts
+        return [_flat(groups[first : first + size]) for first in range(0, len(groups), size)]
+
+    def _other_log_probs(self, groups: list[list[TokenSequence]], routes: list[Routes] | None) -> dict[str, np.ndarray]:
         """What the loss needs beside the behavior log-probs: a scoring pass each, under weights of their own."""
         found = {}
         if self.config.loss.decoupled.enabled:
-            found["proximal_log_probs"] = self.policy.score(_flat(groups))
+            mini_batches = self._mini_batches(groups)
+            of_mini_batches = routes or [None] * len(mini_batches)
+            parts = [self.policy.score(*pair) for pair in zip(mini_batches, of_mini_batches, strict=True)]
+            found["proximal_log_probs"] = np.concatenate(parts)
         if self.config.loss.kl.enabled:
             with self.policy.kept_weights(REFERENCE):
                 found["reference_log_probs"] = self.policy.score(_flat(groups))
         return found
 
     def _train_on(
-        self, batch: Batch, behavior_log_probs: np.ndarray, step: int
+        self, batch: Batch, behavior_log_probs: np.ndarray, routes: list[Routes] | None, step: int
     ) -> tuple[dict[str, Metric], dict[str, np.ndarray]]:
         with self._timed("train"):
             groups = self._sequences(batch)
-            other = self._other_log_probs(groups)
+            other = self._other_log_probs(groups, routes)
             groups = with_log_probs(groups, behavior_log_probs=behavior_log_probs, **other)
-            size = self.config.batch.mini_batch_prompts
             learning_rate = learning_rate_at(self.config.optimizer, step)
             parts, histograms = [], []
-            for first in range(0, len(groups), size):
+            for index, mini_batch in enumerate(self._mini_batches(groups)):
                 seed = derive_seed(self.config.seed, "update", self.updates)
-                result = self.policy.update(_flat(groups[first : first + size]), learning_rate, seed)
+                result = self.policy.update(mini_batch, learning_rate, seed, routes[index] if routes else None)
                 self.updates += 1
                 self._refuse_a_diverged_run(result, step)
                 parts.append(result.metrics)

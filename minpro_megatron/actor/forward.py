@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from minpro_megatron.actor.routing import Routing
 from minpro_megatron.batching.collate import RowShard
 from minpro_megatron.parallel.log_probs import vocab_parallel_log_probs
 from minpro_megatron.parallel.mesh import Mesh
@@ -20,6 +22,7 @@ class MicroBatch:
     """A row shard on the rank's device."""
 
     row: RowShard
+    index: int  # its place in the mini-batch on this data-parallel rank
     device: torch.device
     surveyed_L: Tensor | None = None  # what the objective's survey of the mini-batch said of each slot
 
@@ -65,17 +68,20 @@ class ForwardStep:
     vocab_size: int
     temperature: float
     loss: LossFunction
+    routing: Routing
 
     def __call__(self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         micro_batch = next(micro_batches)
-        output = model(
-            micro_batch.tensor("input_ids_S")[None],
-            micro_batch.tensor("position_ids_S")[None],
-            None,
-            packed_seq_params=micro_batch.packed_seq_params,
-            output_processor=self._log_probs_and_entropies,
-            output_processor_context=micro_batch,
-        )
+        chunk = cast(int | None, get_attr_wrapped_model(model, "vp_stage"))  # None without interleaving
+        with self.routing.around(chunk or 0, micro_batch.index, num_slots=len(micro_batch.row.mask_L)):
+            output = model(
+                micro_batch.tensor("input_ids_S")[None],
+                micro_batch.tensor("position_ids_S")[None],
+                None,
+                packed_seq_params=micro_batch.packed_seq_params,
+                output_processor=self._log_probs_and_entropies,
+                output_processor_context=micro_batch,
+            )
         return output, lambda output_2L: self.loss(TokenScores(output_2L[0], output_2L[1].detach()), micro_batch)
 
     def _log_probs_and_entropies(

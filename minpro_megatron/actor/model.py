@@ -1,6 +1,7 @@
 """The Megatron-Core model of an architecture on a mesh. The only file that constructs GPTModel."""
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,18 +23,33 @@ from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cut
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_model(architecture: Architecture, mesh: Mesh, dtype: torch.dtype) -> list[GPTModel]:
+@dataclass(frozen=True)
+class ModelFeatures:
+    """What a model is built with beside its architecture; it changes neither names nor values of the weights."""
+
+    recompute: str = "none"  # as in config.trainer.ModelConfig
+    routing_replay: bool = False
+
+
+PLAIN = ModelFeatures()
+
+
+def build_model(
+    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, features: ModelFeatures = PLAIN
+) -> list[GPTModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), with uninitialised weights: load some before use.
 
     Raises ValueError where the architecture cannot be cut as the mesh says.
     """
     refuse_uneven_cuts(architecture, mesh.config)
-    config = transformer_config(architecture, mesh, dtype)
+    config = transformer_config(architecture, mesh, dtype, features)
     chunks = mesh.config.virtual_pipeline
     return [_build_chunk(architecture, mesh, config, chunk if chunks > 1 else None) for chunk in range(chunks)]
 
 
-def transformer_config(architecture: Architecture, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, features: ModelFeatures
+) -> TransformerConfig:
     parallel = mesh.config
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -72,11 +88,19 @@ def transformer_config(architecture: Architecture, mesh: Mesh, dtype: torch.dtyp
         # messages of one pair are matched by order: they would be swapped. Overlapped ones go over two groups.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
-        **_mixture_settings(architecture),
+        **_RECOMPUTE[features.recompute],
+        **_mixture_settings(architecture, features),
     )
 
 
-def _mixture_settings(architecture: Architecture) -> dict[str, Any]:
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _mixture_settings(architecture: Architecture, features: ModelFeatures) -> dict[str, Any]:
     if not architecture.num_experts:
         return {}
     return {
@@ -88,6 +112,7 @@ def _mixture_settings(architecture: Architecture) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",  # no auxiliary loss beside the policy objective
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
+        "moe_enable_routing_replay": features.routing_replay,
     }
 
 

@@ -22,6 +22,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.actor.forward import ForwardStep, LossFunction, MicroBatch
 from minpro_megatron.actor.loss import PolicyLoss, score, with_survey
+from minpro_megatron.actor.routing import (
+    ChunkRouters,
+    FreeRouting,
+    RecordedRouting,
+    ReplayedRouting,
+    Routes,
+    Routing,
+)
 from minpro_megatron.actor.snapshots import WeightSnapshots
 from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_length, row_length, shard_row
 from minpro_megatron.batching.packing import imbalance, pack_rows, share_rows
@@ -77,30 +85,45 @@ class Policy:
         self._loss = PolicyLoss(mesh, self._objective, config.objective, config.loss)
         self._vocab_size, self._num_experts = architecture.vocab_size, architecture.num_experts
         self._cost = forward_flops(architecture)
+        self._routers = ChunkRouters(chunks, architecture.num_experts)
         self._snapshots = WeightSnapshots([parameter for chunk in chunks for parameter in chunk.parameters()])
 
-    def score(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+    def score(self, sequences: Sequence[TokenSequence], routes: Routes | None = None) -> np.ndarray:
         """Log-probs of the response tokens under the current weights, float32 [all response tokens], on every rank."""
+        return self._score(sequences, self._routing(routes))
+
+    def score_and_record(self, sequences: Sequence[TokenSequence]) -> tuple[np.ndarray, Routes]:
+        """`score`, and which experts were chosen: for replay with the very same sequences."""
+        recorded = RecordedRouting(self._routers)
+        return self._score(sequences, recorded), recorded.routes
+
+    def _score(self, sequences: Sequence[TokenSequence], routing: Routing) -> np.ndarray:
         micro_batches, row_tokens, _ = self._micro_batches(sequences)
-        outputs = self._run_forward(score, micro_batches, row_tokens)
+        outputs = self._run_forward(score, micro_batches, row_tokens, routing)
         return self._by_token(outputs, ["log_probs"], sequences)["log_probs"]
+
+    def _routing(self, routes: Routes | None) -> Routing:
+        return FreeRouting() if routes is None else ReplayedRouting(self._routers, routes)
 
     def inspect(self, sequences: Sequence[TokenSequence], seed: int = 0) -> dict[str, np.ndarray]:
         """What an update on the mini-batch `sequences` would see, float32 [all response tokens] by name, on every rank:
         log_probs, coefficients (-d loss / d log-prob, times the denominator; 0 where masked) and prefix_min."""
         micro_batches, row_tokens, _ = self._micro_batches(sequences)
-        micro_batches = self._surveyed(micro_batches, row_tokens, seed)
-        outputs = self._run_forward(self._loss.inspect, micro_batches, row_tokens)
+        micro_batches = self._surveyed(micro_batches, row_tokens, seed, FreeRouting())
+        outputs = self._run_forward(self._loss.inspect, micro_batches, row_tokens, FreeRouting())
         return self._by_token(outputs, ["log_probs", "coefficients", "prefix_min"], sequences)
 
-    def update(self, sequences: Sequence[TokenSequence], learning_rate: float, seed: int = 0) -> UpdateResult:
+    def update(
+        self, sequences: Sequence[TokenSequence], learning_rate: float, seed: int = 0, routes: Routes | None = None
+    ) -> UpdateResult:
         """One optimizer update on the mini-batch `sequences`; the loss is divided by its global token count.
 
         `seed` is for objectives that draw random numbers: another one for every update, the same on all ranks.
+        `routes`, recorded with the very same sequences, are followed where given.
         """
         if not any(sequence.num_trained_tokens for sequence in sequences):
             return UpdateResult(0.0, learning_rate, skipped="no trained token")
-        metrics, histograms = self.accumulate_gradient(sequences, seed)
+        metrics, histograms = self.accumulate_gradient(sequences, seed, routes)
         if self._objective.learning_rate_factor is not None:
             learning_rate *= self._global_mean(metrics, self._objective.learning_rate_factor)
         for group in self._optimizer.param_groups:
@@ -120,7 +143,7 @@ class Policy:
         return sorted({name for names in self._mesh.from_all_ranks(mine) for name in names})
 
     def accumulate_gradient(
-        self, sequences: Sequence[TokenSequence], seed: int = 0
+        self, sequences: Sequence[TokenSequence], seed: int = 0, routes: Routes | None = None
     ) -> tuple[dict[str, Metric], dict[str, np.ndarray]]:
         """Forward and backward of the mini-batch: its gradient replaces what is in the gradient buffers.
 
@@ -128,11 +151,12 @@ class Policy:
         """
         self._snapshots.refuse_while_swapped("the gradient would be that of other weights")
         micro_batches, row_tokens, filling = self._micro_batches(sequences)
-        micro_batches = self._surveyed(micro_batches, row_tokens, seed)
+        routing = self._routing(routes)
+        micro_batches = self._surveyed(micro_batches, row_tokens, seed, routing)
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        statistics = self._run(self._loss.train, micro_batches, row_tokens, forward_only=False)
+        statistics = self._run(self._loss.train, micro_batches, row_tokens, routing, forward_only=False)
         metrics, histograms = as_metrics(statistics)
         return metrics | filling, histograms
 
@@ -144,11 +168,13 @@ class Policy:
         """Within: the weights kept as `name` are in place, for scoring. Updating is refused meanwhile."""
         return self._snapshots.swapped_in(name)
 
-    def _surveyed(self, micro_batches: list[MicroBatch], row_tokens: int, seed: int) -> list[MicroBatch]:
+    def _surveyed(
+        self, micro_batches: list[MicroBatch], row_tokens: int, seed: int, routing: Routing
+    ) -> list[MicroBatch]:
         """The micro-batches with what the objective's survey says of them; costs a forward pass if there is one."""
         if self._objective.survey is None:
             return micro_batches
-        tokens = self._run_forward(self._loss.survey, micro_batches, row_tokens)
+        tokens = self._run_forward(self._loss.survey, micro_batches, row_tokens, routing)
         if not tokens:  # not the last pipeline stage
             return micro_batches
         mini_batch = MiniBatch(tokens, GroupRanks(self._mesh.stage), seed)
@@ -204,26 +230,38 @@ class Policy:
             "batch/padding_fraction": mean(len(rows) * row_tokens - real, len(rows) * row_tokens),
             "batch/imbalance": mean(imbalance(row_costs, shares), 1),
         }
-        return [MicroBatch(shard, self._mesh.device) for shard in shards], row_tokens, filling
+        micro_batches = [MicroBatch(shard, index, self._mesh.device) for index, shard in enumerate(shards)]
+        return micro_batches, row_tokens, filling
 
-    def _run_forward(self, loss: LossFunction, micro_batches: list[MicroBatch], row_tokens: int) -> list[Any]:
+    def _run_forward(
+        self, loss: LossFunction, micro_batches: list[MicroBatch], row_tokens: int, routing: Routing
+    ) -> list[Any]:
         with torch.no_grad():
-            return self._run(loss, micro_batches, row_tokens, forward_only=True)
+            return self._run(loss, micro_batches, row_tokens, routing, forward_only=True)
 
     def _run(
-        self, loss: LossFunction, micro_batches: list[MicroBatch], row_tokens: int, forward_only: bool
+        self,
+        loss: LossFunction,
+        micro_batches: list[MicroBatch],
+        row_tokens: int,
+        routing: Routing,
+        forward_only: bool,
     ) -> list[Any]:
         """What the loss function gave for each micro-batch; nothing where there is no last pipeline stage."""
         iterators = [iter(micro_batches) for _ in self._chunks]
-        results = get_forward_backward_func()(
-            forward_step_func=ForwardStep(self._mesh, self._vocab_size, self._config.sampling.temperature, loss),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self._chunks,
-            num_microbatches=len(micro_batches),
-            seq_length=row_tokens,
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        temperature = self._config.sampling.temperature
+        try:
+            results = get_forward_backward_func()(
+                forward_step_func=ForwardStep(self._mesh, self._vocab_size, temperature, loss, routing),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self._chunks,
+                num_microbatches=len(micro_batches),
+                seq_length=row_tokens,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        finally:
+            self._routers.forget()
         return results or []
 
 

@@ -13,6 +13,14 @@ class ModelConfig(Section):
     hf_path: str = Field(description="Hugging Face folder: architecture, tokenizer, names for the export")
     megatron_path: str = Field(description="Megatron distributed checkpoint made by tools/convert_checkpoint.py")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activations computed again in backward: attention's (selective) or whole layers'"
+    )
+    routing_replay: Literal["none", "scored"] = Field(
+        default="none",
+        description="scored: updates route every token to the experts chosen when its behavior log-prob was computed "
+        "(R2); keeps a byte a token, layer and chosen expert in host memory",
+    )
 
 
 class OptimizerConfig(Section):

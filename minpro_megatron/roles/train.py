@@ -7,7 +7,7 @@ import time
 import torch
 
 from minpro_megatron.actor.checkpoint import load_weights
-from minpro_megatron.actor.model import DTYPES, build_model
+from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.report import write_report
@@ -50,7 +50,8 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     first = mesh.rank == 0
     _say(config, mesh, "loading the model")
     architecture = read_architecture(config.model.hf_path)
-    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype])
+    features = ModelFeatures(config.model.recompute, routing_replay=config.model.routing_replay != "none")
+    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features)
     load_weights(chunks, architecture, config.model.megatron_path, mesh)
     policy = Policy(config, architecture, chunks, mesh)
     gatherer = WeightGatherer(chunks, architecture, mesh)
