@@ -26,6 +26,7 @@ ORDER = [
     ["train"],
     ["roles"],
     ["launch"],
+    ["replay"],
     ["__main__"],
 ]
 # Third-party modules that only some folders may import.

@@ -1,0 +1,178 @@
+"""One rank of a replay, started by torchrun: python -m minpro_megatron.replay.ranks WORK_FOLDER."""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minpro_megatron.actor.model import DTYPES, build_model
+from minpro_megatron.actor.policy import Policy
+from minpro_megatron.batching.sequences import with_log_probs
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.launch.prctl import end_with_parent
+from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.metrics import merge
+from minpro_megatron.parallel.mesh import Mesh, open_mesh
+from minpro_megatron.replay.batches import ReplayBatch, replay_batches
+from minpro_megatron.replay.job import (
+    MODEL,
+    RESULT,
+    SUMMARY,
+    TOKENS,
+    ReplayProgress,
+    ReplayRows,
+    read_job,
+    state_error,
+    write_progress,
+)
+from minpro_megatron.weights.architecture import read_architecture
+from minpro_megatron.weights.gather import WeightGatherer
+from minpro_megatron.weights.hf_files import HfReader, dtype_name, write_hf
+from minpro_megatron.weights.local import load_hf_tensors
+
+BUCKET_BYTES = 512 << 20
+PER_TOKEN = ("log_probs", "coefficients", "prefix_min")
+
+
+class ReplayError(Exception):
+    """The replay cannot go on: the numbers are not finite any more."""
+
+
+@dataclass
+class Replay:
+    """The replay on this rank. Everything is collective; rank 0 writes into the work folder."""
+
+    config: RunConfig
+    mesh: Mesh
+    folder: Path
+    policy: Policy
+    batches: list[ReplayBatch]
+    num_rows: int
+    updates: int
+    tokens_done: int = 0
+
+    def run(self) -> None:
+        """Writes tokens.jsonl under the initial weights, then trains, then writes summary.json."""
+        if self.config.loss.kl.enabled or self.config.loss.decoupled.enabled:
+            self.batches = [self._scored(batch) for batch in self.batches]
+        self._inspect()
+        summary = [self._update(index) for index in range(self.updates)]
+        if self.mesh.rank == 0:
+            text = json.dumps({"updates": summary}, indent=2, allow_nan=False)
+            replace_file(self.folder / RESULT / SUMMARY, text + "\n")
+
+    def _scored(self, batch: ReplayBatch) -> ReplayBatch:
+        """The initial weights are the KL penalty's reference and the proximal policy of the decoupled loss."""
+        self._announce("scoring", batch)
+        log_probs = self.policy.score(batch.sequences)
+        [sequences] = with_log_probs([batch.sequences], reference_log_probs=log_probs, proximal_log_probs=log_probs)
+        return replace(batch, sequences=sequences)
+
+    def _inspect(self) -> None:
+        lines: list[str] = [""] * self.num_rows
+        for index, batch in enumerate(self.batches):
+            self._announce("per-token values", batch)
+            found = self.policy.inspect(batch.sequences, self._seed(index))
+            for row, sequence in zip(batch.rows, batch.sequences, strict=True):
+                place = slice(sequence.first_slot, sequence.first_slot + len(sequence.response_ids))
+                values = {name: found[name][place] for name in PER_TOKEN}
+                _refuse_broken(row, values)
+                if self.mesh.rank == 0:
+                    record = {name: numbers.tolist() for name, numbers in values.items()}
+                    lines[row] = json.dumps(record | {"advantage": sequence.advantage}, allow_nan=False)
+        if self.mesh.rank == 0:
+            replace_file(self.folder / RESULT / TOKENS, "".join(f"{line}\n" for line in lines))
+
+    def _update(self, index: int) -> dict[str, float]:
+        batch = self.batches[index % len(self.batches)]
+        self._announce(f"update {index + 1}/{self.updates}", batch)
+        result = self.policy.update(batch.sequences, self.config.optimizer.learning_rate, self._seed(index))
+        loss = merge(self.mesh.from_all_ranks(result.metrics))["objective/loss"].value
+        if not np.isfinite([loss, result.grad_norm]).all():
+            raise ReplayError(
+                f"update {index + 1}: loss = {loss}, gradient norm = {result.grad_norm}: not finite, so the weights "
+                "cannot be updated; look at the updates before it with --updates"
+            )
+        return {"loss": loss, "grad_norm": result.grad_norm, "num_tokens": batch.num_trained_tokens}
+
+    def _seed(self, update: int) -> int:
+        return derive_seed(self.config.seed, "update", update)
+
+    def _announce(self, phase: str, batch: ReplayBatch) -> None:
+        """Says that a pass over `batch` begins."""
+        if self.mesh.rank == 0:
+            sizes = [sum(sequence.num_tokens for sequence in one.sequences) for one in self.batches]
+            scoring = self.config.loss.kl.enabled or self.config.loss.decoupled.enabled
+            passes = sum(sizes) * (2 if scoring else 1)
+            updates = sum(sizes[index % len(sizes)] for index in range(self.updates))
+            write_progress(self.folder, ReplayProgress(phase, self.tokens_done, passes + updates))
+        self.tokens_done += sum(sequence.num_tokens for sequence in batch.sequences)
+
+
+def _refuse_broken(row: int, values: dict[str, np.ndarray]) -> None:
+    for name, numbers in values.items():
+        broken = np.flatnonzero(~np.isfinite(numbers))
+        if len(broken):
+            raise ReplayError(
+                f"row {row + 1}: {name}[{broken[0]}] = {numbers[broken[0]]} under the initial weights: "
+                "do they hold NaN or infinity?"
+            )
+
+
+def replay(folder: Path, config: RunConfig, rows: ReplayRows, mesh: Mesh) -> None:
+    """Loads the model, replays `rows`, and leaves tokens, model and summary in the work folder's result."""
+    if config.device == "cpu":
+        torch.set_num_threads(1)  # the ranks are the parallelism
+    first = mesh.rank == 0
+    if first:
+        write_progress(folder, ReplayProgress("loading the model"))
+    architecture = read_architecture(config.model.hf_path)
+    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype])
+    load_hf_tensors(chunks, architecture, mesh, HfReader(config.model.hf_path).read)
+    policy = Policy(config, architecture, chunks, mesh)
+    gatherer = WeightGatherer(chunks, architecture, mesh)
+    batches = replay_batches(rows.rollouts, rows.groups_per_batch, config.loss, config.sampling.max_response_tokens)
+    Replay(config, mesh, folder, policy, batches, len(rows.rollouts), rows.updates).run()
+    if first:
+        write_progress(folder, ReplayProgress("writing the model"))
+    buckets = gatherer.buckets(BUCKET_BYTES)
+    if first:
+        output = folder / RESULT / MODEL
+        write_hf((pair for bucket in buckets for pair in bucket), config.model.hf_path, output)
+        state_dtype(output / "config.json", dtype_name(DTYPES[config.model.dtype]))
+    else:
+        for _ in buckets:
+            pass
+
+
+def state_dtype(config_file: Path, dtype: str) -> None:
+    """Makes config.json name the dtype of the weights beside it: transformers would round them to the one it names."""
+    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    for name in {"dtype", "torch_dtype"} & settings.keys():
+        settings[name] = dtype
+    config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
+    end_with_parent(signal.SIGKILL)  # it may hang in a collective, where it would never get to handle SIGTERM
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    folder = Path(arguments[0])
+    config, rows = read_job(folder)
+    try:
+        with open_mesh(config.parallel, config.device, config.seed) as mesh:
+            replay(folder, config, rows, mesh)
+    except (ValueError, ReplayError) as error:
+        state_error(folder, error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

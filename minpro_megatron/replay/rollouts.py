@@ -1,0 +1,177 @@
+"""Stored rollouts: one JSON object a line, checked down to the single token before anything is started.
+
+A row: {"group": str, "prompt_ids": [int], "response_ids": [int], "behavior_log_probs": [float], "reward": float}, and
+optionally "loss_mask": [0 or 1] and "rollout_log_probs": [float]; other fields are ignored.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.records import Record
+
+LARGEST_LOG_PROB = 1e-3  # a log-probability is at most 0; float32 sums of exponentials round a little above
+_MOST_PROBLEMS = 20  # told at once
+_PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "loss_mask")
+
+
+class Rollout(Record, frozen=True, kw_only=True):
+    """One row. Arrays but the prompt's cover the response's tokens, of which there may be none."""
+
+    line: int  # in its file, from 1
+    group: str
+    prompt_ids: np.ndarray  # int32 [prompt tokens], at least one
+    response_ids: np.ndarray  # int32 [response tokens]
+    behavior_log_probs: np.ndarray  # float32 [response tokens]
+    rollout_log_probs: np.ndarray  # float32 [response tokens]; zeros where nothing reads them
+    loss_mask: np.ndarray  # float32 [response tokens]: 1 where the token is trained on
+    reward: float
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def read_rollouts(path: Path, vocab_size: int, needs_rollout_log_probs: bool) -> list[Rollout]:
+    """The rows of the file in its order.
+
+    Raises UserError, one line a problem with file, line number and field, if a row is not as this module says: token
+    ids are 0 .. vocab_size - 1, prompts are not empty, lists of a response are as long as it, numbers are finite, and
+    rollout log-probs are there if they are needed.
+    """
+    types = _field_types(vocab_size, needs_rollout_log_probs)
+    rows: list[Rollout] = []
+    problems: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for number, line in _filled_lines(file):
+                found, row = _read_row(number, line, types)
+                if row is not None:
+                    rows.append(row)
+                problems += [f"{path}: line {number}: {problem}" for problem in found]
+    except OSError as error:
+        raise UserError(f"--rollouts {path}: {error.strerror}; give a JSON Lines file of rollouts") from None
+    if problems:
+        more = len(problems) - _MOST_PROBLEMS
+        raise UserError(problems[:_MOST_PROBLEMS] + ([f"{path}: {more} more problems"] if more > 0 else []))
+    if not rows:
+        raise UserError(f"{path}: the file is empty; it needs one rollout a line")
+    return rows
+
+
+def _filled_lines(file: Any) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line), without the empty lines at the file's end."""
+    empty: list[int] = []
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            empty.append(number)
+            continue
+        yield from ((skipped, b"") for skipped in empty)
+        empty.clear()
+        yield number, line
+
+
+def _field_types(vocab_size: int, needs_rollout_log_probs: bool) -> dict[str, Any]:
+    token_ids = list[Annotated[int, msgspec.Meta(ge=0, le=vocab_size - 1)]]
+    types = {
+        "group": str,
+        "prompt_ids": token_ids,
+        "response_ids": token_ids,
+        "behavior_log_probs": list[float],
+        "reward": float,
+        "loss_mask": list[Annotated[int, msgspec.Meta(ge=0, le=1)]] | None,
+    }
+    return types | ({"rollout_log_probs": list[float]} if needs_rollout_log_probs else {})
+
+
+def _read_row(number: int, line: bytes, types: dict[str, Any]) -> tuple[list[str], Rollout | None]:
+    """(problems, row); no row if there are problems."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return ["not JSON: the line is not UTF-8 text"], None
+    except (ValueError, RecursionError) as error:
+        return [f"not JSON: {error}" if line.strip() else "not JSON: the line is empty"], None
+    if not isinstance(row, dict):
+        return [f"{_shown(row)} is not an object; a row is {{'group': ..., 'prompt_ids': ..., ...}}"], None
+    problems, values = [], {}
+    for field, kind in types.items():
+        if field not in row and field != "loss_mask":
+            problems.append(_missing(field))
+            continue
+        try:
+            values[field] = msgspec.convert(row.get(field), kind)
+        except msgspec.ValidationError as error:
+            problems.append(_wrong_value(field, row[field], error))
+    problems += _disagreements(values)
+    return problems, None if problems else _as_rollout(number, values)
+
+
+def _missing(field: str) -> str:
+    why = " (loss.truncated_importance and loss.icepop need it)" if field == "rollout_log_probs" else ""
+    return f"{field}: the field is missing{why}"
+
+
+def _wrong_value(field: str, value: Any, error: msgspec.ValidationError) -> str:
+    """msgspec says "Expected `int`, got `str` - at `$[3]`" of a value that it only knows as $."""
+    rule, _, place = str(error).partition(" - at `$")
+    inside = place.rstrip("`")
+    if inside.startswith("[") and inside.endswith("]") and isinstance(value, list):
+        value = value[int(inside[1:-1])]
+    return f"{field}{inside} = {_shown(value)}: {rule.replace('`', '')}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _disagreements(values: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with values that each have the right type."""
+    if values.get("prompt_ids") == []:
+        yield "prompt_ids: it is empty; a response's first token is predicted from the token before it"
+    if "reward" in values and not _is_float32(values["reward"]):
+        yield f"reward = {values['reward']}: must be a finite number"
+    response = values.get("response_ids")
+    for field in _PER_TOKEN:
+        numbers = values.get(field)
+        if numbers is None:
+            continue
+        if response is not None and len(numbers) != len(response):
+            yield f"{field}: has {len(numbers)} numbers for {len(response)} response_ids"
+        if field != "loss_mask":
+            yield from _not_log_probs(field, numbers)
+
+
+def _not_log_probs(field: str, numbers: list[float]) -> Iterator[str]:
+    for index, number in enumerate(numbers):
+        if not _is_float32(number):
+            yield f"{field}[{index}] = {number}: must be a finite number"
+            return
+        if number > LARGEST_LOG_PROB:
+            yield f"{field}[{index}] = {number}: the logarithm of a probability is at most 0"
+            return
+
+
+def _is_float32(number: float) -> bool:
+    return abs(number) <= float(np.finfo(np.float32).max)  # False for NaN
+
+
+def _as_rollout(number: int, values: dict[str, Any]) -> Rollout:
+    length = len(values["response_ids"])
+    mask, rollout = values["loss_mask"], values.get("rollout_log_probs")
+    return Rollout(
+        line=number,
+        group=values["group"],
+        prompt_ids=np.array(values["prompt_ids"], np.int32),
+        response_ids=np.array(values["response_ids"], np.int32),
+        behavior_log_probs=np.array(values["behavior_log_probs"], np.float32),
+        rollout_log_probs=np.zeros(length, np.float32) if rollout is None else np.array(rollout, np.float32),
+        loss_mask=np.ones(length, np.float32) if mask is None else np.array(mask, np.float32),
+        reward=values["reward"],
+    )

@@ -1,0 +1,162 @@
+"""A replay from its options to its output: checks first, then the ranks, then the result under its name."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from minpro_megatron.batching.shards import sequence_multiple
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.launch.launcher import closing_lines
+from minpro_megatron.launch.preflight import count_gpus, missing_weights
+from minpro_megatron.launch.roles import torchrun, trainer_environment
+from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
+from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.monitor.files import check_replaceable, replace_folder
+from minpro_megatron.replay.batches import replay_batches
+from minpro_megatron.replay.job import (
+    MODEL,
+    RESULT,
+    SUMMARY,
+    TOKENS,
+    ReplayRows,
+    read_progress,
+    stated_error,
+    write_job,
+)
+from minpro_megatron.replay.rollouts import Rollout, read_rollouts
+from minpro_megatron.replay.settings import ReplayOptions, replay_config, sized_for
+from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
+
+_ROLE = "replay"
+
+
+def run_replay(options: ReplayOptions) -> int:
+    """Replays and returns the status code: 0 when the output is there, else 1, or 130 if interrupted.
+
+    Raises UserError, with one line a problem, before any rank has started.
+    """
+    options = replace(options, model=options.model.absolute(), output=options.output.absolute())
+    config, rows = checked_replay(options)
+    log_file = options.output.with_name(f"{options.output.name}.failed.log")
+    with _work_folder(options.output) as work:
+        write_job(work, config, rows)
+        outcome = _run_ranks(config, work)
+        if outcome.status == FINISHED:
+            replace_folder(work / RESULT, options.output, marker=TOKENS)
+            print(f"wrote {options.output}")
+            return FINISHED
+        error = stated_error(work)
+        if error is None and outcome.status == FAILED and (work / f"{_ROLE}.log").exists():
+            (work / f"{_ROLE}.log").replace(log_file)
+            outcome.failures = [replace(failure, log_file=log_file) for failure in outcome.failures]
+        for line in [f"error: {' '.join(error.split())}"] if error else closing_lines(outcome):
+            print(line, file=sys.stderr)
+        return outcome.status
+
+
+def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
+    """Settings and rows. Raises UserError, one line a problem, for whatever can be known to be wrong beforehand."""
+    config = replay_config(options, num_gpus := count_gpus())
+    if config.device == "cpu" and num_gpus and options.device is None:
+        print(
+            f"{config.parallel.world_size} ranks for {num_gpus} GPUs: computing on the CPU in float32", file=sys.stderr
+        )
+    if not options.model.is_dir():
+        raise UserError(f"--model {options.model}: there is no such folder; give a Hugging Face model folder")
+    try:
+        architecture = read_architecture(options.model)
+        refuse_uneven_cuts(architecture, config.parallel)
+    except ValueError as error:
+        raise UserError(f"--model {options.model}: {error}") from None
+    if missing := missing_weights(options.model):
+        raise UserError(f"--model {options.model}: {missing}; give a folder with its safetensors")
+    _refuse_foreign(options.output)
+    mismatch_ratio = config.loss.truncated_importance.enabled or config.loss.icepop.enabled
+    rollouts = read_rollouts(options.rollouts, architecture.vocab_size, mismatch_ratio)
+    config = _with_rows_long_enough(config, options, rollouts)
+    batches = replay_batches(rollouts, options.mini_batch_groups, config.loss, config.sampling.max_response_tokens)
+    updates = len(batches) if options.updates is None else options.updates
+    for index, batch in enumerate(batches[:updates]):
+        if not batch.num_trained_tokens:
+            raise UserError(
+                f"{options.rollouts}: loss_mask: every token of mini-batch {index + 1} of {len(batches)} is masked "
+                f"(lines {min(batch.rows) + 1} to {max(batch.rows) + 1}), so its update has no gradient; raise "
+                "--mini-batch-groups or leave these rows out"
+            )
+    return config, ReplayRows(rollouts=rollouts, groups_per_batch=options.mini_batch_groups, updates=updates)
+
+
+def _refuse_foreign(output: Path) -> None:
+    try:
+        check_replaceable(output, marker=TOKENS)
+    except ValueError as error:
+        raise UserError(f"--output {error}") from None
+    others = sorted({path.name for path in output.iterdir()} - {SUMMARY, TOKENS, MODEL}) if output.exists() else []
+    if others:
+        raise UserError(f"--output {output}: holds {others[0]} beside a former output, so it is not overwritten")
+
+
+def _with_rows_long_enough(config: RunConfig, options: ReplayOptions, rollouts: list[Rollout]) -> RunConfig:
+    multiple = sequence_multiple(config.parallel.context)
+    limit = options.max_tokens_per_row
+    for rollout in rollouts if limit else ():
+        padded = -(-rollout.num_tokens // multiple) * multiple
+        if limit and padded > limit:
+            raise UserError(
+                f"{options.rollouts}: line {rollout.line}: prompt_ids and response_ids are {rollout.num_tokens} "
+                f"tokens, {padded} with padding, more than --max-tokens-per-row {limit}; raise it"
+            )
+    longest = max(rollout.num_tokens for rollout in rollouts)
+    return sized_for(config, longest, max(len(rollout.response_ids) for rollout in rollouts), limit)
+
+
+@contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """A new folder beside `output`, so that a part of it can become the output by a rename; removed at the end."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}: {error.filename}; choose another folder") from None
+    try:
+        (work / RESULT).mkdir()
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _run_ranks(config: RunConfig, work: Path) -> Outcome:
+    environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"} | trainer_environment(config.device)
+    if config.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    ranks = [*torchrun(config.parallel.world_size), "-m", "minpro_megatron.replay.ranks", str(work)]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} tokens"),
+        _TokensPerSecond(),
+        TimeRemainingColumn(),
+    ]
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as display:
+        task = display.add_task("", total=None)
+
+        def show() -> None:
+            now = read_progress(work)
+            display.update(task, description=now.phase, completed=now.done, total=now.total)
+
+        return Supervisor([RoleCommand(_ROLE, ranks, environment)], work).run(show)
+
+
+class _TokensPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.0f} tokens/s" if task.speed else "")
