@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -31,6 +32,7 @@ from minpro_megatron.actor.routing import (
     Routing,
 )
 from minpro_megatron.actor.snapshots import WeightSnapshots
+from minpro_megatron.actor.training_state import load_training_state, save_training_state
 from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_length, row_length, shard_row
 from minpro_megatron.batching.packing import imbalance, pack_rows, share_rows
 from minpro_megatron.config.run import RunConfig
@@ -159,6 +161,16 @@ class Policy:
         statistics = self._run(self._loss.train, micro_batches, row_tokens, routing, forward_only=False)
         metrics, histograms = as_metrics(statistics)
         return metrics | filling, histograms
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state into the empty `folder`, in a form that any mesh can load."""
+        self._snapshots.refuse_while_swapped("save")
+        save_training_state(self.modules, self._optimizer, folder, self._mesh)
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote. Raises ValueError if the optimizer's state is not restored entirely."""
+        self._snapshots.refuse_while_swapped("load")
+        load_training_state(self.modules, self._optimizer, folder, self._mesh)
 
     def keep_weights(self, name: str) -> None:
         """Remember the current weights in host memory as `name`."""

@@ -1,0 +1,87 @@
+"""A run saved on one mesh and resumed on another continues with the same losses, gradients and weights."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.parallel.mesh import Mesh
+from tests.mesh.harness import run_mesh
+from tests.mesh.reference import make_model, make_sequences
+from tests.mesh.test_policy_step import _config, _loaded
+
+pytestmark = pytest.mark.mesh
+
+LEARNING_RATE = 1e-3
+FROM = {"tensor": 2, "pipeline": 2, "expert": 2}
+TO = [{}, {"data": 2, "context": 2, "expert": 4}, {"pipeline": 2, "virtual_pipeline": 2, "data": 2}]
+
+
+def _policy(mesh: Mesh, config: RunConfig, hf_path: str) -> Any:
+    from minpro_megatron.actor.policy import Policy
+
+    architecture, chunks = _loaded(mesh, hf_path)
+    return architecture, Policy(config, architecture, chunks, mesh)
+
+
+def _train_and_save(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list) -> dict[str, Any]:
+    architecture, policy = _policy(mesh, config, hf_path)
+    for _ in range(2):
+        policy.update(sequences, LEARNING_RATE)
+    policy.save(Path(folder))
+    return _continued(mesh, architecture, policy, sequences)
+
+
+def _resume(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list) -> dict[str, Any]:
+    architecture, policy = _policy(mesh, config, hf_path)
+    policy.update(sequences[:3], 0.05)  # weights, moments and step are all other than those saved
+    policy.load(Path(folder))
+    return _continued(mesh, architecture, policy, sequences)
+
+
+def _continued(mesh: Mesh, architecture: Any, policy: Any, sequences: list) -> dict[str, Any]:
+    from minpro_megatron.monitor.metrics import merge
+    from minpro_megatron.weights.gather import WeightGatherer
+
+    results = [policy.update(sequences, LEARNING_RATE) for _ in range(2)]
+    losses = [merge(mesh.from_all_ranks(result.metrics))["objective/loss"].value for result in results]
+    buckets = WeightGatherer(policy.modules, architecture, mesh).buckets(bucket_bytes=1 << 20)
+    weights = {name: tensor.numpy().copy() for bucket in buckets for name, tensor in bucket}
+    return {"losses": losses, "norms": [result.grad_norm for result in results], "weights": weights}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list, dict[str, Any]]:
+    hf_path, folder = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("state")
+    make_model("moe").save_pretrained(hf_path)
+    random = np.random.default_rng(3)
+    sequences = [  # about what the model says of random tokens: ratios around 1
+        replace(one, behavior_log_probs=random.normal(-4.5, 0.7, len(one.response_ids)).astype(np.float32))
+        for one in make_sequences(8, 30)
+    ]
+    ranks = run_mesh(_train_and_save, _config(FROM, True), str(hf_path), str(folder), sequences, **FROM)
+    return hf_path, folder, sequences, ranks[0]
+
+
+@pytest.mark.parametrize("parallel", TO, ids=str)
+def test_resumed_on_another_mesh_the_run_goes_on_as_before(parallel: dict[str, int], saved: tuple) -> None:
+    hf_path, folder, sequences, expected = saved
+    found = run_mesh(_resume, _config(parallel, True), str(hf_path), str(folder), sequences, **parallel)[0]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    start = {name: torch.from_numpy(value) for name, value in expected["weights"].items()}
+    difference = sum(float((start[n] - torch.from_numpy(w)).norm() ** 2) for n, w in found["weights"].items()) ** 0.5
+    assert difference < 1e-3 * LEARNING_RATE * sum(value.numel() for value in start.values()) ** 0.5
+
+
+def test_resumed_on_the_same_mesh_it_is_the_same_to_the_bit(saved: tuple) -> None:
+    hf_path, folder, sequences, expected = saved
+    found = run_mesh(_resume, _config(FROM, True), str(hf_path), str(folder), sequences, **FROM)[0]
+    assert found["losses"] == expected["losses"]
+    assert found["norms"] == expected["norms"]
+    for name, value in expected["weights"].items():
+        np.testing.assert_array_equal(found["weights"][name], value, err_msg=name)
