@@ -40,11 +40,10 @@ def corrected(
         terms = terms.scaled(weight).without(weight > settings.decoupled.largest_weight)
     if settings.kl.enabled:
         value, slope = kl_estimate(log_probs_L.detach(), others.reference_L, settings.kl.estimator)
-        factor = torch.where(trained, settings.kl.coefficient, 0.0)
         terms = replace(
             terms,
-            coefficients_L=terms.coefficients_L - torch.where(trained, slope, 0.0) * factor,
-            value_L=terms.value_L + torch.where(trained, value, 0.0) * factor,
+            coefficients_L=terms.coefficients_L - settings.kl.coefficient * torch.where(trained, slope, 0.0),
+            value_L=terms.value_L + settings.kl.coefficient * torch.where(trained, value, 0.0),
         )
     return terms
 

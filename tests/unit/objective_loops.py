@@ -239,6 +239,7 @@ class OtherNumbers:
 def corrected(expected: Expected, tokens: Tokens, others: OtherNumbers, loss: LossConfig) -> Expected:
     """`expected` is the objective's, with its ratios against `others.proximal` where `loss` decouples them."""
     result = Expected([], [])
+    estimates, slopes = kl(tokens.log_probs, others.reference, loss.kl.estimator)
     for place, behavior in enumerate(tokens.behavior):
         factor = token_factor(
             ratio=between(behavior, others.rollout[place]),
@@ -247,9 +248,8 @@ def corrected(expected: Expected, tokens: Tokens, others: OtherNumbers, loss: Lo
         )
         coefficient, value = expected.coefficients[place] * factor, expected.values[place] * factor
         if loss.kl.enabled:
-            estimate, slope = kl(tokens.log_probs[place], others.reference[place], loss.kl.estimator)
-            coefficient -= loss.kl.coefficient * slope
-            value += loss.kl.coefficient * estimate
+            coefficient -= loss.kl.coefficient * slopes[place]
+            value += loss.kl.coefficient * estimates[place]
         result.coefficients.append(coefficient)
         result.values.append(value)
     return result
@@ -274,10 +274,11 @@ def between(log_numerator: float, log_denominator: float) -> float:
     return math.exp(clip(float(log_numerator) - float(log_denominator), -20.0, 20.0))
 
 
-def kl(log_prob: float, reference: float, estimator: str) -> tuple[float, float]:
-    """(the estimate, its derivative by log pi): Schulman's k1 = d, k2 = d^2 / 2, k3 = r - 1 - log r with
+def kl(log_probs: np.ndarray, reference: np.ndarray, estimator: str) -> tuple[list[float], list[float]]:
+    """(each token's estimate, its derivative by log pi): Schulman's k1 = d, k2 = d^2 / 2, k3 = r - 1 - log r with
     d = log(pi / pi_ref) = -log r, kept within +-20 (arXiv:2402.03300, equation 4, has k3)."""
-    d = torch.tensor(clip(float(log_prob) - float(reference), -20.0, 20.0), dtype=torch.float64, requires_grad=True)
+    kept = [clip(float(new) - float(old), -20.0, 20.0) for new, old in zip(log_probs, reference, strict=True)]
+    d = torch.tensor(kept, dtype=torch.float64, requires_grad=True)
     estimate = {"k1": d * 1, "k2": d * d / 2, "k3": torch.expm1(-d) + d}[estimator]
-    (slope,) = torch.autograd.grad(estimate, d)
-    return float(estimate.detach()), float(slope)
+    (slope,) = torch.autograd.grad(estimate.sum(), d)
+    return estimate.tolist(), slope.tolist()
