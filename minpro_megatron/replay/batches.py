@@ -19,6 +19,10 @@ class ReplayBatch:
     sequences: list[TokenSequence]
 
     @property
+    def num_tokens(self) -> int:
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
     def num_trained_tokens(self) -> int:
         return sum(sequence.num_trained_tokens for sequence in self.sequences)
 

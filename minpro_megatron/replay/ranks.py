@@ -54,13 +54,18 @@ class Replay:
     folder: Path
     policy: Policy
     batches: list[ReplayBatch]
-    num_rows: int
+    lines: list[int]  # of the file, for each row
     updates: int
     tokens_done: int = 0
+    tokens_total: int = 0
 
     def run(self) -> None:
         """Writes tokens.jsonl under the initial weights, then trains, then writes summary.json."""
-        if self.config.loss.kl.enabled or self.config.loss.decoupled.enabled:
+        needs_scores = self.config.loss.kl.enabled or self.config.loss.decoupled.enabled
+        passes = self.batches * (2 if needs_scores else 1)
+        passes += [self.batches[index % len(self.batches)] for index in range(self.updates)]
+        self.tokens_total = sum(batch.num_tokens for batch in passes)
+        if needs_scores:
             self.batches = [self._scored(batch) for batch in self.batches]
         self._inspect()
         summary = [self._update(index) for index in range(self.updates)]
@@ -76,19 +81,19 @@ class Replay:
         return replace(batch, sequences=sequences)
 
     def _inspect(self) -> None:
-        lines: list[str] = [""] * self.num_rows
+        texts = [""] * len(self.lines)
         for index, batch in enumerate(self.batches):
             self._announce("per-token values", batch)
             found = self.policy.inspect(batch.sequences, self._seed(index))
             for row, sequence in zip(batch.rows, batch.sequences, strict=True):
                 place = slice(sequence.first_slot, sequence.first_slot + len(sequence.response_ids))
                 values = {name: found[name][place] for name in PER_TOKEN}
-                _refuse_broken(row, values)
+                _refuse_broken(self.lines[row], values)
                 if self.mesh.rank == 0:
                     record = {name: numbers.tolist() for name, numbers in values.items()}
-                    lines[row] = json.dumps(record | {"advantage": sequence.advantage}, allow_nan=False)
+                    texts[row] = json.dumps(record | {"advantage": sequence.advantage}, allow_nan=False)
         if self.mesh.rank == 0:
-            replace_file(self.folder / RESULT / TOKENS, "".join(f"{line}\n" for line in lines))
+            replace_file(self.folder / RESULT / TOKENS, "".join(f"{text}\n" for text in texts))
 
     def _update(self, index: int) -> dict[str, float]:
         batch = self.batches[index % len(self.batches)]
@@ -108,20 +113,16 @@ class Replay:
     def _announce(self, phase: str, batch: ReplayBatch) -> None:
         """Says that a pass over `batch` begins."""
         if self.mesh.rank == 0:
-            sizes = [sum(sequence.num_tokens for sequence in one.sequences) for one in self.batches]
-            scoring = self.config.loss.kl.enabled or self.config.loss.decoupled.enabled
-            passes = sum(sizes) * (2 if scoring else 1)
-            updates = sum(sizes[index % len(sizes)] for index in range(self.updates))
-            write_progress(self.folder, ReplayProgress(phase, self.tokens_done, passes + updates))
-        self.tokens_done += sum(sequence.num_tokens for sequence in batch.sequences)
+            write_progress(self.folder, ReplayProgress(phase, self.tokens_done, self.tokens_total))
+        self.tokens_done += batch.num_tokens
 
 
-def _refuse_broken(row: int, values: dict[str, np.ndarray]) -> None:
+def _refuse_broken(line: int, values: dict[str, np.ndarray]) -> None:
     for name, numbers in values.items():
         broken = np.flatnonzero(~np.isfinite(numbers))
         if len(broken):
             raise ReplayError(
-                f"row {row + 1}: {name}[{broken[0]}] = {numbers[broken[0]]} under the initial weights: "
+                f"line {line}: {name}[{broken[0]}] = {numbers[broken[0]]} under the initial weights: "
                 "do they hold NaN or infinity?"
             )
 
@@ -139,7 +140,7 @@ def replay(folder: Path, config: RunConfig, rows: ReplayRows, mesh: Mesh) -> Non
     policy = Policy(config, architecture, chunks, mesh)
     gatherer = WeightGatherer(chunks, architecture, mesh)
     batches = replay_batches(rows.rollouts, rows.groups_per_batch, config.loss, config.sampling.max_response_tokens)
-    Replay(config, mesh, folder, policy, batches, len(rows.rollouts), rows.updates).run()
+    Replay(config, mesh, folder, policy, batches, [rollout.line for rollout in rows.rollouts], rows.updates).run()
     if first:
         write_progress(folder, ReplayProgress("writing the model"))
     buckets = gatherer.buckets(BUCKET_BYTES)

@@ -236,7 +236,7 @@ def test_weights_that_hold_nan_end_the_replay_with_one_line(model_dir: Path, tmp
     )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "error: row 1: log_probs[0] = nan under the initial weights: do they hold NaN or infinity?"
+        "error: line 1: log_probs[0] = nan under the initial weights: do they hold NaN or infinity?"
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "rows.jsonl"]
 
