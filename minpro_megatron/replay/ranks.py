@@ -140,9 +140,11 @@ def replay(folder: Path, config: RunConfig, rows: ReplayRows, mesh: Mesh) -> Non
     policy = Policy(config, architecture, chunks, mesh)
     gatherer = WeightGatherer(chunks, architecture, mesh)
     batches = replay_batches(rows.rollouts, rows.groups_per_batch, config.loss, config.sampling.max_response_tokens)
-    Replay(config, mesh, folder, policy, batches, [rollout.line for rollout in rows.rollouts], rows.updates).run()
+    lines = [rollout.line for rollout in rows.rollouts]
+    whole = Replay(config, mesh, folder, policy, batches, lines, rows.updates)
+    whole.run()
     if first:
-        write_progress(folder, ReplayProgress("writing the model"))
+        write_progress(folder, ReplayProgress("writing the model", whole.tokens_total, whole.tokens_total))
     buckets = gatherer.buckets(BUCKET_BYTES)
     if first:
         output = folder / RESULT / MODEL

@@ -142,8 +142,7 @@ def _run_ranks(config: RunConfig, work: Path) -> Outcome:
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} tokens"),
-        _TokensPerSecond(),
+        _Tokens(),
         TimeRemainingColumn(),
     ]
     console = Console(stderr=True)
@@ -157,6 +156,7 @@ def _run_ranks(config: RunConfig, work: Path) -> Outcome:
         return Supervisor([RoleCommand(_ROLE, ranks, environment)], work).run(show)
 
 
-class _TokensPerSecond(ProgressColumn):
+class _Tokens(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} tokens/s" if task.speed else "")
+        done = "" if task.total is None else f"{task.completed:.0f}/{task.total:.0f} tokens"
+        return Text(f"{done}, {task.speed:.0f}/s" if task.speed else done)
