@@ -28,7 +28,7 @@ demo: setup $(HF_MODEL) $(MEGATRON_MODEL) ## train a tiny MoE here: real Megatro
 $(HF_MODEL): tools/make_tiny_model.py | setup
 	$(PYTHON) tools/make_tiny_model.py --output $(@D)
 
-$(MEGATRON_MODEL): $(HF_MODEL) | setup
+$(MEGATRON_MODEL): $(HF_MODEL) tools/convert_checkpoint.py | setup
 	$(PYTHON) tools/convert_checkpoint.py to-megatron --hf $(<D) --output $(@D)
 
 test: setup ## all tests that run on this machine: unit, mesh, e2e

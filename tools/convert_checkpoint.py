@@ -1,21 +1,26 @@
-"""Convert between Hugging Face checkpoints (safetensors) and Megatron distributed checkpoints.
+"""Convert between Hugging Face checkpoints (safetensors) and Megatron distributed checkpoints, or plan one.
 
-    python tools/convert_checkpoint.py to-megatron --hf DIR --output DIR
-    python tools/convert_checkpoint.py to-hf --megatron DIR --hf-reference DIR --output DIR
+    python tools/convert_checkpoint.py to-megatron --hf DIR --output DIR [--verify]
+    python tools/convert_checkpoint.py to-hf --megatron DIR --output DIR [--hf-reference DIR] [--verify]
+    python tools/convert_checkpoint.py plan --hf DIR --parallel tensor=4,pipeline=2,expert=8,context=2 [--json]
 
-One process, on the CPU, whole model in memory. The output appears under its name only when complete.
+Conversion is one process on the CPU, in about a gigabyte of memory whatever the model's size, and changes no bit. The
+output appears under its name only when complete, and loads on any mesh. Weights are read from safetensors only. A
+Megatron folder contains a pickle (`.metadata`): it is checked against the folder's manifest and opened with a list of
+the few classes it may name, but give only folders that this tool or the trainer wrote. `plan` needs config.json alone.
 """
 
 import argparse
-import logging
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -24,97 +29,110 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from torch import Tensor
+from rich.table import Table
 
-# Before the imports: megatron-core announces at import every optional package that is not installed.
-warnings.simplefilter("ignore")
-logging.disable(logging.WARNING)
-
-from minpro_megatron.actor.checkpoint import check_manifest, load_weights, save_weights
-from minpro_megatron.actor.model import DTYPES, build_model
 from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.parallel.mesh import Mesh, open_mesh
-from minpro_megatron.weights.architecture import read_architecture
-from minpro_megatron.weights.gather import WeightGatherer
-from minpro_megatron.weights.hf_files import HfReader, dtype_name, write_hf
-from minpro_megatron.weights.local import load_hf_tensors
+from minpro_megatron.weights.convert import to_hf, to_megatron
+from minpro_megatron.weights.plan import Plan, RankKind, make_plan
 
-
-def to_megatron(hf: Path, output: Path) -> None:
-    """Write the Megatron checkpoint of the Hugging Face folder `hf` to `output`, in the dtype of its weights."""
-    architecture = read_architecture(hf)
-    reader = HfReader(hf)
-    dtype = reader.read(reader.names()[0]).dtype
-    if dtype_name(dtype) not in DTYPES:
-        raise ValueError(f"{hf}: weights are {dtype_name(dtype)}; known: {', '.join(DTYPES)}")
-    with _one_process_mesh() as mesh, _progress("reading", _weight_bytes(hf)) as announce:
-
-        def read(name: str) -> Tensor:
-            tensor = reader.read(name)
-            announce(tensor.nbytes)
-            return tensor
-
-        chunks = build_model(architecture, mesh, dtype)
-        load_hf_tensors(chunks, architecture, mesh, read)
-        save_weights(chunks, architecture, output, mesh, source=hf.name)
-
-
-def to_hf(megatron: Path, reference: Path, output: Path) -> None:
-    """Write the Hugging Face folder of the Megatron checkpoint `megatron`; config and tokenizer from `reference`."""
-    architecture = read_architecture(reference)
-    check_manifest(megatron, architecture)
-    reader = HfReader(reference)
-    dtype = reader.read(reader.names()[0]).dtype
-    with _one_process_mesh() as mesh, _progress("writing", _weight_bytes(reference)) as announce:
-        chunks = build_model(architecture, mesh, dtype)
-        load_weights(chunks, architecture, megatron, mesh)
-        buckets = WeightGatherer(chunks, architecture, mesh).buckets(bucket_bytes=1 << 28)
-        write_hf((pair for bucket in buckets for pair in bucket), reference, output, announce=announce)
+AXES = tuple(ParallelConfig.model_fields)
 
 
 @contextmanager
-def _one_process_mesh() -> Iterator[Mesh]:
-    with tempfile.TemporaryDirectory() as folder:
-        rendezvous = f"file://{folder}/rendezvous"
-        with open_mesh(ParallelConfig(), "cpu", seed=0, init_method=rendezvous, rank=0, world_size=1) as mesh:
-            yield mesh
-
-
-def _weight_bytes(hf: Path) -> int:
-    return sum(file.stat().st_size for file in hf.glob("*.safetensors"))
-
-
-@contextmanager
-def _progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Bytes done, speed and time left on standard error while the block runs; the callback advances it."""
     columns = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description:9}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns) as progress:
-        task = progress.add_task(what, total=total_bytes)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=num_bytes)
         yield lambda num_bytes: progress.advance(task, num_bytes)
 
 
-def main() -> int:
+def parse_parallel(text: str) -> ParallelConfig:
+    """ "tensor=4,pipeline=2" as a mesh. Raises ValueError naming the axis that is unknown, repeated or wrong."""
+    degrees: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        axis, _, degree = part.partition("=")
+        if not degree or axis in degrees:
+            raise ValueError(f"--parallel: {part!r} must be axis=degree, each axis once; known: {', '.join(AXES)}")
+        degrees[axis] = degree
+    try:
+        return ParallelConfig.model_validate(degrees)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = f"{'.'.join(map(str, first['loc']))} = {first['input']}: " if first["loc"] else ""
+        raise ValueError(f"--parallel: {field}{first['msg']}; known axes: {', '.join(AXES)}") from None
+
+
+def print_plan(plan: Plan) -> None:
+    console, mesh = Console(), plan.parallel
+    degrees = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES if axis != "data" and getattr(mesh, axis) > 1)
+    experts = f" (of experts by {plan.expert_optimizer_ranks})" if plan.architecture.num_experts else ""
+    console.print(
+        f"{plan.architecture.name}, {plan.parameters:,} parameters: {plan.hf_tensors_covered:,} tensors covered, "
+        f"{len(plan.hf_tensors_missed):,} missed, {len(plan.hf_tensors_absent):,} absent",
+        f"{mesh.world_size} ranks: {degrees or 'no cut'}, data {mesh.data_size}; "
+        f"optimizer states cut by {plan.optimizer_ranks}{experts}",
+        sep="\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+    columns = ("stage", "ranks", "layers", "parameters", "weights", "gradients", "optimizer", "total")
+    table = Table(*columns, box=SIMPLE, padding=(0, 0, 0, 1), title="each rank of a pipeline stage")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind in plan.rank_kinds:
+        table.add_row(*_cells(kind))
+    console.print(table)
+
+
+def _cells(kind: RankKind) -> list[str]:
+    first, last = kind.stages[0], kind.stages[-1]
+    sizes = (kind.weight_bytes, kind.gradient_bytes, kind.optimizer_bytes, kind.total_bytes)
+    return [
+        str(first) if first == last else f"{first}-{last}",
+        str(kind.num_ranks),
+        str(kind.layers),
+        f"{kind.parameters:,}",
+        *map(decimal, sizes),
+    ]
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     into = commands.add_parser("to-megatron", help="Hugging Face -> Megatron")
     into.add_argument("--hf", type=Path, required=True, help="folder with config.json and safetensors")
-    into.add_argument("--output", type=Path, required=True)
     back = commands.add_parser("to-hf", help="Megatron -> Hugging Face")
     back.add_argument("--megatron", type=Path, required=True)
-    back.add_argument("--hf-reference", type=Path, required=True, help="folder to take config and tokenizer from")
-    back.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    back.add_argument("--hf-reference", type=Path, help="take config, tokenizer and file names from this model folder")
+    for command in (into, back):
+        command.add_argument("--output", type=Path, required=True)
+        command.add_argument("--verify", action="store_true", help="compare the result with its source, bit by bit")
+    plan = commands.add_parser("plan", help="parameters and bytes of each rank")
+    plan.add_argument("--hf", type=Path, required=True, help="folder with config.json")
+    plan.add_argument("--parallel", default="", help=f"axis=degree,...; axes: {', '.join(AXES)}")
+    plan.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    torch.set_num_threads(1)  # bytes are moved, nothing is computed
     try:
+        if arguments.command == "plan":
+            plan = make_plan(arguments.hf, parse_parallel(arguments.parallel))
+            print(plan.as_json()) if arguments.json else print_plan(plan)
+            return 0 if not plan.hf_tensors_missed + plan.hf_tensors_absent else 2
         if arguments.command == "to-megatron":
-            to_megatron(arguments.hf, arguments.output)
+            to_megatron(arguments.hf, arguments.output, progress_bar, arguments.verify)
         else:
-            to_hf(arguments.megatron, arguments.hf_reference, arguments.output)
+            to_hf(arguments.megatron, arguments.output, progress_bar, arguments.hf_reference, arguments.verify)
     except ValueError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2

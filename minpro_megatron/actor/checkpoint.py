@@ -1,10 +1,8 @@
 """Weights in Megatron's distributed checkpoint format: saved on one mesh, loaded on any other."""
 
-import json
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,18 +14,28 @@ from megatron.core.models.gpt import GPTModel
 from minpro_megatron.monitor.files import check_replaceable, replace_folder
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture
-
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+from minpro_megatron.weights.hf_files import copy_texts, dtype_name
+from minpro_megatron.weights.manifest import (
+    HF_TEXTS,
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    check_architecture,
+    read_manifest,
+    record_file,
+    verify_files,
+    write_manifest,
+)
+from minpro_megatron.weights.sharded_files import read_metadata
 
 
 def save_weights(
-    chunks: Sequence[GPTModel], architecture: Architecture, path: str | Path, mesh: Mesh, source: str
+    chunks: Sequence[GPTModel], architecture: Architecture, path: str | Path, mesh: Mesh, hf_path: str | Path
 ) -> None:
-    """Write the model to the folder `path`. Collective. It appears under its name only when complete; the manifest
-    records the architecture and `source`, where the weights came from. Raises ValueError rather than overwrite a folder
-    that is no checkpoint."""
-    path = Path(path)
+    """Write the model to the folder `path`. Collective. It appears under its name only when complete; with it go the
+    texts (config, tokenizer) of `hf_path`, the model that it started from. Raises ValueError rather than overwrite a
+    folder that is no checkpoint."""
+    path, hf_path = Path(path), Path(hf_path)
     temporary = path.with_name(path.name + ".partial")
     check_replaceable(path, marker=MANIFEST)
     if mesh.rank == 0:
@@ -37,45 +45,46 @@ def save_weights(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dist_checkpointing.save(_sharded_state(chunks, mesh), str(temporary))
-    dist.barrier(group=mesh.control)
     if mesh.rank == 0:
-        manifest = {"format_version": FORMAT_VERSION, "source": source, "architecture": asdict(architecture)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (temporary / HF_TEXTS).mkdir()
+        copy_texts(hf_path, temporary / HF_TEXTS)
+    dist.barrier(group=mesh.control)
+    records = mesh.from_all_ranks(_records(temporary, mesh))
+    if mesh.rank == 0:
+        manifest = Manifest(
+            source=hf_path.resolve().name,
+            dtype=dtype_name(next(chunks[0].parameters()).dtype),  # type: ignore[arg-type]  one of the two
+            architecture=architecture,
+            files={name: record for found in records for name, record in sorted(found.items())},
+        )
+        write_manifest(temporary, manifest)
         replace_folder(temporary, path, marker=MANIFEST)
     dist.barrier(group=mesh.control)
 
 
-def load_weights(chunks: Sequence[GPTModel], architecture: Architecture, path: str | Path, mesh: Mesh) -> None:
-    """Fill the model from the folder `path`, whatever mesh saved it. Collective.
+def _records(folder: Path, mesh: Mesh) -> dict[str, FileRecord]:
+    """The files that this rank wrote, rank 0 with those of all."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    own = [path for path in files if path.name.startswith(f"__{mesh.rank}_")]
+    common = [path for path in files if not path.name.startswith("__")] if mesh.rank == 0 else []
+    return {str(path.relative_to(folder)): record_file(path) for path in own + common}
 
-    Raises ValueError if the folder is not a finished checkpoint of this architecture.
+
+def load_weights(chunks: Sequence[GPTModel], architecture: Architecture, path: str | Path, mesh: Mesh) -> None:
+    """Fill the model from the folder `path`, whatever mesh or tool wrote it. Collective.
+
+    Raises ValueError if the folder is not a finished, undamaged checkpoint of this architecture.
     """
-    check_manifest(path, architecture)
+    manifest = read_manifest(path)
+    check_architecture(path, manifest, architecture)
+    verify_files(path, manifest)
+    read_metadata(Path(path))  # refuses what megatron's loader would run: it unpickles the same file unseen
     state = _sharded_state(chunks, mesh)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(path)))
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"chunk{index}"], strict=True)
-
-
-def check_manifest(path: str | Path, architecture: Architecture) -> None:
-    file = Path(path) / MANIFEST
-    if not file.is_file():
-        raise ValueError(f"model.megatron_path = {path}: there is no {MANIFEST}; run tools/convert_checkpoint.py first")
-    manifest = json.loads(file.read_text())
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: format_version = {manifest.get('format_version')}, expected {FORMAT_VERSION}; convert again"
-        )
-    if "architecture" not in manifest:
-        raise ValueError(f"{file}: architecture is missing; convert again")
-    wanted = asdict(architecture)
-    for field, value in manifest["architecture"].items():
-        if wanted.get(field) != value:
-            raise ValueError(
-                f"{file}: {field} = {value}, but model.hf_path says {wanted.get(field)}; convert that model"
-            )
 
 
 def _sharded_state(chunks: Sequence[GPTModel], mesh: Mesh) -> dict[str, Any]:

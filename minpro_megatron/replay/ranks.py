@@ -136,7 +136,7 @@ def replay(folder: Path, config: RunConfig, rows: ReplayRows, mesh: Mesh) -> Non
         write_progress(folder, ReplayProgress("loading the model"))
     architecture = read_architecture(config.model.hf_path)
     chunks = build_model(architecture, mesh, DTYPES[config.model.dtype])
-    load_hf_tensors(chunks, architecture, mesh, HfReader(config.model.hf_path).read)
+    load_hf_tensors(chunks, architecture, mesh, HfReader(config.model.hf_path))
     policy = Policy(config, architecture, chunks, mesh)
     gatherer = WeightGatherer(chunks, architecture, mesh)
     batches = replay_batches(rows.rollouts, rows.groups_per_batch, config.loss, config.sampling.max_response_tokens)

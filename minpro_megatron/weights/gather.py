@@ -105,7 +105,7 @@ class WeightGatherer:
             full = shards[entry.megatron, pieces[0]]
         else:
             full = entry.split.merge([shards[entry.megatron, piece] for piece in pieces])
-        return list(zip(entry.hf, entry.split.part(full), strict=True))
+        return list(zip(entry.hf, entry.part(full), strict=True))
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -1,15 +1,15 @@
 """This rank's parameters under their global names, and loading them from Hugging Face tensors."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture
-from minpro_megatron.weights.table import Entry, entries
+from minpro_megatron.weights.hf_files import HfReader
+from minpro_megatron.weights.table import Entry, check_names, entries
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
@@ -44,12 +44,14 @@ def axis_rank_and_size(entry: Entry, mesh: Mesh) -> tuple[int, int]:
 
 @torch.no_grad()
 def load_hf_tensors(
-    chunks: Sequence[torch.nn.Module], architecture: Architecture, mesh: Mesh, read: Callable[[str], Tensor]
+    chunks: Sequence[torch.nn.Module], architecture: Architecture, mesh: Mesh, reader: HfReader
 ) -> None:
-    """Fill this rank's parameters; `read(name)` returns a HF tensor.
+    """Fill this rank's parameters from a Hugging Face folder.
 
-    Raises ValueError if a parameter stays without a value or a shape does not fit: no weight is left random.
+    Raises ValueError if the folder has other tensors than the table names, or of other shapes, or if a parameter stays
+    without a value: no weight is left out and none is left random.
     """
+    check_names(architecture, reader.names(), str(reader.path))
     parameters = global_parameters(chunks, architecture.num_experts, mesh)
     missing = set(parameters)
     for entry in entries(architecture):
@@ -58,18 +60,8 @@ def load_hf_tensors(
             parameter = _tied_output(parameters, entry)
         if parameter is None:
             continue
-        tensors = [read(name) for name in entry.hf]
-        try:
-            shard = entry.split.shard(entry.split.join(tensors), *axis_rank_and_size(entry, mesh))
-        except (RuntimeError, IndexError):  # torch could not rearrange tensors of these shapes
-            shard = None
-        if shard is None or shard.shape != parameter.shape:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            raise ValueError(
-                f"{' + '.join(entry.hf)}: shapes {shapes} do not make {entry.megatron} with "
-                f"{tuple(parameter.shape)} on this rank; does config.json belong to these weights?"
-            )
-        parameter.copy_(shard)
+        full = entry.join([reader.read(name) for name in entry.hf])
+        parameter.copy_(entry.split.shard(full, *axis_rank_and_size(entry, mesh)))
         missing.discard(entry.megatron)
         if architecture.tied_embeddings and entry.megatron.startswith("embedding."):
             missing.discard("output_layer.weight")

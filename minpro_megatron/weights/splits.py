@@ -1,36 +1,82 @@
 """How one Megatron parameter is made from Hugging Face tensors, and cut into tensor-parallel shards.
 
-Every split is four exact rearrangements: `join` (HF tensors -> full parameter) and its inverse `part`; `shard` (full
-parameter -> the piece of one rank) and its inverse `merge`. Nothing is computed, so round trips are bit-exact.
+Along its first dimension a full parameter is a sequence of row ranges of Hugging Face tensors. A split states that
+sequence once (`blocks`); joining, taking apart and streaming all follow it. `shard` cuts the full parameter into the
+piece of one rank and `merge` is its inverse. Nothing is computed, so round trips are bit-exact.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class Split(Protocol):
-    def join(self, tensors: Sequence[Tensor]) -> Tensor: ...
+@dataclass(frozen=True)
+class Run:
+    """Rows `first` .. `first + count` of HF tensor number `source`; zeros where `source` is None."""
 
-    def part(self, full: Tensor) -> list[Tensor]: ...
+    source: int | None
+    first: int
+    count: int
 
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor: ...
 
-    def merge(self, shards: Sequence[Tensor]) -> Tensor: ...
+class Split:
+    """The rule of one parameter. `rows` are always the first dimensions of its HF tensors, in the table's order."""
+
+    def blocks(self, rows: Sequence[int]) -> list[list[Run]]:
+        """The rows of the full parameter, in order, in the blocks that Megatron shards apart."""
+        raise NotImplementedError
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        """The piece of rank `rank` of `size`."""
+        raise NotImplementedError
+
+    def merge(self, shards: Sequence[Tensor]) -> Tensor:
+        """The full parameter of all ranks' pieces, in rank order."""
+        raise NotImplementedError
+
+    def runs(self, rows: Sequence[int]) -> list[Run]:
+        """The blocks one after the other."""
+        return [run for block in self.blocks(rows) for run in block]
+
+    def full_rows(self, rows: Sequence[int]) -> int:
+        return sum(run.count for run in self.runs(rows))
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The full parameter. Raises ValueError if the tensors' rows are not all used exactly once."""
+        rows = [tensor.shape[0] for tensor in tensors]
+        runs = self.runs(rows)
+        used = [sum(run.count for run in runs if run.source == source) for source in range(len(tensors))]
+        if used != rows:
+            raise ValueError(f"tensors of {rows} rows do not make a parameter of {used} rows")
+        if len(runs) == 1:
+            return tensors[0]
+        return torch.cat([_rows_of(tensors, run) for run in runs])
+
+    def part(self, full: Tensor, rows: Sequence[int]) -> list[Tensor]:
+        """The HF tensors of a full parameter; views of it where a tensor's rows are together."""
+        pieces: list[list[Tensor]] = [[] for _ in rows]
+        start = 0
+        for run in self.runs(rows):
+            if run.source is not None:
+                pieces[run.source].append(full[start : start + run.count])
+            start += run.count
+        return [found[0] if len(found) == 1 else torch.cat(found) for found in pieces]
+
+
+def _rows_of(tensors: Sequence[Tensor], run: Run) -> Tensor:
+    if run.source is None:
+        return tensors[0].new_zeros(run.count, *tensors[0].shape[1:])
+    return tensors[run.source][run.first : run.first + run.count]
 
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(Split):
     """One HF tensor, replicated on every tensor rank."""
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0]
-
-    def part(self, full: Tensor) -> list[Tensor]:
-        return [full]
+    def blocks(self, rows: Sequence[int]) -> list[list[Run]]:
+        return [[Run(0, 0, rows[0])]]
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         return full
@@ -40,16 +86,13 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Along:
+class Along(Split):
     """One HF tensor, cut into equal pieces along `dim` (0: output features, 1: input features)."""
 
     dim: int
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0]
-
-    def part(self, full: Tensor) -> list[Tensor]:
-        return [full]
+    def blocks(self, rows: Sequence[int]) -> list[list[Run]]:
+        return [[Run(0, 0, rows[0])]]
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         return full.chunk(size, dim=self.dim)[rank]
@@ -59,23 +102,14 @@ class Along:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """Embedding rows padded with zeros from `vocab_size` to `padded_size`, cut along the vocabulary."""
+class Vocabulary(Split):
+    """Embedding rows padded with zeros to `padded_size`, cut along the vocabulary."""
 
-    vocab_size: int
     padded_size: int
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        if tensors[0].shape[0] != self.vocab_size:
-            raise ValueError(
-                f"config.json says vocab_size = {self.vocab_size}, the embedding has {tensors[0].shape[0]} rows"
-            )
-        full = tensors[0].new_zeros(self.padded_size, tensors[0].shape[1])
-        full[: self.vocab_size] = tensors[0]
-        return full
-
-    def part(self, full: Tensor) -> list[Tensor]:
-        return [full[: self.vocab_size]]
+    def blocks(self, rows: Sequence[int]) -> list[list[Run]]:
+        padding = self.padded_size - rows[0]
+        return [[Run(0, 0, rows[0])] + ([Run(None, 0, padding)] if padding else [])]
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         return full.chunk(size, dim=0)[rank]
@@ -85,14 +119,11 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class GatedPair:
+class GatedPair(Split):
     """Gate and up projections stacked; every rank holds its part of the gate above its part of the up projection."""
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensors), dim=0)
-
-    def part(self, full: Tensor) -> list[Tensor]:
-        return list(full.chunk(2, dim=0))
+    def blocks(self, rows: Sequence[int]) -> list[list[Run]]:
+        return [[Run(0, 0, rows[0])], [Run(1, 0, rows[1])]]
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         gate, up = full.chunk(2, dim=0)
@@ -104,30 +135,22 @@ class GatedPair:
 
 
 @dataclass(frozen=True)
-class QueryGroups:
+class QueryGroups(Split):
     """Query, key and value projections interleaved by query group: [queries of group 0, key 0, value 0, ...]."""
 
     num_heads: int
     num_groups: int
     head_dim: int
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        query, key, value = tensors
-        hidden = query.shape[1]
-        per_group = self.num_heads // self.num_groups * self.head_dim
-        rows = [
-            query.reshape(self.num_groups, per_group, hidden),
-            key.reshape(self.num_groups, self.head_dim, hidden),
-            value.reshape(self.num_groups, self.head_dim, hidden),
+    def blocks(self, rows: Sequence[int]) -> list[list[Run]]:
+        counts = (self.num_heads // self.num_groups * self.head_dim, self.head_dim, self.head_dim)
+        return [
+            [
+                Run(source, group * count, count)
+                for group in range(self.num_groups)
+                for source, count in enumerate(counts)
+            ]
         ]
-        return torch.cat(rows, dim=1).reshape(-1, hidden)
-
-    def part(self, full: Tensor) -> list[Tensor]:
-        hidden = full.shape[1]
-        per_group = self.num_heads // self.num_groups * self.head_dim
-        sizes = [per_group, self.head_dim, self.head_dim]
-        pieces = full.reshape(self.num_groups, sum(sizes), hidden).split(sizes, dim=1)
-        return [piece.reshape(-1, hidden) for piece in pieces]
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         return full.chunk(size, dim=0)[rank]  # whole groups: tensor divides num_groups (checked when building)

@@ -1,25 +1,37 @@
 """The table that maps Hugging Face tensor names to Megatron parameter names, one per architecture.
 
-Conversion, publishing and export all read this table; names carry global layer and expert numbers. Adding an
-architecture is adding its rows here and its reader in architecture.py.
+Conversion, planning, publishing and export all read this table; names carry global layer and expert numbers. Adding
+an architecture is adding its rows here and its reader in architecture.py.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.splits import Along, GatedPair, QueryGroups, Split, Vocabulary, Whole
 
+type Axis = Literal["tensor", "expert_tensor"]
+type Shape = tuple[int, ...]
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+# What old exports carry along and every implementation computes itself.
+_NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
+
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron parameter and the HF tensors it is made of; templates of {layer} and {expert}."""
+    """One Megatron parameter and the HF tensors it is made of: name templates of {layer} and {expert}, and shapes."""
 
     megatron: str
-    hf: tuple[str, ...]
+    hf: dict[str, Shape]
     split: Split
-    axis: Literal["tensor", "expert_tensor"] = "tensor"
+    axis: Axis = "tensor"
 
 
 @dataclass(frozen=True)
@@ -28,52 +40,88 @@ class Entry:
 
     megatron: str
     hf: tuple[str, ...]
+    shapes: tuple[Shape, ...]  # of the HF tensors
     split: Split
-    axis: Literal["tensor", "expert_tensor"]
+    axis: Axis
     layer: int | None
     expert: int | None
 
+    @property
+    def rows(self) -> list[int]:
+        return [shape[0] for shape in self.shapes]
+
+    @property
+    def full_shape(self) -> Shape:
+        """The whole parameter's shape in Megatron, vocabulary padding included."""
+        return (self.split.full_rows(self.rows), *self.shapes[0][1:])
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """The whole parameter. Raises ValueError naming a tensor whose shape is not the table's."""
+        for name, shape, tensor in zip(self.hf, self.shapes, tensors, strict=True):
+            check_shape(name, tuple(tensor.shape), shape)
+        return self.split.join(tensors)
+
+    def part(self, full: Tensor) -> list[Tensor]:
+        """The HF tensors of the whole parameter, in the order of `hf`."""
+        return self.split.part(full, self.rows)
+
+    def shard_shape(self, size: int) -> Shape:
+        """The shape of one rank's piece on an axis of `size` ranks."""
+        return tuple(self.split.shard(torch.empty(self.full_shape, device="meta"), 0, size).shape)
+
+
+def check_shape(name: str, found: Shape, expected: Shape) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{name}: shape {found}, but config.json makes it {expected}; does config.json belong to these weights?"
+        )
+
 
 def _qwen3_rows(a: Architecture) -> list[Row]:
-    vocabulary = Vocabulary(a.vocab_size, a.padded_vocab_size)
+    vocabulary = Vocabulary(a.padded_vocab_size)
+    embedding, hidden, head = (a.vocab_size, a.hidden_size), (a.hidden_size,), (a.head_dim,)
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     layer, hf = "decoder.layers.{layer}.", "model.layers.{layer}."
-    attention = layer + "self_attention."
+    attention, hf_attention = layer + "self_attention.", hf + "self_attn."
+    projections = {
+        hf_attention + "q_proj.weight": (queries, a.hidden_size),
+        hf_attention + "k_proj.weight": (keys, a.hidden_size),
+        hf_attention + "v_proj.weight": (keys, a.hidden_size),
+    }
+    groups = QueryGroups(a.num_attention_heads, a.num_query_groups, a.head_dim)
     rows = [
-        Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
-        Row(layer + "input_layernorm.weight", (hf + "input_layernorm.weight",), Whole()),
-        Row(
-            attention + "linear_qkv.weight",
-            tuple(hf + f"self_attn.{kind}_proj.weight" for kind in "qkv"),
-            QueryGroups(a.num_attention_heads, a.num_query_groups, a.head_dim),
-        ),
-        Row(attention + "q_layernorm.weight", (hf + "self_attn.q_norm.weight",), Whole()),
-        Row(attention + "k_layernorm.weight", (hf + "self_attn.k_norm.weight",), Whole()),
-        Row(attention + "linear_proj.weight", (hf + "self_attn.o_proj.weight",), Along(1)),
-        Row(layer + "pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), Whole()),
-        Row("decoder.final_layernorm.weight", ("model.norm.weight",), Whole()),
+        Row("embedding.word_embeddings.weight", {EMBEDDING: embedding}, vocabulary),
+        Row(layer + "input_layernorm.weight", {hf + "input_layernorm.weight": hidden}, Whole()),
+        Row(attention + "linear_qkv.weight", projections, groups),
+        Row(attention + "q_layernorm.weight", {hf_attention + "q_norm.weight": head}, Whole()),
+        Row(attention + "k_layernorm.weight", {hf_attention + "k_norm.weight": head}, Whole()),
+        Row(attention + "linear_proj.weight", {hf_attention + "o_proj.weight": (a.hidden_size, queries)}, Along(1)),
+        Row(layer + "pre_mlp_layernorm.weight", {hf + "post_attention_layernorm.weight": hidden}, Whole()),
+        Row("decoder.final_layernorm.weight", {"model.norm.weight": hidden}, Whole()),
     ]
     if not a.tied_embeddings:
-        rows.append(Row("output_layer.weight", ("lm_head.weight",), vocabulary))
+        rows.append(Row("output_layer.weight", {OUTPUT: embedding}, vocabulary))
     return rows
 
 
-def _dense_mlp_rows(_: Architecture) -> list[Row]:
-    mlp, hf = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
+def _mlp_rows(megatron: str, hf: str, hidden: int, width: int, axis: Axis) -> list[Row]:
+    gate_and_up = {hf + "gate_proj.weight": (width, hidden), hf + "up_proj.weight": (width, hidden)}
     return [
-        Row(mlp + "linear_fc1.weight", (hf + "gate_proj.weight", hf + "up_proj.weight"), GatedPair()),
-        Row(mlp + "linear_fc2.weight", (hf + "down_proj.weight",), Along(1)),
+        Row(megatron + "linear_fc1.weight", gate_and_up, GatedPair(), axis),
+        Row(megatron + "linear_fc2.weight", {hf + "down_proj.weight": (hidden, width)}, Along(1), axis),
     ]
 
 
-def _expert_rows(_: Architecture) -> list[Row]:
+def _dense_mlp_rows(a: Architecture) -> list[Row]:
+    mlp, hf = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
+    return _mlp_rows(mlp, hf, a.hidden_size, a.ffn_hidden_size, "tensor")
+
+
+def _expert_rows(a: Architecture) -> list[Row]:
     mlp, hf = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
     expert, hf_expert = mlp + "experts.local_experts.{expert}.", hf + "experts.{expert}."
-    gate_and_up = (hf_expert + "gate_proj.weight", hf_expert + "up_proj.weight")
-    return [
-        Row(mlp + "router.weight", (hf + "gate.weight",), Whole()),
-        Row(expert + "linear_fc1.weight", gate_and_up, GatedPair(), "expert_tensor"),
-        Row(expert + "linear_fc2.weight", (hf_expert + "down_proj.weight",), Along(1), "expert_tensor"),
-    ]
+    router = Row(mlp + "router.weight", {hf + "gate.weight": (a.num_experts, a.hidden_size)}, Whole())
+    return [router, *_mlp_rows(expert, hf_expert, a.hidden_size, a.expert_ffn_hidden_size, "expert_tensor")]
 
 
 _TABLES: dict[str, list[Callable[[Architecture], list[Row]]]] = {
@@ -107,4 +155,37 @@ def _fill(row: Row, layer: int | None, expert: int | None) -> Entry:
     def fill(template: str) -> str:
         return template.format(layer=layer, expert=expert)
 
-    return Entry(fill(row.megatron), tuple(map(fill, row.hf)), row.split, row.axis, layer, expert)
+    shapes = tuple(row.hf.values())
+    return Entry(fill(row.megatron), tuple(map(fill, row.hf)), shapes, row.split, row.axis, layer, expert)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How a set of HF tensor names and the table compare."""
+
+    covered: list[str]
+    missed: list[str]  # in the folder, unknown to the table: they would be lost
+    absent: list[str]  # in the table, not in the folder: parameters would stay without a value
+
+
+def coverage(architecture: Architecture, hf_names: Collection[str]) -> Coverage:
+    """Which of the HF names the table covers. Names that are no weights, and the output layer that some tied models
+    write a second time, count as neither covered nor missed."""
+    table = [name for entry in entries(architecture) for name in entry.hf]
+    known, given = set(table), set(hf_names)
+    assert len(known) == len(table), "the table names a tensor twice"
+    repeated = {OUTPUT} if architecture.tied_embeddings else set()
+    missed = [name for name in hf_names if name not in known | repeated and not _NOT_WEIGHTS.search(name)]
+    return Coverage([name for name in hf_names if name in known], missed, [name for name in table if name not in given])
+
+
+def check_names(architecture: Architecture, hf_names: Collection[str], where: str) -> None:
+    """Raises ValueError naming the tensors that only the folder `where`, or only the table, knows."""
+    found = coverage(architecture, hf_names)
+    for names, what in ((found.missed, "not in the table of"), (found.absent, "missing for")):
+        if names:
+            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(
+                f"{where}: {len(names)} tensors are {what} {architecture.name}: {listed}; "
+                "does config.json belong to these weights?"
+            )

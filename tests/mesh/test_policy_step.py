@@ -74,7 +74,7 @@ def _loaded(mesh: Mesh, hf_path: str) -> tuple:
 
     architecture = read_architecture(hf_path)
     chunks = build_model(architecture, mesh, torch.float32)
-    load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path).read)
+    load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path))
     return architecture, chunks
 
 

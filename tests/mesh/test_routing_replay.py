@@ -63,7 +63,7 @@ def _replay(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> dic
     architecture = read_architecture(hf_path)
     features = ModelFeatures(config.model.recompute, routing_replay=True)
     chunks = build_model(architecture, mesh, torch.float32, features)
-    load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path).read)
+    load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path))
     policy = Policy(config, architecture, chunks, mesh)
     witness = RouteWitness(chunks)
     behavior, routes = policy.score_and_record(sequences)

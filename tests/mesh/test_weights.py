@@ -1,16 +1,18 @@
 """Weights pass from Hugging Face files through any mesh, and from mesh to mesh, without a changed bit."""
 
-import json
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.weights.convert import to_hf, to_megatron
+from minpro_megatron.weights.sharded_files import read_metadata
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, saved_tensors
 
@@ -47,6 +49,20 @@ def saved(models: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     return made
 
 
+@pytest.fixture(scope="module")
+def converted(models: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each model: the Megatron checkpoint that the conversion writes, without a mesh."""
+    made = {}
+    for kind in SAVED_ON:
+        made[kind] = tmp_path_factory.mktemp(f"{kind}-converted") / "checkpoint"
+        to_megatron(models[kind][0], made[kind], no_display)
+    return made
+
+
+def no_display(what: str, num_bytes: int) -> nullcontext:
+    return nullcontext(lambda num_bytes: None)
+
+
 def _through_the_mesh(
     mesh: Mesh, hf_path: Path, sources: list[Path | None], save_to: Path | None
 ) -> list[dict[str, Any]]:
@@ -69,9 +85,9 @@ def _through_the_mesh(
         if source:
             load_weights(chunks, architecture, source, mesh)
         else:
-            load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path).read)
+            load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path))
         if save_to:
-            save_weights(chunks, architecture, save_to, mesh, source="test")
+            save_weights(chunks, architecture, save_to, mesh, hf_path)
         buckets = list(gatherer.buckets(BUCKET_BYTES))
         ends = [name for name in (EMBEDDING, OUTPUT) if name in parameters]
         found.append(
@@ -125,15 +141,18 @@ def test_hugging_face_weights_come_back_from_the_mesh_that_saves_them(kind: str,
         ("moe", {}),
         ("moe", {"pipeline": 2, "virtual_pipeline": 2}),
         ("moe", {"tensor": 2, "expert_tensor": 2, "data": 2, "expert": 2}),
+        ("moe", {"expert": 4, "context": 2}),
         ("dense", {"tensor": 2, "context": 2}),
         ("tied", {"pipeline": 2, "tensor": 2}),
     ],
     ids=str,
 )
-def test_both_forms_load_on_another_mesh(kind: str, degrees: dict[str, int], models: dict, saved: dict) -> None:
+def test_all_forms_load_on_another_mesh(
+    kind: str, degrees: dict[str, int], models: dict, saved: dict, converted: dict
+) -> None:
     folder, expected = models[kind]
-    ranks = run_mesh(_through_the_mesh, folder, [None, saved[kind][0]], None, **degrees)
-    for source in (0, 1):
+    ranks = run_mesh(_through_the_mesh, folder, [None, saved[kind][0], converted[kind]], None, **degrees)
+    for source in (0, 1, 2):
         found = [rank[source] for rank in ranks]
         assert_bit_equal(found, expected)
         assert_ends_are(found, expected, degrees.get("tensor", 1))
@@ -142,8 +161,29 @@ def test_both_forms_load_on_another_mesh(kind: str, degrees: dict[str, int], mod
         assert len(on_last_stage) == len(ranks) // degrees.get("pipeline", 1)
 
 
-def _refusals_on_rank(mesh: Mesh, hf_path: Path, folder: Path) -> None:
-    from minpro_megatron.actor.checkpoint import check_manifest, load_weights
+@pytest.mark.parametrize("kind", SAVED_ON)
+def test_the_conversion_writes_what_megatron_itself_would(kind: str, saved: dict, converted: dict) -> None:
+    def described(path: Path) -> dict[str, Any]:
+        stored = read_metadata(path).state_dict_metadata
+        return {
+            key: (item.size, item.properties) if isinstance(item, TensorStorageMetadata) else "object"
+            for key, item in stored.items()
+        }
+
+    assert described(converted[kind]) == described(saved[kind][0])
+
+
+@pytest.mark.parametrize("kind", SAVED_ON)
+def test_the_files_come_back_byte_for_byte_from_what_a_mesh_saved(
+    kind: str, models: dict, saved: dict, tmp_path: Path
+) -> None:
+    to_hf(saved[kind][0], tmp_path / "hf", no_display, verify=True)
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (models[kind][0] / name).read_bytes(), name
+
+
+def _refusals_on_rank(mesh: Mesh, hf_path: Path, checkpoint: Path) -> None:
+    from minpro_megatron.actor.checkpoint import load_weights
     from minpro_megatron.actor.model import build_model
     from minpro_megatron.weights.architecture import read_architecture
     from minpro_megatron.weights.hf_files import HfReader
@@ -151,41 +191,32 @@ def _refusals_on_rank(mesh: Mesh, hf_path: Path, folder: Path) -> None:
 
     architecture = read_architecture(hf_path)
     chunks = build_model(architecture, mesh, torch.float32)
-    reader = HfReader(hf_path)
-
-    with pytest.raises(ValueError, match=r"no manifest.json; run tools/convert_checkpoint.py"):
-        load_weights(chunks, architecture, folder / "absent", mesh)
-    right = {"format_version": 1, "source": "test", "architecture": asdict(architecture)}
-    other = {**right, "architecture": {**right["architecture"], "num_layers": 6}}
-    for name, manifest, message in [
-        ("old", {**right, "format_version": 0}, r"format_version = 0, expected 1; convert again"),
-        ("other", other, r"num_layers = 6, but model.hf_path says 4; convert that model"),
-        ("damaged", {"format_version": 1}, r"architecture is missing; convert again"),
-    ]:
-        (folder / name).mkdir()
-        (folder / name / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(ValueError, match=message):
-            check_manifest(folder / name, architecture)
-    (folder / "right").mkdir()
-    (folder / "right" / "manifest.json").write_text(json.dumps(right))
-    check_manifest(folder / "right", architecture)
-
-    def with_other_shape(name: str) -> Tensor:
-        tensor = reader.read(name)
-        return tensor[:-1] if "k_proj" in name else tensor
-
-    with pytest.raises(ValueError, match=r"k_proj.*does config.json belong to these weights"):
-        load_hf_tensors(chunks, architecture, mesh, with_other_shape)
+    with pytest.raises(ValueError, match=r"there is no manifest.json; run tools/convert_checkpoint.py"):
+        load_weights(chunks, architecture, checkpoint.with_name("absent"), mesh)
     longer = replace(architecture, num_layers=5)
     larger_model = build_model(longer, mesh, torch.float32)
-    with pytest.raises(ValueError, match=r"there is no tensor 'model.layers.4.*does config.json belong"):
-        load_hf_tensors(larger_model, longer, mesh, reader.read)
+    with pytest.raises(ValueError, match=r"num_layers = 4, but the Hugging Face config.json says 5; convert that"):
+        load_weights(larger_model, longer, checkpoint, mesh)
+    with (checkpoint / ".metadata").open("r+b") as file:
+        file.write(b"?")
+    with pytest.raises(ValueError, match=r"\.metadata: its SHA-256 is not the one in manifest.json; convert again"):
+        load_weights(chunks, architecture, checkpoint, mesh)
+
+    reader = HfReader(hf_path)
+    with pytest.raises(ValueError, match=r"33 tensors are missing for Qwen3MoeForCausalLM: model.layers.4"):
+        load_hf_tensors(larger_model, longer, mesh, reader)
+    shorter = replace(architecture, num_layers=3)
+    with pytest.raises(ValueError, match=r"33 tensors are not in the table of Qwen3MoeForCausalLM: model.layers.3"):
+        load_hf_tensors(build_model(shorter, mesh, torch.float32), shorter, mesh, reader)
+    with pytest.raises(ValueError, match=r"q_proj.weight: shape \(64, 32\), but config.json makes it \(\d+, 32\)"):
+        load_hf_tensors(chunks, replace(architecture, num_attention_heads=2), mesh, reader)
     with pytest.raises(ValueError, match=r"no Hugging Face tensor maps to decoder.layers.4"):
-        load_hf_tensors(larger_model, architecture, mesh, reader.read)
+        load_hf_tensors(larger_model, architecture, mesh, reader)
 
 
 def test_weights_that_do_not_belong_to_the_config_are_refused(models: dict, tmp_path: Path) -> None:
-    run_mesh(_refusals_on_rank, models["moe"][0], tmp_path)
+    to_megatron(models["moe"][0], tmp_path / "checkpoint", no_display)
+    run_mesh(_refusals_on_rank, models["moe"][0], tmp_path / "checkpoint")
 
 
 def _cuts_on_rank(mesh: Mesh, hf_path: Path, changes: list[tuple[dict[str, Any], str]]) -> None:

@@ -7,54 +7,7 @@ from typing import Any
 import pytest
 
 from minpro_megatron.weights.architecture import Architecture, read_architecture
-
-# As published with Qwen/Qwen3-30B-A3B (fields that describe the model).
-RELEASED_MIXTURE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-# As published with Qwen/Qwen3-8B.
-RELEASED_DENSE = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
+from tests.unit.released_configs import QWEN3_8B, QWEN3_30B_A3B
 
 
 def read(folder: Path, config: dict[str, Any]) -> Architecture:
@@ -71,7 +24,7 @@ def as_transformers_5_writes(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_released_mixture_is_read(tmp_path: Path) -> None:
-    assert read(tmp_path, RELEASED_MIXTURE) == Architecture(
+    assert read(tmp_path, QWEN3_30B_A3B) == Architecture(
         name="Qwen3MoeForCausalLM",
         num_layers=48,
         hidden_size=2048,
@@ -90,12 +43,12 @@ def test_the_released_mixture_is_read(tmp_path: Path) -> None:
 
 
 def test_the_released_dense_model_is_read(tmp_path: Path) -> None:
-    found = read(tmp_path, RELEASED_DENSE)
+    found = read(tmp_path, QWEN3_8B)
     assert (found.name, found.num_experts, found.expert_ffn_hidden_size) == ("Qwen3ForCausalLM", 0, 0)
     assert (found.ffn_hidden_size, found.num_query_groups, found.rope_theta) == (12288, 8, 1e6)
 
 
-@pytest.mark.parametrize("config", [RELEASED_MIXTURE, RELEASED_DENSE], ids=["mixture", "dense"])
+@pytest.mark.parametrize("config", [QWEN3_30B_A3B, QWEN3_8B], ids=["mixture", "dense"])
 def test_both_spellings_of_the_config_say_the_same(config: dict[str, Any], tmp_path: Path) -> None:
     other = {**config, "rope_theta": 5e6}
     assert read(tmp_path, as_transformers_5_writes(other)) == read(tmp_path, other)
@@ -103,7 +56,7 @@ def test_both_spellings_of_the_config_say_the_same(config: dict[str, Any], tmp_p
 
 
 def test_tied_embeddings_and_a_missing_head_dim_are_read(tmp_path: Path) -> None:
-    config = {key: value for key, value in RELEASED_DENSE.items() if key != "head_dim"}
+    config = {key: value for key, value in QWEN3_8B.items() if key != "head_dim"}
     found = read(tmp_path, {**config, "tie_word_embeddings": True})
     assert found.tied_embeddings
     assert found.head_dim == 4096 // 32
@@ -111,7 +64,7 @@ def test_tied_embeddings_and_a_missing_head_dim_are_read(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("size", "padded"), [(151_936, 151_936), (77, 128), (129, 256), (128, 128)])
 def test_the_vocabulary_is_padded_to_a_fixed_multiple(size: int, padded: int, tmp_path: Path) -> None:
-    assert read(tmp_path, {**RELEASED_DENSE, "vocab_size": size}).padded_vocab_size == padded
+    assert read(tmp_path, {**QWEN3_8B, "vocab_size": size}).padded_vocab_size == padded
 
 
 @pytest.mark.parametrize(
@@ -131,7 +84,7 @@ def test_unsupported_settings_are_refused_by_field_value_and_rule(
 ) -> None:
     shown = False if value is None else value
     with pytest.raises(ValueError, match=rf"config.json: {field} = .*is not supported; {supported}") as refused:
-        read(tmp_path, {**RELEASED_MIXTURE, field: value})
+        read(tmp_path, {**QWEN3_30B_A3B, field: value})
     assert repr(shown) in str(refused.value)
 
 
@@ -146,7 +99,7 @@ def test_unsupported_settings_are_refused_by_field_value_and_rule(
 )
 def test_scaled_rotary_embeddings_are_refused(rope: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rope type .*(yarn|linear).* is not supported; only the default"):
-        read(tmp_path, {**RELEASED_DENSE, **rope})
+        read(tmp_path, {**QWEN3_8B, **rope})
 
 
 @pytest.mark.parametrize(
@@ -154,7 +107,7 @@ def test_scaled_rotary_embeddings_are_refused(rope: dict[str, Any], tmp_path: Pa
     ["num_hidden_layers", "vocab_size", "rms_norm_eps", "rope_theta", "num_experts", "moe_intermediate_size"],
 )
 def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
-    config = {key: value for key, value in RELEASED_MIXTURE.items() if key != field}
+    config = {key: value for key, value in QWEN3_30B_A3B.items() if key != field}
     with pytest.raises(ValueError, match=f"config.json: {field} is missing"):
         read(tmp_path, config)
 
@@ -162,7 +115,7 @@ def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
 def test_another_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     for names in (["LlamaForCausalLM"], [], None):
         with pytest.raises(ValueError, match=r"architectures = .* is not known; known: Qwen3ForCausalLM, Qwen3Moe"):
-            read(tmp_path, {**RELEASED_DENSE, "architectures": names})
+            read(tmp_path, {**QWEN3_8B, "architectures": names})
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minpro_megatron.weights import hf_files
 from minpro_megatron.weights.hf_files import HfReader, dtype_name, write_hf
 
 TENSORS = {f"model.layers.{index}.weight": torch.randn(8, index + 1) for index in range(6)}
@@ -112,3 +113,47 @@ def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_dtype_names_are_hugging_faces() -> None:
     assert [dtype_name(d) for d in (torch.float32, torch.bfloat16)] == ["float32", "bfloat16"]
+
+
+def write_sharded(folder: Path) -> Path:
+    for number, name in enumerate(("a", "b"), start=1):
+        save_file({name: torch.arange(24.0).reshape(12, 2) + number}, folder / f"{name}.safetensors")
+    set_index(folder, {"a": "a.safetensors", "b": "b.safetensors"})
+    return folder
+
+
+def set_index(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_rows_of_a_tensor_are_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_files, "_MAPPED_BYTES", 20)  # mapped anew for almost every read
+    reader = HfReader(write_sharded(tmp_path))
+    assert reader.names() == ["a", "b"]
+    assert reader.num_bytes == 2 * 12 * 2 * 4
+    for first, count in ((0, 12), (0, 5), (5, 7), (11, 1)):
+        for name in ("a", "b"):
+            assert torch.equal(reader.read_rows(name, first, count), reader.read(name)[first : first + count])
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "a.safetensors", "b": "a.safetensors"}, "index.json: b is not in a.safetensors; download"),
+        ({"a": "c.safetensors"}, "c.safetensors: .*[Nn]o such file.*; download the folder again"),
+        ({"a": "../a.safetensors"}, "'../a.safetensors' is not the name of a safetensors file beside it"),
+        ({"a": "pytorch_model.bin"}, "'pytorch_model.bin' is not .*; pickles are refused"),
+        (None, "it has no weight_map; download the folder again"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(weight_map: object, message: str, tmp_path: Path) -> None:
+    set_index(write_sharded(tmp_path), weight_map)
+    with pytest.raises(ValueError, match=message):
+        HfReader(tmp_path)
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    file = write_sharded(tmp_path) / "b.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"b.safetensors: .*; download the folder again"):
+        HfReader(tmp_path)

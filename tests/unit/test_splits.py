@@ -21,8 +21,8 @@ CASES: list[tuple[str, Split, list[tuple[int, ...]], list[int]]] = [
     ("whole", Whole(), [(17,)], [1, 3]),
     ("rows", Along(0), [(12, 5)], [1, 2, 3]),
     ("columns", Along(1), [(5, 12)], [1, 2, 4]),
-    ("vocabulary", Vocabulary(77, 128), [(77, 3)], [1, 2, 4, 8]),
-    ("full vocabulary", Vocabulary(128, 128), [(128, 1)], [1, 2]),
+    ("vocabulary", Vocabulary(128), [(77, 3)], [1, 2, 4, 8]),
+    ("full vocabulary", Vocabulary(128), [(128, 1)], [1, 2]),
     ("gated pair", GatedPair(), [(6, 5), (6, 5)], [1, 2, 3]),
     ("one query a group", QueryGroups(3, 3, 2), [(6, 7), (6, 7), (6, 7)], [1, 3]),
     ("grouped queries", QueryGroups(12, 4, 3), [(36, 5), (12, 5), (12, 5)], [1, 2, 4]),
@@ -34,7 +34,7 @@ CASES: list[tuple[str, Split, list[tuple[int, ...]], list[int]]] = [
 def test_round_trips_are_bit_exact(split: Split, shapes: list[tuple[int, ...]], sizes: list[int]) -> None:
     tensors = [random_bits(*shape) for shape in shapes]
     full = split.join(tensors)
-    for found, expected in zip(split.part(full), tensors, strict=True):
+    for found, expected in zip(split.part(full, [len(tensor) for tensor in tensors]), tensors, strict=True):
         assert_same_bits(found, expected)
     for size in sizes:
         shards = [split.shard(full, rank, size) for rank in range(size)]
@@ -73,12 +73,26 @@ def test_each_tensor_rank_holds_its_gate_above_its_up_projection() -> None:
 
 
 def test_vocabulary_padding_is_zero_and_left_out_again() -> None:
-    full = Vocabulary(5, 8).join([torch.ones(5, 2)])
+    full = Vocabulary(8).join([torch.ones(5, 2)])
     assert full.sum(dim=1).tolist() == [2, 2, 2, 2, 2, 0, 0, 0]
-    assert Vocabulary(5, 8).part(full)[0].shape == (5, 2)
+    assert Vocabulary(8).part(full, [5])[0].shape == (5, 2)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 6])
-def test_a_vocabulary_of_another_size_is_refused(rows: int) -> None:
-    with pytest.raises(ValueError, match=f"vocab_size = 5.*{rows} rows"):
-        Vocabulary(5, 8).join([torch.ones(rows, 2)])
+@pytest.mark.parametrize(("split", "shapes"), [(c[1], c[2]) for c in CASES], ids=[c[0] for c in CASES])
+def test_runs_name_every_row_once_and_in_order(split: Split, shapes: list[tuple[int, ...]]) -> None:
+    rows = [shape[0] for shape in shapes]
+    for source, count in enumerate(rows):
+        runs = [run for run in split.runs(rows) if run.source == source]
+        assert [row for run in runs for row in range(run.first, run.first + run.count)] == list(range(count))
+    assert split.full_rows(rows) == len(split.join([random_bits(*shape) for shape in shapes]))
+
+
+def test_gate_and_up_projection_are_blocks_of_their_own() -> None:
+    assert [len(block) for block in GatedPair().blocks([6, 6])] == [1, 1]
+    assert [len(block) for block in QueryGroups(4, 2, 1).blocks([4, 2, 2])] == [6]
+
+
+@pytest.mark.parametrize("rows", [(12, 6, 5), (11, 6, 6), (12, 8, 6)])
+def test_tensors_that_would_lose_rows_are_refused(rows: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"do not make a parameter of \[12, 6, 6\] rows"):
+        QueryGroups(6, 3, 2).join([torch.ones(count, 2) for count in rows])

@@ -1,15 +1,19 @@
 """The table covers the checkpoints of each architecture tensor for tensor."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.weights.architecture import Architecture, read_architecture
 from minpro_megatron.weights.splits import Along, GatedPair, QueryGroups, Vocabulary, Whole
-from minpro_megatron.weights.table import entries
+from minpro_megatron.weights.table import check_names, coverage, entries
 from tests.mesh.reference import COMMON, saved_tensors
+from tests.unit.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
 
 TINY = Architecture(
     name="Qwen3MoeForCausalLM",
@@ -28,69 +32,48 @@ TINY = Architecture(
     tied_embeddings=False,
 )
 DENSE = {"name": "Qwen3ForCausalLM", "num_experts": 0, "num_experts_per_token": 0, "expert_ffn_hidden_size": 0}
-# The published config.json of Qwen/Qwen3-30B-A3B.
-QWEN3_30B_A3B = {
-    "num_layers": 48,
-    "hidden_size": 2048,
-    "num_attention_heads": 32,
-    "num_query_groups": 4,
-    "head_dim": 128,
-    "ffn_hidden_size": 6144,
-    "num_experts": 128,
-    "num_experts_per_token": 8,
-    "expert_ffn_hidden_size": 768,
-    "vocab_size": 151_936,
-    "rope_theta": 1e6,
-}
 
 
 def architecture(**changes: object) -> Architecture:
     return Architecture(**{**vars(TINY), **changes})
 
 
-def hf_shape(name: str, a: Architecture) -> tuple[int, ...]:
-    """The shape of a Hugging Face tensor of Qwen3, from the sizes in the config."""
-    ffn = a.expert_ffn_hidden_size if ".experts." in name else a.ffn_hidden_size
-    shapes = {
-        "embed_tokens": (a.vocab_size, a.hidden_size),
-        "lm_head": (a.vocab_size, a.hidden_size),
-        "norm": (a.hidden_size,),
-        "input_layernorm": (a.hidden_size,),
-        "post_attention_layernorm": (a.hidden_size,),
-        "q_norm": (a.head_dim,),
-        "k_norm": (a.head_dim,),
-        "q_proj": (a.num_attention_heads * a.head_dim, a.hidden_size),
-        "k_proj": (a.num_query_groups * a.head_dim, a.hidden_size),
-        "v_proj": (a.num_query_groups * a.head_dim, a.hidden_size),
-        "o_proj": (a.hidden_size, a.num_attention_heads * a.head_dim),
-        "gate": (a.num_experts, a.hidden_size),
-        "gate_proj": (ffn, a.hidden_size),
-        "up_proj": (ffn, a.hidden_size),
-        "down_proj": (a.hidden_size, ffn),
-    }
-    return shapes[name.removesuffix(".weight").rsplit(".", 1)[-1]]
-
-
 @pytest.mark.parametrize("kind", ["mixture", "dense", "tied"])
-def test_the_table_names_exactly_the_tensors_that_transformers_writes(kind: str) -> None:
+def test_the_table_names_and_shapes_exactly_the_tensors_that_transformers_writes(kind: str, tmp_path: Path) -> None:
     common = {**COMMON, "num_hidden_layers": 2, "tie_word_embeddings": kind == "tied"}
     if kind == "mixture":
         experts: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        model, ours = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, intermediate_size=64, **experts)), TINY
+        own = {**experts, "norm_topk_prob": True, "intermediate_size": 64}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **own))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**common, intermediate_size=64))
-        ours = architecture(**DENSE, tied_embeddings=kind == "tied")
+    model.config.architectures = [type(model).__name__]
+    model.config.to_json_file(tmp_path / "config.json")
     written = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
-    named = [name for entry in entries(ours) for name in entry.hf]
-    assert len(named) == len(set(named))
-    assert {name: hf_shape(name, ours) for name in named} == written
+    table = entries(read_architecture(tmp_path))
+    named = [pair for entry in table for pair in zip(entry.hf, entry.shapes, strict=True)]
+    assert len(named) == len(dict(named))
+    assert dict(named) == written
 
 
-def test_qwen3_30b_a3b_has_18867_tensors_and_30532122624_parameters() -> None:
-    a = architecture(**QWEN3_30B_A3B)
-    names = [name for entry in entries(a) for name in entry.hf]
-    assert len(names) == len(set(names)) == 18_867
-    assert sum(math.prod(hf_shape(name, a)) for name in names) == 30_532_122_624
+@pytest.mark.parametrize(
+    ("config", "tensors", "parameters"),
+    [
+        (QWEN3_30B_A3B, 18_867, 30_532_122_624),
+        (QWEN3_8B, 399, 8_190_735_360),
+        (QWEN3_14B, 443, 14_768_307_200),
+        (QWEN3_0_6B, 310, 596_049_920),
+    ],
+    ids=["30B-A3B", "8B", "14B", "0.6B"],
+)
+def test_released_models_have_the_published_totals(
+    config: dict[str, Any], tensors: int, parameters: int, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    a = read_architecture(tmp_path)
+    shapes = {name: shape for entry in entries(a) for name, shape in zip(entry.hf, entry.shapes, strict=True)}
+    assert len(shapes) == tensors
+    assert sum(map(math.prod, shapes.values())) == parameters
     assert a.padded_vocab_size == 151_936
 
 
@@ -111,8 +94,8 @@ def test_layers_and_experts_are_filled_in_and_ordered_layer_by_layer() -> None:
 
 def test_every_tensor_is_split_as_megatron_cuts_its_layer() -> None:
     by_kind = {
-        "word_embeddings": Vocabulary(77, 128),
-        "output_layer": Vocabulary(77, 128),
+        "word_embeddings": Vocabulary(128),
+        "output_layer": Vocabulary(128),
         "linear_qkv": QueryGroups(4, 2, 16),
         "linear_proj": Along(1),  # row parallel: input features
         "linear_fc1": GatedPair(),
@@ -124,3 +107,40 @@ def test_every_tensor_is_split_as_megatron_cuts_its_layer() -> None:
     for ours in (TINY, architecture(**DENSE)):
         for entry in entries(ours):
             assert entry.split == by_kind[entry.megatron.split(".")[-2]], entry.megatron
+
+
+def hf_names(a: Architecture) -> list[str]:
+    return [name for entry in entries(a) for name in entry.hf]
+
+
+def test_names_only_one_side_knows_are_refused_and_listed() -> None:
+    names = hf_names(TINY)
+    check_names(TINY, names, "hf")
+    with pytest.raises(ValueError, match=r"^hf: 1 tensors are not in the table of Qwen3MoeForCausalLM: model.x; does"):
+        check_names(TINY, [*names, "model.x"], "hf")
+    with pytest.raises(
+        ValueError, match=r"^hf: 4 tensors are missing for .*: model.embed_tokens.weight, .*, \.\.\.; does"
+    ):
+        check_names(TINY, names[4:], "hf")
+
+
+def test_known_names_that_carry_no_weight_of_their_own_are_passed_over() -> None:
+    rotary = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    check_names(TINY, [*hf_names(TINY), rotary], "hf")
+    tied = architecture(**DENSE, tied_embeddings=True)
+    check_names(tied, [*hf_names(tied), "lm_head.weight"], "hf")
+    found = coverage(tied, [*hf_names(tied), "lm_head.weight", rotary, "other"])
+    assert (found.covered, found.missed, found.absent) == (hf_names(tied), ["other"], [])
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
+    embedding = entries(TINY)[0]
+    with pytest.raises(ValueError, match=r"^model.embed_tokens.weight: shape \(76, 32\), .* makes it \(77, 32\); does"):
+        embedding.join([torch.zeros(76, 32)])
+
+
+def test_full_and_shard_shapes_are_those_of_the_tensors() -> None:
+    for entry in entries(TINY):
+        full = entry.join([torch.zeros(shape) for shape in entry.shapes])
+        assert entry.full_shape == full.shape
+        assert entry.shard_shape(2) == entry.split.shard(full, 1, 2).shape

@@ -1,0 +1,59 @@
+"""A safetensors file written piece by piece: the safetensors package itself needs a file's tensors in memory at once.
+
+The format (github.com/huggingface/safetensors): the header's length as 8 bytes, little endian; the header, JSON padded
+with spaces to a multiple of 8; the tensors' bytes. Tensors stand in the order of their names, as the package writes
+them, so that a model file that came from it comes back byte for byte.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    path: Path,
+    headers: Mapping[str, TensorHeader],
+    pieces: Callable[[str], Iterable[Tensor]],
+    announce: Callable[[int], None],
+) -> None:
+    """Write the tensors of `headers` (all of one dtype) to `path`. `pieces(name)` gives a tensor's rows, in order;
+    `announce(bytes)` is called for each."""
+    names = sorted(headers)
+    with path.open("wb") as file:
+        file.write(_encoded({name: headers[name] for name in names}))
+        for name in names:
+            before = file.tell()
+            for rows in pieces(name):
+                file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+                announce(rows.nbytes)
+            assert file.tell() - before == headers[name].num_bytes, f"{name}: not the bytes that its header says"
+
+
+def _encoded(headers: Mapping[str, TensorHeader]) -> bytes:
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, header in headers.items():
+        end = start + header.num_bytes
+        described[name] = {"dtype": _NAMES[header.dtype], "shape": list(header.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,36 @@
+"""A streamed safetensors file is the very file that the safetensors package writes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minpro_megatron.weights.safetensors_stream import TensorHeader, write_safetensors
+
+SHAPES = {"b.weight": (7, 5), "a.10": (3,), "a.9": (2, 3, 4), "ä": (1, 1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("step", [1, 2, 100])
+def test_the_file_is_the_packages_file_byte_for_byte(dtype: torch.dtype, step: int, tmp_path: Path) -> None:
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()}
+    announced: list[int] = []
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        yield from tensors[name].split(step)
+
+    headers = {name: TensorHeader(dtype, shape) for name, shape in SHAPES.items()}
+    write_safetensors(tmp_path / "ours", headers, pieces, announced.append)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert sum(announced) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_a_piece_too_few_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="a: not the bytes that its header says"):
+        write_safetensors(
+            tmp_path / "file", {"a": TensorHeader(torch.float32, (3,))}, lambda _: [torch.zeros(2)], lambda _: None
+        )
