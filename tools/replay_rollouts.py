@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     updates.add_argument("--updates", type=_count, metavar="N", help="default: one for each mini-batch")
     updates.add_argument("--learning-rate", metavar="X", help="default: 1e-6")
     updates.add_argument("--weight-decay", metavar="X", help="default: 0.1")
-    updates.add_argument("--clip-grad", metavar="X", help="largest gradient norm (default: 1.0)")
+    updates.add_argument("--clip-grad", metavar="X", help="largest gradient norm, 0 for no limit (default: 1.0)")
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument(
         "--parallel",

@@ -32,7 +32,7 @@ class OptimizerConfig(Section):
     beta2: float = Field(default=0.999, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    clip_grad: float = Field(default=1.0, gt=0, description="largest global gradient norm")
+    clip_grad: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no limit")
 
 
 class BatchConfig(Section):

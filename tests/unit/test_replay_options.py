@@ -61,7 +61,7 @@ def test_it_computes_on_gpus_where_every_rank_has_one(num_gpus, device, dtype):
         ({"settings": ["optimizer.warmup_global_steps=3"]}, "constant"),
         ({"settings": ["loss.kl.enable=true"]}, "no setting 'enable'"),
         ({"learning_rate": "fast"}, "optimizer.learning_rate: Input should be a valid number"),
-        ({"clip_grad": "0"}, "optimizer.clip_grad: Input should be greater than 0"),
+        ({"clip_grad": "-1"}, "optimizer.clip_grad: Input should be greater than or equal to 0"),
         ({"parallel": "tensors=2"}, "no axis 'tensors'; known: tensor, pipeline, "),
         ({"parallel": "tensor=2,tensor=2"}, "tensor is given twice"),
         ({"parallel": "tensor=two"}, "tensor needs a whole number"),
