@@ -67,7 +67,7 @@ class PolicyLoss:
         others = self._others(micro_batch)
         tokens = self._tokens(scores, micro_batch, others)
         terms = self.objective.terms(tokens, self.objective_settings)
-        return tokens, corrected(terms, scores.log_probs_L, tokens.mask_L, others, self.settings), others
+        return tokens, corrected(terms, scores.log_probs_L, others, self.settings), others
 
     def _tokens(self, scores: TokenScores, micro_batch: MicroBatch, others: OtherLogProbs) -> PolicyTokens:
         mask = micro_batch.tensor("mask_L")

@@ -24,7 +24,7 @@ class OtherLogProbs:
 
 
 def corrected(
-    terms: ObjectiveTerms, log_probs_L: Tensor, mask_L: Tensor, others: OtherLogProbs, settings: LossConfig
+    terms: ObjectiveTerms, log_probs_L: Tensor, others: OtherLogProbs, settings: LossConfig
 ) -> ObjectiveTerms:
     """The objective's terms with whatever `settings` switches on; the same object if that is nothing.
 
@@ -32,18 +32,17 @@ def corrected(
     switched off is not looked at. A token that is left out has no part in the objective, whatever its numbers, but
     still pays the KL penalty.
     """
-    trained = mask_L > 0
     if settings.truncated_importance.enabled or settings.icepop.enabled:
-        terms = _for_mismatch(terms, _ratio(others.behavior_L, others.rollout_L, trained), settings)
+        terms = _for_mismatch(terms, log_difference(others.behavior_L, others.rollout_L).exp(), settings)
     if settings.decoupled.enabled:
-        weight = _ratio(others.proximal_L, others.behavior_L, trained)
+        weight = log_difference(others.proximal_L, others.behavior_L).exp()
         terms = terms.scaled(weight).without(weight > settings.decoupled.largest_weight)
     if settings.kl.enabled:
         value, slope = kl_estimate(log_probs_L.detach(), others.reference_L, settings.kl.estimator)
         terms = replace(
             terms,
-            coefficients_L=terms.coefficients_L - settings.kl.coefficient * torch.where(trained, slope, 0.0),
-            value_L=terms.value_L + settings.kl.coefficient * torch.where(trained, value, 0.0),
+            coefficients_L=terms.coefficients_L - settings.kl.coefficient * slope,
+            value_L=terms.value_L + settings.kl.coefficient * value,
         )
     return terms
 
@@ -67,8 +66,3 @@ def _for_mismatch(terms: ObjectiveTerms, ratio_L: Tensor, settings: LossConfig) 
     truncated, icepop = settings.truncated_importance, settings.icepop
     terms = terms.scaled(ratio_L.clamp(max=truncated.cap) if truncated.enabled else ratio_L)
     return terms.without((ratio_L < icepop.low) | (ratio_L > icepop.high)) if icepop.enabled else terms
-
-
-def _ratio(numerator_L: Tensor, denominator_L: Tensor, trained_L: Tensor) -> Tensor:
-    log_ratio = log_difference(numerator_L, denominator_L)
-    return torch.where(trained_L, log_ratio, 0.0).exp()  # a masked token's numbers may be anything

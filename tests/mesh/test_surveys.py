@@ -1,29 +1,27 @@
 """Objectives and their surveys of the mini-batch are the same on ranks that hold pieces of its sequences."""
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_length, row_length, shard_row
-from minpro_megatron.config.objective import M2poConfig, M2poWinsorizedConfig, ObjectiveConfig, PrefixFilterConfig
+from minpro_megatron.config.objective import M2poConfig, M2poWinsorizedConfig, PrefixFilterConfig
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import MiniBatch, policy_tokens
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.parallel.prefix_scan import ShardedScan
 from minpro_megatron.parallel.ranks import GroupRanks
 from tests.mesh.harness import run_mesh
-from tests.unit.ragged_tokens import Tokens, random_tokens, surveyed
+from tests.unit.ragged_tokens import DEFAULTS, Tokens, random_tokens, surveyed
 
 pytestmark = pytest.mark.mesh
 
 SEED = 5
 ROWS = 4
-SETTINGS: dict[str, Any] = {
-    section.model_fields["name"].default: section() for section in get_args(get_args(ObjectiveConfig)[0])
-} | {
+SETTINGS: dict[str, Any] = DEFAULTS | {
     "m2po": M2poConfig(second_moment=0.2),
     "m2po_winsorized": M2poWinsorizedConfig(second_moment=0.2),
     "prefix_filter": PrefixFilterConfig(quantile=0.2),

@@ -3,15 +3,21 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from minpro_megatron.config.objective import ObjectiveSection
+from minpro_megatron.config.objective import ObjectiveConfig, ObjectiveSection
 from minpro_megatron.objective.ranking import OneRank
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, PolicyTokens, policy_tokens
+
+# every objective's settings as they are where nothing is set
+DEFAULTS: dict[str, Any] = {
+    section.model_fields["name"].default: section() for section in get_args(get_args(ObjectiveConfig)[0])
+}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +15,15 @@ from minpro_megatron.config.loss import (
     LossConfig,
     TruncatedImportanceConfig,
 )
-from minpro_megatron.config.objective import GrpoConfig, MinproConfig, ObjectiveConfig
+from minpro_megatron.config.objective import GrpoConfig, MinproConfig
 from minpro_megatron.objective.corrections import OtherLogProbs, corrected, kl_estimate
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import ObjectiveTerms, summed_loss
 from tests.unit import objective_loops as loops
 from tests.unit.objective_loops import Expected, OtherNumbers
-from tests.unit.ragged_tokens import Tokens, far_tokens, random_tokens, terms_of
+from tests.unit.ragged_tokens import DEFAULTS, Tokens, far_tokens, random_tokens, terms_of
 
 TOLERANCE = 1e-11
-DEFAULTS: dict[str, Any] = {
-    section.model_fields["name"].default: section() for section in get_args(get_args(ObjectiveConfig)[0])
-}
 Switches = dict[str, Any]  # what LossConfig is made of
 TRUNCATED: Switches = {"truncated_importance": TruncatedImportanceConfig(enabled=True)}
 ICEPOP: Switches = {"icepop": IcePopConfig(enabled=True)}
@@ -66,7 +63,6 @@ def found_terms(
     return corrected(
         terms_of(name, against, DEFAULTS[name], dtype),
         torch.tensor(tokens.log_probs, dtype=dtype),
-        torch.tensor(tokens.mask, dtype=dtype),
         given,
         loss,
     )
@@ -113,6 +109,8 @@ def test_left_out_tokens_are_those_beyond_the_limits(switches: str) -> None:
     tokens, loss = random_tokens(55), LossConfig(**SWITCHES[switches])
     others = others_of(tokens, 56)
     terms = found_terms("minpro", tokens, others, loss)
+    old = others.proximal if loss.decoupled.enabled else tokens.behavior
+    plain = terms_of("minpro", replace(tokens, behavior=old), DEFAULTS["minpro"])
     for place in np.flatnonzero(tokens.trained).tolist():
         ratio = loops.between(float(tokens.behavior[place]), float(others.rollout[place]))
         weight = loops.between(float(others.proximal[place]), float(tokens.behavior[place]))
@@ -120,6 +118,7 @@ def test_left_out_tokens_are_those_beyond_the_limits(switches: str) -> None:
         too_heavy = loss.decoupled.enabled and weight > loss.decoupled.largest_weight
         assert bool(terms.left_out_L[place]) == (outside or too_heavy)
         assert not terms.left_out_L[place] or not terms.clipped_L[place]
+        assert terms.weight_L[place] == (0 if terms.left_out_L[place] else plain.weight_L[place])  # the objective's own
 
 
 def test_nothing_switched_on_is_the_objective_itself() -> None:
@@ -127,7 +126,7 @@ def test_nothing_switched_on_is_the_objective_itself() -> None:
     terms = terms_of("minpro", tokens, MinproConfig())
     anything = torch.full((len(tokens.mask),), math.nan)
     others = OtherLogProbs(anything, anything, anything, anything)
-    assert corrected(terms, torch.tensor(tokens.log_probs), torch.tensor(tokens.mask), others, LossConfig()) is terms
+    assert corrected(terms, torch.tensor(tokens.log_probs), others, LossConfig()) is terms
 
 
 @pytest.mark.parametrize(
@@ -267,6 +266,11 @@ def test_nan_shows_in_trained_tokens_and_not_in_masked_ones(switch: str, field: 
         for values in vars(expected):
             found = getattr(masked, values)[tokens.trained]
             assert torch.equal(found, getattr(expected, values)[tokens.trained]), values
+        log_probs, mask = torch.tensor(tokens.log_probs, requires_grad=True), torch.tensor(tokens.mask)
+        loss_value = summed_loss(log_probs, masked, mask)
+        (gradient,) = torch.autograd.grad(loss_value, log_probs)
+        assert loss_value.isfinite()
+        assert gradient.isfinite().all()
         here = np.arange(len(tokens.mask)) == place
         bad_tokens, bad_others = with_number(tokens, others, field, here, number)
         terms = found_terms("minpro", bad_tokens, bad_others, loss)

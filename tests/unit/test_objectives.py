@@ -3,20 +3,21 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from minpro_megatron.config import objective as config
-from minpro_megatron.config.objective import ObjectiveConfig, ObjectiveSection
+from minpro_megatron.config.objective import ObjectiveSection
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import ObjectiveTerms, policy_tokens, summed_loss, summed_value
 from tests.unit import objective_loops as loops
 from tests.unit.objective_loops import Expected, clip
 from tests.unit.ragged_tokens import (
+    DEFAULTS,
     Tokens,
     far_tokens,
     long_tokens,
@@ -32,9 +33,6 @@ PRECISIONS, TOLERANCE = (torch.float32, torch.float64), 1e-11
 # rho = (1.5, .5, 2, 30, 1): every interesting case of MinPRO in five tokens
 FIVE_RATIOS = [1.5, 0.5, 2.0, 30.0, 1.0]
 
-DEFAULTS: dict[str, Any] = {
-    section.model_fields["name"].default: section() for section in get_args(get_args(ObjectiveConfig)[0])
-}
 # other settings than the papers', among them the bounds between which most tokens of a small drift lie
 OTHERS: dict[str, Any] = {
     "minpro": config.MinproConfig(clip_low=0.3, clip_high=0.2),
@@ -359,6 +357,7 @@ def test_masked_tokens_change_nothing(name: str, wild: float) -> None:
         log_probs=np.where(masked, wild, tokens.log_probs).astype(np.float32),
         behavior=np.where(masked, -wild, tokens.behavior).astype(np.float32),
     )
+    assert not filled.for_objective(torch.float32).log_ratio_L[masked].any()
     expected = terms_of(name, tokens, settings)
     for other, keep in ((filled, tokens.trained), (tokens.where(tokens.trained), slice(None))):
         terms = terms_of(name, other, settings)

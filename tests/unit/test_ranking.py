@@ -108,6 +108,12 @@ def test_the_smallest_go_by_value_and_then_by_id(kind: str, how: str) -> None:
         assert on_ranks(on_rank, parts) == [[place in chosen for place in part] for part in parts]
 
 
+def test_zeros_of_either_sign_are_equal() -> None:
+    values, ids = torch.tensor([0.0, -0.0, -0.0, 0.0, 1.0]), torch.arange(5)
+    for how_many in range(6):
+        assert smallest(values, ids, how_many, OneRank()).tolist() == [place < how_many for place in range(5)]
+
+
 @pytest.mark.parametrize("how", SPREADS)
 def test_the_boundary_is_where_a_condition_on_counts_and_sums_ends(how: str) -> None:
     values, _, held = drawn("ties", how)
@@ -125,9 +131,9 @@ def test_the_boundary_is_where_a_condition_on_counts_and_sums_ends(how: str) -> 
 
 
 def test_a_boundary_may_lie_between_values() -> None:
-    values = torch.tensor([1.0, 5.0], dtype=torch.float64)
-    found = boundary(values, lambda count, total, value: value < 3.25, OneRank())
-    assert found == Boundary(3.25, 1, 1.0)
+    for held in ([torch.tensor([1.0, 5.0])], [torch.tensor([1.0]), torch.tensor([5.0]), torch.zeros(0)]):
+        found = on_ranks(lambda part, ranks: boundary(part, lambda count, total, value: value < 3.25, ranks), held)
+        assert found == [Boundary(3.25, 1, 1.0)] * len(held)
 
 
 def test_there_is_no_boundary_where_the_condition_holds_for_all_values_or_there_are_none() -> None:
