@@ -54,6 +54,7 @@ def install_cpu_device() -> None:
     _redirect_tensor_methods()
     _redirect_cuda_module()
     dist.all_to_all_single = _all_to_all_with_list_splits(dist.all_to_all_single)
+    dist.all_gather = _all_gather_of_uneven_sizes(dist.all_gather)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -144,5 +145,28 @@ def _all_to_all_with_list_splits(all_to_all_single: Callable) -> Callable:
             return sizes.tolist() if torch.is_tensor(sizes) else sizes
 
         return all_to_all_single(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **rest)
+
+    return call
+
+
+def _all_gather_of_uneven_sizes(all_gather: Callable) -> Callable:
+    """Megatron's token dispatcher gathers what each expert tensor rank has; gloo gathers equal shapes only.
+
+    Tensors that differ in their first dimension travel padded to the longest.
+    """
+
+    @functools.wraps(all_gather)
+    def call(tensor_list: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len({one.shape for one in tensor_list}) == 1:
+            return all_gather(tensor_list, tensor, *args, **kwargs)
+        longest = max(len(one) for one in tensor_list)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in tensor_list]
+        work = all_gather(gathered, padded, *args, **kwargs)
+        assert work is None, "an asynchronous gather of uneven sizes would have to be waited for here"
+        for one, rows in zip(tensor_list, gathered, strict=True):
+            one.copy_(rows[: len(one)])
+        return None
 
     return call
