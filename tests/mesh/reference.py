@@ -1,23 +1,34 @@
 """A training step with Hugging Face transformers, plain autograd and torch AdamW: what every mesh must reproduce."""
 
+import copy
+import json
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.config.trainer import OptimizerConfig
+from minpro_megatron.weights.architecture import Architecture, read_architecture
 
 COMMON = {
     "vocab_size": 77,  # not a multiple of anything: the padding columns must stay out of the softmax
     "hidden_size": 32,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
@@ -29,6 +40,15 @@ def make_model(kind: str) -> PreTrainedModel:
     """A small Qwen3-MoE ("moe") or dense Qwen3 ("dense", "tied": embedding and output layer are one), with weights
     large enough that attention and routing matter."""
     torch.manual_seed(0)
+    config = model_config(kind)
+    model = Qwen3MoeForCausalLM(config) if isinstance(config, Qwen3MoeConfig) else Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in name else parameter * 5)
+    return model
+
+
+def model_config(kind: str) -> Qwen3Config | Qwen3MoeConfig:
     if kind == "moe":
         experts = {
             "num_experts": 8,
@@ -36,14 +56,18 @@ def make_model(kind: str) -> PreTrainedModel:
             "norm_topk_prob": True,
             "moe_intermediate_size": 16,
         }
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, intermediate_size=64, **experts))
-    else:
-        tied = {"tie_word_embeddings": kind == "tied"}
-        model = Qwen3ForCausalLM(Qwen3Config(**{**COMMON, **tied}, intermediate_size=64))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in name else parameter * 5)
-    return model
+        return Qwen3MoeConfig(**COMMON, intermediate_size=64, **experts)
+    # six layers: pipelines of three and six stages are possible, where the mixture allows two and four
+    own = {"tied": {"tie_word_embeddings": True}, "dense": {"num_hidden_layers": 6}}[kind]
+    return Qwen3Config(**{**COMMON, **own}, intermediate_size=64)
+
+
+def model_architecture(kind: str) -> Architecture:
+    name = "Qwen3MoeForCausalLM" if kind == "moe" else "Qwen3ForCausalLM"
+    with tempfile.TemporaryDirectory() as folder:
+        settings = model_config(kind).to_dict() | {"architectures": [name]}
+        Path(folder, "config.json").write_text(json.dumps(settings))
+        return read_architecture(folder)
 
 
 def make_sequences(count: int, longest: int, seed: int = 0) -> list[TokenSequence]:
@@ -72,7 +96,7 @@ def make_sequences(count: int, longest: int, seed: int = 0) -> list[TokenSequenc
 def response_log_probs(model: PreTrainedModel, sequence: TokenSequence, temperature: float) -> Tensor:
     """log pi of the response tokens given everything before them, from the whole logits. [response tokens]"""
     ids = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()
-    logits = model(ids[None]).logits[0].float() / temperature
+    logits = model(ids[None]).logits[0] / temperature
     first = len(sequence.prompt_ids)
     log_probs = logits.log_softmax(-1)[first - 1 : -1]
     return log_probs.gather(1, ids[first:, None])[:, 0]
@@ -91,36 +115,87 @@ def minpro_token_losses(log_probs: Tensor, behavior: Tensor, mask: Tensor, advan
     return torch.stack(losses)
 
 
+# The mini-batch's loss from each sequence's log-probs [response tokens], which carry the gradient.
+BatchLoss = Callable[[Sequence[TokenSequence], list[Tensor]], Tensor]
+
+
+def minpro_loss(aggregation: str) -> BatchLoss:
+    """MinPRO over a mini-batch; "sequence_mean" leaves out sequences without a trained token."""
+
+    def loss(sequences: Sequence[TokenSequence], log_probs: list[Tensor]) -> Tensor:
+        sums, counts = [], []
+        for sequence, own in zip(sequences, log_probs, strict=True):
+            behavior, mask = torch.from_numpy(sequence.behavior_log_probs), torch.from_numpy(sequence.loss_mask)
+            sums.append(minpro_token_losses(own, behavior, mask, sequence.advantage).sum())
+            counts.append(sequence.num_trained_tokens)
+        if aggregation == "token_mean":
+            return torch.stack(sums).sum() / sum(counts)
+        return torch.stack([total / count for total, count in zip(sums, counts, strict=True) if count]).mean()
+
+    return loss
+
+
 @dataclass(frozen=True)
 class ReferenceStep:
+    """One update, float64; tensors under the names of the model's files."""
+
     loss: float
-    grad_norm: float
+    grad_norm: float  # before clipping
+    gradients: dict[str, Tensor]  # after clipping
+    start: dict[str, Tensor]
     updated: dict[str, Tensor]
 
 
 def reference_step(
     model: PreTrainedModel,
-    sequences: list[TokenSequence],
+    sequences: Sequence[TokenSequence],
+    loss_of: BatchLoss,
     temperature: float,
     learning_rate: float,
-    clip: float,
-    aggregation: str,
+    optimizer: OptimizerConfig,
 ) -> ReferenceStep:
-    """One AdamW update of `model` with the paper's weight decay, on every parameter."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    losses, counts = [], []
-    for sequence in sequences:
-        log_probs = response_log_probs(model, sequence, temperature)
-        behavior, mask = torch.from_numpy(sequence.behavior_log_probs), torch.from_numpy(sequence.loss_mask)
-        losses.append(minpro_token_losses(log_probs, behavior, mask, sequence.advantage).sum())
-        counts.append(float(sequence.loss_mask.sum()))
-    token_mean = torch.stack(losses).sum() / sum(counts)
-    sequence_mean = (torch.stack(losses) / torch.tensor(counts)).mean()
-    loss = token_mean if aggregation == "token_mean" else sequence_mean
-    loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    return ReferenceStep(loss.item(), float(grad_norm), saved_tensors(model))
+    """What one AdamW update of every parameter does; `model` stays as it is."""
+    start = saved_tensors(model)
+    with in_float64(model) as wide:
+        adam = torch.optim.AdamW(
+            wide.parameters(),
+            lr=learning_rate,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+        )
+        loss = loss_of(sequences, [response_log_probs(wide, sequence, temperature) for sequence in sequences])
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(wide.parameters(), optimizer.clip_grad)
+        adam.step()
+    updated = saved_tensors(wide)
+    with torch.no_grad():
+        for parameter in wide.parameters():
+            assert parameter.grad is not None
+            parameter.copy_(parameter.grad)
+    return ReferenceStep(loss.item(), float(grad_norm), saved_tensors(wide), start, updated)
+
+
+@contextmanager
+def in_float64(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A copy of `model` that computes in float64 inside, where transformers would go back to float32 for its norms,
+    softmax and router."""
+    wide = copy.deepcopy(model).double()
+    wide.set_attn_implementation("eager")
+    if "Moe" in type(model).__name__:
+        wide.set_experts_implementation("eager")  # the grouped product of the default knows no float64
+    dense = mock.patch.object(modeling_qwen3, "torch", _WideTorch())
+    with dense, mock.patch.object(modeling_qwen3_moe, "torch", _WideTorch()):
+        yield wide
+
+
+class _WideTorch:
+    """The torch module, in which float32 is float64."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, make_sequences
-from tests.mesh.test_policy_step import _config, _loaded
+from tests.mesh.steps import loaded_model, step_config
 
 pytestmark = pytest.mark.mesh
 
@@ -19,8 +19,8 @@ def _updates(mesh: Mesh, hf_path: str, broken: list[bool]) -> str:
     from minpro_megatron.actor.policy import Policy
     from minpro_megatron.train import Trainer
 
-    config = _config({"tensor": 2, "expert": 2}, True)
-    architecture, chunks = _loaded(mesh, hf_path)
+    config = step_config({"tensor": 2, "expert": 2}, row_tokens=128)
+    architecture, chunks = loaded_model(mesh, hf_path)
     policy = Policy(config, architecture, chunks, mesh)
     nobody: Any = None
     trainer = Trainer(config, mesh, policy, publisher=nobody, feed=None, report=None)

@@ -12,7 +12,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, make_sequences
-from tests.mesh.test_policy_step import _config
+from tests.mesh.steps import step_config
 
 pytestmark = pytest.mark.mesh
 
@@ -91,7 +91,7 @@ def test_updates_and_scores_follow_the_recorded_routes(
     parallel: dict[str, int], recompute: str, packing: bool, tmp_path: Path
 ) -> None:
     make_model("moe").save_pretrained(tmp_path)
-    config = _config(parallel, packing)
+    config = step_config(parallel, packing=packing, row_tokens=128)
     config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute})})
     sequences = make_sequences(11, 40)
     ranks = run_mesh(_replay, config, str(tmp_path), sequences, **parallel)
@@ -134,7 +134,7 @@ def _misused(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> li
 def test_routes_of_another_shape_are_an_error(tmp_path: Path) -> None:
     make_model("moe").save_pretrained(tmp_path)
     sequences = [replace(sequence, loss_mask=np.ones_like(sequence.loss_mask)) for sequence in make_sequences(5, 12)]
-    (messages,) = run_mesh(_misused, _config({}, True), str(tmp_path), sequences)
+    (messages,) = run_mesh(_misused, step_config({}, row_tokens=128), str(tmp_path), sequences)
     assert len(messages) == 3
     for message, part in zip(messages, ("routes of 3 layers for 4", "tokens for", "no routes of"), strict=True):
         assert part in message, messages

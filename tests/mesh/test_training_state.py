@@ -12,7 +12,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, make_sequences
-from tests.mesh.test_policy_step import _config, _loaded
+from tests.mesh.steps import loaded_model, step_config
 
 pytestmark = pytest.mark.mesh
 
@@ -24,7 +24,7 @@ TO = [{}, {"data": 2, "context": 2, "expert": 4}, {"pipeline": 2, "virtual_pipel
 def _policy(mesh: Mesh, config: RunConfig, hf_path: str) -> Any:
     from minpro_megatron.actor.policy import Policy
 
-    architecture, chunks = _loaded(mesh, hf_path)
+    architecture, chunks = loaded_model(mesh, hf_path)
     return architecture, Policy(config, architecture, chunks, mesh)
 
 
@@ -63,14 +63,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list, d
         replace(one, behavior_log_probs=random.normal(-4.5, 0.7, len(one.response_ids)).astype(np.float32))
         for one in make_sequences(8, 30)
     ]
-    ranks = run_mesh(_train_and_save, _config(FROM, True), str(hf_path), str(folder), sequences, **FROM)
+    ranks = run_mesh(_train_and_save, step_config(FROM, row_tokens=128), str(hf_path), str(folder), sequences, **FROM)
     return hf_path, folder, sequences, ranks[0]
 
 
 @pytest.mark.parametrize("parallel", TO, ids=str)
 def test_resumed_on_another_mesh_the_run_goes_on_as_before(parallel: dict[str, int], saved: tuple) -> None:
     hf_path, folder, sequences, expected = saved
-    found = run_mesh(_resume, _config(parallel, True), str(hf_path), str(folder), sequences, **parallel)[0]
+    config = step_config(parallel, row_tokens=128)
+    found = run_mesh(_resume, config, str(hf_path), str(folder), sequences, **parallel)[0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
     start = {name: torch.from_numpy(value) for name, value in expected["weights"].items()}
@@ -80,7 +81,7 @@ def test_resumed_on_another_mesh_the_run_goes_on_as_before(parallel: dict[str, i
 
 def test_resumed_on_the_same_mesh_it_is_the_same_to_the_bit(saved: tuple) -> None:
     hf_path, folder, sequences, expected = saved
-    found = run_mesh(_resume, _config(FROM, True), str(hf_path), str(folder), sequences, **FROM)[0]
+    found = run_mesh(_resume, step_config(FROM, row_tokens=128), str(hf_path), str(folder), sequences, **FROM)[0]
     assert found["losses"] == expected["losses"]
     assert found["norms"] == expected["norms"]
     for name, value in expected["weights"].items():
