@@ -85,7 +85,10 @@ def boundary(values_N: Tensor, holds: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def order_statistic(values_N: Tensor, place: int, ranks: Ranks) -> float:
-    """The value at `place` (from 0) of all ranks' values in ascending order. Raises ValueError if there is none."""
+    """The value at `place` (from 0) of all ranks' values in ascending order, NaN beyond the infinity of its sign.
+
+    Raises ValueError if there is none.
+    """
     found = boundary(values_N, lambda count, total, edge: count <= place, ranks)
     if place < 0 or found is None:
         raise ValueError(f"place = {place}: there are not that many values")

@@ -2,7 +2,8 @@
 
 A survey runs after a forward-only pass over the mini-batch under the current weights, on every rank that holds
 tokens, and says one number for each of the rank's own tokens, which the objective then finds in `surveyed_L`. The
-selections are exact over all ranks and micro-batches (`objective.ranking`); only histograms are exchanged.
+selections are exact over all ranks and micro-batches (`objective.ranking`); only histograms are exchanged. A token
+whose ratio is NaN is never among those to leave out: it shows in the loss. No trained token at all is no error.
 
 The extra pass is paid for by these objectives alone, in every update: one forward on top of forward and backward,
 so about a third more computation (a quarter more where activations are recomputed). It cannot be saved by using the

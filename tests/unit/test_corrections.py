@@ -146,6 +146,13 @@ def test_truncated_importance_case_by_case(ratio: float, factor: float) -> None:
     assert ratio_factor(ratio, LossConfig(**TRUNCATED)) == pytest.approx(factor, rel=1e-12)
 
 
+def test_the_decoupled_limit_belongs_to_what_is_kept() -> None:
+    tokens, loss = random_tokens(50), LossConfig(decoupled=DecoupledConfig(enabled=True, largest_weight=1.0))
+    others = replace(others_of(tokens, 50), proximal=tokens.behavior)
+    plain = terms_of("cispo", tokens, DEFAULTS["cispo"])
+    assert torch.equal(found_terms("cispo", tokens, others, loss).coefficients_L, plain.coefficients_L)
+
+
 def ratio_factor(ratio: float, loss: LossConfig) -> float:
     """What a token's coefficient is multiplied by if the trainer's probability is `ratio` times the server's."""
     tokens = Tokens(np.array([-1.0]), np.array([-1.0]), np.ones(1), np.ones(1), np.zeros(1, np.int64))

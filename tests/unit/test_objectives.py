@@ -402,6 +402,13 @@ def test_a_nan_in_a_trained_token_shows(name: str, field: str, advantage: float)
     assert gradient[place].isnan()
 
 
+@pytest.mark.parametrize("name", ["minpro", "prefix_ratio", "ctpo"])
+def test_a_nan_reaches_the_later_tokens_of_its_sequence_only(name: str) -> None:
+    tokens = replace(one_sequence([1.1] * 6), sequence=np.array([0, 0, 0, 0, 1, 1]))
+    terms = terms_of(name, with_value(tokens, "log_probs", 1, math.nan), DEFAULTS[name])
+    assert terms.coefficients_L.isnan().tolist() == [False, True, True, True, False, False]
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_infinite_log_prob_counts_as_a_log_ratio_of_twenty(name: str) -> None:
     tokens = random_tokens(17)

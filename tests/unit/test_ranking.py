@@ -139,6 +139,7 @@ def test_a_boundary_may_lie_between_values() -> None:
 def test_there_is_no_boundary_where_the_condition_holds_for_all_values_or_there_are_none() -> None:
     for held in ([torch.tensor([3.0, -1.0]), torch.zeros(0)], [torch.zeros(0), torch.zeros(0)]):
         assert on_ranks(lambda part, ranks: boundary(part, lambda count, *_: count <= 2, ranks), held) == [None, None]
+    assert boundary(torch.zeros(0), lambda count, *_: count > 0, OneRank()) is None
 
 
 def test_nan_neither_hangs_nor_hides_the_other_values() -> None:

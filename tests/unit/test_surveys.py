@@ -184,12 +184,15 @@ def test_the_winsorizing_bound_case_by_case(log_ratios: list[float], budget: flo
         assert loops.winsorizing_log_ratio(tokens, budget) == (None if tau == 20 else tau)
 
 
-def test_squares_whose_sum_is_the_budget_up_to_rounding_do_not_stop_the_survey() -> None:
-    for count in range(1, 60):
-        tokens = with_log_ratios([0.3] * count)
-        square = float(np.float32(0.3)) ** 2
-        found = survey("m2po_winsorized", tokens, whole(tokens), M2poWinsorizedConfig(second_moment=square))
-        assert set(found.tolist()) <= {20.0, 0.0}
+def test_a_budget_that_is_the_mean_up_to_rounding_does_not_stop_the_survey() -> None:
+    for seed in range(15):
+        log_ratios = np.random.default_rng(seed).exponential(1, 37).astype(np.float32).tolist()
+        tokens = with_log_ratios(log_ratios)
+        mean = math.fsum(value**2 for value in log_ratios) / 37
+        for units in (-2, -1, 0, 1):
+            settings = M2poWinsorizedConfig(second_moment=mean + units * math.ulp(mean))
+            (tau,) = set(survey("m2po_winsorized", tokens, whole(tokens), settings).tolist())
+            assert tau in (20.0, sorted(log_ratios)[-2], max(log_ratios))
 
 
 # ---- the prefix filter
@@ -219,6 +222,12 @@ def test_tokens_whose_product_is_the_quantile_stay(share: float) -> None:
 def test_a_quantile_on_a_token_keeps_it() -> None:
     tokens = with_log_ratios([-0.5] * 5)  # place 0.25 * 4 = 1: the second smallest product itself
     assert marked(survey("prefix_filter", tokens, whole(tokens), PrefixFilterConfig(quantile=0.25))) == {4}
+
+
+def test_products_that_a_float32_cannot_tell_apart_are_different() -> None:
+    tokens = with_log_ratios([0.0, -1e-9, 0.5, 1.0])
+    tokens = replace(tokens, behavior=np.ones(4), sequence=np.arange(4))
+    assert marked(survey("prefix_filter", tokens, whole(tokens), PrefixFilterConfig(quantile=0.3))) == {1}
 
 
 def test_products_too_small_for_a_float_keep_their_order() -> None:
