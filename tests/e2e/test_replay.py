@@ -197,7 +197,8 @@ def test_replay_is_what_transformers_autograd_and_adamw_do(
     assert [update["num_tokens"] for update in found["updates"]] == [update["num_tokens"] for update in updates]
     for name in ("loss", "grad_norm"):
         expected = [update[name] for update in updates]
-        assert [update[name] for update in found["updates"]] == pytest.approx(expected, rel=1e-5)
+        # m2po's second loss is a tenth of its terms, under weights that AdamW made of rounded gradients
+        assert [update[name] for update in found["updates"]] == pytest.approx(expected, rel=1e-5, abs=2e-6)
     lines = [json.loads(line) for line in (output / "tokens.jsonl").read_text().splitlines()]
     assert len(lines) == len(rows)
     for row, line in enumerate(lines):
