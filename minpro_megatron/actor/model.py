@@ -107,7 +107,8 @@ def _mixture_settings(architecture: Architecture, features: ModelFeatures) -> di
         "num_moe_experts": architecture.num_experts,
         "moe_router_topk": architecture.num_experts_per_token,
         "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
-        "moe_router_pre_softmax": False,  # softmax over the chosen experts' logits: norm_topk_prob
+        # before the choice: softmax over all experts; after it: over the chosen ones, so that they add up to 1
+        "moe_router_pre_softmax": not architecture.normalized_routing,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # no auxiliary loss beside the policy objective
         "moe_token_dispatcher_type": "alltoall",

@@ -28,6 +28,7 @@ class Architecture:
     rope_theta: float
     norm_epsilon: float
     tied_embeddings: bool
+    normalized_routing: bool = True  # the weights of a token's chosen experts add up to 1
 
     @property
     def padded_vocab_size(self) -> int:
@@ -62,7 +63,6 @@ _DENSE_ONLY = {
 _MIXTURE_ONLY = {
     "decoder_sparse_step": (1, 1),  # every layer is an MoE layer
     "mlp_only_layers": ([], []),
-    "norm_topk_prob": (False, True),  # the released Qwen3-MoE models all set true
 }
 
 
@@ -108,6 +108,7 @@ def _qwen3_moe(config: dict[str, Any]) -> Architecture:
             "num_experts": num_experts,
             "num_experts_per_token": config["num_experts_per_tok"],
             "expert_ffn_hidden_size": config["moe_intermediate_size"],
+            "normalized_routing": bool(config.get("norm_topk_prob")),  # transformers takes false where it is absent
         }
     )
 
@@ -119,7 +120,6 @@ def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> 
     """Raises ValueError where the mesh's degrees do not divide the model's sizes."""
     rules = [
         ("tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
-        ("tensor", parallel.tensor, "num_key_value_heads", architecture.num_query_groups),
         ("tensor", parallel.tensor, "padded vocabulary", architecture.padded_vocab_size),
         (
             "pipeline x virtual_pipeline",
@@ -145,3 +145,9 @@ def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> 
     for axis, degree, what, size in rules:
         if size % degree:
             raise ValueError(f"parallel.{axis} = {degree} must divide the model's {what} = {size}")
+    groups = architecture.num_query_groups
+    if groups % parallel.tensor and parallel.tensor % groups:  # a head of fewer is computed by several ranks
+        raise ValueError(
+            f"parallel.tensor = {parallel.tensor} must divide the model's num_key_value_heads = {groups}, or be a "
+            "multiple of it"
+        )

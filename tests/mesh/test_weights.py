@@ -231,7 +231,7 @@ def _cuts_on_rank(mesh: Mesh, hf_path: Path, changes: list[tuple[dict[str, Any],
 def test_models_that_the_mesh_cannot_cut_are_refused(models: dict) -> None:
     dense = [
         ({"num_attention_heads": 3}, r"parallel.tensor = 2 must divide the model's num_attention_heads = 3"),
-        ({"num_query_groups": 1}, r"parallel.tensor = 2 must divide the model's num_key_value_heads = 1"),
+        ({"num_query_groups": 3}, r"parallel.tensor = 2 must divide the model's num_key_value_heads = 3"),
         ({"ffn_hidden_size": 63}, r"parallel.tensor = 2 must divide the model's intermediate_size = 63"),
     ]
     run_mesh(_cuts_on_rank, models["dense"][0], dense, tensor=2)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from minpro_megatron.weights.architecture import Architecture, read_architecture
+from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.weights.architecture import Architecture, read_architecture, refuse_uneven_cuts
 from tests.unit.released_configs import QWEN3_8B, QWEN3_30B_A3B
 
 
@@ -55,6 +56,25 @@ def test_both_spellings_of_the_config_say_the_same(config: dict[str, Any], tmp_p
     assert read(tmp_path, other).rope_theta == 5e6
 
 
+@pytest.mark.parametrize(("stated", "normalized"), [(True, True), (False, False), (None, False)])
+def test_routing_is_normalized_where_the_config_says_so(stated: bool | None, normalized: bool, tmp_path: Path) -> None:
+    config = {key: value for key, value in QWEN3_30B_A3B.items() if key != "norm_topk_prob"}
+    stating = {} if stated is None else {"norm_topk_prob": stated}  # transformers takes false where it is absent
+    assert read(tmp_path, config | stating).normalized_routing == normalized
+
+
+@pytest.mark.parametrize(("groups", "tensor", "fits"), [(4, 2, True), (1, 4, True), (2, 4, True), (6, 4, False)])
+def test_tensor_ranks_and_key_value_heads_must_divide_one_another(
+    groups: int, tensor: int, fits: bool, tmp_path: Path
+) -> None:
+    architecture = read(tmp_path, {**QWEN3_8B, "num_attention_heads": 24, "num_key_value_heads": groups})
+    if fits:
+        refuse_uneven_cuts(architecture, ParallelConfig(tensor=tensor))
+    else:
+        with pytest.raises(ValueError, match="must divide the model's num_key_value_heads = 6, or be a multiple"):
+            refuse_uneven_cuts(architecture, ParallelConfig(tensor=tensor))
+
+
 def test_tied_embeddings_and_a_missing_head_dim_are_read(tmp_path: Path) -> None:
     config = {key: value for key, value in QWEN3_8B.items() if key != "head_dim"}
     found = read(tmp_path, {**config, "tie_word_embeddings": True})
@@ -75,8 +95,6 @@ def test_the_vocabulary_is_padded_to_a_fixed_multiple(size: int, padded: int, tm
         ("hidden_act", "gelu", "only 'silu'"),
         ("decoder_sparse_step", 2, "only 1"),
         ("mlp_only_layers", [0], r"only \[\]"),
-        ("norm_topk_prob", False, "only True"),
-        ("norm_topk_prob", None, "only True"),  # transformers takes False where it is absent
     ],
 )
 def test_unsupported_settings_are_refused_by_field_value_and_rule(

@@ -33,10 +33,10 @@ HARDEST = Case("moe", Degrees(tensor=2, pipeline=2, expert=2, context=2), packin
 
 @pytest.mark.parametrize(("architecture", "layer_cuts"), [(MIXTURE, (1, 2, 4)), (DENSE, (1, 2, 3, 6))])
 def test_every_allowed_factorisation_is_listed_once(architecture: Architecture, layer_cuts: tuple[int, ...]) -> None:
-    """Counted again from the model's sizes: 4 key and value heads, the layers, 8 experts or none."""
+    """Counted again from the model's sizes: 8 heads (of 4 keys and values, which two ranks may share), the layers, 8 experts or none."""
     expected = [
         Degrees(tensor, pipeline, expert, context, data)
-        for tensor in (1, 2, 4)
+        for tensor in (1, 2, 4, 8)
         for pipeline in layer_cuts
         for context in range(1, 9)
         for data in range(1, 9)
@@ -46,7 +46,7 @@ def test_every_allowed_factorisation_is_listed_once(architecture: Architecture, 
     ]
     found = allowed_degrees(architecture)
     assert sorted(found) == sorted(expected)
-    assert len(set(found)) == len(found) == {0: 48, 8: 113}[architecture.num_experts]
+    assert len(set(found)) == len(found) == {0: 49, 8: 117}[architecture.num_experts]
 
 
 def test_meshes_may_be_smaller() -> None:

@@ -153,7 +153,7 @@ def test_a_model_that_is_no_folder_here_is_refused(folder, hf_path):
     ("parallel", "pattern"),
     [
         ({"expert": 3}, r"^parallel.expert = 3 must divide the model's num_experts = 8$"),
-        ({"tensor": 4}, r"^parallel.tensor = 4 must divide the model's num_key_value_heads = 2$"),
+        ({"tensor": 8}, r"^parallel.tensor = 8 must divide the model's num_attention_heads = 4$"),
         ({"pipeline": 3}, r"^parallel.pipeline x virtual_pipeline = 3 must divide the model's layers = 2$"),
     ],
 )

@@ -131,7 +131,7 @@ def test_a_mini_batch_without_a_trained_token_is_refused_if_an_update_uses_it(op
     [
         ({"model": Path("/nowhere")}, "--model /nowhere: there is no such folder"),
         ({"rollouts": Path("/nowhere.jsonl")}, "--rollouts /nowhere.jsonl: No such file"),
-        ({"parallel": "tensor=4"}, "parallel.tensor = 4 must divide the model's num_key_value_heads = 2"),
+        ({"parallel": "tensor=8"}, "parallel.tensor = 8 must divide the model's num_attention_heads = 4"),
         ({"parallel": "expert=2"}, "has no experts"),
         ({"max_tokens_per_row": 4}, "line 1: prompt_ids and response_ids are 5 tokens, 5 with padding"),
         ({"settings": ["loss.icepop.enabled=true"]}, "line 1: rollout_log_probs"),
