@@ -33,7 +33,7 @@ HARDEST = Case("moe", Degrees(tensor=2, pipeline=2, expert=2, context=2), packin
 
 @pytest.mark.parametrize(("architecture", "layer_cuts"), [(MIXTURE, (1, 2, 4)), (DENSE, (1, 2, 3, 6))])
 def test_every_allowed_factorisation_is_listed_once(architecture: Architecture, layer_cuts: tuple[int, ...]) -> None:
-    """Counted again from the model's sizes: 8 heads (of 4 keys and values, which two ranks may share), the layers, 8 experts or none."""
+    """Counted again from the model's sizes: 8 heads, the layers, 8 experts or none."""
     expected = [
         Degrees(tensor, pipeline, expert, context, data)
         for tensor in (1, 2, 4, 8)
