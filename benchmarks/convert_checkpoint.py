@@ -1,25 +1,27 @@
 """Checkpoint conversion against `cp` of the same files: bytes per second and peak memory.
 
-    python benchmarks/convert_checkpoint.py [--layers 3] [--repeats 3] [--folder DIR]
+    python -m benchmarks.convert_checkpoint [--layers 3] [--repeats 3] [--folder DIR]
 
 Makes a Qwen3-MoE with the layers of Qwen3-30B-A3B (hidden size 2048, 128 experts of width 768, bfloat16) but fewer of
 them, in files of about 1 GB, and times, one after the other and in turns: `cp -r` of the Hugging Face folder,
 to-megatron, `cp -r` of the Megatron folder, to-hf. Each time is a whole command, from its start until its output is on
-the disk (fsync). Removes what it made. Needs about six times the model's size on the disk.
+the disk (fsync). Removes what it made. Needs about five times the model's size on the disk.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -54,6 +56,7 @@ CONFIG = {
 class Timing:
     cached_s: float  # until the command ended
     on_disk_s: float  # until its output was on the disk
+    cpu_s: float  # of its own and the system's, on its behalf
     peak_bytes: int
 
 
@@ -102,51 +105,59 @@ def run(command: list[str], output: Path) -> Timing:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    return Timing(cached_s, time.monotonic() - start, usage.ru_maxrss * 1024)
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return Timing(cached_s, time.monotonic() - start, cpu_s, usage.ru_maxrss * 1024)
 
 
 PATHS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def measure(folder: Path, repeats: int) -> dict[str, list[Timing]]:
-    hf, megatron = folder / "hf", folder / "megatron"
+    hf, megatron, back, copy = (folder / name for name in ("hf", "megatron", "back", "copy"))
     tool = [sys.executable, str(TOOL)]
     commands = {
-        "cp of the HF folder": (["cp", "-r", str(hf), str(folder / "copy")], folder / "copy"),
+        "tool --help": ([*tool, "--help"], copy),
+        "cp, HF": (["cp", "-r", str(hf), str(copy)], copy),
         "to-megatron": ([*tool, "to-megatron", "--hf", str(hf), "--output", str(megatron)], megatron),
-        "cp of the Megatron folder": (["cp", "-r", str(megatron), str(folder / "copy")], folder / "copy"),
-        "to-hf": ([*tool, "to-hf", "--megatron", str(megatron), "--output", str(folder / "back")], folder / "back"),
+        "cp, Megatron": (["cp", "-r", str(megatron), str(copy)], copy),
+        "to-hf": ([*tool, "to-hf", "--megatron", str(megatron), "--output", str(back)], back),
     }
     timings: dict[str, list[Timing]] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, (command, output) in commands.items():
             timings[name].append(run(command, output))
+            shutil.rmtree(copy, ignore_errors=True)
     return timings
 
 
-def show(timings: dict[str, list[Timing]], num_bytes: int, cores: int) -> None:
+def medians(found: list[Timing]) -> Timing:
+    middle = len(found) // 2
+    return Timing(*(sorted(values)[middle] for values in zip(*map(astuple, found), strict=True)))
+
+
+def show(timings: dict[str, list[Timing]], num_bytes: int) -> None:
+    """Rates of a conversion are those of the whole command; the first line tells how much of it is start-up."""
     console = Console(width=100)
-    console.print(f"{num_bytes / 1e9:.2f} GB of weights, {cores} cores; medians of {len(timings['to-hf'])}")
-    table = Table("", "s", "GB/s", "share of cp", "s, on disk", "GB/s", "share of cp", "peak memory")
+    cores = len(os.sched_getaffinity(0))
+    console.print(
+        f"{num_bytes / 1e9:.2f} GB of weights; {cores} cores, load {os.getloadavg()[1]:.1f}; medians of "
+        f"{len(timings['to-hf'])} rounds, largest peak"
+    )
+    table = Table("", "s", "GB/s", "of cp", "s until on disk", "of cp", "CPU s", "peak memory", box=MARKDOWN)
     for column in table.columns[1:]:
         column.justify = "right"
-    copied: tuple[float, float] | None = None
+    copied = None
     for name, found in timings.items():
-        cached, disk = (sorted(getattr(t, key) for t in found)[len(found) // 2] for key in ("cached_s", "on_disk_s"))
-        shares = ("", "") if name.startswith("cp") or not copied else (copied[0] / cached, copied[1] / disk)
-        copied = (cached, disk) if name.startswith("cp") else copied
-        cells = [f"{share:.2f}" if share else "" for share in shares]
-        peak = max(timing.peak_bytes for timing in found)
-        table.add_row(
-            name,
-            f"{cached:.1f}",
-            f"{num_bytes / 1e9 / cached:.2f}",
-            cells[0],
-            f"{disk:.1f}",
-            f"{num_bytes / 1e9 / disk:.2f}",
-            cells[1],
-            f"{peak / 1e6:,.0f} MB",
-        )
+        own = medians(found)
+        shares = ["", ""]
+        if name.startswith("cp"):
+            copied = own
+        elif copied:
+            shares = [f"{copied.cached_s / own.cached_s:.2f}", f"{copied.on_disk_s / own.on_disk_s:.2f}"]
+        rate = "" if name.startswith("tool") else f"{num_bytes / 1e9 / own.cached_s:.2f}"
+        peak = f"{max(timing.peak_bytes for timing in found) / 1e6:,.0f} MB"
+        cells = (f"{own.cached_s:.1f}", rate, shares[0], f"{own.on_disk_s:.1f}", shares[1], f"{own.cpu_s:.1f}", peak)
+        table.add_row(name, *cells)
     console.print(table)
 
 
@@ -158,9 +169,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        make_model(folder / "hf", arguments.layers)
+        # in a process of its own: the commands' peaks would start from this one's
+        maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(folder / "hf", arguments.layers))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            sys.exit("the model was not made")
         timings = measure(folder, arguments.repeats)
-        show(timings, folder_bytes(folder / "hf"), len(os.sched_getaffinity(0)))
+        show(timings, folder_bytes(folder / "hf"))
 
 
 if __name__ == "__main__":

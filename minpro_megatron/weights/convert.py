@@ -34,7 +34,7 @@ from minpro_megatron.weights.manifest import (
     MANIFEST,
     Manifest,
     check_architecture,
-    checksums,
+    file_records,
     read_manifest,
     sha256_lines,
     verify_files,
@@ -62,16 +62,16 @@ def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False) -> N
     reader = HfReader(hf)
     dtype = _check_tensors(reader, architecture)
     num_bytes = sum(TensorHeader(dtype, entry.full_shape).num_bytes for entry in entries(architecture))
-    with _new_folder(output, MANIFEST, num_bytes) as folder, checksums(folder) as sums:
+    with _new_folder(output, MANIFEST, num_bytes) as folder, file_records(folder) as records:
         with watch("writing", num_bytes) as announce:
-            writer = ShardedWriter(folder, dtype, sums)
+            writer = ShardedWriter(folder, dtype, records)
             for entry in entries(architecture):
                 for first_row, rows in _pieces(entry, reader, dtype):
                     writer.write(place(entry, architecture), entry.full_shape, first_row, rows)
                     announce(rows.nbytes)
             writer.finish()
         for name in _keep_texts(reader, folder / HF_TEXTS):
-            sums.add(f"{HF_TEXTS}/{name}")
+            records.add(f"{HF_TEXTS}/{name}")
         if verify:
             with watch("verifying", reader.num_bytes) as announce:
                 compare(reader, ShardedReader(folder), architecture, announce)
@@ -79,7 +79,7 @@ def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False) -> N
             source=hf.resolve().name,
             dtype=dtype_name(dtype),  # type: ignore[arg-type]  checked above
             architecture=architecture,
-            files=sums.records(),
+            files=records.records(),
         )
         write_manifest(folder, manifest)
 
@@ -104,21 +104,22 @@ def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = N
     tensors = _hf_tensors(architecture)
     files = _files(texts, architecture, dtype)
     num_bytes = sum(tensors[name].header(dtype).num_bytes for names in files.values() for name in names)
-    with _new_folder(output, MARKER, num_bytes) as folder, checksums(folder) as sums:
+    with _new_folder(output, MARKER, num_bytes) as folder, file_records(folder) as records:
         with watch("writing", num_bytes) as announce:
             for file, names in files.items():
                 headers = {name: tensors[name].header(dtype) for name in names}
-                write_safetensors(folder / file, headers, lambda name: tensors[name].pieces(source), announce)
-                sums.add(file)
+                stream = records.create(file)
+                write_safetensors(stream, headers, lambda name: tensors[name].pieces(source), announce)
+                records.close(file)
         if list(files) != [SINGLE_FILE]:
             write_index(folder, {name: file for file, names in files.items() for name in names}, num_bytes)
-            sums.add(INDEX)
+            records.add(INDEX)
         for name in copy_texts(texts, folder):
-            sums.add(name)
+            records.add(name)
         if verify:
             with watch("verifying", num_bytes) as announce:
                 compare(HfReader(folder), source, architecture, announce)
-        (folder / SHA256_FILE).write_text("".join(sha256_lines(sums.records())), encoding="utf-8")
+        (folder / SHA256_FILE).write_text("".join(sha256_lines(records.records())), encoding="utf-8")
 
 
 def compare(

@@ -8,7 +8,7 @@ but the classes that metadata is made of.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +21,12 @@ from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.weights.architecture import Architecture
 
 MANIFEST = "manifest.json"
+METADATA = ".metadata"
 FORMAT_VERSION = 2
 HF_TEXTS = "hf"  # config, tokenizer and index of the model that the weights came from
 # Files of at most this size are verified whenever the folder is opened; of larger ones only the size, for speed.
 _ALWAYS_VERIFIED_BYTES = 64 << 20
+_SMALL_WRITE = 1 << 16  # bytes; handing less to a thread costs more than it saves
 
 
 class FileRecord(Section):
@@ -42,27 +44,66 @@ class Manifest(Section):
     files: dict[str, FileRecord] = Field(description="by path below the folder; all but the manifest")
 
 
-class Checksums:
-    """SHA-256 of files, computed in a thread beside the work that writes the next one."""
+class RecordedFile:
+    """A file being written. Large writes are hashed in a thread at the same time: both let go of Python's lock."""
+
+    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._pool = pool
+
+    def write(self, data: bytes | memoryview) -> int:
+        if len(data) < _SMALL_WRITE:
+            self._digest.update(data)
+            return self._file.write(data)
+        hashing = self._pool.submit(self._digest.update, data)
+        try:
+            return self._file.write(data)
+        finally:
+            hashing.result()  # torch.save frees `data` after this call
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> FileRecord:
+        size = self._file.tell()
+        self._file.close()
+        return FileRecord(bytes=size, sha256=self._digest.hexdigest())
+
+
+class FileRecords:
+    """What was written into a folder, with checksums, without reading any large file again."""
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
         self._folder = folder
         self._pool = pool
-        self._pending: dict[str, Future[FileRecord]] = {}
+        self._open: dict[str, RecordedFile] = {}
+        self._records: dict[str, FileRecord] = {}
+
+    def create(self, name: str) -> RecordedFile:
+        """A new file of the folder; `close` it here."""
+        self._open[name] = RecordedFile(self._folder / name, self._pool)
+        return self._open[name]
+
+    def close(self, name: str) -> None:
+        self._records[name] = self._open.pop(name).close()
 
     def add(self, name: str) -> None:
-        """`name` (below the folder) is complete."""
-        self._pending[name] = self._pool.submit(record_file, self._folder / name)
+        """A small file of the folder that something else wrote."""
+        self._records[name] = record_file(self._folder / name)
 
     def records(self) -> dict[str, FileRecord]:
-        """All of them; waits for those still computed."""
-        return {name: self._pending[name].result() for name in sorted(self._pending)}
+        assert not self._open, f"still open: {', '.join(self._open)}"
+        return dict(sorted(self._records.items()))
 
 
 @contextmanager
-def checksums(folder: Path) -> Iterator[Checksums]:
+def file_records(folder: Path) -> Iterator[FileRecords]:
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum") as pool:
-        yield Checksums(folder, pool)
+        yield FileRecords(folder, pool)
 
 
 def record_file(path: Path) -> FileRecord:
@@ -80,7 +121,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     file = Path(folder) / MANIFEST
     if not file.is_file():
         raise ValueError(
-            f"model.megatron_path = {folder}: there is no {MANIFEST}; run tools/convert_checkpoint.py first"
+            f"{folder}: there is no {MANIFEST}, so this is no finished Megatron checkpoint; "
+            "run tools/convert_checkpoint.py"
         )
     try:
         return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
@@ -108,14 +150,15 @@ def verify_files(
     thoroughly: bool = False,
     announce: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Raises ValueError naming the first file that is not as written: by size, and small files by checksum too, which
-    are the ones that hold pickles in a converted folder. `thoroughly`: all by checksum. `announce(bytes)` a file."""
+    """Raises ValueError naming the first file that is not as written: by size, and the metadata and small files, which
+    hold the pickles of a converted folder, by checksum too. `thoroughly`: all by checksum. `announce(bytes)` a file."""
     for name, record in manifest.files.items():
         path = Path(folder) / name
         if not path.is_file() or path.stat().st_size != record.bytes:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             raise ValueError(f"{path}: {found}, but {MANIFEST} says {record.bytes} bytes; convert again")
-        if (thoroughly or record.bytes <= _ALWAYS_VERIFIED_BYTES) and record_file(path) != record:
+        always = name == METADATA or record.bytes <= _ALWAYS_VERIFIED_BYTES
+        if (thoroughly or always) and record_file(path) != record:
             raise ValueError(f"{path}: its SHA-256 is not the one in {MANIFEST}; convert again")
         announce(record.bytes)
 

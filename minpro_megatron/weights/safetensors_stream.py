@@ -9,8 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,23 +27,28 @@ class TensorHeader:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class ByteStream(Protocol):
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+    def tell(self) -> int: ...
+
+
 def write_safetensors(
-    path: Path,
+    file: ByteStream,
     headers: Mapping[str, TensorHeader],
     pieces: Callable[[str], Iterable[Tensor]],
     announce: Callable[[int], None],
 ) -> None:
-    """Write the tensors of `headers` (all of one dtype) to `path`. `pieces(name)` gives a tensor's rows, in order;
-    `announce(bytes)` is called for each."""
+    """Write the tensors of `headers` (all of one dtype) to the empty `file`. `pieces(name)` gives a tensor's rows, in
+    order; `announce(bytes)` is called for each."""
     names = sorted(headers)
-    with path.open("wb") as file:
-        file.write(_encoded({name: headers[name] for name in names}))
-        for name in names:
-            before = file.tell()
-            for rows in pieces(name):
-                file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
-                announce(rows.nbytes)
-            assert file.tell() - before == headers[name].num_bytes, f"{name}: not the bytes that its header says"
+    file.write(_encoded({name: headers[name] for name in names}))
+    for name in names:
+        before = file.tell()
+        for rows in pieces(name):
+            file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+            announce(rows.nbytes)
+        assert file.tell() - before == headers[name].num_bytes, f"{name}: not the bytes that its header says"
 
 
 def _encoded(headers: Mapping[str, TensorHeader]) -> bytes:

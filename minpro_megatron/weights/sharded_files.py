@@ -9,12 +9,12 @@ Trust: reading unpickles `.metadata`, but only the classes listed here, and tens
 loader has no such list; it gets to see a folder only after manifest.py's checks and after this reader took it.
 """
 
-import io
 import itertools
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from minpro_megatron.weights.architecture import Architecture
-from minpro_megatron.weights.manifest import Checksums
+from minpro_megatron.weights.manifest import METADATA, FileRecords
 from minpro_megatron.weights.table import Entry, Shape
 
-METADATA = ".metadata"
 _BACKEND = (
     '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'  # metadata.json, as megatron 0.19 writes it
 )
-_FILE_BYTES = 1 << 30  # a file is closed at this size, and its checksum computed while the next is written
+_FILE_BYTES = 1 << 30  # a file that has reached this size is closed
 _CACHE_BYTES = 256 << 20
 
 
@@ -75,9 +76,9 @@ def place(entry: Entry, architecture: Architecture) -> Place:
 class ShardedWriter:
     """Writes parameters into a folder, in any order and in any rows, and its metadata at the end."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, checksums: Checksums) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, records: FileRecords) -> None:
         self._folder = folder
-        self._checksums = checksums
+        self._records = records
         self._properties = TensorProperties(dtype=dtype)
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._objects: dict[str, BytesStorageMetadata] = {}
@@ -120,8 +121,8 @@ class ShardedWriter:
         (self._folder / "metadata.json").write_text(_BACKEND)
         with (self._folder / METADATA).open("wb") as file:
             pickle.dump(metadata, file)
-        self._checksums.add("metadata.json")
-        self._checksums.add(METADATA)
+        self._records.add("metadata.json")
+        self._records.add(METADATA)
 
     def _object(self, key: str, stored: _StorageInfo) -> None:
         self._objects[key] = BytesStorageMetadata()
@@ -129,19 +130,30 @@ class ShardedWriter:
 
     def _save(self, value: Any) -> _StorageInfo:
         start = self._stream.tell()
-        torch.save(value, self._stream)
+        with _without_crc32():
+            torch.save(value, self._stream)
         return _StorageInfo(self._file_name, start, self._stream.tell() - start)
 
     def _next_file(self) -> None:
         self._close()
         self._file_name = f"__0_{self._files}.distcp"
         self._files += 1
-        self._stream = (self._folder / self._file_name).open("wb")
+        self._stream = self._records.create(self._file_name)
 
     def _close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._checksums.add(self._file_name)
+        if self._file_name:
+            self._records.close(self._file_name)
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """The manifest has a stronger checksum of the whole file, and torch does not look at this one when loading."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 @dataclass(frozen=True)
@@ -220,9 +232,8 @@ class ShardedReader:
         tensor = self._cache.pop(key, None)
         if tensor is None:
             with (self._folder / chunk.stored.relative_path).open("rb") as file:
-                file.seek(chunk.stored.offset)
-                content = io.BytesIO(file.read(chunk.stored.length))
-            tensor = torch.load(content, map_location="cpu", weights_only=True)
+                view: Any = _create_file_view(file, chunk.stored.offset, chunk.stored.length)
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
         self._cache[key] = tensor
         while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > _CACHE_BYTES:
             self._cache.popitem(last=False)

@@ -31,6 +31,7 @@ RELEASED = {"30B-A3B": QWEN3_30B_A3B, "8B": QWEN3_8B, "14B": QWEN3_14B, "0.6B": 
 MESHES = [
     ("30B-A3B", {"tensor": 4, "pipeline": 2, "expert": 8, "context": 2}),
     ("30B-A3B", {"expert": 8}),
+    ("30B-A3B", {"tensor": 8, "expert": 8}),  # more tensor ranks than key and value heads
     ("30B-A3B", {"tensor": 2, "pipeline": 4, "virtual_pipeline": 2, "expert": 4, "expert_tensor": 2, "data": 8}),
     ("8B", {"tensor": 4, "context": 2}),
     ("14B", {"tensor": 8, "pipeline": 4, "data": 2}),

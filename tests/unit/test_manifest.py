@@ -11,8 +11,9 @@ from minpro_megatron.weights import manifest as manifest_module
 from minpro_megatron.weights.manifest import (
     Manifest,
     check_architecture,
-    checksums,
+    file_records,
     read_manifest,
+    record_file,
     verify_files,
     write_manifest,
 )
@@ -23,10 +24,10 @@ from tests.unit.test_table import TINY
 def folder(tmp_path: Path) -> Path:
     for name, content in (("small", "a" * 10), ("large", "b" * 100)):
         (tmp_path / name).write_text(content)
-    with checksums(tmp_path) as sums:
-        sums.add("small")
-        sums.add("large")
-        files = sums.records()
+    with file_records(tmp_path) as written:
+        written.add("small")
+        written.add("large")
+        files = written.records()
     write_manifest(tmp_path, Manifest(source="test", dtype="bfloat16", architecture=TINY, files=files))
     return tmp_path
 
@@ -58,7 +59,7 @@ def test_another_manifest_is_refused(changes: dict[str, Any], message: str, fold
 
 
 def test_a_missing_or_damaged_manifest_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no manifest.json; run tools/convert_checkpoint.py first"):
+    with pytest.raises(ValueError, match=r"there is no manifest.json, .*; run tools/convert"):
         read_manifest(folder / "absent")
     (folder / "manifest.json").write_text('{"format_version": 2')
     with pytest.raises(ValueError, match=r"manifest.json: content: Invalid JSON.*; convert again"):
@@ -89,3 +90,16 @@ def test_a_changed_file_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch
         left = found.model_copy(update={"files": {name: found.files[name]}})
         with pytest.raises(ValueError, match=rf"{name}: {what}, but manifest.json says \d+ bytes; convert again"):
             verify_files(folder, left)
+
+
+def test_a_file_is_recorded_as_it_is_written(tmp_path: Path) -> None:
+    pieces = [b"a", b"b" * 200_000, memoryview(b"c" * 70_000), b""]
+    with file_records(tmp_path) as written:
+        file = written.create("data")
+        assert [file.write(piece) for piece in pieces] == [1, 200_000, 70_000, 0]
+        assert file.tell() == 270_001
+        with pytest.raises(AssertionError, match="still open: data"):
+            written.records()
+        written.close("data")
+        assert written.records() == {"data": record_file(tmp_path / "data")}
+    assert (tmp_path / "data").read_bytes() == b"".join(pieces)

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from minpro_megatron.weights import sharded_files
-from minpro_megatron.weights.manifest import checksums
+from minpro_megatron.weights.manifest import file_records, record_file
 from minpro_megatron.weights.sharded_files import Place, ShardedReader, ShardedWriter, place, read_metadata
 from minpro_megatron.weights.table import entries
 from tests.unit.test_table import TINY
@@ -31,15 +31,15 @@ def parameters() -> dict[tuple[int, int], Tensor]:
 
 
 def written(folder: Path, tensors: dict[tuple[int, int], Tensor], pieces: Sequence[int] = (6,)) -> ShardedReader:
-    with checksums(folder) as sums:
-        writer = ShardedWriter(folder, torch.bfloat16, sums)
+    with file_records(folder) as records:
+        writer = ShardedWriter(folder, torch.bfloat16, records)
         for (layer, expert), tensor in tensors.items():
             first = 0
             for rows in tensor.split(list(pieces)):
                 writer.write(where(layer, expert), SHAPE, first, rows)
                 first += len(rows)
         writer.finish()
-        assert set(sums.records()) == {path.name for path in folder.iterdir()}
+    assert records.records() == {path.name: record_file(path) for path in folder.iterdir()}
     return ShardedReader(folder)
 
 
