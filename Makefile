@@ -10,7 +10,7 @@ TIERS := $(wildcard tests/unit tests/mesh tests/e2e)
 SHELL_SCRIPTS := environment/setup.sh .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-mesh test-e2e lint format constraints clean
+.PHONY: help setup demo test test-unit test-mesh test-matrix test-e2e lint format constraints clean
 # A model whose writing was interrupted is made again.
 .DELETE_ON_ERROR:
 
@@ -39,6 +39,9 @@ test-unit: setup ## pure functions, records, settings
 
 test-mesh: setup ## Megatron-Core on 2 to 8 gloo ranks
 	$(PYTHON) -m pytest tests/mesh $(ARGS)
+
+test-matrix: setup ## all meshes of up to 8 ranks, into tests/mesh/matrix_result.md; RESUME=1 goes on (20-40 min)
+	MATRIX_RESUME=$(RESUME) $(PYTHON) -m pytest tests/mesh/matrix.py $(ARGS)
 
 test-e2e: setup ## trainer ranks, collector and an SGLang server
 	$(PYTHON) -m pytest tests/e2e $(ARGS)
