@@ -1,6 +1,7 @@
 """Logits on any mesh are those of transformers, also where the model's shapes are odd for the mesh."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from tests.mesh.reference import COMMON
 pytestmark = pytest.mark.mesh
 
 LENGTHS = (2, 37)
-MIXTURE = {"intermediate_size": 64, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+MIXTURE: dict[str, Any] = {"intermediate_size": 64, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+ONE_HEAD: dict[str, Any] = {**COMMON, "num_key_value_heads": 1}
 MODELS = {
-    "one key and value head": Qwen3Config(**{**COMMON, "num_key_value_heads": 1}, intermediate_size=64),
+    "one key and value head": Qwen3Config(**ONE_HEAD, intermediate_size=64),
     "three experts a rank": Qwen3MoeConfig(**COMMON, **MIXTURE, num_experts=6, norm_topk_prob=True),
     "weights of all experts": Qwen3MoeConfig(**COMMON, **MIXTURE, num_experts=8, norm_topk_prob=False),
 }
