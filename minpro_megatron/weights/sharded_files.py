@@ -174,6 +174,7 @@ class ShardedReader:
         self._chunks: dict[tuple[str, tuple[int, ...]], list[_Chunk]] = {}
         self._indexed: set[str] = set()
         self._cache: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self._cached_bytes = 0
 
     def check(self, where: Place, full_shape: Shape, dtype: torch.dtype) -> None:
         """Raises ValueError if the folder has no such parameter."""
@@ -229,14 +230,16 @@ class ShardedReader:
     def _load(self, chunk: _Chunk) -> Tensor:
         """The part of a stored tensor that belongs to one layer (and expert)."""
         key = (chunk.stored.relative_path, chunk.stored.offset)
-        tensor = self._cache.pop(key, None)
-        if tensor is None:
-            with (self._folder / chunk.stored.relative_path).open("rb") as file:
-                view: Any = _create_file_view(file, chunk.stored.offset, chunk.stored.length)
-                tensor = torch.load(view, map_location="cpu", weights_only=True)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key][chunk.lead]
+        with (self._folder / chunk.stored.relative_path).open("rb") as file:
+            view: Any = _create_file_view(file, chunk.stored.offset, chunk.stored.length)
+            tensor = torch.load(view, map_location="cpu", weights_only=True)
         self._cache[key] = tensor
-        while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > _CACHE_BYTES:
-            self._cache.popitem(last=False)
+        self._cached_bytes += tensor.nbytes
+        while len(self._cache) > 1 and self._cached_bytes > _CACHE_BYTES:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return tensor[chunk.lead]
 
 

@@ -174,8 +174,8 @@ def coverage(architecture: Architecture, hf_names: Collection[str]) -> Coverage:
     table = [name for entry in entries(architecture) for name in entry.hf]
     known, given = set(table), set(hf_names)
     assert len(known) == len(table), "the table names a tensor twice"
-    repeated = {OUTPUT} if architecture.tied_embeddings else set()
-    missed = [name for name in hf_names if name not in known | repeated and not _NOT_WEIGHTS.search(name)]
+    passed = known | ({OUTPUT} if architecture.tied_embeddings else set())
+    missed = [name for name in hf_names if name not in passed and not _NOT_WEIGHTS.search(name)]
     return Coverage([name for name in hf_names if name in known], missed, [name for name in table if name not in given])
 
 
