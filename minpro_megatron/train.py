@@ -69,6 +69,7 @@ class Trainer:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     updates: int = 0
     broken_in_a_row: int = 0
+    changed: bool = False  # the weights, by the last step's updates
     # fetched and scored, by batch index: behavior log-probs, and each mini-batch's routes if they are replayed
     _ready: dict[int, tuple[Batch, np.ndarray, list[Routes] | None]] = field(default_factory=dict)
 
@@ -96,7 +97,7 @@ class Trainer:
             if delay > 0 and step + delay < self.config.num_global_steps:
                 with self.policy.kept_weights(SAMPLING):
                     self._fetch_and_score(step + delay)
-            self._publish(step + 1, changed=metrics["optimizer/grad_norm"].total > 0)
+            self._publish(step + 1, changed=self.changed)
             spent = {phase: self.seconds[phase] - before[phase] for phase in PHASES}
             self._write(step, batch, metrics, histograms, spent, time.monotonic() - start)
         totals = self.feed.finish() if self.feed else None
@@ -155,10 +156,12 @@ class Trainer:
             groups = with_log_probs(groups, behavior_log_probs=behavior_log_probs, **other)
             learning_rate = learning_rate_at(self.config.optimizer, step)
             parts, histograms = [], []
+            self.changed = False
             for index, mini_batch in enumerate(self._mini_batches(groups)):
                 seed = derive_seed(self.config.seed, "update", self.updates)
                 result = self.policy.update(mini_batch, learning_rate, seed, routes[index] if routes else None)
                 self.updates += 1
+                self.changed |= result.applied and result.grad_norm * result.learning_rate > 0
                 self._refuse_a_diverged_run(result, step)
                 parts.append(result.metrics)
                 histograms.append(result.histograms)

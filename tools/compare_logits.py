@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -156,7 +157,8 @@ def run(options: argparse.Namespace) -> Comparison:
         config = ParallelConfig(**parse_parallel(options.parallel))
         refuse_uneven_cuts(architecture, config)
     except ValueError as error:
-        raise UserError(str(error).splitlines()[-1]) from None
+        problems = error.errors() if isinstance(error, ValidationError) else []
+        raise UserError([f"--parallel {options.parallel}: {one['msg']}" for one in problems] or str(error)) from None
     sequences = token_sequences(options.hf, options.text, options.ids, architecture.vocab_size)
     device = "cuda" if count_gpus() >= config.world_size else "cpu"
     dtype = options.dtype if device == "cuda" else "float32"

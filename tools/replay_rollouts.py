@@ -17,11 +17,12 @@ before any rank starts; what is wrong is told with file, line and field, one lin
 Groups are in the order of their first rows. An update is on the next --mini-batch-groups of them; after the last they
 come again, as long as --updates says. AdamW's state lasts from update to update, the learning rate is constant.
 
-Written to DIR, which appears only when complete:
+Written to DIR when all is complete, summary.json last; what else DIR holds stays:
     summary.json  {"updates": [{"loss", "grad_norm", "num_tokens"}, ...]}: the norm is that before clipping
     tokens.jsonl  {"log_probs", "coefficients", "prefix_min", "advantage"} of every row, in the file's order, under the
-                  initial weights; d loss / d log_prob = - coefficient / denominator, 0 for masked tokens; prefix_min
-                  is 1 where no trained token comes before
+                  initial weights; d loss / d log_prob = - coefficient / trained tokens (token-mean), or
+                  - coefficient / (trained tokens of the row * rows with any) for sequence-mean; 0 for masked
+                  tokens; prefix_min is 1 where no trained token comes before
     model/        Hugging Face folder of the weights after the last update
 """
 

@@ -109,7 +109,8 @@ class Policy:
 
     def inspect(self, sequences: Sequence[TokenSequence], seed: int = 0) -> dict[str, np.ndarray]:
         """What an update on the mini-batch `sequences` would see, float32 [all response tokens] by name, on every rank:
-        log_probs, coefficients (-d loss / d log-prob, times the denominator; 0 where masked) and prefix_min."""
+        log_probs, coefficients (-d loss / d log-prob, times what the aggregation divides by; 0 where masked) and
+        prefix_min."""
         micro_batches, row_tokens, _ = self._micro_batches(sequences)
         micro_batches = self._surveyed(micro_batches, row_tokens, seed, FreeRouting())
         outputs = self._run_forward(self._loss.inspect, micro_batches, row_tokens, FreeRouting())
@@ -196,12 +197,13 @@ class Policy:
         self, outputs: list[dict[str, Any]], names: Sequence[str], sequences: Sequence[TokenSequence]
     ) -> dict[str, np.ndarray]:
         """The values of all ranks' slots in the order of `sequences`, [all response tokens]; all ranks get all."""
-        ends = [sequence.first_slot + len(sequence.response_ids) for sequence in sequences]
+        first = min((sequence.first_slot for sequence in sequences), default=0)
+        ends = [sequence.first_slot - first + len(sequence.response_ids) for sequence in sequences]
         flat = torch.zeros(len(names), max(ends, default=0), device=self._mesh.device)
         for output in outputs:
             slots = torch.from_numpy(output["slots"]).to(flat.device)
             for row, name in enumerate(names):
-                flat[row, slots[slots >= 0]] = output["values"][name][slots >= 0].float()
+                flat[row, slots[slots >= 0] - first] = output["values"][name][slots >= 0].float()
         # Every token has one owner among last-stage ranks; the others add zero, so the sum is exact.
         dist.all_reduce(flat)
         found = flat.cpu().numpy()

@@ -31,7 +31,7 @@ def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path
     """Fill weights and optimizer state from `folder`, whatever mesh saved it. Collective.
 
     Raises ValueError if any of the optimizer's numbers was not restored: megatron passes over a missing one in
-    silence, and a run resumed with zero moments looks healthy and is not.
+    silence, and a run resumed with zero moments looks healthy and is not. After any error the weights are unusable.
     """
     with warnings.catch_warnings(), torch.no_grad(), _step_is_no_tensor(optimizer):
         warnings.simplefilter("ignore")

@@ -26,7 +26,7 @@ class ModelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its schedule; the defaults are the paper's (arXiv:2601.22718, Table 3)."""
 
-    learning_rate: float = Field(default=1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, ge=0)
     warmup_global_steps: int = Field(default=10, ge=0, description="linear warm-up, in global steps")
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)

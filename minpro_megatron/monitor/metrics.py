@@ -142,14 +142,16 @@ METRICS: dict[str, Declaration] = {
     "ratio/square_mean": Declaration("", "mean", "squared importance ratio"),
     "ratio/log_second_moment": Declaration("nats^2", "mean", "squared log of the importance ratio"),
     "ratio/effective_sample_size": Declaration("share", "derived", "mean ratio squared / mean squared ratio"),
-    "ratio/quantile_01": Declaration("", "derived", "importance ratio: 1 % of the tokens have less (3 % exact)"),
+    "ratio/quantile_01": Declaration("", "derived", "importance ratio: 1 % of the tokens have less (its log to 3 %)"),
     "ratio/quantile_50": Declaration("", "derived", "median importance ratio"),
     "ratio/quantile_99": Declaration("", "derived", "importance ratio: 1 % of the tokens have more"),
     "ratio/min_position": Declaration("share", "mean", "where a response's smallest ratio sits: 0 first, 1 last"),
     "prefix_min/mean": Declaration("", "mean", "smallest ratio before a token (1 for the first token)"),
     "prefix_min/min": Declaration("", "min", "smallest prefix minimum"),
     "prefix_min/below_one": Declaration("share", "mean", "response tokens whose prefix minimum is below 1"),
-    "prefix_min/quantile_01": Declaration("", "derived", "prefix minimum: 1 % of the tokens have less (3 % exact)"),
+    "prefix_min/quantile_01": Declaration(
+        "", "derived", "prefix minimum: 1 % of the tokens have less (its log to 3 %)"
+    ),
     "prefix_min/quantile_50": Declaration("", "derived", "median prefix minimum"),
     "prefix_min/quantile_99": Declaration("", "derived", "prefix minimum: 1 % of the tokens have more"),
     "objective/loss": Declaration("", "mean", "value of the surrogate loss"),
@@ -161,7 +163,9 @@ METRICS: dict[str, Declaration] = {
     ),
     "objective/weight_by_staleness/<steps>": Declaration("", "mean", "weight of tokens that stale (16: or staler)"),
     "objective/clipped_fraction": Declaration("share", "mean", "response tokens whose weight was clipped"),
-    "objective/masked_fraction": Declaration("share", "mean", "response tokens left out by the objective or IcePop"),
+    "objective/masked_fraction": Declaration(
+        "share", "mean", "response tokens left out by the objective or a correction"
+    ),
     "staleness/min": Declaration("global steps", "min", "freshest group of the batch"),
     "staleness/mean": Declaration("global steps", "mean", "policy version minus a group's oldest version"),
     "staleness/max": Declaration("global steps", "max", "stalest group of the batch"),
@@ -169,8 +173,10 @@ METRICS: dict[str, Declaration] = {
     "response/length_max": Declaration("tokens", "max", "longest response"),
     "response/truncated_fraction": Declaration("share", "mean", "responses cut at the length limit"),
     "optimizer/grad_norm": Declaration("", "mean", "global gradient norm of an update, before clipping"),
-    "optimizer/learning_rate": Declaration("", "max", "learning rate of the step's last update"),
-    "optimizer/skipped_updates": Declaration("updates", "sum", "updates skipped: gradient not finite"),
+    "optimizer/learning_rate": Declaration("", "max", "largest learning rate of the step's updates"),
+    "optimizer/skipped_updates": Declaration(
+        "updates", "sum", "updates skipped: gradient not finite, or no trained token"
+    ),
     "mismatch/log_prob_abs_mean": Declaration("nats", "mean", "|behavior - rollout log-prob| of a token"),
     "mismatch/log_prob_abs_max": Declaration("nats", "max", "largest such difference"),
     "mismatch/kl_k3": Declaration("nats", "mean", "k3 estimate of KL(server || trainer), same weights"),

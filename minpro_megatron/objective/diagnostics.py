@@ -88,7 +88,7 @@ def as_metrics(micro_batches: Sequence[Statistics]) -> tuple[dict[str, Metric], 
     if not statistics:
         return {}, {}
     numbers = [value.double().reshape(-1) for _, s in statistics for value in (s.total, s.count)]
-    flat = iter(torch.cat(numbers).split([len(value) for value in numbers]))
+    flat = iter(torch.cat(numbers).cpu().split([len(value) for value in numbers]))
     parts = []
     for name, s in statistics:
         totals, counts = next(flat).tolist(), next(flat).tolist()

@@ -15,7 +15,6 @@ import numpy as np
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.records import Record
 
-LARGEST_LOG_PROB = 1e-3  # a log-probability is at most 0; float32 sums of exponentials round a little above
 _MOST_PROBLEMS = 20  # told at once
 _PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "loss_mask")
 
@@ -79,12 +78,12 @@ def _filled_lines(file: Any) -> Iterator[tuple[int, bytes]]:
 def _field_types(vocab_size: int, needs_rollout_log_probs: bool) -> dict[str, Any]:
     token_ids = list[Annotated[int, msgspec.Meta(ge=0, le=vocab_size - 1)]]
     types = {
-        "group": str,
+        "group": str | int,
         "prompt_ids": token_ids,
         "response_ids": token_ids,
         "behavior_log_probs": list[float],
         "reward": float,
-        "loss_mask": list[Annotated[int, msgspec.Meta(ge=0, le=1)]] | None,
+        "loss_mask": list[float | bool] | None,
     }
     return types | ({"rollout_log_probs": list[float]} if needs_rollout_log_probs else {})
 
@@ -144,18 +143,14 @@ def _disagreements(values: dict[str, Any]) -> Iterator[str]:
             continue
         if response is not None and len(numbers) != len(response):
             yield f"{field}: has {len(numbers)} numbers for {len(response)} response_ids"
-        if field != "loss_mask":
-            yield from _not_log_probs(field, numbers)
+        allowed, rule = (_is_mask, "0 or 1") if field == "loss_mask" else (_is_float32, "a finite number")
+        wrong = next((index for index, number in enumerate(numbers) if not allowed(number)), None)
+        if wrong is not None:
+            yield f"{field}[{wrong}] = {numbers[wrong]}: must be {rule}"
 
 
-def _not_log_probs(field: str, numbers: list[float]) -> Iterator[str]:
-    for index, number in enumerate(numbers):
-        if not _is_float32(number):
-            yield f"{field}[{index}] = {number}: must be a finite number"
-            return
-        if number > LARGEST_LOG_PROB:
-            yield f"{field}[{index}] = {number}: the logarithm of a probability is at most 0"
-            return
+def _is_mask(number: float) -> bool:
+    return number in (0, 1)
 
 
 def _is_float32(number: float) -> bool:
@@ -167,7 +162,7 @@ def _as_rollout(number: int, values: dict[str, Any]) -> Rollout:
     mask, rollout = values["loss_mask"], values.get("rollout_log_probs")
     return Rollout(
         line=number,
-        group=values["group"],
+        group=str(values["group"]),
         prompt_ids=np.array(values["prompt_ids"], np.int32),
         response_ids=np.array(values["response_ids"], np.int32),
         behavior_log_probs=np.array(values["behavior_log_probs"], np.float32),

@@ -20,7 +20,6 @@ from minpro_megatron.launch.preflight import count_gpus, missing_weights
 from minpro_megatron.launch.roles import torchrun, trainer_environment
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
 from minpro_megatron.launch.user_error import UserError
-from minpro_megatron.monitor.files import check_replaceable, replace_folder
 from minpro_megatron.replay.batches import replay_batches
 from minpro_megatron.replay.job import (
     MODEL,
@@ -36,6 +35,7 @@ from minpro_megatron.replay.rollouts import Rollout, read_rollouts
 from minpro_megatron.replay.settings import ReplayOptions, replay_config, sized_for
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 
+LARGEST_LOG_PROB = 1e-3  # float32 sums of exponentials round a little above 0
 _ROLE = "replay"
 
 
@@ -44,14 +44,14 @@ def run_replay(options: ReplayOptions) -> int:
 
     Raises UserError, with one line a problem, before any rank has started.
     """
-    options = replace(options, model=options.model.absolute(), output=options.output.absolute())
+    options = replace(options, model=options.model.absolute(), output=options.output.resolve())
     config, rows = checked_replay(options)
     log_file = options.output.with_name(f"{options.output.name}.failed.log")
     with _work_folder(options.output) as work:
         write_job(work, config, rows)
         outcome = _run_ranks(config, work)
         if outcome.status == FINISHED:
-            replace_folder(work / RESULT, options.output, marker=TOKENS)
+            _hand_over(work / RESULT, options.output)
             print(f"wrote {options.output}")
             return FINISHED
         error = stated_error(work)
@@ -82,6 +82,12 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
     _refuse_foreign(options.output)
     mismatch_ratio = config.loss.truncated_importance.enabled or config.loss.icepop.enabled
     rollouts = read_rollouts(options.rollouts, architecture.vocab_size, mismatch_ratio)
+    improbable = sum(int((rollout.behavior_log_probs > LARGEST_LOG_PROB).sum()) for rollout in rollouts)
+    if improbable:
+        print(
+            f"{options.rollouts}: {improbable} behavior_log_probs are above 0, which no probability's is",
+            file=sys.stderr,
+        )
     config = _with_rows_long_enough(config, options, rollouts)
     batches = replay_batches(rollouts, options.mini_batch_groups, config.loss, config.sampling.max_response_tokens)
     updates = len(batches) if options.updates is None else options.updates
@@ -96,13 +102,28 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
 
 
 def _refuse_foreign(output: Path) -> None:
-    try:
-        check_replaceable(output, marker=TOKENS)
-    except ValueError as error:
-        raise UserError(f"--output {error}") from None
-    others = sorted({path.name for path in output.iterdir()} - {SUMMARY, TOKENS, MODEL}) if output.exists() else []
-    if others:
-        raise UserError(f"--output {output}: holds {others[0]} beside a former output, so it is not overwritten")
+    """A folder may hold other things, and a former output, which has all three of its entries or only the first."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is no folder; give another")
+    foreign = [name for name in (SUMMARY, MODEL) if (output / name).exists() and not (output / TOKENS).is_file()]
+    if foreign:
+        raise UserError(
+            f"--output {output}: its {foreign[0]} is not of a former output ({TOKENS} is missing), so it "
+            "is not overwritten; give another folder"
+        )
+
+
+def _hand_over(result: Path, output: Path) -> None:
+    """Moves the result into `output`, summary.json last: where it stands, everything else does.
+
+    The folder itself stays: it may be a mount point or hold other things.
+    """
+    output.mkdir(exist_ok=True)
+    for name in (SUMMARY, MODEL, TOKENS):
+        former = output / name
+        shutil.rmtree(former) if former.is_dir() else former.unlink(missing_ok=True)
+    for name in (TOKENS, MODEL, SUMMARY):
+        shutil.move(result / name, output / name)
 
 
 def _with_rows_long_enough(config: RunConfig, options: ReplayOptions, rollouts: list[Rollout]) -> RunConfig:

@@ -182,7 +182,9 @@ def write_hf(
 def _flush(folder: Path, files: int, pending: dict[str, Tensor], shard_of: dict[str, int]) -> int:
     if not pending:
         return files
-    save_file(pending, folder / f"part-{files}.safetensors", metadata={"format": "pt"})
+    file = folder / f"part-{files}.safetensors"
+    save_file(pending, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes it readable for its owner alone
     shard_of.update(dict.fromkeys(pending, files))
     return files + 1
 

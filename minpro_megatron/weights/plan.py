@@ -13,6 +13,7 @@ from pathlib import Path
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.weights.architecture import Architecture, read_architecture, refuse_uneven_cuts
 from minpro_megatron.weights.hf_files import INDEX, SINGLE_FILE, HfReader
+from minpro_megatron.weights.splits import Split
 from minpro_megatron.weights.table import Entry, Shape, coverage, entries
 
 WEIGHT_BYTES = 2  # bfloat16
@@ -120,13 +121,14 @@ def stage_of_layer(layer: int, num_layers: int, parallel: ParallelConfig) -> int
 
 def parameters_of_stage(architecture: Architecture, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
     """(all parameters, expert parameters) of each rank of a stage: the same for its tensor, expert and data ranks."""
-    shard_sizes: dict[tuple[Shape, ...], int] = {}
+    shard_sizes: dict[tuple[str, Split, tuple[Shape, ...]], int] = {}
 
     def shard_size(entry: Entry) -> int:
-        if entry.shapes not in shard_sizes:
+        alike = (entry.axis, entry.split, entry.shapes)
+        if alike not in shard_sizes:
             size = parallel.tensor if entry.axis == "tensor" else parallel.expert_tensor
-            shard_sizes[entry.shapes] = math.prod(entry.shard_shape(size))
-        return shard_sizes[entry.shapes]
+            shard_sizes[alike] = math.prod(entry.shard_shape(size))
+        return shard_sizes[alike]
 
     ours = [entry for entry in entries(architecture) if stage in _stages(entry, architecture, parallel)]
     dense = sum(shard_size(entry) for entry in ours if entry.expert is None)

@@ -90,7 +90,7 @@ def test_a_name_that_looks_like_a_number_stays_a_name(config):
         (["optimizer.beta3=0"], "there is no setting 'beta3'; known: .*beta2"),
         (["name.x=0"], "there is no section 'name'"),
         (["seed=-1"], r"^seed: .*greater than or equal to 0 \(got -1\)$"),
-        (["optimizer.learning_rate=0"], r"^optimizer.learning_rate: .*greater than 0 \(got 0\)$"),
+        (["optimizer.learning_rate=-1"], r"^optimizer.learning_rate: .*greater than or equal to 0 \(got -1\)$"),
         (["optimizer.learning_rate=NaN"], r"^optimizer.learning_rate: .*finite number"),
         (["device=tpu"], r"^device: .*\(cpu\|cuda\).* \(got 'tpu'\)$"),
         (["name=../elsewhere"], r"^name: .*pattern.* \(got '../elsewhere'\)$"),

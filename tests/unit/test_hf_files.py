@@ -48,6 +48,11 @@ def test_a_small_model_is_one_file_with_the_references_texts(reference: Path, tm
     assert_reads_back(tmp_path / "out")
 
 
+def test_others_may_read_the_weights(reference: Path, tmp_path: Path) -> None:
+    write_hf(TENSORS.items(), reference, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_large_model_is_cut_into_files_no_larger_than_asked(reference: Path, tmp_path: Path) -> None:
     announced: list[int] = []
     write_hf(TENSORS.items(), reference, tmp_path / "out", shard_bytes=350, announce=announced.append)

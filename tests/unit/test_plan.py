@@ -10,7 +10,7 @@ from transformers import Qwen3ForCausalLM  # noqa: F401  imported here: the firs
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.weights.architecture import read_architecture
-from minpro_megatron.weights.plan import make_plan, optimizer_degrees, rank_kinds, stage_of_layer
+from minpro_megatron.weights.plan import make_plan, optimizer_degrees, parameters_of_stage, rank_kinds, stage_of_layer
 from tests.unit.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_30B_A3B
 from tests.unit.test_convert import MIXTURE, make_model, read_tensors
 from tools import convert_checkpoint
@@ -59,6 +59,15 @@ def test_layers_are_dealt_to_stages_chunk_by_chunk() -> None:
     plain, interleaved = ParallelConfig(pipeline=2), ParallelConfig(pipeline=2, virtual_pipeline=2)
     assert [stage_of_layer(layer, 8, plain) for layer in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [stage_of_layer(layer, 8, interleaved) for layer in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_tensors_of_one_shape_may_be_cut_along_different_axes(tmp_path: Path) -> None:
+    config = {**QWEN3_30B_A3B, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    config |= {"moe_intermediate_size": 128, "num_hidden_layers": 1, "num_experts": 2, "vocab_size": 128}
+    architecture = read_architecture(folder_with(tmp_path, config))
+    # an expert's down projection and the attention's output are both 64 x 128; the first is whole on a rank of its own
+    _, experts = parameters_of_stage(architecture, ParallelConfig(tensor=2, expert=2), stage=0)
+    assert experts == 3 * 64 * 128
 
 
 def test_stages_are_grouped_by_what_they_hold(tmp_path: Path) -> None:

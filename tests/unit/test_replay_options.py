@@ -154,13 +154,14 @@ def test_only_a_former_output_is_overwritten(options):
     output.mkdir()
     checked_replay(options)  # empty
     (output / "summary.json").touch()
-    with pytest.raises(UserError, match=r"exists and has no tokens.jsonl"):  # a training run's folder, for one
+    with pytest.raises(UserError, match=r"summary.json is not of a former output"):  # a training run's, for one
         checked_replay(options)
     (output / "tokens.jsonl").touch()
     checked_replay(options)
-    (output / "notes.txt").touch()
-    with pytest.raises(UserError, match=r"holds notes.txt beside a former output"):
-        checked_replay(options)
+    (output / "notes.txt").touch()  # stays
+    checked_replay(options)
+    with pytest.raises(UserError, match="is no folder"):
+        checked_replay(replace(options, output=output / "notes.txt"))
 
 
 def test_the_overlong_penalty_has_the_sampling_runs_limit(options):
