@@ -41,7 +41,7 @@ class PolicyLoss:
         statistics.by_name.update(loss_statistic(summed_value(terms, weight), own_count))
         return (
             summed_loss(scores.log_probs_L, terms, weight),
-            torch.tensor(count, dtype=torch.int, device=weight.device),
+            weight.new_full((), count, dtype=torch.int),
             statistics,
         )
 

@@ -14,6 +14,7 @@ class WeightSnapshots:
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self._parameters = parameters
         self._kept: dict[str, list[Tensor]] = {}
+        self._current: list[Tensor] | None = None  # what waits while another is swapped in
         self._swapped_in: str | None = None
 
     def refuse_while_swapped(self, what: str) -> None:
@@ -24,24 +25,33 @@ class WeightSnapshots:
         """Remember the current weights as `name`, in place of what was kept under it."""
         self.refuse_while_swapped(f"keep({name!r})")
         if name not in self._kept:
-            self._kept[name] = [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda) for p in self._parameters]
-        for kept, parameter in zip(self._kept[name], self._parameters, strict=True):
-            kept.copy_(parameter)
+            self._kept[name] = self._host_memory()
+        self._copy_out(self._kept[name])
 
     @contextmanager
     def swapped_in(self, name: str) -> Iterator[None]:
         """Within: the weights kept as `name` are in place. Nothing may change them meanwhile."""
         assert name in self._kept, f"there are no {name!r} weights: keep({name!r}) comes first"
         self.refuse_while_swapped(f"swapped_in({name!r})")
-        current = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
+        self._current = self._current or self._host_memory()
+        self._copy_out(self._current)
         self._copy_in(self._kept[name])
         self._swapped_in = name
         try:
             yield
         finally:
             # in place: the float32 optimizer's master weights are views of the same memory
-            self._copy_in(current)
+            self._copy_in(self._current)
             self._swapped_in = None
+
+    def _host_memory(self) -> list[Tensor]:
+        """Pinned where the weights are on a GPU: copies are several times faster."""
+        return [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda) for p in self._parameters]
+
+    @torch.no_grad()
+    def _copy_out(self, into: Sequence[Tensor]) -> None:
+        for kept, parameter in zip(into, self._parameters, strict=True):
+            kept.copy_(parameter)
 
     @torch.no_grad()
     def _copy_in(self, values: Sequence[Tensor]) -> None:

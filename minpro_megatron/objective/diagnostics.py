@@ -78,7 +78,7 @@ def token_statistics(
 
 def loss_statistic(summed_value: Tensor, count: int) -> dict[str, Statistic]:
     """The loss: the sum of the local slots' values over this rank's part of the denominator."""
-    return {"objective/loss": Statistic(summed_value, summed_value.new_tensor(count), "mean")}
+    return {"objective/loss": Statistic(summed_value, summed_value.new_full((), count), "mean")}
 
 
 def as_metrics(micro_batches: Sequence[Statistics]) -> tuple[dict[str, Metric], dict[str, np.ndarray]]:

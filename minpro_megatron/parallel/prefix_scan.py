@@ -6,11 +6,26 @@ sequence is front chunks by (context rank, tensor rank), then back chunks by (co
 Nothing here is differentiated: objectives use scans in stop-gradient coefficients only.
 """
 
+from functools import cache
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from minpro_megatron.objective.scan import IDENTITY, Operator, Runs, combined, unmasked
+
+
+@cache  # a copy to a GPU waits for what runs there: once a mesh, not once a micro-batch
+def _order_of_pieces(num_ranks: int, tensor_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """([2 * ranks] pieces 2 * rank + half in the order of the sequence, [2 * ranks] where in it each piece stands)."""
+    front = [(rank, 0) for rank in range(num_ranks)]
+    back = [
+        (context * tensor_size + tensor, 1)
+        for context in reversed(range(num_ranks // tensor_size))
+        for tensor in range(tensor_size)
+    ]
+    order = torch.tensor([2 * rank + half for rank, half in front + back])
+    return order.to(device), torch.argsort(order).to(device)
 
 
 class ShardedScan:
@@ -31,16 +46,7 @@ class ShardedScan:
         self._runs = Runs.of(sequence_L * 2 + half_L)
         self._num_sequences = num_sequences
         self._group = group
-        context_size = group.size() // tensor_size
-        front = [(rank, 0) for rank in range(group.size())]
-        back = [
-            (context * tensor_size + tensor, 1)
-            for context in reversed(range(context_size))
-            for tensor in range(tensor_size)
-        ]
-        order = torch.tensor([2 * rank + half for rank, half in front + back])
-        self._order = order.to(sequence_L.device)
-        self._place_of = torch.argsort(self._order)  # [2 * ranks]: where in the order (rank, half) stands
+        self._order, self._place_of = _order_of_pieces(group.size(), tensor_size, sequence_L.device)
 
     def exclusive(self, values_L: Tensor, operator: Operator) -> Tensor:
         running = self._local(values_L, operator)
