@@ -2,7 +2,7 @@
 
 Path: Prompt -> IssuedGroup (given to the servers) -> CollectedGroup (sampled and rewarded) -> Batch (one global
 step's groups, sent to the trainer) -> BehaviorLogProbs (the trainer's scores, sent back and stored).
-Arrays are one-dimensional numpy arrays; the binary form is MessagePack.
+Arrays are numpy arrays; the binary form is MessagePack.
 """
 
 from typing import Any
@@ -43,6 +43,10 @@ class Response(Record, frozen=True, kw_only=True):
     policy_versions: np.ndarray  # int32 [response tokens]: the version that sampled each token
     finish_reason: str  # "stop" or "length"
     reward: float
+    # the experts the server chose, uint8 or int16 [prompt + response tokens - 1, layers, experts a token]: the last
+    # token was sampled but never went through the model (routing replay R3)
+    routed_experts: np.ndarray | None = None
+    behavior_log_probs: np.ndarray | None = None  # float32 [response tokens], once the trainer has scored it
 
 
 class CollectedGroup(Record, frozen=True, kw_only=True):
@@ -89,14 +93,17 @@ class ServerAddress(Record, frozen=True, kw_only=True):
     index: int
     url: str
     tensor_parallel: int
+    start: int = 0  # how often this server was started before: a restarted one holds the initial weights
 
 
 class PublishLease(Record, frozen=True, kw_only=True):
-    """The collector's permission to publish `version`: no request is in flight until publish_end."""
+    """The collector's permission to send `version` to `servers`, until publish_end."""
 
     version: int
     servers: list[ServerAddress]
     evaluations: list[EvaluationResult]  # all evaluations finished so far
+    requests_in_flight: bool = False  # bounded mode: pause the servers first, let them go on after
+    canary_prompt: list[int] = []  # token ids whose greedy continuation shows that the weights have arrived
 
 
 class CollectorTotals(Record, frozen=True, kw_only=True):
@@ -111,23 +118,26 @@ class CollectorTotals(Record, frozen=True, kw_only=True):
     evaluations: list[EvaluationResult]
 
 
+_DTYPES = ("<i4", "<f4", "|u1", "<i2")
+
+
 def _encode_array(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return [value.dtype.str, value.tobytes()]
+        return [value.dtype.str, value.shape, value.tobytes()]
     raise TypeError(f"records cannot hold {type(value).__name__}")
 
 
 def _decode_array(kind: type, value: Any) -> Any:
     if kind is np.ndarray:
-        dtype, data = value
-        if dtype not in ("<i4", "<f4"):
-            raise ValueError(f"array dtype {dtype!r}: records hold int32 and float32 only")
-        return np.frombuffer(data, dtype=dtype)
+        dtype, shape, data = value
+        if dtype not in _DTYPES:
+            raise ValueError(f"array dtype {dtype!r}: records hold int32, float32, uint8 and int16 only")
+        return np.frombuffer(data, dtype=dtype).reshape(shape)
     raise TypeError(f"records cannot hold {kind.__name__}")
 
 
 def encode(record: Record) -> bytes:
-    """The record as MessagePack; arrays as (dtype, bytes)."""
+    """The record as MessagePack; arrays as (dtype, shape, bytes)."""
     return msgspec.msgpack.encode(record, enc_hook=_encode_array)
 
 

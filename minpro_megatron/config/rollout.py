@@ -24,16 +24,39 @@ class SamplingConfig(Section):
 
 
 class StalenessConfig(Section):
-    """`delay`: batch k is sampled with policy version max(0, k - delay_steps) and consumed at global step k."""
+    """How far the weights that sample may lie behind those that train, in policy versions.
 
-    mode: Literal["delay"] = "delay"
-    delay_steps: int = Field(default=2, ge=0)
+    `delay`: batch k is sampled with version max(0, k - delay_steps) and consumed at global step k: every token is that
+    old, no more and no less. `bounded`: servers never wait; weights change under responses that are under way, and
+    a group is consumed while no token of it is older than `max_staleness`.
+    """
+
+    mode: Literal["delay", "bounded"] = "delay"
+    delay_steps: int = Field(default=2, ge=0, description="of mode delay")
+    max_staleness: int = Field(default=2, ge=1, description="of mode bounded")
+    behavior_log_probs: Literal["trainer", "rollout"] = Field(
+        default="trainer",
+        description="trainer: computed under the very weights that sampled the token; rollout: the servers' own, with "
+        "their engine mismatch (needs loss.truncated_importance)",
+    )
 
 
 class ServerConfig(Section):
-    """The SGLang servers that the role `serve` starts on this machine."""
+    """The rollout servers: those that the role `serve` starts on this machine, or others by their addresses."""
 
-    count: int = Field(default=1, ge=1)
+    engine: Literal["sglang", "reference"] = Field(
+        default="sglang",
+        description="reference: transformers on the CPU, one response at a time, the same tokens for the same seed; "
+        "speaks the same HTTP; for tests and small studies",
+    )
+    urls: list[str] = Field(
+        default=[],
+        description="servers started by somebody else, such as http://10.0.0.7:30000; `serve` then starts none",
+    )
+    api_key_variable: str = Field(
+        default="", description="name of the environment variable that holds the servers' API key; empty: no key"
+    )
+    count: int = Field(default=1, ge=1, description="servers to start; ignored where urls are given")
     host: str = Field(default="127.0.0.1", description="listening address; loopback unless told otherwise")
     first_port: int = Field(default=0, ge=0, le=65535, description="0: free ports are chosen")
     tensor_parallel: int = Field(default=1, ge=1)
@@ -42,7 +65,13 @@ class ServerConfig(Section):
     max_total_tokens: int | None = Field(default=None, ge=1, description="KV cache size; None: SGLang decides")
     max_running_requests: int = Field(default=256, ge=1)
     start_timeout_s: float = Field(default=900, gt=0)
-    request_timeout_s: float = Field(default=1800, gt=0)
+    request_timeout_s: float = Field(default=1800, gt=0, description="for the whole answer to one request")
+    health_interval_s: float = Field(default=5, gt=0, description="between two looks at a server")
+    unhealthy_after_s: float = Field(default=60, gt=0, description="without an answer: no more work, then a restart")
+    max_restarts: int = Field(default=10, ge=0, description="of one server; one more failure ends the run")
+    slow_factor: float = Field(
+        default=3, gt=1, description="a server this much slower a token than the median gets work last, and is named"
+    )
 
 
 class CollectorConfig(Section):

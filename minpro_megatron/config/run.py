@@ -7,9 +7,11 @@ from typing import Any
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.publish import PublishConfig
 from minpro_megatron.config.rollout import (
     CollectorConfig,
     DataConfig,
@@ -39,7 +41,9 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     staleness: StalenessConfig = StalenessConfig()
     server: ServerConfig = ServerConfig()
+    publish: PublishConfig = PublishConfig()
     collector: CollectorConfig = CollectorConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @property

@@ -14,6 +14,7 @@ class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     url: str
     tensor_parallel: int
+    start: int
     incarnation: int
 
 
@@ -42,7 +43,7 @@ def read_server_addresses(run_dir: Path, count: int, incarnation: int) -> list[S
         except FileNotFoundError:
             continue
         if endpoint.incarnation == incarnation:
-            addresses.append(
-                ServerAddress(index=endpoint.index, url=endpoint.url, tensor_parallel=endpoint.tensor_parallel)
-            )
+            fields = msgspec.structs.asdict(endpoint)
+            del fields["incarnation"]
+            addresses.append(ServerAddress(**fields))
     return addresses

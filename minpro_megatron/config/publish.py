@@ -1,0 +1,34 @@
+"""How new weights reach the rollout servers, and how it is checked that they have arrived."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from minpro_megatron.config.base import Section
+
+
+class PublishConfig(Section):
+    """After every global step the trainer sends its weights to all servers as the next policy version."""
+
+    transport: Literal["broadcast", "disk"] = Field(
+        default="broadcast",
+        description="broadcast: from the ranks' shards through one process group (NCCL, gloo on CPU); disk: a Hugging "
+        "Face folder in run_dir that trainer and servers both see; also what is used where a broadcast fails",
+    )
+    bucket_bytes: int = Field(
+        default=512 << 20, ge=1, description="of a broadcast; rank 0 and every server hold about two at a time"
+    )
+    pause_mode: Literal["abort", "retract", "in_place"] = Field(
+        default="retract",
+        description="what happens to responses under way when weights change (bounded staleness only): abort: the "
+        "server returns them and the rest is requested again; retract: they go back to the server's queue and their KV "
+        "cache is computed again; in_place: they go on with the KV cache of the old weights",
+    )
+    flush_cache: bool = Field(default=True, description="empty the servers' prefix cache: it is of the old weights")
+    canary_tokens: int = Field(
+        default=8, ge=0, description="greedy tokens after each publication, compared with the trainer's; 0: none"
+    )
+    canary_tolerance: float = Field(
+        default=0.1, gt=0, description="largest mean difference of their log-probs, in nats; float32 differs by 1e-6"
+    )
+    timeout_s: float = Field(default=600, gt=0, description="for each request to a server while publishing")
