@@ -3,6 +3,7 @@
     python tools/convert_checkpoint.py to-megatron --hf DIR --output DIR [--verify]
     python tools/convert_checkpoint.py to-hf --megatron DIR --output DIR [--hf-reference DIR] [--verify]
     python tools/convert_checkpoint.py plan --hf DIR --parallel tensor=4,pipeline=2,expert=8,context=2 [--json]
+    python tools/convert_checkpoint.py plan --hf DIR --parallel pipeline=4,pipeline_layers=11+13+13+11
 
 Conversion is one process on the CPU, in about a gigabyte of memory whatever the model's size, and changes no bit. The
 output appears under its name only when complete, and loads on any mesh. Weights are read from safetensors only. A
@@ -36,6 +37,7 @@ from minpro_megatron.weights.convert import to_hf, to_megatron
 from minpro_megatron.weights.plan import Plan, RankKind, make_plan
 
 AXES = tuple(ParallelConfig.model_fields)
+DEGREES = tuple(axis for axis in AXES if axis not in ("data", "pipeline_layers"))
 
 
 @contextmanager
@@ -71,7 +73,7 @@ def parse_parallel(text: str) -> ParallelConfig:
 
 def print_plan(plan: Plan) -> None:
     console, mesh = Console(), plan.parallel
-    degrees = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES if axis != "data" and getattr(mesh, axis) > 1)
+    degrees = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in DEGREES if getattr(mesh, axis) > 1)
     experts = f" (of experts by {plan.expert_optimizer_ranks})" if plan.architecture.num_experts else ""
     console.print(
         f"{plan.architecture.name}, {plan.parameters:,} parameters: {plan.hf_tensors_covered:,} tensors covered, "
@@ -116,7 +118,11 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--verify", action="store_true", help="compare the result with its source, bit by bit")
     plan = commands.add_parser("plan", help="parameters and bytes of each rank")
     plan.add_argument("--hf", type=Path, required=True, help="folder with config.json")
-    plan.add_argument("--parallel", default="", help=f"axis=degree,...; axes: {', '.join(AXES)}")
+    plan.add_argument(
+        "--parallel",
+        default="",
+        help=f"axis=degree,...; axes: {', '.join(AXES)} (layers of each stage, such as pipeline_layers=3+2)",
+    )
     plan.add_argument("--json", action="store_true")
     return parser.parse_args()
 

@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         metavar="AXIS=N,...",
         help="tensor, pipeline, virtual_pipeline, context, expert, expert_tensor: 1 unless given; data: the smallest "
-        "that fits unless given. As many ranks are started as tensor x pipeline x context x data",
+        "that fits unless given; pipeline_layers=2+3+2: layers of each stage. As many ranks are started as tensor x "
+        "pipeline x context x data",
     )
     ranks.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU for every rank")
     ranks.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on the CPU, else bfloat16")

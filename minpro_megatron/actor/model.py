@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from minpro_megatron.actor.torch_backend import TorchBackend, TorchRMSNorm
+from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
 
@@ -73,6 +74,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(parallel),
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -91,6 +93,16 @@ def transformer_config(
         **_RECOMPUTE[features.recompute],
         **_mixture_settings(architecture, features),
     )
+
+
+def _pipeline_layout(parallel: ParallelConfig) -> Any:  # a list, which megatron makes into an object of its own
+    """What each run of layers holds, in megatron's words and order; None where all have as many layers."""
+    if not parallel.pipeline_layers:
+        return None
+    layout = [["decoder"] * layers for layers in parallel.pipeline_layers]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {

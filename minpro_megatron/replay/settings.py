@@ -38,19 +38,25 @@ class ReplayOptions:
     dtype: str | None = None
 
 
-def parse_parallel(text: str) -> dict[str, int]:
-    """{axis: degree} of "tensor=2,context=2". Raises UserError for an unknown axis or a degree that is no number."""
+def parse_parallel(text: str) -> dict[str, Any]:
+    """{axis: degree} of "tensor=2,context=2"; "pipeline_layers=3+2+1" is a list.
+
+    Raises UserError for an unknown axis or a degree that is no number.
+    """
     known = ", ".join(ParallelConfig.model_fields)
-    degrees: dict[str, int] = {}
+    degrees: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         axis, _, degree = (piece.strip() for piece in part.partition("="))
         if axis not in ParallelConfig.model_fields:
             raise UserError(f"--parallel {text}: there is no axis {axis!r}; known: {known}")
         if axis in degrees:
             raise UserError(f"--parallel {text}: {axis} is given twice")
-        if not (degree.isascii() and degree.isdigit()):
-            raise UserError(f"--parallel {text}: {axis} needs a whole number, such as {axis}=2 (got {degree!r})")
-        degrees[axis] = int(degree)
+        listed = axis == "pipeline_layers"
+        numbers = [number.strip() for number in degree.split("+")] if listed else [degree]
+        if not all(number.isascii() and number.isdigit() for number in numbers):
+            needed = f"whole numbers, such as {axis}=2+3" if listed else f"a whole number, such as {axis}=2"
+            raise UserError(f"--parallel {text}: {axis} needs {needed} (got {degree!r})")
+        degrees[axis] = [int(number) for number in numbers] if listed else int(degree)
     return degrees
 
 

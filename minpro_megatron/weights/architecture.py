@@ -117,16 +117,10 @@ _READERS = {"Qwen3ForCausalLM": _qwen3, "Qwen3MoeForCausalLM": _qwen3_moe}
 
 
 def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raises ValueError where the mesh's degrees do not divide the model's sizes."""
+    """Raises ValueError where the mesh's degrees do not divide the model's sizes, or its layers are not the model's."""
     rules = [
         ("tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
         ("tensor", parallel.tensor, "padded vocabulary", architecture.padded_vocab_size),
-        (
-            "pipeline x virtual_pipeline",
-            parallel.pipeline * parallel.virtual_pipeline,
-            "layers",
-            architecture.num_layers,
-        ),
     ]
     if architecture.num_experts:
         rules.append(("expert", parallel.expert, "num_experts", architecture.num_experts))
@@ -142,6 +136,7 @@ def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> 
         raise ValueError(f"parallel.expert = {parallel.expert}: {architecture.name} has no experts; set it to 1")
     else:
         rules.append(("tensor", parallel.tensor, "intermediate_size", architecture.ffn_hidden_size))
+    _refuse_other_layers(architecture.num_layers, parallel)
     for axis, degree, what, size in rules:
         if size % degree:
             raise ValueError(f"parallel.{axis} = {degree} must divide the model's {what} = {size}")
@@ -151,3 +146,20 @@ def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> 
             f"parallel.tensor = {parallel.tensor} must divide the model's num_key_value_heads = {groups}, or be a "
             "multiple of it"
         )
+
+
+def _refuse_other_layers(num_layers: int, parallel: ParallelConfig) -> None:
+    layers, chunks = parallel.pipeline_layers, parallel.pipeline * parallel.virtual_pipeline
+    if layers and sum(layers) != num_layers:
+        raise ValueError(
+            f"parallel.pipeline_layers = {'+'.join(map(str, layers))} adds up to {sum(layers)}, but the model's layers "
+            f"= {num_layers}: give numbers that add up to that"
+        )
+    if layers or not num_layers % chunks:
+        return
+    problem = f"parallel.pipeline x virtual_pipeline = {chunks} must divide the model's layers = {num_layers}"
+    if num_layers < chunks:
+        raise ValueError(f"{problem}; lower pipeline or virtual_pipeline")
+    least, more = divmod(num_layers, chunks)
+    example = "+".join(str(least + (chunk < more)) for chunk in range(chunks))
+    raise ValueError(f"{problem}, or parallel.pipeline_layers say how many each has, such as {example}")

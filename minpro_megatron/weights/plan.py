@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from minpro_megatron.config.parallel import ParallelConfig
@@ -115,8 +116,8 @@ def optimizer_degrees(parallel: ParallelConfig) -> tuple[int, int]:
 
 def stage_of_layer(layer: int, num_layers: int, parallel: ParallelConfig) -> int:
     """The pipeline stage that holds the layer. Each stage has `virtual_pipeline` runs of consecutive layers."""
-    per_chunk = num_layers // (parallel.pipeline * parallel.virtual_pipeline)
-    return layer // per_chunk % parallel.pipeline
+    ends = accumulate(parallel.chunk_layers(num_layers))
+    return next(chunk for chunk, end in enumerate(ends) if layer < end) % parallel.pipeline
 
 
 def parameters_of_stage(architecture: Architecture, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
@@ -148,17 +149,19 @@ def _stages(entry: Entry, architecture: Architecture, parallel: ParallelConfig) 
 def rank_kinds(architecture: Architecture, parallel: ParallelConfig) -> list[RankKind]:
     """One RankKind for each group of pipeline stages whose ranks hold the same."""
     dense_ranks, expert_ranks = optimizer_degrees(parallel)
-    stages_with: dict[tuple[int, int], list[int]] = {}
+    layers_of_chunks = parallel.chunk_layers(architecture.num_layers)
+    stages_with: dict[tuple[int, int, int], list[int]] = {}
     for stage in range(parallel.pipeline):
-        stages_with.setdefault(parameters_of_stage(architecture, parallel, stage), []).append(stage)
+        layers = sum(layers_of_chunks[stage :: parallel.pipeline])
+        stages_with.setdefault((layers, *parameters_of_stage(architecture, parallel, stage)), []).append(stage)
     kinds = []
-    for (parameters, experts), stages in stages_with.items():
+    for (layers, parameters, experts), stages in stages_with.items():
         states = -(-(parameters - experts) // dense_ranks) + -(-experts // expert_ranks)
         kinds.append(
             RankKind(
                 stages=tuple(stages),
                 num_ranks=len(stages) * parallel.world_size // parallel.pipeline,
-                layers=architecture.num_layers // parallel.pipeline,
+                layers=layers,
                 parameters=parameters,
                 expert_parameters=experts,
                 weight_bytes=WEIGHT_BYTES * parameters,

@@ -75,6 +75,33 @@ def test_tensor_ranks_and_key_value_heads_must_divide_one_another(
             refuse_uneven_cuts(architecture, ParallelConfig(tensor=tensor))
 
 
+@pytest.mark.parametrize(
+    ("layers", "settings", "message"),
+    [
+        (
+            94,
+            {"pipeline": 8},
+            r"pipeline x virtual_pipeline = 8 must divide .*layers = 94, or parallel.pipeline_layers",
+        ),
+        (94, {"pipeline": 4}, r"say how many each has, such as 24\+24\+23\+23"),
+        (3, {"pipeline": 2, "virtual_pipeline": 2}, r"= 4 must .*layers = 3; lower pipeline or virtual_pipeline"),
+        (4, {"pipeline": 2, "pipeline_layers": [3, 2]}, r"pipeline_layers = 3\+2 adds up to 5, .*layers = 4: give"),
+    ],
+    ids=str,
+)
+def test_layers_that_the_pipeline_does_not_hold_are_refused(
+    layers: int, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    architecture = read(tmp_path, {**QWEN3_8B, "num_hidden_layers": layers})
+    with pytest.raises(ValueError, match=message):
+        refuse_uneven_cuts(architecture, ParallelConfig(**settings))
+
+
+def test_a_list_of_layers_lets_any_number_through(tmp_path: Path) -> None:
+    architecture = read(tmp_path, {**QWEN3_8B, "num_hidden_layers": 5})
+    refuse_uneven_cuts(architecture, ParallelConfig(pipeline=2, pipeline_layers=(3, 2)))
+
+
 def test_tied_embeddings_and_a_missing_head_dim_are_read(tmp_path: Path) -> None:
     config = {key: value for key, value in QWEN3_8B.items() if key != "head_dim"}
     found = read(tmp_path, {**config, "tie_word_embeddings": True})

@@ -108,6 +108,20 @@ def test_a_name_that_looks_like_a_number_stays_a_name(config):
             ["parallel.tensor=2", "parallel.data=1", "parallel.expert=4"],
             r"expert_tensor = 4 x 1 = 4 must divide .* = 2;",
         ),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_layers=[3,2,1]"],
+            r"pipeline_layers = 3\+2\+1: 3 numbers for pipeline x virtual_pipeline = 2 x 1 = 2 runs of layers: give",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_layers=4+0"],
+            r"= 4\+0: every stage needs a layer: give numbers of",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_layers=4+x"],
+            r"pipeline_layers.1: Input should be a valid integer",
+        ),
+        (["parallel.pipeline=2", "parallel.pipeline_layers=4++2"], r"pipeline_layers.1: Input should be a valid int"),
+        (["parallel.pipeline_layers=4"], r"pipeline_layers: Input should be a valid tuple"),
         (["parallel.virtual_pipeline=2"], "virtual_pipeline = 2 needs pipeline > 1"),
     ],
 )
@@ -141,6 +155,21 @@ def test_unknown_fields_in_a_file_are_refused(config):
 def test_the_data_degree_is_the_smallest_in_which_the_experts_fit(degrees, data_size, world_size):
     parallel = ParallelConfig(**degrees)
     assert (parallel.data_size, parallel.world_size) == (data_size, world_size)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "chunks"),
+    [
+        ({"pipeline": 2}, (3, 3)),
+        ({"pipeline": 2, "pipeline_layers": [4, 2]}, (4, 2)),
+        ({"pipeline": "2", "pipeline_layers": "4+2"}, (4, 2)),
+        ({"pipeline": 2, "pipeline_layers": ""}, (3, 3)),
+        ({"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": "2+1+1+2"}, (2, 1, 1, 2)),
+    ],
+    ids=str,
+)
+def test_stages_have_as_many_layers_as_listed_or_all_the_same(degrees, chunks):
+    assert ParallelConfig(**degrees).chunk_layers(6) == chunks
 
 
 def test_seeds_differ_by_run_purpose_and_place():

@@ -59,6 +59,8 @@ def test_layers_are_dealt_to_stages_chunk_by_chunk() -> None:
     plain, interleaved = ParallelConfig(pipeline=2), ParallelConfig(pipeline=2, virtual_pipeline=2)
     assert [stage_of_layer(layer, 8, plain) for layer in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [stage_of_layer(layer, 8, interleaved) for layer in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    uneven = ParallelConfig(pipeline=2, virtual_pipeline=2, pipeline_layers=(1, 3, 2, 1))
+    assert [stage_of_layer(layer, 7, uneven) for layer in range(7)] == [0, 1, 1, 1, 0, 0, 1]
 
 
 def test_tensors_of_one_shape_may_be_cut_along_different_axes(tmp_path: Path) -> None:
@@ -119,6 +121,21 @@ def test_the_tool_prints_a_plan_as_table_and_as_json(
     assert f"{kind.parameters:,}" in printed
 
 
+def test_stages_of_other_numbers_of_layers_are_other_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    hf = folder_with(tmp_path, {**QWEN3_30B_A3B, "num_hidden_layers": 7})
+    uneven = "expert=8,pipeline=3,pipeline_layers=2+3+2"
+    assert run_tool(monkeypatch, "plan", "--hf", hf, "--parallel", uneven, "--json") == 0
+    kinds = json.loads(capsys.readouterr().out)["rank_kinds"]
+    assert [(kind["stages"], kind["layers"]) for kind in kinds] == [([0], 2), ([1], 3), ([2], 2)]
+    first, middle, last = (kind["parameters"] for kind in kinds)
+    embedding, layer = 151_936 * 2048, middle // 3
+    assert (first, last) == (2 * layer + embedding, 2 * layer + embedding + 2048)  # the last norm
+    assert run_tool(monkeypatch, "plan", "--hf", hf, "--parallel", uneven) == 0
+    assert "24 ranks: pipeline 3, expert 8, data 8" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
@@ -127,6 +144,8 @@ def test_the_tool_prints_a_plan_as_table_and_as_json(
         ("tensor", "--parallel: 'tensor' must be axis=degree, each axis once; known: tensor, pipeline"),
         ("tensor=2,tensor=2", "--parallel: 'tensor=2' must be axis=degree, each axis once"),
         ("tensor=x", "--parallel: tensor = x: "),
+        ("pipeline=2,pipeline_layers=1+x", "--parallel: pipeline_layers.1 = x: "),
+        ("pipeline=2,pipeline_layers=2+1", "pipeline_layers = 2+1 adds up to 3, but the model's layers = 2: give"),
         ("virtual_pipeline=2", "virtual_pipeline = 2 needs pipeline > 1"),
     ],
 )

@@ -154,7 +154,10 @@ def test_a_model_that_is_no_folder_here_is_refused(folder, hf_path):
     [
         ({"expert": 3}, r"^parallel.expert = 3 must divide the model's num_experts = 8$"),
         ({"tensor": 8}, r"^parallel.tensor = 8 must divide the model's num_attention_heads = 4$"),
-        ({"pipeline": 3}, r"^parallel.pipeline x virtual_pipeline = 3 must divide the model's layers = 2$"),
+        (
+            {"pipeline": 3},
+            r"^parallel.pipeline x virtual_pipeline = 3 must divide the model's layers = 2; lower pipeline or ",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_model_is_named_before_any_rank_starts(folder, parallel, pattern):

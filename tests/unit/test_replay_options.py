@@ -66,6 +66,8 @@ def test_it_computes_on_gpus_where_every_rank_has_one(num_gpus, device, dtype):
         ({"parallel": "tensor=2,tensor=2"}, "tensor is given twice"),
         ({"parallel": "tensor=two"}, "tensor needs a whole number"),
         ({"parallel": "tensor"}, "tensor needs a whole number"),
+        ({"parallel": "pipeline=2,pipeline_layers=3+x"}, "pipeline_layers needs whole numbers, such as"),
+        ({"parallel": "pipeline=2,pipeline_layers=3+2+1"}, "3 numbers for pipeline x virtual_pipeline = 2 x 1 = 2"),
         ({"parallel": "tensor=0"}, "parallel.tensor: Input should be greater than or equal to 1"),
         ({"parallel": "expert=2,data=1"}, "must divide tensor x context x data"),
         ({"dtype": "bfloat16"}, "needs device = cuda"),
@@ -81,10 +83,12 @@ def test_a_bad_option_is_refused(change, problem):
 
 def test_parallel_takes_every_axis_in_any_order():
     assert parse_parallel("") == {}
-    text = "data=1, expert=2,tensor=2,pipeline=1,context=2,virtual_pipeline=1,expert_tensor=2,"
+    text = "data=1, expert=2,tensor=2,pipeline=1,context=2,virtual_pipeline=1,expert_tensor=2,pipeline_layers=3,"
     assert parse_parallel(text) == {
-        "data": 1, "expert": 2, "tensor": 2, "pipeline": 1, "context": 2, "virtual_pipeline": 1, "expert_tensor": 2
+        "data": 1, "expert": 2, "tensor": 2, "pipeline": 1, "context": 2, "virtual_pipeline": 1, "expert_tensor": 2,
+        "pipeline_layers": [3],
     }  # fmt: skip
+    assert parse_parallel("pipeline=3,pipeline_layers=10 + 2+1")["pipeline_layers"] == [10, 2, 1]
 
 
 HF_CONFIG = {
