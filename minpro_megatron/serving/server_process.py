@@ -1,123 +1,32 @@
-"""One SGLang server as a process: its command line, its start until it answers, its end with its children."""
+"""One rollout server as a process: its start until it answers, its end with its children."""
 
 import os
 import random
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 import requests
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.records import ServerAddress
-from minpro_megatron.serving.model_files import read_model_facts
+from minpro_megatron.serving.api_key import authorization
+from minpro_megatron.serving.server_command import server_command, server_environment
 
 LOG_TAIL_LINES = 30
-# SGLang's scheduler silently shortens a response that would end at the context length or the KV pool's
-# size, at most this many tokens before it: without the margin the longest responses would be cut below
-# max_response_tokens.
-CONTEXT_MARGIN_TOKENS = 8
 # Free ports are looked for below the range from which Linux gives ports to outgoing connections: a port of
 # that range could be taken in the half minute between choosing it and the server listening on it.
 PORT_RANGE = range(20000, 32000)
-
-
 # SGLang looks for a SIGTERM every 5 s. A server has nothing to save, and who stops this role waits only seconds.
 STOP_GRACE_S = 3.0
 
 
 class ServerStartError(RuntimeError):
     """A server did not come up. The message says why, and the last lines of its log follow."""
-
-
-def context_length(config: RunConfig) -> int:
-    """The tokens a sequence may have on the server: prompt, response and SGLang's own margin.
-
-    Raises ValueError if the model or the KV cache cannot hold the longest allowed sequence.
-    """
-    sampling = config.sampling
-    length = sampling.max_prompt_tokens + sampling.max_response_tokens + CONTEXT_MARGIN_TOKENS
-    longest = read_model_facts(config.model.hf_path).max_position_embeddings
-    needed = f"sampling.max_prompt_tokens + sampling.max_response_tokens + {CONTEXT_MARGIN_TOKENS} = {length}"
-    if length > longest:
-        raise ValueError(f"{needed} exceeds the model's max_position_embeddings = {longest}; lower one of them")
-    cache = config.server.max_total_tokens
-    if cache is not None and cache < length:
-        raise ValueError(f"{needed} exceeds server.max_total_tokens = {cache}; raise it")
-    return length
-
-
-def server_command(config: RunConfig, index: int, port: int) -> list[str]:
-    """The command line of server `index`, listening on `port`."""
-    server = config.server
-    length = context_length(config)
-    arguments = {
-        "model-path": config.model.hf_path,
-        "host": server.host,
-        "port": port,
-        "device": server.device,
-        "dtype": server.dtype,
-        "tp-size": server.tensor_parallel,
-        "context-length": length,
-        "max-running-requests": server.max_running_requests,
-        "random-seed": derive_seed(config.seed, "server", index),
-        # The version of the weights that the checkpoint holds; the trainer publishes 1, 2, ...
-        "weight-version": 0,
-        # One line a request would be most of the log.
-        "log-level-http": "warning",
-        "decode-log-interval": 1000,
-    }
-    cache = server.max_total_tokens
-    if server.device == "cpu":
-        arguments |= {
-            "attention-backend": "torch_native",
-            "sampling-backend": "pytorch",
-            "chunked-prefill-size": 4096,
-        }
-        # SGLang would give most of the machine's memory to the cache; half a minute goes by until it is
-        # allocated.
-        cache = cache or max(length, min(server.max_running_requests * length, 65536))
-    else:
-        arguments |= {"base-gpu-id": index * server.tensor_parallel}
-    if cache is not None:
-        arguments |= {"max-total-tokens": cache}
-    command = [sys.executable, "-m", "minpro_megatron.serving.sglang_main"]
-    for name, value in arguments.items():
-        command += [f"--{name}", str(value)]
-    # Tokens in, tokens out: the tokenizer stays in collect. An idle scheduler would otherwise spin on a
-    # whole core.
-    return [*command, "--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
-
-
-def server_environment(config: RunConfig, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a server process, from that of this process."""
-    # A server talks to itself over HTTP when it starts, which a proxy setting must not redirect.
-    not_proxied = ",".join(filter(None, [environment.get("NO_PROXY"), config.server.host, "127.0.0.1", "localhost"]))
-    changes = {
-        # With SGLang's 5 s a connection often closes while the trainer trains, under the next request's feet.
-        "SGLANG_TIMEOUT_KEEP_ALIVE": "600",
-        # /health then only tells whether the server is up; generating is proved once, after the start.
-        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
-        "NO_PROXY": not_proxied,
-        "no_proxy": not_proxied,
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
-    if Path(config.model.hf_path).is_dir():
-        changes |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    if config.server.device == "cpu":
-        changes |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        # gloo would look its address up by the machine's name, which need not resolve.
-        loopback = "lo" if sys.platform.startswith("linux") else "lo0"
-        changes |= {"GLOO_SOCKET_IFNAME": environment.get("GLOO_SOCKET_IFNAME", loopback)}
-    return dict(environment) | changes
 
 
 def choose_port(config: RunConfig, index: int) -> int:
@@ -157,7 +66,10 @@ def _is_free(host: str, port: int) -> bool:
 
 
 class ServerProcess:
-    """Server `index` of this machine. Its output goes to `run_dir/logs/server-<index>.log`."""
+    """Server `index` of this machine, which may be started again after its end (`stop_servers`).
+
+    The output of all its starts goes to `run_dir/logs/server-<index>.log`. Raises ValueError for a missing API key.
+    """
 
     def __init__(self, config: RunConfig, index: int) -> None:
         self.index = index
@@ -165,6 +77,8 @@ class ServerProcess:
         self._config = config
         self._process: subprocess.Popen[bytes] | None = None
         self._address: ServerAddress | None = None
+        self._num_starts = 0
+        self._headers = authorization(config.server)
 
     def start(self) -> None:
         """Starts the process and returns at once. It ends with the thread that started it: use the main one.
@@ -188,8 +102,12 @@ class ServerProcess:
         url_host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         url_host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(url_host, url_host)
         self._address = ServerAddress(
-            index=self.index, url=f"http://{url_host}:{port}", tensor_parallel=config.server.tensor_parallel
+            index=self.index,
+            url=f"http://{url_host}:{port}",
+            tensor_parallel=config.server.tensor_parallel,
+            start=self._num_starts,
         )
+        self._num_starts += 1
 
     @property
     def address(self) -> ServerAddress:
@@ -212,20 +130,29 @@ class ServerProcess:
         Raises ServerStartError if the process ends or `timeout_s` passes.
         """
         deadline = time.monotonic() + timeout_s
+        while not self.generates():
+            if cancelled():
+                return False
+            if self.exit_status is not None:
+                raise ServerStartError(f"server {self.index}: {self._why_ended()}\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise ServerStartError(self.describe_slow_start())  # timeout_s is what was left of it
+            time.sleep(0.2)
+        return True
+
+    def generates(self) -> bool:
+        """Whether the server generates a token now; once it has, it is ready. May take seconds."""
         with requests.Session() as session:
             session.trust_env = False  # no proxy between this machine and itself
-            while not self._answers(session):
-                if cancelled():
+            session.headers.update(self._headers)
+            try:
+                if session.get(f"{self.address.url}/health", timeout=5).status_code != 200:
                     return False
-                if self.exit_status is not None:
-                    raise ServerStartError(f"server {self.index}: {self._why_ended()}\n{self.log_tail()}")
-                if time.monotonic() > deadline:
-                    limit_s = self._config.server.start_timeout_s  # timeout_s is what was left of it
-                    raise ServerStartError(
-                        f"server {self.index}: not ready after server.start_timeout_s = {limit_s:g} s; "
-                        f"raise it if the server was still loading\n{self.log_tail()}"
-                    )
-                time.sleep(0.2)
+                request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+                if session.post(f"{self.address.url}/generate", json=request, timeout=60).status_code != 200:
+                    return False
+            except requests.RequestException:
+                return False
             self._freeze_garbage_collection(session)
         return True
 
@@ -235,14 +162,13 @@ class ServerProcess:
         with suppress(requests.RequestException):
             session.post(f"{self.address.url}/freeze_gc", timeout=60)
 
-    def _answers(self, session: requests.Session) -> bool:
-        try:
-            if session.get(f"{self.address.url}/health", timeout=5).status_code != 200:
-                return False
-            request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
-            return session.post(f"{self.address.url}/generate", json=request, timeout=60).status_code == 200
-        except requests.RequestException:
-            return False
+    def describe_slow_start(self) -> str:
+        """That the start has taken longer than allowed, and the end of the log, for a message."""
+        limit_s = self._config.server.start_timeout_s
+        return (
+            f"server {self.index}: not ready after server.start_timeout_s = {limit_s:g} s; "
+            f"raise it if the server was still loading\n{self.log_tail()}"
+        )
 
     def _why_ended(self) -> str:
         status = self.exit_status

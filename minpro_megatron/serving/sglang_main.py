@@ -1,20 +1,25 @@
-"""Starts SGLang's own server program with two settings that its command line does not have.
+"""Starts SGLang's own server program with three settings that its command line does not have.
 
     python -m minpro_megatron.serving.sglang_main --model-path ... (the arguments of sglang.launch_server)
 
 The process ends with its parent, whatever ends the parent, so that no server outlives the run. On a CPU its
 scheduler and detokenizer are forked: SGLang asks for `spawn`, where each of the three processes spends
 about ten seconds of processor time importing the same modules. Nothing is initialised before the fork that
-could not be copied; with CUDA that does not hold, and SGLang's choice stays.
+could not be copied; with CUDA that does not hold, and SGLang's choice stays. The API key comes from the environment
+and is kept out of the log.
 """
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
+from contextlib import suppress
 
+# Hands the API key to this process: a command line would show it to every user of the machine.
+API_KEY_VARIABLE = "MINPRO_SERVER_API_KEY"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,9 +41,27 @@ def _fork_instead_of_spawn() -> None:
     multiprocessing.set_start_method = choose_fork
 
 
+def _take_api_key() -> None:
+    key = os.environ.pop(API_KEY_VARIABLE, None)
+    if key is None:
+        return
+    sys.argv += ["--api-key", key]
+    make_record = logging.getLogRecordFactory()
+
+    def make_record_without_key(*args: object, **kwargs: object) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        with suppress(TypeError, ValueError):  # arguments that do not fit the format: logging itself reports it
+            if key in (message := record.getMessage()):  # SGLang logs all of its arguments when it starts
+                record.msg, record.args = message.replace(key, "<API key>"), ()
+        return record
+
+    logging.setLogRecordFactory(make_record_without_key)
+
+
 def main() -> None:
     """Run sglang.launch_server in this process."""
     _end_with_parent()
+    _take_api_key()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         _fork_instead_of_spawn()
     runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -21,15 +21,8 @@ from minpro_megatron.serving.endpoints import (
     write_server_address,
 )
 from minpro_megatron.serving.model_files import read_model_facts
-from minpro_megatron.serving.server_process import (
-    ServerProcess,
-    ServerStartError,
-    choose_port,
-    context_length,
-    server_command,
-    server_environment,
-    stop_servers,
-)
+from minpro_megatron.serving.server_command import context_length, server_command, server_environment
+from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, choose_port, stop_servers
 from tests.unit.rollout_fakes import run_config
 
 
