@@ -20,7 +20,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.mesh.preload"])
 
 
-def run_mesh(function: Callable[..., Any], *arguments: Any, deadline_s: float = 60.0, **degrees: int) -> list[Any]:
+def run_mesh(function: Callable[..., Any], *arguments: Any, deadline_s: float = 60.0, **degrees: Any) -> list[Any]:
     """`function(mesh, *arguments)` of every rank, in rank order.
 
     Raises AssertionError with the first failing rank's traceback, or with the ranks that did not finish in time.

@@ -5,6 +5,7 @@ from dataclasses import asdict, astuple, dataclass
 from itertools import combinations, product
 from math import prod
 from random import Random
+from typing import Any
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
@@ -28,7 +29,7 @@ class Degrees:
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
-    def as_settings(self) -> dict[str, int]:
+    def as_settings(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:

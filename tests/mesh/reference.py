@@ -38,7 +38,7 @@ COMMON = {
 
 def make_model(kind: str) -> PreTrainedModel:
     """A small Qwen3-MoE ("moe") or dense Qwen3 ("dense", "tied": embedding and output layer are one), with weights
-    large enough that attention and routing matter."""
+    large enough that attention and routing matter; "moe of 5", "tied of 3": with so many layers."""
     torch.manual_seed(0)
     config = model_config(kind)
     model = Qwen3MoeForCausalLM(config) if isinstance(config, Qwen3MoeConfig) else Qwen3ForCausalLM(config)
@@ -49,6 +49,8 @@ def make_model(kind: str) -> PreTrainedModel:
 
 
 def model_config(kind: str) -> Qwen3Config | Qwen3MoeConfig:
+    kind, _, layers = kind.partition(" of ")
+    common = {**COMMON, "num_hidden_layers": int(layers)} if layers else COMMON
     if kind == "moe":
         experts = {
             "num_experts": 8,
@@ -56,10 +58,10 @@ def model_config(kind: str) -> Qwen3Config | Qwen3MoeConfig:
             "norm_topk_prob": True,
             "moe_intermediate_size": 16,
         }
-        return Qwen3MoeConfig(**COMMON, intermediate_size=64, **experts)
+        return Qwen3MoeConfig(**common, intermediate_size=64, **experts)
     # six layers: pipelines of three and six stages are possible, where the mixture allows two and four
     own = {"tied": {"tie_word_embeddings": True}, "dense": {"num_hidden_layers": 6}}[kind]
-    return Qwen3Config(**{**COMMON, **own}, intermediate_size=64)
+    return Qwen3Config(**{**common, **own}, intermediate_size=64)
 
 
 def model_architecture(kind: str) -> Architecture:

@@ -21,7 +21,7 @@ LARGEST_REORDERED = 1e-6  # in the loss, between two orders or splits of the sam
 
 
 def step_config(
-    parallel: dict[str, int],
+    parallel: dict[str, Any],
     *,
     packing: bool = True,
     row_tokens: int = SHORTEST_ROW,

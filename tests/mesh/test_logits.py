@@ -20,12 +20,15 @@ ONE_HEAD: dict[str, Any] = {**COMMON, "num_key_value_heads": 1}
 MODELS = {
     "one key and value head": Qwen3Config(**ONE_HEAD, intermediate_size=64),
     "three experts a rank": Qwen3MoeConfig(**COMMON, **MIXTURE, num_experts=6, norm_topk_prob=True),
+    "five layers": Qwen3MoeConfig(**{**COMMON, "num_hidden_layers": 5}, **MIXTURE, num_experts=8, norm_topk_prob=True),
     "weights of all experts": Qwen3MoeConfig(**COMMON, **MIXTURE, num_experts=8, norm_topk_prob=False),
 }
 CASES = [
     ("one key and value head", {"tensor": 4}),
     ("one key and value head", {"tensor": 2, "context": 2, "pipeline": 2}),
     ("three experts a rank", {"tensor": 2, "expert": 2, "data": 1}),
+    ("five layers", {"pipeline": 2, "pipeline_layers": (3, 2), "tensor": 2, "expert": 2}),
+    ("five layers", {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (1, 2, 1, 1)}),
     ("weights of all experts", {"pipeline": 2, "virtual_pipeline": 2, "data": 2, "expert": 2}),
 ]
 
@@ -44,7 +47,7 @@ def _logits(mesh: Mesh, hf_path: str, sequences: list[np.ndarray]) -> list[np.nd
 
 
 @pytest.mark.parametrize(("name", "parallel"), CASES, ids=str)
-def test_logits_equal_transformers(name: str, parallel: dict[str, int], tmp_path: Path) -> None:
+def test_logits_equal_transformers(name: str, parallel: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = MODELS[name]
     model = Qwen3MoeForCausalLM(config) if isinstance(config, Qwen3MoeConfig) else Qwen3ForCausalLM(config)

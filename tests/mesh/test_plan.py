@@ -33,6 +33,8 @@ MESHES = [
     ("30B-A3B", {"expert": 8}),
     ("30B-A3B", {"tensor": 8, "expert": 8}),  # more tensor ranks than key and value heads
     ("30B-A3B", {"tensor": 2, "pipeline": 4, "virtual_pipeline": 2, "expert": 4, "expert_tensor": 2, "data": 8}),
+    ("30B-A3B", {"tensor": 2, "pipeline": 3, "expert": 8, "data": 4, "pipeline_layers": (15, 18, 15)}),
+    ("0.6B", {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (5, 8, 8, 7)}),  # tied embeddings
     ("8B", {"tensor": 4, "context": 2}),
     ("14B", {"tensor": 8, "pipeline": 4, "data": 2}),
     ("0.6B", {"tensor": 2, "pipeline": 2}),
@@ -95,7 +97,7 @@ def _global_shapes(state: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
 
 
 @pytest.mark.parametrize(("model", "degrees"), MESHES, ids=str)
-def test_a_plan_is_what_megatron_builds_at_full_size(model: str, degrees: dict[str, int], tmp_path: Path) -> None:
+def test_a_plan_is_what_megatron_builds_at_full_size(model: str, degrees: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(RELEASED[model]))
     architecture, parallel = read_architecture(tmp_path), ParallelConfig(**degrees)
     (found,) = run_mesh(_full_size, architecture, parallel)
@@ -145,7 +147,7 @@ def _optimizer_states(mesh: Mesh, hf_path: Path) -> tuple[int, int, int]:
     [{"expert": 2, "data": 4}, {"tensor": 2, "context": 2, "expert": 2}, {"pipeline": 2, "expert": 2, "data": 2}],
     ids=str,
 )
-def test_optimizer_states_are_cut_as_planned(degrees: dict[str, int], tmp_path: Path) -> None:
+def test_optimizer_states_are_cut_as_planned(degrees: dict[str, Any], tmp_path: Path) -> None:
     make_model("moe").save_pretrained(tmp_path)
     ranks = run_mesh(_optimizer_states, tmp_path, **degrees)
     kinds = rank_kinds(read_architecture(tmp_path), ParallelConfig(**degrees))

@@ -21,6 +21,7 @@ MESHES = [
     ({"tensor": 2, "pipeline": 2, "expert": 2, "context": 2}, "full", True),
     ({"pipeline": 2, "virtual_pipeline": 2, "tensor": 2}, "selective", True),
     ({"data": 2, "expert": 2}, "none", False),
+    ({"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (1, 1, 1, 2)}, "full", True),
 ]
 
 
@@ -88,9 +89,9 @@ def _replay(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> dic
 
 @pytest.mark.parametrize(("parallel", "recompute", "packing"), MESHES, ids=str)
 def test_updates_and_scores_follow_the_recorded_routes(
-    parallel: dict[str, int], recompute: str, packing: bool, tmp_path: Path
+    parallel: dict[str, Any], recompute: str, packing: bool, tmp_path: Path
 ) -> None:
-    make_model("moe").save_pretrained(tmp_path)
+    make_model("moe of 5" if "pipeline_layers" in parallel else "moe").save_pretrained(tmp_path)
     config = step_config(parallel, packing=packing, row_tokens=128)
     config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute})})
     sequences = make_sequences(11, 40)

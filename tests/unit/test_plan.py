@@ -51,7 +51,7 @@ def test_the_bytes_are_those_of_mixed_precision_adam(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_states_are_cut_over_the_ranks_that_hold_the_same(degrees: dict[str, int], expected: tuple[int, int]) -> None:
+def test_states_are_cut_over_the_ranks_that_hold_the_same(degrees: dict[str, Any], expected: tuple[int, int]) -> None:
     assert optimizer_degrees(ParallelConfig(**degrees)) == expected
 
 
