@@ -2,26 +2,46 @@
 
 import asyncio
 import logging
-import math
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import aiohttp
 import msgspec
 import numpy as np
 
+from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.records import ServerAddress
+from minpro_megatron.serving.answers import ABORTED, AnswerChecker, SampledSequence, SentRequest, joined
+from minpro_megatron.serving.answers import LARGEST_LOG_PROB as LARGEST_LOG_PROB
+from minpro_megatron.serving.errors import (
+    AnswerTimeout,
+    InvalidAnswer,
+    RequestRefused,
+    ServerUnavailable,
+    named,
+)
+from minpro_megatron.serving.errors import WrongPolicyVersion as WrongPolicyVersion
 from minpro_megatron.serving.model_files import ModelFacts
 
 log = logging.getLogger(__name__)
 
 # Attempts at one request while its server drops connections or answers 5xx, and the first pause between them.
-MAX_ATTEMPTS = 5
+# Few: whoever dispatches the groups has other servers, and looks after this one.
+MAX_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.2
-# Rounding may lift the log-prob of a certain token above 0 by a few units in the last place.
-LARGEST_LOG_PROB = 1e-5
+# Answers in a row that add no token to a response before its server counts as unavailable. One is normal: an update
+# in pause mode `abort` returns also what still waits in the server's queue.
+MAX_EMPTY_ANSWERS = 20
+# A server sends an answer when it has all of it: a body that takes longer is not on its way.
+BODY_TIMEOUT_S = 120.0
+# Larger answers are checked in a thread: this many bytes take about half a millisecond.
+LARGE_ANSWER_BYTES = 64 * 1024
+CONNECT_TIMEOUT_S = 10.0
+# Servers that somebody else has started close idle connections after SGLang's 5 s.
+KEEP_ALIVE_S = 4.0
+ABORT_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,84 +53,44 @@ class SamplingParameters:
     top_p: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class SampledSequence:
-    """One sampled continuation: arrays over its tokens, the stop token included if there was one."""
-
-    token_ids: np.ndarray  # int32
-    log_probs: np.ndarray  # float32, of the untruncated distribution at the sampling temperature
-    policy_versions: np.ndarray  # int32
-    finish_reason: str  # "stop" or "length"
-
-
-class ServerError(RuntimeError):
-    """A request to a rollout server failed; the message names the server, the request and the field."""
-
-    def __init__(self, server: str, request_id: str, field: str, problem: str) -> None:
-        self.server, self.request_id, self.field, self.problem = server, request_id, field, problem
-        super().__init__(f"{server}, request {request_id}, {field}: {problem}")
-
-
-class ServerUnavailable(ServerError):
-    """No answer, also after retries: connection refused or dropped, time limit exceeded, status 5xx."""
-
-
-class RequestRefused(ServerError):
-    """The server called the request wrong (status 4xx): sending it again cannot help."""
-
-
-class InvalidAnswer(ServerError):
-    """The answer is damaged or does not fit the request."""
-
-
-class WrongPolicyVersion(ServerError):
-    """A token was sampled with other weights than the request asked for."""
-
-
-class _FinishReason(msgspec.Struct):
-    type: str
-
-
-class _VersionSpan(msgspec.Struct):
-    version: str
-    start: int
-    end: int
-
-
-class _MetaInfo(msgspec.Struct):
-    id: str
-    finish_reason: _FinishReason
-    # An aborted request lacks some of these; the check of finish_reason comes first and names the cause.
-    output_token_logprobs: list[tuple[float, int, str | None]] = []
-    weight_versions: list[_VersionSpan] = []
-    prompt_tokens: int = -1
-    completion_tokens: int = -1
-
-
-class _Answer(msgspec.Struct):
-    output_ids: list[int]
-    meta_info: _MetaInfo
-
-
-_DECODER = msgspec.json.Decoder(list[_Answer])
-
-
 class ServerClient:
-    """Generation requests to one server; use inside `async with`."""
+    """Generation requests to one server; use inside `async with`.
 
-    def __init__(self, address: ServerAddress, facts: ModelFacts, request_timeout_s: float) -> None:
+    `request_timeout_s` counts from sending a request to the last byte of its answer, so it includes the time in the
+    server's own queue. `headers` go with every request (see serving/api_key.py); `exact_versions` and `routes` are
+    AnswerChecker's.
+    """
+
+    def __init__(
+        self,
+        address: ServerAddress,
+        facts: ModelFacts,
+        request_timeout_s: float,
+        *,
+        headers: Mapping[str, str] | None = None,
+        exact_versions: bool = True,
+        routes: bool = False,
+    ) -> None:
         self.address = address
         self.name = f"server {address.index} at {address.url}"
         self._facts = facts
-        self._timeout = aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=10)
+        self._timeout = aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        self._headers = dict(headers or {})
+        self._wanted = {"return_logprob": True} | ({"return_routed_experts": True} if routes else {})
+        self._checker = AnswerChecker(self.name, facts, exact_versions, routes)
         self._session: aiohttp.ClientSession | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"answers-{address.index}")
+        self._aborts: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "ServerClient":
         # No limit on connections here: whoever dispatches the groups decides how many requests are under way.
-        self._session = aiohttp.ClientSession(timeout=self._timeout, connector=aiohttp.TCPConnector(limit=0))
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector, headers=self._headers)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*self._aborts)
+        self._thread.shutdown(wait=False, cancel_futures=True)
         if self._session is not None:
             await self._session.close()
 
@@ -121,11 +101,12 @@ class ServerClient:
         sampling: SamplingParameters,
         policy_version: int,
     ) -> list[SampledSequence]:
-        """One continuation of the prompt for each seed, all sampled with the weights of `policy_version`.
+        """One continuation of the prompt for each seed, sampled with the weights of `policy_version`, or of it and
+        later ones where the client was made for that.
 
-        Dropped connections and 5xx are tried again up to MAX_ATTEMPTS times. Raises a ServerError
-        otherwise, and ValueError for a prompt that must not be sent: a token id outside the vocabulary
-        would end the server.
+        Responses that the server gives back unfinished are continued, with new requests that hold what there is so
+        far. Dropped connections and 5xx are tried again up to MAX_ATTEMPTS times. Raises a ServerError otherwise, and
+        ValueError for a prompt that must not be sent: a token id outside the vocabulary would end the server.
         """
         prompt = [int(token) for token in prompt_token_ids]
         if not prompt or min(prompt) < 0 or max(prompt) >= self._facts.vocabulary_size:
@@ -133,41 +114,59 @@ class ServerClient:
                 f"prompt token ids {prompt[:20]}: there must be one at least, all within the model's "
                 f"vocabulary of {self._facts.vocabulary_size}; tokenizer and model do not belong together"
             )
+        responses = [_Response(prompt, seed, sampling.max_response_tokens, policy_version) for seed in seeds]
+        while unfinished := [response for response in responses if not response.is_finished]:
+            for response, part in zip(unfinished, await self._ask(unfinished, sampling), strict=True):
+                response.add(part)
+                if response.num_empty_answers > MAX_EMPTY_ANSWERS:
+                    problem = f"aborted {response.num_empty_answers} times in a row without a token"
+                    raise ServerUnavailable(self.name, "-", "aborted", problem)
+        return [joined(response.parts) for response in responses]
+
+    async def policy_version(self, timeout_s: float = 60.0) -> int:
+        """The version of the weights the server holds, by its own account. Raises ServerError."""
+        assert self._session is not None, "use `async with` around the client"
+        limit = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.get(f"{self.address.url}/model_info", timeout=limit) as response:
+                body = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            kind = AnswerTimeout if isinstance(error, TimeoutError) else ServerUnavailable
+            raise kind(self.name, "model_info", "connection", named(error)) from error
+        self._check_status(response, body, "model_info")
+        try:
+            return int(msgspec.json.decode(body, type=dict)["weight_version"])
+        except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidAnswer(self.name, "model_info", "weight_version", named(error)) from error
+
+    async def _ask(self, responses: Sequence["_Response"], sampling: SamplingParameters) -> list[SampledSequence]:
         pause_s = FIRST_PAUSE_S
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            # Fresh ids each time: the server may still hold the request whose connection broke. All have
-            # one length, because SGLang aborts every request whose id starts with the given one.
-            request_ids = [uuid.uuid4().hex for _ in seeds]
+            # Fresh ids each time: the server may still hold the request whose connection broke, and refuses an id
+            # that it holds. All have one length, because SGLang aborts every request whose id starts with the given
+            # one.
+            sent = [response.request(uuid.uuid4().hex) for response in responses]
             try:
-                body = await self._post(self._request(prompt, seeds, sampling, request_ids), request_ids)
+                body = await self._post(self._encoded(responses, sent, sampling), sent)
+            except AnswerTimeout:
+                raise
             except ServerUnavailable as error:
-                if attempt == MAX_ATTEMPTS or isinstance(error.__cause__, TimeoutError):
+                if attempt == MAX_ATTEMPTS:
                     raise
                 log.warning("%s; attempt %d of %d failed, trying again", error, attempt, MAX_ATTEMPTS)
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
             else:
-                return self._checked(body, request_ids, len(prompt), sampling, policy_version)
+                if len(body) < LARGE_ANSWER_BYTES:
+                    return self._checker.check(body, sent)
+                return await asyncio.get_running_loop().run_in_executor(self._thread, self._checker.check, body, sent)
         raise AssertionError("the last attempt returns or raises")
 
-    async def policy_version(self) -> int:
-        """The version of the weights the server holds, by its own account. Raises ServerError."""
-        assert self._session is not None, "use `async with` around the client"
-        try:
-            async with self._session.get(f"{self.address.url}/model_info") as response:
-                info = msgspec.json.decode(await response.read(), type=dict)
-                return int(info["weight_version"])
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise ServerUnavailable(self.name, "model_info", "connection", _named(error)) from error
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
-            raise InvalidAnswer(self.name, "model_info", "weight_version", _named(error)) from error
-
-    def _request(
-        self, prompt: list[int], seeds: Sequence[int], sampling: SamplingParameters, request_ids: list[str]
+    def _encoded(
+        self, responses: Sequence["_Response"], sent: Sequence[SentRequest], sampling: SamplingParameters
     ) -> bytes:
         # One request with a list of prompts, not n > 1: only so each response has a seed of its own.
         shared = {
-            "max_new_tokens": sampling.max_response_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "stop_token_ids": list(self._facts.stop_token_ids),
@@ -176,156 +175,109 @@ class ServerClient:
         }
         return msgspec.json.encode(
             {
-                "rid": request_ids,
-                "input_ids": [prompt] * len(request_ids),
-                "sampling_params": [{**shared, "sampling_seed": seed} for seed in seeds],
-                "return_logprob": True,
+                "rid": [request.request_id for request in sent],
+                "input_ids": [response.token_ids for response in responses],
+                "sampling_params": [
+                    {**shared, "max_new_tokens": request.max_tokens, "sampling_seed": response.seed}
+                    for response, request in zip(responses, sent, strict=True)
+                ],
+                **self._wanted,
             }
         )
 
-    async def _post(self, request: bytes, request_ids: list[str]) -> bytes:
+    async def _post(self, data: bytes, sent: Sequence[SentRequest]) -> bytes:
         assert self._session is not None, "use `async with` around the client"
+        first = sent[0].request_id
         headers = {"Content-Type": "application/json"}
+        answered = False
         try:
-            async with self._session.post(f"{self.address.url}/generate", data=request, headers=headers) as response:
-                body = await response.read()
+            async with self._session.post(f"{self.address.url}/generate", data=data, headers=headers) as response:
+                body = await self._body(response, sent)
+                answered = True
         except aiohttp.ConnectionTimeoutError as error:
-            raise ServerUnavailable(self.name, request_ids[0], "connection", _named(error)) from None
+            raise ServerUnavailable(self.name, first, "connection", named(error)) from None
         except TimeoutError as error:
-            await self._abort(request_ids)
             problem = f"no answer within the time limit of server.request_timeout_s = {self._timeout.total:g} s"
-            raise ServerUnavailable(self.name, request_ids[0], "connection", problem) from error
+            raise AnswerTimeout(self.name, first, "timeout", problem) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerUnavailable(self.name, request_ids[0], "connection", _named(error)) from error
+            raise ServerUnavailable(self.name, first, "connection", named(error)) from error
+        finally:
+            if not answered:  # also when this request was cancelled: its group has moved to another server
+                self._abandon(sent)
+        self._check_status(response, body, first)
+        return body
+
+    async def _body(self, response: aiohttp.ClientResponse, sent: Sequence[SentRequest]) -> bytes:
+        body, limit = bytearray(), self._checker.largest_body(sent)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S) as body_limit:
+                async for chunk in response.content.iter_any():
+                    body += chunk
+                    if len(body) > limit:
+                        problem = f"more than {limit} bytes, which no answer to {len(sent)} requests has"
+                        raise InvalidAnswer(self.name, sent[0].request_id, "body", problem)
+        except TimeoutError:
+            if not body_limit.expired():
+                raise
+            problem = f"{len(body)} bytes of the answer in {BODY_TIMEOUT_S:g} s, and not the rest"
+            raise AnswerTimeout(self.name, sent[0].request_id, "timeout", problem) from None
+        return bytes(body)
+
+    def _check_status(self, response: aiohttp.ClientResponse, body: bytes, request_id: str) -> None:
         if response.status == 200:
-            return body
+            return
         kind = RequestRefused if 400 <= response.status < 500 else ServerUnavailable
         shown = body[:500].decode("utf-8", errors="replace")
-        raise kind(self.name, request_ids[0], "status", f"{response.status} {response.reason}: {shown}")
+        if response.status in (401, 403):
+            shown += "; does server.api_key_variable name the key that this server was started with?"
+        raise kind(self.name, request_id, "status", f"{response.status} {response.reason}: {shown}")
 
-    async def _abort(self, request_ids: list[str]) -> None:
+    def _abandon(self, sent: Sequence[SentRequest]) -> None:
+        task = asyncio.create_task(self._abort([request.request_id for request in sent]))
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+    async def _abort(self, request_ids: Sequence[str]) -> None:
         """Frees the server of requests nobody waits for any more; best effort."""
         assert self._session is not None
-        limit = aiohttp.ClientTimeout(total=2)
+        limit = aiohttp.ClientTimeout(total=ABORT_TIMEOUT_S)
+        url = f"{self.address.url}/abort_request"
         for request_id in request_ids:
-            with suppress(aiohttp.ClientError, TimeoutError, OSError):
-                fields = {"rid": request_id}
-                async with self._session.post(f"{self.address.url}/abort_request", json=fields, timeout=limit):
+            try:
+                async with self._session.post(url, json={"rid": request_id}, timeout=limit):
                     pass
-
-    def _checked(
-        self,
-        body: bytes,
-        request_ids: list[str],
-        num_prompt_tokens: int,
-        sampling: SamplingParameters,
-        policy_version: int,
-    ) -> list[SampledSequence]:
-        try:
-            answers = _DECODER.decode(body)
-        except msgspec.DecodeError as error:
-            # msgspec's message ends with the place, such as "at `$[0].meta_info.finish_reason`".
-            field = str(error).rpartition("`$")[2].rstrip("`").lstrip(".") if "`$" in str(error) else "body"
-            problem = f"{error} in {body[:200]!r}" if field == "body" else str(error)
-            raise InvalidAnswer(self.name, request_ids[0], field, problem) from None
-        if len(answers) != len(request_ids):
-            problem = f"{len(answers)} answers to {len(request_ids)} requests"
-            raise InvalidAnswer(self.name, request_ids[0], "body", problem)
-        return [
-            self._checked_one(answer, request_id, num_prompt_tokens, sampling, policy_version)
-            for answer, request_id in zip(answers, request_ids, strict=True)
-        ]
-
-    def _checked_one(
-        self,
-        answer: _Answer,
-        request_id: str,
-        num_prompt_tokens: int,
-        sampling: SamplingParameters,
-        policy_version: int,
-    ) -> SampledSequence:
-        meta, tokens = answer.meta_info, answer.output_ids
-        num_tokens, stops = len(tokens), self._facts.stop_token_ids
-
-        def require(holds: bool, field: str, problem: str) -> None:
-            if not holds:
-                raise InvalidAnswer(self.name, request_id, field, problem)
-
-        require(meta.id == request_id, "meta_info.id", f"answers request {meta.id!r}")
-        reason = meta.finish_reason.type
-        require(reason in ("stop", "length"), "meta_info.finish_reason", f"{reason!r} is neither stop nor length")
-        require(
-            meta.prompt_tokens == num_prompt_tokens,
-            "meta_info.prompt_tokens",
-            f"{meta.prompt_tokens} for a prompt of {num_prompt_tokens}",
-        )
-        require(num_tokens > 0, "output_ids", "no tokens")
-        require(
-            meta.completion_tokens == num_tokens,
-            "meta_info.completion_tokens",
-            f"{meta.completion_tokens} for {num_tokens} output_ids",
-        )
-        limit = sampling.max_response_tokens
-        require(num_tokens <= limit, "output_ids", f"{num_tokens} tokens exceed max_new_tokens = {limit}")
-        size = self._facts.vocabulary_size
-        require(
-            min(tokens) >= 0 and max(tokens) < size,
-            "output_ids",
-            f"a token id outside the vocabulary of {size}",
-        )
-        require(
-            [entry[1] for entry in meta.output_token_logprobs] == tokens,
-            "meta_info.output_token_logprobs",
-            f"{len(meta.output_token_logprobs)} entries do not name the {num_tokens} output_ids",
-        )
-        log_probs = [entry[0] for entry in meta.output_token_logprobs]
-        wrong = [value for value in log_probs if not math.isfinite(value) or value > LARGEST_LOG_PROB]
-        require(not wrong, "meta_info.output_token_logprobs", f"{wrong[:3]} are no log-probs")
-        require(
-            not any(token in stops for token in tokens[:-1]),
-            "output_ids",
-            "tokens follow a stop token",
-        )
-        # A stop token in the last allowed place ends the response just as well, but SGLang reports "length"
-        # there.
-        stopped = tokens[-1] in stops
-        require(
-            stopped or reason == "length",
-            "meta_info.finish_reason",
-            "stop, but the last token is no stop token",
-        )
-        require(
-            stopped or num_tokens == limit,
-            "meta_info.finish_reason",
-            f"length after {num_tokens} tokens instead of {limit}: context or KV cache too small",
-        )
-        return SampledSequence(
-            token_ids=np.asarray(tokens, dtype=np.int32),
-            log_probs=np.asarray(log_probs, dtype=np.float32),
-            policy_versions=self._versions(meta.weight_versions, num_tokens, request_id, policy_version),
-            finish_reason="stop" if stopped else "length",
-        )
-
-    def _versions(self, spans: list[_VersionSpan], num_tokens: int, request_id: str, policy_version: int) -> np.ndarray:
-        field = "meta_info.weight_versions"
-        versions = np.empty(num_tokens, dtype=np.int32)
-        covered = 0
-        for span in spans:
-            if not (span.version.isascii() and span.version.isdigit() and len(span.version) < 10):
-                raise InvalidAnswer(self.name, request_id, field, f"{span.version!r} is no policy version")
-            if span.start != covered or not span.start < span.end <= num_tokens:
-                break
-            versions[span.start : span.end] = int(span.version)
-            covered = span.end
-        if covered != num_tokens:
-            shown = [(span.version, span.start, span.end) for span in spans[:5]]
-            raise InvalidAnswer(self.name, request_id, field, f"{shown} do not cover the {num_tokens} tokens in order")
-        if (versions != policy_version).any():
-            found = sorted(set(versions.tolist()))
-            problem = f"sampled with version {found} instead of {policy_version}"
-            raise WrongPolicyVersion(self.name, request_id, field, problem)
-        return versions
+            except (aiohttp.ClientError, TimeoutError, OSError):
+                return  # the server is gone, and the requests with it
 
 
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+class _Response:
+    """What there is of one response, and the request for the rest of it."""
+
+    def __init__(self, prompt: list[int], seed: int, max_tokens: int, policy_version: int) -> None:
+        self.parts: list[SampledSequence] = []
+        self.token_ids = prompt
+        self.seed = seed
+        self.num_empty_answers = 0
+        self._first_seed = seed
+        self._left = max_tokens
+        self._policy_version = policy_version
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.parts) and self.parts[-1].finish_reason != ABORTED
+
+    def request(self, request_id: str) -> SentRequest:
+        return SentRequest(request_id, len(self.token_ids), self._left, self._policy_version)
+
+    def add(self, part: SampledSequence) -> None:
+        self.parts.append(part)
+        num_tokens = len(part.token_ids)
+        if not num_tokens:
+            self.num_empty_answers += 1
+            return
+        self.num_empty_answers = 0
+        self.token_ids = self.token_ids + part.token_ids.tolist()
+        self._left -= num_tokens
+        self._policy_version = int(part.policy_versions[-1])
+        # the same seed could draw the same numbers once more
+        self.seed = derive_seed(self._first_seed, "continued", len(self.token_ids))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 
+from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.records import ServerAddress
 
@@ -18,6 +19,11 @@ class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
 
 
+def num_servers(server: ServerConfig) -> int:
+    """How many servers the run has, started by it or not."""
+    return len(server.urls) or server.count
+
+
 def endpoint_file(run_dir: Path, index: int) -> Path:
     return Path(run_dir) / "endpoints" / f"server-{index}.json"
 
@@ -26,6 +32,11 @@ def write_server_address(run_dir: Path, address: ServerAddress, incarnation: int
     """States that the server is ready for requests."""
     endpoint = _Endpoint(**msgspec.structs.asdict(address), incarnation=incarnation)
     replace_file(endpoint_file(run_dir, address.index), msgspec.json.encode(endpoint).decode() + "\n")
+
+
+def remove_server_address(run_dir: Path, index: int) -> None:
+    """Withdraws one server's address: whoever works with it moves its work elsewhere."""
+    endpoint_file(run_dir, index).unlink(missing_ok=True)
 
 
 def remove_server_addresses(run_dir: Path) -> None:

@@ -8,11 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """`vocabulary_size` counts embedding rows: a larger token id in a prompt would end the server."""
+    """`vocabulary_size` counts embedding rows: a larger token id in a prompt would end the server.
+
+    A dense model has `num_experts` = `experts_per_token` = 0.
+    """
 
     vocabulary_size: int
     stop_token_ids: tuple[int, ...]
     max_position_embeddings: int
+    num_layers: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
 
 
 def model_file(hf_path: str, name: str) -> Path:
@@ -63,7 +69,19 @@ def read_model_facts(hf_path: str) -> ModelFacts:
         vocabulary_size=vocabulary_size,
         stop_token_ids=tuple(stop_token_ids),
         max_position_embeddings=_positive(config, "max_position_embeddings", config_path),
+        **_expert_facts(config, config_path),
     )
+
+
+def _expert_facts(config: dict[str, Any], path: Path) -> dict[str, int]:
+    if "num_experts" not in config:
+        return {}
+    fields = {
+        "num_layers": "num_hidden_layers",
+        "num_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+    }
+    return {name: _positive(config, field, path) for name, field in fields.items()}
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.serving.client import SampledSequence, SamplingParameters, ServerClient, WrongPolicyVersion
+from minpro_megatron.serving.answers import SampledSequence
+from minpro_megatron.serving.client import SamplingParameters, ServerClient
 from minpro_megatron.serving.control import ControlError, ServerControl, for_all
+from minpro_megatron.serving.errors import WrongPolicyVersion
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
 

@@ -11,12 +11,11 @@ from aiohttp.test_utils import TestServer
 
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving import client as client_module
-from minpro_megatron.serving.client import (
+from minpro_megatron.serving.answers import SampledSequence
+from minpro_megatron.serving.client import SamplingParameters, ServerClient
+from minpro_megatron.serving.errors import (
     InvalidAnswer,
     RequestRefused,
-    SampledSequence,
-    SamplingParameters,
-    ServerClient,
     ServerError,
     ServerUnavailable,
     WrongPolicyVersion,

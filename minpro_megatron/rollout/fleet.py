@@ -1,0 +1,378 @@
+"""The rollout servers together: who is there, who holds the current weights, who gets the next group.
+
+Servers come and go: `serve` states and withdraws their addresses, and each is asked every few seconds whether it
+answers. A group waits, for as long as it takes, until a server is free that holds the current version.
+"""
+
+import asyncio
+import heapq
+import logging
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.records import ServerAddress
+from minpro_megatron.rollout.member import Client, Member
+from minpro_megatron.serving.api_key import authorization
+from minpro_megatron.serving.client import ServerClient
+from minpro_megatron.serving.endpoints import num_servers, read_server_addresses
+from minpro_megatron.serving.errors import (
+    InvalidAnswer,
+    RequestRefused,
+    ServerError,
+    ServerUnavailable,
+    WrongPolicyVersion,
+)
+from minpro_megatron.serving.model_files import ModelFacts
+
+log = logging.getLogger(__name__)
+
+WATCH_INTERVAL_S = 0.5
+# More groups than fit: the server's queue then always holds the next one when responses of different
+# lengths end.
+QUEUE_FACTOR = 1.25
+# An answer to /model_info needs none of the server's computing, but its process may be busy with a large answer.
+LONGEST_PROBE_S = 30.0
+
+
+class FleetError(RuntimeError):
+    """The servers cannot be worked with; the message is one line with the reason."""
+
+
+class Fleet:
+    """The servers of a run, watched; use inside `async with`, in one event loop.
+
+    `version` is the policy version that work is sampled with. A server is *current* if it answers and holds that
+    version: a started server holds version 0, and any other only once `set_version` says so. Raises ValueError if the
+    API key is missing, or routes are asked of a model without experts.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        facts: ModelFacts,
+        incarnation: int,
+        make_client: Callable[[ServerAddress], Client] | None = None,
+    ) -> None:
+        self.version = 0
+        self._server = config.server
+        self._run_dir = config.run_dir
+        self._incarnation = incarnation
+        self._num_expected = num_servers(config.server)
+        responses = config.batch.responses_per_prompt
+        self._max_groups = max(1, round(QUEUE_FACTOR * config.server.max_running_requests / responses))
+        self._make_client = make_client or _client_maker(config, facts)
+        self._members: dict[tuple[int, int], Member] = {}
+        self._waiting: list[tuple[int, int, asyncio.Future[Member], Collection[tuple[int, int]]]] = []
+        self._num_waits = 0  # breaks ties in the heap above
+        self._changed = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+        self._publications = 0
+        self._counts: Counter[str] = Counter()
+        self._past_idle_s = 0.0
+        self._tokens_of: Counter[int] = Counter()
+        self._slow: set[tuple[int, int]] = set()
+
+    async def __aenter__(self) -> "Fleet":
+        self._watching = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._watching is not None
+        self._watching.cancel()
+        await asyncio.wait({self._watching})
+        for member in list(self._members.values()):
+            await self._remove(member)
+
+    # -- who is there ---------------------------------------------------------------------------------------------
+
+    async def wait_until_ready(self, timeout_s: float) -> None:
+        """Until all servers of the run answer. Raises FleetError if that takes more than `timeout_s` seconds."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while len(self.members()) < self._num_expected:
+                    self._raise_failure()
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            setting = "server.urls" if self._server.urls else f"server.count = {self._server.count}"
+            raise FleetError(
+                f"{len(self.members())} of {self._num_expected} servers ({setting}) ready after {timeout_s:g} s; "
+                "see the log of serve"
+            ) from None
+        self._raise_failure()
+
+    def members(self) -> list[ServerAddress]:
+        """The servers that answer, in order of index."""
+        return [member.address for member in self._alive()]
+
+    def outdated(self) -> list[ServerAddress]:
+        """The servers that answer but do not hold `version`: they get no work."""
+        return [
+            member.address
+            for member in self._alive()
+            if member.held_version != self.version and member.named_version != self.version
+        ]
+
+    def set_version(self, version: int, held_by: Sequence[int]) -> None:
+        """From now on work is sampled with `version`, which the servers of these indices hold, and no others.
+
+        Each is asked once more before it gets work: it may have been restarted since it got the weights.
+        """
+        self.version = version
+        self._publications += 1
+        for member in self._members.values():
+            member.named_version = version if member.address.index in held_by else None
+            member.probed_at = -float("inf")
+        self._probe_members()
+        if outdated := [address.index for address in self.outdated()]:
+            log.warning("version %d: servers %s do not hold it and get no work", version, outdated)
+
+    def _alive(self) -> list[Member]:
+        return sorted((m for m in self._members.values() if m.has_joined and m.answers), key=lambda m: m.key)
+
+    # -- who gets the next group ----------------------------------------------------------------------------------
+
+    async def acquire(self, ticket: int, tried: Collection[tuple[int, int]] = ()) -> Member:
+        """A current server with room for a group; `release` it. Waiting groups are served by ticket, lowest first.
+
+        Servers in `tried` (keys) are taken only where there is no other. Raises FleetError if the fleet has failed.
+        """
+        self._raise_failure()
+        future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (ticket, self._num_waits, future, tried))
+        self._num_waits += 1
+        self._dispatch()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self.release(future.result())
+            raise
+
+    def release(self, member: Member) -> None:
+        """The group that `acquire` returned this server for has ended there."""
+        member.release()
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        while self._waiting:
+            _, _, future, tried = self._waiting[0]
+            if not future.done():
+                member = self._choose(tried)
+                if member is None:
+                    return
+                member.take()
+                future.set_result(member)
+            heapq.heappop(self._waiting)
+
+    def _choose(self, tried: Collection[tuple[int, int]]) -> Member | None:
+        free = [
+            member
+            for member in self._alive()
+            if member.held_version == self.version and not member.is_suspended and member.num_groups < self._max_groups
+        ]
+        slow = self._slow
+        return min(free, key=lambda m: (m.key in tried, m.key in slow, m.num_groups, m.key), default=None)
+
+    def _judge_rates(self) -> None:
+        """Finds the servers that are far slower than the median; they get work last."""
+        rates = {member.key: rate for member in self._alive() if (rate := member.rate) is not None}
+        if len(rates) < 2:
+            self._slow = set()
+            return
+        median = statistics.median_high(rates.values())
+        slow = {key for key, rate in rates.items() if rate < median / self._server.slow_factor}
+        for key in slow - self._slow:
+            log.warning(
+                "%s: %.1f tokens/s a response, the median is %.1f (server.slow_factor = %g): it gets work last",
+                self._members[key].name, rates[key], median, self._server.slow_factor,
+            )  # fmt: skip
+        self._slow = slow
+
+    # -- failures -------------------------------------------------------------------------------------------------
+
+    async def failed(self, member: Member, error: ServerError) -> bool:
+        """Takes note of a group's failure on a server; True if it counts against the group.
+
+        It does not where the server explains it: gone, not answering, or without the version it should hold.
+        """
+        area = "invalid_answers" if isinstance(error, InvalidAnswer) else "failures"
+        self._counts[f"{area}/{error.kind}"] += 1
+        pause_s = member.suspend()
+        asyncio.get_running_loop().call_later(pause_s + 0.01, self._dispatch)
+        if isinstance(error, ServerUnavailable | WrongPolicyVersion):
+            await self._ask(member)
+        is_current = member.answers and member.held_version == self.version
+        return is_current and self._members.get(member.key) is member
+
+    def count(self, name: str) -> None:
+        """Adds one to the metric fleet/<name>."""
+        self._counts[name] += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Totals since the start, and rates of now; the names begin with fleet/."""
+        alive = self._alive()
+        tokens = Counter(self._tokens_of)
+        tokens.update({member.address.index: member.num_tokens for member in self._members.values()})
+        idle_s = self._past_idle_s + sum(member.idle_s() for member in self._members.values())
+        found = {
+            "members": len(alive),
+            "outdated": len(self.outdated()),
+            "slow": len(self._slow),
+            "groups_in_flight": sum(member.num_groups for member in self._members.values()),
+            "groups_waiting": sum(not future.done() for _, _, future, _ in self._waiting),
+            "idle_s": idle_s,
+            **{name: self._counts[name] for name in ("groups", "retries", "moved_groups", "restarts")},
+            **self._counts,
+            **{f"tokens/{index}": count for index, count in sorted(tokens.items())},
+            **{f"tokens_per_s/{m.address.index}": rate for m in alive if (rate := m.rate) is not None},
+        }
+        return {f"fleet/{name}": float(value) for name, value in found.items()}
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise FleetError(f"{self._failure}") from self._failure
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        self._changed.set()
+        for _, _, future, _ in self._waiting:
+            if not future.done():
+                future.set_exception(FleetError(str(error)))
+
+    # -- watching -------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        try:
+            while True:
+                await self._look()
+                await asyncio.sleep(WATCH_INTERVAL_S)
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    async def _look(self) -> None:
+        try:
+            addresses = await asyncio.to_thread(
+                read_server_addresses, self._run_dir, self._num_expected, self._incarnation
+            )
+        except OSError as error:  # a network file system may fail for a moment
+            log.warning("the servers' addresses cannot be read: %s", error)
+            return
+        stated = {(address.index, address.start): address for address in addresses}
+        for member in [member for key, member in self._members.items() if key not in stated]:
+            await self._remove(member)
+        for key, address in stated.items():
+            if key not in self._members:
+                client = await self._make_client(address).__aenter__()
+                self._members[key] = Member(address, client)
+        self._probe_members()
+        self._judge_rates()
+        self._dispatch()
+        self._changed.set()
+
+    def _probe_members(self) -> None:
+        now = time.monotonic()
+        for member in self._members.values():
+            interval_s = self._server.health_interval_s if member.answers else WATCH_INTERVAL_S
+            if member.probe is None and now - member.probed_at >= interval_s:
+                member.probe = asyncio.create_task(self._probe(member))
+
+    async def _probe(self, member: Member) -> None:
+        try:
+            await self._ask(member)
+        except Exception as error:  # a fault of this program must not pass for one of the server
+            self._fail(error)
+        finally:
+            member.probe = None
+
+    async def _ask(self, member: Member) -> None:
+        """Asks the server for its version, and takes note whether it answers."""
+        publications = self._publications
+        member.probed_at = time.monotonic()
+        try:
+            version = await member.client.policy_version(min(LONGEST_PROBE_S, self._server.unhealthy_after_s))
+        except RequestRefused as error:
+            self._fail(error)
+        except InvalidAnswer as error:  # it answers, with a version that is none
+            self._answered(member, None, str(error), publications)
+        except ServerUnavailable as error:
+            self._unanswered(member, str(error))
+        else:
+            self._answered(member, version, f"it holds version {version}", publications)
+
+    def _answered(self, member: Member, version: int | None, described: str, publications: int) -> None:
+        member.answered_at = time.monotonic()
+        if not member.answers and member.has_joined:
+            log.info("%s answers again", member.name)
+        member.answers = True
+        if not member.has_joined:
+            member.has_joined = True
+            self._counts["restarts"] += member.address.start > 0
+            # Only the initial weights are known by their version: what else a server calls its weights may be left
+            # from another run, or from a publication that broke off.
+            member.held_version = version if version == self.version == 0 else None
+            log.info("%s has joined (start %d): %s", member.name, member.address.start, described)
+        elif publications == self._publications:  # else the answer may be older than the last publication
+            self._compare_version(member, version, described)
+        self._changed.set()
+        self._dispatch()
+
+    def _compare_version(self, member: Member, version: int | None, described: str) -> None:
+        if member.named_version is not None:
+            if version == member.named_version:
+                member.held_version = version
+            else:
+                log.warning("%s should hold version %d, but %s", member.name, member.named_version, described)
+            member.named_version = None
+        # A publication under way has raised the version already; a lower one means that the weights are lost.
+        elif member.held_version is not None and (version is None or version < member.held_version):
+            log.warning("%s has lost version %d: %s", member.name, member.held_version, described)
+            self._counts["restarts"] += 1
+            member.held_version = None
+
+    def _unanswered(self, member: Member, described: str) -> None:
+        if member.answers:
+            log.warning("no new work for a server that does not answer: %s", described)
+        member.answers = False
+        if member.has_joined and time.monotonic() - member.answered_at > self._server.unhealthy_after_s:
+            member.move_groups()
+
+    async def _remove(self, member: Member) -> None:
+        """Takes a server out whose address is withdrawn; its groups move."""
+        del self._members[member.key]
+        member.answers = False
+        if member.num_groups:
+            log.warning("%s is withdrawn; its %d groups move", member.name, member.num_groups)
+        member.move_groups()
+        if member.probe is not None:
+            member.probe.cancel()
+        self._past_idle_s += member.idle_s()
+        self._tokens_of[member.address.index] += member.num_tokens
+        await member.client.__aexit__(None, None, None)
+
+
+def _client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddress], Client]:
+    headers = authorization(config.server)
+    routes = config.model.routing_replay == "rollout"
+    if routes and not facts.num_experts:
+        raise ValueError(
+            f"model.routing_replay = 'rollout': model.hf_path = {config.model.hf_path!r} has no experts "
+            "(num_experts in config.json); set model.routing_replay to 'none'"
+        )
+
+    def make(address: ServerAddress) -> Client:
+        return ServerClient(
+            address,
+            facts,
+            config.server.request_timeout_s,
+            headers=headers,
+            exact_versions=config.staleness.mode == "delay",
+            routes=routes,
+        )
+
+    return make

@@ -1,0 +1,145 @@
+"""One rollout server as the collector sees it: does it answer, what does it hold, how much is under way on it."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from minpro_megatron.records import ServerAddress
+from minpro_megatron.serving.answers import SampledSequence
+from minpro_megatron.serving.client import SamplingParameters
+
+# The pause after a failure: doubled from one failure to the next until a group succeeds.
+FIRST_SUSPENSION_S = 0.5
+LONGEST_SUSPENSION_S = 60.0
+# A server's rate is an average over about this many groups; one that old says nothing about the server any more.
+RATE_GROUPS = 8
+RATE_LIFETIME_S = 300.0
+
+
+class Client(Protocol):
+    """What a server's client offers; `minpro_megatron.serving.client.ServerClient` is one."""
+
+    name: str
+
+    async def __aenter__(self) -> "Client": ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def policy_version(self, timeout_s: float) -> int: ...
+
+    async def generate(
+        self, prompt_token_ids: np.ndarray, seeds: Sequence[int], sampling: SamplingParameters, policy_version: int
+    ) -> list[SampledSequence]: ...
+
+
+class MemberGone(RuntimeError):
+    """The server ended, or stopped answering, while it worked on a group: the group moves."""
+
+
+class Member:
+    """A server from the moment its address is read until it is withdrawn: (index, start) names it."""
+
+    def __init__(self, address: ServerAddress, client: Client) -> None:
+        self.address = address
+        self.client = client
+        self.name = client.name
+        self.held_version: int | None = None  # None: not known to hold the weights of any version
+        self.named_version: int | None = None  # said to have been sent there, not yet confirmed by the server
+        self.has_joined = False  # it has answered once
+        self.answers = False  # it answered when it was last asked
+        self.answered_at = time.monotonic()
+        self.probed_at = -float("inf")
+        self.probe: asyncio.Task[None] | None = None
+        self.num_groups = 0  # under way
+        self.num_tokens = 0
+        self._requests: set[asyncio.Task[list[SampledSequence]]] = set()
+        self._num_failures = 0
+        self._suspended_until = 0.0
+        self._rate = 0.0
+        self._num_rated = 0
+        self._rated_at = 0.0
+        self._idle_since: float | None = time.monotonic()
+        self._idle_s = 0.0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.address.index, self.address.start
+
+    async def generate(
+        self, prompt_token_ids: np.ndarray, seeds: Sequence[int], sampling: SamplingParameters, policy_version: int
+    ) -> list[SampledSequence]:
+        """The client's answer. Raises MemberGone if the server leaves the fleet before it has answered."""
+        start = time.monotonic()
+        request = asyncio.create_task(self.client.generate(prompt_token_ids, seeds, sampling, policy_version))
+        self._requests.add(request)
+        try:
+            await asyncio.wait({request})
+        finally:
+            self._requests.discard(request)
+            request.cancel()  # no effect on one that has ended
+        if request.cancelled():
+            raise MemberGone(f"{self.name} went away")
+        sequences = request.result()
+        self._succeeded(sequences, time.monotonic() - start)
+        return sequences
+
+    def move_groups(self) -> None:
+        """Ends all requests under way: each raises MemberGone where it is awaited."""
+        for request in self._requests:
+            request.cancel()
+
+    def take(self) -> None:
+        """One more group is under way."""
+        self._count_idleness()
+        self.num_groups += 1
+        self._idle_since = None
+
+    def release(self) -> None:
+        """One group fewer is under way."""
+        self.num_groups -= 1
+        if self.num_groups == 0:
+            self._idle_since = time.monotonic()
+
+    def idle_s(self) -> float:
+        """Seconds without any group, so far."""
+        self._count_idleness()
+        return self._idle_s
+
+    def _count_idleness(self) -> None:
+        if self._idle_since is not None:
+            now = time.monotonic()
+            self._idle_s += now - self._idle_since
+            self._idle_since = now
+
+    def suspend(self) -> float:
+        """No new group for a while, after a failure; returns the seconds. Failures that come together count once."""
+        if (left_s := self._suspended_until - time.monotonic()) > 0:
+            return left_s
+        pause_s = min(LONGEST_SUSPENSION_S, FIRST_SUSPENSION_S * 2**self._num_failures)
+        self._num_failures += 1
+        self._suspended_until = time.monotonic() + pause_s
+        return pause_s
+
+    @property
+    def is_suspended(self) -> bool:
+        return time.monotonic() < self._suspended_until
+
+    def _succeeded(self, sequences: Sequence[SampledSequence], wall_time_s: float) -> None:
+        self._num_failures = 0
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        self.num_tokens += sum(lengths)
+        # the longest response ran all the time
+        rate = max(lengths) / max(wall_time_s, 1e-6)
+        self._num_rated += 1
+        weight = 1 / min(self._num_rated, RATE_GROUPS)
+        self._rate += weight * (rate - self._rate)
+        self._rated_at = time.monotonic()
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second of one response; None until there are enough groups, and again when they are long ago."""
+        known = self._num_rated >= RATE_GROUPS and time.monotonic() - self._rated_at < RATE_LIFETIME_S
+        return self._rate if known else None

@@ -1,0 +1,277 @@
+"""A server's answer to a group's requests: decoded and checked in every field before anything else sees it.
+
+Nothing here waits, so a large answer can be checked in a thread.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from minpro_megatron.serving.errors import InvalidAnswer, WrongPolicyVersion
+from minpro_megatron.serving.model_files import ModelFacts
+
+# Rounding may lift the log-prob of a certain token above 0 by a few units in the last place.
+LARGEST_LOG_PROB = 1e-5
+ABORTED = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSequence:
+    """One sampled continuation: arrays over its tokens, the stop token included if there was one."""
+
+    token_ids: np.ndarray  # int32
+    log_probs: np.ndarray  # float32, of the untruncated distribution at the sampling temperature
+    policy_versions: np.ndarray  # int32
+    finish_reason: str  # "stop", "length", or "abort" for a part that the server gave back unfinished
+    # uint8 or int16 [prompt tokens + tokens - 1, layers, experts a token]; None where they were not asked for
+    routed_experts: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SentRequest:
+    """What an answer must fit: its id, the tokens sent, how many more there may be, the oldest version allowed."""
+
+    request_id: str
+    num_prompt_tokens: int
+    max_tokens: int
+    policy_version: int
+
+
+class _FinishReason(msgspec.Struct):
+    type: str
+
+
+class _VersionSpan(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _MetaInfo(msgspec.Struct):
+    id: str
+    finish_reason: _FinishReason
+    # An aborted request lacks some of these.
+    output_token_logprobs: list[tuple[float, int, str | None]] = []
+    weight_versions: list[_VersionSpan] = []
+    prompt_tokens: int | None = None
+    completion_tokens: int = -1
+    routed_experts: bytes | None = None  # base64 of int32
+
+
+class _Answer(msgspec.Struct):
+    output_ids: list[int]
+    meta_info: _MetaInfo
+
+
+# The list first, then each answer alone: a thread that decodes lets go of the interpreter only between two calls.
+_LIST_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
+_DECODER = msgspec.json.Decoder(_Answer)
+
+
+class AnswerChecker:
+    """Checks the answers of one server.
+
+    `exact_versions`: every token must have exactly the version asked for (delay mode); otherwise versions may rise
+    above it within a response (bounded mode). `routes`: every answer must name the experts of its tokens.
+    """
+
+    def __init__(self, server: str, facts: ModelFacts, exact_versions: bool, routes: bool) -> None:
+        self._server = server
+        self._facts = facts
+        self._check_versions = self._exact if exact_versions else self._rising
+        self._routes = self._decoded_routes if routes else self._no_routes
+
+    def largest_body(self, requests: Sequence[SentRequest]) -> int:
+        """More bytes than any sound answer to the requests has."""
+        facts, total = self._facts, 0
+        for request in requests:
+            tokens = request.max_tokens + request.num_prompt_tokens
+            total += 16384 + 256 * request.max_tokens
+            total += 6 * tokens * facts.num_layers * facts.experts_per_token
+        return total
+
+    def check(self, body: bytes, requests: Sequence[SentRequest]) -> list[SampledSequence]:
+        """The answers in the order of the requests. Raises InvalidAnswer naming the first field that is wrong."""
+        try:
+            parts = _LIST_DECODER.decode(body)
+        except msgspec.DecodeError as error:
+            raise InvalidAnswer(self._server, requests[0].request_id, "body", f"{error} in {body[:200]!r}") from None
+        if len(parts) != len(requests):
+            problem = f"{len(parts)} answers to {len(requests)} requests"
+            raise InvalidAnswer(self._server, requests[0].request_id, "body", problem)
+        return [
+            self._check_one(self._decoded(part, place, request), request)
+            for place, (part, request) in enumerate(zip(parts, requests, strict=True))
+        ]
+
+    def _decoded(self, part: msgspec.Raw, place: int, request: SentRequest) -> _Answer:
+        try:
+            return _DECODER.decode(part)
+        except msgspec.DecodeError as error:
+            # msgspec's message ends with the place, such as "at `$.meta_info.finish_reason`".
+            path = str(error).rpartition("`$")[2].rstrip("`") if "`$" in str(error) else ""
+            raise InvalidAnswer(self._server, request.request_id, f"[{place}]{path}", str(error)) from None
+
+    def _check_one(self, answer: _Answer, request: SentRequest) -> SampledSequence:
+        meta, tokens = answer.meta_info, answer.output_ids
+        num_tokens, reason = len(tokens), meta.finish_reason.type
+        require = _Requirement(self._server, request.request_id)
+        require(meta.id == request.request_id, "meta_info.id", f"answers request {meta.id!r}")
+        require(
+            reason in ("stop", "length", ABORTED),
+            "meta_info.finish_reason",
+            f"{reason!r} is neither stop nor length nor abort",
+        )
+        if reason == ABORTED and not num_tokens:  # taken from the queue: most fields are missing
+            return _nothing_sampled()
+        self._check_lengths(answer, request, require)
+        log_probs = [entry[0] for entry in meta.output_token_logprobs]
+        wrong = [value for value in log_probs if not math.isfinite(value) or value > LARGEST_LOG_PROB]
+        require(not wrong, "meta_info.output_token_logprobs", f"{wrong[:3]} are no log-probs")
+        return SampledSequence(
+            token_ids=np.asarray(tokens, dtype=np.int32),
+            log_probs=np.asarray(log_probs, dtype=np.float32),
+            policy_versions=self._versions(meta.weight_versions, num_tokens, request),
+            finish_reason=self._finish_reason(tokens, reason, request.max_tokens, require),
+            routed_experts=self._routes(meta.routed_experts, request.num_prompt_tokens + num_tokens - 1, require),
+        )
+
+    def _check_lengths(self, answer: _Answer, request: SentRequest, require: "_Requirement") -> None:
+        meta, tokens = answer.meta_info, answer.output_ids
+        num_tokens, size = len(tokens), self._facts.vocabulary_size
+        require(
+            meta.prompt_tokens == request.num_prompt_tokens,
+            "meta_info.prompt_tokens",
+            f"{meta.prompt_tokens} for a prompt of {request.num_prompt_tokens}",
+        )
+        require(num_tokens > 0, "output_ids", "no tokens")
+        require(
+            meta.completion_tokens == num_tokens,
+            "meta_info.completion_tokens",
+            f"{meta.completion_tokens} for {num_tokens} output_ids",
+        )
+        limit = request.max_tokens
+        require(num_tokens <= limit, "output_ids", f"{num_tokens} tokens exceed max_new_tokens = {limit}")
+        require(
+            min(tokens) >= 0 and max(tokens) < size,
+            "output_ids",
+            f"a token id outside the vocabulary of {size}",
+        )
+        require(
+            [entry[1] for entry in meta.output_token_logprobs] == tokens,
+            "meta_info.output_token_logprobs",
+            f"{len(meta.output_token_logprobs)} entries do not name the {num_tokens} output_ids",
+        )
+
+    def _finish_reason(self, tokens: list[int], reason: str, limit: int, require: "_Requirement") -> str:
+        stops = self._facts.stop_token_ids
+        require(not any(token in stops for token in tokens[:-1]), "output_ids", "tokens follow a stop token")
+        # A stop token in the last allowed place ends the response just as well, but SGLang reports "length"
+        # there; and a response may be complete in the moment in which it is aborted.
+        if tokens[-1] in stops:
+            return "stop"
+        require(reason != "stop", "meta_info.finish_reason", "stop, but the last token is no stop token")
+        if len(tokens) == limit:
+            return "length"
+        require(
+            reason == ABORTED,
+            "meta_info.finish_reason",
+            f"length after {len(tokens)} tokens instead of {limit}: context or KV cache too small",
+        )
+        return ABORTED
+
+    def _versions(self, spans: list[_VersionSpan], num_tokens: int, request: SentRequest) -> np.ndarray:
+        field = "meta_info.weight_versions"
+        require = _Requirement(self._server, request.request_id)
+        versions = np.empty(num_tokens, dtype=np.int32)
+        covered = 0
+        for span in spans:
+            is_version = span.version.isascii() and span.version.isdigit() and len(span.version) < 10
+            require(is_version, field, f"{span.version!r} is no policy version")
+            if span.start != covered or not span.start < span.end <= num_tokens:
+                break
+            versions[span.start : span.end] = int(span.version)
+            covered = span.end
+        shown = [(span.version, span.start, span.end) for span in spans[:5]]
+        require(covered == num_tokens, field, f"{shown} do not cover the {num_tokens} tokens in order")
+        if problem := self._check_versions(versions, request.policy_version):
+            raise WrongPolicyVersion(self._server, request.request_id, field, problem)
+        return versions
+
+    @staticmethod
+    def _exact(versions: np.ndarray, version: int) -> str:
+        if (versions == version).all():
+            return ""
+        return f"sampled with version {sorted(set(versions.tolist()))} instead of {version}"
+
+    @staticmethod
+    def _rising(versions: np.ndarray, version: int) -> str:
+        if versions[0] >= version and (np.diff(versions) >= 0).all():
+            return ""
+        return f"sampled with versions {list(dict.fromkeys(versions.tolist()))}, which must rise from {version}"
+
+    @staticmethod
+    def _no_routes(data: bytes | None, num_rows: int, require: "_Requirement") -> None:
+        return None
+
+    def _decoded_routes(self, data: bytes | None, num_rows: int, require: "_Requirement") -> np.ndarray:
+        field, facts = "meta_info.routed_experts", self._facts
+        if data is None:
+            require(False, field, "missing; start the server with --enable-return-routed-experts")
+        assert data is not None
+        shape = (num_rows, facts.num_layers, facts.experts_per_token)
+        expected = 4 * math.prod(shape)
+        require(len(data) == expected, field, f"{len(data)} bytes instead of {expected} for int32 of shape {shape}")
+        routes = np.frombuffer(data, dtype="<i4").reshape(shape)
+        require(
+            routes.size == 0 or (routes.min() >= 0 and routes.max() < facts.num_experts),
+            field,
+            f"an expert outside the model's {facts.num_experts}",
+        )
+        return routes.astype(np.uint8 if facts.num_experts <= 256 else np.int16)
+
+
+class _Requirement:
+    """Raises InvalidAnswer for the first thing that does not hold."""
+
+    def __init__(self, server: str, request_id: str) -> None:
+        self._server, self._request_id = server, request_id
+
+    def __call__(self, holds: bool, field: str, problem: str) -> None:
+        if not holds:
+            raise InvalidAnswer(self._server, self._request_id, field, problem)
+
+
+def _nothing_sampled() -> SampledSequence:
+    return SampledSequence(
+        token_ids=np.empty(0, np.int32),
+        log_probs=np.empty(0, np.float32),
+        policy_versions=np.empty(0, np.int32),
+        finish_reason=ABORTED,
+    )
+
+
+def joined(parts: Sequence[SampledSequence]) -> SampledSequence:
+    """One sequence from its parts, each but the last aborted and continued by the next.
+
+    A position's routes are those of the request that processed it first: later ones, with other weights, only
+    recompute it.
+    """
+    sampled = [part for part in parts if len(part.token_ids)]
+    if len(sampled) == 1:
+        return sampled[0]
+    routes, num_rows = [], 0
+    for part in sampled:
+        if part.routed_experts is not None:
+            routes.append(part.routed_experts[num_rows:])
+            num_rows = len(part.routed_experts)
+    return SampledSequence(
+        token_ids=np.concatenate([part.token_ids for part in sampled]),
+        log_probs=np.concatenate([part.log_probs for part in sampled]),
+        policy_versions=np.concatenate([part.policy_versions for part in sampled]),
+        finish_reason=sampled[-1].finish_reason,
+        routed_experts=np.concatenate(routes) if routes else None,
+    )

@@ -1,0 +1,42 @@
+"""What can go wrong between a request and the tokens it asked for."""
+
+import re
+
+
+class ServerError(RuntimeError):
+    """A request to a rollout server failed; the message names the server, the request and the field."""
+
+    def __init__(self, server: str, request_id: str, field: str, problem: str) -> None:
+        self.server, self.request_id, self.field, self.problem = server, request_id, field, problem
+        super().__init__(f"{server}, request {request_id}, {field}: {problem}")
+
+    @property
+    def kind(self) -> str:
+        """The field's last name, to count failures by: `output_ids` of `[1].output_ids[3]`."""
+        names = re.findall(r"[a-z_]+", self.field)
+        return names[-1] if names else "body"
+
+
+class ServerUnavailable(ServerError):
+    """No answer, also after retries: connection refused or dropped, status 5xx."""
+
+
+class AnswerTimeout(ServerUnavailable):
+    """No answer, or no whole one, within the time limit."""
+
+
+class RequestRefused(ServerError):
+    """The server called the request wrong (status 4xx): sending it again cannot help."""
+
+
+class InvalidAnswer(ServerError):
+    """The answer is damaged or does not fit the request."""
+
+
+class WrongPolicyVersion(InvalidAnswer):
+    """A token was sampled with other weights than the request asked for."""
+
+
+def named(error: BaseException) -> str:
+    """The error's type and, if it has one, its message."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
