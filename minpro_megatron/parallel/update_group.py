@@ -15,9 +15,11 @@ def join_update_group(
     world_size: int,
     group_name: str,
     backend: str,
+    rank: int = 0,
     timeout_s: float = 300,
 ) -> dist.ProcessGroup:
-    """Join as rank 0 the group that the servers join through `/init_weights_update_group`. Blocks until they have.
+    """Join the group that the servers join through `/init_weights_update_group`. Blocks until all members have.
+    Rank 0 is the trainer's; the reference engine is a server itself and joins with a rank of its own.
 
     The group lies beside this process's default group, with members outside it, which no public function of torch
     makes. Store prefix and group name must be those of SGLang 0.5.23 (`init_custom_process_group` in
@@ -25,7 +27,7 @@ def join_update_group(
     """
     timeout = timedelta(seconds=timeout_s)
     address = f"tcp://{master_address}:{master_port}"
-    store, rank, world_size = next(rendezvous(address, rank=0, world_size=world_size, timeout=timeout))
+    store, rank, world_size = next(rendezvous(address, rank, world_size=world_size, timeout=timeout))
     store.set_timeout(timeout)
     group, _ = distributed_c10d._new_process_group_helper(
         world_size,

@@ -82,8 +82,34 @@ def sglang_command(config: RunConfig, index: int, port: int) -> list[str]:
     return [*command, "--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
 
 
+def reference_command(config: RunConfig, index: int, port: int) -> list[str]:
+    """The reference engine's command line. Raises ValueError for settings that it does not have."""
+    server = config.server
+    for field, supported in (("device", "cpu"), ("dtype", "float32"), ("tensor_parallel", 1)):
+        if (value := getattr(server, field)) != supported:
+            raise ValueError(
+                f"server.{field} = {value!r} with server.engine = 'reference': it has {supported!r} only; "
+                "set that, or server.engine = 'sglang'"
+            )
+    arguments = {
+        "model-path": config.model.hf_path,
+        "host": server.host,
+        "port": port,
+        "context-length": context_length(config),
+        "max-running-requests": server.max_running_requests,
+        "weight-version": 0,
+    }
+    command = [sys.executable, "-m", "minpro_megatron.reference_engine"]
+    for name, value in arguments.items():
+        command += [f"--{name}", str(value)]
+    return command
+
+
 # Each engine's command line, from (settings, index, port).
-ENGINE_COMMANDS: dict[str, Callable[[RunConfig, int, int], list[str]]] = {"sglang": sglang_command}
+ENGINE_COMMANDS: dict[str, Callable[[RunConfig, int, int], list[str]]] = {
+    "sglang": sglang_command,
+    "reference": reference_command,
+}
 
 
 def server_environment(config: RunConfig, environment: Mapping[str, str]) -> dict[str, str]:

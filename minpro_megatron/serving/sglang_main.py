@@ -23,7 +23,7 @@ API_KEY_VARIABLE = "MINPRO_SERVER_API_KEY"
 _PR_SET_PDEATHSIG = 1
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
@@ -60,7 +60,7 @@ def _take_api_key() -> None:
 
 def main() -> None:
     """Run sglang.launch_server in this process."""
-    _end_with_parent()
+    end_with_parent()
     _take_api_key()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         _fork_instead_of_spawn()

@@ -22,6 +22,7 @@ ORDER = [
     ["rollout"],
     ["parallel"],
     ["weights"],
+    ["reference_engine"],
     ["actor"],
     ["train"],
     ["roles"],

@@ -1,0 +1,214 @@
+"""Qwen3 and Qwen3-MoE in float32, one token of one sequence at a time.
+
+The arithmetic on a token depends on the weights and on the tokens before it, on nothing else: no batch, no other
+sequence, no shape that varies with what else runs. On one thread the same tokens therefore give the same bits. The
+formulas are those of transformers 5.19 (models/qwen3_moe/modeling_qwen3_moe.py), of which this is four times as fast on
+a tiny model: there a token is all overhead.
+
+Shapes: V vocabulary, H hidden, Q query heads, G key/value heads, D head, T tokens so far, F feed-forward, E experts,
+K experts of a token.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.weights.hf_files import HfReader
+
+
+class KeyValueCache:
+    """Keys and values of the first `num_tokens` tokens of a sequence, and the experts that each chose in each layer."""
+
+    def __init__(self, architecture: Architecture, capacity: int) -> None:
+        self._architecture = architecture
+        # Positions come first: where the numbers of a token lie is then the same in a cache of any capacity.
+        shape = (max(capacity, 1), 2, architecture.num_query_groups, architecture.head_dim)
+        self.layers = [torch.empty(shape) for _ in range(architecture.num_layers)]  # [capacity, 2, G, D]
+        self.num_tokens = 0
+        self.routes_K: list[Tensor] = []  # by token, then by layer; empty for a dense model
+
+    def copy(self, capacity: int) -> "KeyValueCache":
+        """A cache for `capacity` tokens that begins with the same bits."""
+        copied = KeyValueCache(self._architecture, capacity)
+        for ours, theirs in zip(self.layers, copied.layers, strict=True):
+            theirs[: self.num_tokens] = ours[: self.num_tokens]
+        copied.num_tokens = self.num_tokens
+        copied.routes_K = self.routes_K.copy()
+        return copied
+
+
+class _Attention:
+    def __init__(self, model: Architecture) -> None:
+        self._query_heads, self._groups, self._head = model.num_attention_heads, model.num_query_groups, model.head_dim
+        self._norm_epsilon = model.norm_epsilon
+        heads = self._query_heads + 2 * self._groups
+        self._query_key_value = torch.empty(heads * self._head, model.hidden_size)
+        self._output = torch.empty(model.hidden_size, self._query_heads * self._head)
+        self._query_norm_D, self._key_norm_D = torch.empty(self._head), torch.empty(self._head)
+        self._nothing = torch.zeros(1)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        queries, groups = self._query_heads * self._head, self._groups * self._head
+        parts = self._query_key_value.split([queries, groups, groups])
+        yield from zip(("q_proj.weight", "k_proj.weight", "v_proj.weight"), parts, strict=True)
+        yield from (("o_proj.weight", self._output), ("q_norm.weight", self._query_norm_D))
+        yield "k_norm.weight", self._key_norm_D
+
+    def __call__(self, hidden_H: Tensor, cache: Tensor, position: int, cosine_D: Tensor, sine_D: Tensor) -> Tensor:
+        heads = (self._query_key_value @ hidden_H).view(-1, self._head)
+        queries, keys, values = heads.split([self._query_heads, self._groups, self._groups])
+        rotated = torch.cat((self._norm(queries, self._query_norm_D), self._norm(keys, self._key_norm_D)))
+        rotated = torch.addcmul(rotated * cosine_D, rotated.roll(self._head // 2, -1), sine_D)
+        queries, keys = rotated.split([self._query_heads, self._groups])
+        cache[position, 0], cache[position, 1] = keys, values
+        keys_GDT = cache[: position + 1, 0].permute(1, 2, 0)
+        values_GTD = cache[: position + 1, 1].transpose(0, 1)
+        queries_GqD = queries.view(self._groups, -1, self._head)
+        scores = torch.baddbmm(self._nothing, queries_GqD, keys_GDT, beta=0, alpha=self._head**-0.5).softmax(-1)
+        return self._output @ torch.bmm(scores, values_GTD).view(-1)
+
+    def _norm(self, heads: Tensor, weight_D: Tensor) -> Tensor:
+        return functional.rms_norm(heads, (self._head,), weight_D, self._norm_epsilon)
+
+
+class _FeedForward:
+    def __init__(self, model: Architecture) -> None:
+        self._gate_up = torch.empty(2 * model.ffn_hidden_size, model.hidden_size)
+        self._down = torch.empty(model.hidden_size, model.ffn_hidden_size)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        gate, up = self._gate_up.chunk(2)
+        yield from (("gate_proj.weight", gate), ("up_proj.weight", up), ("down_proj.weight", self._down))
+
+    def __call__(self, hidden_H: Tensor, routes_K: list[Tensor]) -> Tensor:
+        gate_F, up_F = (self._gate_up @ hidden_H).chunk(2)
+        return self._down @ (functional.silu(gate_F) * up_F)
+
+
+class _Experts:
+    def __init__(self, model: Architecture) -> None:
+        self._router = torch.empty(model.num_experts, model.hidden_size)
+        self._gate_up = torch.empty(model.num_experts, 2 * model.expert_ffn_hidden_size, model.hidden_size)
+        self._down = torch.empty(model.num_experts, model.hidden_size, model.expert_ffn_hidden_size)
+        self._chosen = model.num_experts_per_token
+        self._normalized = model.normalized_routing
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield "gate.weight", self._router
+        for expert, (gate_up, down) in enumerate(zip(self._gate_up, self._down, strict=True)):
+            gate, up = gate_up.chunk(2)
+            for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                yield f"experts.{expert}.{name}.weight", weight
+
+    def __call__(self, hidden_H: Tensor, routes_K: list[Tensor]) -> Tensor:
+        shares_K, experts_K = (self._router @ hidden_H).softmax(-1).topk(self._chosen)
+        if self._normalized:
+            shares_K = shares_K / shares_K.sum()
+        routes_K.append(experts_K)
+        output_H = torch.zeros_like(hidden_H)
+        for expert, share in zip(experts_K.tolist(), shares_K.tolist(), strict=True):
+            gate_F, up_F = (self._gate_up[expert] @ hidden_H).chunk(2)
+            output_H.add_(self._down[expert] @ (functional.silu(gate_F) * up_F), alpha=share)
+        return output_H
+
+
+class _Layer:
+    def __init__(self, model: Architecture) -> None:
+        self.attention = _Attention(model)
+        self.feed_forward = _Experts(model) if model.num_experts else _FeedForward(model)
+        self.attention_norm_H, self.feed_forward_norm_H = torch.empty(2, model.hidden_size)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield "input_layernorm.weight", self.attention_norm_H
+        yield "post_attention_layernorm.weight", self.feed_forward_norm_H
+        for part, owner in (("self_attn", self.attention), ("mlp", self.feed_forward)):
+            for name, weight in owner.weights():
+                yield f"{part}.{name}", weight
+
+
+class Model:
+    """The weights by their Hugging Face names, and the forward pass over one token."""
+
+    def __init__(self, architecture: Architecture, max_tokens: int) -> None:
+        """`max_tokens` of a sequence at most. The weights hold nothing yet: `load` them."""
+        self.architecture = architecture
+        self._embedding_VH = torch.empty(architecture.vocab_size, architecture.hidden_size)
+        self._layers = [_Layer(architecture) for _ in range(architecture.num_layers)]
+        self._norm_H = torch.empty(architecture.hidden_size)
+        self._head_VH = self._embedding_VH if architecture.tied_embeddings else torch.empty_like(self._embedding_VH)
+        self._cosines, self._sines = _rotations(architecture, max_tokens)
+        self.weights: Mapping[str, Tensor] = dict(self._named_weights())
+
+    @classmethod
+    def from_hf(cls, architecture: Architecture, hf_path: str, max_tokens: int) -> Self:
+        """The model of a Hugging Face folder. Raises ValueError for files that do not fit config.json."""
+        model = cls(architecture, max_tokens)
+        model.load(model.read(hf_path))
+        return model
+
+    def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield "model.embed_tokens.weight", self._embedding_VH
+        for index, layer in enumerate(self._layers):
+            for name, weight in layer.weights():
+                yield f"model.layers.{index}.{name}", weight
+        yield "model.norm.weight", self._norm_H
+        if not self.architecture.tied_embeddings:
+            yield "lm_head.weight", self._head_VH
+
+    def read(self, hf_path: str) -> list[tuple[str, Tensor]]:
+        """This model's tensors out of a folder, mapped into memory. Raises ValueError if one is missing."""
+        reader = HfReader(hf_path)
+        missing = sorted(self.weights.keys() - set(reader.names()))
+        if missing:
+            raise ValueError(f"{hf_path}: {', '.join(missing[:3])} missing; does config.json belong to these weights?")
+        return [(name, reader.read(name)) for name in self.weights]
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over the values, in place. Unknown names are passed over, as SGLang does.
+
+        Raises ValueError for a wrong shape, and then has changed nothing.
+        """
+        known = [(self.weights[name], tensor, name) for name, tensor in tensors if name in self.weights]
+        for weight, tensor, name in known:
+            if weight.shape != tensor.shape:
+                raise ValueError(f"{name}: shape {tuple(tensor.shape)} does not fit the model's {tuple(weight.shape)}")
+        for weight, tensor, _ in known:
+            weight.copy_(tensor)
+
+    def checksums(self) -> dict[str, str]:
+        """16 hexadecimal digits of each tensor's SHA-256."""
+        return {
+            name: hashlib.sha256(weight.contiguous().numpy().data).hexdigest()[:16]
+            for name, weight in self.weights.items()
+        }
+
+    def step(self, token: int, cache: KeyValueCache) -> Tensor:
+        """The last layer's output [H] for `token`, which follows those in the cache and joins them."""
+        hidden_H, position = self._embedding_VH[token], cache.num_tokens
+        size, epsilon = hidden_H.shape, self.architecture.norm_epsilon
+        rotation = self._cosines[position], self._sines[position]
+        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+            normed_H = functional.rms_norm(hidden_H, size, layer.attention_norm_H, epsilon)
+            hidden_H = hidden_H + layer.attention(normed_H, layer_cache, position, *rotation)
+            normed_H = functional.rms_norm(hidden_H, size, layer.feed_forward_norm_H, epsilon)
+            hidden_H = hidden_H + layer.feed_forward(normed_H, cache.routes_K)
+        cache.num_tokens += 1
+        return hidden_H
+
+    def logits(self, hidden_H: Tensor) -> Tensor:
+        """[V]: of the token that follows."""
+        normed_H = functional.rms_norm(hidden_H, hidden_H.shape, self._norm_H, self.architecture.norm_epsilon)
+        return self._head_VH @ normed_H
+
+
+def _rotations(model: Architecture, max_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Cosines and sines [D] by position; the sines with the signs of rotate_half, so that a roll takes its place."""
+    frequencies = 1.0 / (model.rope_theta ** (torch.arange(0, model.head_dim, 2, dtype=torch.float) / model.head_dim))
+    angles = torch.arange(max_tokens, dtype=torch.float).unsqueeze(1) * frequencies
+    cosines, sines = angles.cos(), angles.sin()
+    return list(torch.cat((cosines, cosines), 1)), list(torch.cat((-sines, sines), 1))

@@ -1,0 +1,116 @@
+"""One response under way, and the answer it ends with in SGLang's words."""
+
+import base64
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+
+from minpro_megatron.reference_engine.model import KeyValueCache
+from minpro_megatron.reference_engine.sampling import Sampler, SamplingParameters
+
+
+class Response:
+    """Prompt and sampled tokens. `answer` gets the JSON object for the client, or is cancelled by who waits for it."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: list[int],
+        sampling: SamplingParameters,
+        stop_token_ids: frozenset[int],
+        *,
+        with_log_probs: bool = False,
+        routes_from: int | None = None,
+    ) -> None:
+        """`routes_from`: the experts of the tokens from this place on are wanted; None: of none."""
+        self.request_id = request_id
+        self.answer: Future[dict[str, Any]] = Future()
+        self.tokens = list(prompt)
+        self.num_prompt_tokens = len(prompt)
+        self.cache: KeyValueCache | None = None
+        self._begin = time.monotonic()
+        self._sampler = Sampler(sampling)
+        self._max_tokens = len(prompt) + sampling.max_new_tokens
+        self._stops = frozenset() if sampling.ignore_eos else stop_token_ids.union(sampling.stop_token_ids or ())
+        self._with_log_probs = with_log_probs
+        self._routes_from = routes_from
+        self._log_probs: list[float] = []
+        self._versions: list[str] = []
+        self._num_retractions = 0
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return tuple(self.tokens[: self.num_prompt_tokens])
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache must hold: the last one sampled never goes through the model."""
+        return self._max_tokens - 1
+
+    def sample(self, logits_V: torch.Tensor, version: str) -> dict[str, Any] | None:
+        """Adds a token that weights of `version` gave; the finish reason if it was the last one."""
+        token, log_prob = self._sampler(logits_V)
+        self.tokens.append(token)
+        self._log_probs.append(log_prob)
+        self._versions.append(version)
+        if len(self.tokens) == self._max_tokens:  # first, as in SGLang: also where a stop token takes the last place
+            return {"type": "length", "length": len(self._log_probs)}
+        return {"type": "stop", "matched": token} if token in self._stops else None
+
+    def retract(self) -> None:
+        """Forgets keys and values: they are computed again, with the weights of then."""
+        self._num_retractions += self.cache is not None
+        self.cache = None
+
+    def finish(self, reason: dict[str, Any], version: str) -> None:
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_result(self._answer(reason, version))
+
+    def abort(self, version: str) -> None:
+        """Ends it with what it has. One that waits for its turn, as after a retraction, gives nothing: the experts of
+        its tokens are gone with the cache."""
+        if self.cache is not None and self.cache.num_tokens == len(self.tokens) - 1:
+            self.finish({"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}, version)
+            return
+        del self.tokens[self.num_prompt_tokens :], self._log_probs[:], self._versions[:]
+        self.finish({"type": "abort", "message": "Abort in waiting queue"}, version)
+
+    def fail(self, error: Exception) -> None:
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_exception(error)
+
+    def _answer(self, reason: dict[str, Any], version: str) -> dict[str, Any]:
+        sampled = self.tokens[self.num_prompt_tokens :]
+        meta: dict[str, Any] = {
+            "id": self.request_id,
+            "finish_reason": reason,
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": len(sampled),
+            "weight_version": version,
+            "weight_versions": _spans(self._versions) or [{"version": version, "start": 0, "end": 0}],
+            "num_retractions": self._num_retractions,
+            "e2e_latency": time.monotonic() - self._begin,
+        }
+        if self._with_log_probs:
+            entries = [(log_prob, token, None) for log_prob, token in zip(self._log_probs, sampled, strict=True)]
+            meta |= {"input_token_logprobs": [], "output_token_logprobs": entries}
+            meta["output_token_logprobs_length"] = len(entries)
+        if self._routes_from is not None and self.cache is not None and self.cache.routes_K:
+            meta["routed_experts"] = _encoded_routes(self.cache, self._routes_from)
+        return {"output_ids": sampled, "meta_info": meta}
+
+
+def _spans(versions: list[str]) -> list[dict[str, Any]]:
+    """[{version, start, end}]: a span for each run of equal versions."""
+    changes = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
+    ends = [*changes[1:], len(versions)]
+    return [{"version": versions[i], "start": i, "end": end} for i, end in zip(changes, ends, strict=True)]
+
+
+def _encoded_routes(cache: KeyValueCache, first: int) -> str:
+    """Base64 of int32, little endian, [tokens, layers, K], from the token `first` on; the last one sampled has none."""
+    routes = torch.stack(cache.routes_K).view(cache.num_tokens, len(cache.layers), -1)[first:]
+    return base64.b64encode(routes.numpy().astype(np.dtype("<i4")).tobytes()).decode("ascii")
