@@ -16,10 +16,11 @@ class ModelConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="activations computed again in backward: attention's (selective) or whole layers'"
     )
-    routing_replay: Literal["none", "scored"] = Field(
+    routing_replay: Literal["none", "scored", "rollout"] = Field(
         default="none",
         description="scored: updates route every token to the experts chosen when its behavior log-prob was computed "
-        "(R2); keeps a byte a token, layer and chosen expert in host memory",
+        "(R2); rollout: scoring and updates route it to those that the server chose when it sampled (R3). Both keep a "
+        "byte a token, layer and chosen expert in host memory; of more than 256 experts, two",
     )
 
 
