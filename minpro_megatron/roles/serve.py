@@ -1,15 +1,20 @@
-"""The role `serve`: starts this machine's rollout servers, says where they are, watches them."""
+"""The role `serve`: starts this machine's rollout servers, says where they are, restarts those that fail.
+
+Of servers that somebody else has started (server.urls) it only says where they are, for as long as they answer.
+"""
 
 import logging
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.status import write_status
-from minpro_megatron.serving.endpoints import remove_server_addresses, write_server_address
+from minpro_megatron.serving.endpoints import remove_server_addresses
 from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, stop_servers
+from minpro_megatron.serving.watched_server import ExternalServer, OwnServer, WatchedServer, external_urls
 
 log = logging.getLogger(__name__)
 
@@ -35,41 +40,57 @@ class _StopRequest:
 
 
 def run(config: RunConfig, incarnation: int) -> int:
-    """Serves until SIGTERM (exit status 0) or until a server does not start or ends by itself (status 1)."""
+    """Serves until SIGTERM (exit status 0) or until a server is beyond help (status 1)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s")
     stop_requested = _StopRequest()
     remove_server_addresses(config.run_dir)
-    servers = [ServerProcess(config, index) for index in range(config.server.count)]
+    processes: list[ServerProcess] = []
     try:
-        return _serve(config, incarnation, servers, stop_requested)
+        if config.server.urls:
+            _watch(config, _external_servers(config, incarnation), stop_requested)
+        else:
+            processes += [ServerProcess(config, index) for index in range(config.server.count)]
+            _watch(config, [OwnServer(process, config, incarnation) for process in processes], stop_requested)
+        return 0
     except (ServerStartError, ValueError, OSError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 1
     finally:
         remove_server_addresses(config.run_dir)
-        started = [server for server in servers if server.is_started]
+        started = [process for process in processes if process.is_started]
         stop_servers(started)
         log.info("%d servers stopped", len(started))
         with suppress(OSError):
             write_status(config.run_dir, "serve", "stopped")
 
 
-def _serve(config: RunConfig, incarnation: int, servers: list[ServerProcess], stop_requested: _StopRequest) -> int:
-    start = time.monotonic()
-    write_status(config.run_dir, "serve", f"starting {len(servers)} server{'s' * (len(servers) > 1)}")
-    for server in servers:
-        server.start()
-    for server in servers:
-        left_s = config.server.start_timeout_s - (time.monotonic() - start)
-        if not server.wait_until_ready(left_s, stop_requested):
-            return 0
-        write_server_address(config.run_dir, server.address, incarnation)
-        log.info("server %d ready at %s after %.1f s", server.index, server.address.url, time.monotonic() - start)
-    write_status(config.run_dir, "serve", "serving")
+def _external_servers(config: RunConfig, incarnation: int) -> list[ExternalServer]:
+    return [ExternalServer(index, url, config, incarnation) for index, url in enumerate(external_urls(config.server))]
+
+
+def _watch(config: RunConfig, servers: Sequence[WatchedServer], stop_requested: _StopRequest) -> None:
+    """Returns once it is to stop. Raises ServerStartError once a server is beyond help, or all are away for long."""
+    shown, last_seen = "", time.monotonic()
     while not stop_requested():
         for server in servers:
-            if server.exit_status is not None:
-                print(f"serve: {server.describe_end()}", file=sys.stderr)
-                return 1
+            server.tick()
+        away = [server for server in servers if not server.address_is_stated]
+        if len(away) < len(servers):
+            last_seen = time.monotonic()
+        elif config.server.urls and time.monotonic() - last_seen > config.server.start_timeout_s:
+            raise ServerStartError(
+                f"none of server.urls = {config.server.urls} has answered for server.start_timeout_s = "
+                f"{config.server.start_timeout_s:g} s; start them, or correct their addresses"
+            )
+        phase = _phase(len(away), len(servers), config)
+        if phase != shown:
+            write_status(config.run_dir, "serve", phase)
+            shown = phase
         time.sleep(WATCH_INTERVAL_S)
-    return 0
+
+
+def _phase(num_away: int, num_servers: int, config: RunConfig) -> str:
+    if not num_away:
+        return "serving"
+    verb = "waiting for" if config.server.urls else "starting"
+    return f"{verb} {num_away} of {num_servers} server{'s' * (num_servers > 1)}"

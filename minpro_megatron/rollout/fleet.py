@@ -5,16 +5,15 @@ answers. A group waits, for as long as it takes, until a server is free that hol
 """
 
 import asyncio
-import heapq
 import logging
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
-from minpro_megatron.rollout.member import Client, Member
+from minpro_megatron.rollout.dispatch import Dispatcher
+from minpro_megatron.rollout.member import Client, Key, Member
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.client import ServerClient
 from minpro_megatron.serving.endpoints import num_servers, read_server_addresses
@@ -24,6 +23,7 @@ from minpro_megatron.serving.errors import (
     ServerError,
     ServerUnavailable,
     WrongPolicyVersion,
+    named,
 )
 from minpro_megatron.serving.model_files import ModelFacts
 
@@ -62,19 +62,18 @@ class Fleet:
         self._incarnation = incarnation
         self._num_expected = num_servers(config.server)
         responses = config.batch.responses_per_prompt
-        self._max_groups = max(1, round(QUEUE_FACTOR * config.server.max_running_requests / responses))
+        max_groups = max(1, round(QUEUE_FACTOR * config.server.max_running_requests / responses))
+        self._dispatcher = Dispatcher(self._current, max_groups, config.server.slow_factor)
         self._make_client = make_client or _client_maker(config, facts)
-        self._members: dict[tuple[int, int], Member] = {}
-        self._waiting: list[tuple[int, int, asyncio.Future[Member], Collection[tuple[int, int]]]] = []
-        self._num_waits = 0  # breaks ties in the heap above
+        self._members: dict[Key, Member] = {}
         self._changed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
-        self._failure: BaseException | None = None
+        self._failure: FleetError | None = None
         self._publications = 0
         self._counts: Counter[str] = Counter()
         self._past_idle_s = 0.0
         self._tokens_of: Counter[int] = Counter()
-        self._slow: set[tuple[int, int]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "Fleet":
         self._watching = asyncio.create_task(self._watch())
@@ -85,9 +84,8 @@ class Fleet:
         self._watching.cancel()
         await asyncio.wait({self._watching})
         for member in list(self._members.values()):
-            await self._remove(member)
-
-    # -- who is there ---------------------------------------------------------------------------------------------
+            self._remove(member)
+        await asyncio.gather(*self._closing)
 
     async def wait_until_ready(self, timeout_s: float) -> None:
         """Until all servers of the run answer. Raises FleetError if that takes more than `timeout_s` seconds."""
@@ -134,66 +132,17 @@ class Fleet:
     def _alive(self) -> list[Member]:
         return sorted((m for m in self._members.values() if m.has_joined and m.answers), key=lambda m: m.key)
 
-    # -- who gets the next group ----------------------------------------------------------------------------------
+    def _current(self) -> list[Member]:
+        return [member for member in self._alive() if member.held_version == self.version]
 
-    async def acquire(self, ticket: int, tried: Collection[tuple[int, int]] = ()) -> Member:
-        """A current server with room for a group; `release` it. Waiting groups are served by ticket, lowest first.
-
-        Servers in `tried` (keys) are taken only where there is no other. Raises FleetError if the fleet has failed.
-        """
+    async def acquire(self, ticket: int, tried: Collection[Key] = ()) -> Member:
+        """A current server with room for a group; `release` it. See Dispatcher.acquire. Raises FleetError."""
         self._raise_failure()
-        future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (ticket, self._num_waits, future, tried))
-        self._num_waits += 1
-        self._dispatch()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self.release(future.result())
-            raise
+        return await self._dispatcher.acquire(ticket, tried)
 
     def release(self, member: Member) -> None:
         """The group that `acquire` returned this server for has ended there."""
-        member.release()
-        self._dispatch()
-
-    def _dispatch(self) -> None:
-        while self._waiting:
-            _, _, future, tried = self._waiting[0]
-            if not future.done():
-                member = self._choose(tried)
-                if member is None:
-                    return
-                member.take()
-                future.set_result(member)
-            heapq.heappop(self._waiting)
-
-    def _choose(self, tried: Collection[tuple[int, int]]) -> Member | None:
-        free = [
-            member
-            for member in self._alive()
-            if member.held_version == self.version and not member.is_suspended and member.num_groups < self._max_groups
-        ]
-        slow = self._slow
-        return min(free, key=lambda m: (m.key in tried, m.key in slow, m.num_groups, m.key), default=None)
-
-    def _judge_rates(self) -> None:
-        """Finds the servers that are far slower than the median; they get work last."""
-        rates = {member.key: rate for member in self._alive() if (rate := member.rate) is not None}
-        if len(rates) < 2:
-            self._slow = set()
-            return
-        median = statistics.median_high(rates.values())
-        slow = {key for key, rate in rates.items() if rate < median / self._server.slow_factor}
-        for key in slow - self._slow:
-            log.warning(
-                "%s: %.1f tokens/s a response, the median is %.1f (server.slow_factor = %g): it gets work last",
-                self._members[key].name, rates[key], median, self._server.slow_factor,
-            )  # fmt: skip
-        self._slow = slow
-
-    # -- failures -------------------------------------------------------------------------------------------------
+        self._dispatcher.release(member)
 
     async def failed(self, member: Member, error: ServerError) -> bool:
         """Takes note of a group's failure on a server; True if it counts against the group.
@@ -203,7 +152,7 @@ class Fleet:
         area = "invalid_answers" if isinstance(error, InvalidAnswer) else "failures"
         self._counts[f"{area}/{error.kind}"] += 1
         pause_s = member.suspend()
-        asyncio.get_running_loop().call_later(pause_s + 0.01, self._dispatch)
+        asyncio.get_running_loop().call_later(pause_s + 0.01, self._dispatcher.dispatch)
         if isinstance(error, ServerUnavailable | WrongPolicyVersion):
             await self._ask(member)
         is_current = member.answers and member.held_version == self.version
@@ -222,9 +171,9 @@ class Fleet:
         found = {
             "members": len(alive),
             "outdated": len(self.outdated()),
-            "slow": len(self._slow),
+            "slow": self._dispatcher.num_slow,
             "groups_in_flight": sum(member.num_groups for member in self._members.values()),
-            "groups_waiting": sum(not future.done() for _, _, future, _ in self._waiting),
+            "groups_waiting": self._dispatcher.num_waiting,
             "idle_s": idle_s,
             **{name: self._counts[name] for name in ("groups", "retries", "moved_groups", "restarts")},
             **self._counts,
@@ -235,25 +184,21 @@ class Fleet:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            raise FleetError(f"{self._failure}") from self._failure
+            raise self._failure
 
     def _fail(self, error: BaseException) -> None:
-        self._failure = error
+        self._failure = FleetError(str(error) if isinstance(error, ServerError) else named(error))
+        self._failure.__cause__ = error
         self._changed.set()
-        for _, _, future, _ in self._waiting:
-            if not future.done():
-                future.set_exception(FleetError(str(error)))
-
-    # -- watching -------------------------------------------------------------------------------------------------
+        self._dispatcher.fail(self._failure)
 
     async def _watch(self) -> None:
         try:
             while True:
                 await self._look()
                 await asyncio.sleep(WATCH_INTERVAL_S)
-        except Exception as error:
+        except Exception as error:  # told to whoever waits, now or later
             self._fail(error)
-            raise
 
     async def _look(self) -> None:
         try:
@@ -265,14 +210,14 @@ class Fleet:
             return
         stated = {(address.index, address.start): address for address in addresses}
         for member in [member for key, member in self._members.items() if key not in stated]:
-            await self._remove(member)
+            self._remove(member)
         for key, address in stated.items():
             if key not in self._members:
                 client = await self._make_client(address).__aenter__()
                 self._members[key] = Member(address, client)
         self._probe_members()
-        self._judge_rates()
-        self._dispatch()
+        self._dispatcher.judge_rates()
+        self._dispatcher.dispatch()
         self._changed.set()
 
     def _probe_members(self) -> None:
@@ -287,8 +232,9 @@ class Fleet:
             await self._ask(member)
         except Exception as error:  # a fault of this program must not pass for one of the server
             self._fail(error)
-        finally:
-            member.probe = None
+        member.probe = None
+        if member.probed_at < 0:  # a publication has ended meanwhile: its answer was too old
+            self._probe_members()
 
     async def _ask(self, member: Member) -> None:
         """Asks the server for its version, and takes note whether it answers."""
@@ -297,7 +243,9 @@ class Fleet:
         try:
             version = await member.client.policy_version(min(LONGEST_PROBE_S, self._server.unhealthy_after_s))
         except RequestRefused as error:
-            self._fail(error)
+            if not member.has_joined:  # wrong API key, or no rollout server at all
+                self._fail(error)
+            self._unanswered(member, str(error))
         except InvalidAnswer as error:  # it answers, with a version that is none
             self._answered(member, None, str(error), publications)
         except ServerUnavailable as error:
@@ -311,7 +259,7 @@ class Fleet:
             log.info("%s answers again", member.name)
         member.answers = True
         if not member.has_joined:
-            member.has_joined = True
+            member.has_joined, member.named_version = True, None
             self._counts["restarts"] += member.address.start > 0
             # Only the initial weights are known by their version: what else a server calls its weights may be left
             # from another run, or from a publication that broke off.
@@ -320,7 +268,7 @@ class Fleet:
         elif publications == self._publications:  # else the answer may be older than the last publication
             self._compare_version(member, version, described)
         self._changed.set()
-        self._dispatch()
+        self._dispatcher.dispatch()
 
     def _compare_version(self, member: Member, version: int | None, described: str) -> None:
         if member.named_version is not None:
@@ -342,18 +290,17 @@ class Fleet:
         if member.has_joined and time.monotonic() - member.answered_at > self._server.unhealthy_after_s:
             member.move_groups()
 
-    async def _remove(self, member: Member) -> None:
+    def _remove(self, member: Member) -> None:
         """Takes a server out whose address is withdrawn; its groups move."""
         del self._members[member.key]
         member.answers = False
         if member.num_groups:
             log.warning("%s is withdrawn; its %d groups move", member.name, member.num_groups)
-        member.move_groups()
-        if member.probe is not None:
-            member.probe.cancel()
         self._past_idle_s += member.idle_s()
         self._tokens_of[member.address.index] += member.num_tokens
-        await member.client.__aexit__(None, None, None)
+        closing = asyncio.create_task(member.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
 
 def _client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddress], Client]:

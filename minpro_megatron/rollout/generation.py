@@ -9,7 +9,7 @@ import numpy as np
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Response
 from minpro_megatron.rewards.pool import RewardPool
 from minpro_megatron.rollout.fleet import Fleet
-from minpro_megatron.rollout.member import MemberGone
+from minpro_megatron.rollout.member import Key, MemberGone
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.errors import ServerError
@@ -61,7 +61,7 @@ class GroupCollector:
 
     async def _sample(self, issued: IssuedGroup, sampling: SamplingParameters) -> list[SampledSequence]:
         fleet, ticket = self._fleet, next(self._tickets)
-        tried: set[tuple[int, int]] = set()
+        tried: set[Key] = set()
         num_failures = 0
         while True:
             member = await fleet.acquire(ticket, tried)

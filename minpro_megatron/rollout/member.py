@@ -19,6 +19,9 @@ RATE_GROUPS = 8
 RATE_LIFETIME_S = 300.0
 
 
+Key = tuple[int, int]  # (index, start) of a server
+
+
 class Client(Protocol):
     """What a server's client offers; `minpro_megatron.serving.client.ServerClient` is one."""
 
@@ -65,7 +68,7 @@ class Member:
         self._idle_s = 0.0
 
     @property
-    def key(self) -> tuple[int, int]:
+    def key(self) -> Key:
         return self.address.index, self.address.start
 
     async def generate(
@@ -75,10 +78,10 @@ class Member:
         start = time.monotonic()
         request = asyncio.create_task(self.client.generate(prompt_token_ids, seeds, sampling, policy_version))
         self._requests.add(request)
+        request.add_done_callback(self._requests.discard)
         try:
             await asyncio.wait({request})
         finally:
-            self._requests.discard(request)
             request.cancel()  # no effect on one that has ended
         if request.cancelled():
             raise MemberGone(f"{self.name} went away")
@@ -90,6 +93,16 @@ class Member:
         """Ends all requests under way: each raises MemberGone where it is awaited."""
         for request in self._requests:
             request.cancel()
+
+    async def close(self) -> None:
+        """Ends what is under way, then the client."""
+        self.move_groups()
+        if self.probe is not None:
+            self.probe.cancel()
+        pending = [task for task in (*self._requests, self.probe) if task is not None]
+        if pending:
+            await asyncio.wait(pending)
+        await self.client.__aexit__(None, None, None)
 
     def take(self) -> None:
         """One more group is under way."""

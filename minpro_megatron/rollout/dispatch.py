@@ -1,0 +1,92 @@
+"""Which server gets the next group: groups wait in line until a server that may take one has room."""
+
+import asyncio
+import heapq
+import logging
+import statistics
+from collections.abc import Callable, Collection, Iterable
+
+from minpro_megatron.rollout.member import Key, Member
+
+log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Gives each waiting group the least loaded of the servers that `current` returns.
+
+    At most `max_groups` groups are under way on a server. A server whose responses grow `slow_factor` times slower
+    than the servers' median gets work only when the others are full.
+    """
+
+    def __init__(self, current: Callable[[], Iterable[Member]], max_groups: int, slow_factor: float) -> None:
+        self._current = current
+        self._max_groups = max_groups
+        self._slow_factor = slow_factor
+        self._waiting: list[tuple[int, int, asyncio.Future[Member], Collection[Key]]] = []
+        self._num_waits = 0  # breaks ties in the heap above
+        self._slow: set[Key] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(not future.done() for _, _, future, _ in self._waiting)
+
+    @property
+    def num_slow(self) -> int:
+        return len(self._slow)
+
+    async def acquire(self, ticket: int, tried: Collection[Key]) -> Member:
+        """A server with room; `release` it. The waiting are served by ticket, lowest first.
+
+        Servers in `tried` are taken only where there is no other. Raises what `fail` was given.
+        """
+        future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (ticket, self._num_waits, future, tried))
+        self._num_waits += 1
+        self.dispatch()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not future.cancelled() and future.exception() is None:
+                self.release(future.result())  # it was given one in the same moment
+            raise
+
+    def release(self, member: Member) -> None:
+        """The group that `acquire` returned this server for has ended there."""
+        member.release()
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Gives out what can be given out now; to be called whenever a server may take more than before."""
+        while self._waiting:
+            _, _, future, tried = self._waiting[0]
+            if not future.done():
+                member = self._choose(tried)
+                if member is None:
+                    return
+                member.take()
+                future.set_result(member)
+            heapq.heappop(self._waiting)
+
+    def fail(self, error: Exception) -> None:
+        """Raises `error` where a group waits."""
+        for _, _, future, _ in self._waiting:
+            if not future.done():
+                future.set_exception(error)
+        self._waiting.clear()
+
+    def judge_rates(self) -> None:
+        """Looks again for servers that are far slower than the others, and names new ones in the log."""
+        members = {member.key: member for member in self._current()}
+        rates = {key: rate for key, member in members.items() if (rate := member.rate) is not None}
+        median = statistics.median_high(rates.values()) if rates else 0.0
+        slow = {key for key, rate in rates.items() if rate < median / self._slow_factor}
+        for key in slow - self._slow:
+            log.warning(
+                "%s: %.1f tokens/s a response, the median is %.1f (server.slow_factor = %g): it gets work last",
+                members[key].name, rates[key], median, self._slow_factor,
+            )  # fmt: skip
+        self._slow = slow
+
+    def _choose(self, tried: Collection[Key]) -> Member | None:
+        free = [m for m in self._current() if not m.is_suspended and m.num_groups < self._max_groups]
+        return min(free, key=lambda m: (m.key in tried, m.key in self._slow, m.num_groups, m.key), default=None)

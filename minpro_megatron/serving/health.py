@@ -1,0 +1,57 @@
+"""Whether a server answers, asked in a thread so that a silent server holds up nothing else."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from enum import Enum
+
+import requests
+
+
+class Health(Enum):
+    """What became of one question."""
+
+    ANSWERS = "answers"
+    GONE = "gone"  # nobody listens there: its process has ended
+    SILENT = "silent"  # no answer in time, or one that says it cannot work
+    FORBIDDEN = "forbidden"  # it wants another API key
+
+
+def ask(url: str, headers: Mapping[str, str], timeout_s: float) -> Health:
+    """Asks for /model_info: unlike /health, SGLang answers it also while generation is paused."""
+    with requests.Session() as session:
+        session.trust_env = False  # a proxy has no business between the roles and their servers
+        try:
+            status = session.get(f"{url}/model_info", headers=dict(headers), timeout=timeout_s).status_code
+        except requests.ConnectTimeout:
+            return Health.SILENT
+        except requests.ConnectionError:
+            return Health.GONE
+        except requests.RequestException:
+            return Health.SILENT
+    if status in (401, 403):
+        return Health.FORBIDDEN
+    return Health.ANSWERS if status == 200 else Health.SILENT
+
+
+class Question[Answer](threading.Thread):
+    """One call in a thread; `answer` is None until it has returned. An exception in it is raised by `is_over`."""
+
+    def __init__(self, call: Callable[[], Answer]) -> None:
+        super().__init__(daemon=True)  # the end of the program does not wait for an answer
+        self._call = call
+        self._error: BaseException | None = None
+        self.answer: Answer | None = None
+        self.asked_at = time.monotonic()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.answer = self._call()
+        except BaseException as error:
+            self._error = error
+
+    def is_over(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        return not self.is_alive()

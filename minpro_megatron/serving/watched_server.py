@@ -1,0 +1,205 @@
+"""Servers under watch: a started one is restarted when it ends or hangs, another's is only looked at.
+
+Each has `tick`, to be called a few times a second from the main thread: it does what is due and returns at once.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from minpro_megatron.config.rollout import ServerConfig
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.records import ServerAddress
+from minpro_megatron.serving.api_key import authorization
+from minpro_megatron.serving.endpoints import remove_server_address, write_server_address
+from minpro_megatron.serving.health import Health, Question, ask
+from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, stop_servers
+
+log = logging.getLogger(__name__)
+
+# The pause before a restart: doubled from one to the next, so that a server that ends at once does not do so all day.
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+# Silence counts only if a server was asked more than once: this process itself may have been held up.
+FEWEST_SILENCES = 2
+
+
+class WatchedServer(Protocol):
+    """What OwnServer and ExternalServer have in common."""
+
+    address_is_stated: bool
+
+    def tick(self) -> None:
+        """Does what is due. Raises ServerStartError if the server is beyond help."""
+        ...
+
+
+class _Silence:
+    """Asks again and again; for how long there has been no answer."""
+
+    def __init__(self, server: ServerConfig, call: Callable[[float], Health]) -> None:
+        self._limit_s = server.unhealthy_after_s
+        self._interval_s = min(server.health_interval_s, self._limit_s / 3)
+        self._call = partial(call, self._interval_s)
+        self._question: Question[Health] | None = None
+        self._asked_at = self._answered_at = time.monotonic()
+        self._num_silences = 0
+
+    def look(self) -> Health | None:
+        """The answer to a question that has just ended; None if none has. Asks the next one when it is due."""
+        now, health = time.monotonic(), None
+        if self._question is not None and self._question.is_over():
+            health = self._question.answer
+            if health is Health.ANSWERS:
+                self._answered_at, self._num_silences = self._question.asked_at, 0
+            else:
+                self._num_silences += 1
+            self._question = None
+        if self._question is None and now - self._asked_at >= self._interval_s:
+            self._asked_at, self._question = now, Question(self._call)
+        return health
+
+    @property
+    def is_too_long(self) -> bool:
+        return self._num_silences >= FEWEST_SILENCES and time.monotonic() - self._answered_at > self._limit_s
+
+
+class OwnServer:
+    """A server of this machine: started, stated once it generates, and started again when it ends or hangs.
+
+    At most server.max_restarts times; a server that has never been ready is not started again, because what hinders
+    it will hardly go away.
+    """
+
+    def __init__(self, server: ServerProcess, config: RunConfig, incarnation: int) -> None:
+        self.address_is_stated = False
+        self._server = server
+        self._config = config
+        self._incarnation = incarnation
+        self._headers = authorization(config.server)
+        self._phase = self._start
+        self._started_at = self._restart_at = 0.0
+        self._readiness: Question[bool] | None = None
+        self._silence = _Silence(config.server, self._ask)
+        self._was_ready = False
+        self._num_failures = 0
+
+    def tick(self) -> None:
+        """Starts, states, checks or restarts the server. Raises ServerStartError once it has failed too often."""
+        self._phase()
+
+    def _start(self) -> None:
+        if time.monotonic() < self._restart_at:
+            return
+        self._started_at, self._readiness = time.monotonic(), None
+        try:
+            self._server.start()
+        except ServerStartError as error:
+            self._failed(str(error))
+        else:
+            self._phase = self._wait_until_ready
+
+    def _wait_until_ready(self) -> None:
+        server, waited_s = self._server, time.monotonic() - self._started_at
+        is_over = self._readiness is not None and self._readiness.is_over()
+        if server.exit_status is not None:
+            self._failed(server.describe_end())
+        elif is_over and self._readiness is not None and self._readiness.answer:
+            write_server_address(self._config.run_dir, server.address, self._incarnation)
+            self.address_is_stated = self._was_ready = True
+            self._silence = _Silence(self._config.server, self._ask)
+            self._phase = self._check
+            log.info("server %d ready at %s after %.1f s", server.index, server.address.url, waited_s)
+        elif waited_s > self._config.server.start_timeout_s:
+            self._failed(server.describe_slow_start())
+        elif self._readiness is None or is_over:
+            self._readiness = Question(server.generates)
+
+    def _check(self) -> None:
+        self._silence.look()
+        if self._server.exit_status is not None:
+            self._failed(self._server.describe_end())
+        elif self._silence.is_too_long:
+            self._failed(
+                f"server {self._server.index} at {self._server.address.url}: no answer to /model_info for "
+                f"server.unhealthy_after_s = {self._config.server.unhealthy_after_s:g} s; the end of "
+                f"{self._server.log_file}:\n{self._server.log_tail()}"
+            )
+
+    def _failed(self, why: str) -> None:
+        # withdrawn first: its groups move to other servers while this one is being ended
+        remove_server_address(self._config.run_dir, self._server.index)
+        self.address_is_stated = False
+        if not self._was_ready:
+            raise ServerStartError(why)
+        limit, self._num_failures = self._config.server.max_restarts, self._num_failures + 1
+        if self._num_failures > limit:
+            raise ServerStartError(f"failed again after server.max_restarts = {limit} restarts: {why}")
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._num_failures - 1))
+        log.warning("restart %d of at most %d in %g s: %s", self._num_failures, limit, pause_s, why)
+        if self._server.is_started:
+            stop_servers([self._server])
+        self._restart_at = time.monotonic() + pause_s
+        self._phase = self._start
+
+    def _ask(self, timeout_s: float) -> Health:
+        return ask(self._server.address.url, self._headers, timeout_s)
+
+
+class ExternalServer:
+    """A server that somebody else has started: stated while it answers. After an absence it counts as restarted."""
+
+    def __init__(self, index: int, url: str, config: RunConfig, incarnation: int) -> None:
+        self.address_is_stated = False
+        self.url = url
+        self._index = index
+        self._config = config
+        self._incarnation = incarnation
+        self._num_absences = 0
+        self._is_reported = False
+        self._silence = _Silence(config.server, partial(ask, url, authorization(config.server)))
+
+    def tick(self) -> None:
+        """States or withdraws its address. Raises ServerStartError if it refuses the API key."""
+        health = self._silence.look()
+        if health is Health.FORBIDDEN:
+            variable = self._config.server.api_key_variable
+            raise ServerStartError(
+                f"server {self._index} at {self.url} refuses the API key (server.api_key_variable = {variable!r}); "
+                "name the variable that holds its key"
+            )
+        if health is Health.ANSWERS and not self.address_is_stated:
+            address = ServerAddress(
+                index=self._index,
+                url=self.url,
+                tensor_parallel=self._config.server.tensor_parallel,
+                start=self._num_absences,
+            )
+            write_server_address(self._config.run_dir, address, self._incarnation)
+            self.address_is_stated = True
+            log.info("server %d answers at %s", self._index, self.url)
+        elif not self.address_is_stated and health is not None and not self._is_reported:
+            self._is_reported = True
+            log.warning("server %d at %s does not answer yet: waiting for it", self._index, self.url)
+        elif self.address_is_stated and (health is Health.GONE or self._silence.is_too_long):
+            log.warning("server %d at %s does not answer any more: no work for it until it does", self._index, self.url)
+            remove_server_address(self._config.run_dir, self._index)
+            self.address_is_stated = False
+            self._num_absences += 1
+
+
+def external_urls(server: ServerConfig) -> list[str]:
+    """server.urls without a slash at the end. Raises ValueError for one that is no server's, or that comes twice."""
+    urls = [url.rstrip("/") for url in server.urls]
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
+            raise ValueError(f"server.urls: {url!r} must be like http://10.0.0.7:30000")
+        if parts.username or parts.password:
+            raise ValueError("server.urls: a URL must not hold a password; use server.api_key_variable")
+    if len(set(urls)) != len(urls):
+        raise ValueError(f"server.urls = {urls}: each server may be named once only")
+    return urls
