@@ -31,8 +31,9 @@ from minpro_megatron.actor.routing import (
     Routes,
     Routing,
 )
+from minpro_megatron.actor.shard_writing import ShardWrite
 from minpro_megatron.actor.snapshots import WeightSnapshots
-from minpro_megatron.actor.training_state import load_training_state, save_training_state
+from minpro_megatron.actor.training_state import load_training_state, run_identity, save_training_state
 from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_length, row_length, shard_row
 from minpro_megatron.batching.packing import imbalance, pack_rows, share_rows
 from minpro_megatron.config.run import RunConfig
@@ -85,6 +86,7 @@ class Policy:
             chunk.config.grad_scale_func = self._optimizer.scale_loss
         self._objective = OBJECTIVES[config.objective.name]
         self._loss = PolicyLoss(mesh, self._objective, config.objective, config.loss)
+        self.identity = run_identity(config, architecture)
         self._vocab_size, self._num_experts = architecture.vocab_size, architecture.num_experts
         self._cost = forward_flops(architecture)
         self._routers = ChunkRouters(chunks, architecture.num_experts)
@@ -163,10 +165,11 @@ class Policy:
         metrics, histograms = as_metrics(statistics)
         return metrics | filling, histograms
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into the empty `folder`, in a form that any mesh can load."""
+    def save(self, folder: Path, in_background: bool = False) -> ShardWrite:
+        """Begin to write weights and optimizer state into the empty `folder`, in a form that any mesh can load.
+        Updates may follow at once; `complete` of what is returned ends it."""
         self._snapshots.refuse_while_swapped("save")
-        save_training_state(self.modules, self._optimizer, folder, self._mesh)
+        return save_training_state(self.modules, self._optimizer, folder, self._mesh, in_background)
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote. Raises ValueError if the optimizer's state is not restored entirely."""

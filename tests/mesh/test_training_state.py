@@ -32,7 +32,7 @@ def _train_and_save(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, se
     architecture, policy = _policy(mesh, config, hf_path)
     for _ in range(2):
         policy.update(sequences, LEARNING_RATE)
-    policy.save(Path(folder))
+    policy.save(Path(folder)).complete()
     return _continued(mesh, architecture, policy, sequences)
 
 

@@ -1,0 +1,172 @@
+"""The run's checkpoints: begun between two global steps, finished while training goes on, loaded on any mesh.
+
+A save that fails takes nothing away: the former checkpoint stays the one to go on from, the failure is logged, and the
+next save is not left to the background. If that fails too, the run ends.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from minpro_megatron.actor.policy import Policy
+from minpro_megatron.actor.shard_writing import SaveError, ShardWrite, on_rank_0
+from minpro_megatron.config.checkpoint import CheckpointConfig
+from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.rollout.checkpoint_folder import CheckpointFolder
+from minpro_megatron.rollout.resume_point import (
+    LATEST,
+    MANIFEST,
+    RunIdentity,
+    RunManifest,
+    SavedFile,
+    TrainerState,
+    folder_name,
+    refuse_other_run,
+)
+from minpro_megatron.weights.manifest import record_file
+from minpro_megatron.weights.sharded_files import read_metadata
+
+log = logging.getLogger(__name__)
+
+MOST_FAILED_SAVES = 2  # in a row
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One that has not ended yet."""
+
+    write: ShardWrite
+    partial: Path
+    state: TrainerState
+    run: RunIdentity
+
+
+class RunCheckpoints:
+    """Every method is collective, but for `note_score`, in which only rank 0 does something."""
+
+    def __init__(self, path: Path, settings: CheckpointConfig, mesh: Mesh) -> None:
+        """`path` is the run's folder for checkpoints; what a killed run left unfinished in it is removed. Raises
+        ValueError if the checkpoint that `latest` names is damaged, SaveError if the folder cannot be used."""
+        self._path = path
+        self._settings = settings
+        self._mesh = mesh
+        self._folder: CheckpointFolder | None = None  # rank 0's
+        self._under_way: _Save | None = None
+        self._completed: list[int] = []  # and not yet told
+        self._failed_in_a_row = 0
+
+        def open_folder() -> None:
+            self._folder = CheckpointFolder(path, settings)
+
+        on_rank_0(mesh, open_folder)
+
+    def save(self, policy: Policy, state: TrainerState) -> None:
+        """Begin to save; when it returns the weights may change again. A save under way is waited for first.
+
+        Raises SaveError on all ranks at the second save in a row that failed.
+        """
+        self._settle(wait=True)
+        try:
+            partial = self._in_folder(lambda folder: folder.new_partial(state.policy_version))
+        except SaveError as error:
+            self._count_failure(state.policy_version, error)
+            return
+        in_background = self._settings.asynchronous and not self._failed_in_a_row
+        write = policy.save(partial, in_background)
+        self._under_way = _Save(write, partial, state, policy.identity)
+        if not in_background:
+            self._settle(wait=True)
+
+    def poll(self) -> list[int]:
+        """Complete the save under way if all ranks have written. Returns the policy versions whose checkpoints became
+        the latest since the last call. Raises as `save` does."""
+        self._settle(wait=False)
+        completed, self._completed = self._completed, []
+        return completed
+
+    def finish(self) -> list[int]:
+        """`poll`, after waiting for the save under way."""
+        self._settle(wait=True)
+        return self.poll()
+
+    def note_score(self, version: int, score: float) -> None:
+        """The evaluation of a version: decides which checkpoints are kept as the best from the next save on."""
+        if self._folder is None:
+            return
+        try:
+            self._folder.note_score(version, score)
+        except OSError as error:
+            log.warning("the score of %s is not kept with it: %s", folder_name(version), error)
+
+    def load(self, policy: Policy, manifest: RunManifest) -> None:
+        """Fill weights and optimizer state from that checkpoint; rank 0's `manifest` counts.
+
+        Raises ValueError on all ranks if it is another run's, or a file is not as it was written.
+        """
+        manifest = self._mesh.from_rank_0(manifest)
+        folder = self._path / manifest.folder_name
+        refuse_other_run(folder, manifest.run, policy.identity)
+        self._verify(folder, manifest)
+        read_metadata(folder)  # refuses what megatron's loader would run: it unpickles the same file unseen
+        policy.load(folder)
+
+    def _settle(self, wait: bool) -> None:
+        save = self._under_way
+        if save is None or not save.write.is_done(wait):
+            return
+        self._under_way = None
+        try:
+            manifest = _manifest(save, save.write.complete())
+            self._in_folder(lambda folder: folder.publish(save.partial, manifest))
+        except SaveError as error:
+            if self._folder is not None:
+                self._folder.discard(save.partial)
+            self._count_failure(save.state.policy_version, error)
+            return
+        self._failed_in_a_row = 0
+        self._completed.append(save.state.policy_version)
+
+    def _in_folder[T](self, action: Callable[[CheckpointFolder], T]) -> T:
+        def act() -> T:
+            assert self._folder is not None, "rank 0 has the folder"
+            return action(self._folder)
+
+        return on_rank_0(self._mesh, act)
+
+    def _count_failure(self, version: int, error: SaveError) -> None:
+        self._failed_in_a_row += 1
+        what = f"the checkpoint of policy version {version} was not written: {error}. The one before it is intact"
+        if self._failed_in_a_row >= MOST_FAILED_SAVES:
+            raise SaveError(f"{what}. {self._failed_in_a_row} in a row: make room in {self._path} and launch again")
+        if self._mesh.rank == 0:
+            log.warning("%s; training will wait for the next one to be written", what)
+
+    def _verify(self, folder: Path, manifest: RunManifest) -> None:
+        """Every rank reads its share of the files, as many bytes as it will about load."""
+        own = sorted(manifest.files)[self._mesh.rank :: self._mesh.control.size()]
+        errors = self._mesh.from_all_ranks([_damage(folder / name, manifest.files[name]) for name in own])
+        for error in (error for of_rank in errors for error in of_rank if error):
+            raise ValueError(f"{error}; take another checkpoint: write its name into {self._path / LATEST}")
+
+
+def _manifest(save: _Save, files: dict[str, SavedFile]) -> RunManifest:
+    return RunManifest(
+        **msgspec.structs.asdict(save.state),
+        run=save.run,
+        created=datetime.now(UTC),
+        files=dict(sorted(files.items())),
+    )
+
+
+def _damage(path: Path, written: SavedFile) -> str | None:
+    try:
+        found = record_file(path)
+    except OSError as error:
+        return str(error)
+    if (found.bytes, found.sha256) == (written.bytes, written.sha256):
+        return None
+    return f"{path}: its SHA-256 is not the one in {MANIFEST}"

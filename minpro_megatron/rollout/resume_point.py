@@ -1,0 +1,155 @@
+"""What a run goes on from: a checkpoint's manifest, and the file `latest` that names the checkpoint to take.
+
+    run_dir/checkpoints/latest                     "step-000010"
+    run_dir/checkpoints/step-000010/manifest.json  written last: a folder with one is complete
+    run_dir/checkpoints/step-000010/...            megatron's distributed checkpoint
+
+The manifest is the whole of it: every random number of a run derives from (seed, purpose, step, batch or update), so
+the counts below say where each stream goes on, and no generator's state has to be kept.
+"""
+
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+MANIFEST = "manifest.json"
+_FOLDER_NAME = re.compile(r"step-(\d{6,})")
+
+
+class SavedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose checkpoint it is. Seed and architecture must be those of the run that loads it; the rest informs."""
+
+    seed: int
+    objective: str
+    dtype: str
+    parallel: dict[str, int]  # the mesh that saved it: any other may load it
+    architecture: dict[str, Any]  # weights.architecture's fields, as JSON has them
+
+
+class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the trainer stands between two global steps."""
+
+    policy_version: int  # completed global steps
+    updates: int  # optimizer updates so far: their seeds derive from it
+    num_groups_consumed: int
+    next_batch: int  # the prompt cursor: prompts are a function of (seed, batch index)
+
+
+class RunManifest(TrainerState, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    format_version: Literal[1] = 1
+    run: RunIdentity
+    created: datetime
+    score: float | None = None  # evaluation of policy_version, once it is known
+    files: dict[str, SavedFile]  # by name; all but the manifest
+
+    @property
+    def folder_name(self) -> str:
+        return folder_name(self.policy_version)
+
+
+def folder_name(policy_version: int) -> str:
+    return f"step-{policy_version:06d}"
+
+
+def version_of(name: str) -> int | None:
+    """The policy version of a checkpoint's folder name; None for any other name."""
+    match = _FOLDER_NAME.fullmatch(name)
+    return int(match[1]) if match and folder_name(int(match[1])) == name else None
+
+
+def to_json(manifest: RunManifest) -> str:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode() + "\n"
+
+
+def read_latest(run_dir: Path | str) -> RunManifest | None:
+    """The manifest of the checkpoint that the run goes on from; None if it has none yet.
+
+    Raises ValueError if that checkpoint is missing or damaged, as far as the sizes of its files tell; it names the
+    newest whole one.
+    """
+    return read_latest_in(Path(run_dir) / CHECKPOINTS)
+
+
+def read_latest_in(checkpoints: Path) -> RunManifest | None:
+    """read_latest, given the folder of the checkpoints."""
+    latest = checkpoints / LATEST
+    if not latest.exists():
+        return None
+    try:
+        return _read_whole(checkpoints / _named_by(latest))
+    except ValueError as error:
+        newest = max(complete_manifests(checkpoints), key=lambda manifest: manifest.policy_version, default=None)
+        remedy = (
+            f"{newest.folder_name} is whole: write this name into {latest} to go on from there"
+            if newest
+            else f"there is no other checkpoint: remove {checkpoints} and the journal, or give another run name"
+        )
+        raise ValueError(f"{error}; {remedy}") from None
+
+
+def read_manifest(folder: Path) -> RunManifest:
+    """Raises ValueError if the folder has no manifest, or one that is no manifest of this version."""
+    path = folder / MANIFEST
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=RunManifest)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}, so the checkpoint is not complete") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if manifest.folder_name != folder.name:
+        raise ValueError(f"{path}: policy_version = {manifest.policy_version} belongs into {manifest.folder_name}")
+    return manifest
+
+
+def complete_manifests(checkpoints: Path) -> Iterator[RunManifest]:
+    """The manifests of all whole checkpoints in the folder, in no order."""
+    for folder in checkpoints.iterdir():
+        if version_of(folder.name) is not None:
+            try:
+                yield _read_whole(folder)
+            except ValueError:
+                continue
+
+
+def refuse_other_run(folder: Path, saved: RunIdentity, own: RunIdentity) -> None:
+    """Raises ValueError if the checkpoint in `folder` cannot continue the run `own`."""
+    pairs: list[tuple[str, Any, Any]] = [("seed", saved.seed, own.seed)]
+    for field in sorted(saved.architecture.keys() | own.architecture.keys()):
+        pairs.append((field, saved.architecture.get(field), own.architecture.get(field)))
+    for field, there, here in pairs:
+        if there != here:
+            raise ValueError(
+                f"{folder / MANIFEST}: {field} = {there}, but this run has {here}; give the run's former settings, "
+                "or another run name to start anew"
+            )
+
+
+def _named_by(latest: Path) -> str:
+    name = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if version_of(name) is None:
+        raise ValueError(f"{latest}: {name[:80]!r} is not the name of a checkpoint, such as {folder_name(10)}")
+    return name
+
+
+def _read_whole(folder: Path) -> RunManifest:
+    manifest = read_manifest(folder)
+    for name, record in manifest.files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != record.bytes:
+            what = "no such file" if found is None else f"{found} bytes"
+            raise ValueError(f"{path}: {what}, but {MANIFEST} says {record.bytes} bytes")
+    return manifest
