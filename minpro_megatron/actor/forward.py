@@ -44,6 +44,7 @@ class MicroBatch:
             # row's length: it does only when the row is one sequence, where both are the same
             max_seqlen_q=max(lengths),
             max_seqlen_kv=max(lengths),
+            pad_between_seqs=False,  # padding is part of its sequence; left open, every layer would look on the device
         )
 
 

@@ -5,18 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from minpro_megatron.actor.torch_backend import TorchBackend, TorchRMSNorm
+from minpro_megatron.actor.layer_backend import LayerBackend, select_backend
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
@@ -26,10 +19,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ModelFeatures:
-    """What a model is built with beside its architecture; it changes neither names nor values of the weights."""
+    """What a model is built with beside its architecture; it changes no global name and no value of the weights."""
 
     recompute: str = "none"  # as in config.trainer.ModelConfig
     routing_replay: bool = False
+    backend: str = "auto"  # as in config.trainer.ModelConfig
 
 
 PLAIN = ModelFeatures()
@@ -40,16 +34,17 @@ def build_model(
 ) -> list[GPTModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), with uninitialised weights: load some before use.
 
-    Raises ValueError where the architecture cannot be cut as the mesh says.
+    Raises ValueError where the architecture cannot be cut as the mesh says, or the backend is not installed.
     """
     refuse_uneven_cuts(architecture, mesh.config)
-    config = transformer_config(architecture, mesh, dtype, features)
+    backend = select_backend(features.backend, mesh.device, dtype)
+    config = transformer_config(architecture, mesh, dtype, features, backend)
     chunks = mesh.config.virtual_pipeline
-    return [_build_chunk(architecture, mesh, config, chunk if chunks > 1 else None) for chunk in range(chunks)]
+    return [_build_chunk(architecture, mesh, config, backend, chunk if chunks > 1 else None) for chunk in range(chunks)]
 
 
 def transformer_config(
-    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, features: ModelFeatures
+    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, features: ModelFeatures, backend: LayerBackend
 ) -> TransformerConfig:
     parallel = mesh.config
     return TransformerConfig(
@@ -80,18 +75,14 @@ def transformer_config(
         expert_tensor_parallel_size=parallel.expert_tensor,
         perform_initialization=False,  # weights always come from a checkpoint
         calculate_per_token_loss=True,  # gradients are divided by the mini-batch's token count, once
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        moe_permute_fusion=False,
+        masked_softmax_fusion=False,  # of an attention that neither backend uses
         # Two interleaved stages exchange activations and gradients between the same pair of ranks, and batched
         # messages of one pair are matched by order: they would be swapped. Overlapped ones go over two groups.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         **_RECOMPUTE[features.recompute],
         **_mixture_settings(architecture, features),
+        **backend.settings(mixture=architecture.num_experts > 0),
     )
 
 
@@ -124,19 +115,20 @@ def _mixture_settings(architecture: Architecture, features: ModelFeatures) -> di
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # no auxiliary loss beside the policy objective
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": False,
         "moe_enable_routing_replay": features.routing_replay,
     }
 
 
-def _build_chunk(architecture: Architecture, mesh: Mesh, config: TransformerConfig, chunk: int | None) -> GPTModel:
+def _build_chunk(
+    architecture: Architecture, mesh: Mesh, config: TransformerConfig, backend: LayerBackend, chunk: int | None
+) -> GPTModel:
     last_chunk = chunk is None or chunk == mesh.config.virtual_pipeline - 1
     with warnings.catch_warnings():
         # GPTModel announces a successor (HybridModel) that does not build Qwen3 in this release
         warnings.simplefilter("ignore")
         model = GPTModel(
             config=config,
-            transformer_layer_spec=_block_spec(config, mesh, chunk),
+            transformer_layer_spec=_block_spec(config, mesh, backend, chunk),
             vocab_size=architecture.padded_vocab_size,
             max_sequence_length=0,  # used by learned positions only
             pre_process=mesh.is_first_pipeline_stage and chunk in (None, 0),
@@ -151,30 +143,7 @@ def _build_chunk(architecture: Architecture, mesh: Mesh, config: TransformerConf
     return model.to(mesh.device)
 
 
-def _block_spec(config: TransformerConfig, mesh: Mesh, chunk: int | None) -> Any:  # as GPTModel's parameter has it
-    backend = TorchBackend()
-    add_residual: Any = get_bias_dropout_add
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=TorchRMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=backend.column_parallel_linear(),
-                    core_attention=backend.core_attention(),
-                    linear_proj=backend.row_parallel_linear(),
-                    q_layernorm=TorchRMSNorm,
-                    k_layernorm=TorchRMSNorm,
-                ),
-            ),
-            self_attn_bda=add_residual,
-            pre_mlp_layernorm=TorchRMSNorm,
-            cross_attention=IdentityOp,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=config.num_moe_experts),
-            mlp_bda=add_residual,
-        ),
-    )
+def _block_spec(config: TransformerConfig, mesh: Mesh, backend: LayerBackend, chunk: int | None) -> Any:
+    # Any: GPTModel's own annotation leaves this form out
     num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=mesh.pipeline.rank())
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TorchRMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[backend.layer(config)] * num_layers, layer_norm=backend.final_norm)

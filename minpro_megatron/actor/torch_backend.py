@@ -4,17 +4,28 @@ Shapes: T tokens this rank holds of a packed row, H query heads, G query groups 
 N sequences in the row, Q and K the longest padded query and key runs of a sequence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
 from minpro_megatron.batching.shards import context_shard
@@ -155,11 +166,110 @@ class TorchAttention(MegatronModule):
         return layout
 
 
-class TorchBackend(LocalSpecProvider):
+class _GroupedLinear(torch.autograd.Function):
+    """Rows [T, in], grouped by expert, each times its expert's weights [out, in] -> [T, out].
+
+    `ends` int32 [E]: where each expert's rows end. The weights stay a parameter an expert; they are put together for
+    the product in forward and again in backward, which costs a copy and keeps none between the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, ends, *weights)
+        return F.grouped_mm(rows, torch.stack(weights).transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, ends, *weights = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        to_rows = F.grouped_mm(gradient, torch.stack(weights), offs=ends)
+        to_weights = F.grouped_mm(gradient.t(), rows, offs=ends)  # zeros for an expert without rows
+        return to_rows, None, *to_weights.unbind()
+
+
+class GroupedExperts(SequentialMLP):
+    """Megatron's experts with the same parameters, all experts of a rank in one grouped product a projection."""
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """[T, hidden] grouped by expert, int [experts], [T] -> [T, hidden], each token times its probability."""
+        rows = permuted_local_hidden_states.contiguous()
+        ends = tokens_per_expert.cumsum(0).to(torch.int32).to(rows.device, non_blocking=True)
+        experts: Any = self.local_experts
+        gate, up = _GroupedLinear.apply(rows, ends, *(expert.linear_fc1.weight for expert in experts)).chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+        weighted = (inner * permuted_probs[:, None]).to(inner.dtype)
+        return _GroupedLinear.apply(weighted, ends, *(expert.linear_fc2.weight for expert in experts)), None
+
+
+def grouped_product_works(device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> bool:
+    """Whether torch.nn.functional.grouped_mm takes matrices whose rows have `sizes` elements.
+
+    Rows have to begin at multiples of 16 bytes; on GPUs it is made for bfloat16 from compute capability 8.0 on.
+    """
+    if not hasattr(F, "grouped_mm") or any(size * dtype.itemsize % 16 for size in sizes):
+        return False
+    if device.type == "cuda":
+        return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return dtype in (torch.float32, torch.bfloat16)
+
+
+class _Modules(LocalSpecProvider):
     """The layer modules of this backend, for megatron's spec builders."""
+
+    def __init__(self, grouped: bool) -> None:
+        self._experts = GroupedExperts if grouped else SequentialMLP
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
         return TorchRMSNorm
 
     def core_attention(self) -> type:
         return TorchAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return partial(self._experts, submodules=linears)
+
+
+class TorchLayers:
+    """The layers of `model.backend = torch`."""
+
+    final_norm = TorchRMSNorm
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def settings(self, mixture: bool) -> dict[str, Any]:
+        return {}  # megatron's own: nothing is fused
+
+    def layer(self, config: TransformerConfig) -> ModuleSpec:
+        modules = _Modules(grouped=self._grouped(config))
+        add_residual: Any = get_bias_dropout_add
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=TorchRMSNorm,
+                self_attention=ModuleSpec(
+                    module=SelfAttention,
+                    params={"attn_mask_type": AttnMaskType.causal},
+                    submodules=SelfAttentionSubmodules(
+                        linear_qkv=modules.column_parallel_linear(),
+                        core_attention=modules.core_attention(),
+                        linear_proj=modules.row_parallel_linear(),
+                        q_layernorm=TorchRMSNorm,
+                        k_layernorm=TorchRMSNorm,
+                    ),
+                ),
+                self_attn_bda=add_residual,
+                pre_mlp_layernorm=TorchRMSNorm,
+                mlp=get_mlp_module_spec_for_backend(backend=modules, num_experts=config.num_moe_experts),
+                mlp_bda=add_residual,
+            ),
+        )
+
+    def _grouped(self, config: TransformerConfig) -> bool:
+        if config.moe_ffn_hidden_size is None:
+            return False
+        inner = config.moe_ffn_hidden_size // (config.expert_tensor_parallel_size or 1)
+        return grouped_product_works(self._device, config.params_dtype, (config.hidden_size, inner))

@@ -8,6 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.checkpoint import CheckpointConfig
+from minpro_megatron.config.debug import DebugConfig
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
 from minpro_megatron.config.parallel import ParallelConfig
@@ -45,6 +46,7 @@ class RunConfig(Section):
     collector: CollectorConfig = CollectorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    debug: DebugConfig = DebugConfig()
 
     @property
     def run_dir(self) -> Path:
@@ -80,9 +82,39 @@ class RunConfig(Section):
                 f"loss.overlong_penalty.buffer_tokens = {penalty.buffer_tokens} must not exceed "
                 f"sampling.max_response_tokens = {sampling.max_response_tokens}: lower it"
             )
+        self._routes_can_be_replayed()
+        self._runs_on_device()
+        return self
+
+    def _routes_can_be_replayed(self) -> None:
+        if self.model.routing_replay != "scored":
+            return
+        if self.staleness.mode == "bounded":
+            raise ValueError(
+                "model.routing_replay = scored: with staleness.mode = bounded a response is scored under several weights, "
+                "which choose different experts; set model.routing_replay to rollout or none"
+            )
+        if self.staleness.delay_steps and self.checkpoint.every_steps:
+            raise ValueError(
+                "model.routing_replay = scored: checkpoints do not hold the routes of batches scored with earlier "
+                "weights; set checkpoint.every_steps to 0, or model.routing_replay to rollout or none"
+            )
+
+    def _runs_on_device(self) -> None:
         if self.device == "cpu" and self.model.dtype != "float32":
             raise ValueError(f"model.dtype = {self.model.dtype} needs device = cuda; set model.dtype to float32")
-        return self
+        if self.device == "cuda" and self.model.dtype == "bfloat16":
+            return
+        if self.model.backend == "transformer_engine":
+            raise ValueError(
+                "model.backend = transformer_engine needs device = cuda and model.dtype = bfloat16, for its attention "
+                "on packed rows knows no float32; set model.backend to auto or torch"
+            )
+        if self.optimizer.cpu_offload:
+            raise ValueError(
+                f"optimizer.cpu_offload = {self.optimizer.cpu_offload} moves the float32 state of bfloat16 weights "
+                "from a GPU to its host: it needs device = cuda and model.dtype = bfloat16; set it to 0"
+            )
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

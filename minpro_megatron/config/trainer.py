@@ -13,6 +13,11 @@ class ModelConfig(Section):
     hf_path: str = Field(description="Hugging Face folder: architecture, tokenizer, names for the export")
     megatron_path: str = Field(description="Megatron distributed checkpoint made by tools/convert_checkpoint.py")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    backend: Literal["auto", "transformer_engine", "torch"] = Field(
+        default="auto",
+        description="what computes the layers; auto: Transformer Engine where it is installed, with device = cuda and "
+        "dtype = bfloat16; else torch",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="activations computed again in backward: attention's (selective) or whole layers'"
     )
@@ -34,6 +39,13 @@ class OptimizerConfig(Section):
     epsilon: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_grad: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no limit")
+    cpu_offload: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="fraction of the weights whose float32 copies and moments are kept, and updated, in host memory; "
+        "needs device = cuda and model.dtype = bfloat16",
+    )
 
 
 class BatchConfig(Section):
@@ -43,6 +55,15 @@ class BatchConfig(Section):
     responses_per_prompt: int = Field(default=8, ge=2, description="responses a prompt: the group of the advantage")
     mini_batch_prompts: int = Field(default=32, ge=1, description="prompts an optimizer update")
     max_tokens_per_row: int = Field(default=32768, ge=1, description="longest packed row, prompt and padding included")
+    dynamic_sampling: bool = Field(
+        default=False, description="groups whose rewards are all equal are dropped, and others sampled in their place"
+    )
+    over_sampling: float = Field(
+        default=1.0,
+        ge=1,
+        le=10,
+        description="mode delay with dynamic_sampling: groups issued for each one still wanted",
+    )
     packing: bool = Field(default=True, description="several sequences a row (thd); off: one sequence a row, padded")
 
     @property

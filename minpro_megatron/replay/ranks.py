@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minpro_megatron.actor.model import DTYPES, build_model
+from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.batching.sequences import with_log_probs
 from minpro_megatron.config.run import RunConfig
@@ -135,7 +135,7 @@ def replay(folder: Path, config: RunConfig, rows: ReplayRows, mesh: Mesh) -> Non
     if first:
         write_progress(folder, ReplayProgress("loading the model"))
     architecture = read_architecture(config.model.hf_path)
-    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype])
+    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], ModelFeatures(backend=config.model.backend))
     load_hf_tensors(chunks, architecture, mesh, HfReader(config.model.hf_path))
     policy = Policy(config, architecture, chunks, mesh)
     gatherer = WeightGatherer(chunks, architecture, mesh)

@@ -50,7 +50,9 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     first = mesh.rank == 0
     _say(config, mesh, "loading the model")
     architecture = read_architecture(config.model.hf_path)
-    features = ModelFeatures(config.model.recompute, routing_replay=config.model.routing_replay != "none")
+    features = ModelFeatures(
+        config.model.recompute, routing_replay=config.model.routing_replay != "none", backend=config.model.backend
+    )
     chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features)
     load_weights(chunks, architecture, config.model.megatron_path, mesh)
     policy = Policy(config, architecture, chunks, mesh)

@@ -9,14 +9,13 @@ import torch
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.hf_files import HfReader
-from minpro_megatron.weights.table import Entry, check_names, entries
+from minpro_megatron.weights.table import Entry, check_names, entries, table_name
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 def global_parameters(chunks: Sequence[torch.nn.Module], num_experts: int, mesh: Mesh) -> dict[str, torch.nn.Parameter]:
-    """{global Megatron name: this rank's shard} over its model chunks (unwrapped GPTModels).
+    """{global Megatron name: this rank's shard} over its model chunks (unwrapped GPTModels), whatever their backend.
 
     A stage numbers its layers, and a rank its experts, from 0; here both count over the whole model.
     """
@@ -24,8 +23,7 @@ def global_parameters(chunks: Sequence[torch.nn.Module], num_experts: int, mesh:
     named = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            name = _EXPERT.sub(lambda match: f".local_experts.{first_expert + int(match[1])}.", name)
-            named[_with_global_layer(name, chunk)] = parameter
+            named[_with_global_layer(table_name(name, first_expert), chunk)] = parameter
     return named
 
 

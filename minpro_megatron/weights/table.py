@@ -22,6 +22,14 @@ EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 # What old exports carry along and every implementation computes itself.
 _NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
+# Transformer Engine's names for what the table calls otherwise: a norm's weight is part of the projection that it is
+# fused with, and the experts of a rank are numbered weights of one module.
+_FUSED = [
+    (re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$"), ".input_layernorm.weight"),
+    (re.compile(r"\.mlp\.linear_fc1\.layer_norm_weight$"), ".pre_mlp_layernorm.weight"),
+    (re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r".mlp.experts.local_experts.\2.\1.weight"),
+]
+_LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,19 @@ def _fill(row: Row, layer: int | None, expert: int | None) -> Entry:
 
     shapes = tuple(row.hf.values())
     return Entry(fill(row.megatron), tuple(map(fill, row.hf)), shapes, row.split, row.axis, layer, expert)
+
+
+def table_name(live_name: str, first_expert: int) -> str:
+    """The table's name of a parameter that a model of either layer backend calls `live_name`; its layer stays as it is.
+
+    `first_expert`: which of the model's experts is the rank's first.
+
+    >>> table_name("decoder.layers.3.mlp.experts.linear_fc1.weight1", first_expert=4)
+    'decoder.layers.3.mlp.experts.local_experts.5.linear_fc1.weight'
+    """
+    for fused, plain in _FUSED:
+        live_name = fused.sub(plain, live_name)
+    return _LOCAL_EXPERT.sub(lambda match: f".local_experts.{first_expert + int(match[1])}.", live_name)
 
 
 @dataclass(frozen=True)

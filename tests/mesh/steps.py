@@ -61,14 +61,14 @@ class MeshStep:
     weights: dict[str, np.ndarray]  # after the update
 
 
-def take_steps(mesh: Mesh, hf_path: str, layouts: Sequence[LaidOut]) -> list[MeshStep]:
+def take_steps(mesh: Mesh, hf_path: str, layouts: Sequence[LaidOut], backend: str = "auto") -> list[MeshStep]:
     """One update of a fresh policy with each of the layouts."""
     from minpro_megatron.monitor.metrics import merge
     from tests.mesh.gradients import whole_gradients, whole_tensors
 
     steps = []
     for config, sequences in layouts:
-        architecture, policy = loaded_policy(mesh, config, hf_path)
+        architecture, policy = loaded_policy(mesh, config, hf_path, backend)
         result = policy.update(sequences, LEARNING_RATE, SURVEY_SEED)
         loss = merge(mesh.from_all_ranks(result.metrics))["objective/loss"].value
         assert loss is not None
@@ -78,23 +78,23 @@ def take_steps(mesh: Mesh, hf_path: str, layouts: Sequence[LaidOut]) -> list[Mes
     return steps
 
 
-def loaded_policy(mesh: Mesh, config: RunConfig, hf_path: str) -> tuple[Any, Any]:
+def loaded_policy(mesh: Mesh, config: RunConfig, hf_path: str, backend: str = "auto") -> tuple[Any, Any]:
     """(architecture, a new Policy with the weights of `hf_path`)."""
     from minpro_megatron.actor.policy import Policy
 
-    architecture, chunks = loaded_model(mesh, hf_path)
+    architecture, chunks = loaded_model(mesh, hf_path, backend)
     return architecture, Policy(config, architecture, chunks, mesh)
 
 
-def loaded_model(mesh: Mesh, hf_path: str) -> tuple[Any, list]:
+def loaded_model(mesh: Mesh, hf_path: str, backend: str = "auto") -> tuple[Any, list]:
     """(architecture, this rank's chunks of a new model with the weights of `hf_path`)."""
-    from minpro_megatron.actor.model import build_model
+    from minpro_megatron.actor.model import ModelFeatures, build_model
     from minpro_megatron.weights.architecture import read_architecture
     from minpro_megatron.weights.hf_files import HfReader
     from minpro_megatron.weights.local import load_hf_tensors
 
     architecture = read_architecture(hf_path)
-    chunks = build_model(architecture, mesh, torch.float32)
+    chunks = build_model(architecture, mesh, torch.float32, ModelFeatures(backend=backend))
     load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path))
     return architecture, chunks
 

@@ -105,6 +105,13 @@ def test_a_name_that_looks_like_a_number_stays_a_name(config):
         (["parallel.data=32"], "16 sequences for parallel.data = 32 ranks: raise batch.mini_batch_prompts"),
         (["model.dtype=bfloat16"], "model.dtype = bfloat16 needs device = cuda; set model.dtype to float32"),
         (
+            ["model.backend=transformer_engine"],
+            "backend = transformer_engine needs device = cuda .*; set model.backend to auto or torch",
+        ),
+        (["optimizer.cpu_offload=0.5"], "cpu_offload = 0.5 .* needs device = cuda and .*bfloat16; set it to 0"),
+        (["device=cuda", "optimizer.cpu_offload=0.5"], "needs device = cuda and model.dtype = bfloat16"),
+        (["device=cuda", "model.backend=transformer_engine"], "needs device = cuda and model.dtype = bfloat16"),
+        (
             ["parallel.tensor=2", "parallel.data=1", "parallel.expert=4"],
             r"expert_tensor = 4 x 1 = 4 must divide .* = 2;",
         ),

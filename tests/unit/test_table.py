@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from minpro_megatron.weights.architecture import Architecture, read_architecture
 from minpro_megatron.weights.splits import Along, GatedPair, QueryGroups, Vocabulary, Whole
-from minpro_megatron.weights.table import check_names, coverage, entries
+from minpro_megatron.weights.table import check_names, coverage, entries, table_name
 from tests.mesh.reference import COMMON, saved_tensors
 from tests.unit.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
 
@@ -144,3 +145,29 @@ def test_full_and_shard_shapes_are_those_of_the_tensors() -> None:
         full = entry.join([torch.zeros(shape) for shape in entry.shapes])
         assert entry.full_shape == full.shape
         assert entry.shard_shape(2) == entry.split.shard(full, 1, 2).shape
+
+
+def transformer_engine_name(name: str, mixture: bool, first_expert: int) -> str:
+    """What megatron-core 0.19.2 calls the table's `name` in a model of Transformer Engine's layers."""
+    name = name.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
+    if not mixture:
+        return name.replace(".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+    match = re.fullmatch(r"(.*\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.weight", name)
+    return f"{match[1]}.{match[3]}.weight{int(match[2]) - first_expert}" if match else name
+
+
+@pytest.mark.parametrize(("hf", "fused"), [(QWEN3_8B, 2 * 36), (QWEN3_30B_A3B, 48 + 2 * 128 * 48)])
+def test_both_layer_backends_have_the_names_of_the_table(hf: dict, fused: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    model = read_architecture(tmp_path)
+    expert_ranks = 8 if model.num_experts else 1
+    on_a_rank = model.num_experts // expert_ranks
+    renamed = 0
+    for entry in entries(model):
+        first = entry.expert // on_a_rank * on_a_rank if entry.expert is not None else 0
+        live = entry.megatron.replace(f"local_experts.{entry.expert}.", f"local_experts.{(entry.expert or 0) - first}.")
+        assert table_name(live, first) == entry.megatron
+        of_transformer_engine = transformer_engine_name(entry.megatron, model.num_experts > 0, first)
+        assert table_name(of_transformer_engine, first) == entry.megatron
+        renamed += of_transformer_engine != live
+    assert renamed == fused
