@@ -122,7 +122,7 @@ class Engine:
         torch.set_num_threads(1)  # of this thread: the order of a sum depends on their number
         with torch.inference_mode():
             while True:
-                self._answer_calls(wait=self._is_paused or not self._running)
+                self._answer_calls(wait=self._is_paused or not (self._running or self._waiting))
                 if self._updates and (self._is_paused or not (self._running or self._waiting)):
                     _answer(self._updates.popleft())
                 if not self._is_paused:
@@ -149,13 +149,14 @@ class Engine:
             return
         try:
             reason = self._step(response)
+            if reason is not None:
+                response.finish(reason, self.weight_version)
+                return
         except Exception as error:
             log.exception("request %s", response.request_id)
             response.fail(error)
             return
-        if reason is not None:
-            response.finish(reason, self.weight_version)
-        elif response.cache is None:  # its prompt first: few prompts are kept, and one that is begun must not be lost
+        if response.cache is None:  # its prompt first: few prompts are kept, and one that is begun must not be lost
             self._running.appendleft(response)
         else:
             self._running.append(response)

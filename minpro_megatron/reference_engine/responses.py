@@ -3,6 +3,7 @@
 import base64
 import time
 from concurrent.futures import Future
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,9 @@ class Response:
         self.cache = None
 
     def finish(self, reason: dict[str, Any], version: str) -> None:
+        answer = self._answer(reason, version)
         if self.answer.set_running_or_notify_cancel():
-            self.answer.set_result(self._answer(reason, version))
+            self.answer.set_result(answer)
 
     def abort(self, version: str) -> None:
         """Ends it with what it has. One that waits for its turn, as after a retraction, gives nothing: the experts of
@@ -90,7 +92,7 @@ class Response:
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": len(sampled),
             "weight_version": version,
-            "weight_versions": _spans(self._versions) or [{"version": version, "start": 0, "end": 0}],
+            "weight_versions": _spans(self._versions),
             "num_retractions": self._num_retractions,
             "e2e_latency": time.monotonic() - self._begin,
         }
@@ -106,8 +108,8 @@ class Response:
 def _spans(versions: list[str]) -> list[dict[str, Any]]:
     """[{version, start, end}]: a span for each run of equal versions."""
     changes = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
-    ends = [*changes[1:], len(versions)]
-    return [{"version": versions[i], "start": i, "end": end} for i, end in zip(changes, ends, strict=True)]
+    bounds = pairwise([*changes, len(versions)])
+    return [{"version": versions[start], "start": start, "end": end} for start, end in bounds]
 
 
 def _encoded_routes(cache: KeyValueCache, first: int) -> str:
