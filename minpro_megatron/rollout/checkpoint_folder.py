@@ -79,8 +79,7 @@ class CheckpointFolder:
         replace_file(partial / MANIFEST, to_json(manifest))
         _sync_folder(partial)
         final = self._path / folder_name(version)
-        if final.exists():
-            self._remove(version)
+        self._remove(version)
         partial.rename(final)
         _sync_folder(self._path)
         replace_file(self._path / LATEST, final.name + "\n")
@@ -93,12 +92,16 @@ class CheckpointFolder:
             log.warning("%s: %s", self._path, error)
 
     def discard(self, partial: Path) -> None:
-        """Remove a checkpoint that failed, under its hidden name or under the one it had just got."""
+        """Remove a checkpoint that failed, under its hidden name or under the one it had just got. Raises nothing:
+        what cannot be removed now is at the next start."""
         version = version_of(partial.name.split(".")[1])
         assert version is not None, partial
-        _remove(partial)
-        if version != self._latest and (self._path / folder_name(version)).exists():
-            self._remove(version)
+        try:
+            _remove(partial)
+            if version != self._latest:
+                self._remove(version)
+        except OSError as error:
+            log.warning("%s: %s", partial, error)
 
     def note_score(self, version: int, score: float) -> None:
         """Keep the score with the checkpoint of that version, if there is or will be one."""
@@ -109,7 +112,7 @@ class CheckpointFolder:
             self._kept[version] = manifest
 
     def _remove_superseded(self) -> None:
-        for version in self._given_up - self._kept.keys():
+        for version in sorted(self._given_up - self._kept.keys()):
             log.warning("%s: removed, for the run went on from an earlier one", self._path / folder_name(version))
             self._remove(version)
         self._given_up = set()
@@ -119,9 +122,10 @@ class CheckpointFolder:
             del self._kept[version]
 
     def _remove(self, version: int) -> None:
-        hidden = self._hidden(version, "removed")
-        (self._path / folder_name(version)).rename(hidden)  # first, so that no half of it is ever seen
-        _remove(hidden)
+        folder, hidden = self._path / folder_name(version), self._hidden(version, "removed")
+        if folder.exists():
+            folder.rename(hidden)  # first, so that no half of it is ever seen
+            _remove(hidden)
 
     def _hidden(self, version: int, state: str) -> Path:
         return self._path / f".{folder_name(version)}.{secrets.token_hex(4)}.{state}"
