@@ -170,6 +170,7 @@ class Fleet:
         idle_s = self._past_idle_s + sum(member.idle_s() for member in self._members.values())
         found = {
             "members": len(alive),
+            "current": len(self._current()),
             "outdated": len(self.outdated()),
             "slow": self._dispatcher.num_slow,
             "groups_in_flight": sum(member.num_groups for member in self._members.values()),

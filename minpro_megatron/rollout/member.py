@@ -86,7 +86,7 @@ class Member:
         if request.cancelled():
             raise MemberGone(f"{self.name} went away")
         sequences = request.result()
-        self._succeeded(sequences, time.monotonic() - start)
+        self.succeeded(sequences, time.monotonic() - start)
         return sequences
 
     def move_groups(self) -> None:
@@ -140,7 +140,8 @@ class Member:
     def is_suspended(self) -> bool:
         return time.monotonic() < self._suspended_until
 
-    def _succeeded(self, sequences: Sequence[SampledSequence], wall_time_s: float) -> None:
+    def succeeded(self, sequences: Sequence[SampledSequence], wall_time_s: float) -> None:
+        """Takes note of a group's tokens and of how fast they came."""
         self._num_failures = 0
         lengths = [len(sequence.token_ids) for sequence in sequences]
         self.num_tokens += sum(lengths)
