@@ -1,8 +1,10 @@
-"""Routing replay: a later forward pass of the same micro-batches chooses the same experts as an earlier one.
+"""Routing replay: a forward pass chooses the same experts as an earlier one, of the trainer or of a server.
 
 Between scoring and updating the weights change, and a router on the edge between two experts may choose the other one:
 the ratio then compares two different networks. With R2 (arXiv:2512.01374) the updates use the experts chosen while the
-behavior log-probs were computed; the router's weights still get a gradient, through the probabilities of those experts.
+behavior log-probs were computed. With R3 (arXiv:2510.11370) scoring and updates use those that the server chose when it
+sampled, which also takes the differences of the two engines' routers out of the ratio. Either way the router's weights
+still get a gradient, through the probabilities of those experts.
 
 Megatron's RouterReplay holds one action and one list for each router of the process, so both are set around every
 forward of a micro-batch: between two of them the schedule may run other micro-batches and other model chunks, and a
@@ -18,6 +20,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
+
+from minpro_megatron.batching.collate import RowShard, TokenSequence
+from minpro_megatron.batching.routes import refuse_other_routes, shard_routes, wrong_choice
+from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.weights.architecture import Architecture
 
 
 class Routing(Protocol):
@@ -40,7 +47,7 @@ class FreeRouting:
 class Routes:
     """The experts chosen for this rank's slots of a mini-batch, by (chunk, micro-batch), in host memory.
 
-    uint8 or int16 [layers of the chunk, L, experts a token]; valid for the packing they were recorded with.
+    uint8 or int16 [layers of the chunk, L, experts a token]; valid for the packing they were made with.
     """
 
     chosen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -95,6 +102,39 @@ class ReplayedRouting:
                 router.clear_indices()  # else they would pile up until the end of the mini-batch
 
 
+class RolloutRoutes:
+    """Makes the routes of a mini-batch from those that its sequences carry from the servers (R3)."""
+
+    def __init__(self, routers: "ChunkRouters", architecture: Architecture, mesh: Mesh) -> None:
+        """Raises ValueError for a model without experts."""
+        if not architecture.num_experts:
+            raise ValueError(
+                f"model.routing_replay = rollout: {architecture.name} has no experts; set it to none, the default"
+            )
+        self._routers = routers
+        self._architecture = architecture
+        self._mesh = mesh
+
+    def of(self, sequences: Sequence[TokenSequence], rows: Sequence[RowShard]) -> Routes:
+        """The routes for `rows`, this rank's share of the mini-batch `sequences`. Collective.
+
+        Raises ValueError, on every rank the same, where routes are missing or no routes of this model.
+        """
+        model = self._architecture
+        refuse_other_routes(sequences, model.num_layers, model.num_experts, model.num_experts_per_token)
+        routes, problem = Routes(), None
+        for chunk, layers in enumerate(self._routers.layers):
+            for micro_batch, row in enumerate(rows):
+                chosen = shard_routes(row, layers, model.num_experts, model.num_experts_per_token)
+                # every rank looks at what it holds: together that is every route, in a fraction of the time
+                problem = problem or wrong_choice(chosen, layers.start, model.num_experts)
+                routes.chosen[chunk, micro_batch] = torch.from_numpy(chosen)
+        for found in self._mesh.from_all_ranks(problem):
+            if found:
+                raise ValueError(found)
+        return routes
+
+
 class ChunkRouters:
     """The routers of each model chunk of this rank, in the order of its layers; none for a dense model."""
 
@@ -104,6 +144,11 @@ class ChunkRouters:
         self.dtype = torch.uint8 if num_experts <= 256 else torch.int16
         layers: list[list[Any]] = [list(chunk.decoder.layers) if num_experts else [] for chunk in chunks]
         self._of_chunk = [[layer.mlp.router.router_replay for layer in of_chunk] for of_chunk in layers]
+        # which of the model's layers they belong to, counted from 0; megatron counts from 1
+        self.layers = [
+            slice(of_chunk[0].layer_number - 1, of_chunk[-1].layer_number) if of_chunk else slice(0, 0)
+            for of_chunk in layers
+        ]
 
     def of(self, chunk: int) -> list[RouterReplay]:
         assert None not in self._of_chunk[chunk], "the model was built without routing_replay"

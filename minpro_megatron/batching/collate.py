@@ -34,6 +34,8 @@ class TokenSequence:
     proximal_log_probs: np.ndarray | None = None  # float32 [response tokens]; None where the loss has no use for them
     reference_log_probs: np.ndarray | None = None
     staleness: np.ndarray | None = None  # int32 [response tokens], in global steps; None: 0
+    # the experts that the server chose, uint8 or int16 [all tokens but the last, layers, experts a token]
+    routed_experts: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +77,8 @@ class RowShard:
     half_L: np.ndarray  # int64: 0 in the sequence's front chunk, 1 in its back chunk
     flat_slot_L: np.ndarray  # int64: the label's place in the batch's flat response-token array, -1 for none
     staleness_L: np.ndarray  # int64: global steps
+    position_L: np.ndarray  # int64: the slot's place in its sequence, padding included
+    routed_experts: list[np.ndarray | None]  # of the whole row's sequences, as in TokenSequence
 
 
 def padded_length(sequence: TokenSequence, context_size: int) -> int:
@@ -120,6 +124,8 @@ def shard_row(sequences: Sequence[TokenSequence], row_tokens: int, place: RankSl
         half_L=chunk_halves(lengths, place.context_size)[piece],
         flat_slot_L=row["flat_slot"][local],
         staleness_L=row["staleness"][local],
+        position_L=row["position_ids"][local],
+        routed_experts=[sequence.routed_experts for sequence in sequences],
     )
 
 
