@@ -28,6 +28,7 @@ from minpro_megatron.actor.routing import (
     FreeRouting,
     RecordedRouting,
     ReplayedRouting,
+    RolloutRoutes,
     Routes,
     Routing,
 )
@@ -70,7 +71,8 @@ class Policy:
     same sequences, and each works on its own share."""
 
     def __init__(self, config: RunConfig, architecture: Architecture, chunks: list[GPTModel], mesh: Mesh) -> None:
-        """`chunks` are this rank's model chunks with their weights loaded."""
+        """`chunks` are this rank's model chunks with their weights loaded. With model.routing_replay = rollout every
+        pass follows the routes that the sequences carry. Raises ValueError if the model then has no experts."""
         self._config = config
         self._mesh = mesh
         self.modules = chunks
@@ -90,32 +92,52 @@ class Policy:
         self._vocab_size, self._num_experts = architecture.vocab_size, architecture.num_experts
         self._cost = forward_flops(architecture)
         self._routers = ChunkRouters(chunks, architecture.num_experts)
+        self._rollout_routes = (
+            RolloutRoutes(self._routers, architecture, mesh) if config.model.routing_replay == "rollout" else None
+        )
         self._snapshots = WeightSnapshots([parameter for chunk in chunks for parameter in chunk.parameters()])
 
     def score(self, sequences: Sequence[TokenSequence], routes: Routes | None = None) -> np.ndarray:
-        """Log-probs of the response tokens under the current weights, float32 [all response tokens], on every rank."""
-        return self._score(sequences, self._routing(routes))
+        """Log-probs of the response tokens under the current weights, float32 [all response tokens], on every rank.
+
+        Raises ValueError, on every rank and before any forward, if routes of rollouts are to be followed and are
+        missing or do not fit the model.
+        """
+        micro_batches, row_tokens, _ = self._micro_batches(sequences)
+        routing = self._routing(sequences, micro_batches, routes)
+        return self._score(sequences, micro_batches, row_tokens, routing)
 
     def score_and_record(self, sequences: Sequence[TokenSequence]) -> tuple[np.ndarray, Routes]:
         """`score`, and which experts were chosen: for replay with the very same sequences."""
+        assert self._rollout_routes is None, "the servers' routes are followed: there are none to record"
         recorded = RecordedRouting(self._routers)
-        return self._score(sequences, recorded), recorded.routes
-
-    def _score(self, sequences: Sequence[TokenSequence], routing: Routing) -> np.ndarray:
         micro_batches, row_tokens, _ = self._micro_batches(sequences)
+        return self._score(sequences, micro_batches, row_tokens, recorded), recorded.routes
+
+    def _score(
+        self, sequences: Sequence[TokenSequence], micro_batches: list[MicroBatch], row_tokens: int, routing: Routing
+    ) -> np.ndarray:
         outputs = self._run_forward(score, micro_batches, row_tokens, routing)
         return self._by_token(outputs, ["log_probs"], sequences)["log_probs"]
 
-    def _routing(self, routes: Routes | None) -> Routing:
-        return FreeRouting() if routes is None else ReplayedRouting(self._routers, routes)
+    def _routing(
+        self, sequences: Sequence[TokenSequence], micro_batches: list[MicroBatch], recorded: Routes | None = None
+    ) -> Routing:
+        """The routing of a pass over the mini-batch: the servers', or that `recorded` by an earlier pass, or free."""
+        if self._rollout_routes is not None:
+            assert recorded is None, "two routes for each token: the servers' and recorded ones"
+            routes = self._rollout_routes.of(sequences, [micro_batch.row for micro_batch in micro_batches])
+            return ReplayedRouting(self._routers, routes)
+        return FreeRouting() if recorded is None else ReplayedRouting(self._routers, recorded)
 
     def inspect(self, sequences: Sequence[TokenSequence], seed: int = 0) -> dict[str, np.ndarray]:
         """What an update on the mini-batch `sequences` would see, float32 [all response tokens] by name, on every rank:
         log_probs, coefficients (-d loss / d log-prob, times what the aggregation divides by; 0 where masked) and
         prefix_min."""
         micro_batches, row_tokens, _ = self._micro_batches(sequences)
-        micro_batches = self._surveyed(micro_batches, row_tokens, seed, FreeRouting())
-        outputs = self._run_forward(self._loss.inspect, micro_batches, row_tokens, FreeRouting())
+        routing = self._routing(sequences, micro_batches)
+        micro_batches = self._surveyed(micro_batches, row_tokens, seed, routing)
+        outputs = self._run_forward(self._loss.inspect, micro_batches, row_tokens, routing)
         return self._by_token(outputs, ["log_probs", "coefficients", "prefix_min"], sequences)
 
     def update(
@@ -124,7 +146,7 @@ class Policy:
         """One optimizer update on the mini-batch `sequences`; the loss is divided by its global token count.
 
         `seed` is for objectives that draw random numbers: another one for every update, the same on all ranks.
-        `routes`, recorded with the very same sequences, are followed where given.
+        `routes`, recorded with the very same sequences, are followed where given. Raises ValueError as `score` does.
         """
         if not any(sequence.num_trained_tokens for sequence in sequences):
             return UpdateResult(0.0, learning_rate, skipped="no trained token")
@@ -156,7 +178,7 @@ class Policy:
         """
         self._snapshots.refuse_while_swapped("the gradient would be that of other weights")
         micro_batches, row_tokens, filling = self._micro_batches(sequences)
-        routing = self._routing(routes)
+        routing = self._routing(sequences, micro_batches, routes)
         micro_batches = self._surveyed(micro_batches, row_tokens, seed, routing)
         for chunk in self._chunks:
             chunk.zero_grad_buffer()

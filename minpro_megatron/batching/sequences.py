@@ -34,6 +34,7 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
                     advantage=float(advantage),
                     first_slot=first_slot,
                     staleness=batch.index - response.policy_versions,
+                    routed_experts=response.routed_experts,
                 )
             )
             first_slot += num_tokens
