@@ -1,7 +1,8 @@
 """The control plane of rollout servers, blocking: what the trainer's rank 0 does to publish weights."""
 
+import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Literal
 
 import msgspec
@@ -9,9 +10,17 @@ import requests
 
 from minpro_megatron.records import ServerAddress
 
+# SGLang keeps the likeliest token whatever top_p is. Unlike top_k = 1 or temperature 0 this does not make a request
+# greedy in its eyes: where all requests of a batch are, it returns log-probs of temperature 1.
+GREEDY_TOP_P = 1e-9
+
 
 class ControlError(RuntimeError):
     """A server refused or failed a control request; the message names server, request and reason."""
+
+
+class NoAnswerInTime(ControlError):
+    """The server took the request and has not answered within the time limit."""
 
 
 class WeightsChecksum(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,7 +31,7 @@ class WeightsChecksum(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GreedyAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """A greedy continuation with the log-probs of its tokens, at temperature 1 over the whole vocabulary."""
+    """A greedy continuation with its tokens' log-probs over the whole vocabulary at the temperature asked for."""
 
     token_ids: list[int]
     log_probs: list[float]
@@ -33,21 +42,33 @@ class ServerControl:
     """Control requests to one server. Each raises ControlError unless the server reports success.
 
     With `vocabulary_size` given, prompts are checked against it: a larger token id would end the server.
-    One thread at a time may use an object.
+    `headers` go with every request (see serving/api_key.py). One thread at a time may use an object.
     """
 
-    def __init__(self, address: ServerAddress, timeout_s: float = 600.0, vocabulary_size: int | None = None) -> None:
+    def __init__(
+        self,
+        address: ServerAddress,
+        timeout_s: float = 600.0,
+        vocabulary_size: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._vocabulary_size = vocabulary_size
+        self._headers = dict(headers or {})
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy has no business between trainer and server
         # Minutes pass between two publications; a kept connection might be closed under a request, and most
         # of these requests cannot be sent twice.
         self._session.headers["Connection"] = "close"
+        self._session.headers.update(self._headers)
 
     def close(self) -> None:
         self._session.close()
+
+    def within(self, timeout_s: float) -> "ServerControl":
+        """The same server with another time limit for each request."""
+        return ServerControl(self.address, timeout_s, self._vocabulary_size, self._headers)
 
     def pause_generation(self, mode: Literal["in_place", "retract", "abort"]) -> None:
         """Stops generating; new requests wait. `in_place` keeps the KV cache of running requests."""
@@ -55,6 +76,11 @@ class ServerControl:
 
     def continue_generation(self) -> None:
         self._post("continue_generation", {})
+
+    def abort_all_requests(self) -> None:
+        """Running and waiting requests end with what they have: those that wait at once, others after their next
+        token."""
+        self._post("abort_request", {"abort_all": True})
 
     def flush_cache(self) -> None:
         """Empties the prefix cache. The server refuses while requests run or are paused `in_place`."""
@@ -92,7 +118,7 @@ class ServerControl:
         dtypes: Sequence[str],
         shapes: Sequence[Sequence[int]],
         group_name: str,
-        weight_version: int,
+        weight_version: int | str,
         load_format: Literal["flattened_bucket"] | None = None,
         flush_cache: bool = False,
     ) -> None:
@@ -142,19 +168,34 @@ class ServerControl:
         except ValueError:
             raise self._error("model_info", f"weight_version = {version!r} is no policy version") from None
 
-    def generate_greedy(self, token_ids: Sequence[int], num_tokens: int) -> GreedyAnswer:
-        """Exactly `num_tokens` greedy tokens after the prompt. Waits for as long as generation is paused."""
+    def generate_greedy(self, token_ids: Sequence[int], num_tokens: int, temperature: float = 1.0) -> GreedyAnswer:
+        """Exactly `num_tokens` greedy tokens after the prompt. Waits for as long as generation is paused, and behind
+        the requests that came before; the server is told to give up what raises NoAnswerInTime."""
         size = self._vocabulary_size
         wrong = [token for token in token_ids if token < 0 or (size is not None and token >= size)]
         if wrong or not token_ids:
             raise ValueError(f"prompt token ids {wrong or 'are none'}: they must lie within the vocabulary of {size}")
-        parameters = {"max_new_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True}
+        request_id = uuid.uuid4().hex
         request = {
+            "rid": request_id,
             "input_ids": list(map(int, token_ids)),
-            "sampling_params": parameters,
+            "sampling_params": {
+                "max_new_tokens": num_tokens,
+                "temperature": temperature,
+                "top_p": GREEDY_TOP_P,
+                "ignore_eos": True,
+            },
             "return_logprob": True,
         }
-        answer = self._post("generate", request)
+        try:
+            answer = self._post("generate", request)
+        except NoAnswerInTime:
+            with suppress(ControlError):
+                self._post("abort_request", {"rid": request_id})
+            raise
+        return self._greedy_answer(answer, num_tokens)
+
+    def _greedy_answer(self, answer: Mapping[str, Any], num_tokens: int) -> GreedyAnswer:
         try:
             meta = answer["meta_info"]
             greedy = msgspec.convert(
@@ -178,10 +219,13 @@ class ServerControl:
         return self._request("POST", endpoint, fields)
 
     def _request(self, method: str, endpoint: str, fields: Mapping[str, Any] | None) -> dict[str, Any]:
+        limit_s = self._timeout_s
         try:
             response = self._session.request(
-                method, f"{self.address.url}/{endpoint}", json=fields, timeout=(10, self._timeout_s)
+                method, f"{self.address.url}/{endpoint}", json=fields, timeout=(min(10, limit_s), limit_s)
             )
+        except requests.ReadTimeout:
+            raise NoAnswerInTime(self._message(endpoint, f"no answer within {limit_s:g} s")) from None
         except requests.RequestException as error:
             raise self._error(endpoint, f"no answer: {error}") from None
         try:
@@ -197,60 +241,7 @@ class ServerControl:
         return answer
 
     def _error(self, endpoint: str, reason: str) -> ControlError:
-        return ControlError(f"server {self.address.index} at {self.address.url}, {endpoint}: {reason}")
+        return ControlError(self._message(endpoint, reason))
 
-
-class PendingCalls:
-    """Control requests that are under way, one for each server."""
-
-    def __init__(self, executor: ThreadPoolExecutor, futures: Sequence[Future[Any]]) -> None:
-        self._executor = executor
-        self._futures = futures
-
-    def wait(self) -> list[Any]:
-        """The results in the servers' order. Raises one ControlError with the message of every failure."""
-        failures = [future.exception() for future in self._futures]
-        self._executor.shutdown()
-        for failure in failures:
-            if failure is not None and not isinstance(failure, ControlError):
-                raise failure
-        messages = [str(failure) for failure in failures if failure is not None]
-        if messages:
-            raise ControlError("; ".join(messages))
-        return [future.result() for future in self._futures]
-
-
-def start_for_all(
-    controls: Sequence[ServerControl],
-    method: str,
-    *,
-    per_server: Sequence[Mapping[str, Any]] | None = None,
-    **arguments: Any,
-) -> PendingCalls:
-    """Calls `method` on every server in threads; `per_server` holds arguments that differ between servers.
-
-    For requests that the trainer must take part in: start, broadcast, then `wait()`.
-    """
-    own = [{} for _ in controls] if per_server is None else list(per_server)
-    if len(own) != len(controls):
-        raise ValueError(f"per_server has {len(own)} entries for {len(controls)} servers")
-    executor = ThreadPoolExecutor(max_workers=max(1, len(controls)), thread_name_prefix="server-control")
-    calls = [
-        executor.submit(getattr(control, method), **arguments, **extra)
-        for control, extra in zip(controls, own, strict=True)
-    ]
-    return PendingCalls(executor, calls)
-
-
-def for_all(
-    controls: Sequence[ServerControl],
-    method: str,
-    *,
-    per_server: Sequence[Mapping[str, Any]] | None = None,
-    **arguments: Any,
-) -> list[Any]:
-    """`method` of every server at once; the results in the servers' order.
-
-    >>> for_all(controls, "pause_generation", mode="retract")  # doctest: +SKIP
-    """
-    return start_for_all(controls, method, per_server=per_server, **arguments).wait()
+    def _message(self, endpoint: str, reason: str) -> str:
+        return f"server {self.address.index} at {self.address.url}, {endpoint}: {reason}"

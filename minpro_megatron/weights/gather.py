@@ -45,6 +45,10 @@ class WeightGatherer:
         for bucket in self._plan(bucket_bytes):
             yield self._collect(bucket)
 
+    def num_buckets(self, bucket_bytes: int) -> int:
+        """How many buckets `buckets` gives."""
+        return sum(1 for _ in self._plan(bucket_bytes))
+
     def _held_here(self) -> dict[str, _Held]:
         held = {}
         for entry in self._entries:

@@ -1,117 +1,201 @@
-"""Publishing: the trainer's weights become a new policy version on every rollout server."""
+"""Publishing: the trainer's weights become a new policy version on every rollout server that is alive."""
 
-import socket
-from collections.abc import Sequence
-from urllib.parse import urlsplit
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
-import torch
-import torch.distributed as dist
+import numpy as np
 from torch import Tensor
 
-from minpro_megatron.parallel.device import process_group_backend
+from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.parallel.update_group import join_update_group
-from minpro_megatron.records import PublishLease, ServerAddress
-from minpro_megatron.serving.control import ServerControl, for_all, start_for_all
+from minpro_megatron.records import PublishLease
+from minpro_megatron.serving.api_key import authorization
+from minpro_megatron.serving.control import ServerControl
+from minpro_megatron.serving.model_files import read_model_facts
+from minpro_megatron.weights.broadcast import Broadcaster
+from minpro_megatron.weights.canary import Difference, differences, distinct_responses
+from minpro_megatron.weights.delivery import Delivery, PublishError, Transport
 from minpro_megatron.weights.gather import WeightGatherer
-from minpro_megatron.weights.hf_files import dtype_name
+from minpro_megatron.weights.hf_files import write_hf
 
-GROUP_NAME = "minpro_weights"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PUBLISHED = "published"  # the folder of run_dir for transport "disk"
+
+# The trainer's log-probs of the response's tokens after the prompt, under its current weights. Collective.
+ScoreCanary = Callable[[list[int], list[int]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """How a publication went."""
+
+    version: int
+    held_by: list[int]  # indices of the servers that hold the version, verified
+    failures: dict[int, str]  # why the lease's other servers do not, a line each
+    transport: Transport | None  # None: there was no server left to send to
+    total_s: float
+    paused_s: float  # servers paused because requests were in flight
+    transfer_s: float  # from the first byte to the last server's last
+    num_bytes: int
+    checksum: str  # of the weights on the servers; empty if there are none
+    canaries: dict[int, Difference]  # by server
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.num_bytes / self.transfer_s if self.transfer_s else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars by their names in monitor.metrics.METRICS."""
+        found = {
+            "publish/paused_s": self.paused_s,
+            "publish/bytes_per_s": self.bytes_per_s,
+            "publish/servers": float(len(self.held_by)),
+            "publish/failures": float(len(self.failures)),
+        }
+        if self.canaries:
+            found["publish/canary_abs_mean"] = float(np.mean([one.mean for one in self.canaries.values()]))
+            found["publish/canary_abs_max"] = max(one.max for one in self.canaries.values())
+        return found
 
 
 class Publisher:
-    """Broadcasts the model to the servers, a bucket at a time. All ranks take part; rank 0 talks to the servers."""
+    """Sends the model to the servers, a bucket at a time. All ranks take part; rank 0 talks to the servers."""
 
-    def __init__(self, gatherer: WeightGatherer, mesh: Mesh, bucket_bytes: int) -> None:
+    def __init__(self, config: RunConfig, gatherer: WeightGatherer, mesh: Mesh, score_canary: ScoreCanary) -> None:
+        self._config = config
         self._gatherer = gatherer
         self._mesh = mesh
-        self._bucket_bytes = bucket_bytes
-        self._controls: list[ServerControl] = []
-        self._group: dist.ProcessGroup | None = None
-        self._checksum = ""
+        self._score_canary = score_canary
+        self._broadcaster = Broadcaster(mesh.device, config.publish.timeout_s)
+        self._headers = authorization(config.server) if mesh.rank == 0 else {}
+        # what the servers held after the last publication: its version, and checksums by tensor-parallel size
+        self._published: tuple[int, dict[int, str]] | None = None
 
-    def publish(self, lease: PublishLease | None, changed: bool) -> None:
-        """Collective: `lease` on rank 0, None elsewhere. Returns when every server holds the lease's version.
-        `changed`: the weights must differ from those last published.
+    def publish(self, lease: PublishLease | None, changed: bool) -> PublishReport | None:
+        """Sends the weights as the lease's version to its servers. Collective: `lease` on rank 0, None elsewhere;
+        the report on rank 0. `changed`: the weights must differ from those of the version published before.
 
-        Raises ControlError if a server refuses, RuntimeError if the servers do not end with one and the same new
-        set of weights (SGLang accepts unknown tensor names without a word: only checksums tell).
+        A server that fails is left out, and `held_by` does not name it. Raises PublishError on all ranks where the
+        fault is this side's: no server takes the weights or changes by them, or all compute something else with them.
         """
-        buckets = self._gatherer.buckets(self._bucket_bytes)
-        if self._mesh.rank != 0:
-            for _ in buckets:
-                pass
-            return
-        assert lease is not None, "rank 0 publishes under a lease"
-        if self._group is None:
-            self._connect(lease.servers)
-        for_all(self._controls, "begin_weight_update")
-        for bucket in buckets:
-            self._broadcast(bucket, lease.version)
-        for_all(self._controls, "end_weight_update")
-        for_all(self._controls, "flush_cache")
-        self._check(lease.version, changed)
+        start = time.monotonic()
+        delivery = None if lease is None else self._delivery(lease)
+        try:
+            transport = self._on_rank_0(delivery, lambda own: self._first_transport(own, changed))
+            while transport is not None:
+                buckets = self._gatherer.buckets(self._config.publish.bucket_bytes)
+                if delivery is None:
+                    _drain(buckets)
+                transport = self._on_rank_0(delivery, partial(self._transfer, buckets=buckets))
+            self._on_rank_0(delivery, lambda own: self._check_change(own, changed))
+            prompt, responses = self._on_rank_0(delivery, self._ask_canaries)
+            log_probs = [self._score_canary(prompt, response) for response in responses]
+            report = self._on_rank_0(delivery, lambda own: self._report(own, responses, log_probs, start))
+        finally:
+            if delivery:
+                delivery.close()
+        return report if delivery else None
 
-    def _connect(self, servers: Sequence[ServerAddress]) -> None:
-        self._controls = [ServerControl(server) for server in servers]
-        self._checksum = self._common_checksum()
-        offsets, world_size = [], 1
-        for server in servers:
-            offsets.append({"rank_offset": world_size})
-            world_size += server.tensor_parallel
-        where = {
-            "master_address": _own_address(servers),
-            "master_port": _free_port(),
-            "world_size": world_size,
-            "group_name": GROUP_NAME,
-            "backend": process_group_backend(self._mesh.device),
-        }
-        joining = start_for_all(self._controls, "init_weights_update_group", per_server=offsets, **where)
-        self._group = join_update_group(**where)
-        joining.wait()
+    def _on_rank_0[Result](self, delivery: Delivery | None, function: Callable[[Delivery], Result]) -> Result:
+        """What `function` makes of rank 0's delivery, on all ranks. Collective; a PublishError is raised on all."""
+        outcome: Result | PublishError | None = None
+        if delivery is not None:
+            try:
+                outcome = function(delivery)
+            except PublishError as error:
+                outcome = error
+        outcome = self._mesh.from_rank_0(outcome)
+        if isinstance(outcome, PublishError):
+            raise outcome
+        return cast(Result, outcome)
 
-    def _broadcast(self, bucket: Sequence[tuple[str, Tensor]], version: int) -> None:
-        flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
-        receiving = start_for_all(
-            self._controls,
-            "update_weights_from_distributed",
-            names=[name for name, _ in bucket],
-            dtypes=[dtype_name(tensor.dtype) for _, tensor in bucket],
-            shapes=[list(tensor.shape) for _, tensor in bucket],
-            group_name=GROUP_NAME,
-            weight_version=version,
-            load_format="flattened_bucket",
-        )
-        sending = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-        receiving.wait()  # first: a server that refused would leave the broadcast waiting for it
-        assert sending is not None
-        sending.wait()
+    def _delivery(self, lease: PublishLease) -> Delivery:
+        size = read_model_facts(self._config.model.hf_path).vocabulary_size
+        timeout_s = self._config.publish.timeout_s
+        controls = {server.index: ServerControl(server, timeout_s, size, self._headers) for server in lease.servers}
+        return Delivery(self._config.publish, lease, controls, self._broadcaster)
 
-    def _check(self, version: int, changed: bool) -> None:
-        checksum = self._common_checksum()
-        if changed and checksum == self._checksum:
-            raise RuntimeError(
-                f"publishing version {version} changed no weight on the servers (checksum {checksum}): "
-                "do the tensor names fit the server's model?"
+    def _first_transport(self, delivery: Delivery, changed: bool) -> Transport | None:
+        if changed and self._published is None:  # the change to look for is from what the servers start with
+            self._published = delivery.versions_and_checksums()
+        return delivery.transport
+
+    def _transfer(self, delivery: Delivery, buckets: Iterator[list[tuple[str, Tensor]]]) -> Transport | None:
+        """Rank 0's part of one transfer; the transport of the next one, if one is needed."""
+        try:
+            if delivery.transport == "disk":
+                self._through_files(delivery, buckets)
+            else:
+                delivery.by_broadcast(buckets, self._gatherer.num_buckets(self._config.publish.bucket_bytes))
+        finally:
+            _drain(buckets)  # what was not taken because a server failed: the other ranks send it all the same
+        return delivery.transport
+
+    def _through_files(self, delivery: Delivery, buckets: Iterator[list[tuple[str, Tensor]]]) -> None:
+        start, num_bytes = time.monotonic(), 0
+
+        def count(tensor_bytes: int) -> None:
+            nonlocal num_bytes
+            num_bytes += tensor_bytes
+
+        folder = (self._config.run_dir / PUBLISHED).resolve() / f"version-{delivery.lease.version}"
+        tensors = (pair for bucket in buckets for pair in bucket)
+        try:
+            write_hf(tensors, self._config.model.hf_path, folder, announce=count)
+        except OSError as error:
+            raise PublishError(
+                f"publishing version {delivery.lease.version}: {folder} is not written: {error}"
+            ) from None
+        delivery.from_disk(folder, num_bytes, time.monotonic() - start)
+        for former in folder.parent.iterdir():
+            if former != folder:
+                shutil.rmtree(former, ignore_errors=True)
+
+    def _check_change(self, delivery: Delivery, changed: bool) -> None:
+        """Raises PublishError if the servers agree on weights that cannot be this version's."""
+        version, checksums = delivery.lease.version, delivery.checksums
+        before, known = self._published or (version, {})
+        same = [size for size, checksum in checksums.items() if known.get(size) == checksum]
+        if changed and version > before and same:
+            raise PublishError(
+                f"publishing version {version} changed no weight on the servers (checksum {checksums[same[0]]}): do "
+                "the tensor names fit the servers' model? SGLang takes unknown ones without a word"
             )
-        self._checksum = checksum
+        if version == before and len(same) < len(checksums.keys() & known.keys()):
+            raise PublishError(
+                f"publishing version {version} once more: it was published with other weights before (checksum "
+                f"{known}, now {checksums}): are the weights of that version in place?"
+            )
+        if checksums:
+            self._published = (version, (known if version == before else {}) | checksums)
 
-    def _common_checksum(self) -> str:
-        checksums = [found.engine for found in for_all(self._controls, "weights_checksum")]
-        if len(set(checksums)) != 1:
-            raise RuntimeError(f"the servers hold different weights: checksums {', '.join(checksums)}")
-        return checksums[0]
+    def _ask_canaries(self, delivery: Delivery) -> tuple[list[int], list[list[int]]]:
+        """The prompt and what the servers made of it: for the trainer's log-probs."""
+        delivery.ask_canaries(self._config.publish.canary_tokens, self._config.sampling.temperature)
+        return delivery.lease.canary_prompt, distinct_responses(delivery.canaries)
+
+    def _report(
+        self, delivery: Delivery, responses: list[list[int]], log_probs: list[np.ndarray], start: float
+    ) -> PublishReport:
+        canaries = differences(delivery.canaries, responses, log_probs)
+        delivery.compare(canaries)
+        return PublishReport(
+            version=delivery.lease.version,
+            held_by=sorted(delivery.controls),
+            failures=delivery.failures,
+            transport=delivery.used,
+            total_s=time.monotonic() - start,
+            paused_s=delivery.paused_s,
+            transfer_s=delivery.transfer_s,
+            num_bytes=delivery.num_bytes,
+            checksum=next(iter(delivery.checksums.values()), ""),
+            canaries=canaries,
+        )
 
 
-def _own_address(servers: Sequence[ServerAddress]) -> str:
-    """An address of this machine that the servers can reach: loopback if they all are on it."""
-    if all(urlsplit(server.url).hostname in LOOPBACK for server in servers):
-        return "127.0.0.1"
-    return socket.gethostbyname(socket.gethostname())
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
+def _drain(buckets: Iterator[object]) -> None:
+    for _ in buckets:
+        pass

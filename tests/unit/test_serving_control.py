@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from minpro_megatron.records import ServerAddress
-from minpro_megatron.serving.control import ControlError, ServerControl, for_all, start_for_all
+from minpro_megatron.serving.calls import for_all, start_for_all
+from minpro_megatron.serving.control import ControlError, ServerControl
 
 OK = {"success": True, "message": "Success"}
 

@@ -1,0 +1,254 @@
+"""One version's way to the servers of a lease, as rank 0 sees it: who is paused, who has got it, who is left out, why.
+
+A server may die, hang or refuse at any request. It is then left out, with a line that says why, and the others go on:
+who granted the lease gives no work to servers that have not got the version.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from minpro_megatron.config.publish import PublishConfig
+from minpro_megatron.records import PublishLease
+from minpro_megatron.serving.calls import ServersFailed, for_all, start_for_all
+from minpro_megatron.serving.control import ControlError, GreedyAnswer, ServerControl, WeightsChecksum
+from minpro_megatron.weights.broadcast import Broadcaster
+from minpro_megatron.weights.canary import Difference
+
+log = logging.getLogger(__name__)
+
+Transport = Literal["broadcast", "disk"]
+MOST_BROADCASTS = 3  # before the disk is tried
+PROBE_S = 5.0  # for a server to say that it is alive
+CLEAN_UP_S = 10.0
+# With requests in flight a canary waits behind them. A server that is that busy has shown its checksum and version.
+CANARY_PATIENCE_S = 20.0
+# What a server calls its weights until the last bucket has come. It is no policy version, so tokens sampled with such
+# weights, if a broken publication leaves any, are refused wherever they turn up.
+INCOMPLETE = "incomplete"
+
+
+class PublishError(ControlError):
+    """New weights did not arrive, and no other server would have taken them: the fault is on this side."""
+
+
+@dataclass
+class Delivery:
+    """See the module."""
+
+    settings: PublishConfig
+    lease: PublishLease
+    controls: dict[int, ServerControl]  # of the servers that are in order so far, by index
+    broadcaster: Broadcaster
+    failures: dict[int, str] = field(default_factory=dict)  # a line for each server that was left out
+    num_bytes: int = 0
+    transfer_s: float = 0.0
+    paused_s: float = 0.0
+    checksums: dict[int, str] = field(default_factory=dict)  # by tensor-parallel size: other shards, another sum
+    canaries: dict[int, GreedyAnswer] = field(default_factory=dict)
+    transport: Transport | None = None  # of the next transfer; None: there is none to make
+    used: Transport | None = None
+    _broadcasts: int = 0
+    _paused_at: float | None = None
+    _left_out: list[ServerControl] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.transport = self.settings.transport if self.controls else None
+
+    def versions_and_checksums(self) -> tuple[int, dict[int, str]] | None:
+        """(oldest version that a server states, what those of that version hold: checksums by tensor-parallel size);
+        None if no server states one. Nobody is left out for it."""
+        calls = start_for_all(self.controls.values(), "policy_version")
+        versions = calls.results()
+        if not versions:
+            return None
+        oldest = min(versions.values())
+        asked = [self.controls[index] for index, version in versions.items() if version == oldest]
+        found = start_for_all(asked, "weights_checksum").results()
+        return oldest, {self._tensor_parallel(index): checksum.engine for index, checksum in found.items()}
+
+    def by_broadcast(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], num_buckets: int) -> None:
+        """Sends the buckets to all servers. Where one fails the transfer has failed for all of them, and is to be
+        repeated with those that are alive: see `transport`."""
+        self._broadcasts += 1
+        try:
+            self._pause()
+            self._begin()
+            self.broadcaster.connect(self.controls)
+            start, num_bytes = time.monotonic(), 0
+            for number, bucket in enumerate(buckets, start=1):
+                is_last = number == num_buckets
+                self.broadcaster.send(bucket, self.lease.version if is_last else INCOMPLETE)
+                num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            self.broadcaster.finish()
+            self.num_bytes, self.transfer_s = num_bytes, time.monotonic() - start
+            for_all(self.controls.values(), "end_weight_update")
+        except ServersFailed as error:
+            self._broken_off(error)
+        else:
+            self._conclude("broadcast")
+
+    def from_disk(self, folder: Path, num_bytes: int, written_s: float) -> None:
+        """Tells all servers to load the Hugging Face folder, which took `written_s` to write. A server that does not
+        is left out. Raises PublishError if all that are alive refuse."""
+        start = time.monotonic()
+        asked = list(self.controls)
+        if self._must_pause():
+            self._each("pause_generation", mode=self.settings.pause_mode)
+        what = {"model_path": str(folder), "weight_version": self.lease.version, "flush_cache": False}
+        self._each("update_weights_from_disk", **what)
+        self.num_bytes, self.transfer_s = num_bytes, written_s + time.monotonic() - start
+        if not self.controls and self._anybody_alive():
+            raise PublishError(
+                f"publishing version {self.lease.version}: no server loads {folder}: {self._lines(asked)}. Do they see "
+                "this folder, and is it a model of theirs?"
+            )
+        self._conclude("disk")
+
+    def compare(self, differences: Mapping[int, Difference]) -> None:
+        """Leaves out the servers whose canary is too far off. Raises PublishError if all are."""
+        tolerance = self.settings.canary_tolerance
+        off = {index: found for index, found in differences.items() if not found.mean <= tolerance}
+        for index, found in off.items():
+            self._leave_out(
+                index,
+                f"canary log-probs differ from the trainer's by {found.mean:.3g} nats a token, {found.max:.3g} at most "
+                f"(publish.canary_tolerance = {tolerance:g})",
+            )
+        if off and len(off) == len(differences):
+            raise PublishError(
+                f"publishing version {self.lease.version}: {self._lines(off)}. Every server's checksum has been "
+                "compared, so all hold the same weights and compute something else with them than the trainer: compare "
+                "the model's config.json, sampling.temperature and the two dtypes, or raise publish.canary_tolerance"
+            )
+
+    def ask_canaries(self, num_tokens: int, temperature: float) -> None:
+        """`canaries`: each server's continuation of the lease's prompt."""
+        self.canaries = {}
+        if not (num_tokens and self.lease.canary_prompt):
+            return
+        patience_s = CANARY_PATIENCE_S if self.lease.requests_in_flight else self.settings.timeout_s
+        asked = {"token_ids": self.lease.canary_prompt, "num_tokens": num_tokens, "temperature": temperature}
+        calls = start_for_all(_within(patience_s, self.controls.values()), "generate_greedy", **asked)
+        self.canaries = calls.results()
+        late = calls.late()
+        for index, line in calls.failures().items():
+            if not (self.lease.requests_in_flight and index in late):
+                self._leave_out(index, line)
+
+    def close(self) -> None:
+        """What servers that were left out still do under weights that nobody vouches for is ended; nobody stays paused.
+        Best effort: they may be dead."""
+        if self.lease.requests_in_flight:
+            left_out = _within(CLEAN_UP_S, self._left_out)
+            start_for_all(left_out, "abort_all_requests").results()
+            paused = [] if self._paused_at is None else _within(CLEAN_UP_S, self.controls.values())
+            start_for_all([*left_out, *paused], "continue_generation").results()
+
+    # Everything below is part of a transfer.
+
+    def _must_pause(self) -> bool:
+        if not self.lease.requests_in_flight or self._paused_at is not None:
+            return False
+        self._paused_at = time.monotonic()
+        return True
+
+    def _pause(self) -> None:
+        if self._must_pause():
+            for_all(self.controls.values(), "pause_generation", mode=self.settings.pause_mode)
+
+    def _begin(self) -> None:
+        calls = start_for_all(self.controls.values(), "begin_weight_update")
+        calls.results()
+        # a publication that broke off, perhaps under another trainer, leaves its session open
+        again = [self.controls[index] for index in calls.failures()]
+        start_for_all(again, "end_weight_update").results()
+        for_all(again, "begin_weight_update")
+
+    def _conclude(self, used: Transport) -> None:
+        """The weights are loaded: flush, continue, and verify what each server holds."""
+        self.used, self.transport = used, None
+        settings, in_flight = self.settings, self.lease.requests_in_flight
+        if settings.flush_cache and not (in_flight and settings.pause_mode == "in_place"):
+            self._each("flush_cache")
+        if self._paused_at is not None:
+            self._each("continue_generation")
+            self.paused_s += time.monotonic() - self._paused_at
+            self._paused_at = None
+        for index, version in self._each("policy_version").items():
+            if version != self.lease.version:
+                self._leave_out(index, f"it states version {version} after loading version {self.lease.version}")
+        self._compare_checksums(self._each("weights_checksum"))
+
+    def _compare_checksums(self, found: Mapping[int, WeightsChecksum]) -> None:
+        sums: dict[int, set[str]] = {}
+        for index in self.controls:
+            sums.setdefault(self._tensor_parallel(index), set()).add(found[index].engine)
+        if all(len(different) == 1 for different in sums.values()):
+            self.checksums = {size: different.pop() for size, different in sums.items()}
+            return
+        shown = ", ".join(f"server {index}: {found[index].engine[:12]}" for index in self.controls)
+        if self.used == "disk":
+            raise PublishError(
+                f"publishing version {self.lease.version}: after a repetition the servers still hold different "
+                f"weights (checksums {shown}): are they of one SGLang version, dtype and model?"
+            )
+        log.warning(
+            "version %d: the servers hold different weights (%s); once more, by disk", self.lease.version, shown
+        )
+        self.transport = "disk"
+
+    def _each(self, method: str, **arguments: Any) -> dict[int, Any]:
+        """The results by server; those that fail are left out."""
+        calls = start_for_all(self.controls.values(), method, **arguments)
+        results = calls.results()
+        for index, line in calls.failures().items():
+            self._leave_out(index, line)
+        return results
+
+    def _leave_out(self, index: int, line: str) -> None:
+        control = self.controls.pop(index)
+        self._left_out.append(control)
+        at = f"server {index} at {control.address.url}"
+        self.failures[index] = line if line.startswith(at) else f"{at}: {line}"
+        log.warning("version %d: left out: %s", self.lease.version, self.failures[index])
+
+    def _broken_off(self, error: ServersFailed) -> None:
+        """Brings the servers that are alive back to where a transfer may start, and decides how it is repeated."""
+        self.broadcaster.close()
+        dead = self._not_answering()
+        for index in dead:
+            self._leave_out(index, error.failures.get(index, dead[index]))
+        start_for_all(_within(CLEAN_UP_S, self.controls.values()), "end_weight_update").results()
+        lines = "; ".join(error.failures.values())
+        if not self.controls:
+            self.transport = None
+        elif dead and self._broadcasts < MOST_BROADCASTS:
+            log.warning("version %d: broadcast again without server %s", self.lease.version, sorted(dead))
+        else:
+            log.warning("version %d: broadcast failed, servers load from disk: %s", self.lease.version, lines)
+            self.transport = "disk"
+
+    def _not_answering(self) -> dict[int, str]:
+        calls = start_for_all(_within(PROBE_S, self.controls.values()), "model_info")
+        calls.results()
+        return calls.failures()
+
+    def _anybody_alive(self) -> bool:
+        calls = start_for_all(_within(PROBE_S, self._left_out), "model_info")
+        return bool(calls.results())
+
+    def _tensor_parallel(self, index: int) -> int:
+        return self.controls[index].address.tensor_parallel
+
+    def _lines(self, indices: Iterable[int]) -> str:
+        return "; ".join(self.failures[index] for index in indices)
+
+
+def _within(timeout_s: float, controls: Iterable[ServerControl]) -> list[ServerControl]:
+    return [control.within(timeout_s) for control in controls]
