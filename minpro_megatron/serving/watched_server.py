@@ -58,8 +58,12 @@ class _Silence:
             else:
                 self._num_silences += 1
             self._question = None
-        if self._question is None and now - self._asked_at >= self._interval_s:
-            self._asked_at, self._question = now, Question(self._call)
+        if now - self._asked_at >= self._interval_s:
+            self._asked_at = now
+            if self._question is None:
+                self._question = Question(self._call)
+            else:  # an answer that trickles in has no end, and a thread cannot be ended
+                self._num_silences += 1
         return health
 
     @property
