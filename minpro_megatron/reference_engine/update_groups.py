@@ -1,6 +1,7 @@
 """Receiving weights over process groups: this process's side of parallel/update_group.py. Everything here blocks."""
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,15 +18,22 @@ class UpdateRefused(Exception):
 
 
 class UpdateGroups:
-    """The groups that this process is in, by name."""
+    """The groups that this process is in, by name. Threads take turns: a group must not end under a message."""
 
     def __init__(self) -> None:
         self._groups: dict[str, dist.ProcessGroup] = {}
+        self._turn = threading.Lock()
 
     def join(
         self, *, master_address: str, master_port: int, rank: int, world_size: int, group_name: str, backend: str
     ) -> None:
         """Returns when all `world_size` members have come."""
+        with self._turn:
+            self._join(master_address, master_port, rank, world_size, group_name, backend)
+
+    def _join(
+        self, master_address: str, master_port: int, rank: int, world_size: int, group_name: str, backend: str
+    ) -> None:
         if backend != "gloo":
             raise UpdateRefused(f"backend = {backend!r}: weights come to a server on the CPU by gloo")
         if group_name in self._groups:
@@ -40,15 +48,22 @@ class UpdateGroups:
         )
 
     def leave(self, group_name: str) -> None:
-        group = self._groups.pop(group_name, None)
-        if group is None:
-            raise UpdateRefused("The group to be destroyed does not exist.")
-        dist.destroy_process_group(group)
+        with self._turn:
+            group = self._groups.pop(group_name, None)
+            if group is None:
+                raise UpdateRefused("The group to be destroyed does not exist.")
+            dist.destroy_process_group(group)
 
     def receive(
         self, group_name: str, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], flat: bool
     ) -> list[tuple[str, Tensor]]:
         """The named tensors as rank 0 sends them: each by itself, or all bytes in one message where `flat`."""
+        with self._turn:
+            return self._receive(group_name, names, dtypes, shapes, flat)
+
+    def _receive(
+        self, group_name: str, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], flat: bool
+    ) -> list[tuple[str, Tensor]]:
         if group_name not in self._groups:
             raise UpdateRefused(
                 f"Failed to receive weights: Group {group_name} not in {list(self._groups)}. "

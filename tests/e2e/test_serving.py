@@ -1,4 +1,4 @@
-"""A real SGLang server on the CPU: started, asked, given new weights, stopped; its log-probs are transformers'."""
+"""A server of each engine on the CPU, a real SGLang too: started, asked, given new weights, stopped."""
 
 import asyncio
 import time
@@ -13,8 +13,9 @@ import torch
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.serving.answers import SampledSequence
+from minpro_megatron.serving.calls import for_all
 from minpro_megatron.serving.client import SamplingParameters, ServerClient
-from minpro_megatron.serving.control import ControlError, ServerControl, for_all
+from minpro_megatron.serving.control import ControlError, ServerControl
 from minpro_megatron.serving.errors import WrongPolicyVersion
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
@@ -26,6 +27,8 @@ pytestmark = [
 
 PROMPTS = [[5, 6, 7], [20, 21, 22, 23, 24, 25], [9]]
 MAX_RESPONSE_TOKENS = 12
+# Of SGLang: HTTP, scheduler, detokenizer.
+NUM_PROCESSES = {"reference": 1, "sglang": 3}
 
 
 def save_random_model(folder: Path, seed: int) -> None:
@@ -87,8 +90,8 @@ class Running:
         )
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=NUM_PROCESSES)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     root = tmp_path_factory.mktemp("serving")
     folder, other_folder = root / "hf", root / "other"
     save_random_model(folder, seed=0)
@@ -101,7 +104,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             "model": {"hf_path": str(folder), "megatron_path": "unused", "dtype": "float32"},
             "data": {"train_file": "unused", "heldout_file": "unused"},
             "sampling": {"max_prompt_tokens": 8, "max_response_tokens": MAX_RESPONSE_TOKENS},
-            "server": {"device": "cpu", "dtype": "float32", "max_total_tokens": 4096, "start_timeout_s": 150},
+            "server": {
+                "engine": request.param,
+                "device": "cpu",
+                "dtype": "float32",
+                "max_total_tokens": 4096,
+                "start_timeout_s": 150,
+            },
         }
     )
     server = ServerProcess(config, 0)
@@ -158,7 +167,7 @@ def test_it_stops_with_all_its_processes(running: Running) -> None:
     assert running.server._process is not None
     process = psutil.Process(running.server._process.pid)
     members = [process, *process.children(recursive=True)]
-    assert len(members) >= 3  # HTTP, scheduler, detokenizer
+    assert len(members) >= NUM_PROCESSES[running.config.server.engine]
     begin = time.monotonic()
     stop_servers([running.server])
     assert time.monotonic() - begin < 10
