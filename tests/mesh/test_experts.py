@@ -1,0 +1,113 @@
+"""Experts in grouped products give what megatron's loop over experts gives; which of the two a model gets."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minpro_megatron.parallel.mesh import Mesh
+from tests.mesh.harness import run_mesh
+from tests.mesh.reference import model_architecture
+
+pytestmark = pytest.mark.mesh
+
+COUNTS = [  # tokens of each of the eight experts
+    [3, 1, 7, 2, 40, 5, 1, 6],
+    [0, 4, 0, 0, 9, 1, 0, 0],
+    [0, 0, 0, 0, 0, 0, 0, 17],
+    [0] * 8,  # of a rank whose experts nobody chose
+]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # relative to the largest entry
+
+
+def _largest_differences(mesh: Mesh) -> dict[tuple[torch.dtype, int], dict[str, float]]:
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    from minpro_megatron.actor.model import build_model
+    from minpro_megatron.actor.torch_backend import GroupedExperts
+
+    found = {}
+    for dtype in TOLERANCE:
+        (model,) = build_model(model_architecture("moe"), mesh, dtype)
+        experts = _experts(model)
+        assert type(experts) is GroupedExperts
+        torch.manual_seed(1)
+        for parameter in experts.parameters():
+            torch.nn.init.normal_(parameter)
+        for case, counts in enumerate(COUNTS):
+            rows = torch.randn(sum(counts), model.config.hidden_size).to(dtype)
+            probs = torch.rand(sum(counts))
+            upstream = torch.randn(sum(counts), model.config.hidden_size).to(dtype)
+            grouped, looped = (
+                _values_and_gradients(forward, experts, rows, torch.tensor(counts), probs, upstream)
+                for forward in (GroupedExperts.forward, SequentialMLP.forward)
+            )
+            assert grouped.keys() == looped.keys()
+            assert {name for name in grouped if "linear_fc" in name} == {n for n, _ in experts.named_parameters()}
+            found[dtype, case] = {name: _relative(grouped[name], looped[name]) for name in grouped}
+    return found
+
+
+def _experts(model: Any) -> Any:
+    return model.decoder.layers[0].mlp.experts
+
+
+def _values_and_gradients(
+    forward: Any, experts: Any, rows: Tensor, counts: Tensor, probs: Tensor, upstream: Tensor
+) -> dict[str, Tensor]:
+    rows, probs = rows.clone().requires_grad_(), probs.clone().requires_grad_()
+    experts.zero_grad(set_to_none=True)
+    output, bias = forward(experts, rows, counts, probs)
+    assert bias is None
+    output.backward(upstream)
+    gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    assert not any(gradient is None for gradient in gradients.values()), "an expert without tokens has a gradient of 0"
+    return {"output": output.detach(), "rows": rows.grad, "probs": probs.grad, **gradients}  # type: ignore[dict-item]
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    if not expected.numel() or not expected.any():
+        return 0.0 if not found.any() else float("inf")
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+
+
+def test_grouped_products_equal_the_loop_in_values_and_gradients() -> None:
+    (found,) = run_mesh(_largest_differences)
+    assert len(found) == len(TOLERANCE) * len(COUNTS)
+    for (dtype, case), differences in found.items():
+        for name, difference in differences.items():
+            assert difference <= TOLERANCE[dtype], (dtype, COUNTS[case], name)
+
+
+def _kinds_of_experts(mesh: Mesh) -> list[str]:
+    from minpro_megatron.actor.model import build_model
+
+    wide = model_architecture("moe")
+    narrow = replace(wide, expert_ffn_hidden_size=12)  # cut in two, its rows begin at multiples of 24 bytes
+    return [
+        type(_experts(build_model(architecture, mesh, torch.float32)[0])).__name__ for architecture in (wide, narrow)
+    ]
+
+
+def test_matrices_that_the_grouped_product_refuses_get_the_loop() -> None:
+    ranks = run_mesh(_kinds_of_experts, tensor=2, expert_tensor=2)
+    assert ranks == [["GroupedExperts", "SequentialMLP"]] * 2
+
+
+def test_the_rule_is_what_torch_takes() -> None:
+    from minpro_megatron.actor.torch_backend import grouped_product_works
+
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for size in (4, 6, 8, 12, 16):
+            rows, ends = torch.ones(5, size, dtype=dtype), torch.tensor([2, 5], dtype=torch.int32)
+            try:
+                torch.nn.functional.grouped_mm(rows, torch.ones(2, size, size, dtype=dtype), offs=ends)
+                taken = True
+            except (RuntimeError, ValueError):
+                taken = False
+            assert grouped_product_works(cpu, dtype, [16, size]) == taken, (dtype, size)
