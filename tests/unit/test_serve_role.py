@@ -1,0 +1,74 @@
+"""The role `serve` without a server: what ends it at once, and what it says then."""
+
+import asyncio
+import signal
+from pathlib import Path
+
+import pytest
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.roles import serve
+from minpro_megatron.serving.endpoints import read_server_addresses
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.rollout_fakes import run_config
+from tests.unit.test_fleet import run, until
+
+
+def config(tmp_path: Path, **server: object) -> RunConfig:
+    values = run_config(tmp_path).model_dump()
+    values["server"] |= server
+    return RunConfig.model_validate(values)
+
+
+@pytest.fixture(autouse=True)
+def _no_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve, "WATCH_INTERVAL_S", 0.005)
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        (
+            {"api_key_variable": "THE_KEY"},
+            "serve: server.api_key_variable = 'THE_KEY': this environment variable is not",
+        ),
+        (
+            {"urls": ["a:1"], "api_key_variable": "THE_KEY"},
+            "serve: server.urls: 'a:1' must be like http://10.0.0.7:30000",
+        ),
+        ({"urls": ["http://a"], "api_key_variable": "THE_KEY"}, "serve: server.api_key_variable = 'THE_KEY'"),
+    ],
+)
+def test_wrong_settings_end_it_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: dict, message: str
+) -> None:
+    monkeypatch.delenv("THE_KEY", raising=False)
+    assert serve.run(config(tmp_path, **server), 0) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("serve: ")] == lines[:1]
+    assert lines[0].startswith(message)
+
+
+def test_without_any_of_the_given_servers_it_gives_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = config(tmp_path, urls=["http://127.0.0.1:9"], start_timeout_s=0.05, health_interval_s=0.01)
+    assert serve.run(settings, 0) == 1
+    assert (
+        "serve: none of server.urls = ['http://127.0.0.1:9'] has answered for server.start_timeout_s = 0.05 s"
+        in capsys.readouterr().err
+    )
+
+
+def test_given_servers_are_stated_and_their_end_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with FakeEngine() as engine:
+            settings = config(tmp_path, urls=[f"{engine.url}/"], health_interval_s=0.01, start_timeout_s=0.1)
+            role = asyncio.create_task(asyncio.to_thread(serve.run, settings, 4))
+            stated = lambda: read_server_addresses(settings.run_dir, 1, 4)  # noqa: E731
+            await until(lambda: bool(stated()))
+            assert [(address.index, address.url) for address in stated()] == [(0, engine.url)]
+            await engine.end()
+            await until(lambda: not stated())
+            assert await role == 1
+
+    run(test())
