@@ -27,9 +27,9 @@ class Prompt(Record, frozen=True, kw_only=True):
 class IssuedGroup(Record, frozen=True, kw_only=True):
     """A prompt with everything that decides its sampling: `responses_per_prompt` responses, one seed each."""
 
-    group_id: int  # counts all groups of the run: batch_index * num_prompts + place in the batch
-    batch_index: int  # the global step that consumes it
-    policy_version: int  # the version its tokens must be sampled with (delay mode)
+    group_id: int  # counts all groups of the run in the order of issue
+    batch_index: int  # the global step that consumes it; -1: not decided yet (bounded mode)
+    policy_version: int  # what its tokens are sampled with (delay mode), or newer (bounded mode)
     prompt: Prompt
     prompt_token_ids: np.ndarray  # int32
     sampling_seeds: list[int]
@@ -59,6 +59,14 @@ class CollectedGroup(Record, frozen=True, kw_only=True):
     def oldest_version(self) -> int:
         return min(int(response.policy_versions.min()) for response in self.responses)
 
+    @property
+    def newest_version(self) -> int:
+        return max(int(response.policy_versions.max()) for response in self.responses)
+
+    @property
+    def is_scored(self) -> bool:
+        return all(response.behavior_log_probs is not None for response in self.responses)
+
 
 class Batch(Record, frozen=True, kw_only=True):
     """The groups that global step `index` consumes, in canonical order (by group_id)."""
@@ -71,8 +79,18 @@ class BehaviorLogProbs(Record, frozen=True, kw_only=True):
     """The trainer's log-probs of batch `index` under its sampling weights: [group][response], float32 [tokens]."""
 
     index: int
-    policy_version: int
+    policy_version: int  # the weights that computed them; -1: every token under its own version (bounded mode)
     log_probs: list[list[np.ndarray]]
+
+
+class TrainedStep(Record, frozen=True, kw_only=True):
+    """Global step `step`, begun with the weights of `policy_version`, has trained on its batch."""
+
+    step: int
+    policy_version: int
+    # the policy's at the update that trained on the token: [group][response], float32 [tokens]; NaN where no update
+    # did; empty if not recorded
+    log_probs: list[list[np.ndarray]] = []
 
 
 class EvaluationResult(Record, frozen=True, kw_only=True):
@@ -104,6 +122,7 @@ class PublishLease(Record, frozen=True, kw_only=True):
     evaluations: list[EvaluationResult]  # all evaluations finished so far
     requests_in_flight: bool = False  # bounded mode: pause the servers first, let them go on after
     canary_prompt: list[int] = []  # token ids whose greedy continuation shows that the weights have arrived
+    metrics: dict[str, float] = {}  # of servers and collector since the last lease
 
 
 class CollectorTotals(Record, frozen=True, kw_only=True):

@@ -1,59 +1,43 @@
-"""The training loop, as the algorithm reads: delay mode, behavior log-probs under the sampling weights.
+"""The training loop, as the algorithm reads: behavior log-probs under the sampling weights, updates, publication.
 
 All ranks run it together; only rank 0 has a Feed, and what it fetches goes to the others.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from minpro_megatron.actor.behavior import flat, mini_batches_of, score_and_record, score_by_version
 from minpro_megatron.actor.policy import Policy, UpdateResult, learning_rate_at
 from minpro_megatron.actor.routing import Routes
+from minpro_megatron.actor.run_checkpoints import RunCheckpoints
+from minpro_megatron.actor.start_gate import refuse_broken_scores, refuse_different_models, refuse_unequal_start
 from minpro_megatron.batching.collate import TokenSequence
-from minpro_megatron.batching.sequences import behavior_record, token_sequences, with_log_probs
+from minpro_megatron.batching.sequences import (
+    behavior_record,
+    token_sequences,
+    trained_step,
+    with_known_scores,
+    with_log_probs,
+)
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.monitor.histograms import merge_histograms
 from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, total, values
 from minpro_megatron.monitor.step_report import StepReport, batch_metrics
+from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.records import Batch, CollectorTotals, PublishLease
 from minpro_megatron.rollout.feed import Feed
-from minpro_megatron.rollout.staleness import sampling_version
+from minpro_megatron.rollout.resume_point import RunManifest, TrainerState
 from minpro_megatron.weights.publish import Publisher
 
-LARGEST_START_MISMATCH = 0.1  # nats, mean over tokens; float32 engines differ by 1e-7, bfloat16 ones by about 1e-2
-SAMPLING, REFERENCE = "sampling", "reference"  # names of kept weights
+REFERENCE = "reference"  # name of the kept initial weights
 MOST_BROKEN_UPDATES = 3  # in a row
-PHASES = ("wait_for_batch", "score", "train", "publish")
-
-
-def refuse_different_models(sequences: Sequence[TokenSequence], log_probs: np.ndarray) -> None:
-    """Raises ValueError if the servers sampled the first batch with other weights than the trainer's initial ones."""
-    rollout = np.concatenate([sequence.rollout_log_probs for sequence in sequences])
-    mismatch = float(np.abs(rollout - log_probs).mean())
-    if not mismatch <= LARGEST_START_MISMATCH:
-        raise ValueError(
-            f"batch 0: the servers' log-probs differ from the trainer's by {mismatch:.3g} nats a token (limit "
-            f"{LARGEST_START_MISMATCH}): model.megatron_path and model.hf_path hold different weights; convert again"
-        )
-
-
-def refuse_broken_scores(index: int, log_probs: np.ndarray) -> None:
-    """Raises ValueError if a log-prob is NaN or infinite: ratios against it would be no numbers either."""
-    broken = int(np.count_nonzero(~np.isfinite(log_probs)))
-    if broken:
-        raise ValueError(
-            f"batch {index}: {broken} of {len(log_probs)} behavior log-probs are not finite: the weights hold NaN or "
-            "infinity; look for a diverging loss or gradient norm before it, and start again from earlier weights"
-        )
-
-
-def _flat(groups: Sequence[Sequence[TokenSequence]]) -> list[TokenSequence]:
-    return [sequence for group in groups for sequence in group]
+PHASES = ("wait_for_batch", "score", "train", "publish", "checkpoint")
 
 
 @dataclass
@@ -64,75 +48,135 @@ class Trainer:
     mesh: Mesh
     policy: Policy
     publisher: Publisher
-    feed: Feed | None  # rank 0's
-    report: StepReport | None  # rank 0's
+    checkpoints: RunCheckpoints
+    resumed_from: RunManifest | None
+    watchdog: Watchdog
+    feed: Feed | None = None  # rank 0's
+    report: StepReport | None = None  # rank 0's
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     updates: int = 0
     broken_in_a_row: int = 0
     changed: bool = False  # the weights, by the last step's updates
     # fetched and scored, by batch index: behavior log-probs, and each mini-batch's routes if they are replayed
     _ready: dict[int, tuple[Batch, np.ndarray, list[Routes] | None]] = field(default_factory=dict)
+    _version_in_place: int = 0
+    _publication: dict[str, float] = field(default_factory=dict)  # metrics of the last one
 
     def run(self) -> CollectorTotals | None:
-        """Trains through all global steps. Returns the collector's totals on rank 0, None elsewhere.
-
-        Batch k is sampled with version max(0, k - n) and consumed at step k. Its behavior log-probs are computed
-        under the very weights that sampled it: for k < n before the first update, else right after step k - n, when
-        the trainer is one step ahead of the servers and swaps the sampling weights in once more (n = 0: right before
-        step k).
-        """
-        delay = self.config.staleness.delay_steps
-        if self.config.loss.kl.enabled:
-            self.policy.keep_weights(REFERENCE)
-        for index in range(min(delay, self.config.num_global_steps)):
-            self._fetch_and_score(index)
-        for step in range(self.config.num_global_steps):
+        """Trains through all global steps that are left. Returns the collector's totals on rank 0, None elsewhere."""
+        first = self._begin()
+        delay_mode, delay = self.config.staleness.mode == "delay", self.config.staleness.delay_steps
+        if delay_mode:
+            for index in range(first, min(first + delay, self.config.num_global_steps)):
+                self._fetch_and_score(index)
+        for step in range(first, self.config.num_global_steps):
             start, before = time.monotonic(), dict(self.seconds)
-            if delay == 0:
-                self._fetch_and_score(step)
+            if delay_mode:
+                metrics, histograms, batch = self._delayed_step(step)
             else:
-                self.policy.keep_weights(SAMPLING)
-            batch, behavior_log_probs, routes = self._ready.pop(step)
-            metrics, histograms = self._train_on(batch, behavior_log_probs, routes, step)
-            if delay > 0 and step + delay < self.config.num_global_steps:
-                with self.policy.kept_weights(SAMPLING):
-                    self._fetch_and_score(step + delay)
+                metrics, histograms, batch = self._bounded_step(step)
             self._publish(step + 1, changed=self.changed)
+            self._save(step + 1)
             spent = {phase: self.seconds[phase] - before[phase] for phase in PHASES}
             self._write(step, batch, metrics, histograms, spent, time.monotonic() - start)
-        totals = self.feed.finish() if self.feed else None
-        if self.report and totals:
-            self.report.evaluations(totals.evaluations)
-        return totals
+        self._complete(self.checkpoints.finish())
+        return self._finish()
+
+    def _begin(self) -> int:
+        """The first global step: 0, or that of the checkpoint, whose weights are then in place and on the servers."""
+        if self.config.loss.kl.enabled:
+            self.policy.keep_weights(REFERENCE)  # the initial weights, also when the run goes on later
+        manifest = self.resumed_from
+        if manifest is not None:
+            self.checkpoints.load(self.policy, manifest)
+            self.updates = manifest.updates
+            self._version_in_place = manifest.policy_version
+        if self.feed:
+            self.feed.start(self._version_in_place)
+        if manifest is not None:
+            self._publish(self._version_in_place, changed=False)
+        return self._version_in_place
+
+    def _delayed_step(self, step: int) -> tuple[dict[str, Metric], dict[str, np.ndarray], Batch]:
+        """Batch k is sampled with version max(0, k - n) and consumed at step k.
+
+        Its behavior log-probs are computed under the very weights that sampled it: for k < n before the first update,
+        else right after step k - n, when the trainer is one step ahead of the servers and swaps the sampling weights in
+        once more (n = 0: right before step k).
+        """
+        delay = self.config.staleness.delay_steps
+        if delay == 0:
+            self._fetch_and_score(step)
+        batch, behavior_log_probs, routes = self._ready.pop(step)
+        metrics, histograms = self._train_on(batch, behavior_log_probs, routes, step)
+        if delay > 0 and step + delay < self.config.num_global_steps:
+            with self._weights_of(step):
+                self._fetch_and_score(step + delay)
+        return metrics, histograms, batch
+
+    def _bounded_step(self, step: int) -> tuple[dict[str, Metric], dict[str, np.ndarray], Batch]:
+        """The batch holds tokens of the versions step - max_staleness .. step; each is scored under its own."""
+        self._fetch_and_score(step)
+        batch, behavior_log_probs, routes = self._ready.pop(step)
+        metrics, histograms = self._train_on(batch, behavior_log_probs, routes, step)
+        return metrics, histograms, batch
+
+    def _kept_name(self, version: int) -> str:
+        """As many snapshots as versions that may still be asked for: of delay mode one, the servers' version."""
+        settings = self.config.staleness
+        return "sampling" if settings.mode == "delay" else f"sampling {version % (settings.max_staleness + 1)}"
+
+    @contextmanager
+    def _weights_of(self, version: int) -> Iterator[None]:
+        """Within: the weights of `version` are in place."""
+        if version == self._version_in_place:
+            yield
+            return
+        before, self._version_in_place = self._version_in_place, version
+        with self.policy.kept_weights(self._kept_name(version)):
+            yield
+        self._version_in_place = before
 
     def _fetch_and_score(self, index: int) -> None:
         with self._timed("wait_for_batch"):
-            batch = self.mesh.from_rank_0(self.feed.batch(index) if self.feed else None)
-        with self._timed("score"):
+            batch = self._fetch(index)
+        with self._timed("score"), self.watchdog.guard(f"scoring batch {index}"):
             groups = self._sequences(batch)
-            sequences = _flat(groups)
-            log_probs, routes = self._behavior_log_probs(groups)
+            log_probs, routes = self._behavior_log_probs(batch, groups)
             refuse_broken_scores(index, log_probs)
             if index == 0:
-                refuse_different_models(sequences, log_probs)
-            if self.feed:
-                version = sampling_version(index, self.config.staleness.delay_steps)
+                refuse_different_models(flat(groups), log_probs)
+            if self.feed and not all(group.is_scored for group in batch.groups):
+                version = self._version_in_place if self.config.staleness.mode == "delay" else -1
                 self.feed.scored(behavior_record(batch, version, log_probs))
         self._ready[index] = (batch, log_probs, routes)
 
-    def _behavior_log_probs(self, groups: list[list[TokenSequence]]) -> tuple[np.ndarray, list[Routes] | None]:
-        if self.config.model.routing_replay == "none":
-            return self.policy.score(_flat(groups)), None
-        # packed as the updates will pack them, so that every route stays on the rank that needs it again
-        scored = [self.policy.score_and_record(mini_batch) for mini_batch in self._mini_batches(groups)]
-        return np.concatenate([log_probs for log_probs, _ in scored]), [routes for _, routes in scored]
+    def _fetch(self, index: int) -> Batch:
+        while True:
+            answer = self.mesh.from_rank_0(self.feed.batch(index) if self.feed else None)
+            if isinstance(answer, Batch):
+                return answer
+            self._send(answer, changed=False)
+
+    def _behavior_log_probs(
+        self, batch: Batch, groups: list[list[TokenSequence]]
+    ) -> tuple[np.ndarray, list[Routes] | None]:
+        if self.config.staleness.behavior_log_probs == "rollout":
+            return np.concatenate([sequence.rollout_log_probs for sequence in flat(groups)]), None
+        if self.config.model.routing_replay == "scored":
+            return score_and_record(self.policy, self._mini_batches(groups))
+        # what was scored before the run was interrupted stays as it is
+        places = [place for place, group in enumerate(batch.groups) if not group.is_scored]
+        unscored = [response.policy_versions for place in places for response in batch.groups[place].responses]
+        sequences = flat([groups[place] for place in places])
+        fresh = score_by_version(self.policy, sequences, unscored, self._weights_of)
+        return with_known_scores(batch, fresh), None
 
     def _sequences(self, batch: Batch) -> list[list[TokenSequence]]:
         return token_sequences(batch, self.config.loss, self.config.sampling.max_response_tokens)
 
     def _mini_batches(self, groups: list[list[TokenSequence]]) -> list[list[TokenSequence]]:
-        size = self.config.batch.mini_batch_prompts
-        return [_flat(groups[first : first + size]) for first in range(0, len(groups), size)]
+        return mini_batches_of(groups, self.config.batch.mini_batch_prompts)
 
     def _other_log_probs(self, groups: list[list[TokenSequence]], routes: list[Routes] | None) -> dict[str, np.ndarray]:
         """What the loss needs beside the behavior log-probs: a scoring pass each, under weights of their own."""
@@ -144,27 +188,32 @@ class Trainer:
             found["proximal_log_probs"] = np.concatenate(parts)
         if self.config.loss.kl.enabled:
             with self.policy.kept_weights(REFERENCE):
-                found["reference_log_probs"] = self.policy.score(_flat(groups))
+                found["reference_log_probs"] = self.policy.score(flat(groups))
         return found
 
     def _train_on(
         self, batch: Batch, behavior_log_probs: np.ndarray, routes: list[Routes] | None, step: int
     ) -> tuple[dict[str, Metric], dict[str, np.ndarray]]:
         with self._timed("train"):
+            self.policy.keep_weights(self._kept_name(step))  # for scoring, and for servers that come back meanwhile
             groups = self._sequences(batch)
-            other = self._other_log_probs(groups, routes)
+            with self.watchdog.guard(f"scoring for global step {step}"):
+                other = self._other_log_probs(groups, routes)
             groups = with_log_probs(groups, behavior_log_probs=behavior_log_probs, **other)
             learning_rate = learning_rate_at(self.config.optimizer, step)
-            parts, histograms = [], []
+            parts, histograms, log_probs = [], [], []
             self.changed = False
             for index, mini_batch in enumerate(self._mini_batches(groups)):
                 seed = derive_seed(self.config.seed, "update", self.updates)
-                result = self.policy.update(mini_batch, learning_rate, seed, routes[index] if routes else None)
+                with self.watchdog.guard(f"update {self.updates} (global step {step})"):
+                    result = self.policy.update(mini_batch, learning_rate, seed, routes[index] if routes else None)
+                self._refuse_an_unequal_start(result)
                 self.updates += 1
                 self.changed |= result.applied and result.grad_norm * result.learning_rate > 0
                 self._refuse_a_diverged_run(result, step)
                 parts.append(result.metrics)
                 histograms.append(result.histograms)
+                log_probs.append(result.log_probs)
                 if self.mesh.rank == 0:  # the same on all ranks: stated once
                     parts.append(
                         {
@@ -173,11 +222,17 @@ class Trainer:
                             "optimizer/skipped_updates": total(0.0 if result.applied else 1.0),
                         }
                     )
+            self._version_in_place = step + 1
             of_ranks = self.mesh.from_all_ranks((merge(parts), merge_histograms(histograms)))
             metrics = merge([part for part, _ in of_ranks])
         if self.feed:
-            self.feed.consumed(step, step)
+            self.feed.consumed(trained_step(batch, step, [found for found in log_probs if found is not None]))
         return metrics, merge_histograms([part for _, part in of_ranks])
+
+    def _refuse_an_unequal_start(self, result: UpdateResult) -> None:
+        if self.updates == 0 and result.skipped != "no trained token":
+            metrics = values(merge(self.mesh.from_all_ranks(result.metrics)))
+            refuse_unequal_start(metrics, self.config.model.dtype)
 
     def _refuse_a_diverged_run(self, result: UpdateResult, step: int) -> None:
         """Raises ValueError at the third update in a row whose gradient is not finite: it will not get better."""
@@ -195,14 +250,53 @@ class Trainer:
         )
 
     def _publish(self, version: int, changed: bool) -> None:
+        """The weights in place go to the servers as `version`."""
         with self._timed("publish"):
-            lease: PublishLease | None = None
-            if self.feed:
-                lease = self.feed.publish_begin(version)
-            self.publisher.publish(lease, changed)
-            if self.feed and self.report and lease:
-                self.feed.publish_end(version)
+            while True:
+                lease = self.mesh.from_rank_0(self.feed.publish_begin(version) if self.feed else None)
+                self._send(lease, changed)
+                if lease.version == version:
+                    break
+            for result in lease.evaluations:
+                self.checkpoints.note_score(result.policy_version, result.pass_at_1)
+            if self.report:
                 self.report.evaluations(lease.evaluations)
+
+    def _send(self, lease: PublishLease, changed: bool) -> None:
+        """The lease's version goes to the lease's servers."""
+        with self.watchdog.guard(f"publishing version {lease.version}"), self._weights_of(lease.version):
+            report = self.publisher.publish(lease if self.mesh.rank == 0 else None, changed)
+        if self.feed and report:
+            self.feed.publish_end(lease.version, report.held_by)
+            self._publication = report.metrics() | lease.metrics
+
+    def _save(self, version: int) -> None:
+        every = self.config.checkpoint.every_steps
+        with self._timed("checkpoint"), self.watchdog.guard(f"the checkpoint of version {version}"):
+            if every and version % every == 0:
+                if self.feed:
+                    self.feed.checkpoint_begin(version)
+                num_groups = version * self.config.batch.num_prompts
+                state = TrainerState(
+                    policy_version=version, updates=self.updates, num_groups_consumed=num_groups, next_batch=version
+                )
+                self.checkpoints.save(self.policy, state)
+            self._complete(self.checkpoints.poll())
+
+    def _complete(self, versions: list[int]) -> None:
+        for version in versions if self.feed else []:
+            assert self.feed is not None
+            self.feed.checkpoint_end(version)
+
+    def _finish(self) -> CollectorTotals | None:
+        while True:
+            answer = self.mesh.from_rank_0(self.feed.finish() if self.feed else None)
+            if isinstance(answer, CollectorTotals):
+                break
+            self._send(answer, changed=False)
+        if self.report:
+            self.report.evaluations(answer.evaluations)
+        return answer if self.feed else None
 
     def _write(
         self,
@@ -215,7 +309,8 @@ class Trainer:
     ) -> None:
         if self.report:
             times = {f"time/{phase}_s": seconds for phase, seconds in spent.items()} | {"time/step_s": step_s}
-            self.report.step(step, values(metrics | batch_metrics(batch, step)) | times, histograms, batch)
+            scalars = values(metrics | batch_metrics(batch, step)) | times | self._publication
+            self.report.step(step, scalars, histograms, batch)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

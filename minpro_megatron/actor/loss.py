@@ -1,7 +1,7 @@
 """What the last pipeline stage makes of a micro-batch's log-probs: the loss, a survey's tokens, or plain scores."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.parallel.prefix_scan import ShardedScan
 
 
+class TrainedTokens(NamedTuple):
+    """What a micro-batch's training leaves behind."""
+
+    statistics: Statistics
+    by_slot: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class PolicyLoss:
     """The loss of a run. The methods are megatron loss functions (actor.forward.LossFunction)."""
@@ -26,8 +33,8 @@ class PolicyLoss:
     objective_settings: ObjectiveSection
     settings: LossConfig
 
-    def train(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Statistics]:
-        """The loss summed over the local slots, and the statistics of them."""
+    def train(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, TrainedTokens]:
+        """The loss summed over the local slots, and what is to be known of them."""
         row = micro_batch.row
         tokens, terms, others = self._terms(scores, micro_batch)
         by_sequence = self.objective_settings.aggregation == "sequence_mean"
@@ -42,7 +49,7 @@ class PolicyLoss:
         return (
             summed_loss(scores.log_probs_L, terms, weight),
             weight.new_full((), count, dtype=torch.int),
-            statistics,
+            TrainedTokens(statistics, by_slot(micro_batch, {"log_probs": scores.log_probs_L.detach()})),
         )
 
     def survey(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, PolicyTokens]:
@@ -59,7 +66,7 @@ class PolicyLoss:
             "coefficients": torch.where(tokens.is_trained_L, terms.coefficients_L, 0.0),
             "prefix_min": tokens.prefix_minimum_L,
         }
-        return nothing, nothing.int(), {"slots": micro_batch.row.flat_slot_L, "values": found}
+        return nothing, nothing.int(), by_slot(micro_batch, found)
 
     def _terms(
         self, scores: TokenScores, micro_batch: MicroBatch
@@ -102,8 +109,12 @@ class PolicyLoss:
 def score(scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The log-probs alone, in the form of PolicyLoss.inspect."""
     nothing = scores.log_probs_L.new_zeros(())
-    found = {"log_probs": scores.log_probs_L.detach()}
-    return nothing, nothing.int(), {"slots": micro_batch.row.flat_slot_L, "values": found}
+    return nothing, nothing.int(), by_slot(micro_batch, {"log_probs": scores.log_probs_L.detach()})
+
+
+def by_slot(micro_batch: MicroBatch, values: dict[str, Tensor]) -> dict[str, Any]:
+    """Per-token `values` by name, each [L], and the `slots` of the mini-batch they belong to."""
+    return {"slots": micro_batch.row.flat_slot_L, "values": values}
 
 
 def with_survey(micro_batches: list[MicroBatch], surveyed: list[Tensor]) -> list[MicroBatch]:

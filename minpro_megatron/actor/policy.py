@@ -60,6 +60,8 @@ class UpdateResult:
     skipped: Skipped | None = None  # why the weights are as before, if they are
     metrics: dict[str, Metric] = field(default_factory=dict)
     histograms: dict[str, np.ndarray] = field(default_factory=dict)  # monitor.histograms
+    # of the policy before the update, float32 [response tokens of the mini-batch]; on every rank, if they are recorded
+    log_probs: np.ndarray | None = None
 
     @property
     def applied(self) -> bool:
@@ -149,8 +151,10 @@ class Policy:
         `routes`, recorded with the very same sequences, are followed where given. Raises ValueError as `score` does.
         """
         if not any(sequence.num_trained_tokens for sequence in sequences):
-            return UpdateResult(0.0, learning_rate, skipped="no trained token")
-        metrics, histograms = self.accumulate_gradient(sequences, seed, routes)
+            num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
+            unknown = np.full(num_tokens, np.nan, np.float32) if self._config.collector.journal_ratios else None
+            return UpdateResult(0.0, learning_rate, skipped="no trained token", log_probs=unknown)
+        metrics, histograms, log_probs = self.accumulate_gradient(sequences, seed, routes)
         if self._objective.learning_rate_factor is not None:
             learning_rate *= self._global_mean(metrics, self._objective.learning_rate_factor)
         for group in self._optimizer.param_groups:
@@ -159,9 +163,9 @@ class Policy:
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())  # over the whole model, the same on every rank
         if not math.isfinite(grad_norm):
-            return UpdateResult(grad_norm, learning_rate, "gradient not finite", metrics, histograms)
+            return UpdateResult(grad_norm, learning_rate, "gradient not finite", metrics, histograms, log_probs)
         self._optimizer.step()
-        return UpdateResult(grad_norm, learning_rate, None, metrics, histograms)
+        return UpdateResult(grad_norm, learning_rate, None, metrics, histograms, log_probs)
 
     def parameters_with_broken_gradient(self) -> list[str]:
         """Global names of the parameters whose last gradient is not finite somewhere, sorted, on every rank."""
@@ -171,10 +175,11 @@ class Policy:
 
     def accumulate_gradient(
         self, sequences: Sequence[TokenSequence], seed: int = 0, routes: Routes | None = None
-    ) -> tuple[dict[str, Metric], dict[str, np.ndarray]]:
+    ) -> tuple[dict[str, Metric], dict[str, np.ndarray], np.ndarray | None]:
         """Forward and backward of the mini-batch: its gradient replaces what is in the gradient buffers.
 
-        Returns this rank's part of the metrics and of the histograms. `update` is this and the optimizer's step.
+        Returns this rank's part of the metrics and of the histograms, and the tokens' log-probs if they are recorded.
+        `update` is this and the optimizer's step.
         """
         self._snapshots.refuse_while_swapped("the gradient would be that of other weights")
         micro_batches, row_tokens, filling = self._micro_batches(sequences)
@@ -183,9 +188,12 @@ class Policy:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        statistics = self._run(self._loss.train, micro_batches, row_tokens, routing, forward_only=False)
-        metrics, histograms = as_metrics(statistics)
-        return metrics | filling, histograms
+        trained = self._run(self._loss.train, micro_batches, row_tokens, routing, forward_only=False)
+        metrics, histograms = as_metrics([one.statistics for one in trained])
+        log_probs = None
+        if self._config.collector.journal_ratios:
+            log_probs = self._by_token([one.by_slot for one in trained], ["log_probs"], sequences)["log_probs"]
+        return metrics | filling, histograms, log_probs
 
     def save(self, folder: Path, in_background: bool = False) -> ShardWrite:
         """Begin to write weights and optimizer state into the empty `folder`, in a form that any mesh can load.
@@ -317,7 +325,18 @@ def _megatron_optimizer(config: OptimizerConfig, chunk: GPTModel) -> MegatronOpt
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=True,
+        **(_offload_settings(config) if config.cpu_offload else {}),
     )
+
+
+def _offload_settings(config: OptimizerConfig) -> dict[str, Any]:
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": config.cpu_offload,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+        # otherwise the float32 weights would stay on the GPU beside their copies on the host
+        "use_precision_aware_optimizer": True,
+    }
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.objective.advantages import group_advantages, overlong_penalty
-from minpro_megatron.records import Batch, BehaviorLogProbs
+from minpro_megatron.records import Batch, BehaviorLogProbs, TrainedStep
 
 
 def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) -> list[list[TokenSequence]]:
@@ -81,13 +81,35 @@ def with_log_probs(groups: list[list[TokenSequence]], **log_probs: np.ndarray) -
     ]
 
 
+def with_known_scores(batch: Batch, fresh: np.ndarray) -> np.ndarray:
+    """Behavior log-probs of all response tokens of `batch` in canonical order, float32: those that its groups carry,
+    and `fresh` for the groups that carry none."""
+    pieces, first = [], 0
+    for response in (response for group in batch.groups for response in group.responses):
+        known = response.behavior_log_probs
+        if known is None:
+            known = fresh[first : first + len(response.token_ids)]
+            first += len(response.token_ids)
+        pieces.append(known)
+    assert first == len(fresh), "scores of another batch"
+    return np.concatenate(pieces)
+
+
 def behavior_record(batch: Batch, policy_version: int, log_probs: np.ndarray) -> BehaviorLogProbs:
     """The scores of `batch` as they go back to the collector; `log_probs` as in with_log_probs."""
+    return BehaviorLogProbs(index=batch.index, policy_version=policy_version, log_probs=_by_response(batch, log_probs))
+
+
+def trained_step(batch: Batch, policy_version: int, log_probs: Sequence[np.ndarray]) -> TrainedStep:
+    """What the collector is told once the batch is trained on. `log_probs`: those of its mini-batches in order, float32
+    [response tokens]; none where they are not recorded."""
+    recorded = _by_response(batch, np.concatenate(log_probs)) if log_probs else []
+    return TrainedStep(step=batch.index, policy_version=policy_version, log_probs=recorded)
+
+
+def _by_response(batch: Batch, values: np.ndarray) -> list[list[np.ndarray]]:
+    """[group][response] of one value for each response token of the batch in canonical order."""
     ends = np.cumsum([len(response.token_ids) for group in batch.groups for response in group.responses])
-    assert len(log_probs) == ends[-1], "scores of another batch"
-    pieces = iter(np.split(log_probs, ends[:-1]))
-    return BehaviorLogProbs(
-        index=batch.index,
-        policy_version=policy_version,
-        log_probs=[[next(pieces) for _ in group.responses] for group in batch.groups],
-    )
+    assert len(values) == ends[-1], "values of another batch"
+    pieces = iter(np.split(values, ends[:-1]))
+    return [[next(pieces) for _ in group.responses] for group in batch.groups]

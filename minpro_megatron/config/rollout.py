@@ -82,6 +82,12 @@ class CollectorConfig(Section):
     reward: str = Field(default="calculator", description="name of a reward function in minpro_megatron/rewards")
     reward_timeout_s: float = Field(default=5.0, gt=0, description="hard limit for grading one response")
     reward_workers: int = Field(default=1, ge=1)
+    journal_ratios: bool = Field(
+        default=True, description="also store what the policy gave each token at the update: 4 bytes a token"
+    )
+    journal_keep_steps: int = Field(
+        default=50, ge=0, description="global steps whose tokens and log-probs stay in the journal; 0: all"
+    )
 
 
 class EvaluationConfig(Section):

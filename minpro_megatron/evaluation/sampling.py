@@ -10,6 +10,7 @@ import numpy as np
 
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.evaluation.pass_at_k import mean_pass_at_k
+from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.records import CollectedGroup, EvaluationResult, IssuedGroup, Prompt
 
 FILE_NAME = "evaluations.jsonl"
@@ -68,3 +69,8 @@ def append_result(run_dir: Path, result: EvaluationResult) -> None:
     """Adds one line to `run_dir/evaluations.jsonl`."""
     with (Path(run_dir) / FILE_NAME).open("ab") as file:
         file.write(msgspec.json.encode(result) + b"\n")
+
+
+def write_results(run_dir: Path, results: Sequence[EvaluationResult]) -> None:
+    """`run_dir/evaluations.jsonl` holds these results and no others."""
+    replace_file(Path(run_dir) / FILE_NAME, "".join(msgspec.json.encode(result).decode() + "\n" for result in results))

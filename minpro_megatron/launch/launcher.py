@@ -11,17 +11,21 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.logs import explanation
 from minpro_megatron.launch.preflight import problems
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
+from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run, next_incarnation
 from minpro_megatron.launch.roles import role_commands
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, Supervisor
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.progress import Progress, duration
 from minpro_megatron.monitor.summary import RunSummary, read_summary
+from minpro_megatron.rollout.resume_point import read_latest
 
-# What a run that failed while it started may have left: it would mislead this one's roles and display.
+# What an earlier incarnation says of itself: it would mislead this one's roles and display.
+_OF_ONE_INCARNATION = ("endpoints", "report.html", "status", "summary.json")
+# What a run that failed while it started may have left besides.
 _LEFTOVERS = (
-    "endpoints", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm", "journal.sqlite-wal", "logs",
-    "metrics.jsonl", "report.html", "status", "summary.json", "tensorboard",
+    "checkpoints", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm", "journal.sqlite-wal", "logs",
+    "metrics.jsonl", "published", "routes", "tensorboard",
 )  # fmt: skip
 
 
@@ -35,14 +39,18 @@ def launch(recipe: str, overrides: list[str]) -> int:
     if found:
         raise UserError(found)
     with _claimed(config.run_dir):
-        _remove_leftovers(config.run_dir)
-        config_file = config.run_dir.absolute() / "run.json"
+        goes_on = holds_a_run(config.run_dir)
+        _remove(config.run_dir, _OF_ONE_INCARNATION if goes_on else _OF_ONE_INCARNATION + _LEFTOVERS)
+        config_file = config.run_dir.absolute() / CONFIG_FILE
         replace_file(config_file, config.to_json())
+        incarnation = next_incarnation(config.run_dir)
         print(
             f"run {config.name}: {config.objective.name}, {config.num_global_steps} global steps; "
             f"files in {config.run_dir}"
         )
-        supervisor = Supervisor(role_commands(config, config_file, incarnation=0), config.run_dir / "logs")
+        if goes_on:
+            print(_where_it_goes_on(config.run_dir, incarnation))
+        supervisor = Supervisor(role_commands(config, config_file, incarnation), config.run_dir / "logs")
         with Progress(config) as progress:
             outcome = supervisor.run(progress.tick)
         return _conclude(config, outcome)
@@ -62,8 +70,14 @@ def _claimed(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _remove_leftovers(run_dir: Path) -> None:
-    for name in _LEFTOVERS:
+def _where_it_goes_on(run_dir: Path, incarnation: int) -> str:
+    manifest = read_latest(run_dir)
+    where = f"from its checkpoint after global step {manifest.policy_version}" if manifest else "from its beginning"
+    return f"it goes on {where} (start {incarnation + 1} of this run)"
+
+
+def _remove(run_dir: Path, names: tuple[str, ...]) -> None:
+    for name in names:
         path = run_dir / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -92,7 +106,7 @@ def closing_lines(outcome: Outcome) -> list[str]:
         lines.append(f"error: these processes could not be ended: {pids}; end them by hand")
     if outcome.interrupted_by is not None:
         lines.append(f"interrupted by {outcome.interrupted_by}; all processes were stopped")
-    return lines
+    return [*lines, "the same command goes on from the last checkpoint"] if lines else []
 
 
 def _finish(config: RunConfig) -> int:

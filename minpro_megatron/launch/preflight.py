@@ -5,14 +5,12 @@ import json
 import os
 import shutil
 import socket
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.launch.resume import holds_a_run, obstacles
 from minpro_megatron.launch.roles import gpus_needed
-from minpro_megatron.rollout.journal import FILE_NAME as JOURNAL_FILE
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 
 _PROMPT_FIELDS = {"id", "source", "prompt", "answer"}
@@ -104,23 +102,11 @@ def _first_line_problem(path: Path) -> Iterator[str]:
         yield f"line 1 has no {', '.join(missing)}; each line needs {', '.join(sorted(_PROMPT_FIELDS))}"
 
 
-def holds_a_run(run_dir: Path) -> bool:
-    """Whether the folder's journal has rollouts; that of a run which failed while it started has none."""
-    journal = run_dir / JOURNAL_FILE
-    if not journal.exists():
-        return False
-    try:
-        with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=rw", uri=True, timeout=0.1)) as database:
-            return database.execute("SELECT EXISTS (SELECT 1 FROM groups)").fetchone()[0] == 1
-    except sqlite3.Error:
-        return True  # in use, or damaged: in any case not ours to throw away
-
-
 def _run_folder(config: RunConfig) -> Iterator[str]:
     if config.run_dir.exists() and not config.run_dir.is_dir():
         yield f"runs_dir/name = {config.run_dir}: this is a file; choose another name=..."
     elif holds_a_run(config.run_dir):
-        yield f"name = {config.name}: {config.run_dir} holds an earlier run; give a new name=... or delete it"
+        yield from obstacles(config)
     parent = _existing_parent(config.run_dir)
     if not os.access(parent, os.W_OK):
         yield f"runs_dir = {config.runs_dir}: {parent} cannot be written to; choose another runs_dir=..."

@@ -187,7 +187,39 @@ METRICS: dict[str, Declaration] = {
     "time/score_s": Declaration("s", "max", "behavior log-probs of the batch to come"),
     "time/train_s": Declaration("s", "max", "forward, backward and optimizer updates"),
     "time/publish_s": Declaration("s", "max", "sending the weights to the servers and checking them"),
+    "time/checkpoint_s": Declaration("s", "max", "training held up by checkpoints"),
     "time/step_s": Declaration("s", "max", "the whole global step"),
+    "overlap/trainer_wait_share": Declaration(
+        "share", "derived", "of the step in which the trainer waited for a batch"
+    ),
+    "overlap/server_idle_share": Declaration(
+        "share", "mean", "of the servers' time without a group, since the last step"
+    ),
+    "fleet/members": Declaration("servers", "mean", "servers that answer"),
+    "fleet/current": Declaration("servers", "mean", "of them, with the current weights: they get work"),
+    "fleet/outdated": Declaration("servers", "mean", "of them, without the current weights: they get no work"),
+    "fleet/slow": Declaration("servers", "mean", "of them, far slower than the median: they get work last"),
+    "fleet/groups_in_flight": Declaration("groups", "mean", "groups under way when the weights were published"),
+    "fleet/groups_waiting": Declaration("groups", "mean", "groups then waiting for a server"),
+    "fleet/idle_s": Declaration("s", "sum", "servers' time without a group, since the start"),
+    "fleet/groups": Declaration("groups", "sum", "groups sampled since the start, held-out ones included"),
+    "fleet/retries": Declaration("groups", "sum", "groups requested again after a failure, since the start"),
+    "fleet/moved_groups": Declaration("groups", "sum", "groups moved away from a server that ended, since the start"),
+    "fleet/restarts": Declaration("servers", "sum", "servers that came back or lost their weights, since the start"),
+    "fleet/tokens/<server>": Declaration("tokens", "sum", "tokens sampled by a server, since the start"),
+    "fleet/tokens_per_s/<server>": Declaration("tokens/s", "mean", "rate of one response on a server"),
+    "fleet/failures/<kind>": Declaration("requests", "sum", "requests that failed, since the start"),
+    "fleet/invalid_answers/<kind>": Declaration(
+        "answers", "sum", "answers refused, since the start; none is trained on"
+    ),
+    "publish/paused_s": Declaration("s", "max", "servers paused while weights change under requests in flight"),
+    "publish/bytes_per_s": Declaration(
+        "bytes/s", "mean", "weights / time from the first byte to the last server's last"
+    ),
+    "publish/servers": Declaration("servers", "sum", "servers that hold the new version, verified"),
+    "publish/failures": Declaration("servers", "sum", "servers of the lease that do not hold it: they get no work"),
+    "publish/canary_abs_mean": Declaration("nats", "mean", "|trainer's - server's log-prob| of the canary's tokens"),
+    "publish/canary_abs_max": Declaration("nats", "max", "largest such difference on any server"),
     "throughput/response_tokens_per_s": Declaration("tokens/s", "mean", "the batch's response tokens / step"),
     "throughput/trained_tokens_per_s": Declaration("tokens/s", "mean", "batch tokens / training time"),
     "eval/pass_at_1": Declaration("share", "mean", "held-out accuracy of one sample"),

@@ -39,6 +39,11 @@ def _group_metrics(group: CollectedGroup, step: int) -> dict[str, Metric]:
     }
 
 
+def token_staleness(batch: Batch, step: int) -> np.ndarray:
+    """The staleness of every response token of the batch as global step `step` consumes it, int32."""
+    return np.concatenate([step - r.policy_versions for group in batch.groups for r in group.responses])
+
+
 def derived_metrics(scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> dict[str, float]:
     """What METRICS calls derived: effective sample sizes and quantiles of the tokens of a step."""
     derived = {}
@@ -56,11 +61,12 @@ def derived_metrics(scalars: Mapping[str, float], histograms: Mapping[str, np.nd
 class StepReport:
     """Writes a run's steps and evaluations; rank 0 of the trainer holds one."""
 
-    def __init__(self, writer: RunWriter, response_text: Callable[[np.ndarray], str]) -> None:
-        """`response_text` turns a response's token ids into text, for the samples."""
+    def __init__(self, writer: RunWriter, response_text: Callable[[np.ndarray], str], first_step: int = 0) -> None:
+        """`response_text` turns a response's token ids into text, for the samples. Evaluations of versions before
+        `first_step` were written by an earlier incarnation of the run."""
         self._writer = writer
         self._response_text = response_text
-        self._evaluated: set[int] = set()
+        self._evaluated = set(range(first_step))
         self.samples: list[dict] = []  # of the last step that showed any
 
     def step(self, step: int, scalars: dict[str, float], histograms: Mapping[str, np.ndarray], batch: Batch) -> None:
@@ -68,12 +74,14 @@ class StepReport:
         rates = {
             "throughput/response_tokens_per_s": response_tokens / scalars["time/step_s"],
             "throughput/trained_tokens_per_s": scalars["batch/tokens"] / scalars["time/train_s"],
+            "overlap/trainer_wait_share": scalars["time/wait_for_batch_s"] / scalars["time/step_s"],
         }
         if step % SAMPLES_EVERY_STEPS == 0:
             self._show_samples(step, batch)
         if step % HISTOGRAMS_EVERY_STEPS == 0:
             lengths = [len(response.token_ids) for group in batch.groups for response in group.responses]
             self._writer.histogram(step, "response/length", np.asarray(lengths))
+            self._writer.histogram(step, "staleness/token", token_staleness(batch, step))
             for name, counts in histograms.items():
                 self._writer.counts(step, f"{name}/log", counts, bin_edges())
         self._writer.scalars(step, scalars | rates | derived_metrics(scalars, histograms))

@@ -4,23 +4,22 @@ import asyncio
 import logging
 import signal
 import sys
-import time
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.status import write_status
-from minpro_megatron.records import ServerAddress
+from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.rewards.pool import RewardPool
 from minpro_megatron.rollout.api import CollectorApi
 from minpro_megatron.rollout.collector import Collector
+from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.generation import GroupCollector
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt, load_prompts, tokenize
+from minpro_megatron.rollout.resume_point import read_latest
 from minpro_megatron.rollout.tokenizer import TextTokenizer
-from minpro_megatron.serving.client import ServerClient
-from minpro_megatron.serving.endpoints import read_server_addresses
-from minpro_megatron.serving.model_files import ModelFacts, read_model_facts
+from minpro_megatron.serving.model_files import read_model_facts
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +29,6 @@ START_MARGIN_S = 60.0
 # How long a failed collector stays to answer a trainer that is between two requests.
 FAILURE_DELIVERY_S = 1.0
 STATUS_TERMINATED = 128 + signal.SIGTERM
-# More groups than fit: the server's queue then always holds the next one when responses of different
-# lengths end.
-QUEUE_FACTOR = 1.25
 
 
 class StartError(RuntimeError):
@@ -63,6 +59,8 @@ async def _until_terminated(config: RunConfig, incarnation: int) -> None:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     write_status(config.run_dir, "collect", "starting")
     async with AsyncExitStack() as stack:
+        watchdog = Watchdog(config.run_dir / "logs" / "stacks-collect.txt", config.debug.hang_timeout_s)
+        stack.callback(asyncio.create_task(_show_life(watchdog)).cancel)
         journal = await Journal.open(config.run_dir)
         stack.push_async_callback(journal.close)
         api = CollectorApi(config.run_dir, config.collector.host, config.collector.port, incarnation)
@@ -82,19 +80,28 @@ async def _until_terminated(config: RunConfig, incarnation: int) -> None:
             raise
 
 
+async def _show_life(watchdog: Watchdog) -> None:
+    """As long as the event loop goes round, no guard lasts."""
+    while True:
+        with watchdog.guard("the collector's event loop"):
+            await asyncio.sleep(1)
+
+
 async def _make_collector(config: RunConfig, incarnation: int, journal: Journal, stack: AsyncExitStack) -> Collector:
     facts = read_model_facts(config.model.hf_path)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     training, heldout = await asyncio.to_thread(_read_prompts, config, tokenizer)
     rewards = RewardPool(config.collector.reward, config.collector.reward_workers, config.collector.reward_timeout_s)
     await stack.enter_async_context(rewards)
-    addresses = await _wait_for_servers(config, incarnation)
-    clients = [await _connect(address, facts, config, stack) for address in addresses]
-    responses_per_prompt = config.batch.responses_per_prompt
-    groups_per_server = max(1, round(QUEUE_FACTOR * config.server.max_running_requests / responses_per_prompt))
-    groups = GroupCollector(clients, rewards, tokenizer, groups_per_server)
     stack.callback(partial(_log_rewards, rewards))
-    return Collector(config, journal, PromptStream(training, config), heldout, groups.collect, addresses)
+    fleet = await stack.enter_async_context(Fleet(config, facts, incarnation))
+    groups = GroupCollector(fleet, rewards, tokenizer)
+    collector = Collector(config, journal, PromptStream(training, config), heldout, groups.collect, fleet)
+    manifest = read_latest(config.run_dir)
+    await collector.restore(manifest.policy_version if manifest else 0)
+    write_status(config.run_dir, "collect", "waiting for the servers")
+    await fleet.wait_until_ready(config.server.start_timeout_s + START_MARGIN_S)
+    return collector
 
 
 def _read_prompts(config: RunConfig, tokenizer: TextTokenizer) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
@@ -110,29 +117,6 @@ def _read_prompts(config: RunConfig, tokenizer: TextTokenizer) -> tuple[list[Tok
         tokenize(training, tokenizer, longest, "data.train_file"),
         tokenize(heldout[:wanted], tokenizer, longest, "data.heldout_file"),
     )
-
-
-async def _wait_for_servers(config: RunConfig, incarnation: int) -> list[ServerAddress]:
-    write_status(config.run_dir, "collect", "waiting for the servers")
-    limit_s = config.server.start_timeout_s + START_MARGIN_S
-    deadline = time.monotonic() + limit_s
-    while True:
-        addresses = read_server_addresses(config.run_dir, config.server.count, incarnation)
-        if len(addresses) == config.server.count:
-            return addresses
-        if time.monotonic() > deadline:
-            raise StartError(
-                f"{len(addresses)} of server.count = {config.server.count} servers ready after {limit_s:g} s "
-                "(server.start_timeout_s and a margin); see the log of serve"
-            )
-        await asyncio.sleep(0.1)
-
-
-async def _connect(address: ServerAddress, facts: ModelFacts, config: RunConfig, stack: AsyncExitStack) -> ServerClient:
-    client = await stack.enter_async_context(ServerClient(address, facts, config.server.request_timeout_s))
-    if (version := await client.policy_version()) != 0:
-        raise StartError(f"{client.name} holds policy version {version}, but a run starts from version 0; restart it")
-    return client
 
 
 def _log_rewards(rewards: RewardPool) -> None:

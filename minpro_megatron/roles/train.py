@@ -3,21 +3,28 @@
 import logging
 import sys
 import time
+from functools import partial
 
+import numpy as np
 import torch
 
 from minpro_megatron.actor.checkpoint import load_weights
 from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
+from minpro_megatron.actor.run_checkpoints import RunCheckpoints
+from minpro_megatron.actor.shard_writing import SaveError
+from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.summary import summarize, write_summary
+from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
 from minpro_megatron.records import CollectorTotals
 from minpro_megatron.rollout.feed import Feed, FeedError
+from minpro_megatron.rollout.resume_point import CHECKPOINTS, read_latest
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.control import ControlError
 from minpro_megatron.serving.model_files import read_model_facts
@@ -27,7 +34,6 @@ from minpro_megatron.weights.gather import WeightGatherer
 from minpro_megatron.weights.hf_files import write_hf
 from minpro_megatron.weights.publish import Publisher
 
-BUCKET_BYTES = 512 << 20  # of the publishing broadcasts; rank 0 and every server hold about two buckets at a time
 HF_EXPORT = "hf_export"
 
 
@@ -37,7 +43,7 @@ def run(config: RunConfig, incarnation: int) -> int:
     try:
         with open_mesh(config.parallel, config.device, config.seed) as mesh:
             _train(config, incarnation, mesh)
-    except (ValueError, FeedError, ControlError) as error:
+    except (ValueError, FeedError, ControlError, SaveError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     return 0
@@ -57,27 +63,45 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     load_weights(chunks, architecture, config.model.megatron_path, mesh)
     policy = Policy(config, architecture, chunks, mesh)
     gatherer = WeightGatherer(chunks, architecture, mesh)
-    publisher = Publisher(gatherer, mesh, BUCKET_BYTES)
+    publisher = Publisher(config, gatherer, mesh, partial(_canary_log_probs, policy))
+    checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh)
+    resumed_from = mesh.from_rank_0(read_latest(config.run_dir) if first else None)
+    watchdog = Watchdog(config.run_dir / "logs" / f"stacks-rank-{mesh.rank}.txt", config.debug.hang_timeout_s)
+    trainer = Trainer(config, mesh, policy, publisher, checkpoints, resumed_from, watchdog)
     _say(config, mesh, "waiting for the first batch")
     if not first:
-        Trainer(config, mesh, policy, publisher, feed=None, report=None).run()
+        trainer.run()
         _export(config, gatherer, mesh)
         return
     tokenizer = TextTokenizer(config.model.hf_path, read_model_facts(config.model.hf_path))
-    feed = Feed(config.run_dir, incarnation, start_timeout_s=config.server.start_timeout_s)
-    with RunWriter(config.run_dir) as writer:
-        report = StepReport(writer, tokenizer.response_text)
-        trainer = Trainer(config, mesh, policy, publisher, feed=feed, report=report)
+    trainer.feed = Feed(config.run_dir, incarnation, start_timeout_s=config.server.start_timeout_s)
+    first_step = resumed_from.policy_version if resumed_from else 0
+    with RunWriter(config.run_dir, first_step) as writer:
+        trainer.report = StepReport(writer, tokenizer.response_text, first_step)
         totals = trainer.run()
     assert totals is not None, "rank 0 has a feed"
     _say(config, mesh, "exporting the trained weights")
     _export(config, gatherer, mesh)
-    _conclude(config, trainer, totals, time.monotonic() - started, report.samples)
+    _conclude(config, trainer, totals, time.monotonic() - started, trainer.report.samples)
     _say(config, mesh, "finished")
 
 
+def _canary_log_probs(policy: Policy, prompt: list[int], response: list[int]) -> np.ndarray:
+    nothing = np.zeros(len(response), np.float32)
+    sequence = TokenSequence(
+        prompt_ids=np.asarray(prompt, np.int32),
+        response_ids=np.asarray(response, np.int32),
+        loss_mask=nothing,
+        behavior_log_probs=nothing,
+        rollout_log_probs=nothing,
+        advantage=0.0,
+        first_slot=0,
+    )
+    return policy.score([sequence])
+
+
 def _export(config: RunConfig, gatherer: WeightGatherer, mesh: Mesh) -> None:
-    buckets = gatherer.buckets(BUCKET_BYTES)
+    buckets = gatherer.buckets(config.publish.bucket_bytes)
     if mesh.rank == 0:
         tensors = (pair for bucket in buckets for pair in bucket)
         write_hf(tensors, config.model.hf_path, config.run_dir / HF_EXPORT)

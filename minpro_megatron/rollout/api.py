@@ -1,14 +1,18 @@
 """The collector's HTTP interface, which the trainer's rank 0 uses through `minpro_megatron.rollout.feed`.
 
-    GET  /v1/batch/{index}            Batch, or 204: ask again
-    POST /v1/scored                   BehaviorLogProbs
-    POST /v1/consumed/{step}          {"policy_version": v}
-    POST /v1/publish_begin/{version}  PublishLease, or 204: ask again
-    POST /v1/publish_end/{version}
-    POST /v1/finish                   CollectorTotals, or 204: ask again
+    POST /v1/start/{version}             the trainer has the weights of this version
+    GET  /v1/batch/{index}               Batch, or 202, or 204
+    POST /v1/scored                      BehaviorLogProbs
+    POST /v1/consumed                    TrainedStep
+    POST /v1/publish_begin/{version}     PublishLease, or 202, or 204
+    POST /v1/publish_end/{version}       {"held_by": [server indices]}
+    POST /v1/checkpoint_begin/{version}
+    POST /v1/checkpoint_end/{version}
+    POST /v1/finish                      CollectorTotals, or 202, or 204
 
-Records travel as MessagePack. 400: damaged request; 409: out of order or of another incarnation; 500: the
-collector has failed. The body of these is one line of text.
+204: not yet, ask again. 202: a PublishLease of the version that the servers hold already, for servers that have lost
+it: publish it, then ask again. Records travel as MessagePack. 400: damaged request; 409: out of order or of another
+incarnation; 500: the collector has failed. The body of these is one line of text.
 """
 
 import asyncio
@@ -22,9 +26,9 @@ from aiohttp import web
 
 from minpro_megatron import records
 from minpro_megatron.monitor.files import replace_file
-from minpro_megatron.records import BehaviorLogProbs, Record
+from minpro_megatron.records import BehaviorLogProbs, CollectorTotals, PublishLease, Record, TrainedStep
 from minpro_megatron.rollout.collector import Collector, CollectorFailed, Conflict
-from minpro_megatron.rollout.journal import JournalError
+from minpro_megatron.rollout.journal_file import JournalError
 from minpro_megatron.rollout.protocol import (
     COLLECTOR_ENDPOINT,
     INCARNATION_HEADER,
@@ -40,8 +44,8 @@ MAX_BODY_BYTES = 8 * 2**30
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class _Consumed(msgspec.Struct):
-    policy_version: int
+class _Published(msgspec.Struct):
+    held_by: list[int]
 
 
 class CollectorApi:
@@ -64,11 +68,14 @@ class CollectorApi:
         """Raises OSError if the port is taken."""
         self._collector = asyncio.get_running_loop().create_future()
         application = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
+        application.router.add_post(r"/v1/start/{version:\d{1,9}}", self._start)
         application.router.add_get(r"/v1/batch/{index:\d{1,9}}", self._batch)
         application.router.add_post("/v1/scored", self._scored)
-        application.router.add_post(r"/v1/consumed/{step:\d{1,9}}", self._consumed)
+        application.router.add_post("/v1/consumed", self._consumed)
         application.router.add_post(r"/v1/publish_begin/{version:\d{1,9}}", self._publish_begin)
         application.router.add_post(r"/v1/publish_end/{version:\d{1,9}}", self._publish_end)
+        application.router.add_post(r"/v1/checkpoint_begin/{version:\d{1,9}}", self._checkpoint_begin)
+        application.router.add_post(r"/v1/checkpoint_end/{version:\d{1,9}}", self._checkpoint_end)
         application.router.add_post("/v1/finish", self._finish)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
@@ -121,10 +128,15 @@ class CollectorApi:
         except JournalError as error:
             return _refusal(500, str(error))
 
-    async def _batch(self, request: web.Request) -> web.Response:
+    async def _start(self, request: web.Request) -> web.Response:
         collector = await self._ready()
         if collector is None:
             return web.Response(status=204)
+        collector.start(int(request.match_info["version"]))
+        return web.Response()
+
+    async def _batch(self, request: web.Request) -> web.Response:
+        collector = await self._must_be_ready()
         return await _answer(await collector.batch(int(request.match_info["index"]), self._long_poll_s))
 
     async def _scored(self, request: web.Request) -> web.Response:
@@ -134,23 +146,33 @@ class CollectorApi:
         return web.Response()
 
     async def _consumed(self, request: web.Request) -> web.Response:
-        version = msgspec.json.decode(await request.read(), type=_Consumed).policy_version
-        await (await self._must_be_ready()).consumed(int(request.match_info["step"]), version)
+        trained = await asyncio.to_thread(records.decode, TrainedStep, await request.read())
+        await (await self._must_be_ready()).consumed(trained)
         return web.Response()
 
     async def _publish_begin(self, request: web.Request) -> web.Response:
-        collector = await self._must_be_ready()
-        return await _answer(await collector.publish_begin(int(request.match_info["version"]), self._long_poll_s))
+        collector, version = await self._must_be_ready(), int(request.match_info["version"])
+        lease = await collector.publish_begin(version, self._long_poll_s)
+        return await _answer(lease, wanted=lease is not None and lease.version == version)
 
     async def _publish_end(self, request: web.Request) -> web.Response:
-        await (await self._must_be_ready()).publish_end(int(request.match_info["version"]))
+        held_by = msgspec.json.decode(await request.read(), type=_Published).held_by
+        await (await self._must_be_ready()).publish_end(int(request.match_info["version"]), held_by)
+        return web.Response()
+
+    async def _checkpoint_begin(self, request: web.Request) -> web.Response:
+        await (await self._must_be_ready()).checkpoint_begin(int(request.match_info["version"]))
+        return web.Response()
+
+    async def _checkpoint_end(self, request: web.Request) -> web.Response:
+        await (await self._must_be_ready()).checkpoint_end(int(request.match_info["version"]))
         return web.Response()
 
     async def _finish(self, request: web.Request) -> web.StreamResponse:
         collector = await self._must_be_ready()
         totals = await collector.finish(self._long_poll_s)
-        if totals is None:
-            return web.Response(status=204)
+        if not isinstance(totals, CollectorTotals):
+            return await _answer(totals)
         response = await _answer(totals)
         await response.prepare(request)
         await response.write_eof()
@@ -165,16 +187,19 @@ class CollectorApi:
     async def _must_be_ready(self) -> Collector:
         collector = await self._ready()
         if collector is None:
-            raise Conflict("the collector is still starting; ask for a batch first")
+            raise Conflict("the collector is still starting; send `start` first")
         return collector
 
 
-async def _answer(record: Record | None) -> web.Response:
+async def _answer(record: Record | None, wanted: bool | None = None) -> web.Response:
+    """The record; status 202 if it is not what was `wanted` but a lease that comes before it."""
     if record is None:
         return web.Response(status=204)
+    if wanted is None:
+        wanted = not isinstance(record, PublishLease)
     # In a thread: a large batch takes seconds to encode, and other requests should not wait for it.
     body = await asyncio.to_thread(records.encode, record)
-    return web.Response(body=body, content_type="application/msgpack")
+    return web.Response(body=body, status=200 if wanted else 202, content_type="application/msgpack")
 
 
 def _refusal(status: int, message: str) -> web.Response:

@@ -1,19 +1,19 @@
-"""Delay mode's orchestration: which version samples what, when the trainer may publish, what it may consume.
+"""The state of a run between the servers and the trainer: what is sampled, what is consumed, when weights change.
 
-The collector works through the versions 0 .. num_global_steps. Under version v it samples the batches that
-`batches_of_version` gives to v, and evaluates v if that is due; all of it is started in this order and runs
-together. Only when all of it has ended may version v + 1 be published, so no request ever spans two versions.
+What may happen when is decided by a schedule (rollout/schedule.py); the collector starts what may start, records it in
+the journal, and answers the trainer. Evaluations run beside the groups; the weights are not replaced under one.
 """
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.evaluation.sampling import append_result, evaluate, evaluation_groups
+from minpro_megatron.evaluation.sampling import append_result, evaluate, evaluation_groups, write_results
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.records import (
     Batch,
@@ -24,21 +24,23 @@ from minpro_megatron.records import (
     IssuedGroup,
     PublishLease,
     ServerAddress,
+    TrainedStep,
 )
 from minpro_megatron.rollout.journal import Journal
+from minpro_megatron.rollout.journal_restore import RestoredGroup
 from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt
-from minpro_megatron.rollout.staleness import (
-    batches_of_version,
-    evaluated_versions,
-    expected_staleness,
-    sampling_version,
-    staleness,
-)
+from minpro_megatron.rollout.schedule import Restored, Slot, make_schedule
+from minpro_megatron.rollout.staleness import evaluated_versions, expected_staleness, staleness
 from minpro_megatron.serving.client import LARGEST_LOG_PROB, SamplingParameters
 
 log = logging.getLogger(__name__)
 
 CollectGroup = Callable[[IssuedGroup, SamplingParameters], Awaitable[CollectedGroup]]
+
+# How often a waiting request looks whether a server has come back without the weights of now.
+LOOK_AT_SERVERS_S = 0.5
+# A server that did not take the weights gets another chance after this long.
+REPUBLISH_PAUSE_S = 15.0
 
 
 class Conflict(RuntimeError):
@@ -49,12 +51,27 @@ class CollectorFailed(RuntimeError):
     """The collector has failed; the message is the failure's."""
 
 
-class Collector:
-    """The state of a run between the servers and the trainer.
+class Servers(Protocol):
+    """What the collector asks of the fleet; `minpro_megatron.rollout.fleet.Fleet` is one."""
 
-    `run` is the work; the other coroutines are what the trainer asks for. Each of those raises Conflict for a
-    request out of order and CollectorFailed once `run` has failed, also while it waits.
-    """
+    def members(self) -> list[ServerAddress]:
+        """The servers that answer."""
+        ...
+
+    def outdated(self) -> list[ServerAddress]:
+        """Those of them that do not hold the version of now, and so get no work."""
+        ...
+
+    def set_version(self, version: int, held_by: Sequence[int]) -> None:
+        """From now on `version` is the version of now; the servers of these indices hold it."""
+        ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+
+class Collector:
+    """`run` is the work; the other coroutines are what the trainer asks for. Each of those raises Conflict for a
+    request out of order and CollectorFailed once `run` has failed, also while it waits."""
 
     def __init__(
         self,
@@ -63,14 +80,14 @@ class Collector:
         stream: PromptStream,
         heldout: Sequence[TokenizedPrompt],
         collect_group: CollectGroup,
-        servers: Sequence[ServerAddress],
+        servers: Servers,
     ) -> None:
         self._config = config
         self._journal = journal
         self._stream = stream
         self._heldout = [(tokenized.prompt, tokenized.token_ids) for tokenized in heldout]
         self._collect_group = collect_group
-        self._servers = list(servers)
+        self._servers = servers
         sampling = config.sampling
         self._training = SamplingParameters(sampling.temperature, sampling.max_response_tokens)
         self._evaluating = SamplingParameters(
@@ -78,13 +95,16 @@ class Collector:
         )
         self._evaluated_versions = set(evaluated_versions(config.num_global_steps, config.evaluation.every_steps))
         self._changed = asyncio.Condition()
-        self._version = 0  # what the servers hold
-        self._version_ended = False  # all work under self._version has ended
-        self._publishing = False
+        self._num_changes = 0
+        self._schedule = make_schedule(config)
+        self._serving = True  # servers hold the schedule's version
+        self._lease: PublishLease | None = None
         self._next_step = 0
-        self._batches: dict[int, Batch] = {}  # collected and not yet consumed
-        self._scored: set[int] = set()
+        self._groups: dict[int, CollectedGroup] = {}  # accepted and not yet consumed, by id
         self._evaluations: list[EvaluationResult] = []
+        self._evaluation_under_way = False
+        self._no_republish_before: dict[tuple[int, int], float] = {}
+        self._idle_when_asked = (0.0, 0.0)  # (time, idle seconds)
         self._failure: str | None = None
         self._finished = False
 
@@ -92,67 +112,94 @@ class Collector:
     def _num_steps(self) -> int:
         return self._config.num_global_steps
 
+    @property
+    def _version(self) -> int:
+        return self._schedule.version
+
+    async def restore(self, version: int) -> None:
+        """Goes on from the checkpoint of `version` (0: the start), with what the journal holds. Before `run`.
+
+        Raises JournalError if journal and checkpoint do not belong together, ValueError if the prompts have changed.
+        """
+        delay_mode = self._config.staleness.mode == "delay"
+        groups, next_group = await self._journal.restore(version, self._config.batch.num_prompts, delay_mode)
+        for group in groups:
+            self._restore_group(group)
+        restored = [
+            Restored(
+                Slot(group.group_id, group.batch_index, group.issued_version), bool(group.responses), group.dropped
+            )
+            for group in groups
+        ]
+        self._schedule = make_schedule(self._config, version, restored, next_group)
+        self._next_step = version
+        self._serving = version == 0  # the servers start from the initial weights
+        self._evaluations = await self._journal.evaluations()
+        write_results(self._config.run_dir, self._evaluations)
+        if groups or version:
+            ready = len(self._groups)
+            log.info("goes on at global step %d: %d groups ready, %d to repeat", version, ready, len(groups) - ready)
+
+    def _restore_group(self, group: RestoredGroup) -> None:
+        issued = self._stream.group(group.group_id, group.batch_index, group.issued_version)
+        if issued.prompt.id != group.prompt_id:
+            raise ValueError(
+                f"data.train_file = {self._config.data.train_file}: group {group.group_id} had the prompt "
+                f"{group.prompt_id!r}, now it is {issued.prompt.id!r}; put the file back with which the run began"
+            )
+        if group.responses:
+            self._groups[group.group_id] = CollectedGroup(issued=issued, responses=group.responses)
+
     async def run(self) -> None:
         """All sampling and evaluation of the run; returns once the trainer has been told the totals.
 
         Raises what a group's sampling raised.
         """
         try:
-            for version in range(self._num_steps + 1):
-                await self._wait_until(lambda version=version: self._version == version)
-                await self._work_under(version)
-                await self._change(version_ended=True)
-            await self._wait_until(lambda: self._finished)
+            async with asyncio.TaskGroup() as tasks:
+                while not self._finished:
+                    seen = self._num_changes
+                    if self._serving:
+                        await self._start_what_may_start(tasks)
+                    async with self._changed:
+                        await self._changed.wait_for(lambda seen=seen: self._num_changes != seen)
         except ExceptionGroup as group:
-            # The tasks of a batch fail together, most of them by being cancelled: one cause is enough.
+            # Tasks fail together, most of them by being cancelled: one cause is enough.
             raise _first_error(group) from None
 
     async def fail(self, message: str) -> None:
         """Tells whoever waits, now or later, that there will be nothing more."""
         async with self._changed:
             self._failure = message
-            self._changed.notify_all()
+            self._notify()
 
-    async def _work_under(self, version: int) -> None:
-        indices = batches_of_version(version, self._config.staleness.delay_steps, self._num_steps)
-        evaluated = version in self._evaluated_versions
-        work = [f"batch {index}" for index in indices] + ["evaluation"] * evaluated
-        phase = f"version {version}: {', '.join(work) or 'nothing left to sample'}"
-        issued = [self._stream.groups(index, version) for index in indices]
-        await self._journal.issue([group for groups in issued for group in groups])
-        # Tasks start in the order in which they are made, so the batches' groups queue for the servers in
-        # order.
-        async with asyncio.TaskGroup() as tasks:
-            for index, groups in zip(indices, issued, strict=True):
-                tasks.create_task(self._sample_batch(index, groups))
-            if evaluated:
-                tasks.create_task(self._evaluate(version))
+    async def _start_what_may_start(self, tasks: asyncio.TaskGroup) -> None:
+        version = self._version
+        slots = self._schedule.to_issue()
+        evaluated = {result.policy_version for result in self._evaluations}
+        if version in self._evaluated_versions - evaluated and not self._evaluation_under_way:
+            self._evaluation_under_way = True
+            tasks.create_task(self._evaluate(version))
+        if slots:
+            issued = [self._stream.group(*slot) for slot in slots]
+            await self._journal.issue(issued)
+            # Tasks start in the order in which they are made, so groups queue for the servers in order of issue.
+            for group in issued:
+                tasks.create_task(self._sample(group))
+            phase = f"version {version}: groups {slots[0].group_id} to {slots[-1].group_id}"
             # In a thread: it waits for the disk.
             tasks.create_task(asyncio.to_thread(write_status, self._config.run_dir, "collect", phase))
 
-    async def _sample_batch(self, index: int, issued: list[IssuedGroup]) -> None:
-        start = time.monotonic()
-        async with asyncio.TaskGroup() as tasks:
-            pending = [tasks.create_task(self._collect(group, self._training)) for group in issued]
-        batch = Batch(index=index, groups=[task.result() for task in pending])
-        await self._journal.collect(batch)
-        self._log_batch(batch, time.monotonic() - start)
+    async def _sample(self, issued: IssuedGroup) -> None:
+        group = await self._collect_group(issued, self._training)
+        rewards = {response.reward for response in group.responses}
+        accepted = not self._config.batch.dynamic_sampling or len(rewards) > 1
+        await self._journal.collect(group, accepted)
         async with self._changed:
-            self._batches[index] = batch
-            self._changed.notify_all()
-
-    async def _collect(self, group: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
-        return await self._collect_group(group, sampling)
-
-    def _log_batch(self, batch: Batch, wall_time_s: float) -> None:
-        responses = [response for group in batch.groups for response in group.responses]
-        tokens = sum(len(response.token_ids) for response in responses)
-        log.info(
-            "batch %d sampled with version %d: %d groups, %d responses, %d tokens in %.2f s (%.0f tokens/s), "
-            "mean reward %.4f",
-            batch.index, batch.groups[0].issued.policy_version, len(batch.groups), len(responses), tokens,
-            wall_time_s, tokens / wall_time_s, float(np.mean([response.reward for response in responses])),
-        )  # fmt: skip
+            self._schedule.collected(issued.group_id, accepted)
+            if accepted:
+                self._groups[issued.group_id] = group
+            self._notify()
 
     async def _evaluate(self, version: int) -> None:
         config = self._config
@@ -160,101 +207,227 @@ class Collector:
         result = await evaluate(groups, lambda group: self._collect_group(group, self._evaluating))
         append_result(config.run_dir, result)
         await self._journal.evaluate(result)
-        self._evaluations.append(result)
         log.info(
             "version %d evaluated: pass@1 %.4f +- %.4f over %d prompts x %d samples in %.2f s",
             version, result.pass_at_1, result.standard_error, result.num_prompts, result.samples_per_prompt,
             result.wall_time_s,
         )  # fmt: skip
+        async with self._changed:
+            self._evaluations.append(result)
+            self._evaluation_under_way = False
+            self._notify()
 
-    async def batch(self, index: int, timeout_s: float) -> Batch | None:
-        """Batch `index`; None if it is not there within `timeout_s` seconds."""
+    def start(self, version: int) -> None:
+        """The trainer begins with the weights of `version`: both must go on from the same checkpoint."""
+        self._raise_failure()
+        if version != self._next_step:
+            raise Conflict(f"the trainer goes on from version {version}, the collector from {self._next_step}")
+
+    async def batch(self, index: int, timeout_s: float) -> Batch | PublishLease | None:
+        """Batch `index`; None if it is not there within `timeout_s` seconds. A lease: a server has come back without
+        the weights of now; publish them to it and ask again."""
         if not 0 <= index < self._num_steps:
             raise Conflict(f"batch {index}: the run has batches 0 .. {self._num_steps - 1}")
         if index < self._next_step:
             raise Conflict(f"batch {index}: it is consumed already")
-        version = sampling_version(index, self._config.staleness.delay_steps)
-        if version > self._version:  # waiting would never end: the trainer that waits is the one to publish
-            raise Conflict(f"batch {index}: it is sampled with version {version}; the servers hold {self._version}")
-        return self._batches[index] if await self._wait_until(lambda: index in self._batches, timeout_s) else None
+        if not self._schedule.is_sampled_by_now(index):  # the trainer that would wait is the one to publish
+            raise Conflict(f"batch {index}: later weights sample it; the servers hold version {self._version}")
+        if not await self._wait_until(lambda: self._schedule.batch(index) is not None, timeout_s):
+            return self._lease
+        return self._batch(index)
+
+    def _batch(self, index: int) -> Batch:
+        chosen = self._schedule.batch(index)
+        assert chosen is not None
+        return Batch(index=index, groups=[self._groups[group_id] for group_id in chosen.group_ids])
 
     async def scored(self, scores: BehaviorLogProbs) -> None:
         """Stores a batch's behavior log-probs. Raises ValueError if they do not fit the batch."""
         self._raise_failure()
-        batch = self._batches.get(scores.index)
-        if batch is None:
-            raise Conflict(f"scores of batch {scores.index}: it is not sampled yet, or consumed already")
-        if scores.index in self._scored:
-            raise Conflict(f"scores of batch {scores.index}: it is scored already, and scores never change")
+        index = scores.index
+        if index < self._next_step or not self._schedule.is_sampled_by_now(index) or not self._schedule.batch(index):
+            raise Conflict(f"scores of batch {index}: it is not sampled yet, or consumed already")
+        batch = self._batch(index)
         check_scores(batch, scores)
-        await self._journal.score(batch, scores)
-        self._scored.add(scores.index)
+        # some may have been scored before a crash: scores never change
+        pairs = [pair for pair in zip(batch.groups, scores.log_probs, strict=True) if not pair[0].is_scored]
+        if not pairs:
+            raise Conflict(f"scores of batch {index}: it is scored already, and scores never change")
+        await self._journal.score(index, pairs)
+        for group, log_probs in pairs:
+            self._groups[group.issued.group_id] = _with_scores(group, log_probs)
 
-    async def consumed(self, step: int, policy_version: int) -> None:
-        """Step `step`, begun with `policy_version`, has trained on its batch. Checks its staleness again."""
+    async def consumed(self, trained: TrainedStep) -> None:
+        """A step has trained on its batch. Checks its staleness again."""
         self._raise_failure()
-        if step != self._next_step or step not in self._batches:
+        step, policy_version = trained.step, trained.policy_version
+        chosen = self._schedule.batch(step)
+        if step != self._next_step or chosen is None:
             raise Conflict(f"step {step}: the next step to consume its batch is {self._next_step}")
-        if step not in self._scored:
+        batch = self._batch(step)
+        if not all(group.is_scored for group in batch.groups):
             raise Conflict(f"step {step}: its batch has no behavior log-probs; hand them in first")
-        batch = self._batches[step]
-        expected = expected_staleness(step, self._config.staleness.delay_steps)
         found = [staleness(policy_version, group.oldest_version) for group in batch.groups]
         for group, value in zip(batch.groups, found, strict=True):
-            if value != expected:
-                raise Conflict(
-                    f"step {step}: group {group.issued.group_id}, sampled with version {group.oldest_version} "
-                    f"and consumed with version {policy_version}: staleness {value} instead of {expected}"
-                )
-        await self._journal.consume(batch, step, found)
-        del self._batches[step]
-        self._scored.discard(step)
-        await self._change(next_step=step + 1)
+            self._refuse_wrong_staleness(step, group, policy_version, value)
+        await self._journal.consume(batch, found, chosen.surplus, trained.log_probs)
+        for group_id in [*chosen.group_ids, *chosen.surplus]:
+            del self._groups[group_id]
+        self._log_batch(batch)
+        async with self._changed:
+            self._schedule.consumed(step)
+            self._next_step = step + 1
+            self._notify()
+
+    def _refuse_wrong_staleness(self, step: int, group: CollectedGroup, policy_version: int, value: int) -> None:
+        settings = self._config.staleness
+        expected = expected_staleness(step, settings.delay_steps)
+        exact = settings.mode == "delay"
+        if value == expected if exact else 0 <= value <= settings.max_staleness:
+            return
+        rule = f"instead of {expected}" if exact else f"above staleness.max_staleness = {settings.max_staleness}"
+        raise Conflict(
+            f"step {step}: group {group.issued.group_id}, sampled with version {group.oldest_version} and consumed "
+            f"with version {policy_version}: staleness {value} {rule}"
+        )
+
+    def _log_batch(self, batch: Batch) -> None:
+        responses = [response for group in batch.groups for response in group.responses]
+        log.info(
+            "step %d consumed %d groups, %d responses, %d tokens, mean reward %.4f",
+            batch.index, len(batch.groups), len(responses), sum(len(response.token_ids) for response in responses),
+            float(np.mean([response.reward for response in responses])),
+        )  # fmt: skip
 
     async def publish_begin(self, version: int, timeout_s: float) -> PublishLease | None:
-        """Permission to publish `version`; None if work under the one before it goes on past `timeout_s`."""
-        if version != self._version + 1 or version > self._num_steps:
-            raise Conflict(f"publish version {version}: the servers hold {self._version} of {self._num_steps}")
+        """Permission to publish `version`; None if work under the one before it goes on past `timeout_s`. A lease of
+        the version before it: publish that one to servers that have come back, and ask again."""
+        expected = self._version + 1 if self._serving else self._version
+        if version != expected or version > self._num_steps:
+            raise Conflict(f"publish version {version}: the next one is {expected} of {self._num_steps}")
         if self._next_step != version:
             raise Conflict(f"publish version {version}: step {version - 1} has not consumed its batch")
-        if not await self._wait_until(lambda: self._version_ended, timeout_s):
-            return None
-        self._publishing = True
-        return PublishLease(version=version, servers=self._servers, evaluations=list(self._evaluations))
+        if self._serving:
+            ready = await self._wait_until(self._may_publish, timeout_s)
+        else:  # after a restart: the servers hold the initial weights
+            ready = await self._wait_until(lambda: bool(self._servers.members()), timeout_s)
+        if ready:
+            in_flight = self._serving and self._config.staleness.mode == "bounded"
+            self._lease = self._make_lease(version, self._servers.members(), in_flight)
+        return self._lease
 
-    async def publish_end(self, version: int) -> None:
-        """The servers hold `version`: its work begins."""
+    def _may_publish(self) -> bool:
+        return not self._evaluation_under_way and self._schedule.may_publish() and bool(self._servers.members())
+
+    def _make_lease(self, version: int, servers: list[ServerAddress], requests_in_flight: bool) -> PublishLease:
+        return PublishLease(
+            version=version,
+            servers=servers,
+            evaluations=list(self._evaluations),
+            requests_in_flight=requests_in_flight,
+            canary_prompt=self._heldout[0][1].tolist(),
+            metrics=self._server_metrics(),
+        )
+
+    def _server_metrics(self) -> dict[str, float]:
+        """The fleet's, and the share of the servers' time that was idle since they were asked last."""
+        metrics = self._servers.metrics()
+        now, idle_s = asyncio.get_running_loop().time(), metrics.get("fleet/idle_s", 0.0)
+        asked_at, idle_before = self._idle_when_asked
+        self._idle_when_asked = now, idle_s
+        available_s = (now - asked_at) * metrics.get("fleet/members", 0.0)
+        if asked_at and available_s > 0:
+            metrics["overlap/server_idle_share"] = min(1.0, (idle_s - idle_before) / available_s)
+        return metrics
+
+    async def publish_end(self, version: int, held_by: Sequence[int]) -> None:
+        """The servers of these indices hold `version`. The others get no work until they hold it too."""
         self._raise_failure()
-        if not self._publishing or version != self._version + 1:
+        if self._lease is None or version != self._lease.version:
             raise Conflict(f"publish_end of version {version}: there is no lease for it")
-        await self._journal.publish(version)
-        await self._change(publishing=False, version=version, version_ended=False)
+        lease, self._lease = self._lease, None
+        now = asyncio.get_running_loop().time()
+        for server in lease.servers:
+            if server.index not in held_by:
+                self._no_republish_before[server.index, server.start] = now + REPUBLISH_PAUSE_S
+        first_time = version != self._version or not self._serving
+        if first_time:
+            await self._journal.publish(version)
+            self._servers.set_version(version, held_by)
+        else:
+            behind = {server.index for server in self._servers.outdated()} - set(held_by)
+            current = [server.index for server in self._servers.members() if server.index not in behind]
+            self._servers.set_version(version, current)
+        async with self._changed:
+            if version != self._version:
+                self._schedule.published()
+            self._serving = True
+            self._notify()
 
-    async def finish(self, timeout_s: float) -> CollectorTotals | None:
-        """The totals once the last version's evaluation has ended; None if that exceeds `timeout_s`."""
-        if self._version != self._num_steps:
+    def _republish_due(self) -> bool:
+        """Whether a server waits for the weights of now; if so, the lease for it is made."""
+        if not self._serving:
+            return False
+        if self._lease is None:
+            now = asyncio.get_running_loop().time()
+            behind = [
+                server
+                for server in self._servers.outdated()
+                if now >= self._no_republish_before.get((server.index, server.start), 0.0)
+            ]
+            if not behind:
+                return False
+            self._lease = self._make_lease(self._version, behind, requests_in_flight=False)
+        return self._lease.version == self._version
+
+    async def checkpoint_begin(self, version: int) -> None:
+        """Returns when the journal would survive a power cut: the checkpoint of `version` will rely on it."""
+        self._raise_failure()
+        await self._journal.flush()
+
+    async def checkpoint_end(self, version: int) -> None:
+        """The checkpoint of `version` is complete: what steps before it consumed is not needed to go on."""
+        self._raise_failure()
+        keep = self._config.collector.journal_keep_steps
+        if keep:
+            await self._journal.prune(min(version, self._next_step - keep))
+
+    async def finish(self, timeout_s: float) -> CollectorTotals | PublishLease | None:
+        """The totals once the last version's evaluation has ended; None if that exceeds `timeout_s`. A lease as from
+        `batch`."""
+        if self._version != self._num_steps or not self._serving:
             raise Conflict(f"finish: version {self._version} of {self._num_steps} is published")
-        return await self._journal.totals() if await self._wait_until(lambda: self._version_ended, timeout_s) else None
+
+        def evaluated() -> bool:
+            return any(result.policy_version == self._num_steps for result in self._evaluations)
+
+        return await self._journal.totals() if await self._wait_until(evaluated, timeout_s) else self._lease
 
     async def totals_delivered(self) -> None:
         """Lets `run` return: the trainer has its answer."""
-        await self._change(finished=True)
-
-    async def _change(self, **changes: int | bool) -> None:
         async with self._changed:
-            for name, value in changes.items():
-                assert hasattr(self, f"_{name}"), name
-                setattr(self, f"_{name}", value)
-            self._changed.notify_all()
+            self._finished = True
+            self._notify()
 
-    async def _wait_until(self, ready: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: ready() or self._failure is not None)
-        except TimeoutError:
-            return False
-        self._raise_failure()
-        return True
+    async def _wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        """True once `ready`; False after `timeout_s`, or when `self._lease` says what has to be published first."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            self._raise_failure()
+            if ready():
+                return True
+            left_s = deadline - asyncio.get_running_loop().time()
+            if self._republish_due() or left_s <= 0:
+                return False
+            try:
+                async with asyncio.timeout(min(left_s, LOOK_AT_SERVERS_S)), self._changed:
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    def _notify(self) -> None:
+        self._num_changes += 1
+        self._changed.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -264,9 +437,9 @@ class Collector:
 def check_scores(batch: Batch, scores: BehaviorLogProbs) -> None:
     """Raises ValueError unless the scores are one finite log-prob for each response token of the batch."""
     where = f"scores of batch {batch.index}"
-    version = batch.groups[0].issued.policy_version
-    if scores.policy_version != version:
-        raise ValueError(f"{where}: computed with version {scores.policy_version}, sampled with version {version}")
+    versions = {int(version) for group in batch.groups for r in group.responses for version in set(r.policy_versions)}
+    if scores.policy_version >= 0 and versions != {scores.policy_version}:
+        raise ValueError(f"{where}: computed with version {scores.policy_version}, sampled with {sorted(versions)}")
     if len(scores.log_probs) != len(batch.groups):
         raise ValueError(f"{where}: {len(scores.log_probs)} groups instead of {len(batch.groups)}")
     for group, responses in zip(batch.groups, scores.log_probs, strict=True):
@@ -281,6 +454,14 @@ def check_scores(batch: Batch, scores: BehaviorLogProbs) -> None:
                 )
             if not np.isfinite(log_probs).all() or (log_probs > LARGEST_LOG_PROB).any():
                 raise ValueError(f"{name}, response {place}: a value is not finite, or above 0")
+
+
+def _with_scores(group: CollectedGroup, log_probs: list[np.ndarray]) -> CollectedGroup:
+    responses = [
+        msgspec.structs.replace(response, behavior_log_probs=scores)
+        for response, scores in zip(group.responses, log_probs, strict=True)
+    ]
+    return CollectedGroup(issued=group.issued, responses=responses)
 
 
 def _first_error(group: ExceptionGroup) -> Exception:

@@ -1,6 +1,7 @@
 """The trainer's side of the collector's HTTP interface, blocking; only the trainer's rank 0 uses it."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -8,7 +9,7 @@ import msgspec
 import requests
 
 from minpro_megatron import records
-from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease
+from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease, TrainedStep
 from minpro_megatron.rollout.protocol import (
     COLLECTOR_ENDPOINT,
     INCARNATION_HEADER,
@@ -22,11 +23,13 @@ class FeedError(RuntimeError):
 
 
 class Feed:
-    """What the trainer asks of the collector. A global step with version v, under delay n, is:
+    """What the trainer asks of the collector. `start(v)` comes first; a global step with version v, under delay n, is:
 
-        batch(v + n), scored(...), consumed(v, v), publish_begin(v + 1), [publish], publish_end(v + 1)
+        batch(v + n), scored(...), consumed(...), publish_begin(v + 1), [publish], publish_end(v + 1, servers)
 
-    Every method blocks until it has its answer and raises FeedError if there will be none.
+    Every method blocks until it has its answer and raises FeedError if there will be none. Where a PublishLease comes
+    instead of what was asked for, servers have lost the version of now: publish it to them, `publish_end` it, ask
+    again.
     """
 
     def __init__(self, run_dir: Path | str, incarnation: int, start_timeout_s: float = 120.0) -> None:
@@ -58,38 +61,56 @@ class Feed:
                 )
             time.sleep(0.1)
 
-    def batch(self, index: int) -> Batch:
-        """The groups that global step `index` consumes, sampled and rewarded."""
-        return records.decode(Batch, self._poll("GET", f"batch/{index}"))
+    def start(self, version: int) -> None:
+        """States that the trainer goes on with the weights of `version`; waits until the collector is ready."""
+        self._poll("POST", f"start/{version}")
+
+    def batch(self, index: int) -> Batch | PublishLease:
+        """The groups that global step `index` consumes, sampled and rewarded; with their behavior log-probs if a
+        former incarnation of the run has scored them."""
+        return self._record("GET", f"batch/{index}", Batch)
 
     def scored(self, scores: BehaviorLogProbs) -> None:
         """Hands in a batch's behavior log-probs, once; without them the batch cannot be consumed."""
         self._send("POST", "scored", records.encode(scores))
 
-    def consumed(self, step: int, policy_version: int) -> None:
-        """States that step `step` has trained on its batch, begun with the weights of `policy_version`."""
-        self._send("POST", f"consumed/{step}", msgspec.json.encode({"policy_version": policy_version}))
+    def consumed(self, trained: TrainedStep) -> None:
+        """States that a step has trained on its batch."""
+        self._send("POST", "consumed", records.encode(trained))
 
     def publish_begin(self, version: int) -> PublishLease:
-        """Waits until no request of the previous version is in flight; then the servers are the trainer's."""
-        return records.decode(PublishLease, self._poll("POST", f"publish_begin/{version}"))
+        """Waits until the servers may get new weights; then they are the trainer's. The lease of an earlier version
+        comes first where servers have lost it."""
+        return self._record("POST", f"publish_begin/{version}", PublishLease)
 
-    def publish_end(self, version: int) -> None:
-        """States that every server of the lease holds `version` and generates again."""
-        self._send("POST", f"publish_end/{version}")
+    def publish_end(self, version: int, held_by: Sequence[int]) -> None:
+        """States which servers hold `version` now; they generate again."""
+        self._send("POST", f"publish_end/{version}", msgspec.json.encode({"held_by": list(held_by)}))
 
-    def finish(self) -> CollectorTotals:
+    def checkpoint_begin(self, version: int) -> None:
+        """Returns when all that the checkpoint of `version` relies on would survive a power cut."""
+        self._send("POST", f"checkpoint_begin/{version}")
+
+    def checkpoint_end(self, version: int) -> None:
+        """States that the run can go on from the checkpoint of `version`."""
+        self._send("POST", f"checkpoint_end/{version}")
+
+    def finish(self) -> CollectorTotals | PublishLease:
         """Waits for the last evaluation; the collector ends after its answer."""
-        return records.decode(CollectorTotals, self._poll("POST", "finish"))
+        return self._record("POST", "finish", CollectorTotals)
 
     def close(self) -> None:
         self._session.close()
 
-    def _poll(self, method: str, path: str) -> bytes:
+    def _record[RecordType](self, method: str, path: str, kind: type[RecordType]) -> RecordType | PublishLease:
+        response = self._poll(method, path)
+        return records.decode(PublishLease if response.status_code == 202 else kind, response.content)
+
+    def _poll(self, method: str, path: str) -> requests.Response:
         while True:
             response = self._send(method, path)
             if response.status_code != 204:  # 204: not ready yet, ask again
-                return response.content
+                return response
 
     def _send(self, method: str, path: str, body: bytes | None = None) -> requests.Response:
         try:

@@ -89,30 +89,24 @@ def tokenize(prompts: list[Prompt], tokenizer: TextTokenizer, max_tokens: int, s
 
 
 class PromptStream:
-    """Deals the prompts to the batches: epoch after epoch, each in an order of its own.
+    """Deals the prompts to the groups: epoch after epoch, each in an order of its own.
 
-    There is no hidden position: the prompts and sampling seeds of batch k depend on (run seed, k) alone, so
-    a run can continue at any batch, and the batch index is the whole cursor.
+    There is no hidden position: a group's prompt and sampling seeds depend on (run seed, group id) alone, and ids count
+    in the order of issue, so a run can continue at any group, and the next id is the whole cursor.
     """
 
     def __init__(self, prompts: list[TokenizedPrompt], config: RunConfig) -> None:
         self._prompts = prompts
         self._seed = config.seed
-        self._num_prompts = config.batch.num_prompts
         self._responses_per_prompt = config.batch.responses_per_prompt
         self._epoch_orders: OrderedDict[int, list[int]] = OrderedDict()
 
-    def groups(self, batch_index: int, policy_version: int) -> list[IssuedGroup]:
-        """Batch `batch_index`, to be sampled with `policy_version`."""
-        return [self._group(batch_index, place, policy_version) for place in range(self._num_prompts)]
-
-    def _group(self, batch_index: int, place: int, policy_version: int) -> IssuedGroup:
-        group_id = batch_index * self._num_prompts + place
+    def group(self, group_id: int, batch_index: int, policy_version: int) -> IssuedGroup:
+        """Group `group_id`, to be sampled with `policy_version`."""
         epoch, position = divmod(group_id, len(self._prompts))
         tokenized = self._prompts[self._epoch_order(epoch)[position]]
         seeds = [
-            derive_seed(self._seed, "sampling", batch_index, place, response)
-            for response in range(self._responses_per_prompt)
+            derive_seed(self._seed, "sampling", group_id, response) for response in range(self._responses_per_prompt)
         ]
         return IssuedGroup(
             group_id=group_id,

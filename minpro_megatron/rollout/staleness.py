@@ -1,16 +1,36 @@
-"""The arithmetic of delay mode: which version samples a batch, and which batches a version samples.
+"""The arithmetic of staleness: which version samples a group, how many groups may start, which ones a step consumes.
 
-Global steps count from 0, and step k consumes batch k. Policy version v exists once v steps are complete,
-so at step k the trainer holds version k. Delay n: batch k is sampled with version max(0, k - n).
+Global steps count from 0, and step k consumes batch k. Policy version v exists once v steps are complete, so at step k
+the trainer holds version k. A group's staleness at step k is k - (oldest version among its tokens).
+
+**Delay mode**, delay n: batch k is sampled wholly with version max(0, k - n), so its staleness is min(k, n).
+
+**Bounded mode**, bound eta: servers never wait and weights change under the responses. Let U(u) be the number of groups
+issued at version u or before that are neither consumed nor dropped. Two rules keep every group's staleness at or
+below eta:
+
+1. Admission: at version v groups start only while consumed + ready + in flight < (eta + v + 1) * batch. Groups that a
+   filter dropped, or that a failure sends back, are in none of the three and so give their place back.
+2. Consumption: step v takes the first `batch` ready groups in the order of issue, once these leave
+   U(u) <= (u + eta - v) * batch for every u <= v: what is that old can still be consumed in time. Until then it waits.
+
+Why that is enough: before step v, U(u) <= (u + eta - v + 1) * batch holds for every u <= v. For u < v this is rule 2 of
+step v - 1. For u = v it is rule 1: v * batch groups are consumed, so U(v) <= (eta + v + 1) * batch - v * batch.
+Rule 2 for u = v - eta leaves no group of that age after step v, and a group's tokens are of the version at which it
+was issued or newer: staleness <= eta. There is no deadlock: when all groups under way have ended, the first `batch` of
+them reduce every U(u) by `batch` or to 0, which fulfils rule 2; and rule 1 allows (v + 1) * batch groups by then,
+enough for a batch. Groups pass each other only where nobody is late for it, and none is given up for being long.
 """
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 
 def sampling_version(batch_index: int, delay: int) -> int:
-    """The policy version that samples batch `batch_index`.
+    """The policy version that samples batch `batch_index` in delay mode.
 
-    Version k - n is the newest that exists while step k - n runs, which is when batch k is generated: n
-    steps before it is consumed. Before step 0 there are only the initial weights, so batches 0 .. n share
-    version 0.
+    Version k - n is the newest that exists while step k - n runs, which is when batch k is generated: n steps before it
+    is consumed. Before step 0 there are only the initial weights, so batches 0 .. n share version 0.
 
     >>> [sampling_version(k, 2) for k in range(5)]
     [0, 0, 0, 1, 2]
@@ -19,11 +39,10 @@ def sampling_version(batch_index: int, delay: int) -> int:
 
 
 def batches_of_version(version: int, delay: int, num_steps: int) -> range:
-    """The batches that version `version` samples, in order; empty near the end of the run.
+    """The batches that version `version` samples in delay mode, in order; empty near the end of the run.
 
-    The inverse of `sampling_version`: version 0 has batches 0 .. n, every later one has batch v + n alone,
-    as long as the run of `num_steps` steps consumes it. The last n + 1 versions (num_steps - n ..
-    num_steps) have none.
+    The inverse of `sampling_version`: version 0 has batches 0 .. n, every later one has batch v + n alone, as long as
+    the run of `num_steps` steps consumes it. The last n + 1 versions (num_steps - n .. num_steps) have none.
 
     >>> [list(batches_of_version(v, 2, 5)) for v in range(6)]
     [[0, 1, 2], [3], [4], [], [], []]
@@ -38,8 +57,47 @@ def staleness(current_version: int, oldest_version: int) -> int:
 
 
 def expected_staleness(step: int, delay: int) -> int:
-    """The staleness of every group at global step `step`: step - max(0, step - n) = min(step, n)."""
+    """The staleness of every group at global step `step` in delay mode: step - max(0, step - n) = min(step, n)."""
     return min(step, delay)
+
+
+def admissible_groups(version: int, max_staleness: int, num_steps: int, num_prompts: int, existing: int) -> int:
+    """How many groups may start now in bounded mode; `existing` = consumed + ready + in flight.
+
+    A run of `num_steps` steps never needs more than num_steps * num_prompts of them.
+
+    >>> admissible_groups(version=0, max_staleness=2, num_steps=10, num_prompts=4, existing=5)
+    7
+    """
+    return max(0, min(max_staleness + version + 1, num_steps) * num_prompts - existing)
+
+
+class IssuedAt(NamedTuple):
+    """A group in the order of issue: by the version at which it was issued, then by its number."""
+
+    version: int
+    group_id: int
+
+
+def take_batch(
+    step: int, max_staleness: int, num_prompts: int, ready: Iterable[IssuedAt], in_flight: Iterable[IssuedAt]
+) -> list[int] | None:
+    """The groups that step `step` consumes in bounded mode, in the order of issue; None if it has to wait.
+
+    >>> take_batch(2, 2, 1, ready=[IssuedAt(1, 6), IssuedAt(0, 4)], in_flight=[])
+    [4]
+    >>> take_batch(2, 2, 1, ready=[IssuedAt(1, 6)], in_flight=[IssuedAt(1, 7)])  # 7 can still be consumed at step 3
+    [6]
+    >>> take_batch(2, 2, 1, ready=[IssuedAt(1, 6)], in_flight=[IssuedAt(0, 4)]) is None  # 4 would be too old at step 3
+    True
+    """
+    ordered = sorted(ready)
+    taken, left = ordered[:num_prompts], sorted([*ordered[num_prompts:], *in_flight])
+    if len(taken) < num_prompts:
+        return None
+    # the i-th oldest of those left is consumed i // num_prompts steps after the next one at the latest
+    in_time = all(group.version + max_staleness >= step + 1 + place // num_prompts for place, group in enumerate(left))
+    return [group.group_id for group in taken] if in_time else None
 
 
 def evaluated_versions(num_steps: int, every_steps: int) -> list[int]:

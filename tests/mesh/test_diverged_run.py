@@ -23,7 +23,7 @@ def _updates(mesh: Mesh, hf_path: str, broken: list[bool]) -> str:
     architecture, chunks = loaded_model(mesh, hf_path)
     policy = Policy(config, architecture, chunks, mesh)
     nobody: Any = None
-    trainer = Trainer(config, mesh, policy, publisher=nobody, feed=None, report=None)
+    trainer = Trainer(config, mesh, policy, nobody, checkpoints=nobody, resumed_from=None, watchdog=nobody)
     sound = make_sequences(4, 12)
     for is_broken in broken:
         advantage = float("nan") if is_broken else 1.0

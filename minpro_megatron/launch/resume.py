@@ -1,0 +1,81 @@
+"""Whether a run folder's run can go on with these settings, and as which incarnation."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.summary import read_summary
+from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
+from minpro_megatron.rollout.resume_point import read_latest
+
+CONFIG_FILE = "run.json"
+_INCARNATION_FILE = "incarnation"
+# What may change between two incarnations: where and how the run computes, how long, what it keeps. Anything else
+# would make its second half another experiment.
+_MAY_CHANGE = (
+    "runs_dir", "num_global_steps", "device", "model.recompute", "model.backend", "optimizer.cpu_offload", "parallel",
+    "server", "publish", "collector", "checkpoint", "batch.max_tokens_per_row", "batch.packing",
+)  # fmt: skip
+
+
+def holds_a_run(run_dir: Path) -> bool:
+    """Whether the folder's journal has rollouts; that of a run which failed while it started has none."""
+    journal = run_dir / JOURNAL_FILE
+    if not journal.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=rw", uri=True, timeout=0.1)) as database:
+            return database.execute("SELECT EXISTS (SELECT 1 FROM groups)").fetchone()[0] == 1
+    except sqlite3.Error:
+        return True  # in use, or damaged: in any case not ours to throw away
+
+
+def obstacles(config: RunConfig) -> Iterator[str]:
+    """One line for each reason why the run in `config.run_dir` cannot go on with `config`."""
+    run_dir, field = config.run_dir, f"name = {config.name}"
+    try:
+        begun = RunConfig.from_json((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        yield f"{field}: {run_dir} holds a run of unknown settings ({CONFIG_FILE} cannot be read); give a new name=..."
+        return
+    changed = list(_differences(begun.model_dump(), config.model_dump()))
+    if changed:
+        shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        yield f"{field}: {run_dir} holds a run with other settings ({shown}); give a new name=..., or the same settings"
+        return
+    summary = read_summary(run_dir)
+    if summary is not None and summary.steps >= config.num_global_steps:
+        yield (
+            f"{field}: the run in {run_dir} has finished its {summary.steps} global steps; give a new name=..., or "
+            "raise num_global_steps to go on"
+        )
+    try:
+        read_latest(run_dir)
+    except ValueError as error:
+        yield f"{field}: {error}"
+
+
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    if path in _MAY_CHANGE:
+        return
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+    elif before != after:
+        yield f"{path}: {json.dumps(before)} -> {json.dumps(after)}"
+
+
+def next_incarnation(run_dir: Path) -> int:
+    """0 for a run's first start, then 1, 2, ...; every call counts."""
+    path = run_dir / _INCARNATION_FILE
+    try:
+        incarnation = int(path.read_text(encoding="utf-8")) + 1
+    except (OSError, ValueError):
+        incarnation = 0
+    replace_file(path, f"{incarnation}\n")
+    return incarnation

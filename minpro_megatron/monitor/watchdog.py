@@ -1,0 +1,71 @@
+"""Ends a process that hangs, after writing where each of its threads stood."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STATUS_HUNG = 70  # EX_SOFTWARE
+# Ranks that wait for each other notice the hang at about the same time. The first one must not end the role before the
+# others have written their stacks.
+GRACE_S = 10.0
+
+
+class Watchdog:
+    """Within `guard` a deadline runs. When it passes, the stacks of all threads go to `path` and the process ends.
+
+    A thread looks at the clock. Where a hung library keeps Python's lock it cannot run: then faulthandler, which needs
+    no lock, writes and ends the process after twice the grace. Guards do not nest; one thread may use an object.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        timeout_s: float,
+        grace_s: float = GRACE_S,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._path = Path(path)
+        self._timeout_s = timeout_s
+        self._grace_s = grace_s
+        self._end = end
+        self._guarded: tuple[str, float] | None = None  # what runs, and its deadline
+        self._closed = threading.Event()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8")
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """`what` may take the time limit, and no longer."""
+        assert self._guarded is None, f"{what}: {self._guarded} is being guarded"
+        self._guarded = (what, time.monotonic() + self._timeout_s)
+        faulthandler.dump_traceback_later(self._timeout_s + 2 * self._grace_s, exit=True, file=self._file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            self._guarded = None
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        interval_s = min(1.0, self._timeout_s / 4)
+        while not self._closed.wait(interval_s):
+            guarded = self._guarded
+            if guarded is None or time.monotonic() < guarded[1]:
+                continue
+            line = f"{guarded[0]} takes longer than debug.hang_timeout_s = {self._timeout_s:g} s; stacks of all threads"
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}:\n")
+            self._file.flush()
+            faulthandler.dump_traceback(self._file, all_threads=True)
+            self._file.flush()
+            print(f"error: {line} in {self._path}", file=sys.stderr, flush=True)
+            self._closed.wait(self._grace_s)
+            self._end(STATUS_HUNG)
+            return

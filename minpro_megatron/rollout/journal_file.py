@@ -1,0 +1,133 @@
+"""The journal's SQLite file: its tables, how it is opened, and the transactions that run in its one thread."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+FILE_NAME = "journal.sqlite"
+SCHEMA_VERSION = 2
+
+# Arrays are little-endian bytes: token ids int32, log-probs float32, versions as int32 pairs (version, tokens). Those
+# of a pruned response are NULL.
+_SCHEMA = """
+CREATE TABLE groups (
+    group_id INTEGER PRIMARY KEY,
+    issued_version INTEGER NOT NULL,
+    batch_index INTEGER NOT NULL,
+    prompt_id TEXT NOT NULL,
+    source TEXT NOT NULL,
+    prompt_token_ids BLOB NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('issued', 'collected', 'scored', 'consumed', 'dropped')),
+    oldest_version INTEGER,
+    newest_version INTEGER,
+    consumed_step INTEGER,
+    staleness INTEGER
+) STRICT;
+CREATE INDEX groups_by_step ON groups (consumed_step);
+CREATE INDEX groups_by_state ON groups (state);
+CREATE TABLE responses (
+    group_id INTEGER NOT NULL REFERENCES groups (group_id) ON DELETE CASCADE,
+    place INTEGER NOT NULL,
+    sampling_seed INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    token_ids BLOB,
+    rollout_log_probs BLOB,
+    policy_versions BLOB,
+    finish_reason TEXT NOT NULL,
+    reward REAL NOT NULL,
+    behavior_log_probs BLOB,
+    trained_log_probs BLOB,
+    routes TEXT,
+    PRIMARY KEY (group_id, place)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE versions (version INTEGER PRIMARY KEY, published_at REAL NOT NULL) STRICT;
+CREATE TABLE evaluations (
+    policy_version INTEGER PRIMARY KEY,
+    pass_at_1 REAL NOT NULL,
+    standard_error REAL NOT NULL,
+    num_prompts INTEGER NOT NULL,
+    samples_per_prompt INTEGER NOT NULL,
+    mean_response_tokens REAL NOT NULL,
+    wall_time_s REAL NOT NULL
+) STRICT;
+"""
+
+
+class JournalError(RuntimeError):
+    """The journal cannot be opened or written, or a change of state does not fit what it holds."""
+
+
+class JournalFile:
+    """An open journal file. One thread owns the connection and works in order of call: callers never wait for the
+    disk in the event loop."""
+
+    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor, path: Path) -> None:
+        self._connection = connection
+        self._thread = thread
+        self.path = path
+
+    @classmethod
+    async def open(cls, run_dir: Path) -> "JournalFile":
+        """The run folder's journal, made if there is none. Raises JournalError if that is not possible."""
+        path = Path(run_dir) / FILE_NAME
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        try:
+            connection = await asyncio.get_running_loop().run_in_executor(thread, _open, path)
+        except (sqlite3.Error, OSError, JournalError) as error:
+            thread.shutdown()
+            raise JournalError(f"{path}: cannot be opened ({error})") from None
+        return cls(connection, thread, path)
+
+    async def close(self) -> None:
+        """Waits for what was called before it."""
+        await self.run(lambda connection: connection.close())
+        self._thread.shutdown()
+
+    async def transaction(self, write: Callable[[sqlite3.Connection], Result]) -> Result:
+        """What `write` returns, once its changes are committed; if it raises, nothing has changed."""
+
+        def work(connection: sqlite3.Connection) -> Result:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                result = write(connection)
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # a full disk makes SQLite roll back by itself
+                    connection.execute("ROLLBACK")
+                raise
+            return result
+
+        return await self.run(work)
+
+    async def run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._connection)
+        except sqlite3.Error as error:
+            raise JournalError(f"{self.path}: {error}; free some space if the disk is full") from error
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, isolation_level=None)
+    # Exclusive: WAL then needs no memory shared between processes, which network filesystems do not have.
+    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # pruned pages go back to the disk
+    connection.execute("PRAGMA journal_mode = WAL")
+    # A commit survives the end of the process; after a power cut the last ones may be missing, never torn. `flush` is
+    # for what must survive that too.
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    if found == 0:
+        connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    elif found != SCHEMA_VERSION:
+        connection.close()
+        raise JournalError(
+            f"it has format {found}, this version reads {SCHEMA_VERSION}; go on with the version that began the run"
+        )
+    return connection

@@ -1,0 +1,123 @@
+"""A journal taken back to a checkpoint: what was consumed since is ready again, what later weights sampled is void.
+
+The checkpoint of version s holds the weights theta_s, and nothing of other weights survives a crash. So of the groups
+that steps before s have not consumed
+
+- those with a token of a version above s are void: they are sampled again, with the same prompt and seeds;
+- those issued at a version above s are forgotten: they will be issued again under the same id;
+- those of a batch that is scored without them are surplus, and dropped (delay mode);
+- those whose behavior log-probs are known are ready: their scores were computed once and stay;
+- those without scores are ready if all their tokens are of version s, which the trainer can still score; else void.
+"""
+
+import json
+import sqlite3
+from typing import NamedTuple
+
+import numpy as np
+
+from minpro_megatron.records import Response
+from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.route_files import RouteFiles
+
+
+class RestoredGroup(NamedTuple):
+    """A group that no step has consumed. `responses` is empty for one that is to be sampled (again)."""
+
+    group_id: int
+    issued_version: int
+    batch_index: int
+    prompt_id: str
+    dropped: bool
+    responses: list[Response]
+
+
+_PRUNED = "SELECT 1 FROM responses WHERE responses.group_id = groups.group_id AND token_ids IS NULL"
+_SURPLUS = (
+    "state = 'collected' AND (SELECT count(*) FROM groups AS others WHERE others.batch_index = groups.batch_index"
+    " AND others.state = 'scored') >= :num_prompts"
+)
+
+
+def roll_back(connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool) -> None:
+    """Changes the journal's states as above, inside the caller's transaction. Raises JournalError if the journal does
+    not hold what the checkpoint of `version` includes."""
+    values = {"version": version}
+    # Ids below the last one that stays were issued before: above s only because an earlier restore repeated them.
+    last = "SELECT coalesce(max(group_id), -1) FROM groups WHERE issued_version <= :version"
+    connection.execute(f"DELETE FROM groups WHERE issued_version > :version AND group_id > ({last})", values)
+    for table, column in (("versions", "version"), ("evaluations", "policy_version")):
+        connection.execute(f"DELETE FROM {table} WHERE {column} > :version", values)
+    connection.execute(
+        "UPDATE groups SET state = 'scored', consumed_step = NULL, staleness = NULL"
+        " WHERE state = 'consumed' AND consumed_step >= :version",
+        values,
+    )
+    if delay_mode:
+        connection.execute(f"UPDATE groups SET state = 'dropped' WHERE {_SURPLUS}", {"num_prompts": num_prompts})
+    else:
+        connection.execute("UPDATE groups SET batch_index = -1 WHERE consumed_step IS NULL")
+    void = (
+        f"consumed_step IS NULL AND state <> 'issued' AND (newest_version > :version"
+        f" OR (state <> 'dropped' AND EXISTS ({_PRUNED}))"
+        " OR (state = 'collected' AND oldest_version < :version))"
+    )
+    connection.execute(f"DELETE FROM responses WHERE group_id IN (SELECT group_id FROM groups WHERE {void})", values)
+    connection.execute(
+        f"UPDATE groups SET state = 'issued', oldest_version = NULL, newest_version = NULL WHERE {void}", values
+    )
+    _check(connection, version, num_prompts, delay_mode)
+
+
+def _check(connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool) -> None:
+    consumed = connection.execute("SELECT count(*) FROM groups WHERE state = 'consumed'").fetchone()[0]
+    if consumed != version * num_prompts:
+        raise JournalError(
+            f"the checkpoint of version {version} has consumed {version * num_prompts} groups, the journal {consumed}: "
+            "they do not belong together; put both back from the same copy, or start under a new name"
+        )
+    lost = connection.execute(
+        "SELECT count(*) FROM groups WHERE state = 'issued' AND issued_version < ?", (version,)
+    ).fetchone()[0]
+    if lost and delay_mode:
+        raise JournalError(
+            f"{lost} groups sampled with versions before {version} are lost, which the checkpoint includes: the "
+            "journal is older than the checkpoint; put back the journal that belongs to it, or go on from an earlier "
+            "checkpoint"
+        )
+
+
+def restore_groups(connection: sqlite3.Connection, routes: RouteFiles) -> tuple[list[RestoredGroup], int]:
+    """The groups that are not consumed, in order of id, and the id after the last one that was used."""
+    rows = connection.execute(
+        "SELECT group_id, issued_version, batch_index, prompt_id, state FROM groups"
+        " WHERE state <> 'consumed' ORDER BY group_id"
+    ).fetchall()
+    groups = []
+    for group_id, issued_version, batch_index, prompt_id, state in rows:
+        responses = [] if state in ("issued", "dropped") else _responses(connection, group_id, routes)
+        groups.append(RestoredGroup(group_id, issued_version, batch_index, prompt_id, state == "dropped", responses))
+    last = connection.execute("SELECT coalesce(max(group_id), -1) FROM groups").fetchone()[0]
+    return groups, last + 1
+
+
+def _responses(connection: sqlite3.Connection, group_id: int, routes: RouteFiles) -> list[Response]:
+    rows = connection.execute(
+        "SELECT token_ids, rollout_log_probs, policy_versions, finish_reason, reward, behavior_log_probs, routes"
+        " FROM responses WHERE group_id = ? ORDER BY place",
+        (group_id,),
+    ).fetchall()
+    responses = []
+    for token_ids, rollout_log_probs, spans, finish_reason, reward, behavior_log_probs, place_of_routes in rows:
+        versions, lengths = np.frombuffer(spans, dtype="<i4").reshape(-1, 2).T
+        response = Response(
+            token_ids=np.frombuffer(token_ids, dtype="<i4"),
+            rollout_log_probs=np.frombuffer(rollout_log_probs, dtype="<f4"),
+            policy_versions=np.repeat(versions, lengths),
+            finish_reason=finish_reason,
+            reward=reward,
+            behavior_log_probs=None if behavior_log_probs is None else np.frombuffer(behavior_log_probs, dtype="<f4"),
+            routed_experts=None if place_of_routes is None else routes.read(group_id, json.loads(place_of_routes)),
+        )
+        responses.append(response)
+    return responses

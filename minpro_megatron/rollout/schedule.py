@@ -1,0 +1,279 @@
+"""Which groups start when, which of them a step consumes, when new weights may be published. No input or output.
+
+A schedule holds the state of every group that is not yet consumed; the collector tells it what has happened and asks it
+what may happen. Both modes (rollout/staleness.py has the arithmetic) offer the same: `to_issue`, `collected`, `batch`,
+`consumed`, `may_publish`, `published`. Group ids count in the order in which groups are first issued.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.rollout.staleness import (
+    IssuedAt,
+    admissible_groups,
+    batches_of_version,
+    sampling_version,
+    take_batch,
+)
+
+# Groups that a filter may drop for one batch, as a multiple of the batch: more means that the prompts teach nothing.
+MAX_DROPPED_FACTOR = 20
+
+
+class Slot(NamedTuple):
+    """A group to be sampled: `batch_index` is -1 where the step that will consume it is not decided yet."""
+
+    group_id: int
+    batch_index: int
+    version: int
+
+
+class Restored(NamedTuple):
+    """A group of an interrupted run that is not consumed: sampled already (`ready`), or to be sampled again."""
+
+    slot: Slot
+    ready: bool
+    dropped: bool = False
+
+
+class Chosen(NamedTuple):
+    """The groups of a step, in canonical order, and those that were sampled for it and are not used."""
+
+    group_ids: list[int]
+    surplus: list[int]
+
+
+class ScheduleError(RuntimeError):
+    """The run cannot go on; the message is one line with the reason and a remedy."""
+
+
+class Schedule(Protocol):
+    """What the collector asks of either mode. `version` is what the servers hold."""
+
+    version: int
+
+    def to_issue(self) -> list[Slot]:
+        """The groups that may start now, each named once."""
+        ...
+
+    def collected(self, group_id: int, accepted: bool) -> None:
+        """A group has ended; `accepted` is False where a filter drops it. Raises ScheduleError if too many are."""
+        ...
+
+    def batch(self, step: int) -> Chosen | None:
+        """The groups that step `step` consumes; None while it has to wait. Asked again, it gives the same."""
+        ...
+
+    def is_sampled_by_now(self, step: int) -> bool:
+        """Whether waiting for the batch of `step` can end without a publication."""
+        ...
+
+    def consumed(self, step: int) -> None: ...
+
+    def may_publish(self) -> bool:
+        """Whether the weights may be replaced by those of version + 1 now."""
+        ...
+
+    def published(self) -> None:
+        """The servers hold version + 1."""
+        ...
+
+
+@dataclass
+class _DelayBatch:
+    in_flight: set[int] = field(default_factory=set)
+    accepted: list[int] = field(default_factory=list)
+    num_dropped: int = 0
+
+
+class DelaySchedule:
+    """Batch k is sampled wholly with version max(0, k - n), and a version is published when its batches are complete.
+
+    With a filter, a batch is issued in waves: each has as many groups as are still wanted, times `over_sampling`, and
+    the batch is its first accepted groups once a wave has ended with enough of them.
+    """
+
+    def __init__(
+        self, config: RunConfig, version: int = 0, restored: Iterable[Restored] = (), next_group: int = 0
+    ) -> None:
+        self.version = version
+        self._delay = config.staleness.delay_steps
+        self._num_steps = config.num_global_steps
+        self._num_prompts = config.batch.num_prompts
+        self._over_sampling = config.batch.over_sampling if config.batch.dynamic_sampling else 1.0
+        self._next_group = next_group
+        self._next_step = version
+        self._batches: dict[int, _DelayBatch] = {}
+        self._batch_of: dict[int, int] = {}
+        self._to_repeat: list[Slot] = []
+        for group in restored:
+            self._restore(group)
+        self._refuse_missing_batches()
+
+    def _refuse_missing_batches(self) -> None:
+        if self.version == 0:
+            return
+        for index in range(self.version, min(self.version + self._delay, self._num_steps)):
+            if not self._is_complete(self._batches.get(index)):
+                raise ScheduleError(
+                    f"batch {index}, which version {sampling_version(index, self._delay)} was to sample, is not in the "
+                    "journal: it is older than the checkpoint, or num_global_steps was raised when the run was within "
+                    f"staleness.delay_steps = {self._delay} steps of its end; go on from an earlier checkpoint, or "
+                    "start under a new name"
+                )
+
+    def _restore(self, group: Restored) -> None:
+        slot = group.slot
+        batch = self._batches.setdefault(slot.batch_index, _DelayBatch())
+        if group.dropped:
+            batch.num_dropped += 1
+            return
+        self._batch_of[slot.group_id] = slot.batch_index
+        if group.ready:
+            batch.accepted.append(slot.group_id)
+        else:
+            batch.in_flight.add(slot.group_id)
+            self._to_repeat.append(slot)
+
+    def to_issue(self) -> list[Slot]:
+        slots, self._to_repeat = self._to_repeat, []
+        for index in batches_of_version(self.version, self._delay, self._num_steps):
+            if index < self._next_step:
+                continue
+            batch = self._batches.setdefault(index, _DelayBatch())
+            wanted = self._num_prompts - len(batch.accepted)
+            if batch.in_flight or wanted <= 0:
+                continue
+            for _ in range(math.ceil(wanted * self._over_sampling)):
+                slots.append(Slot(self._next_group, index, self.version))
+                self._batch_of[self._next_group] = index
+                batch.in_flight.add(self._next_group)
+                self._next_group += 1
+        return slots
+
+    def collected(self, group_id: int, accepted: bool) -> None:
+        batch = self._batches[self._batch_of[group_id]]
+        batch.in_flight.remove(group_id)
+        if accepted:
+            batch.accepted.append(group_id)
+            return
+        del self._batch_of[group_id]
+        batch.num_dropped += 1
+        _refuse_hopeless_filter(batch.num_dropped, self._num_prompts)
+
+    def batch(self, step: int) -> Chosen | None:
+        batch = self._batches.get(step)
+        if batch is None or not self._is_complete(batch):
+            return None
+        accepted = sorted(batch.accepted)
+        return Chosen(accepted[: self._num_prompts], accepted[self._num_prompts :])
+
+    def is_sampled_by_now(self, step: int) -> bool:
+        return sampling_version(step, self._delay) <= self.version
+
+    def consumed(self, step: int) -> None:
+        for group_id in self._batches.pop(step).accepted:
+            del self._batch_of[group_id]
+        self._next_step = step + 1
+
+    def may_publish(self) -> bool:
+        indices = batches_of_version(self.version, self._delay, self._num_steps)
+        return all(index < self._next_step or self._is_complete(self._batches.get(index)) for index in indices)
+
+    def published(self) -> None:
+        self.version += 1
+
+    def _is_complete(self, batch: _DelayBatch | None) -> bool:
+        return batch is not None and not batch.in_flight and len(batch.accepted) >= self._num_prompts
+
+
+class BoundedSchedule:
+    """Servers never wait; a step consumes groups of staleness <= max_staleness, in the order of issue."""
+
+    def __init__(
+        self, config: RunConfig, version: int = 0, restored: Iterable[Restored] = (), next_group: int = 0
+    ) -> None:
+        self.version = version
+        self._max_staleness = config.staleness.max_staleness
+        self._num_steps = config.num_global_steps
+        self._num_prompts = config.batch.num_prompts
+        self._next_group = next_group
+        self._num_consumed = version * self._num_prompts
+        self._num_dropped_since = 0  # the last consumed batch
+        self._ready: dict[int, IssuedAt] = {}
+        self._in_flight: dict[int, IssuedAt] = {}
+        self._taken: dict[int, list[int]] = {}
+        self._to_repeat: list[Slot] = []
+        for group in restored:
+            slot = group.slot
+            if group.ready:
+                self._ready[slot.group_id] = IssuedAt(slot.version, slot.group_id)
+            elif not group.dropped:  # it starts anew, with the weights of now
+                self._in_flight[slot.group_id] = IssuedAt(version, slot.group_id)
+                self._to_repeat.append(Slot(slot.group_id, -1, version))
+
+    def to_issue(self) -> list[Slot]:
+        slots, self._to_repeat = self._to_repeat, []
+        existing = self._num_consumed + len(self._ready) + len(self._in_flight)
+        free = admissible_groups(self.version, self._max_staleness, self._num_steps, self._num_prompts, existing)
+        for group_id in range(self._next_group, self._next_group + free):
+            slots.append(Slot(group_id, -1, self.version))
+            self._in_flight[group_id] = IssuedAt(self.version, group_id)
+        self._next_group += free
+        return slots
+
+    def collected(self, group_id: int, accepted: bool) -> None:
+        issued = self._in_flight.pop(group_id)
+        if accepted:
+            self._ready[group_id] = issued
+            return
+        self._num_dropped_since += 1
+        _refuse_hopeless_filter(self._num_dropped_since, self._num_prompts)
+
+    def batch(self, step: int) -> Chosen | None:
+        if step not in self._taken:
+            if step != self.version:
+                return None  # what it may consume depends on the version that the step begins with
+            taken = take_batch(
+                step, self._max_staleness, self._num_prompts, self._ready.values(), self._in_flight.values()
+            )
+            if taken is None:
+                return None
+            self._taken[step] = taken
+        return Chosen(self._taken[step], [])
+
+    def is_sampled_by_now(self, step: int) -> bool:
+        return step <= self.version
+
+    def consumed(self, step: int) -> None:
+        for group_id in self._taken.pop(step):
+            del self._ready[group_id]
+        self._num_consumed += self._num_prompts
+        self._num_dropped_since = 0
+
+    def may_publish(self) -> bool:
+        return True
+
+    def published(self) -> None:
+        self.version += 1
+
+
+def make_schedule(
+    config: RunConfig, version: int = 0, restored: Iterable[Restored] = (), next_group: int = 0
+) -> Schedule:
+    """The schedule of the run's mode at `version`, with the groups of an interrupted run that are not consumed.
+    `next_group`: ids below it have been used."""
+    of_mode = {"delay": DelaySchedule, "bounded": BoundedSchedule}
+    return of_mode[config.staleness.mode](config, version, restored, next_group)
+
+
+def _refuse_hopeless_filter(num_dropped: int, num_prompts: int) -> None:
+    if num_dropped > MAX_DROPPED_FACTOR * num_prompts:
+        raise ScheduleError(
+            f"batch.dynamic_sampling dropped {num_dropped} groups of equal rewards for a batch of batch.num_prompts = "
+            f"{num_prompts}: the prompts are all too easy or all too hard for this policy; choose others, or set "
+            "batch.dynamic_sampling to false"
+        )

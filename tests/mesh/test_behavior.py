@@ -1,0 +1,60 @@
+"""A batch of several policy versions: every token is scored under the weights that sampled it, on any mesh."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minpro_megatron.parallel.mesh import Mesh
+from tests.mesh.harness import run_mesh
+from tests.mesh.reference import make_model, make_sequences
+from tests.mesh.steps import loaded_model, step_config
+
+pytestmark = pytest.mark.mesh
+
+
+def _scores(mesh: Mesh, hf_path: str, versions: list[np.ndarray], axes: dict[str, int]) -> tuple[np.ndarray, ...]:
+    """(scored by version, expected): the second from whole passes under each version's weights."""
+    import torch
+
+    from minpro_megatron.actor.behavior import score_by_version
+    from minpro_megatron.actor.policy import Policy
+
+    config = step_config(axes, row_tokens=128)
+    architecture, chunks = loaded_model(mesh, hf_path)
+    policy = Policy(config, architecture, chunks, mesh)
+    sequences = make_sequences(len(versions), 12)
+    whole = []
+    for version in range(3):
+        policy.keep_weights(f"kept {version}")
+        whole.append(policy.score(sequences))
+        if version < 2:
+            with torch.no_grad():
+                for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+                    parameter.mul_(1.05)
+
+    def weights_of(version: int) -> AbstractContextManager[None]:
+        return nullcontext() if version == 2 else policy.kept_weights(f"kept {version}")
+
+    sampled_with = [of_sequence[: len(s.response_ids)] for of_sequence, s in zip(versions, sequences, strict=True)]
+    found = score_by_version(policy, sequences, sampled_with, weights_of)
+    flat = np.concatenate(sampled_with)
+    expected = np.choose(flat, whole)
+    assert score_by_version(policy, [], [], weights_of).shape == (0,)
+    return found, expected, np.abs(whole[0] - whole[2])
+
+
+@pytest.mark.parametrize("axes", [{"tensor": 1}, {"tensor": 2, "expert": 2}, {"pipeline": 2}, {"context": 2}])
+def test_each_token_is_scored_under_its_own_version(tmp_path: Path, axes: dict[str, int]) -> None:
+    make_model("moe").save_pretrained(tmp_path)
+    versions = [
+        np.zeros(64, np.int32),
+        np.repeat([0, 1], [3, 61]).astype(np.int32),
+        np.repeat([0, 1, 2], [2, 3, 59]).astype(np.int32),
+        np.full(64, 2, np.int32),
+        np.repeat([1, 2], [1, 63]).astype(np.int32),
+    ]
+    for found, expected, changes in run_mesh(_scores, str(tmp_path), versions, axes, **axes):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert changes.mean() > 1e-2  # the weights do differ
