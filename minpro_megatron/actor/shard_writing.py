@@ -108,6 +108,7 @@ class ShardWrite:
                 warnings.simplefilter("ignore")  # of threads that the child will not have; it only writes
                 self._caller.schedule_async_call(request)
         except OSError as error:  # no memory for a process; the other ranks learn of it in `complete`
+            self._caller = TemporalAsyncCaller()  # the former would wait for a process that never was
             self._report, self._written = None, _Written(error=f"no process to write in: {error}")
         self._process = self._caller.process
 
@@ -121,7 +122,7 @@ class ShardWrite:
         Raises SaveError on all ranks if any of them could not write.
         """
         every: list[_Written] = [_Written()] * self._mesh.control.size()
-        dist.gather_object(self._result(), every if self._mesh.rank == 0 else None, group=self._mesh.control)
+        dist.gather_object(self._result(), every if self._mesh.rank == 0 else None, 0, self._mesh.control)
         files: dict[str, SavedFile] = {}
 
         def write_metadata() -> None:

@@ -16,8 +16,10 @@ import msgspec
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
+from minpro_megatron.actor import cpu_offload
 from minpro_megatron.actor.shard_writing import ShardWrite
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.mesh import Mesh
@@ -32,7 +34,7 @@ def run_identity(config: RunConfig, architecture: Architecture) -> RunIdentity:
         seed=config.seed,
         objective=config.objective.name,
         dtype=config.model.dtype,
-        parallel=config.parallel.model_dump(),
+        parallel=config.parallel.model_dump(mode="json"),
         architecture=msgspec.to_builtins(asdict(architecture)),
     )
 
@@ -67,6 +69,8 @@ def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path
         for index, one in enumerate(_distributed_optimizers(optimizer)):
             one.load_state_dict(_as_own_state(one, loaded["optimizer"][index], loaded["optimizer_step"]))
             _count_apart(one, loaded["optimizer_step"])
+            if isinstance(one.optimizer, HybridDeviceOptimizer):
+                cpu_offload.let_parts_count(one.optimizer)
     unrestored = sum(int(not value.isfinite().all()) for value in _optimizer_tensors(optimizer))
     unrestored = sum(mesh.from_all_ranks(unrestored))
     if unrestored:
@@ -95,6 +99,9 @@ def _make_moments(optimizer: Any) -> None:
     """Moments and step counts of zero where no update has made any: megatron can neither save an optimizer without
     them nor load into one."""
     for one in _distributed_optimizers(optimizer):
+        if isinstance(one.optimizer, HybridDeviceOptimizer):
+            cpu_offload.make_state(one.optimizer)
+            continue
         one.init_state_fn(one.optimizer, one.config)
         if isinstance(one.optimizer, torch.optim.AdamW):  # fused optimizers count their steps in the groups
             for state in one.optimizer.state.values():

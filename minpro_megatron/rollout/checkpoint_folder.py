@@ -98,8 +98,7 @@ class CheckpointFolder:
         assert version is not None, partial
         try:
             _remove(partial)
-            if version != self._latest:
-                self._remove(version)
+            self._remove(version)
         except OSError as error:
             log.warning("%s: %s", partial, error)
 

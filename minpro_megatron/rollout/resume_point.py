@@ -30,13 +30,14 @@ class SavedFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """Whose checkpoint it is. Seed and architecture must be those of the run that loads it; the rest informs."""
+    """Whose checkpoint it is; what JSON has for settings. Seed and architecture must be those of the run that loads it,
+    the rest informs."""
 
     seed: int
     objective: str
     dtype: str
-    parallel: dict[str, int]  # the mesh that saved it: any other may load it
-    architecture: dict[str, Any]  # weights.architecture's fields, as JSON has them
+    parallel: dict[str, Any]  # the mesh that saved it: any other may load it
+    architecture: dict[str, Any]
 
 
 class TrainerState(msgspec.Struct, frozen=True, kw_only=True):

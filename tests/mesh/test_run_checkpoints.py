@@ -1,0 +1,359 @@
+"""A run's checkpoints on real ranks: what is saved is what was, whatever happens while it is written."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from minpro_megatron.config.checkpoint import CheckpointConfig
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.rollout.resume_point import CHECKPOINTS, TrainerState, read_latest
+from tests.mesh.harness import run_mesh
+from tests.mesh.reference import make_model, make_sequences
+from tests.mesh.steps import loaded_policy, step_config
+
+pytestmark = pytest.mark.mesh
+
+LEARNING_RATE = 1e-3
+TWO = {"tensor": 2, "expert": 2}
+CONFIG = step_config(TWO, row_tokens=128)
+
+
+def state(version: int) -> TrainerState:
+    return TrainerState(policy_version=version, updates=version, num_groups_consumed=8 * version, next_batch=version)
+
+
+class Rank:
+    """A policy and its checkpoints on one rank, as train.py has them."""
+
+    def __init__(self, mesh: Mesh, start: tuple[str, str, list], config: RunConfig = CONFIG, **settings: Any) -> None:
+        from minpro_megatron.actor.run_checkpoints import RunCheckpoints
+
+        self.mesh = mesh
+        self.hf_path, folder, self.sequences = start
+        self.run_dir = Path(folder)
+        self.policy = loaded_policy(mesh, config, self.hf_path)[1]
+        self.checkpoints = RunCheckpoints(self.run_dir / CHECKPOINTS, CheckpointConfig(**settings), mesh)
+
+    def update(self, count: int = 1, learning_rate: float = LEARNING_RATE) -> None:
+        for _ in range(count):
+            assert self.policy.update(self.sequences, learning_rate).applied
+
+    def latest(self) -> int | None:
+        manifest = self.mesh.from_rank_0(read_latest(self.run_dir))
+        return manifest and manifest.policy_version
+
+    def load_latest(self) -> None:
+        manifest = read_latest(self.run_dir)
+        assert manifest is not None
+        self.checkpoints.load(self.policy, manifest)
+
+    def numbers(self) -> dict[str, np.ndarray]:
+        """All weights, moments and step counts of this rank, bit by bit."""
+        found = {}
+        for chunk in self.policy.modules:
+            found |= {name: parameter.detach().numpy().copy() for name, parameter in chunk.named_parameters()}
+        for index, one in enumerate(self.policy._optimizer.chained_optimizers):
+            for place, parameter in enumerate(p for group in one.optimizer.param_groups for p in group["params"]):
+                found[f"{index}.{place}"] = parameter.detach().numpy().copy()
+                for name, value in one.optimizer.state[parameter].items():
+                    found[f"{index}.{place}.{name}"] = value.numpy().copy()
+        return found
+
+
+def differing(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> list[str]:
+    assert first.keys() == second.keys()
+    return [name for name, value in first.items() if not np.array_equal(value, second[name])]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list]:
+    hf_path = tmp_path_factory.mktemp("hf")
+    make_model("moe").save_pretrained(hf_path)
+    random = np.random.default_rng(3)
+    sequences = [
+        replace(one, behavior_log_probs=random.normal(-4.5, 0.7, len(one.response_ids)).astype(np.float32))
+        for one in make_sequences(8, 30)
+    ]
+    return str(hf_path), sequences
+
+
+@pytest.fixture
+def start(model: tuple[str, list], tmp_path: Path) -> tuple[str, str, list]:
+    hf_path, sequences = model
+    return hf_path, str(tmp_path), sequences
+
+
+@contextmanager
+def writing(act: Callable[[], None]) -> Iterator[None]:
+    """Within: every rank's writer, here or in a process forked here, does `act` before it writes."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    original = FileSystemWriterAsync.write_preloaded_data
+
+    def write(*arguments: Any, **rest: Any) -> Any:
+        act()
+        return original(*arguments, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(write))
+        yield
+
+
+def _save_while_training(mesh: Mesh, start: tuple, asynchronous: bool) -> dict[str, Any]:
+    rank = Rank(mesh, start, asynchronous=asynchronous)
+    rank.update(2)
+    saved = rank.numbers()
+    go_on = Path(start[1], "go-on")
+
+    def wait() -> None:
+        while asynchronous and not go_on.exists():
+            time.sleep(0.005)
+
+    with writing(wait):
+        rank.checkpoints.save(rank.policy, state(2))
+    polled = [rank.checkpoints.poll()]
+    rank.update(2)
+    expected, at = rank.numbers(), [rank.latest()]
+    go_on.touch()
+    polled.append(rank.checkpoints.finish())
+    at.append(rank.latest())
+
+    other = Rank(mesh, start)  # as after a crash: a policy that has made no update
+    assert differing(other.numbers(), {name: saved[name] for name in other.numbers()})
+    other.load_latest()
+    loaded = differing(other.numbers(), saved)
+    other.update(2)
+    continued = differing(other.numbers(), expected)
+
+    rank.update(1, learning_rate=0.05)  # weights, moments and step are all other than those saved
+    assert len(differing(rank.numbers(), saved)) == len(saved)
+    rank.load_latest()
+    reloaded = differing(rank.numbers(), saved)
+    return {
+        "polled": polled,
+        "latest": at,
+        "differing": (loaded, continued, reloaded),
+        "processes": len(multiprocessing.active_children()),
+    }
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_saved_state_is_that_of_the_call_and_continues_to_the_bit(start: tuple, asynchronous: bool) -> None:
+    before, after = ([], [2]) if asynchronous else ([2], [])
+    for found in run_mesh(_save_while_training, start, asynchronous, **TWO):
+        assert found["differing"] == ([], [], [])
+        assert found["polled"] == [before, after]
+        assert found["latest"] == [None if asynchronous else 2, 2]
+        assert found["processes"] == 0, "a save leaves no process behind"
+
+
+def _save_without_updates(mesh: Mesh, start: tuple) -> tuple[list[str], list[str]]:
+    rank = Rank(mesh, start)
+    rank.checkpoints.save(rank.policy, state(1))
+    assert rank.checkpoints.finish() == [1]
+    other = Rank(mesh, start)
+    other.update(1)
+    other.load_latest()
+    loaded = differing(other.numbers(), rank.numbers())
+    rank.update(2)
+    other.update(2)
+    return loaded, differing(other.numbers(), rank.numbers())
+
+
+def test_a_state_before_any_update_is_saved_and_loaded(start: tuple) -> None:
+    assert run_mesh(_save_without_updates, start, **TWO) == [([], [])] * 2
+
+
+def _save_four(mesh: Mesh, start: tuple) -> list[Any]:
+    rank = Rank(mesh, start, keep_last=1, keep_best=1)
+    completed = []
+    for version, score in ((10, 0.5), (20, 0.9), (30, None), (40, 0.7)):
+        rank.checkpoints.save(rank.policy, state(version))  # waits for the one before
+        completed.append(rank.checkpoints.poll())
+        if score is not None:
+            rank.checkpoints.note_score(version, score)
+    completed.append(rank.checkpoints.finish())
+    return sorted(version for versions in completed for version in versions)
+
+
+def test_the_newest_and_the_best_stay(start: tuple) -> None:
+    assert run_mesh(_save_four, start, **TWO) == [[10, 20, 30, 40]] * 2
+    names = sorted(path.name for path in Path(start[1], CHECKPOINTS).iterdir())
+    assert names == ["latest", "step-000020", "step-000040"]
+    manifest = read_latest(start[1])
+    assert manifest is not None
+    assert manifest == msgspec.structs.replace(manifest, **msgspec.structs.asdict(state(40)), score=0.7)
+    assert sorted(manifest.files) == [".metadata", "__0_0.distcp", "__1_0.distcp", "metadata.json"]
+    assert (manifest.run.seed, manifest.run.objective, manifest.run.dtype) == (0, "minpro", "float32")
+    assert manifest.run.parallel["tensor"] == 2
+    assert manifest.run.architecture["num_experts"] == 8
+
+
+def _only_on_rank_1(mesh: Mesh, act: Callable[[], None]) -> Callable[[], None]:
+    return act if mesh.rank == 1 else lambda: None
+
+
+def _kill_the_writer(mesh: Mesh) -> Any:
+    return writing(_only_on_rank_1(mesh, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+
+
+@contextmanager
+def _fill_the_disk(mesh: Mesh) -> Iterator[None]:
+    """What rank 1 writes into one file ends after 16 kB, for its writer too, with the system's own error."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if mesh.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def _fill_the_disk_for_metadata(mesh: Mesh) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    original = FileSystemWriterAsync.finish
+
+    def finish(*arguments: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, hard))
+        original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSystemWriterAsync, "finish", finish)
+        yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def _refuse_processes(mesh: Mesh) -> Iterator[None]:
+    from torch import multiprocessing as torch_multiprocessing
+
+    def start(self: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if mesh.rank == 1:
+            patch.setattr(torch_multiprocessing.get_context("fork").Process, "start", start)
+        yield
+
+
+FAILURES = {
+    _kill_the_writer: "rank 1: the process that wrote ended with status -9 before it was done",
+    _fill_the_disk: "__1_0.distcp: [Errno 27] File too large",
+    _fill_the_disk_for_metadata: "[Errno 27] File too large",
+    _refuse_processes: "rank 1: no process to write in: [Errno 12] Cannot allocate memory",
+}
+
+
+def _save_in_trouble(mesh: Mesh, start: tuple, trouble: Callable, caplog_path: str) -> dict[str, Any]:
+    import logging
+
+    logging.getLogger("minpro_megatron").addHandler(logging.FileHandler(f"{caplog_path}-{mesh.rank}"))
+    rank = Rank(mesh, start)
+    rank.checkpoints.save(rank.policy, state(10))
+    completed = [rank.checkpoints.finish()]
+    with trouble(mesh):
+        rank.checkpoints.save(rank.policy, state(20))
+        completed.append(rank.checkpoints.finish())
+    at = [rank.latest()]
+    names = sorted(path.name for path in (rank.run_dir / CHECKPOINTS).iterdir())
+    rank.checkpoints.save(rank.policy, state(30))
+    completed.append(rank.checkpoints.poll())  # training has waited for this one
+    at.append(rank.latest())
+    rank.checkpoints.save(rank.policy, state(40))
+    completed.append(rank.checkpoints.finish())
+    return {"completed": completed, "latest": at, "names": names}
+
+
+@pytest.mark.parametrize("trouble", FAILURES, ids=lambda trouble: trouble.__name__)
+def test_a_save_that_fails_leaves_the_former_one_and_the_next_succeeds(start: tuple, trouble: Callable) -> None:
+    log = str(Path(start[1], "log"))
+    for found in run_mesh(_save_in_trouble, start, trouble, log, **TWO):
+        assert found["completed"] == [[10], [], [30], [40]]
+        assert found["latest"] == [10, 30]
+        assert found["names"] == ["latest", "step-000010"]
+    said = Path(f"{log}-0").read_text()
+    assert said.startswith("the checkpoint of policy version 20 was not written: ")
+    assert FAILURES[trouble] in said
+    assert "The one before it is intact; training will wait for the next one to be written" in said
+    assert Path(f"{log}-1").read_text() == ""
+
+
+def _save_on_a_full_disk(mesh: Mesh, start: tuple) -> tuple[str, int | None]:
+    from minpro_megatron.actor.shard_writing import SaveError
+
+    rank = Rank(mesh, start)
+    rank.checkpoints.save(rank.policy, state(10))
+    rank.checkpoints.finish()
+    with _fill_the_disk(mesh):
+        rank.checkpoints.save(rank.policy, state(20))
+        rank.checkpoints.finish()
+        with pytest.raises(SaveError) as caught:
+            rank.checkpoints.save(rank.policy, state(30))
+    return str(caught.value), rank.latest()
+
+
+def test_the_second_failure_in_a_row_ends_the_run_on_all_ranks(start: tuple) -> None:
+    for message, latest in run_mesh(_save_on_a_full_disk, start, **TWO):
+        assert message.startswith("the checkpoint of policy version 30 was not written: rank 1: ")
+        assert message.endswith(f"2 in a row: make room in {start[1]}/checkpoints and launch again")
+        assert latest == 10
+
+
+def _save_once(mesh: Mesh, start: tuple) -> None:
+    rank = Rank(mesh, start)
+    rank.checkpoints.save(rank.policy, state(10))
+    rank.checkpoints.finish()
+
+
+def _load(mesh: Mesh, start: tuple, config: RunConfig) -> str | None:
+    rank = Rank(mesh, start, config)
+    try:
+        rank.load_latest()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_what_does_not_fit_is_refused_on_all_ranks(start: tuple, model: tuple[str, list], tmp_path: Path) -> None:
+    run_mesh(_save_once, start, **TWO)
+    assert run_mesh(_load, start, CONFIG, **TWO) == [None, None]
+    for refusal in run_mesh(_load, start, CONFIG.model_copy(update={"seed": 5}), **TWO):
+        assert refusal
+        assert "seed = 0, but this run has 5" in refusal
+    dense = tmp_path / "dense"
+    make_model("dense").save_pretrained(dense)
+    dense_config = step_config({"tensor": 2}, row_tokens=128)
+    for refusal in run_mesh(_load, (str(dense), *start[1:]), dense_config, tensor=2):
+        assert refusal
+        assert "expert_ffn_hidden_size = 16, but this run has 0" in refusal
+    shard = tmp_path / CHECKPOINTS / "step-000010" / "__1_0.distcp"
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    for refusal in run_mesh(_load, start, CONFIG, **TWO):
+        assert refusal
+        assert "__1_0.distcp: its SHA-256 is not the one in manifest.json; take another" in refusal
+
+
+def _save_other_weights(mesh: Mesh, start: tuple) -> None:
+    rank = Rank(mesh, start)
+    rank.policy.keep_weights("sampling")
+    with rank.policy.kept_weights("sampling"), pytest.raises(AssertionError, match="'sampling' weights are swapped in"):
+        rank.checkpoints.save(rank.policy, state(10))
+
+
+def test_other_weights_than_the_current_ones_are_not_saved(start: tuple) -> None:
+    run_mesh(_save_other_weights, start, **TWO)
