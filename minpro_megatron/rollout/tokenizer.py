@@ -38,3 +38,7 @@ class TextTokenizer:
         if ids and ids[-1] in self._stop_token_ids:
             ids.pop()
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def text(self, token_ids: np.ndarray) -> str:
+        """Every one of these tokens as text, special ones too. A part of a character becomes U+FFFD."""
+        return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=False)
