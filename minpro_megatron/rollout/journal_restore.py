@@ -57,14 +57,15 @@ def roll_back(connection: sqlite3.Connection, version: int, num_prompts: int, de
         connection.execute(f"UPDATE groups SET state = 'dropped' WHERE {_SURPLUS}", {"num_prompts": num_prompts})
     else:
         connection.execute("UPDATE groups SET batch_index = -1 WHERE consumed_step IS NULL")
-    void = (
-        f"consumed_step IS NULL AND state <> 'issued' AND (newest_version > :version"
+    void = connection.execute(
+        "SELECT group_id FROM groups WHERE consumed_step IS NULL AND state <> 'issued' AND (newest_version > :version"
         f" OR (state <> 'dropped' AND EXISTS ({_PRUNED}))"
-        " OR (state = 'collected' AND oldest_version < :version))"
-    )
-    connection.execute(f"DELETE FROM responses WHERE group_id IN (SELECT group_id FROM groups WHERE {void})", values)
-    connection.execute(
-        f"UPDATE groups SET state = 'issued', oldest_version = NULL, newest_version = NULL WHERE {void}", values
+        " OR (state = 'collected' AND oldest_version < :version))",
+        values,
+    ).fetchall()
+    connection.executemany("DELETE FROM responses WHERE group_id = ?", void)
+    connection.executemany(
+        "UPDATE groups SET state = 'issued', oldest_version = NULL, newest_version = NULL WHERE group_id = ?", void
     )
     _check(connection, version, num_prompts, delay_mode)
 

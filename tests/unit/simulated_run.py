@@ -93,6 +93,8 @@ class SimulatedRun:
         self._keep_steps = rng.choice([0, 1, 50])  # collector.journal_keep_steps
         self._file = InMemoryFile() if journal else None
         self._journal = Journal(self._file, RouteFiles(Path("unused"))) if self._file else None
+        # what is pruned cannot be trained again in delay mode, whose weights for it are gone
+        self._may_go_back = self.config.staleness.mode == "bounded" or not self._keep_steps
         self._num_events = 0
         self._checkpoints = [Checkpoint(0, 0)]
         self._being_written: list[Checkpoint] = []
@@ -271,11 +273,11 @@ class SimulatedRun:
                 await self._journal.prune(min(complete, self._schedule.version - self._keep_steps))
 
     async def _after_crash(self) -> int:
-        """The version to go on from. Some crashes are power cuts: the journal loses what it wrote since a flush. Where
-        nothing was pruned, some checkpoints turn out damaged, and the one before is taken."""
+        """The version to go on from. Some crashes are power cuts: the journal loses what it wrote since a flush. Some
+        checkpoints turn out damaged, and the one before is taken."""
         if self._being_written and self._rng.random() < 0.5:
             self._checkpoints.append(self._being_written[0])
-        if len(self._checkpoints) > 1 and not self._keep_steps and self._rng.random() < 0.4:
+        if len(self._checkpoints) > 1 and self._may_go_back and self._rng.random() < 0.4:
             self._checkpoints.pop()
         self._being_written.clear()
         taken = self._checkpoints[-1]
