@@ -109,6 +109,22 @@ class Policy:
         routing = self._routing(sequences, micro_batches, routes)
         return self._score(sequences, micro_batches, row_tokens, routing)
 
+    def score_canary(self, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
+        """Log-probs of the response's tokens, float32, with experts as the routers choose them now: what the servers
+        should say of it. Rollouts' routes have no part in that."""
+        nothing = np.zeros(len(response), np.float32)
+        canary = TokenSequence(
+            prompt_ids=np.asarray(prompt, np.int32),
+            response_ids=np.asarray(response, np.int32),
+            loss_mask=nothing,
+            behavior_log_probs=nothing,
+            rollout_log_probs=nothing,
+            advantage=0.0,
+            first_slot=0,
+        )
+        micro_batches, row_tokens, _ = self._micro_batches([canary])
+        return self._score([canary], micro_batches, row_tokens, FreeRouting())
+
     def score_and_record(self, sequences: Sequence[TokenSequence]) -> tuple[np.ndarray, Routes]:
         """`score`, and which experts were chosen: for replay with the very same sequences."""
         assert self._rollout_routes is None, "the servers' routes are followed: there are none to record"

@@ -12,8 +12,8 @@ class DebugConfig(Section):
 
     trainer: Literal["megatron", "timer"] = Field(
         default="megatron",
-        description="timer: in the trainer's place something that takes batches, waits and publishes nothing: to size the "
-        "servers, or to collect rollouts of the initial weights alone",
+        description="timer: in the trainer's place something that takes batches, waits and publishes nothing: to size "
+        "the servers, or to collect rollouts of the initial weights alone",
     )
     timer_step_s: float = Field(default=0, ge=0, description="how long a global step takes the timer")
     journal: str = Field(

@@ -91,8 +91,8 @@ class RunConfig(Section):
             return
         if self.staleness.mode == "bounded":
             raise ValueError(
-                "model.routing_replay = scored: with staleness.mode = bounded a response is scored under several weights, "
-                "which choose different experts; set model.routing_replay to rollout or none"
+                "model.routing_replay = scored: with staleness.mode = bounded a response is scored under several "
+                "weights, which choose different experts; set model.routing_replay to rollout or none"
             )
         if self.staleness.delay_steps and self.checkpoint.every_steps:
             raise ValueError(

@@ -3,9 +3,7 @@
 import logging
 import sys
 import time
-from functools import partial
 
-import numpy as np
 import torch
 
 from minpro_megatron.actor.checkpoint import load_weights
@@ -13,7 +11,6 @@ from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.actor.run_checkpoints import RunCheckpoints
 from minpro_megatron.actor.shard_writing import SaveError
-from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.status import write_status
@@ -23,7 +20,10 @@ from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
 from minpro_megatron.records import CollectorTotals
+from minpro_megatron.rollout.batch_source import BatchSource
 from minpro_megatron.rollout.feed import Feed, FeedError
+from minpro_megatron.rollout.journal_feed import JournalFeed
+from minpro_megatron.rollout.journal_file import JournalError
 from minpro_megatron.rollout.resume_point import CHECKPOINTS, read_latest
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.control import ControlError
@@ -43,7 +43,7 @@ def run(config: RunConfig, incarnation: int) -> int:
     try:
         with open_mesh(config.parallel, config.device, config.seed) as mesh:
             _train(config, incarnation, mesh)
-    except (ValueError, FeedError, ControlError, SaveError) as error:
+    except (ValueError, FeedError, JournalError, ControlError, SaveError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     return 0
@@ -63,7 +63,7 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     load_weights(chunks, architecture, config.model.megatron_path, mesh)
     policy = Policy(config, architecture, chunks, mesh)
     gatherer = WeightGatherer(chunks, architecture, mesh)
-    publisher = Publisher(config, gatherer, mesh, partial(_canary_log_probs, policy))
+    publisher = Publisher(config, gatherer, mesh, policy.score_canary)
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh)
     resumed_from = mesh.from_rank_0(read_latest(config.run_dir) if first else None)
     watchdog = Watchdog(config.run_dir / "logs" / f"stacks-rank-{mesh.rank}.txt", config.debug.hang_timeout_s)
@@ -74,7 +74,7 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
         _export(config, gatherer, mesh)
         return
     tokenizer = TextTokenizer(config.model.hf_path, read_model_facts(config.model.hf_path))
-    trainer.feed = Feed(config.run_dir, incarnation, start_timeout_s=config.server.start_timeout_s)
+    trainer.feed = _feed(config, incarnation, tokenizer)
     first_step = resumed_from.policy_version if resumed_from else 0
     with RunWriter(config.run_dir, first_step) as writer:
         trainer.report = StepReport(writer, tokenizer.response_text, first_step)
@@ -86,18 +86,10 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     _say(config, mesh, "finished")
 
 
-def _canary_log_probs(policy: Policy, prompt: list[int], response: list[int]) -> np.ndarray:
-    nothing = np.zeros(len(response), np.float32)
-    sequence = TokenSequence(
-        prompt_ids=np.asarray(prompt, np.int32),
-        response_ids=np.asarray(response, np.int32),
-        loss_mask=nothing,
-        behavior_log_probs=nothing,
-        rollout_log_probs=nothing,
-        advantage=0.0,
-        first_slot=0,
-    )
-    return policy.score([sequence])
+def _feed(config: RunConfig, incarnation: int, tokenizer: TextTokenizer) -> BatchSource:
+    if config.debug.journal:
+        return JournalFeed(config, tokenizer.text)
+    return Feed(config.run_dir, incarnation, start_timeout_s=config.server.start_timeout_s)
 
 
 def _export(config: RunConfig, gatherer: WeightGatherer, mesh: Mesh) -> None:
