@@ -21,6 +21,11 @@ class SamplingConfig(Section):
     temperature: float = Field(default=1.0, gt=0)
     max_prompt_tokens: int = Field(default=2048, ge=1)
     max_response_tokens: int = Field(default=20480, ge=1)
+    extra_stop_tokens: list[str] = Field(
+        default=[],
+        description="special tokens that end a response beside the model's own: a base model that is given a chat "
+        "template ends its turn with <|im_end|>, which its config does not name",
+    )
 
 
 class StalenessConfig(Section):

@@ -88,7 +88,7 @@ async def _show_life(watchdog: Watchdog) -> None:
 
 
 async def _make_collector(config: RunConfig, incarnation: int, journal: Journal, stack: AsyncExitStack) -> Collector:
-    facts = read_model_facts(config.model.hf_path)
+    facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     training, heldout = await asyncio.to_thread(_read_prompts, config, tokenizer)
     rewards = RewardPool(config.collector.reward, config.collector.reward_workers, config.collector.reward_timeout_s)

@@ -73,7 +73,8 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
         trainer.run()
         _export(config, gatherer, mesh)
         return
-    tokenizer = TextTokenizer(config.model.hf_path, read_model_facts(config.model.hf_path))
+    facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
+    tokenizer = TextTokenizer(config.model.hf_path, facts)
     trainer.feed = _feed(config, incarnation, tokenizer)
     first_step = resumed_from.policy_version if resumed_from else 0
     with RunWriter(config.run_dir, first_step) as writer:

@@ -1,6 +1,7 @@
 """What a rollout server and its clients must know about a Hugging Face checkpoint, read without torch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,11 @@ def model_file(hf_path: str, name: str) -> Path:
     return path
 
 
-def read_model_facts(hf_path: str) -> ModelFacts:
+def read_model_facts(hf_path: str, extra_stop_tokens: Sequence[str] = ()) -> ModelFacts:
     """The facts in config.json and, where there is one, generation_config.json.
 
-    The stop tokens are those of both files, as in SGLang: a server would stop at either.
-    Raises ValueError naming file and field for a value that is missing or damaged.
+    The stop tokens are those of both files, as in SGLang: a server would stop at either; and `extra_stop_tokens`, by
+    their text in tokenizer.json. Raises ValueError naming file and field for a value that is missing or damaged.
     """
     config_path = model_file(hf_path, "config.json")
     config = _read_object(config_path)
@@ -58,7 +59,8 @@ def read_model_facts(hf_path: str) -> ModelFacts:
     except FileNotFoundError:
         generation = {}
     vocabulary_size = _positive(config, "vocab_size", config_path)
-    stop_token_ids = sorted({*_token_ids(config, config_path), *_token_ids(generation, config_path)})
+    extra = [_added_token_id(hf_path, token) for token in extra_stop_tokens]
+    stop_token_ids = sorted({*_token_ids(config, config_path), *_token_ids(generation, config_path), *extra})
     if not stop_token_ids:
         raise ValueError(f"{config_path}: eos_token_id is missing: without a stop token no response could end")
     if stop_token_ids[0] < 0 or stop_token_ids[-1] >= vocabulary_size:
@@ -74,11 +76,13 @@ def read_model_facts(hf_path: str) -> ModelFacts:
 
 
 def _expert_facts(config: dict[str, Any], path: Path) -> dict[str, int]:
-    if "num_experts" not in config:
+    # transformers 5 writes num_local_experts where the released checkpoints say num_experts
+    num_experts = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    if num_experts not in config:
         return {}
     fields = {
         "num_layers": "num_hidden_layers",
-        "num_experts": "num_experts",
+        "num_experts": num_experts,
         "experts_per_token": "num_experts_per_tok",
     }
     return {name: _positive(config, field, path) for name, field in fields.items()}
@@ -92,6 +96,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _added_token_id(hf_path: str, token: str) -> int:
+    path = model_file(hf_path, "tokenizer.json")
+    added = _read_object(path).get("added_tokens")
+    known = {entry.get("content"): entry.get("id") for entry in added or [] if isinstance(entry, dict)}
+    if not isinstance(known.get(token), int):
+        shown = ", ".join(repr(content) for content in list(known)[:8])
+        raise ValueError(f"sampling.extra_stop_tokens: {token!r} is no special token of {path}; some of them: {shown}")
+    return known[token]
 
 
 def _positive(config: dict[str, Any], field: str, path: Path) -> int:
