@@ -12,13 +12,21 @@ import pytest
 import torch
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.records import IssuedGroup, Prompt, ServerAddress
+from minpro_megatron.rollout.fleet import Fleet
+from minpro_megatron.rollout.generation import GroupCollector
 from minpro_megatron.serving.answers import SampledSequence
+from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.calls import for_all
 from minpro_megatron.serving.client import SamplingParameters, ServerClient
 from minpro_megatron.serving.control import ControlError, ServerControl
+from minpro_megatron.serving.endpoints import write_server_address
 from minpro_megatron.serving.errors import WrongPolicyVersion
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
+from tests.unit import faulty_proxy
+from tests.unit.faulty_proxy import FaultyProxy
+from tests.unit.test_fleet import FakeRewards, FakeTokenizer
 
 pytestmark = [
     pytest.mark.e2e,
@@ -27,6 +35,8 @@ pytestmark = [
 
 PROMPTS = [[5, 6, 7], [20, 21, 22, 23, 24, 25], [9]]
 MAX_RESPONSE_TOKENS = 12
+LONGEST_RESPONSE_TOKENS = 48  # that the server is started for
+KEY = "k-9d1f77ab"
 # Of SGLang: HTTP, scheduler, detokenizer.
 NUM_PROCESSES = {"reference": 1, "sglang": 3}
 
@@ -61,6 +71,16 @@ def log_probs_by_transformers(folder: Path, prompt: list[int], response: np.ndar
     return chosen[:, 0].numpy()
 
 
+def routes_by_transformers(folder: Path, tokens: list[int]) -> np.ndarray:
+    """The experts of each token and layer, in order of their numbers: [tokens, layers, experts a token]."""
+    from transformers import Qwen3MoeForCausalLM
+
+    model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens]), output_router_logits=True).router_logits
+    return torch.stack([layer.topk(2).indices.sort().values for layer in logits], dim=1).numpy()
+
+
 @dataclass
 class Running:
     config: RunConfig
@@ -68,13 +88,18 @@ class Running:
     folder: Path
     other_folder: Path
 
-    def generate(
-        self, version: int, *, temperature: float = 1.0, timeout_s: float = 30.0
-    ) -> list[list[SampledSequence]]:
+    def client(self, **options: bool) -> ServerClient:
+        facts = read_model_facts(str(self.folder))
+        return ServerClient(self.server.address, facts, 30, headers=authorization(self.config.server), **options)
+
+    def control(self) -> ServerControl:
+        headers = authorization(self.config.server)
+        return ServerControl(self.server.address, timeout_s=30, vocabulary_size=64, headers=headers)
+
+    def generate(self, version: int, *, temperature: float = 1.0) -> list[list[SampledSequence]]:
         async def main() -> list[list[SampledSequence]]:
-            facts = read_model_facts(str(self.folder))
             sampling = SamplingParameters(temperature, MAX_RESPONSE_TOKENS)
-            async with ServerClient(self.server.address, facts, timeout_s) as client:
+            async with self.client() as client:
                 assert await client.policy_version() == version
                 return await asyncio.gather(
                     *(client.generate(prompt, list(range(8)), sampling, version) for prompt in PROMPTS)
@@ -96,20 +121,28 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder, other_folder = root / "hf", root / "other"
     save_random_model(folder, seed=0)
     save_random_model(other_folder, seed=1)
+    environment = pytest.MonkeyPatch()
+    environment.setenv("THE_KEY", KEY)
     config = RunConfig.model_validate(
         {
             "name": "serving",
             "runs_dir": str(root / "runs"),
             "device": "cpu",
-            "model": {"hf_path": str(folder), "megatron_path": "unused", "dtype": "float32"},
+            "model": {
+                "hf_path": str(folder),
+                "megatron_path": "unused",
+                "dtype": "float32",
+                "routing_replay": "rollout",
+            },
             "data": {"train_file": "unused", "heldout_file": "unused"},
-            "sampling": {"max_prompt_tokens": 8, "max_response_tokens": MAX_RESPONSE_TOKENS},
+            "sampling": {"max_prompt_tokens": 8, "max_response_tokens": LONGEST_RESPONSE_TOKENS},
             "server": {
                 "engine": request.param,
                 "device": "cpu",
                 "dtype": "float32",
                 "max_total_tokens": 4096,
                 "start_timeout_s": 150,
+                "api_key_variable": "THE_KEY",
             },
         }
     )
@@ -120,6 +153,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield Running(config, server, folder, other_folder)
     finally:
         stop_servers([server])
+        environment.undo()
 
 
 def test_log_probs_are_those_of_transformers(running: Running) -> None:
@@ -127,13 +161,25 @@ def test_log_probs_are_those_of_transformers(running: Running) -> None:
         sampled = running.generate(version=0, temperature=temperature)
         assert running.largest_difference(running.folder, sampled, temperature) < 1e-4
         lengths = {len(sequence.token_ids) for sequences in sampled for sequence in sequences}
-        assert max(lengths) == MAX_RESPONSE_TOKENS  # not cut short by the server's context length
+        assert max(lengths) == MAX_RESPONSE_TOKENS
         different = {tuple(sequence.token_ids) for sequence in sampled[0]}
         assert len(different) > 1
 
 
+def test_the_key_shows_nowhere(running: Running) -> None:
+    assert running.server._process is not None
+    process = psutil.Process(running.server._process.pid)
+    for member in [process, *process.children(recursive=True)]:
+        assert KEY not in " ".join(member.cmdline())
+    assert KEY not in running.server.log_file.read_text(errors="replace")
+    without = ServerControl(running.server.address, timeout_s=10)
+    with pytest.raises(ControlError, match="model_info: status 401"):
+        without.model_info()
+    without.close()
+
+
 def test_new_weights_are_used_and_their_version_is_reported(running: Running) -> None:
-    control = ServerControl(running.server.address, timeout_s=30, vocabulary_size=64)
+    control = running.control()
     before = control.weights_checksum()
     for_all([control], "pause_generation", mode="retract")
     with pytest.raises(ControlError, match=r"server 0 at .*update_weights_from_disk: status 400"):
@@ -158,8 +204,83 @@ def test_new_weights_are_used_and_their_version_is_reported(running: Running) ->
 
 async def _generate_as_version_2(running: Running) -> None:
     sampling = SamplingParameters(1.0, MAX_RESPONSE_TOKENS)
-    async with ServerClient(running.server.address, read_model_facts(str(running.folder)), 30) as client:
+    async with running.client() as client:
         await client.generate(PROMPTS[0], [1], sampling, policy_version=2)
+
+
+def test_what_an_update_aborts_is_continued_with_its_log_probs_versions_and_routes(running: Running) -> None:
+    """The same weights under two versions: a response over both must look like one forward pass."""
+    control = running.control()
+
+    async def main() -> list[list[SampledSequence]]:
+        sampling = SamplingParameters(1.0, LONGEST_RESPONSE_TOKENS)
+        async with running.client(exact_versions=False, routes=True) as client:
+            pending = [asyncio.create_task(client.generate(prompt, list(range(8)), sampling, 0)) for prompt in PROMPTS]
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(control.pause_generation, "abort")
+            await asyncio.to_thread(control.update_weights_from_disk, model_path=str(running.folder), weight_version=1)
+            await asyncio.to_thread(control.continue_generation)
+            return [await task for task in pending]
+
+    sampled = asyncio.run(main())
+    control.update_weights_from_disk(model_path=str(running.folder), weight_version=0)
+    control.close()
+    both = [
+        (prompt, sequence)
+        for prompt, sequences in zip(PROMPTS, sampled, strict=True)
+        for sequence in sequences
+        if len(set(sequence.policy_versions.tolist())) == 2
+    ]
+    assert len(both) >= 3
+    lengths = {len(sequence.token_ids) for sequences in sampled for sequence in sequences}
+    assert max(lengths) == LONGEST_RESPONSE_TOKENS  # not cut short by the server's context length
+    for prompt, sequence in both[:3]:
+        assert sequence.finish_reason == ("stop" if sequence.token_ids[-1] == 1 else "length")
+        assert sequence.finish_reason == "stop" or len(sequence.token_ids) == LONGEST_RESPONSE_TOKENS
+        expected = log_probs_by_transformers(running.folder, prompt, sequence.token_ids, 1.0)
+        assert np.abs(expected - sequence.log_probs).max() < 1e-4
+        tokens = prompt + sequence.token_ids.tolist()
+        assert sequence.routed_experts is not None
+        assert np.array_equal(np.sort(sequence.routed_experts), routes_by_transformers(running.folder, tokens[:-1]))
+
+
+def test_faults_on_the_way_change_nothing_that_comes_out(running: Running) -> None:
+    """Through a proxy: the fleet asks again, and what arrives is what transformers computes."""
+    changes = (faulty_proxy.nan_log_prob, faulty_proxy.one_token_short, faulty_proxy.exchanged)
+    plain = (faulty_proxy.dropped, faulty_proxy.internal_error, faulty_proxy.truncated)
+    faults = [*plain, *map(faulty_proxy.changed, changes)]
+    prompt = PROMPTS[0]
+
+    async def main() -> None:
+        async with (
+            FaultyProxy(running.server.address.url) as proxy,
+            Fleet(running.config, read_model_facts(str(running.folder)), 0) as fleet,
+        ):
+            address = ServerAddress(index=0, url=proxy.url, tensor_parallel=1)
+            write_server_address(running.config.run_dir, address, 0)
+            await fleet.wait_until_ready(10)
+            groups = GroupCollector(fleet, FakeRewards(), FakeTokenizer())  # type: ignore[arg-type]
+            for number, fault in enumerate(faults):
+                proxy.fail(fault, times=1)
+                group = await groups.collect(issued_group(number, prompt), SamplingParameters(1.0, 12))
+                response = group.responses[0]
+                expected = log_probs_by_transformers(running.folder, prompt, response.token_ids, 1.0)
+                assert np.abs(expected - response.rollout_log_probs).max() < 1e-4
+            assert proxy.num_faults == len(faults)
+            assert fleet.metrics()["fleet/retries"] == 1 + len(changes)  # the client itself mends the other two
+
+    asyncio.run(main())
+
+
+def issued_group(group_id: int, prompt: list[int]) -> IssuedGroup:
+    return IssuedGroup(
+        group_id=group_id,
+        batch_index=0,
+        policy_version=0,
+        prompt=Prompt(id=str(group_id), source="test", text="1=", answer="1"),
+        prompt_token_ids=np.asarray(prompt, dtype=np.int32),
+        sampling_seeds=[2 * group_id, 2 * group_id + 1],
+    )
 
 
 def test_it_stops_with_all_its_processes(running: Running) -> None:
