@@ -1,0 +1,28 @@
+"""What megatron's optimizer in host memory (optimizer.cpu_offload) needs around it to be saved and resumed.
+
+Its HybridDeviceOptimizer is several optimizers: one for each parameter kept on the host, one for what stays on the GPU.
+"""
+
+import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+
+def make_state(optimizer: HybridDeviceOptimizer) -> None:
+    """Moments of zero where no update has made any. megatron's own way, an update with random gradients, would also
+    change the weights."""
+    for part in optimizer.sub_optimizers:
+        for parameter in (parameter for group in part.param_groups for parameter in group["params"]):
+            state = part.state[parameter]
+            if "exp_avg" in state:
+                continue
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            if isinstance(part, torch.optim.AdamW):  # fused optimizers count their steps in the groups
+                state["step"] = torch.tensor(0.0)
+    optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def let_parts_count(optimizer: HybridDeviceOptimizer) -> None:
+    """After loading: the step count stays with the parts. megatron would write the loaded one, left in the groups of
+    the whole, into them before every further update."""
+    for group in optimizer.param_groups:
+        group.pop("step", None)
