@@ -89,7 +89,8 @@ def test_a_response_is_the_same_alone_and_under_load():
         assert (tokens[:12], log_probs[:12]) == wanted[0, 1]
 
 
-def test_more_prompts_than_are_kept(engine: Engine):
+def test_more_prompts_than_are_kept():
+    engine = started(max_running=2 * MAX_PREFIXES)
     prompts = [[a, b, 3] for a in range(10) for b in range(8)]
     assert len(prompts) > MAX_PREFIXES
     responses = [response(prompt, 1, 3) for prompt in prompts]
