@@ -1,54 +1,14 @@
 """The control plane against a server in threads that answers like SGLang."""
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from minpro_megatron.records import ServerAddress
-from minpro_megatron.serving.calls import for_all, start_for_all
-from minpro_megatron.serving.control import ControlError, ServerControl
-
-OK = {"success": True, "message": "Success"}
-
-
-class RecordedServer:
-    """Answers each path with what `answers` holds for it (status, JSON or text), and notes what it was sent."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, tuple[int, Any]] = {}
-        self.received: list[tuple[str, Any]] = []
-        recorded = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def _answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                path = self.path.strip("/")
-                recorded.received.append((path, json.loads(body) if body else None))
-                status, content = recorded.answers.get(path, (200, OK))
-                data = (content if isinstance(content, str) else json.dumps(content)).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_POST = _answer
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
+from minpro_megatron.serving.calls import ServersFailed, for_all, start_for_all
+from minpro_megatron.serving.control import GREEDY_TOP_P, ControlError, NoAnswerInTime, ServerControl
+from tests.unit.recorded_server import OK, RecordedServer
 
 
 @pytest.fixture
@@ -197,3 +157,55 @@ def test_lists_of_unequal_length_are_refused(controls: list[ServerControl]) -> N
         )
     with pytest.raises(ValueError, match="1 entries for 2 servers"):
         for_all([controls[0], controls[0]], "begin_weight_update", per_server=[{}])
+
+
+def test_a_canary_is_greedy_at_the_temperature_asked_for(
+    servers: list[RecordedServer], controls: list[ServerControl]
+) -> None:
+    meta = {"output_token_logprobs": [[-0.5, 4, None]], "weight_version": "1"}
+    servers[0].answers["generate"] = (200, {"output_ids": [4], "meta_info": meta})
+    controls[0].generate_greedy([3], 1, temperature=0.7)
+    sent = servers[0].received[0][1]["sampling_params"]
+    # top_k = 1 would be taken for temperature 0, whose log-probs SGLang does not divide
+    assert sent == {"max_new_tokens": 1, "temperature": 0.7, "top_p": GREEDY_TOP_P, "ignore_eos": True}
+
+
+def test_headers_go_with_every_request(servers: list[RecordedServer]) -> None:
+    address = ServerAddress(index=0, url=servers[0].url, tensor_parallel=1)
+    control = ServerControl(address, headers={"Authorization": "Bearer secret"})
+    control.flush_cache()
+    control.within(1.0).model_info()
+    assert [headers["Authorization"] for headers in servers[0].headers] == ["Bearer secret"] * 2
+
+
+def test_a_canary_that_is_late_is_given_up(servers: list[RecordedServer], controls: list[ServerControl]) -> None:
+    servers[0].hung = {"generate"}
+    with pytest.raises(NoAnswerInTime, match=r"server 0 .*generate: no answer within 0.05 s"):
+        controls[0].within(0.05).generate_greedy([3], 1)
+    request_id = servers[0].received[0][1]["rid"]
+    assert servers[0].received[1:] == [("abort_request", {"rid": request_id})]
+    assert len(request_id) == 32  # SGLang aborts every request whose id begins like this
+
+
+def test_each_server_answers_for_itself(servers: list[RecordedServer], controls: list[ServerControl]) -> None:
+    servers[0].answers["model_info"] = (200, {"weight_version": "7"})
+    servers[1].answers["model_info"] = (500, "broken")
+    calls = start_for_all(controls, "policy_version")
+    assert calls.results() == {0: 7}
+    assert list(calls.failures()) == [1]
+    assert calls.late() == calls.unfinished() == []
+    with pytest.raises(ServersFailed) as caught:
+        calls.wait()
+    assert caught.value.failures == calls.failures()
+
+    servers[0].hung = {"model_info"}
+    calls = start_for_all([control.within(0.05) for control in controls], "policy_version")
+    assert calls.unfinished() == [0, 1] or calls.unfinished() == [0]
+    assert calls.results() == {}
+    assert calls.late() == [0]
+
+
+def test_a_fault_of_this_program_is_no_failure_of_a_server(controls: list[ServerControl]) -> None:
+    calls = start_for_all(controls, "generate_greedy", token_ids=[99], num_tokens=1)
+    with pytest.raises(ValueError, match="vocabulary of 27"):
+        calls.results()

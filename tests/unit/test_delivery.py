@@ -1,0 +1,261 @@
+"""A version's delivery to servers that answer, refuse, hang and disagree."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from minpro_megatron.config.publish import PublishConfig
+from minpro_megatron.records import PublishLease, ServerAddress
+from minpro_megatron.serving.control import GreedyAnswer, ServerControl
+from minpro_megatron.weights import delivery as module
+from minpro_megatron.weights.broadcast import Broadcaster, own_address
+from minpro_megatron.weights.canary import Difference, differences, distinct_responses
+from minpro_megatron.weights.delivery import Delivery, PublishError
+from tests.unit.recorded_server import OK, RecordedServer
+
+VERSION = 4
+FOLDER = Path("/published/version-4")
+VERIFIED = ["model_info", "weights_checker"]
+
+MakeDelivery = Callable[..., Delivery]
+
+
+@pytest.fixture
+def servers() -> Iterator[list[RecordedServer]]:
+    made = [RecordedServer(hang_s=0.3), RecordedServer(hang_s=0.3)]
+    for server in made:
+        server.answers["model_info"] = (200, {"weight_version": str(VERSION)})
+        server.answers["weights_checker"] = checksum("5e")
+    yield made
+    for server in made:
+        server.close()
+
+
+def checksum(engine: str) -> tuple[int, Any]:
+    return 200, OK | {"ranks": [{"checksums": {"a": "1"}}], "per_engine_checksum": engine}
+
+
+@pytest.fixture
+def deliver(servers: list[RecordedServer]) -> MakeDelivery:
+    def make(tensor_parallel: int = 1, requests_in_flight: bool = False, **settings: Any) -> Delivery:
+        sizes = [1, tensor_parallel]
+        addresses = [
+            ServerAddress(index=index, url=server.url, tensor_parallel=sizes[index])
+            for index, server in enumerate(servers)
+        ]
+        lease = PublishLease(
+            version=VERSION,
+            servers=addresses,
+            evaluations=[],
+            requests_in_flight=requests_in_flight,
+            canary_prompt=[1, 2],
+        )
+        config = PublishConfig.model_validate({"transport": "disk", "timeout_s": 2} | settings)
+        controls = {address.index: ServerControl(address, config.timeout_s) for address in addresses}
+        return Delivery(config, lease, controls, Broadcaster(torch.device("cpu"), config.timeout_s))
+
+    return make
+
+
+def test_in_order(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    delivery = deliver()
+    assert delivery.transport == "disk"
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=1.0)
+    delivery.close()
+    for server in servers:
+        assert server.paths == ["update_weights_from_disk", "flush_cache", *VERIFIED]
+        assert server.received[0][1] == {"model_path": str(FOLDER), "weight_version": "4", "flush_cache": False}
+    assert (sorted(delivery.controls), delivery.failures) == ([0, 1], {})
+    assert (delivery.transport, delivery.used, delivery.checksums) == (None, "disk", {1: "5e"})
+    assert delivery.transfer_s > 1.0
+    assert delivery.paused_s == 0.0
+
+
+@pytest.mark.parametrize("mode", ["retract", "abort", "in_place"])
+def test_with_requests_in_flight(mode: str, servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    delivery = deliver(requests_in_flight=True, pause_mode=mode)
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    delivery.close()
+    flush = [] if mode == "in_place" else ["flush_cache"]
+    expected = ["pause_generation", "update_weights_from_disk", *flush, "continue_generation", *VERIFIED]
+    for server in servers:
+        assert server.paths == expected
+        assert server.received[0][1] == {"mode": mode}
+    assert delivery.paused_s > 0
+
+
+def test_the_cache_stays_where_it_is_told_to(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    deliver(flush_cache=False).from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    assert servers[0].paths == ["update_weights_from_disk", *VERIFIED]
+
+
+@pytest.mark.parametrize("path", ["update_weights_from_disk", "flush_cache", "weights_checker"])
+def test_a_server_that_refuses_is_left_out(path: str, servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    servers[1].answers[path] = (400, {"success": False, "message": "no"})
+    delivery = deliver(requests_in_flight=True)
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    delivery.close()
+    assert sorted(delivery.controls) == [0]
+    assert delivery.failures == {1: f"server 1 at {servers[1].url}, {path}: status 400: no"}
+    # nothing goes on under weights that nobody vouches for, and nothing stays paused
+    assert servers[1].paths[-2:] == ["abort_request", "continue_generation"]
+    assert servers[1].received[-2][1] == {"abort_all": True}
+    assert "abort_request" not in servers[0].paths
+
+
+def test_a_server_that_hangs_is_left_out_in_time(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    servers[1].hung = {"update_weights_from_disk"}
+    delivery = deliver(timeout_s=0.1)
+    start = time.monotonic()
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    assert time.monotonic() - start < 0.28
+    assert sorted(delivery.controls) == [0]
+    assert "update_weights_from_disk: no answer within 0.1 s" in delivery.failures[1]
+
+
+def test_it_is_an_error_if_all_refuse_and_none_if_all_are_dead(
+    servers: list[RecordedServer], deliver: MakeDelivery
+) -> None:
+    for server in servers:
+        server.answers["update_weights_from_disk"] = (400, {"success": False, "message": "no such folder"})
+    with pytest.raises(
+        PublishError, match=r"no server loads /published/version-4: server 0 .*no such folder; server 1"
+    ):
+        deliver().from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    for server in servers:
+        server.answers["model_info"] = (503, "")
+    delivery = deliver()
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    assert (delivery.controls, sorted(delivery.failures), delivery.transport) == ({}, [0, 1], None)
+
+
+def test_a_server_must_state_the_version(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    servers[0].answers["model_info"] = (200, {"weight_version": "3"})
+    servers[1].answers["model_info"] = (200, {"weight_version": module.INCOMPLETE})
+    delivery = deliver()
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    assert delivery.controls == {}
+    assert "it states version 3 after loading version 4" in delivery.failures[0]
+    assert "'incomplete' is no policy version" in delivery.failures[1]
+
+
+def test_checksums_must_agree(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    servers[1].answers["weights_checker"] = checksum("6f")
+    with pytest.raises(PublishError, match=r"different weights \(checksums server 0: 5e, server 1: 6f\)"):
+        deliver().from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    # after a broadcast the other way is tried first
+    delivery = deliver(transport="broadcast")
+    delivery._conclude("broadcast")
+    assert delivery.transport == "disk"
+    # servers that cut the model differently have different checksums
+    delivery = deliver(tensor_parallel=2)
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    assert delivery.checksums == {1: "5e", 2: "6f"}
+
+
+@pytest.fixture
+def default_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("default_group")
+def test_a_refused_broadcast_ends_at_once_and_the_disk_is_next(
+    servers: list[RecordedServer], deliver: MakeDelivery
+) -> None:
+    # a session that another trainer left open is closed first
+    servers[0].once["begin_weight_update"] = [(400, {"success": False, "message": "already open"})]
+    servers[1].answers["init_weights_update_group"] = (400, {"success": False, "message": "no gloo"})
+    servers[0].hung = {"init_weights_update_group"}
+    delivery = deliver(transport="broadcast")
+    start = time.monotonic()
+    delivery.by_broadcast([], num_buckets=1)
+    assert time.monotonic() - start < 1.0
+    assert delivery.transport == "disk"
+    assert sorted(delivery.controls) == [0, 1]
+    assert servers[0].paths == [
+        "begin_weight_update", "end_weight_update", "begin_weight_update", "init_weights_update_group",
+        "destroy_weights_update_group", "model_info", "end_weight_update",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("default_group")
+def test_the_dead_are_left_out_and_the_broadcast_repeated(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    servers[1].answers["init_weights_update_group"] = servers[1].answers["model_info"] = (503, "")
+    servers[0].answers["init_weights_update_group"] = (400, "the group was closed")
+    delivery = deliver(transport="broadcast")
+    delivery.by_broadcast([], num_buckets=1)
+    assert (sorted(delivery.controls), delivery.transport) == ([0], "broadcast")
+    assert "init_weights_update_group" in delivery.failures[1]
+    delivery.by_broadcast([], num_buckets=1)
+    assert delivery.transport == "disk"  # alone, and it still refuses
+
+
+def greedy(*pairs: tuple[int, float]) -> GreedyAnswer:
+    return GreedyAnswer(
+        token_ids=[token for token, _ in pairs], log_probs=[log_prob for _, log_prob in pairs], policy_version=VERSION
+    )
+
+
+def test_canaries_are_compared_with_the_trainers_log_probs() -> None:
+    answers = {3: greedy((7, -1.0), (8, -2.0)), 1: greedy((7, -1.5), (8, -2.0)), 2: greedy((7, -1.0), (9, -0.25))}
+    responses = distinct_responses(answers)
+    assert responses == [[7, 8], [7, 9]]
+    log_probs = [np.array([-1.0, -2.25], np.float32), np.array([-1.0, np.nan], np.float32)]
+    found = differences(answers, responses, log_probs)
+    assert found[3] == Difference(0.125, 0.25)
+    assert found[1] == Difference(0.375, 0.5)
+    assert np.isnan(found[2].mean)
+
+
+def test_a_canary_that_is_off_leaves_its_server_out_and_all_of_them_are_an_error(deliver: MakeDelivery) -> None:
+    delivery = deliver(canary_tolerance=0.1)
+    delivery.compare({0: Difference(0.1, 0.3), 1: Difference(float("nan"), float("nan"))})
+    assert list(delivery.controls) == [0]
+    assert "canary log-probs differ from the trainer's by nan nats a token" in delivery.failures[1]
+    with pytest.raises(PublishError, match=r"server 0 .* 0.2 nats.*server 1 .*sampling.temperature"):
+        deliver(canary_tolerance=0.1).compare({0: Difference(0.2, 0.3), 1: Difference(0.11, 0.2)})
+    deliver().compare({})
+
+
+def test_canaries_that_are_late(
+    servers: list[RecordedServer], deliver: MakeDelivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = {"output_token_logprobs": [[-0.5, 4, None]], "weight_version": "4"}
+    for server in servers:
+        server.answers["generate"] = (200, {"output_ids": [4], "meta_info": meta})
+    servers[1].hung = {"generate"}
+    monkeypatch.setattr(module, "CANARY_PATIENCE_S", 0.05)
+    busy = deliver(requests_in_flight=True)
+    busy.ask_canaries(1, temperature=0.7)
+    assert (list(busy.canaries), sorted(busy.controls)) == ([0], [0, 1])  # it is busy, and its checksum is right
+    idle = deliver(timeout_s=0.05)
+    idle.ask_canaries(1, temperature=0.7)
+    assert sorted(idle.controls) == [0]
+    none = deliver()
+    none.ask_canaries(0, temperature=0.7)
+    assert none.canaries == {}
+
+
+def test_what_the_servers_start_with(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    servers[0].answers["model_info"] = (200, {"weight_version": "0"})
+    servers[1].answers["weights_checker"] = checksum("6f")
+    assert deliver().versions_and_checksums() == (0, {1: "5e"})
+    for server in servers:
+        server.answers["model_info"] = (200, {"weight_version": "default"})
+    assert deliver().versions_and_checksums() is None
+
+
+def test_the_address_that_servers_can_reach() -> None:
+    here = ServerAddress(index=0, url="http://127.0.0.1:30000", tensor_parallel=1)
+    assert own_address([here]) == "127.0.0.1"
+    other = ServerAddress(index=1, url="http://127.5.6.7:30000", tensor_parallel=1)
+    assert own_address([here, other]).startswith("127.")
