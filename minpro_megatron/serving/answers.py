@@ -83,15 +83,14 @@ class AnswerChecker:
         self._facts = facts
         self._check_versions = self._exact if exact_versions else self._rising
         self._routes = self._decoded_routes if routes else self._no_routes
+        self._route_bytes = 6 * facts.num_layers * facts.experts_per_token if routes else 0  # a token, in base64
 
     def largest_body(self, requests: Sequence[SentRequest]) -> int:
         """More bytes than any sound answer to the requests has."""
-        facts, total = self._facts, 0
-        for request in requests:
-            tokens = request.max_tokens + request.num_prompt_tokens
-            total += 16384 + 256 * request.max_tokens
-            total += 6 * tokens * facts.num_layers * facts.experts_per_token
-        return total
+        return sum(
+            16384 + 256 * request.max_tokens + self._route_bytes * (request.num_prompt_tokens + request.max_tokens)
+            for request in requests
+        )
 
     def check(self, body: bytes, requests: Sequence[SentRequest]) -> list[SampledSequence]:
         """The answers in the order of the requests. Raises InvalidAnswer naming the first field that is wrong."""
@@ -116,8 +115,8 @@ class AnswerChecker:
             raise InvalidAnswer(self._server, request.request_id, f"[{place}]{path}", str(error)) from None
 
     def _check_one(self, answer: _Answer, request: SentRequest) -> SampledSequence:
-        meta, tokens = answer.meta_info, answer.output_ids
-        num_tokens, reason = len(tokens), meta.finish_reason.type
+        meta, num_tokens = answer.meta_info, len(answer.output_ids)
+        reason = meta.finish_reason.type
         require = _Requirement(self._server, request.request_id)
         require(meta.id == request.request_id, "meta_info.id", f"answers request {meta.id!r}")
         require(
@@ -127,21 +126,18 @@ class AnswerChecker:
         )
         if reason == ABORTED and not num_tokens:  # taken from the queue: most fields are missing
             return _nothing_sampled()
-        self._check_lengths(answer, request, require)
-        log_probs = [entry[0] for entry in meta.output_token_logprobs]
-        wrong = [value for value in log_probs if not math.isfinite(value) or value > LARGEST_LOG_PROB]
-        require(not wrong, "meta_info.output_token_logprobs", f"{wrong[:3]} are no log-probs")
+        self._check_lengths(meta, num_tokens, request, require)
+        tokens, log_probs = self._arrays(answer, require)
         return SampledSequence(
-            token_ids=np.asarray(tokens, dtype=np.int32),
-            log_probs=np.asarray(log_probs, dtype=np.float32),
+            token_ids=tokens,
+            log_probs=log_probs,
             policy_versions=self._versions(meta.weight_versions, num_tokens, request),
             finish_reason=self._finish_reason(tokens, reason, request.max_tokens, require),
             routed_experts=self._routes(meta.routed_experts, request.num_prompt_tokens + num_tokens - 1, require),
         )
 
-    def _check_lengths(self, answer: _Answer, request: SentRequest, require: "_Requirement") -> None:
-        meta, tokens = answer.meta_info, answer.output_ids
-        num_tokens, size = len(tokens), self._facts.vocabulary_size
+    def _check_lengths(self, meta: _MetaInfo, num_tokens: int, request: SentRequest, require: "_Requirement") -> None:
+        limit, num_entries = request.max_tokens, len(meta.output_token_logprobs)
         require(
             meta.prompt_tokens == request.num_prompt_tokens,
             "meta_info.prompt_tokens",
@@ -153,25 +149,35 @@ class AnswerChecker:
             "meta_info.completion_tokens",
             f"{meta.completion_tokens} for {num_tokens} output_ids",
         )
-        limit = request.max_tokens
         require(num_tokens <= limit, "output_ids", f"{num_tokens} tokens exceed max_new_tokens = {limit}")
         require(
-            min(tokens) >= 0 and max(tokens) < size,
+            num_entries == num_tokens,
+            "meta_info.output_token_logprobs",
+            f"{num_entries} entries for {num_tokens} output_ids",
+        )
+
+    def _arrays(self, answer: _Answer, require: "_Requirement") -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and log-probs. Whole arrays, not token by token: a group may have 300,000 of them."""
+        field, size = "meta_info.output_token_logprobs", self._facts.vocabulary_size
+        tokens = np.asarray(answer.output_ids)
+        require(
+            bool(tokens.min() >= 0 and tokens.max() < size),
             "output_ids",
             f"a token id outside the vocabulary of {size}",
         )
-        require(
-            [entry[1] for entry in meta.output_token_logprobs] == tokens,
-            "meta_info.output_token_logprobs",
-            f"{len(meta.output_token_logprobs)} entries do not name the {num_tokens} output_ids",
-        )
+        values, named_tokens, _ = zip(*answer.meta_info.output_token_logprobs, strict=True)
+        require(np.array_equal(tokens, np.asarray(named_tokens)), field, "they do not name the output_ids")
+        log_probs = np.asarray(values, dtype=np.float64)
+        wrong = log_probs[~(np.isfinite(log_probs) & (log_probs <= LARGEST_LOG_PROB))]
+        require(not wrong.size, field, f"{wrong[:3].tolist()} are no log-probs")
+        return tokens.astype(np.int32), log_probs.astype(np.float32)
 
-    def _finish_reason(self, tokens: list[int], reason: str, limit: int, require: "_Requirement") -> str:
-        stops = self._facts.stop_token_ids
-        require(not any(token in stops for token in tokens[:-1]), "output_ids", "tokens follow a stop token")
+    def _finish_reason(self, tokens: np.ndarray, reason: str, limit: int, require: "_Requirement") -> str:
+        is_stop = np.isin(tokens, self._facts.stop_token_ids)
+        require(not is_stop[:-1].any(), "output_ids", "tokens follow a stop token")
         # A stop token in the last allowed place ends the response just as well, but SGLang reports "length"
         # there; and a response may be complete in the moment in which it is aborted.
-        if tokens[-1] in stops:
+        if is_stop[-1]:
             return "stop"
         require(reason != "stop", "meta_info.finish_reason", "stop, but the last token is no stop token")
         if len(tokens) == limit:
