@@ -11,6 +11,7 @@ ROLES = {
     "serve": "start and watch the SGLang rollout servers",
     "collect": "issue prompts, collect and reward rollouts, feed the trainer",
     "train": "one rank of the trainer (started by torchrun)",
+    "timer": "take the trainer's place and only measure the servers (debug.trainer=timer)",
 }
 
 

@@ -1,6 +1,6 @@
 """The training loop, as the algorithm reads: behavior log-probs under the sampling weights, updates, publication.
 
-All ranks run it together; only rank 0 has a Feed, and what it fetches goes to the others.
+All ranks run it together; only rank 0 has a feed, and what it fetches goes to the others.
 """
 
 import time
@@ -31,7 +31,7 @@ from minpro_megatron.monitor.step_report import StepReport, batch_metrics
 from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.records import Batch, CollectorTotals, PublishLease
-from minpro_megatron.rollout.feed import Feed
+from minpro_megatron.rollout.batch_source import BatchSource
 from minpro_megatron.rollout.resume_point import RunManifest, TrainerState
 from minpro_megatron.weights.publish import Publisher
 
@@ -51,7 +51,7 @@ class Trainer:
     checkpoints: RunCheckpoints
     resumed_from: RunManifest | None
     watchdog: Watchdog
-    feed: Feed | None = None  # rank 0's
+    feed: BatchSource | None = None  # rank 0's
     report: StepReport | None = None  # rank 0's
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     updates: int = 0
@@ -268,7 +268,8 @@ class Trainer:
             report = self.publisher.publish(lease if self.mesh.rank == 0 else None, changed)
         if self.feed and report:
             self.feed.publish_end(lease.version, report.held_by)
-            self._publication = report.metrics() | lease.metrics
+            if lease.servers:  # training on a journal, there are none
+                self._publication = report.metrics() | lease.metrics
 
     def _save(self, version: int) -> None:
         every = self.config.checkpoint.every_steps

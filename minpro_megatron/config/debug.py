@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from minpro_megatron.config.base import Section
 
@@ -26,3 +26,12 @@ class DebugConfig(Section):
         description="a rank whose update, scoring pass, publication or checkpoint takes longer, or a collector that "
         "does not react for as long, writes the stacks of its threads into run_dir/logs and ends",
     )
+
+    @model_validator(mode="after")
+    def _one_part_alone(self) -> "DebugConfig":
+        if self.trainer == "timer" and self.journal:
+            raise ValueError(
+                f"debug.trainer = timer takes batches from servers, and debug.journal = {self.journal} trains without "
+                "them: set only one of the two"
+            )
+        return self

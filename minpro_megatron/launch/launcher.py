@@ -6,17 +6,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.logs import explanation
 from minpro_megatron.launch.preflight import problems
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run, next_incarnation
-from minpro_megatron.launch.roles import role_commands
+from minpro_megatron.launch.roles import role_commands, roles_of
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, Supervisor
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.progress import Progress, duration
+from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.monitor.summary import RunSummary, read_summary
 from minpro_megatron.rollout.resume_point import read_latest
 
@@ -51,7 +53,7 @@ def launch(recipe: str, overrides: list[str]) -> int:
         if goes_on:
             print(_where_it_goes_on(config.run_dir, incarnation))
         supervisor = Supervisor(role_commands(config, config_file, incarnation), config.run_dir / "logs")
-        with Progress(config) as progress:
+        with Progress(config, roles_of(config)) as progress:
             outcome = supervisor.run(progress.tick)
         return _conclude(config, outcome)
 
@@ -139,15 +141,30 @@ def finished_lines(config: RunConfig, summary: RunSummary, report: Path | None) 
         f"{duration(summary.wall_time_s)}, staleness {summary.smallest_staleness}-{summary.largest_staleness}"
     ]
     before, after = summary.pass_at_1_before, summary.pass_at_1_after
-    if before is not None and after is not None:
+    if before is not None and after is not None and summary.servers is None:  # a timer trains nothing
         lines.append(
             f"pass@1       {100 * before:.1f} % +- {100 * (summary.standard_error_before or 0):.1f} before, "
             f"{100 * after:.1f} % +- {100 * (summary.standard_error_after or 0):.1f} after "
             f"({summary.num_evaluation_samples} samples, standard errors)"
         )
+    if summary.servers is not None:
+        lines += server_lines(summary.servers)
     if report is not None:
         lines.append(f"report       {report}")
     lines.append(f"TensorBoard  tensorboard --logdir {config.run_dir / 'tensorboard'}")
     if summary.hf_export is not None:
         lines.append(f"HF weights   {summary.hf_export}")
     return lines
+
+
+def server_lines(use: ServerUse) -> list[str]:
+    """What a timer found out about the servers."""
+    line = f"servers      {use.tokens_per_s:,.0f} tokens/s together ({use.num_servers:.3g} of them)"
+    if use.idle_share is not None:
+        line += f", idle for {100 * use.idle_share:.0f} % of the time"
+    if use.tokens_per_s_if_never_idle is not None:
+        line += f"; {use.tokens_per_s_if_never_idle:,.0f} tokens/s without that"
+    return [
+        line,
+        f"batches      {median(use.batch_seconds):.1f} s each (median), {max(use.batch_seconds):.1f} s at most",
+    ]

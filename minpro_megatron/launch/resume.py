@@ -9,6 +9,7 @@ from typing import Any
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.summary import read_summary
 from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
 from minpro_megatron.rollout.resume_point import read_latest
@@ -24,10 +25,11 @@ _MAY_CHANGE = (
 
 
 def holds_a_run(run_dir: Path) -> bool:
-    """Whether the folder's journal has rollouts; that of a run which failed while it started has none."""
-    journal = run_dir / JOURNAL_FILE
+    """Whether the folder's journal has rollouts; that of a run which failed while it started has none. A run that
+    trains on another one's journal has steps instead."""
+    journal, history = run_dir / JOURNAL_FILE, run_dir / HISTORY_FILE
     if not journal.exists():
-        return False
+        return history.exists() and history.stat().st_size > 0
     try:
         with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=rw", uri=True, timeout=0.1)) as database:
             return database.execute("SELECT EXISTS (SELECT 1 FROM groups)").fetchone()[0] == 1

@@ -9,33 +9,38 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.supervisor import RoleCommand
 
 
+def roles_of(config: RunConfig) -> tuple[str, ...]:
+    """The roles that the run is made of."""
+    if config.debug.journal:
+        return ("train",)
+    return ("serve", "collect", "timer" if config.debug.trainer == "timer" else "train")
+
+
 def role_commands(
     config: RunConfig, config_file: Path, incarnation: int, environment: Mapping[str, str] = os.environ
 ) -> list[RoleCommand]:
-    """The commands of serve, collect and train, to be started together."""
+    """The commands of the run's roles, to be started together."""
     shared = dict(environment) | {"PYTHONUNBUFFERED": "1"}
     if Path(config.model.hf_path).is_dir():
         shared |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     trainer_gpus, server_gpus = gpu_shares(config, environment)
+    python = [sys.executable]
+    starts = {"serve": python, "collect": python, "timer": python, "train": torchrun(config.parallel.world_size)}
+    environments = {
+        "serve": {"CUDA_VISIBLE_DEVICES": server_gpus},
+        "collect": {"CUDA_VISIBLE_DEVICES": ""},
+        "timer": {"CUDA_VISIBLE_DEVICES": ""},
+        "train": trainer_environment(config.device) | {"CUDA_VISIBLE_DEVICES": trainer_gpus},
+    }
     options = ["--config", str(config_file), "--incarnation", str(incarnation)]
-    package = [sys.executable, "-m", "minpro_megatron"]
     return [
         RoleCommand(
-            role="serve",
-            arguments=[*package, "serve", *options],
-            environment=shared | {"CUDA_VISIBLE_DEVICES": server_gpus},
-            stays=True,
-        ),
-        RoleCommand(
-            role="collect",
-            arguments=[*package, "collect", *options],
-            environment=shared | {"CUDA_VISIBLE_DEVICES": ""},
-        ),
-        RoleCommand(
-            role="train",
-            arguments=[*torchrun(config.parallel.world_size), "-m", "minpro_megatron", "train", *options],
-            environment=shared | trainer_environment(config.device) | {"CUDA_VISIBLE_DEVICES": trainer_gpus},
-        ),
+            role=role,
+            arguments=[*starts[role], "-m", "minpro_megatron", role, *options],
+            environment=shared | environments[role],
+            stays=role == "serve",
+        )
+        for role in roles_of(config)
     ]
 
 
@@ -69,9 +74,10 @@ def trainer_environment(device: str) -> dict[str, str]:
 
 def gpus_needed(config: RunConfig) -> tuple[int, int]:
     """The number of GPUs of the trainer and of the servers on this machine."""
-    trainer = config.parallel.world_size if config.device == "cuda" else 0
-    servers = config.server.count * config.server.tensor_parallel if config.server.device == "cuda" else 0
-    return trainer, servers
+    roles, server = roles_of(config), config.server
+    trainer = config.parallel.world_size if config.device == "cuda" and "train" in roles else 0
+    own_servers = "serve" in roles and not server.urls and server.engine != "reference"
+    return trainer, server.count * server.tensor_parallel if server.device == "cuda" and own_servers else 0
 
 
 def gpu_shares(config: RunConfig, environment: Mapping[str, str]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,6 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.history import Entry, HistoryTail
 from minpro_megatron.monitor.status import Status, read_statuses
 
-ROLES = ("serve", "collect", "train")
 _RECENT_STEPS = 10  # that the time per step is averaged over
 _LINE_EVERY_STEPS = 10  # without a terminal
 _REFRESH_S = 0.5
@@ -128,8 +127,9 @@ class Progress:
     Call `tick` often; it reads the files about twice a second. Use as a context manager.
     """
 
-    def __init__(self, config: RunConfig, console: Console | None = None) -> None:
+    def __init__(self, config: RunConfig, roles: Sequence[str], console: Console | None = None) -> None:
         self._run_dir: Path = config.run_dir
+        self._roles = roles
         self._title = f"{config.name} · {config.objective.name}"
         self._state = TrainingState(config.num_global_steps)
         self._tail = HistoryTail(config.run_dir)
@@ -201,7 +201,7 @@ class Progress:
             trend = sparkline(state.rewards, _width(self._console) - len("reward ") - 4)  # inside the frame
             parts.append(Text(f"reward {trend}", style="cyan", no_wrap=True))
         if not self._is_training:  # start and end are the times when one wonders what it is doing
-            parts.append(_phases_table(statuses, self._started))
+            parts.append(_phases_table(self._roles, statuses, self._started))
         elapsed = duration(time.time() - self._started)
         return Panel(
             Group(*parts),
@@ -243,9 +243,9 @@ def _figures_line(state: TrainingState) -> Text:
     return line
 
 
-def _phases_table(statuses: Mapping[str, Status], started: float) -> Table:
+def _phases_table(roles: Sequence[str], statuses: Mapping[str, Status], started: float) -> Table:
     table = Table.grid(padding=(0, 2))
-    for role in ROLES:
+    for role in roles:
         status = statuses.get(role, Status("starting", started))
         table.add_row(
             Text(role, style="bold"),

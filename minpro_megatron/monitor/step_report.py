@@ -73,9 +73,10 @@ class StepReport:
         response_tokens = sum(len(response.token_ids) for group in batch.groups for response in group.responses)
         rates = {
             "throughput/response_tokens_per_s": response_tokens / scalars["time/step_s"],
-            "throughput/trained_tokens_per_s": scalars["batch/tokens"] / scalars["time/train_s"],
             "overlap/trainer_wait_share": scalars["time/wait_for_batch_s"] / scalars["time/step_s"],
         }
+        if scalars["time/train_s"] > 0:  # a timer in the trainer's place may take none
+            rates["throughput/trained_tokens_per_s"] = scalars["batch/tokens"] / scalars["time/train_s"]
         if step % SAMPLES_EVERY_STEPS == 0:
             self._show_samples(step, batch)
         if step % HISTOGRAMS_EVERY_STEPS == 0:

@@ -6,6 +6,7 @@ from pathlib import Path
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.records import CollectorTotals
 
 FILE_NAME = "summary.json"
@@ -43,6 +44,7 @@ class RunSummary(Section):
     groups_dropped: int
     hf_export: str | None  # the trained weights as a Hugging Face folder
     package_versions: dict[str, str]
+    servers: ServerUse | None = None  # measured with debug.trainer = timer
 
 
 def summarize(
@@ -54,6 +56,7 @@ def summarize(
     wall_time_s: float,
     wall_time_by_phase_s: dict[str, float],
     hf_export: Path | str | None,
+    servers: ServerUse | None = None,
 ) -> RunSummary:
     """The summary of a run from its settings, the collector's totals and the trainer's clocks.
 
@@ -84,6 +87,7 @@ def summarize(
         groups_dropped=totals.groups_dropped,
         hf_export=str(hf_export) if hf_export else None,
         package_versions=installed_versions(),
+        servers=servers,
     )
 
 

@@ -114,6 +114,10 @@ class Engine:
         if version is not None:
             self.weight_version = version
 
+    def rename_weights(self, version: str) -> None:
+        """Tokens sampled from now on are of `version`; the weights stay what they are."""
+        self.weight_version = version
+
     def _under_way(self) -> list[Response]:
         queues = (self._arriving, self._waiting, self._running)
         return [response for queue in queues for response in queue if not response.answer.cancelled()]

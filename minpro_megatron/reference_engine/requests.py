@@ -61,6 +61,11 @@ class FromDisk(msgspec.Struct):
     weight_version: str | None = None
 
 
+class UpdateVersion(msgspec.Struct):
+    new_version: str
+    abort_all_requests: bool = True
+
+
 class CheckWeights(msgspec.Struct):
     action: Literal["checksum"]
 

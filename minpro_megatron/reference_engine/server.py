@@ -27,6 +27,7 @@ from minpro_megatron.reference_engine.requests import (
     Pause,
     Refused,
     ResponseMaker,
+    UpdateVersion,
 )
 from minpro_megatron.reference_engine.update_groups import UpdateGroups, UpdateRefused
 
@@ -71,6 +72,7 @@ class Server:
             "/destroy_weights_update_group": self._destroy_group,
             "/update_weights_from_distributed": self._update_from_distributed,
             "/update_weights_from_disk": self._update_from_disk,
+            "/update_weight_version": self._update_version,
             "/weights_checker": self._check_weights,
             "/freeze_gc": self._freeze_gc,
         }
@@ -211,6 +213,13 @@ class Server:
                 success=False,
             )
         return _outcome(f"Succeeded to {what}." + (f" Weight version updated to {version}." if version else ""))
+
+    async def _update_version(self, request: web.Request) -> web.Response:
+        asked, engine = await _decoded(request, UpdateVersion), self._engine
+        if asked.abort_all_requests:
+            await self._between_tokens(lambda: engine.abort(""))
+        await self._between_tokens(lambda: engine.rename_weights(asked.new_version))
+        return _outcome(f"Weight version updated to {asked.new_version}")
 
     async def _check_weights(self, request: web.Request) -> web.Response:
         await _decoded(request, CheckWeights)

@@ -146,6 +146,10 @@ class ServerControl:
         fields = {"model_path": model_path, "weight_version": str(weight_version), "flush_cache": flush_cache}
         self._post("update_weights_from_disk", fields)
 
+    def update_weight_version(self, *, weight_version: int) -> None:
+        """From now on the server calls its weights this version; they stay what they are."""
+        self._post("update_weight_version", {"new_version": str(weight_version), "abort_all_requests": False})
+
     def weights_checksum(self) -> WeightsChecksum:
         """What the server computes over the weights it holds now."""
         answer = self._post("weights_checker", {"action": "checksum"})

@@ -13,6 +13,9 @@ from minpro_megatron.monitor.status import read_statuses, write_status
 from tests.unit.run_examples import example_config
 
 
+ROLES = ("serve", "collect", "train")
+
+
 def step_entry(step: int, **metrics: float) -> Entry:
     given = {name.replace("__", "/"): value for name, value in metrics.items()}
     return Entry(step, 100.0 + 2 * step, {"reward/accuracy": 0.1 * step} | given)
@@ -78,7 +81,7 @@ def shown(config, *, terminal: bool, steps: int) -> str:
     """What the display has printed after `steps` steps that came one by one."""
     config.run_dir.mkdir(parents=True)
     output = io.StringIO()
-    with Progress(config, Console(file=output, force_terminal=terminal, width=90)) as progress:
+    with Progress(config, ROLES, Console(file=output, force_terminal=terminal, width=90)) as progress:
         write_status(config.run_dir, "serve", "starting [1] server")
         progress.tick()
         for step in range(steps):
@@ -109,7 +112,7 @@ def test_a_display_that_fails_does_not_end_the_run(tmp_path, capsys, monkeypatch
         raise OSError("no such device")
 
     monkeypatch.setattr("minpro_megatron.monitor.progress.read_statuses", fail)
-    with Progress(example_config(tmp_path), Console(file=io.StringIO())) as progress:
+    with Progress(example_config(tmp_path), ROLES, Console(file=io.StringIO())) as progress:
         progress.tick()
         progress.tick()
     assert capsys.readouterr().err == "warning: the progress display stopped: OSError: no such device\n"

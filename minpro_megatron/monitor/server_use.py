@@ -1,0 +1,75 @@
+"""How much the rollout servers did and how long they had nothing to do, as the collector reports it with each lease."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from minpro_megatron.config.base import Section
+
+
+class ServerUse(Section):
+    """What the servers of a run did.
+
+    Rates and shares are of the time from the first publication to the last one before which anything was sampled: the
+    servers' start is not in it, nor the last steps, for which they have nothing to do. Where that is no time at all,
+    they are since the trainer's start, and what needs the idle time is None.
+    """
+
+    num_servers: float  # that answered, on average
+    num_tokens: int  # sampled in the whole run, held-out ones included
+    tokens_per_s: float
+    idle_share: float | None  # of the servers' time
+    tokens_per_s_if_never_idle: float | None
+    batch_seconds: list[float]  # see the role that measures them
+
+
+@dataclass(frozen=True)
+class _Sample:
+    time_s: float
+    num_tokens: float
+    idle_s: float
+    num_servers: float
+
+
+class ServerMeter:
+    """Collects the metrics of a run's leases."""
+
+    def __init__(self, now_s: float) -> None:
+        """`now_s`, as every other time here, is of one monotonic clock, in seconds."""
+        self._start_s = now_s
+        self._samples: list[_Sample] = []
+
+    def add(self, metrics: Mapping[str, float], now_s: float) -> None:
+        """The metrics of a lease that was granted now."""
+        tokens = sum(value for name, value in metrics.items() if name.startswith("fleet/tokens/"))
+        idle_s, servers = metrics.get("fleet/idle_s", 0.0), metrics.get("fleet/members", 0.0)
+        self._samples.append(_Sample(now_s, tokens, idle_s, servers))
+
+    def use(self, batch_seconds: Sequence[float]) -> ServerUse | None:
+        """The figures so far; None before the first lease."""
+        if not self._samples:
+            return None
+        first, last = self._samples[0], self._last_that_grew()
+        window_s, tokens = last.time_s - first.time_s, last.num_tokens - first.num_tokens
+        servers = sum(sample.num_servers for sample in self._samples) / len(self._samples)
+        idle_share = None
+        if last is first:
+            window_s, tokens = first.time_s - self._start_s, first.num_tokens
+        elif servers > 0:
+            idle_share = min(1.0, max(0.0, (last.idle_s - first.idle_s) / (window_s * servers)))
+        rate = tokens / max(window_s, 1e-9)
+        return ServerUse(
+            num_servers=servers,
+            num_tokens=round(self._samples[-1].num_tokens),
+            tokens_per_s=rate,
+            idle_share=idle_share,
+            tokens_per_s_if_never_idle=None if idle_share in (None, 1.0) else rate / (1 - idle_share),
+            batch_seconds=list(batch_seconds),
+        )
+
+    def _last_that_grew(self) -> _Sample:
+        """The last lease before which tokens were sampled."""
+        found = self._samples[0]
+        for before, sample in zip(self._samples, self._samples[1:], strict=False):
+            if sample.num_tokens > before.num_tokens:
+                found = sample
+        return found

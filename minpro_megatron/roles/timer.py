@@ -1,0 +1,203 @@
+"""The role `timer`: in the trainer's place something that takes batches, waits, and publishes versions without weights.
+
+It asks the collector for the same things in the same order as train.Trainer, so servers and collector work as in a real
+run whose global step takes debug.timer_step_s beside its waiting. With 0 it only collects rollouts.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.metrics import values
+from minpro_megatron.monitor.report import write_report
+from minpro_megatron.monitor.server_use import ServerMeter, ServerUse
+from minpro_megatron.monitor.status import write_status
+from minpro_megatron.monitor.step_report import StepReport, batch_metrics
+from minpro_megatron.monitor.summary import summarize, write_summary
+from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease, ServerAddress, TrainedStep
+from minpro_megatron.rollout.batch_source import BatchSource
+from minpro_megatron.rollout.feed import Feed, FeedError
+from minpro_megatron.rollout.staleness import sampling_version
+from minpro_megatron.rollout.tokenizer import TextTokenizer
+from minpro_megatron.serving.api_key import authorization
+from minpro_megatron.serving.calls import start_for_all
+from minpro_megatron.serving.control import ControlError, ServerControl
+from minpro_megatron.serving.model_files import read_model_facts
+
+log = logging.getLogger(__name__)
+
+PHASES = ("wait_for_batch", "train", "publish")
+PROBE_S = 5.0  # for a server that did not take a version to say that it is alive
+
+
+def run(config: RunConfig, incarnation: int) -> int:
+    """Takes all batches of the run. Returns 0 when it is finished, 1 with a line on stderr if not."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s timer %(levelname)s %(message)s")
+    try:
+        _measure(config, incarnation)
+    except (ValueError, FeedError, ControlError) as error:
+        print(f"timer: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _measure(config: RunConfig, incarnation: int) -> None:
+    started = time.monotonic()
+    write_status(config.run_dir, "timer", "waiting for the first batch")
+    tokenizer = TextTokenizer(config.model.hf_path, read_model_facts(config.model.hf_path))
+    feed = Feed(config.run_dir, incarnation, start_timeout_s=config.server.start_timeout_s)
+    with RunWriter(config.run_dir) as writer:
+        timer = Timer(config, feed, StepReport(writer, tokenizer.response_text), Announcer(config))
+        totals = timer.run()
+    summary = summarize(
+        config,
+        totals,
+        steps=config.num_global_steps,
+        updates=0,
+        wall_time_s=time.monotonic() - started,
+        wall_time_by_phase_s=timer.seconds,
+        hf_export=None,
+        servers=timer.server_use(),
+    )
+    write_summary(config.run_dir, summary)
+    write_report(config.run_dir, timer.report.samples)
+    write_status(config.run_dir, "timer", "finished")
+
+
+class Announcer:
+    """Tells servers which version they hold from now on; their weights stay the initial ones."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._timeout_s = config.publish.timeout_s
+        self._flush = config.publish.flush_cache
+        self._headers = authorization(config.server)
+
+    def __call__(self, lease: PublishLease) -> list[int]:
+        """The servers, by index, that state the lease's version. Raises ControlError if none does although one is
+        alive."""
+        controls = {server.index: self._control(server) for server in lease.servers}
+        failures: dict[int, str] = {}
+        requests: list[tuple[str, dict[str, Any]]] = [("update_weight_version", {"weight_version": lease.version})]
+        if (
+            self._flush and not lease.requests_in_flight
+        ):  # as with new weights: else prompts that return cost too little
+            requests.append(("flush_cache", {}))
+        for method, arguments in requests:
+            calls = start_for_all([controls[i] for i in controls if i not in failures], method, **arguments)
+            calls.results()
+            failures |= calls.failures()
+        for line in failures.values():
+            log.warning("version %d: left out: %s", lease.version, line)
+        held_by = [index for index in controls if index not in failures]
+        if not held_by:
+            alive = start_for_all([control.within(PROBE_S) for control in controls.values()], "model_info").results()
+            if alive:
+                raise ControlError(f"no server takes version {lease.version}: {'; '.join(failures.values())}")
+        return held_by
+
+    def _control(self, server: ServerAddress) -> ServerControl:
+        return ServerControl(server, self._timeout_s, headers=self._headers)
+
+
+@dataclass
+class Timer:
+    """One run in the trainer's place. `announce` returns the indices of the servers that hold the lease's version."""
+
+    config: RunConfig
+    feed: BatchSource
+    report: StepReport
+    announce: Callable[[PublishLease], list[int]]
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    # For each batch from when its sampling could begin, or from the arrival of the one before it, to its arrival here:
+    # an upper bound for a batch that was complete before it was asked for.
+    batch_seconds: list[float] = field(default_factory=list)
+    _ready: dict[int, Batch] = field(default_factory=dict)
+    _sampling_since: float = 0.0
+    _meter: ServerMeter | None = None
+    _publication: dict[str, float] = field(default_factory=dict)  # metrics of the last lease
+
+    def run(self) -> CollectorTotals:
+        """Takes the batches of all global steps. A run that ended early starts anew: there are no checkpoints."""
+        num_steps = self.config.num_global_steps
+        self.feed.start(0)
+        self._sampling_since = time.monotonic()
+        self._meter = ServerMeter(self._sampling_since)
+        ahead = self._steps_ahead
+        for index in range(min(ahead, num_steps)):
+            self._fetch_and_score(index)
+        for step in range(num_steps):
+            start, before = time.monotonic(), dict(self.seconds)
+            if ahead == 0:
+                self._fetch_and_score(step)
+            batch = self._ready.pop(step)
+            self._consume(step)
+            if ahead and step + ahead < num_steps:
+                self._fetch_and_score(step + ahead)
+            self._publish(step + 1)
+            spent = {f"time/{phase}_s": self.seconds[phase] - before[phase] for phase in PHASES}
+            times = spent | {"time/step_s": time.monotonic() - start}
+            self.report.step(step, values(batch_metrics(batch, step)) | times | self._publication, {}, batch)
+        return self._finish()
+
+    def server_use(self) -> ServerUse | None:
+        return self._meter.use(self.batch_seconds) if self._meter else None
+
+    @property
+    def _delay_mode(self) -> bool:
+        return self.config.staleness.mode == "delay"
+
+    @property
+    def _steps_ahead(self) -> int:
+        """How many steps before its own a batch is fetched."""
+        return self.config.staleness.delay_steps if self._delay_mode else 0
+
+    def _fetch_and_score(self, index: int) -> None:
+        with self._timed("wait_for_batch"):
+            while not isinstance(batch := self.feed.batch(index), Batch):
+                self._send(batch)
+        now = time.monotonic()
+        self.batch_seconds.append(now - self._sampling_since)
+        self._sampling_since = now
+        if not all(group.is_scored for group in batch.groups):
+            version = sampling_version(index, self.config.staleness.delay_steps) if self._delay_mode else -1
+            log_probs = [[response.rollout_log_probs for response in group.responses] for group in batch.groups]
+            self.feed.scored(BehaviorLogProbs(index=index, policy_version=version, log_probs=log_probs))
+        self._ready[index] = batch
+
+    def _consume(self, step: int) -> None:
+        with self._timed("train"):
+            time.sleep(self.config.debug.timer_step_s)
+        self.feed.consumed(TrainedStep(step=step, policy_version=step))
+
+    def _publish(self, version: int) -> None:
+        with self._timed("publish"):
+            while (lease := self.feed.publish_begin(version)).version != version:
+                self._send(lease)
+            assert self._meter is not None
+            self._meter.add(lease.metrics, time.monotonic())
+            self._send(lease)
+        self._publication = lease.metrics
+        self.report.evaluations(lease.evaluations)
+        if self._delay_mode:  # the servers have waited for it; in bounded mode they never wait
+            self._sampling_since = time.monotonic()
+
+    def _send(self, lease: PublishLease) -> None:
+        self.feed.publish_end(lease.version, self.announce(lease))
+
+    def _finish(self) -> CollectorTotals:
+        while not isinstance(totals := self.feed.finish(), CollectorTotals):
+            self._send(totals)
+        self.report.evaluations(totals.evaluations)
+        return totals
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[phase] += time.monotonic() - start
