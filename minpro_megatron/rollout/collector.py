@@ -96,6 +96,7 @@ class Collector:
         self._evaluated_versions = set(evaluated_versions(config.num_global_steps, config.evaluation.every_steps))
         self._changed = asyncio.Condition()
         self._num_changes = 0
+        self._writing_status = asyncio.Lock()
         self._schedule = make_schedule(config)
         self._serving = True  # servers hold the schedule's version
         self._lease: PublishLease | None = None
@@ -187,8 +188,12 @@ class Collector:
             for group in issued:
                 tasks.create_task(self._sample(group))
             phase = f"version {version}: groups {slots[0].group_id} to {slots[-1].group_id}"
-            # In a thread: it waits for the disk.
-            tasks.create_task(asyncio.to_thread(write_status, self._config.run_dir, "collect", phase))
+            tasks.create_task(self._write_status(phase))
+
+    async def _write_status(self, phase: str) -> None:
+        """In a thread, for it waits for the disk; one after the other, for all write the same file."""
+        async with self._writing_status:
+            await asyncio.to_thread(write_status, self._config.run_dir, "collect", phase)
 
     async def _sample(self, issued: IssuedGroup) -> None:
         group = await self._collect_group(issued, self._training)
