@@ -43,7 +43,8 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Layer
         from minpro_megatron.actor.transformer_engine_backend import TransformerEngineLayers
     except (ImportError, OSError) as error:  # OSError: one of its libraries does not load
         if name == "auto":
-            logger.warning("model.backend = auto: torch, for Transformer Engine cannot be imported: %s", error)
+            if getattr(error, "name", None) != "transformer_engine":  # it is installed, and does not work
+                logger.warning("model.backend = auto: torch, for Transformer Engine cannot be imported: %s", error)
             return TorchLayers(device)
         raise ValueError(
             f"model.backend = transformer_engine: it cannot be imported ({error}); install it, or set model.backend "

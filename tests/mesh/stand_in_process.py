@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 
-def run_with_stand_in(function: str, *arguments: Any, deadline_s: float = 120.0) -> Any:
+def run_with_stand_in(function: str, *arguments: Any, deadline_s: float = 160.0) -> Any:
     """`function` ("module:name") of the arguments, whose classes must not need megatron. In it `run_mesh` works, with
     ranks forked from that process. Raises AssertionError with the traceback of what failed there."""
     spawn = multiprocessing.get_context("spawn")

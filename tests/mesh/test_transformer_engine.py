@@ -5,7 +5,7 @@ whose modules transformer_engine_stand_in.py has in plain torch. It has not run 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -37,23 +37,73 @@ STEPS: list[tuple[str, dict[str, int]]] = [
     ("tied", {"pipeline": 2}),
 ]
 SAVED_ON: dict[str, int] = {"tensor": 2, "expert": 2}
+CROSSINGS = [  # who saved, who loads; torch's own: test_training_state.py
+    ("transformer_engine", "torch"),
+    ("torch", "transformer_engine"),
+    ("transformer_engine", "transformer_engine"),
+]
 LOADED_ON: dict[str, int] = {"pipeline": 2, "data": 2, "expert": 2}
 
 
 # ---- In the process with the stand-in ----
 
 
-def steps_with_stand_in(cases: list[tuple[str, RunConfig, list]]) -> list[Any]:
-    return [
-        run_mesh(take_steps, hf_path, [(config, sequences)], BACKENDS[0], **config.parallel.model_dump())[0][0]
-        for hf_path, config, sequences in cases
-    ]
-
-
-def checkpoints_with_stand_in(hf_path: str, converted: str, folder: str, sequences: list) -> dict[str, Any]:
+def with_stand_in(cases: list[tuple[str, RunConfig, list]], hf_path: str, folder: str) -> dict[str, Any]:
+    """Everything in one process: it takes seconds to start."""
+    sequences = make_sequences(8, 30)
+    config = step_config({"tensor": 2, "expert": 2}, row_tokens=128)
     saved = run_mesh(_save, step_config(SAVED_ON, row_tokens=128), hf_path, folder, sequences, **SAVED_ON)
-    loaded = run_mesh(_load, step_config(LOADED_ON, row_tokens=128), hf_path, converted, folder, sequences, **LOADED_ON)
-    return {"saved": saved, "loaded": loaded}
+    loaded = run_mesh(_load, step_config(LOADED_ON, row_tokens=128), hf_path, folder, sequences, **LOADED_ON)
+    return {
+        "steps": [
+            run_mesh(take_steps, path, [(config, batch)], BACKENDS[0], **config.parallel.model_dump())[0][0]
+            for path, config, batch in cases
+        ],
+        "recomputed": run_mesh(_recomputed, hf_path, config, sequences, **config.parallel.model_dump()),
+        "saved": saved,
+        "loaded": loaded,
+        "chosen": _chosen(),
+    }
+
+
+def _chosen() -> dict[str, Any]:
+    """What is chosen and switched on, with the stand-in's few functions and with those that kernels come with."""
+    from megatron.core.extensions import transformer_engine as extension
+
+    from minpro_megatron.actor.layer_backend import select_backend
+
+    def chosen(name: str, device: str, dtype: torch.dtype) -> str:
+        return type(select_backend(name, torch.device(device), dtype)).__name__
+
+    def settings(device: str) -> dict[str, Any]:
+        return select_backend("transformer_engine", torch.device(device), torch.bfloat16).settings(mixture=True)
+
+    found = {
+        "cuda bfloat16": chosen("auto", "cuda", torch.bfloat16),
+        "cuda float32": chosen("auto", "cuda", torch.float32),
+        "cpu": chosen("auto", "cpu", torch.bfloat16),
+        "torch": chosen("torch", "cuda", torch.bfloat16),
+        "without kernels": settings("cuda"),
+    }
+    kernels: Any = extension
+    kernels.fused_apply_rotary_pos_emb_thd = kernels.fused_permute_with_probs = print
+    return found | {"with kernels": settings("cuda"), "on a CPU": settings("cpu")}
+
+
+def _recomputed(mesh: Mesh, hf_path: str, config: RunConfig, sequences: list) -> dict[str, list[float]]:
+    """Gradient norms of two updates, for each way to recompute."""
+    from minpro_megatron.actor.model import ModelFeatures, build_model
+    from minpro_megatron.actor.policy import Policy
+    from minpro_megatron.weights.hf_files import HfReader
+    from minpro_megatron.weights.local import load_hf_tensors
+
+    architecture, norms = read_architecture(hf_path), {}
+    for recompute in ("none", "selective", "full"):
+        chunks = build_model(architecture, mesh, torch.float32, ModelFeatures(recompute, backend=BACKENDS[0]))
+        load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path))
+        policy = Policy(config, architecture, chunks, mesh)
+        norms[recompute] = [policy.update(sequences, LEARNING_RATE).grad_norm for _ in range(2)]
+    return norms
 
 
 def _save(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list) -> dict[str, Any]:
@@ -78,15 +128,13 @@ def _save(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: l
     return found
 
 
-def _load(
-    mesh: Mesh, config: RunConfig, hf_path: str, converted: str, folder: str, sequences: list
-) -> dict[tuple[str, str], Any]:
+def _load(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list) -> dict[tuple[str, str], Any]:
     """{(who saved, who loads): how training goes on}, and under ("converted", ...) the weights as converted."""
     from minpro_megatron.actor.checkpoint import load_weights
 
     found = {}
     for loader in BACKENDS:
-        for saver in BACKENDS:
+        for saver in (saver for saver, other in CROSSINGS if other == loader):
             architecture, policy = loaded_policy(mesh, config, hf_path, loader)
             policy.update(sequences[:3], 0.05)  # weights, moments and step are all other than those saved
             load_weights(policy.modules, architecture, Path(folder, saver, "weights"), mesh)
@@ -97,7 +145,7 @@ def _load(
         architecture, policy = loaded_policy(mesh, config, hf_path, loader)
         for parameter in (parameter for chunk in policy.modules for parameter in chunk.parameters()):
             parameter.data.fill_(torch.nan)
-        load_weights(policy.modules, architecture, converted, mesh)
+        load_weights(policy.modules, architecture, Path(folder, "converted"), mesh)
         found["converted", loader] = _weights(mesh, architecture, policy)
     return found
 
@@ -121,45 +169,50 @@ def _weights(mesh: Mesh, architecture: Any, policy: Any) -> dict[str, np.ndarray
 # ---- In the process of the tests ----
 
 
+class Found(NamedTuple):
+    start: Start
+    folder: Path
+    by_name: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def steps(starts: dict[str, Start]) -> list[Any]:
+def found(starts: dict[str, Start], tmp_path_factory: pytest.TempPathFactory) -> Found:
+    start, folder = starts["moe"], tmp_path_factory.mktemp("checkpoints")
+    to_megatron(Path(start.hf_path), folder / "converted", no_display)
+    for backend in BACKENDS:
+        (folder / backend).mkdir()
     cases = [(starts[kind].hf_path, step_config(parallel), in_order(starts[kind].groups)) for kind, parallel in STEPS]
-    return run_with_stand_in(f"{__name__}:steps_with_stand_in", cases)
+    return Found(start, folder, run_with_stand_in(f"{__name__}:with_stand_in", cases, start.hf_path, str(folder)))
 
 
 @pytest.mark.parametrize("place", range(len(STEPS)), ids=[str(case) for case in STEPS])
-def test_a_step_equals_transformers(place: int, steps: list[Any], starts: dict[str, Start]) -> None:
+def test_a_step_equals_transformers(place: int, found: Found, starts: dict[str, Start]) -> None:
     start = starts[STEPS[place][0]]
     optimizer = step_config({}).optimizer
     expected = reference_step(
         start.model, in_order(start.groups), minpro_loss("token_mean"), TEMPERATURE, LEARNING_RATE, optimizer
     )
-    assert differences(steps[place], expected).breaches == []
+    assert differences(found.by_name["steps"][place], expected).breaches == []
 
 
-class Checkpoints:
-    def __init__(self, start: Start, folder: Path) -> None:
-        self.start, self.folder = start, folder
-        to_megatron(Path(start.hf_path), folder / "converted", no_display)
-        for backend in BACKENDS:
-            (folder / backend).mkdir()
-        found = run_with_stand_in(
-            f"{__name__}:checkpoints_with_stand_in",
-            start.hf_path,
-            str(folder / "converted"),
-            str(folder),
-            make_sequences(8, 30),
-        )
-        self.saved, self.loaded = found["saved"], found["loaded"]
+def test_recomputing_changes_no_gradient(found: Found) -> None:
+    for norms in found.by_name["recomputed"]:
+        assert norms["selective"] == norms["full"] == norms["none"]
 
 
-@pytest.fixture(scope="module")
-def checkpoints(starts: dict[str, Start], tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(starts["moe"], tmp_path_factory.mktemp("checkpoints"))
+def test_what_is_chosen_and_switched_on(found: Found) -> None:
+    chosen = found.by_name["chosen"]
+    assert chosen["cuda bfloat16"] == "TransformerEngineLayers"
+    assert chosen["cuda float32"] == chosen["cpu"] == chosen["torch"] == "TorchLayers"
+    compiled = {"bias_activation_fusion", "bias_dropout_fusion"}
+    kernels = {"apply_rope_fusion", "moe_permute_fusion"}
+    for case, expected in (("without kernels", compiled), ("with kernels", compiled | kernels), ("on a CPU", set())):
+        on = {name for name, value in chosen[case].items() if value is True}
+        assert on == expected | {"moe_grouped_gemm"}, case
 
 
-def test_parameters_have_the_names_of_the_table(checkpoints: Checkpoints) -> None:
-    of_transformer_engine, of_torch = ([rank[backend] for rank in checkpoints.saved] for backend in BACKENDS)
+def test_parameters_have_the_names_of_the_table(found: Found) -> None:
+    of_transformer_engine, of_torch = ([rank[backend] for rank in found.by_name["saved"]] for backend in BACKENDS)
     layer = "decoder.layers.1."
     for rank, names in enumerate(of_transformer_engine):
         assert {layer + "self_attention.linear_qkv.layer_norm_weight", layer + "pre_mlp_layernorm.weight"} <= set(
@@ -169,10 +222,10 @@ def test_parameters_have_the_names_of_the_table(checkpoints: Checkpoints) -> Non
         assert layer + "input_layernorm.weight" not in names["live"]
         assert sorted(names["table"]) == sorted(of_torch[rank]["table"])
     everywhere = {name for names in of_transformer_engine for name in names["table"]}
-    assert everywhere == {entry.megatron for entry in entries(read_architecture(checkpoints.start.hf_path))}
+    assert everywhere == {entry.megatron for entry in entries(read_architecture(found.start.hf_path))}
 
 
-def test_a_checkpoint_of_either_backend_is_what_the_conversion_writes(checkpoints: Checkpoints) -> None:
+def test_a_checkpoint_of_either_backend_is_what_the_conversion_writes(found: Found) -> None:
     def described(folder: Path) -> dict[str, Any]:
         stored = read_metadata(folder).state_dict_metadata
         return {
@@ -180,30 +233,27 @@ def test_a_checkpoint_of_either_backend_is_what_the_conversion_writes(checkpoint
             for key, item in stored.items()
         }
 
-    expected = described(checkpoints.folder / "converted")
+    expected = described(found.folder / "converted")
     for backend in BACKENDS:
-        assert described(checkpoints.folder / backend / "weights") == expected
+        assert described(found.folder / backend / "weights") == expected
 
 
-def test_converted_weights_load_bit_for_bit(checkpoints: Checkpoints) -> None:
-    expected = {name: tensor.numpy() for name, tensor in saved_tensors(checkpoints.start.model).items()}
+def test_converted_weights_load_bit_for_bit(found: Found) -> None:
+    expected = {name: tensor.numpy() for name, tensor in saved_tensors(found.start.model).items()}
     for backend in BACKENDS:
-        found = checkpoints.loaded[0]["converted", backend]
-        assert found.keys() == expected.keys()
+        loaded = found.by_name["loaded"][0]["converted", backend]
+        assert loaded.keys() == expected.keys()
         for name, tensor in expected.items():
-            np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+            np.testing.assert_array_equal(loaded[name], tensor, err_msg=name)
 
 
-@pytest.mark.parametrize("loader", BACKENDS)
-@pytest.mark.parametrize("saver", BACKENDS)
-def test_what_one_backend_saved_another_continues_on_another_mesh(
-    saver: str, loader: str, checkpoints: Checkpoints
-) -> None:
-    expected, found = checkpoints.saved[0][saver], checkpoints.loaded[0][saver, loader]
-    for loaded in (found["loaded"], found["before"]):
+@pytest.mark.parametrize(("saver", "loader"), CROSSINGS)
+def test_what_one_backend_saved_another_continues_on_another_mesh(saver: str, loader: str, found: Found) -> None:
+    expected, resumed = found.by_name["saved"][0][saver], found.by_name["loaded"][0][saver, loader]
+    for loaded in (resumed["loaded"], resumed["before"]):
         assert loaded.keys() == expected["before"].keys()
         for name, tensor in expected["before"].items():
             np.testing.assert_array_equal(loaded[name], tensor, err_msg=name)
     # the second loss and norm depend on the moments and the step count, which were loaded too
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert resumed["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert resumed["norms"] == pytest.approx(expected["norms"], rel=1e-5)
