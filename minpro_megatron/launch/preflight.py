@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.resume import holds_a_run, obstacles
+from minpro_megatron.launch.backend_check import layer_backend_problems
 from minpro_megatron.launch.roles import gpus_needed
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 
@@ -19,7 +20,17 @@ _SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a sho
 
 def problems(config: RunConfig) -> list[str]:
     """One line for each thing that would stop this run: the setting, its value, the rule and the remedy."""
-    checks = (_hf_model, _mesh_fits_model, _megatron_model, _data_files, _run_folder, _ports, _gpus, _disk_space)
+    checks = (
+        _hf_model,
+        _mesh_fits_model,
+        _megatron_model,
+        layer_backend_problems,
+        _data_files,
+        _run_folder,
+        _ports,
+        _gpus,
+        _disk_space,
+    )
     return [problem for check in checks for problem in check(config)]
 
 
