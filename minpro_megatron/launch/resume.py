@@ -20,7 +20,8 @@ _INCARNATION_FILE = "incarnation"
 # would make its second half another experiment.
 _MAY_CHANGE = (
     "runs_dir", "num_global_steps", "device", "model.recompute", "model.backend", "optimizer.cpu_offload", "parallel",
-    "server", "publish", "collector", "checkpoint", "batch.max_tokens_per_row", "batch.packing",
+    "server", "publish", "checkpoint", "batch.max_tokens_per_row", "batch.packing", "collector.host", "collector.port",
+    "collector.reward_timeout_s", "collector.reward_workers", "collector.journal_keep_steps",
 )  # fmt: skip
 
 
@@ -57,9 +58,29 @@ def obstacles(config: RunConfig) -> Iterator[str]:
             "raise num_global_steps to go on"
         )
     try:
-        read_latest(run_dir)
+        latest = read_latest(run_dir)
     except ValueError as error:
         yield f"{field}: {error}"
+        return
+    if latest is not None:
+        yield from _wrong_length(config, begun.num_global_steps, latest.policy_version)
+
+
+def _wrong_length(config: RunConfig, steps_before: int, version: int) -> Iterator[str]:
+    """Why a run that was to have `steps_before` global steps cannot go on from `version` to num_global_steps."""
+    steps, delay = config.num_global_steps, config.staleness.delay_steps
+    if version > steps:
+        yield (
+            f"num_global_steps = {steps}: the run in {config.run_dir} goes on from its checkpoint after global step "
+            f"{version}; raise it"
+        )
+    if config.staleness.mode == "delay" and steps > steps_before and version > steps_before - delay:
+        yield (
+            f"num_global_steps = {steps}: the run in {config.run_dir} was to end after step {steps_before}, so the "
+            f"versions after {steps_before - delay - 1} sampled nothing for later steps (staleness.delay_steps = "
+            f"{delay}), and its checkpoint is of version {version}; write the name of one of version "
+            f"{steps_before - delay} or before into {config.run_dir / 'checkpoints' / 'latest'}, or give a new name=..."
+        )
 
 
 def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

@@ -2,9 +2,11 @@
 
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 
 import pytest
 
@@ -187,4 +189,35 @@ def test_a_launch_that_fails_says_which_role_and_why(recipes):
         f"error: the role train failed with exit status 1; its log: {run_dir}/logs/train.log",
         f"  | ls: cannot access '{run_dir}/endpoints': No such file or directory",
         "  | train: no batch came",
+        "the same command goes on from the last checkpoint",
     ]
+
+
+@pytest.fixture
+def interrupted(recipes):
+    """The folder of a run that was begun by `my_recipes:good name=other` and has rollouts."""
+    write_example_files(recipes)
+    run_dir = recipes / "runs" / "other"
+    (run_dir / "status").mkdir(parents=True)
+    (run_dir / "run.json").write_text(example_config(recipes, name="other").to_json())
+    (run_dir / "incarnation").write_text("0\n")
+    (run_dir / "report.html").write_text("of the first start")
+    with closing(sqlite3.connect(run_dir / "journal.sqlite")) as journal:
+        journal.executescript("CREATE TABLE groups (group_id INTEGER); INSERT INTO groups VALUES (0)")
+    return run_dir
+
+
+def test_a_second_launch_goes_on(recipes, interrupted):
+    """It keeps the rollouts, but not what the first one said of itself."""
+    ended = launch(recipes, 'ls "$RUN"; exit 1')
+    assert "it goes on from its beginning (start 2 of this run)" in ended.stdout
+    left = (interrupted / "logs" / "train.log").read_text().split()
+    assert "journal.sqlite" in left
+    assert not {"status", "report.html", "endpoints"} & {*left}
+    assert (interrupted / "incarnation").read_text() == "1\n"
+
+
+def test_another_experiment_does_not_go_on(recipes, interrupted, capsys):
+    (line,) = errors_of(capsys, "launch", "my_recipes:good", "name=other", "seed=9")
+    assert "holds a run with other settings (seed: 0 -> 9)" in line
+    assert {"journal.sqlite", "report.html"} <= {path.name for path in interrupted.iterdir()}

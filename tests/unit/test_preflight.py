@@ -80,17 +80,28 @@ def make_journal(config, *, groups: int) -> None:
         journal.commit()
 
 
-def test_a_folder_with_rollouts_is_not_overwritten(folder):
+def test_a_folder_with_the_rollouts_of_another_run_is_not_overwritten(folder):
     config = example_config(folder)
     make_journal(config, groups=1)
-    assert re.search(r"^name = example: .*runs/example holds an earlier run; .*name=", only_problem(config))
+    assert "holds a run of unknown settings" in only_problem(config)
+    (config.run_dir / "run.json").write_text(config.model_copy(update={"seed": 5}).to_json())
+    assert re.search(
+        r"^name = example: .*runs/example holds a run with other settings \(seed: 5 -> 0\)", only_problem(config)
+    )
+
+
+def test_a_run_with_the_same_settings_goes_on(folder):
+    config = example_config(folder)
+    make_journal(config, groups=1)
+    (config.run_dir / "run.json").write_text(config.to_json())
+    assert problems(config) == []
 
 
 def test_a_damaged_journal_is_not_overwritten_either(folder):
     config = example_config(folder)
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "journal.sqlite").write_text("this is no database, but somebody may still want it")
-    assert "holds an earlier run" in only_problem(config)
+    assert "holds a run of unknown settings" in only_problem(config)
 
 
 def test_a_run_that_failed_before_its_first_rollout_may_start_again(folder):

@@ -1,4 +1,4 @@
-"""Prompts: damaged files are named to the line, and a batch's content depends on the seed and its index alone."""
+"""Prompts: damaged files are named to the line, and a group's content depends on the seed and its id alone."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from minpro_megatron.records import Prompt
 from minpro_megatron.rollout.prompts import PromptStream, load_prompts, tokenize
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.model_files import ModelFacts
-from tests.unit.rollout_fakes import NUM_PROMPTS, RESPONSES, run_config, tokenized_prompts, write_rows
+from tests.unit.rollout_fakes import RESPONSES, run_config, tokenized_prompts, write_rows
 
 FACTS = ModelFacts(vocabulary_size=16, stop_token_ids=(1,), max_position_embeddings=64)
 
@@ -92,28 +92,26 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, tokenizer: Text
 
 
 def test_each_epoch_deals_every_prompt_once_in_an_order_of_its_own(tmp_path: Path) -> None:
-    stream = PromptStream(tokenized_prompts(9), run_config(tmp_path))  # 3 batches an epoch
-    dealt = [group.prompt.id for index in range(6) for group in stream.groups(index, 0)]
+    stream = PromptStream(tokenized_prompts(9), run_config(tmp_path))
+    dealt = [stream.group(group_id, -1, 0).prompt.id for group_id in range(18)]
     assert Counter(dealt[:9]) == Counter(dealt[9:]) == {f"p{number}": 1 for number in range(9)}
     assert dealt[:9] != dealt[9:]
 
 
-def test_a_batch_depends_on_seed_and_index_alone(tmp_path: Path) -> None:
+def test_a_group_depends_on_seed_and_id_alone(tmp_path: Path) -> None:
+    """Not on the groups before it, nor on the batch or the version: one that is repeated has its prompt and seeds."""
     config = run_config(tmp_path)
     forward, backward = PromptStream(tokenized_prompts(7), config), PromptStream(tokenized_prompts(7), config)
-    there = [forward.groups(index, 0) for index in range(20)]
-    back = [backward.groups(index, 0) for index in reversed(range(20))][::-1]
+    there = [forward.group(group_id, 0, 0) for group_id in range(60)]
+    back = [backward.group(group_id, 3, 2) for group_id in reversed(range(60))][::-1]
     for one, other in zip(there, back, strict=True):
-        assert [(g.group_id, g.prompt.id, g.sampling_seeds) for g in one] == [
-            (g.group_id, g.prompt.id, g.sampling_seeds) for g in other
-        ]
+        assert (one.group_id, one.prompt, one.sampling_seeds) == (other.group_id, other.prompt, other.sampling_seeds)
+        assert (other.batch_index, other.policy_version) == (3, 2)
     other_seed = PromptStream(tokenized_prompts(7), config.model_copy(update={"seed": 1}))
-    assert [g.sampling_seeds for g in other_seed.groups(0, 0)] != [g.sampling_seeds for g in there[0]]
+    assert other_seed.group(0, 0, 0).sampling_seeds != there[0].sampling_seeds
 
 
-def test_group_ids_and_seeds_never_repeat(tmp_path: Path) -> None:
+def test_seeds_never_repeat(tmp_path: Path) -> None:
     stream = PromptStream(tokenized_prompts(4), run_config(tmp_path))
-    groups = [group for index in range(50) for group in stream.groups(index, index)]
-    assert [group.group_id for group in groups] == list(range(50 * NUM_PROMPTS))
-    seeds = [seed for group in groups for seed in group.sampling_seeds]
-    assert len(set(seeds)) == len(seeds) == 50 * NUM_PROMPTS * RESPONSES
+    seeds = [seed for group_id in range(150) for seed in stream.group(group_id, 0, 0).sampling_seeds]
+    assert len(set(seeds)) == len(seeds) == 150 * RESPONSES
