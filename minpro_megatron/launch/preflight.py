@@ -5,32 +5,31 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.launch.resume import holds_a_run, obstacles
 from minpro_megatron.launch.backend_check import layer_backend_problems
-from minpro_megatron.launch.roles import gpus_needed
+from minpro_megatron.launch.resume import holds_a_run, obstacles
+from minpro_megatron.launch.roles import gpus_needed, roles_of
+from minpro_megatron.rollout.journal_feed import journal_problems
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 
 _PROMPT_FIELDS = {"id", "source", "prompt", "answer"}
 _SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a short run
 
 
+Check = Callable[[RunConfig], Iterable[str]]
+
+
 def problems(config: RunConfig) -> list[str]:
     """One line for each thing that would stop this run: the setting, its value, the rule and the remedy."""
-    checks = (
-        _hf_model,
-        _mesh_fits_model,
-        _megatron_model,
-        layer_backend_problems,
-        _data_files,
-        _run_folder,
-        _ports,
-        _gpus,
-        _disk_space,
-    )
+    roles = roles_of(config)
+    checks: list[Check] = [_hf_model]
+    if "train" in roles:
+        checks += [_mesh_fits_model, _megatron_model, layer_backend_problems]
+    checks += [_data_files, _ports] if "collect" in roles else [journal_problems]
+    checks += [_run_folder, _gpus, _disk_space]
     return [problem for check in checks for problem in check(config)]
 
 
@@ -126,7 +125,7 @@ def _run_folder(config: RunConfig) -> Iterator[str]:
 def _ports(config: RunConfig) -> Iterator[str]:
     server, collector = config.server, config.collector
     wanted = {}
-    if server.first_port:
+    if server.first_port and not server.urls:
         for index in range(server.count):
             wanted[server.first_port + index] = (server.host, f"server.first_port = {server.first_port}")
     if collector.port in wanted:

@@ -140,7 +140,7 @@ class Timer:
             if ahead and step + ahead < num_steps:
                 self._fetch_and_score(step + ahead)
             self._publish(step + 1)
-            spent = {f"time/{phase}_s": self.seconds[phase] - before[phase] for phase in PHASES}
+            spent = {f"time/{phase}_s": self.seconds[phase] - before[phase] for phase in PHASES if phase != "train"}
             times = spent | {"time/step_s": time.monotonic() - start}
             self.report.step(step, values(batch_metrics(batch, step)) | times | self._publication, {}, batch)
         return self._finish()

@@ -1,0 +1,140 @@
+"""A process that hangs ends with the stacks of its threads on disk; one that works is left alone."""
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minpro_megatron.monitor.watchdog import STATUS_HUNG, Watchdog
+
+TIMEOUT_S = 0.2
+GRACE_S = 0.01
+WAIT_S = 5.0
+
+
+class Ended:
+    """In the place of os._exit."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+        self.happened = threading.Event()
+
+    def __call__(self, status: int) -> None:
+        self.statuses.append(status)
+        self.happened.set()
+
+
+@pytest.fixture
+def ended() -> Ended:
+    return Ended()
+
+
+@pytest.fixture
+def last_resort(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, bool]]:
+    """What faulthandler was asked for: here it would end the tests if the machine were slow."""
+    asked = []
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda timeout, exit, file: asked.append((timeout, exit)))
+    return asked
+
+
+@pytest.fixture
+def watchdog(tmp_path: Path, ended: Ended, last_resort: list) -> Iterator[Watchdog]:
+    dog = Watchdog(tmp_path / "logs" / "stacks.txt", TIMEOUT_S, grace_s=GRACE_S, end=ended)
+    yield dog
+    dog.close()
+
+
+def stacks(tmp_path: Path) -> str:
+    return (tmp_path / "logs" / "stacks.txt").read_text()
+
+
+def an_endless_update(ended: Ended) -> None:
+    ended.happened.wait(WAIT_S)
+
+
+def test_what_hangs_is_ended_with_its_stacks(
+    tmp_path: Path,
+    watchdog: Watchdog,
+    ended: Ended,
+    last_resort: list[tuple[float, bool]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    start = time.monotonic()
+    with watchdog.guard("update 7 (global step 3)"):
+        an_endless_update(ended)
+    assert TIMEOUT_S <= time.monotonic() - start < WAIT_S
+    assert ended.statuses == [STATUS_HUNG]
+    assert last_resort == [(pytest.approx(TIMEOUT_S + 2 * GRACE_S), True)]
+    told = r"update 7 \(global step 3\) takes longer than debug.hang_timeout_s = 0.2 s; stacks of all threads"
+    assert re.search(rf"^\d+-\d+-\d+ \d+:\d+:\d+ {told}:\n", stacks(tmp_path))
+    assert "in an_endless_update" in stacks(tmp_path)
+    assert re.fullmatch(rf"error: {told} in .*/logs/stacks.txt\n", capsys.readouterr().err)
+
+
+def test_what_ends_in_time_is_left_alone(tmp_path: Path, watchdog: Watchdog, ended: Ended) -> None:
+    for number in range(5):  # together longer than the limit, each far shorter
+        with watchdog.guard(f"update {number}"):
+            time.sleep(TIMEOUT_S / 5)
+    time.sleep(1.5 * TIMEOUT_S)  # nothing is guarded: waiting for rollouts may take as long as it takes
+    assert ended.statuses == []
+    assert stacks(tmp_path) == ""
+
+
+def test_an_error_ends_the_guard(tmp_path: Path, watchdog: Watchdog, ended: Ended) -> None:
+    with pytest.raises(ValueError, match="broken"), watchdog.guard("update 0"):
+        raise ValueError("broken")
+    time.sleep(1.5 * TIMEOUT_S)
+    assert ended.statuses == []
+
+
+def test_after_closing_nothing_is_watched(watchdog: Watchdog, ended: Ended) -> None:
+    watchdog.close()
+    with watchdog.guard("update 0"):
+        time.sleep(1.5 * TIMEOUT_S)
+    assert ended.statuses == []
+
+
+def test_guards_do_not_nest(watchdog: Watchdog) -> None:
+    with watchdog.guard("update 0"), pytest.raises(AssertionError, match=r"score: .*update 0"), watchdog.guard("score"):
+        pass
+
+
+def test_earlier_stacks_stay(tmp_path: Path) -> None:
+    path = tmp_path / "stacks.txt"
+    path.write_text("of an earlier incarnation\n")
+    Watchdog(path, 100).close()
+    assert path.read_text() == "of an earlier incarnation\n"
+
+
+# In a process of its own: this time it really ends.
+HUNG = """
+import ctypes, sys, time
+from pathlib import Path
+from minpro_megatron.monitor.watchdog import Watchdog
+
+def hang():
+    if sys.argv[2] == "locked":
+        # PyDLL keeps Python's lock while C sleeps: no other thread of Python runs
+        ctypes.PyDLL(None).sleep(30)
+    time.sleep(30)
+
+with Watchdog(Path(sys.argv[1]), 0.1, grace_s=0.05).guard("update 1"):
+    hang()
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("waiting", STATUS_HUNG), ("locked", 1)])
+def test_the_process_ends_even_if_python_cannot_run(tmp_path: Path, how: str, status: int) -> None:
+    path = tmp_path / "stacks.txt"
+    done = subprocess.run(
+        [sys.executable, "-c", HUNG, str(path), how], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == status
+    assert "in hang" in path.read_text()
+    if how == "waiting":
+        assert "update 1 takes longer than debug.hang_timeout_s = 0.1 s" in done.stderr
