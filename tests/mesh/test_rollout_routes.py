@@ -188,10 +188,11 @@ def _refused(
 
 def test_routes_that_do_not_fit_are_refused_by_every_rank_before_any_forward(given: Any) -> None:
     start: Given = given("moe")
-    routes = start.sequences[5].routed_experts
+    longest = max(range(len(start.sequences)), key=lambda place: start.sequences[place].num_tokens)
+    routes = start.sequences[longest].routed_experts
     assert routes is not None
     outside, twice = routes.copy(), routes.copy()
-    outside[3, 2, 1], twice[3, 2] = EXPERTS, 4  # one token's, which one rank holds
+    outside[3, 2, 1], twice[3, 2] = EXPERTS, 4  # one token's, in the first row of one rank
     broken = {
         r"1 of 11 responses have no routes; start the servers with --enable-return-routed-experts": None,
         r"have the shape \(\d+, 3, 2\), but .* is \(\d+, 4, 2\) for .* 8 experts; serve the model": routes[:, :3],
@@ -201,12 +202,13 @@ def test_routes_that_do_not_fit_are_refused_by_every_rank_before_any_forward(giv
         r"layer 2: .* to the experts \[4, 4\], one of them twice: .*--enable-return-routed": twice,
         r"to expert -1, but": np.where(outside == EXPERTS, np.int16(-1), outside),
     }
-    batches = [
-        [*start.sequences[:5], replace(start.sequences[5], routed_experts=wrong), *start.sequences[6:]]
-        for wrong in broken.values()
-    ]
+    batches = []
+    for wrong in broken.values():
+        batches.append(list(start.sequences))
+        batches[-1][longest] = replace(start.sequences[longest], routed_experts=wrong)
     parallel = {"pipeline": 2, "data": 2}
-    ranks = run_mesh(_refused, _config(parallel), start.hf_path, batches, start.sequences, **parallel)
+    config = _config(parallel, packing=False)
+    ranks = run_mesh(_refused, config, start.hf_path, batches, start.sequences, **parallel)
     for messages in ranks:
         assert messages == ranks[0]
         for message, pattern in zip(messages, broken, strict=True):

@@ -1,5 +1,6 @@
 """Groups become the sequences that are packed, in canonical order, and scores find their way back."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -34,6 +35,22 @@ def test_every_response_is_a_sequence_with_its_groups_advantage() -> None:
             assert sequence.rollout_log_probs.tolist() == response.rollout_log_probs.tolist()
             assert sequence.loss_mask.tolist() == [1.0] * len(response.token_ids)
             assert sequence.num_tokens == len(group.issued.prompt_token_ids) + len(response.token_ids)
+
+
+def test_routes_of_the_servers_stay_with_their_response() -> None:
+    batch = make_batch()
+    assert all(sequence.routed_experts is None for group in sequences_of(batch) for sequence in group)
+    routes = np.arange(24, dtype=np.uint8).reshape(4, 3, 2)
+    first = batch.groups[1]
+    responses = [first.responses[0], msgspec.structs.replace(first.responses[1], routed_experts=routes)]
+    groups = [batch.groups[0], msgspec.structs.replace(first, responses=responses), batch.groups[2]]
+    received = decode(Batch, encode(Batch(index=4, groups=groups)))
+    scored = with_log_probs(sequences_of(received), behavior_log_probs=flat_scores(received))
+    (carried,) = [sequence for group in scored for sequence in group if sequence.routed_experts is not None]
+    assert carried is scored[1][1]
+    np.testing.assert_array_equal(carried.routed_experts, routes)
+    assert carried.routed_experts is not None
+    assert carried.routed_experts.dtype == np.uint8
 
 
 def test_each_token_gets_its_own_score_and_flat_slot() -> None:
