@@ -151,8 +151,7 @@ class Fleet:
         """
         area = "invalid_answers" if isinstance(error, InvalidAnswer) else "failures"
         self._counts[f"{area}/{error.kind}"] += 1
-        pause_s = member.suspend()
-        asyncio.get_running_loop().call_later(pause_s + 0.01, self._dispatcher.dispatch)
+        member.suspend()  # the next look after its end gives out what waits
         if isinstance(error, ServerUnavailable | WrongPolicyVersion):
             await self._ask(member)
         is_current = member.answers and member.held_version == self.version

@@ -167,10 +167,11 @@ class AnswerChecker:
         )
         values, named_tokens, _ = zip(*answer.meta_info.output_token_logprobs, strict=True)
         require(np.array_equal(tokens, np.asarray(named_tokens)), field, "they do not name the output_ids")
-        log_probs = np.asarray(values, dtype=np.float64)
+        with np.errstate(over="ignore"):  # to -inf, which is refused
+            log_probs = np.asarray(values).astype(np.float32)
         wrong = log_probs[~(np.isfinite(log_probs) & (log_probs <= LARGEST_LOG_PROB))]
         require(not wrong.size, field, f"{wrong[:3].tolist()} are no log-probs")
-        return tokens.astype(np.int32), log_probs.astype(np.float32)
+        return tokens.astype(np.int32), log_probs
 
     def _finish_reason(self, tokens: np.ndarray, reason: str, limit: int, require: "_Requirement") -> str:
         is_stop = np.isin(tokens, self._facts.stop_token_ids)

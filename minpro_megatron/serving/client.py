@@ -22,7 +22,6 @@ from minpro_megatron.serving.errors import (
     ServerUnavailable,
     named,
 )
-from minpro_megatron.serving.errors import WrongPolicyVersion as WrongPolicyVersion
 from minpro_megatron.serving.model_files import ModelFacts
 
 log = logging.getLogger(__name__)

@@ -39,6 +39,7 @@ def test_a_stop_token_in_the_last_place_is_a_stop() -> None:
         (lambda made: made[1]["meta_info"]["output_token_logprobs"].pop(), "meta_info.output_token_logprobs"),
         (log_prob(None), "[1].meta_info.output_token_logprobs[2][0]"),
         (log_prob(0.1), "meta_info.output_token_logprobs"),
+        (log_prob(-1e300), "meta_info.output_token_logprobs"),  # -inf as float32
         (meta("id", "0" * 32), "meta_info.id"),
         (meta("prompt_tokens", 2), "meta_info.prompt_tokens"),
         (meta("finish_reason", {"type": "error"}), "meta_info.finish_reason"),

@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.metrics import check_declared
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, ServerAddress
 from minpro_megatron.rollout import fleet as fleet_module
 from minpro_megatron.rollout import member as member_module
@@ -115,7 +116,7 @@ async def running(tmp_path: Path, urls: Sequence[str], **settings: Any) -> Async
         yield it
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 2.0) -> None:
+async def until(condition: Callable[[], object], limit_s: float = 2.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.002)
@@ -155,6 +156,7 @@ def test_a_fault_of_one_server_is_survived_and_counted(tmp_path: Path, name: str
                 await it.collect(4, version=3)
                 assert it.metric(metric) == it.metric("retries") >= 1
                 assert it.metric("groups") == 4
+                check_declared(it.fleet.metrics())
                 assert proxy.num_faults >= 1
 
     run(test())
@@ -209,6 +211,36 @@ def test_the_groups_of_a_dead_server_move_at_once(tmp_path: Path) -> None:
             await work
             assert sound.num_requests == 6
             await until(lambda: [address.index for address in it.fleet.members()] == [1])
+
+    run(test())
+
+
+def test_servers_that_die_under_a_group_never_fail_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with AsyncExitStack() as stack:
+            engines = [await stack.enter_async_context(FakeEngine()) for _ in range(5)]
+            it = await stack.enter_async_context(running(tmp_path, [engines[0].url]))
+            work = asyncio.create_task(it.collect(1))
+            for start, engine in enumerate(engines[:-1]):
+                engine.gate.clear()
+                await until(lambda engine=engine: engine.live)
+                await engine.end()
+                engines[start + 1].gate.clear()
+                it.state(0, engines[start + 1].url, start + 1)
+            engines[-1].gate.set()
+            await work
+            assert it.metric("restarts") == 4
+
+    run(test())
+
+
+def test_tokens_of_a_newer_version_are_refused_in_delay_mode(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with FakeEngine("0") as engine, running(tmp_path, [engine.url]) as it:
+            engine.version = "1"
+            with pytest.raises(GenerationError, match=r"sampled with version \[1\] instead of 0"):
+                await it.collect(1)
+            assert it.metric("invalid_answers/weight_versions") == 3
 
     run(test())
 

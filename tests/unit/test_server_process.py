@@ -13,6 +13,7 @@ import pytest
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
+from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.serving import server_process
 from minpro_megatron.serving.endpoints import (
     endpoint_file,
@@ -23,6 +24,7 @@ from minpro_megatron.serving.endpoints import (
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.serving.server_command import context_length, server_command, server_environment
 from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, choose_port, stop_servers
+from minpro_megatron.serving.sglang_main import API_KEY_VARIABLE
 from tests.unit.rollout_fakes import run_config
 
 
@@ -98,6 +100,39 @@ def test_other_special_tokens_can_end_a_response_too(hf_path: Path) -> None:
     assert read_model_facts(str(hf_path), ["<|im_end|>"]).stop_token_ids == (1, 5)
     with pytest.raises(ValueError, match=r"extra_stop_tokens: '<eot>' is no special token of .* '<|im_end|>'"):
         read_model_facts(str(hf_path), ["<eot>"])
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])  # of released checkpoints; of transformers 5
+def test_the_facts_about_experts(hf_path: Path, name: str) -> None:
+    facts = read_model_facts(str(hf_path))
+    assert (facts.num_layers, facts.num_experts, facts.experts_per_token) == (0, 0, 0)
+    values = {"vocab_size": 27, "eos_token_id": 1, "max_position_embeddings": 64, name: 8}
+    (hf_path / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 3, "num_experts_per_tok": 2}))
+    facts = read_model_facts(str(hf_path))
+    assert (facts.num_layers, facts.num_experts, facts.experts_per_token) == (3, 8, 2)
+    (hf_path / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match="num_experts_per_tok = None must be a positive integer"):
+        read_model_facts(str(hf_path))
+
+
+def test_routes_are_asked_of_servers_and_of_models_that_have_them(tmp_path: Path, hf_path: Path) -> None:
+    settings = config(tmp_path, hf_path)
+    assert "--enable-return-routed-experts" not in server_command(settings, 0, 31000)
+    values = json.loads(settings.to_json())
+    values["model"]["routing_replay"] = "rollout"
+    replaying = RunConfig.model_validate(values)
+    assert "--enable-return-routed-experts" in server_command(replaying, 0, 31000)
+    with pytest.raises(ValueError, match=r"model.routing_replay = 'rollout': .* has no experts"):
+        Fleet(replaying, read_model_facts(str(hf_path)), 0)
+
+
+def test_the_key_is_in_the_environment_and_not_in_the_command_line(tmp_path: Path, hf_path: Path) -> None:
+    settings = config(tmp_path, hf_path, api_key_variable="THE_KEY")
+    assert server_environment(settings, {"THE_KEY": "k-1"})[API_KEY_VARIABLE] == "k-1"
+    assert "k-1" not in " ".join(server_command(settings, 0, 31000))
+    assert API_KEY_VARIABLE not in server_environment(config(tmp_path, hf_path), {"THE_KEY": "k-1"})
+    with pytest.raises(ValueError, match="'THE_KEY': this environment variable is not set"):
+        server_environment(settings, {})
 
 
 @pytest.mark.parametrize(
