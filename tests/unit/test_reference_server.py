@@ -154,6 +154,28 @@ def test_weights_come_from_a_folder_also_during_a_pause(tmp_path: Path):
     serve(test)
 
 
+def test_a_version_can_change_without_the_weights():
+    async def test(ask: Post) -> None:
+        many = {"max_new_tokens": 40, "sampling_seed": 3, "ignore_eos": True}
+        running = asyncio.create_task(
+            ask("/generate", {"input_ids": [1], "sampling_params": many, "return_logprob": True})
+        )
+        version = {"new_version": "7", "abort_all_requests": False}
+        status, answer = await ask("/update_weight_version", version)
+        assert (status, answer) == (200, {"success": True, "message": "Weight version updated to 7"})
+        assert (await ask("/model_info", method="GET"))[1]["weight_version"] == "7"
+        _, under_way = await running
+        assert sampled(under_way) == computed([1], 3, 40, [random_model(0)])  # not aborted, and of the same weights
+        assert spans(under_way)[-1][0] == "7"
+        _, after = await ask("/generate", greedy([1, 2]))
+        assert spans(after) == [("7", 0, 4)]
+        status, answer = await ask("/update_weight_version", {"abort_all_requests": False})
+        assert status == 400
+        assert "new_version" in answer["error"]["message"]
+
+    serve(test)
+
+
 def test_a_cache_in_use_is_not_flushed(tmp_path: Path):
     save_file(dict(random_tensors(1)), tmp_path / "model.safetensors")
 
