@@ -23,31 +23,37 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # relative to the larg
 
 
 def _largest_differences(mesh: Mesh) -> dict[tuple[torch.dtype, int], dict[str, float]]:
+    from minpro_megatron.actor.model import build_model
+
+    models = {dtype: build_model(model_architecture("moe"), mesh, dtype)[0] for dtype in TOLERANCE}
+    return {
+        (dtype, case): differences_of_experts(model, counts, mesh.device)
+        for dtype, model in models.items()
+        for case, counts in enumerate(COUNTS)
+    }
+
+
+def differences_of_experts(model: Any, counts: list[int], device: torch.device) -> dict[str, float]:
+    """Of the output and of every gradient, between the two ways to compute one layer's experts."""
     from megatron.core.transformer.moe.experts import SequentialMLP
 
-    from minpro_megatron.actor.model import build_model
     from minpro_megatron.actor.torch_backend import GroupedExperts
 
-    found = {}
-    for dtype in TOLERANCE:
-        (model,) = build_model(model_architecture("moe"), mesh, dtype)
-        experts = _experts(model)
-        assert type(experts) is GroupedExperts
-        torch.manual_seed(1)
-        for parameter in experts.parameters():
-            torch.nn.init.normal_(parameter)
-        for case, counts in enumerate(COUNTS):
-            rows = torch.randn(sum(counts), model.config.hidden_size).to(dtype)
-            probs = torch.rand(sum(counts))
-            upstream = torch.randn(sum(counts), model.config.hidden_size).to(dtype)
-            grouped, looped = (
-                _values_and_gradients(forward, experts, rows, torch.tensor(counts), probs, upstream)
-                for forward in (GroupedExperts.forward, SequentialMLP.forward)
-            )
-            assert grouped.keys() == looped.keys()
-            assert {name for name in grouped if "linear_fc" in name} == {n for n, _ in experts.named_parameters()}
-            found[dtype, case] = {name: _relative(grouped[name], looped[name]) for name in grouped}
-    return found
+    experts = _experts(model)
+    assert type(experts) is GroupedExperts
+    torch.manual_seed(1)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    shape, dtype = (sum(counts), model.config.hidden_size), model.config.params_dtype
+    rows, upstream = (torch.randn(shape).to(device, dtype) for _ in range(2))
+    probs = torch.rand(sum(counts)).to(device)
+    grouped, looped = (
+        _values_and_gradients(forward, experts, rows, torch.tensor(counts), probs, upstream)
+        for forward in (GroupedExperts.forward, SequentialMLP.forward)
+    )
+    assert grouped.keys() == looped.keys()
+    assert {name for name in grouped if "linear_fc" in name} == {name for name, _ in experts.named_parameters()}
+    return {name: _relative(grouped[name], looped[name]) for name in grouped}
 
 
 def _experts(model: Any) -> Any:
