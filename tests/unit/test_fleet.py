@@ -225,6 +225,7 @@ def test_servers_that_die_under_a_group_never_fail_it(tmp_path: Path) -> None:
                 engine.gate.clear()
                 await until(lambda engine=engine: engine.live)
                 await engine.end()
+                await until(lambda start=start: it.metric("failures/connection") == start + 1)
                 engines[start + 1].gate.clear()
                 it.state(0, engines[start + 1].url, start + 1)
             engines[-1].gate.set()
