@@ -183,6 +183,7 @@ def test_a_journal_in_use_is_a_run(tmp_path: Path) -> None:
 
 def test_looking_at_a_journal_keeps_what_a_killed_process_left(tmp_path: Path) -> None:
     """What is in the WAL alone counts, and is still there afterwards."""
+    in_journal(tmp_path, nothing)  # the tables are in the file
     left = tmp_path / "left"
     left.mkdir()
 
