@@ -41,6 +41,8 @@ class Broadcaster:
         self._members: frozenset[ServerAddress] = frozenset()
         self._group: UpdateGroup | None = None
         self._sending: _Sending | None = None
+        # Memory for two buckets, kept until all are sent: new memory would be zeroed by the kernel page by page.
+        self._memory: list[Tensor] = []
 
     def connect(self, controls: Mapping[int, ServerControl]) -> None:
         """Makes the group of rank 0 and these servers unless it is there. Raises ServersFailed."""
@@ -67,8 +69,8 @@ class Broadcaster:
     def send(self, bucket: Sequence[tuple[str, Tensor]], weight_version: int | str) -> None:
         """Starts sending the tensors when the former bucket has arrived: meanwhile the caller may collect the next.
         Raises ServersFailed, about either."""
-        flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
-        self.finish()
+        flat = self._flatten([tensor for _, tensor in bucket])
+        self._wait()
         assert self._group is not None, "connect comes first"
         receiving = start_for_all(
             self._controls.values(),
@@ -84,6 +86,20 @@ class Broadcaster:
 
     def finish(self) -> None:
         """Returns when every server has loaded what was sent. Raises ServersFailed."""
+        self._wait()
+        self._memory.clear()
+
+    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensors' bytes one after the other, beside what is under way."""
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        memory = self._memory.pop(0) if len(self._memory) > 1 else None
+        if memory is None or len(memory) < num_bytes:
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device=tensors[0].device)
+        self._memory.append(memory)
+        parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+        return torch.cat(parts, out=memory[:num_bytes])
+
+    def _wait(self) -> None:
         if self._sending is not None:
             sending, self._sending = self._sending, None
             self._finish(sending.receiving, sending.sent)
@@ -94,6 +110,7 @@ class Broadcaster:
             return
         group, self._group = self._group, None
         self._sending = None
+        self._memory.clear()
         group.close()
         controls = [control.within(GRACE_S) for control in self._controls.values()]
         farewell = start_for_all(controls, "destroy_weights_update_group", group_name=group.where["group_name"])

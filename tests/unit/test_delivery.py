@@ -1,7 +1,7 @@
 """A version's delivery to servers that answer, refuse, hang and disagree."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +259,28 @@ def test_the_address_that_servers_can_reach() -> None:
     assert own_address([here]) == "127.0.0.1"
     other = ServerAddress(index=1, url="http://127.5.6.7:30000", tensor_parallel=1)
     assert own_address([here, other]).startswith("127.")
+
+
+class Recorder(Broadcaster):
+    """Takes every bucket and sends none."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[list[str], int | str]] = []
+
+    def connect(self, controls: object) -> None:
+        pass
+
+    def send(self, bucket: Sequence[tuple[str, torch.Tensor]], weight_version: int | str) -> None:
+        self.sent.append(([name for name, _ in bucket], weight_version))
+
+    def finish(self) -> None:
+        pass
+
+
+def test_only_the_last_bucket_makes_it_the_version(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    delivery = deliver(transport="broadcast")
+    delivery.broadcaster = recorder = Recorder()
+    delivery.by_broadcast(iter([[("a", torch.ones(3))], [("b", torch.ones(2))]]), num_buckets=2)
+    assert recorder.sent == [(["a"], module.INCOMPLETE), (["b"], VERSION)]
+    assert (delivery.num_bytes, delivery.used, delivery.transport) == (20, "broadcast", None)
+    assert servers[0].paths == ["begin_weight_update", "end_weight_update", "flush_cache", *VERIFIED]
