@@ -156,17 +156,19 @@ def test_weights_come_from_a_folder_also_during_a_pause(tmp_path: Path):
 
 def test_a_version_can_change_without_the_weights():
     async def test(ask: Post) -> None:
+        await ask("/pause_generation", {"mode": "in_place"})
         many = {"max_new_tokens": 40, "sampling_seed": 3, "ignore_eos": True}
-        running = asyncio.create_task(
-            ask("/generate", {"input_ids": [1], "sampling_params": many, "return_logprob": True})
-        )
+        request = {"input_ids": [1], "sampling_params": many, "return_logprob": True}
+        tasks = [asyncio.create_task(ask("/generate", request))]
+        await asyncio.sleep(0.05)
         version = {"new_version": "7", "abort_all_requests": False}
         status, answer = await ask("/update_weight_version", version)
         assert (status, answer) == (200, {"success": True, "message": "Weight version updated to 7"})
         assert (await ask("/model_info", method="GET"))[1]["weight_version"] == "7"
-        _, under_way = await running
-        assert sampled(under_way) == computed([1], 3, 40, [random_model(0)])  # not aborted, and of the same weights
-        assert spans(under_way)[-1][0] == "7"
+        await ask("/continue_generation")
+        _, waited = await tasks[0]
+        assert sampled(waited) == computed([1], 3, 40, [random_model(0)])  # not aborted, and of the same weights
+        assert spans(waited) == [("7", 0, 40)]
         _, after = await ask("/generate", greedy([1, 2]))
         assert spans(after) == [("7", 0, 4)]
         status, answer = await ask("/update_weight_version", {"abort_all_requests": False})

@@ -141,9 +141,10 @@ def test_rollout_text_cannot_act_on_the_terminal(tmp_path: Path, capsys: pytest.
     (run_dir / "run.json").write_text(json.dumps({"model": {"hf_path": hostile_model(tmp_path / "model")}}))
     with sqlite3.connect(run_dir / "journal.sqlite") as connection:
         connection.execute("UPDATE groups SET prompt_id = ?, source = ?", (HOSTILE, HOSTILE))
-    text = show(run_dir)[1] + show(run_dir, "--group", "0")[1]
-    assert {c for c in text if not c.isprintable()} == {"\n"}
-    assert "\\x1b[2J[bold red]x[/] :smile: \\u202e\\x07\\r\\n\\x85fake line" in text
+    table, text = show(run_dir)[1], show(run_dir, "--group", "0")[1]
+    for printed in (table, text):
+        assert {c for c in printed if not c.isprintable()} == {"\n"}
+        assert "\\x1b[2J[bold red]x[/] :smile: \\u202e\\x07\\r\\n\\x85fake line" in printed
     assert all(spelt in text for spelt in (" \\x1b ", " \\u202e ", " \\r ", " \\n "))
     # the text's own line break begins a new line behind the bar, and nowhere else
     assert [line for line in text.splitlines() if line.startswith("fake")] == []
