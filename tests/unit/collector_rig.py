@@ -135,6 +135,18 @@ class FakeTrainer:
         await self._collector.checkpoint_end(version)
 
 
+class HeldServers(FakeServers):
+    """Holds groups until they are let go."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(**arguments)
+        self.let_go = asyncio.Event()
+
+    async def collect(self, issued, sampling):
+        await self.let_go.wait()
+        return await super().collect(issued, sampling)
+
+
 def contents(batch: Batch) -> list[tuple]:
     """All that decides what a batch teaches, but for its scores."""
     return [
