@@ -13,9 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.rollout.dispatch import Dispatcher
-from minpro_megatron.rollout.member import Client, Key, Member
-from minpro_megatron.serving.api_key import authorization
-from minpro_megatron.serving.client import ServerClient
+from minpro_megatron.rollout.member import Client, Key, Member, client_maker
 from minpro_megatron.serving.endpoints import num_servers, read_server_addresses
 from minpro_megatron.serving.errors import (
     InvalidAnswer,
@@ -64,7 +62,7 @@ class Fleet:
         responses = config.batch.responses_per_prompt
         max_groups = max(1, round(QUEUE_FACTOR * config.server.max_running_requests / responses))
         self._dispatcher = Dispatcher(self._current, max_groups, config.server.slow_factor)
-        self._make_client = make_client or _client_maker(config, facts)
+        self._make_client = make_client or client_maker(config, facts)
         self._members: dict[Key, Member] = {}
         self._changed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
@@ -301,25 +299,3 @@ class Fleet:
         closing = asyncio.create_task(member.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
-
-
-def _client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddress], Client]:
-    headers = authorization(config.server)
-    routes = config.model.routing_replay == "rollout"
-    if routes and not facts.num_experts:
-        raise ValueError(
-            f"model.routing_replay = 'rollout': model.hf_path = {config.model.hf_path!r} has no experts "
-            "(num_experts in config.json); set model.routing_replay to 'none'"
-        )
-
-    def make(address: ServerAddress) -> Client:
-        return ServerClient(
-            address,
-            facts,
-            config.server.request_timeout_s,
-            headers=headers,
-            exact_versions=config.staleness.mode == "delay",
-            routes=routes,
-        )
-
-    return make

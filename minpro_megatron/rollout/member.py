@@ -2,14 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
+from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answers import SampledSequence
-from minpro_megatron.serving.client import SamplingParameters
+from minpro_megatron.serving.api_key import authorization
+from minpro_megatron.serving.client import SamplingParameters, ServerClient
+from minpro_megatron.serving.model_files import ModelFacts
 
 # The pause after a failure: doubled from one failure to the next until a group succeeds.
 FIRST_SUSPENSION_S = 0.5
@@ -157,3 +160,27 @@ class Member:
         """Tokens a second of one response; None until there are enough groups, and again when they are long ago."""
         known = self._num_rated >= RATE_GROUPS and time.monotonic() - self._rated_at < RATE_LIFETIME_S
         return self._rate if known else None
+
+
+def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddress], Client]:
+    """Makes the clients of the run's servers. Raises ValueError if the API key is missing, or routes are asked of a
+    model without experts."""
+    headers = authorization(config.server)
+    routes = config.model.routing_replay == "rollout"
+    if routes and not facts.num_experts:
+        raise ValueError(
+            f"model.routing_replay = 'rollout': model.hf_path = {config.model.hf_path!r} has no experts "
+            "(num_experts in config.json); set model.routing_replay to 'none'"
+        )
+
+    def make(address: ServerAddress) -> Client:
+        return ServerClient(
+            address,
+            facts,
+            config.server.request_timeout_s,
+            headers=headers,
+            exact_versions=config.staleness.mode == "delay",
+            routes=routes,
+        )
+
+    return make
