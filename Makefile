@@ -6,11 +6,11 @@ export MINPRO_VENV := $(VENV)
 
 HF_MODEL := artifacts/tiny_moe/hf/config.json
 MEGATRON_MODEL := artifacts/tiny_moe/megatron/manifest.json
-TIERS := $(wildcard tests/unit tests/mesh tests/e2e)
+TIERS := $(wildcard tests/unit tests/mesh tests/e2e tests/gpu)
 SHELL_SCRIPTS := environment/setup.sh .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-mesh test-matrix test-e2e lint format constraints clean
+.PHONY: help setup demo test test-unit test-mesh test-matrix test-e2e test-gpu lint format constraints clean
 # A model whose writing was interrupted is made again.
 .DELETE_ON_ERROR:
 
@@ -42,6 +42,9 @@ test-mesh: setup ## Megatron-Core on 2 to 8 gloo ranks
 
 test-matrix: setup ## all meshes of up to 8 ranks, into tests/mesh/matrix_result.md; RESUME=1 goes on (20-40 min)
 	MATRIX_RESUME=$(RESUME) $(PYTHON) -m pytest tests/mesh/matrix.py $(ARGS)
+
+test-gpu: setup ## what needs a GPU (skipped without one)
+	$(PYTHON) -m pytest tests/gpu $(ARGS)
 
 test-e2e: setup ## trainer ranks, collector and an SGLang server
 	$(PYTHON) -m pytest tests/e2e $(ARGS)
