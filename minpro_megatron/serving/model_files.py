@@ -102,10 +102,11 @@ def _added_token_id(hf_path: str, token: str) -> int:
     path = model_file(hf_path, "tokenizer.json")
     added = _read_object(path).get("added_tokens")
     known = {entry.get("content"): entry.get("id") for entry in added or [] if isinstance(entry, dict)}
-    if not isinstance(known.get(token), int):
+    token_id = known.get(token)
+    if not isinstance(token_id, int):
         shown = ", ".join(repr(content) for content in list(known)[:8])
         raise ValueError(f"sampling.extra_stop_tokens: {token!r} is no special token of {path}; some of them: {shown}")
-    return known[token]
+    return token_id
 
 
 def _positive(config: dict[str, Any], field: str, path: Path) -> int:
