@@ -84,7 +84,13 @@ class CollectorConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, le=65535, description="0: a free port is chosen")
-    reward: str = Field(default="calculator", description="name of a reward function in minpro_megatron/rewards")
+    reward: str = Field(
+        default="calculator",
+        description="calculator, dapo, math, or the import path of a function of one's own: package.module:function",
+    )
+    reward_by_source: dict[str, str] = Field(
+        default={}, description="another one for the prompts of some sources (the prompt files' source)"
+    )
     reward_timeout_s: float = Field(default=5.0, gt=0, description="hard limit for grading one response")
     reward_workers: int = Field(default=1, ge=1)
     journal_ratios: bool = Field(

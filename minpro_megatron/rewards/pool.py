@@ -1,28 +1,41 @@
-"""Grading in worker processes under a hard time limit: model output is untrusted, a grader may hang on it."""
+"""Grading in worker processes under hard limits of time and memory: model output is untrusted, a grader may hang on it."""
 
 import asyncio
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import msgspec
 
 from minpro_megatron.rewards.registry import check_reward_name
-from minpro_megatron.rewards.worker import LENGTH
+from minpro_megatron.rewards.worker import LENGTH, Judgement
 
 log = logging.getLogger(__name__)
 
 WORKER_MODULE = "minpro_megatron.rewards.worker"
 START_TIMEOUT_S = 120.0
 # A symbolic checker can be led into expanding an expression without end; its process ends before the
-# machine does.
-MEMORY_LIMIT_BYTES = 8 * 2**30
+# machine does. With its libraries a worker needs 0.2 GiB.
+MEMORY_LIMIT_BYTES = 4 * 2**30
+# A worker ends itself this much later than it should have been killed, if there is nobody left to do so.
+ORPHAN_FACTOR = 3.0
 
 
 class RewardWorkerError(RuntimeError):
     """A grading process does not start at all: a fault of the installation, not of a response."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A response's reward, what of it was compared, the grader's time, and what went wrong (then the reward is 0)."""
+
+    reward: float
+    extracted: str | None = None
+    seconds: float | None = None
+    problem: str | None = None
 
 
 class _Worker:
@@ -39,32 +52,36 @@ class _Worker:
             *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
         try:
-            await asyncio.wait_for(self._read(), START_TIMEOUT_S)
+            refusal = await asyncio.wait_for(self._read(), START_TIMEOUT_S)
         except (TimeoutError, asyncio.IncompleteReadError):
             await self.kill()
             raise RewardWorkerError(
                 f"the grading process did not start: {' '.join(self._command)}; its error stands above"
             ) from None
+        if refusal:
+            await self.kill()
+            raise ValueError(refusal.decode())
 
-    async def grade_some(self, texts: Sequence[str], answer: str, timeout_s: float) -> list[float | str | None]:
+    async def grade_some(
+        self, reward: str, texts: Sequence[str], answer: str, timeout_s: float
+    ) -> list[Judgement | str | None]:
         """The results of `texts` up to the first that hangs or kills the grader, which is None and the last.
 
-        Others are the reward, or a text saying what the grader raised. The time limit holds for each
-        response.
+        Others are judgements, or a text saying what the grader raised. The time limit holds for each response.
         """
         await self.start()
         assert self._process is not None
         assert self._process.stdin is not None
-        results: list[float | str | None] = []
+        results: list[Judgement | str | None] = []
         try:
             # All at once: a round trip between two processes for each response would cost more than most
             # graders.
             for text in texts:
-                request = msgspec.msgpack.encode((text, answer))
+                request = msgspec.msgpack.encode((reward, text, answer))
                 self._process.stdin.write(LENGTH.pack(len(request)) + request)
             while len(results) < len(texts):
                 body = await asyncio.wait_for(self._read(), timeout_s)
-                results.append(msgspec.msgpack.decode(body, type=float | str))
+                results.append(msgspec.msgpack.decode(body, type=Judgement | str))
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
             await self.kill()
             results.append(None)
@@ -93,11 +110,27 @@ class RewardPool:
     `num_killed` counts responses whose grader hung or died, `num_errors` those whose grader raised.
     """
 
-    def __init__(self, reward: str, num_workers: int, timeout_s: float, command: Sequence[str] | None = None) -> None:
-        """`command` replaces the worker's command line, in tests. Raises ValueError for an unknown reward."""
+    def __init__(
+        self,
+        reward: str,
+        num_workers: int,
+        timeout_s: float,
+        by_source: Mapping[str, str] | None = None,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        """`reward` grades the prompts of all sources that `by_source` does not give another one.
+
+        `command` replaces the worker's command line, in tests. Raises ValueError for an unknown reward; one that
+        cannot be imported raises it on entering.
+        """
+        self._default, self._by_source = reward, dict(by_source or {})
+        check_reward_name(reward)
+        for source, name in self._by_source.items():
+            check_reward_name(name, f"collector.reward_by_source[{source!r}]")
         if command is None:
-            check_reward_name(reward)
-            command = [sys.executable, "-m", WORKER_MODULE, reward, str(MEMORY_LIMIT_BYTES)]
+            limits = [str(MEMORY_LIMIT_BYTES), str(ORPHAN_FACTOR * timeout_s)]
+            names = sorted({reward, *self._by_source.values()})
+            command = [sys.executable, "-m", WORKER_MODULE, *limits, *names]
         self._timeout_s = timeout_s
         self._workers = [_Worker(command) for _ in range(num_workers)]
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
@@ -114,25 +147,30 @@ class RewardPool:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(worker.kill() for worker in self._workers))
 
-    async def grade_all(self, texts: Sequence[str], answer: str) -> list[float]:
-        """The rewards of one prompt's responses, in order."""
+    async def grade_all(self, texts: Sequence[str], answer: str, source: str) -> list[float]:
+        """The rewards of the responses to one prompt of `source`, in order."""
+        return [judged.reward for judged in await self.judge_all(texts, answer, source)]
+
+    async def judge_all(self, texts: Sequence[str], answer: str, source: str) -> list[Judged]:
+        """The same with what each reward comes from, for audits."""
+        reward = self._by_source.get(source, self._default)
         worker = await self._idle.get()
-        results: list[float | str | None] = []
+        results: list[Judgement | str | None] = []
         try:
             while len(results) < len(texts):
-                results += await worker.grade_some(texts[len(results) :], answer, self._timeout_s)
+                results += await worker.grade_some(reward, texts[len(results) :], answer, self._timeout_s)
         finally:
             self._idle.put_nowait(worker)
-        return [self._reward(text, answer, result) for text, result in zip(texts, results, strict=True)]
+        return [self._judged(text, answer, result) for text, result in zip(texts, results, strict=True)]
 
-    def _reward(self, text: str, answer: str, result: float | str | None) -> float:
-        if isinstance(result, float) and math.isfinite(result):
-            return result
+    def _judged(self, text: str, answer: str, result: Judgement | str | None) -> Judged:
+        if isinstance(result, Judgement) and math.isfinite(result.reward):
+            return Judged(result.reward, result.extracted, result.seconds)
         if result is None:
             self.num_killed += 1
             problem = f"grader died or exceeded collector.reward_timeout_s = {self._timeout_s:g} s"
         else:
             self.num_errors += 1
-            problem = f"grader failed: {result}"
-        log.warning("reward 0 for %r against %r: %s", text[:200], answer[:200], problem)
-        return 0.0
+            problem = f"grader failed: {result if isinstance(result, str) else f'reward {result.reward}'}"
+        log.warning("reward 0 for %r against %r: %s", text[-200:], answer[:200], problem)
+        return Judged(0.0, problem=problem)

@@ -1,24 +1,51 @@
-"""Reward functions by name, as `collector.reward` names them."""
+"""Reward functions by name or import path, as `collector.reward` and `collector.reward_by_source` give them."""
 
 import importlib
+import re
 from collections.abc import Callable
 
-RewardFunction = Callable[[str, str], float]
+import msgspec
 
-# Name -> module and function. A module is imported only where it grades: some need heavy libraries.
+
+class Grade(msgspec.Struct, frozen=True, array_like=True):
+    """What a response is worth, and the part of it that was compared (None: all of it, or nothing was found)."""
+
+    reward: float
+    extracted: str | None = None
+
+
+# (response text, answer) -> reward. A function that looks for the answer in the response gives a Grade, for audits.
+RewardFunction = Callable[[str, str], float | Grade]
+
+# A module is imported only where it grades: some need heavy libraries.
 REWARDS = {
-    "calculator": ("minpro_megatron.rewards.calculator", "grade"),
+    "calculator": "minpro_megatron.rewards.calculator:grade",
 }
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
-def check_reward_name(name: str) -> None:
-    """Raises ValueError if there is no reward function of this name."""
-    if name not in REWARDS:
-        raise ValueError(f"collector.reward = {name!r}: there is no such reward; known: {', '.join(sorted(REWARDS))}")
+def check_reward_name(name: str, field: str = "collector.reward") -> None:
+    """Raises ValueError, naming `field`, if `name` is neither a known reward nor an import path."""
+    if name not in REWARDS and not _IMPORT_PATH.fullmatch(name):
+        raise ValueError(
+            f"{field} = {name!r}: there is no such reward; known: {', '.join(sorted(REWARDS))}, or the import path of "
+            "a function of one's own, such as package.module:function"
+        )
 
 
 def load_reward(name: str) -> RewardFunction:
-    """The function `grade(response_text, answer) -> float`. Raises ValueError for an unknown name."""
+    """The function of this name. Raises ValueError for an unknown one, and for one that cannot be imported."""
     check_reward_name(name)
-    module, function = REWARDS[name]
-    return getattr(importlib.import_module(module), function)
+    module, _, function = REWARDS.get(name, name).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:
+        raise ValueError(
+            f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}; the module has to be importable from "
+            "the folder where the run is started"
+        ) from error
+    if not callable(found):
+        raise ValueError(
+            f"reward {name!r} is no function but of type {type(found).__name__}; give one of (response text, answer)"
+        )
+    return found

@@ -91,7 +91,10 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     training, heldout = await asyncio.to_thread(_read_prompts, config, tokenizer)
-    rewards = RewardPool(config.collector.reward, config.collector.reward_workers, config.collector.reward_timeout_s)
+    settings = config.collector
+    rewards = RewardPool(
+        settings.reward, settings.reward_workers, settings.reward_timeout_s, by_source=settings.reward_by_source
+    )
     await stack.enter_async_context(rewards)
     stack.callback(partial(_log_rewards, rewards))
     fleet = await stack.enter_async_context(Fleet(config, facts, incarnation))

@@ -45,7 +45,7 @@ class GroupCollector:
         """The group, sampled and rewarded; waits for as long as no server can take it. Raises GenerationError."""
         sequences = await self._sample(issued, sampling)
         texts = [self._tokenizer.response_text(sequence.token_ids) for sequence in sequences]
-        rewards = await self._rewards.grade_all(texts, issued.prompt.answer)
+        rewards = await self._rewards.grade_all(texts, issued.prompt.answer, issued.prompt.source)
         responses = [
             Response(
                 token_ids=sequence.token_ids,

@@ -42,7 +42,7 @@ def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeRewards:
-    async def grade_all(self, texts: Sequence[str], answer: str) -> list[float]:
+    async def grade_all(self, texts: Sequence[str], answer: str, source: str) -> list[float]:
         return [float(len(text)) for text in texts]
 
 

@@ -55,7 +55,7 @@ class FakeClient:
 
 
 class FakeRewards:
-    async def grade_all(self, texts: Sequence[str], answer: str) -> list[float]:
+    async def grade_all(self, texts: Sequence[str], answer: str, source: str) -> list[float]:
         return [float(len(text)) for text in texts]
 
 

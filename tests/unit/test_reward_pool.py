@@ -25,9 +25,10 @@ while True:
     if b"hang" in body: time.sleep(60)
     if b"die" in body: os._exit(9)
     if b"garbage" in body: write(b"\\xc1"); continue
-    if b"nan" in body: write(b"\\xcb" + struct.pack(">d", float("nan"))); continue
+    def judged(reward): write(b"\\x93\\xcb" + struct.pack(">d", reward) + b"\\xc0\\xcb" + bytes(8))
+    if b"nan" in body: judged(float("nan")); continue
     if b"raise" in body: write(bytes([0xa5]) + b"Error"); continue
-    write(b"\\xcb" + struct.pack(">d", 1.0 if b"right" in body else 0.0))
+    judged(1.0 if b"right" in body else 0.0)
 """
 
 
@@ -44,8 +45,8 @@ def with_pool(use: Callable[[RewardPool], Awaitable[None]], timeout_s: float = 0
 
 def test_rewards_come_in_order() -> None:
     async def use(pool: RewardPool) -> None:
-        assert await pool.grade_all(["right", "wrong", "right"], "1") == [1.0, 0.0, 1.0]
-        assert await pool.grade_all([], "1") == []
+        assert await pool.grade_all(["right", "wrong", "right"], "1", "s") == [1.0, 0.0, 1.0]
+        assert await pool.grade_all([], "1", "s") == []
 
     pool = with_pool(use, timeout_s=5)
     assert (pool.num_killed, pool.num_errors) == (0, 0)
@@ -54,8 +55,8 @@ def test_rewards_come_in_order() -> None:
 @pytest.mark.parametrize("fault", ["hang", "die", "garbage"])
 def test_a_killed_grader_costs_one_response(fault: str) -> None:
     async def use(pool: RewardPool) -> None:
-        assert await pool.grade_all(["right", fault, "right"], "1") == [1.0, 0.0, 1.0]
-        assert await pool.grade_all(["right"], "1") == [1.0]
+        assert await pool.grade_all(["right", fault, "right"], "1", "s") == [1.0, 0.0, 1.0]
+        assert await pool.grade_all(["right"], "1", "s") == [1.0]
 
     pool = with_pool(use)
     assert (pool.num_killed, pool.num_errors) == (1, 0)
@@ -64,7 +65,7 @@ def test_a_killed_grader_costs_one_response(fault: str) -> None:
 @pytest.mark.parametrize("fault", ["raise", "nan"])
 def test_a_grader_that_raises_costs_one_response(fault: str, caplog: pytest.LogCaptureFixture) -> None:
     async def use(pool: RewardPool) -> None:
-        assert await pool.grade_all(["right", fault, "right"], "1") == [1.0, 0.0, 1.0]
+        assert await pool.grade_all(["right", fault, "right"], "1", "s") == [1.0, 0.0, 1.0]
 
     pool = with_pool(use, timeout_s=5)
     assert (pool.num_killed, pool.num_errors) == (0, 1)
@@ -73,9 +74,9 @@ def test_a_grader_that_raises_costs_one_response(fault: str, caplog: pytest.LogC
 
 def test_one_hanging_grader_does_not_hold_up_the_others() -> None:
     async def use(pool: RewardPool) -> None:
-        slow = asyncio.create_task(pool.grade_all(["hang"], "1"))
+        slow = asyncio.create_task(pool.grade_all(["hang"], "1", "s"))
         await asyncio.sleep(0)
-        assert await pool.grade_all(["right"], "1") == [1.0]
+        assert await pool.grade_all(["right"], "1", "s") == [1.0]
         assert not slow.done()
         assert await slow == [0.0]
 
@@ -84,12 +85,12 @@ def test_one_hanging_grader_does_not_hold_up_the_others() -> None:
 
 def test_after_a_cancelled_group_the_next_answers_are_its_own() -> None:
     async def use(pool: RewardPool) -> None:
-        cancelled = asyncio.create_task(pool.grade_all(["right", "hang"], "1"))
+        cancelled = asyncio.create_task(pool.grade_all(["right", "hang"], "1", "s"))
         await asyncio.sleep(0.02)
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        assert await pool.grade_all(["wrong"], "1") == [0.0]
+        assert await pool.grade_all(["wrong"], "1", "s") == [0.0]
 
     with_pool(use, timeout_s=5)
 
@@ -98,7 +99,7 @@ def test_no_process_is_left() -> None:
     workers: list[psutil.Process] = []
 
     async def use(pool: RewardPool) -> None:
-        await pool.grade_all(["right", "hang", "right"], "1")
+        await pool.grade_all(["right", "hang", "right"], "1", "s")
         workers.extend(psutil.Process().children())
 
     with_pool(use)
@@ -125,8 +126,8 @@ def test_an_unknown_reward_is_refused_at_once() -> None:
 def test_the_real_worker_grades() -> None:
     async def main() -> None:
         async with RewardPool("calculator", 1, 5.0) as pool:
-            assert await pool.grade_all(["24", "25", "024", ""], "24") == [1.0, 0.0, 0.0, 0.0]
-            assert await pool.grade_all(["24"], "twenty-four") == [0.0]
+            assert await pool.grade_all(["24", "25", "024", ""], "24", "s") == [1.0, 0.0, 0.0, 0.0]
+            assert await pool.grade_all(["24"], "twenty-four", "s") == [0.0]
             assert pool.num_errors == 1
 
     asyncio.run(main())
