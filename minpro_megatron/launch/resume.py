@@ -74,6 +74,8 @@ def _wrong_length(config: RunConfig, steps_before: int, version: int) -> Iterato
             f"num_global_steps = {steps}: the run in {config.run_dir} goes on from its checkpoint after global step "
             f"{version}; raise it"
         )
+    if config.debug.journal:  # what it consumes was sampled by another run
+        return
     if config.staleness.mode == "delay" and steps > steps_before and version > steps_before - delay:
         yield (
             f"num_global_steps = {steps}: the run in {config.run_dir} was to end after step {steps_before}, so the "

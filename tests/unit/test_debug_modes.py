@@ -17,6 +17,7 @@ from minpro_megatron.monitor.summary import summarize, write_summary
 from minpro_megatron.records import CollectorTotals, EvaluationResult
 from tests.unit.run_examples import example_config, write_example_files
 from tests.unit.stored_runs import write_run
+from tests.unit.test_resume import begin, save_checkpoint
 
 NUM_PROMPTS, RESPONSES, STEPS = 3, 2, 2  # of stored_runs
 ON_GPUS = ["device=cuda", "server.device=cuda", "server.count=3", "server.tensor_parallel=2", "parallel.tensor=4"]
@@ -131,6 +132,12 @@ def test_a_run_on_a_journal_is_not_begun_anew_by_accident(tmp_path: Path) -> Non
     write_summary(run_dir, finished(config))
     assert "has finished its 2 global steps" in problems(config)[0]
     assert "other settings (debug.journal" in problems(with_overrides(config, ["debug.journal="]))[-1]
+
+
+def test_a_run_on_a_journal_can_be_made_longer_from_its_end(tmp_path: Path) -> None:
+    config = begin(tmp_path, debug={"journal": "elsewhere"}, staleness={"delay_steps": 2})
+    save_checkpoint(config, 4)
+    assert list(obstacles(with_overrides(config, ["num_global_steps=6"]))) == []
 
 
 def evaluation(version: int) -> EvaluationResult:
