@@ -51,8 +51,11 @@ class Rank:
             assert self.policy.update(self.sequences, learning_rate).applied
 
     def latest(self) -> int | None:
-        manifest = self.mesh.from_rank_0(read_latest(self.run_dir))
-        return manifest and manifest.policy_version
+        return self.on_rank_0(lambda: (manifest := read_latest(self.run_dir)) and manifest.policy_version)
+
+    def on_rank_0[T](self, look: Callable[[], T]) -> T:
+        """What rank 0 sees, on all ranks: it changes the folder, and waits for nobody who still looks."""
+        return self.mesh.from_rank_0(look() if self.mesh.rank == 0 else None)
 
     def load_latest(self) -> None:
         manifest = read_latest(self.run_dir)
@@ -205,22 +208,23 @@ def _only_on_rank_1(mesh: Mesh, act: Callable[[], None]) -> Callable[[], None]:
     return act if mesh.rank == 1 else lambda: None
 
 
-def _kill_the_writer(mesh: Mesh) -> Any:
+def _kill_the_writer(mesh: Mesh, checkpoints: Path) -> Any:
     return writing(_only_on_rank_1(mesh, lambda: os.kill(os.getpid(), signal.SIGKILL)))
 
 
 @contextmanager
-def _fill_the_disk(mesh: Mesh) -> Iterator[None]:
-    """What rank 1 writes into one file ends after 16 kB, for its writer too, with the system's own error."""
+def _fill_the_disk(mesh: Mesh, checkpoints: Path) -> Iterator[None]:
+    """Rank 1 can write half of what it wrote before, then the system refuses; its writer inherits that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if mesh.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+        half = (checkpoints / "step-000010" / "__1_0.distcp").stat().st_size // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (half, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextmanager
-def _fill_the_disk_for_metadata(mesh: Mesh) -> Iterator[None]:
+def _fill_the_disk_for_metadata(mesh: Mesh, checkpoints: Path) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
@@ -237,7 +241,7 @@ def _fill_the_disk_for_metadata(mesh: Mesh) -> Iterator[None]:
 
 
 @contextmanager
-def _refuse_processes(mesh: Mesh) -> Iterator[None]:
+def _refuse_processes(mesh: Mesh, checkpoints: Path) -> Iterator[None]:
     from torch import multiprocessing as torch_multiprocessing
 
     def start(self: Any) -> None:
@@ -264,11 +268,11 @@ def _save_in_trouble(mesh: Mesh, start: tuple, trouble: Callable, caplog_path: s
     rank = Rank(mesh, start)
     rank.checkpoints.save(rank.policy, state(10))
     completed = [rank.checkpoints.finish()]
-    with trouble(mesh):
+    with trouble(mesh, rank.run_dir / CHECKPOINTS):
         rank.checkpoints.save(rank.policy, state(20))
         completed.append(rank.checkpoints.finish())
     at = [rank.latest()]
-    names = sorted(path.name for path in (rank.run_dir / CHECKPOINTS).iterdir())
+    names = rank.on_rank_0(lambda: sorted(path.name for path in (rank.run_dir / CHECKPOINTS).iterdir()))
     rank.checkpoints.save(rank.policy, state(30))
     completed.append(rank.checkpoints.poll())  # training has waited for this one
     at.append(rank.latest())
@@ -297,7 +301,7 @@ def _save_on_a_full_disk(mesh: Mesh, start: tuple) -> tuple[str, int | None]:
     rank = Rank(mesh, start)
     rank.checkpoints.save(rank.policy, state(10))
     rank.checkpoints.finish()
-    with _fill_the_disk(mesh):
+    with _fill_the_disk(mesh, rank.run_dir / CHECKPOINTS):
         rank.checkpoints.save(rank.policy, state(20))
         rank.checkpoints.finish()
         with pytest.raises(SaveError) as caught:
