@@ -28,9 +28,10 @@ PROBE_S = 5.0  # for a server to say that it is alive
 CLEAN_UP_S = 10.0
 # With requests in flight a canary waits behind them. A server that is that busy has shown its checksum and version.
 CANARY_PATIENCE_S = 20.0
-# What a server calls its weights until the last bucket has come. It is no policy version, so tokens sampled with such
-# weights, if a broken publication leaves any, are refused wherever they turn up.
-INCOMPLETE = "incomplete"
+# What a server calls its weights until the last bucket has come. Policy versions have nine digits at most (see
+# serving/answers.py): tokens sampled with such weights, if a broken publication leaves any, are refused wherever they
+# turn up. And it is above them all: to who asks meanwhile the server has not lost its weights, it is on to others.
+INCOMPLETE = 9_999_999_999
 
 
 class PublishError(ControlError):

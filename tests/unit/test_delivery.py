@@ -1,5 +1,6 @@
 """A version's delivery to servers that answer, refuse, hang and disagree."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,10 @@ from torch._C._distributed_c10d import HashStore
 
 from minpro_megatron.config.publish import PublishConfig
 from minpro_megatron.records import PublishLease, ServerAddress
+from minpro_megatron.serving.answers import AnswerChecker, SentRequest
 from minpro_megatron.serving.control import GreedyAnswer, ServerControl
+from minpro_megatron.serving.errors import InvalidAnswer
+from minpro_megatron.serving.model_files import ModelFacts
 from minpro_megatron.weights import delivery as module
 from minpro_megatron.weights.broadcast import Broadcaster, own_address
 from minpro_megatron.weights.canary import Difference, differences, distinct_responses
@@ -138,12 +142,12 @@ def test_it_is_an_error_if_all_refuse_and_none_if_all_are_dead(
 
 def test_a_server_must_state_the_version(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
     servers[0].answers["model_info"] = (200, {"weight_version": "3"})
-    servers[1].answers["model_info"] = (200, {"weight_version": module.INCOMPLETE})
+    servers[1].answers["model_info"] = (200, {"weight_version": str(module.INCOMPLETE)})
     delivery = deliver()
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
     assert delivery.controls == {}
     assert "it states version 3 after loading version 4" in delivery.failures[0]
-    assert "'incomplete' is no policy version" in delivery.failures[1]
+    assert "it states version 9999999999" in delivery.failures[1]
 
 
 def test_checksums_must_agree(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
@@ -259,6 +263,25 @@ def test_the_address_that_servers_can_reach() -> None:
     assert own_address([here]) == "127.0.0.1"
     other = ServerAddress(index=1, url="http://127.5.6.7:30000", tensor_parallel=1)
     assert own_address([here, other]).startswith("127.")
+
+
+def test_tokens_of_incomplete_weights_are_refused() -> None:
+    facts = ModelFacts(vocabulary_size=27, stop_token_ids=(1,), max_position_embeddings=64)
+    checker = AnswerChecker("server 0", facts, exact_versions=False, routes=False)
+    meta = {
+        "id": "r", "finish_reason": {"type": "length"}, "prompt_tokens": 1, "completion_tokens": 1,
+        "output_token_logprobs": [[-0.5, 4, None]],
+    }  # fmt: skip
+    request = SentRequest("r", 1, 1, 3)
+
+    def check(version: int) -> np.ndarray:
+        spans = [{"version": str(version), "start": 0, "end": 1}]
+        body = json.dumps([{"output_ids": [4], "meta_info": meta | {"weight_versions": spans}}])
+        return checker.check(body.encode(), [request])[0].policy_versions
+
+    assert check(VERSION).tolist() == [VERSION]
+    with pytest.raises(InvalidAnswer, match="'9999999999' is no policy version"):
+        check(module.INCOMPLETE)
 
 
 class Recorder(Broadcaster):
