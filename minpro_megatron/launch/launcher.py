@@ -108,7 +108,7 @@ def closing_lines(outcome: Outcome) -> list[str]:
         lines.append(f"error: these processes could not be ended: {pids}; end them by hand")
     if outcome.interrupted_by is not None:
         lines.append(f"interrupted by {outcome.interrupted_by}; all processes were stopped")
-    return [*lines, "the same command goes on from the last checkpoint"] if lines else []
+    return [*lines, "launch the same command again to go on"] if lines else []
 
 
 def _finish(config: RunConfig) -> int:

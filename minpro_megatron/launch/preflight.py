@@ -13,6 +13,8 @@ from minpro_megatron.launch.backend_check import layer_backend_problems
 from minpro_megatron.launch.resume import holds_a_run, obstacles
 from minpro_megatron.launch.roles import gpus_needed, roles_of
 from minpro_megatron.rollout.journal_feed import journal_problems
+from minpro_megatron.serving.api_key import api_key
+from minpro_megatron.serving.watched_server import external_urls
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 
 _PROMPT_FIELDS = {"id", "source", "prompt", "answer"}
@@ -29,6 +31,7 @@ def problems(config: RunConfig) -> list[str]:
     if "train" in roles:
         checks += [_mesh_fits_model, _megatron_model, layer_backend_problems]
     checks += [_data_files, _ports] if "collect" in roles else [journal_problems]
+    checks += [_servers] if "serve" in roles else []
     checks += [_run_folder, _gpus, _disk_space]
     return [problem for check in checks for problem in check(config)]
 
@@ -120,6 +123,14 @@ def _run_folder(config: RunConfig) -> Iterator[str]:
     parent = _existing_parent(config.run_dir)
     if not os.access(parent, os.W_OK):
         yield f"runs_dir = {config.runs_dir}: {parent} cannot be written to; choose another runs_dir=..."
+
+
+def _servers(config: RunConfig) -> Iterator[str]:
+    for look in (api_key, external_urls):
+        try:
+            look(config.server)
+        except ValueError as error:
+            yield str(error)
 
 
 def _ports(config: RunConfig) -> Iterator[str]:

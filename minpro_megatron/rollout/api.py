@@ -27,8 +27,9 @@ from aiohttp import web
 from minpro_megatron import records
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.records import BehaviorLogProbs, CollectorTotals, PublishLease, Record, TrainedStep
-from minpro_megatron.rollout.collector import Collector, CollectorFailed, Conflict
+from minpro_megatron.rollout.collector import Collector, CollectorFailed
 from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.leases import Conflict
 from minpro_megatron.rollout.protocol import (
     COLLECTOR_ENDPOINT,
     INCARNATION_HEADER,

@@ -7,9 +7,7 @@ the journal, and answers the trainer. Evaluations run beside the groups; the wei
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
 
-import msgspec
 import numpy as np
 
 from minpro_megatron.config.run import RunConfig
@@ -23,15 +21,16 @@ from minpro_megatron.records import (
     EvaluationResult,
     IssuedGroup,
     PublishLease,
-    ServerAddress,
     TrainedStep,
 )
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.journal_restore import RestoredGroup
+from minpro_megatron.rollout.leases import Conflict, Leases, Servers
 from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt
 from minpro_megatron.rollout.schedule import Restored, Slot, make_schedule
+from minpro_megatron.rollout.scores import check_scores, check_trained, with_scores
 from minpro_megatron.rollout.staleness import evaluated_versions, expected_staleness, staleness
-from minpro_megatron.serving.client import LARGEST_LOG_PROB, SamplingParameters
+from minpro_megatron.serving.client import SamplingParameters
 
 log = logging.getLogger(__name__)
 
@@ -39,34 +38,10 @@ CollectGroup = Callable[[IssuedGroup, SamplingParameters], Awaitable[CollectedGr
 
 # How often a waiting request looks whether a server has come back without the weights of now.
 LOOK_AT_SERVERS_S = 0.5
-# A server that did not take the weights gets another chance after this long.
-REPUBLISH_PAUSE_S = 15.0
-
-
-class Conflict(RuntimeError):
-    """The trainer asked for something that the state of the run does not allow."""
 
 
 class CollectorFailed(RuntimeError):
     """The collector has failed; the message is the failure's."""
-
-
-class Servers(Protocol):
-    """What the collector asks of the fleet; `minpro_megatron.rollout.fleet.Fleet` is one."""
-
-    def members(self) -> list[ServerAddress]:
-        """The servers that answer."""
-        ...
-
-    def outdated(self) -> list[ServerAddress]:
-        """Those of them that do not hold the version of now, and so get no work."""
-        ...
-
-    def set_version(self, version: int, held_by: Sequence[int]) -> None:
-        """From now on `version` is the version of now; the servers of these indices hold it."""
-        ...
-
-    def metrics(self) -> dict[str, float]: ...
 
 
 class Collector:
@@ -87,7 +62,7 @@ class Collector:
         self._stream = stream
         self._heldout = [(tokenized.prompt, tokenized.token_ids) for tokenized in heldout]
         self._collect_group = collect_group
-        self._servers = servers
+        self._leases = Leases(servers, heldout[0].token_ids.tolist())
         sampling = config.sampling
         self._training = SamplingParameters(sampling.temperature, sampling.max_response_tokens)
         self._evaluating = SamplingParameters(
@@ -99,13 +74,10 @@ class Collector:
         self._writing_status = asyncio.Lock()
         self._schedule = make_schedule(config)
         self._serving = True  # servers hold the schedule's version
-        self._lease: PublishLease | None = None
         self._next_step = 0
         self._groups: dict[int, CollectedGroup] = {}  # accepted and not yet consumed, by id
         self._evaluations: list[EvaluationResult] = []
         self._evaluation_under_way = False
-        self._no_republish_before: dict[tuple[int, int], float] = {}
-        self._idle_when_asked = (0.0, 0.0)  # (time, idle seconds)
         self._failure: str | None = None
         self._finished = False
 
@@ -238,7 +210,7 @@ class Collector:
         if not self._schedule.is_sampled_by_now(index):  # the trainer that would wait is the one to publish
             raise Conflict(f"batch {index}: later weights sample it; the servers hold version {self._version}")
         if not await self._wait_until(lambda: self._schedule.batch(index) is not None, timeout_s):
-            return self._lease
+            return self._leases.current
         return self._batch(index)
 
     def _batch(self, index: int) -> Batch:
@@ -260,7 +232,7 @@ class Collector:
             raise Conflict(f"scores of batch {index}: it is scored already, and scores never change")
         await self._journal.score(index, pairs)
         for group, log_probs in pairs:
-            self._groups[group.issued.group_id] = _with_scores(group, log_probs)
+            self._groups[group.issued.group_id] = with_scores(group, log_probs)
 
     async def consumed(self, trained: TrainedStep) -> None:
         """A step has trained on its batch. Checks its staleness again."""
@@ -272,6 +244,7 @@ class Collector:
         batch = self._batch(step)
         if not all(group.is_scored for group in batch.groups):
             raise Conflict(f"step {step}: its batch has no behavior log-probs; hand them in first")
+        check_trained(batch, trained)
         found = [staleness(policy_version, group.oldest_version) for group in batch.groups]
         for group, value in zip(batch.groups, found, strict=True):
             self._refuse_wrong_staleness(step, group, policy_version, value)
@@ -312,57 +285,23 @@ class Collector:
             raise Conflict(f"publish version {version}: the next one is {expected} of {self._num_steps}")
         if self._next_step != version:
             raise Conflict(f"publish version {version}: step {version - 1} has not consumed its batch")
-        if self._serving:
-            ready = await self._wait_until(self._may_publish, timeout_s)
-        else:  # after a restart: the servers hold the initial weights
-            ready = await self._wait_until(lambda: bool(self._servers.members()), timeout_s)
-        if ready:
+        # after a restart the servers hold the initial weights, and nothing is under way on them
+        if await self._wait_until(self._may_publish if self._serving else self._leases.can_grant, timeout_s):
             in_flight = self._serving and self._config.staleness.mode == "bounded"
-            self._lease = self._make_lease(version, self._servers.members(), in_flight)
-        return self._lease
+            self._leases.grant(version, self._evaluations, in_flight)
+        return self._leases.current
 
     def _may_publish(self) -> bool:
-        return not self._evaluation_under_way and self._schedule.may_publish() and bool(self._servers.members())
-
-    def _make_lease(self, version: int, servers: list[ServerAddress], requests_in_flight: bool) -> PublishLease:
-        return PublishLease(
-            version=version,
-            servers=servers,
-            evaluations=list(self._evaluations),
-            requests_in_flight=requests_in_flight,
-            canary_prompt=self._heldout[0][1].tolist(),
-            metrics=self._server_metrics(),
-        )
-
-    def _server_metrics(self) -> dict[str, float]:
-        """The fleet's, and the share of the servers' time that was idle since they were asked last."""
-        metrics = self._servers.metrics()
-        now, idle_s = asyncio.get_running_loop().time(), metrics.get("fleet/idle_s", 0.0)
-        asked_at, idle_before = self._idle_when_asked
-        self._idle_when_asked = now, idle_s
-        available_s = (now - asked_at) * metrics.get("fleet/members", 0.0)
-        if asked_at and available_s > 0:
-            metrics["overlap/server_idle_share"] = min(1.0, (idle_s - idle_before) / available_s)
-        return metrics
+        return not self._evaluation_under_way and self._schedule.may_publish() and self._leases.can_grant()
 
     async def publish_end(self, version: int, held_by: Sequence[int]) -> None:
         """The servers of these indices hold `version`. The others get no work until they hold it too."""
         self._raise_failure()
-        if self._lease is None or version != self._lease.version:
-            raise Conflict(f"publish_end of version {version}: there is no lease for it")
-        lease, self._lease = self._lease, None
-        now = asyncio.get_running_loop().time()
-        for server in lease.servers:
-            if server.index not in held_by:
-                self._no_republish_before[server.index, server.start] = now + REPUBLISH_PAUSE_S
+        self._leases.check_end(version)
         first_time = version != self._version or not self._serving
         if first_time:
             await self._journal.publish(version)
-            self._servers.set_version(version, held_by)
-        else:
-            behind = {server.index for server in self._servers.outdated()} - set(held_by)
-            current = [server.index for server in self._servers.members() if server.index not in behind]
-            self._servers.set_version(version, current)
+        self._leases.end(held_by, first_time)
         async with self._changed:
             if version != self._version:
                 self._schedule.published()
@@ -370,20 +309,8 @@ class Collector:
             self._notify()
 
     def _republish_due(self) -> bool:
-        """Whether a server waits for the weights of now; if so, the lease for it is made."""
-        if not self._serving:
-            return False
-        if self._lease is None:
-            now = asyncio.get_running_loop().time()
-            behind = [
-                server
-                for server in self._servers.outdated()
-                if now >= self._no_republish_before.get((server.index, server.start), 0.0)
-            ]
-            if not behind:
-                return False
-            self._lease = self._make_lease(self._version, behind, requests_in_flight=False)
-        return self._lease.version == self._version
+        """Whether a server waits for the weights of now; if so, there is a lease for it."""
+        return self._serving and self._leases.grant_again(self._version, self._evaluations)
 
     async def checkpoint_begin(self, version: int) -> None:
         """Returns when the journal would survive a power cut: the checkpoint of `version` will rely on it."""
@@ -406,7 +333,7 @@ class Collector:
         def evaluated() -> bool:
             return any(result.policy_version == self._num_steps for result in self._evaluations)
 
-        return await self._journal.totals() if await self._wait_until(evaluated, timeout_s) else self._lease
+        return await self._journal.totals() if await self._wait_until(evaluated, timeout_s) else self._leases.current
 
     async def totals_delivered(self) -> None:
         """Lets `run` return: the trainer has its answer."""
@@ -415,7 +342,7 @@ class Collector:
             self._notify()
 
     async def _wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
-        """True once `ready`; False after `timeout_s`, or when `self._lease` says what has to be published first."""
+        """True once `ready`; False after `timeout_s`, or when the current lease says what has to be published first."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             self._raise_failure()
@@ -437,36 +364,6 @@ class Collector:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise CollectorFailed(self._failure)
-
-
-def check_scores(batch: Batch, scores: BehaviorLogProbs) -> None:
-    """Raises ValueError unless the scores are one finite log-prob for each response token of the batch."""
-    where = f"scores of batch {batch.index}"
-    versions = {int(version) for group in batch.groups for r in group.responses for version in set(r.policy_versions)}
-    if scores.policy_version >= 0 and versions != {scores.policy_version}:
-        raise ValueError(f"{where}: computed with version {scores.policy_version}, sampled with {sorted(versions)}")
-    if len(scores.log_probs) != len(batch.groups):
-        raise ValueError(f"{where}: {len(scores.log_probs)} groups instead of {len(batch.groups)}")
-    for group, responses in zip(batch.groups, scores.log_probs, strict=True):
-        name = f"{where}, group {group.issued.group_id}"
-        if len(responses) != len(group.responses):
-            raise ValueError(f"{name}: {len(responses)} responses instead of {len(group.responses)}")
-        for place, (response, log_probs) in enumerate(zip(group.responses, responses, strict=True)):
-            if log_probs.dtype != np.float32 or log_probs.shape != response.token_ids.shape:
-                raise ValueError(
-                    f"{name}, response {place}: {log_probs.dtype} of shape {log_probs.shape} instead of "
-                    f"float32 of shape {response.token_ids.shape}"
-                )
-            if not np.isfinite(log_probs).all() or (log_probs > LARGEST_LOG_PROB).any():
-                raise ValueError(f"{name}, response {place}: a value is not finite, or above 0")
-
-
-def _with_scores(group: CollectedGroup, log_probs: list[np.ndarray]) -> CollectedGroup:
-    responses = [
-        msgspec.structs.replace(response, behavior_log_probs=scores)
-        for response, scores in zip(group.responses, log_probs, strict=True)
-    ]
-    return CollectedGroup(issued=group.issued, responses=responses)
 
 
 def _first_error(group: ExceptionGroup) -> Exception:

@@ -152,7 +152,7 @@ class Journal:
             _expect_rows(changed, len(rows), f"batch {step} is not scored, or consumed already")
             trained = [
                 (values.tobytes(), group.issued.group_id, place)
-                for group, of_group in zip(batch.groups, log_probs, strict=False)
+                for group, of_group in zip(batch.groups, log_probs or [[]] * len(batch.groups), strict=True)
                 for place, values in enumerate(of_group)
             ]
             connection.executemany(

@@ -66,7 +66,10 @@ class RouteFiles:
         except OSError as error:
             raise JournalError(f"{path}: routes of group {group_id} cannot be read ({error.strerror})") from None
         if hashlib.sha256(data).hexdigest() != place["sha256"]:
-            raise JournalError(f"{path}: the routes of group {group_id} are damaged (their checksum differs)")
+            raise JournalError(
+                f"{path}: the routes of group {group_id} are damaged (their checksum differs); put the file back, "
+                "or give a new run name"
+            )
         return np.frombuffer(data, dtype=dtype).reshape(shape)
 
     def remove(self, group_ids: Iterable[int]) -> None:

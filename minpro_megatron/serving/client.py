@@ -14,7 +14,6 @@ import numpy as np
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answers import ABORTED, AnswerChecker, SampledSequence, SentRequest, joined
-from minpro_megatron.serving.answers import LARGEST_LOG_PROB as LARGEST_LOG_PROB
 from minpro_megatron.serving.errors import (
     AnswerTimeout,
     InvalidAnswer,

@@ -16,9 +16,11 @@ from minpro_megatron.records import (
     CollectorTotals,
     EvaluationResult,
     IssuedGroup,
+    TrainedStep,
 )
-from minpro_megatron.rollout.collector import CollectorFailed, check_scores
+from minpro_megatron.rollout.collector import CollectorFailed
 from minpro_megatron.rollout.schedule import ScheduleError
+from minpro_megatron.rollout.scores import check_scores, check_trained
 from tests.unit.collector_rig import FakeTrainer, HeldServers, collecting
 from tests.unit.rollout_fakes import (
     NUM_PROMPTS,
@@ -64,7 +66,7 @@ def test_delay_mode_has_the_staleness_of_the_delay_and_every_group_once(tmp_path
 @pytest.mark.parametrize("max_staleness", [1, 3])
 def test_bounded_mode_keeps_its_bound_while_weights_change_under_responses(tmp_path: Path, max_staleness: int) -> None:
     config = run_config(tmp_path, steps=6, max_staleness=max_staleness)
-    servers = FakeServers(exact=False, longest=40)
+    servers = FakeServers(exact=False, longest=400)
     trainer, totals = run_whole(config, servers)
     groups = [group for step in range(6) for group in trainer.trained[step].groups]
     assert max(Counter(group.issued.group_id for group in groups).values()) == 1
@@ -184,6 +186,20 @@ def test_scores_must_fit_the_batch() -> None:
         damaged = [[array.copy() for array in responses] for responses in values]
         damaged[1][0][0] = wrong
         refused(damaged, "group 1, response 0: a value is not finite, or above 0")
+
+
+def test_what_a_step_trained_with_must_fit_its_batch() -> None:
+    batch, scores = scored_batch()
+    values = [[array.copy() for array in responses] for responses in scores.log_probs]
+    values[0][0][0] = np.nan  # no update trained on it
+    check_trained(batch, TrainedStep(step=0, policy_version=0, log_probs=values))
+    check_trained(batch, TrainedStep(step=0, policy_version=0))
+    for log_probs, reason in (
+        (values[:-1], "log-probs of step 0: 2 groups instead of 3"),
+        ([*values[:-1], [values[-1][0], values[-1][1][:-1]]], "group 2, response 1: float32 of shape"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check_trained(batch, TrainedStep(step=0, policy_version=0, log_probs=log_probs))
 
 
 def test_scores_of_several_versions_name_none() -> None:

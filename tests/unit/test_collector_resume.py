@@ -11,9 +11,9 @@ import pytest
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.evaluation.sampling import FILE_NAME as EVALUATIONS
 from minpro_megatron.records import Batch, CollectorTotals
-from minpro_megatron.rollout.collector import Conflict
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.journal_file import FILE_NAME, JournalError
+from minpro_megatron.rollout.leases import Conflict
 from minpro_megatron.rollout.schedule import ScheduleError
 from tests.unit.collector_rig import Crash, FakeTrainer, collecting, contents
 from tests.unit.rollout_fakes import (

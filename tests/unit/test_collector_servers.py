@@ -7,7 +7,9 @@ import pytest
 
 from minpro_megatron.records import Batch, CollectorTotals, PublishLease
 from minpro_megatron.rollout import collector as collector_module
-from minpro_megatron.rollout.collector import Collector, Conflict
+from minpro_megatron.rollout import leases as leases_module
+from minpro_megatron.rollout.collector import Collector
+from minpro_megatron.rollout.leases import Conflict
 from tests.unit.collector_rig import FakeTrainer, HeldServers, collecting
 from tests.unit.rollout_fakes import FakeServers, run_config, scores_of, trained
 
@@ -51,7 +53,7 @@ async def first_publication(collector: Collector, held_by: list[int]) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds become milliseconds."""
     monkeypatch.setattr(collector_module, "LOOK_AT_SERVERS_S", 0.005)
-    monkeypatch.setattr(collector_module, "REPUBLISH_PAUSE_S", 0.06)
+    monkeypatch.setattr(leases_module, "REPUBLISH_PAUSE_S", 0.06)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -189,7 +189,7 @@ def test_a_launch_that_fails_says_which_role_and_why(recipes):
         f"error: the role train failed with exit status 1; its log: {run_dir}/logs/train.log",
         f"  | ls: cannot access '{run_dir}/endpoints': No such file or directory",
         "  | train: no batch came",
-        "the same command goes on from the last checkpoint",
+        "launch the same command again to go on",
     ]
 
 

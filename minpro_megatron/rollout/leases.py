@@ -1,0 +1,109 @@
+"""The trainer's permissions to send weights to servers, one at a time: a new version, or to servers that lost it."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from minpro_megatron.records import EvaluationResult, PublishLease, ServerAddress
+
+# A server that did not take the weights gets another chance after this long.
+REPUBLISH_PAUSE_S = 15.0
+
+
+class Conflict(RuntimeError):
+    """The trainer asked for something that the state of the run does not allow."""
+
+
+class Servers(Protocol):
+    """What is asked of the fleet; `minpro_megatron.rollout.fleet.Fleet` is one."""
+
+    def members(self) -> list[ServerAddress]:
+        """The servers that answer."""
+        ...
+
+    def outdated(self) -> list[ServerAddress]:
+        """Those of them that do not hold the version of now, and so get no work."""
+        ...
+
+    def set_version(self, version: int, held_by: Sequence[int]) -> None:
+        """From now on `version` is the version of now; the servers of these indices hold it."""
+        ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+
+class Leases:
+    """Use in the collector's event loop. `current` is the lease that has not been ended yet."""
+
+    def __init__(self, servers: Servers, canary_prompt: list[int]) -> None:
+        self._servers = servers
+        self._canary_prompt = canary_prompt
+        self._not_before: dict[tuple[int, int], float] = {}  # by (index, start) of a server that failed
+        self._idle_when_asked = (0.0, 0.0)  # (time, idle seconds)
+        self.current: PublishLease | None = None
+
+    def can_grant(self) -> bool:
+        return bool(self._servers.members())
+
+    def grant(self, version: int, evaluations: Sequence[EvaluationResult], requests_in_flight: bool) -> None:
+        """For `version`, new to the servers: all that answer."""
+        self.current = self._make(version, self._servers.members(), evaluations, requests_in_flight)
+
+    def grant_again(self, version: int, evaluations: Sequence[EvaluationResult]) -> bool:
+        """For `version`, which others hold already: the servers that lost it. False if there are none to try now."""
+        if self.current is None:
+            now = asyncio.get_running_loop().time()
+            behind = [
+                server
+                for server in self._servers.outdated()
+                if now >= self._not_before.get((server.index, server.start), 0.0)
+            ]
+            if not behind:
+                return False
+            self.current = self._make(version, behind, evaluations, requests_in_flight=False)
+        return self.current.version == version
+
+    def check_end(self, version: int) -> None:
+        """Raises Conflict unless the lease under way is for `version`."""
+        if self.current is None or version != self.current.version:
+            raise Conflict(f"publish_end of version {version}: there is no lease for it")
+
+    def end(self, held_by: Sequence[int], first_time: bool) -> None:
+        """The servers of these indices hold the lease's version. `first_time`: no others do."""
+        assert self.current is not None, "check_end comes first"
+        lease, self.current = self.current, None
+        now = asyncio.get_running_loop().time()
+        for server in lease.servers:
+            if server.index not in held_by:
+                self._not_before[server.index, server.start] = now + REPUBLISH_PAUSE_S
+        if not first_time:
+            behind = {server.index for server in self._servers.outdated()} - set(held_by)
+            held_by = [server.index for server in self._servers.members() if server.index not in behind]
+        self._servers.set_version(lease.version, held_by)
+
+    def _make(
+        self,
+        version: int,
+        servers: list[ServerAddress],
+        evaluations: Sequence[EvaluationResult],
+        requests_in_flight: bool,
+    ) -> PublishLease:
+        return PublishLease(
+            version=version,
+            servers=servers,
+            evaluations=list(evaluations),
+            requests_in_flight=requests_in_flight,
+            canary_prompt=self._canary_prompt,
+            metrics=self._metrics(),
+        )
+
+    def _metrics(self) -> dict[str, float]:
+        """The fleet's, and the share of the servers' time that was idle since they were asked last."""
+        metrics = self._servers.metrics()
+        now, idle_s = asyncio.get_running_loop().time(), metrics.get("fleet/idle_s", 0.0)
+        asked_at, idle_before = self._idle_when_asked
+        self._idle_when_asked = now, idle_s
+        available_s = (now - asked_at) * metrics.get("fleet/members", 0.0)
+        if asked_at and available_s > 0:
+            metrics["overlap/server_idle_share"] = min(1.0, (idle_s - idle_before) / available_s)
+        return metrics

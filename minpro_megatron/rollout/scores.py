@@ -1,0 +1,55 @@
+"""Log-probs that the trainer hands in: whether they fit the batch they are for."""
+
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+
+from minpro_megatron.records import Batch, BehaviorLogProbs, CollectedGroup, Response, TrainedStep
+from minpro_megatron.serving.answers import LARGEST_LOG_PROB
+
+
+def check_scores(batch: Batch, scores: BehaviorLogProbs) -> None:
+    """Raises ValueError unless the scores are one finite log-prob for each response token of the batch."""
+    where = f"scores of batch {batch.index}"
+    versions = {int(version) for group in batch.groups for r in group.responses for version in set(r.policy_versions)}
+    if scores.policy_version >= 0 and versions != {scores.policy_version}:
+        raise ValueError(f"{where}: computed with version {scores.policy_version}, sampled with {sorted(versions)}")
+    for name, _, log_probs in _by_response(where, batch, scores.log_probs):
+        if not np.isfinite(log_probs).all() or (log_probs > LARGEST_LOG_PROB).any():
+            raise ValueError(f"{name}: a value is not finite, or above 0")
+
+
+def check_trained(batch: Batch, trained: TrainedStep) -> None:
+    """Raises ValueError unless the step's log-probs are one for each response token of the batch, or none at all. NaN
+    is allowed: no update trained on that token, or one that diverged did."""
+    if trained.log_probs:
+        for _ in _by_response(f"log-probs of step {trained.step}", batch, trained.log_probs):
+            pass
+
+
+def with_scores(group: CollectedGroup, log_probs: list[np.ndarray]) -> CollectedGroup:
+    responses = [
+        msgspec.structs.replace(response, behavior_log_probs=scores)
+        for response, scores in zip(group.responses, log_probs, strict=True)
+    ]
+    return CollectedGroup(issued=group.issued, responses=responses)
+
+
+def _by_response(
+    where: str, batch: Batch, log_probs: list[list[np.ndarray]]
+) -> Iterator[tuple[str, Response, np.ndarray]]:
+    """(its name for a message, the response, its values). Raises ValueError where number, shape or dtype is wrong."""
+    if len(log_probs) != len(batch.groups):
+        raise ValueError(f"{where}: {len(log_probs)} groups instead of {len(batch.groups)}")
+    for group, of_group in zip(batch.groups, log_probs, strict=True):
+        name = f"{where}, group {group.issued.group_id}"
+        if len(of_group) != len(group.responses):
+            raise ValueError(f"{name}: {len(of_group)} responses instead of {len(group.responses)}")
+        for place, (response, values) in enumerate(zip(group.responses, of_group, strict=True)):
+            if values.dtype != np.float32 or values.shape != response.token_ids.shape:
+                raise ValueError(
+                    f"{name}, response {place}: {values.dtype} of shape {values.shape} instead of "
+                    f"float32 of shape {response.token_ids.shape}"
+                )
+            yield f"{name}, response {place}", response, values
