@@ -10,7 +10,7 @@ TIERS := $(wildcard tests/unit tests/mesh tests/e2e tests/gpu)
 SHELL_SCRIPTS := environment/setup.sh .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-mesh test-matrix test-e2e test-gpu lint format constraints clean
+.PHONY: help setup demo test test-unit test-mesh test-matrix test-crashes test-e2e test-gpu lint format constraints clean
 # A model whose writing was interrupted is made again.
 .DELETE_ON_ERROR:
 
@@ -45,6 +45,9 @@ test-matrix: setup ## all meshes of up to 8 ranks, into tests/mesh/matrix_result
 
 test-gpu: setup ## what needs a GPU (skipped without one)
 	$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+test-crashes: setup ## every role killed in every phase, into tests/e2e/crash_matrix_result.md; RESUME=1 goes on (30-90 min)
+	CRASHES_RESUME=$(RESUME) $(PYTHON) -m pytest tests/e2e/crash_matrix.py $(ARGS)
 
 test-e2e: setup ## trainer ranks, collector and an SGLang server
 	$(PYTHON) -m pytest tests/e2e $(ARGS)

@@ -29,6 +29,10 @@ COMPUTED = ("batch/", "eval/", "mismatch/", "objective/", "optimizer/", "policy/
             "reward/", "staleness/")  # fmt: skip
 NO_PROCESS_WITHIN_S = 20.0
 
+Moment = Literal["before", "after"]
+# train: its torchrun; server: one rollout server; parent: the rank of a forked writer
+Victim = Literal["self", "parent", "launcher", "serve", "collect", "train", "server"]
+
 
 @dataclass(frozen=True)
 class CrashPoint:
@@ -40,13 +44,12 @@ class CrashPoint:
     process: Literal["train", "collect", "serve", "server"]
     at: str
     call: int = 1
-    moment: Literal["before", "after"] = "before"
+    moment: Moment = "before"
     within: str = ""
     within_call: int = 1
     rank: int = 0
     action: Literal["kill", "limit", "fill"] = "kill"
-    # train: its torchrun; server: one rollout server; parent: the rank of a forked writer
-    victim: Literal["self", "parent", "launcher", "serve", "collect", "train", "server"] = "self"
+    victim: Victim = "self"
     signal: str = "SIGKILL"
     file: str = ""  # of the run folder: what must not grow, or what takes all the room
 

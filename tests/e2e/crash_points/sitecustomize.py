@@ -124,7 +124,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         if fullname not in self._wanted:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        assert spec is not None and spec.loader is not None, fullname
+        assert spec is not None, fullname
+        assert spec.loader is not None, fullname
         execute = spec.loader.exec_module
 
         def execute_and_wrap(module: ModuleType) -> None:

@@ -1,0 +1,199 @@
+"""The crashes that `make test-crashes` tries: where in the run, who dies, and how the launch is then to end."""
+
+from dataclasses import dataclass, replace
+
+from tests.e2e.crashes import CrashPoint, Moment, Victim
+
+KILLED = 1  # a role died
+LAUNCHER_KILLED, LAUNCHER_TERMINATED, GOES_ON = -9, 130, 0
+
+UPDATE = "minpro_megatron.actor.policy:Policy.update"
+SCORE = "minpro_megatron.actor.policy:Policy.score"
+FORWARD = "minpro_megatron.actor.forward:ForwardStep.__call__"
+PUBLISH = "minpro_megatron.weights.publish:Publisher.publish"
+SEND = "minpro_megatron.weights.broadcast:Broadcaster.send"
+SHARDS = "minpro_megatron.actor.shard_writing:ShardWrite.__init__"
+WRITE_SHARDS = "minpro_megatron.actor.shard_writing:_write"
+FOLDER = "minpro_megatron.rollout.checkpoint_folder:CheckpointFolder.publish"
+NAME_FILE = "minpro_megatron.rollout.checkpoint_folder:replace_file"
+JOURNAL = "minpro_megatron.rollout.journal:Journal"
+IN_TRANSACTION = "minpro_megatron.rollout.journal:_expect_rows"
+GENERATE = "minpro_megatron.rollout.member:Member.generate"
+FEED = "minpro_megatron.rollout.feed:Feed"
+
+# Each phase in the process that it belongs to, at global step 3: there is a checkpoint of version 2.
+PHASES = {
+    "generating": CrashPoint("collect", GENERATE, call=22),
+    "scoring": CrashPoint("train", FORWARD, call=2, within=SCORE, within_call=8),
+    "mid-update": CrashPoint("train", FORWARD, call=2, within=UPDATE, within_call=8),
+    "publishing": CrashPoint("train", SEND, moment="after", within=PUBLISH, within_call=4),
+    "checkpointing": CrashPoint("train", WRITE_SHARDS, within=SHARDS, within_call=2, victim="parent"),
+    "journal write": CrashPoint(
+        "collect", IN_TRANSACTION, moment="after", within=f"{JOURNAL}.consume", within_call=4
+    ),
+}  # fmt: skip
+OWN = {"train": "the rank", "collect": "collect"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a launch for every crash point, each of which ends with `status`, and one that finishes."""
+
+    name: str
+    points: tuple[CrashPoint, ...]
+    status: int = KILLED
+    overrides: tuple[str, ...] = ()
+    torn: float | None = None  # the share of the journal's write-ahead log that is left of it
+    pruned: bool = False  # the journal forgets tokens: they cannot be compared
+
+    @property
+    def bounded(self) -> bool:
+        return "staleness.mode=bounded" in self.overrides
+
+
+def each_role_in_each_phase() -> list[Case]:
+    """kill -9 of serve, collect and train while each of the six phases is under way."""
+    cases = []
+    victims: tuple[Victim, ...] = ("serve", "collect", "train")
+    for phase, point in PHASES.items():
+        for victim in victims:
+            its_own = point.victim if victim == point.process else victim
+            cases.append(Case(f"{victim} killed, {phase}", (replace(point, victim=its_own),)))
+    return cases
+
+
+def in_collect() -> list[Case]:
+    """Before and after each commit."""
+    moments: dict[str, tuple[str, int, Moment]] = {
+        "groups issued, not sent": ("issue", 3, "after"),
+        "group committed, not counted": ("collect", 15, "after"),
+        "scores committed, not answered": ("score", 4, "after"),
+        "step committed, not answered": ("consume", 4, "after"),
+        "version committed, servers not named": ("publish", 3, "after"),
+        "evaluation in its file, not in the journal": ("evaluate", 2, "before"),
+        "journal flushed for a checkpoint": ("flush", 2, "after"),
+    }
+    return [
+        Case(f"collect killed, {what}", (CrashPoint("collect", f"{JOURNAL}.{method}", call, moment),))
+        for what, (method, call, moment) in moments.items()
+    ] + [
+        Case(
+            "collect killed, tokens pruned, pages not given back",
+            (CrashPoint("collect", "minpro_megatron.rollout.route_files:RouteFiles.remove", call=2),),
+            overrides=("collector.journal_keep_steps=1",),
+            pruned=True,
+        )
+    ]
+
+
+def in_train() -> list[Case]:
+    """Between the requests to collect, around a checkpoint's names, at the run's ends."""
+    whole_folder = {"within": FOLDER, "within_call": 2}
+    points = {
+        "rank 1 killed, mid-update": CrashPoint("train", FORWARD, 2, within=UPDATE, within_call=8, rank=1),
+        "rank 1 killed, between two updates": CrashPoint("train", UPDATE, 8, rank=1),
+        "rank 0 killed, scores not sent": CrashPoint("train", f"{FEED}.scored", 4),
+        "rank 0 killed, scores answered": CrashPoint("train", f"{FEED}.scored", 4, "after"),
+        "rank 0 killed, updated, step not told": CrashPoint("train", f"{FEED}.consumed", 4),
+        "rank 0 killed, step answered": CrashPoint("train", f"{FEED}.consumed", 4, "after"),
+        "rank 0 killed, weights sent, not told": CrashPoint("train", f"{FEED}.publish_end", 4),
+        "rank 0 killed, publication answered": CrashPoint("train", f"{FEED}.publish_end", 4, "after"),
+        "rank 0 killed, checkpoint written, not renamed": CrashPoint("train", NAME_FILE, 1, "after", **whole_folder),
+        "rank 0 killed, checkpoint renamed, not named": CrashPoint("train", NAME_FILE, 2, **whole_folder),
+        "rank 0 killed, checkpoint named, not told": CrashPoint("train", NAME_FILE, 2, "after", **whole_folder),
+        "rank 0 killed before the first checkpoint": CrashPoint("train", FORWARD, 2, within=UPDATE, within_call=3),
+        "rank 0 killed, before the export": CrashPoint("train", "minpro_megatron.roles.train:write_hf"),
+        "rank 0 killed, exported, no summary": CrashPoint("train", "minpro_megatron.roles.train:write_summary"),
+    }
+    return [Case(name, (point,)) for name, point in points.items()]
+
+
+def again() -> list[Case]:
+    """A second crash while the run is being taken up."""
+    first = replace(PHASES["mid-update"], victim="self")
+    restoring = CrashPoint("collect", "minpro_megatron.rollout.journal_restore:_check", moment="after")
+    loading = CrashPoint("train", "minpro_megatron.actor.policy:Policy.load", moment="after", rank=1)
+    publishing = CrashPoint("train", SEND, moment="after")
+    return [
+        Case("rank 0 killed, then collect restoring", (first, restoring)),
+        Case("rank 0 killed, then rank 1 loading", (first, loading)),
+        Case("rank 0 killed, then rank 0 publishing what it loaded", (first, publishing)),
+        Case("collect, then rank 0, then serve killed", (PHASES["journal write"], first, _serve_while_generating())),
+    ]
+
+
+def _serve_while_generating() -> CrashPoint:
+    return CrashPoint("collect", GENERATE, call=6, victim="serve")
+
+
+def without_restart() -> list[Case]:
+    """What a launch survives: a rollout server, the process that writes a checkpoint."""
+    points = {
+        "a server killed, generating": replace(PHASES["generating"], victim="server"),
+        "a server killed, between two tokens": CrashPoint(
+            "server", "minpro_megatron.reference_engine.engine:Engine._step", call=700
+        ),
+        "a server killed, publishing": replace(PHASES["publishing"], victim="server"),
+        "a server killed, mid-update": replace(PHASES["mid-update"], victim="server"),
+        "a checkpoint's writer killed": replace(PHASES["checkpointing"], victim="self"),
+    }
+    return [Case(name, (point,), GOES_ON) for name, point in points.items()]
+
+
+def from_outside() -> list[Case]:
+    """The launcher is killed or told to stop; the journal finds no room, or loses its end."""
+    update, generating, write = PHASES["mid-update"], PHASES["generating"], PHASES["journal write"]
+    stopped = {"victim": "launcher", "signal": "SIGTERM"}
+    consumed = CrashPoint("collect", f"{JOURNAL}.consume", 4, "after")
+    return [
+        Case("launcher killed, mid-update", (replace(update, victim="launcher"),), LAUNCHER_KILLED),
+        Case("launcher killed, generating", (replace(generating, victim="launcher"),), LAUNCHER_KILLED),
+        Case("SIGTERM, mid-update", (replace(update, **stopped),), LAUNCHER_TERMINATED),
+        Case("SIGTERM, generating", (replace(generating, **stopped),), LAUNCHER_TERMINATED),
+        Case("SIGTERM, in a journal's transaction", (replace(write, **stopped),), LAUNCHER_TERMINATED),
+        Case("no room for the journal", (replace(write, action="limit", file="journal.sqlite-wal"),)),
+        Case("no room on the disk", (replace(write, action="fill", file="filler"),)),
+        *(Case(f"collect killed, {share:.0%} of its last writes left", (consumed,), torn=share) for share in TORN),
+    ]
+
+
+TORN = (0.02, 0.37, 0.71, 0.99)
+
+
+def bounded() -> list[Case]:
+    """In bounded mode a resumed run is another one, and a whole one."""
+    mode = ("staleness.mode=bounded", "staleness.max_staleness=2")
+    crashed = {
+        "rank 0 killed, mid-update": (PHASES["mid-update"], KILLED),
+        "rank 0 killed, publishing": (PHASES["publishing"], KILLED),
+        "rank 0 killed, checkpointing": (PHASES["checkpointing"], KILLED),
+        "collect killed, journal write": (PHASES["journal write"], KILLED),
+        "serve killed, generating": (replace(PHASES["generating"], victim="serve"), KILLED),
+        "a server killed, generating": (replace(PHASES["generating"], victim="server"), GOES_ON),
+        "a server killed, publishing": (replace(PHASES["publishing"], victim="server"), GOES_ON),
+        "launcher killed, mid-update": (replace(PHASES["mid-update"], victim="launcher"), LAUNCHER_KILLED),
+    }
+    return [Case(f"bounded: {name}", (point,), status, mode) for name, (point, status) in crashed.items()]
+
+
+def of_sglang() -> list[Case]:
+    """With SGLang's own servers, whose tokens are others every time."""
+    engine = ("server.engine=sglang",)
+    return [
+        Case("SGLang: rank 0 killed, mid-update", (PHASES["mid-update"],), overrides=engine),
+        Case("SGLang: a server killed, generating", (replace(PHASES["generating"], victim="server"),), GOES_ON, engine),
+    ]
+
+
+def all_cases() -> list[Case]:
+    return [
+        Case("undisturbed once more", ()),
+        *each_role_in_each_phase(),
+        *in_collect(),
+        *in_train(),
+        *again(),
+        *without_restart(),
+        *from_outside(),
+        *bounded(),
+        *of_sglang(),
+    ]

@@ -1,0 +1,117 @@
+"""Every role killed in every phase, around every commit and file, and what is left: `make test-crashes`.
+
+Not collected by `make test`, which tries a few of them (test_crashes.py). What is found goes into
+crash_matrix_result.md case by case, so an interrupted run can be taken up again (`make test-crashes RESUME=1`).
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import TinyModel
+from tests.e2e.crash_cases import GOES_ON, Case, all_cases
+from tests.e2e.crash_table import Row, read_rows, write_rows
+from tests.e2e.crashes import STEPS, CrashRun, Results, differing
+from tests.e2e.test_crashes import check_bounded, model, undisturbed
+
+__all__ = ["model", "undisturbed"]  # fixtures
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+RESULT = Path(__file__).with_name("crash_matrix_result.md")
+CASES = all_cases()
+DISK_BYTES = 640 << 20  # a launch wants to see half a GiB of room
+LAUNCH_LIMIT_S = 500
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_run_goes_on(case: Case, model: TinyModel, undisturbed: Results, tmp_path: Path) -> None:
+    recorded = read_rows(RESULT)
+    if os.environ.get("CRASHES_RESUME") and case.name in recorded:
+        pytest.skip("recorded")
+    with _disk_of_its_own(case, tmp_path):
+        row = _tried(case, CrashRun(model, tmp_path, "run", *case.overrides), undisturbed)
+    write_rows(RESULT, recorded | {case.name: row}, [one.name for one in CASES], STEPS)
+
+
+def _tried(case: Case, run: CrashRun, undisturbed: Results) -> Row:
+    launches = []
+    for point in case.points:
+        launched = run.launch(point, LAUNCH_LIMIT_S)
+        launches.append(launched)
+        told = f"{launched.output}\n{run.logs()}"
+        assert launched.reached, told
+        assert launched.status == case.status, told
+        if point.action != "kill":
+            _make_room_again(run, point.file, told)
+    if case.torn is not None:
+        _tear(run.run_dir / "journal.sqlite-wal", case.torn)
+    if case.status != GOES_ON or not case.points:
+        launches.append(run.launch(timeout_s=LAUNCH_LIMIT_S))
+        assert launches[-1].status == 0, f"{launches[-1].output}\n{run.logs()}"
+    assert run.num_launches == len(launches)
+    resumed = re.search(r"it goes on from its (?:checkpoint after global step (\d+)|beginning)", launches[-1].output)
+    assert (resumed is None) == (len(launches) == 1)
+    return Row(
+        case=case.name,
+        ended_with=", ".join(str(launched.status) for launched in launches),
+        went_on_from="" if resumed is None else f"step {resumed[1]}" if resumed[1] else "the beginning",
+        result=_compared(case, run, undisturbed),
+        seconds=f"{sum(launched.seconds for launched in launches):.0f}",
+    )
+
+
+def _compared(case: Case, run: CrashRun, undisturbed: Results) -> str:
+    """What is equal; raises AssertionError where too little is."""
+    if case.bounded:
+        check_bounded(run.run_dir, undisturbed)
+        return "bounded"
+    results = Results.read(run.run_dir)
+    if "server.engine=sglang" in case.overrides:
+        assert results.groups == undisturbed.groups
+        assert results.seeds == undisturbed.seeds
+        assert results.states == undisturbed.states
+        return "same order"
+    assert [name for name in differing(results, undisturbed) if not (case.pruned and name == "rollouts")] == []
+    if case.pruned:
+        forgotten = [group_id for group_id, rows in results.rollouts.items() if rows[0][0] is None]
+        assert forgotten, "nothing was pruned"
+        kept = {group_id: rows for group_id, rows in undisturbed.rollouts.items() if group_id not in forgotten}
+        assert {group_id: results.rollouts[group_id] for group_id in kept} == kept
+        return "equal, but for what was pruned"
+    return "equal"
+
+
+def _tear(log: Path, share: float) -> None:
+    """Only a share of what was written since the last checkpoint of the file is left, cut anywhere."""
+    size = log.stat().st_size
+    assert size > 4096, "there is nothing to tear"
+    os.truncate(log, int(share * size))
+
+
+def _make_room_again(run: CrashRun, file: str, told: str) -> None:
+    assert "free some space if the disk is full" in told, told
+    filler = run.run_dir / file
+    if filler.name == "filler":
+        filler.unlink()
+
+
+@contextmanager
+def _disk_of_its_own(case: Case, folder: Path) -> Iterator[None]:
+    """A small file system at `folder` for a case that fills one."""
+    if not any(point.action == "fill" for point in case.points):
+        yield
+        return
+    options = f"size={DISK_BYTES}"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
