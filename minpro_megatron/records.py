@@ -16,12 +16,17 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prompt(Record, frozen=True, kw_only=True):
-    """A task: `text` is what the policy continues, `answer` is what the reward compares with."""
+    """A task: `text` is the question, before instruction and chat template; `answer` is what the reward compares with.
+
+    `prefix` is the beginning of a response that is given: context that the policy goes on from (arXiv:2601.18795).
+    """
 
     id: str
     source: str
     text: str
     answer: str
+    prefix: str = ""
+    pass_rate: float | None = None  # share of right responses of some model, where it is known
 
 
 class IssuedGroup(Record, frozen=True, kw_only=True):

@@ -1,17 +1,70 @@
 """Where prompts come from, how responses are sampled, which servers do it and how stale they may be."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.config.instructions import instruction_text
 
 
 class DataConfig(Section):
-    """JSON Lines of `{"id", "source", "prompt", "answer"}`."""
+    """JSON Lines of `{"id", "source", "prompt", "answer"}`, and optionally `"pass_rate"` (0 to 1) and `"prefix"`."""
 
     train_file: str
     heldout_file: str
+    instruction: str = Field(
+        default="none",
+        description="what each question is wrapped in: none, dapo, boxed (see config/instructions.py), or a text with "
+        "{question} in it",
+    )
+    chat_template: bool = Field(
+        default=False,
+        description="the question becomes the user's turn in the model's chat template; false: a base model's raw text",
+    )
+    chat_template_arguments: dict[str, str | int | float | bool] = Field(
+        default={}, description='variables of the chat template, such as {"enable_thinking": false}'
+    )
+    source_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description="share of the groups that each source of train_file gets, in any unit, all sources named; 0 leaves "
+        "one out; empty: every prompt of the file once an epoch",
+    )
+    min_pass_rate: float = Field(
+        default=0, ge=0, le=1, description="training prompts with a lower pass_rate are left out"
+    )
+    max_pass_rate: float = Field(
+        default=1,
+        ge=0,
+        le=1,
+        description="those with a higher one too; with either bound set, also those without pass_rate",
+    )
+    curriculum: Literal["none", "easy_first"] = Field(
+        default="none",
+        description="easy_first: in the first epoch (of each source, with source_weights) prompts of a high pass_rate "
+        "come first and those without one last; later epochs are shuffled",
+    )
+
+    @property
+    def selects_by_pass_rate(self) -> bool:
+        return self.min_pass_rate > 0 or self.max_pass_rate < 1
+
+    @model_validator(mode="after")
+    def _can_be_followed(self) -> "DataConfig":
+        instruction_text(self.instruction)
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError(
+                f"min_pass_rate = {self.min_pass_rate} exceeds max_pass_rate = {self.max_pass_rate}: no prompt is "
+                "left; lower the one or raise the other"
+            )
+        if self.source_weights and not any(self.source_weights.values()):
+            raise ValueError(f"source_weights = {self.source_weights} are all 0: no prompt is left; raise one of them")
+        if self.chat_template_arguments and not self.chat_template:
+            raise ValueError(
+                f"chat_template_arguments = {self.chat_template_arguments} without chat_template: set chat_template to "
+                "true, or leave them out"
+            )
+        return self
 
 
 class SamplingConfig(Section):

@@ -13,6 +13,7 @@ from minpro_megatron.launch.backend_check import layer_backend_problems
 from minpro_megatron.launch.resume import holds_a_run, obstacles
 from minpro_megatron.launch.roles import gpus_needed, roles_of
 from minpro_megatron.rollout.journal_feed import journal_problems
+from minpro_megatron.rollout.prompts import load_prompts, make_rendering, refuse_too_few, select_prompts
 from minpro_megatron.serving.api_key import api_key
 from minpro_megatron.serving.watched_server import external_urls
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
@@ -92,6 +93,27 @@ def _newest(folder: Path) -> float:
 
 
 def _data_files(config: RunConfig) -> Iterator[str]:
+    found = list(_file_problems(config))
+    yield from found or _prompt_problems(config)
+
+
+def _prompt_problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong with rows, their selection and their prompting, once the files are there."""
+    data, wanted = config.data, config.evaluation.num_prompts
+    reads: list[Callable[[], object]] = [
+        lambda: select_prompts(load_prompts(data.train_file, "data.train_file"), data),
+        lambda: refuse_too_few(load_prompts(data.heldout_file, "data.heldout_file"), data.heldout_file, wanted),
+    ]
+    if Path(config.model.hf_path).is_dir():
+        reads.append(lambda: make_rendering(data, config.model.hf_path)(["a question"]))
+    for read in reads:
+        try:
+            read()
+        except (ValueError, OSError) as error:
+            yield str(error)
+
+
+def _file_problems(config: RunConfig) -> Iterator[str]:
     for name in ("train_file", "heldout_file"):
         path = Path(getattr(config.data, name))
         field = f"data.{name} = {path}"

@@ -16,7 +16,15 @@ from minpro_megatron.rollout.collector import Collector
 from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.generation import GroupCollector
 from minpro_megatron.rollout.journal import Journal
-from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt, load_prompts, tokenize
+from minpro_megatron.rollout.prompts import (
+    PromptStream,
+    TokenizedPrompt,
+    load_prompts,
+    make_rendering,
+    refuse_too_few,
+    select_prompts,
+    tokenize,
+)
 from minpro_megatron.rollout.resume_point import read_latest
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.model_files import read_model_facts
@@ -29,10 +37,6 @@ START_MARGIN_S = 60.0
 # How long a failed collector stays to answer a trainer that is between two requests.
 FAILURE_DELIVERY_S = 1.0
 STATUS_TERMINATED = 128 + signal.SIGTERM
-
-
-class StartError(RuntimeError):
-    """The collector cannot begin; the message is one line with the reason."""
 
 
 def run(config: RunConfig, incarnation: int) -> int:
@@ -109,16 +113,13 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
 
 def _read_prompts(config: RunConfig, tokenizer: TextTokenizer) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
     longest, wanted = config.sampling.max_prompt_tokens, config.evaluation.num_prompts
-    training = load_prompts(config.data.train_file, "data.train_file")
+    rendering = make_rendering(config.data, config.model.hf_path)
+    training = select_prompts(load_prompts(config.data.train_file, "data.train_file"), config.data)
     heldout = load_prompts(config.data.heldout_file, "data.heldout_file")
-    if len(heldout) < wanted:
-        raise StartError(
-            f"evaluation.num_prompts = {wanted}: data.heldout_file = {config.data.heldout_file!r} has only "
-            f"{len(heldout)} rows; lower evaluation.num_prompts"
-        )
+    refuse_too_few(heldout, config.data.heldout_file, wanted)
     return (
-        tokenize(training, tokenizer, longest, "data.train_file"),
-        tokenize(heldout[:wanted], tokenizer, longest, "data.heldout_file"),
+        tokenize(training, tokenizer, longest, "data.train_file", rendering),
+        tokenize(heldout[:wanted], tokenizer, longest, "data.heldout_file", rendering),
     )
 
 

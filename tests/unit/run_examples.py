@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minpro_megatron.config.rollout import DataConfig, SamplingConfig, ServerConfig
+from minpro_megatron.config.rollout import DataConfig, EvaluationConfig, SamplingConfig, ServerConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import BatchConfig, ModelConfig
 
@@ -38,6 +38,7 @@ def example_config(folder: Path, **changes: object) -> RunConfig:
         "batch": BatchConfig(num_prompts=4, mini_batch_prompts=2, max_tokens_per_row=64),
         "sampling": SamplingConfig(max_prompt_tokens=16, max_response_tokens=8),
         "server": ServerConfig(device="cpu", dtype="float32"),
+        "evaluation": EvaluationConfig(num_prompts=1),
     }
     return RunConfig.model_validate(settings | changes)
 
