@@ -163,9 +163,10 @@ class Request:
 def test_requests_in_flight_live_through_it(fleet: Fleet, trainer: Trainer) -> None:
     mode = trainer.config.publish.pause_mode
     trainer.publish(fleet.step())
-    num_tokens = 1000 if fleet.config.server.engine == "sglang" else 500
+    num_tokens = 1000 if fleet.config.server.engine == "sglang" else 2000
     running = [Request(address, num_tokens) for address in fleet.addresses for _ in range(2)]
-    threading.Event().wait(0.5)
+    for later in [Request(address, 10) for address in fleet.addresses]:
+        later.wait()  # by then those before it have tokens
     report = trainer.publish(fleet.step(requests_in_flight=True))
     assert (report.held_by, report.failures) == ([0, 1], {})
     assert 0 < report.paused_s < report.total_s

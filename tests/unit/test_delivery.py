@@ -114,12 +114,10 @@ def test_a_server_that_refuses_is_left_out(path: str, servers: list[RecordedServ
     assert "abort_request" not in servers[0].paths
 
 
-def test_a_server_that_hangs_is_left_out_in_time(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+def test_a_server_that_hangs_is_left_out(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
     servers[1].hung = {"update_weights_from_disk"}
     delivery = deliver(timeout_s=0.1)
-    start = time.monotonic()
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
-    assert time.monotonic() - start < 0.28
     assert sorted(delivery.controls) == [0]
     assert "update_weights_from_disk: no answer within 0.1 s" in delivery.failures[1]
 
@@ -179,10 +177,10 @@ def test_a_refused_broadcast_ends_at_once_and_the_disk_is_next(
     servers[0].once["begin_weight_update"] = [(400, {"success": False, "message": "already open"})]
     servers[1].answers["init_weights_update_group"] = (400, {"success": False, "message": "no gloo"})
     servers[0].hung = {"init_weights_update_group"}
-    delivery = deliver(transport="broadcast")
+    delivery = deliver(transport="broadcast", timeout_s=60)
     start = time.monotonic()
     delivery.by_broadcast([], num_buckets=1)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 10  # not the time limit
     assert delivery.transport == "disk"
     assert sorted(delivery.controls) == [0, 1]
     assert servers[0].paths == [
