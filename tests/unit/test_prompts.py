@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from minpro_megatron.config.rollout import DataConfig
 from minpro_megatron.records import Prompt
-from minpro_megatron.rollout.prompts import PromptStream, load_prompts, tokenize
+from minpro_megatron.rollout.prompts import PromptStream, load_prompts, make_rendering, tokenize
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.model_files import ModelFacts
 from tests.unit.rollout_fakes import RESPONSES, run_config, tokenized_prompts, write_rows
@@ -59,6 +60,52 @@ def test_a_damaged_row_is_named(tmp_path: Path, line: str, problem: str) -> None
     path.write_bytes((json.dumps(row(1)) + "\n").encode() + line.encode("utf-8", "surrogateescape") + b"\n")
     with pytest.raises(ValueError, match=f"{path}, {problem}"):
         load_prompts(path, "data.train_file")
+
+
+@pytest.mark.parametrize("rate", ["1.5", "-0.1", '"0.5"', "NaN"])
+def test_a_pass_rate_is_a_share(tmp_path: Path, rate: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row(1, pass_rate=1)) + "\n" + json.dumps(row(2))[:-1] + f', "pass_rate": {rate}}}\n')
+    with pytest.raises(ValueError, match=f"{path}, line 2: .*"):
+        load_prompts(path, "data.train_file")
+
+
+def test_pass_rate_and_prefix_are_read_and_reach_the_group(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """The prefix is tokenized apart: its tokens are the same whatever the question ends with."""
+    rows = [row(1, pass_rate=1, prefix="12"), row(2, prefix=""), row(3, pass_rate=None)]
+    prompts = load_prompts(write_rows(tmp_path / "rows.jsonl", rows), "data.train_file")
+    assert [(prompt.prefix, prompt.pass_rate) for prompt in prompts] == [("12", 1.0), ("", None), ("", None)]
+    kept = tokenize(prompts, tokenizer, 7, "data.train_file", lambda questions: [f"{text}0" for text in questions])
+    assert kept[0].token_ids.tolist() == [4, 13, 4, 14, 3, 4, 5]
+    group = PromptStream(kept[:1], run_config(tmp_path)).group(0, 0, 0)
+    assert group.prompt_token_ids.tolist() == [4, 13, 4, 14, 3, 4, 5]
+    assert group.prompt_token_ids.dtype == np.int32
+    assert (group.prompt.source, group.prompt.prefix) == ("test", "12")
+
+
+def test_the_prefix_counts_for_the_limit(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    prompts = load_prompts(write_rows(tmp_path / "rows.jsonl", [row(1, prefix="12"), row(2)]), "data.train_file")
+    assert [kept.prompt.id for kept in tokenize(prompts, tokenizer, 5, "data.train_file")] == ["r2"]
+    assert len(tokenize(prompts, tokenizer, 6, "data.train_file")) == 2
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text"),
+    [
+        ("none", "What is {x}?"),
+        (
+            "dapo",
+            "Solve the following math problem step by step. The last line of your response should be of the form "
+            "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is {x}?\n\nRemember "
+            'to put your answer on its own line after "Answer:".',
+        ),
+        ("boxed", "What is {x}?\nPlease reason step by step, and put your final answer within \\boxed{}."),
+        ("Q: {question} {0} A:", "Q: What is {x}? {0} A:"),
+    ],
+)
+def test_the_instruction_wraps_the_question(instruction: str, text: str) -> None:
+    data = DataConfig(train_file="", heldout_file="", instruction=instruction)
+    assert make_rendering(data, "no model is looked at")(["What is {x}?"]) == [text]
 
 
 def test_a_missing_and_an_empty_file_are_named_by_their_setting(tmp_path: Path) -> None:
