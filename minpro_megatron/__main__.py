@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import signal
 import sys
 from pathlib import Path
@@ -30,7 +31,108 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(role, help=purpose)
         command.add_argument("--config", type=Path, required=True, help="the run's run.json")
         command.add_argument("--incarnation", type=int, required=True, help="how often the run was started")
+    _add_eval(commands.add_parser("eval", help="sample benchmarks and report accuracy, pass@k and maj@k"))
     return parser
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Accuracy, pass@k and maj@k of a model on benchmarks. The defaults are the protocol of arXiv:2601.22718. An "
+        "interrupted evaluation goes on when the same command is given again."
+    )
+    add = command.add_argument_group("what is evaluated").add_argument
+    add("--model", required=True, metavar="HF_DIR", help="config.json, tokenizer and weights, or a hub id")
+    add(
+        "--benchmarks",
+        required=True,
+        type=_names,
+        metavar="NAME,...",
+        help="aime24, aime25, amc23, math500, olympiad, minerva, gsm8k, or other names with a --benchmark-file",
+    )
+    add("--data", type=Path, metavar="DIR", help="holds <benchmark>.jsonl, made by tools/prepare_data.py (data)")
+    add("--benchmark-file", type=_named_path, action="append", dest="benchmark_files", metavar="NAME=PATH")
+    add("--num-prompts", type=_count, metavar="N", help="only the first N of each benchmark (all)")
+    add("--output", required=True, type=Path, metavar="DIR", help="new, or that of the same command")
+    add("--compare", type=Path, nargs="+", metavar="DIR", help="outputs of others, to be rows of the same tables")
+    add = command.add_argument_group("sampling").add_argument
+    add(
+        "--samples",
+        type=_samples,
+        metavar="N|NAME=N,...",
+        help="a prompt, of all benchmarks or of some (128 of amc23, aime24 and aime25, 2 of the rest)",
+    )
+    add("--temperature", type=float, metavar="X", help="(1.0)")
+    add("--top-p", type=float, metavar="X", help="(0.7)")
+    add("--max-response-tokens", type=_count, metavar="N", help="(20480)")
+    add("--max-prompt-tokens", type=_count, metavar="N", help="(2048)")
+    add("--instruction", metavar="TEXT", help="none, dapo, boxed, or a text with {question} in it (dapo)")
+    add("--chat-template", action="store_true", default=None, help="the question as the user's turn")
+    add("--chat-template-arguments", type=_json_object, metavar="JSON", help='such as {"enable_thinking": false}')
+    add("--extra-stop-tokens", type=_names, metavar="TOKEN,...", help="special tokens that also end a response")
+    add("--seed", type=int, metavar="N", help="of sampling, where the engine honours it, and of resampling (0)")
+    add = command.add_argument_group("grading").add_argument
+    add("--reward", metavar="NAME", help="math, dapo, calculator, or package.module:function (math)")
+    add("--reward-workers", type=_count, metavar="N", help="processes (1)")
+    add("--reward-timeout-s", type=float, metavar="X", help="for grading one response (5)")
+    add = command.add_argument_group("servers").add_argument
+    add("--urls", type=_names, metavar="URL,...", help="running servers; none are started then")
+    add("--api-key-variable", metavar="NAME", help="environment variable with the servers' API key")
+    add("--engine", choices=["sglang", "reference"], help="(sglang)")
+    add("--device", choices=["cpu", "cuda"], help="(cuda where there is a GPU)")
+    add("--dtype", choices=["float32", "bfloat16"], help="(float32 on the CPU, else bfloat16)")
+    add("--servers", type=_count, metavar="N", help="servers to start (1)")
+    add("--tensor-parallel", type=_count, metavar="N", help="GPUs of one server (1)")
+    add("--max-running-requests", type=_count, metavar="N", help="of one server (256)")
+    add("--start-timeout-s", type=float, metavar="X", help="for a server to start or answer (900)")
+    add("--request-timeout-s", type=float, metavar="X", help="for the whole answer to a request (7200)")
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: names with commas between them, each once")
+    return names
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=PATH")
+    return name, Path(path)
+
+
+def _samples(text: str) -> dict[str, int]:
+    """By benchmark; under "" for all that are not named."""
+    parts = [part.rpartition("=") for part in text.split(",")]
+    found = {name.strip(): _count(number) for name, _, number in parts}
+    if len(found) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: every benchmark once")
+    return found
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: not a JSON object")
+    return value
+
+
+def _run_eval(given: dict[str, object]) -> int:
+    from minpro_megatron.launch.evaluation import evaluate
+    from minpro_megatron.launch.evaluation_options import EvaluationOptions
+
+    said = {name: value for name, value in given.items() if value is not None and name != "command"}
+    said["benchmark_files"] = dict(said.get("benchmark_files", []))  # type: ignore[call-overload]
+    return evaluate(EvaluationOptions(**said))  # type: ignore[arg-type]
 
 
 def _run_role(role: str, config_file: Path, incarnation: int) -> int:
@@ -51,6 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command in ROLES:
             return _run_role(options.command, options.config, options.incarnation)
+        if options.command == "eval":
+            return _run_eval(vars(options))
         from minpro_megatron.launch.launcher import launch
 
         return launch(options.recipe, options.overrides)

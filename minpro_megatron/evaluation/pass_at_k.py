@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class PassAtK:
@@ -47,3 +49,20 @@ def mean_pass_at_k(num_samples: int, num_correct: Sequence[int], k: int) -> Pass
         return PassAtK(mean, 0.0)
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return PassAtK(mean, math.sqrt(variance / len(values)))
+
+
+def pass_at_k_values(num_samples: int, num_correct: Sequence[int] | np.ndarray, largest_k: int) -> np.ndarray:
+    """pass@1 .. pass@`largest_k` of every prompt, float64 [prompts, largest_k]; equal to `pass_at_k` but for rounding.
+
+    Raises ValueError as `pass_at_k` does.
+    """
+    counts = np.asarray(num_correct, dtype=np.int64)
+    if not 1 <= largest_k <= num_samples or (counts < 0).any() or (counts > num_samples).any():
+        raise ValueError(
+            f"num_samples = {num_samples}, num_correct from {counts.min(initial=0)} to {counts.max(initial=0)}, "
+            f"largest_k = {largest_k}: 0 <= num_correct <= num_samples and 1 <= largest_k <= num_samples must hold"
+        )
+    drawn = np.arange(largest_k)
+    # That one more draw is wrong where all before it were: the factors of C(n - c, k) / C(n, k).
+    still_wrong = np.maximum(num_samples - counts[:, None] - drawn, 0) / (num_samples - drawn)
+    return 1.0 - np.cumprod(still_wrong, axis=1)

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from minpro_megatron.monitor.history import Entry
 
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#2563eb", "#d97706", "#0f9d76", "#7c3aed", "#94a3b8"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.edgecolor": "#cbd5e1",
     "axes.labelcolor": "#475569",
@@ -67,7 +67,7 @@ def series(history: Sequence[Entry], name: str) -> Series:
 def charts(history: Sequence[Entry]) -> list[Chart]:
     """Every chart that the history has numbers for, in reading order."""
     made = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for title, caption, draw in _CHARTS:
             figure = Figure(figsize=(5.4, 2.7), layout="constrained")
             FigureCanvasAgg(figure)

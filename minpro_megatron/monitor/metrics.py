@@ -225,6 +225,14 @@ METRICS: dict[str, Declaration] = {
     "eval/pass_at_1": Declaration("share", "mean", "held-out accuracy of one sample"),
     "eval/standard_error": Declaration("share", "mean", "standard error of pass@1 over prompts"),
     "eval/response_length_mean": Declaration("tokens", "mean", "length of a held-out response"),
+    "evaluation/accuracy/<benchmark>": Declaration("share", "mean", "right samples; average: of the benchmarks"),
+    "evaluation/standard_error/<benchmark>": Declaration("share", "mean", "standard error of it over prompts"),
+    "evaluation/pass_at_k/<benchmark>_<k>": Declaration("share", "mean", "prompts with a right one among k samples"),
+    "evaluation/majority_at_k/<benchmark>_<k>": Declaration(
+        "share", "mean", "prompts whose most frequent answer of k is right"
+    ),
+    "evaluation/response_length_mean/<benchmark>": Declaration("tokens", "mean", "length of a response"),
+    "evaluation/truncated_fraction/<benchmark>": Declaration("share", "mean", "responses cut at the length limit"),
 }
 
 

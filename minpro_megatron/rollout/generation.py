@@ -43,7 +43,7 @@ class GroupCollector:
 
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
         """The group, sampled and rewarded; waits for as long as no server can take it. Raises GenerationError."""
-        sequences = await self._sample(issued, sampling)
+        sequences = await self.sample(issued, sampling)
         texts = [self._tokenizer.response_text(sequence.token_ids) for sequence in sequences]
         rewards = await self._rewards.grade_all(texts, issued.prompt.answer, issued.prompt.source)
         responses = [
@@ -59,7 +59,8 @@ class GroupCollector:
         ]
         return CollectedGroup(issued=issued, responses=responses)
 
-    async def _sample(self, issued: IssuedGroup, sampling: SamplingParameters) -> list[SampledSequence]:
+    async def sample(self, issued: IssuedGroup, sampling: SamplingParameters) -> list[SampledSequence]:
+        """The group's sequences alone; otherwise as `collect`."""
         fleet, ticket = self._fleet, next(self._tickets)
         tried: set[Key] = set()
         num_failures = 0

@@ -1,0 +1,36 @@
+"""The seven benchmarks of arXiv:2601.22718 and how many samples of each prompt its protocol takes."""
+
+from dataclasses import dataclass
+
+# temperature 1.0, top-p 0.7, at most 20,480 tokens a response
+TEMPERATURE, TOP_P, MAX_RESPONSE_TOKENS = 1.0, 0.7, 20480
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """`title` is the heading of its column."""
+
+    title: str
+    samples_per_prompt: int
+
+
+# Small sets are sampled more often: one prompt more or less of AIME is 3 %.
+BENCHMARKS = {
+    "aime24": Benchmark("AIME24", 128),
+    "aime25": Benchmark("AIME25", 128),
+    "amc23": Benchmark("AMC23", 128),
+    "math500": Benchmark("MATH500", 2),
+    "olympiad": Benchmark("Olympiad", 2),
+    "minerva": Benchmark("Minerva", 2),
+    "gsm8k": Benchmark("GSM8K", 2),
+}
+# Of a benchmark from a file of one's own.
+OTHER_SAMPLES_PER_PROMPT = 2
+
+
+def title_of(name: str) -> str:
+    return BENCHMARKS[name].title if name in BENCHMARKS else name
+
+
+def samples_of(name: str) -> int:
+    return BENCHMARKS[name].samples_per_prompt if name in BENCHMARKS else OTHER_SAMPLES_PER_PROMPT

@@ -1,0 +1,136 @@
+"""From a benchmark's samples to its figures: accuracy, pass@k, maj@k, lengths."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.evaluation.intervals import Estimate, average, estimates, resampled_means
+from minpro_megatron.evaluation.majority import majority_at_k, votes
+from minpro_megatron.evaluation.pass_at_k import pass_at_k_values
+from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse
+
+# A response counts as right from this reward on.
+RIGHT_REWARD = 1.0
+
+
+class BenchmarkScores(msgspec.Struct, frozen=True):
+    """A benchmark's figures; shares are of 1, intervals are over prompts. `pass_at_k` has every k from 1 to n."""
+
+    name: str
+    num_prompts: int
+    samples_per_prompt: int
+    accuracy: Estimate  # avg@n: of all samples
+    pass_at_k: dict[int, Estimate]
+    majority_at_k: dict[int, Estimate]
+    mean_response_tokens: float
+    truncated_fraction: float  # cut at the length limit
+    no_answer_fraction: float  # the grader found nothing to compare
+    ungraded_responses: int  # the grader failed: reward 0
+
+
+class Scores(msgspec.Struct, frozen=True):
+    """One model's figures on its benchmarks; `average` is the mean of their accuracies, each counting the same."""
+
+    model: str
+    policy_version: int
+    settings: dict
+    benchmarks: list[BenchmarkScores]
+    average: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """A benchmark's samples without their texts, arrays [prompts, samples]."""
+
+    is_right: np.ndarray
+    votes: np.ndarray
+    num_tokens: np.ndarray
+    is_truncated: np.ndarray
+    has_answer: np.ndarray
+    num_problems: int
+
+
+def powers_of_two(largest: int) -> list[int]:
+    """1, 2, 4, ... and `largest` itself.
+
+    >>> powers_of_two(12)
+    [1, 2, 4, 8, 12]
+    """
+    return [*(1 << i for i in range(largest.bit_length()) if 1 << i < largest), largest]
+
+
+def answers_of(benchmark: str, groups: Iterable[SampledGroup], samples_per_prompt: int) -> Answers:
+    """The benchmark's samples in `groups`. Raises ValueError unless there are as many of every prompt."""
+    responses: dict[str, dict[int, SampledResponse]] = {}
+    for group in groups:
+        if group.benchmark == benchmark:
+            of_prompt = responses.setdefault(group.prompt_id, {})
+            of_prompt.update(enumerate(group.responses, start=group.first_sample))
+    wanted = set(range(samples_per_prompt))
+    if not responses or any(of_prompt.keys() != wanted for of_prompt in responses.values()):
+        raise ValueError(f"{benchmark}: not every prompt has its {samples_per_prompt} samples")
+    # in an order that does not depend on which response came first: resampling must give the same intervals
+    table = [[responses[prompt][sample] for sample in sorted(wanted)] for prompt in sorted(responses)]
+    # A grader that never says what it compared compares the whole response.
+    whole = all(response.extracted is None for row in table for response in row)
+    is_right = np.asarray([[response.reward >= RIGHT_REWARD for response in row] for row in table])
+    answers = [[response.text if whole else response.extracted for response in row] for row in table]
+    return Answers(
+        is_right=is_right,
+        votes=np.stack([votes(row, right) for row, right in zip(answers, is_right.tolist(), strict=True)]),
+        num_tokens=np.asarray([[response.num_tokens for response in row] for row in table]),
+        is_truncated=np.asarray([[response.finish_reason == "length" for response in row] for row in table]),
+        has_answer=np.asarray([[answer is not None for answer in row] for row in answers]),
+        num_problems=sum(response.problem is not None for row in table for response in row),
+    )
+
+
+def score_benchmark(name: str, answers: Answers, seed: int) -> BenchmarkScores:
+    """The figures; `seed` is of the bootstrap and of maj@k's draws."""
+    num_prompts, num_samples = answers.is_right.shape
+    passes = pass_at_k_values(num_samples, answers.is_right.sum(axis=1), num_samples)
+    ks = powers_of_two(num_samples)
+    majorities = majority_at_k(answers.votes, ks, derive_seed(seed, f"maj@k/{name}"))
+    bootstrap = _bootstrap_seed(seed, name)
+    pass_at_k = dict(enumerate(estimates(passes, bootstrap), start=1))
+    return BenchmarkScores(
+        name=name,
+        num_prompts=num_prompts,
+        samples_per_prompt=num_samples,
+        accuracy=pass_at_k[1],  # the unbiased pass@1 is the mean accuracy
+        pass_at_k=pass_at_k,
+        majority_at_k=dict(zip(ks, estimates(majorities, bootstrap), strict=True)),
+        mean_response_tokens=float(answers.num_tokens.mean()),
+        truncated_fraction=float(answers.is_truncated.mean()),
+        no_answer_fraction=float(1 - answers.has_answer.mean()),
+        ungraded_responses=answers.num_problems,
+    )
+
+
+def average_accuracy(answers: Mapping[str, Answers], seed: int) -> Estimate:
+    """The mean of the benchmarks' accuracies with its interval."""
+    accuracies = {name: found.is_right.mean(axis=1)[:, None] for name, found in answers.items()}
+    resampled = [resampled_means(values, _bootstrap_seed(seed, name))[:, 0] for name, values in accuracies.items()]
+    return average(resampled, [float(values.mean()) for values in accuracies.values()])
+
+
+def score_all(
+    model: str, policy_version: int, settings: dict, samples: Mapping[str, int], groups: Sequence[SampledGroup]
+) -> Scores:
+    """Everything about one model. `samples` has the samples a prompt of each benchmark; settings["seed"] is used."""
+    seed = int(settings["seed"])
+    answers = {name: answers_of(name, groups, count) for name, count in samples.items()}
+    return Scores(
+        model=model,
+        policy_version=policy_version,
+        settings=settings,
+        benchmarks=[score_benchmark(name, found, seed) for name, found in answers.items()],
+        average=average_accuracy(answers, seed),
+    )
+
+
+def _bootstrap_seed(seed: int, name: str) -> int:
+    return derive_seed(seed, f"bootstrap/{name}")

@@ -1,0 +1,209 @@
+"""The command `eval`: benchmarks -> servers -> samples -> figures, tables and a picture."""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.markdown import Markdown
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.evaluation.benchmarks import title_of
+from minpro_megatron.evaluation.samples import SampledGroup, SampleFile
+from minpro_megatron.evaluation.scores import Scores, score_all
+from minpro_megatron.evaluation.tables import markdown, scalars
+from minpro_megatron.launch.evaluation_options import (
+    EvaluationOptions,
+    read_benchmarks,
+    run_config,
+    samples_per_prompt,
+    sampling_settings,
+)
+from minpro_megatron.launch.logs import explanation
+from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.pass_at_k_chart import Curve, pass_at_k_png
+from minpro_megatron.monitor.sampling_progress import SamplingProgress
+from minpro_megatron.rewards.pool import RewardWorkerError
+from minpro_megatron.rewards.registry import check_reward_name
+from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
+from minpro_megatron.rollout.fleet import FleetError
+from minpro_megatron.rollout.generation import GenerationError
+from minpro_megatron.serving.api_key import api_key
+from minpro_megatron.serving.server_command import context_length
+from minpro_megatron.serving.watched_server import external_urls
+
+RESULTS_FILE, TABLE_FILE, PICTURE_FILE, TENSORBOARD_FOLDER = "results.json", "table.md", "pass_at_k.png", "tensorboard"
+STATUS_TERMINATED = 128 + signal.SIGTERM
+# serve ends its servers within seconds; see serving/server_process.py.
+SERVE_END_S = 20.0
+
+
+def evaluate(options: EvaluationOptions) -> int:
+    """Samples what is missing in OUTPUT and writes the figures. Returns the exit status: 0 done, 1 failed, 143
+    terminated. Raises UserError."""
+    config = run_config(options)
+    _check(options, config)
+    samples = samples_per_prompt(options)
+    compared = [_read_results(folder) for folder in options.compare]
+    prompts = read_benchmarks(options, config)
+    settings = sampling_settings(options, config, prompts)
+    try:
+        with SampleFile(options.output, settings) as file:
+            done = list(file.groups())
+            tasks = plan(prompts, samples, options.seed, [group.key for group in done])
+            if tasks:
+                wanted = {name: samples[name] * len(tokenized) for name, tokenized in prompts.items()}
+                status = _sample(config, file, tasks, done, wanted)
+                if status:
+                    return status
+                done = list(file.groups())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    result = score_all(options.model, done[0].policy_version, settings, samples, done)
+    _write(options.output, result, [*compared, result])
+    return 0
+
+
+def _check(options: EvaluationOptions, config: RunConfig) -> None:
+    """Raises UserError for what would fail only once servers are running."""
+    looks = [
+        lambda: api_key(config.server),
+        lambda: external_urls(config.server),
+        lambda: check_reward_name(options.reward, "--reward"),
+    ]
+    looks += [] if options.urls else [lambda: context_length(config)]
+    problems = []
+    for look in looks:
+        try:
+            look()
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(problems)
+
+
+def _sample(
+    config: RunConfig, file: SampleFile, tasks: Sequence[Task], done: Sequence[SampledGroup], wanted: dict[str, int]
+) -> int:
+    """Samples the tasks with servers of its own, or watching those of others. Returns the exit status."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s eval %(levelname)s %(message)s", stream=sys.stderr, force=True
+    )
+    counted: Counter[str] = Counter()
+    for group in done:
+        counted[group.benchmark] += len(group.responses)
+    with SamplingProgress(counted, wanted) as progress:
+        try:
+            asyncio.run(_until_terminated(config, file, tasks, done[0].policy_version if done else None, progress))
+        except asyncio.CancelledError:
+            print("terminated; the same command goes on", file=sys.stderr)
+            return STATUS_TERMINATED
+        except (EvaluationError, FleetError, GenerationError, RewardWorkerError, OSError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print("the same command goes on with what is sampled so far", file=sys.stderr)
+            return 1
+    return 0
+
+
+async def _until_terminated(
+    config: RunConfig, file: SampleFile, tasks: Sequence[Task], sampled_version: int | None, progress: SamplingProgress
+) -> None:
+    main = asyncio.current_task()
+    assert main is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)
+
+    def count(group: SampledGroup) -> None:
+        progress.add(group.benchmark, len(group.responses), sum(response.num_tokens for response in group.responses))
+
+    incarnation = os.getpid()  # addresses that a killed predecessor left are not taken for those of now
+    async with _serving(config, incarnation) as ended:
+        sampler = Sampler(config, incarnation, file, count, progress.start_clock)
+        work = asyncio.create_task(sampler.run(tasks, sampled_version))
+        try:
+            await asyncio.wait({work, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                lines = explanation(_serve_log(config))
+                raise EvaluationError(f"the servers' role has ended: {' | '.join(lines[-3:])} ({_serve_log(config)})")
+            work.result()
+        finally:
+            if not work.done():
+                work.cancel()
+                await asyncio.wait({work})
+
+
+def _serve_log(config: RunConfig) -> Path:
+    return config.run_dir / "logs" / "serve.log"
+
+
+@asynccontextmanager
+async def _serving(config: RunConfig, incarnation: int) -> AsyncIterator["asyncio.Task[int]"]:
+    """The role `serve` as a process; the task ends with it."""
+    config_file, log_file = config.run_dir / "run.json", _serve_log(config)
+    replace_file(config_file, config.to_json())
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "minpro_megatron", "serve"]
+    command += ["--config", str(config_file), "--incarnation", str(incarnation)]
+    with log_file.open("wb") as log:
+        # A session of its own: at an interrupt this process ends it, when nothing is asked of the servers any more.
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    ended = asyncio.create_task(process.wait())
+    try:
+        yield ended
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await asyncio.wait({ended}, timeout=SERVE_END_S)
+        if process.returncode is None:
+            process.kill()
+            await ended
+
+
+def _read_results(folder: Path) -> Scores:
+    path = folder / RESULTS_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Scores)
+    except OSError as error:
+        raise UserError(
+            f"--compare {folder}: {path}: {error.strerror}; give the --output of another evaluation"
+        ) from None
+    except msgspec.DecodeError as error:
+        raise UserError(f"--compare {folder}: {path}: {error}; evaluate it again") from None
+
+
+def _write(output: Path, result: Scores, shown: Sequence[Scores]) -> None:
+    replace_file(output / RESULTS_FILE, msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
+    table = markdown(shown)
+    replace_file(output / TABLE_FILE, table)
+    curves = [_curve(title_of(scores.name), scores.pass_at_k) for scores in result.benchmarks]
+    (output / PICTURE_FILE).write_bytes(pass_at_k_png(curves, f"{result.model}: pass@k with 95 % intervals"))
+    _write_tensorboard(output, result)
+    Console(highlight=False).print(Markdown(table))
+    for kind, name in (("results", RESULTS_FILE), ("table", TABLE_FILE), ("picture", PICTURE_FILE)):
+        print(f"{kind:<12} {output / name}")
+    print(f"TensorBoard  tensorboard --logdir {output / TENSORBOARD_FOLDER}")
+
+
+def _curve(title: str, pass_at_k: dict[int, Any]) -> Curve:
+    found = [pass_at_k[k] for k in sorted(pass_at_k)]
+    return Curve(title, [e.value for e in found], [e.low for e in found], [e.high for e in found])
+
+
+def _write_tensorboard(output: Path, result: Scores) -> None:
+    from minpro_megatron.monitor.writer import RunWriter  # imports torch: seconds that only a finished evaluation pays
+
+    shutil.rmtree(output / TENSORBOARD_FOLDER, ignore_errors=True)
+    (output / "metrics.jsonl").unlink(missing_ok=True)
+    with RunWriter(output) as writer:
+        writer.scalars(result.policy_version, scalars(result))

@@ -1,0 +1,197 @@
+"""The sampling of an evaluation: which samples are missing, through the servers and the graders into a file."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import msgspec
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
+from minpro_megatron.records import IssuedGroup
+from minpro_megatron.rewards.pool import RewardPool
+from minpro_megatron.rollout.fleet import Fleet
+from minpro_megatron.rollout.generation import GroupCollector
+from minpro_megatron.rollout.member import client_maker
+from minpro_megatron.rollout.prompts import TokenizedPrompt
+from minpro_megatron.rollout.tokenizer import TextTokenizer
+from minpro_megatron.serving.client import SamplingParameters
+from minpro_megatron.serving.errors import ServerError
+from minpro_megatron.serving.model_files import read_model_facts
+
+log = logging.getLogger(__name__)
+
+# A prompt's samples are asked for a few at a time: whole groups of 128 would leave servers idle at the end, and what a
+# crash loses is what is under way.
+SAMPLES_PER_REQUEST = 2
+# How often a server that came back is taken in again, and the longest time without any server.
+READMIT_INTERVAL_S = 2.0
+# `serve` reports a server that does not start after server.start_timeout_s; this waits a little longer.
+START_MARGIN_S = 60.0
+
+Key = tuple[str, str, int]
+
+
+class EvaluationError(RuntimeError):
+    """The evaluation cannot go on; the message is one line with the reason. What is sampled so far stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Some samples of a benchmark's prompt: those from `first_sample` on, one for each of the group's seeds."""
+
+    benchmark: str
+    first_sample: int
+    group: IssuedGroup
+
+    @property
+    def key(self) -> Key:
+        return self.benchmark, self.group.prompt.id, self.first_sample
+
+
+def plan(
+    prompts: Mapping[str, Sequence[TokenizedPrompt]], samples: Mapping[str, int], seed: int, done: Collection[Key] = ()
+) -> list[Task]:
+    """What is to be sampled but not `done`, benchmark after benchmark. Seeds depend on (seed, benchmark, prompt's id,
+    sample) alone."""
+    tasks: list[Task] = []
+    for name, tokenized in prompts.items():
+        for prompt in tokenized:
+            for first in range(0, samples[name], SAMPLES_PER_REQUEST):
+                places = range(first, min(first + SAMPLES_PER_REQUEST, samples[name]))
+                group = IssuedGroup(
+                    group_id=len(tasks),
+                    batch_index=-1,
+                    policy_version=0,
+                    prompt=prompt.prompt,
+                    prompt_token_ids=prompt.token_ids,
+                    sampling_seeds=[derive_seed(seed, f"benchmark/{name}/{prompt.prompt.id}", i) for i in places],
+                )
+                tasks.append(Task(name, first, group))
+    left_out = set(done)
+    return [task for task in tasks if task.key not in left_out]
+
+
+class Sampler:
+    """Samples tasks on the servers whose addresses `serve` states in the run's folder, and grades the responses."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        incarnation: int,
+        file: SampleFile,
+        sampled: Callable[[SampledGroup], None],
+        ready: Callable[[], None],
+    ) -> None:
+        """`sampled` is called with each group after it is in `file`, `ready` once when the servers are."""
+        self._config = config
+        self._incarnation = incarnation
+        self._file = file
+        self._sampled = sampled
+        self._ready = ready
+        self._facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
+        self._tokenizer = TextTokenizer(config.model.hf_path, self._facts)
+        self._sampling = SamplingParameters(
+            config.evaluation.temperature, config.sampling.max_response_tokens, config.evaluation.top_p
+        )
+
+    async def run(self, tasks: Sequence[Task], sampled_version: int | None) -> None:
+        """Samples all tasks. `sampled_version`: of the samples that are there already.
+
+        Raises EvaluationError, FleetError or GenerationError.
+        """
+        settings = self._config.collector
+        rewards = RewardPool(
+            settings.reward, settings.reward_workers, settings.reward_timeout_s, by_source=settings.reward_by_source
+        )
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(rewards)
+            fleet = await stack.enter_async_context(Fleet(self._config, self._facts, self._incarnation))
+            await fleet.wait_until_ready(self._config.server.start_timeout_s + START_MARGIN_S)
+            version = await self._served_version(fleet)
+            if sampled_version not in (None, version):
+                raise EvaluationError(
+                    f"the servers hold version {version} of the weights, the samples in {self._file.path} are of "
+                    f"version {sampled_version}: give another --output"
+                )
+            self._ready()
+            groups = GroupCollector(fleet, rewards, self._tokenizer)
+            try:
+                async with asyncio.TaskGroup() as running:
+                    readmitting = running.create_task(self._readmit(fleet, version))
+                    pending = [running.create_task(self._sample(task, version, groups, rewards)) for task in tasks]
+                    await asyncio.gather(*pending)
+                    readmitting.cancel()
+            except ExceptionGroup as failures:  # they fail together: one cause is enough
+                raise _first_error(failures) from None
+
+    async def _served_version(self, fleet: Fleet) -> int:
+        """The version that all servers hold; `fleet` gives out work for it from now on."""
+        make_client = client_maker(self._config, self._facts)
+        versions = {}
+        for address in fleet.members():
+            async with make_client(address) as client:
+                try:
+                    versions[address.url] = await client.policy_version(self._config.server.unhealthy_after_s)
+                except ServerError as error:
+                    raise EvaluationError(
+                        f"{error}; a server of --urls must say which weights it holds: start it with --weight-version 0"
+                    ) from None
+        if len(set(versions.values())) != 1:
+            raise EvaluationError(f"the servers hold different weights ({versions}): evaluate those of one version")
+        version = next(iter(versions.values()))
+        if version != fleet.version:
+            fleet.set_version(version, [address.index for address in fleet.members()])
+        return version
+
+    async def _readmit(self, fleet: Fleet, version: int) -> None:
+        """Takes in servers of others that were away and have the same weights still."""
+        loop = asyncio.get_running_loop()
+        seen_at = loop.time()
+        while True:
+            await asyncio.sleep(READMIT_INTERVAL_S)
+            if fleet.outdated():
+                fleet.set_version(version, [address.index for address in fleet.members()])
+            if fleet.metrics()["fleet/current"]:
+                seen_at = loop.time()
+            elif loop.time() - seen_at > self._config.server.start_timeout_s:
+                raise EvaluationError(
+                    f"no server has held version {version} of the weights for server.start_timeout_s = "
+                    f"{self._config.server.start_timeout_s:g} s; the same command goes on once there is one"
+                )
+
+    async def _sample(self, task: Task, version: int, groups: GroupCollector, rewards: RewardPool) -> None:
+        prompt = task.group.prompt
+        issued = msgspec.structs.replace(task.group, policy_version=version)
+        sequences = await groups.sample(issued, self._sampling)
+        texts = [self._tokenizer.response_text(sequence.token_ids) for sequence in sequences]
+        judged = await rewards.judge_all(texts, prompt.answer, prompt.source)
+        group = SampledGroup(
+            benchmark=task.benchmark,
+            policy_version=version,
+            prompt_id=prompt.id,
+            first_sample=task.first_sample,
+            responses=[
+                SampledResponse(
+                    text=text,
+                    num_tokens=len(sequence.token_ids),
+                    finish_reason=sequence.finish_reason,
+                    reward=found.reward,
+                    extracted=found.extracted,
+                    problem=found.problem,
+                )
+                for text, sequence, found in zip(texts, sequences, judged, strict=True)
+            ],
+        )
+        self._file.append(group)
+        self._sampled(group)
+
+
+def _first_error(group: ExceptionGroup) -> Exception:
+    error: Exception = group
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
