@@ -56,7 +56,7 @@ def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None
 
 def _check_journal(launch: Launch) -> None:
     with sqlite3.connect(f"file:{launch.run_dir / 'journal.sqlite'}?mode=ro", uri=True) as journal:
-        rows = journal.execute("SELECT batch_index, policy_version, state FROM groups").fetchall()
+        rows = journal.execute("SELECT batch_index, issued_version, state FROM groups").fetchall()
     assert sorted(rows) == [(batch, max(0, batch - 2), "consumed") for batch in range(4) for _ in range(8)]
 
 
