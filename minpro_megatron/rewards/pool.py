@@ -1,4 +1,4 @@
-"""Grading in worker processes under hard limits of time and memory: model output is untrusted, a grader may hang on it."""
+"""Grading in worker processes under hard limits of time and memory: model output is untrusted, graders hang on it."""
 
 import asyncio
 import logging

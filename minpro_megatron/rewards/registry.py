@@ -20,6 +20,9 @@ RewardFunction = Callable[[str, str], float | Grade]
 # A module is imported only where it grades: some need heavy libraries.
 REWARDS = {
     "calculator": "minpro_megatron.rewards.calculator:grade",
+    "dapo": "minpro_megatron.rewards.dapo:grade",
+    "dapo_boxed": "minpro_megatron.rewards.dapo:grade_boxed",
+    "math": "minpro_megatron.rewards.mathematics:grade",
 }
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
