@@ -225,7 +225,7 @@ class Collector:
         if index < self._next_step or not self._schedule.is_sampled_by_now(index) or not self._schedule.batch(index):
             raise Conflict(f"scores of batch {index}: it is not sampled yet, or consumed already")
         batch = self._batch(index)
-        check_scores(batch, scores)
+        await asyncio.to_thread(check_scores, batch, scores)  # it looks at every token
         # some may have been scored before a crash: scores never change
         pairs = [pair for pair in zip(batch.groups, scores.log_probs, strict=True) if not pair[0].is_scored]
         if not pairs:

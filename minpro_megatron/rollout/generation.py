@@ -1,7 +1,9 @@
 """Groups through the servers: one group on one server, failures moved and repeated, every response rewarded."""
 
+import asyncio
 import itertools
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +24,7 @@ MAX_GROUP_FAILURES = 3
 
 
 class ResponseDecoder(Protocol):
-    def response_text(self, token_ids: np.ndarray) -> str: ...
+    def response_texts(self, responses: Sequence[np.ndarray]) -> list[str]: ...
 
 
 class GenerationError(RuntimeError):
@@ -44,7 +46,9 @@ class GroupCollector:
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
         """The group, sampled and rewarded; waits for as long as no server can take it. Raises GenerationError."""
         sequences = await self.sample(issued, sampling)
-        texts = [self._tokenizer.response_text(sequence.token_ids) for sequence in sequences]
+        # In a thread: a group may have 150,000 tokens, and other answers should not wait for its text.
+        ids = [sequence.token_ids for sequence in sequences]
+        texts = await asyncio.to_thread(self._tokenizer.response_texts, ids)
         rewards = await self._rewards.grade_all(texts, issued.prompt.answer, issued.prompt.source)
         responses = [
             Response(

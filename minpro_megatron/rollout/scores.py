@@ -12,9 +12,10 @@ from minpro_megatron.serving.answers import LARGEST_LOG_PROB
 def check_scores(batch: Batch, scores: BehaviorLogProbs) -> None:
     """Raises ValueError unless the scores are one finite log-prob for each response token of the batch."""
     where = f"scores of batch {batch.index}"
-    versions = {int(version) for group in batch.groups for r in group.responses for version in set(r.policy_versions)}
-    if scores.policy_version >= 0 and versions != {scores.policy_version}:
-        raise ValueError(f"{where}: computed with version {scores.policy_version}, sampled with {sorted(versions)}")
+    sampled_with = [response.policy_versions for group in batch.groups for response in group.responses]
+    if scores.policy_version >= 0 and any((versions != scores.policy_version).any() for versions in sampled_with):
+        found = sorted({int(version) for versions in sampled_with for version in np.unique(versions)})
+        raise ValueError(f"{where}: computed with version {scores.policy_version}, sampled with {found}")
     for name, _, log_probs in _by_response(where, batch, scores.log_probs):
         if not np.isfinite(log_probs).all() or (log_probs > LARGEST_LOG_PROB).any():
             raise ValueError(f"{name}: a value is not finite, or above 0")

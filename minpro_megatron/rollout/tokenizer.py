@@ -34,10 +34,15 @@ class TextTokenizer:
 
     def response_text(self, token_ids: np.ndarray) -> str:
         """What the reward reads: the response without its stop token and other special tokens."""
-        ids = token_ids.tolist()
-        if ids and ids[-1] in self._stop_token_ids:
-            ids.pop()
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self.response_texts([token_ids])[0]
+
+    def response_texts(self, responses: Sequence[np.ndarray]) -> list[str]:
+        """The same for several. In a thread it leaves the interpreter to others, as the library's `decode` does not."""
+        ids = [response.tolist() for response in responses]
+        for of_response in ids:
+            if of_response and of_response[-1] in self._stop_token_ids:
+                of_response.pop()
+        return self._tokenizer.decode_batch(ids, skip_special_tokens=True)
 
     def text(self, token_ids: np.ndarray) -> str:
         """Every one of these tokens as text, special ones too. A part of a character becomes U+FFFD."""

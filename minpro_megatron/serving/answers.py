@@ -50,11 +50,18 @@ class _VersionSpan(msgspec.Struct):
     end: int
 
 
+# There are millions of these in a step. gc=False: each would otherwise bring the next garbage collection nearer.
+class _TokenLogProb(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    log_prob: float
+    token_id: int
+    text: str | None
+
+
 class _MetaInfo(msgspec.Struct):
     id: str
     finish_reason: _FinishReason
     # An aborted request lacks some of these.
-    output_token_logprobs: list[tuple[float, int, str | None]] = []
+    output_token_logprobs: list[_TokenLogProb] = []
     weight_versions: list[_VersionSpan] = []
     prompt_tokens: int | None = None
     completion_tokens: int = -1
@@ -165,10 +172,10 @@ class AnswerChecker:
             "output_ids",
             f"a token id outside the vocabulary of {size}",
         )
-        values, named_tokens, _ = zip(*answer.meta_info.output_token_logprobs, strict=True)
-        require(np.array_equal(tokens, np.asarray(named_tokens)), field, "they do not name the output_ids")
+        entries = answer.meta_info.output_token_logprobs
+        require([entry.token_id for entry in entries] == answer.output_ids, field, "they do not name the output_ids")
         with np.errstate(over="ignore"):  # to -inf, which is refused
-            log_probs = np.asarray(values).astype(np.float32)
+            log_probs = np.array([entry.log_prob for entry in entries]).astype(np.float32)
         wrong = log_probs[~(np.isfinite(log_probs) & (log_probs <= LARGEST_LOG_PROB))]
         require(not wrong.size, field, f"{wrong[:3].tolist()} are no log-probs")
         return tokens.astype(np.int32), log_probs

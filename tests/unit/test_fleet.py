@@ -47,8 +47,8 @@ class FakeRewards:
 
 
 class FakeTokenizer:
-    def response_text(self, token_ids: Any) -> str:
-        return "x" * len(token_ids)
+    def response_texts(self, responses: Sequence[Any]) -> list[str]:
+        return ["x" * len(token_ids) for token_ids in responses]
 
 
 def config(run_dir: Path, count: int, mode: str = "delay", **server: object) -> RunConfig:

@@ -60,8 +60,8 @@ class FakeRewards:
 
 
 class FakeTokenizer:
-    def response_text(self, token_ids: np.ndarray) -> str:
-        return "x" * len(token_ids)
+    def response_texts(self, responses: Sequence[np.ndarray]) -> list[str]:
+        return ["x" * len(token_ids) for token_ids in responses]
 
 
 def collect(

@@ -131,6 +131,8 @@ def test_response_text_has_no_stop_token(tokenizer: TextTokenizer) -> None:
     assert tokenizer.response_text(np.asarray([5, 7, 1], dtype=np.int32)) == "24"
     assert tokenizer.response_text(np.asarray([5, 7], dtype=np.int32)) == "24"
     assert tokenizer.response_text(np.asarray([1], dtype=np.int32)) == ""
+    several = [np.asarray(ids, dtype=np.int32) for ids in ([5, 7, 1], [], [7])]
+    assert tokenizer.response_texts(several) == ["24", "", "4"]
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, tokenizer: TextTokenizer) -> None:
