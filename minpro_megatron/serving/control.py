@@ -190,6 +190,8 @@ class ServerControl:
                 "ignore_eos": True,
             },
             "return_logprob": True,
+            # a prefix cache of its own: the common one may hold keys and values of former weights
+            "extra_key": request_id,
         }
         try:
             answer = self._post("generate", request)

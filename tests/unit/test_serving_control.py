@@ -165,9 +165,15 @@ def test_a_canary_is_greedy_at_the_temperature_asked_for(
     meta = {"output_token_logprobs": [[-0.5, 4, None]], "weight_version": "1"}
     servers[0].answers["generate"] = (200, {"output_ids": [4], "meta_info": meta})
     controls[0].generate_greedy([3], 1, temperature=0.7)
-    sent = servers[0].received[0][1]["sampling_params"]
+    sent = servers[0].received[0][1]
+    assert sent["extra_key"] == sent["rid"]  # else the prefix cache answers, perhaps of other weights
     # top_k = 1 would be taken for temperature 0, whose log-probs SGLang does not divide
-    assert sent == {"max_new_tokens": 1, "temperature": 0.7, "top_p": GREEDY_TOP_P, "ignore_eos": True}
+    assert sent["sampling_params"] == {
+        "max_new_tokens": 1,
+        "temperature": 0.7,
+        "top_p": GREEDY_TOP_P,
+        "ignore_eos": True,
+    }
 
 
 def test_headers_go_with_every_request(servers: list[RecordedServer]) -> None:
