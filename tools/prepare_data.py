@@ -1,32 +1,87 @@
-"""Make prompt sets (JSON Lines with id, source, prompt, answer) from public data sets.
+"""Make prompt sets (JSON Lines of id, source, prompt, answer, and pass_rate and prefix where known) from data sets.
 
+    python tools/prepare_data.py dapo --input BytedTsinghua-SIA/DAPO-Math-17k --output data/dapo.jsonl
+    python tools/prepare_data.py gsm8k --input openai/gsm8k:main/test-*.parquet --output data/gsm8k.jsonl
+    python tools/prepare_data.py custom --input FILE.parquet --prompt-column question --answer-column answer \\
+        --output data/mine.jsonl
     python tools/prepare_data.py calculator --input GSM8K_TRAIN.jsonl --output recipes/data
 
-One sub-command per prompt set; the work is in `tools/prompt_sets/`.
+--input is a file (.parquet or .jsonl), a folder of them, or a data set of the Hugging Face hub (owner/name, or
+owner/name:PATTERN where it has several files); files are read in a stream. `prompt` is the question alone: what it is
+wrapped in is the run's setting data.instruction. A question that comes again is written once; one that comes with
+different answers is left out. Beside FILE.jsonl stands FILE.report.json, which says what was dropped and why. A damaged
+row ends the command with its file, row and field, and nothing is written.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from tools.prompt_sets import calculator
+from tools.prompt_sets import calculator, data_files
+from tools.prompt_sets.assemble import assemble
+from tools.prompt_sets.custom import CustomSet
+from tools.prompt_sets.mathematics import SETS, MathSet
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make prompt sets from public data sets.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SET")
+    for name, made in SETS.items():
+        command = commands.add_parser(name, help=made.about.partition(":")[0], description=made.about)
+        _add_files(command)
+        command.set_defaults(prepare=_prepare_known)
+    _add_custom(commands.add_parser("custom", help="any file, by the names of its columns", description=_CUSTOM))
     command = commands.add_parser("calculator", help="two-operand expressions from GSM8K's solutions")
     command.add_argument("--input", type=Path, required=True, help="GSM8K's train.jsonl")
     command.add_argument("--output", type=Path, required=True, help="folder for the two prompt files")
-    command.set_defaults(prepare=calculator.prepare)
+    command.set_defaults(prepare=lambda options: calculator.prepare(options.input, options.output))
     return parser.parse_args(arguments)
+
+
+_CUSTOM = (
+    "Any JSON Lines or parquet file. The question is a text or a chat of one user's turn (DAPO's instruction is taken "
+    "off); the answer a text, a number or a list of texts. COLUMN may go into an object: reward_model.ground_truth."
+)
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--input", required=True, metavar="FILE|HUB_ID", help="file, folder or owner/name[:PATTERN]")
+    command.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    command.add_argument("--revision", help="branch, tag or commit of the hub's data set")
+
+
+def _add_custom(command: argparse.ArgumentParser) -> None:
+    _add_files(command)
+    command.add_argument("--prompt-column", required=True, metavar="COLUMN", help="the question")
+    command.add_argument("--answer-column", required=True, metavar="COLUMN", help="its final answer, not a solution")
+    command.add_argument("--pass-rate-column", default="", metavar="COLUMN", help="share of right responses, 0 to 1")
+    command.add_argument("--prefix-column", default="", metavar="COLUMN", help="a given beginning of the response")
+    command.add_argument("--source", help="the rows' source; the output's name unless given")
+    command.set_defaults(prepare=_prepare_custom)
+
+
+def _prepare_known(options: argparse.Namespace) -> list[str]:
+    made = SETS[options.command]
+    return _assemble(options, made.source, made)
+
+
+def _prepare_custom(options: argparse.Namespace) -> list[str]:
+    made = CustomSet(options.prompt_column, options.answer_column, options.pass_rate_column, options.prefix_column)
+    return _assemble(options, options.source or options.output.stem, made)
+
+
+def _assemble(options: argparse.Namespace, source: str, made: CustomSet | MathSet) -> list[str]:
+    if options.output.suffix != ".jsonl":
+        raise ValueError(f"--output {options.output}: must be the name of a .jsonl file")
+    inputs = data_files.find_files(options.input, options.revision)
+    return assemble(source, inputs, made.columns, made.convert, options.output)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one sub-command; 0 on success, 2 after a message about damaged or missing input."""
     options = parse_arguments(arguments)
     try:
-        account = options.prepare(options.input, options.output)
+        account = options.prepare(options)
     except (ValueError, OSError) as error:
         print(f"prepare_data {options.command}: {error}", file=sys.stderr)
         return 2

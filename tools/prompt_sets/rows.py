@@ -3,11 +3,12 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 PROMPT_FIELDS = ("id", "source", "prompt", "answer")
+OPTIONAL_FIELDS = ("pass_rate", "prefix")
 
 
 class DamagedRow(ValueError):
@@ -48,13 +49,13 @@ def text_field(path: Path, row_number: int, row: dict[str, Any], field: str) -> 
     return value
 
 
-def write_prompts(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def write_prompts(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write prompt rows sorted by id, replacing `path` in one step; parent folders are made.
 
     The same rows give the same bytes in whatever order they come.
     """
     rows = sorted(rows, key=lambda row: row["id"])
-    assert all(tuple(row) == PROMPT_FIELDS for row in rows), f"prompt rows have exactly {PROMPT_FIELDS}"
+    assert all(_is_prompt_row(tuple(row)) for row in rows), f"prompt rows have {PROMPT_FIELDS}, {OPTIONAL_FIELDS}"
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -65,3 +66,7 @@ def write_prompts(path: Path, rows: Iterable[dict[str, str]]) -> None:
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def _is_prompt_row(fields: tuple[str, ...]) -> bool:
+    return fields[:4] == PROMPT_FIELDS and set(fields[4:]) <= set(OPTIONAL_FIELDS)
