@@ -74,9 +74,9 @@ def answers_of(benchmark: str, groups: Iterable[SampledGroup], samples_per_promp
         raise ValueError(f"{benchmark}: not every prompt has its {samples_per_prompt} samples")
     # in an order that does not depend on which response came first: resampling must give the same intervals
     table = [[responses[prompt][sample] for sample in sorted(wanted)] for prompt in sorted(responses)]
-    # A grader that never says what it compared compares the whole response.
-    whole = all(response.extracted is None for row in table for response in row)
     is_right = np.asarray([[response.reward >= RIGHT_REWARD for response in row] for row in table])
+    # A grader that finds right answers and never says what it compared compares whole responses.
+    whole = is_right.any() and all(response.extracted is None for row in table for response in row)
     answers = [[response.text if whole else response.extracted for response in row] for row in table]
     return Answers(
         is_right=is_right,

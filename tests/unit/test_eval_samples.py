@@ -1,0 +1,85 @@
+"""The sample file goes on after a crash, and holds the samples of one protocol."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
+
+SETTINGS = {"temperature": 1.0, "benchmarks": {"gsm8k": {"samples_per_prompt": 2}}, "seed": 0}
+
+
+def group(prompt: str, first: int = 0, text: str = "12") -> SampledGroup:
+    response = SampledResponse(text, 3, "stop", 1.0, extracted="12")
+    return SampledGroup("gsm8k", 0, prompt, first, [response, response])
+
+
+def test_what_was_appended_comes_back_in_order(tmp_path: Path) -> None:
+    groups = [group("a"), group("b", text='line\n"break" é'), group("a", 2)]
+    with SampleFile(tmp_path / "new", SETTINGS) as file:
+        for found in groups:
+            file.append(found)
+        assert list(file.groups()) == groups
+    with SampleFile(tmp_path / "new", SETTINGS) as file:
+        assert list(file.groups()) == groups
+
+
+def test_a_torn_line_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:
+    with SampleFile(tmp_path, SETTINGS) as file:
+        file.append(group("a"))
+        file.append(group("b"))
+    whole = (tmp_path / "samples.jsonl").read_bytes()
+    (tmp_path / "samples.jsonl").write_bytes(whole[:-9])
+    with SampleFile(tmp_path, SETTINGS) as file:
+        assert [found.prompt_id for found in file.groups()] == ["a"]
+        file.append(group("b"))
+    assert (tmp_path / "samples.jsonl").read_bytes() == whole
+
+
+def test_a_group_that_stands_there_twice_counts_once(tmp_path: Path) -> None:
+    with SampleFile(tmp_path, SETTINGS) as file:
+        file.append(group("a", text="first"))
+        file.append(group("a", text="second"))
+        assert [found.responses[0].text for found in file.groups()] == ["first"]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    with SampleFile(tmp_path, SETTINGS) as file:
+        file.append(group("a"))
+    with (tmp_path / "samples.jsonl").open("ab") as raw:
+        raw.write(b'{"benchmark": 3}\n')
+    with (
+        SampleFile(tmp_path, SETTINGS) as file,
+        pytest.raises(ValueError, match=r"samples.jsonl, line 2: .*remove the line"),
+    ):
+        list(file.groups())
+
+
+def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
+    with SampleFile(tmp_path, SETTINGS) as file:
+        file.append(group("a"))
+    other = json.loads(json.dumps(SETTINGS)) | {"seed": 1, "top_p": 0.7}
+    other["benchmarks"]["gsm8k"]["samples_per_prompt"] = 4
+    with pytest.raises(ValueError, match="other settings") as caught:
+        SampleFile(tmp_path, other)
+    message = str(caught.value)
+    for difference in ("benchmarks.gsm8k.samples_per_prompt: 2 -> 4", "seed: 0 -> 1", "top_p: None -> 0.7"):
+        assert difference in message
+    assert "temperature" not in message
+    assert json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
+
+
+def test_a_folder_without_samples_takes_new_settings(tmp_path: Path) -> None:
+    with SampleFile(tmp_path, SETTINGS):
+        pass
+    with SampleFile(tmp_path, SETTINGS | {"seed": 5}):
+        pass
+    assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 5
+
+
+def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
+    with SampleFile(tmp_path, SETTINGS), pytest.raises(ValueError, match="another evaluation writes here"):
+        SampleFile(tmp_path, SETTINGS)
+    with SampleFile(tmp_path, SETTINGS):  # free again
+        pass
