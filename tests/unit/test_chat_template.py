@@ -9,12 +9,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minpro_megatron.config.rollout import DataConfig
+from minpro_megatron.config.run import with_overrides
 from minpro_megatron.records import Prompt
+from minpro_megatron.roles import collect
 from minpro_megatron.rollout import template_process
 from minpro_megatron.rollout.chat_template import ChatTemplate
 from minpro_megatron.rollout.prompts import make_rendering, tokenize
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.model_files import ModelFacts
+from tests.unit.rollout_fakes import run_config, write_rows
 
 # With everything that Qwen3's template uses: a default system turn, a namespace over a reversed loop, text cut out of
 # turns, tojson, whitespace control, and a switch that fills the beginning of the answer.
@@ -104,6 +107,21 @@ def test_text_and_tokens_are_those_of_transformers(tmp_path: Path, template: str
     assert [one.token_ids.tolist() for one in kept] == expected(model, QUESTIONS, tokens=True, **arguments)
     begins = [tokenized.token_ids.tolist().count(1) for tokenized in kept]
     assert begins == ([1, 1, 1] if template == WITH_BEGIN else [0, 0, 0])  # never two, whatever the tokenizer adds
+
+
+def test_held_out_prompts_are_worded_as_training_ones(tmp_path: Path) -> None:
+    """By the collector: instruction, then template; the held-out file is not filtered."""
+    model = write_model(tmp_path / "hf", "<|im_start|>{{ messages[0].content }}<|im_end|>")
+    for name in ("train", "heldout"):
+        row = {"id": name, "source": "s", "prompt": f"{name}?", "answer": "", "pass_rate": 0.2 + (name == "train") / 2}
+        write_rows(tmp_path / f"{name}.jsonl", [row])
+    overrides = [f"data.{name}_file={tmp_path / name}.jsonl" for name in ("train", "heldout")]
+    overrides += ["data.instruction=Q: {question}", "data.chat_template=true", "data.min_pass_rate=0.5"]
+    overrides += [f"model.hf_path={model}", "sampling.max_prompt_tokens=40", "evaluation.num_prompts=1"]
+    config = with_overrides(run_config(tmp_path), overrides)
+    tokenizer = text_tokenizer(model)
+    texts = [tokenizer.text(one.token_ids) for group in collect._read_prompts(config, tokenizer) for one in group]
+    assert texts == ["<|im_start|>Q: train?<|im_end|>", "<|im_start|>Q: heldout?<|im_end|>"]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,47 @@ def test_the_data_must_hold_prompts(folder, content, rule):
     assert problem.startswith(f"data.train_file = {folder}/train.jsonl: {rule}")
 
 
+ROWS = [
+    {"id": "1", "source": "a", "prompt": "1+1=", "answer": "2", "pass_rate": 0.5},
+    {"id": "2", "source": "b", "prompt": "1+2=", "answer": "3"},
+]
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern"),
+    [
+        (
+            {"source_weights": {"a": 1, "c": 1}},
+            r"^data.source_weights: 'c' is no source of data.train_file = .* a, b$",
+        ),
+        ({"min_pass_rate": 0.9}, r"^data.min_pass_rate = 0.9, data.max_pass_rate = 1: none of the 2 prompts"),
+        ({"chat_template": True}, r"^data.chat_template = true: neither .*/hf/tokenizer_config.json nor"),
+    ],
+)
+def test_prompts_that_the_settings_do_not_find_are_named(folder, setting, pattern):
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "hf" / "tokenizer_config.json").write_text("{}")
+    config = example_config(folder)
+    assert re.search(pattern, only_problem(config.model_copy(update={"data": config.data.model_copy(update=setting)})))
+
+
+def test_a_damaged_row_and_too_few_held_out_ones_are_both_named(folder):
+    (folder / "train.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"id": "2"}\n')
+    both = problems(example_config(folder, evaluation={"num_prompts": 2}))
+    assert re.search(r"train.jsonl, line 2: Object missing required field", both[0])
+    assert re.search(r"^evaluation.num_prompts = 2: data.heldout_file = .* has only 1 rows; lower", both[1])
+    assert len(both) == 2
+
+
+def test_a_broken_template_is_named(folder):
+    (folder / "hf" / "tokenizer_config.json").write_text('{"chat_template": "{% if %}"}')
+    config = example_config(folder)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"chat_template": True})})
+    assert re.search(
+        r"^data.chat_template = true: the template in .*tokenizer_config.json failed", only_problem(config)
+    )
+
+
 def make_journal(config, *, groups: int) -> None:
     config.run_dir.mkdir(parents=True)
     with closing(sqlite3.connect(config.run_dir / "journal.sqlite")) as journal:
