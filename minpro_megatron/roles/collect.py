@@ -13,6 +13,7 @@ from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.rewards.pool import RewardPool
 from minpro_megatron.rollout.api import CollectorApi
 from minpro_megatron.rollout.collector import Collector
+from minpro_megatron.rollout.evaluations import EvaluationSet, benchmark_sets
 from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.generation import GroupCollector
 from minpro_megatron.rollout.journal import Journal
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 # serve reports a server that does not start after server.start_timeout_s; collect waits a little longer
 # than that.
 START_MARGIN_S = 60.0
+# How long a thread that decodes an answer may keep the interpreter while the event loop, which gives it away at each
+# look at a socket, waits for it. With Python's 5 ms answers would come in at 64 KiB every 5 ms.
+SWITCH_INTERVAL_S = 0.0005
 # How long a failed collector stays to answer a trainer that is between two requests.
 FAILURE_DELIVERY_S = 1.0
 STATUS_TERMINATED = 128 + signal.SIGTERM
@@ -42,6 +46,7 @@ STATUS_TERMINATED = 128 + signal.SIGTERM
 def run(config: RunConfig, incarnation: int) -> int:
     """Collects until the trainer has finished (exit status 0), something fails (1) or SIGTERM comes (143)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s collect %(levelname)s %(message)s")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         asyncio.run(_until_terminated(config, incarnation))
     except asyncio.CancelledError:
@@ -94,7 +99,7 @@ async def _show_life(watchdog: Watchdog) -> None:
 async def _make_collector(config: RunConfig, incarnation: int, journal: Journal, stack: AsyncExitStack) -> Collector:
     facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
-    training, heldout = await asyncio.to_thread(_read_prompts, config, tokenizer)
+    training, heldout, benchmarks = await asyncio.to_thread(_read_prompts, config, tokenizer)
     settings = config.collector
     rewards = RewardPool(
         settings.reward, settings.reward_workers, settings.reward_timeout_s, by_source=settings.reward_by_source
@@ -103,7 +108,7 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     stack.callback(partial(_log_rewards, rewards))
     fleet = await stack.enter_async_context(Fleet(config, facts, incarnation))
     groups = GroupCollector(fleet, rewards, tokenizer)
-    collector = Collector(config, journal, PromptStream(training, config), heldout, groups.collect, fleet)
+    collector = Collector(config, journal, PromptStream(training, config), heldout, groups.collect, fleet, benchmarks)
     manifest = read_latest(config.run_dir)
     await collector.restore(manifest.policy_version if manifest else 0)
     write_status(config.run_dir, "collect", "waiting for the servers")
@@ -111,7 +116,9 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     return collector
 
 
-def _read_prompts(config: RunConfig, tokenizer: TextTokenizer) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
+def _read_prompts(
+    config: RunConfig, tokenizer: TextTokenizer
+) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt], list[EvaluationSet]]:
     longest, wanted = config.sampling.max_prompt_tokens, config.evaluation.num_prompts
     rendering = make_rendering(config.data, config.model.hf_path)
     training = select_prompts(load_prompts(config.data.train_file, "data.train_file"), config.data)
@@ -120,6 +127,7 @@ def _read_prompts(config: RunConfig, tokenizer: TextTokenizer) -> tuple[list[Tok
     return (
         tokenize(training, tokenizer, longest, "data.train_file", rendering),
         tokenize(heldout[:wanted], tokenizer, longest, "data.heldout_file", rendering),
+        benchmark_sets(config, tokenizer, rendering),
     )
 
 

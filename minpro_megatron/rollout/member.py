@@ -11,7 +11,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.api_key import authorization
-from minpro_megatron.serving.client import SamplingParameters, ServerClient
+from minpro_megatron.serving.client import SamplingParameters, ServerClient, answer_thread
 from minpro_megatron.serving.model_files import ModelFacts
 
 # The pause after a failure: doubled from one failure to the next until a group succeeds.
@@ -173,6 +173,8 @@ def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddres
             "(num_experts in config.json); set model.routing_replay to 'none'"
         )
 
+    thread = answer_thread()
+
     def make(address: ServerAddress) -> Client:
         return ServerClient(
             address,
@@ -181,6 +183,7 @@ def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddres
             headers=headers,
             exact_versions=config.staleness.mode == "delay",
             routes=routes,
+            thread=thread,
         )
 
     return make

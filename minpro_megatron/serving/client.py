@@ -36,10 +36,18 @@ MAX_EMPTY_ANSWERS = 20
 BODY_TIMEOUT_S = 120.0
 # Larger answers are checked in a thread: this many bytes take about half a millisecond.
 LARGE_ANSWER_BYTES = 64 * 1024
+# Answers of one server that are read or checked at a time: the others wait on the server, not in this memory.
+MAX_ANSWERS_AT_ONCE = 2
 CONNECT_TIMEOUT_S = 10.0
 # Servers that somebody else has started close idle connections after SGLang's 5 s.
 KEEP_ALIVE_S = 4.0
 ABORT_TIMEOUT_S = 2.0
+
+
+def answer_thread() -> ThreadPoolExecutor:
+    """Where large answers are checked, for all servers of a process: with several such threads the event loop, which
+    gives the interpreter away at each look at a socket, would wait for all of them to get it back."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ class ServerClient:
 
     `request_timeout_s` counts from sending a request to the last byte of its answer, so it includes the time in the
     server's own queue. `headers` go with every request (see serving/api_key.py); `exact_versions` and `routes` are
-    AnswerChecker's.
+    AnswerChecker's. `thread` checks large answers.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class ServerClient:
         headers: Mapping[str, str] | None = None,
         exact_versions: bool = True,
         routes: bool = False,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self.address = address
         self.name = f"server {address.index} at {address.url}"
@@ -77,7 +86,8 @@ class ServerClient:
         self._wanted = {"return_logprob": True} | ({"return_routed_experts": True} if routes else {})
         self._checker = AnswerChecker(self.name, facts, exact_versions, routes)
         self._session: aiohttp.ClientSession | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"answers-{address.index}")
+        self._thread = thread or answer_thread()
+        self._room = asyncio.Semaphore(MAX_ANSWERS_AT_ONCE)
         self._aborts: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "ServerClient":
@@ -88,7 +98,6 @@ class ServerClient:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*self._aborts)
-        self._thread.shutdown(wait=False, cancel_futures=True)
         if self._session is not None:
             await self._session.close()
 
@@ -145,7 +154,7 @@ class ServerClient:
             # one.
             sent = [response.request(uuid.uuid4().hex) for response in responses]
             try:
-                body = await self._post(self._encoded(responses, sent, sampling), sent)
+                return await self._post(self._encoded(responses, sent, sampling), sent)
             except AnswerTimeout:
                 raise
             except ServerUnavailable as error:
@@ -154,10 +163,6 @@ class ServerClient:
                 log.warning("%s; attempt %d of %d failed, trying again", error, attempt, MAX_ATTEMPTS)
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
-            else:
-                if len(body) < LARGE_ANSWER_BYTES:
-                    return self._checker.check(body, sent)
-                return await asyncio.get_running_loop().run_in_executor(self._thread, self._checker.check, body, sent)
         raise AssertionError("the last attempt returns or raises")
 
     def _encoded(
@@ -183,15 +188,18 @@ class ServerClient:
             }
         )
 
-    async def _post(self, data: bytes, sent: Sequence[SentRequest]) -> bytes:
+    async def _post(self, data: bytes, sent: Sequence[SentRequest]) -> list[SampledSequence]:
         assert self._session is not None, "use `async with` around the client"
         first = sent[0].request_id
         headers = {"Content-Type": "application/json"}
         answered = False
         try:
-            async with self._session.post(f"{self.address.url}/generate", data=data, headers=headers) as response:
+            url = f"{self.address.url}/generate"
+            async with self._session.post(url, data=data, headers=headers) as response, self._room:
                 body = await self._body(response, sent)
                 answered = True
+                self._check_status(response, body, first)
+                return await self._checked(body, sent)
         except aiohttp.ConnectionTimeoutError as error:
             raise ServerUnavailable(self.name, first, "connection", named(error)) from None
         except TimeoutError as error:
@@ -202,8 +210,6 @@ class ServerClient:
         finally:
             if not answered:  # also when this request was cancelled: its group has moved to another server
                 self._abandon(sent)
-        self._check_status(response, body, first)
-        return body
 
     async def _body(self, response: aiohttp.ClientResponse, sent: Sequence[SentRequest]) -> bytes:
         body, limit = bytearray(), self._checker.largest_body(sent)
@@ -220,6 +226,11 @@ class ServerClient:
             problem = f"{len(body)} bytes of the answer in {BODY_TIMEOUT_S:g} s, and not the rest"
             raise AnswerTimeout(self.name, sent[0].request_id, "timeout", problem) from None
         return bytes(body)
+
+    async def _checked(self, body: bytes, sent: Sequence[SentRequest]) -> list[SampledSequence]:
+        if len(body) < LARGE_ANSWER_BYTES:
+            return self._checker.check(body, sent)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._checker.check, body, sent)
 
     def _check_status(self, response: aiohttp.ClientResponse, body: bytes, request_id: str) -> None:
         if response.status == 200:

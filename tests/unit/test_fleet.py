@@ -18,8 +18,9 @@ from minpro_megatron.rollout import fleet as fleet_module
 from minpro_megatron.rollout import member as member_module
 from minpro_megatron.rollout.fleet import Fleet, FleetError
 from minpro_megatron.rollout.generation import GenerationError, GroupCollector
+from minpro_megatron.rollout.member import client_maker
 from minpro_megatron.serving import client as client_module
-from minpro_megatron.serving.client import SamplingParameters
+from minpro_megatron.serving.client import SamplingParameters, ServerClient
 from minpro_megatron.serving.endpoints import remove_server_address, write_server_address
 from tests.unit import faulty_proxy
 from tests.unit.fake_engine import FakeEngine
@@ -435,3 +436,11 @@ def test_a_missing_key_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("THE_KEY", raising=False)
     with pytest.raises(ValueError, match=r"server\.api_key_variable = 'THE_KEY': this environment variable is not set"):
         Fleet(config(tmp_path, 1, api_key_variable="THE_KEY"), FACTS, INCARNATION)
+
+
+def test_one_thread_checks_the_answers_of_all_servers(tmp_path: Path) -> None:
+    make = client_maker(config(tmp_path, 2), FACTS)
+    clients = [make(ServerAddress(index=index, url="http://127.0.0.1:1", tensor_parallel=1)) for index in range(2)]
+    first, second = (client._thread for client in clients if isinstance(client, ServerClient))
+    assert first is second
+    assert first._max_workers == 1

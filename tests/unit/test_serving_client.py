@@ -18,6 +18,7 @@ from minpro_megatron.serving.errors import (
     ServerError,
     ServerUnavailable,
 )
+from tests.unit.fake_engine import FakeEngine
 from tests.unit.sglang_answers import FACTS, PROMPT, SAMPLING, answers, changed, generate, log_prob
 
 
@@ -160,7 +161,31 @@ def test_a_large_answer_is_checked_outside_the_event_loop(monkeypatch: pytest.Mo
     with pytest.raises(InvalidAnswer):
         generate(changed(log_prob(0.1)))
     assert threads[0] == "MainThread"
-    assert [name.startswith("answers-5") for name in threads[1:]] == [True, True]
+    assert [name.startswith("answers") for name in threads[1:]] == [True, True]
+
+
+def test_few_answers_of_a_server_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_body, reading, most = ServerClient._body, 0, 0
+
+    async def counted(self: ServerClient, *arguments: Any) -> bytes:
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        await asyncio.sleep(0.01)  # the others have their headers by now
+        body = await read_body(self, *arguments)
+        reading -= 1
+        return body
+
+    async def main() -> None:
+        async with FakeEngine(version="3") as engine:
+            address = ServerAddress(index=0, url=engine.url, tensor_parallel=1)
+            async with ServerClient(address, FACTS, 5.0) as client:
+                groups = [client.generate(PROMPT, [1, 2], SAMPLING, policy_version=3) for _ in range(5)]
+                assert [len(sequences) for sequences in await asyncio.gather(*groups)] == [2] * 5
+
+    monkeypatch.setattr(ServerClient, "_body", counted)
+    asyncio.run(main())
+    assert most == client_module.MAX_ANSWERS_AT_ONCE
 
 
 def test_a_refused_request_is_not_repeated() -> None:

@@ -1,0 +1,88 @@
+"""The role `collect` in a process of its own, watched: its event loop, its threads' processor time, its memory."""
+
+import asyncio
+import json
+import logging
+import re
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.roles import collect
+
+HEARTBEAT_S = 0.005
+
+
+async def heartbeat(stalls: list[tuple[float, float]]) -> None:
+    """Notes (when, seconds late) of every turn of the event loop that comes late."""
+    while True:
+        start = time.monotonic()
+        await asyncio.sleep(HEARTBEAT_S)
+        stalls.append((start, time.monotonic() - start - HEARTBEAT_S))
+
+
+def thread_times() -> dict[str, float]:
+    """Seconds of processor time of this process's threads so far, by name without number."""
+    times: dict[str, float] = defaultdict(float)
+    for thread in threading.enumerate():
+        if thread.ident is not None:
+            name = re.sub(r"[-_\d]+$", "", thread.name)
+            times[name] += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    return times
+
+
+def run_collector(config: RunConfig, result: Path) -> None:
+    """The role `collect`, with a heartbeat in its event loop."""
+    logging.basicConfig(level=logging.WARNING)
+    sys.setswitchinterval(collect.SWITCH_INTERVAL_S)
+    stalls: list[tuple[float, float]] = []
+    times: dict[str, float] = {}
+
+    async def sample_threads() -> None:
+        while True:
+            times.update(thread_times())
+            await asyncio.sleep(0.2)
+
+    async def main() -> None:
+        watching = [asyncio.create_task(heartbeat(stalls)), asyncio.create_task(sample_threads())]
+        try:
+            await collect._until_terminated(config, 0)
+        finally:
+            for task in watching:
+                task.cancel()
+
+    asyncio.run(main())
+    result.write_text(json.dumps({"stalls": stalls, "threads": times, "cpu_s": time.process_time()}))
+
+
+def run_bare_loop(result: Path, ended: Any) -> None:
+    """An event loop with nothing but the heartbeat: how late this machine wakes a process that wants little."""
+    stalls: list[tuple[float, float]] = []
+
+    async def main() -> None:
+        beating = asyncio.create_task(heartbeat(stalls))
+        while not ended.is_set():
+            await asyncio.sleep(0.1)
+        beating.cancel()
+
+    asyncio.run(main())
+    result.write_text(json.dumps({"stalls": stalls}))
+
+
+def peak_bytes(pid: int) -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def watch_peak(process: Any, peaks: list[int]) -> None:
+    while process.is_alive():
+        try:
+            peaks.append(peak_bytes(process.pid))
+        except (OSError, AssertionError):  # it has just ended
+            return
+        time.sleep(0.1)
