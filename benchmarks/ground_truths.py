@@ -135,8 +135,8 @@ def wrong_answers(truth: str) -> list[str]:
         last = numbers[-1]
         wrong.append(bare[: last.start()] + str(int(last[0]) + 2) + bare[last.end() :])
     wrong.append(f"{bare}+1" if not re.fullmatch(r"[+-]?[\d.,]+", bare) else f"1{bare.lstrip('+-')}")
-    if _is_value(bare) and not re.fullmatch(r"[-+0.]+", bare):
-        wrong.append(f"-({bare})")
+    if _is_value(bare) and not re.fullmatch(r"[-+0.]+", bare):  # zero has no sign
+        wrong.append(f"-{bare}" if bare[0].isdigit() else f"-({bare})")
     elif bare.startswith("[") or "\\infty, 0)" in bare:
         wrong.append(bare.replace("[", "(").replace("0)", "0]"))
     elif "," in bare:

@@ -41,6 +41,7 @@ _ROOT_CALL = re.compile(r"\\sqrt\s*\(([^()]*)\)")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|\\degree)|\\degree")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
+_BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.])")  # 1./3
 _PERCENT = re.compile(r"\\?%|\bpercent(?:age)?\b")
 _ENUMERATION = re.compile(r"\s*(?:\\text\{)?\s*,?\s*\b(?:and|or)\b\s*\}?\s*")
 
@@ -52,7 +53,7 @@ def clean(text: str) -> str:
     text = _DEGREES.sub("", text)
     for _ in range(3):  # they may be nested
         text = _TEXT_COMMANDS.sub(r" \1 ", text)
-    text = _PERCENT.sub("%", text)
+    text = _PERCENT.sub("%", _BARE_POINT.sub("", text))
     text = _ENUMERATION.sub(",", text)
     text = _BARE_NAME.sub(r"\\\1 ", text)
     text = _ROOT_CALL.sub(r"\\sqrt{\1}", text)

@@ -30,6 +30,13 @@ _POINTS = [tuple(Fraction(10 * value + 3, 31) for value in point) for point in _
 _ON_INTEGERS = (sympy.floor, sympy.ceiling, sympy.factorial, sympy.binomial, sympy.Mod)
 
 _I = sympy.Symbol("i", real=True)  # as the parser names it; in answers it is the imaginary unit
+# What the grammar takes for something else: \gamma for a function or Euler's constant, E_1 for a power of ten, and
+# 2(1/3) for the mixed number 2 1/3.
+_MISREAD = [
+    (re.compile(r"\\gamma(?![a-zA-Z])"), r"\\mathcal{G}"),
+    (re.compile(r"(?<![a-zA-Z\\])E(?=_)"), r"\\mathcal{E}"),
+    (re.compile(r"(?<=\d)\("), r"\\cdot("),
+]
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _NUMBER_CODE = re.compile(r"\s*(?:Integer\s*\((\d+)\s*\)|Float\s*\('([\d.eE+-]+)'\s*\))\s*")
 
@@ -51,6 +58,8 @@ class RefusedError(ValueError):
 
 def parse(latex: str) -> sympy.Basic | sympy.MatrixBase | None:
     """The expression, not evaluated; None if it cannot be read. Raises RefusedError."""
+    for pattern, replacement in _MISREAD:
+        latex = pattern.sub(replacement, latex)
     try:
         expression = latex2sympy(
             latex, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=_CONVERSION

@@ -1,14 +1,20 @@
 """Graders that hang, die, raise or print: the response gets 0, the next one is graded as if nothing had been."""
 
 import asyncio
+import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import psutil
 import pytest
 
 from minpro_megatron.rewards.pool import RewardPool, RewardWorkerError
 from minpro_megatron.rewards.registry import load_reward
+from minpro_megatron.rewards.worker import LENGTH
+
+SPIN = "tests.unit.hostile_rewards:spin"
 
 # A worker with the real protocol whose grader does what the response says. Standard library only: it starts in 20 ms.
 WORKER = """
@@ -131,3 +137,44 @@ def test_the_real_worker_grades() -> None:
             assert pool.num_errors == 1
 
     asyncio.run(main())
+
+
+def test_each_source_has_its_own_reward_and_what_was_compared_is_told() -> None:
+    async def main() -> None:
+        by_source = {"maths": "dapo", "mine": "tests.unit.hostile_rewards:three"}
+        async with RewardPool("calculator", 1, 5.0, by_source) as pool:
+            assert await pool.grade_all(["24", "Answer: 24"], "24", "anything") == [1.0, 0.0]
+            assert await pool.grade_all(["24", "Answer: 24"], "24", "maths") == [-1.0, 1.0]
+            assert await pool.grade_all(["24"], "24", "mine") == [3.0]
+            (judged,) = await pool.judge_all(["so\nAnswer: $7$"], "24", "maths")
+            assert (judged.reward, judged.extracted, judged.problem) == (-1.0, "7", None)
+            assert judged.seconds is not None
+            assert 0 < judged.seconds < 1
+
+    asyncio.run(main())
+
+
+def test_a_reward_that_cannot_be_loaded_is_told_before_anything_is_graded() -> None:
+    async def main() -> None:
+        async with RewardPool("calculator", 1, 5.0, {"mine": "tests.unit.hostile_rewards:missing"}):
+            raise AssertionError("started")
+
+    with pytest.raises(ValueError, match=r"'tests.unit.hostile_rewards:missing' cannot be loaded: AttributeError"):
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["nonsense", "package.module", ":grade", "a b:c", "a:b.c", "a..b:c", "../x:y"])
+def test_a_reward_of_a_source_is_checked_by_its_form_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match=r"collector.reward_by_source\['s'\] = .*known: .*import path"):
+        RewardPool("calculator", 1, 1.0, {"s": name})
+
+
+def test_a_worker_whose_collector_was_killed_ends_itself() -> None:
+    """It would grade a hostile response for ever, for its input stays open as long as it does not read."""
+    command = [sys.executable, "-m", "minpro_megatron.rewards.worker", str(2**32), "0.2", SPIN]
+    request = msgspec.msgpack.encode((SPIN, "1", "1"))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        assert worker.stdin is not None
+        worker.stdin.write(LENGTH.pack(len(request)) + request)
+        worker.stdin.flush()
+        assert worker.wait(60) == -signal.SIGALRM

@@ -1,0 +1,174 @@
+"""Grades responses from a file, as a run would: in worker processes with limits of time and memory.
+
+    python tools/grade.py --input rows.jsonl > graded.jsonl
+    python tools/grade.py --input rows.jsonl --reward my_package.rewards:grade
+
+Each row is `{"data_source": ..., "ground_truth": ..., "response": ...}`; it is printed as it was, with `reward`,
+`extracted` (what of the response was compared; null: nothing was found), `seconds`, and `problem` where the grader
+hung, died or raised, which gives the reward 0. Without --reward a row is graded by its data source: `calculator` by
+calculator, `math_dapo` by dapo, all others by math. Responses are text from outside: anything but printable ASCII is
+escaped.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minpro_megatron.rewards.pool import Judged, RewardPool, RewardWorkerError
+
+DEFAULT_REWARD = "math"
+REWARD_BY_SOURCE = {"calculator": "calculator", "math_dapo": "dapo"}
+FIELDS = ("data_source", "ground_truth", "response")
+MAX_PROBLEMS = 20
+BLOCK_ROWS = 256
+PROGRESS_INTERVAL_S = 5.0
+
+Row = dict[str, Any]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def _positive(number: type[int] | type[float]) -> Any:
+    def parse(text: str) -> float:
+        try:
+            value = number(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < 1e9:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        return value
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--reward", metavar="NAME", help="one for all rows: a known reward, or package.module:function")
+    parser.add_argument("--workers", type=_positive(int), default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument("--timeout", type=_positive(float), default=5.0, metavar="SECONDS", help="for one response")
+    parser.add_argument("--json", action="store_true", help="the summary on standard error as one JSON object")
+    return parser
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of the file. Raises ValueError, one line a bad row: file, line, field and rule."""
+    rows: list[Row] = []
+    problems: list[str] = []
+    with path.open("rb") as file:  # a line of other bytes than UTF-8 is one bad row
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(_checked(json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{path}, line {number}: {error}")
+    if problems:
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise ValueError("\n".join(problems[:MAX_PROBLEMS] + more))
+    if not rows:
+        raise ValueError(f"{path}: it has no rows; give one JSON object a line with {', '.join(FIELDS)}")
+    return rows
+
+
+def _checked(row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object with {', '.join(FIELDS)}")
+    for field in FIELDS:
+        if field not in row:
+            raise ValueError(f"{field} is missing")
+        if not isinstance(row[field], str):
+            raise ValueError(f"{field} must be a text, not {json.dumps(row[field])[:60]}")
+        if any("\ud800" <= character <= "\udfff" for character in row[field]):
+            raise ValueError(f"{field} has half of a surrogate pair, which is no character")
+    return row
+
+
+async def graded(pool: RewardPool, rows: Sequence[Row], workers: int) -> AsyncIterator[tuple[Row, Judged]]:
+    """The rows in their order with their judgements; `workers` of them are graded at a time."""
+    limit = asyncio.Semaphore(workers)
+
+    async def judge(row: Row) -> Judged:
+        async with limit:
+            return (await pool.judge_all([row["response"]], row["ground_truth"], row["data_source"]))[0]
+
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        for row, judged in zip(block, await asyncio.gather(*map(judge, block)), strict=True):
+            yield row, judged
+
+
+def printed(row: Row, judged: Judged) -> str:
+    """One line of printable ASCII."""
+    result = row | {"reward": judged.reward, "extracted": judged.extracted, "seconds": judged.seconds}
+    if judged.problem is not None:
+        result["problem"] = judged.problem
+    return json.dumps(result).replace("\x7f", "\\u007f")
+
+
+async def grade_file(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
+    """Prints the graded rows and gives the summary."""
+    rewards: Counter[float] = Counter()
+    start = shown = time.monotonic()
+    by_source = {} if options.reward else REWARD_BY_SOURCE
+    async with RewardPool(options.reward or DEFAULT_REWARD, options.workers, options.timeout, by_source) as pool:
+        async for row, judged in graded(pool, rows, options.workers):
+            print(printed(row, judged))
+            rewards[judged.reward] += 1
+            now = time.monotonic()
+            if now - shown > PROGRESS_INTERVAL_S:
+                done, shown = rewards.total(), now
+                print(f"{done} of {len(rows)} rows, {done / (now - start):.0f} rows/s", file=sys.stderr)
+    seconds = time.monotonic() - start
+    return {
+        "rows": len(rows),
+        "mean_reward": sum(reward * count for reward, count in rewards.items()) / len(rows),
+        "rewards": {str(reward): count for reward, count in sorted(rewards.items())},
+        "killed": pool.num_killed,
+        "failed": pool.num_errors,
+        "seconds": seconds,
+        "rows_per_s": len(rows) / seconds,
+    }
+
+
+def show_summary(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary), file=sys.stderr)
+        return
+    counts = ", ".join(f"{count} with reward {reward}" for reward, count in summary["rewards"].items())
+    print(
+        f"{summary['rows']} rows: {counts}; mean {summary['mean_reward']:.4f}; grader killed for {summary['killed']}, "
+        f"failed for {summary['failed']}; {summary['seconds']:.1f} s, {summary['rows_per_s']:.0f} rows/s",
+        file=sys.stderr,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 on success, 2 after a message about the input or the reward."""
+    options = _parser().parse_args(arguments)
+    try:
+        summary = asyncio.run(grade_file(options, read_rows(options.input)))
+    except (ValueError, OSError, RewardWorkerError) as error:
+        print(f"grade: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    show_summary(summary, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    # each row says itself what went wrong
+    logging.getLogger("minpro_megatron.rewards.pool").setLevel(logging.ERROR)
+    sys.exit(main())
