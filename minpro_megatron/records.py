@@ -99,9 +99,10 @@ class TrainedStep(Record, frozen=True, kw_only=True):
 
 
 class EvaluationResult(Record, frozen=True, kw_only=True):
-    """Held-out accuracy of one policy version: mean over samples, standard error over prompts."""
+    """Accuracy of one policy version: mean over samples, standard error over prompts."""
 
     policy_version: int
+    benchmark: str = ""  # one of evaluation.benchmarks; "": the held-out prompts
     pass_at_1: float
     standard_error: float
     num_prompts: int

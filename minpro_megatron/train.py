@@ -258,7 +258,8 @@ class Trainer:
                 if lease.version == version:
                     break
             for result in lease.evaluations:
-                self.checkpoints.note_score(result.policy_version, result.pass_at_1)
+                if not result.benchmark:
+                    self.checkpoints.note_score(result.policy_version, result.pass_at_1)
             if self.report:
                 self.report.evaluations(lease.evaluations)
 

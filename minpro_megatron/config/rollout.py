@@ -154,11 +154,33 @@ class CollectorConfig(Section):
     )
 
 
+class BenchmarkConfig(Section):
+    """A file of prompts that is evaluated beside the held-out ones."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its name in metrics: evaluation/.../<name>")
+    file: str = Field(description="JSON Lines as data.heldout_file's")
+    samples_per_prompt: int = Field(default=2, ge=1)
+    num_prompts: int | None = Field(default=None, ge=1, description="the first ones of the file; None: all")
+
+
 class EvaluationConfig(Section):
-    """pass@1 on held-out prompts, sampled at the first and the last policy version (and every `every_steps`)."""
+    """pass@1 on held-out prompts and benchmarks at the first and the last policy version (and every `every_steps`).
+
+    Weights are not replaced under an evaluation: with many samples the trainer waits.
+    """
 
     num_prompts: int = Field(default=128, ge=1)
     samples_per_prompt: int = Field(default=8, ge=1)
     every_steps: int = Field(default=0, ge=0, description="also at each multiple of this policy version; 0: never")
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    benchmarks: list[BenchmarkConfig] = Field(
+        default=[], description='such as [{"name": "aime24", "file": "data/aime24.jsonl", "samples_per_prompt": 8}]'
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "EvaluationConfig":
+        names = [benchmark.name for benchmark in self.benchmarks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"benchmarks: the names {names} must differ")
+        return self

@@ -1,4 +1,4 @@
-"""Held-out evaluation: pass@1 of one policy version, sampled the way the training groups are."""
+"""Evaluation inside a run: pass@1 of one policy version, sampled the way the training groups are."""
 
 import asyncio
 import time
@@ -14,6 +14,8 @@ from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.records import CollectedGroup, EvaluationResult, IssuedGroup, Prompt
 
 FILE_NAME = "evaluations.jsonl"
+# In place of a benchmark's name: the run's own held-out prompts.
+HELDOUT = ""
 # A response counts as right from this reward on; rewards of held-out prompts are 0 or 1.
 RIGHT_REWARD = 1.0
 
@@ -21,9 +23,14 @@ CollectGroup = Callable[[IssuedGroup], Awaitable[CollectedGroup]]
 
 
 def evaluation_groups(
-    prompts: Sequence[tuple[Prompt, np.ndarray]], samples_per_prompt: int, run_seed: int, policy_version: int
+    prompts: Sequence[tuple[Prompt, np.ndarray]],
+    samples_per_prompt: int,
+    run_seed: int,
+    policy_version: int,
+    benchmark: str = HELDOUT,
 ) -> list[IssuedGroup]:
     """One group a prompt, with sampling seeds of its own for every policy version. `batch_index` is -1."""
+    purpose = f"evaluation/{benchmark}" if benchmark else "evaluation"
     return [
         IssuedGroup(
             group_id=place,
@@ -32,15 +39,16 @@ def evaluation_groups(
             prompt=prompt,
             prompt_token_ids=token_ids,
             sampling_seeds=[
-                derive_seed(run_seed, "evaluation", policy_version, place, sample)
-                for sample in range(samples_per_prompt)
+                derive_seed(run_seed, purpose, policy_version, place, sample) for sample in range(samples_per_prompt)
             ],
         )
         for place, (prompt, token_ids) in enumerate(prompts)
     ]
 
 
-async def evaluate(groups: Sequence[IssuedGroup], collect_group: CollectGroup) -> EvaluationResult:
+async def evaluate(
+    groups: Sequence[IssuedGroup], collect_group: CollectGroup, benchmark: str = HELDOUT
+) -> EvaluationResult:
     """pass@1 over the groups. The time includes waiting for servers that are busy with training groups."""
     start = time.monotonic()
     async with asyncio.TaskGroup() as tasks:
@@ -52,6 +60,7 @@ async def evaluate(groups: Sequence[IssuedGroup], collect_group: CollectGroup) -
     lengths = [len(response.token_ids) for group in collected for response in group.responses]
     return EvaluationResult(
         policy_version=groups[0].policy_version,
+        benchmark=benchmark,
         pass_at_1=pass_at_1.mean,
         standard_error=pass_at_1.standard_error,
         num_prompts=len(groups),

@@ -9,7 +9,7 @@ import numpy as np
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.evaluation.intervals import Estimate, average, estimates, resampled_means
 from minpro_megatron.evaluation.majority import majority_at_k, votes
-from minpro_megatron.evaluation.pass_at_k import pass_at_k_values
+from minpro_megatron.evaluation.pass_at_k import mean_pass_at_k, pass_at_k_values
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse
 
 # A response counts as right from this reward on.
@@ -23,6 +23,7 @@ class BenchmarkScores(msgspec.Struct, frozen=True):
     num_prompts: int
     samples_per_prompt: int
     accuracy: Estimate  # avg@n: of all samples
+    standard_error: float  # of the accuracy, over prompts; 0 for a single one
     pass_at_k: dict[int, Estimate]
     majority_at_k: dict[int, Estimate]
     mean_response_tokens: float
@@ -101,6 +102,7 @@ def score_benchmark(name: str, answers: Answers, seed: int) -> BenchmarkScores:
         num_prompts=num_prompts,
         samples_per_prompt=num_samples,
         accuracy=pass_at_k[1],  # the unbiased pass@1 is the mean accuracy
+        standard_error=mean_pass_at_k(num_samples, answers.is_right.sum(axis=1).tolist(), 1).standard_error,
         pass_at_k=pass_at_k,
         majority_at_k=dict(zip(ks, estimates(majorities, bootstrap), strict=True)),
         mean_response_tokens=float(answers.num_tokens.mean()),

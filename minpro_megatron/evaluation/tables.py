@@ -27,6 +27,7 @@ def scalars(result: Scores) -> dict[str, float]:
     values = {"evaluation/accuracy/average": result.average.value}
     for scores in result.benchmarks:
         values[f"evaluation/accuracy/{scores.name}"] = scores.accuracy.value
+        values[f"evaluation/standard_error/{scores.name}"] = scores.standard_error
         values[f"evaluation/response_length_mean/{scores.name}"] = scores.mean_response_tokens
         values[f"evaluation/truncated_fraction/{scores.name}"] = scores.truncated_fraction
         for k in powers_of_two(scores.samples_per_prompt):

@@ -12,6 +12,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.backend_check import layer_backend_problems
 from minpro_megatron.launch.resume import holds_a_run, obstacles
 from minpro_megatron.launch.roles import gpus_needed, roles_of
+from minpro_megatron.rollout.evaluations import load_benchmarks
 from minpro_megatron.rollout.journal_feed import journal_problems
 from minpro_megatron.rollout.prompts import load_prompts, make_rendering, refuse_too_few, select_prompts
 from minpro_megatron.serving.api_key import api_key
@@ -103,6 +104,7 @@ def _prompt_problems(config: RunConfig) -> Iterator[str]:
     reads: list[Callable[[], object]] = [
         lambda: select_prompts(load_prompts(data.train_file, "data.train_file"), data),
         lambda: refuse_too_few(load_prompts(data.heldout_file, "data.heldout_file"), data.heldout_file, wanted),
+        lambda: load_benchmarks(config),
     ]
     if Path(config.model.hf_path).is_dir():
         reads.append(lambda: make_rendering(data, config.model.hf_path)(["a question"]))

@@ -60,10 +60,11 @@ def summarize(
 ) -> RunSummary:
     """The summary of a run from its settings, the collector's totals and the trainer's clocks.
 
-    "Before" and "after" are the evaluations of the lowest and the highest policy version; with only one
+    "Before" and "after" are the held-out evaluations of the lowest and the highest policy version; with only one
     evaluation there is no "after".
     """
-    evaluations = sorted(totals.evaluations, key=lambda evaluation: evaluation.policy_version)
+    heldout = [evaluation for evaluation in totals.evaluations if not evaluation.benchmark]
+    evaluations = sorted(heldout, key=lambda evaluation: evaluation.policy_version)
     before = evaluations[0] if evaluations else None
     after = evaluations[-1] if len(evaluations) > 1 else None
     return RunSummary(

@@ -13,6 +13,7 @@ from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.rewards.pool import RewardPool
 from minpro_megatron.rollout.api import CollectorApi
 from minpro_megatron.rollout.collector import Collector
+from minpro_megatron.rollout.evaluations import EvaluationSet, benchmark_sets
 from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.generation import GroupCollector
 from minpro_megatron.rollout.journal import Journal
@@ -98,7 +99,7 @@ async def _show_life(watchdog: Watchdog) -> None:
 async def _make_collector(config: RunConfig, incarnation: int, journal: Journal, stack: AsyncExitStack) -> Collector:
     facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
-    training, heldout = await asyncio.to_thread(_read_prompts, config, tokenizer)
+    training, heldout, benchmarks = await asyncio.to_thread(_read_prompts, config, tokenizer)
     settings = config.collector
     rewards = RewardPool(
         settings.reward, settings.reward_workers, settings.reward_timeout_s, by_source=settings.reward_by_source
@@ -107,7 +108,7 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     stack.callback(partial(_log_rewards, rewards))
     fleet = await stack.enter_async_context(Fleet(config, facts, incarnation))
     groups = GroupCollector(fleet, rewards, tokenizer)
-    collector = Collector(config, journal, PromptStream(training, config), heldout, groups.collect, fleet)
+    collector = Collector(config, journal, PromptStream(training, config), heldout, groups.collect, fleet, benchmarks)
     manifest = read_latest(config.run_dir)
     await collector.restore(manifest.policy_version if manifest else 0)
     write_status(config.run_dir, "collect", "waiting for the servers")
@@ -115,7 +116,9 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     return collector
 
 
-def _read_prompts(config: RunConfig, tokenizer: TextTokenizer) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
+def _read_prompts(
+    config: RunConfig, tokenizer: TextTokenizer
+) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt], list[EvaluationSet]]:
     longest, wanted = config.sampling.max_prompt_tokens, config.evaluation.num_prompts
     rendering = make_rendering(config.data, config.model.hf_path)
     training = select_prompts(load_prompts(config.data.train_file, "data.train_file"), config.data)
@@ -124,6 +127,7 @@ def _read_prompts(config: RunConfig, tokenizer: TextTokenizer) -> tuple[list[Tok
     return (
         tokenize(training, tokenizer, longest, "data.train_file", rendering),
         tokenize(heldout[:wanted], tokenizer, longest, "data.heldout_file", rendering),
+        benchmark_sets(config, tokenizer, rendering),
     )
 
 

@@ -6,35 +6,33 @@ the journal, and answers the trainer. Evaluations run beside the groups; the wei
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.evaluation.sampling import append_result, evaluate, evaluation_groups, write_results
+from minpro_megatron.evaluation.sampling import append_result, write_results
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.records import (
     Batch,
     BehaviorLogProbs,
     CollectedGroup,
     CollectorTotals,
-    EvaluationResult,
     IssuedGroup,
     PublishLease,
     TrainedStep,
 )
+from minpro_megatron.rollout.evaluations import CollectGroup, Evaluations, EvaluationSet, heldout_set
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.journal_restore import RestoredGroup
 from minpro_megatron.rollout.leases import Conflict, Leases, Servers
 from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt
 from minpro_megatron.rollout.schedule import Restored, Slot, make_schedule
 from minpro_megatron.rollout.scores import check_scores, check_trained, with_scores
-from minpro_megatron.rollout.staleness import evaluated_versions, expected_staleness, staleness
+from minpro_megatron.rollout.staleness import expected_staleness, staleness
 from minpro_megatron.serving.client import SamplingParameters
 
 log = logging.getLogger(__name__)
-
-CollectGroup = Callable[[IssuedGroup, SamplingParameters], Awaitable[CollectedGroup]]
 
 # How often a waiting request looks whether a server has come back without the weights of now.
 LOOK_AT_SERVERS_S = 0.5
@@ -56,19 +54,16 @@ class Collector:
         heldout: Sequence[TokenizedPrompt],
         collect_group: CollectGroup,
         servers: Servers,
+        benchmarks: Sequence[EvaluationSet] = (),
     ) -> None:
         self._config = config
         self._journal = journal
         self._stream = stream
-        self._heldout = [(tokenized.prompt, tokenized.token_ids) for tokenized in heldout]
         self._collect_group = collect_group
         self._leases = Leases(servers, heldout[0].token_ids.tolist())
         sampling = config.sampling
         self._training = SamplingParameters(sampling.temperature, sampling.max_response_tokens)
-        self._evaluating = SamplingParameters(
-            config.evaluation.temperature, sampling.max_response_tokens, config.evaluation.top_p
-        )
-        self._evaluated_versions = set(evaluated_versions(config.num_global_steps, config.evaluation.every_steps))
+        self._evaluations = Evaluations(config, [heldout_set(config, heldout), *benchmarks], collect_group)
         self._changed = asyncio.Condition()
         self._num_changes = 0
         self._writing_status = asyncio.Lock()
@@ -76,8 +71,6 @@ class Collector:
         self._serving = True  # servers hold the schedule's version
         self._next_step = 0
         self._groups: dict[int, CollectedGroup] = {}  # accepted and not yet consumed, by id
-        self._evaluations: list[EvaluationResult] = []
-        self._evaluation_under_way = False
         self._failure: str | None = None
         self._finished = False
 
@@ -107,8 +100,8 @@ class Collector:
         self._schedule = make_schedule(self._config, version, restored, next_group)
         self._next_step = version
         self._serving = version == 0  # the servers start from the initial weights
-        self._evaluations = await self._journal.evaluations()
-        write_results(self._config.run_dir, self._evaluations)
+        self._evaluations.results = await self._journal.evaluations()
+        write_results(self._config.run_dir, self._evaluations.results)
         if groups or version:
             ready = len(self._groups)
             log.info("goes on at global step %d: %d groups ready, %d to repeat", version, ready, len(groups) - ready)
@@ -149,10 +142,9 @@ class Collector:
     async def _start_what_may_start(self, tasks: asyncio.TaskGroup) -> None:
         version = self._version
         slots = self._schedule.to_issue()
-        evaluated = {result.policy_version for result in self._evaluations}
-        if version in self._evaluated_versions - evaluated and not self._evaluation_under_way:
-            self._evaluation_under_way = True
-            tasks.create_task(self._evaluate(version))
+        if not self._evaluations.under_way and (due := self._evaluations.due(version)):
+            self._evaluations.under_way = True
+            tasks.create_task(self._evaluate_all(due, version))
         if slots:
             issued = [self._stream.group(*slot) for slot in slots]
             await self._journal.issue(issued)
@@ -178,21 +170,24 @@ class Collector:
                 self._groups[issued.group_id] = group
             self._notify()
 
-    async def _evaluate(self, version: int) -> None:
-        config = self._config
-        groups = evaluation_groups(self._heldout, config.evaluation.samples_per_prompt, config.seed, version)
-        result = await evaluate(groups, lambda group: self._collect_group(group, self._evaluating))
-        append_result(config.run_dir, result)
+    async def _evaluate_all(self, due: Sequence[EvaluationSet], version: int) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for chosen in due:
+                tasks.create_task(self._evaluate(chosen, version))
+        async with self._changed:
+            self._evaluations.under_way = False
+            self._notify()
+
+    async def _evaluate(self, chosen: EvaluationSet, version: int) -> None:
+        result = await self._evaluations.evaluate(chosen, version)
+        append_result(self._config.run_dir, result)
         await self._journal.evaluate(result)
         log.info(
-            "version %d evaluated: pass@1 %.4f +- %.4f over %d prompts x %d samples in %.2f s",
-            version, result.pass_at_1, result.standard_error, result.num_prompts, result.samples_per_prompt,
-            result.wall_time_s,
+            "version %d evaluated%s: pass@1 %.4f +- %.4f over %d prompts x %d samples in %.2f s",
+            version, f" on {chosen.name}" if chosen.name else "", result.pass_at_1, result.standard_error,
+            result.num_prompts, result.samples_per_prompt, result.wall_time_s,
         )  # fmt: skip
-        async with self._changed:
-            self._evaluations.append(result)
-            self._evaluation_under_way = False
-            self._notify()
+        self._evaluations.results.append(result)
 
     def start(self, version: int) -> None:
         """The trainer begins with the weights of `version`: both must go on from the same checkpoint."""
@@ -288,11 +283,11 @@ class Collector:
         # after a restart the servers hold the initial weights, and nothing is under way on them
         if await self._wait_until(self._may_publish if self._serving else self._leases.can_grant, timeout_s):
             in_flight = self._serving and self._config.staleness.mode == "bounded"
-            self._leases.grant(version, self._evaluations, in_flight)
+            self._leases.grant(version, self._evaluations.results, in_flight)
         return self._leases.current
 
     def _may_publish(self) -> bool:
-        return not self._evaluation_under_way and self._schedule.may_publish() and self._leases.can_grant()
+        return not self._evaluations.under_way and self._schedule.may_publish() and self._leases.can_grant()
 
     async def publish_end(self, version: int, held_by: Sequence[int]) -> None:
         """The servers of these indices hold `version`. The others get no work until they hold it too."""
@@ -310,7 +305,7 @@ class Collector:
 
     def _republish_due(self) -> bool:
         """Whether a server waits for the weights of now; if so, there is a lease for it."""
-        return self._serving and self._leases.grant_again(self._version, self._evaluations)
+        return self._serving and self._leases.grant_again(self._version, self._evaluations.results)
 
     async def checkpoint_begin(self, version: int) -> None:
         """Returns when the journal would survive a power cut: the checkpoint of `version` will rely on it."""
@@ -331,7 +326,7 @@ class Collector:
             raise Conflict(f"finish: version {self._version} of {self._num_steps} is published")
 
         def evaluated() -> bool:
-            return any(result.policy_version == self._num_steps for result in self._evaluations)
+            return not self._evaluations.due(self._num_steps)
 
         return await self._journal.totals() if await self._wait_until(evaluated, timeout_s) else self._leases.current
 

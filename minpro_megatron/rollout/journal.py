@@ -226,7 +226,7 @@ def _spans(policy_versions: np.ndarray) -> np.ndarray:
 
 def _evaluations(connection: sqlite3.Connection) -> list[EvaluationResult]:
     names = EvaluationResult.__struct_fields__
-    query = f"SELECT {', '.join(names)} FROM evaluations ORDER BY policy_version"
+    query = f"SELECT {', '.join(names)} FROM evaluations ORDER BY policy_version, benchmark"
     return [EvaluationResult(**dict(zip(names, row, strict=True))) for row in connection.execute(query)]
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 FILE_NAME = "journal.sqlite"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # A response's arrays are 100 KB where responses are long: with SQLite's 4 KiB a page, writing them takes half as long
 # again (benchmarks/collector_load.md).
 PAGE_BYTES = 16384
@@ -50,14 +50,16 @@ CREATE TABLE responses (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE versions (version INTEGER PRIMARY KEY, published_at REAL NOT NULL) STRICT;
 CREATE TABLE evaluations (
-    policy_version INTEGER PRIMARY KEY,
+    policy_version INTEGER NOT NULL,
+    benchmark TEXT NOT NULL,
     pass_at_1 REAL NOT NULL,
     standard_error REAL NOT NULL,
     num_prompts INTEGER NOT NULL,
     samples_per_prompt INTEGER NOT NULL,
     mean_response_tokens REAL NOT NULL,
-    wall_time_s REAL NOT NULL
-) STRICT;
+    wall_time_s REAL NOT NULL,
+    PRIMARY KEY (policy_version, benchmark)
+) STRICT, WITHOUT ROWID;
 """
 
 

@@ -222,7 +222,9 @@ class JournalReader:
     def evaluations(self) -> list[EvaluationResult]:
         names = EvaluationResult.__struct_fields__
         with self._reading():
-            rows = self._connection.execute(f"SELECT {', '.join(names)} FROM evaluations ORDER BY policy_version")
+            rows = self._connection.execute(
+                f"SELECT {', '.join(names)} FROM evaluations ORDER BY policy_version, benchmark"
+            )
             return [EvaluationResult(**dict(zip(names, row, strict=True))) for row in rows]
 
     def routed_experts(self, group_id: int, response: StoredResponse) -> np.ndarray | None:

@@ -197,7 +197,7 @@ def test_a_journal_goes_on_where_it_was_closed(tmp_path: Path) -> None:
         (lambda path: path.mkdir(), "cannot be opened .*unable to open"),
         (
             lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 1").connection.close(),
-            "cannot be opened .*format 1, this version reads 2; go on with the version that began",
+            "cannot be opened .*format 1, this version reads 3; go on with the version that began",
         ),
     ],
 )

@@ -5,6 +5,7 @@ import math
 import re
 from base64 import b64decode
 
+import msgspec
 import pytest
 
 from minpro_megatron.monitor.figures import charts, smooth
@@ -36,6 +37,13 @@ def example_summary(folder, *evaluations):
         example_config(folder), totals(*evaluations), steps=4, updates=8, wall_time_s=100.0,
         wall_time_by_phase_s={"train": 60.0, "publish": 20.0}, hf_export=folder / "hf_export",
     )  # fmt: skip
+
+
+def test_a_summary_is_of_the_held_out_prompts(tmp_path):
+    benchmarks = [msgspec.structs.replace(evaluation(version, 0.9), benchmark="aime24") for version in (0, 4)]
+    both = example_summary(tmp_path, benchmarks[0], evaluation(0, 0.25), benchmarks[1], evaluation(4, 0.5))
+    assert (both.pass_at_1_before, both.pass_at_1_after) == (0.25, 0.5)
+    assert example_summary(tmp_path, *benchmarks).pass_at_1_before is None
 
 
 def history(steps: int) -> list[Entry]:

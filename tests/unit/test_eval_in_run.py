@@ -1,0 +1,174 @@
+"""Benchmarks inside a run: at the versions that are evaluated, each once, without a trace in the staleness."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from minpro_megatron.config.run import RunConfig, parse_run_config
+from minpro_megatron.monitor.step_report import StepReport
+from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.records import CollectorTotals, EvaluationResult, IssuedGroup
+from minpro_megatron.rollout.collector import Collector
+from minpro_megatron.rollout.evaluations import EvaluationSet, load_benchmarks
+from minpro_megatron.rollout.journal import Journal
+from minpro_megatron.rollout.prompts import PromptStream
+from minpro_megatron.serving.client import SamplingParameters
+from tests.unit.collector_rig import FakeTrainer
+from tests.unit.rollout_fakes import FakeServers, run_config, tokenized_prompts, write_rows
+
+SETS = [EvaluationSet("aime24", tokenized_prompts(3), 4), EvaluationSet("gsm8k", tokenized_prompts(1), 1)]
+NAMES = ["", "aime24", "gsm8k"]
+
+
+@asynccontextmanager
+async def collecting(
+    config: RunConfig, servers: FakeServers, version: int = 0
+) -> AsyncIterator[tuple[Collector, Journal]]:
+    """A collector with benchmarks that goes on from the checkpoint of `version`; killed at the end."""
+    journal = await Journal.open(config.run_dir)
+    stream = PromptStream(tokenized_prompts(7), config)
+    collector = Collector(config, journal, stream, tokenized_prompts(2), servers.collect, servers, SETS)
+    await collector.restore(version)
+    running = asyncio.create_task(collector.run())
+    try:
+        yield collector, journal
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        await journal.close()
+
+
+async def whole_run(config: RunConfig, servers: FakeServers) -> CollectorTotals:
+    async with collecting(config, servers) as (collector, _):
+        return await FakeTrainer(config).run(collector)
+
+
+def evaluated(totals: CollectorTotals) -> list[tuple[int, str]]:
+    return [(result.policy_version, result.benchmark) for result in totals.evaluations]
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_benchmarks_are_evaluated_with_the_held_out_prompts(tmp_path: Path, bound: int) -> None:
+    config = run_config(tmp_path, steps=4, delay=1, evaluate_every=2, max_staleness=bound)
+    totals = asyncio.run(whole_run(config, FakeServers(exact=not bound)))
+    assert evaluated(totals) == [(version, name) for version in (0, 2, 4) for name in NAMES]
+    sizes = {(result.benchmark, result.num_prompts, result.samples_per_prompt) for result in totals.evaluations}
+    assert sizes == {("", 2, 2), ("aime24", 3, 4), ("gsm8k", 1, 1)}
+    # accounting knows training groups only
+    assert totals.groups_consumed == 4 * config.batch.num_prompts
+    assert totals.largest_staleness <= max(bound, 1)
+    lines = (config.run_dir / "evaluations.jsonl").read_bytes().splitlines()
+    found = [msgspec.json.decode(line, type=EvaluationResult) for line in lines]
+    assert sorted(found, key=lambda result: (result.policy_version, result.benchmark)) == totals.evaluations
+
+
+def test_each_set_has_seeds_of_its_own(tmp_path: Path) -> None:
+    config, servers = run_config(tmp_path, steps=2, delay=1), FakeServers()
+    asyncio.run(whole_run(config, servers))
+    seeds = [seed for group in servers.issued if group.batch_index == -1 for seed in group.sampling_seeds]
+    assert len(set(seeds)) == len(seeds) == 2 * (2 * 2 + 3 * 4 + 1 * 1)  # versions 0 and 2
+
+
+class SlowBenchmark(FakeServers):
+    """The benchmark of one prompt and one sample ends only when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = asyncio.Event()
+
+    async def collect(self, issued: IssuedGroup, sampling: SamplingParameters):
+        if len(issued.sampling_seeds) == 1:
+            await self.let_go.wait()
+        return await super().collect(issued, sampling)
+
+
+def test_weights_wait_for_the_slowest_benchmark(tmp_path: Path) -> None:
+    config = run_config(tmp_path, steps=2, delay=1)
+
+    async def main() -> list[int]:
+        servers = SlowBenchmark()
+        running = asyncio.create_task(whole_run(config, servers))
+        seen = []
+        for _ in range(40):
+            await asyncio.sleep(0.002)
+            seen.append(servers.version)
+        servers.let_go.set()
+        totals = await running
+        assert evaluated(totals) == [(version, name) for version in (0, 2) for name in NAMES]
+        return seen
+
+    assert set(asyncio.run(main())) == {0}
+
+
+def test_after_a_crash_only_what_is_missing_is_evaluated_again(tmp_path: Path) -> None:
+    config = run_config(tmp_path, steps=2, delay=1)
+
+    async def main() -> None:
+        async with asyncio.timeout(5), collecting(config, SlowBenchmark()) as (_, journal):
+            while len(await journal.evaluations()) < 2:  # the held-out prompts' and aime24's
+                await asyncio.sleep(0.001)
+        again = FakeServers()
+        totals = await whole_run(config, again)
+        assert evaluated(totals) == [(version, name) for version in (0, 2) for name in NAMES]
+        repeated = [group for group in again.issued if group.batch_index == -1 and group.policy_version == 0]
+        assert [len(group.sampling_seeds) for group in repeated] == [1]
+
+    asyncio.run(main())
+
+
+RESULT = EvaluationResult(
+    policy_version=3, pass_at_1=0.5, standard_error=0.25, num_prompts=4, samples_per_prompt=2,
+    mean_response_tokens=10.0, wall_time_s=1.0,
+)  # fmt: skip
+
+
+def test_each_result_is_written_once_under_its_name(tmp_path: Path) -> None:
+    earlier = msgspec.structs.replace(RESULT, policy_version=2, benchmark="aime24")
+    benchmark = msgspec.structs.replace(RESULT, benchmark="aime24", pass_at_1=0.75)
+    with RunWriter(tmp_path) as writer:
+        report = StepReport(writer, str, first_step=3)
+        report.evaluations([earlier, RESULT])
+        report.evaluations([earlier, RESULT, benchmark])
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["metrics"]) for entry in entries] == [
+        (3, {"eval/pass_at_1": 0.5, "eval/standard_error": 0.25, "eval/response_length_mean": 10.0}),
+        (
+            3,
+            {
+                "evaluation/accuracy/aime24": 0.75,
+                "evaluation/standard_error/aime24": 0.25,
+                "evaluation/response_length_mean/aime24": 10.0,
+            },
+        ),
+    ]
+
+
+def with_benchmarks(folder: Path, *benchmarks: dict) -> RunConfig:
+    values = run_config(folder).model_dump()
+    values["evaluation"]["benchmarks"] = list(benchmarks)
+    return parse_run_config(values)
+
+
+def test_benchmark_files_are_read_as_far_as_wanted(tmp_path: Path) -> None:
+    rows = [{"id": f"p{i}", "source": "s", "prompt": f"{i}?", "answer": "1"} for i in range(3)]
+    path = str(write_rows(tmp_path / "b.jsonl", rows))
+    config = with_benchmarks(tmp_path, {"name": "a", "file": path, "num_prompts": 2}, {"name": "b", "file": path})
+    assert [[prompt.id for prompt in prompts] for prompts in load_benchmarks(config)] == [
+        ["p0", "p1"],
+        ["p0", "p1", "p2"],
+    ]
+    with pytest.raises(ValueError, match=r"benchmarks\[0\].num_prompts = 4: .*b.jsonl has only 3 rows; lower it"):
+        load_benchmarks(with_benchmarks(tmp_path, {"name": "a", "file": path, "num_prompts": 4}))
+    with pytest.raises(ValueError, match=r"evaluation.benchmarks\[0\].file = 'none.jsonl': No such file"):
+        load_benchmarks(with_benchmarks(tmp_path, {"name": "a", "file": "none.jsonl"}))
+
+
+def test_two_benchmarks_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"evaluation: benchmarks: the names \['a', 'a'\] must differ"):
+        with_benchmarks(tmp_path, {"name": "a", "file": "x"}, {"name": "a", "file": "y"})
