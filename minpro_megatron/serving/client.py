@@ -84,6 +84,7 @@ class ServerClient:
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         self._headers = dict(headers or {})
         self._wanted = {"return_logprob": True} | ({"return_routed_experts": True} if routes else {})
+        self._exact_versions = exact_versions
         self._checker = AnswerChecker(self.name, facts, exact_versions, routes)
         self._session: aiohttp.ClientSession | None = None
         self._thread = thread or answer_thread()
@@ -179,6 +180,10 @@ class ServerClient:
         return msgspec.json.encode(
             {
                 "rid": [request.request_id for request in sent],
+                # The prefix cache may be of earlier weights: where publish.flush_cache is off, and with pause mode
+                # in_place, which cannot empty it. So a cached prefix serves requests of the same version only; where
+                # weights change under requests, those of the same group.
+                "extra_key": f"version {sent[0].policy_version}" if self._exact_versions else sent[0].request_id,
                 "input_ids": [response.token_ids for response in responses],
                 "sampling_params": [
                     {**shared, "max_new_tokens": request.max_tokens, "sampling_seed": response.seed}

@@ -41,6 +41,7 @@ def test_a_group_is_one_request_with_a_seed_and_an_id_for_each_response() -> Non
     assert len(set(body["rid"])) == 2
     assert {len(request_id) for request_id in body["rid"]} == {32}
     assert body["return_logprob"] is True
+    assert body["extra_key"] == "version 3"  # what the server has cached of other weights is of no use
     assert body["sampling_params"][0] | {"sampling_seed": 0} == {
         "max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "stop_token_ids": [258], "ignore_eos": False,
         "skip_special_tokens": False, "sampling_seed": 0,
@@ -51,6 +52,18 @@ def test_a_group_is_one_request_with_a_seed_and_an_id_for_each_response() -> Non
     assert second.policy_versions.tolist() == [3, 3, 3, 3]
     kinds = (first.token_ids.dtype.str, first.log_probs.dtype.str, first.policy_versions.dtype.str)
     assert kinds == ("<i4", "<f4", "<i4")
+
+
+def test_where_weights_change_under_requests_no_cached_prefix_serves_another_group() -> None:
+    keys: list[str] = []
+
+    async def handler(request: web.Request, body: dict[str, Any]) -> web.Response:
+        keys.append(body["extra_key"])
+        return web.json_response(answers(body))
+
+    for _ in range(2):
+        generate(handler, exact_versions=False)
+    assert len(set(keys)) == 2
 
 
 class Flaky:
