@@ -132,6 +132,10 @@ METRICS: dict[str, Declaration] = {
     "reward/mean": Declaration("", "mean", "reward of a response"),
     "reward/accuracy": Declaration("share", "mean", "responses whose answer is right"),
     "reward/equal_groups": Declaration("share", "mean", "groups whose rewards are all equal (no gradient)"),
+    "reward/accuracy_by_prompt/<kind>": Declaration(
+        "share", "mean", "of those to prompts with a given prefix (prefixed) and without (plain)"
+    ),
+    "reward/equal_groups_by_prompt/<kind>": Declaration("share", "mean", "equal groups, apart in the same way"),
     "policy/entropy": Declaration("nats", "mean", "entropy of the policy at a response token"),
     "policy/kl_k1": Declaration("nats", "mean", "k1 estimate of KL(old policy || policy)"),
     "policy/kl_k2": Declaration("nats", "mean", "k2 estimate of it"),
@@ -170,6 +174,9 @@ METRICS: dict[str, Declaration] = {
     "staleness/mean": Declaration("global steps", "mean", "policy version minus a group's oldest version"),
     "staleness/max": Declaration("global steps", "max", "stalest group of the batch"),
     "response/length_mean": Declaration("tokens", "mean", "length of a response"),
+    "response/length_by_prompt/<kind>": Declaration(
+        "tokens", "mean", "length of a response to prefixed and plain prompts, without the prefix"
+    ),
     "response/length_max": Declaration("tokens", "max", "longest response"),
     "response/truncated_fraction": Declaration("share", "mean", "responses cut at the length limit"),
     "optimizer/grad_norm": Declaration("", "mean", "global gradient norm of an update, before clipping"),

@@ -25,14 +25,20 @@ def _group_metrics(group: CollectedGroup, step: int) -> dict[str, Metric]:
     truncated = sum(response.finish_reason == "length" for response in group.responses)
     staleness = step - group.oldest_version
     count = len(rewards)
+    right = sum(reward > 0 for reward in rewards)
+    equal = float(len(set(rewards)) == 1)
+    kind = "prefixed" if group.issued.prompt.prefix else "plain"
     return {
         "reward/mean": mean(sum(rewards), count),
-        "reward/accuracy": mean(sum(reward > 0 for reward in rewards), count),
-        "reward/equal_groups": mean(float(len(set(rewards)) == 1), 1),
+        "reward/accuracy": mean(right, count),
+        "reward/equal_groups": mean(equal, 1),
+        f"reward/accuracy_by_prompt/{kind}": mean(right, count),
+        f"reward/equal_groups_by_prompt/{kind}": mean(equal, 1),
         "staleness/min": smallest(staleness),
         "staleness/mean": mean(staleness, 1),
         "staleness/max": largest(staleness),
         "response/length_mean": mean(sum(lengths), count),
+        f"response/length_by_prompt/{kind}": mean(sum(lengths), count),
         "response/length_max": largest(max(lengths)),
         "response/truncated_fraction": mean(truncated, count),
         "batch/tokens": total(sum(lengths) + count * len(group.issued.prompt_token_ids)),
@@ -103,7 +109,7 @@ class StepReport:
         self.samples = [
             {
                 "step": step,
-                "prompt": group.issued.prompt.text,
+                "prompt": group.issued.prompt.text + group.issued.prompt.prefix,
                 "response": self._response_text(group.responses[0].token_ids),
                 "answer": group.issued.prompt.answer,
                 "reward": group.responses[0].reward,

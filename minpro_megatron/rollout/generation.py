@@ -49,6 +49,8 @@ class GroupCollector:
         # In a thread: a group may have 150,000 tokens, and other answers should not wait for its text.
         ids = [sequence.token_ids for sequence in sequences]
         texts = await asyncio.to_thread(self._tokenizer.response_texts, ids)
+        # a given prefix is the beginning of what is graded: the cut may lie in the middle of the answer
+        texts = [issued.prompt.prefix + text for text in texts]
         rewards = await self._rewards.grade_all(texts, issued.prompt.answer, issued.prompt.source)
         responses = [
             Response(

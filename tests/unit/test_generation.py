@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -111,6 +112,13 @@ def test_responses_keep_their_order_and_rewards(tmp_path: Path, groups: list[Iss
     assert [response.reward for response in group.responses] == [3.0] * RESPONSES
     assert all(response.routed_experts is routes for response in group.responses)
     assert group.oldest_version == 0
+
+
+def test_a_given_prefix_is_graded_with_the_response(tmp_path: Path, groups: list[IssuedGroup]) -> None:
+    prompt = msgspec.structs.replace(groups[0].prompt, prefix="12345")
+    (group,) = collect(tmp_path, [FakeClient("a")], [msgspec.structs.replace(groups[0], prompt=prompt)])
+    assert [response.reward for response in group.responses] == [5.0 + 3.0] * RESPONSES  # FakeRewards: the length
+    assert all(len(response.token_ids) == 3 for response in group.responses)
 
 
 def test_groups_spread_over_the_servers_and_each_stays_on_one(tmp_path: Path, groups: list[IssuedGroup]) -> None:

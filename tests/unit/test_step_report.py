@@ -1,8 +1,9 @@
 """The numbers of a batch are those one would count by hand."""
 
+import msgspec
 import pytest
 
-from minpro_megatron.monitor.metrics import METRICS, values
+from minpro_megatron.monitor.metrics import METRICS, check_declared, values
 from minpro_megatron.monitor.step_report import batch_metrics
 from minpro_megatron.records import Batch
 from tests.unit.batches import make_group
@@ -23,6 +24,9 @@ def test_batch_metrics_are_counted_by_hand() -> None:
             "reward/mean": 2.5 / 8,
             "reward/accuracy": 3 / 8,
             "reward/equal_groups": 2 / 3,
+            "reward/accuracy_by_prompt/plain": 3 / 8,
+            "reward/equal_groups_by_prompt/plain": 2 / 3,
+            "response/length_by_prompt/plain": 32 / 8,
             "staleness/min": 0,  # step 9 less the oldest version of each group: 6, 9, 7
             "staleness/mean": (3 + 0 + 2) / 3,
             "staleness/max": 3,
@@ -34,6 +38,26 @@ def test_batch_metrics_are_counted_by_hand() -> None:
     )
 
 
+def test_prompts_with_a_prefix_are_counted_apart() -> None:
+    prefixed = make_group(4, 12, [1.0, 1.0, 0.0, 1.0], [2, 2, 5, 3], versions=[9] * 4)
+    issued = msgspec.structs.replace(
+        prefixed.issued, prompt=msgspec.structs.replace(prefixed.issued.prompt, prefix="7,0")
+    )
+    mixed = Batch(index=9, groups=[*BATCH.groups, msgspec.structs.replace(prefixed, issued=issued)])
+    metrics, plain = values(batch_metrics(mixed, step=9)), values(batch_metrics(BATCH, step=9))
+    assert {name: value for name, value in metrics.items() if name.endswith("/plain")} == {
+        name: value for name, value in plain.items() if name.endswith("/plain")
+    }
+    assert {name: value for name, value in metrics.items() if name.endswith("/prefixed")} == {
+        "reward/accuracy_by_prompt/prefixed": 3 / 4,
+        "reward/equal_groups_by_prompt/prefixed": 0.0,
+        "response/length_by_prompt/prefixed": 12 / 4,
+    }
+    assert metrics["reward/accuracy"] == (3 + 3) / 12
+    check_declared(metrics)
+
+
 def test_metrics_are_declared_with_the_reduction_they_use() -> None:
     for name, metric in batch_metrics(BATCH, step=9).items():
-        assert METRICS[name].reduction == metric.reduction, name
+        declared = METRICS.get(name) or METRICS[f"{name.rpartition('/')[0]}/<kind>"]
+        assert declared.reduction == metric.reduction, name
