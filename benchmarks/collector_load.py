@@ -51,7 +51,7 @@ def make_run(root: Path, arguments: argparse.Namespace) -> RunConfig:
         {
             "name": "load",
             "runs_dir": str(root / "runs"),
-            "num_global_steps": arguments.steps,
+            "num_global_steps": max(1, arguments.steps),
             "device": "cpu",
             "model": {"hf_path": str(folder), "megatron_path": "unused", "dtype": "float32"},
             "data": {name: str(root / "prompts.jsonl") for name in ("train_file", "heldout_file")},
@@ -179,7 +179,6 @@ def measure_step(config: RunConfig, arguments: argparse.Namespace) -> dict[str, 
         "stalls": found["collector"]["stalls"],
         "bare_stalls": found["bare"]["stalls"],
         "threads": found["collector"]["threads"],
-        "cpu_s": found["collector"]["cpu_s"],
         "start_bytes": start_bytes,
         "peak_bytes": peaks[-1],
         "journal_bytes": (folder / "journal.sqlite").stat().st_size,
@@ -189,6 +188,12 @@ def measure_step(config: RunConfig, arguments: argparse.Namespace) -> dict[str, 
 
 def worst(stalls: Sequence[Sequence[float]], phases: Sequence[tuple[str, float, float]]) -> float:
     return max((late for at, late in stalls if any(b <= at + late and at <= e for _, b, e in phases)), default=0.0)
+
+
+def cpu_after(samples: Sequence[tuple[float, dict[str, float]]], begin: float) -> dict[str, float]:
+    """Seconds of CPU of each thread, and of the whole process, from `begin` to the last sample."""
+    first = next((times for at, times in samples if at >= begin), samples[-1][1])
+    return {name: seconds - first.get(name, 0.0) for name, seconds in samples[-1][1].items()}
 
 
 def show_step(found: dict[str, Any], num_tokens: int, num_responses: int, console: Console) -> None:
@@ -215,9 +220,9 @@ def show_step(found: dict[str, Any], num_tokens: int, num_responses: int, consol
             f"{label}: {seconds:.1f} s, {rate:,.0f} tokens/s, {count * num_responses / seconds:.0f} responses/s, "
             f"{rate / FLEET_TOKENS_PER_S:.1f} x the fleet"
         )
-    cpu = {name: seconds / (steps * num_tokens) * 1e6 for name, seconds in found["threads"].items()}
+    cpu = {name: 1e6 * value / (steps * num_tokens) for name, value in cpu_after(found["threads"], begin).items()}
     used = ", ".join(f"{name} {value:.2f}" for name, value in sorted(cpu.items(), key=lambda item: -item[1]))
-    console.print(f"microseconds of CPU a token: {used}; process {found['cpu_s'] / (steps * num_tokens) * 1e6:.2f}")
+    console.print(f"microseconds of CPU a token since the start: {used}")
     console.print(
         f"collector's memory: {found['start_bytes'] / 2**30:.2f} GiB at the start, {found['peak_bytes'] / 2**30:.2f} "
         f"GiB at most; journal {found['journal_bytes'] / 2**30:.2f} GiB; load {found['load']:.1f}"
@@ -228,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=int, default=4096)
     parser.add_argument("--max-tokens", type=int, default=20480)
-    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=1, help="0: the stages only")
     parser.add_argument("--delay", type=int, default=0, help="staleness.delay_steps")
     parser.add_argument("--servers", type=int, default=16)
     parser.add_argument("--server-processes", type=int, default=2)

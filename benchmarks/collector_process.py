@@ -26,8 +26,8 @@ async def heartbeat(stalls: list[tuple[float, float]]) -> None:
 
 
 def thread_times() -> dict[str, float]:
-    """Seconds of processor time of this process's threads so far, by name without number."""
-    times: dict[str, float] = defaultdict(float)
+    """Seconds of processor time of this process's threads so far, by name without number, and of the process."""
+    times: dict[str, float] = defaultdict(float, {"process": time.process_time()})
     for thread in threading.enumerate():
         if thread.ident is not None:
             name = re.sub(r"[-_\d]+$", "", thread.name)
@@ -40,11 +40,11 @@ def run_collector(config: RunConfig, result: Path) -> None:
     logging.basicConfig(level=logging.WARNING)
     sys.setswitchinterval(collect.SWITCH_INTERVAL_S)
     stalls: list[tuple[float, float]] = []
-    times: dict[str, float] = {}
+    samples: list[tuple[float, dict[str, float]]] = []
 
     async def sample_threads() -> None:
         while True:
-            times.update(thread_times())
+            samples.append((time.monotonic(), thread_times()))
             await asyncio.sleep(0.2)
 
     async def main() -> None:
@@ -56,7 +56,7 @@ def run_collector(config: RunConfig, result: Path) -> None:
                 task.cancel()
 
     asyncio.run(main())
-    result.write_text(json.dumps({"stalls": stalls, "threads": times, "cpu_s": time.process_time()}))
+    result.write_text(json.dumps({"stalls": stalls, "threads": samples}))
 
 
 def run_bare_loop(result: Path, ended: Any) -> None:

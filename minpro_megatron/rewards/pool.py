@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 WORKER_MODULE = "minpro_megatron.rewards.worker"
 START_TIMEOUT_S = 120.0
+# For an answer that came in time while the event loop was busy with something else: it is there, and not read yet.
+GRACE_S = 0.05
 # A symbolic checker can be led into expanding an expression without end; its process ends before the
 # machine does. With its libraries a worker needs 0.2 GiB.
 MEMORY_LIMIT_BYTES = 4 * 2**30
@@ -80,7 +82,7 @@ class _Worker:
                 request = msgspec.msgpack.encode((reward, text, answer))
                 self._process.stdin.write(LENGTH.pack(len(request)) + request)
             while len(results) < len(texts):
-                body = await asyncio.wait_for(self._read(), timeout_s)
+                body = await self._read_within(timeout_s)
                 results.append(msgspec.msgpack.decode(body, type=Judgement | str))
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
             await self.kill()
@@ -89,6 +91,19 @@ class _Worker:
             await self.kill()  # its answers would be taken for those of the next responses
             raise
         return results
+
+    async def _read_within(self, timeout_s: float) -> bytes:
+        """Raises TimeoutError if the grader is late; not if only this process is, and the answer is there."""
+        reading = asyncio.create_task(self._read())
+        try:
+            done, _ = await asyncio.wait({reading}, timeout=timeout_s)
+            if not done:
+                done, _ = await asyncio.wait({reading}, timeout=GRACE_S)
+            if not done:
+                raise TimeoutError
+            return reading.result()
+        finally:
+            reading.cancel()
 
     async def _read(self) -> bytes:
         assert self._process is not None

@@ -4,6 +4,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -66,6 +67,17 @@ def test_a_killed_grader_costs_one_response(fault: str) -> None:
 
     pool = with_pool(use)
     assert (pool.num_killed, pool.num_errors) == (1, 0)
+
+
+def test_a_busy_event_loop_is_not_taken_for_a_hanging_grader() -> None:
+    async def use(pool: RewardPool) -> None:
+        assert await pool.grade_all(["right"], "1", "s") == [1.0]  # the worker runs
+        grading = asyncio.create_task(pool.grade_all(["right"], "1", "s"))
+        await asyncio.sleep(0)
+        time.sleep(0.12)
+        assert await grading == [1.0]
+
+    assert with_pool(use).num_killed == 0
 
 
 @pytest.mark.parametrize("fault", ["raise", "nan"])
