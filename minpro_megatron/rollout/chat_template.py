@@ -49,7 +49,7 @@ class ChatTemplate:
         try:
             run = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, timeout=limit_s)
         except subprocess.TimeoutExpired:
-            raise self._error(f"rendering {len(questions)} prompts took more than {limit_s:.0f} s") from None
+            raise self._error(f"rendering {len(questions)} prompts took more than {limit_s:.3g} s") from None
         if run.returncode:
             last = run.stderr.decode(errors="replace").strip().rpartition("\n")[2]
             raise self._error(f"rendering ended with status {run.returncode} ({last or 'nothing said'})")

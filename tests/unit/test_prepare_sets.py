@@ -114,6 +114,12 @@ def test_a_processed_copy_of_dapo(tmp_path: Path) -> None:
     assert Counter((row["prompt"], row["answer"]) for row in made) == Counter([("1+1?", "2"), ("2+2?", "4")])
 
 
+def test_only_dapos_own_rows_must_hold_its_instruction(tmp_path: Path) -> None:
+    table = [verl_row("1+1?", "2", wrapped=False), verl_row("2+2?", "004")]
+    made, _ = prepare("aime25", write_parquet(tmp_path / "in.parquet", table), tmp_path / "out.jsonl")
+    assert Counter((row["prompt"], row["answer"]) for row in made) == Counter([("1+1?", "2"), ("2+2?", "4")])
+
+
 def test_math500(tmp_path: Path) -> None:
     rows = [
         {"problem": "Convert.", "solution": "So \\boxed{x}.", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)"},

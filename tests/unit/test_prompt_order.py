@@ -69,6 +69,16 @@ def test_places_count_the_groups_of_the_source_over_blocks() -> None:
     assert SourceDraw({"a": 1.0, "b": 1.0}, seed=4).place(50) != draw.place(50) or seen["a"] != seen["b"]
 
 
+def test_blocks_and_sources_have_draws_of_their_own(tmp_path: Path) -> None:
+    draw = SourceDraw({"a": 1.0, "b": 1.0}, seed=0)
+    first, second = ([draw.place(start + n)[0] for n in range(100)] for start in (0, BLOCK_GROUPS))
+    assert first != second
+    prompts = [prompt(f"{source}{n}", source) for source in "ab" for n in range(30)]
+    made = dealt(stream(tmp_path, prompts, source_weights={"a": 1, "b": 1}), 200)
+    orders = {source: [one.id[1:] for one in made if one.source == source][:30] for source in "ab"}
+    assert orders["a"] != orders["b"]
+
+
 def test_easy_prompts_come_first_in_the_first_epoch(tmp_path: Path) -> None:
     rates = [0.1, 0.9, None, 0.5, 0.5, 0.5, 0.9, None]
     prompts = [prompt(f"p{n}", pass_rate=rate) for n, rate in enumerate(rates)]
