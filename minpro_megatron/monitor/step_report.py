@@ -64,6 +64,20 @@ def derived_metrics(scalars: Mapping[str, float], histograms: Mapping[str, np.nd
     return derived
 
 
+def _evaluation_scalars(result: EvaluationResult) -> dict[str, float]:
+    if result.benchmark:
+        return {
+            f"evaluation/accuracy/{result.benchmark}": result.pass_at_1,
+            f"evaluation/standard_error/{result.benchmark}": result.standard_error,
+            f"evaluation/response_length_mean/{result.benchmark}": result.mean_response_tokens,
+        }
+    return {
+        "eval/pass_at_1": result.pass_at_1,
+        "eval/standard_error": result.standard_error,
+        "eval/response_length_mean": result.mean_response_tokens,
+    }
+
+
 class StepReport:
     """Writes a run's steps and evaluations; rank 0 of the trainer holds one."""
 
@@ -72,7 +86,8 @@ class StepReport:
         `first_step` were written by an earlier incarnation of the run."""
         self._writer = writer
         self._response_text = response_text
-        self._evaluated = set(range(first_step))
+        self._first_step = first_step
+        self._evaluated: set[tuple[int, str]] = set()
         self.samples: list[dict] = []  # of the last step that showed any
 
     def step(self, step: int, scalars: dict[str, float], histograms: Mapping[str, np.ndarray], batch: Batch) -> None:
@@ -96,14 +111,10 @@ class StepReport:
     def evaluations(self, results: Sequence[EvaluationResult]) -> None:
         """Writes those results that were not written before."""
         for result in results:
-            if result.policy_version not in self._evaluated:
-                self._evaluated.add(result.policy_version)
-                scalars = {
-                    "eval/pass_at_1": result.pass_at_1,
-                    "eval/standard_error": result.standard_error,
-                    "eval/response_length_mean": result.mean_response_tokens,
-                }
-                self._writer.scalars(result.policy_version, scalars)
+            key = result.policy_version, result.benchmark
+            if result.policy_version >= self._first_step and key not in self._evaluated:
+                self._evaluated.add(key)
+                self._writer.scalars(result.policy_version, _evaluation_scalars(result))
 
     def _show_samples(self, step: int, batch: Batch) -> None:
         self.samples = [
