@@ -126,7 +126,7 @@ async def _until_terminated(
         progress.add(group.benchmark, len(group.responses), sum(response.num_tokens for response in group.responses))
 
     incarnation = os.getpid()  # addresses that a killed predecessor left are not taken for those of now
-    async with _serving(config, incarnation) as ended:
+    async with serving(config, incarnation) as ended:
         sampler = Sampler(config, incarnation, file, count, progress.start_clock)
         work = asyncio.create_task(sampler.run(tasks, sampled_version))
         try:
@@ -146,7 +146,7 @@ def _serve_log(config: RunConfig) -> Path:
 
 
 @asynccontextmanager
-async def _serving(config: RunConfig, incarnation: int) -> AsyncIterator["asyncio.Task[int]"]:
+async def serving(config: RunConfig, incarnation: int) -> AsyncIterator["asyncio.Task[int]"]:
     """The role `serve` as a process; the task ends with it."""
     config_file, log_file = config.run_dir / "run.json", _serve_log(config)
     replace_file(config_file, config.to_json())

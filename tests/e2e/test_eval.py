@@ -19,13 +19,15 @@ import torch
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.evaluation.samples import SampledGroup
 from minpro_megatron.evaluation.scores import Scores
+from minpro_megatron.records import EvaluationResult
 from minpro_megatron.rewards import mathematics
 from minpro_megatron.rewards.registry import Grade
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
-from tests.e2e.conftest import ROOT, TinyModel
+from tests.e2e.conftest import ROOT, Launcher, TinyModel
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.timeout(400),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine's stand-ins are not for GPU machines"),
 ]
 
@@ -229,3 +231,25 @@ def test_it_ends_with_its_servers_when_told_to(tiny_model: TinyModel, data: Path
     assert process.returncode == 143, errors
     assert "the same command goes on" in errors
     assert processes_of(output) == []
+
+
+def test_benchmarks_inside_a_run(launches: Launcher, data: Path, tmp_path: Path) -> None:
+    """At the first and the last version, beside the held-out prompts; staleness is what it was."""
+    benchmarks = [{"name": "gsm8k", "file": str(data / "gsm8k.jsonl"), "samples_per_prompt": 3}]
+    settings = ["num_global_steps=2", "server.engine=reference", "evaluation.num_prompts=4"]
+    # questions are longer than the demo's prompts
+    settings += ["sampling.max_prompt_tokens=400", f"evaluation.benchmarks={json.dumps(benchmarks)}"]
+    launch = launches("benchmarks", *settings, 'collector.reward_by_source={"gsm8k": "even_digit:grade"}')
+    status, output = launch.wait(170)
+    assert status == 0, output
+    lines = (launch.run_dir / "evaluations.jsonl").read_bytes().splitlines()
+    found = [msgspec.json.decode(line, type=EvaluationResult) for line in lines]
+    told = sorted((result.policy_version, result.benchmark, result.samples_per_prompt) for result in found)
+    assert told == [(0, "", 8), (0, "gsm8k", 3), (2, "", 8), (2, "gsm8k", 3)]
+    entries = [json.loads(line) for line in (launch.run_dir / "metrics.jsonl").read_text().splitlines()]
+    shown = {entry["step"]: value for entry in entries for name, value in entry["metrics"].items() if "gsm8k" in name}
+    assert sorted(shown) == [0, 2]
+    summary = json.loads((launch.run_dir / "summary.json").read_text())
+    assert (summary["smallest_staleness"], summary["largest_staleness"]) == (0, 1)
+    assert summary["num_evaluation_samples"] == 4 * 8
+    assert [result for result in found if result.benchmark and 0 < result.pass_at_1 < 1]

@@ -3,7 +3,6 @@
 import re
 
 import msgspec
-import numpy as np
 import pytest
 
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse
@@ -120,8 +119,8 @@ def test_powers_of_two_end_with_the_number_itself() -> None:
 
 
 def test_the_picture_shows_every_benchmark() -> None:
-    curve = np.linspace(0.2, 0.9, 16)
-    wide = Curve("A", curve, curve - 0.1, curve + 0.1)
+    curve = [0.2 + 0.04 * k for k in range(16)]
+    wide = Curve("A", curve, [value - 0.1 for value in curve], [value + 0.1 for value in curve])
     drawn = pass_at_k_png([wide], "m")
     assert drawn.startswith(b"\x89PNG")
     assert drawn != pass_at_k_png([wide, Curve("B", [0.5], [0.4], [0.6])], "m")
