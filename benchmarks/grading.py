@@ -4,10 +4,11 @@
     python -m benchmarks.grading --data ../shared/data --truths
 
 The first form takes prompts from all benchmark files, each with eight responses of which half are right, and grades
-them in turns: by Math-Verify's parse and verify with their own time limits, in one process and in two; by this project's
-function in one process; through its pool with one worker and with two. It prints Markdown tables: rates, and how often
-the verdicts are right. The second form grades every answer of the files in all spellings of benchmarks/ground_truths.py
-and prints how many are judged equal to themselves and different from wrong ones, and every failure.
+them in turns: by Math-Verify's parse and verify with their own time limits, in one process and in two; by this
+project's function in one process; through its pool with one worker and with two. It prints a Markdown table: rates, and
+how often the verdicts are right. The second form grades every answer of the files in all spellings of
+benchmarks/ground_truths.py and prints how many are judged equal to themselves and different from wrong ones, and every
+failure.
 """
 
 import argparse
@@ -21,10 +22,13 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from math_verify import parse, verify
 
 from benchmarks.ground_truths import read_truths, renderings, wrong_answers
@@ -33,6 +37,7 @@ from minpro_megatron.rewards.pool import RewardPool
 
 RESPONSES = 8
 Prompt = tuple[str, list[str]]  # the true answer and its responses: right, wrong, right, ...
+WARM_UP: list[Prompt] = [(f"x+{number}", [f"Answer: ${number}+x$"]) for number in range(8)]
 
 
 def make_prompts(folder: Path, count: int) -> list[Prompt]:
@@ -67,48 +72,63 @@ async def by_pool(pool: RewardPool, prompts: list[Prompt]) -> list[list[bool]]:
     return [[reward == 1.0 for reward in some] for some in rewards]
 
 
-def timed(run: Callable[[], list[list[bool]]], seconds: list[float]) -> list[list[bool]]:
-    start = time.perf_counter()
-    verdicts = run()
-    seconds.append(time.perf_counter() - start)
-    return verdicts
+@dataclass
+class Record:
+    """What one way of grading took, round by round, and its verdicts."""
+
+    wall_s: list[float] = field(default_factory=list)
+    processor_s: list[float] = field(default_factory=list)
+    verdicts: list[list[bool]] = field(default_factory=list)
 
 
-async def measure(prompts: list[Prompt], rounds: int) -> None:
-    seconds: dict[str, list[float]] = {}
-    verdicts: dict[str, list[list[bool]]] = {}
+def processor_seconds() -> float:
+    """Of this process and of those that it started."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
-    def take(name: str, run: Callable[[], list[list[bool]]]) -> None:
-        verdicts[name] = timed(run, seconds.setdefault(name, []))
 
-    context = multiprocessing.get_context("fork")
-    with context.Pool(2) as processes:
-        async with RewardPool("math", 1, 5.0) as one, RewardPool("math", 2, 5.0) as two:
-            warm = prompts[:2]
-            processes.map(by_math_verify, warm * 4, chunksize=1)
-            await by_pool(one, warm)
-            await by_pool(two, warm * 4)
-            for _ in range(rounds):
-                take("Math-Verify, 1 process", lambda: [by_math_verify(prompt) for prompt in prompts])
-                take("Math-Verify, 2 processes", lambda: processes.map(by_math_verify, prompts, chunksize=4))
-                take("this project's function, 1 process", lambda: [by_grade(prompt) for prompt in prompts])
+@contextmanager
+def timed(record: Record) -> Iterator[None]:
+    wall, processor = time.perf_counter(), processor_seconds()
+    yield
+    record.wall_s.append(time.perf_counter() - wall)
+    record.processor_s.append(processor_seconds() - processor)
+
+
+async def measure(all_prompts: list[Prompt], rounds: int) -> None:
+    ways: dict[str, Record] = defaultdict(Record)
+    with multiprocessing.get_context("spawn").Pool(2) as processes:
+        async with RewardPool("math", 1, 60.0) as one, RewardPool("math", 2, 60.0) as two:
+            processes.map(by_math_verify, WARM_UP, chunksize=1)
+            await by_pool(one, WARM_UP)
+            await by_pool(two, WARM_UP)
+            # other prompts in each round: everything here keeps what it has read before
+            for number in range(rounds):
+                prompts = all_prompts[number::rounds]
+                with timed(record := ways["Math-Verify, 1 process"]):
+                    record.verdicts += [by_math_verify(prompt) for prompt in prompts]
+                with timed(record := ways["Math-Verify, 2 processes"]):
+                    record.verdicts += processes.map(by_math_verify, prompts, chunksize=4)
+                with timed(record := ways["this project's function, 1 process"]):
+                    record.verdicts += [by_grade(prompt) for prompt in prompts]
                 for name, pool in (("1 worker", one), ("2 workers", two)):
-                    start = time.perf_counter()
-                    verdicts[f"reward pool, {name}"] = await by_pool(pool, prompts)
-                    seconds.setdefault(f"reward pool, {name}", []).append(time.perf_counter() - start)
-            print_table(prompts, seconds, verdicts)
+                    with timed(record := ways[f"reward pool, {name}"]):
+                        record.verdicts += await by_pool(pool, prompts)
+            print_table(ways)
             print(f"\nkilled {one.num_killed + two.num_killed}, failed {one.num_errors + two.num_errors}")
 
 
-def print_table(prompts: list[Prompt], seconds: dict[str, list[float]], verdicts: dict[str, list[list[bool]]]) -> None:
-    count = RESPONSES * len(prompts)
-    print("| | grades/s, median (min - max) | right taken for right | wrong taken for wrong |\n|---|---|---|---|")
-    for name, times in seconds.items():
-        rates = sorted(count / value for value in times)
-        right = [verdict for some in verdicts[name] for verdict in some[0::2]]
-        wrong = [not verdict for some in verdicts[name] for verdict in some[1::2]]
+def print_table(ways: dict[str, Record]) -> None:
+    print("| | grades/s, median (min - max) | grades per processor second | right for right | wrong for wrong |")
+    print("|---|---|---|---|---|")
+    for name, record in ways.items():
+        count = RESPONSES * len(record.verdicts) / len(record.wall_s)
+        rates = sorted(count / value for value in record.wall_s)
+        right = [verdict for some in record.verdicts for verdict in some[0::2]]
+        wrong = [not verdict for some in record.verdicts for verdict in some[1::2]]
         print(
             f"| {name} | {statistics.median(rates):,.0f} ({rates[0]:,.0f} - {rates[-1]:,.0f}) | "
+            f"{count / statistics.median(record.processor_s):,.0f} | "
             f"{statistics.mean(right):.1%} | {statistics.mean(wrong):.1%} |"
         )
 
@@ -138,7 +158,7 @@ def grade_truths(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the benchmark files")
-    parser.add_argument("--prompts", type=int, default=150)
+    parser.add_argument("--prompts", type=int, default=150, help="in all rounds together")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--truths", action="store_true", help="grade all true answers instead of timing")
     options = parser.parse_args()

@@ -69,7 +69,8 @@ def without_thousands(text: str) -> str:
 
 def tokens_of(text: str) -> list[str]:
     """LaTeX tokens with one name for each command, without those that mean nothing."""
-    tokens = (_SAME_COMMAND.get(token, token) for token in _TOKEN.findall(text))
+    found: list[str] = _TOKEN.findall(text)
+    tokens = (_SAME_COMMAND.get(token, token) for token in found)
     return [token for token in tokens if token not in _IGNORED]
 
 

@@ -3,6 +3,7 @@
 import importlib
 import re
 from collections.abc import Callable
+from typing import Any, cast
 
 import msgspec
 
@@ -41,7 +42,7 @@ def load_reward(name: str) -> RewardFunction:
     check_reward_name(name)
     module, _, function = REWARDS.get(name, name).partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Any = getattr(importlib.import_module(module), function)
     except Exception as error:
         raise ValueError(
             f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}; the module has to be importable from "
@@ -51,4 +52,4 @@ def load_reward(name: str) -> RewardFunction:
         raise ValueError(
             f"reward {name!r} is no function but of type {type(found).__name__}; give one of (response text, answer)"
         )
-    return found
+    return cast(RewardFunction, found)

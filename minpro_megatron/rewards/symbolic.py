@@ -8,6 +8,7 @@ number of a numeral, `_make_number` does it.
 import logging
 import re
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -56,6 +57,7 @@ class RefusedError(ValueError):
     """An expression whose value would be too large to compute."""
 
 
+@lru_cache(maxsize=64)  # the true answer comes with every response to its prompt
 def parse(latex: str) -> sympy.Basic | sympy.MatrixBase | None:
     """The expression, not evaluated; None if it cannot be read. Raises RefusedError."""
     for pattern, replacement in _MISREAD:
@@ -151,6 +153,7 @@ def _value(expression: sympy.Expr, at: dict[Any, Any], precision: int) -> sympy.
         value = expression.evalf(precision, subs=at)
     except (ValueError, TypeError, ArithmeticError, AttributeError, NotImplementedError):
         return None
-    real, imaginary = value.as_real_imag() if isinstance(value, sympy.Expr) else (None, None)
-    is_number = isinstance(real, sympy.Number) and isinstance(imaginary, sympy.Number)
-    return value if is_number and real.is_finite and imaginary.is_finite else None
+    if not isinstance(value, sympy.Expr):
+        return None
+    parts = value.as_real_imag()
+    return value if all(isinstance(part, sympy.Number) and part.is_finite for part in parts) else None
