@@ -63,6 +63,7 @@ def pass_at_k_values(num_samples: int, num_correct: Sequence[int] | np.ndarray, 
             f"largest_k = {largest_k}: 0 <= num_correct <= num_samples and 1 <= largest_k <= num_samples must hold"
         )
     drawn = np.arange(largest_k)
-    # That one more draw is wrong where all before it were: the factors of C(n - c, k) / C(n, k).
-    still_wrong = np.maximum(num_samples - counts[:, None] - drawn, 0) / (num_samples - drawn)
+    # That one more draw is wrong where all before it were: the factors of C(n - c, k) / C(n, k). Once the wrong ones
+    # are used up a factor is 0, and with it all that follow.
+    still_wrong = (num_samples - counts[:, None] - drawn) / (num_samples - drawn)
     return 1.0 - np.cumprod(still_wrong, axis=1)

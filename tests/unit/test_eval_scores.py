@@ -51,6 +51,11 @@ def test_figures_of_known_samples() -> None:
 
 
 def test_the_order_of_arrival_changes_nothing() -> None:
+    groups = [
+        SampledGroup("own", 0, f"p{i}", 0, [sampled("1", i % 3 == 0), sampled("2", i % 2 == 0)]) for i in range(7)
+    ]
+    found = score_all("m", 0, SETTINGS, {"own": 2}, groups)
+    assert score_all("m", 0, SETTINGS, {"own": 2}, groups[3:] + groups[:3]) == found
     assert score_all("m", 3, SETTINGS, SAMPLES, GROUPS[::-1]) == score_all("m", 3, SETTINGS, SAMPLES, GROUPS)
 
 
