@@ -1,6 +1,7 @@
-"""Make a tiny Qwen3-MoE checkpoint in Hugging Face format, warm-started on the calculator task.
+"""Make a tiny Qwen3-MoE checkpoint in Hugging Face format, warm-started on a calculator task.
 
     python tools/make_tiny_model.py --output artifacts/tiny_moe/hf
+    python tools/make_tiny_model.py --task calculator_steps --output artifacts/steps_moe/hf
 
 The warm start is supervised, on expressions of the calculator task with a share of the answers wrong on purpose.
 The model then knows most answers (greedy decoding is mostly right) without saying them reliably (sampling is mostly
@@ -15,9 +16,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConf
 from transformers.utils import logging as transformers_logging
 
 from minpro_megatron.rewards import calculator
-from tools.prompt_sets import rows
+from tools.prompt_sets import calculator_steps, rows
 from tools.prompt_sets.calculator import HELDOUT_FILE
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
@@ -45,8 +46,9 @@ Pair = tuple[str, str]  # (prompt, answer), such as ("48/2=", "24")
 class WarmStart:
     """How the warm start is trained: on one machine type these settings decide the weights.
 
-    The share of wrong answers rises from 0 to `wrong_share` over the first `rise_share` of the steps. Wrong from the
-    first step, the arithmetic is learned slowly; wrong all at once later, most of it is forgotten.
+    The share of wrong answers (of wrong steps, where an answer has several) rises from 0 to `wrong_share` over the
+    first `rise_share` of the steps. Wrong from the first step, the arithmetic is learned slowly; wrong all at once
+    later, most of it is forgotten.
     """
 
     seed: int
@@ -164,6 +166,37 @@ def wrong_answer(answer: str, generator: random.Random) -> str:
     return str(wrong if wrong < int(answer) else wrong + 1)
 
 
+def spoiled_answer(pair: Pair, wrong_share: float, generator: random.Random) -> Pair:
+    """The pair, with another answer in so large a share of all calls."""
+    prompt, answer = pair
+    wrong = generator.random() < wrong_share
+    return prompt, wrong_answer(answer, generator) if wrong else answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a warm start teaches: prompts with right answers, how they are spoiled, and for how large a model."""
+
+    heldout_file: str
+    pairs: Callable[[list[Pair]], list[Pair]]  # of everything but the held-out pairs
+    spoiled: Callable[[Pair, float, random.Random], Pair]
+    settings: WarmStart
+    hidden_size: int
+
+
+TASKS = {
+    "calculator": Task(HELDOUT_FILE, synthetic_pairs, spoiled_answer, WarmStart(seed=0, steps=1400), 128),
+    # Each of eight steps is wrong in a third of the samples: rarely are all right.
+    "calculator_steps": Task(
+        calculator_steps.HELDOUT_FILE,
+        calculator_steps.synthetic_pairs,
+        calculator_steps.spoiled,
+        WarmStart(seed=0, steps=400, batch_size=64, learning_rate=5e-3, wrong_share=0.35),
+        64,
+    ),
+}
+
+
 def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and next-token labels, both int64 [pairs, longest - 1]; only answers and end tokens have labels.
 
@@ -213,8 +246,9 @@ def warm_start(
     pairs: list[Pair],
     settings: WarmStart,
     console: Console,
+    spoiled: Callable[[Pair, float, random.Random], Pair] = spoiled_answer,
 ) -> None:
-    """Train `model` in place on prompts drawn from `pairs`."""
+    """Train `model` in place on prompts drawn from `pairs`, answered as `spoiled` says."""
     generator = random.Random(settings.seed)
     # grouped_mm, the default, is no faster at this size, and far slower where other processes want the same cores.
     model.set_experts_implementation("eager")
@@ -222,10 +256,8 @@ def warm_start(
     model.train()
     with training_progress(console, settings.steps) as report:
         for step in range(settings.steps):
-            batch = []
-            for prompt, answer in generator.choices(pairs, k=settings.batch_size):
-                wrong = generator.random() < settings.wrong_share_at(step)
-                batch.append((prompt, wrong_answer(answer, generator) if wrong else answer))
+            drawn = generator.choices(pairs, k=settings.batch_size)
+            batch = [spoiled(pair, settings.wrong_share_at(step), generator) for pair in drawn]
             tokens, labels = encode(batch, tokenizer)
             logits = model(tokens, use_cache=False).logits
             loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
@@ -295,15 +327,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Make a tiny Qwen3-MoE checkpoint, warm-started on calculator prompts."
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; replaced if made by this")
+    parser.add_argument("--task", choices=TASKS, default="calculator", help="what it is taught (calculator)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1400, help="warm-start steps; 0 leaves the random weights")
-    parser.add_argument("--hidden-size", type=int, default=128, help="a multiple of 8")
+    parser.add_argument("--steps", type=int, help="warm-start steps; 0 leaves the random weights (the task's own)")
+    parser.add_argument("--hidden-size", type=int, help="a multiple of 8 (the task's own)")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--data", type=Path, default=DATA_FOLDER, help=f"folder with {HELDOUT_FILE}")
+    parser.add_argument("--data", type=Path, default=DATA_FOLDER, help="folder with the task's held-out prompts")
     # One, whatever the machine: at this size a second thread gains little on idle cores and multiplies the CPU time
     # on busy ones; and the order of summation, with it the weights, depends on the number.
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args(arguments)
+    task = TASKS[options.task]
+    options.steps = task.settings.steps if options.steps is None else options.steps
+    options.hidden_size = task.hidden_size if options.hidden_size is None else options.hidden_size
     for flag, value, minimum in (("steps", options.steps, 0), ("layers", options.layers, 1)):
         if value < minimum:
             parser.error(f"--{flag}: {value} is less than {minimum}")
@@ -315,13 +351,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def make_checkpoint(options: argparse.Namespace, console: Console) -> Accuracy:
     """Build, train, measure and save the model that the command line `options` ask for."""
     check_replaceable(options.output)
-    heldout = read_pairs(options.data / HELDOUT_FILE)
+    task = TASKS[options.task]
+    heldout = read_pairs(options.data / task.heldout_file)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, options.hidden_size, options.layers, options.seed)
-    settings = WarmStart(seed=options.seed, steps=options.steps)
+    settings = replace(task.settings, seed=options.seed, steps=options.steps)
     started, started_cpu = time.monotonic(), time.process_time()
     if settings.steps:
-        warm_start(model, tokenizer, synthetic_pairs(heldout), settings, console)
+        warm_start(model, tokenizer, task.pairs(heldout), settings, console, task.spoiled)
     measured = accuracy(model, tokenizer, heldout)
     record = {
         "settings": asdict(settings),

@@ -1,0 +1,141 @@
+"""Does training on prefixed problems raise the accuracy without prefixes? recipes/prefix_rl.py with several seeds.
+
+    .venv/bin/python -m benchmarks.prefix_rl [--seeds 0 1 2]
+
+Makes the warm-started model and its prompts in artifacts/prefix_rl where they are missing, runs both recipes with
+each seed (a run that is complete is not repeated, an interrupted one goes on) and prints a Markdown table.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from recipes import prefix_rl
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("plain", "prefixed")  # functions of recipes.prefix_rl
+WINDOW = 10  # global steps at the run's beginning and end
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run leaves behind. Shares; curves are means over the first and the last WINDOW global steps."""
+
+    kind: str
+    seed: int
+    before: float
+    before_error: float
+    after: float
+    after_error: float
+    plain_curve: tuple[float, float]
+    prefixed_curve: tuple[float, float] | None
+    equal_groups: float  # over the whole run
+    response_tokens: int
+
+
+def command(*words: object) -> None:
+    """Runs python with these words; ends this process with a line if that fails."""
+    finished = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=False)
+    if finished.returncode:
+        sys.exit(f"benchmarks.prefix_rl: {' '.join(map(str, words))} ended with status {finished.returncode}")
+
+
+def prepare(folder: Path) -> None:
+    """The model in both forms and the training prompts, as far as they are missing."""
+    hf, megatron = folder / "hf", folder / "megatron"
+    if not (hf / "config.json").exists():
+        command("tools/make_tiny_model.py", "--task", "calculator_steps", "--output", hf)
+    if not (megatron / "manifest.json").exists():
+        command("tools/convert_checkpoint.py", "to-megatron", "--hf", hf, "--output", megatron)
+    if not (folder / "prefixed.jsonl").exists():
+        config = prefix_rl.prefixed()
+        files = ["--prompts", "recipes/data/calculator_steps_train.jsonl", "--output", folder / "prefixed.jsonl"]
+        files += ["--plain-output", folder / "plain.jsonl"]
+        sampling = ["--max-samples", 32, "--reward", config.collector.reward, "--engine", "reference"]
+        sampling += ["--max-prompt-tokens", config.sampling.max_prompt_tokens]
+        sampling += ["--max-response-tokens", config.sampling.max_response_tokens]
+        command("tools/build_prefixes.py", "--model", hf, *files, *sampling)
+
+
+def run(kind: str, seed: int, steps: int) -> Run:
+    name = f"prefix-rl-{kind}-{seed}"
+    folder = ROOT / "runs" / name
+    if not (folder / "summary.json").exists():
+        settings = [f"name={name}", f"seed={seed}", f"num_global_steps={steps}"]
+        command("-m", "minpro_megatron", "launch", f"recipes.prefix_rl:{kind}", *settings)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["metrics"] for line in lines if "reward/accuracy" in line["metrics"]]
+    evaluated = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    first, last = evaluated[0], evaluated[-1]
+    plain = _curve(trained, "reward/accuracy_by_prompt/plain")
+    assert plain is not None
+    return Run(
+        kind,
+        seed,
+        first["pass_at_1"],
+        first["standard_error"],
+        last["pass_at_1"],
+        last["standard_error"],
+        plain,
+        _curve(trained, "reward/accuracy_by_prompt/prefixed"),
+        fmean(metrics["reward/equal_groups"] for metrics in trained),
+        round(sum(metrics["response/length_mean"] * _responses() for metrics in trained)),
+    )
+
+
+def _responses() -> int:
+    batch = prefix_rl.prefixed().batch
+    return batch.num_prompts * batch.responses_per_prompt
+
+
+def _curve(steps: list[dict[str, float]], name: str) -> tuple[float, float] | None:
+    """Means over the first and the last WINDOW steps; a step may have no prompt of the kind."""
+    ends = [[step[name] for step in part if name in step] for part in (steps[:WINDOW], steps[-WINDOW:])]
+    return (fmean(ends[0]), fmean(ends[1])) if all(ends) else None
+
+
+def table(runs: list[Run]) -> str:
+    lines = [
+        "| seed | trained on | held-out pass@1 before | after | rise | training accuracy, plain prompts | prefixed "
+        "prompts | groups without gradient | response tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in sorted(runs, key=lambda one: (one.seed, KINDS.index(one.kind))):
+        curves = [f"{c[0]:.3f} → {c[1]:.3f}" if c else "-" for c in (one.plain_curve, one.prefixed_curve)]
+        lines.append(
+            f"| {one.seed} | {one.kind} | {one.before:.3f} ± {one.before_error:.3f} | {one.after:.3f} ± "
+            f"{one.after_error:.3f} | {one.after - one.before:+.3f} | {curves[0]} | {curves[1]} | "
+            f"{one.equal_groups:.2f} | {one.response_tokens:,} |"
+        )
+    return "\n".join(lines)
+
+
+def account(runs: list[Run]) -> str:
+    """The rises of both kinds, and their difference, seed by seed."""
+    rise = {kind: {one.seed: one.after - one.before for one in runs if one.kind == kind} for kind in KINDS}
+    differences = [rise["prefixed"][seed] - rise["plain"][seed] for seed in rise["plain"]]
+    parts = [f"{kind} {fmean(rise[kind].values()):+.3f}" for kind in KINDS]
+    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    return (
+        f"Mean rise over {len(differences)} seeds: {', '.join(parts)}; "
+        f"prefixed less plain {fmean(differences):+.3f} ± {error:.3f} (standard error over seeds)."
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=prefix_rl.prefixed().num_global_steps, help="global steps a run")
+    options = parser.parse_args()
+    prepare(prefix_rl.FOLDER)
+    runs = [run(kind, seed, options.steps) for seed in options.seeds for kind in KINDS]
+    print(f"\n{table(runs)}\n\n{account(runs)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
