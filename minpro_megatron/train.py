@@ -60,6 +60,7 @@ class Trainer:
     # fetched and scored, by batch index: behavior log-probs, and each mini-batch's routes if they are replayed
     _ready: dict[int, tuple[Batch, np.ndarray, list[Routes] | None]] = field(default_factory=dict)
     _version_in_place: int = 0
+    _first_mini_batch_seen: bool = False
     _publication: dict[str, float] = field(default_factory=dict)  # metrics of the last one
 
     def run(self) -> CollectorTotals | None:
@@ -79,7 +80,8 @@ class Trainer:
             self._save(step + 1)
             spent = {phase: self.seconds[phase] - before[phase] for phase in PHASES}
             self._write(step, batch, metrics, histograms, spent, time.monotonic() - start)
-        self._complete(self.checkpoints.finish())
+        with self.watchdog.guard("the last checkpoint"):
+            self._complete(self.checkpoints.finish())
         return self._finish()
 
     def _begin(self) -> int:
@@ -88,7 +90,8 @@ class Trainer:
             self.policy.keep_weights(REFERENCE)  # the initial weights, also when the run goes on later
         manifest = self.resumed_from
         if manifest is not None:
-            self.checkpoints.load(self.policy, manifest)
+            with self.watchdog.guard("loading the checkpoint"):
+                self.checkpoints.load(self.policy, manifest)
             self.updates = manifest.updates
             self._version_in_place = manifest.policy_version
         if self.feed:
@@ -230,7 +233,16 @@ class Trainer:
         return metrics, merge_histograms([part for _, part in of_ranks])
 
     def _refuse_an_unequal_start(self, result: UpdateResult) -> None:
-        if self.updates == 0 and result.skipped != "no trained token":
+        settings = self.config.staleness
+        # the servers' log-probs differ by what their engine rounds
+        if (
+            settings.behavior_log_probs == "rollout"
+            or self._first_mini_batch_seen
+            or result.skipped == "no trained token"
+        ):
+            return
+        self._first_mini_batch_seen = True
+        if self._version_in_place == 0:
             metrics = values(merge(self.mesh.from_all_ranks(result.metrics)))
             refuse_unequal_start(metrics, self.config.model.dtype)
 

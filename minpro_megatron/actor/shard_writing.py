@@ -144,7 +144,10 @@ class ShardWrite:
             file.seek(0)
             data = file.read()
         if data:
-            return pickle.loads(data)  # written by this process's own fork into a file without a name
+            try:
+                return pickle.loads(data)  # written by this process's own fork into a file without a name
+            except (pickle.UnpicklingError, EOFError) as error:
+                return _Written(error=f"the process that wrote did not finish its report ({error})")
         code = self._process.exitcode if self._process else None
         return _Written(error=f"the process that wrote ended with status {code} before it was done")
 

@@ -101,7 +101,7 @@ def closing_lines(outcome: Outcome) -> list[str]:
     lines = []
     for failure in outcome.failures:
         lines.append(f"error: the role {failure.role} {failure.how}; its log: {failure.log_file}")
-        told = explanation(failure.log_file) or ["(the log does not say why)"]
+        told = explanation(failure.log_file, start=failure.log_start) or ["(the log does not say why)"]
         lines.extend(f"  | {line}" for line in told)
     if outcome.left_behind:
         pids = ", ".join(map(str, outcome.left_behind))

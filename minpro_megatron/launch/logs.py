@@ -36,11 +36,12 @@ class _Traceback:
         return _CONSEQUENCE.search(" ".join(self.message)) is not None
 
 
-def explanation(log_file: Path, max_lines: int = 20) -> list[str]:
+def explanation(log_file: Path, max_lines: int = 20, start: int = 0) -> list[str]:
     """About `max_lines` lines of the log: the last traceback that is a cause and not a consequence, with the end
     of the log where the role outlived it; else the end of the log, with the last error before it. Empty if the log
-    says nothing but warnings and what followed from another role's end."""
-    lines = _without_torchrun(_tail(log_file))
+    says nothing but warnings and what followed from another role's end. `start`: the byte at which this start of the
+    role began to write."""
+    lines = _without_torchrun(_tail(log_file, start))
     tracebacks = [_traceback(lines, index) for index, line in enumerate(lines) if _TRACEBACK.search(line)]
     causes = [traceback for traceback in tracebacks if not traceback.is_consequence]
     consequences = {index for traceback in tracebacks if traceback.is_consequence for index in traceback.indices}
@@ -52,11 +53,11 @@ def explanation(log_file: Path, max_lines: int = 20) -> list[str]:
     return _end(told, max_lines)
 
 
-def _tail(log_file: Path) -> list[str]:
+def _tail(log_file: Path, start: int) -> list[str]:
     try:
         with log_file.open("rb") as file:
             file.seek(0, 2)
-            file.seek(max(file.tell() - _TAIL_BYTES, 0))
+            file.seek(max(file.tell() - _TAIL_BYTES, start))
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return []

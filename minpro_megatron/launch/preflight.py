@@ -221,6 +221,10 @@ def _disk_space(config: RunConfig) -> Iterator[str]:
     model = Path(config.model.hf_path)
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors")) if model.is_dir() else 0
     needed = 2 * weights + _SPARE_BYTES  # the trained weights, written once beside a temporary copy
+    settings = config.checkpoint
+    if settings.every_steps:  # each holds float32 weights and two moments besides; one is being written
+        float32_bytes = weights * (2 if config.model.dtype == "bfloat16" else 1)
+        needed += (settings.keep_last + settings.keep_best + 1) * (weights + 3 * float32_bytes)
     free = shutil.disk_usage(_existing_parent(config.run_dir)).free
     if free < needed:
         yield (

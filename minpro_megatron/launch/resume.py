@@ -12,7 +12,7 @@ from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.summary import read_summary
 from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
-from minpro_megatron.rollout.resume_point import read_latest
+from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, read_latest
 
 CONFIG_FILE = "run.json"
 _INCARNATION_FILE = "incarnation"
@@ -22,13 +22,16 @@ _MAY_CHANGE = (
     "runs_dir", "num_global_steps", "device", "model.recompute", "model.backend", "optimizer.cpu_offload", "parallel",
     "server", "publish", "checkpoint", "batch.max_tokens_per_row", "batch.packing", "collector.host", "collector.port",
     "collector.reward_timeout_s", "collector.reward_workers", "collector.journal_keep_steps",
+    "debug.hang_timeout_s",
 )  # fmt: skip
 
 
 def holds_a_run(run_dir: Path) -> bool:
     """Whether the folder's journal has rollouts; that of a run which failed while it started has none. A run that
-    trains on another one's journal has steps instead."""
+    trains on another one's journal has steps instead, and whoever lost a journal may still have checkpoints."""
     journal, history = run_dir / JOURNAL_FILE, run_dir / HISTORY_FILE
+    if (run_dir / CHECKPOINTS / LATEST).exists():
+        return True
     if not journal.exists():
         return history.exists() and history.stat().st_size > 0
     try:

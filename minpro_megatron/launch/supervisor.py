@@ -40,6 +40,7 @@ class Failure:
     role: str
     how: str
     log_file: Path
+    log_start: int = 0  # bytes of earlier starts in it
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ class _Running:
     command: RoleCommand
     process: subprocess.Popen[bytes]
     log_file: Path
+    log_start: int
 
 
 class Supervisor:
@@ -99,6 +101,7 @@ class Supervisor:
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log_file = self._log_dir / f"{command.role}.log"
         with log_file.open("ab") as log:
+            log_start = log.tell()
             process = subprocess.Popen(
                 command.arguments,
                 env=command.environment,
@@ -108,7 +111,7 @@ class Supervisor:
                 start_new_session=True,  # a Ctrl-C in the terminal reaches only the launcher, which decides
                 preexec_fn=ending_with_this_process(signal.SIGTERM),
             )
-        self._running.append(_Running(command, process, log_file))
+        self._running.append(_Running(command, process, log_file, log_start))
 
     def _watch(self, each_tick: Callable[[], None]) -> Outcome:
         next_reaping = time.monotonic() + _REAP_EVERY_S
@@ -175,7 +178,7 @@ def _failure_of(running: _Running) -> Failure | None:
         how = "exited before the others were done (exit status 0)"
     else:
         how = f"failed with exit status {status}"
-    return Failure(running.command.role, how, running.log_file)
+    return Failure(running.command.role, how, running.log_file, running.log_start)
 
 
 def _signal_name(number: int) -> str:

@@ -23,11 +23,11 @@ class RunWriter:
     ...     writer.scalars(0, {"reward/accuracy": 0.25})
     """
 
-    def __init__(self, run_dir: Path, first_step: int = 0) -> None:
-        """`first_step`: where the run goes on; TensorBoard then hides what an interrupted incarnation wrote from there
+    def __init__(self, run_dir: Path, first_step: int | None = None) -> None:
+        """`first_step`: where a run goes on; TensorBoard then hides what an interrupted incarnation wrote from there
         on (of metrics.jsonl the last line of a step counts)."""
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=first_step or None)
+        self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=first_step)
         self._lines = (Path(run_dir) / FILE_NAME).open("a", encoding="utf-8")
         if self._lines.tell() and not (Path(run_dir) / FILE_NAME).read_bytes().endswith(b"\n"):
             self._lines.write("\n")  # a killed predecessor left half a line: do not lose the next one to it

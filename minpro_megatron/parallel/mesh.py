@@ -18,6 +18,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.parallel.device import process_group_backend, select_device
 
+# Whoever really hangs is found by the watchdog of each rank (monitor/watchdog.py).
+LONGEST_WAIT = timedelta(days=30)
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -119,5 +122,6 @@ def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         data=groups.dp,
         expert=groups.ep,
         expert_tensor=groups.expt_tp,
-        control=cast(dist.ProcessGroup, dist.new_group(backend="gloo")),
+        # the other ranks wait here for what rank 0 waits for: rollouts, evaluations, servers
+        control=cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=LONGEST_WAIT)),
     )

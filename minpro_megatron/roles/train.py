@@ -77,7 +77,7 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     trainer.feed = _feed(config, incarnation, tokenizer)
     first_step = resumed_from.policy_version if resumed_from else 0
-    with RunWriter(config.run_dir, first_step) as writer:
+    with RunWriter(config.run_dir, first_step if incarnation else None) as writer:
         trainer.report = StepReport(writer, tokenizer.response_text, first_step)
         totals = trainer.run()
     assert totals is not None, "rank 0 has a feed"

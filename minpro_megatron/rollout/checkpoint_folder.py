@@ -105,7 +105,7 @@ class CheckpointFolder:
     def note_score(self, version: int, score: float) -> None:
         """Keep the score with the checkpoint of that version, if there is or will be one."""
         self._scores[version] = score
-        if version in self._kept:
+        if version in self._kept and self._kept[version].score != score:  # told again after every publication
             manifest = msgspec.structs.replace(self._kept[version], score=score)
             replace_file(self._path / folder_name(version) / MANIFEST, to_json(manifest))
             self._kept[version] = manifest

@@ -24,6 +24,7 @@ from minpro_megatron.records import (
 )
 from minpro_megatron.rollout.evaluations import CollectGroup, Evaluations, EvaluationSet, heldout_set
 from minpro_megatron.rollout.journal import Journal
+from minpro_megatron.rollout.journal_file import JournalError
 from minpro_megatron.rollout.journal_restore import RestoredGroup
 from minpro_megatron.rollout.leases import Conflict, Leases, Servers
 from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # How often a waiting request looks whether a server has come back without the weights of now.
 LOOK_AT_SERVERS_S = 0.5
+# A run without a server that holds the current weights is given up after this many times what a start may take.
+SERVERLESS_FACTOR = 3
 
 
 class CollectorFailed(RuntimeError):
@@ -71,6 +74,7 @@ class Collector:
         self._serving = True  # servers hold the schedule's version
         self._next_step = 0
         self._groups: dict[int, CollectedGroup] = {}  # accepted and not yet consumed, by id
+        self._pruning: asyncio.Task[None] | None = None
         self._failure: str | None = None
         self._finished = False
 
@@ -305,7 +309,9 @@ class Collector:
 
     def _republish_due(self) -> bool:
         """Whether a server waits for the weights of now; if so, there is a lease for it."""
-        return self._serving and self._leases.grant_again(self._version, self._evaluations.results)
+        # bounded mode: a server that was silent for a moment may have kept its requests
+        in_flight = self._config.staleness.mode == "bounded"
+        return self._serving and self._leases.grant_again(self._version, self._evaluations.results, in_flight)
 
     async def checkpoint_begin(self, version: int) -> None:
         """Returns when the journal would survive a power cut: the checkpoint of `version` will rely on it."""
@@ -317,7 +323,17 @@ class Collector:
         self._raise_failure()
         keep = self._config.collector.journal_keep_steps
         if keep:
-            await self._journal.prune(min(version, self._next_step - keep))
+            before = min(version, self._next_step - keep)
+            # beside the trainer's next step: gigabytes take minutes, and nobody waits for them
+            self._pruning = asyncio.create_task(self._prune(before, self._pruning))
+
+    async def _prune(self, before_step: int, earlier: "asyncio.Task[None] | None") -> None:
+        if earlier is not None:
+            await earlier
+        try:
+            await self._journal.prune(before_step)
+        except JournalError as error:
+            await self.fail(str(error))
 
     async def finish(self, timeout_s: float) -> CollectorTotals | PublishLease | None:
         """The totals once the last version's evaluation has ended; None if that exceeds `timeout_s`. A lease as from
@@ -343,6 +359,7 @@ class Collector:
             self._raise_failure()
             if ready():
                 return True
+            self._refuse_to_wait_for_ever()
             left_s = deadline - asyncio.get_running_loop().time()
             if self._republish_due() or left_s <= 0:
                 return False
@@ -351,6 +368,14 @@ class Collector:
                     await self._changed.wait()
             except TimeoutError:
                 continue
+
+    def _refuse_to_wait_for_ever(self) -> None:
+        limit_s = SERVERLESS_FACTOR * self._config.server.start_timeout_s
+        if self._serving and self._leases.serverless_s() > limit_s:
+            raise CollectorFailed(
+                f"no server has held version {self._version} for {limit_s:g} s ({SERVERLESS_FACTOR} x "
+                "server.start_timeout_s), so nothing can be sampled; see the logs of serve and train"
+            )
 
     def _notify(self) -> None:
         self._num_changes += 1

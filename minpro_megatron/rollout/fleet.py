@@ -122,6 +122,8 @@ class Fleet:
         self._publications += 1
         for member in self._members.values():
             member.named_version = version if member.address.index in held_by else None
+            if member.named_version is None:
+                member.move_groups()  # nobody vouches for the weights that go on with them
             member.probed_at = -float("inf")
         self._probe_members()
         if outdated := [address.index for address in self.outdated()]:

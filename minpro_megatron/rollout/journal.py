@@ -181,7 +181,6 @@ class Journal:
 
     async def flush(self) -> None:
         """Returns when everything recorded so far would survive a power cut: before a checkpoint relies on it."""
-        await asyncio.to_thread(self._routes.sync)
         await self._file.run(lambda connection: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
 
     async def prune(self, before_step: int) -> None:

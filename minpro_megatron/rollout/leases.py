@@ -1,6 +1,7 @@
 """The trainer's permissions to send weights to servers, one at a time: a new version, or to servers that lost it."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -8,6 +9,7 @@ from minpro_megatron.records import EvaluationResult, PublishLease, ServerAddres
 
 # A server that did not take the weights gets another chance after this long.
 REPUBLISH_PAUSE_S = 15.0
+LONGEST_UNASKED_S = 60.0
 
 
 class Conflict(RuntimeError):
@@ -40,6 +42,8 @@ class Leases:
         self._canary_prompt = canary_prompt
         self._not_before: dict[tuple[int, int], float] = {}  # by (index, start) of a server that failed
         self._idle_when_asked = (0.0, 0.0)  # (time, idle seconds)
+        self._asked_at = -math.inf  # of serverless_s
+        self._serverless_since = 0.0
         self.current: PublishLease | None = None
 
     def can_grant(self) -> bool:
@@ -49,7 +53,7 @@ class Leases:
         """For `version`, new to the servers: all that answer."""
         self.current = self._make(version, self._servers.members(), evaluations, requests_in_flight)
 
-    def grant_again(self, version: int, evaluations: Sequence[EvaluationResult]) -> bool:
+    def grant_again(self, version: int, evaluations: Sequence[EvaluationResult], requests_in_flight: bool) -> bool:
         """For `version`, which others hold already: the servers that lost it. False if there are none to try now."""
         if self.current is None:
             now = asyncio.get_running_loop().time()
@@ -60,8 +64,16 @@ class Leases:
             ]
             if not behind:
                 return False
-            self.current = self._make(version, behind, evaluations, requests_in_flight=False)
+            self.current = self._make(version, behind, evaluations, requests_in_flight)
         return self.current.version == version
+
+    def serverless_s(self) -> float:
+        """For how long no server has held the version of now, as far as it was asked at least once a minute."""
+        now = asyncio.get_running_loop().time()
+        asked_at, self._asked_at = self._asked_at, now
+        if now - asked_at > LONGEST_UNASKED_S or len(self._servers.members()) > len(self._servers.outdated()):
+            self._serverless_since = now
+        return now - self._serverless_since
 
     def check_end(self, version: int) -> None:
         """Raises Conflict unless the lease under way is for `version`."""

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ class RouteFiles:
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = Path(run_dir) / FOLDER
-        self._unsynced: list[Path] = []
 
     def _path(self, group_id: int) -> Path:
         return self._folder / f"{group_id}.bin"
@@ -39,19 +37,7 @@ class RouteFiles:
             places = _write(path, arrays)
         except OSError as error:
             raise JournalError(f"{path}: {error.strerror}; free some space if the disk is full") from error
-        self._unsynced.append(path)
         return places
-
-    def sync(self) -> None:
-        """Returns when all files written so far would survive a power cut."""
-        unsynced, self._unsynced = self._unsynced, []
-        for path in [*unsynced, self._folder] if unsynced else []:
-            with suppress(FileNotFoundError):  # removed since
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
 
     def read(self, group_id: int, place: dict[str, Any]) -> np.ndarray:
         """The array at `place`. Raises JournalError if the file is missing or has other bytes."""
@@ -88,4 +74,6 @@ def _write(path: Path, arrays: Sequence[np.ndarray | None]) -> list[str | None]:
             place = {"offset": file.tell(), "shape": array.shape, "dtype": array.dtype.str}
             places.append(json.dumps(place | {"sha256": hashlib.sha256(data).hexdigest()}))
             file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # before the journal says that they are there
     return places

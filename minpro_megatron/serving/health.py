@@ -25,13 +25,24 @@ def ask(url: str, headers: Mapping[str, str], timeout_s: float) -> Health:
             status = session.get(f"{url}/model_info", headers=dict(headers), timeout=timeout_s).status_code
         except requests.ConnectTimeout:
             return Health.SILENT
-        except requests.ConnectionError:
-            return Health.GONE
+        except requests.ConnectionError as error:
+            return Health.GONE if _is_refusal(error) else Health.SILENT
         except requests.RequestException:
             return Health.SILENT
     if status in (401, 403):
         return Health.FORBIDDEN
     return Health.ANSWERS if status == 200 else Health.SILENT
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether nobody listens at the address: a connection that broke, or a name that does not resolve now, may be the
+    network's fault."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        wrapped = getattr(error, "reason", None) or (error.args[0] if error.args else None)
+        error = wrapped if isinstance(wrapped, BaseException) else error.__cause__ or error.__context__
+    return False
 
 
 class Question[Answer](threading.Thread):

@@ -6,6 +6,7 @@ who granted the lease gives no work to servers that have not got the version.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,9 @@ class Delivery:
     lease: PublishLease
     controls: dict[int, ServerControl]  # of the servers that are in order so far, by index
     broadcaster: Broadcaster
+    # what other servers hold of this very version, by tensor-parallel size; None: it is new. A fault at a version that
+    # others have taken is the server's own: it is left out, and the run goes on.
+    published: dict[int, str] | None = None
     failures: dict[int, str] = field(default_factory=dict)  # a line for each server that was left out
     num_bytes: int = 0
     transfer_s: float = 0.0
@@ -96,7 +100,7 @@ class Delivery:
 
     def from_disk(self, folder: Path, num_bytes: int, written_s: float) -> None:
         """Tells all servers to load the Hugging Face folder, which took `written_s` to write. A server that does not
-        is left out. Raises PublishError if all that are alive refuse."""
+        is left out. Raises PublishError if all that are alive refuse a new version."""
         start = time.monotonic()
         asked = list(self.controls)
         if self._must_pause():
@@ -104,7 +108,7 @@ class Delivery:
         what = {"model_path": str(folder), "weight_version": self.lease.version, "flush_cache": False}
         self._each("update_weights_from_disk", **what)
         self.num_bytes, self.transfer_s = num_bytes, written_s + time.monotonic() - start
-        if not self.controls and self._anybody_alive():
+        if not self.controls and self.published is None and self._anybody_alive():
             raise PublishError(
                 f"publishing version {self.lease.version}: no server loads {folder}: {self._lines(asked)}. Do they see "
                 "this folder, and is it a model of theirs?"
@@ -112,7 +116,7 @@ class Delivery:
         self._conclude("disk")
 
     def compare(self, differences: Mapping[int, Difference]) -> None:
-        """Leaves out the servers whose canary is too far off. Raises PublishError if all are."""
+        """Leaves out the servers whose canary is too far off. Raises PublishError if all are, of a new version."""
         tolerance = self.settings.canary_tolerance
         off = {index: found for index, found in differences.items() if not found.mean <= tolerance}
         for index, found in off.items():
@@ -121,7 +125,7 @@ class Delivery:
                 f"canary log-probs differ from the trainer's by {found.mean:.3g} nats a token, {found.max:.3g} at most "
                 f"(publish.canary_tolerance = {tolerance:g})",
             )
-        if off and len(off) == len(differences):
+        if off and len(off) == len(differences) and self.published is None:
             raise PublishError(
                 f"publishing version {self.lease.version}: {self._lines(off)}. Every server's checksum has been "
                 "compared, so all hold the same weights and compute something else with them than the trainer: compare "
@@ -166,8 +170,13 @@ class Delivery:
     def _begin(self) -> None:
         calls = start_for_all(self.controls.values(), "begin_weight_update")
         calls.results()
+        failed, late = calls.failures(), calls.late()
+        for index in late:  # it would be as late with everything that follows
+            self._leave_out(index, failed[index])
+        if not self.controls:
+            raise ServersFailed(failed)
         # a publication that broke off, perhaps under another trainer, leaves its session open
-        again = [self.controls[index] for index in calls.failures()]
+        again = [self.controls[index] for index in failed if index not in late]
         start_for_all(again, "end_weight_update").results()
         for_all(again, "begin_weight_update")
 
@@ -187,22 +196,35 @@ class Delivery:
         self._compare_checksums(self._each("weights_checksum"))
 
     def _compare_checksums(self, found: Mapping[int, WeightsChecksum]) -> None:
-        sums: dict[int, set[str]] = {}
-        for index in self.controls:
-            sums.setdefault(self._tensor_parallel(index), set()).add(found[index].engine)
-        if all(len(different) == 1 for different in sums.values()):
-            self.checksums = {size: different.pop() for size, different in sums.items()}
+        sums = {index: found[index].engine for index in self.controls}
+        right = self._right_checksums(sums)
+        wrong = [index for index in sums if right.get(self._tensor_parallel(index)) != sums[index]]
+        shown = ", ".join(f"server {index}: {checksum[:12]}" for index, checksum in sums.items())
+        if wrong and self.used != "disk":
+            log.warning("version %d: wrong weights (checksums %s); once more, by disk", self.lease.version, shown)
+            self.transport = "disk"
             return
-        shown = ", ".join(f"server {index}: {found[index].engine[:12]}" for index in self.controls)
-        if self.used == "disk":
+        if len(right) < len({self._tensor_parallel(index) for index in sums}):
             raise PublishError(
                 f"publishing version {self.lease.version}: after a repetition the servers still hold different "
                 f"weights (checksums {shown}): are they of one SGLang version, dtype and model?"
             )
-        log.warning(
-            "version %d: the servers hold different weights (%s); once more, by disk", self.lease.version, shown
-        )
-        self.transport = "disk"
+        for index in wrong:
+            self._leave_out(index, f"after a repetition it holds other weights than the others (checksums {shown})")
+        self.checksums = right
+
+    def _right_checksums(self, sums: Mapping[int, str]) -> dict[int, str]:
+        """By tensor-parallel size: what servers hold of this version already, or what more than half of those of that
+        size hold now; a size without such a sum is missing."""
+        by_size: dict[int, list[str]] = {}
+        for index, checksum in sums.items():
+            by_size.setdefault(self._tensor_parallel(index), []).append(checksum)
+        right = {}
+        for size, found in by_size.items():
+            checksum, count = Counter(found).most_common(1)[0]
+            if count > len(found) / 2:
+                right[size] = checksum
+        return right | {size: known for size, known in (self.published or {}).items() if size in by_size}
 
     def _each(self, method: str, **arguments: Any) -> dict[int, Any]:
         """The results by server; those that fail are left out."""

@@ -116,7 +116,10 @@ class Publisher:
         size = read_model_facts(self._config.model.hf_path).vocabulary_size
         timeout_s = self._config.publish.timeout_s
         controls = {server.index: ServerControl(server, timeout_s, size, self._headers) for server in lease.servers}
-        return Delivery(self._config.publish, lease, controls, self._broadcaster)
+        published = None
+        if self._published is not None and self._published[0] == lease.version:
+            published = self._published[1]
+        return Delivery(self._config.publish, lease, controls, self._broadcaster, published)
 
     def _first_transport(self, delivery: Delivery, changed: bool) -> Transport | None:
         if changed and self._published is None:  # the change to look for is from what the servers start with
@@ -163,11 +166,6 @@ class Publisher:
             raise PublishError(
                 f"publishing version {version} changed no weight on the servers (checksum {checksums[same[0]]}): do "
                 "the tensor names fit the servers' model? SGLang takes unknown ones without a word"
-            )
-        if version == before and len(same) < len(checksums.keys() & known.keys()):
-            raise PublishError(
-                f"publishing version {version} once more: it was published with other weights before (checksum "
-                f"{known}, now {checksums}): are the weights of that version in place?"
             )
         if checksums:
             self._published = (version, (known if version == before else {}) | checksums)

@@ -231,7 +231,10 @@ def test_faults_of_this_side_are_told(fleet: Fleet, trainer: Trainer) -> None:
     assert "differ from the trainer's by 0.5 nats a token" in message
     report = trainer.publish(Step(fleet.version, fleet.addresses, factor=1.0, changed=False))
     assert report.held_by == [0, 1]
-    assert "published with other weights before" in trainer.publish(Step(fleet.version, fleet.addresses, changed=False))
+    report = trainer.publish(Step(fleet.version, fleet.addresses, changed=False))  # other weights under the same version
+    assert report.held_by == []
+    assert "other weights" in report.failures[0]
+    assert "other weights" in report.failures[1]
 
 
 def test_nobody_left_is_no_error(fleet: Fleet, trainer: Trainer) -> None:

@@ -107,7 +107,8 @@ def test_a_failed_role_stops_the_others(launched, tmp_path):
     outcome = run.outcome()
     log_file = tmp_path / "logs" / "train.log"
     assert outcome["status"] == 1
-    assert outcome["failures"] == [{"role": "train", "how": "failed with exit status 3", "log_file": str(log_file)}]
+    expected = {"role": "train", "how": "failed with exit status 3", "log_file": str(log_file), "log_start": 0}
+    assert outcome["failures"] == [expected]
     assert log_file.read_text() == "why\n"
     assert running(run.pids()) == []
 
