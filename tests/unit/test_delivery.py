@@ -218,6 +218,28 @@ def test_canaries_are_compared_with_the_trainers_log_probs() -> None:
     assert np.isnan(found[2].mean)
 
 
+def test_the_fault_is_the_servers_own_where_others_hold_the_version(
+    servers: list[RecordedServer], deliver: MakeDelivery
+) -> None:
+    alone = deliver(canary_tolerance=0.1)
+    alone.published = {1: "5e"}
+    alone.compare({0: Difference(0.2, 0.3), 1: Difference(0.2, 0.3)})
+    assert list(alone.controls) == []
+    servers[1].answers["weights_checker"] = checksum("6f")
+    delivery = deliver()
+    delivery.published = {1: "6f"}
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    assert list(delivery.controls) == [1]
+    assert "other weights than the others" in delivery.failures[0]
+
+
+def test_the_majority_of_checksums_counts(deliver: MakeDelivery) -> None:
+    delivery = deliver()
+    assert delivery._right_checksums({0: "5e", 1: "6f"}) == {}
+    delivery.controls[2] = delivery.controls[0]
+    assert delivery._right_checksums({0: "5e", 1: "6f", 2: "5e"}) == {1: "5e"}
+
+
 def test_a_canary_that_is_off_leaves_its_server_out_and_all_of_them_are_an_error(deliver: MakeDelivery) -> None:
     delivery = deliver(canary_tolerance=0.1)
     delivery.compare({0: Difference(0.1, 0.3), 1: Difference(float("nan"), float("nan"))})

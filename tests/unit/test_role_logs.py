@@ -29,6 +29,17 @@ def test_a_missing_or_empty_log_explains_nothing(tmp_path):
     assert explained(tmp_path, "") == []
 
 
+def test_a_former_starts_messages_explain_nothing(tmp_path):
+    log = tmp_path / "role.log"
+    log.write_text("Traceback (most recent call last):\n  File x\nValueError: of the former start\n")
+    start = log.stat().st_size
+    assert explanation(log, start=start) == []
+    with log.open("a") as file:
+        file.write("Killed\n")
+    assert explanation(log, start=start) == ["Killed"]
+    assert any("former start" in line for line in explanation(log))
+
+
 def test_a_real_traceback_is_found(tmp_path):
     program = "print('starting')\ndef f():\n    raise ValueError('why\\nin two lines')\nf()"
     ended = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True)
