@@ -10,7 +10,7 @@ TIERS := $(wildcard tests/unit tests/mesh tests/e2e tests/gpu)
 SHELL_SCRIPTS := environment/setup.sh .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-mesh test-matrix test-crashes test-e2e test-gpu lint format constraints clean
+.PHONY: help setup demo test test-unit test-mesh test-matrix test-crashes test-e2e test-gpu test-long lint format constraints clean
 # A model whose writing was interrupted is made again.
 .DELETE_ON_ERROR:
 
@@ -31,8 +31,8 @@ $(HF_MODEL): tools/make_tiny_model.py | setup
 $(MEGATRON_MODEL): $(HF_MODEL) tools/convert_checkpoint.py | setup
 	$(PYTHON) tools/convert_checkpoint.py to-megatron --hf $(<D) --output $(@D)
 
-test: setup ## all tests that run on this machine: unit, mesh, e2e
-	$(PYTHON) -m pytest $(TIERS) $(ARGS)
+test: setup ## the tests that run on this machine within minutes: unit, mesh, e2e
+	$(PYTHON) -m pytest -m "not long" $(TIERS) $(ARGS)
 
 test-unit: setup ## pure functions, records, settings
 	$(PYTHON) -m pytest tests/unit $(ARGS)
@@ -42,6 +42,9 @@ test-mesh: setup ## Megatron-Core on 2 to 8 gloo ranks
 
 test-matrix: setup ## all meshes of up to 8 ranks, into tests/mesh/matrix_result.md; RESUME=1 goes on (20-40 min)
 	MATRIX_RESUME=$(RESUME) $(PYTHON) -m pytest tests/mesh/matrix.py $(ARGS)
+
+test-long: setup ## the end-to-end tests that make test leaves out: more of SGLang, eval and debug modes (10-20 min)
+	$(PYTHON) -m pytest -m long tests/e2e $(ARGS)
 
 test-gpu: setup ## what needs a GPU (skipped without one)
 	$(PYTHON) -m pytest tests/gpu $(ARGS)

@@ -76,6 +76,7 @@ def test_training_on_a_journal_repeats_the_run_that_wrote_it(launches: Launcher)
     assert "=\n" in shown  # the prompt as text, by the model's tokenizer
 
 
+@pytest.mark.long
 def test_a_timer_measures_servers_that_change_versions_under_way(launches: Launcher) -> None:
     bounded = ("staleness.mode=bounded", "staleness.max_staleness=2", "num_global_steps=6", "server.count=2")
     timed = launches("timed", *SMALL, *bounded, "debug.trainer=timer", "debug.timer_step_s=0.1")

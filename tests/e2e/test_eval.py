@@ -143,6 +143,7 @@ def test_a_slice_of_gsm8k_through_sglang(tiny_model: TinyModel, data: Path, tmp_
     assert processes_of(output) == []
 
 
+@pytest.mark.long
 def test_a_killed_evaluation_goes_on(tiny_model: TinyModel, data: Path, tmp_path: Path) -> None:
     """The reference engine gives the same tokens for the same seed, so both ways end with the same samples."""
     reference = ["--engine", "reference", "--max-running-requests", "1", "--reward", "even_digit:grade"]
@@ -195,6 +196,7 @@ def name_weights(process: ServerProcess, version: int) -> None:
     requests.post(url, json={"new_version": str(version)}, timeout=30).raise_for_status()
 
 
+@pytest.mark.long
 def test_servers_of_others_at_a_later_version(
     tiny_model: TinyModel, data: Path, tmp_path: Path, server: ServerProcess
 ) -> None:
@@ -217,6 +219,7 @@ def test_servers_of_others_at_a_later_version(
     check_complete(output)
 
 
+@pytest.mark.long
 def test_it_ends_with_its_servers_when_told_to(tiny_model: TinyModel, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = command(tiny_model, data, output, "--engine", "reference")
@@ -233,6 +236,7 @@ def test_it_ends_with_its_servers_when_told_to(tiny_model: TinyModel, data: Path
     assert processes_of(output) == []
 
 
+@pytest.mark.long
 def test_benchmarks_inside_a_run(launches: Launcher, data: Path, tmp_path: Path) -> None:
     """At the first and the last version, beside the held-out prompts; staleness is what it was."""
     benchmarks = [{"name": "gsm8k", "file": str(data / "gsm8k.jsonl"), "samples_per_prompt": 3}]

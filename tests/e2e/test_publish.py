@@ -74,7 +74,7 @@ class Fleet:
         return Step(**{"version": self.version, "servers": self.addresses} | changes)
 
 
-@pytest.fixture(scope="module", params=["reference", "sglang"])
+@pytest.fixture(scope="module", params=["reference", pytest.param("sglang", marks=pytest.mark.long)])
 def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     root = tmp_path_factory.mktemp("publish")
     folder = root / "hf"
