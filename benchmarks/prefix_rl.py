@@ -1,6 +1,6 @@
 """Does training on prefixed problems raise the accuracy without prefixes? recipes/prefix_rl.py with several seeds.
 
-    .venv/bin/python -m benchmarks.prefix_rl [--seeds 0 1 2]
+    .venv/bin/python -m benchmarks.prefix_rl [--seeds 0 1 2] [--learning-rate 2e-4]
 
 Makes the warm-started model and its prompts in artifacts/prefix_rl where they are missing, runs both recipes with
 each seed (a run that is complete is not repeated, an interrupted one goes on) and prints a Markdown table.
@@ -61,11 +61,11 @@ def prepare(folder: Path) -> None:
         command("tools/build_prefixes.py", "--model", hf, *files, *sampling)
 
 
-def run(kind: str, seed: int, steps: int) -> Run:
-    name = f"prefix-rl-{kind}-{seed}"
+def run(kind: str, seed: int, learning_rate: float) -> Run:
+    name = f"prefix-rl-{kind}-{seed}-{learning_rate:g}"
     folder = ROOT / "runs" / name
     if not (folder / "summary.json").exists():
-        settings = [f"name={name}", f"seed={seed}", f"num_global_steps={steps}"]
+        settings = [f"name={name}", f"seed={seed}", f"optimizer.learning_rate={learning_rate}"]
         command("-m", "minpro_megatron", "launch", f"recipes.prefix_rl:{kind}", *settings)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [line["metrics"] for line in lines if "reward/accuracy" in line["metrics"]]
@@ -129,10 +129,10 @@ def account(runs: list[Run]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=prefix_rl.prefixed().num_global_steps, help="global steps a run")
+    parser.add_argument("--learning-rate", type=float, default=prefix_rl.prefixed().optimizer.learning_rate)
     options = parser.parse_args()
     prepare(prefix_rl.FOLDER)
-    runs = [run(kind, seed, options.steps) for seed in options.seeds for kind in KINDS]
+    runs = [run(kind, seed, options.learning_rate) for seed in options.seeds for kind in KINDS]
     print(f"\n{table(runs)}\n\n{account(runs)}")
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ CUTS = Cuts(count=3, shortest=0.4, longest=0.8, seed=0)
 class EndsMatter:
     """A token is a character; "f" and "h" at the very end of a text are other tokens than elsewhere."""
 
-    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.asarray([ord(c) for c in text[:-1]] + [ord(text[-1]) + 1000 * (text[-1] in "fh")]) for text in texts]
 
     def text(self, token_ids: np.ndarray) -> str:
@@ -29,7 +30,7 @@ class EndsMatter:
 class Bytes:
     """A token is a byte of UTF-8: a cut may lie inside a character."""
 
-    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
     def text(self, token_ids: np.ndarray) -> str:

@@ -1,10 +1,13 @@
 """The calculator's long task: its arithmetic, its chains, and a grade for all steps or none."""
 
 import random
+from pathlib import Path
 
 import pytest
 
 from minpro_megatron.rewards import calculator_steps
+from tools import make_tiny_model
+from tools.prompt_sets import calculator_steps as prompt_set
 
 
 def test_the_meter_stops_at_its_ends() -> None:
@@ -45,3 +48,46 @@ def test_only_all_steps_earn_one() -> None:
 def test_an_answer_that_no_chain_has_is_an_error(answer: str) -> None:
     with pytest.raises(ValueError, match="answer:"):
         calculator_steps.grade("7", answer)
+
+
+def test_the_committed_prompts_are_those_that_the_command_writes(tmp_path: Path) -> None:
+    prompt_set.prepare(tmp_path)
+    for name in (prompt_set.TRAIN_FILE, prompt_set.HELDOUT_FILE):
+        assert (tmp_path / name).read_bytes() == (make_tiny_model.DATA_FOLDER / name).read_bytes()
+    train, heldout = (make_tiny_model.read_pairs(path) for path in sorted(tmp_path.iterdir()))
+    assert len(train) == len(heldout) == prompt_set.NUM_PROMPTS
+    assert not set(train) & set(heldout)
+    assert all(answer == calculator_steps.worked(prompt) for prompt, answer in train + heldout)
+
+
+def test_the_warm_starts_pairs_are_right_and_of_the_training_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_set, "NUM_SYNTHETIC", 500)
+    heldout = make_tiny_model.read_pairs(make_tiny_model.DATA_FOLDER / prompt_set.HELDOUT_FILE)
+    pairs = make_tiny_model.TASKS["calculator_steps"].pairs(heldout)
+    assert len({prompt for prompt, _ in pairs}) == 500
+    assert not set(pairs) & set(heldout)
+    assert all(answer == calculator_steps.worked(prompt) for prompt, answer in pairs)
+
+
+def test_a_spoiled_step_is_gone_on_from() -> None:
+    """A third of the readings do not follow from the one before; with share 0 all do, with share 1 none."""
+    generator, pair = random.Random(0), ("3+4-2-1+5-3+2-4=", "7,5,4,9,6,8,4")
+    for share in (0.0, 0.35, 1.0):
+        wrong = 0
+        for _ in range(200):
+            prompt, said = prompt_set.spoiled(pair, share, generator)
+            assert prompt == pair[0]
+            reading, operations = calculator_steps.operations_of(prompt)
+            for (operator, operand), following in zip(operations, map(int, said.split(",")), strict=True):
+                assert 0 <= following <= calculator_steps.LARGEST_READING
+                wrong += following != calculator_steps.step(reading, operator, operand)
+                reading = following
+        assert abs(wrong / 1400 - share) < 0.06
+
+
+def test_a_task_has_settings_of_its_own() -> None:
+    steps = make_tiny_model.parse_arguments(["--output", "unused", "--task", "calculator_steps"])
+    first = make_tiny_model.parse_arguments(["--output", "unused"])
+    assert (steps.steps, steps.hidden_size, first.steps, first.hidden_size) == (400, 64, 1400, 128)
+    given = make_tiny_model.parse_arguments(["--output", "u", "--task", "calculator_steps", "--steps", "0"])
+    assert given.steps == 0

@@ -1,0 +1,80 @@
+"""Prefixes from end to end: sampled and cut by the tool, trained on by a run, with servers of the reference engine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minpro_megatron.rollout.journal_reader import JournalReader
+from minpro_megatron.rollout.prompts import load_prompts
+from minpro_megatron.rollout.tokenizer import TextTokenizer
+from minpro_megatron.serving.model_files import read_model_facts
+from tests.e2e import digits_reward
+from tests.e2e.conftest import ROOT, Launcher, TinyModel
+
+pytestmark = pytest.mark.e2e
+
+NUM_PROMPTS, MAX_SAMPLES = 6, 12
+REWARD = f"{digits_reward.__name__}:grade"
+
+
+def run_tool(model: TinyModel, folder: Path) -> None:
+    """Makes folder/train.jsonl."""
+    rows = [{"id": f"p{n}", "source": "test", "prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(NUM_PROMPTS)]
+    (folder / "hard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", model.hf, "--prompts", folder / "hard.jsonl", "--output", folder / "train.jsonl"]
+    options += ["--max-samples", MAX_SAMPLES, "--max-response-tokens", 20, "--max-prompt-tokens", 8]
+    options += ["--engine", "reference", "--reward", REWARD]
+    command = [sys.executable, "tools/build_prefixes.py", *map(str, options)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=170, capture_output=True)
+
+
+def test_a_run_goes_on_from_prefixes_that_the_tool_has_cut(
+    tiny_model: TinyModel, launches: Launcher, tmp_path: Path
+) -> None:
+    run_tool(tiny_model, tmp_path)
+    prompts = {prompt.id: prompt for prompt in load_prompts(tmp_path / "train.jsonl", "data.train_file")}
+    report = json.loads((tmp_path / "train.report.json").read_text())
+    plain = [prompt for prompt in prompts.values() if not prompt.prefix]
+    assert 0 < len(plain) == report["plain_rows"] <= NUM_PROMPTS
+    assert len(plain) < report["prefixed_rows"] == len(prompts) - len(plain)
+    assert report["samples"] <= NUM_PROMPTS * MAX_SAMPLES
+
+    settings = ["server.engine=reference", "num_global_steps=2", "staleness.delay_steps=1", "parallel.tensor=1"]
+    settings += ["parallel.expert=1", "evaluation.num_prompts=2", "evaluation.samples_per_prompt=2"]
+    settings += ["batch.num_prompts=16", "batch.mini_batch_prompts=8", "batch.responses_per_prompt=2"]
+    settings += ["sampling.max_prompt_tokens=40", f"data.train_file={tmp_path / 'train.jsonl'}"]
+    launch = launches("prefixed", *settings, f"collector.reward={REWARD}", "checkpoint.every_steps=0")
+    status, output = launch.wait(170)
+    assert status == 0, output
+
+    tokenizer = TextTokenizer(str(tiny_model.hf), read_model_facts(str(tiny_model.hf), []))
+    kinds = set()
+    with JournalReader(launch.run_dir) as journal:
+        groups = list(journal.groups())
+        assert len(groups) == 32
+        for group in groups:
+            prompt = prompts[group.prompt_id]
+            kinds.add(bool(prompt.prefix))
+            expected = np.concatenate(tokenizer.encode_all([prompt.text, prompt.prefix]))
+            assert group.prompt_token_ids.tolist() == expected.tolist()
+            for response in group.responses:
+                assert response.token_ids is not None
+                assert response.ratios is not None
+                # ratios are the response's alone
+                assert len(response.token_ids) == len(response.ratios) <= 8
+                assert response.reward == digits_reward.grade(
+                    prompt.prefix + tokenizer.response_text(response.token_ids), ""
+                )
+    assert kinds == {True, False}
+
+    lines = [json.loads(line)["metrics"] for line in (launch.run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [metrics for metrics in lines if "objective/loss" in metrics]
+    assert len(steps) == 2
+    for metrics in steps:
+        assert {"reward/accuracy_by_prompt/plain", "reward/accuracy_by_prompt/prefixed"} <= metrics.keys()
+        # server and trainer stand behind the same context
+        assert metrics["mismatch/log_prob_abs_max"] < 1e-4
