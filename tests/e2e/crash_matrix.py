@@ -50,7 +50,7 @@ def _tried(case: Case, run: CrashRun, undisturbed: Results) -> Row:
         if point.action != "kill":
             _make_room_again(run, point.file, told)
     if case.torn is not None:
-        _tear(run.run_dir / "journal.sqlite-wal", case.torn)
+        run.tear_journal(case.torn)
     if case.status != GOES_ON or not case.points:
         launches.append(run.launch(timeout_s=LAUNCH_LIMIT_S))
         assert launches[-1].status == 0, f"{launches[-1].output}\n{run.logs()}"
@@ -85,13 +85,6 @@ def _compared(case: Case, run: CrashRun, undisturbed: Results) -> str:
         assert {group_id: results.rollouts[group_id] for group_id in kept} == kept
         return "equal, but for what was pruned"
     return "equal"
-
-
-def _tear(log: Path, share: float) -> None:
-    """Only a share of what was written since the last checkpoint of the file is left, cut anywhere."""
-    size = log.stat().st_size
-    assert size > 4096, "there is nothing to tear"
-    os.truncate(log, int(share * size))
 
 
 def _make_room_again(run: CrashRun, file: str, told: str) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ POINTS = Path(__file__).with_name("crash_points")
 # What a metric tells of the computation and not of the clock.
 COMPUTED = ("batch/", "eval/", "mismatch/", "objective/", "optimizer/", "policy/", "prefix_min/", "ratio/", "response/",
             "reward/", "staleness/")  # fmt: skip
+SUMMARY = ("steps", "updates", "versions_published", "groups_issued", "groups_consumed", "groups_dropped",
+           "smallest_staleness", "largest_staleness", "pass_at_1_before", "pass_at_1_after")  # fmt: skip
 NO_PROCESS_WITHIN_S = 20.0
 
 Moment = Literal["before", "after"]
@@ -127,6 +129,13 @@ class CrashRun:
         assert launched.status == 0, f"{launched.output}\n{self.logs()}"
         return launched
 
+    def tear_journal(self, share: float) -> None:
+        """Only a share of what was written since the file's last checkpoint is left, cut anywhere."""
+        log = self.run_dir / "journal.sqlite-wal"
+        size = log.stat().st_size
+        assert size > 4096, "there is nothing to tear"
+        os.truncate(log, int(share * size))
+
     def logs(self) -> str:
         """The ends of the roles' logs, for a message."""
         ends = [(path.name, path.read_text(errors="replace")[-3000:]) for path in self.run_dir.glob("logs/*.log")]
@@ -163,7 +172,8 @@ class Results:
     states: dict[str, int]
     evaluations: list[dict[str, Any]]
     metrics: list[tuple]
-    weights: dict[str, str] = field(default_factory=dict)  # SHA-256 of the exported files
+    summary: dict[str, Any]
+    weights: dict[str, str]  # SHA-256 of the exported files
 
     @staticmethod
     def read(run_dir: Path) -> "Results":
@@ -187,6 +197,7 @@ class Results:
         evaluations = [{name: value for name, value in one.items() if name != "wall_time_s"} for one in evaluations]
         evaluations.sort(key=lambda one: one["policy_version"])
         assert [tuple(one[name] for name in names.split(", ")) for one in evaluations] == evaluated
+        summary = json.loads((run_dir / "summary.json").read_text())
         return Results(
             groups=groups,
             seeds={group_id: tuple(row[0] for row in rows) for group_id, rows in responses.items()},
@@ -194,6 +205,7 @@ class Results:
             states=states,
             evaluations=evaluations,
             metrics=[(entry.step, entry.is_global_step, _computed(entry.metrics)) for entry in read_history(run_dir)],
+            summary={name: summary[name] for name in SUMMARY},
             weights={
                 path.name: hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in sorted((run_dir / "hf_export").glob("*.safetensors"))
