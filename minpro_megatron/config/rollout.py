@@ -94,8 +94,8 @@ class StalenessConfig(Section):
     max_staleness: int = Field(default=2, ge=1, description="of mode bounded")
     behavior_log_probs: Literal["trainer", "rollout"] = Field(
         default="trainer",
-        description="trainer: computed under the very weights that sampled the token; rollout: the servers' own, with "
-        "their engine mismatch (needs loss.truncated_importance)",
+        description="trainer: computed under the very weights that sampled the token; rollout: the servers' own, which "
+        "saves the pass and puts their engine mismatch into every ratio: a prefix minimum is very sensitive to it",
     )
 
 

@@ -231,7 +231,8 @@ def test_faults_of_this_side_are_told(fleet: Fleet, trainer: Trainer) -> None:
     assert "differ from the trainer's by 0.5 nats a token" in message
     report = trainer.publish(Step(fleet.version, fleet.addresses, factor=1.0, changed=False))
     assert report.held_by == [0, 1]
-    report = trainer.publish(Step(fleet.version, fleet.addresses, changed=False))  # other weights under the same version
+    # other weights under the same version
+    report = trainer.publish(Step(fleet.version, fleet.addresses, changed=False))
     assert report.held_by == []
     assert "other weights" in report.failures[0]
     assert "other weights" in report.failures[1]

@@ -12,7 +12,6 @@ from minpro_megatron.monitor.progress import Progress, TrainingState, duration, 
 from minpro_megatron.monitor.status import read_statuses, write_status
 from tests.unit.run_examples import example_config
 
-
 ROLES = ("serve", "collect", "train")
 
 
