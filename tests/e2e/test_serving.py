@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -88,7 +89,7 @@ class Running:
     folder: Path
     other_folder: Path
 
-    def client(self, **options: bool) -> ServerClient:
+    def client(self, **options: Any) -> ServerClient:
         facts = read_model_facts(str(self.folder))
         return ServerClient(self.server.address, facts, 30, headers=authorization(self.config.server), **options)
 

@@ -1,4 +1,4 @@
-"""The run stops at its first batch if servers and trainer hold different weights, or the trainer disagrees with itself."""
+"""The run stops at its first batch if servers and trainer hold different weights, or the trainer differs from itself."""
 
 import math
 from dataclasses import replace

@@ -123,7 +123,8 @@ def test_held_out_prompts_are_worded_as_training_ones(tmp_path: Path) -> None:
     overrides += [f"model.hf_path={model}", "sampling.max_prompt_tokens=40", "evaluation.num_prompts=1"]
     config = with_overrides(run_config(tmp_path), overrides)
     tokenizer = text_tokenizer(model)
-    texts = [tokenizer.text(one.token_ids) for group in collect._read_prompts(config, tokenizer) for one in group]
+    training, heldout, _ = collect._read_prompts(config, tokenizer)
+    texts = [tokenizer.text(one.token_ids) for one in [*training, *heldout]]
     assert texts == ["<|im_start|>Q: train?<|im_end|>", "<|im_start|>Q: heldout?<|im_end|>"]
 
 
