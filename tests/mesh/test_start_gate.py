@@ -1,4 +1,4 @@
-"""The run stops at its first batch if servers and trainer hold different weights, or the trainer differs from itself."""
+"""The run stops at its first batch if servers and trainer hold different weights, or if ratios are not 1 at the start."""
 
 import math
 from dataclasses import replace
