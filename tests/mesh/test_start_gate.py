@@ -1,4 +1,4 @@
-"""The run stops at its first batch if servers and trainer hold different weights, or if ratios are not 1 at the start."""
+"""The run stops at its first batch if servers and trainer hold different weights, or if its ratios are not 1."""
 
 import math
 from dataclasses import replace
