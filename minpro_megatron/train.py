@@ -70,16 +70,19 @@ class Trainer:
         if delay_mode:
             for index in range(first, min(first + delay, self.config.num_global_steps)):
                 self._fetch_and_score(index)
+        start, before = time.monotonic(), dict(self.seconds)
         for step in range(first, self.config.num_global_steps):
-            start, before = time.monotonic(), dict(self.seconds)
             if delay_mode:
                 metrics, histograms, batch = self._delayed_step(step)
             else:
                 metrics, histograms, batch = self._bounded_step(step)
             self._publish(step + 1, changed=self.changed)
-            self._save(step + 1)
             spent = {phase: self.seconds[phase] - before[phase] for phase in PHASES}
             self._write(step, batch, metrics, histograms, spent, time.monotonic() - start)
+            # after the step's metrics, which a run that goes on from this checkpoint does not write again; the time it
+            # takes counts for the next step
+            start, before = time.monotonic(), dict(self.seconds)
+            self._save(step + 1)
         with self.watchdog.guard("the last checkpoint"):
             self._complete(self.checkpoints.finish())
         return self._finish()

@@ -194,7 +194,7 @@ METRICS: dict[str, Declaration] = {
     "time/score_s": Declaration("s", "max", "behavior log-probs of the batch to come"),
     "time/train_s": Declaration("s", "max", "forward, backward and optimizer updates"),
     "time/publish_s": Declaration("s", "max", "sending the weights to the servers and checking them"),
-    "time/checkpoint_s": Declaration("s", "max", "training held up by checkpoints"),
+    "time/checkpoint_s": Declaration("s", "max", "training held up by the checkpoint before the step"),
     "time/step_s": Declaration("s", "max", "the whole global step"),
     "overlap/trainer_wait_share": Declaration(
         "share", "derived", "of the step in which the trainer waited for a batch"
