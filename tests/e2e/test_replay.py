@@ -198,7 +198,10 @@ def test_replay_is_what_transformers_autograd_and_adamw_do(
     for name in ("loss", "grad_norm"):
         expected = [update[name] for update in updates]
         # m2po's second loss is a tenth of its terms, under weights that AdamW made of rounded gradients
-        assert [update[name] for update in found["updates"]] == pytest.approx(expected, rel=1e-5, abs=2e-6)
+        values = [update[name] for update in found["updates"]]
+        assert values[0] == pytest.approx(expected[0], rel=1e-5, abs=2e-6)
+        # AdamW has turned rounding in gradients near zero into whole steps
+        assert values[1:] == pytest.approx(expected[1:], rel=1e-4, abs=2e-6)
     lines = [json.loads(line) for line in (output / "tokens.jsonl").read_text().splitlines()]
     assert len(lines) == len(rows)
     for row, line in enumerate(lines):
