@@ -23,7 +23,8 @@ from tests.mesh.reference import COMMON, make_model, saved_tensors
 
 pytestmark = pytest.mark.e2e
 
-LEARNING_RATE, WEIGHT_DECAY, CLIP_GRAD = 1e-3, 0.05, 0.5
+# AdamW turns rounding in gradients near zero into whole steps; at a higher rate they show in the second update.
+LEARNING_RATE, WEIGHT_DECAY, CLIP_GRAD = 2e-4, 0.05, 0.5
 # name -> (rows, kinds of reward); rows of a group need not stand together
 GROUPS = [("a", 3, 2), ("equal", 2, 1), ("b", 3, 3), ("alone", 1, 2), ("c", 2, 2), ("a", 1, 2)]
 
@@ -198,10 +199,7 @@ def test_replay_is_what_transformers_autograd_and_adamw_do(
     for name in ("loss", "grad_norm"):
         expected = [update[name] for update in updates]
         # m2po's second loss is a tenth of its terms, under weights that AdamW made of rounded gradients
-        values = [update[name] for update in found["updates"]]
-        assert values[0] == pytest.approx(expected[0], rel=1e-5, abs=2e-6)
-        # AdamW has turned rounding in gradients near zero into whole steps
-        assert values[1:] == pytest.approx(expected[1:], rel=1e-4, abs=2e-6)
+        assert [update[name] for update in found["updates"]] == pytest.approx(expected, rel=1e-5, abs=2e-6)
     lines = [json.loads(line) for line in (output / "tokens.jsonl").read_text().splitlines()]
     assert len(lines) == len(rows)
     for row, line in enumerate(lines):
