@@ -103,11 +103,10 @@ class RunCheckpoints:
             log.warning("the score of %s is not kept with it: %s", folder_name(version), error)
 
     def load(self, policy: Policy, manifest: RunManifest) -> None:
-        """Fill weights and optimizer state from that checkpoint; rank 0's `manifest` counts.
+        """Fill weights and optimizer state from that checkpoint; `manifest` is the same on all ranks.
 
         Raises ValueError on all ranks if it is another run's, or a file is not as it was written.
         """
-        manifest = self._mesh.from_rank_0(manifest)
         folder = self._path / manifest.folder_name
         refuse_other_run(folder, manifest.run, policy.identity)
         self._verify(folder, manifest)

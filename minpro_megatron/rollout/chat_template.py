@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minpro_megatron.serving.model_files import model_file
+from minpro_megatron.serving.model_files import model_file, read_json_object
 
 # For rendering. A template renders thousands of prompts a second; far more than that is no template.
 TIME_LIMIT_S = 60.0
@@ -27,7 +27,7 @@ class ChatTemplate:
     """
 
     def __init__(self, hf_path: str, arguments: Mapping[str, Any]) -> None:
-        settings = _read_object(hf_path, "tokenizer_config.json")
+        settings = read_json_object(model_file(hf_path, "tokenizer_config.json"))
         self._path, self._template = _find_template(hf_path, settings)
         self._variables = _special_tokens(hf_path, settings) | dict(arguments)
 
@@ -87,17 +87,6 @@ def _special_tokens(hf_path: str, settings: dict[str, Any]) -> dict[str, str]:
     tokens = {name: settings.get(name) for name in _SPECIAL_TOKENS}
     if "added_tokens_decoder" not in settings:  # where it is, transformers does not read the older file
         with suppress(FileNotFoundError):
-            tokens |= _read_object(hf_path, "special_tokens_map.json")
+            tokens |= read_json_object(model_file(hf_path, "special_tokens_map.json"))
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
     return {name: text for name, text in texts.items() if name in _SPECIAL_TOKENS and isinstance(text, str)}
-
-
-def _read_object(hf_path: str, name: str) -> dict[str, Any]:
-    path = model_file(hf_path, name)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); export the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; export the checkpoint again")
-    return content

@@ -53,9 +53,9 @@ def read_model_facts(hf_path: str, extra_stop_tokens: Sequence[str] = ()) -> Mod
     their text in tokenizer.json. Raises ValueError naming file and field for a value that is missing or damaged.
     """
     config_path = model_file(hf_path, "config.json")
-    config = _read_object(config_path)
+    config = read_json_object(config_path)
     try:
-        generation = _read_object(model_file(hf_path, "generation_config.json"))
+        generation = read_json_object(model_file(hf_path, "generation_config.json"))
     except FileNotFoundError:
         generation = {}
     vocabulary_size = _positive(config, "vocab_size", config_path)
@@ -88,19 +88,20 @@ def _expert_facts(config: dict[str, Any], path: Path) -> dict[str, int]:
     return {name: _positive(config, field, path) for name, field in fields.items()}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises ValueError that names the file if it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"{path}: not JSON ({error}); export the checkpoint again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; export the checkpoint again")
     return content
 
 
 def _added_token_id(hf_path: str, token: str) -> int:
     path = model_file(hf_path, "tokenizer.json")
-    added = _read_object(path).get("added_tokens")
+    added = read_json_object(path).get("added_tokens")
     known = {entry.get("content"): entry.get("id") for entry in added or [] if isinstance(entry, dict)}
     token_id = known.get(token)
     if not isinstance(token_id, int):

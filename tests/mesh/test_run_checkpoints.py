@@ -58,7 +58,7 @@ class Rank:
         return self.mesh.from_rank_0(look() if self.mesh.rank == 0 else None)
 
     def load_latest(self) -> None:
-        manifest = read_latest(self.run_dir)
+        manifest = self.on_rank_0(lambda: read_latest(self.run_dir))
         assert manifest is not None
         self.checkpoints.load(self.policy, manifest)
 

@@ -10,8 +10,8 @@ from contextlib import closing
 
 import pytest
 
-from minpro_megatron.__main__ import main
 from minpro_megatron.launch.recipe import load_recipe
+from tests.unit.command_errors import errors_of
 from tests.unit.run_examples import example_config, write_example_files
 
 RECIPES = """
@@ -44,20 +44,6 @@ def recipes(tmp_path, monkeypatch):
     yield tmp_path
     for name in ("my_recipes", "broken_recipes", "crashing_recipes"):
         sys.modules.pop(name, None)
-
-
-def errors_of(capsys, *arguments: str) -> list[str]:
-    """The lines on standard error of a command that must end with status 2 and print nothing else."""
-    try:
-        status = main(list(arguments))
-    except SystemExit as end:
-        status = end.code
-    printed = capsys.readouterr()
-    assert status == 2
-    assert printed.out == ""
-    lines = printed.err.splitlines()
-    assert all(line.startswith("error: ") for line in lines), lines
-    return [line.removeprefix("error: ") for line in lines]
 
 
 @pytest.mark.parametrize(

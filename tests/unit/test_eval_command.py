@@ -11,6 +11,7 @@ from minpro_megatron.__main__ import main
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
 from minpro_megatron.launch import evaluation, evaluation_options
 from minpro_megatron.launch.evaluation_options import EvaluationOptions, run_config, samples_per_prompt
+from tests.unit.command_errors import errors_of
 
 ROWS = [{"id": f"p{i}", "source": "gsm8k", "prompt": f"{i}+1=", "answer": str(i + 1)} for i in (0, 1, 10)]
 
@@ -42,19 +43,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 GIVEN = ["--model", "hf", "--output", "out", "--engine", "reference", "--instruction", "none"]
 SMALL = ["--max-response-tokens", "32", "--max-prompt-tokens", "16"]
-
-
-def errors_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
-    try:
-        status = main(["eval", *arguments])
-    except SystemExit as end:
-        status = end.code
-    printed = capsys.readouterr()
-    assert status == 2
-    assert printed.out == ""
-    lines = printed.err.splitlines()
-    assert all(line.startswith("error: ") for line in lines), lines
-    return [line.removeprefix("error: ") for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -94,13 +82,13 @@ def errors_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 def test_what_is_wrong_is_told_before_a_server_starts(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], pattern: str
 ) -> None:
-    (line, *_) = errors_of(capsys, *GIVEN, *SMALL, *arguments)
+    (line, *_) = errors_of(capsys, "eval", *GIVEN, *SMALL, *arguments)
     assert re.search(pattern, line), line
     assert not (folder / "out").exists()
 
 
 def test_every_missing_file_has_its_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = errors_of(capsys, *GIVEN, *SMALL, "--benchmarks", "aime24,gsm8k,amc23")
+    lines = errors_of(capsys, "eval", *GIVEN, *SMALL, "--benchmarks", "aime24,gsm8k,amc23")
     assert [line.split(":")[0] for line in lines] == ["--benchmarks aime24", "--benchmarks amc23"]
 
 
@@ -175,13 +163,13 @@ def test_outputs_and_going_on(folder: Path, sampled: list[int], capsys: pytest.C
 def test_another_protocol_does_not_go_on(folder: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", *COMPLETE]) == 0
     capsys.readouterr()
-    (line,) = errors_of(capsys, *COMPLETE, "--temperature", "0.6")
+    (line,) = errors_of(capsys, "eval", *COMPLETE, "--temperature", "0.6")
     assert "out holds samples of other settings (temperature: 1.0 -> 0.6)" in line
     (folder / "data" / "gsm8k.jsonl").write_text("".join(json.dumps(row | {"answer": "0"}) + "\n" for row in ROWS))
-    (line,) = errors_of(capsys, *COMPLETE)
+    (line,) = errors_of(capsys, "eval", *COMPLETE)
     assert "benchmarks.gsm8k.prompts_digest: " in line
     (folder / "hf" / "config.json").touch()
-    assert "model_files: " in errors_of(capsys, *COMPLETE)[0]
+    assert "model_files: " in errors_of(capsys, "eval", *COMPLETE)[0]
 
 
 def test_other_evaluations_are_rows_of_the_same_table(folder: Path, sampled: list[int]) -> None:
