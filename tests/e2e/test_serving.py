@@ -1,6 +1,8 @@
 """A server of each engine on the CPU, a real SGLang too: started, asked, given new weights, stopped."""
 
 import asyncio
+import functools
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ pytestmark = [
 PROMPTS = [[5, 6, 7], [20, 21, 22, 23, 24, 25], [9]]
 MAX_RESPONSE_TOKENS = 12
 LONGEST_RESPONSE_TOKENS = 48  # that the server is started for
+NUM_STREAMS = 24  # of responses, sampled at the same time
 KEY = "k-9d1f77ab"
 # Of SGLang: HTTP, scheduler, detokenizer.
 NUM_PROCESSES = {"reference": 1, "sglang": 3}
@@ -61,10 +64,15 @@ def save_random_model(folder: Path, seed: int) -> None:
     model.save_pretrained(folder)
 
 
-def log_probs_by_transformers(folder: Path, prompt: list[int], response: np.ndarray, temperature: float) -> np.ndarray:
+@functools.cache
+def model_of_transformers(folder: Path) -> torch.nn.Module:
     from transformers import Qwen3MoeForCausalLM
 
-    model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def log_probs_by_transformers(folder: Path, prompt: list[int], response: np.ndarray, temperature: float) -> np.ndarray:
+    model = model_of_transformers(folder)
     tokens = torch.tensor([prompt + response.tolist()])
     with torch.no_grad():
         logits = model(tokens).logits[0, len(prompt) - 1 : -1].double()
@@ -74,9 +82,7 @@ def log_probs_by_transformers(folder: Path, prompt: list[int], response: np.ndar
 
 def routes_by_transformers(folder: Path, tokens: list[int]) -> np.ndarray:
     """The experts of each token and layer, in order of their numbers: [tokens, layers, experts a token]."""
-    from transformers import Qwen3MoeForCausalLM
-
-    model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = model_of_transformers(folder)
     with torch.no_grad():
         logits = model(torch.tensor([tokens]), output_router_logits=True).router_logits
     return torch.stack([layer.topk(2).indices.sort().values for layer in logits], dim=1).numpy()
@@ -210,30 +216,42 @@ async def _generate_as_version_2(running: Running) -> None:
 
 
 def test_what_an_update_aborts_is_continued_with_its_log_probs_versions_and_routes(running: Running) -> None:
-    """The same weights under two versions: a response over both must look like one forward pass."""
-    control = running.control()
+    """The same weights under two versions: a response over both must look like one forward pass.
 
-    async def main() -> list[list[SampledSequence]]:
-        sampling = SamplingParameters(1.0, LONGEST_RESPONSE_TOKENS)
-        async with running.client(exact_versions=False, routes=True) as client:
-            pending = [asyncio.create_task(client.generate(prompt, list(range(8)), sampling, 0)) for prompt in PROMPTS]
-            await asyncio.sleep(0.3)
+    Until the pause, each response that ends is followed by another. So there are many under way when it comes, however
+    fast the server is; and it comes when as many have ended, so those have tokens, however slow it is.
+    """
+    control = running.control()
+    sampling = SamplingParameters(1.0, LONGEST_RESPONSE_TOKENS)
+    sampled: list[tuple[list[int], SampledSequence]] = []
+
+    async def main() -> None:
+        is_paused, enough = asyncio.Event(), asyncio.Event()
+
+        async def one_after_the_other(first_seed: int) -> None:
+            prompt = PROMPTS[first_seed % len(PROMPTS)]
+            for seed in itertools.count(first_seed, NUM_STREAMS):
+                sampled.extend((prompt, one) for one in await client.generate(prompt, [seed], sampling, 0))
+                if len(sampled) >= NUM_STREAMS:
+                    enough.set()
+                if is_paused.is_set():
+                    return
+
+        async with running.client(exact_versions=False, routes=True) as client, asyncio.TaskGroup() as streams:
+            for first_seed in range(NUM_STREAMS):
+                streams.create_task(one_after_the_other(first_seed))
+            await enough.wait()
             await asyncio.to_thread(control.pause_generation, "abort")
+            is_paused.set()
             await asyncio.to_thread(control.update_weights_from_disk, model_path=str(running.folder), weight_version=1)
             await asyncio.to_thread(control.continue_generation)
-            return [await task for task in pending]
 
-    sampled = asyncio.run(main())
+    asyncio.run(main())
     control.update_weights_from_disk(model_path=str(running.folder), weight_version=0)
     control.close()
-    both = [
-        (prompt, sequence)
-        for prompt, sequences in zip(PROMPTS, sampled, strict=True)
-        for sequence in sequences
-        if len(set(sequence.policy_versions.tolist())) == 2
-    ]
+    both = [pair for pair in sampled if len(set(pair[1].policy_versions.tolist())) == 2]
     assert len(both) >= 3
-    lengths = {len(sequence.token_ids) for sequences in sampled for sequence in sequences}
+    lengths = {len(sequence.token_ids) for _, sequence in sampled}
     assert max(lengths) == LONGEST_RESPONSE_TOKENS  # not cut short by the server's context length
     for prompt, sequence in both[:3]:
         assert sequence.finish_reason == ("stop" if sequence.token_ids[-1] == 1 else "length")
