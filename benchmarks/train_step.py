@@ -26,23 +26,8 @@ from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
 from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.weights.known_models.find import find_architecture
 
-QWEN3_30B_A3B = Architecture(
-    name="Qwen3MoeForCausalLM",
-    num_layers=48,
-    hidden_size=2048,
-    num_attention_heads=32,
-    num_query_groups=4,
-    head_dim=128,
-    ffn_hidden_size=6144,
-    num_experts=128,
-    num_experts_per_token=8,
-    expert_ffn_hidden_size=768,
-    vocab_size=151936,
-    rope_theta=1e6,
-    norm_epsilon=1e-6,
-    tied_embeddings=False,
-)
 PROMPT_TOKENS = 64
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 512}
 
@@ -123,7 +108,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def measure(mesh: Mesh, options: argparse.Namespace) -> None:
     config = run_config(options)
-    architecture = shrunk(QWEN3_30B_A3B, options.layers, options.shrink)
+    architecture = shrunk(find_architecture("Qwen/Qwen3-30B-A3B"), options.layers, options.shrink)
     dtype = DTYPES[config.model.dtype]
     chunks = build_model(architecture, mesh, dtype, ModelFeatures(config.model.recompute, backend=config.model.backend))
     fill_randomly(chunks)

@@ -43,15 +43,19 @@ def read_architecture(hf_path: str | Path) -> Architecture:
     path = Path(hf_path) / "config.json"
     if not path.is_file():
         raise ValueError(f"model.hf_path = {hf_path}: there is no config.json; give a Hugging Face model folder")
-    config = json.loads(path.read_text())
+    return parse_architecture(json.loads(path.read_text()), str(path))
+
+
+def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
+    """The architecture that the content of a config.json describes; errors as of `read_architecture`, told of `where`."""
     names = config.get("architectures") or ["none"]
     if names[0] not in _READERS:
-        raise ValueError(f"{path}: architectures = {names[0]!r} is not known; known: {', '.join(_READERS)}")
-    _refuse_unsupported(path, config)
+        raise ValueError(f"{where}: architectures = {names[0]!r} is not known; known: {', '.join(_READERS)}")
+    _refuse_unsupported(where, config)
     try:
         return _READERS[names[0]](config)
     except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]} is missing; take the config.json of the released model") from None
+        raise ValueError(f"{where}: {error.args[0]} is missing; take the config.json of the released model") from None
 
 
 # field -> (what transformers takes where it is absent, the only value supported)
@@ -66,15 +70,15 @@ _MIXTURE_ONLY = {
 }
 
 
-def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+def _refuse_unsupported(where: str, config: dict[str, Any]) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"{path}: rope type {rope!r} is not supported; only the default rotary embedding is")
+        raise ValueError(f"{where}: rope type {rope!r} is not supported; only the default rotary embedding is")
     mixture = config["architectures"][0] == "Qwen3MoeForCausalLM"
     for field, (absent, supported) in (_DENSE_ONLY | (_MIXTURE_ONLY if mixture else {})).items():
         value = absent if config.get(field) is None else config[field]
         if value != supported:
-            raise ValueError(f"{path}: {field} = {value!r} is not supported; only {supported!r} is")
+            raise ValueError(f"{where}: {field} = {value!r} is not supported; only {supported!r} is")
 
 
 def _qwen3(config: dict[str, Any]) -> Architecture:
