@@ -113,6 +113,13 @@ class Fleet:
             if member.held_version != self.version and member.named_version != self.version
         ]
 
+    def lend(self, servers: Sequence[ServerAddress]) -> None:
+        """Until `set_version` the trainer may change these servers' weights: what they answer meanwhile counts only if
+        they come back with the version, and what they give back unfinished waits for that."""
+        for address in servers:
+            if member := self._members.get((address.index, address.start)):
+                member.lend()
+
     def set_version(self, version: int, held_by: Sequence[int]) -> None:
         """From now on work is sampled with `version`, which the servers of these indices hold, and no others.
 
@@ -122,8 +129,7 @@ class Fleet:
         self._publications += 1
         for member in self._members.values():
             member.named_version = version if member.address.index in held_by else None
-            if member.named_version is None:
-                member.move_groups()  # nobody vouches for the weights that go on with them
+            member.take_back(with_the_weights=member.named_version is not None)
             member.probed_at = -float("inf")
         self._probe_members()
         if outdated := [address.index for address in self.outdated()]:

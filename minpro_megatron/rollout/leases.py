@@ -27,6 +27,10 @@ class Servers(Protocol):
         """Those of them that do not hold the version of now, and so get no work."""
         ...
 
+    def lend(self, servers: Sequence[ServerAddress]) -> None:
+        """Until `set_version` the trainer may change the weights of these."""
+        ...
+
     def set_version(self, version: int, held_by: Sequence[int]) -> None:
         """From now on `version` is the version of now; the servers of these indices hold it."""
         ...
@@ -100,6 +104,7 @@ class Leases:
         evaluations: Sequence[EvaluationResult],
         requests_in_flight: bool,
     ) -> PublishLease:
+        self._servers.lend(servers)
         return PublishLease(
             version=version,
             servers=servers,

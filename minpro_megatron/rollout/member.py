@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -37,7 +37,12 @@ class Client(Protocol):
     async def policy_version(self, timeout_s: float) -> int: ...
 
     async def generate(
-        self, prompt_token_ids: np.ndarray, seeds: Sequence[int], sampling: SamplingParameters, policy_version: int
+        self,
+        prompt_token_ids: np.ndarray,
+        seeds: Sequence[int],
+        sampling: SamplingParameters,
+        policy_version: int,
+        before_continuing: Callable[[], Awaitable[object]],
     ) -> list[SampledSequence]: ...
 
 
@@ -62,6 +67,8 @@ class Member:
         self.num_groups = 0  # under way
         self.num_tokens = 0
         self._requests: set[asyncio.Task[list[SampledSequence]]] = set()
+        self._is_back = asyncio.Event()  # cleared while the trainer may change its weights
+        self._is_back.set()
         self._num_failures = 0
         self._suspended_until = 0.0
         self._rate = 0.0
@@ -77,9 +84,9 @@ class Member:
     async def generate(
         self, prompt_token_ids: np.ndarray, seeds: Sequence[int], sampling: SamplingParameters, policy_version: int
     ) -> list[SampledSequence]:
-        """The client's answer. Raises MemberGone if the server leaves the fleet before it has answered."""
-        start = time.monotonic()
-        request = asyncio.create_task(self.client.generate(prompt_token_ids, seeds, sampling, policy_version))
+        """The client's answer. Raises MemberGone if the server leaves the fleet before it has answered, or is lent
+        meanwhile and comes back without the weights that it was lent for."""
+        request = asyncio.create_task(self._answer(prompt_token_ids, seeds, sampling, policy_version))
         self._requests.add(request)
         request.add_done_callback(self._requests.discard)
         try:
@@ -88,9 +95,29 @@ class Member:
             request.cancel()  # no effect on one that has ended
         if request.cancelled():
             raise MemberGone(f"{self.name} went away")
-        sequences = request.result()
-        self.succeeded(sequences, time.monotonic() - start)
+        return request.result()
+
+    async def _answer(
+        self, prompt_token_ids: np.ndarray, seeds: Sequence[int], sampling: SamplingParameters, policy_version: int
+    ) -> list[SampledSequence]:
+        start = time.monotonic()
+        sequences = await self.client.generate(prompt_token_ids, seeds, sampling, policy_version, self._is_back.wait)
+        wall_time_s = time.monotonic() - start
+        # Which weights sampled the last tokens is known only then: what a server calls them may be wrong.
+        await self._is_back.wait()
+        self.succeeded(sequences, wall_time_s)
         return sequences
+
+    def lend(self) -> None:
+        """The trainer may change the weights from now on: answers and continuations wait until `take_back`."""
+        self._is_back.clear()
+
+    def take_back(self, with_the_weights: bool) -> None:
+        """The trainer is done. Without the weights it should have got, nobody vouches for those that went on with what
+        is under way: that moves."""
+        if not with_the_weights:
+            self.move_groups()
+        self._is_back.set()
 
     def move_groups(self) -> None:
         """Ends all requests under way: each raises MemberGone where it is awaited."""

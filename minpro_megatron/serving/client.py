@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -108,13 +108,15 @@ class ServerClient:
         seeds: Sequence[int],
         sampling: SamplingParameters,
         policy_version: int,
+        before_continuing: Callable[[], Awaitable[object]] | None = None,
     ) -> list[SampledSequence]:
         """One continuation of the prompt for each seed, sampled with the weights of `policy_version`, or of it and
         later ones where the client was made for that.
 
-        Responses that the server gives back unfinished are continued, with new requests that hold what there is so
-        far. Dropped connections and 5xx are tried again up to MAX_ATTEMPTS times. Raises a ServerError otherwise, and
-        ValueError for a prompt that must not be sent: a token id outside the vocabulary would end the server.
+        Responses that the server gives back unfinished are continued once `before_continuing` has returned, with new
+        requests that hold what there is so far. Dropped connections and 5xx are tried again up to MAX_ATTEMPTS times.
+        Raises a ServerError otherwise, and ValueError for a prompt that must not be sent: a token id outside the
+        vocabulary would end the server.
         """
         prompt = [int(token) for token in prompt_token_ids]
         if not prompt or min(prompt) < 0 or max(prompt) >= self._facts.vocabulary_size:
@@ -124,6 +126,8 @@ class ServerClient:
             )
         responses = [_Response(prompt, seed, sampling.max_response_tokens, policy_version) for seed in seeds]
         while unfinished := [response for response in responses if not response.is_finished]:
+            if before_continuing is not None and any(response.parts for response in unfinished):
+                await before_continuing()
             for response, part in zip(unfinished, await self._ask(unfinished, sampling), strict=True):
                 response.add(part)
                 if response.num_empty_answers > MAX_EMPTY_ANSWERS:

@@ -1,7 +1,7 @@
 """A small server that speaks the part of SGLang's HTTP that the fleet uses; every answer is right."""
 
 import asyncio
-from typing import Any
+from typing import Any, Self
 
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -26,7 +26,7 @@ class FakeEngine:
         application.router.add_post("/abort_request", self._abort)
         self._server = TestServer(application)
 
-    async def __aenter__(self) -> "FakeEngine":
+    async def __aenter__(self) -> Self:
         await self._server.start_server()
         return self
 

@@ -151,6 +151,9 @@ class FakeServers:
     def outdated(self) -> list[ServerAddress]:
         return [self.address(index) for index, held in self._held.items() if held != self.version]
 
+    def lend(self, servers: Sequence[ServerAddress]) -> None:
+        pass
+
     def set_version(self, version: int, held_by: Sequence[int]) -> None:
         if version != self.version and self._exact:
             assert self.in_flight == 0, "published while requests are in flight"

@@ -1,7 +1,7 @@
 """Groups become responses with rewards: in their order, on one server each, first come, first served."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -40,7 +40,12 @@ class FakeClient:
         return 0
 
     async def generate(
-        self, prompt_token_ids: np.ndarray, seeds: Sequence[int], sampling: SamplingParameters, policy_version: int
+        self,
+        prompt_token_ids: np.ndarray,
+        seeds: Sequence[int],
+        sampling: SamplingParameters,
+        policy_version: int,
+        before_continuing: Callable[[], Awaitable[object]],
     ) -> list[SampledSequence]:
         self.groups.append(tuple(seeds))
         self.in_flight += 1
