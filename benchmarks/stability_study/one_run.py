@@ -1,0 +1,79 @@
+"""One run of the study in one process: the trainer of `launch` with one rank, its servers replaced by SamplerSource."""
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.stability_study.curves import read_run, write_stored
+from benchmarks.stability_study.grid import RunKey
+from benchmarks.stability_study.source import GroupSampler, SamplerPublisher, SamplerSource
+from minpro_megatron.actor.checkpoint import load_weights
+from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
+from minpro_megatron.actor.policy import Policy
+from minpro_megatron.actor.run_checkpoints import RunCheckpoints
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.step_report import StepReport
+from minpro_megatron.monitor.watchdog import Watchdog
+from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.parallel.mesh import Mesh, open_mesh
+from minpro_megatron.rollout.resume_point import CHECKPOINTS
+from minpro_megatron.rollout.tokenizer import TextTokenizer
+from minpro_megatron.serving.model_files import read_model_facts
+from minpro_megatron.train import Trainer
+from minpro_megatron.weights.architecture import read_architecture
+from minpro_megatron.weights.gather import WeightGatherer
+
+
+def train(config: RunConfig) -> str | None:
+    """Trains from the beginning and leaves metrics.jsonl and evaluations.jsonl in the run folder, which is emptied
+    first. Returns None, or why the trainer gave the run up."""
+    torch.set_num_threads(1)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    shutil.rmtree(config.run_dir, ignore_errors=True)
+    config.run_dir.mkdir(parents=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_mesh(
+            config.parallel, "cpu", config.seed, init_method=f"file://{Path(folder)}/rendezvous", rank=0, world_size=1
+        ) as mesh,
+    ):
+        try:
+            _run(config, mesh)
+        except ValueError as error:  # what train.py raises for a run that has diverged
+            return str(error)
+    return None
+
+
+def run_and_store(key: RunKey, runs_dir: str, path: Path, inputs: str, *overrides: str) -> None:
+    """Trains `key` and writes its stored file."""
+    config = key.config(runs_dir, *overrides)
+    given_up = train(config)
+    write_stored(path, read_run(config.run_dir, key, inputs, config.num_global_steps, given_up))
+
+
+def _run(config: RunConfig, mesh: Mesh) -> None:
+    """As roles/train.py, with the source and the publisher of this process."""
+    architecture = read_architecture(config.model.hf_path)
+    features = ModelFeatures(
+        config.model.recompute, routing_replay=config.model.routing_replay != "none", backend=config.model.backend
+    )
+    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features)
+    load_weights(chunks, architecture, config.model.megatron_path, mesh)
+    policy = Policy(config, architecture, chunks, mesh)
+    facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
+    tokenizer = TextTokenizer(config.model.hf_path, facts)
+    sampler = GroupSampler(config, tokenizer)
+    publisher = SamplerPublisher(config, WeightGatherer(chunks, architecture, mesh), mesh, policy.score_canary, sampler)
+    checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh)
+    watchdog = Watchdog(config.run_dir / "stacks.txt", config.debug.hang_timeout_s)
+    trainer = Trainer(config, mesh, policy, publisher, checkpoints, None, watchdog)
+    trainer.feed = SamplerSource(config, sampler, tokenizer)
+    try:
+        with RunWriter(config.run_dir) as writer:
+            trainer.report = StepReport(writer, tokenizer.response_text)
+            trainer.run()
+    finally:
+        watchdog.close()

@@ -1,0 +1,72 @@
+"""The study's model and prompts, made once in artifacts/stability_study."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from minpro_megatron.rewards.calculator_steps import worked
+from recipes import stability_study
+from tools import make_tiny_model
+from tools.prompt_sets import calculator_steps, rows
+
+ROOT = Path(__file__).resolve().parents[2]
+# Eight readings, each wrong in a sixth of the warm start's answers: about a fifth of the samples are right throughout.
+# With the third of tools/make_tiny_model.py it is one in fifty, and four groups in five have no gradient.
+WRONG_SHARE = 0.17
+NUM_TRAINING, NUM_HELDOUT = 2000, 96
+
+
+def prepare(folder: Path = stability_study.FOLDER) -> None:
+    """Makes what is missing of the model in both forms and of the two prompt files."""
+    for name, count, held_out in (("train", NUM_TRAINING, False), ("heldout", NUM_HELDOUT, True)):
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            rows.write_prompts(path, _rows(calculator_steps.draw(count, 1, held_out)))
+    if not (folder / "hf" / "config.json").exists():
+        _make_model(folder)
+    if not (folder / "megatron" / "manifest.json").exists():
+        convert = ["tools/convert_checkpoint.py", "to-megatron", "--hf", folder / "hf", "--output", folder / "megatron"]
+        subprocess.run([sys.executable, *map(str, convert)], cwd=ROOT, check=True)
+
+
+def fingerprint(folder: Path = stability_study.FOLDER) -> str:
+    """16 hexadecimal digits of model and prompts: curves of different ones do not belong together."""
+    digest = sha256()
+    for name in ("hf/model.safetensors", "train.jsonl", "heldout.jsonl"):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _rows(prompts: list[str]) -> list[dict[str, str]]:
+    return [
+        {
+            "id": prompt.removesuffix("="),
+            "source": "calculator-steps",
+            "prompt": prompt,
+            "answer": worked(prompt),
+        }
+        for prompt in prompts
+    ]
+
+
+def _make_model(folder: Path) -> None:
+    """As tools/make_tiny_model.py does, with another share of wrong readings."""
+    torch.set_num_threads(1)
+    task = make_tiny_model.TASKS["calculator_steps"]
+    settings = replace(task.settings, wrong_share=WRONG_SHARE)
+    heldout = make_tiny_model.read_pairs(folder / "heldout.jsonl")
+    tokenizer = make_tiny_model.build_tokenizer()
+    model = make_tiny_model.build_model(tokenizer, task.hidden_size, 2, settings.seed)
+    make_tiny_model.warm_start(model, tokenizer, task.pairs(heldout), settings, Console(), task.spoiled)
+    measured = make_tiny_model.accuracy(model, tokenizer, heldout)
+    record = {"settings": asdict(settings), "heldout_accuracy": asdict(measured)}
+    with make_tiny_model.replaced_folder(folder / "hf") as partial:
+        (partial / "warm_start.json").write_text(json.dumps(record, indent=2) + "\n")
+        make_tiny_model.save_checkpoint(partial, model, tokenizer)

@@ -1,0 +1,47 @@
+"""One run of the stability study: a tiny MoE on the calculator's chains, many updates off-policy.
+
+`python -m benchmarks.stability_study` makes the model and the prompts, and repeats this run with every objective,
+several delays and seeds; what came of it stands in benchmarks/stability_study.md. A single run through the whole system,
+after the study has made its files:
+
+    python -m minpro_megatron launch recipes.stability_study:run objective.name=cispo staleness.delay_steps=8
+"""
+
+from pathlib import Path
+
+from minpro_megatron.config.checkpoint import CheckpointConfig
+from minpro_megatron.config.objective import MinproConfig
+from minpro_megatron.config.rollout import (
+    CollectorConfig,
+    DataConfig,
+    EvaluationConfig,
+    SamplingConfig,
+    ServerConfig,
+    StalenessConfig,
+)
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.trainer import BatchConfig, ModelConfig, OptimizerConfig
+
+FOLDER = Path(__file__).resolve().parent.parent / "artifacts" / "stability_study"
+
+
+def run() -> RunConfig:
+    """MinPRO, on-policy. Every objective has the settings of its own paper, or of arXiv:2601.22718's comparison."""
+    return RunConfig(
+        name="stability-study",
+        num_global_steps=60,
+        device="cpu",
+        model=ModelConfig(hf_path=str(FOLDER / "hf"), megatron_path=str(FOLDER / "megatron"), dtype="float32"),
+        data=DataConfig(train_file=str(FOLDER / "train.jsonl"), heldout_file=str(FOLDER / "heldout.jsonl")),
+        objective=MinproConfig(),
+        # the paper's moments and decay; the rate comes from the study's sweep
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_global_steps=4),
+        batch=BatchConfig(num_prompts=16, responses_per_prompt=8, mini_batch_prompts=4, max_tokens_per_row=2048),
+        sampling=SamplingConfig(max_prompt_tokens=20, max_response_tokens=20),
+        staleness=StalenessConfig(delay_steps=0),
+        # deterministic sampling: a seed gives the same curve again
+        server=ServerConfig(engine="reference", device="cpu", dtype="float32", start_timeout_s=180),
+        collector=CollectorConfig(reward="minpro_megatron.rewards.calculator_steps:grade", journal_ratios=False),
+        checkpoint=CheckpointConfig(every_steps=0),
+        evaluation=EvaluationConfig(num_prompts=96, samples_per_prompt=4, every_steps=5),
+    )
