@@ -82,8 +82,9 @@ class Server:
 
     @web.middleware
     async def _authorized(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        given, wanted = request.headers.get("Authorization", ""), self._authorization
-        if wanted is None or request.path == "/health" or hmac.compare_digest(given.encode(), wanted.encode()):
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")  # as aiohttp decodes
+        wanted = self._authorization
+        if wanted is None or request.path == "/health" or hmac.compare_digest(given, wanted.encode()):
             return await handler(request)
         return _json({"error": "Unauthorized"}, status=401)
 

@@ -12,10 +12,11 @@
 
 204: not yet, ask again. 202: a PublishLease of the version that the servers hold already, for servers that have lost
 it: publish it, then ask again. Records travel as MessagePack. 400: damaged request; 409: out of order or of another
-incarnation; 500: the collector has failed. The body of these is one line of text.
+incarnation; 403: without the run's token; 500: the collector has failed. The body of these is one line of text.
 """
 
 import asyncio
+import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -32,9 +33,12 @@ from minpro_megatron.rollout.journal_file import JournalError
 from minpro_megatron.rollout.leases import Conflict
 from minpro_megatron.rollout.protocol import (
     COLLECTOR_ENDPOINT,
+    COLLECTOR_TOKEN,
     INCARNATION_HEADER,
     LONG_POLL_S,
+    TOKEN_HEADER,
     CollectorEndpoint,
+    write_token,
 )
 
 log = logging.getLogger(__name__)
@@ -61,6 +65,7 @@ class CollectorApi:
         self._host, self._port = host, port
         self._incarnation = incarnation
         self._long_poll_s = long_poll_s
+        self._token = b""
         self._collector: asyncio.Future[Collector] | None = None
         self._runner: web.AppRunner | None = None
         self._failure_told = asyncio.Event()
@@ -68,6 +73,7 @@ class CollectorApi:
     async def __aenter__(self) -> "CollectorApi":
         """Raises OSError if the port is taken."""
         self._collector = asyncio.get_running_loop().create_future()
+        self._token = write_token(self._run_dir).encode()
         application = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
         application.router.add_post(r"/v1/start/{version:\d{1,9}}", self._start)
         application.router.add_get(r"/v1/batch/{index:\d{1,9}}", self._batch)
@@ -88,7 +94,8 @@ class CollectorApi:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        (self._run_dir / COLLECTOR_ENDPOINT).unlink(missing_ok=True)
+        for file in (COLLECTOR_ENDPOINT, COLLECTOR_TOKEN):
+            (self._run_dir / file).unlink(missing_ok=True)
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -117,6 +124,9 @@ class CollectorApi:
         given = request.headers.get(INCARNATION_HEADER)
         if given != str(self._incarnation):
             return _refusal(409, f"this is incarnation {self._incarnation} of the run, the request is of {given}")
+        token = request.headers.get(TOKEN_HEADER, "").encode(errors="surrogateescape")  # as aiohttp decodes
+        if not hmac.compare_digest(token, self._token):
+            return _refusal(403, f"{TOKEN_HEADER} is not the token in {COLLECTOR_TOKEN} of this run's folder")
         try:
             return await handler(request)
         except (ValueError, msgspec.DecodeError) as error:

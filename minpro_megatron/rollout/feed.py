@@ -14,7 +14,9 @@ from minpro_megatron.rollout.protocol import (
     COLLECTOR_ENDPOINT,
     INCARNATION_HEADER,
     LONG_POLL_S,
+    TOKEN_HEADER,
     CollectorEndpoint,
+    read_token,
 )
 
 
@@ -43,6 +45,7 @@ class Feed:
         # one arrived.
         self._session.headers["Connection"] = "close"
         self._url = self._wait_for_endpoint(incarnation, start_timeout_s)
+        self._session.headers[TOKEN_HEADER] = self._token()
 
     def _wait_for_endpoint(self, incarnation: int, timeout_s: float) -> str:
         path = self._run_dir / COLLECTOR_ENDPOINT
@@ -60,6 +63,12 @@ class Feed:
                     f"see its log under {self._run_dir / 'logs'}"
                 )
             time.sleep(0.1)
+
+    def _token(self) -> str:
+        try:
+            return read_token(self._run_dir)
+        except OSError as error:
+            raise FeedError(f"{error.filename}: {error.strerror}; trainer and collector must run as one user") from None
 
     def start(self, version: int) -> None:
         """States that the trainer goes on with the weights of `version`; waits until the collector is ready."""

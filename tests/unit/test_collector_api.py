@@ -16,7 +16,7 @@ from minpro_megatron.records import Batch, CollectorTotals, PublishLease
 from minpro_megatron.rollout import collector as collector_module
 from minpro_megatron.rollout.api import CollectorApi
 from minpro_megatron.rollout.feed import Feed, FeedError
-from minpro_megatron.rollout.protocol import COLLECTOR_ENDPOINT
+from minpro_megatron.rollout.protocol import COLLECTOR_ENDPOINT, COLLECTOR_TOKEN
 from tests.unit.collector_rig import collecting
 from tests.unit.rollout_fakes import FakeServers, run_config, scores_of, trained
 
@@ -140,16 +140,62 @@ def test_a_batch_above_the_bound_is_refused(tmp_path: Path) -> None:
     run_trainer(config, servers, trainer)
 
 
+def ask(feed: Feed, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, str]:
+    answer = requests.request(method, f"{feed._url}/v1/{path}", data=body, headers=headers, timeout=5)
+    return answer.status_code, answer.text
+
+
+def test_who_cannot_read_the_run_folder_can_neither_feed_nor_drain_the_collector(tmp_path: Path) -> None:
+    config, servers = run_config(tmp_path, steps=2, delay=0), FakeServers()
+    path, tokens = config.run_dir / COLLECTOR_TOKEN, []
+
+    def trainer(feed: Feed) -> None:
+        tokens.append(path.read_text())
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert len(tokens[0]) >= 40
+        assert not any(tokens[0] in file.read_text() for file in path.parent.iterdir() if file != path)
+        incarnation = {"X-Run-Incarnation": str(INCARNATION)}
+        batch = feed.batch(0)
+        assert isinstance(batch, Batch)
+        scores = records.encode(scores_of(batch))
+        for wrong in ("", tokens[0][:-1], tokens[0] + "x", "\u00e9" * 3):
+            headers = incarnation | {"X-Collector-Token": wrong.encode("latin-1")}
+            for method, where, body in (("GET", "batch/0", b""), ("POST", "scored", scores), ("POST", "finish", b"")):
+                status, told = ask(feed, method, where, headers, body)  # type: ignore[arg-type]
+                assert status == 403
+                assert told == "X-Collector-Token is not the token in endpoints/collector.token of this run's folder"
+        assert ask(feed, "GET", "batch/0", incarnation)[0] == 403
+        feed.scored(scores_of(batch))  # nobody else has
+
+    run_trainer(config, servers, trainer)
+    assert not path.exists()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("left over")
+    path.chmod(0o644)
+    run_trainer(config, servers, lambda feed: tokens.append(path.read_text()))
+    assert len({*tokens, "left over"}) == 3
+
+
+def test_a_trainer_without_the_token_says_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with CollectorApi(tmp_path, "127.0.0.1", 0, INCARNATION):
+            (tmp_path / COLLECTOR_TOKEN).unlink()
+            with pytest.raises(FeedError, match=r"collector.token: No such file .*must run as one user"):
+                Feed(tmp_path, INCARNATION, 10)
+
+    asyncio.run(main())
+
+
 def test_damaged_requests_are_refused(tmp_path: Path) -> None:
     config, servers = run_config(tmp_path, steps=2, delay=0), FakeServers()
 
     def trainer(feed: Feed) -> None:
         feed.batch(0)
-        right, former = {"X-Run-Incarnation": str(INCARNATION)}, {"X-Run-Incarnation": "3"}
+        token = {"X-Collector-Token": (config.run_dir / COLLECTOR_TOKEN).read_text()}
+        right, former = token | {"X-Run-Incarnation": str(INCARNATION)}, token | {"X-Run-Incarnation": "3"}
 
         def status(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, str]:
-            answer = requests.request(method, f"{feed._url}/v1/{path}", data=body, headers=headers, timeout=5)
-            return answer.status_code, answer.text
+            return ask(feed, method, path, headers, body)
 
         assert status("POST", "scored", right, b"nonsense")[0] == 400
         assert status("POST", "consumed", right, json.dumps({"step": 0}).encode())[0] == 400
