@@ -27,6 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     launch = commands.add_parser("launch", help="run a recipe on this machine, all roles")
     launch.add_argument("recipe", metavar="RECIPE", help="module:function, such as recipes.demo:tiny_moe")
     launch.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
+    recipes = commands.add_parser("recipes", help="list the recipes that launch knows by name")
+    recipes.add_argument("module", nargs="?", default="recipes", metavar="MODULE", help="module or package (recipes)")
     for role, purpose in ROLES.items():
         command = commands.add_parser(role, help=purpose)
         command.add_argument("--config", type=Path, required=True, help="the run's run.json")
@@ -135,6 +137,13 @@ def _run_eval(given: dict[str, object]) -> int:
     return evaluate(EvaluationOptions(**said))  # type: ignore[arg-type]
 
 
+def _list_recipes(module: str) -> int:
+    from minpro_megatron.launch.recipe import list_recipes
+
+    print("\n".join(list_recipes(module)))
+    return 0
+
+
 def _run_role(role: str, config_file: Path, incarnation: int) -> int:
     from minpro_megatron.launch.prctl import end_with_parent
 
@@ -155,6 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _run_role(options.command, options.config, options.incarnation)
         if options.command == "eval":
             return _run_eval(vars(options))
+        if options.command == "recipes":
+            return _list_recipes(options.module)
         from minpro_megatron.launch.launcher import launch
 
         return launch(options.recipe, options.overrides)

@@ -1,8 +1,8 @@
 """Where prompts come from, how responses are sampled, which servers do it and how stale they may be."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.instructions import instruction_text
@@ -114,6 +114,9 @@ class ServerConfig(Section):
     api_key_variable: str = Field(
         default="", description="name of the environment variable that holds the servers' API key; empty: no key"
     )
+    placement: Literal["disaggregated"] = Field(
+        default="disaggregated", description="the servers have GPUs of their own, none of the trainer's"
+    )
     count: int = Field(default=1, ge=1, description="servers to start; ignored where urls are given")
     host: str = Field(default="127.0.0.1", description="listening address; loopback unless told otherwise")
     first_port: int = Field(default=0, ge=0, le=65535, description="0: free ports are chosen")
@@ -130,6 +133,17 @@ class ServerConfig(Section):
     slow_factor: float = Field(
         default=3, gt=1, description="a server this much slower a token than the median gets work last, and is named"
     )
+
+    @field_validator("placement", mode="before")
+    @classmethod
+    def _not_colocated(cls, value: Any) -> Any:
+        if value == "colocated":
+            raise ValueError(
+                "trainer and servers on the same GPUs are not supported: they work at the same time, and neither gives "
+                "its memory up for the other; set disaggregated and share the GPUs out between parallel and server, as "
+                "recipes.qwen3_30b_a3b:minpro_one_machine does with eight"
+            )
+        return value
 
 
 class CollectorConfig(Section):

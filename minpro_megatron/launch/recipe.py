@@ -3,9 +3,11 @@
 import importlib
 import inspect
 import json
+import pkgutil
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,23 +22,42 @@ def load_recipe(recipe: str) -> RunConfig:
     module_name, separator, function_name = recipe.partition(":")
     if not (separator and module_name and function_name):
         raise UserError(f"recipe {recipe!r}: expected module:function, such as recipes.demo:tiny_moe")
+    module = _import(module_name, f"recipe {recipe!r}")
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = ", ".join(_recipes_in(module)) or "no recipe"
+        raise UserError(f"recipe {recipe!r}: {module_name} has no function {function_name!r}; it has: {known}")
+    return _call(recipe, function)
+
+
+def list_recipes(name: str) -> list[str]:
+    """A line for each recipe of the module `name`, or of the modules in the package of that name: how `launch` is told
+    of it, and the first line of its docstring. Raises UserError for a name that cannot be imported."""
+    module = _import(name, f"recipes of {name!r}")
+    inside = sorted(found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []), f"{name}."))
+    modules = [module, *(_import(one, f"recipes of {name!r}") for one in inside)]
+    found = [
+        (f"{one.__name__}:{function_name}", (inspect.getdoc(function) or "").partition("\n")[0])
+        for one in modules
+        for function_name, function in _recipes_in(one).items()
+    ]
+    if not found:
+        raise UserError(f"recipes of {name!r}: no function in it is one: public, and without parameters")
+    width = max(len(recipe) for recipe, _ in found)
+    return [f"{recipe:{width}}  {purpose}".rstrip() for recipe, purpose in found]
+
+
+def _import(module_name: str, what: str) -> ModuleType:
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise UserError(
-                f"recipe {recipe!r}: there is no module {error.name!r}; run from the folder that contains it"
+                f"{what}: there is no module {error.name!r}; run from the folder that contains it"
             ) from None
-        raise UserError(f"recipe {recipe!r}: importing {module_name} failed: {_named(error)}") from error
+        raise UserError(f"{what}: importing {module_name} failed: {_named(error)}") from error
     except Exception as error:  # a recipe file is the user's: whatever it raises is told in one line
-        raise UserError(f"recipe {recipe!r}: importing {module_name} failed: {_named(error)}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = [name for name, value in vars(module).items() if _is_recipe(value, module_name)]
-        raise UserError(
-            f"recipe {recipe!r}: {module_name} has no function {function_name!r}; it has: {', '.join(known)}"
-        )
-    return _call(recipe, function)
+        raise UserError(f"{what}: importing {module_name} failed: {_named(error)}") from error
 
 
 def _call(recipe: str, function: Callable[[], object]) -> RunConfig:
@@ -84,5 +105,13 @@ def _given(entry: Any) -> str:
     return "" if isinstance(entry["input"], dict | Section) else f" (got {entry['input']!r})"
 
 
-def _is_recipe(value: object, module_name: str) -> bool:
-    return inspect.isfunction(value) and value.__module__ == module_name and not value.__name__.startswith("_")
+def _recipes_in(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """By name: the module's own public functions without parameters."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+        and not inspect.signature(value).parameters
+    }

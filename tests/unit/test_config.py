@@ -92,6 +92,11 @@ def test_a_name_that_looks_like_a_number_stays_a_name(config):
         (["seed=-1"], r"^seed: .*greater than or equal to 0 \(got -1\)$"),
         (["optimizer.learning_rate=-1"], r"^optimizer.learning_rate: .*greater than or equal to 0 \(got -1\)$"),
         (["optimizer.learning_rate=NaN"], r"^optimizer.learning_rate: .*finite number"),
+        (
+            ["server.placement=colocated"],
+            r"^server.placement: trainer and servers on the same GPUs are not supported: ",
+        ),
+        (["server.placement=shared"], r"^server.placement: Input should be 'disaggregated' \(got 'shared'\)$"),
         (["device=tpu"], r"^device: .*\(cpu\|cuda\).* \(got 'tpu'\)$"),
         (["name=../elsewhere"], r"^name: .*pattern.* \(got '../elsewhere'\)$"),
         (["objective.name=reinforce"], r"^objective.name: .*'reinforce'.*'minpro', 'cispo', 'grpo'"),

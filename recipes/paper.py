@@ -1,0 +1,161 @@
+"""The experiments of arXiv:2601.22718 (its Table 3), and edits that make a variant of any run.
+
+recipes/qwen3_30b_a3b.py, qwen3_8b.py and qwen3_14b.py hold the runs themselves. Their files are looked for under one
+folder, that of the environment variable MINPRO_ROOT (without it `artifacts` beside this package), which trainer and
+servers must both see:
+
+    models/Qwen3-8B-Base/hf             the released model
+    models/Qwen3-8B-Base/megatron       made from it by tools/convert_checkpoint.py
+    data/dapo.jsonl                     made by tools/prepare_data.py dapo
+    data/dapo_prefixed.jsonl            made by tools/build_prefixes.py, for the prefix_rl runs
+    data/aime24.jsonl, gsm8k.jsonl ...  the seven benchmarks, made by tools/prepare_data.py
+    runs/                               what the runs leave
+
+Nothing has to be there for a recipe to be made; a launch checks it. A file elsewhere is a setting like any other:
+model.hf_path=..., data.train_file=...
+
+How the GPUs are shared out is said in each recipe. Memory is reckoned as `tools/convert_checkpoint.py plan` does:
+bfloat16 weights, float32 gradients and AdamW's states in float32. Beside it come activations (with model.recompute =
+full the input of each layer: tokens a rank x hidden size x 2 bytes x layers, at most 5 GB in these recipes), those of
+one layer, and the buffers of NCCL and publishing, for which 20 GB of an 80 GB GPU are left free.
+"""
+
+import os
+from pathlib import Path
+
+from minpro_megatron.config.objective import MinproConfig
+from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.rollout import (
+    BenchmarkConfig,
+    CollectorConfig,
+    DataConfig,
+    EvaluationConfig,
+    SamplingConfig,
+    ServerConfig,
+    StalenessConfig,
+)
+from minpro_megatron.config.run import RunConfig, with_overrides
+from minpro_megatron.config.trainer import BatchConfig, ModelConfig, OptimizerConfig
+
+ROOT_VARIABLE = "MINPRO_ROOT"
+# Samples of each prompt in the paper's evaluation (section 5.1).
+BENCHMARK_SAMPLES = {
+    "aime24": 128, "aime25": 128, "amc23": 128, "math500": 2, "olympiad": 2, "minerva": 2, "gsm8k": 2,
+}  # fmt: skip
+
+
+def table_3(
+    model: str,
+    parallel: ParallelConfig,
+    server: ServerConfig,
+    *,
+    num_global_steps: int = 120,
+    num_prompts: int = 512,
+    mini_batch_prompts: int = 32,
+) -> RunConfig:
+    """MinPRO with a delay of two global steps on the released model `model`.
+
+    MATH500 is also the held-out set, whose pass@1 says which checkpoint is the best. The benchmarks are sampled in
+    full, about as many responses as four global steps, so only the first, the last and every 40th version has them.
+    """
+    root = Path(os.environ.get(ROOT_VARIABLE) or Path(__file__).parent.parent / "artifacts").absolute()
+    data = root / "data"
+    return RunConfig(
+        name=f"{model.removesuffix('-Base').lower()}-minpro",
+        runs_dir=str(root / "runs"),
+        num_global_steps=num_global_steps,
+        model=ModelConfig(
+            hf_path=str(root / "models" / model / "hf"),
+            megatron_path=str(root / "models" / model / "megatron"),
+            recompute="full",
+        ),
+        data=DataConfig(
+            train_file=str(data / "dapo.jsonl"), heldout_file=str(data / "math500.jsonl"), instruction="dapo"
+        ),
+        parallel=parallel,
+        objective=MinproConfig(clip_low=1.0, clip_high=4.0),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-6, warmup_global_steps=10, beta1=0.9, beta2=0.999, weight_decay=0.1, clip_grad=1.0
+        ),
+        batch=BatchConfig(
+            num_prompts=num_prompts,
+            responses_per_prompt=8,
+            mini_batch_prompts=mini_batch_prompts,
+            max_tokens_per_row=32768,
+        ),
+        sampling=SamplingConfig(temperature=1.0, max_prompt_tokens=2048, max_response_tokens=20480),
+        staleness=StalenessConfig(mode="delay", delay_steps=2),
+        server=server,
+        collector=CollectorConfig(reward="math", reward_workers=8),
+        evaluation=EvaluationConfig(
+            num_prompts=500,
+            samples_per_prompt=2,
+            every_steps=40,
+            temperature=1.0,
+            top_p=0.7,
+            benchmarks=[
+                BenchmarkConfig(name=name, file=str(data / f"{name}.jsonl"), samples_per_prompt=samples)
+                for name, samples in BENCHMARK_SAMPLES.items()
+            ],
+        ),
+    )
+
+
+def servers(count: int, tensor_parallel: int) -> ServerConfig:
+    """`count` servers of `tensor_parallel` GPUs each. A group may take an hour: 20,480 tokens at 6 tokens/s."""
+    return ServerConfig(count=count, tensor_parallel=tensor_parallel, request_timeout_s=3600)
+
+
+def with_objective(config: RunConfig, objective: str) -> RunConfig:
+    """The same run with another objective at its own defaults: for those of the paper, its Table 3."""
+    name = f"{config.name.removesuffix(config.objective.name)}{objective.replace('_', '-')}"
+    return with_overrides(config, [f"name={name}", f"objective.name={objective}"])
+
+
+def on_policy(config: RunConfig) -> RunConfig:
+    """The same run with n = 0: every batch is sampled by the weights that train on it."""
+    return with_overrides(config, [f"name={config.name}-on-policy", "staleness.delay_steps=0"])
+
+
+def bounded(config: RunConfig) -> RunConfig:
+    """The same run with servers that never wait: weights change under the responses, no token is older than two
+    versions, and behavior log-probs are computed under each version that a batch holds."""
+    return with_overrides(
+        config, [f"name={config.name}-bounded", "staleness.mode=bounded", "staleness.max_staleness=2"]
+    )
+
+
+def long_context(config: RunConfig) -> RunConfig:
+    """The same run with responses as long as the model's 32,768 positions allow, after 2,048 of the prompt and SGLang's
+    margin of 8. Rows of twice the tokens, so that one holds more than the longest response; twice the context
+    ranks and half the data ranks, so that a rank holds as many tokens as before."""
+    parallel = config.parallel
+    return with_overrides(
+        config,
+        [
+            f"name={config.name}-long-context",
+            f"sampling.max_response_tokens={32768 - config.sampling.max_prompt_tokens - 8}",
+            "batch.max_tokens_per_row=65536",
+            f"parallel.context={2 * parallel.context}",
+            f"parallel.data={parallel.data // 2}",
+            "server.request_timeout_s=7200",
+        ],
+    )
+
+
+def prefix_rl(config: RunConfig) -> RunConfig:
+    """The same run on prompts of which three in four go on with a part of a right response (arXiv:2601.18795). Prompt
+    and prefix have 10,240 tokens together; rows with longer ones are left out, and counted in the log."""
+    train_file = Path(config.data.train_file).with_name("dapo_prefixed.jsonl")
+    return with_overrides(
+        config,
+        [f"name={config.name}-prefix-rl", f"data.train_file={train_file}", "sampling.max_prompt_tokens=10240"],
+    )
+
+
+def one_machine(config: RunConfig, parallel: ParallelConfig, server: ServerConfig, cpu_offload: float) -> RunConfig:
+    """The same run on eight GPUs of 80 GB: `parallel` on some, `server` on the others. `cpu_offload` is the share of
+    the optimizer's states that lies in host memory."""
+    assert parallel.world_size + server.count * server.tensor_parallel == 8
+    moved = config.model_copy(update={"parallel": parallel, "server": server})
+    return with_overrides(moved, [f"name={config.name}-one-machine", f"optimizer.cpu_offload={cpu_offload}"])

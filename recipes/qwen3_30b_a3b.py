@@ -1,0 +1,108 @@
+"""Qwen3-30B-A3B-Base: the paper's runs on eight machines of eight H100, and variants. See recipes/paper.py for files.
+
+32 GPUs train and 32 serve. Experts are 29.0 of the 30.5 billion parameters, so they are what has to be cut: over 8
+ranks, which are one machine's (tensor x context x data, in this order, numbers the ranks), so that tokens travel to
+their experts over NVLink. Attention is small (hidden size 2,048): tensor 2 is enough, and a row of 32,768 tokens is
+cut by context 2 on top, 8,192 tokens a rank. A rank holds 38 GB (weights 9, gradients 18, optimizer 11).
+
+A server of two GPUs has 61 GB of weights and some 80 GB of KV cache (98 kB a token: 800,000 tokens); four GPUs would
+save weights, but a decoding step waits for messages between GPUs in each of 48 layers.
+"""
+
+from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.run import RunConfig
+from recipes import paper
+
+
+def minpro() -> RunConfig:
+    """MinPRO, two global steps off-policy: the paper's main run."""
+    return paper.table_3(
+        "Qwen3-30B-A3B-Base",
+        ParallelConfig(tensor=2, context=2, expert=8, data=8),
+        paper.servers(count=16, tensor_parallel=2),
+    )
+
+
+def minpro_on_policy() -> RunConfig:
+    """MinPRO on-policy."""
+    return paper.on_policy(minpro())
+
+
+def cispo() -> RunConfig:
+    """CISPO, two global steps off-policy."""
+    return paper.with_objective(minpro(), "cispo")
+
+
+def cispo_on_policy() -> RunConfig:
+    """CISPO on-policy."""
+    return paper.on_policy(cispo())
+
+
+def grpo() -> RunConfig:
+    """GRPO with DAPO's clip, two global steps off-policy."""
+    return paper.with_objective(minpro(), "grpo")
+
+
+def grpo_on_policy() -> RunConfig:
+    """GRPO with DAPO's clip on-policy."""
+    return paper.on_policy(grpo())
+
+
+def gspo() -> RunConfig:
+    """GSPO, two global steps off-policy."""
+    return paper.with_objective(minpro(), "gspo")
+
+
+def gspo_on_policy() -> RunConfig:
+    """GSPO on-policy."""
+    return paper.on_policy(gspo())
+
+
+def m2po() -> RunConfig:
+    """M2PO, two global steps off-policy."""
+    return paper.with_objective(minpro(), "m2po")
+
+
+def m2po_on_policy() -> RunConfig:
+    """M2PO on-policy."""
+    return paper.on_policy(m2po())
+
+
+def ctpo() -> RunConfig:
+    """CTPO (arXiv:2605.07331), which the paper does not have, two global steps off-policy."""
+    return paper.with_objective(minpro(), "ctpo")
+
+
+def ctpo_on_policy() -> RunConfig:
+    """CTPO on-policy."""
+    return paper.on_policy(ctpo())
+
+
+def minpro_bounded() -> RunConfig:
+    """MinPRO with servers that never wait: no token older than two versions."""
+    return paper.bounded(minpro())
+
+
+def cispo_bounded() -> RunConfig:
+    """CISPO with servers that never wait: no token older than two versions."""
+    return paper.bounded(cispo())
+
+
+def minpro_long_context() -> RunConfig:
+    """MinPRO with responses of up to 30,712 tokens: all of the model's positions."""
+    return paper.long_context(minpro())
+
+
+def minpro_prefix_rl() -> RunConfig:
+    """MinPRO on prompts that go on with a part of a right response (PrefixRL)."""
+    return paper.prefix_rl(minpro())
+
+
+def minpro_one_machine() -> RunConfig:
+    """MinPRO on eight GPUs of 80 GB: four train, two servers have two each.
+
+    A rank holds 48 GB of weights and gradients. Its 92 GB of optimizer states lie in host memory; with the copies of
+    the sampling weights the machine needs 512 GB of that.
+    """
+    mesh = ParallelConfig(tensor=2, context=2, expert=4)
+    return paper.one_machine(minpro(), mesh, paper.servers(count=2, tensor_parallel=2), cpu_offload=1.0)
