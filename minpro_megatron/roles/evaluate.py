@@ -14,7 +14,7 @@ from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, Sa
 from minpro_megatron.records import IssuedGroup
 from minpro_megatron.rewards.pool import RewardPool
 from minpro_megatron.rollout.fleet import Fleet
-from minpro_megatron.rollout.generation import GroupCollector
+from minpro_megatron.rollout.generation import GroupCollector, graded_texts
 from minpro_megatron.rollout.member import client_maker
 from minpro_megatron.rollout.prompts import TokenizedPrompt
 from minpro_megatron.rollout.tokenizer import TextTokenizer
@@ -167,8 +167,8 @@ class Sampler:
         prompt = task.group.prompt
         issued = msgspec.structs.replace(task.group, policy_version=version)
         sequences = await groups.sample(issued, self._sampling)
-        texts = [self._tokenizer.response_text(sequence.token_ids) for sequence in sequences]
-        judged = await rewards.judge_all(texts, prompt.answer, prompt.source)
+        texts = await groups.response_texts(sequences)
+        judged = await rewards.judge_all(graded_texts(prompt, texts), prompt.answer, prompt.source)
         group = SampledGroup(
             benchmark=task.benchmark,
             policy_version=version,

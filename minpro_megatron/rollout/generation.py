@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from minpro_megatron.records import CollectedGroup, IssuedGroup, Response
+from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, Response
 from minpro_megatron.rewards.pool import RewardPool
 from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.member import Key, MemberGone
@@ -25,6 +25,11 @@ MAX_GROUP_FAILURES = 3
 
 class ResponseDecoder(Protocol):
     def response_texts(self, responses: Sequence[np.ndarray]) -> list[str]: ...
+
+
+def graded_texts(prompt: Prompt, texts: Sequence[str]) -> list[str]:
+    """What is graded of responses to the prompt: a given prefix is their beginning, and may hold part of the answer."""
+    return [prompt.prefix + text for text in texts]
 
 
 class GenerationError(RuntimeError):
@@ -46,11 +51,7 @@ class GroupCollector:
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
         """The group, sampled and rewarded; waits for as long as no server can take it. Raises GenerationError."""
         sequences = await self.sample(issued, sampling)
-        # In a thread: a group may have 150,000 tokens, and other answers should not wait for its text.
-        ids = [sequence.token_ids for sequence in sequences]
-        texts = await asyncio.to_thread(self._tokenizer.response_texts, ids)
-        # a given prefix is the beginning of what is graded: the cut may lie in the middle of the answer
-        texts = [issued.prompt.prefix + text for text in texts]
+        texts = graded_texts(issued.prompt, await self.response_texts(sequences))
         rewards = await self._rewards.grade_all(texts, issued.prompt.answer, issued.prompt.source)
         responses = [
             Response(
@@ -64,6 +65,12 @@ class GroupCollector:
             for sequence, reward in zip(sequences, rewards, strict=True)
         ]
         return CollectedGroup(issued=issued, responses=responses)
+
+    async def response_texts(self, sequences: Sequence[SampledSequence]) -> list[str]:
+        """The text of each, as rewards read it; a given prefix is not in it."""
+        # In a thread: a group may have 150,000 tokens, and other answers should not wait for its text.
+        ids = [sequence.token_ids for sequence in sequences]
+        return await asyncio.to_thread(self._tokenizer.response_texts, ids)
 
     async def sample(self, issued: IssuedGroup, sampling: SamplingParameters) -> list[SampledSequence]:
         """The group's sequences alone; otherwise as `collect`."""
