@@ -37,6 +37,7 @@ from minpro_megatron.weights.publish import Publisher
 
 REFERENCE = "reference"  # name of the kept initial weights
 MOST_BROKEN_UPDATES = 3  # in a row
+from minpro_megatron.weights.publish_report import PublishReport, publication_metrics
 PHASES = ("wait_for_batch", "score", "train", "publish", "checkpoint")
 
 
@@ -61,7 +62,8 @@ class Trainer:
     _ready: dict[int, tuple[Batch, np.ndarray, list[Routes] | None]] = field(default_factory=dict)
     _version_in_place: int = 0
     _first_mini_batch_seen: bool = False
-    _publication: dict[str, float] = field(default_factory=dict)  # metrics of the last one
+    _publications: list[PublishReport] = field(default_factory=list)  # of this step so far
+    _fleet: dict[str, float] = field(default_factory=dict)  # metrics of the last lease
 
     def run(self) -> CollectorTotals | None:
         """Trains through all global steps that are left. Returns the collector's totals on rank 0, None elsewhere."""
@@ -285,7 +287,8 @@ class Trainer:
         if self.feed and report:
             self.feed.publish_end(lease.version, report.held_by)
             if lease.servers:  # training on a journal, there are none
-                self._publication = report.metrics() | lease.metrics
+                self._publications.append(report)
+                self._fleet = lease.metrics
 
     def _save(self, version: int) -> None:
         every = self.config.checkpoint.every_steps
@@ -326,7 +329,9 @@ class Trainer:
     ) -> None:
         if self.report:
             times = {f"time/{phase}_s": seconds for phase, seconds in spent.items()} | {"time/step_s": step_s}
-            scalars = values(metrics | batch_metrics(batch, step)) | times | self._publication
+            published = publication_metrics(self._publications) | self._fleet
+            self._publications.clear()
+            scalars = values(metrics | batch_metrics(batch, step)) | times | published
             self.report.step(step, scalars, histograms, batch)
 
     @contextmanager

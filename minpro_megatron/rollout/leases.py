@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from minpro_megatron.records import EvaluationResult, PublishLease, ServerAddress
@@ -45,7 +45,7 @@ class Leases:
         self._servers = servers
         self._canary_prompt = canary_prompt
         self._not_before: dict[tuple[int, int], float] = {}  # by (index, start) of a server that failed
-        self._idle_when_asked = (0.0, 0.0)  # (time, idle seconds)
+        self._idle_before = (0.0, 0.0)  # (time, idle seconds) when the last new version was granted
         self._asked_at = -math.inf  # of serverless_s
         self._serverless_since = 0.0
         self.current: PublishLease | None = None
@@ -56,6 +56,7 @@ class Leases:
     def grant(self, version: int, evaluations: Sequence[EvaluationResult], requests_in_flight: bool) -> None:
         """For `version`, new to the servers: all that answer."""
         self.current = self._make(version, self._servers.members(), evaluations, requests_in_flight)
+        self._idle_before = self._idle_now(self.current.metrics)
 
     def grant_again(self, version: int, evaluations: Sequence[EvaluationResult], requests_in_flight: bool) -> bool:
         """For `version`, which others hold already: the servers that lost it. False if there are none to try now."""
@@ -115,12 +116,14 @@ class Leases:
         )
 
     def _metrics(self) -> dict[str, float]:
-        """The fleet's, and the share of the servers' time that was idle since they were asked last."""
+        """The fleet's, and the share of the servers' time that was idle since the last new version was granted."""
         metrics = self._servers.metrics()
-        now, idle_s = asyncio.get_running_loop().time(), metrics.get("fleet/idle_s", 0.0)
-        asked_at, idle_before = self._idle_when_asked
-        self._idle_when_asked = now, idle_s
+        asked_at, idle_before = self._idle_before
+        now, idle_s = self._idle_now(metrics)
         available_s = (now - asked_at) * metrics.get("fleet/members", 0.0)
         if asked_at and available_s > 0:
             metrics["overlap/server_idle_share"] = min(1.0, (idle_s - idle_before) / available_s)
         return metrics
+
+    def _idle_now(self, metrics: Mapping[str, float]) -> tuple[float, float]:
+        return asyncio.get_running_loop().time(), metrics.get("fleet/idle_s", 0.0)

@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -17,48 +16,16 @@ from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.control import ServerControl
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.weights.broadcast import Broadcaster
-from minpro_megatron.weights.canary import Difference, differences, distinct_responses
+from minpro_megatron.weights.canary import differences, distinct_responses
 from minpro_megatron.weights.delivery import Delivery, PublishError, Transport
 from minpro_megatron.weights.gather import WeightGatherer
 from minpro_megatron.weights.hf_files import write_hf
+from minpro_megatron.weights.publish_report import PublishReport
 
 PUBLISHED = "published"  # the folder of run_dir for transport "disk"
 
 # The trainer's log-probs of the response's tokens after the prompt, under its current weights. Collective.
 ScoreCanary = Callable[[list[int], list[int]], np.ndarray]
-
-
-@dataclass(frozen=True)
-class PublishReport:
-    """How a publication went."""
-
-    version: int
-    held_by: list[int]  # indices of the servers that hold the version, verified
-    failures: dict[int, str]  # why the lease's other servers do not, a line each
-    transport: Transport | None  # None: there was no server left to send to
-    total_s: float
-    paused_s: float  # servers paused because requests were in flight
-    transfer_s: float  # from the first byte to the last server's last
-    num_bytes: int
-    checksum: str  # of the weights on the servers; empty if there are none
-    canaries: dict[int, Difference]  # by server
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self.num_bytes / self.transfer_s if self.transfer_s else 0.0
-
-    def metrics(self) -> dict[str, float]:
-        """Scalars by their names in monitor.metrics.METRICS."""
-        found = {
-            "publish/paused_s": self.paused_s,
-            "publish/bytes_per_s": self.bytes_per_s,
-            "publish/servers": float(len(self.held_by)),
-            "publish/failures": float(len(self.failures)),
-        }
-        if self.canaries:
-            found["publish/canary_abs_mean"] = float(np.mean([one.mean for one in self.canaries.values()]))
-            found["publish/canary_abs_max"] = max(one.max for one in self.canaries.values())
-        return found
 
 
 class Publisher:
