@@ -11,6 +11,7 @@ from pathlib import Path
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.backend_check import layer_backend_problems
 from minpro_megatron.launch.resume import holds_a_run, obstacles
+from minpro_megatron.launch.reward_check import reward_problems
 from minpro_megatron.launch.roles import gpus_needed, roles_of
 from minpro_megatron.rollout.evaluations import load_benchmarks
 from minpro_megatron.rollout.journal_feed import journal_problems
@@ -33,6 +34,7 @@ def problems(config: RunConfig) -> list[str]:
     if "train" in roles:
         checks += [_mesh_fits_model, _megatron_model, layer_backend_problems]
     checks += [_data_files, _ports] if "collect" in roles else [journal_problems]
+    checks += [reward_problems] if "collect" in roles else []
     checks += [_servers] if "serve" in roles else []
     checks += [_run_folder, _gpus, _disk_space]
     return [problem for check in checks for problem in check(config)]

@@ -1,0 +1,69 @@
+"""A grader that is not there is named before a process of the run starts."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from minpro_megatron.launch.preflight import problems
+from minpro_megatron.launch.reward_check import reward_problems
+from tests.unit.run_examples import example_config, write_example_files
+
+GRADERS = """
+import sys
+print("a grader that talks at import")
+number = 3
+def grade(text, answer): return float(text == answer)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the run is started: with modules of the user's."""
+    write_example_files(tmp_path)
+    (tmp_path / "my_graders.py").write_text(GRADERS)
+    (tmp_path / "broken_graders.py").write_text("import not_installed_anywhere\n")
+    (tmp_path / "fatal_graders.py").write_text("import os\nos.write(2, b'no licence\\n')\nos._exit(9)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{os.getcwd()}:{tmp_path}")
+    return tmp_path
+
+
+def found(folder: Path, **collector: object) -> list[str]:
+    return list(reward_problems(example_config(folder, collector=collector)))
+
+
+@pytest.mark.parametrize("name", ["calculator", "dapo", "dapo_boxed", "math", "my_graders:grade"])
+def test_what_can_grade_is_no_problem(folder: Path, name: str) -> None:
+    assert found(folder, reward="dapo", reward_by_source={"test": name}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("maths", "there is no such reward; known: calculator, dapo, dapo_boxed, math, or the import path"),
+        ("my_graders:", "there is no such reward; known: "),
+        ("my_graders:nope", "reward 'my_graders:nope' cannot be loaded: AttributeError: module 'my_graders' has no "),
+        ("nowhere:grade", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'; the module has to be"),
+        ("broken_graders:grade", "cannot be loaded: ModuleNotFoundError: No module named 'not_installed_anywhere'"),
+        ("my_graders:number", "is no function but of type int; give one of (response text, answer)"),
+        ("fatal_graders:grade", "its import ended the grading process with exit code 9 (no licence); mend the module"),
+    ],
+)
+def test_what_cannot_is_one_line_with_its_setting(folder: Path, name: str, told: str) -> None:
+    (line,) = found(folder, reward=name)
+    assert line.startswith(f"collector.reward = {name!r}: ")
+    assert told in line
+
+
+def test_every_setting_has_its_line(folder: Path) -> None:
+    lines = found(folder, reward="nowhere:grade", reward_by_source={"a": "nowhere:grade", "b": "math", "c": "mth"})
+    assert [line.split(": ")[0] for line in lines] == [
+        "collector.reward = 'nowhere:grade'",
+        "collector.reward_by_source['a'] = 'nowhere:grade'",
+        "collector.reward_by_source['c'] = 'mth'",
+    ]
+
+
+def test_preflight_asks(folder: Path) -> None:
+    (problem,) = problems(example_config(folder, collector={"reward": "maths"}))
+    assert problem.startswith("collector.reward = 'maths': there is no such reward")
