@@ -26,9 +26,11 @@ SEEDS = (0, 1, 2)
 # seed that no run of the study has, and chooses the largest rate at which on-policy training still comes within
 # ON_POLICY_MARGIN of the best on-policy result while the longest delay costs at least STALENESS_LOSS; accuracies are
 # the mean of both objectives' final ones. If no rate does, the one with the largest loss among those within the margin.
+# One thing was changed after the first five of its runs: they showed 2.5e-4, then the lowest rate, ahead of 5e-4 also
+# on-policy, so the rates 2.5e-4 .. 4e-3 were moved down by a factor of four. The rule stayed as it was.
 SWEPT_OBJECTIVES = ("grpo", "cispo")
 SWEPT_DELAYS = (0, 8)
-SWEPT_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+SWEPT_RATES = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
 SWEEP_SEED = 100
 ON_POLICY_MARGIN = 0.05
 STALENESS_LOSS = 0.10
