@@ -28,6 +28,7 @@ from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.monitor.histograms import merge_histograms
 from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, total, values
 from minpro_megatron.monitor.step_report import StepReport, batch_metrics
+from minpro_megatron.monitor.trace import NoTracer, Tracer
 from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.records import Batch, CollectorTotals, PublishLease
@@ -54,6 +55,7 @@ class Trainer:
     watchdog: Watchdog
     feed: BatchSource | None = None  # rank 0's
     report: StepReport | None = None  # rank 0's
+    tracer: Tracer = field(default_factory=NoTracer)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     updates: int = 0
     broken_in_a_row: int = 0
@@ -74,6 +76,7 @@ class Trainer:
                 self._fetch_and_score(index)
         start, before = time.monotonic(), dict(self.seconds)
         for step in range(first, self.config.num_global_steps):
+            self.tracer.step(step)
             if delay_mode:
                 metrics, histograms, batch = self._delayed_step(step)
             else:
@@ -337,5 +340,6 @@ class Trainer:
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.monotonic()
-        yield
+        with self.tracer.span(phase):
+            yield
         self.seconds[phase] += time.monotonic() - start

@@ -1,10 +1,12 @@
-"""Running a part of the system alone, and catching a part that hangs."""
+"""Running a part of the system alone, looking at where time goes, and catching a part that hangs."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
+
+_STEPS = r"^([0-9]{1,9}:[0-9]{1,9})?$"
 
 
 class DebugConfig(Section):
@@ -27,6 +29,37 @@ class DebugConfig(Section):
         "does not react for as long, writes the stacks of its threads into run_dir/logs and ends",
     )
 
+    trace_steps: str = Field(
+        default="",
+        pattern=_STEPS,
+        description="such as 10:13: a timeline of all roles during global steps 10 to 13, as run_dir/trace.json",
+    )
+    profile_steps: str = Field(
+        default="",
+        pattern=_STEPS,
+        description="such as 10:11: torch.profiler's traces of these global steps, in run_dir/profiles",
+    )
+    profile_ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0,), description="the trainer's ranks that profile_steps is about"
+    )
+
+    @property
+    def traced(self) -> range:
+        """The global steps of trace_steps."""
+        return _steps(self.trace_steps)
+
+    @property
+    def profiled(self) -> range:
+        """The global steps of profile_steps."""
+        return _steps(self.profile_steps)
+
+    @field_validator("trace_steps", "profile_steps")
+    @classmethod
+    def _in_order(cls, steps: str) -> str:
+        if steps and not _steps(steps):
+            raise ValueError("the first global step must not be after the last one: give FIRST:LAST, such as 10:13")
+        return steps
+
     @model_validator(mode="after")
     def _one_part_alone(self) -> "DebugConfig":
         if self.trainer == "timer" and self.journal:
@@ -35,3 +68,9 @@ class DebugConfig(Section):
                 "them: set only one of the two"
             )
         return self
+
+
+def _steps(text: str) -> range:
+    """The global steps of FIRST:LAST, both included; none for an empty text."""
+    first, _, last = text.partition(":")
+    return range(int(first), int(last) + 1) if text else range(0)

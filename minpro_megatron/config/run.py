@@ -84,6 +84,7 @@ class RunConfig(Section):
             )
         self._routes_can_be_replayed()
         self._runs_on_device()
+        self._watched_parts_exist()
         return self
 
     def _routes_can_be_replayed(self) -> None:
@@ -114,6 +115,19 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.cpu_offload = {self.optimizer.cpu_offload} moves the float32 state of bfloat16 weights "
                 "from a GPU to its host: it needs device = cuda and model.dtype = bfloat16; set it to 0"
+            )
+
+    def _watched_parts_exist(self) -> None:
+        debug, num_steps, num_ranks = self.debug, self.num_global_steps, self.parallel.world_size
+        for field, steps in (("trace_steps", debug.traced), ("profile_steps", debug.profiled)):
+            if steps and steps[-1] >= num_steps:
+                raise ValueError(
+                    f"debug.{field} = {getattr(debug, field)}: the run has global steps 0 to {num_steps - 1}; name "
+                    "some of these, or raise num_global_steps"
+                )
+        if debug.profile_steps and (beyond := [rank for rank in debug.profile_ranks if rank >= num_ranks]):
+            raise ValueError(
+                f"debug.profile_ranks: the mesh has ranks 0 to {num_ranks - 1}, and no {beyond[0]}; leave it out"
             )
 
     def to_json(self) -> str:

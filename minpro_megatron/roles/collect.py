@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.memory import MemoryStatement
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.rewards.pool import RewardPool
@@ -17,6 +18,7 @@ from minpro_megatron.rollout.evaluations import EvaluationSet, benchmark_sets
 from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.generation import GroupCollector
 from minpro_megatron.rollout.journal import Journal
+from minpro_megatron.rollout.member import client_maker
 from minpro_megatron.rollout.prompts import (
     PromptStream,
     TokenizedPrompt,
@@ -28,6 +30,7 @@ from minpro_megatron.rollout.prompts import (
 )
 from minpro_megatron.rollout.resume_point import read_latest
 from minpro_megatron.rollout.tokenizer import TextTokenizer
+from minpro_megatron.rollout.tracing import TracedCollector, collector_recorder, traced_clients
 from minpro_megatron.serving.model_files import read_model_facts
 
 log = logging.getLogger(__name__)
@@ -69,7 +72,8 @@ async def _until_terminated(config: RunConfig, incarnation: int) -> None:
     write_status(config.run_dir, "collect", "starting")
     async with AsyncExitStack() as stack:
         watchdog = Watchdog(config.run_dir / "logs" / "stacks-collect.txt", config.debug.hang_timeout_s)
-        stack.callback(asyncio.create_task(_show_life(watchdog)).cancel)
+        memory = MemoryStatement(config.run_dir, "collect")
+        stack.callback(asyncio.create_task(_show_life(watchdog, memory)).cancel)
         journal = await Journal.open(config.run_dir)
         stack.push_async_callback(journal.close)
         api = CollectorApi(config.run_dir, config.collector.host, config.collector.port, incarnation)
@@ -89,11 +93,12 @@ async def _until_terminated(config: RunConfig, incarnation: int) -> None:
             raise
 
 
-async def _show_life(watchdog: Watchdog) -> None:
+async def _show_life(watchdog: Watchdog, memory: MemoryStatement) -> None:
     """As long as the event loop goes round, no guard lasts."""
     while True:
         with watchdog.guard("the collector's event loop"):
             await asyncio.sleep(1)
+        await asyncio.to_thread(memory.tick)
 
 
 async def _make_collector(config: RunConfig, incarnation: int, journal: Journal, stack: AsyncExitStack) -> Collector:
@@ -106,9 +111,15 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     )
     await stack.enter_async_context(rewards)
     stack.callback(partial(_log_rewards, rewards))
-    fleet = await stack.enter_async_context(Fleet(config, facts, incarnation))
+    recorder, make_client, make_collector = collector_recorder(config, incarnation), None, Collector
+    if recorder is not None:
+        stack.callback(recorder.close)
+        make_client = traced_clients(client_maker(config, facts), recorder)
+        make_collector = partial(TracedCollector, recorder)
+    fleet = await stack.enter_async_context(Fleet(config, facts, incarnation, make_client))
     groups = GroupCollector(fleet, rewards, tokenizer)
-    collector = Collector(config, journal, PromptStream(training, config), heldout, groups.collect, fleet, benchmarks)
+    stream = PromptStream(training, config)
+    collector = make_collector(config, journal, stream, heldout, groups.collect, fleet, benchmarks)
     manifest = read_latest(config.run_dir)
     await collector.restore(manifest.policy_version if manifest else 0)
     write_status(config.run_dir, "collect", "waiting for the servers")

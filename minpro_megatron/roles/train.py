@@ -3,12 +3,14 @@
 import logging
 import sys
 import time
+from contextlib import closing
 
 import torch
 
 from minpro_megatron.actor.checkpoint import load_weights
 from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
+from minpro_megatron.actor.profiles import open_tracer
 from minpro_megatron.actor.run_checkpoints import RunCheckpoints
 from minpro_megatron.actor.shard_writing import SaveError
 from minpro_megatron.config.run import RunConfig
@@ -16,7 +18,7 @@ from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.summary import summarize, write_summary
-from minpro_megatron.monitor.watchdog import Watchdog
+from minpro_megatron.monitor.trace import TracedWatchdog
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
 from minpro_megatron.records import CollectorTotals
@@ -66,18 +68,21 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     publisher = Publisher(config, gatherer, mesh, policy.score_canary)
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh)
     resumed_from = mesh.from_rank_0(read_latest(config.run_dir) if first else None)
-    watchdog = Watchdog(config.run_dir / "logs" / f"stacks-rank-{mesh.rank}.txt", config.debug.hang_timeout_s)
-    trainer = Trainer(config, mesh, policy, publisher, checkpoints, resumed_from, watchdog)
+    first_step = resumed_from.policy_version if resumed_from else 0
+    tracer = open_tracer(config, incarnation, mesh.rank, chunks, first_step)
+    stacks = config.run_dir / "logs" / f"stacks-rank-{mesh.rank}.txt"
+    watchdog = TracedWatchdog(stacks, config.debug.hang_timeout_s, tracer)
+    trainer = Trainer(config, mesh, policy, publisher, checkpoints, resumed_from, watchdog, tracer=tracer)
     _say(config, mesh, "waiting for the first batch")
     if not first:
-        trainer.run()
+        with closing(tracer):
+            trainer.run()
         _export(config, gatherer, mesh)
         return
     facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     trainer.feed = _feed(config, incarnation, tokenizer)
-    first_step = resumed_from.policy_version if resumed_from else 0
-    with RunWriter(config.run_dir, first_step if incarnation else None) as writer:
+    with RunWriter(config.run_dir, first_step if incarnation else None) as writer, closing(tracer):
         trainer.report = StepReport(writer, tokenizer.response_text, first_step)
         totals = trainer.run()
     assert totals is not None, "rank 0 has a feed"
