@@ -33,8 +33,25 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(role, help=purpose)
         command.add_argument("--config", type=Path, required=True, help="the run's run.json")
         command.add_argument("--incarnation", type=int, required=True, help="how often the run was started")
+        if role in ("serve", "collect"):
+            command.add_argument("--host", metavar="ADDRESS", help="listening address (that of the settings)")
+        if role == "serve":
+            command.add_argument("--servers", type=_range, metavar="FIRST:END", help="those of this machine (all)")
+    _add_node(commands.add_parser("node", help="one node's share of a run on several (started by a cluster's job)"))
     _add_eval(commands.add_parser("eval", help="sample benchmarks and report accuracy, pass@k and maj@k"))
     return parser
+
+
+def _add_node(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Runs this node's share of a run: one such process a node. The first node prepares the run folder, all check "
+        "themselves, and then the roles start."
+    )
+    command.add_argument("--config", type=Path, required=True, help="the run's settings, written by cluster.submit")
+    command.add_argument("--topology", type=Path, required=True, help="which node does what; from there too")
+    command.add_argument("--start", metavar="NAME", help="the same on all nodes, new for every start (Slurm's job)")
+    command.add_argument("--index", type=int, metavar="N", help="which node this is, from 0 (Slurm's)")
+    command.add_argument("--interface", default="", metavar="NAME", help="network interface between the nodes")
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
@@ -95,6 +112,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _range(text: str) -> range:
+    first, separator, end = text.partition(":")
+    if not (separator and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FIRST:END, such as 4:8")
+    return range(int(first), int(end))
+
+
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names) or len(set(names)) < len(names):
@@ -144,15 +168,28 @@ def _list_recipes(module: str) -> int:
     return 0
 
 
-def _run_role(role: str, config_file: Path, incarnation: int) -> int:
+def _run_role(options: argparse.Namespace) -> int:
     from minpro_megatron.launch.prctl import end_with_parent
 
+    role = options.command
     # A rank may hang in a collective, where it would never get to handle SIGTERM; it owns nothing to tidy up.
     end_with_parent(signal.SIGKILL if role == "train" else signal.SIGTERM)
     from minpro_megatron.launch.recipe import read_config
 
-    config = read_config(config_file)
-    return importlib.import_module(f"minpro_megatron.roles.{role}").run(config, incarnation)
+    config = read_config(options.config)
+    if host := getattr(options, "host", None):
+        section = {"serve": "server", "collect": "collector"}[role]
+        changed = getattr(config, section).model_copy(update={"host": host})
+        config = config.model_copy(update={section: changed})
+    run = importlib.import_module(f"minpro_megatron.roles.{role}").run
+    return run(config, options.incarnation, options.servers) if role == "serve" else run(config, options.incarnation)
+
+
+def _run_node(options: argparse.Namespace) -> int:
+    from minpro_megatron.launch.node import NodeOptions, run_node
+
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    return run_node(NodeOptions(**given))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,7 +198,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if options.command in ROLES:
-            return _run_role(options.command, options.config, options.incarnation)
+            return _run_role(options)
+        if options.command == "node":
+            return _run_node(options)
         if options.command == "eval":
             return _run_eval(vars(options))
         if options.command == "recipes":

@@ -1,10 +1,6 @@
 """Runs a recipe on this machine: checks, starts and watches the roles, shows progress, says how it ended."""
 
-import fcntl
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -12,23 +8,14 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.logs import explanation
 from minpro_megatron.launch.preflight import problems
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
-from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run, next_incarnation
 from minpro_megatron.launch.roles import role_commands, roles_of
+from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
+from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, Supervisor
 from minpro_megatron.launch.user_error import UserError
-from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.progress import Progress, duration
 from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.monitor.summary import RunSummary, read_summary
-from minpro_megatron.rollout.resume_point import read_latest
-
-# What an earlier incarnation says of itself: it would mislead this one's roles and display.
-_OF_ONE_INCARNATION = ("endpoints", "report.html", "status", "summary.json")
-# What a run that failed while it started may have left besides.
-_LEFTOVERS = (
-    "checkpoints", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm", "journal.sqlite-wal", "logs",
-    "metrics.jsonl", "published", "routes", "tensorboard",
-)  # fmt: skip
 
 
 def launch(recipe: str, overrides: list[str]) -> int:
@@ -40,64 +27,27 @@ def launch(recipe: str, overrides: list[str]) -> int:
     found = problems(config)
     if found:
         raise UserError(found)
-    with _claimed(config.run_dir):
-        goes_on = holds_a_run(config.run_dir)
-        _remove(config.run_dir, _OF_ONE_INCARNATION if goes_on else _OF_ONE_INCARNATION + _LEFTOVERS)
-        config_file = config.run_dir.absolute() / CONFIG_FILE
-        replace_file(config_file, config.to_json())
-        incarnation = next_incarnation(config.run_dir)
-        print(
-            f"run {config.name}: {config.objective.name}, {config.num_global_steps} global steps; "
-            f"files in {config.run_dir}"
-        )
-        if goes_on:
-            print(_where_it_goes_on(config.run_dir, incarnation))
+    with claimed(config.run_dir):
+        config_file, goes_on = prepare(config)
+        incarnation = begin_start(config.run_dir).incarnation
+        print("\n".join(first_lines(config, incarnation, goes_on)))
         supervisor = Supervisor(role_commands(config, config_file, incarnation), config.run_dir / "logs")
         with Progress(config, roles_of(config)) as progress:
             outcome = supervisor.run(progress.tick)
         return _conclude(config, outcome)
 
 
-@contextmanager
-def _claimed(run_dir: Path) -> Iterator[None]:
-    """Holds the run folder against a second launcher. The lock ends with this process, however it ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "launch.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"name = {run_dir.name}: another launch is using {run_dir}; choose another name=..."
-            ) from None
-        yield
-
-
-def _where_it_goes_on(run_dir: Path, incarnation: int) -> str:
-    manifest = read_latest(run_dir)
-    where = f"from its checkpoint after global step {manifest.policy_version}" if manifest else "from its beginning"
-    return f"it goes on {where} (start {incarnation + 1} of this run)"
-
-
-def _remove(run_dir: Path, names: tuple[str, ...]) -> None:
-    for name in names:
-        path = run_dir / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def _conclude(config: RunConfig, outcome: Outcome) -> int:
     """Says how the run ended and returns its status code."""
-    for line in closing_lines(outcome):
-        print(line, file=sys.stderr)
+    if lines := closing_lines(outcome):
+        print("\n".join([*lines, "launch the same command again to go on"]), file=sys.stderr)
     if outcome.status == FINISHED:
-        return _finish(config)
+        return finish(config)
     return outcome.status
 
 
 def closing_lines(outcome: Outcome) -> list[str]:
-    """Why the run did not finish, with the part of each failed role's log that explains it."""
+    """Why the roles did not finish, with the part of each failed role's log that explains it."""
     lines = []
     for failure in outcome.failures:
         lines.append(f"error: the role {failure.role} {failure.how}; its log: {failure.log_file}")
@@ -108,10 +58,11 @@ def closing_lines(outcome: Outcome) -> list[str]:
         lines.append(f"error: these processes could not be ended: {pids}; end them by hand")
     if outcome.interrupted_by is not None:
         lines.append(f"interrupted by {outcome.interrupted_by}; all processes were stopped")
-    return [*lines, "launch the same command again to go on"] if lines else []
+    return lines
 
 
-def _finish(config: RunConfig) -> int:
+def finish(config: RunConfig) -> int:
+    """Says what a run has come to whose roles have all finished. Returns its status code."""
     summary = read_summary(config.run_dir)
     if summary is None:
         print(f"error: all roles exited with 0 but wrote no {config.run_dir / 'summary.json'}", file=sys.stderr)

@@ -28,15 +28,20 @@ Check = Callable[[RunConfig], Iterable[str]]
 
 
 def problems(config: RunConfig) -> list[str]:
-    """One line for each thing that would stop this run: the setting, its value, the rule and the remedy."""
+    """One line for each thing that would stop this run on this machine: the setting, its value, rule and remedy."""
+    return [*run_problems(config), *_ports(config), *_gpus(config)]
+
+
+def run_problems(config: RunConfig) -> list[str]:
+    """Of `problems` those that are the same on every machine that sees the run's files."""
     roles = roles_of(config)
     checks: list[Check] = [_hf_model]
     if "train" in roles:
         checks += [_mesh_fits_model, _megatron_model, layer_backend_problems]
-    checks += [_data_files, _ports] if "collect" in roles else [journal_problems]
+    checks += [_data_files] if "collect" in roles else [journal_problems]
     checks += [reward_problems] if "collect" in roles else []
     checks += [_servers] if "serve" in roles else []
-    checks += [_run_folder, _gpus, _disk_space]
+    checks += [_run_folder, _disk_space]
     return [problem for check in checks for problem in check(config)]
 
 
@@ -160,15 +165,24 @@ def _servers(config: RunConfig) -> Iterator[str]:
 
 
 def _ports(config: RunConfig) -> Iterator[str]:
+    """Without a trainer's collector and servers there are no ports."""
+    if "collect" in roles_of(config):
+        servers = range(0 if config.server.urls else config.server.count)
+        yield from port_problems(config, servers, config.server.host, config.collector.host)
+
+
+def port_problems(config: RunConfig, servers: range, server_host: str, collector_host: str) -> Iterator[str]:
+    """A line for each port that the settings give to one of these servers, or to the collector ("": not on this
+    machine), and that cannot be listened on here."""
     server, collector = config.server, config.collector
     wanted = {}
-    if server.first_port and not server.urls:
-        for index in range(server.count):
-            wanted[server.first_port + index] = (server.host, f"server.first_port = {server.first_port}")
-    if collector.port in wanted:
+    if server.first_port:
+        for index in servers:
+            wanted[server.first_port + index] = (server_host, f"server.first_port = {server.first_port}")
+    if collector_host and collector.port in wanted:
         yield f"collector.port = {collector.port}: a server has it; choose another, or 0 for any free port"
-    elif collector.port:
-        wanted[collector.port] = (collector.host, f"collector.port = {collector.port}")
+    elif collector_host and collector.port:
+        wanted[collector.port] = (collector_host, f"collector.port = {collector.port}")
     for port, (host, field) in wanted.items():
         if reason := _cannot_listen(host, port):
             yield f"{field}: cannot listen on {host}:{port} ({reason}); choose another, or 0 for any free one"

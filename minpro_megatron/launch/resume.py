@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.summary import read_summary
 from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
 from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, read_latest
 
 CONFIG_FILE = "run.json"
-_INCARNATION_FILE = "incarnation"
 # What may change between two incarnations: where and how the run computes, how long, what it keeps. Anything else
 # would make its second half another experiment.
 _MAY_CHANGE = (
@@ -96,14 +94,3 @@ def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
             yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
     elif before != after:
         yield f"{path}: {json.dumps(before)} -> {json.dumps(after)}"
-
-
-def next_incarnation(run_dir: Path) -> int:
-    """0 for a run's first start, then 1, 2, ...; every call counts."""
-    path = run_dir / _INCARNATION_FILE
-    try:
-        incarnation = int(path.read_text(encoding="utf-8")) + 1
-    except (OSError, ValueError):
-        incarnation = 0
-    replace_file(path, f"{incarnation}\n")
-    return incarnation

@@ -19,29 +19,39 @@ def roles_of(config: RunConfig) -> tuple[str, ...]:
 def role_commands(
     config: RunConfig, config_file: Path, incarnation: int, environment: Mapping[str, str] = os.environ
 ) -> list[RoleCommand]:
-    """The commands of the run's roles, to be started together."""
-    shared = dict(environment) | {"PYTHONUNBUFFERED": "1"}
-    if Path(config.model.hf_path).is_dir():
-        shared |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    trainer_gpus, server_gpus = gpu_shares(config, environment)
-    python = [sys.executable]
-    starts = {"serve": python, "collect": python, "timer": python, "train": torchrun(config.parallel.world_size)}
-    environments = {
-        "serve": {"CUDA_VISIBLE_DEVICES": server_gpus},
-        "collect": {"CUDA_VISIBLE_DEVICES": ""},
-        "timer": {"CUDA_VISIBLE_DEVICES": ""},
-        "train": trainer_environment(config.device) | {"CUDA_VISIBLE_DEVICES": trainer_gpus},
-    }
+    """The commands of the run's roles, to be started together on one machine."""
+    starts = {"train": torchrun(config.parallel.world_size)}
+    own = {"train": trainer_environment(config.device)}
+    trainer_gpus, server_gpus = gpu_shares(*gpus_needed(config), environment)
+    environments = role_environments(config, environment, trainer_gpus, server_gpus, own)
     options = ["--config", str(config_file), "--incarnation", str(incarnation)]
     return [
         RoleCommand(
             role=role,
-            arguments=[*starts[role], "-m", "minpro_megatron", role, *options],
-            environment=shared | environments[role],
+            arguments=[*starts.get(role, [sys.executable]), "-m", "minpro_megatron", role, *options],
+            environment=environments[role],
             stays=role == "serve",
         )
         for role in roles_of(config)
     ]
+
+
+def role_environments(
+    config: RunConfig,
+    environment: Mapping[str, str],
+    trainer_gpus: str,
+    server_gpus: str,
+    own: Mapping[str, Mapping[str, str]],
+) -> dict[str, dict[str, str]]:
+    """Each role's environment: the given one, what all roles have, its GPUs, and its own."""
+    shared = dict(environment) | {"PYTHONUNBUFFERED": "1"}
+    if Path(config.model.hf_path).is_dir():
+        shared |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    gpus = {"serve": server_gpus, "train": trainer_gpus}
+    return {
+        role: shared | {"CUDA_VISIBLE_DEVICES": gpus.get(role, "")} | dict(own.get(role, {}))
+        for role in roles_of(config)
+    }
 
 
 def torchrun(world_size: int) -> list[str]:
@@ -80,9 +90,8 @@ def gpus_needed(config: RunConfig) -> tuple[int, int]:
     return trainer, server.count * server.tensor_parallel if server.device == "cuda" and own_servers else 0
 
 
-def gpu_shares(config: RunConfig, environment: Mapping[str, str]) -> tuple[str, str]:
-    """CUDA_VISIBLE_DEVICES of the trainer and of the servers: disjoint shares, "" without a GPU."""
-    trainer, servers = gpus_needed(config)
+def gpu_shares(trainer: int, servers: int, environment: Mapping[str, str]) -> tuple[str, str]:
+    """CUDA_VISIBLE_DEVICES of so many GPUs for the trainer and for the servers: disjoint shares, "" without a GPU."""
     given = environment.get("CUDA_VISIBLE_DEVICES")
     visible = given.split(",") if given else [str(index) for index in range(trainer + servers)]
     return ",".join(visible[:trainer]), ",".join(visible[trainer : trainer + servers])

@@ -25,12 +25,14 @@ _INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True, slots=True)
 class RoleCommand:
-    """How to start one role; `stays`: it serves the others and is stopped once they are done."""
+    """How to start one role; `stays`: it serves the others and is stopped once they are done. `log_name`: of its log,
+    where that is not the role's name (a role on several nodes has several)."""
 
     role: str
     arguments: list[str]
     environment: dict[str, str]
     stays: bool = False
+    log_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,12 @@ class Supervisor:
         self._signals: list[signal.Signals] = []
         self._not_ours: set[int] = set()
 
-    def run(self, each_tick: Callable[[], None] = lambda: None) -> Outcome:
-        """Starts the roles, calls `each_tick` ten times a second, returns when no process is left."""
+    def run(
+        self, each_tick: Callable[[], None] = lambda: None, others_are_done: Callable[[], bool] = lambda: True
+    ) -> Outcome:
+        """Starts the roles, calls `each_tick` ten times a second, returns when no process is left.
+
+        `others_are_done`: the roles that stay here do so until it says so (roles on other nodes)."""
         with ExitStack() as stack:
             for number in _INTERRUPTIONS:
                 previous = signal.signal(number, self._on_signal)
@@ -89,7 +95,7 @@ class Supervisor:
             try:
                 for command in self._commands:
                     self._start(command)
-                outcome = self._watch(each_tick)
+                outcome = self._watch(each_tick, others_are_done)
             finally:  # also for an exception in each_tick: nothing may be left behind
                 outcome.left_behind = self._stop()
             return outcome
@@ -99,7 +105,7 @@ class Supervisor:
 
     def _start(self, command: RoleCommand) -> None:
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        log_file = self._log_dir / f"{command.role}.log"
+        log_file = self._log_dir / f"{command.log_name or command.role}.log"
         with log_file.open("ab") as log:
             log_start = log.tell()
             process = subprocess.Popen(
@@ -113,7 +119,7 @@ class Supervisor:
             )
         self._running.append(_Running(command, process, log_file, log_start))
 
-    def _watch(self, each_tick: Callable[[], None]) -> Outcome:
+    def _watch(self, each_tick: Callable[[], None], others_are_done: Callable[[], bool]) -> Outcome:
         next_reaping = time.monotonic() + _REAP_EVERY_S
         while True:
             if self._signals:
@@ -122,7 +128,8 @@ class Supervisor:
                 # One failure makes others fail at once. Which one is seen first is chance: name them all.
                 time.sleep(_FAILURES_TOGETHER_S)
                 return Outcome(FAILED, self._failures())
-            if all(running.process.returncode == 0 for running in self._running if not running.command.stays):
+            own_are_done = all(r.process.returncode == 0 for r in self._running if not r.command.stays)
+            if own_are_done and others_are_done():
                 return Outcome(FINISHED)
             each_tick()
             if time.monotonic() > next_reaping:

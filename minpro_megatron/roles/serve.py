@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.memory import MemoryStatement
 from minpro_megatron.monitor.status import write_status
-from minpro_megatron.serving.endpoints import remove_server_addresses
+from minpro_megatron.serving.endpoints import num_servers, remove_server_address
 from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, stop_servers
 from minpro_megatron.serving.watched_server import ExternalServer, OwnServer, WatchedServer, external_urls
 
@@ -39,41 +40,53 @@ class _StopRequest:
         return self._requested
 
 
-def run(config: RunConfig, incarnation: int) -> int:
-    """Serves until SIGTERM (exit status 0) or until a server is beyond help (status 1)."""
+def run(config: RunConfig, incarnation: int, servers: range | None = None) -> int:
+    """Serves until SIGTERM (exit status 0) or until a server is beyond help (status 1).
+
+    `servers`: the indices of those that this machine has, all of them unless said otherwise."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s")
     stop_requested = _StopRequest()
-    remove_server_addresses(config.run_dir)
+    indices = range(num_servers(config.server)) if servers is None else servers
+    # of one share of several, the name tells which
+    status = "serve" if len(indices) == num_servers(config.server) else f"serve-{indices.start}"
+    _remove_addresses(config, indices)
     processes: list[ServerProcess] = []
     try:
         if config.server.urls:
-            _watch(config, _external_servers(config, incarnation), stop_requested)
+            _watch(config, status, _external_servers(config, incarnation), stop_requested)
         else:
-            processes += [ServerProcess(config, index) for index in range(config.server.count)]
-            _watch(config, [OwnServer(process, config, incarnation) for process in processes], stop_requested)
+            processes += [ServerProcess(config, index, index - indices.start) for index in indices]
+            own = [OwnServer(process, config, incarnation) for process in processes]
+            _watch(config, status, own, stop_requested)
         return 0
     except (ServerStartError, ValueError, OSError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 1
     finally:
-        remove_server_addresses(config.run_dir)
+        _remove_addresses(config, indices)
         started = [process for process in processes if process.is_started]
         stop_servers(started)
         log.info("%d servers stopped", len(started))
         with suppress(OSError):
-            write_status(config.run_dir, "serve", "stopped")
+            write_status(config.run_dir, status, "stopped")
+
+
+def _remove_addresses(config: RunConfig, indices: range) -> None:
+    for index in indices:
+        remove_server_address(config.run_dir, index)
 
 
 def _external_servers(config: RunConfig, incarnation: int) -> list[ExternalServer]:
     return [ExternalServer(index, url, config, incarnation) for index, url in enumerate(external_urls(config.server))]
 
 
-def _watch(config: RunConfig, servers: Sequence[WatchedServer], stop_requested: _StopRequest) -> None:
+def _watch(config: RunConfig, status: str, servers: Sequence[WatchedServer], stop_requested: _StopRequest) -> None:
     """Returns once it is to stop. Raises ServerStartError once a server is beyond help, or all are away for long."""
-    shown, last_seen = "", time.monotonic()
+    shown, last_seen, memory = "", time.monotonic(), MemoryStatement(config.run_dir, status)
     while not stop_requested():
         for server in servers:
             server.tick()
+        memory.tick()
         away = [server for server in servers if not server.address_is_stated]
         if len(away) < len(servers):
             last_seen = time.monotonic()
@@ -84,7 +97,7 @@ def _watch(config: RunConfig, servers: Sequence[WatchedServer], stop_requested: 
             )
         phase = _phase(len(away), len(servers), config)
         if phase != shown:
-            write_status(config.run_dir, "serve", phase)
+            write_status(config.run_dir, status, phase)
             shown = phase
         time.sleep(WATCH_INTERVAL_S)
 

@@ -39,12 +39,6 @@ def remove_server_address(run_dir: Path, index: int) -> None:
     endpoint_file(run_dir, index).unlink(missing_ok=True)
 
 
-def remove_server_addresses(run_dir: Path) -> None:
-    """Withdraws every server's address."""
-    for path in (Path(run_dir) / "endpoints").glob("server-*.json"):
-        path.unlink(missing_ok=True)
-
-
 def read_server_addresses(run_dir: Path, count: int, incarnation: int) -> list[ServerAddress]:
     """The addresses of this incarnation's servers 0 .. count-1 that are ready by now, in order of index."""
     addresses = []

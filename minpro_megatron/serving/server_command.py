@@ -33,12 +33,13 @@ def context_length(config: RunConfig) -> int:
     return length
 
 
-def server_command(config: RunConfig, index: int, port: int) -> list[str]:
-    """The command line of server `index`, listening on `port`, for the engine that the run has chosen."""
-    return ENGINE_COMMANDS[config.server.engine](config, index, port)
+def server_command(config: RunConfig, index: int, port: int, place: int) -> list[str]:
+    """The command line of server `index`, listening on `port`, for the engine that the run has chosen. `place`: which
+    one of its machine's servers it is."""
+    return ENGINE_COMMANDS[config.server.engine](config, index, port, place)
 
 
-def sglang_command(config: RunConfig, index: int, port: int) -> list[str]:
+def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list[str]:
     """SGLang's command line; the API key is not in it, `server_environment` hands it over."""
     server = config.server
     length = context_length(config)
@@ -69,7 +70,7 @@ def sglang_command(config: RunConfig, index: int, port: int) -> list[str]:
         # allocated.
         cache = cache or max(length, min(server.max_running_requests * length, 65536))
     else:
-        arguments |= {"base-gpu-id": index * server.tensor_parallel}
+        arguments |= {"base-gpu-id": place * server.tensor_parallel}
     if cache is not None:
         arguments |= {"max-total-tokens": cache}
     command = [sys.executable, "-m", "minpro_megatron.serving.sglang_main"]
@@ -82,8 +83,9 @@ def sglang_command(config: RunConfig, index: int, port: int) -> list[str]:
     return [*command, "--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
 
 
-def reference_command(config: RunConfig, index: int, port: int) -> list[str]:
-    """The reference engine's command line. Raises ValueError for settings that it does not have."""
+def reference_command(config: RunConfig, index: int, port: int, place: int) -> list[str]:
+    """The reference engine's command line; it has no GPU, wherever it is. Raises ValueError for settings that it does
+    not have."""
     server = config.server
     for field, supported in (("device", "cpu"), ("dtype", "float32"), ("tensor_parallel", 1)):
         if (value := getattr(server, field)) != supported:
@@ -105,8 +107,8 @@ def reference_command(config: RunConfig, index: int, port: int) -> list[str]:
     return command
 
 
-# Each engine's command line, from (settings, index, port).
-ENGINE_COMMANDS: dict[str, Callable[[RunConfig, int, int], list[str]]] = {
+# Each engine's command line, from (settings, index, port, place).
+ENGINE_COMMANDS: dict[str, Callable[[RunConfig, int, int, int], list[str]]] = {
     "sglang": sglang_command,
     "reference": reference_command,
 }

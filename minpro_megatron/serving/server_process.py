@@ -66,13 +66,15 @@ def _is_free(host: str, port: int) -> bool:
 
 
 class ServerProcess:
-    """Server `index` of this machine, which may be started again after its end (`stop_servers`).
+    """Server `index` of the run, which may be started again after its end (`stop_servers`). `place`: which one of this
+    machine's it is, `index` unless said otherwise; it decides which GPUs the server has.
 
     The output of all its starts goes to `run_dir/logs/server-<index>.log`. Raises ValueError for a missing API key.
     """
 
-    def __init__(self, config: RunConfig, index: int) -> None:
+    def __init__(self, config: RunConfig, index: int, place: int | None = None) -> None:
         self.index = index
+        self._place = index if place is None else place
         self.log_file = config.run_dir / "logs" / f"server-{index}.log"
         self._config = config
         self._process: subprocess.Popen[bytes] | None = None
@@ -86,7 +88,7 @@ class ServerProcess:
         Raises ServerStartError if the port is taken, ValueError if the settings do not fit the model.
         """
         config, port = self._config, choose_port(self._config, self.index)
-        command = server_command(config, self.index, port)
+        command = server_command(config, self.index, port, self._place)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             # A session of its own: a terminal's interrupt must not reach the server before its clients have

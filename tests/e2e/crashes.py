@@ -143,7 +143,7 @@ class CrashRun:
 
     @property
     def num_launches(self) -> int:
-        return int((self.run_dir / "incarnation").read_text()) + 1
+        return len(list((self.run_dir / "starts").iterdir()))
 
 
 def left_over(mark: str) -> list[str]:

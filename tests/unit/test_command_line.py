@@ -186,7 +186,7 @@ def interrupted(recipes):
     run_dir = recipes / "runs" / "other"
     (run_dir / "status").mkdir(parents=True)
     (run_dir / "run.json").write_text(example_config(recipes, name="other").to_json())
-    (run_dir / "incarnation").write_text("0\n")
+    (run_dir / "starts" / "0").mkdir(parents=True)
     (run_dir / "report.html").write_text("of the first start")
     with closing(sqlite3.connect(run_dir / "journal.sqlite")) as journal:
         journal.executescript("CREATE TABLE groups (group_id INTEGER); INSERT INTO groups VALUES (0)")
@@ -200,7 +200,7 @@ def test_a_second_launch_goes_on(recipes, interrupted):
     left = (interrupted / "logs" / "train.log").read_text().split()
     assert "journal.sqlite" in left
     assert not {"status", "report.html", "endpoints"} & {*left}
-    assert (interrupted / "incarnation").read_text() == "1\n"
+    assert sorted(path.name for path in (interrupted / "starts").iterdir()) == ["0", "1"]
 
 
 def test_another_experiment_does_not_go_on(recipes, interrupted, capsys):

@@ -20,7 +20,7 @@ def config(tmp_path: Path, **server: object) -> RunConfig:
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    command = server_command(config(tmp_path, max_running_requests=7), 1, 31000)
+    command = server_command(config(tmp_path, max_running_requests=7), 1, 31000, 1)
     assert command[:3] == [sys.executable, "-m", "minpro_megatron.reference_engine"]
     assert dict(zip(command[3::2], command[4::2], strict=True)) == {
         "--model-path": str(tmp_path),
@@ -35,4 +35,4 @@ def test_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("field", "value"), [("device", "cuda"), ("dtype", "bfloat16"), ("tensor_parallel", 2)])
 def test_what_it_does_not_have_is_refused(tmp_path: Path, field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"server.{field} = .*{value}.* with server.engine = 'reference'"):
-        server_command(config(tmp_path, **{field: value}), 0, 31000)
+        server_command(config(tmp_path, **{field: value}), 0, 31000, 0)

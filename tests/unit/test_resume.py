@@ -9,7 +9,7 @@ from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.objective import CispoConfig
 from minpro_megatron.config.rollout import StalenessConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
-from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run, next_incarnation, obstacles
+from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run, obstacles
 from minpro_megatron.monitor.summary import RunSummary, write_summary
 from minpro_megatron.rollout.checkpoint_folder import CheckpointFolder
 from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, RunIdentity, RunManifest, SavedFile
@@ -199,14 +199,3 @@ def test_looking_at_a_journal_keeps_what_a_killed_process_left(tmp_path: Path) -
         assert (await journal.totals()).groups_issued == 3
 
     in_journal(left, look)
-
-
-def test_every_start_has_its_number(tmp_path: Path) -> None:
-    assert [next_incarnation(tmp_path) for _ in range(3)] == [0, 1, 2]
-    (tmp_path / "incarnation").write_text("7\n")
-    assert next_incarnation(tmp_path) == 8
-
-
-def test_a_damaged_number_begins_anew(tmp_path: Path) -> None:
-    (tmp_path / "incarnation").write_text("not a number")
-    assert next_incarnation(tmp_path) == 0

@@ -18,7 +18,7 @@ from minpro_megatron.serving import server_process
 from minpro_megatron.serving.endpoints import (
     endpoint_file,
     read_server_addresses,
-    remove_server_addresses,
+    remove_server_address,
     write_server_address,
 )
 from minpro_megatron.serving.model_files import read_model_facts
@@ -44,7 +44,7 @@ def config(tmp_path: Path, hf_path: Path, **server: object) -> RunConfig:
 
 
 def test_the_command_line_on_a_cpu(tmp_path: Path, hf_path: Path) -> None:
-    command = server_command(config(tmp_path, hf_path, max_total_tokens=4096), 0, 31000)
+    command = server_command(config(tmp_path, hf_path, max_total_tokens=4096), 0, 31000, 0)
     assert command[:3] == [sys.executable, "-m", "minpro_megatron.serving.sglang_main"]
     text = " ".join(command)
     for part in (
@@ -62,7 +62,7 @@ def test_the_command_line_on_a_cpu(tmp_path: Path, hf_path: Path) -> None:
 
 def test_the_command_line_on_gpus(tmp_path: Path, hf_path: Path) -> None:
     on_gpus = config(tmp_path, hf_path, device="cuda", dtype="bfloat16", tensor_parallel=4)
-    text = " ".join(server_command(on_gpus, 1, 31001))
+    text = " ".join(server_command(on_gpus, 1, 31001, 1))
     for part in ("--device cuda ", "--dtype bfloat16 ", "--tp-size 4 ", "--base-gpu-id 4 "):
         assert part in text
     assert "torch_native" not in text
@@ -71,7 +71,7 @@ def test_the_command_line_on_gpus(tmp_path: Path, hf_path: Path) -> None:
 
 
 def test_servers_draw_from_different_random_numbers(tmp_path: Path, hf_path: Path) -> None:
-    commands = [server_command(config(tmp_path, hf_path), index, 31000) for index in (0, 1)]
+    commands = [server_command(config(tmp_path, hf_path), index, 31000, index) for index in (0, 1)]
     first, second = (command[command.index("--random-seed") + 1] for command in commands)
     assert first != second
 
@@ -117,11 +117,11 @@ def test_the_facts_about_experts(hf_path: Path, name: str) -> None:
 
 def test_routes_are_asked_of_servers_and_of_models_that_have_them(tmp_path: Path, hf_path: Path) -> None:
     settings = config(tmp_path, hf_path)
-    assert "--enable-return-routed-experts" not in server_command(settings, 0, 31000)
+    assert "--enable-return-routed-experts" not in server_command(settings, 0, 31000, 0)
     values = json.loads(settings.to_json())
     values["model"]["routing_replay"] = "rollout"
     replaying = RunConfig.model_validate(values)
-    assert "--enable-return-routed-experts" in server_command(replaying, 0, 31000)
+    assert "--enable-return-routed-experts" in server_command(replaying, 0, 31000, 0)
     with pytest.raises(ValueError, match=r"model.routing_replay = 'rollout': .* has no experts"):
         Fleet(replaying, read_model_facts(str(hf_path)), 0)
 
@@ -129,7 +129,7 @@ def test_routes_are_asked_of_servers_and_of_models_that_have_them(tmp_path: Path
 def test_the_key_is_in_the_environment_and_not_in_the_command_line(tmp_path: Path, hf_path: Path) -> None:
     settings = config(tmp_path, hf_path, api_key_variable="THE_KEY")
     assert server_environment(settings, {"THE_KEY": "k-1"})[API_KEY_VARIABLE] == "k-1"
-    assert "k-1" not in " ".join(server_command(settings, 0, 31000))
+    assert "k-1" not in " ".join(server_command(settings, 0, 31000, 0))
     assert API_KEY_VARIABLE not in server_environment(config(tmp_path, hf_path), {"THE_KEY": "k-1"})
     with pytest.raises(ValueError, match="'THE_KEY': this environment variable is not set"):
         server_environment(settings, {})
@@ -226,5 +226,5 @@ def test_addresses_of_another_incarnation_do_not_count(tmp_path: Path) -> None:
     write_server_address(tmp_path, addresses[0], incarnation=2)
     assert read_server_addresses(tmp_path, 2, incarnation=2) == addresses
     assert os.listdir(endpoint_file(tmp_path, 0).parent) != []
-    remove_server_addresses(tmp_path)
-    assert read_server_addresses(tmp_path, 2, incarnation=2) == []
+    remove_server_address(tmp_path, 0)
+    assert read_server_addresses(tmp_path, 2, incarnation=2) == addresses[1:]

@@ -1,0 +1,291 @@
+"""Runs one node's share of a run that is spread over several; a cluster's job starts one such process on each node.
+
+The first node prepares the run folder and says so in a plan; every node checks itself and reports; the first one gives
+its verdict; then the roles run. They tell each other through files (launch/starts.py), and whoever started the
+processes may end all of them as soon as one fails: `srun --kill-on-bad-exit` does.
+"""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.launch.launcher import closing_lines, finish
+from minpro_megatron.launch.node_checks import all_problems, free_port, node_name, node_problems, routable_address
+from minpro_megatron.launch.node_roles import LOOPBACK, NodePlace, fabric_environment, node_commands, node_torchrun
+from minpro_megatron.launch.preflight import run_problems
+from minpro_megatron.launch.recipe import read_config
+from minpro_megatron.launch.resume import CONFIG_FILE
+from minpro_megatron.launch.roles import roles_of, trainer_environment
+from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
+from minpro_megatron.launch.starts import Plan, Report, Start, Verdict, begin_start, find_start, wait_for
+from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
+from minpro_megatron.launch.topology import Topology, read_topology
+from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.monitor.progress import Progress
+
+# From one node's start to another's: a container image may have to be unpacked on each.
+PLAN_LIMIT_S = 600.0
+REPORT_LIMIT_S = 120.0
+ALL_REDUCE_LIMIT_S = 180.0
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """The options of the command `node`; those with a default of None come from Slurm's variables."""
+
+    config: Path
+    topology: Path
+    start: str | None = None
+    index: int | None = None
+    interface: str = ""
+
+
+class _OthersFailed(Exception):
+    """Another node has failed; the message says which and why."""
+
+
+def run_node(options: NodeOptions, environment: Mapping[str, str] = os.environ) -> int:
+    """Runs this node's share to its end. Returns the exit status: 0 finished, 1 failed, 2 not started for problems
+    that are told, 130 told to stop. Raises UserError."""
+    config = read_config(options.config)
+    try:
+        topology = read_topology(options.topology)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    index = _index(options, len(topology.nodes), environment)
+    return _Node(config, topology, index, _key(options, environment), options.interface, environment).run()
+
+
+def _index(options: NodeOptions, num_nodes: int, environment: Mapping[str, str]) -> int:
+    given = options.index if options.index is not None else int(environment.get("SLURM_NODEID", -1))
+    if not 0 <= given < num_nodes:
+        raise UserError(
+            f"--index {given}: the topology has the nodes 0 to {num_nodes - 1}; give one, or start this with srun on "
+            f"{num_nodes} nodes, one task each"
+        )
+    return given
+
+
+def _key(options: NodeOptions, environment: Mapping[str, str]) -> str:
+    if options.start:
+        return options.start
+    if "SLURM_JOB_ID" not in environment:
+        raise UserError("--start is missing: give all nodes of this start the same new name")
+    return f"slurm-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT', '0')}"
+
+
+class _Node:
+    """One node's way through a start."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        index: int,
+        key: str,
+        interface: str,
+        environment: Mapping[str, str],
+    ) -> None:
+        self._config, self._topology, self._index, self._key = config, topology, index, key
+        self._environment = environment
+        self._host = environment.get("SLURMD_NODENAME") or socket.gethostname()
+        self._share = topology.nodes[index]
+        self._wanted_interface = interface
+        self._address, self._interface, self._own_problems = LOOPBACK, "lo", list[str]()
+
+    @property
+    def _is_first(self) -> bool:
+        return self._index == 0
+
+    def run(self) -> int:
+        if len(self._topology.nodes) > 1:
+            try:
+                self._address, self._interface = routable_address(self._wanted_interface)
+            except ValueError as error:
+                self._own_problems = [str(error)]
+        with ExitStack() as held:
+            start, plan = self._make_plan(held) if self._is_first else self._find_plan()
+            if plan.problems:
+                return self._refuse(plan.problems)
+            verdict = self._check(start)
+            if verdict.problems:
+                return self._refuse(verdict.problems)
+            return self._run_roles(start, plan)
+
+    def _make_plan(self, held: ExitStack) -> tuple[Start, Plan]:
+        """What happens once a start, on the first node: checks of the run, the run folder."""
+        try:
+            start = begin_start(self._config.run_dir)
+        except OSError as error:
+            raise UserError(f"runs_dir = {self._config.runs_dir}: {error}; choose another runs_dir=...") from None
+        try:
+            held.enter_context(claimed(self._config.run_dir))
+            found = run_problems(self._config)
+        except UserError as error:
+            found = error.problems
+        if found:
+            plan = Plan(key=self._key, problems=found)
+        else:
+            _, goes_on = prepare(self._config)
+            self._say(*first_lines(self._config, start.incarnation, goes_on))
+            ports = [free_port(self._address), free_port(self._address)]
+            plan = Plan(key=self._key, address=self._address, rendezvous_ports=ports)
+        start.write_plan(plan)
+        return start, plan
+
+    def _find_plan(self) -> tuple[Start, Plan]:
+        run_dir = self._config.run_dir
+        found = wait_for(lambda: find_start(run_dir, self._key), PLAN_LIMIT_S)
+        if found is None:
+            raise UserError(
+                f"{self._name}: no plan of node 0 in {run_dir / 'starts'} for {PLAN_LIMIT_S:.0f} s: runs_dir must be "
+                "on a file system that all nodes share; otherwise node 0's task has not started"
+            )
+        return found
+
+    def _check(self, start: Start) -> Verdict:
+        """Reports on this node; the first one waits for all and judges, the others wait for that."""
+        visible = self._environment.get("CUDA_VISIBLE_DEVICES")
+        found = self._own_problems + node_problems(self._config, self._share, self._address, visible)
+        clock_s = start.clock_ahead_s(self._index)
+        start.write_report(Report(node=self._index, host=self._host, clock_s=clock_s, problems=found))
+        num_nodes = len(self._topology.nodes)
+        if self._is_first:
+            began = time.monotonic()
+
+            def all_reports() -> list[Report] | None:
+                reports = start.reports(num_nodes)
+                return reports if len(reports) == num_nodes else None
+
+            reports = wait_for(all_reports, REPORT_LIMIT_S) or start.reports(num_nodes)
+            problems = all_problems(reports, num_nodes, time.monotonic() - began, self._config.run_dir / "starts")
+            start.write_verdict(Verdict(problems=problems))
+            if not problems:
+                self._say(*(f"{node_name(report.node, report.host)} is well" for report in reports))
+        verdict = wait_for(start.read_verdict, 2 * REPORT_LIMIT_S)
+        return verdict or Verdict(problems=["node 0 has ended before its verdict"])
+
+    def _refuse(self, problems: list[str]) -> int:
+        """All nodes end; the first says why."""
+        if self._is_first:
+            for problem in problems:
+                print(f"error: {problem}", file=sys.stderr)
+        return 2
+
+    def _run_roles(self, start: Start, plan: Plan) -> int:
+        config, num_nodes = self._config, len(self._topology.nodes)
+        places = [
+            NodePlace(
+                index=self._index,
+                address=self._address,
+                interface=self._interface,
+                head_address=plan.address,
+                rendezvous_port=port,
+            )
+            for port in plan.rendezvous_ports
+        ]
+        watch = _Watch(start, self._index, num_nodes, self._topology.deciding_nodes)
+        try:
+            if self._share.ranks and len(self._topology.training_nodes) > 1:
+                outcome = self._all_reduce(places[0], watch)
+                if outcome.status != FINISHED:
+                    return self._conclude(start, outcome)
+            config_file = config.run_dir.absolute() / CONFIG_FILE
+            commands = node_commands(
+                config, config_file, start.incarnation, self._topology, places[1], self._environment
+            )
+            supervisor = Supervisor(commands, config.run_dir / "logs")
+            with ExitStack() as stack:
+                show = stack.enter_context(Progress(config, roles_of(config))).tick if self._is_first else _nothing
+                only_serves = not (self._share.ranks or self._share.collects)
+                outcome = supervisor.run(watch.also(show), watch.others_are_done if only_serves else _always)
+        except _OthersFailed as error:
+            self._say(f"stopped because {error}", file=sys.stderr)
+            return FAILED
+        return self._conclude(start, outcome)
+
+    def _all_reduce(self, place: NodePlace, watch: "_Watch") -> Outcome:
+        """A sum over all ranks, before they load anything."""
+        device = self._config.device
+        arguments = [*node_torchrun(self._topology, place), "-m", "minpro_megatron.parallel.all_reduce_check"]
+        fabric = trainer_environment(device) | fabric_environment(place, self._environment)
+        environment = {**self._environment, **fabric}
+        command = RoleCommand(
+            "all-reduce", [*arguments, device, f"{ALL_REDUCE_LIMIT_S:g}"], environment,
+            log_name=f"all-reduce-node-{self._index}",
+        )  # fmt: skip
+        outcome = Supervisor([command], self._config.run_dir / "logs").run(watch.also(_nothing))
+        if outcome.failures:
+            self._say(
+                f"the trainer's ranks do not reach each other over {place.interface} ({place.address}): name another "
+                "interface in the profile (slurm.interface), or give NCCL_IB_HCA or NCCL_SOCKET_IFNAME under "
+                "environment; NCCL_DEBUG=INFO there shows what NCCL tries",
+                file=sys.stderr,
+            )
+        return outcome
+
+    def _conclude(self, start: Start, outcome: Outcome) -> int:
+        if outcome.status == FINISHED:
+            start.write_done(self._index, self._host)
+            return finish(self._config) if self._is_first else FINISHED
+        if outcome.failures:
+            why = "; ".join(f"the role {failure.role} {failure.how}" for failure in outcome.failures)
+            start.write_failed(self._index, self._host, why)
+        self._say(*closing_lines(outcome), file=sys.stderr)
+        return outcome.status
+
+    @property
+    def _name(self) -> str:
+        return node_name(self._index, self._host)
+
+    def _say(self, *lines: str, file: object = None) -> None:
+        """Prints the lines, from several nodes each with the node's name."""
+        prefix = f"{self._name}: " if len(self._topology.nodes) > 1 else ""
+        for line in lines:
+            print(f"{prefix}{line}", file=file or sys.stdout, flush=True)  # type: ignore[call-overload]
+
+
+class _Watch:
+    """What this node sees of the others, looked at once a second: a shared file system is not asked more often."""
+
+    def __init__(self, start: Start, index: int, num_nodes: int, deciding: list[int]) -> None:
+        self._start, self._index, self._num_nodes, self._deciding = start, index, num_nodes, deciding
+        self._next_look = 0.0
+        self._are_done = False
+
+    def also(self, tick: Callable[[], None]) -> Callable[[], None]:
+        """`tick`, and a look at the other nodes. It raises _OthersFailed."""
+
+        def both() -> None:
+            tick()
+            if self._num_nodes > 1 and time.monotonic() > self._next_look:
+                self._look()
+                self._next_look = time.monotonic() + _LOOK_EVERY_S
+
+        return both
+
+    def others_are_done(self) -> bool:
+        return self._are_done
+
+    def _look(self) -> None:
+        failed = self._start.failed(self._num_nodes)
+        failed.pop(self._index, None)
+        if failed:
+            told = [f"{node_name(node, end.host)} failed: {end.why}" for node, end in failed.items()]
+            raise _OthersFailed("; ".join(told))
+        self._are_done = self._start.are_done(self._deciding)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _always() -> bool:
+    return True

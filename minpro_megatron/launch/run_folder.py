@@ -1,0 +1,71 @@
+"""What happens to the run folder before a start, once for all roles."""
+
+import errno
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run
+from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.rollout.resume_point import read_latest
+
+# What an earlier incarnation says of itself: it would mislead this one's roles and display.
+_OF_ONE_INCARNATION = ("endpoints", "report.html", "status", "summary.json")
+# What a run that failed while it started may have left besides.
+_LEFTOVERS = (
+    "checkpoints", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm", "journal.sqlite-wal", "logs",
+    "metrics.jsonl", "published", "routes", "tensorboard",
+)  # fmt: skip
+_LOCK_IS_HELD = (errno.EAGAIN, errno.EACCES)
+
+
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Holds the run folder against a second launcher. The lock ends with this process, however it ends.
+
+    A file system without locks (some parallel ones, mounted so) does not hinder the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "launch.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _LOCK_IS_HELD:
+                raise UserError(
+                    f"name = {run_dir.name}: another launch is using {run_dir}; choose another name=..."
+                ) from None
+        yield
+
+
+def prepare(config: RunConfig) -> tuple[Path, bool]:
+    """Removes what earlier incarnations said and writes the settings: returns their file, and whether a run goes on."""
+    run_dir = config.run_dir
+    goes_on = holds_a_run(run_dir)
+    _remove(run_dir, _OF_ONE_INCARNATION if goes_on else _OF_ONE_INCARNATION + _LEFTOVERS)
+    config_file = run_dir.absolute() / CONFIG_FILE
+    replace_file(config_file, config.to_json())
+    return config_file, goes_on
+
+
+def first_lines(config: RunConfig, incarnation: int, goes_on: bool) -> list[str]:
+    """What a start says: the run, and from where it goes on."""
+    lines = [
+        f"run {config.name}: {config.objective.name}, {config.num_global_steps} global steps; files in {config.run_dir}"
+    ]
+    if goes_on:
+        manifest = read_latest(config.run_dir)
+        where = f"from its checkpoint after global step {manifest.policy_version}" if manifest else "from its beginning"
+        lines.append(f"it goes on {where} (start {incarnation + 1} of this run)")
+    return lines
+
+
+def _remove(run_dir: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,152 @@
+"""The starts of a run: `run_dir/starts/<incarnation>/`, made by whoever starts the run, read by all of its nodes.
+
+A folder is made by one process only, whatever the file system (mkdir fails if it is there), so that no lock is needed.
+Files in it appear whole and are never changed: a node finds one or does not find it yet.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from minpro_megatron.monitor.files import replace_file
+
+STARTS = "starts"
+POLL_S = 0.2
+_PLAN, _REPORT, _VERDICT, _DONE, _FAILED = (
+    "plan.json",
+    "report-{}.json",
+    "verdict.json",
+    "done-{}.json",
+    "failed-{}.json",
+)
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What the first node tells the others. `key` names this start of the job; problems: then nothing will start."""
+
+    key: str
+    problems: list[str] = []
+    address: str = ""  # of the first node
+    rendezvous_ports: list[int] = []  # where the trainer's nodes meet, on the first: for the check, for training
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node has found out about itself; clock_s: how far its clock is ahead of the file system's."""
+
+    node: int
+    host: str
+    clock_s: float = 0.0
+    problems: list[str] = []
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the roles may start: without problems."""
+
+    problems: list[str] = []
+
+
+class NodeEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """That a node's roles have ended, and for a failure why, in a line."""
+
+    host: str
+    why: str = ""
+
+
+class Start:
+    """One start of a run. Its files are written once each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.incarnation = int(folder.name)
+
+    def write_plan(self, plan: Plan) -> None:
+        self._write(_PLAN, plan)
+
+    def read_plan(self) -> Plan | None:
+        return self._read(_PLAN, Plan)
+
+    def write_report(self, report: Report) -> None:
+        self._write(_REPORT.format(report.node), report)
+
+    def reports(self, num_nodes: int) -> list[Report]:
+        """Those that are there, in order of nodes."""
+        found = (self._read(_REPORT.format(node), Report) for node in range(num_nodes))
+        return [report for report in found if report is not None]
+
+    def write_verdict(self, verdict: Verdict) -> None:
+        self._write(_VERDICT, verdict)
+
+    def read_verdict(self) -> Verdict | None:
+        return self._read(_VERDICT, Verdict)
+
+    def write_done(self, node: int, host: str) -> None:
+        self._write(_DONE.format(node), NodeEnd(host=host))
+
+    def are_done(self, nodes: list[int]) -> bool:
+        return all((self._folder / _DONE.format(node)).exists() for node in nodes)
+
+    def write_failed(self, node: int, host: str, why: str) -> None:
+        self._write(_FAILED.format(node), NodeEnd(host=host, why=why))
+
+    def failed(self, num_nodes: int) -> dict[int, NodeEnd]:
+        """The nodes that have failed so far."""
+        found = {node: self._read(_FAILED.format(node), NodeEnd) for node in range(num_nodes)}
+        return {node: end for node, end in found.items() if end is not None}
+
+    def clock_ahead_s(self, node: int) -> float:
+        """How far this machine's clock is ahead of the one by which the file system dates a new file."""
+        probe = self._folder / f"clock-{node}"
+        before = time.time()
+        probe.write_text("")
+        ahead = (before + time.time()) / 2 - probe.stat().st_mtime
+        probe.unlink()
+        return ahead
+
+    def _write(self, name: str, content: msgspec.Struct) -> None:
+        replace_file(self._folder / name, msgspec.json.encode(content).decode() + "\n")
+
+    def _read[T](self, name: str, kind: type[T]) -> T | None:
+        try:
+            return msgspec.json.decode((self._folder / name).read_bytes(), type=kind)
+        except FileNotFoundError:
+            return None
+
+
+def begin_start(run_dir: Path) -> Start:
+    """The next start of the run, numbered from 0; two callers at once get different ones."""
+    starts = run_dir / STARTS
+    starts.mkdir(parents=True, exist_ok=True)
+    number = max(_numbers(starts), default=-1) + 1
+    while True:
+        try:
+            (starts / str(number)).mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return Start(starts / str(number))
+
+
+def find_start(run_dir: Path, key: str) -> tuple[Start, Plan] | None:
+    """The start whose plan holds `key`; None while there is none."""
+    starts = run_dir / STARTS
+    for number in sorted(_numbers(starts), reverse=True):
+        start = Start(starts / str(number))
+        plan = start.read_plan()
+        if plan is not None and plan.key == key:
+            return start, plan
+    return None
+
+
+def wait_for[T](look: Callable[[], T | None], limit_s: float) -> T | None:
+    """What `look` finds within the time, else None."""
+    deadline = time.monotonic() + limit_s
+    while (found := look()) is None and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return found
+
+
+def _numbers(starts: Path) -> Iterator[int]:
+    if starts.is_dir():
+        yield from (int(path.name) for path in starts.iterdir() if path.name.isdecimal())
