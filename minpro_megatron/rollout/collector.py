@@ -74,6 +74,8 @@ class Collector:
         self._serving = True  # servers hold the schedule's version
         self._next_step = 0
         self._groups: dict[int, CollectedGroup] = {}  # accepted and not yet consumed, by id
+        self._writes_checkpoints = config.checkpoint.every_steps > 0 and config.debug.trainer == "megatron"
+        self._resumed_from = 0
         self._pruning: asyncio.Task[None] | None = None
         self._failure: str | None = None
         self._finished = False
@@ -102,7 +104,7 @@ class Collector:
             for group in groups
         ]
         self._schedule = make_schedule(self._config, version, restored, next_group)
-        self._next_step = version
+        self._next_step = self._resumed_from = version
         self._serving = version == 0  # the servers start from the initial weights
         self._evaluations.results = await self._journal.evaluations()
         write_results(self._config.run_dir, self._evaluations.results)
@@ -255,6 +257,8 @@ class Collector:
             self._schedule.consumed(step)
             self._next_step = step + 1
             self._notify()
+        if not self._writes_checkpoints:  # after a crash it samples again, from the start or from where it came from
+            self._start_pruning(self._resumed_from or self._next_step)
 
     def _refuse_wrong_staleness(self, step: int, group: CollectedGroup, policy_version: int, value: int) -> None:
         settings = self._config.staleness
@@ -321,9 +325,13 @@ class Collector:
     async def checkpoint_end(self, version: int) -> None:
         """The checkpoint of `version` is complete: what steps before it consumed is not needed to go on."""
         self._raise_failure()
+        self._start_pruning(version)
+
+    def _start_pruning(self, needed_from: int) -> None:
+        """The journal forgets what steps before `needed_from` consumed, once it is journal_keep_steps old."""
         keep = self._config.collector.journal_keep_steps
-        if keep:
-            before = min(version, self._next_step - keep)
+        before = min(needed_from, self._next_step - keep)
+        if keep and before > 0:
             # beside the trainer's next step: gigabytes take minutes, and nobody waits for them
             self._pruning = asyncio.create_task(self._prune(before, self._pruning))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.evaluation.sampling import FILE_NAME as EVALUATIONS
 from minpro_megatron.records import Batch, CollectorTotals
 from minpro_megatron.rollout.journal import Journal
@@ -245,3 +245,85 @@ def test_a_run_that_ends_early_enough_in_its_checkpoints_can_be_made_longer(tmp_
     totals = asyncio.run(goes_on())
     assert totals.groups_consumed == (STEPS + 3) * NUM_PROMPTS
     assert {step - min(group.oldest_version for group in trainer.trained[step].groups) for step in range(2, 7)} == {2}
+
+
+def kept_steps(config: RunConfig) -> list[int]:
+    """The global steps whose tokens the journal still has."""
+    with closing(sqlite3.connect(config.run_dir / FILE_NAME)) as journal:
+        query = (
+            "SELECT DISTINCT consumed_step FROM groups JOIN responses USING (group_id)"
+            " WHERE token_ids IS NOT NULL AND consumed_step IS NOT NULL ORDER BY 1"
+        )
+        return [step for (step,) in journal.execute(query)]
+
+
+@pytest.mark.parametrize("override", ["checkpoint.every_steps=0", "debug.trainer=timer"])
+@pytest.mark.parametrize(("keep_steps", "kept"), [(1, [3]), (2, [2, 3]), (0, [0, 1, 2, 3])])
+def test_a_journal_without_checkpoints_forgets_as_well(
+    tmp_path: Path, override: str, keep_steps: int, kept: list[int]
+) -> None:
+    config = with_overrides(config_of(tmp_path, "delay", keep_steps=keep_steps), [override])
+    trainer = FakeTrainer(config, checkpoint_every=99)
+
+    async def main() -> None:
+        async with collecting(config, FakeServers(2)) as collector:
+            await trainer.run(collector)
+            if collector._pruning is not None:
+                await collector._pruning
+
+    asyncio.run(main())
+    assert kept_steps(config) == kept
+
+
+def test_with_checkpoints_only_what_they_include_is_forgotten(tmp_path: Path) -> None:
+    """None is written yet: all that steps have consumed is still needed, however old it is."""
+    config = config_of(tmp_path, "delay", keep_steps=1)
+
+    async def main() -> None:
+        async with collecting(config, FakeServers(2)) as collector:
+            await FakeTrainer(config, checkpoint_every=99).run(collector)
+            assert collector._pruning is None
+
+    asyncio.run(main())
+    assert kept_steps(config) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("crash_at", range(10, NUM_REQUESTS - 4, 3))
+@pytest.mark.parametrize("mode", ["delay", "bounded"])
+def test_a_run_that_forgot_without_checkpoints_starts_anew(
+    tmp_path: Path, undisturbed: FakeTrainer, mode: str, crash_at: int
+) -> None:
+    """In delay mode it is the same run: what is missing is sampled again, by the weights that sampled it before."""
+    config = with_overrides(config_of(tmp_path, mode, keep_steps=1), ["checkpoint.every_steps=0"])
+    trainer = FakeTrainer(config, checkpoint_every=99)
+
+    async def incarnation(crash_at: int | None) -> CollectorTotals:
+        async with collecting(config, FakeServers(2, exact=mode == "delay")) as collector:
+            return await trainer.run(collector, crash_at)
+
+    with pytest.raises(Crash):
+        asyncio.run(incarnation(crash_at))
+    check_run(config, trainer, asyncio.run(incarnation(None)))
+    if mode == "delay":
+        for step in range(STEPS):
+            assert contents(trainer.trained[step]) == contents(undisturbed.trained[step])
+
+
+def test_a_checkpoint_of_earlier_settings_keeps_what_it_needs(tmp_path: Path) -> None:
+    """Checkpoints were switched off when the run was launched again: it still goes on from the last one."""
+    config = config_of(tmp_path, "delay", keep_steps=1)
+    trainer = FakeTrainer(config)
+
+    async def incarnation(config: RunConfig, crash_at: int | None) -> CollectorTotals:
+        async with collecting(config, FakeServers(2), trainer.checkpoint or 0) as collector:
+            return await trainer.run(collector, crash_at)
+
+    with pytest.raises(Crash):
+        asyncio.run(incarnation(config, 17))
+    assert trainer.checkpoint == 2
+    trainer._every = 99
+    without = with_overrides(config, ["checkpoint.every_steps=0"])
+    with pytest.raises(Crash):
+        asyncio.run(incarnation(without, 11))
+    assert kept_steps(without) == [2, 3]
+    check_run(without, trainer, asyncio.run(incarnation(without, None)))
