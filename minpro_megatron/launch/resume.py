@@ -52,6 +52,12 @@ def obstacles(config: RunConfig) -> Iterator[str]:
         shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         yield f"{field}: {run_dir} holds a run with other settings ({shown}); give a new name=..., or the same settings"
         return
+    if config.debug.trainer == "timer":  # it writes no checkpoints, and its times are those of one start
+        yield (
+            f"{field}: debug.trainer = timer: {run_dir} holds a measurement, which cannot be taken up again; give a "
+            f"new name=... (its rollouts are in {run_dir / JOURNAL_FILE}), or remove the folder"
+        )
+        return
     summary = read_summary(run_dir)
     if summary is not None and summary.steps >= config.num_global_steps:
         yield (

@@ -123,7 +123,7 @@ class Timer:
     _publication: dict[str, float] = field(default_factory=dict)  # metrics of the last lease
 
     def run(self) -> CollectorTotals:
-        """Takes the batches of all global steps. A run that ended early starts anew: there are no checkpoints."""
+        """Takes the batches of all global steps, from the first: launch refuses to take a measurement up again."""
         num_steps = self.config.num_global_steps
         self.feed.start(0)
         self._sampling_since = time.monotonic()

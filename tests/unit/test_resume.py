@@ -95,6 +95,19 @@ def test_another_experiment_is_refused_and_its_settings_are_named(tmp_path: Path
     assert found.endswith("; give a new name=..., or the same settings")
 
 
+@pytest.mark.parametrize("steps", [None, 2, 4], ids=["ended early", "may be made longer", "finished"])
+def test_a_measurement_is_not_taken_up_again(tmp_path: Path, steps: int | None) -> None:
+    """Its times are of one start, and a timer would ask for batch 0 again."""
+    config = begin(tmp_path, debug={"trainer": "timer"})
+    if steps is not None:
+        finish(config, steps)
+    found = only_obstacle(config)
+    assert found.startswith(
+        f"name = example: debug.trainer = timer: {config.run_dir} holds a measurement, which cannot"
+    )
+    assert f"give a new name=... (its rollouts are in {config.run_dir}/journal.sqlite), or remove" in found
+
+
 def test_of_many_other_settings_some_are_shown(tmp_path: Path) -> None:
     config = begin(tmp_path).model_copy(update={"objective": CispoConfig(), "seed": 3})
     found = only_obstacle(config.model_copy(update={"staleness": StalenessConfig(mode="bounded", max_staleness=7)}))
