@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minpro_megatron.actor.behavior import flat, mini_batches_of, score_and_record, score_by_version
+from minpro_megatron.actor.memory import rank_memory
 from minpro_megatron.actor.policy import Policy, UpdateResult, learning_rate_at
 from minpro_megatron.actor.routing import Routes
 from minpro_megatron.actor.run_checkpoints import RunCheckpoints
@@ -25,6 +26,7 @@ from minpro_megatron.batching.sequences import (
 )
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.monitor.alarms import Alarm, AlarmStop
 from minpro_megatron.monitor.histograms import merge_histograms
 from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, total, values
 from minpro_megatron.monitor.step_report import StepReport, batch_metrics
@@ -35,11 +37,11 @@ from minpro_megatron.records import Batch, CollectorTotals, PublishLease
 from minpro_megatron.rollout.batch_source import BatchSource
 from minpro_megatron.rollout.resume_point import RunManifest, TrainerState
 from minpro_megatron.weights.publish import Publisher
+from minpro_megatron.weights.publish_report import PublishReport, publication_metrics
 
 REFERENCE = "reference"  # name of the kept initial weights
 MOST_BROKEN_UPDATES = 3  # in a row
-from minpro_megatron.weights.publish_report import PublishReport, publication_metrics
-PHASES = ("wait_for_batch", "score", "train", "publish", "checkpoint")
+PHASES = ("wait_for_batch", "score", "train", "publish", "checkpoint", "monitor")
 
 
 @dataclass
@@ -70,24 +72,23 @@ class Trainer:
     def run(self) -> CollectorTotals | None:
         """Trains through all global steps that are left. Returns the collector's totals on rank 0, None elsewhere."""
         first = self._begin()
-        delay_mode, delay = self.config.staleness.mode == "delay", self.config.staleness.delay_steps
-        if delay_mode:
-            for index in range(first, min(first + delay, self.config.num_global_steps)):
-                self._fetch_and_score(index)
+        for index in range(first, min(first + self._lookahead, self.config.num_global_steps)):
+            self._fetch_and_score(index)
         start, before = time.monotonic(), dict(self.seconds)
         for step in range(first, self.config.num_global_steps):
             self.tracer.step(step)
-            if delay_mode:
-                metrics, histograms, batch = self._delayed_step(step)
-            else:
-                metrics, histograms, batch = self._bounded_step(step)
+            metrics, histograms, batch = self._step(step)
             self._publish(step + 1, changed=self.changed)
             spent = {phase: self.seconds[phase] - before[phase] for phase in PHASES}
-            self._write(step, batch, metrics, histograms, spent, time.monotonic() - start)
-            # after the step's metrics, which a run that goes on from this checkpoint does not write again; the time it
-            # takes counts for the next step
+            step_s = time.monotonic() - start
+            # the time that writing metrics and checkpoint takes counts for the next step
             start, before = time.monotonic(), dict(self.seconds)
-            self._save(step + 1)
+            alarms = self._write(step, batch, metrics, histograms, spent, step_s)
+            # after the step's metrics, which a run that goes on from this checkpoint does not write again
+            stop = self._alarm_to_stop_on(alarms) if step + 1 < self.config.num_global_steps else None
+            self._save(step + 1, in_any_case=stop is not None)
+            if stop is not None:
+                self._stop(stop)
         with self.watchdog.guard("the last checkpoint"):
             self._complete(self.checkpoints.finish())
         return self._finish()
@@ -108,28 +109,28 @@ class Trainer:
             self._publish(self._version_in_place, changed=False)
         return self._version_in_place
 
-    def _delayed_step(self, step: int) -> tuple[dict[str, Metric], dict[str, np.ndarray], Batch]:
-        """Batch k is sampled with version max(0, k - n) and consumed at step k.
+    @property
+    def _lookahead(self) -> int:
+        """How many steps before its own a batch is fetched and scored. Delay mode: n, right after step k - n, when the
+        weights that sampled it are the last ones but one; bounded mode: 0, for it holds tokens of up to now."""
+        return self.config.staleness.delay_steps if self.config.staleness.mode == "delay" else 0
 
-        Its behavior log-probs are computed under the very weights that sampled it: for k < n before the first update,
-        else right after step k - n, when the trainer is one step ahead of the servers and swaps the sampling weights in
-        once more (n = 0: right before step k).
+    def _step(self, step: int) -> tuple[dict[str, Metric], dict[str, np.ndarray], Batch]:
+        """Global step `step` consumes batch `step`.
+
+        In delay mode batch k was sampled with version max(0, k - n), and its behavior log-probs are computed under
+        these very weights: for k < n before the first update, else right after step k - n, when the trainer is one step
+        ahead of the servers and swaps the sampling weights in once more. With n = 0, and in bounded mode, where a batch
+        holds tokens of the versions step - max_staleness .. step, it is scored right before its step.
         """
-        delay = self.config.staleness.delay_steps
-        if delay == 0:
+        ahead = self._lookahead
+        if ahead == 0:
             self._fetch_and_score(step)
         batch, behavior_log_probs, routes = self._ready.pop(step)
         metrics, histograms = self._train_on(batch, behavior_log_probs, routes, step)
-        if delay > 0 and step + delay < self.config.num_global_steps:
+        if ahead and step + ahead < self.config.num_global_steps:
             with self._weights_of(step):
-                self._fetch_and_score(step + delay)
-        return metrics, histograms, batch
-
-    def _bounded_step(self, step: int) -> tuple[dict[str, Metric], dict[str, np.ndarray], Batch]:
-        """The batch holds tokens of the versions step - max_staleness .. step; each is scored under its own."""
-        self._fetch_and_score(step)
-        batch, behavior_log_probs, routes = self._ready.pop(step)
-        metrics, histograms = self._train_on(batch, behavior_log_probs, routes, step)
+                self._fetch_and_score(step + ahead)
         return metrics, histograms, batch
 
     def _kept_name(self, version: int) -> str:
@@ -229,11 +230,13 @@ class Trainer:
                     parts.append(
                         {
                             "optimizer/grad_norm": mean(result.grad_norm, 1),
+                            "optimizer/grad_norm_max": largest(result.grad_norm),
                             "optimizer/learning_rate": largest(result.learning_rate),
                             "optimizer/skipped_updates": total(0.0 if result.applied else 1.0),
                         }
                     )
             self._version_in_place = step + 1
+            parts.append(rank_memory(self.mesh.device))
             of_ranks = self.mesh.from_all_ranks((merge(parts), merge_histograms(histograms)))
             metrics = merge([part for part, _ in of_ranks])
         if self.feed:
@@ -293,10 +296,10 @@ class Trainer:
                 self._publications.append(report)
                 self._fleet = lease.metrics
 
-    def _save(self, version: int) -> None:
+    def _save(self, version: int, in_any_case: bool) -> None:
         every = self.config.checkpoint.every_steps
         with self._timed("checkpoint"), self.watchdog.guard(f"the checkpoint of version {version}"):
-            if every and version % every == 0:
+            if in_any_case or (every and version % every == 0):
                 if self.feed:
                     self.feed.checkpoint_begin(version)
                 num_groups = version * self.config.batch.num_prompts
@@ -310,6 +313,19 @@ class Trainer:
         for version in versions if self.feed else []:
             assert self.feed is not None
             self.feed.checkpoint_end(version)
+
+    def _alarm_to_stop_on(self, alarms: list[Alarm]) -> Alarm | None:
+        """Of the alarms that rank 0 has raised, the first one that ends the run."""
+        stop_on = self.config.alarms.stop_on
+        if not stop_on:
+            return None
+        return self.mesh.from_rank_0(next((alarm for alarm in alarms if alarm.name in stop_on), None))
+
+    def _stop(self, alarm: Alarm) -> None:
+        """Raises AlarmStop once the checkpoint of now is complete."""
+        with self.watchdog.guard("the last checkpoint"):
+            self._complete(self.checkpoints.finish())
+        raise AlarmStop(f"alarms.stop_on: {alarm}")
 
     def _finish(self) -> CollectorTotals | None:
         while True:
@@ -329,13 +345,16 @@ class Trainer:
         histograms: dict[str, np.ndarray],
         spent: dict[str, float],
         step_s: float,
-    ) -> None:
-        if self.report:
+    ) -> list[Alarm]:
+        """Returns the alarms that the step raises, on rank 0."""
+        if self.report is None:
+            return []
+        with self._timed("monitor"):
             times = {f"time/{phase}_s": seconds for phase, seconds in spent.items()} | {"time/step_s": step_s}
             published = publication_metrics(self._publications) | self._fleet
             self._publications.clear()
             scalars = values(metrics | batch_metrics(batch, step)) | times | published
-            self.report.step(step, scalars, histograms, batch)
+            return self.report.step(step, scalars, histograms, batch)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -45,7 +45,7 @@ class PolicyLoss:
         own_count = count if self.mesh.tensor.rank() == 0 else 0
         staleness = micro_batch.tensor("staleness_L")
         statistics = token_statistics(tokens, terms, scores.entropies_L, others, staleness)
-        statistics.by_name.update(loss_statistic(summed_value(terms, weight), own_count))
+        statistics.parts.append(loss_statistic(summed_value(terms, weight), own_count))
         return (
             summed_loss(scores.log_probs_L, terms, weight),
             weight.new_full((), count, dtype=torch.int),

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from minpro_megatron.config.alarms import AlarmsConfig
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.debug import DebugConfig
@@ -46,6 +47,7 @@ class RunConfig(Section):
     collector: CollectorConfig = CollectorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     debug: DebugConfig = DebugConfig()
 
     @property
@@ -95,10 +97,11 @@ class RunConfig(Section):
                 "model.routing_replay = scored: with staleness.mode = bounded a response is scored under several "
                 "weights, which choose different experts; set model.routing_replay to rollout or none"
             )
-        if self.staleness.delay_steps and self.checkpoint.every_steps:
+        if self.staleness.delay_steps and (self.checkpoint.every_steps or self.alarms.stop_on):
             raise ValueError(
                 "model.routing_replay = scored: checkpoints do not hold the routes of batches scored with earlier "
-                "weights; set checkpoint.every_steps to 0, or model.routing_replay to rollout or none"
+                "weights; set checkpoint.every_steps to 0 and alarms.stop_on to [], or model.routing_replay to rollout "
+                "or none"
             )
 
     def _runs_on_device(self) -> None:

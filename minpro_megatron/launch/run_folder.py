@@ -14,11 +14,11 @@ from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.rollout.resume_point import read_latest
 
 # What an earlier incarnation says of itself: it would mislead this one's roles and display.
-_OF_ONE_INCARNATION = ("endpoints", "report.html", "status", "summary.json")
+_OF_ONE_INCARNATION = ("endpoints", "memory", "report.html", "status", "summary.json")
 # What a run that failed while it started may have left besides.
 _LEFTOVERS = (
-    "checkpoints", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm", "journal.sqlite-wal", "logs",
-    "metrics.jsonl", "published", "routes", "tensorboard",
+    "alarms.jsonl", "checkpoints", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm", "journal.sqlite-wal",
+    "logs", "metrics.jsonl", "published", "routes", "tensorboard",
 )  # fmt: skip
 _LOCK_IS_HELD = (errno.EAGAIN, errno.EACCES)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE_NAME = "metrics.jsonl"
+_OF_EVALUATIONS = ("eval/", "evaluation/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Entry:
     @property
     def is_global_step(self) -> bool:
         """Whether these are the scalars of a trained global step; evaluations are written on their own."""
-        return any(not name.startswith("eval/") for name in self.metrics)
+        return any(not name.startswith(_OF_EVALUATIONS) for name in self.metrics)
 
 
 def encode_entry(entry: Entry) -> str:
@@ -41,25 +42,39 @@ def decode_entry(line: str | bytes) -> Entry:
         raise ValueError(f"not a line of {FILE_NAME}: {line[:80]!r}") from error
 
 
-class HistoryTail:
-    """Follows metrics.jsonl while another process appends to it."""
+class LineTail:
+    """Follows a file while another process appends lines to it."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = Path(run_dir) / FILE_NAME
+    def __init__(self, path: Path) -> None:
+        self._path = Path(path)
         self._offset = 0
 
-    def new_entries(self) -> list[Entry]:
-        """What was added since the last call; a line still being written waits for its end."""
+    def new_lines(self) -> list[str]:
+        """What was added since the last call; a line still being written waits for its end. All of the file, if it was
+        replaced by a shorter one."""
         try:
             with self._path.open("rb") as file:
+                if file.seek(0, 2) < self._offset:
+                    self._offset = 0
                 file.seek(self._offset)
                 added = file.read()
         except FileNotFoundError:
             return []
         complete = added[: added.rfind(b"\n") + 1]
         self._offset += len(complete)
+        return complete.decode("utf-8", errors="replace").splitlines()
+
+
+class HistoryTail:
+    """Follows metrics.jsonl while another process appends to it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._tail = LineTail(Path(run_dir) / FILE_NAME)
+
+    def new_entries(self) -> list[Entry]:
+        """What was added since the last call; a line still being written waits for its end."""
         entries = []
-        for line in complete.splitlines():
+        for line in self._tail.new_lines():
             try:
                 entries.append(decode_entry(line))
             except ValueError:
@@ -68,8 +83,12 @@ class HistoryTail:
 
 
 def read_history(run_dir: Path) -> list[Entry]:
-    """The run's entries, ordered by step. A step trained again after a restart counts once, the last time."""
+    """The run's entries, ordered by step. A step trained again after a restart counts once, the last time; the
+    evaluations of a policy version are one entry."""
     latest: dict[tuple[bool, int], Entry] = {}
     for entry in HistoryTail(run_dir).new_entries():
-        latest[entry.is_global_step, entry.step] = entry
+        key = entry.is_global_step, entry.step
+        if not entry.is_global_step and key in latest:
+            entry = Entry(entry.step, entry.time, {**latest[key].metrics, **entry.metrics})
+        latest[key] = entry
     return sorted(latest.values(), key=lambda entry: (entry.step, entry.is_global_step))

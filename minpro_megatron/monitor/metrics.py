@@ -158,6 +158,24 @@ METRICS: dict[str, Declaration] = {
     ),
     "prefix_min/quantile_50": Declaration("", "derived", "median prefix minimum"),
     "prefix_min/quantile_99": Declaration("", "derived", "prefix minimum: 1 % of the tokens have more"),
+    "prefix_min/mean_by_position/<first>": Declaration("", "mean", "of it at trained tokens <first> to 2 <first> - 1"),
+    "prefix_min/mean_by_staleness/<steps>": Declaration("", "mean", "of it at tokens that stale (16: or staler)"),
+    "prefix_ratio/log_mean": Declaration("nats", "mean", "log of the product of the ratios up to and with a token"),
+    "prefix_ratio/surrogate_log_mean": Declaration(
+        "nats", "mean", "log of what MinPRO puts in its place: prefix minimum times ratio"
+    ),
+    "prefix_ratio/gap_abs_mean": Declaration("nats", "mean", "|log of the surrogate - log of the product|"),
+    "prefix_ratio/gap_quantile_01": Declaration("nats", "derived", "that difference: 1 % of the tokens have less"),
+    "prefix_ratio/gap_quantile_50": Declaration("nats", "derived", "its median: above 0, the surrogate is the larger"),
+    "prefix_ratio/gap_quantile_99": Declaration("nats", "derived", "1 % of the tokens have more (20: or more)"),
+    "prefix_ratio/log_by_position/<first>": Declaration("nats", "mean", "log of the product, by position"),
+    "prefix_ratio/log_by_staleness/<steps>": Declaration("nats", "mean", "log of the product, by staleness"),
+    "prefix_ratio/surrogate_log_by_position/<first>": Declaration("nats", "mean", "log of the surrogate, by position"),
+    "prefix_ratio/surrogate_log_by_staleness/<steps>": Declaration(
+        "nats", "mean", "log of the surrogate, by staleness"
+    ),
+    "prefix_ratio/gap_abs_by_position/<first>": Declaration("nats", "mean", "absolute difference, by position"),
+    "prefix_ratio/gap_abs_by_staleness/<steps>": Declaration("nats", "mean", "absolute difference, by staleness"),
     "objective/loss": Declaration("", "mean", "value of the surrogate loss"),
     "objective/weight_mean": Declaration("", "mean", "coefficient of the advantage after clipping"),
     "objective/weight_square_mean": Declaration("", "mean", "squared coefficient of the advantage"),
@@ -166,6 +184,12 @@ METRICS: dict[str, Declaration] = {
         "", "mean", "weight at trained tokens <first> to 2 <first> - 1"
     ),
     "objective/weight_by_staleness/<steps>": Declaration("", "mean", "weight of tokens that stale (16: or staler)"),
+    "objective/weight_square_by_position/<first>": Declaration("", "mean", "squared weight, by position"),
+    "objective/weight_square_by_staleness/<steps>": Declaration("", "mean", "squared weight, by staleness"),
+    "objective/effective_sample_size_by_position/<first>": Declaration(
+        "share", "derived", "mean weight squared / mean squared weight, by position"
+    ),
+    "objective/effective_sample_size_by_staleness/<steps>": Declaration("share", "derived", "the same by staleness"),
     "objective/clipped_fraction": Declaration("share", "mean", "response tokens whose weight was clipped"),
     "objective/masked_fraction": Declaration(
         "share", "mean", "response tokens left out by the objective or a correction"
@@ -180,6 +204,7 @@ METRICS: dict[str, Declaration] = {
     "response/length_max": Declaration("tokens", "max", "longest response"),
     "response/truncated_fraction": Declaration("share", "mean", "responses cut at the length limit"),
     "optimizer/grad_norm": Declaration("", "mean", "global gradient norm of an update, before clipping"),
+    "optimizer/grad_norm_max": Declaration("", "max", "the largest one of the step's updates"),
     "optimizer/learning_rate": Declaration("", "max", "largest learning rate of the step's updates"),
     "optimizer/skipped_updates": Declaration(
         "updates", "sum", "updates skipped: gradient not finite, or no trained token"
@@ -195,6 +220,7 @@ METRICS: dict[str, Declaration] = {
     "time/train_s": Declaration("s", "max", "forward, backward and optimizer updates"),
     "time/publish_s": Declaration("s", "max", "sending the weights to the servers and checking them"),
     "time/checkpoint_s": Declaration("s", "max", "training held up by the checkpoint before the step"),
+    "time/monitor_s": Declaration("s", "max", "writing the metrics of the step before"),
     "time/step_s": Declaration("s", "max", "the whole global step"),
     "overlap/trainer_wait_share": Declaration(
         "share", "derived", "of the step in which the trainer waited for a batch"
@@ -229,6 +255,16 @@ METRICS: dict[str, Declaration] = {
     "publish/canary_abs_max": Declaration("nats", "max", "largest such difference on any server"),
     "throughput/response_tokens_per_s": Declaration("tokens/s", "mean", "the batch's response tokens / step"),
     "throughput/trained_tokens_per_s": Declaration("tokens/s", "mean", "batch tokens / training time"),
+    "throughput/trained_tokens_per_s_per_gpu": Declaration("tokens/s", "mean", "the same by rank"),
+    "throughput/tflops_per_gpu": Declaration(
+        "TFLOP/s", "mean", "operations of forward and backward of the batch / training time, by rank"
+    ),
+    "throughput/mfu": Declaration("share", "mean", "of the GPU's dense bfloat16 peak, where it is known"),
+    "memory/gpu_allocated_bytes": Declaration("bytes", "max", "most that tensors held on a GPU in the step"),
+    "memory/gpu_reserved_bytes": Declaration("bytes", "max", "most that PyTorch held on a GPU in the step"),
+    "memory/host_bytes/<role>": Declaration("bytes", "sum", "resident memory of a role's processes, all machines"),
+    "alarms/raised": Declaration("alarms", "sum", "alarms since the run's start"),
+    "alarms/raised_by_kind/<alarm>": Declaration("alarms", "sum", "of one kind"),
     "eval/pass_at_1": Declaration("share", "mean", "held-out accuracy of one sample"),
     "eval/standard_error": Declaration("share", "mean", "standard error of pass@1 over prompts"),
     "eval/response_length_mean": Declaration("tokens", "mean", "length of a held-out response"),

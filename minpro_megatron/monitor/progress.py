@@ -1,6 +1,6 @@
 """The launcher's display: what the roles do before the first step, then how training goes.
 
-It only reads `metrics.jsonl` and `status/`, so it can watch any run, and a role never waits for it.
+It only reads `metrics.jsonl`, `alarms.jsonl` and `status/`, so it can watch any run, and a role never waits for it.
 """
 
 import math
@@ -20,12 +20,16 @@ from rich.table import Table
 from rich.text import Text
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.monitor.history import Entry, HistoryTail
+from minpro_megatron.monitor.alarm_log import FILE_NAME as ALARMS_FILE
+from minpro_megatron.monitor.alarm_log import decode_alarm
+from minpro_megatron.monitor.alarms import Alarm
+from minpro_megatron.monitor.history import Entry, HistoryTail, LineTail
 from minpro_megatron.monitor.status import Status, read_statuses
 
 _RECENT_STEPS = 10  # that the time per step is averaged over
 _LINE_EVERY_STEPS = 10  # without a terminal
 _REFRESH_S = 0.5
+_SHOWN_ALARMS = 3  # the last ones, on a terminal
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -133,11 +137,14 @@ class Progress:
         self._title = f"{config.name} · {config.objective.name}"
         self._state = TrainingState(config.num_global_steps)
         self._tail = HistoryTail(config.run_dir)
+        self._alarm_tail = LineTail(config.run_dir / ALARMS_FILE)
+        self._alarms: list[Alarm] = []  # of this start
         self._console = console or Console(highlight=False)
         self._live: Live | None = None
         self._started = time.time()
         self._next_refresh = 0.0
         self._printed_steps = 0
+        self._printed_alarms = 0
         self._printed_phases: dict[str, str] = {}
 
     def __enter__(self) -> "Progress":
@@ -175,6 +182,8 @@ class Progress:
     def _refresh(self) -> None:
         for entry in self._tail.new_entries():
             self._state.add(entry)
+        found = filter(None, map(decode_alarm, self._alarm_tail.new_lines()))
+        self._alarms += [alarm for alarm, raised_at in found if raised_at >= self._started]
         statuses = read_statuses(self._run_dir)
         if self._live is not None:
             self._live.update(self._panel(statuses), refresh=True)
@@ -200,6 +209,7 @@ class Progress:
             parts.append(_figures_line(state))
             trend = sparkline(state.rewards, _width(self._console) - len("reward ") - 4)  # inside the frame
             parts.append(Text(f"reward {trend}", style="cyan", no_wrap=True))
+        parts += [Text(f"alarm: {alarm}", style="yellow") for alarm in self._alarms[-_SHOWN_ALARMS:]]
         if not self._is_training:  # start and end are the times when one wonders what it is doing
             parts.append(_phases_table(self._roles, statuses, self._started))
         elapsed = duration(time.time() - self._started)
@@ -218,6 +228,9 @@ class Progress:
                 if self._printed_phases.get(role) != status.phase:
                     self._printed_phases[role] = status.phase
                     self._print(f"{role}: {status.phase}")
+        for alarm in self._alarms[self._printed_alarms :]:
+            self._print(f"alarm: {alarm}")
+        self._printed_alarms = len(self._alarms)
         first = self._printed_steps == 0 and state.steps_done > 0
         last = state.steps_done == state.num_global_steps != self._printed_steps
         if first or last or state.steps_done >= self._printed_steps + _LINE_EVERY_STEPS:

@@ -2,16 +2,28 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from minpro_megatron.monitor.alarm_log import AlarmLog
+from minpro_megatron.monitor.alarms import Alarm
 from minpro_megatron.monitor.histograms import bin_edges, histogram_quantile
+from minpro_megatron.monitor.memory import stated_host_bytes
 from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, smallest, total
+from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
 
 SAMPLES_EVERY_STEPS = 10
 HISTOGRAMS_EVERY_STEPS = 10
+MOST_SAMPLE_CHARACTERS = 2000
+# By histogram of logs: what its quantiles are called, and what they are quantiles of.
+QUANTILES: dict[str, tuple[str, Callable[[float], float]]] = {
+    "ratio/log": ("ratio/quantile", math.exp),
+    "prefix_min/log": ("prefix_min/quantile", math.exp),
+    "prefix_ratio/gap": ("prefix_ratio/gap_quantile", float),
+}
 
 
 def batch_metrics(batch: Batch, step: int) -> dict[str, Metric]:
@@ -53,14 +65,17 @@ def token_staleness(batch: Batch, step: int) -> np.ndarray:
 def derived_metrics(scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> dict[str, float]:
     """What METRICS calls derived: effective sample sizes and quantiles of the tokens of a step."""
     derived = {}
-    for area, name in (("ratio", ""), ("objective", "weight_")):
-        square = scalars.get(f"{area}/{name}square_mean", 0.0)
-        if square > 0:
-            derived[f"{area}/effective_sample_size"] = scalars[f"{area}/{name}mean"] ** 2 / square
-    for area, counts in histograms.items():
+    for name, square in scalars.items():
+        area, _, rest = name.partition("/")
+        _, found, suffix = rest.partition("square_")  # mean, or by_position/<first> and the like
+        if found and square > 0:
+            of = "" if suffix == "mean" else f"_{suffix}"
+            derived[f"{area}/effective_sample_size{of}"] = scalars[name.replace(found, "", 1)] ** 2 / square
+    for name, counts in histograms.items():
         if counts.any():
+            called, of_log = QUANTILES[name]
             for percent in (1, 50, 99):
-                derived[f"{area}/quantile_{percent:02d}"] = math.exp(histogram_quantile(counts, percent / 100))
+                derived[f"{called}_{percent:02d}"] = of_log(histogram_quantile(counts, percent / 100))
     return derived
 
 
@@ -81,32 +96,62 @@ def _evaluation_scalars(result: EvaluationResult) -> dict[str, float]:
 class StepReport:
     """Writes a run's steps and evaluations; rank 0 of the trainer holds one."""
 
-    def __init__(self, writer: RunWriter, response_text: Callable[[np.ndarray], str], first_step: int = 0) -> None:
+    def __init__(
+        self,
+        writer: RunWriter,
+        response_text: Callable[[np.ndarray], str],
+        first_step: int = 0,
+        compute: TrainerCompute | None = None,
+        alarms: AlarmLog | None = None,
+    ) -> None:
         """`response_text` turns a response's token ids into text, for the samples. Evaluations of versions before
-        `first_step` were written by an earlier incarnation of the run."""
+        `first_step` were written by an earlier incarnation of the run. A timer in the trainer's place computes nothing,
+        and there is nothing to warn of."""
         self._writer = writer
         self._response_text = response_text
         self._first_step = first_step
+        self._compute = compute
+        self._alarms = alarms
         self._evaluated: set[tuple[int, str]] = set()
         self.samples: list[dict] = []  # of the last step that showed any
 
-    def step(self, step: int, scalars: dict[str, float], histograms: Mapping[str, np.ndarray], batch: Batch) -> None:
+    def step(
+        self, step: int, scalars: dict[str, float], histograms: Mapping[str, np.ndarray], batch: Batch
+    ) -> list[Alarm]:
+        """Writes what is known of a global step. Returns the alarms that it raises."""
+        if step % SAMPLES_EVERY_STEPS == 0:
+            self._show_samples(step, batch)
+        if step % HISTOGRAMS_EVERY_STEPS == 0:
+            self._show_histograms(step, histograms, batch)
+        memory = stated_host_bytes(self._writer.run_dir)
+        scalars = scalars | self._rates(scalars, batch) | derived_metrics(scalars, histograms) | memory
+        raised: list[Alarm] = []
+        if self._alarms is not None:
+            raised = self._alarms.step(step, scalars)
+            scalars |= self._alarms.counts()
+        if raised:
+            told = "\n".join(f"- **{alarm.name}**: {alarm.seen}. Try: {alarm.remedy}" for alarm in raised)
+            self._writer.text(step, "alarms", told)
+        self._writer.scalars(step, scalars)
+        return raised
+
+    def _rates(self, scalars: Mapping[str, float], batch: Batch) -> dict[str, float]:
         response_tokens = sum(len(response.token_ids) for group in batch.groups for response in group.responses)
         rates = {
             "throughput/response_tokens_per_s": response_tokens / scalars["time/step_s"],
             "overlap/trainer_wait_share": scalars["time/wait_for_batch_s"] / scalars["time/step_s"],
         }
-        if "time/train_s" in scalars:  # a timer in the trainer's place trains nothing
+        if self._compute is not None:
             rates["throughput/trained_tokens_per_s"] = scalars["batch/tokens"] / scalars["time/train_s"]
-        if step % SAMPLES_EVERY_STEPS == 0:
-            self._show_samples(step, batch)
-        if step % HISTOGRAMS_EVERY_STEPS == 0:
-            lengths = [len(response.token_ids) for group in batch.groups for response in group.responses]
-            self._writer.histogram(step, "response/length", np.asarray(lengths))
-            self._writer.histogram(step, "staleness/token", token_staleness(batch, step))
-            for name, counts in histograms.items():
-                self._writer.counts(step, f"{name}/log", counts, bin_edges())
-        self._writer.scalars(step, scalars | rates | derived_metrics(scalars, histograms))
+            rates |= self._compute.rates(batch, scalars["time/train_s"])
+        return rates
+
+    def _show_histograms(self, step: int, histograms: Mapping[str, np.ndarray], batch: Batch) -> None:
+        lengths = [len(response.token_ids) for group in batch.groups for response in group.responses]
+        self._writer.histogram(step, "response/length", np.asarray(lengths))
+        self._writer.histogram(step, "staleness/token", token_staleness(batch, step))
+        for name, counts in histograms.items():
+            self._writer.counts(step, name, counts, bin_edges())
 
     def evaluations(self, results: Sequence[EvaluationResult]) -> None:
         """Writes those results that were not written before."""
@@ -127,5 +172,13 @@ class StepReport:
             }
             for group in batch.groups[:8]
         ]
-        lines = [f"- `{sample['prompt']}{sample['response']}` reward {sample['reward']:g}" for sample in self.samples]
-        self._writer.text(step, "samples", "\n".join(lines))
+        self._writer.text(step, "samples", "\n\n".join(_as_markdown(sample) for sample in self.samples))
+
+
+def _as_markdown(sample: Mapping[str, Any]) -> str:
+    """A heading and, as indented code, text from outside: it may hold anything."""
+    text = f"{sample['prompt']}{sample['response']}"
+    if len(text) > MOST_SAMPLE_CHARACTERS:
+        text = f"{text[:MOST_SAMPLE_CHARACTERS]} ... ({len(text)} characters)"
+    shown = [*text.splitlines(), f"(answer: {' '.join(sample['answer'].split())})"]
+    return f"**reward {sample['reward']:g}**\n\n" + "\n".join(f"    {line}" for line in shown)

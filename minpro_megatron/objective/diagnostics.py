@@ -1,6 +1,6 @@
 """Off-policyness and objective statistics of the local slots, in forms that merge exactly over ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,22 +19,21 @@ STALENESS_BUCKETS = [str(steps) for steps in range(17)]  # the last holds whatev
 
 @dataclass(frozen=True)
 class Statistic:
-    """`total` (a sum, or an extreme) over `count` slots; both stay on the device until the step's end.
+    """`totals` (sums, or extremes) over `counts` slots, one number for each of `names`. They stay on the device until
+    the step's end."""
 
-    Scalars, or one number for each of `buckets`.
-    """
-
-    total: Tensor
-    count: Tensor
+    names: Sequence[str]
+    totals: Tensor
+    counts: Tensor
     reduction: Reduction
-    buckets: Sequence[str] | None = None
+    only_observed: bool = False  # a bucket is a metric only if it holds anything
 
 
 @dataclass(frozen=True)
 class Statistics:
     """What a micro-batch's local slots amount to."""
 
-    by_name: dict[str, Statistic]
+    parts: list[Statistic]
     histograms: dict[str, Tensor]  # int64 [NUM_BINS]: log-ratios in the bins of monitor.histograms
 
 
@@ -43,63 +42,79 @@ def token_statistics(
 ) -> Statistics:
     """The statistics of the trained slots by metric name (see monitor.metrics.METRICS for their meaning)."""
     slots = _TrainedSlots(tokens.is_trained_L)
-    ratio, prefix_min, weight = tokens.log_ratio_L.exp(), tokens.prefix_minimum_L, terms.weight_L
+    ratio, log_ratio, weight = tokens.log_ratio_L.exp(), tokens.log_ratio_L, terms.weight_L
+    prefix_min, weight_square = tokens.prefix_minimum_L, terms.weight_L.double() ** 2
+    log_prefix_min, log_product = prefix_min.log(), tokens.prefix_log_ratio_L
+    # m_t rho_t stands for rho_1 ... rho_t: what of the product's log is lost, or made up
+    log_surrogate = log_prefix_min + log_ratio
+    gap = log_surrogate - log_product
     mismatch = others.rollout_L - others.behavior_L  # log of (engine / trainer) under the same weights
-    named = {
-        "policy/entropy": slots.mean(entropies_L),
-        "ratio/mean": slots.mean(ratio),
-        "ratio/min": slots.smallest(ratio),
-        "ratio/max": slots.largest(ratio),
-        "ratio/square_mean": slots.mean(ratio.double() ** 2),
-        "ratio/log_second_moment": slots.mean(tokens.log_ratio_L.double() ** 2),
-        "ratio/min_position": _place_of_the_minimum(tokens),
-        "prefix_min/mean": slots.mean(prefix_min),
-        "prefix_min/min": slots.smallest(prefix_min),
-        "prefix_min/below_one": slots.mean(prefix_min < 1),
-        "objective/weight_mean": slots.mean(weight),
-        "objective/weight_square_mean": slots.mean(weight.double() ** 2),
-        "objective/clipped_fraction": slots.mean(terms.clipped_L),
-        "objective/masked_fraction": slots.mean(terms.left_out_L),
-        "objective/weight_by_position": slots.by_bucket(weight, position_bucket(tokens), POSITION_BUCKETS),
-        "objective/weight_by_staleness": slots.by_bucket(weight, staleness_L, STALENESS_BUCKETS),
-        "mismatch/log_prob_abs_mean": slots.mean(mismatch.abs()),
-        "mismatch/log_prob_abs_max": slots.largest(mismatch.abs()),
-        "mismatch/kl_k3": slots.mean(kl_estimate(mismatch, torch.zeros_like(mismatch), "k3")[0]),
+    nothing = torch.zeros_like(mismatch)
+    means = {
+        "policy/entropy": entropies_L,
+        # the tokens were drawn from the old policy: estimates of KL(old || current)
+        "policy/kl_k1": kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k1")[0],
+        "policy/kl_k2": kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k2")[0],
+        "policy/kl_k3": kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3")[0],
+        "ratio/mean": ratio,
+        "ratio/square_mean": ratio.double() ** 2,
+        "ratio/log_second_moment": log_ratio.double() ** 2,
+        "prefix_min/mean": prefix_min,
+        "prefix_min/below_one": prefix_min < 1,
+        "prefix_ratio/log_mean": log_product,
+        "prefix_ratio/surrogate_log_mean": log_surrogate,
+        "prefix_ratio/gap_abs_mean": gap.abs(),
+        "objective/weight_mean": weight,
+        "objective/weight_square_mean": weight_square,
+        "objective/clipped_fraction": terms.clipped_L,
+        "objective/masked_fraction": terms.left_out_L,
+        "mismatch/log_prob_abs_mean": mismatch.abs(),
+        "mismatch/kl_k3": kl_estimate(mismatch, nothing, "k3")[0],
     }
-    # the tokens were drawn from the old policy: estimates of KL(old || current)
-    for estimator in ("k1", "k2", "k3"):
-        value, _ = kl_estimate(-tokens.log_ratio_L, torch.zeros_like(tokens.log_ratio_L), estimator)
-        named[f"policy/kl_{estimator}"] = slots.mean(value)
-    log_prefix_min = tokens.prefix_minimum_L.log()
-    return Statistics(
-        named, {"ratio": slots.histogram(tokens.log_ratio_L), "prefix_min": slots.histogram(log_prefix_min)}
-    )
+    by_bucket = {
+        "prefix_min/mean": prefix_min,
+        "prefix_ratio/log": log_product,
+        "prefix_ratio/surrogate_log": log_surrogate,
+        "prefix_ratio/gap_abs": gap.abs(),
+        "objective/weight": weight,
+        "objective/weight_square": weight_square,
+    }
+    parts = [
+        slots.means(means),
+        slots.smallest({"ratio/min": ratio, "prefix_min/min": prefix_min}),
+        slots.largest({"ratio/max": ratio, "mismatch/log_prob_abs_max": mismatch.abs()}),
+        slots.by_bucket(by_bucket, "position", position_bucket(tokens), POSITION_BUCKETS),
+        slots.by_bucket(by_bucket, "staleness", staleness_L, STALENESS_BUCKETS),
+        _place_of_the_minimum(tokens),
+    ]
+    logs = {"ratio/log": log_ratio, "prefix_min/log": log_prefix_min, "prefix_ratio/gap": gap}
+    return Statistics(parts, {name: slots.histogram(values_L) for name, values_L in logs.items()})
 
 
-def loss_statistic(summed_value: Tensor, count: int) -> dict[str, Statistic]:
+def loss_statistic(summed_value: Tensor, count: int) -> Statistic:
     """The loss: the sum of the local slots' values over this rank's part of the denominator."""
-    return {"objective/loss": Statistic(summed_value, summed_value.new_full((), count), "mean")}
+    return Statistic(["objective/loss"], summed_value[None], summed_value.new_full((1,), count), "mean")
 
 
 def as_metrics(micro_batches: Sequence[Statistics]) -> tuple[dict[str, Metric], dict[str, np.ndarray]]:
     """(metrics, histogram counts) of the micro-batches together, with one transfer from the device each; empty for
-    none. A bucket is a metric of its own, name/bucket, if it holds anything."""
-    statistics = [(name, s) for one in micro_batches for name, s in one.by_name.items()]
+    none."""
+    statistics = [statistic for one in micro_batches for statistic in one.parts]
     if not statistics:
         return {}, {}
-    numbers = [value.double().reshape(-1) for _, s in statistics for value in (s.total, s.count)]
-    flat = iter(torch.cat(numbers).cpu().split([len(value) for value in numbers]))
-    parts = []
-    for name, s in statistics:
-        totals, counts = next(flat).tolist(), next(flat).tolist()
-        names = [name] if s.buckets is None else [f"{name}/{bucket}" for bucket in s.buckets]
+    numbers = torch.cat([part.double() for one in statistics for part in (one.totals, one.counts)]).cpu().tolist()
+    parts, start = [], 0
+    for one in statistics:
+        middle, end = start + len(one.names), start + 2 * len(one.names)
+        triples = zip(one.names, numbers[start:middle], numbers[middle:end], strict=True)
         parts.append(
             {
-                full: Metric(total, count, s.reduction)
-                for full, total, count in zip(names, totals, counts, strict=True)
-                if count or s.buckets is None
+                name: Metric(total, count, one.reduction)
+                for name, total, count in triples
+                if count or not one.only_observed
             }
         )
+        start = end
     histograms = {
         name: torch.stack([one.histograms[name] for one in micro_batches]).sum(0).cpu().numpy()
         for name in micro_batches[0].histograms
@@ -111,21 +126,23 @@ def as_metrics(micro_batches: Sequence[Statistics]) -> tuple[dict[str, Metric], 
 class _TrainedSlots:
     mask_L: Tensor
 
-    def mean(self, values_L: Tensor) -> Statistic:
-        return Statistic(self._where(values_L, 0.0).sum(), self.mask_L.sum(), "mean")
+    def means(self, values: Mapping[str, Tensor]) -> Statistic:
+        return Statistic(list(values), self._rows(values, 0.0).sum(1), self._counts(values), "mean")
 
-    def smallest(self, values_L: Tensor) -> Statistic:
-        return Statistic(torch.where(self.mask_L, values_L, torch.inf).amin(), self.mask_L.sum(), "min")
+    def smallest(self, values: Mapping[str, Tensor]) -> Statistic:
+        return Statistic(list(values), self._rows(values, torch.inf).amin(1), self._counts(values), "min")
 
-    def largest(self, values_L: Tensor) -> Statistic:
-        return Statistic(torch.where(self.mask_L, values_L, -torch.inf).amax(), self.mask_L.sum(), "max")
+    def largest(self, values: Mapping[str, Tensor]) -> Statistic:
+        return Statistic(list(values), self._rows(values, -torch.inf).amax(1), self._counts(values), "max")
 
-    def by_bucket(self, values_L: Tensor, bucket_L: Tensor, buckets: Sequence[str]) -> Statistic:
+    def by_bucket(self, values: Mapping[str, Tensor], what: str, bucket_L: Tensor, buckets: Sequence[str]) -> Statistic:
+        """Means over the slots of each bucket, as `<name>_by_<what>/<bucket>`."""
         place = bucket_L.clamp(0, len(buckets) - 1)
-        empty = torch.zeros(len(buckets), dtype=torch.float64, device=values_L.device)
-        totals = empty.index_add(0, place, self._where(values_L, 0.0))
-        counts = empty.index_add(0, place, self.mask_L.double())
-        return Statistic(totals, counts, "mean", buckets)
+        rows = torch.cat([self._rows(values, 0.0), self.mask_L.double()[None]])
+        sums = rows.new_zeros(len(rows), len(buckets)).index_add(1, place, rows)
+        names = [f"{name}_by_{what}/{bucket}" for name in values for bucket in buckets]
+        counts = sums[-1].repeat(len(values))
+        return Statistic(names, sums[:-1].reshape(-1), counts, "mean", only_observed=True)
 
     def histogram(self, values_L: Tensor) -> Tensor:
         """int64 [NUM_BINS]; NaN is in no bin."""
@@ -135,8 +152,13 @@ class _TrainedSlots:
         ones = torch.ones_like(place)
         return ones.new_zeros(NUM_BINS + 1).index_add_(0, place, ones)[:NUM_BINS]
 
-    def _where(self, values_L: Tensor, otherwise: float) -> Tensor:
-        return torch.where(self.mask_L, values_L.double(), otherwise)
+    def _rows(self, values: Mapping[str, Tensor], otherwise: float) -> Tensor:
+        """float64 [names, L]: the values of the trained slots, and `otherwise` in the others, whatever they hold."""
+        rows = torch.stack([values_L.double() for values_L in values.values()])
+        return torch.where(self.mask_L, rows, otherwise)
+
+    def _counts(self, values: Mapping[str, Tensor]) -> Tensor:
+        return self.mask_L.sum().expand(len(values))
 
 
 def _place_of_the_minimum(tokens: PolicyTokens) -> Statistic:
@@ -146,4 +168,5 @@ def _place_of_the_minimum(tokens: PolicyTokens) -> Statistic:
     first = tokens.scan.whole(here, "min")
     is_it = tokens.is_trained_L & (tokens.earlier_L == first)
     last = (tokens.scan.whole(tokens.mask_L, "sum") - 1).clamp(min=1)
-    return Statistic(torch.where(is_it, tokens.earlier_L / last, 0.0).sum(), is_it.sum(), "mean")
+    places = torch.where(is_it, tokens.earlier_L / last, 0.0).sum()
+    return Statistic(["ratio/min_position"], places[None], is_it.sum()[None], "mean")

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.memory import MemoryStatement
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.rewards.pool import RewardPool
@@ -71,7 +72,8 @@ async def _until_terminated(config: RunConfig, incarnation: int) -> None:
     write_status(config.run_dir, "collect", "starting")
     async with AsyncExitStack() as stack:
         watchdog = Watchdog(config.run_dir / "logs" / "stacks-collect.txt", config.debug.hang_timeout_s)
-        stack.callback(asyncio.create_task(_show_life(watchdog)).cancel)
+        memory = MemoryStatement(config.run_dir, "collect")
+        stack.callback(asyncio.create_task(_show_life(watchdog, memory)).cancel)
         journal = await Journal.open(config.run_dir)
         stack.push_async_callback(journal.close)
         api = CollectorApi(config.run_dir, config.collector.host, config.collector.port, incarnation)
@@ -91,11 +93,12 @@ async def _until_terminated(config: RunConfig, incarnation: int) -> None:
             raise
 
 
-async def _show_life(watchdog: Watchdog) -> None:
+async def _show_life(watchdog: Watchdog, memory: MemoryStatement) -> None:
     """As long as the event loop goes round, no guard lasts."""
     while True:
         with watchdog.guard("the collector's event loop"):
             await asyncio.sleep(1)
+        await asyncio.to_thread(memory.tick)
 
 
 async def _make_collector(config: RunConfig, incarnation: int, journal: Journal, stack: AsyncExitStack) -> Collector:

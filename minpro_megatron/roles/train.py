@@ -4,20 +4,26 @@ import logging
 import sys
 import time
 from contextlib import closing
+from functools import partial
 
 import torch
 
 from minpro_megatron.actor.checkpoint import load_weights
+from minpro_megatron.actor.flops import peak_flops, training_flops
 from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.actor.profiles import open_tracer
 from minpro_megatron.actor.run_checkpoints import RunCheckpoints
 from minpro_megatron.actor.shard_writing import SaveError
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.alarm_log import AlarmLog
+from minpro_megatron.monitor.alarms import AlarmStop
+from minpro_megatron.monitor.dashboard import hyperparameters
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.summary import summarize, write_summary
+from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.trace import TracedWatchdog
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
@@ -31,7 +37,7 @@ from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.control import ControlError
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.train import Trainer
-from minpro_megatron.weights.architecture import read_architecture
+from minpro_megatron.weights.architecture import Architecture, read_architecture
 from minpro_megatron.weights.gather import WeightGatherer
 from minpro_megatron.weights.hf_files import write_hf
 from minpro_megatron.weights.publish import Publisher
@@ -45,7 +51,7 @@ def run(config: RunConfig, incarnation: int) -> int:
     try:
         with open_mesh(config.parallel, config.device, config.seed) as mesh:
             _train(config, incarnation, mesh)
-    except (ValueError, FeedError, JournalError, ControlError, SaveError) as error:
+    except (ValueError, FeedError, JournalError, ControlError, SaveError, AlarmStop) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     return 0
@@ -83,13 +89,22 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     trainer.feed = _feed(config, incarnation, tokenizer)
     with RunWriter(config.run_dir, first_step if incarnation else None) as writer, closing(tracer):
-        trainer.report = StepReport(writer, tokenizer.response_text, first_step)
+        writer.describe(hyperparameters(config))
+        compute, alarms = _compute(config, architecture, mesh), AlarmLog(config, first_step)
+        trainer.report = StepReport(writer, tokenizer.response_text, first_step, compute, alarms)
         totals = trainer.run()
     assert totals is not None, "rank 0 has a feed"
     _say(config, mesh, "exporting the trained weights")
     _export(config, gatherer, mesh)
     _conclude(config, trainer, totals, time.monotonic() - started, trainer.report.samples)
     _say(config, mesh, "finished")
+
+
+def _compute(config: RunConfig, architecture: Architecture, mesh: Mesh) -> TrainerCompute:
+    name = "" if mesh.device.type == "cpu" else torch.cuda.get_device_name(mesh.device)
+    return TrainerCompute(
+        partial(training_flops, architecture), config.parallel.world_size, peak_flops(name, config.model.dtype)
+    )
 
 
 def _feed(config: RunConfig, incarnation: int, tokenizer: TextTokenizer) -> BatchSource:

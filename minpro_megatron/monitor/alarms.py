@@ -1,0 +1,262 @@
+"""What the history of a run's metrics says is going wrong: pure functions of it, and which of it is news.
+
+A check looks at the steps so far and says what is wrong at the last one, or nothing. An alarm is raised when its check
+begins to speak, and not again before it has been silent for `window_steps`. All of it follows from the metrics, so a
+run that goes on after a crash knows from metrics.jsonl what was raised before.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from minpro_megatron.config.alarms import AlarmName, AlarmsConfig
+
+LEAST_RISE_NATS = 0.3  # of an entropy explosion
+LEAST_REWARD_DROP = 0.03  # accuracy of a few hundred responses varies by as much
+NUM_SPIKES = 3  # within the window: one alone is clipped and gone
+MOST_STEPS_BEFORE_A_SPIKE = 20  # whose median it is compared with
+MUST_BE_FINITE = ("objective/loss", "policy/entropy", "ratio/mean", "optimizer/grad_norm")
+
+
+class AlarmStop(RuntimeError):
+    """The run ends because of an alarm of alarms.stop_on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """`seen` is what the metrics say, `remedy` what to try."""
+
+    step: int
+    name: AlarmName
+    seen: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.name} at global step {self.step}: {self.seen}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the checks compare with."""
+
+    settings: AlarmsConfig
+    max_staleness: int | None = None  # None: the staleness is what mode delay makes it
+
+
+class Series:
+    """The watched metrics of the global steps so far, in order, and their means over each `window` of those steps that
+    have a finite number."""
+
+    def __init__(self, window: int) -> None:
+        self.num_steps = 0
+        self._window = window
+        self._values: dict[str, list[float | None]] = {name: [] for name in WATCHED}
+        self._averages: dict[str, list[float]] = {name: [] for name in WATCHED}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        self.num_steps += 1
+        for name, values in self._values.items():
+            values.append(metrics.get(name))
+            if len(recent := self.last(name, self._window)) == self._window:
+                self._averages[name].append(fmean(recent))
+
+    def last(self, name: str, count: int) -> list[float]:
+        """The finite ones of the last `count` steps, fewer at the beginning."""
+        return [value for value in self._values[name][-count:] if value is not None and math.isfinite(value)]
+
+    def at_end(self, name: str) -> float | None:
+        """Of the last step, as it is; None if it has none."""
+        return self._values[name][-1]
+
+    def averages(self, name: str) -> list[float]:
+        return self._averages[name]
+
+
+# What is wrong at the last step of the series, or None.
+Check = Callable[[Series, Limits], str | None]
+
+
+def _not_finite(series: Series, limits: Limits) -> str | None:
+    values = {name: series.at_end(name) for name in MUST_BE_FINITE}
+    broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
+    return f"{', '.join(broken)}: not finite" if broken else None
+
+
+def _entropy_collapse(series: Series, limits: Limits) -> str | None:
+    least = limits.settings.entropy_collapse_nats
+    averages = series.averages("policy/entropy")
+    if least is None or not averages or averages[-1] >= least:
+        return None
+    return f"policy/entropy {averages[-1]:.3g} nats is below alarms.entropy_collapse_nats = {least:g}"
+
+
+def _entropy_explosion(series: Series, limits: Limits) -> str | None:
+    factor = limits.settings.entropy_explosion_factor
+    averages = series.averages("policy/entropy")
+    if factor is None or not averages:
+        return None
+    now, least = averages[-1], min(averages)
+    if now <= factor * least or now <= least + LEAST_RISE_NATS:
+        return None
+    times = f"alarms.entropy_explosion_factor = {factor:g} times"
+    return f"policy/entropy {now:.3g} nats is above {times} its least, {least:.3g}"
+
+
+def _reward_drop(series: Series, limits: Limits) -> str | None:
+    share = limits.settings.reward_drop
+    averages = series.averages("reward/accuracy")
+    if share is None or not averages:
+        return None
+    now, peak = averages[-1], max(averages)
+    if peak - now <= share * peak or peak - now <= LEAST_REWARD_DROP:
+        return None
+    return (
+        f"reward/accuracy {now:.3f} is {100 * (peak - now) / peak:.0f} % below its peak of {peak:.3f} "
+        f"(alarms.reward_drop = {share:g})"
+    )
+
+
+def _gradient_spikes(series: Series, limits: Limits) -> str | None:
+    factor, window = limits.settings.gradient_spike_factor, limits.settings.window_steps
+    if factor is None:
+        return None
+    # a step whose groups all have equal rewards has no gradient
+    norms = [norm for norm in series.last("optimizer/grad_norm", window + MOST_STEPS_BEFORE_A_SPIKE) if norm > 0]
+    spikes = []
+    for place in range(max(window // 2, len(norms) - window), len(norms)):
+        usual = median(norms[max(0, place - MOST_STEPS_BEFORE_A_SPIKE) : place])
+        if norms[place] > factor * usual:
+            spikes.append(norms[place] / usual)
+    if len(spikes) < NUM_SPIKES:
+        return None
+    return (
+        f"optimizer/grad_norm was above alarms.gradient_spike_factor = {factor:g} times its median in {len(spikes)} of "
+        f"the last {window} steps, up to {max(spikes):.3g} times"
+    )
+
+
+def _effective_sample_size(series: Series, limits: Limits) -> str | None:
+    least = limits.settings.effective_sample_size
+    averages = series.averages("objective/effective_sample_size")
+    if least is None or not averages or averages[-1] >= least:
+        return None
+    return f"objective/effective_sample_size {averages[-1]:.3g} is below alarms.effective_sample_size = {least:g}"
+
+
+def _mismatch(series: Series, limits: Limits) -> str | None:
+    most = limits.settings.mismatch_kl_nats
+    averages = series.averages("mismatch/kl_k3")
+    if most is None or not averages or averages[-1] <= most:
+        return None
+    return f"mismatch/kl_k3 {averages[-1]:.3g} nats is above alarms.mismatch_kl_nats = {most:g}"
+
+
+def _staleness_at_bound(series: Series, limits: Limits) -> str | None:
+    share, bound, window = limits.settings.staleness_share_of_bound, limits.max_staleness, limits.settings.window_steps
+    stalest = series.last("staleness/mean", window)
+    if share is None or bound is None or len(stalest) < window or min(stalest) < share * bound:
+        return None
+    waiting = series.last("overlap/trainer_wait_share", window)
+    waited = f"; the trainer waited for {100 * fmean(waiting):.0f} % of its time" if waiting else ""
+    at_least = f"staleness/mean was {min(stalest):.3g} or more for {window} steps"
+    return f"{at_least}, of staleness.max_staleness = {bound}{waited}"
+
+
+def _server_loss(series: Series, limits: Limits) -> str | None:
+    lost, members = limits.settings.lost_servers, series.last("fleet/members", series.num_steps)
+    if lost is None or not members:
+        return None
+    missing = max(members) - members[-1]
+    if missing >= lost:
+        return f"{members[-1]:.0f} servers answer, {missing:.0f} fewer than before"
+    restarts = series.last("fleet/restarts", 2)
+    if len(restarts) == 2 and restarts[1] - restarts[0] >= lost:  # a new collector counts from 0
+        return f"{restarts[1] - restarts[0]:.0f} servers came back without the current weights"
+    return None
+
+
+@dataclass(frozen=True)
+class _Watched:
+    check: Check
+    remedy: str
+
+
+CHECKS: dict[AlarmName, _Watched] = {
+    "not_finite": _Watched(
+        _not_finite,
+        "go back to an earlier checkpoint (write its name into checkpoints/latest) and lower optimizer.learning_rate",
+    ),
+    "entropy_collapse": _Watched(
+        _entropy_collapse,
+        "the policy hardly explores any more: lower optimizer.learning_rate, raise objective.clip_high, or leave out "
+        "prompts that it always solves (data.max_pass_rate)",
+    ),
+    "entropy_explosion": _Watched(
+        _entropy_explosion,
+        "the policy is losing what it knew: look at the sampled rollouts and at mismatch/kl_k3, then go back to an "
+        "earlier checkpoint with a lower optimizer.learning_rate or less staleness",
+    ),
+    "reward_drop": _Watched(
+        _reward_drop,
+        "go back to the checkpoint of the best evaluation (checkpoint.keep_best) with a lower optimizer.learning_rate "
+        "or less staleness; with data.curriculum = easy_first the prompts may only have become harder",
+    ),
+    "gradient_spikes": _Watched(
+        _gradient_spikes,
+        "look at these steps' rollouts (tools/show_rollouts.py) and at ratio/max; lower optimizer.clip_grad or "
+        "optimizer.learning_rate",
+    ),
+    "effective_sample_size": _Watched(
+        _effective_sample_size,
+        "few tokens make most of the gradient: lower the staleness, raise batch.mini_batch_prompts, or lower "
+        "optimizer.learning_rate or objective.clip_high",
+    ),
+    "mismatch": _Watched(
+        _mismatch,
+        "servers and trainer disagree about the same weights: look at publish/canary_abs_max, give server.dtype the "
+        "model's, set model.routing_replay = rollout for experts, or loss.truncated_importance or loss.icepop",
+    ),
+    "staleness_at_bound": _Watched(
+        _staleness_at_bound,
+        "where the trainer hardly waits, the servers run ahead of it: a lower staleness.max_staleness costs no time "
+        "and gives fresher rollouts; where it waits, responses outlast the bound: shorten them or add servers",
+    ),
+    "server_loss": _Watched(
+        _server_loss, "see logs/serve.log and logs/server-*.log; serve restarts its own servers, others are yours"
+    ),
+}  # fmt: skip
+WATCHED = (
+    *MUST_BE_FINITE,
+    "reward/accuracy",
+    "objective/effective_sample_size",
+    "mismatch/kl_k3",
+    "staleness/mean",
+    "overlap/trainer_wait_share",
+    "fleet/members",
+    "fleet/restarts",
+)
+
+
+class AlarmWatch:
+    """Tells news from what goes on; feed it every global step once, in order."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._series = Series(limits.settings.window_steps)
+        self._last_spoke: dict[AlarmName, int] = {}
+        self.num_raised: dict[AlarmName, int] = {}
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """The alarms that this step raises."""
+        self._series.add(metrics)
+        raised = []
+        for name, watched in CHECKS.items():
+            seen = watched.check(self._series, self._limits)
+            if seen is None:
+                continue
+            last, self._last_spoke[name] = self._last_spoke.get(name), step
+            if last is None or step - last > self._limits.settings.window_steps:
+                self.num_raised[name] = self.num_raised.get(name, 0) + 1
+                raised.append(Alarm(step, name, seen, watched.remedy))
+        return raised

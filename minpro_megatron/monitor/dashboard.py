@@ -1,0 +1,88 @@
+"""TensorBoard's custom scalars: which of the metrics stand together in a chart, and the charts in groups.
+
+Names are regular expressions that TensorBoard matches from the beginning; a family's buckets are lines of one chart.
+"""
+
+import json
+
+from minpro_megatron.config.run import RunConfig
+
+HEADLINES = ("eval/pass_at_1", "reward/accuracy", "objective/effective_sample_size", "throughput/response_tokens_per_s")
+
+_CHARTS: dict[str, dict[str, list[str]]] = {
+    "reward": {
+        "accuracy of rollouts": ["reward/accuracy$", "reward/accuracy_by_prompt/.*"],
+        "held-out pass@1": ["eval/pass_at_1$", "evaluation/accuracy/.*"],
+        "mean reward": ["reward/mean$"],
+        "groups of equal rewards": ["reward/equal_groups$", "reward/equal_groups_by_prompt/.*"],
+        "response length": ["response/length_mean$", "response/length_max$", "response/length_by_prompt/.*"],
+        "responses cut at the limit": ["response/truncated_fraction$"],
+    },
+    "off-policyness": {
+        "staleness": ["staleness/.*"],
+        "KL(old || policy)": ["policy/kl_.*"],
+        "importance ratio, quantiles": ["ratio/quantile_.*"],
+        "prefix minimum, quantiles": ["prefix_min/quantile_.*"],
+        "prefix minimum by position": ["prefix_min/mean_by_position/.*"],
+        "prefix minimum by staleness": ["prefix_min/mean_by_staleness/.*"],
+        "log of cumulative ratio and of its surrogate": ["prefix_ratio/log_mean$", "prefix_ratio/surrogate_log_mean$"],
+        "log of cumulative ratio by position": ["prefix_ratio/log_by_position/.*"],
+        "log of surrogate by position": ["prefix_ratio/surrogate_log_by_position/.*"],
+        "surrogate's absolute error by position": ["prefix_ratio/gap_abs_by_position/.*"],
+        "surrogate's absolute error by staleness": ["prefix_ratio/gap_abs_by_staleness/.*"],
+        "surrogate's error, quantiles": ["prefix_ratio/gap_quantile_.*"],
+        "server against trainer": ["mismatch/log_prob_abs_mean$", "mismatch/kl_k3$"],
+    },
+    "objective": {
+        "loss": ["objective/loss$"],
+        "weight": ["objective/weight_mean$"],
+        "weight by position": ["objective/weight_by_position/.*"],
+        "weight by staleness": ["objective/weight_by_staleness/.*"],
+        "effective sample size": ["objective/effective_sample_size$", "ratio/effective_sample_size$"],
+        "effective sample size by position": ["objective/effective_sample_size_by_position/.*"],
+        "effective sample size by staleness": ["objective/effective_sample_size_by_staleness/.*"],
+        "clipped and left out": ["objective/clipped_fraction$", "objective/masked_fraction$"],
+    },
+    "optimisation": {
+        "entropy": ["policy/entropy$"],
+        "gradient norm": ["optimizer/grad_norm$", "optimizer/grad_norm_max$"],
+        "learning rate": ["optimizer/learning_rate$"],
+        "skipped updates": ["optimizer/skipped_updates$"],
+        "alarms": ["alarms/.*"],
+    },
+    "throughput": {
+        "seconds of a step": ["time/.*"],
+        "response tokens a second": ["throughput/response_tokens_per_s$"],
+        "trained tokens a second": ["throughput/trained_tokens_per_s.*"],
+        "TFLOP/s of a GPU": ["throughput/tflops_per_gpu$"],
+        "model FLOPs utilisation": ["throughput/mfu$"],
+        "who waits": ["overlap/.*"],
+        "batch": ["batch/padding_fraction$", "batch/imbalance$"],
+    },
+    "fleet": {
+        "servers": ["fleet/members$", "fleet/current$", "fleet/outdated$", "fleet/slow$"],
+        "groups": ["fleet/groups_in_flight$", "fleet/groups_waiting$"],
+        "tokens a second of a response": ["fleet/tokens_per_s/.*"],
+        "retries, moves, restarts": ["fleet/retries$", "fleet/moved_groups$", "fleet/restarts$"],
+        "failures": ["fleet/failures/.*", "fleet/invalid_answers/.*"],
+        "publication": ["publish/paused_s$", "publish/failures$"],
+        "canary": ["publish/canary_.*"],
+    },
+    "memory": {
+        "GPU, most of a rank": ["memory/gpu_.*"],
+        "host": ["memory/host_bytes/.*"],
+    },
+}
+# In the form that SummaryWriter.add_custom_scalars takes.
+LAYOUT = {group: {chart: ["Multiline", names] for chart, names in charts.items()} for group, charts in _CHARTS.items()}
+
+
+def hyperparameters(config: RunConfig) -> dict[str, str | float]:
+    """The run's settings as section.key, for TensorBoard's table of runs; lists and tables as JSON, null left out."""
+    found: dict[str, str | float] = {}
+    for name, value in config.model_dump(mode="json").items():
+        pairs = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+        for full, one in pairs.items():
+            if one is not None:
+                found[full] = json.dumps(one) if isinstance(one, bool | list | dict) else one
+    return found
