@@ -62,7 +62,7 @@ def test_without_any_of_the_given_servers_it_gives_up(tmp_path: Path, capsys: py
 def test_given_servers_are_stated_and_their_end_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with FakeEngine() as engine:
-            settings = config(tmp_path, urls=[f"{engine.url}/"], health_interval_s=0.01, start_timeout_s=0.1)
+            settings = config(tmp_path, urls=[f"{engine.url}/"], health_interval_s=0.01, start_timeout_s=0.5)
             role = asyncio.create_task(asyncio.to_thread(serve.run, settings, 4))
             stated = lambda: read_server_addresses(settings.run_dir, 1, 4)  # noqa: E731
             await until(lambda: bool(stated()))

@@ -202,7 +202,7 @@ time.sleep(60)
 
 def test_the_end_takes_every_process_along(tmp_path: Path, hf_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = started(monkeypatch, config(tmp_path, hf_path), STUBBORN)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while server.log_tail().count("up") < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert server._process is not None
@@ -211,7 +211,7 @@ def test_the_end_takes_every_process_along(tmp_path: Path, hf_path: Path, monkey
     assert len(members) == 3
     begin = time.monotonic()
     stop_servers([server], grace_s=0.05)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 30  # they would sleep for 60 s
     assert server.exit_status == -signal.SIGKILL
     assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
 

@@ -127,7 +127,8 @@ def test_what_nobody_waits_for_any_more_is_aborted() -> None:
 
     with pytest.raises(AnswerTimeout):
         generate(hang, timeout_s=0.05, aborted_ids=aborted)
-    assert aborted == seen
+    assert len(aborted) == 2
+    assert seen in (aborted, [])  # a slow server has not seen the request by then
     dropped = Flaky("dropped", failures=1)
     aborted.clear()
     generate(dropped, aborted_ids=aborted)
@@ -184,6 +185,8 @@ def test_few_answers_of_a_server_are_in_memory_at_a_time(monkeypatch: pytest.Mon
         nonlocal reading, most
         reading += 1
         most = max(most, reading)
+        while most < client_module.MAX_ANSWERS_AT_ONCE:
+            await asyncio.sleep(0.001)
         await asyncio.sleep(0.01)  # the others have their headers by now
         body = await read_body(self, *arguments)
         reading -= 1

@@ -56,7 +56,7 @@ class Launched:
 
     def outcome(self) -> dict[str, Any]:
         """The supervisor's outcome, once it has ended."""
-        output, _ = self.process.communicate(timeout=15)
+        output, _ = self.process.communicate(timeout=50)
         return json.loads(output)
 
 
@@ -75,7 +75,7 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def eventually(condition: Callable[[], object], limit_s: float = 10.0) -> None:
+def eventually(condition: Callable[[], object], limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -148,7 +148,7 @@ def test_a_second_interruption_does_not_wait(launched):
     run = launched({"serve": STUBBORN + STAY, "train": STAY}, terminate_limit_s=60)
     pids = run.wait_for_pids(5)
     run.process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    eventually(lambda: len(running(pids)) < 5)  # it has begun to stop them
     run.process.send_signal(signal.SIGINT)
     assert run.outcome()["status"] == 130
     assert running(pids) == []
@@ -175,4 +175,4 @@ alive = earlier.poll() is None
 earlier.kill()
 sys.exit(0 if alive and outcome.status == 1 else 1)
 """
-    assert subprocess.run([sys.executable, "-c", program], timeout=15).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
