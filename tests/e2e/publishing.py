@@ -51,7 +51,7 @@ class Trainer:
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def publish(self, step: Step, timeout_s: float = 60.0) -> Any:
+    def publish(self, step: Step, timeout_s: float = 170.0) -> Any:
         """The report, or the message of the error that all ranks raised."""
         self._count += 1
         torch.save(step, self.folder / "step.tmp")

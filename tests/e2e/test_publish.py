@@ -20,6 +20,7 @@ from tests.e2e.test_serving import save_random_model
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.timeout(400),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine's stand-ins are not for GPU machines"),
 ]
 
@@ -67,7 +68,7 @@ class Fleet:
         return [process.address for process in self.processes]
 
     def control(self, index: int) -> ServerControl:
-        return ServerControl(self.addresses[index], timeout_s=30)
+        return ServerControl(self.addresses[index], timeout_s=60)
 
     def step(self, **changes: Any) -> Step:
         self.version += 1
@@ -152,10 +153,10 @@ class Request:
         body = {"input_ids": CANARY_PROMPT, "sampling_params": parameters, "return_logprob": True}
         with requests.Session() as session:
             session.trust_env = False
-            self.answer = session.post(f"{self._url}/generate", json=body, timeout=60).json()
+            self.answer = session.post(f"{self._url}/generate", json=body, timeout=170).json()
 
     def wait(self) -> Any:
-        self._thread.join(60)
+        self._thread.join(170)
         return self.answer
 
 
@@ -199,7 +200,7 @@ def test_a_server_that_dies_in_a_broadcast_is_left_out_and_comes_back_later(flee
     assert list(report.failures) == [1]
     assert report.failures[1].startswith(f"server 1 at {victim.address.url}")
     assert report.transport == "broadcast"
-    assert report.total_s < 20
+    assert report.total_s < trainer.config.publish.timeout_s
     survivor = fleet.control(0)
     assert (survivor.policy_version(), survivor.weights_checksum().engine) == (fleet.version, report.checksum)
     assert report.canaries[0].max < LARGEST_DIFFERENCE
