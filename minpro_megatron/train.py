@@ -302,11 +302,7 @@ class Trainer:
             if in_any_case or (every and version % every == 0):
                 if self.feed:
                     self.feed.checkpoint_begin(version)
-                num_groups = version * self.config.batch.num_prompts
-                state = TrainerState(
-                    policy_version=version, updates=self.updates, num_groups_consumed=num_groups, next_batch=version
-                )
-                self.checkpoints.save(self.policy, state)
+                self.checkpoints.save(self.policy, TrainerState(policy_version=version, updates=self.updates))
             self._complete(self.checkpoints.poll())
 
     def _complete(self, versions: list[int]) -> None:

@@ -4,8 +4,9 @@
     run_dir/checkpoints/step-000010/manifest.json  written last: a folder with one is complete
     run_dir/checkpoints/step-000010/...            megatron's distributed checkpoint
 
-The manifest is the whole of it: every random number of a run derives from (seed, purpose, step, batch or update), so
-the counts below say where each stream goes on, and no generator's state has to be kept.
+The manifest is the whole of it: every random number of a run derives from (seed, purpose, step, group or update), so
+policy version and updates say where each stream goes on, and no generator's state has to be kept. Which groups are
+consumed by a version, and which prompt comes next, is in the journal.
 """
 
 import re
@@ -45,12 +46,10 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
 
     policy_version: int  # completed global steps
     updates: int  # optimizer updates so far: their seeds derive from it
-    num_groups_consumed: int
-    next_batch: int  # the prompt cursor: prompts are a function of (seed, batch index)
 
 
 class RunManifest(TrainerState, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     run: RunIdentity
     created: datetime
     score: float | None = None  # evaluation of policy_version, once it is known

@@ -31,7 +31,7 @@ CONFIG = step_config(TWO, row_tokens=128)
 
 
 def state(version: int) -> TrainerState:
-    return TrainerState(policy_version=version, updates=version, num_groups_consumed=8 * version, next_batch=version)
+    return TrainerState(policy_version=version, updates=version)
 
 
 class Rank:

@@ -32,8 +32,8 @@ def save_checkpoint(config: RunConfig, version: int) -> None:
     (partial / "weights").write_bytes(b"abc")
     identity = RunIdentity(seed=0, objective="minpro", dtype="float32", parallel={}, architecture={})
     manifest = RunManifest(
-        policy_version=version, updates=2 * version, num_groups_consumed=4 * version, next_batch=version, run=identity,
-        created=datetime(2026, 1, 1, tzinfo=UTC), files={"weights": SavedFile(bytes=3, sha256="")},
+        policy_version=version, updates=2 * version, run=identity, created=datetime(2026, 1, 1, tzinfo=UTC),
+        files={"weights": SavedFile(bytes=3, sha256="")},
     )  # fmt: skip
     folder.publish(partial, manifest)
 

@@ -41,8 +41,6 @@ def manifest_of(version: int) -> RunManifest:
     return RunManifest(
         policy_version=version,
         updates=4 * version,
-        num_groups_consumed=8 * version,
-        next_batch=version,
         run=RUN,
         created=datetime(2026, 8, 1, 12, 30, tzinfo=UTC),
         files={"__0_0.distcp": SavedFile(bytes=len(DATA), sha256="0" * 64)},
@@ -125,7 +123,7 @@ def _cut_the_manifest(checkpoint: Path) -> None:
 
 def _other_format(checkpoint: Path) -> None:
     path = checkpoint / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
 
 
 def _other_version(checkpoint: Path) -> None:
