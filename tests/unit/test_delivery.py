@@ -61,7 +61,7 @@ def deliver(servers: list[RecordedServer]) -> MakeDelivery:
             requests_in_flight=requests_in_flight,
             canary_prompt=[1, 2],
         )
-        config = PublishConfig.model_validate({"transport": "disk", "timeout_s": 2} | settings)
+        config = PublishConfig.model_validate({"transport": "disk", "timeout_s": 30} | settings)
         controls = {address.index: ServerControl(address, config.timeout_s) for address in addresses}
         return Delivery(config, lease, controls, Broadcaster(torch.device("cpu"), config.timeout_s))
 
@@ -116,7 +116,8 @@ def test_a_server_that_refuses_is_left_out(path: str, servers: list[RecordedServ
 
 def test_a_server_that_hangs_is_left_out(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
     servers[1].hung = {"update_weights_from_disk"}
-    delivery = deliver(timeout_s=0.1)
+    delivery = deliver(timeout_s=30)
+    delivery.controls[1] = delivery.controls[1].within(0.1)  # the other one may be as slow as it likes
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
     assert sorted(delivery.controls) == [0]
     assert "update_weights_from_disk: no answer within 0.1 s" in delivery.failures[1]
@@ -180,7 +181,7 @@ def test_a_refused_broadcast_ends_at_once_and_the_disk_is_next(
     delivery = deliver(transport="broadcast", timeout_s=60)
     start = time.monotonic()
     delivery.by_broadcast([], num_buckets=1)
-    assert time.monotonic() - start < 10  # not the time limit
+    assert time.monotonic() - start < 50  # not the time limit
     assert delivery.transport == "disk"
     assert sorted(delivery.controls) == [0, 1]
     assert servers[0].paths == [
@@ -258,6 +259,12 @@ def test_canaries_that_are_late(
         server.answers["generate"] = (200, {"output_ids": [4], "meta_info": meta})
     servers[1].hung = {"generate"}
     monkeypatch.setattr(module, "CANARY_PATIENCE_S", 0.05)
+    # the other one may be as slow as it likes
+    monkeypatch.setattr(
+        module,
+        "_within",
+        lambda limit_s, controls: [one.within(limit_s if one.address.index == 1 else 30) for one in controls],
+    )
     busy = deliver(requests_in_flight=True)
     busy.ask_canaries(1, temperature=0.7)
     assert (list(busy.canaries), sorted(busy.controls)) == ([0], [0, 1])  # it is busy, and its checksum is right

@@ -15,7 +15,23 @@ from minpro_megatron.reference_engine.server import Server
 from tests.unit.reference_models import computed, random_model, random_tensors, sampled, spans
 
 STOP_TOKEN = 31
-Post = Callable[..., Coroutine[Any, Any, tuple[int, Any]]]
+
+
+class Post:
+    """Posts JSON to the server; the answer's status and content."""
+
+    def __init__(self, client: TestClient, engine: Engine) -> None:
+        self._client, self._engine = client, engine
+
+    async def __call__(self, path: str, content: object = None, method: str = "POST", **extra: Any) -> tuple[int, Any]:
+        data = content if isinstance(content, bytes) else json.dumps({} if content is None else content)
+        async with self._client.request(method, path, data=data, **extra) as response:
+            text = await response.text()
+            return response.status, json.loads(text) if response.content_type == "application/json" else text
+
+    async def until_under_way(self, count: int) -> None:
+        while await asyncio.wrap_future(self._engine.call(lambda: len(self._engine._under_way()))) < count:
+            await asyncio.sleep(0.001)
 
 
 def serve(test: Callable[[Post], Coroutine[Any, Any, None]], api_key: str | None = None) -> None:
@@ -26,15 +42,7 @@ def serve(test: Callable[[Post], Coroutine[Any, Any, None]], api_key: str | None
         engine.start()
         server = Server(engine, "models/first", (STOP_TOKEN,), context_length=64, api_key=api_key)
         async with TestClient(TestServer(server.application())) as client:
-
-            async def ask(path: str, content: object = None, method: str = "POST", **extra: Any) -> tuple[int, Any]:
-                data = content if isinstance(content, bytes) else json.dumps({} if content is None else content)
-                async with client.request(method, path, data=data, **extra) as response:
-                    text = await response.text()
-                    is_json = response.content_type == "application/json"
-                    return response.status, json.loads(text) if is_json else text
-
-            await test(ask)
+            await test(Post(client, engine))
 
     asyncio.run(main())
 
@@ -160,7 +168,7 @@ def test_a_version_can_change_without_the_weights():
         many = {"max_new_tokens": 40, "sampling_seed": 3, "ignore_eos": True}
         request = {"input_ids": [1], "sampling_params": many, "return_logprob": True}
         tasks = [asyncio.create_task(ask("/generate", request))]
-        await asyncio.sleep(0.05)
+        await ask.until_under_way(1)
         version = {"new_version": "7", "abort_all_requests": False}
         status, answer = await ask("/update_weight_version", version)
         assert (status, answer) == (200, {"success": True, "message": "Weight version updated to 7"})
@@ -201,7 +209,7 @@ def test_requests_are_aborted_by_id_or_all():
     async def test(ask: Post) -> None:
         await ask("/pause_generation", {"mode": "in_place"})
         tasks = [asyncio.create_task(ask("/generate", greedy([1], rid=rid))) for rid in ("a", "b", "c")]
-        await asyncio.sleep(0.05)
+        await ask.until_under_way(3)
         assert await ask("/abort_request", {"rid": "a"}) == (200, "")
         assert (await tasks[0])[1]["meta_info"]["finish_reason"]["type"] == "abort"
         assert await ask("/abort_request", {}) == (200, "")
