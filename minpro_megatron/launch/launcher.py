@@ -40,7 +40,9 @@ def launch(recipe: str, overrides: list[str]) -> int:
 def _conclude(config: RunConfig, outcome: Outcome) -> int:
     """Says how the run ended and returns its status code."""
     if lines := closing_lines(outcome):
-        print("\n".join([*lines, "launch the same command again to go on"]), file=sys.stderr)
+        measures = config.debug.trainer == "timer"
+        remedy = "measure again under a new name=..." if measures else "launch the same command again to go on"
+        print("\n".join([*lines, remedy]), file=sys.stderr)
     if outcome.status == FINISHED:
         return finish(config)
     return outcome.status

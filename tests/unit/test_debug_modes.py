@@ -8,10 +8,11 @@ import pytest
 
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.launch import preflight
-from minpro_megatron.launch.launcher import finished_lines
+from minpro_megatron.launch.launcher import _conclude, finished_lines
 from minpro_megatron.launch.preflight import problems
 from minpro_megatron.launch.resume import holds_a_run, obstacles
 from minpro_megatron.launch.roles import gpus_needed, role_commands, roles_of
+from minpro_megatron.launch.supervisor import Outcome
 from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.monitor.summary import summarize, write_summary
 from minpro_megatron.records import CollectorTotals, EvaluationResult
@@ -182,3 +183,15 @@ def test_what_a_timer_says_at_its_end(tmp_path: Path, idle_share: float | None, 
     lines = finished_lines(example_config(tmp_path), summary, None)
     assert lines[1:3] == [line, "batches      2.0 s each (median), 9.0 s at most"]
     assert not any(line.startswith("pass@1") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [([], "launch the same command again to go on"), (["debug.trainer=timer"], "measure again under a new name=...")],
+)
+def test_what_is_to_be_done_after_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], remedy: str
+) -> None:
+    """A measurement is not taken up again (launch/resume.py)."""
+    assert _conclude(config_with(tmp_path, *overrides), Outcome(130, interrupted_by="SIGINT")) == 130
+    assert capsys.readouterr().err.splitlines() == ["interrupted by SIGINT; all processes were stopped", remedy]

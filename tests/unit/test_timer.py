@@ -78,7 +78,8 @@ class Direct:
 class Written:
     """In the place of a RunWriter: what it was told."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
         self.steps: dict[int, dict[str, float]] = {}
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
@@ -99,7 +100,7 @@ class Ran(msgspec.Struct):
 def run_timer(config: RunConfig, servers: FakeServers, lost: Sequence[int] = ()) -> Ran:
     """A run with a real collector and journal, and the timer in a thread. All servers start anew while they are told
     of the versions `lost`, for the first time."""
-    written, leases, losing = Written(), [], set(lost)
+    written, leases, losing = Written(config.run_dir), [], set(lost)
 
     def announce(lease: PublishLease) -> list[int]:
         leases.append(lease)
