@@ -17,7 +17,9 @@ model.hf_path=..., data.train_file=...
 How the GPUs are shared out is said in each recipe. Memory is reckoned as `tools/convert_checkpoint.py plan` does:
 bfloat16 weights, float32 gradients and AdamW's states in float32. Beside it come activations (with model.recompute =
 full the input of each layer: tokens a rank x hidden size x 2 bytes x layers, at most 5 GB in these recipes), those of
-one layer, and the buffers of NCCL and publishing, for which 20 GB of an 80 GB GPU are left free.
+one layer, and the buffers of NCCL and publishing, for which 20 GB of an 80 GB GPU are left free. Whole layers are
+computed again because their activations would not fit: of Qwen3-30B-A3B and Qwen3-8B some 60 and 46 GB a rank
+are expected (of Qwen3-14B 34 GB, with which it would just fit).
 """
 
 import os

@@ -101,8 +101,9 @@ def minpro_prefix_rl() -> RunConfig:
 def minpro_one_machine() -> RunConfig:
     """MinPRO on eight GPUs of 80 GB: four train, two servers have two each.
 
-    A rank holds 48 GB of weights and gradients. Its 92 GB of optimizer states lie in host memory; with the copies of
-    the sampling weights the machine needs 512 GB of that.
+    A rank holds 48 GB of weights and gradients. Its 92 GB of optimizer states lie in host memory, gradients travel
+    there, and the sampling weights wait there: about 700 GB, and up to 400 GB more while a checkpoint is written in
+    the background (checkpoint.asynchronous=false does without).
     """
     mesh = ParallelConfig(tensor=2, context=2, expert=4)
     return paper.one_machine(minpro(), mesh, paper.servers(count=2, tensor_parallel=2), cpu_offload=1.0)
