@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.launcher import closing_lines, finish
 from minpro_megatron.launch.node_checks import all_problems, free_port, node_name, node_problems, routable_address
@@ -23,7 +25,7 @@ from minpro_megatron.launch.recipe import read_config
 from minpro_megatron.launch.resume import CONFIG_FILE
 from minpro_megatron.launch.roles import roles_of, trainer_environment
 from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
-from minpro_megatron.launch.starts import Plan, Report, Start, Verdict, begin_start, find_start, wait_for
+from minpro_megatron.launch.starts import NodeEnd, Plan, Report, Start, Verdict, begin_start, find_start, wait_for
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
 from minpro_megatron.launch.topology import Topology, read_topology
 from minpro_megatron.launch.user_error import UserError
@@ -33,6 +35,7 @@ from minpro_megatron.monitor.progress import Progress
 PLAN_LIMIT_S = 600.0
 REPORT_LIMIT_S = 120.0
 ALL_REDUCE_LIMIT_S = 180.0
+REFUSAL_S = 2.0
 _LOOK_EVERY_S = 1.0
 
 
@@ -173,10 +176,13 @@ class _Node:
         return verdict or Verdict(problems=["node 0 has ended before its verdict"])
 
     def _refuse(self, problems: list[str]) -> int:
-        """All nodes end; the first says why."""
-        if self._is_first:
-            for problem in problems:
-                print(f"error: {problem}", file=sys.stderr)
+        """All nodes end. The first says why, and gives the others time: an end by srun would hide its exit status."""
+        if not self._is_first:
+            return 0
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        if len(self._topology.nodes) > 1:
+            time.sleep(REFUSAL_S)
         return 2
 
     def _run_roles(self, start: Start, plan: Plan) -> int:
@@ -203,7 +209,10 @@ class _Node:
             )
             supervisor = Supervisor(commands, config.run_dir / "logs")
             with ExitStack() as stack:
-                show = stack.enter_context(Progress(config, roles_of(config))).tick if self._is_first else _nothing
+                show = _nothing
+                if self._is_first:
+                    console = Console(force_terminal=False, highlight=False)  # the job's log
+                    show = stack.enter_context(Progress(config, roles_of(config), console)).tick
                 only_serves = not (self._share.ranks or self._share.collects)
                 outcome = supervisor.run(watch.also(show), watch.others_are_done if only_serves else _always)
         except _OthersFailed as error:
@@ -235,6 +244,10 @@ class _Node:
         if outcome.status == FINISHED:
             start.write_done(self._index, self._host)
             return finish(self._config) if self._is_first else FINISHED
+        others = start.failed(len(self._topology.nodes))
+        if outcome.interrupted_by and others:  # srun ends the nodes that have not failed
+            self._say(f"stopped because {_told(others)}", file=sys.stderr)
+            return FAILED
         if outcome.failures:
             why = "; ".join(f"the role {failure.role} {failure.how}" for failure in outcome.failures)
             start.write_failed(self._index, self._host, why)
@@ -278,9 +291,12 @@ class _Watch:
         failed = self._start.failed(self._num_nodes)
         failed.pop(self._index, None)
         if failed:
-            told = [f"{node_name(node, end.host)} failed: {end.why}" for node, end in failed.items()]
-            raise _OthersFailed("; ".join(told))
+            raise _OthersFailed(_told(failed))
         self._are_done = self._start.are_done(self._deciding)
+
+
+def _told(failed: Mapping[int, NodeEnd]) -> str:
+    return "; ".join(f"{node_name(node, end.host)} failed: {end.why}" for node, end in failed.items())
 
 
 def _nothing() -> None:

@@ -39,7 +39,7 @@ def test_memory_in_use_is_somebody_elses_process():
     assert list(gpu_problems(4, 4, memory[:1], None)) == []
     lines = list(gpu_problems(4, 4, memory, None))
     assert [line.split(":")[0] for line in lines] == ["GPU 1", "GPU 3"]
-    assert re.search("70211 of 81559 MiB are in use .*: end the process .* slurm.exclude", lines[0])
+    assert re.search("70211 of 81559 MiB are in use .*: end the process .*slurm.exclude", lines[0])
     assert [line.split(":")[0] for line in gpu_problems(2, 2, memory, "0,3")] == ["GPU 3"]
     assert len(list(gpu_problems(2, 2, memory, "GPU-3ab,GPU-4cd"))) == 2  # by identifier: no number to go by
 

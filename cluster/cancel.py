@@ -1,0 +1,39 @@
+"""End a submitted job; it is not started again. Submitting the same command again goes on with its run.
+
+python -m cluster.cancel NAME     (the run's name or the job's number)
+"""
+
+import argparse
+import sys
+
+from cluster.command_line import Parser, told
+from cluster.records import recall
+from cluster.slurm_job import JobError, cancel, look_up
+from minpro_megatron.launch.user_error import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m cluster.cancel", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("job", metavar="NAME", help="the run's name or the job's number")
+    options = parser.parse_args(arguments)
+    return told(lambda: _cancel(options))
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from cluster.nemo import records_folder, tunnel
+
+    record = recall(records_folder(), options.job)
+    shell = tunnel(record.ssh_settings)
+    try:
+        state = look_up(shell, record.job_id, record.log_folder)
+        if state.has_ended:
+            raise UserError(f"job {record.job_id} has ended already: {state}")
+        cancel(shell, record.job_id)
+    except JobError as error:
+        raise UserError(str(error)) from None
+    print(f"job {record.job_id}: told to end")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Shows a job's log as it grows, until the job has ended."""
+
+import base64
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from cluster.shell import Shell
+from cluster.slurm_job import JobError, JobState, log_files, look_up
+
+POLL_S = 2.0
+_BLOCK_BYTES = 256 * 1024
+# slurmctld may be restarted under a job of days.
+_LONGEST_SILENCE_S = 600.0
+
+
+class LogTail:
+    """What has been added to the logs of all starts of a job since the last look."""
+
+    def __init__(self, shell: Shell, folder: str, job_id: str, out: TextIO) -> None:
+        self._shell, self._folder, self._job_id, self._out = shell, folder, job_id, out
+        self._read: dict[str, int] = {}
+        self._cut = b""
+
+    def show_news(self) -> None:
+        for path in log_files(self._shell, self._folder, self._job_id):
+            while block := self._block(path):
+                self._read[path] += len(block)
+                text = self._cut + block
+                # a character of several bytes may have been written in part
+                whole = text.decode("utf-8", errors="ignore").encode()
+                self._cut = text[len(whole) :] if text.startswith(whole) and len(text) - len(whole) < 4 else b""
+                self._out.write(text.removesuffix(self._cut).decode("utf-8", errors="replace"))
+        self._out.flush()
+
+    def _block(self, path: str) -> bytes:
+        begin = self._read.setdefault(path, 0)
+        command = f"tail -c +{begin + 1} {shlex.quote(path)} | head -c {_BLOCK_BYTES} | base64"
+        return base64.b64decode(self._shell.run(command).stdout)
+
+
+def follow(
+    shell: Shell,
+    job_id: str,
+    log_folder: str,
+    out: TextIO = sys.stdout,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> JobState:
+    """Shows log and changes of state until the job has ended; returns its last state. Raises JobError."""
+    tail, shown, answered = LogTail(shell, log_folder, job_id, out), "", time.monotonic()
+    while True:
+        try:
+            state = look_up(shell, job_id, log_folder)
+            answered = time.monotonic()
+        except JobError:
+            if time.monotonic() - answered > _LONGEST_SILENCE_S:
+                raise
+            time.sleep(POLL_S)
+            continue
+        if state.has_ended:
+            time.sleep(min(POLL_S, 0.5))  # the last lines come with the file system's delay
+        tail.show_news()
+        if str(state) != shown:
+            shown = str(state)
+            say(f"job {job_id}: {shown}")
+        if state.has_ended:
+            return state
+        time.sleep(POLL_S)

@@ -1,0 +1,42 @@
+"""Show the log of a submitted job, of all its starts.
+
+python -m cluster.logs NAME [--follow]
+"""
+
+import argparse
+import sys
+
+from cluster.command_line import Parser, told
+from cluster.follow import LogTail, follow
+from cluster.records import recall
+from cluster.slurm_job import JobError
+from cluster.submit import conclude
+from minpro_megatron.launch.user_error import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m cluster.logs", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("job", metavar="NAME", help="the run's name or the job's number")
+    parser.add_argument("--follow", action="store_true", help="until the job has ended; its exit status as submit's")
+    options = parser.parse_args(arguments)
+    return told(lambda: _logs(options))
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from cluster.nemo import records_folder, tunnel
+
+    record = recall(records_folder(), options.job)
+    shell = tunnel(record.ssh_settings)
+    if not options.follow:
+        LogTail(shell, record.log_folder, record.job_id, sys.stdout).show_news()
+        return 0
+    try:
+        return conclude(follow(shell, record.job_id, record.log_folder), record)
+    except KeyboardInterrupt:
+        return 130
+    except JobError as error:
+        raise UserError(str(error)) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""The only file that knows NeMo-Run: a run as an experiment of one task, packaged, sent and given to sbatch.
+
+NeMo-Run's script starts several tasks of a group 30 s apart, takes the status of the one that ends first and looks
+once a minute. Here the group is one srun over all nodes instead, one process a node (minpro_megatron/launch/node.py),
+which knows its node's roles: srun ends all of them as soon as one fails, and its exit status is the job's.
+"""
+
+import io
+import os
+import shlex
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import nemo_run
+from nemo_run.config import get_nemorun_home
+from nemo_run.core.packaging.base import Packager
+from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
+
+from cluster.paths import CHECKOUT
+from cluster.profile import Profile, SshSettings
+
+RUN_FILE, TOPOLOGY_FILE = "run.json", "topology.json"
+# NeMo-Run's name for the job's folder inside the job; without a container it writes the real path in its place.
+_CONFIGS = "/nemo_run/configs"
+_JOB_PREFIX = "minpro-"
+# After NeMo-Run's own lines, before srun. It traces its script: from here on nothing is, for what comes may be secret.
+_SETUP = """\
+{ set +vx; } 2>/dev/null
+# A start that was refused for problems (exit status 2) would be refused again.
+scontrol() {
+    if [ "$1" = requeue ] && [ "$exitcode" -eq 2 ]; then
+        echo "not started again: the problems above have to be mended first"
+    else
+        command scontrol "$@"
+    fi
+}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFiles:
+    """What the job is made of: the run's settings, its nodes, and the name of both."""
+
+    name: str
+    run_json: str
+    topology_json: str
+    num_nodes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A job that sbatch has taken: its number, and the folder of its logs on the cluster."""
+
+    job_id: str
+    folder: str
+
+
+@dataclass(kw_only=True)
+class WorkingTree(Packager):
+    """Packages what is in the checkout now, committed or not (of untracked files those that git does not ignore), and
+    lays the job's settings beside it."""
+
+    configs: dict[str, str] = field(default_factory=dict)
+
+    def package(self, path: Path, job_dir: str, name: str) -> str:
+        """Writes the archive that NeMo-Run unpacks into the job's working folder; returns its path."""
+        configs = Path(job_dir, "configs")
+        configs.mkdir(parents=True, exist_ok=True)
+        for file, text in self.configs.items():
+            (configs / file).write_text(text, encoding="utf-8")
+        archive = Path(job_dir, f"{name}.tar.gz")
+        with tarfile.open(archive, "w:gz", compresslevel=3) as tar:
+            for file in files_of(CHECKOUT):
+                tar.add(CHECKOUT / file, arcname=file, recursive=False)
+            revision = revision_of(CHECKOUT).encode()
+            entry = tarfile.TarInfo("REVISION")
+            entry.size = len(revision)
+            tar.addfile(entry, io.BytesIO(revision))
+        return str(archive)
+
+
+def files_of(checkout: Path) -> list[str]:
+    """The files of the checkout that the job gets, as they are there now."""
+    listed = _git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    return [name for name in sorted(set(listed.split("\0"))) if name and (checkout / name).is_file()]
+
+
+def revision_of(checkout: Path) -> str:
+    """The commit, with "+changes" where the checkout differs from it."""
+    changed = "+changes" if _git(checkout, "status", "--porcelain") else ""
+    return _git(checkout, "rev-parse", "HEAD").strip() + changed + "\n"
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=checkout, check=True, capture_output=True, text=True).stdout
+
+
+def script_of(files: JobFiles, profile: Profile) -> str:
+    """The sbatch script of the job; nothing is sent or started."""
+    with tempfile.TemporaryDirectory() as folder, _experiment(files, profile, Path(folder)) as experiment:
+        experiment.dryrun(log=False, delete_exp_dir=False)
+        (script,) = Path(experiment._exp_dir).glob("*_sbatch.sh")
+        return script.read_text(encoding="utf-8").replace(folder, str(_base(profile)))
+
+
+def submit(files: JobFiles, profile: Profile) -> Submitted:
+    """Sends the job's files and gives the script to sbatch."""
+    with _experiment(files, profile, _base(profile)) as experiment:
+        experiment.run(detach=True)
+        (job,) = experiment.jobs
+        executor = job.executor
+        # a job handle is slurm_tunnel://<session>/<job id>
+        return Submitted(job_id=job.handle.rpartition("/")[2], folder=executor.job_details.folder)
+
+
+def _base(profile: Profile) -> Path:
+    """Where NeMo-Run keeps an experiment here. On a login node that is where the job's nodes see it."""
+    return Path(get_nemorun_home()) if profile.ssh else Path(profile.jobs_folder)
+
+
+@contextmanager
+def _experiment(files: JobFiles, profile: Profile, base: Path) -> Iterator[Any]:
+    """The experiment with its one task; its folder is made below `base`."""
+    script = nemo_run.Script(
+        path="minpro_megatron", m=True, entrypoint=_word(profile.python), args=[_word(a) for a in _arguments(profile)]
+    )
+    experiment = nemo_run.Experiment(
+        files.name, base_dir=str(base), log_level="ERROR", clean_mode=True, enable_goodbye_message=False,
+        skip_status_at_exit=True, serialize_metadata_for_scripts=False,
+    )  # fmt: skip
+    with experiment:
+        experiment.add(script, executor=_executor(files, profile, base), name=files.name)
+        yield experiment
+
+
+def _arguments(profile: Profile) -> list[str]:
+    interface = ["--interface", profile.slurm.interface] if profile.slurm.interface else []
+    return ["node", "--config", f"{_CONFIGS}/{RUN_FILE}", "--topology", f"{_CONFIGS}/{TOPOLOGY_FILE}", *interface]
+
+
+def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
+    slurm, gpus = profile.slurm, profile.topology.gpus_per_node
+    return nemo_run.SlurmExecutor(
+        account=slurm.account or None,  # type: ignore[arg-type]  # None leaves the option out
+        partition=slurm.partition or None,
+        qos=slurm.qos or None,
+        time=slurm.time,
+        constraint=slurm.constraint or None,
+        exclude=slurm.exclude or None,
+        mem=slurm.mem or None,
+        exclusive=slurm.exclusive or None,
+        cpus_per_task=slurm.cpus_per_task or None,
+        gres=slurm.gres or None,
+        gpus_per_node=gpus if gpus and not slurm.gres else None,
+        additional_parameters=dict(slurm.additional) or None,
+        job_name_prefix=_JOB_PREFIX,
+        nodes=files.num_nodes,
+        ntasks_per_node=1,
+        # --wait: nodes that only serve may end long before those that train
+        srun_args=[
+            "--wait=0",
+            *([f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []),
+            *slurm.srun,
+        ],
+        container_image=profile.container.image or None,
+        container_mounts=_mounts(profile) if profile.container.image else [],
+        container_env=sorted(profile.environment) or None,
+        env_vars={name: _word(value) for name, value in profile.environment.items()},
+        setup_lines=_SETUP + (f". {shlex.quote(profile.secrets_file)}\n" if profile.secrets_file else ""),
+        retries=profile.restarts,
+        tunnel=tunnel(profile.ssh, profile.jobs_folder if profile.ssh else str(base / "experiments")),
+        packager=WorkingTree(configs={RUN_FILE: files.run_json, TOPOLOGY_FILE: files.topology_json}),
+        poll_estimated_start_time=False,
+    )
+
+
+def _mounts(profile: Profile) -> list[str]:
+    """Those of the profile, and the workspace unless one of them has it."""
+    workspace = PurePosixPath(profile.workspace)
+    sources = [PurePosixPath(mount.split(":")[0]) for mount in profile.container.mounts]
+    is_there = any(workspace.is_relative_to(source) for source in sources)
+    return [*profile.container.mounts, *([] if is_there else [f"{workspace}:{workspace}"])]
+
+
+def _word(text: str) -> str:
+    """`text` as one word of the script: quoted for the shell, and for the templates that NeMo-Run fills in before."""
+    return shlex.quote(text).replace("$", "$$")
+
+
+def job_name(name: str) -> str:
+    """The job's name in Slurm, of the run's."""
+    return f"{_JOB_PREFIX}{name}"
+
+
+def tunnel(ssh: SshSettings | None, job_dir: str = "") -> Any:
+    """Where commands of the cluster run: here, or on its login node."""
+    if ssh is None:
+        return LocalTunnel(job_dir=job_dir)
+    return SSHTunnel(host=ssh.host, user=ssh.user, port=ssh.port, identity=ssh.identity or None, job_dir=job_dir)
+
+
+def records_folder() -> Path:
+    """Where this machine remembers the jobs that it has submitted."""
+    return Path(os.environ.get("MINPRO_JOBS", Path(get_nemorun_home()) / "minpro_jobs"))

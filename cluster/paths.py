@@ -1,0 +1,37 @@
+"""The run's paths as the job's nodes see them."""
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from minpro_megatron.config.run import RunConfig
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+# Every setting that names a file or folder; evaluation.benchmarks' files besides.
+_SETTINGS = (
+    ("runs_dir",), ("model", "hf_path"), ("model", "megatron_path"), ("data", "train_file"), ("data", "heldout_file"),
+    ("debug", "journal"),
+)  # fmt: skip
+
+
+def in_workspace(config: RunConfig, workspace: str, checkout: Path = CHECKOUT) -> RunConfig:
+    """`config` with relative paths, and those inside this checkout, in the cluster's workspace; others stay."""
+    values = config.model_dump()
+    for *sections, key in _SETTINGS:
+        target: dict[str, Any] = values
+        for section in sections:
+            target = target[section]
+        target[key] = path_in_workspace(target[key], workspace, checkout)
+    for benchmark in values["evaluation"]["benchmarks"]:
+        benchmark["file"] = path_in_workspace(benchmark["file"], workspace, checkout)
+    return RunConfig.model_validate(values)
+
+
+def path_in_workspace(path: str, workspace: str, checkout: Path) -> str:
+    """Where `path` is on the cluster; "" stays."""
+    if not path:
+        return path
+    given = Path(path)
+    if given.is_absolute() and not given.is_relative_to(checkout):
+        return path
+    inside = given.relative_to(checkout) if given.is_absolute() else given
+    return str(PurePosixPath(workspace) / inside.as_posix())

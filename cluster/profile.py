@@ -1,0 +1,137 @@
+"""A profile: what a cluster is like. One TOML file a cluster, written once."""
+
+import json
+import re
+import tomllib
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from minpro_megatron.config.base import Section
+from minpro_megatron.launch.topology import TopologySettings
+from minpro_megatron.launch.user_error import UserError
+
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)")
+# NeMo-Run puts these into command lines of its own without quoting them.
+_UNQUOTED = r"[A-Za-z0-9_./@%+=:,-]*"
+AbsolutePath = Annotated[str, Field(pattern=rf"^/{_UNQUOTED}$")]
+OptionalPath = Annotated[str, Field(pattern=rf"^(/{_UNQUOTED})?$")]
+Word = Annotated[str, Field(pattern=rf"^{_UNQUOTED}$")]
+# A line of the job's script holds one of these, quoted.
+Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
+
+
+class SlurmSettings(Section):
+    """What sbatch is told. Names are those of its options."""
+
+    account: Line = ""
+    partition: Line = ""
+    qos: Line = ""
+    time: Line = Field(default="24:00:00", description="limit of one start, [days-]hours:minutes:seconds")
+    constraint: Line = ""
+    exclude: Line = Field(default="", description="nodes to leave out")
+    mem: Line = Field(default="0", description="memory a node; 0: all of it; empty: the cluster's default")
+    exclusive: bool = True
+    cpus_per_task: int = Field(default=0, ge=0, description="CPUs a node; 0: all of an exclusive one's")
+    gres: Line = Field(default="", description="GPUs, where the cluster does not know --gpus-per-node")
+    interface: Line = Field(default="", description="network interface between the nodes; empty: that of their names")
+    additional: dict[Word, Line] = Field(default={}, description="further options of sbatch, name = value")
+    srun: list[Line] = Field(default=[], description="further options of srun, such as --no-container-mount-home")
+
+
+class ContainerSettings(Section):
+    """The image of the job's processes (Pyxis). The workspace is mounted in any case."""
+
+    image: Line = ""
+    mounts: list[Line] = Field(default=[], description="SOURCE:TARGET, such as /lustre/data:/lustre/data:ro")
+
+
+class SshSettings(Section):
+    """How the cluster is reached from elsewhere; without it the profile is for its own login nodes."""
+
+    host: Word
+    user: Word
+    port: int = Field(default=22, ge=1, le=65535)
+    identity: Word = Field(default="", description="private key file; empty: the agent's keys")
+
+
+class Profile(Section):
+    """How jobs are submitted, and where they run."""
+
+    executor: Literal["slurm", "local"] = "slurm"
+    workspace: AbsolutePath = Field(
+        description="folder on the file system that all nodes share; relative paths of settings, and those inside this "
+        "checkout, are looked up in it: models, data, runs"
+    )
+    job_dir: OptionalPath = Field(default="", description="scripts, code and logs of jobs; workspace/jobs if empty")
+    python: Line = Field(default="python", pattern="python", description="in the container or on the nodes")
+    restarts: int = Field(default=3, ge=0, description="a failed job is started again so often; it goes on")
+    environment: dict[str, Line] = Field(default={}, description="variables of all processes; no secrets")
+    secrets_file: OptionalPath = Field(
+        default="", description="shell file on the cluster that exports API keys; readable by you alone"
+    )
+    slurm: SlurmSettings = SlurmSettings()
+    container: ContainerSettings = ContainerSettings()
+    ssh: SshSettings | None = None
+    topology: TopologySettings = TopologySettings()
+
+    @property
+    def jobs_folder(self) -> str:
+        return self.job_dir or str(PurePosixPath(self.workspace) / "jobs")
+
+    @field_validator("environment")
+    @classmethod
+    def _variables(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError(f"{name}: names are capital letters, digits and _ (NeMo-Run writes them so)")
+            if _SECRET.search(name):
+                raise ValueError(
+                    f"{name} looks like a secret, and this ends up in the job's script: export it in secrets_file"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Profile":
+        if self.executor == "local" and self.ssh is not None:
+            raise ValueError("executor = local runs on this machine: leave out [ssh], or set executor to slurm")
+        return self
+
+
+def read_profile(path: Path, assignments: list[str]) -> Profile:
+    """The profile in a TOML file, with `section.key=value` changes. Raises UserError, one line a problem."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--profile {path}: {error.strerror}; see cluster/profiles for examples") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--profile {path}: not TOML: {error}") from None
+    for assignment in assignments:
+        _assign(values, assignment)
+    try:
+        return Profile.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"--profile {path}: {_problem(entry)}" for entry in error.errors()) from None
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    path, separator, text = assignment.partition("=")
+    *sections, key = path.strip().split(".")
+    if not (separator and key):
+        raise UserError(f"--set {assignment!r}: expected section.key=value, such as slurm.time=02:00:00")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {assignment!r}: {section} is not a section")
+    try:
+        values[key] = json.loads(text)
+    except json.JSONDecodeError:
+        values[key] = text
+
+
+def _problem(entry: Any) -> str:
+    where = ".".join(str(part) for part in entry["loc"]) or "profile"
+    shown = "" if isinstance(entry["input"], dict | Section) else f" (got {entry['input']!r})"
+    return f"{where}: {entry['msg'].removeprefix('Value error, ')}{shown}"

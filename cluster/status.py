@@ -1,0 +1,56 @@
+"""Say how a submitted job is doing.
+
+    python -m cluster.status NAME     (the run's name or the job's number; without one: all jobs known here)
+
+Exit status: 0 while it waits or runs and when it has completed, 1 when it has failed.
+"""
+
+import argparse
+import sys
+from pathlib import PurePosixPath
+
+from cluster.command_line import Parser, told
+from cluster.records import JobRecord, all_records, recall
+from cluster.shell import Shell
+from cluster.slurm_job import JobError, JobState, look_up
+from minpro_megatron.launch.user_error import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m cluster.status", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("job", nargs="?", metavar="NAME", help="the run's name or the job's number")
+    options = parser.parse_args(arguments)
+    return told(lambda: _status(options))
+
+
+def _status(options: argparse.Namespace) -> int:
+    from cluster.nemo import records_folder, tunnel
+
+    records = [recall(records_folder(), options.job)] if options.job else all_records(records_folder())
+    failed = False
+    for record in records:
+        shell = tunnel(record.ssh_settings)
+        try:
+            state = look_up(shell, record.job_id, record.log_folder)
+        except JobError as error:
+            if options.job:
+                raise UserError(str(error)) from None
+            print(f"{record.name}  job {record.job_id}: {error}")
+            continue
+        failed |= state.has_ended and not state.has_succeeded
+        for line in status_lines(record, state, shell):
+            print(line)
+    return int(failed and options.job is not None)
+
+
+def status_lines(record: JobRecord, state: JobState, shell: Shell) -> list[str]:
+    """The job's state and, of one that runs, what its log said last."""
+    lines = [f"{record.name}  job {record.job_id}: {state}; run in {PurePosixPath(record.run_dir)}"]
+    if state.state == "RUNNING":
+        command = f"tail -qn 3 {record.log_folder}/log-*_{record.job_id}_{state.restarts}.out"
+        lines += [f"  {line}" for line in shell.run(command, warn=True).stdout.splitlines()]
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Submit a run to a cluster as one job.
+
+    python -m cluster.submit recipes.qwen3_30b_a3b:minpro --profile my_cluster.toml optimizer.learning_rate=1e-6
+
+Exit status: 0 when the job has completed (or has been submitted, with --detach), 1 when it has not, 2 when there was
+nothing to submit. An interrupt stops following, not the job.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.command_line import Parser, told
+from cluster.follow import follow
+from cluster.paths import in_workspace
+from cluster.profile import Profile, read_profile
+from cluster.records import JobRecord, remember
+from cluster.slurm_job import JobError, JobState, active_jobs
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.launch.preflight import run_problems
+from minpro_megatron.launch.recipe import apply_overrides, load_recipe
+from minpro_megatron.launch.topology import Topology, lay_out
+from minpro_megatron.launch.user_error import UserError
+
+if TYPE_CHECKING:
+    from cluster.nemo import JobFiles
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m cluster.submit", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("recipe", metavar="RECIPE", help="module:function, such as recipes.demo:tiny_moe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run to change")
+    parser.add_argument("--profile", type=Path, required=True, metavar="FILE", help="the cluster (cluster/profiles)")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="changes", metavar="section.key=value",
+        help="settings of the profile to change, such as topology.serve_nodes=4",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="only print the nodes' shares and the job's script")
+    parser.add_argument("--detach", action="store_true", help="do not wait for the job's end")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_intermixed_args(arguments)  # settings may stand before and after options
+    return told(lambda: _submit(options))
+
+
+def _submit(options: argparse.Namespace) -> int:
+    profile = read_profile(options.profile, options.changes)
+    config = in_workspace(apply_overrides(load_recipe(options.recipe), options.overrides), profile.workspace)
+    try:
+        topology = lay_out(config, profile.topology)
+    except ValueError as error:
+        raise UserError(str(error).splitlines()) from None
+    for line in shares(topology):
+        print(line)
+    if options.dry_run:
+        from cluster.nemo import script_of
+
+        print(f"\n# run.json\n{config.to_json()}\n# the job's script\n{script_of(_files(config, topology), profile)}")
+        return 0
+    if profile.ssh is None and (found := run_problems(config)):
+        raise UserError(found)  # the run's files are on this machine's file system
+    return _run(config, topology, profile, options.detach)
+
+
+def shares(topology: Topology) -> list[str]:
+    """A line a node: what it does."""
+    lines = []
+    for index, node in enumerate(topology.nodes):
+        does = [f"{node.ranks} trainer ranks"] if node.ranks else []
+        servers = range(node.first_server, node.first_server + node.num_servers)
+        does += (
+            [f"server {servers[0]}" if len(servers) == 1 else f"servers {servers[0]}-{servers[-1]}"] if servers else []
+        )
+        does += ["the collector"] if node.collects else []
+        lines.append(f"node {index}: {', '.join(does)}")
+    return lines
+
+
+def _files(config: RunConfig, topology: Topology) -> "JobFiles":
+    from cluster.nemo import JobFiles
+
+    return JobFiles(
+        name=config.name,
+        run_json=config.to_json(),
+        topology_json=topology.to_json(),
+        num_nodes=len(topology.nodes),
+    )
+
+
+def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) -> int:
+    from cluster.nemo import job_name, records_folder, submit, tunnel
+
+    shell = tunnel(profile.ssh)
+    try:
+        if running := active_jobs(shell, job_name(config.name)):
+            raise UserError(
+                f"name = {config.name}: job {', '.join(running)} of this name has not ended; cancel it "
+                f"(python -m cluster.cancel {running[0]}) or give another name=..."
+            )
+    except JobError as error:
+        raise UserError(f"{error}; is this a login node? Otherwise give the profile an [ssh] section") from None
+    job = submit(_files(config, topology), profile)
+    record = JobRecord(
+        name=config.name,
+        job_id=job.job_id,
+        run_dir=str(config.run_dir),
+        log_folder=job.folder,
+        submitted_at=time.time(),
+        ssh=profile.ssh.model_dump() if profile.ssh else None,
+    )
+    remember(records_folder(), record)
+    print(f"job {job.job_id}: submitted as {job_name(config.name)}; logs in {job.folder}, run in {config.run_dir}")
+    print(f"python -m cluster.status {config.name}   (or cluster.logs, cluster.cancel)", flush=True)
+    if detach:
+        return 0
+    try:
+        state = follow(shell, job.job_id, job.folder)
+    except KeyboardInterrupt:
+        print(f"\nnot following any more; the job goes on: python -m cluster.logs {config.name} --follow")
+        return 130
+    except JobError as error:
+        raise UserError(f"{error}; the job may go on: python -m cluster.status {config.name}") from None
+    return conclude(state, record)
+
+
+def conclude(state: JobState, record: JobRecord) -> int:
+    """Says how the job ended; returns the exit status."""
+    if state.has_succeeded:
+        print(f"job {record.job_id}: completed; the run is in {record.run_dir}")
+        return 0
+    print(
+        f"error: job {record.job_id} of the run {record.name}: {state}; its log is in {record.log_folder}, those of "
+        f"the roles in {record.run_dir}/logs; submit the same command again to go on",
+        file=sys.stderr,
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
