@@ -56,11 +56,11 @@ def test_what_cannot_is_one_line_with_its_setting(folder: Path, name: str, told:
 
 
 def test_every_setting_has_its_line(folder: Path) -> None:
-    lines = found(folder, reward="nowhere:grade", reward_by_source={"a": "nowhere:grade", "b": "math", "c": "mth"})
+    lines = found(folder, reward="nowhere:grade", reward_by_source={"a": "mth", "b": "math", "c": "nowhere:grade"})
     assert [line.split(": ")[0] for line in lines] == [
         "collector.reward = 'nowhere:grade'",
-        "collector.reward_by_source['a'] = 'nowhere:grade'",
-        "collector.reward_by_source['c'] = 'mth'",
+        "collector.reward_by_source['a'] = 'mth'",
+        "collector.reward_by_source['c'] = 'nowhere:grade'",
     ]
 
 
