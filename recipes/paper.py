@@ -57,8 +57,9 @@ def table_3(
 ) -> RunConfig:
     """MinPRO with a delay of two global steps on the released model `model`.
 
-    MATH500 is also the held-out set, whose pass@1 says which checkpoint is the best. The benchmarks are sampled in
-    full, about as many responses as four global steps, so only the first, the last and every 40th version has them.
+    The first 400 of MATH500 are also the held-out set, whose pass@1 says which checkpoint is the best. The benchmarks
+    are sampled in full, about as many responses as four global steps have, so only the first, the last and every 40th
+    version are evaluated.
     """
     root = Path(os.environ.get(ROOT_VARIABLE) or Path(__file__).parent.parent / "artifacts").absolute()
     data = root / "data"
@@ -90,7 +91,7 @@ def table_3(
         server=server,
         collector=CollectorConfig(reward="math", reward_workers=8),
         evaluation=EvaluationConfig(
-            num_prompts=500,
+            num_prompts=400,
             samples_per_prompt=2,
             every_steps=40,
             temperature=1.0,
