@@ -47,7 +47,7 @@ def read_architecture(hf_path: str | Path) -> Architecture:
 
 
 def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
-    """The architecture that the content of a config.json describes; errors as of `read_architecture`, told of `where`."""
+    """The architecture that a config.json describes; errors as of `read_architecture`, told of `where`."""
     names = config.get("architectures") or ["none"]
     if names[0] not in _READERS:
         raise ValueError(f"{where}: architectures = {names[0]!r} is not known; known: {', '.join(_READERS)}")

@@ -24,6 +24,7 @@ ORDER = [
     ["weights"],
     ["reference_engine"],
     ["actor"],
+    ["planning"],
     ["train"],
     ["roles"],
     ["launch"],
@@ -35,7 +36,7 @@ ONLY_IN = {
     "megatron.core.parallel_state": ["parallel"],
     "megatron": ["parallel", "weights", "actor"],
 }
-NO_TORCH = ["config", "records", "serving", "rewards", "evaluation", "rollout", "launch", "__main__"]
+NO_TORCH = ["config", "records", "serving", "rewards", "evaluation", "rollout", "planning", "launch", "__main__"]
 # What a recipe may import of the package: job images and submitting machines need nothing else.
 RECIPES_IMPORT = f"{PACKAGE}.config"
 

@@ -1,0 +1,180 @@
+"""Bytes of activations that a rank holds while it trains: what forward keeps for backward, and what comes on top.
+
+Counted tensor by tensor as megatron-core 0.19.2 and the two layer backends save them. Names of sizes, all of one rank:
+T tokens of the context shard of a row, L of them after sequence parallelism, R rows routed to the rank's experts,
+Q width of its query heads, K of its key heads (and of its value heads), F of its feed-forward layer or expert.
+
+tests/mesh/test_planned_memory.py compares the torch backend with tensors counted during real updates; Transformer
+Engine's part follows its modules' save_for_backward and has not been measured.
+"""
+
+from dataclasses import dataclass
+
+from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.weights.architecture import Architecture
+
+# (gathered tokens, vocabulary columns) of a block of logits, as in parallel/log_probs.py.
+LOGIT_BLOCKS = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """A micro-batch: one packed row of `tokens`, made of sequences of `sequence_tokens`."""
+
+    tokens: int
+    sequence_tokens: int
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What decides how activations are saved."""
+
+    device: str  # cpu or cuda
+    element_bytes: int
+    fused: bool  # Transformer Engine's layers; else plain torch's
+    recompute: str  # none, selective or full
+    expert_imbalance: float  # rows of the busiest rank's experts over the mean's
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Of one layer and one micro-batch, in bytes."""
+
+    inputs: int  # what full recomputation keeps
+    kept: int  # what forward keeps, inputs included, where nothing or only attention is computed again
+    routed: int  # of these: rows that were sent to the rank's experts
+    backward: int  # on top while the layer's backward runs
+
+
+@dataclass(frozen=True)
+class StageActivations:
+    """Of one rank of a pipeline stage, in bytes."""
+
+    micro_batches: float  # in flight at once; of an interleaved schedule, in runs of layers over the stage's number
+    saved: int  # by the forwards of those in flight
+    routed: int  # of these: rows sent to experts
+    backward: int  # on top, in a layer's backward; with full recomputation the layer itself too
+    logits: int  # on top, while log-probs or their gradient are computed
+
+    @property
+    def peak(self) -> int:
+        return self.saved + max(self.backward, self.logits)
+
+
+def layer_activations(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> LayerActivations:
+    tokens = row.tokens // parallel.context
+    local = tokens // parallel.tensor
+    element = compute.element_bytes
+    attention = _attention(a, parallel, row, compute)
+    routed, rest, backward = _feed_forward(a, parallel, tokens, local, compute)
+    hidden = a.hidden_size * local * element
+    if compute.fused:
+        norms = 2 * hidden  # their outputs; their inputs are the residual stream
+    else:
+        # torch's computes in float32 and also keeps the normalised input
+        norms = 2 * hidden + 2 * a.hidden_size * local * FLOAT32
+        norms += 0 if element == FLOAT32 else 2 * a.hidden_size * local * FLOAT32
+    residual = 2 * hidden  # before attention and before the feed-forward layer
+    return LayerActivations(
+        inputs=hidden, kept=residual + norms + attention + routed + rest, routed=routed, backward=backward
+    )
+
+
+def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> int:
+    tokens = row.tokens // parallel.context
+    queries = a.num_attention_heads * a.head_dim // parallel.tensor
+    # ranks share a key head where there are fewer of them
+    keys = max(a.num_query_groups // parallel.tensor, 1) * a.head_dim
+    heads = a.num_attention_heads // parallel.tensor
+    if compute.fused:
+        # joint projection (its values are views of it), norm inputs, rotated queries and keys, output
+        elements = (queries + 2 * keys) + 2 * (queries + keys) + queries
+        inside = 0
+        statistics = heads + (heads + keys // a.head_dim)  # of softmax and of the norms
+    else:
+        # joint projection, queries made contiguous, normalised queries and keys, output
+        elements = (queries + 2 * keys) + queries + (queries + keys) + queries
+        # laid out as [sequence, position] blocks: queries, keys and values of all context ranks, output
+        inside = 2 * queries + 2 * keys * parallel.context
+        statistics = heads + (heads + keys // a.head_dim) + 2 + 4 * a.head_dim  # and rotary angles
+        if parallel.context > 1:
+            inside += row.sequence_tokens  # a mask of as many columns
+    if compute.recompute == "selective":
+        # attention's inputs instead of what it saves
+        inside = 0 if compute.fused else queries + keys
+        statistics -= heads
+    return tokens * ((elements + inside) * compute.element_bytes + statistics * FLOAT32)
+
+
+def _feed_forward(
+    a: Architecture, parallel: ParallelConfig, tokens: int, local: int, compute: Compute
+) -> tuple[int, int, int]:
+    """(bytes of rows sent to experts, other bytes kept, bytes on top in backward)."""
+    element = compute.element_bytes
+    if not a.num_experts:
+        width = a.ffn_hidden_size // parallel.tensor
+        kept = (3 if compute.fused else 5) * width * tokens * element
+        backward = (2 * width * tokens + a.hidden_size * local) * element
+        return 0, kept, backward
+    width = a.expert_ffn_hidden_size // parallel.expert_tensor
+    # a rank gets as many rows as it sends; those of expert-tensor ranks come together
+    spread = compute.expert_imbalance if parallel.expert > 1 else 1.0
+    rows = round(local * a.num_experts_per_token * parallel.expert_tensor * spread)
+    routed = rows * (a.hidden_size + (3 if compute.fused else 5) * width) * element
+    # logits, probabilities and the map of who goes where
+    router = local * a.num_experts * (3 * FLOAT32 + 8) + 2 * 8 * local * a.num_experts_per_token
+    backward = rows * (2 * width + 2 * a.hidden_size) * element
+    return routed, router, backward
+
+
+def logit_bytes(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> int:
+    """On top while the last stage computes log-probs, or their gradient: blocks of logits and, in backward, the float32
+    sums behind the gradients of hidden states and output layer."""
+    block_tokens, block_columns = LOGIT_BLOCKS[compute.device]
+    tokens = min(block_tokens, row.tokens // parallel.context)
+    columns = a.padded_vocab_size // parallel.tensor
+    block = tokens * min(block_columns, columns)
+    if compute.device == "cpu":
+        return 4 * block * FLOAT32  # logits, and what exponentials and sums are made of; not compiled into one kernel
+    gradients = columns * a.hidden_size * (FLOAT32 + compute.element_bytes)
+    hidden = tokens * a.hidden_size * (FLOAT32 + compute.element_bytes)
+    own = row.tokens // parallel.context // parallel.tensor * a.hidden_size * compute.element_bytes
+    return block * (FLOAT32 + compute.element_bytes) + gradients + hidden + own
+
+
+def stage_activations(
+    a: Architecture, parallel: ParallelConfig, row: Row, num_micro_batches: int, compute: Compute, stage: int
+) -> StageActivations:
+    """`num_micro_batches`: of each data-parallel rank, in one update."""
+    chunks = parallel.chunk_layers(a.num_layers)[stage :: parallel.pipeline]
+    layer = layer_activations(a, parallel, row, compute)
+    full = compute.recompute == "full"
+    in_flight = _in_flight(parallel, stage, num_micro_batches)
+    layers = sum(chunks) * in_flight
+    local = row.tokens // parallel.context // parallel.tensor
+    hidden = a.hidden_size * local * compute.element_bytes
+    saved = layers * (layer.inputs if full else layer.kept)
+    last = stage == parallel.pipeline - 1
+    if last:
+        saved += hidden + hidden // compute.element_bytes * FLOAT32  # the final norm's output and normalised input
+    if stage == 0:
+        saved += hidden * in_flight  # the embedding's output
+    if parallel.pipeline > 1:
+        saved += 2 * hidden  # received from, or on its way to, the neighbouring stages
+    return StageActivations(
+        micro_batches=in_flight,
+        saved=round(saved),
+        routed=0 if full else round(layers * layer.routed),
+        backward=layer.backward + (layer.kept if full else 0),
+        logits=logit_bytes(a, parallel, row, compute) if last else 0,
+    )
+
+
+def _in_flight(parallel: ParallelConfig, stage: int, num_micro_batches: int) -> float:
+    """Micro-batches whose activations a stage holds at once in megatron's one-forward-one-backward schedules."""
+    if parallel.virtual_pipeline == 1:
+        return min(num_micro_batches, parallel.pipeline - stage)
+    # warm-up forwards of the interleaved schedule, each through one run of layers, and the one under way
+    runs = 2 * (parallel.pipeline - stage - 1) + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
+    return min(num_micro_batches, runs / parallel.virtual_pipeline)

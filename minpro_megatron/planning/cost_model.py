@@ -1,0 +1,272 @@
+"""How long the parts of a global step take, from data sheets and a few published measurements.
+
+Every constant states where it is from. None was fitted to the reinforcement-learning runs that benchmarks/plan_run.py
+compares the model with.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from minpro_megatron.actor.flops import forward_flops
+from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.planning.gpus import GpuKind
+from minpro_megatron.planning.memory import ELEMENT_BYTES, ServerMemory, state_bytes
+from minpro_megatron.planning.parameters import active_parameters, optimizer_degrees, stage_parameters
+from minpro_megatron.weights.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Shares are of a data sheet's figure."""
+
+    # Megatron-LM's README: 41 to 47 % of the peak for dense GPT models in bfloat16 on H100, end to end.
+    product_share: float = 0.45
+    # Time beside the products for rows that are sent to experts (permuting, small grouped products, waiting for the
+    # host), forward and backward, as passes over those rows at memory bandwidth. Megatron-Bridge 26.02, Qwen3-30B-A3B
+    # dropless on 16 H100 (PP 2, EP 8): 5,113 tokens/s a GPU at 118 TFLOPS. GPT-OSS 120B on 64 H100 (5,993 tokens/s,
+    # 163 TFLOPS) gives 1.4 times as many.
+    routed_passes: float = 276.0
+    # nccl-tests on NVLink and 400 Gb/s InfiniBand reach 75 to 85 % of the wire.
+    link_share: float = 0.75
+    host_link_share: float = 0.6
+    # Decoding reads weights and KV cache at this share of memory bandwidth. ml.energy's leaderboard, Qwen3-14B in
+    # bfloat16 on a B200: 7.16 ms a token at 8 responses. Check: Qwen3-8B in float8 on an H100, 472 responses
+    # (silybench, 128 + 1,024 tokens): 31 ms measured, 28 ms by this model.
+    decode_share: float = 0.6
+    # Kernel launches and scheduling a layer. The same B200 figure; Qwen3-30B-A3B on an A100, one response: 9.6 ms a
+    # token (tt-inference-server, issue 340).
+    decode_dense_layer_s: float = 35e-6
+    decode_mixture_layer_s: float = 95e-6
+    # Two all-reduces a layer of a tensor-parallel server, at a small message's latency each.
+    decode_all_reduce_s: float = 12e-6
+    prefill_share: float = 0.45
+    # verl's checkpoint engine on H20, Qwen3-30B-A3B from 16 to 16 ranks: 61.06 GB in 4.38 s.
+    publish_bytes_per_s: float = 13.9e9
+    publish_fixed_s: float = 2.0  # pause, checksums, canary: this project's publish benchmark, rounded up
+    update_fixed_s: float = 0.05  # packing, collating, metrics of an update
+    disk_bytes_per_s: float = 2e9  # a node's share of a parallel file system
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of a global step on the trainer."""
+
+    score: float
+    train: float
+    publish: float
+    checkpoint: float  # of a step that saves
+    update: float  # one of train's
+    # of train
+    products: float
+    routing: float
+    communication: float
+    bubble: float
+    optimizer: float
+    updates: int
+    micro_batches: int  # of each data-parallel rank, an update
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A global step's tokens."""
+
+    sequence_tokens: Sequence[int]  # prompt and response, of a sample of the sequences
+    num_sequences: int
+
+    @property
+    def tokens(self) -> float:
+        return self.num_sequences * sum(self.sequence_tokens) / len(self.sequence_tokens)
+
+
+@dataclass(frozen=True)
+class TrainerCost:
+    config: RunConfig
+    architecture: Architecture
+    gpu: GpuKind
+    gpus_per_node: int
+    calibration: Calibration
+
+    def step(self, batch: Batch) -> StepCost:
+        config, parallel = self.config, self.config.parallel
+        updates = config.batch.updates_per_step
+        rows = batch.tokens / updates / config.batch.max_tokens_per_row
+        micro_batches = max(1, math.ceil(rows / parallel.data_size))
+        products, attention = self._products(batch)
+        routing = self._routing(batch)
+        communication = self._communication(batch)
+        forward = (products + routing + communication) / 3
+        once_more = {"none": 0.0, "selective": attention / 3, "full": forward}[config.model.recompute]
+        busy = products + routing + communication + once_more
+        bubble_share = (parallel.pipeline - 1) / parallel.virtual_pipeline / micro_batches
+        surveys = config.objective.name in ("m2po", "m2po_winsorized", "prefix_filter", "shuffled_minpro")
+        busy += forward * surveys
+        optimizer = updates * self._optimizer()
+        fixed = updates * self.calibration.update_fixed_s
+        train = busy * (1 + bubble_share) + optimizer + fixed
+        extra_passes = config.loss.kl.enabled + config.loss.decoupled.enabled
+        train += extra_passes * forward * (1 + bubble_share) + self._snapshot(1)
+        score, swaps = self._scores()
+        return StepCost(
+            score=score * forward * (1 + bubble_share / updates) + self._snapshot(swaps),
+            train=train,
+            publish=self._publish(),
+            checkpoint=self._checkpoint(),
+            update=train / updates,
+            products=products + once_more,
+            routing=routing,
+            communication=communication,
+            bubble=busy * bubble_share,
+            optimizer=optimizer,
+            updates=updates,
+            micro_batches=micro_batches,
+        )
+
+    def _products(self, batch: Batch) -> tuple[float, float]:
+        """(seconds of all matrix products, of attention's among them), forward and backward."""
+        cost = forward_flops(self.architecture)
+        lengths = batch.sequence_tokens
+        scale = 3 * batch.num_sequences / len(lengths)
+        all_flops = scale * sum(cost.of(length) for length in lengths)
+        attention_flops = scale * sum(cost.quadratic * length**2 for length in lengths)
+        rate = self.config.parallel.world_size * self.gpu.flops * self.calibration.product_share
+        return all_flops / rate, attention_flops / rate
+
+    def _routing(self, batch: Batch) -> float:
+        a = self.architecture
+        if not a.num_experts:
+            return 0.0
+        element = ELEMENT_BYTES[self.config.model.dtype]
+        moved = batch.tokens * a.num_layers * a.num_experts_per_token * a.hidden_size * element
+        return moved * self.calibration.routed_passes / (self.config.parallel.world_size * self.gpu.memory_bandwidth)
+
+    def _communication(self, batch: Batch) -> float:
+        """Of the tensor, context and expert axes, forward and backward."""
+        a, p = self.architecture, self.config.parallel
+        element = ELEMENT_BYTES[self.config.model.dtype]
+        layers = a.num_layers / p.pipeline
+        tokens = batch.tokens * p.tensor * p.pipeline / p.world_size  # of a context shard, over the whole step
+        shard = tokens * a.hidden_size * element
+        seconds = 0.0
+        if p.tensor > 1:  # four gathers and scatters in forward, six in backward, around attention and feed-forward
+            seconds += 10 * layers * shard * (p.tensor - 1) / p.tensor / self._link(p.tensor)
+        if p.context > 1:  # keys and values around the ring, and their gradients
+            keys = 2 * max(a.num_query_groups // p.tensor, 1) * a.head_dim * element
+            seconds += 3 * layers * tokens * keys * (p.context - 1) / self._link(p.tensor * p.context)
+        if a.num_experts and p.expert * p.expert_tensor > 1:  # there and back, twice
+            rows = shard / p.tensor * a.num_experts_per_token * p.expert_tensor
+            seconds += 4 * layers * rows * (1 - 1 / p.expert) / self._link(p.expert * p.expert_tensor)
+        return seconds
+
+    def _link(self, ranks: int) -> float:
+        """Bytes a second between so many neighbouring ranks."""
+        gpu = self.gpu
+        wire = gpu.node_bandwidth if ranks <= self.gpus_per_node else gpu.network_bandwidth
+        return wire * self.calibration.link_share
+
+    def _optimizer(self) -> float:
+        """An update's reduction of gradients, AdamW and gathering of weights, on the first stage."""
+        config, p = self.config, self.config.parallel
+        held = stage_parameters(self.architecture, p, 0)
+        element = ELEMENT_BYTES[config.model.dtype]
+        dense_ranks, expert_ranks = optimizer_degrees(p)
+        link = self._link(p.world_size)
+        seconds = 0.0
+        for count, ranks in ((held.dense, dense_ranks), (held.experts, expert_ranks)):
+            seconds += count * (4 + element) * (ranks - 1) / ranks / link
+            # gradients are cleared, read for the norm and for the step; three states are read and written
+            seconds += (4 * count + (8 + 24 + element) * count / ranks) / self.gpu.memory_bandwidth
+        _, _, _, on_host = state_bytes(config, self.architecture, 0)
+        return seconds + 2 * on_host / (self.gpu.host_bandwidth * self.calibration.host_link_share)
+
+    def _scores(self) -> tuple[float, int]:
+        """(forward passes over a batch, copies of the weights between host and device)."""
+        settings = self.config.staleness
+        if settings.behavior_log_probs == "rollout":
+            return 0.0, 0
+        if settings.mode == "bounded":
+            # a response crosses a publication or two; each version is scored apart, on the responses that have it
+            return 1.5, 3 * min(2, settings.max_staleness)
+        return 1.0, 3 if settings.delay_steps else 0
+
+    def _snapshot(self, copies: int) -> float:
+        weights = state_bytes(self.config, self.architecture, 0)[0]
+        return copies * weights / (self.gpu.host_bandwidth * self.calibration.host_link_share)
+
+    def _publish(self) -> float:
+        element = ELEMENT_BYTES[self.config.server.dtype]
+        model = stage_parameters(self.architecture, ParallelConfig(), 0).total * element
+        rate = self.calibration.publish_bytes_per_s
+        if self.config.publish.transport == "disk":
+            rate = self.calibration.disk_bytes_per_s
+        return model / min(rate, self.gpu.node_bandwidth) + self.calibration.publish_fixed_s
+
+    def _checkpoint(self) -> float:
+        checkpoint = self.config.checkpoint
+        if not checkpoint.every_steps:
+            return 0.0
+        weights, _, optimizer, on_host = state_bytes(self.config, self.architecture, 0)
+        copied = (weights + optimizer) / (self.gpu.host_bandwidth * self.calibration.host_link_share)
+        if checkpoint.asynchronous:
+            return copied
+        ranks = min(self.gpus_per_node, self.config.parallel.world_size)
+        return copied + ranks * (weights + optimizer + on_host) / self.calibration.disk_bytes_per_s
+
+
+@dataclass(frozen=True)
+class DecodingServer:
+    """A server's iteration as memory traffic, computation and overhead (planning.simulator.ServerModel)."""
+
+    config: RunConfig
+    architecture: Architecture
+    gpu: GpuKind
+    memory: ServerMemory
+    calibration: Calibration
+    num_servers: int
+    mean_context: float  # of a response under way, for how many fit in the KV cache
+
+    @cached_property
+    def max_running(self) -> int:
+        fitting = int(self.memory.kv_tokens / self.mean_context)
+        return max(1, min(self.config.server.max_running_requests, fitting))
+
+    @cached_property
+    def _active(self) -> int:
+        return active_parameters(self.architecture)
+
+    @cached_property
+    def _expert(self) -> int:
+        """Parameters of one expert in all layers."""
+        a = self.architecture
+        return 3 * a.hidden_size * a.expert_ffn_hidden_size * a.num_layers
+
+    @cached_property
+    def _linear_flops(self) -> float:
+        return forward_flops(self.architecture).linear
+
+    def iteration_s(self, running: int, context_tokens: float) -> float:
+        a, tensor, calibration = self.architecture, self.config.server.tensor_parallel, self.calibration
+        element = ELEMENT_BYTES[self.config.server.dtype]
+        read = self._weights_read(running) * element / tensor + context_tokens * self.memory.kv_bytes_per_token
+        memory_s = read / (self.gpu.memory_bandwidth * calibration.decode_share)
+        compute_s = 2 * self._active * running / (tensor * self.gpu.flops * calibration.product_share)
+        each = calibration.decode_mixture_layer_s if a.num_experts else calibration.decode_dense_layer_s
+        overhead_s = a.num_layers * each
+        if tensor > 1:
+            message = running * a.hidden_size * element / (self.gpu.node_bandwidth * calibration.link_share)
+            overhead_s += 2 * a.num_layers * (calibration.decode_all_reduce_s + message)
+        return max(memory_s, compute_s) + overhead_s
+
+    def _weights_read(self, running: int) -> float:
+        """Parameters read by an iteration: of the experts those that at least one response is sent to."""
+        a = self.architecture
+        if not a.num_experts:
+            return self._active
+        touched = a.num_experts * (1 - (1 - a.num_experts_per_token / a.num_experts) ** running)
+        return self._active + (touched - a.num_experts_per_token) * self._expert
+
+    def prefill_s(self, tokens: float) -> float:
+        rate = self.config.server.tensor_parallel * self.gpu.flops * self.calibration.prefill_share
+        return tokens * self._linear_flops / rate

@@ -1,0 +1,169 @@
+"""What a run needs of memory: of every trainer rank, of a server's GPU, and of a trainer node's host."""
+
+from dataclasses import dataclass
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.planning.activations import Compute, Row, StageActivations, stage_activations
+from minpro_megatron.planning.gpus import GIB, GpuKind
+from minpro_megatron.planning.parameters import model_parameters, optimizer_degrees, stage_parameters
+from minpro_megatron.weights.architecture import Architecture
+
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+GRADIENT_BYTES = 4  # float32
+# Assumptions, not measured here. Beside tensors: CUDA context, NCCL's and cuBLAS' buffers; and what the caching
+# allocator holds in pieces of the wrong size (PyTorch's notes on memory management).
+CONTEXT_BYTES = {"cuda": 3 * GIB, "cpu": 0}
+ALLOCATOR_SHARE = 0.05
+PROCESS_HOST_BYTES = 4 * GIB  # of a rank: interpreter, libraries, pinned buffers
+# SGLang 0.5.23 leaves a tenth to an eighth of the GPU to activations and CUDA graphs (server_args.py,
+# mem_fraction_static); the rest is weights and KV cache.
+SERVER_STATIC_SHARE = 0.87
+EXPERT_IMBALANCE = 1.3  # no auxiliary loss balances the experts; the busiest rank gets so many more rows
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on the device of each trainer rank of the pipeline stage."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: StageActivations
+    publish: int  # buckets of a broadcast on rank 0, while nothing is trained
+    context: int  # outside the allocator
+    fragments: int
+
+    @property
+    def states(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.states + max(self.activations.peak, self.publish) + self.context + self.fragments
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """Bytes on each GPU of a server, and what they are enough for."""
+
+    weights: int
+    kv_bytes_per_token: int  # on one GPU
+    kv_tokens: int  # that fit, or those that the settings ask for
+    kv_cache: int
+    update: int  # a bucket of new weights
+    total: int  # of the static part, and the share that SGLang leaves free
+
+    @property
+    def fits(self) -> bool:
+        return self.kv_tokens > 0
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of the host of a node with trainer ranks."""
+
+    ranks: int
+    snapshots: int  # earlier weights, and the current ones while those are swapped in
+    checkpoint: int  # the copy that is written in the background
+    offloaded: int  # optimizer.cpu_offload
+    routes: int  # model.routing_replay
+    processes: int
+
+    @property
+    def total(self) -> int:
+        return self.snapshots + self.checkpoint + self.offloaded + self.routes + self.processes
+
+
+def compute_of(config: RunConfig, expert_imbalance: float = EXPERT_IMBALANCE) -> Compute:
+    model = config.model
+    fused = config.device == "cuda" and model.dtype == "bfloat16" and model.backend != "torch"
+    return Compute(config.device, ELEMENT_BYTES[model.dtype], fused, model.recompute, expert_imbalance)
+
+
+def state_bytes(config: RunConfig, a: Architecture, stage: int) -> tuple[int, int, int, int]:
+    """(weights, gradients, optimizer on the device, optimizer on the host) of each rank of a stage.
+
+    The distributed optimizer cuts its states over the ranks that hold the same parameters. bfloat16 weights have a
+    float32 copy and two moments; float32 weights are their own copy.
+    """
+    held = stage_parameters(a, config.parallel, stage)
+    dense_ranks, expert_ranks = optimizer_degrees(config.parallel)
+    states = -(-held.dense // dense_ranks) + -(-held.experts // expert_ranks)
+    element = ELEMENT_BYTES[config.model.dtype]
+    each = 8 if element == 4 else 12
+    offload = config.optimizer.cpu_offload
+    on_host = round(offload * states * (each + GRADIENT_BYTES))  # gradients travel there too
+    return held.total * element, held.total * GRADIENT_BYTES, round((1 - offload) * states * each), on_host
+
+
+def rank_memory(
+    config: RunConfig, a: Architecture, row: Row, num_micro_batches: int, stage: int, imbalance: float
+) -> RankMemory:
+    compute = compute_of(config, imbalance)
+    weights, gradients, optimizer, _ = state_bytes(config, a, stage)
+    activations = stage_activations(a, config.parallel, row, num_micro_batches, compute, stage)
+    publish = 3 * config.publish.bucket_bytes if stage == 0 else config.publish.bucket_bytes
+    return RankMemory(
+        stage=stage,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        publish=publish,
+        context=CONTEXT_BYTES[config.device],
+        fragments=round(ALLOCATOR_SHARE * (weights + gradients + optimizer + activations.peak)),
+    )
+
+
+def server_memory(config: RunConfig, a: Architecture, gpu: GpuKind) -> ServerMemory:
+    server = config.server
+    element = ELEMENT_BYTES[server.dtype]
+    weights = model_parameters(a) * element // server.tensor_parallel
+    # ranks hold whole key heads
+    groups = max(1, a.num_query_groups // server.tensor_parallel)
+    per_token = 2 * a.num_layers * groups * a.head_dim * element
+    update = config.publish.bucket_bytes
+    free = round(SERVER_STATIC_SHARE * gpu.memory_bytes) - weights
+    fitting = max(0, free // per_token)
+    tokens = min(fitting, server.max_total_tokens or fitting)
+    used = weights + tokens * per_token
+    return ServerMemory(
+        weights=weights,
+        kv_bytes_per_token=per_token,
+        kv_tokens=tokens,
+        kv_cache=tokens * per_token,
+        update=update,
+        total=used + round((1 - SERVER_STATIC_SHARE) * gpu.memory_bytes),
+    )
+
+
+def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_tokens: float) -> HostMemory:
+    """`batch_tokens`: of a global step's batch, prompts included."""
+    weights, _, optimizer, offloaded = state_bytes(config, a, 0)
+    settings = config.staleness
+    copies = 1 if settings.mode == "delay" else settings.max_staleness + 1
+    if settings.mode == "bounded" or settings.delay_steps or config.loss.kl.enabled:
+        copies += 1  # where the current weights wait
+    copies += config.loss.kl.enabled
+    writes = config.checkpoint.every_steps and config.checkpoint.asynchronous
+    return HostMemory(
+        ranks=ranks_per_node,
+        snapshots=ranks_per_node * copies * weights,
+        checkpoint=ranks_per_node * (weights + optimizer) if writes else 0,
+        offloaded=ranks_per_node * offloaded,
+        routes=_route_bytes(config, a, batch_tokens, ranks_per_node),
+        processes=ranks_per_node * PROCESS_HOST_BYTES,
+    )
+
+
+def _route_bytes(config: RunConfig, a: Architecture, batch_tokens: float, ranks_per_node: int) -> int:
+    replay = config.model.routing_replay
+    if replay == "none" or not a.num_experts:
+        return 0
+    index = 1 if a.num_experts <= 256 else 2
+    one_batch = batch_tokens * a.num_layers * a.num_experts_per_token * index
+    batches = (config.staleness.delay_steps if config.staleness.mode == "delay" else 1) + 1
+    if replay == "scored":  # each rank keeps those of its own tokens
+        return round(batches * one_batch * ranks_per_node / config.parallel.world_size)
+    return round(batches * one_batch * ranks_per_node)  # each rank reads the whole batch with its routes

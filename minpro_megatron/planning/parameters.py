@@ -1,0 +1,73 @@
+"""How many parameters every rank of a mesh holds, by arithmetic alone.
+
+The same figures as weights/plan.py, which counts them in the table that conversion follows and needs torch for it; a
+submitting machine may have none. tests/unit/test_planning_memory.py compares the two.
+"""
+
+import math
+from dataclasses import dataclass
+
+from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.weights.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Of each rank of a pipeline stage."""
+
+    layers: int
+    dense: int  # attention, norms, router, embedding, output layer
+    experts: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+
+def layer_parameters(a: Architecture, tensor: int, expert: int, expert_tensor: int) -> tuple[int, int]:
+    """(dense, expert) parameters of one layer on a rank."""
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    norms = 2 * a.hidden_size + 2 * a.head_dim
+    attention = a.hidden_size * (queries + 2 * keys) // tensor + a.hidden_size * queries // tensor
+    if not a.num_experts:
+        return norms + attention + 3 * a.hidden_size * a.ffn_hidden_size // tensor, 0
+    router = a.num_experts * a.hidden_size
+    one_expert = 3 * a.hidden_size * a.expert_ffn_hidden_size // expert_tensor
+    return norms + attention + router, a.num_experts // expert * one_expert
+
+
+def stage_parameters(a: Architecture, parallel: ParallelConfig, stage: int) -> RankParameters:
+    layers = sum(parallel.chunk_layers(a.num_layers)[stage :: parallel.pipeline])
+    dense, experts = layer_parameters(a, parallel.tensor, parallel.expert, parallel.expert_tensor)
+    vocabulary = a.padded_vocab_size * a.hidden_size // parallel.tensor
+    last = stage == parallel.pipeline - 1
+    outside = vocabulary if stage == 0 else 0
+    if last:
+        # a tied output layer is the embedding itself on one stage, and a copy of it on the last of several
+        outside += a.hidden_size + (0 if a.tied_embeddings and stage == 0 else vocabulary)
+    return RankParameters(layers, layers * dense + outside, layers * experts)
+
+
+def model_parameters(a: Architecture) -> int:
+    """Of the whole model as Hugging Face stores it: without vocabulary padding."""
+    padding = (a.padded_vocab_size - a.vocab_size) * a.hidden_size * (1 if a.tied_embeddings else 2)
+    return stage_parameters(a, ParallelConfig(), 0).total - padding
+
+
+def active_parameters(a: Architecture) -> int:
+    """Those that one token is multiplied with: all but the embedding and the experts that it is not sent to."""
+    if not a.num_experts:
+        return model_parameters(a) - (0 if a.tied_embeddings else a.vocab_size * a.hidden_size)
+    unused = a.num_experts - a.num_experts_per_token
+    idle = a.num_layers * unused * 3 * a.hidden_size * a.expert_ffn_hidden_size
+    return model_parameters(a) - idle - (0 if a.tied_embeddings else a.vocab_size * a.hidden_size)
+
+
+def optimizer_degrees(parallel: ParallelConfig) -> tuple[int, int]:
+    """Over how many ranks the optimizer's states are cut: of most parameters, of experts."""
+    dense = parallel.data_size * parallel.context
+    return dense, parallel.tensor * dense // (parallel.expert * parallel.expert_tensor)
+
+
+def cut(count: int, degree: int) -> int:
+    return math.ceil(count / degree)

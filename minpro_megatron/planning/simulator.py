@@ -1,0 +1,294 @@
+"""Who waits for whom: trainer and servers of a run as a discrete-event simulation.
+
+The trainer's order of phases is that of train.py; which groups start, are consumed, and when weights may be published
+is decided by the collector's own schedules (rollout/schedule.py). A server gives all responses that run on it one token
+an iteration; how long that takes depends on how many run and how long they are.
+"""
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.rollout.schedule import Slot, make_schedule
+
+QUEUE_FACTOR = 1.25  # groups given to a server, over those that run at once: as in rollout/fleet.py
+LONGEST_STRETCH = 512  # tokens of every response after which an iteration's duration is looked at again
+
+
+class ServerModel(Protocol):
+    """How fast one server is."""
+
+    num_servers: int
+    max_running: int  # responses at once
+
+    def iteration_s(self, running: int, context_tokens: float) -> float:
+        """One token for each of `running` responses, whose prompts and tokens so far are `context_tokens` in all."""
+        ...
+
+    def prefill_s(self, tokens: float) -> float: ...
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds of a global step on the trainer."""
+
+    score: float
+    train: float
+    publish: float
+    checkpoint: float = 0.0  # of a step that saves
+    checkpoint_every: int = 0  # steps; 0: never
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a group: its prompt, and each of its responses."""
+
+    prompt: int
+    responses: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The trainer spent start .. end (s) in a phase: wait, score, train, publish or checkpoint."""
+
+    phase: str
+    step: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    spans: list[Span]
+    step_ends: list[float]
+    busy: list[list[tuple[float, float]]]  # of each server: when groups were under way on it
+    batch_s: list[float]  # from the first issue of a step's groups to the last one's end
+
+    def window(self, first: int, last: int) -> tuple[float, float]:
+        """When steps first .. last - 1 ran."""
+        return (self.step_ends[first - 1] if first else 0.0), self.step_ends[last - 1]
+
+    def wait_share(self, first: int, last: int) -> float:
+        """Of the trainer's time over these steps."""
+        start, end = self.window(first, last)
+        waited = sum(_overlap(span.start, span.end, start, end) for span in self.spans if span.phase == "wait")
+        return waited / (end - start)
+
+    def idle_share(self, first: int, last: int) -> float:
+        """Of the servers' time over these steps: nothing under way on them."""
+        start, end = self.window(first, last)
+        worked = sum(_overlap(*interval, start, end) for server in self.busy for interval in server)
+        return 1 - worked / ((end - start) * len(self.busy))
+
+    def step_s(self, first: int, last: int) -> float:
+        start, end = self.window(first, last)
+        return (end - start) / (last - first)
+
+
+def _overlap(start: float, end: float, low: float, high: float) -> float:
+    return max(0.0, min(end, high) - max(start, low))
+
+
+@dataclass
+class _Server:
+    model: ServerModel
+    now: float = 0.0
+    stalled_until: float = 0.0  # by prefills and publications
+    tokens: float = 0.0  # that a response which ran from the beginning would have
+    running: list[tuple[float, int, int]] = field(default_factory=list)  # (tokens at its end, number, group)
+    waiting: deque[tuple[int, int, float]] = field(default_factory=deque)  # (group, response's tokens, to prefill)
+    context: float = 0.0
+    num_groups: int = 0
+    busy_since: float = 0.0
+    busy: list[tuple[float, float]] = field(default_factory=list)
+    stamp: int = 0
+
+    def advance(self, time: float) -> None:
+        """To `time`, before which no response ends."""
+        worked = time - max(self.now, self.stalled_until)
+        if worked > 0 and self.running:
+            gained = worked / self._iteration_s()
+            self.tokens += gained
+            self.context += gained * len(self.running)
+        self.now = max(self.now, time)
+
+    def _iteration_s(self) -> float:
+        return self.model.iteration_s(len(self.running), self.context)
+
+    def next_event(self) -> float | None:
+        """When the next response ends, or an iteration's duration has to be looked at again."""
+        if not self.running:
+            return None
+        left = min(self.running[0][0] - self.tokens, LONGEST_STRETCH)
+        return max(self.now, self.stalled_until) + max(left, 0.0) * self._iteration_s()
+
+    def admit(self, numbers: "itertools.count[int]") -> None:
+        while self.waiting and len(self.running) < self.model.max_running:
+            group, length, prompt = self.waiting.popleft()
+            if prompt:  # a group's other responses find it in the prefix cache
+                self.stalled_until = max(self.now, self.stalled_until) + self.model.prefill_s(prompt)
+            self.context += prompt
+            heapq.heappush(self.running, (self.tokens + length, next(numbers), group))
+
+    def ended(self) -> list[int]:
+        """The groups of the responses that end now."""
+        found = []
+        while self.running and self.running[0][0] <= self.tokens + 1e-6:
+            found.append(heapq.heappop(self.running)[2])
+        if found:
+            self.context *= len(self.running) / (len(self.running) + len(found))
+        return found
+
+    def take(self, group: int, lengths: Lengths) -> None:
+        if not self.num_groups:
+            self.busy_since = self.now
+        self.num_groups += 1
+        for place, length in enumerate(lengths.responses):
+            self.waiting.append((group, length, lengths.prompt if place == 0 else 0))
+
+    def release(self) -> None:
+        self.num_groups -= 1
+        if not self.num_groups:
+            self.busy.append((self.busy_since, self.now))
+
+    def pause(self, until: float, compute_again: bool) -> None:
+        """For a publication; `compute_again`: the KV cache of what runs is emptied."""
+        again = self.model.prefill_s(self.context) if compute_again and self.running else 0.0
+        self.stalled_until = max(self.stalled_until, until) + again
+
+
+# What the trainer asks of the simulation: to wait until something holds, or to spend seconds.
+_Request = tuple[str, int, float | Callable[[], bool]]
+
+
+class Simulation:
+    """One run. `run` it once."""
+
+    def __init__(
+        self, config: RunConfig, phases: Phases, server: ServerModel, lengths: Callable[[int], Lengths]
+    ) -> None:
+        """`lengths` of a group, by its number."""
+        self._config, self._phases, self._lengths = config, phases, lengths
+        self._servers = [_Server(server) for _ in range(server.num_servers)]
+        per_group = config.batch.responses_per_prompt
+        self._max_groups = max(1, round(QUEUE_FACTOR * server.max_running / per_group))
+        self._queue: deque[Slot] = deque()
+        self._left: dict[int, int] = {}  # responses of a group that have not ended
+        self._server_of: dict[int, _Server] = {}
+        self._issued: dict[int, float] = {}
+        self._ended: dict[int, float] = {}
+        self._events: list[tuple[float, int, _Server]] = []
+        self._numbers = itertools.count()
+        self._spans: list[Span] = []
+        self._step_ends: list[float] = []
+        self._batch_s: list[float] = []
+        self._now = 0.0
+
+    def run(self, num_steps: int) -> Timeline:
+        """The first `num_steps` global steps of a run that would go on."""
+        beyond = max(self._config.staleness.delay_steps, self._config.staleness.max_staleness) + 2
+        config = self._config.model_copy(update={"num_global_steps": num_steps + beyond})
+        self._schedule = make_schedule(config)
+        trainer = self._trainer(num_steps)
+        request, since = next(trainer), 0.0
+        while True:
+            self._issue()
+            phase, step, what = request
+            done = what() if callable(what) else self._now >= since + what
+            if done:
+                self._spans.append(Span(phase, step, since, self._now))
+                since = self._now
+                try:
+                    request = next(trainer)
+                except StopIteration:
+                    return self._timeline()
+                continue
+            self._step_to(None if callable(what) else since + what)
+
+    def _trainer(self, num_steps: int) -> Generator[_Request]:
+        """train.py's order of phases."""
+        phases, settings = self._phases, self._config.staleness
+        delay = settings.delay_steps if settings.mode == "delay" else 0
+        for index in range(delay):
+            yield from self._fetch_and_score(index, 0)
+        for step in range(num_steps):
+            if delay == 0:
+                yield from self._fetch_and_score(step, step)
+            yield ("train", step, phases.train)
+            self._schedule.consumed(step)
+            if delay:
+                yield from self._fetch_and_score(step + delay, step)
+            yield ("publish", step, self._schedule.may_publish)
+            self._pause(phases.publish)
+            yield ("publish", step, phases.publish)
+            self._schedule.published()
+            self._step_ends.append(self._now)
+            if phases.checkpoint_every and (step + 1) % phases.checkpoint_every == 0:
+                yield ("checkpoint", step, phases.checkpoint)
+
+    def _fetch_and_score(self, index: int, step: int) -> Generator[_Request]:
+        yield ("wait", step, lambda: self._schedule.batch(index) is not None)
+        chosen = self._schedule.batch(index)
+        assert chosen is not None
+        groups = chosen.group_ids
+        started, ended = min(map(self._issued.__getitem__, groups)), max(map(self._ended.__getitem__, groups))
+        self._batch_s.append(ended - started)
+        yield ("score", step, self._phases.score)
+
+    def _pause(self, seconds: float) -> None:
+        again = self._config.publish.pause_mode == "retract"
+        for server in self._servers:
+            server.advance(self._now)
+            server.pause(self._now + seconds, again)
+            self._plan_event(server)
+
+    def _issue(self) -> None:
+        for slot in self._schedule.to_issue():
+            self._issued[slot.group_id] = self._now
+            self._queue.append(slot)
+        while self._queue:
+            server = min(self._servers, key=lambda server: server.num_groups)
+            if server.num_groups >= self._max_groups:
+                return
+            group = self._queue.popleft().group_id
+            lengths = self._lengths(group)
+            self._left[group], self._server_of[group] = len(lengths.responses), server
+            server.advance(self._now)
+            server.take(group, lengths)
+            server.admit(self._numbers)
+            self._plan_event(server)
+
+    def _plan_event(self, server: _Server) -> None:
+        server.stamp = next(self._numbers)
+        time = server.next_event()
+        if time is not None:
+            heapq.heappush(self._events, (time, server.stamp, server))
+
+    def _step_to(self, limit: float | None) -> None:
+        """To the next thing that happens on a server, or to `limit` if that is sooner."""
+        while self._events and self._events[0][1] != self._events[0][2].stamp:
+            heapq.heappop(self._events)
+        if not self._events or (limit is not None and limit <= self._events[0][0]):
+            assert limit is not None, "the trainer waits and nothing is under way"
+            self._now = max(self._now, limit)
+            return
+        self._now, _, server = heapq.heappop(self._events)
+        server.advance(self._now)
+        for group in server.ended():
+            self._left[group] -= 1
+            if not self._left[group]:
+                self._ended[group] = self._now
+                server.release()
+                self._schedule.collected(group, accepted=True)
+        server.admit(self._numbers)
+        self._plan_event(server)
+
+    def _timeline(self) -> Timeline:
+        for server in self._servers:
+            if server.num_groups:
+                server.busy.append((server.busy_since, self._now))
+        return Timeline(self._spans, self._step_ends, [server.busy for server in self._servers], self._batch_s)

@@ -1,0 +1,101 @@
+"""How long prompts and responses are assumed to be: what a run's settings do not say."""
+
+import math
+import random
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cache
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.planning.cost_model import Batch
+from minpro_megatron.planning.simulator import Lengths
+
+QUANTILES = 512
+# Assumptions where nothing is said: a response has this share of sampling.max_response_tokens, and a prompt as many
+# tokens as a competition problem with its instruction.
+RESPONSE_SHARE = 0.4
+PROMPT_TOKENS = 200
+SPREAD = 0.7  # of the logarithm of a response's length, before it is cut at the limit
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Responses are log-normal, cut at sampling.max_response_tokens, with `mean_response_tokens` after the cut."""
+
+    mean_prompt_tokens: float
+    mean_response_tokens: float
+    spread: float = SPREAD
+
+    @staticmethod
+    def of(config: RunConfig, response_tokens: float | None = None, prompt_tokens: float | None = None) -> "Workload":
+        """What is said, and assumptions for the rest. Raises ValueError for a mean beyond the run's limits."""
+        limit, prompts = config.sampling.max_response_tokens, config.sampling.max_prompt_tokens
+        response = RESPONSE_SHARE * limit if response_tokens is None else response_tokens
+        prompt = min(PROMPT_TOKENS, prompts) if prompt_tokens is None else prompt_tokens
+        if not 0 < response <= limit:
+            raise ValueError(
+                f"mean response tokens = {response:g} must be above 0 and at most "
+                f"sampling.max_response_tokens = {limit}"
+            )
+        if not 0 < prompt <= prompts:
+            raise ValueError(
+                f"mean prompt tokens = {prompt:g} must be above 0 and at most sampling.max_prompt_tokens = {prompts}"
+            )
+        return Workload(prompt, response)
+
+
+def response_quantiles(workload: Workload, limit: int) -> list[int]:
+    """Lengths of `QUANTILES` equally likely responses, ascending."""
+    return list(_quantiles(workload.mean_response_tokens, workload.spread, limit))
+
+
+@cache
+def _quantiles(mean: float, spread: float, limit: int) -> tuple[int, ...]:
+    shapes = [math.exp(spread * _normal_quantile((place + 0.5) / QUANTILES)) for place in range(QUANTILES)]
+
+    def mean_at(scale: float) -> float:
+        return sum(min(limit, scale * shape) for shape in shapes) / QUANTILES
+
+    low, high = 0.0, limit / shapes[0]
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_at(middle) < mean else (low, middle)
+    return tuple(max(1, min(limit, round(high * shape))) for shape in shapes)
+
+
+def _normal_quantile(share: float) -> float:
+    low, high = -10.0, 10.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.erf(middle / math.sqrt(2)) < 2 * share - 1 else (low, middle)
+    return low
+
+
+class GroupLengths:
+    """The lengths of any group, the same for the same seed and number."""
+
+    def __init__(self, config: RunConfig, workload: Workload) -> None:
+        self._quantiles = response_quantiles(workload, config.sampling.max_response_tokens)
+        self._prompt = max(1, round(workload.mean_prompt_tokens))
+        self._per_group = config.batch.responses_per_prompt
+        self._seed = config.seed
+
+    def __call__(self, group: int) -> Lengths:
+        draw = random.Random(derive_seed(self._seed, "planned lengths", group))
+        return Lengths(self._prompt, [draw.choice(self._quantiles) for _ in range(self._per_group)])
+
+
+def batch_of(config: RunConfig, workload: Workload) -> Batch:
+    prompt = max(1, round(workload.mean_prompt_tokens))
+    responses = response_quantiles(workload, config.sampling.max_response_tokens)
+    return Batch(
+        sequence_tokens=[prompt + response for response in responses],
+        num_sequences=config.batch.num_prompts * config.batch.responses_per_prompt,
+    )
+
+
+def share_at_limit(config: RunConfig, workload: Workload) -> float:
+    """Of the responses that are cut."""
+    lengths = response_quantiles(workload, config.sampling.max_response_tokens)
+    return 1 - bisect_left(lengths, config.sampling.max_response_tokens) / QUANTILES
