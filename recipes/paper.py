@@ -58,8 +58,7 @@ def table_3(
     """MinPRO with a delay of two global steps on the released model `model`.
 
     The first 400 of MATH500 are also the held-out set, whose pass@1 says which checkpoint is the best. The benchmarks
-    are sampled in full, about as many responses as four global steps have, so only the first, the last and every 40th
-    version are evaluated.
+    are sampled in full, some 18,000 responses, so only the first, the last and every 40th version are evaluated.
     """
     root = Path(os.environ.get(ROOT_VARIABLE) or Path(__file__).parent.parent / "artifacts").absolute()
     data = root / "data"
