@@ -1,0 +1,180 @@
+"""Runs submitted to a real Slurm of two nodes on this machine: to the end, killed, and started again."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from minpro_megatron.rollout.resume_point import read_latest
+from tests.e2e.conftest import ROOT, TinyModel
+from tests.e2e.local_slurm import LocalSlurm, missing_programs
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing_programs()), reason="Slurm is not installed: apt-get install slurm-wlm munge"),
+]
+FIRST_PORT = 26817
+PROFILE = ROOT / "cluster" / "profiles" / "local_slurm.toml"
+# As little of everything as makes a run; sampled one by one, so that nothing depends on the machine's load.
+SMALL = (
+    "server.engine=reference", "server.start_timeout_s=150", "num_global_steps=2", "batch.num_prompts=4",
+    "batch.mini_batch_prompts=2", "evaluation.num_prompts=2", "evaluation.samples_per_prompt=1", "parallel.tensor=1",
+    "parallel.expert=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
+    cluster = LocalSlurm(tmp_path_factory.mktemp("slurm"), FIRST_PORT)
+    try:
+        cluster.start()
+        yield cluster
+        for job in cluster.run("squeue", "--noheader", "--format=%i").split():
+            cluster.run("scancel", "--signal=KILL", "--full", job)
+    finally:
+        cluster.stop()
+
+
+class Workspace:
+    """A folder that both nodes see, and the commands of cluster/ on it."""
+
+    def __init__(self, folder: Path, slurm: LocalSlurm, model: TinyModel) -> None:
+        self.folder, self._model = folder, model
+        (folder / "recipes").mkdir()
+        (folder / "recipes" / "data").symlink_to(ROOT / "recipes" / "data")
+        self._environment = os.environ | slurm.environment | {"NEMORUN_HOME": str(folder / "nemo")}
+
+    def command(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"cluster.{name}", *arguments],
+            cwd=ROOT,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def submit(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+        model = [f"model.hf_path={self._model.hf}", f"model.megatron_path={self._model.megatron}", f"name={name}"]
+        profile = ["--profile", str(PROFILE), "--set", f"workspace={self.folder}", "--set", f"python={sys.executable}"]
+        return self.command("submit", "recipes.demo:tiny_moe_smoke", *profile, *model, *SMALL, *arguments)
+
+    def run_dir(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """Those with this folder and all `words` in their command line."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            line = " ".join(process.info["cmdline"] or [])
+            if str(self.folder) in line and all(word in line for word in words):
+                found.append(process)
+        return found
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, slurm: LocalSlurm, tiny_model: TinyModel) -> Workspace:
+    return Workspace(tmp_path, slurm, tiny_model)
+
+
+def ended(process: subprocess.Popen[str], timeout_s: float = 150) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"not ended within {timeout_s} s: {process.communicate()[0]}")
+    return process.returncode, output
+
+
+def until(holds: object, what: str, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    assert callable(holds)
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.1)
+
+
+def test_a_run_over_two_nodes_ends_well(workspace: Workspace) -> None:
+    status, output = ended(workspace.submit("whole"))
+    assert status == 0, output
+    assert "node 0: 1 trainer ranks\nnode 1: server 0, the collector\n" in output
+    assert re.search(r"node 0 \(node1\) is well\n.*node 1 \(node2\) is well", output), output
+    assert "finished 2 global steps" in output
+    assert re.search(r"job \d+: COMPLETED on node\[1-2\]\njob \d+: completed", output), output
+    logs = workspace.run_dir("whole") / "logs"
+    assert {"train.log", "collect.log", "serve.log", "server-0.log"} <= {path.name for path in logs.iterdir()}
+    # servers and collector are reached under an address that is not this machine's own business
+    assert re.search(r"server 0 ready at http://(?!127\.)\d+\.\d+", (logs / "serve.log").read_text())
+    assert not workspace.processes("minpro_megatron")
+    status, output = ended(workspace.command("status", "whole"), 60)
+    assert status == 0
+    assert re.match(r"whole  job \d+: COMPLETED on node\[1-2\]; run in ", output)
+
+
+@pytest.mark.long
+def test_a_killed_role_fails_the_job_and_a_restart_goes_on(workspace: Workspace) -> None:
+    """The trainer's ranks are on both nodes. The first start is killed once a checkpoint is there."""
+    spread = ["--set", "topology.train_nodes=2", "--set", "topology.share_nodes=true", "parallel.tensor=2"]
+    checkpoints = ["checkpoint.every_steps=1", "num_global_steps=8"]
+    submitted = workspace.submit("killed", *spread, *checkpoints)
+    run_dir = workspace.run_dir("killed")
+    until(lambda: (run_dir / "checkpoints" / "latest").exists(), "a checkpoint")
+    for process in workspace.processes("minpro_megatron", " collect "):
+        process.send_signal(signal.SIGKILL)
+    status, output = ended(submitted)
+    assert status == 0, output
+    assert "node 0: 1 trainer ranks\nnode 1: 1 trainer ranks, server 0, the collector\n" in output
+    assert re.search(r"node 1 \(node2\): error: the role collect was ended by signal SIGKILL", output), output
+    assert re.search(r"it goes on from its checkpoint after global step [1-8] \(start 2 of this run\)", output), output
+    assert re.search(r"job \d+: COMPLETED on node\[1-2\] after 1 restart\n", output), output
+    assert sorted(path.name for path in (run_dir / "starts").iterdir()) == ["0", "1"]
+    latest = read_latest(run_dir)
+    assert latest is not None
+    assert latest.policy_version == 8
+
+
+@pytest.mark.long
+def test_without_restarts_left_the_job_has_failed(workspace: Workspace) -> None:
+    submitted = workspace.submit("failing", "--set", "restarts=0", "num_global_steps=200")
+    run_dir = workspace.run_dir("failing")
+    until(lambda: (run_dir / "status" / "train.json").exists(), "a trainer")
+    ranks = workspace.processes("minpro_megatron", " train ")
+    assert ranks
+    for process in ranks:
+        process.send_signal(signal.SIGKILL)
+    status, output = ended(submitted)
+    assert status == 1, output
+    assert "node 0 (node1): error: the role train " in output
+    assert re.search(r"error: job \d+ of the run failing: FAILED \(exit status 1\) on node\[1-2\]; its log is", output)
+    assert not workspace.processes("minpro_megatron")
+    assert ended(workspace.command("status", "failing"), 60)[0] == 1
+
+
+@pytest.mark.long
+def test_a_cancelled_job_ends_and_problems_start_nothing(workspace: Workspace) -> None:
+    assert ended(workspace.submit("cancelled", "--detach", "num_global_steps=500"))[0] == 0
+    run_dir = workspace.run_dir("cancelled")
+    until(lambda: (run_dir / "metrics.jsonl").exists(), "a first step")
+    status, output = ended(workspace.submit("cancelled"), 60)
+    assert status == 2
+    assert re.search(r"error: name = cancelled: job \d+ of this name has not ended; cancel it", output)
+    followed = workspace.command("logs", "cancelled", "--follow")
+    status, output = ended(workspace.command("cancel", "cancelled"), 60)
+    assert (status, output.endswith("told to end\n")) == (0, True)
+    status, output = ended(followed, 60)
+    assert status == 1
+    assert re.search(r"error: job \d+ of the run cancelled: CANCELLED", output), output
+    until(lambda: not workspace.processes("minpro_megatron"), "no process", 30)
+    # what only the nodes can know: refused once, and not started again
+    status, output = ended(workspace.submit("refused", "--set", "slurm.interface=none0"))
+    assert status == 1
+    assert re.search(r"error: node 1 \(node2\): --interface none0: this node has none with an IPv4 address", output)
+    assert "FAILED (exit status 2)" in output
+    assert "restart" not in output
