@@ -66,7 +66,9 @@ class Profile(Section):
         "checkout, are looked up in it: models, data, runs"
     )
     job_dir: OptionalPath = Field(default="", description="scripts, code and logs of jobs; workspace/jobs if empty")
-    python: Line = Field(default="python", pattern="python", description="in the container or on the nodes")
+    python: str = Field(
+        default="python", pattern=r"^[^\r\n]*python[^\r\n]*$", description="in the container or on the nodes"
+    )
     restarts: int = Field(default=3, ge=0, description="a failed job is started again so often; it goes on")
     environment: dict[str, Line] = Field(default={}, description="variables of all processes; no secrets")
     secrets_file: OptionalPath = Field(
@@ -125,10 +127,10 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"--set {assignment!r}: {section} is not a section")
-    try:
-        values[key] = json.loads(text)
+    try:  # numbers and the like are read from text where the setting is one
+        values[key] = json.loads(text) if text[:1] in ('"', "[", "{") else text
     except json.JSONDecodeError:
-        values[key] = text
+        raise UserError(f"--set {assignment!r}: what begins with {text[0]} must be JSON") from None
 
 
 def _problem(entry: Any) -> str:

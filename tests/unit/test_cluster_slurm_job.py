@@ -1,0 +1,182 @@
+"""What is read from Slurm's own words, recorded from Slurm 22.05 (scontrol) and its manual (sacct)."""
+
+import io
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster import follow as following
+from cluster.follow import LogTail, follow
+from cluster.records import JobRecord, all_records, recall, remember
+from cluster.slurm_job import JobError, JobState, active_jobs, look_up, parse_sacct, parse_scontrol, parse_script_output
+from minpro_megatron.launch.user_error import UserError
+
+SCONTROL = """\
+JobId=7 JobName=minpro-whole
+   UserId=root(0) GroupId=root(0) MCS_label=N/A
+   Priority=4294901758 Nice=0 Account=(null) QOS=(null)
+   JobState={state} Reason={reason} Dependency=(null)
+   Requeue=1 Restarts={restarts} BatchFlag=1 Reboot=0 ExitCode={code}
+   RunTime=00:00:33 TimeLimit=00:20:00 TimeMin=N/A
+   ReqNodeList=(null) ExcNodeList=(null)
+   NodeList={nodes}
+   BatchHost=node1
+   NumNodes=2 NumCPUs=2 NumTasks=2 CPUs/Task=1 ReqB:S:C:T=0:0:*:*
+"""
+
+
+def scontrol(state: str, code: str = "0:0", reason: str = "None", restarts: int = 0, nodes: str = "node[1-2]") -> str:
+    return SCONTROL.format(state=state, code=code, reason=reason, restarts=restarts, nodes=nodes)
+
+
+@dataclass
+class Answer:
+    stdout: str = ""
+    stderr: str = ""
+    return_code: int = 0
+
+
+class Shell:
+    """Answers commands by their first word, and runs those of files for real."""
+
+    def __init__(self, **answers: Callable[[], Answer]) -> None:
+        self.answers, self.commands = answers, list[str]()
+
+    def run(self, command: str, hide: bool = True, warn: bool = False) -> Answer:
+        self.commands.append(command)
+        if (known := self.answers.get(command.split()[0])) is not None:
+            return known()
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        return Answer(done.stdout, done.stderr, done.returncode)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "ended", "succeeded"),
+    [
+        (scontrol("PENDING", reason="Resources", nodes="(null)"), "PENDING (Resources)", False, False),
+        (scontrol("RUNNING"), "RUNNING on node[1-2]", False, False),
+        (scontrol("COMPLETED", restarts=1), "COMPLETED on node[1-2] after 1 restart", True, True),
+        (scontrol("FAILED", "2:0", "NonZeroExitCode"), "FAILED (exit status 2) on node[1-2]", True, False),
+        (scontrol("CANCELLED", "0:15"), "CANCELLED (exit status 143) on node[1-2]", True, False),
+        (scontrol("TIMEOUT", "0:0", restarts=3), "TIMEOUT (exit status 0) on node[1-2] after 3 restarts", True, False),
+    ],
+)  # fmt: skip
+def test_scontrol_is_understood(text: str, shown: str, ended: bool, succeeded: bool) -> None:
+    state = parse_scontrol(text)
+    assert (str(state), state.has_ended, state.has_succeeded) == (shown, ended, succeeded)
+
+
+def test_accounting_is_understood() -> None:
+    assert parse_sacct("COMPLETED|0:0|n1\n") == JobState(state="COMPLETED", nodes="n1")
+    text = "REQUEUED|1:0|n1\nCANCELLED by 1000|0:15|n[1-4]\n"
+    assert parse_sacct(text) == JobState(state="CANCELLED", exit_status=143, nodes="n[1-4]")
+
+
+def test_the_scripts_own_last_line_is_better_than_nothing() -> None:
+    assert parse_script_output("") is None
+    text = "job exited with code 1\n+ other\njob exited with code 0\n"
+    assert parse_script_output(text) == JobState(state="COMPLETED", restarts=1)
+    assert parse_script_output("job exited with code 2\n") == JobState(state="FAILED", exit_status=2)
+
+
+def test_a_job_that_slurm_forgot_is_found_elsewhere(tmp_path: Path) -> None:
+    forgotten = {"scontrol": lambda: Answer(stderr="slurm_load_jobs error: Invalid job id specified", return_code=1)}
+    without_accounting = {"sacct": lambda: Answer(stderr="Slurm accounting storage is disabled", return_code=1)}
+    accounted = look_up(Shell(**forgotten, sacct=lambda: Answer("TIMEOUT|0:0|n1\n")), "7", str(tmp_path))
+    assert accounted.state == "TIMEOUT"
+    shell = Shell(**forgotten, **without_accounting)
+    with pytest.raises(JobError, match=f"job 7: Slurm has forgotten it, there is no accounting, and {tmp_path} does"):
+        look_up(shell, "7", str(tmp_path))
+    (tmp_path / "sbatch_minpro-a_7.out").write_text("job exited with code 1\n")
+    (tmp_path / "sbatch_minpro-a_77.out").write_text("job exited with code 0\n")
+    assert look_up(shell, "7", str(tmp_path)) == JobState(state="FAILED", exit_status=1)
+
+
+def test_a_cluster_that_does_not_answer_is_no_end() -> None:
+    away = Answer(stderr="Unable to contact slurm controller", return_code=1)
+    with pytest.raises(JobError, match="scontrol: Unable to contact slurm controller"):
+        look_up(Shell(scontrol=lambda: away), "7", "/none")
+    with pytest.raises(JobError, match="squeue: Unable"):
+        active_jobs(Shell(squeue=lambda: away), "minpro-a")
+    assert active_jobs(Shell(squeue=lambda: Answer("7\n9\n")), "minpro-a") == ["7", "9"]
+
+
+def test_words_of_others_are_quoted() -> None:
+    shell = Shell(squeue=Answer, scontrol=lambda: Answer(scontrol("RUNNING")))
+    active_jobs(shell, "a; rm -r x")
+    look_up(shell, "7; rm", "/none")
+    assert shell.commands == [
+        "squeue --me --noheader --format=%i --name='a; rm -r x'", "scontrol show job '7; rm'",
+    ]  # fmt: skip
+
+
+def test_the_log_is_shown_as_it_grows_over_all_starts(tmp_path: Path) -> None:
+    out = io.StringIO()
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    tail = LogTail(Shell(), str(folder), "7", out)
+    tail.show_news()
+    first = folder / "log-minpro-a_7_0.out"
+    first.write_bytes("one\nä".encode()[:-1])
+    (folder / "log-minpro-a_77_0.out").write_text("of another job\n")
+    tail.show_news()
+    assert out.getvalue() == "one\n"
+    with first.open("ab") as file:
+        file.write("ä".encode()[-1:] + b"\n\xff\n")
+    (folder / "log-minpro-a_7_10.out").write_text("eleventh\n")
+    (folder / "log-minpro-a_7_2.out").write_text("third\n")
+    tail.show_news()
+    tail.show_news()
+    assert out.getvalue() == "one\nä\n\ufffd\nthird\neleventh\n"
+
+
+def test_following_ends_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "POLL_S", 0.001)
+    answers = [
+        scontrol("PENDING", reason="Priority", nodes="(null)"), None, scontrol("RUNNING"), scontrol("RUNNING"),
+        scontrol("PENDING", reason="BeginTime", restarts=1), scontrol("COMPLETED", restarts=1),
+    ]  # fmt: skip
+    steps = iter(answers)
+
+    def answer() -> Answer:
+        text = next(steps)
+        (tmp_path / "log-a_7_0.out").open("a").write("line\n")
+        return Answer(text) if text else Answer(stderr="timed out", return_code=1)
+
+    said, out = list[str](), io.StringIO()
+    state = follow(Shell(scontrol=answer), "7", str(tmp_path), out, said.append)
+    assert state.has_succeeded
+    assert out.getvalue() == "line\n" * len(answers)
+    assert [line.removeprefix("job 7: ") for line in said] == [
+        "PENDING (Priority)", "RUNNING on node[1-2]", "PENDING (BeginTime) on node[1-2] after 1 restart",
+        "COMPLETED on node[1-2] after 1 restart",
+    ]  # fmt: skip
+
+
+def test_a_cluster_that_is_away_for_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "POLL_S", 0.001)
+    monkeypatch.setattr(following, "_LONGEST_SILENCE_S", 0.01)
+    with pytest.raises(JobError, match="scontrol: gone"):
+        follow(Shell(scontrol=lambda: Answer(stderr="gone", return_code=1)), "7", "/none", io.StringIO(), print)
+
+
+def record(name: str, job_id: str, submitted_at: float, **more: object) -> JobRecord:
+    given = {"run_dir": f"/runs/{name}", "log_folder": "/logs", "submitted_at": submitted_at} | more
+    return JobRecord(name=name, job_id=job_id, **given)  # type: ignore[arg-type]
+
+
+def test_a_name_stands_for_its_last_job(tmp_path: Path) -> None:
+    records = [record("a", "9", 1.0), record("b", "10", 2.0), record("a", "11", 3.0, ssh={"host": "h", "user": "u"})]
+    for one in reversed(records):
+        remember(tmp_path, one)
+    assert all_records(tmp_path) == records
+    assert recall(tmp_path, "a") == records[2]
+    assert recall(tmp_path, "9") == records[0]
+    settings = recall(tmp_path, "a").ssh_settings
+    assert settings is not None
+    assert settings.host == "h"
+    with pytest.raises(UserError, match="job 'c': not submitted from this machine; known: a, b"):
+        recall(tmp_path, "c")
