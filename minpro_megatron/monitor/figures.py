@@ -1,51 +1,56 @@
-"""The report's charts: each turns a run's history into an SVG picture, if the history has its numbers."""
+"""Pictures for pages: series out of a run's history, drawn as SVG that follows the page's light or dark."""
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from minpro_megatron.monitor.history import Entry
 
-_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#2563eb", "#d97706", "#0f9d76", "#7c3aed", "#94a3b8"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563eb", "#d97706", "#0f9d76", "#7c3aed", "#94a3b8"
+RED, PINK, TEAL, BROWN, LIME = "#dc2626", "#db2777", "#0891b2", "#92400e", "#65a30d"
+PALE = "#e2e8f0"
+# In the order in which they are taken where many lines stand in one picture.
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, PINK, LIME, BROWN, GREY)
+_EDGE, _LABEL, _TICK, _GRID = "#cbd5e1", "#475569", "#64748b", "#eef2f7"
 STYLE: Any = {
     "font.size": 9,
-    "axes.edgecolor": "#cbd5e1",
-    "axes.labelcolor": "#475569",
+    "axes.edgecolor": _EDGE,
+    "axes.labelcolor": _LABEL,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#eef2f7",
-    "xtick.color": "#64748b",
-    "ytick.color": "#64748b",
+    "grid.color": _GRID,
+    "xtick.color": _TICK,
+    "ytick.color": _TICK,
+    "text.color": _LABEL,
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "legend.fontsize": 8,
     "svg.hashsalt": "minpro-megatron",  # the same run gives the same file
+    "svg.fonttype": "none",  # text stays text: smaller, and it can be selected
+    "font.family": "DejaVu Sans",  # comes with matplotlib: widths do not depend on the machine
 }
-_PHASES = {
-    "time/wait_for_batch_s": ("wait for rollouts", _GREY),
-    "time/train_s": ("train", _BLUE),
-    "time/score_s": ("score", _GREEN),
-    "time/publish_s": ("publish", _ORANGE),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A picture with its heading and a sentence on how to read it."""
-
-    title: str
-    caption: str
-    svg: str
+# Of a page: what its style sheet sets for light and for dark (page_style.html.jinja).
+VARIABLES = {
+    BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple", GREY: "grey", RED: "red", PINK: "pink",
+    TEAL: "teal", BROWN: "brown", LIME: "lime", PALE: "pale", _EDGE: "edge", _LABEL: "label", _TICK: "tick",
+    _GRID: "grid", "#000000": "label", "#ffffff": "paper",
+}  # fmt: skip
+Draw = Callable[[Axes, Sequence[Entry]], bool]  # puts a history on axes; False: the history has nothing for them
+_WIDTH, _HEIGHT = 5.0, 2.6  # inches; text of 9 points is readable when this fills a phone
+_INNER = (0.135, 0.165, 0.85, 0.735)  # left, bottom, width, height: charts below each other have one axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,30 +69,16 @@ def series(history: Sequence[Entry], name: str) -> Series:
     return Series([entry.step for entry in entries], [entry.metrics[name] for entry in entries])
 
 
-def charts(history: Sequence[Entry]) -> list[Chart]:
-    """Every chart that the history has numbers for, in reading order."""
-    made = []
-    with mpl.rc_context(STYLE):
-        for title, caption, draw in _CHARTS:
-            figure = Figure(figsize=(5.4, 2.7), layout="constrained")
-            FigureCanvasAgg(figure)
-            axes = figure.add_subplot()
-            if draw(axes, history):
-                axes.set_xlabel("global step")
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-                made.append(Chart(title, caption, _svg(figure)))
-    return made
+def family(history: Sequence[Entry], prefix: str) -> dict[str, Series]:
+    """The series whose names begin with `prefix`, by the rest of the name, numbers in their order."""
+    rests = {name.removeprefix(prefix) for entry in history for name in entry.metrics if name.startswith(prefix)}
+    ordered = sorted(rests, key=lambda rest: (not rest.isdecimal(), int(rest) if rest.isdecimal() else 0, rest))
+    return {rest: series(history, prefix + rest) for rest in ordered}
 
 
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    return buffer.getvalue()
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """A centred running mean over about a twentieth of the run; values that are not finite are left out."""
-    half = len(values) // 40
+def smooth(values: Sequence[float], window: int | None = None) -> list[float]:
+    """A centred running mean over `window` values (None: a twentieth of them); what is not finite is left out."""
+    half = len(values) // 40 if window is None else window // 2
     smoothed = []
     for index in range(len(values)):
         near = [value for value in values[max(index - half, 0) : index + half + 1] if math.isfinite(value)]
@@ -95,216 +86,136 @@ def smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def _line(axes: Axes, data: Series, color: str, label: str, *, smoothed: bool = False) -> None:
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A metric as a line of a chart."""
+
+    metric: str
+    label: str
+    color: str
+    smoothed: bool = False
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Within: pictures are drawn in this file's style."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def picture(draw: Callable[[Axes], bool], x_label: str = "global step") -> Markup | None:
+    """What `draw` makes of empty axes, as an SVG element for a page with page_style; None if it returns False."""
+    figure = Figure(figsize=(_WIDTH, _HEIGHT))
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes(_INNER)
+    if not draw(axes):
+        return None
+    axes.set_xlabel(x_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True
+    )
+    return themed(buffer.getvalue())
+
+
+def themed(svg: str) -> Markup:
+    """matplotlib's SVG file as an element within a page: its colors are the page's, and it is as wide as its place."""
+    element = svg[svg.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    element = re.sub(r' (?:width|height)="[0-9.]+pt"', "", element, count=2)
+    element = re.sub("#[0-9a-f]{6}", lambda found: _variable(found.group()), element)
+    # numbers and fixed texts only: nothing that came from outside is drawn
+    return Markup(element.replace("<svg ", '<svg aria-hidden="true" ', 1))
+
+
+def _variable(color: str) -> str:
+    return f"var(--{VARIABLES[color]})" if color in VARIABLES else color
+
+
+def line(
+    axes: Axes, data: Series, color: str, label: str = "", *, smoothed: bool = False, window: int | None = None
+) -> None:
+    """The series; `smoothed`: its running mean, the values pale behind it, where there are enough."""
     if not data:
         return
-    if smoothed and len(data.values) >= 40:
+    if smoothed and (len(data.values) >= 40 if window is None else window > 1):
         axes.plot(data.steps, data.values, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(data.steps, smooth(data.values), color=color, label=label)
+        axes.plot(data.steps, smooth(data.values, window), color=color, label=label)
     else:
         axes.plot(data.steps, data.values, color=color, label=label, marker="." if len(data.steps) < 3 else "")
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """Above the picture, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
         axes.legend(
-            handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=5, columnspacing=1.2,
-            handlelength=1.2, borderaxespad=0.2,
+            handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=min(len(handles), 5),
+            columnspacing=1.2, handlelength=1.2, borderaxespad=0.2,
         )  # fmt: skip
 
 
-def _log_scale_if_wide(axes: Axes, data: Series) -> None:
-    """A logarithmic axis where the values span more than a factor of 30, else a linear one from 0."""
-    positive = [value for value in data.values if math.isfinite(value) and value > 0]
-    if positive and max(positive) > 30 * min(positive):
-        axes.set_yscale("log", nonpositive="mask")
-    else:
-        axes.set_ylim(bottom=0)
+def scale(axes: Axes, kind: str, data: Sequence[Series]) -> None:
+    """`share`: percents from 0; `zero` and `counts`: from 0; `log`; `wide`: `log` if positive values differ by more
+    than a factor of 30, else as `zero`; `free`: as matplotlib likes."""
+    values = [value for one in data for value in one.values if math.isfinite(value)]
+    positive = [value for value in values if value > 0]
+    if positive and (kind == "log" or (kind == "wide" and max(positive) > 30 * min(positive))):
+        _log_scale(axes, max(positive) / min(positive))
+    elif kind not in ("free", "log"):
+        axes.set_ylim(bottom=min([0.0, *values]))
+        if kind == "share":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _accuracy(axes: Axes, history: Sequence[Entry]) -> bool:
-    accuracy, reward = series(history, "reward/accuracy"), series(history, "reward/mean")
-    evaluated, errors = series(history, "eval/pass_at_1"), series(history, "eval/standard_error")
-    if accuracy:
-        _line(axes, accuracy, _BLUE, "accuracy of training rollouts", smoothed=True)
-    else:
-        _line(axes, reward, _BLUE, "mean reward of training rollouts", smoothed=True)
-    if evaluated:
-        by_version = dict(zip(errors.steps, errors.values, strict=True))
-        spread = [by_version.get(step, 0.0) for step in evaluated.steps]
-        axes.errorbar(
-            evaluated.steps,
-            evaluated.values,
-            spread,
-            fmt="o",
-            color=_ORANGE,
-            capsize=3,
-            label="held-out pass@1",
-        )
-    if accuracy or evaluated:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylim(bottom=0)
-    _legend(axes)
-    return bool(accuracy or reward or evaluated)
-
-
-def _entropy(axes: Axes, history: Sequence[Entry]) -> bool:
-    entropy = series(history, "policy/entropy")
-    _line(axes, entropy, _PURPLE, "entropy", smoothed=True)
-    axes.set_ylabel("nats")
-    axes.set_ylim(bottom=0)
-    return bool(entropy)
-
-
-def _ratio(axes: Axes, history: Sequence[Entry]) -> bool:
-    average = series(history, "ratio/mean")
-    low, high = series(history, "ratio/min"), series(history, "ratio/max")
-    if low and high and low.steps == high.steps:
-        axes.fill_between(low.steps, low.values, high.values, color=_BLUE, alpha=0.12, label="min to max", linewidth=0)
-    _line(axes, average, _BLUE, "mean")
-    axes.axhline(1.0, color=_GREY, linewidth=0.8, linestyle=":")
-    axes.set_yscale("log")
-    _legend(axes)
-    return bool(average)
-
-
-def _prefix_min(axes: Axes, history: Sequence[Entry]) -> bool:
-    average, low = series(history, "prefix_min/mean"), series(history, "prefix_min/min")
-    _line(axes, average, _GREEN, "mean")
-    _line(axes, low, _GREY, "smallest")
-    axes.axhline(1.0, color=_GREY, linewidth=0.8, linestyle=":")
-    axes.set_yscale("log")
-    _legend(axes)
-    return bool(average or low)
-
-
-def _token_shares(axes: Axes, history: Sequence[Entry]) -> bool:
-    clipped, below = series(history, "objective/clipped_fraction"), series(history, "prefix_min/below_one")
-    _line(axes, below, _GREEN, "prefix minimum below 1")
-    _line(axes, clipped, _ORANGE, "weight clipped")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylim(bottom=0)
-    _legend(axes)
-    return bool(clipped or below)
-
-
-def _grad_norm(axes: Axes, history: Sequence[Entry]) -> bool:
-    norm = series(history, "optimizer/grad_norm")
-    _line(axes, norm, _BLUE, "gradient norm", smoothed=True)
-    _log_scale_if_wide(axes, norm)
-    return bool(norm)
-
-
-def _mismatch(axes: Axes, history: Sequence[Entry]) -> bool:
-    average = series(history, "mismatch/log_prob_abs_mean")
-    high = series(history, "mismatch/log_prob_abs_max")
-    divergence = series(history, "mismatch/kl_k3")
-    _line(axes, high, _GREY, "largest difference")
-    _line(axes, average, _BLUE, "mean difference")
-    _line(axes, divergence, _ORANGE, "KL (k3)")
-    axes.set_ylabel("nats")
+def _log_scale(axes: Axes, spread: float) -> None:
+    """With plain numbers, and between the powers of ten too where there are few of those."""
     axes.set_yscale("log", nonpositive="mask")
-    _legend(axes)
-    return bool(average or high or divergence)
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    if spread < 30:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _staleness(axes: Axes, history: Sequence[Entry]) -> bool:
-    average = series(history, "staleness/mean")
-    low, high = series(history, "staleness/min"), series(history, "staleness/max")
-    if low and high and low.steps == high.steps:
-        axes.fill_between(low.steps, low.values, high.values, step="mid", color=_PURPLE, alpha=0.15, linewidth=0)
-    if average:
-        axes.step(average.steps, average.values, where="mid", color=_PURPLE, label="mean")
-    axes.set_ylabel("global steps")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return bool(average)
+def lines(*parts: Line, kind: str = "zero", unit: str = "", at: float | None = None) -> Draw:
+    """A chart of metrics in one unit; `at` is a value to compare them with."""
+
+    def draw(axes: Axes, history: Sequence[Entry]) -> bool:
+        data = [series(history, part.metric) for part in parts]
+        for part, one in zip(parts, data, strict=True):
+            line(axes, one, part.color, part.label, smoothed=part.smoothed)
+        return dressed(axes, data, kind, unit, at)
+
+    return draw
 
 
-def _length(axes: Axes, history: Sequence[Entry]) -> bool:
-    average, high = series(history, "response/length_mean"), series(history, "response/length_max")
-    _line(axes, average, _BLUE, "mean", smoothed=True)
-    _line(axes, high, _GREY, "longest")
-    axes.set_ylabel("tokens")
-    axes.set_ylim(bottom=0)
-    _legend(axes)
-    return bool(average or high)
+def of_family(prefix: str, label: str, kind: str = "zero", unit: str = "", most: int = len(COLORS)) -> Draw:
+    """A chart of all metrics whose names begin with `prefix`, at most `most`; `label` is put before the rest."""
+
+    def draw(axes: Axes, history: Sequence[Entry]) -> bool:
+        found = dict(list(family(history, prefix).items())[:most])
+        for (rest, data), color in zip(found.items(), COLORS, strict=False):
+            line(axes, data, color, f"{label}{_plain(rest)}", smoothed=True)
+        return dressed(axes, list(found.values()), kind, unit)
+
+    return draw
 
 
-def _phases(axes: Axes, history: Sequence[Entry]) -> bool:
-    entries = [entry for entry in history if "time/step_s" in entry.metrics]
-    if not entries:
+def _plain(text: str) -> str:
+    """matplotlib sets what stands between dollars as a formula; the names of benchmarks are from outside."""
+    return "".join(c for c in text.replace("_", " ") if c.isprintable() and c != "$")[:24]
+
+
+def dressed(axes: Axes, data: Sequence[Series], kind: str, unit: str = "", at: float | None = None) -> bool:
+    """Gives axes with `data` on them scale, unit and legend; False if nothing is on them, or only `counts` of 0."""
+    if not any(data) or (kind == "counts" and not any(value for one in data for value in one.values)):
         return False
-    parts = [[entry.metrics.get(name, 0.0) for entry in entries] for name in _PHASES]
-    known = [sum(seconds) for seconds in zip(*parts, strict=True)]
-    rest = [max(entry.metrics["time/step_s"] - spent, 0.0) for entry, spent in zip(entries, known, strict=True)]
-    steps = [entry.step for entry in entries]
-    labels, colors = [label for label, _ in _PHASES.values()], [color for _, color in _PHASES.values()]
-    axes.stackplot(steps, *parts, rest, labels=[*labels, "other"], colors=[*colors, "#e2e8f0"], alpha=0.85, linewidth=0)
-    axes.set_ylabel("seconds")
-    axes.set_ylim(bottom=0)
-    _legend(axes)
+    if at is not None:
+        axes.axhline(at, color=GREY, linewidth=0.8, linestyle=":")
+    if unit:
+        axes.set_ylabel(unit)
+    scale(axes, kind, data)
+    legend(axes)
     return True
-
-
-def _sample_shares(axes: Axes, history: Sequence[Entry]) -> bool:
-    equal, truncated = series(history, "reward/equal_groups"), series(history, "response/truncated_fraction")
-    _line(axes, equal, _PURPLE, "groups with equal rewards", smoothed=True)
-    _line(axes, truncated, _ORANGE, "responses cut at the limit", smoothed=True)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylim(bottom=0)
-    _legend(axes)
-    return bool(equal or truncated)
-
-
-def _throughput(axes: Axes, history: Sequence[Entry]) -> bool:
-    responses = series(history, "throughput/response_tokens_per_s")
-    trained = series(history, "throughput/trained_tokens_per_s")
-    _line(axes, responses, _ORANGE, "response tokens per second of step", smoothed=True)
-    _line(axes, trained, _BLUE, "trained tokens per second of training", smoothed=True)
-    axes.set_ylabel("tokens/s")
-    axes.set_ylim(bottom=0)
-    _legend(axes)
-    return bool(responses or trained)
-
-
-_CHARTS: list[tuple[str, str, Callable[[Axes, Sequence[Entry]], bool]]] = [
-    (
-        "Accuracy",
-        "Rollouts lag behind the policy; held-out points are of that policy version (bars: one standard error).",
-        _accuracy,
-    ),
-    ("Entropy", "Mean over response tokens. A collapse towards 0 ends exploration.", _entropy),
-    (
-        "Importance ratio",
-        "Current over behavior policy, per token. Its spread is the off-policy drift.",
-        _ratio,
-    ),
-    (
-        "Prefix minimum",
-        "The smallest ratio among a token's predecessors, which weighs the token.",
-        _prefix_min,
-    ),
-    ("Tokens affected", "Shares of response tokens.", _token_shares),
-    ("Gradient norm", "Of an update, before clipping.", _grad_norm),
-    (
-        "Trainer and server",
-        "Difference of their log-probs under the same weights: engine mismatch, not drift.",
-        _mismatch,
-    ),
-    ("Staleness", "Policy version minus the version that sampled the batch.", _staleness),
-    (
-        "Samples without a lesson",
-        "Groups with equal rewards give no gradient; cut responses were graded unfinished.",
-        _sample_shares,
-    ),
-    ("Response length", "Tokens, the stop token included.", _length),
-    ("Time per step", "Where a global step's seconds go.", _phases),
-    (
-        "Throughput",
-        "Response tokens as rollouts deliver them, all tokens as training consumes them.",
-        _throughput,
-    ),
-]

@@ -1,107 +1,84 @@
 """The run's report: one HTML file with everything inside it, to look at and to send on."""
 
-import base64
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
+from minpro_megatron.monitor import samples as sample_page
+from minpro_megatron.monitor.environment import read_environment
 from minpro_megatron.monitor.files import replace_file
-from minpro_megatron.monitor.history import Entry, read_history
+from minpro_megatron.monitor.history import Entry
+from minpro_megatron.monitor.pages import first_known, percent, read_json, read_json_lines, render, short
 from minpro_megatron.monitor.progress import duration
+from minpro_megatron.monitor.settings import described
 from minpro_megatron.monitor.summary import RunSummary, read_summary
 
 FILE_NAME = "report.html"
-SAMPLES_FILE = "samples.jsonl"
-_MAX_SAMPLES = 40
-_MAX_CHARACTERS = 2000  # of one field of a sample: a report with a hundred long responses helps nobody
+ALARMS_FILE = "alarms.jsonl"
+MAX_ALARMS = 200
 
 
 def write_report(run_dir: Path, samples: Sequence[Mapping[str, Any]] | None = None) -> Path:
     """Writes `run_dir/report.html` and returns its path.
 
-    It is made from run.json, metrics.jsonl and, for a finished run, summary.json. `samples` are rollouts to
-    show, such as {"step": 7, "prompt": ..., "response": ..., "reward": 1.0}; None: those of samples.jsonl, if
-    there are any.
+    It is made from run.json, metrics.jsonl, alarms.jsonl, environment.json and, for a finished run, summary.json; what
+    is missing is left out. `samples` are rollouts to show, such as {"step": 7, "prompt": ..., "response": ...,
+    "reward": 1.0}, with "tokens" and "ratios" (lists, by token) for their colors; None: those of samples.jsonl.
     """
-    from minpro_megatron.monitor.figures import charts  # matplotlib: every trainer rank imports this file
+    # matplotlib: every trainer rank imports this file
+    from minpro_megatron.monitor.run_charts import charts
+    from minpro_megatron.monitor.run_history import valid_history
 
     run_dir = Path(run_dir)
-    config = _read_config(run_dir)
-    history = read_history(run_dir)
-    summary = read_summary(run_dir)
-    shown = _shortened(_read_samples(run_dir) if samples is None else samples)
-    # autoescape: prompts and responses are text from outside, and the report is opened in a browser.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report.html.jinja").render(
-        name=config.get("name", run_dir.name),
-        subtitle=_subtitle(config, summary),
-        cards=_cards(config, history, summary),
-        charts=[
-            {"title": chart.title, "caption": chart.caption, "data": _base64(chart.svg)} for chart in charts(history)
-        ],
-        evaluations=_evaluations(history),
-        phases=_phases(summary),
-        samples=shown,
-        sample_columns=list(dict.fromkeys(key for sample in shown for key in sample)),
-        settings=_settings(config),
-        packages=summary.package_versions if summary else {},
+    config = read_json(run_dir / "run.json")
+    history = valid_history(run_dir)
+    summary = _summary(run_dir)
+    sections = described(config)
+    found = charts(history)
+    page = render(
+        "report.html.jinja",
+        {
+            "name": short(config.get("name", run_dir.name), 200),
+            "subtitle": _subtitle(config, summary),
+            "cards": _cards(config, history, summary),
+            "alarms": _alarms(run_dir),
+            "sections": {c.section: [other for other in found if other.section == c.section] for c in found},
+            "evaluations": _evaluations(history),
+            "phases": _phases(history, summary),
+            "samples": sample_page.shown(sample_page.read_samples(run_dir) if samples is None else samples),
+            "changed": [_row(s) for settings in sections.values() for s in settings if s.is_changed],
+            "settings": {section: [_row(s) for s in settings] for section, settings in sections.items()},
+            "environment": read_environment(run_dir) or (summary.package_versions if summary else {}),
+        },
     )
     path = run_dir / FILE_NAME
     replace_file(path, page)
     return path
 
 
-def _read_config(run_dir: Path) -> dict[str, Any]:
-    # Plain JSON: the report of an old run must not depend on today's settings being the same.
+def _summary(run_dir: Path) -> RunSummary | None:
     try:
-        return json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-
-
-def _read_samples(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / SAMPLES_FILE
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[-_MAX_SAMPLES:]]
-
-
-def _shortened(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    return [{key: _short(value) for key, value in sample.items()} for sample in samples[-_MAX_SAMPLES:]]
-
-
-def _short(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ... ({len(text)} characters)"
-
-
-def _base64(text: str) -> str:
-    return base64.b64encode(text.encode()).decode()
+        return read_summary(run_dir)
+    except ValueError:
+        return None  # of another version: the metrics have most of it
 
 
 def _subtitle(config: Mapping[str, Any], summary: RunSummary | None) -> str:
     parts = []
-    if "objective" in config:
-        parts.append(f"objective {config['objective']['name']}")
-    if "model" in config:
-        parts.append(f"model {config['model']['hf_path']}")
-    if "staleness" in config:
-        parts.append(f"delay of {config['staleness'].get('delay_steps')} global steps")
+    for label, section, key in (("objective", "objective", "name"), ("model", "model", "hf_path")):
+        if isinstance(inner := config.get(section), dict) and key in inner:
+            parts.append(f"{label} {short(inner[key], 200)}")
+    staleness = config.get("staleness")
+    if isinstance(staleness, dict):
+        bounded = staleness.get("mode") == "bounded"
+        steps = staleness.get("max_staleness" if bounded else "delay_steps")
+        parts.append(f"{'at most' if bounded else 'delay of'} {short(steps, 20)} global steps stale")
     if "seed" in config:
-        parts.append(f"seed {config['seed']}")
+        parts.append(f"seed {short(config['seed'], 20)}")
     parts.append("finished" if summary else "not finished")
     return " · ".join(parts)
-
-
-def _percent(share: float | None, digits: int = 1) -> str:
-    return "-" if share is None or math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
 def _cards(config: Mapping[str, Any], history: Sequence[Entry], summary: RunSummary | None) -> list[dict[str, str]]:
@@ -110,22 +87,14 @@ def _cards(config: Mapping[str, Any], history: Sequence[Entry], summary: RunSumm
     if summary is None:
         latest = steps[-1].metrics if steps else {}
         return [
-            {"label": "Global steps", "value": f"{len(steps)} of {config.get('num_global_steps', '?')}"},
-            {"label": "Accuracy of the last step", "value": _percent(latest.get("reward/accuracy"))},
+            {"label": "Global steps", "value": f"{len(steps)} of {short(config.get('num_global_steps', '?'), 20)}"},
+            {"label": "Accuracy of the last step", "value": percent(latest.get("reward/accuracy"))},
         ]
     seconds_per_step = summary.wall_time_s / max(summary.steps, 1)
     return [
         _accuracy_card(summary),
-        {
-            "label": "Global steps",
-            "value": f"{summary.steps}",
-            "note": f"{summary.updates} optimizer updates",
-        },
-        {
-            "label": "Wall time",
-            "value": duration(summary.wall_time_s),
-            "note": f"{seconds_per_step:.1f} s per step",
-        },
+        {"label": "Global steps", "value": f"{summary.steps}", "note": f"{summary.updates} optimizer updates"},
+        {"label": "Wall time", "value": duration(summary.wall_time_s), "note": f"{seconds_per_step:.1f} s per step"},
         {
             "label": "Staleness",
             "value": f"{summary.smallest_staleness} to {summary.largest_staleness}",
@@ -144,22 +113,35 @@ def _accuracy_card(summary: RunSummary) -> dict[str, str]:
     if before is None:
         return {"label": "Held-out pass@1", "value": "not evaluated"}
     if after is None:
-        return {"label": "Held-out pass@1", "value": _percent(before), "note": "one evaluation only"}
-    errors = f"± {_percent(summary.standard_error_before)} → ± {_percent(summary.standard_error_after)}"
+        return {"label": "Held-out pass@1", "value": percent(before), "note": "one evaluation only"}
+    errors = f"± {percent(summary.standard_error_before)} → ± {percent(summary.standard_error_after)}"
     return {
         "label": "Held-out pass@1, before and after",
-        "before": _percent(before),
-        "value": _percent(after),
+        "before": percent(before),
+        "value": percent(after),
         "note": f"standard errors {errors}; {summary.num_evaluation_samples} samples each",
     }
+
+
+def _alarms(run_dir: Path) -> list[dict[str, str]]:
+    found = [alarm for alarm in read_json_lines(run_dir / ALARMS_FILE) if "name" in alarm]
+    return [
+        {
+            "step": short(alarm.get("step", "-"), 20),
+            "name": short(alarm["name"], 100),
+            "seen": first_known(alarm, ("line", "seen")),
+            "remedy": first_known(alarm, ("remedy",)),
+        }
+        for alarm in found[-MAX_ALARMS:]
+    ]
 
 
 def _evaluations(history: Sequence[Entry]) -> list[dict[str, str]]:
     return [
         {
             "version": str(entry.step),
-            "pass_at_1": _percent(entry.metrics["eval/pass_at_1"]),
-            "standard_error": _percent(entry.metrics.get("eval/standard_error"), digits=2),
+            "pass_at_1": percent(entry.metrics["eval/pass_at_1"]),
+            "standard_error": percent(entry.metrics.get("eval/standard_error"), digits=2),
             "tokens": f"{entry.metrics.get('eval/response_length_mean', math.nan):.1f}",
         }
         for entry in history
@@ -167,22 +149,36 @@ def _evaluations(history: Sequence[Entry]) -> list[dict[str, str]]:
     ]
 
 
-def _phases(summary: RunSummary | None) -> list[dict[str, Any]]:
-    if summary is None or not summary.wall_time_by_phase_s:
-        return []
-    whole = max(summary.wall_time_s, sum(summary.wall_time_by_phase_s.values()), 1e-9)
-    longest_first = sorted(summary.wall_time_by_phase_s.items(), key=lambda item: -item[1])
+def _phases(history: Sequence[Entry], summary: RunSummary | None) -> list[dict[str, Any]]:
+    """Where the trainer's time went, longest first: of the whole run, and of a step."""
+    by_phase: dict[str, list[float]] = {}
+    for entry in history:
+        for name, seconds in entry.metrics.items():
+            if name.startswith("time/") and name.endswith("_s") and name != "time/step_s" and math.isfinite(seconds):
+                by_phase.setdefault(name.removeprefix("time/").removesuffix("_s"), []).append(seconds)
+    totals = {phase: sum(seconds) for phase, seconds in by_phase.items()}
+    whole = sum(entry.metrics.get("time/step_s", 0.0) for entry in history)
+    if summary is not None:
+        totals |= summary.wall_time_by_phase_s
+        whole = summary.wall_time_s
+    whole = max(whole, sum(totals.values()), 1e-9)
     return [
-        {"phase": phase, "time": duration(seconds), "percent": round(100 * seconds / whole)}
-        for phase, seconds in longest_first
+        {
+            "phase": phase.replace("_", " "),
+            "time": duration(seconds),
+            "percent": round(100 * seconds / whole),
+            "median": f"{median(by_phase[phase]):.2f} s" if phase in by_phase else "-",
+            "longest": f"{max(by_phase[phase]):.2f} s" if phase in by_phase else "-",
+        }
+        for phase, seconds in sorted(totals.items(), key=lambda item: -item[1])
     ]
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """The settings by section; those that stand in no section come first."""
-    plain = [(key, _short(value)) for key, value in config.items() if not isinstance(value, dict)]
-    sections = {"run": plain} if plain else {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            sections[key] = [(name, _short(inner)) for name, inner in value.items()]
-    return sections
+def _row(setting: Any) -> dict[str, str]:
+    default = "" if setting.default is None else short(setting.default)
+    return {
+        "name": short(setting.name, 200),
+        "value": short(setting.value),
+        "default": default if setting.is_changed else "",
+        "description": setting.description,
+    }

@@ -3,14 +3,24 @@
 import json
 import math
 import re
-from base64 import b64decode
+import subprocess
+from html.parser import HTMLParser
 
 import msgspec
 import pytest
+from matplotlib.figure import Figure
 
-from minpro_megatron.monitor.figures import charts, smooth
+from minpro_megatron.config.run import with_overrides
+from minpro_megatron.monitor import environment
+from minpro_megatron.monitor.environment import read_environment, write_environment
+from minpro_megatron.monitor.figures import COLORS, VARIABLES, picture, smooth
 from minpro_megatron.monitor.history import Entry, encode_entry
+from minpro_megatron.monitor.metrics import METRICS
+from minpro_megatron.monitor.pages import visible
 from minpro_megatron.monitor.report import write_report
+from minpro_megatron.monitor.run_charts import CHARTS, charts
+from minpro_megatron.monitor.samples import color_of
+from minpro_megatron.monitor.settings import described
 from minpro_megatron.monitor.summary import read_summary, summarize, write_summary
 from minpro_megatron.records import CollectorTotals, EvaluationResult
 from tests.unit.run_examples import example_config
@@ -52,9 +62,13 @@ def history(steps: int) -> list[Entry]:
     return [Entry(step, 100.0 + step, dict.fromkeys(names, 0.5) | times) for step in range(steps)]
 
 
+def write_entries(folder, entries):
+    (folder / "metrics.jsonl").write_text("".join(map(encode_entry, entries)))
+
+
 def write_run(folder, entries):
     (folder / "run.json").write_text(example_config(folder).to_json())
-    (folder / "metrics.jsonl").write_text("".join(map(encode_entry, entries)))
+    write_entries(folder, entries)
 
 
 def test_the_summary_survives_its_file(tmp_path):
@@ -73,17 +87,156 @@ def test_one_evaluation_is_before_and_not_after(tmp_path):
     assert example_summary(tmp_path).pass_at_1_before is None
 
 
+class Outline(HTMLParser):
+    """What a browser makes of a page: its elements, their attributes, and the text outside of style sheets."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: dict[str, int] = {}
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self._in_style = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements[tag] = self.elements.get(tag, 0) + 1
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self._in_style = tag == "style"
+
+    def handle_data(self, data):
+        self.text += "" if self._in_style else data
+
+
+def assert_safe(page: str) -> Outline:
+    """The page runs nothing and loads nothing, whatever texts are in it."""
+    outline = Outline(page)
+    assert "\x00" not in page
+    assert not {"script", "img", "iframe", "object", "embed", "base", "form", "link"} & outline.elements.keys()
+    for name, value in outline.attributes:
+        assert not name.startswith("on"), name
+        assert name not in ("href", "xlink:href", "src", "action") or value.startswith("#"), (name, value)
+    assert not re.search(r"url\((?!#)", page)
+    return outline
+
+
 def test_a_finished_run_has_its_figures_and_pictures(tmp_path):
     write_run(tmp_path, [*history(5), Entry(0, 1.0, {"eval/pass_at_1": 0.125})])
     write_summary(tmp_path, example_summary(tmp_path, evaluation(0, 0.125), evaluation(4, 0.5)))
     page = write_report(tmp_path).read_text()
     assert "12.5 %" in page
     assert "50.0 %" in page
-    pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
-    assert len(pictures) == 5  # accuracy, entropy, ratio, staleness, time per step
-    assert all(b"<svg" in b64decode(picture) for picture in pictures)
-    assert not re.search(r'(src|href)="(?!data:)', page), "the report must not load anything"
+    outline = assert_safe(page)
+    assert outline.elements["svg"] == 6  # accuracy, ratio, staleness, entropy, time per step, publication
+    assert [heading for heading in ("Reward", "Off-policyness", "Objective") if f">{heading}</h2>" in page] == [
+        "Reward", "Off-policyness",
+    ]  # fmt: skip
     assert "num_global_steps" in page
+
+
+def test_every_chart_draws_metrics_that_are_declared():
+    """A misspelt name would never be drawn."""
+    metrics = {re.sub("<.*", "1", name): 0.5 for name in METRICS}
+    entries = [Entry(step, 100.0 + step, metrics) for step in range(2)]
+    for _, title, _, draw in CHARTS:
+        assert draw(Figure().add_axes((0, 0, 1, 1)), entries), title
+    titles = [title for _, title, _, _ in CHARTS]
+    assert len({*titles}) == len(titles)
+
+
+def test_colors_follow_the_page():
+    assert {*COLORS} <= VARIABLES.keys()
+    svg = picture(lambda axes: bool(axes.plot([1, 2], color=COLORS[0], label="a")))
+    assert svg is not None
+    assert "var(--blue)" in svg
+    assert not re.search("#[0-9a-f]{6}", svg)
+
+
+def test_all_phases_are_told_with_their_share_and_longest_step(tmp_path):
+    entries = [
+        Entry(0, 1.0, {"time/train_s": 1.0, "time/step_s": 4.0}),
+        Entry(1, 2.0, {"time/train_s": 5.0, "time/step_s": 8.0}),
+    ]
+    write_run(tmp_path, entries)
+    outline = Outline(write_report(tmp_path).read_text())
+    assert re.search(r"train\s*6 s\s*50 %\s*3.00 s\s*5.00 s", outline.text)
+
+
+def test_settings_that_were_changed_come_first_with_what_they_were(tmp_path):
+    write_run(tmp_path, [])
+    changed = ["objective.name=gspo", "staleness.delay_steps=7", "data.min_pass_rate=0.25"]
+    (tmp_path / "run.json").write_text(with_overrides(example_config(tmp_path), changed).to_json())
+    text = Outline(write_report(tmp_path).read_text()).text
+    found = re.search(r"not the default \d+(.*?)\s+run \d+\s", text, re.DOTALL)
+    assert found
+    first = found.group(1)
+    assert re.search(r"staleness.delay_steps\s*7 instead of 2", first)
+    assert re.search(r"objective.name\s*gspo instead of minpro", first)
+    assert re.search(r"data.min_pass_rate\s*0.25", first)
+    assert "model.hf_path" in first  # has no default
+    assert "optimizer.beta1" not in first
+    assert "objective.clip_low" not in first  # the default of this objective
+    assert "optimizer.beta1" in text
+
+
+def test_a_setting_of_another_version_is_shown_and_breaks_nothing(tmp_path):
+    sections = described({"name": "old", "objective": {"name": "gone", "power": 3}, "sorcery": {"level": [1]}})
+    assert [(s.name, s.value, s.is_changed) for found in sections.values() for s in found] == [
+        ("name", "old", True), ("objective.name", "gone", True), ("objective.power", 3, True),
+        ("sorcery.level", [1], True),
+    ]  # fmt: skip
+    (tmp_path / "run.json").write_text('{"objective": 3, "staleness": [], "model": "x", "name": {"a": 1}}')
+    (tmp_path / "summary.json").write_text('{"name": "of another version"}')
+    assert_safe(write_report(tmp_path).read_text())
+
+
+def test_alarms_are_told_before_the_curves(tmp_path):
+    write_run(tmp_path, [Entry(0, 1.0, {"reward/accuracy": 0.5})])
+    alarm = {"step": 12, "name": "entropy_collapse", "seen": "entropy 0.01 nats", "remedy": "explore more", "time": 1.0}
+    lines = [json.dumps(alarm), json.dumps({"step": 13, "name": "other", "line": HOSTILE}), '{"step": 14, "na']
+    (tmp_path / "alarms.jsonl").write_text("\n".join(lines))
+    page = write_report(tmp_path).read_text()
+    text = assert_safe(page).text
+    assert text.index("step 12 · entropy_collapse") < text.index("entropy 0.01 nats") < text.index("Rollouts lag")
+    assert "Try: explore more" in text
+    assert HOSTILE in text
+
+
+def test_the_environment_is_that_of_the_run_and_not_of_who_makes_the_report(tmp_path, monkeypatch):
+    write_run(tmp_path, [])
+    assert "machine and versions" not in write_report(tmp_path).read_text()
+    write_environment(tmp_path)
+    monkeypatch.setattr(environment.platform, "node", lambda: "another machine")
+    found = read_environment(tmp_path)
+    assert found["torch"]
+    assert found["python"]
+    assert re.search("of [0-9]+", found["processors"])
+    text = assert_safe(write_report(tmp_path).read_text()).text
+    assert found["machine"] in text
+    assert "another machine" not in text
+
+
+def test_the_commit_is_that_of_the_code_and_says_whether_files_were_changed(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    assert environment._commit(tmp_path) == ""
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert environment._commit(tmp_path) == ""  # nothing is committed yet
+    (tmp_path / "file").write_text("1")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    commit = environment._commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "file").write_text("2")
+    assert environment._commit(tmp_path) == f"{commit} and 1 changed files"
+    (tmp_path / "inner").mkdir()
+    assert environment._commit(tmp_path / "inner") == ""  # a copy of the code within somebody's repository
+
+
+def test_steps_that_a_run_went_back_on_are_not_drawn(tmp_path):
+    """It was at step 4, and after a crash is at step 1 again."""
+    write_run(
+        tmp_path, [*history(5), Entry(0, 200.0, {"reward/accuracy": 1.0}), Entry(1, 201.0, {"reward/accuracy": 1.0})]
+    )
+    assert "2 of 4" in Outline(write_report(tmp_path).read_text()).text
 
 
 def test_a_run_without_metrics_or_settings_still_has_a_report(tmp_path):
@@ -96,9 +249,66 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     write_run(tmp_path, [])
     sample = {"step": 1, "prompt": "1+1=", "response": HOSTILE, HOSTILE: 1.0}
     page = write_report(tmp_path, [sample]).read_text()
-    assert "<script" not in page
-    assert "<img" not in page
+    assert_safe(page)
     assert page.count("&lt;script&gt;") == 2
+
+
+NASTY = (
+    "</script></style></svg>" + HOSTILE + '" onmouseover="alert(1) {{ 7 * 7 }} $\\frac',
+    "a\x00b\x1b[2J\u202egnp.exe\ud800",
+)
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_nothing_that_comes_from_outside_gets_into_the_pages_structure(tmp_path, nasty):
+    settings = {"name": nasty, "seed": nasty, nasty: {nasty: nasty}, "model": {"hf_path": nasty}}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    (tmp_path / "environment.json").write_text(json.dumps({nasty: nasty}))
+    names = [f"evaluation/accuracy/{nasty}", f"reward/accuracy_by_prompt/{nasty}", "eval/pass_at_1"]
+    write_entries(tmp_path, [Entry(step, 1.0 + step, dict.fromkeys(names, 0.5)) for step in range(3)])
+    tokens = {"tokens": [nasty, 3, nasty], "ratios": [0.5, None, "2"]}
+    samples = [{"step": nasty, nasty: nasty, "response": nasty}, {"response": nasty} | tokens]
+    outline = assert_safe(write_report(tmp_path, samples).read_text(encoding="utf-8"))
+    assert outline.text.count(visible(nasty)) >= 8
+    assert "49" not in outline.text
+
+
+def test_a_megabyte_of_text_does_not_make_a_megabyte_of_report(tmp_path):
+    large = "<b>" * 350_000
+    (tmp_path / "run.json").write_text(json.dumps({"name": large, "data": {"instruction": large}, large: 1}))
+    sample = {"response": large, "prompt": large, "tokens": [large] * 5000, "ratios": [2.0] * 5000, large: large}
+    page = write_report(tmp_path, [sample, {"response": large}]).read_text()
+    assert len(page) < 2_000_000
+    assert "(4000 more tokens)" in page
+    assert_safe(page)
+
+
+def test_tokens_are_colored_by_their_ratio(tmp_path):
+    write_run(tmp_path, [])
+    sample = {"response": "unused", "tokens": ["one", "two", "three", "\n"], "ratios": [1.0, 0.5, 9.0, None]}
+    page = write_report(tmp_path, [sample]).read_text()
+    assert '<span class="t " title="ratio 1">one</span>' in page
+    assert '<span class="t low3" title="ratio 0.5">two</span>' in page
+    assert '<span class="t high4" title="ratio 9">three</span>' in page
+    assert '<span class="t " title="no ratio">↵\n</span>' in page
+    assert "unused" not in page
+
+
+@pytest.mark.parametrize(
+    ("ratio", "color"),
+    [
+        (1.0, ""),
+        (1.019, ""),
+        (1.03, "high1"),
+        (0.97, "low1"),
+        (1.2, "high2"),
+        (0.89, "low2"),
+        (0.22, "low4"),
+        (1e30, "high4"),
+    ],
+)
+def test_colors_are_stronger_the_farther_a_ratio_is_from_one(ratio, color):
+    assert color_of(ratio) == color
 
 
 def test_samples_are_read_from_the_run_folder_and_cut(tmp_path):
@@ -113,7 +323,7 @@ def test_samples_are_read_from_the_run_folder_and_cut(tmp_path):
 @pytest.mark.parametrize("steps", [1, 60])
 def test_charts_survive_numbers_that_are_not_finite(steps):
     broken = [Entry(entry.step, entry.time, dict.fromkeys(entry.metrics, math.nan)) for entry in history(steps)]
-    assert [chart.title for chart in charts(broken)] == ["Time per step"]
+    assert charts(broken) == []
 
 
 def test_smoothing_keeps_a_constant_and_skips_nan():

@@ -1,0 +1,98 @@
+"""HTML pages that hold everything themselves, and text from outside made fit for them."""
+
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+MAX_CHARACTERS = 2000  # of one text: a page with a hundred long responses helps nobody
+# Control characters, those that turn the direction of text, halves of characters: a browser acts on them, hides them,
+# or cannot be given them.
+_NOT_SHOWN = {"Cc", "Cf", "Cs", "Co", "Cn"}
+
+
+def render(template: str, content: Mapping[str, Any]) -> str:
+    """The page that `template` makes of `content`. Every text in it is escaped; only Markup is taken as HTML."""
+    return _environment().get_template(template).render(content)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_fit,
+    )
+
+
+def _fit(value: object) -> object:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def visible(text: str) -> str:
+    """`text` with what a page cannot show spelt out; line breaks and tabs stay.
+
+    >>> visible("a\\x00b")
+    'a\\\\u0000b'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _NOT_SHOWN else _spelt_out(c) for c in text)
+
+
+def _spelt_out(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def short(value: object, longest: int = MAX_CHARACTERS) -> str:
+    """The value as text, cut if it is long."""
+    text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json_text(value)
+    return text if len(text) <= longest else f"{text[:longest]} ... ({len(text)} characters)"
+
+
+def json_text(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return "-" if share is None or share != share else f"{100 * share:.{digits}f} %"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file; an empty one if there is none, or something else is in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in the file's lines; what is none (half a line of a killed process) is left out."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found: list[Any] = []
+    for line in text.split("\n"):
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return [content for content in found if isinstance(content, dict)]
+
+
+def first_known(content: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first of these fields that the content has, as text."""
+    return next((short(content[name]) for name in names if content.get(name) is not None), "")

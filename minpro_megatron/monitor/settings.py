@@ -1,0 +1,74 @@
+"""A run's settings as a page shows them: by section, and which of them are not the defaults."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
+
+from minpro_megatron.config.objective import ObjectiveConfig
+from minpro_megatron.config.run import RunConfig
+
+
+class Setting(NamedTuple):
+    """One setting; `default` is None where there is no default to compare with."""
+
+    name: str  # such as batch.num_prompts
+    value: Any
+    default: Any
+    description: str
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it was given: it has no default, or another one."""
+        return self.value != self.default
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(section.key, value) of every setting of a run.json, in its order."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def described(settings: Mapping[str, Any]) -> dict[str, list[Setting]]:
+    """The settings of a run.json by section; those that stand in no section come first, as "run".
+
+    The defaults are those of this version. `settings` may be of another one: what it knows no more has no default.
+    """
+    defaults, descriptions = dict(flat(defaults_for(settings))), dict(_descriptions(RunConfig, ""))
+    sections: dict[str, list[Setting]] = {"run": []}
+    for name, value in flat(settings):
+        section = name.partition(".")[0] if "." in name else "run"
+        setting = Setting(name, value, defaults.get(name), descriptions.get(name, ""))
+        sections.setdefault(section, []).append(setting)
+    return {section: found for section, found in sections.items() if found}
+
+
+def defaults_for(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults, in the form of a run.json, of a run with the objective of `settings`; without what has none."""
+    found: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        if not field.is_required():
+            found[name] = to_jsonable_python(field.default)
+        elif isinstance(kind := field.annotation, type) and issubclass(kind, BaseModel):
+            own = {key: inner for key, inner in kind.model_fields.items() if not inner.is_required()}
+            found[name] = {key: to_jsonable_python(inner.default) for key, inner in own.items()}
+    objective = settings.get("objective")
+    name = objective.get("name") if isinstance(objective, dict) else None
+    try:  # each objective has settings of its own
+        chosen = TypeAdapter(ObjectiveConfig).validate_python({"name": name})
+    except ValidationError:
+        return found
+    default_name = RunConfig.model_fields["objective"].default.name
+    return found | {"objective": chosen.model_dump(mode="json") | {"name": default_name}}
+
+
+def _descriptions(kind: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in kind.model_fields.items():
+        if isinstance(inner := field.annotation, type) and issubclass(inner, BaseModel):
+            yield from _descriptions(inner, f"{prefix}{name}.")
+        elif field.description:
+            yield f"{prefix}{name}", field.description

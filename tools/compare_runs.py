@@ -1,0 +1,75 @@
+"""Lays runs side by side in one HTML page: overlaid curves, what came of each, the settings in which they differ.
+
+    python tools/compare_runs.py runs/demo runs/demo-cispo
+    python tools/compare_runs.py runs/* --metrics eval/pass_at_1,ratio/max --smooth 5 --output study.html
+
+Runs may be of different length, and may still be going on; of a run that went back to a checkpoint the steps count
+that it went on with. The page needs no other file and loads nothing.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from minpro_megatron.monitor.comparison import USUAL_METRICS, read_runs, write_comparison
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def _page(text: str) -> Path:
+    if not text.lower().endswith((".html", ".htm")):  # a slip must not write over one of a run's files
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a page; it must end in .html")
+    return Path(text)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("names no metric; give some, such as reward/accuracy,ratio/max")
+    return list(dict.fromkeys(names))
+
+
+def _window(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--output", type=_page, default=Path("comparison.html"), metavar="FILE.html")
+    parser.add_argument(
+        "--metrics",
+        type=_names,
+        default=[],
+        metavar="A,B",
+        help=f"curves to draw (default: {', '.join(USUAL_METRICS)})",
+    )
+    parser.add_argument(
+        "--smooth", type=_window, metavar="N", help="running mean over N global steps, 1: none (default: a twentieth)"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        write_comparison(read_runs(options.runs), options.output, options.metrics, options.smooth)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (KeyboardInterrupt, BrokenPipeError):
+        os._exit(130)
