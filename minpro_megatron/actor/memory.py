@@ -2,13 +2,13 @@
 
 import torch
 
-from minpro_megatron.monitor.memory import host_bytes
+from minpro_megatron.monitor.memory import own_host_bytes
 from minpro_megatron.monitor.metrics import Metric, largest, total
 
 
 def rank_memory(device: torch.device) -> dict[str, Metric]:
     """This rank's part of the memory metrics; of its GPU the peaks since the last call."""
-    found = {"memory/host_bytes/train": total(host_bytes())}
+    found = {"memory/host_bytes/train": total(own_host_bytes())}
     if device.type == "cuda":
         found["memory/gpu_allocated_bytes"] = largest(torch.cuda.max_memory_allocated(device))
         found["memory/gpu_reserved_bytes"] = largest(torch.cuda.max_memory_reserved(device))

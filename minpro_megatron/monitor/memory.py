@@ -14,8 +14,14 @@ FOLDER = "memory"
 EVERY_S = 5.0
 
 
+def own_host_bytes() -> int:
+    """Resident memory of this process."""
+    return psutil.Process().memory_info().rss
+
+
 def host_bytes() -> int:
-    """Resident memory of this process and its descendants; a page that several share counts for each."""
+    """Resident memory of this process and its descendants; a page that several share counts for each. Looks at all
+    processes of the machine."""
     total, process = 0, psutil.Process()
     for one in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):

@@ -10,7 +10,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minpro_megatron.monitor.metrics import METRICS
+from minpro_megatron.rollout.journal_reader import JournalReader
 from tests.e2e.conftest import Launch, Launcher
+from tests.e2e.recomputed import recomputed
 
 pytestmark = pytest.mark.e2e
 
@@ -22,8 +24,12 @@ SMALL = (
     "batch.mini_batch_prompts=2",
 )
 STOPPED_WITHIN_S = 15
-# Nothing fails in this run, and no benchmark is evaluated.
-WHERE_IT_HAPPENS = ("fleet/failures/", "fleet/invalid_answers/", "evaluation/")
+# Nothing fails in this run, no alarm is raised, no benchmark is evaluated, and there is no GPU.
+WHERE_IT_HAPPENS = (
+    "fleet/failures/", "fleet/invalid_answers/", "evaluation/", "alarms/raised_by_kind/", "memory/gpu_",
+    "throughput/mfu",
+)  # fmt: skip
+HISTOGRAMS = {"ratio/log", "prefix_min/log", "prefix_ratio/gap", "response/length", "staleness/token"}
 
 
 def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None:
@@ -45,16 +51,42 @@ def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None
     assert max(metrics["mismatch/log_prob_abs_max"] for metrics in trained) < 1e-4
     assert trained[0]["ratio/max"] > 1  # later updates of step 0 have moved away from the sampling weights
 
-    events = EventAccumulator(str(launch.run_dir / "tensorboard")).Reload()
-    scalars, families = set(events.Tags()["scalars"]), {name for name in METRICS if "<" in name}
-    assert set(METRICS) - families <= scalars
-    absent = {family for family in families if not any(name.startswith(family.partition("<")[0]) for name in scalars)}
-    assert all(family.startswith(WHERE_IT_HAPPENS) for family in absent), absent
-    assert {"ratio/log", "prefix_min/log"} <= set(events.Tags()["histograms"])
+    events = EventAccumulator(str(launch.run_dir / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    scalars = set(events.Tags()["scalars"])
+    absent = {name for name in METRICS if not any(_is_of(scalar, name) for scalar in scalars)}
+    assert all(name.startswith(WHERE_IT_HAPPENS) for name in absent), absent
+    assert scalars == {name for line in steps for name in line["metrics"]}
+    assert [metrics["alarms/raised"] for metrics in trained] == [0] * 4
+    assert set(events.Tags()["histograms"]) == HISTOGRAMS
+    _check_metrics(launch, trained, events)
     _check_journal(launch)
     _check_export(launch)
     report = (launch.run_dir / "report.html").read_text()
     assert report.count("<img") + report.count("<svg") >= 4
+
+
+def _is_of(scalar: str, declared: str) -> bool:
+    family, is_family, _ = declared.partition("<")
+    return scalar.startswith(family) if is_family else scalar == declared
+
+
+def _check_metrics(launch: Launch, trained: list[dict[str, float]], events: EventAccumulator) -> None:
+    """Metrics and events are what follows from the journal's tokens; nothing told by bucket is left out or made up."""
+    with JournalReader(launch.run_dir) as journal:
+        stored = [list(journal.groups("state = 'consumed' AND consumed_step = ?", (step,))) for step in range(4)]
+    written = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    for step, groups in enumerate(stored):
+        expected = recomputed(groups, step)
+        told = {name for name in trained[step] if "_by_position/" in name or "_by_staleness/" in name}
+        assert told == {name for name in expected if "_by_position/" in name or "_by_staleness/" in name}
+        for name, value in expected.items():
+            assert trained[step][name] == pytest.approx(value, rel=1e-9, abs=1e-12), (step, name)
+            assert written[name][step] == pytest.approx(value, rel=1e-6, abs=1e-12), (step, name)  # as float32
+    responses = [response for group in stored[0] for response in group.responses]
+    num_tokens = sum(response.num_tokens for response in responses)
+    for name in HISTOGRAMS:
+        (histogram,) = (event.histogram_value for event in events.Histograms(name))
+        assert sum(histogram.bucket) == histogram.num == (len(responses) if name == "response/length" else num_tokens)
 
 
 def _check_journal(launch: Launch) -> None:

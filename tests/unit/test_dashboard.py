@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,6 +20,8 @@ from minpro_megatron.monitor.writer import RunWriter
 from tests.unit.batches import make_batch
 from tests.unit.run_examples import example_config
 
+LAYOUTS: Any = layout_pb2  # made at import: no type checker knows their classes
+SETTINGS: Any = plugin_data_pb2
 NAMES = [re.sub("<.*", "1", name) for name in METRICS]  # a bucket of each family
 
 
@@ -45,11 +48,11 @@ def test_tensorboard_reads_layout_and_settings(tmp_path: Path) -> None:
         writer.describe(hyperparameters(config))
     board = EventAccumulator(str(config.run_dir / "tensorboard")).Reload()
     text = board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    layout = layout_pb2.Layout.FromString(text)
+    layout = LAYOUTS.Layout.FromString(text)
     assert [category.title for category in layout.category] == list(LAYOUT)
     assert layout.category[0].chart[0].multiline.tag[0] == "reward/accuracy$"
     content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    found = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    found = SETTINGS.HParamsPluginData.FromString(content).session_start_info.hparams
     assert found["optimizer.learning_rate"].number_value == 2e-6
     assert found["batch.packing"].string_value == "false"
     assert found["objective.name"].string_value == "minpro"
