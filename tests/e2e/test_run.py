@@ -23,7 +23,7 @@ SMALL = (
     "batch.num_prompts=8",
     "batch.mini_batch_prompts=2",
 )
-STOPPED_WITHIN_S = 15
+STOPPED_WITHIN_S = 50  # of wall time: a busy machine needs more than the few seconds it takes otherwise
 # Nothing fails in this run, no alarm is raised, no benchmark is evaluated, and there is no GPU.
 WHERE_IT_HAPPENS = (
     "fleet/failures/", "fleet/invalid_answers/", "evaluation/", "alarms/raised_by_kind/", "memory/gpu_",
