@@ -24,6 +24,7 @@ from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cut
 from minpro_megatron.weights.known_models.find import find_architecture
 
 STEADY_STEPS = 4  # that shares and durations are averaged over
+SEARCH_STEPS = 2  # the same while splits are compared
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ class _Planner:
         batch = batch_of(config, self.workload)
         cost = self._trainer(config).step(batch)
         server = self._server(config)
-        timeline = self._simulate(config, cost, server)
         first, last = _steady(config)
+        timeline = self._simulate(config, cost, server, last)
         ranks = self.ranks(config)
         host = host_memory(config, self.architecture, min(node, config.parallel.world_size), batch.tokens)
         problems = [*problems, *self._memory_problems(config, ranks), *self._server_problems(config, server.memory)]
@@ -215,7 +216,8 @@ class _Planner:
         if self._memory_problems(config, self.ranks(config), remedies=False) or server.memory.kv_tokens == 0:
             return math.inf
         cost = self._trainer(config).step(batch_of(config, self.workload))
-        return self._simulate(config, cost, server).step_s(*_steady(config))
+        first, _ = _steady(config)
+        return self._simulate(config, cost, server, first + SEARCH_STEPS).step_s(first, first + SEARCH_STEPS)
 
     def ranks(self, config: RunConfig) -> list[RankMemory]:
         longest = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
@@ -238,10 +240,10 @@ class _Planner:
             config, self.architecture, self.cluster.kind, memory, self.calibration, config.server.count, context
         )
 
-    def _simulate(self, config: RunConfig, cost: StepCost, server: DecodingServer) -> Timeline:
+    def _simulate(self, config: RunConfig, cost: StepCost, server: DecodingServer, num_steps: int) -> Timeline:
         phases = Phases(cost.score, cost.train, cost.publish, cost.checkpoint, config.checkpoint.every_steps)
         lengths = GroupLengths(config, self.workload)
-        return Simulation(config, phases, server, lengths).run(_steady(config)[1])
+        return Simulation(config, phases, server, lengths).run(num_steps)
 
     def _memory_problems(self, config: RunConfig, ranks: list[RankMemory], remedies: bool = True) -> list[str]:
         limit = self.cluster.kind.memory_bytes

@@ -22,8 +22,13 @@ LONGEST_STRETCH = 512  # tokens of every response after which an iteration's dur
 class ServerModel(Protocol):
     """How fast one server is."""
 
-    num_servers: int
-    max_running: int  # responses at once
+    @property
+    def num_servers(self) -> int: ...
+
+    @property
+    def max_running(self) -> int:
+        """Responses at once."""
+        ...
 
     def iteration_s(self, running: int, context_tokens: float) -> float:
         """One token for each of `running` responses, whose prompts and tokens so far are `context_tokens` in all."""
@@ -105,26 +110,25 @@ class _Server:
     num_groups: int = 0
     busy_since: float = 0.0
     busy: list[tuple[float, float]] = field(default_factory=list)
-    stamp: int = 0
+    stamp: int = 0  # of its event that counts
+    iteration_s: float = 1.0  # since that event was planned
 
     def advance(self, time: float) -> None:
         """To `time`, before which no response ends."""
         worked = time - max(self.now, self.stalled_until)
         if worked > 0 and self.running:
-            gained = worked / self._iteration_s()
+            gained = worked / self.iteration_s
             self.tokens += gained
             self.context += gained * len(self.running)
         self.now = max(self.now, time)
-
-    def _iteration_s(self) -> float:
-        return self.model.iteration_s(len(self.running), self.context)
 
     def next_event(self) -> float | None:
         """When the next response ends, or an iteration's duration has to be looked at again."""
         if not self.running:
             return None
+        self.iteration_s = self.model.iteration_s(len(self.running), self.context)
         left = min(self.running[0][0] - self.tokens, LONGEST_STRETCH)
-        return max(self.now, self.stalled_until) + max(left, 0.0) * self._iteration_s()
+        return max(self.now, self.stalled_until) + max(left, 0.0) * self.iteration_s
 
     def admit(self, numbers: "itertools.count[int]") -> None:
         while self.waiting and len(self.running) < self.model.max_running:
@@ -269,23 +273,26 @@ class Simulation:
             heapq.heappush(self._events, (time, server.stamp, server))
 
     def _step_to(self, limit: float | None) -> None:
-        """To the next thing that happens on a server, or to `limit` if that is sooner."""
-        while self._events and self._events[0][1] != self._events[0][2].stamp:
-            heapq.heappop(self._events)
-        if not self._events or (limit is not None and limit <= self._events[0][0]):
-            assert limit is not None, "the trainer waits and nothing is under way"
-            self._now = max(self._now, limit)
-            return
-        self._now, _, server = heapq.heappop(self._events)
-        server.advance(self._now)
-        for group in server.ended():
-            self._left[group] -= 1
-            if not self._left[group]:
-                self._ended[group] = self._now
-                server.release()
-                self._schedule.collected(group, accepted=True)
-        server.admit(self._numbers)
-        self._plan_event(server)
+        """To the next end of a group, or to `limit` if that is sooner."""
+        group_ended = False
+        while not group_ended:
+            while self._events and self._events[0][1] != self._events[0][2].stamp:
+                heapq.heappop(self._events)
+            if not self._events or (limit is not None and limit <= self._events[0][0]):
+                assert limit is not None, "the trainer waits and nothing is under way"
+                self._now = max(self._now, limit)
+                return
+            self._now, _, server = heapq.heappop(self._events)
+            server.advance(self._now)
+            for group in server.ended():
+                self._left[group] -= 1
+                if not self._left[group]:
+                    group_ended = True
+                    self._ended[group] = self._now
+                    server.release()
+                    self._schedule.collected(group, accepted=True)
+            server.admit(self._numbers)
+            self._plan_event(server)
 
     def _timeline(self) -> Timeline:
         for server in self._servers:

@@ -1,0 +1,84 @@
+"""Says beforehand whether a run fits on a cluster and how long a global step takes.
+
+    python tools/plan_run.py recipes.qwen3_30b_a3b:minpro
+    python tools/plan_run.py recipes.qwen3_30b_a3b:minpro --gpus 64 --gpu h100-80gb model.recompute=full
+    python tools/plan_run.py RECIPE --gpus 64 --mean-response-tokens 6000 --picture plan.png
+
+Without --gpus the GPUs are those of the recipe's mesh and servers; with it, every split of them between trainer and
+servers is tried and the fastest is shown. Nothing is started, no GPU is needed, and of the model only its config.json,
+or its name if it is a released Qwen3. Exit status: 0 if the run fits, 1 if not, 2 for a wrong command line.
+
+Durations come from data sheets and a few published measurements (planning/cost_model.py); what a run's settings do not
+say, above all how long responses are, is assumed and can be given here. benchmarks/plan_run.md compares the model with
+published runs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.launch.recipe import apply_overrides, load_recipe
+from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.planning.gpus import GPU_KINDS
+from minpro_megatron.planning.numbers import numbers
+from minpro_megatron.planning.plan import ClusterSize, plan_run
+from minpro_megatron.planning.workload import Workload
+from tools.plan_tables import print_plan
+
+DOES_NOT_FIT, WRONG_COMMAND_LINE = 1, 2
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="module:function, such as recipes.qwen3_30b_a3b:minpro")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changed settings")
+    parser.add_argument("--gpu", default="h100-80gb", choices=list(GPU_KINDS))
+    parser.add_argument("--gpus", type=int, default=0, help="of trainer and servers together: seek the best split")
+    parser.add_argument("--trainer-gpus", type=int, default=0, help="with --server-gpus: this split")
+    parser.add_argument("--server-gpus", type=int, default=0)
+    parser.add_argument("--gpus-per-node", type=int, default=0, help="default: the kind's usual node")
+    parser.add_argument("--mean-prompt-tokens", type=float, help="default: 200, or the longest allowed if that is less")
+    parser.add_argument("--mean-response-tokens", type=float, help="default: 40 %% of sampling.max_response_tokens")
+    parser.add_argument("--json", action="store_true", help="print all numbers instead of tables")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw timeline and memory")
+    return parser.parse_intermixed_args(arguments)
+
+
+def cluster_of(options: argparse.Namespace, config: RunConfig) -> ClusterSize:
+    trainer, servers = options.trainer_gpus, options.server_gpus
+    if not options.gpus and not trainer and not servers:
+        trainer, servers = config.parallel.world_size, config.server.count * config.server.tensor_parallel
+    return ClusterSize(options.gpu, trainer, servers, options.gpus, options.gpus_per_node)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    sys.path.insert(0, str(Path.cwd()))  # recipes of the folder it is started in
+    try:
+        config = apply_overrides(load_recipe(options.recipe), options.overrides)
+        workload = Workload.of(config, options.mean_response_tokens, options.mean_prompt_tokens)
+        plan = plan_run(config, cluster_of(options, config), workload)
+    except UserError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return WRONG_COMMAND_LINE
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_COMMAND_LINE
+    if options.json:
+        print(json.dumps(numbers(plan), indent=2))
+    else:
+        print_plan(Console(), plan)
+    if options.picture:
+        # late: it takes a second to import, and only a picture needs it
+        from tools.plan_picture import draw
+
+        draw(plan, options.picture)
+    return DOES_NOT_FIT if plan.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

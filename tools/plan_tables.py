@@ -1,0 +1,131 @@
+"""A plan on a terminal."""
+
+import math
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from minpro_megatron.planning.cost_model import StepCost
+from minpro_megatron.planning.parameters import active_parameters, model_parameters
+from minpro_megatron.planning.plan import Plan
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    _heading(console, plan)
+    for table in (_rank_table(plan), _other_memory_table(plan), _step_table(plan)):
+        console.print(table)
+    if plan.splits:
+        console.print(_split_table(plan))
+    for problem in plan.problems:
+        console.print(f"[bold red]does not fit:[/] {escape(problem)}", soft_wrap=True)
+    if not plan.problems:
+        console.print(f"[bold green]fits[/]; settings: {' '.join(plan.settings)}", highlight=False, soft_wrap=True)
+
+
+def _heading(console: Console, plan: Plan) -> None:
+    a, config, mesh, kind = plan.architecture, plan.config, plan.config.parallel, plan.cluster.kind
+    axes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+    degrees = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in axes if getattr(mesh, axis) > 1)
+    settings = config.staleness
+    mode = f"delay {settings.delay_steps}" if settings.mode == "delay" else f"bounded {settings.max_staleness}"
+    load = plan.workload
+    console.print(
+        f"{config.name}: {a.name}, {model_parameters(a) / 1e9:.2f} billion parameters, "
+        f"{active_parameters(a) / 1e9:.2f} billion a token; {mode}",
+        f"{kind.name}, {plan.cluster.node_size} a node: {mesh.world_size} train ({degrees or 'no cut'}, data "
+        f"{mesh.data_size}), {plan.num_servers} servers of {config.server.tensor_parallel}",
+        f"a step: {config.batch.num_prompts} prompts x {config.batch.responses_per_prompt} responses in "
+        f"{config.batch.updates_per_step} updates; assumed {load.mean_prompt_tokens:.0f} prompt and "
+        f"{load.mean_response_tokens:.0f} response tokens on average (at most {config.sampling.max_response_tokens:,})",
+        sep="\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(*columns, box=SIMPLE, padding=(0, 0, 0, 1), title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _rank_table(plan: Plan) -> Table:
+    limit = decimal(plan.cluster.kind.memory_bytes)
+    columns = ("stage", "weights", "gradients", "optimizer", "activations", "routed", "logits", "other", "total")
+    table = _table(f"memory of a trainer rank, of {limit}", *columns)
+    for rank in plan.ranks:
+        sizes = (
+            rank.weights,
+            rank.gradients,
+            rank.optimizer,
+            rank.activations.saved + rank.activations.backward - rank.activations.routed,
+            rank.activations.routed,
+            rank.activations.logits,
+            rank.context + rank.fragments,
+            rank.total,
+        )
+        table.add_row(str(rank.stage), *map(decimal, sizes))
+    return table
+
+
+def _other_memory_table(plan: Plan) -> Table:
+    table = _table("other memory", "where", "what", "size")
+    server, host = plan.server, plan.host
+    of_host = decimal(plan.cluster.kind.host_memory_bytes)
+    rows = [
+        ("a server's GPU", "weights", decimal(server.weights)),
+        ("", f"KV cache, {server.kv_tokens:,} tokens, {plan.max_running} responses at once", decimal(server.kv_cache)),
+        ("", "a bucket of new weights", decimal(server.update)),
+        (f"a trainer node's host, of {of_host}", "snapshots of weights for scoring", decimal(host.snapshots)),
+        ("", "checkpoint that is being written", decimal(host.checkpoint)),
+        ("", "optimizer offload", decimal(host.offloaded)),
+        ("", "routes", decimal(host.routes)),
+        ("", f"{host.ranks} ranks and all of it", decimal(host.total)),
+    ]
+    table.columns[1].justify = "left"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _step_table(plan: Plan) -> Table:
+    cost = plan.cost
+    table = _table("a global step", "part", "s", "of it")
+    table.columns[2].justify = "left"
+    table.add_row("generation (servers)", f"{plan.generation_s:.1f}", "first group's start to the last one's end")
+    table.add_row("scoring", f"{cost.score:.1f}", "behavior log-probs")
+    table.add_row(f"{cost.updates} updates", f"{cost.train:.1f}", _update_parts(cost))
+    table.add_row("publishing", f"{cost.publish:.1f}", "")
+    every = plan.config.checkpoint.every_steps
+    table.add_row("checkpoint", f"{cost.checkpoint:.1f}", f"every {every} steps" if every else "none")
+    table.add_section()
+    table.add_row(
+        "step",
+        f"{plan.step_s:.1f}",
+        f"trainer waits {plan.wait_share:.0%} of it, servers are idle {plan.idle_share:.0%}",
+        style="bold",
+    )
+    return table
+
+
+def _update_parts(cost: StepCost) -> str:
+    parts = {
+        "products": cost.products,
+        "routing": cost.routing,
+        "communication": cost.communication,
+        "pipeline bubble": cost.bubble,
+        "optimizer": cost.optimizer,
+    }
+    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
+
+
+def _split_table(plan: Plan) -> Table:
+    table = _table("splits", "train", "serve", "s a step")
+    for split in plan.splits:
+        seconds = f"{split.step_s:.0f}" if math.isfinite(split.step_s) else "does not fit"
+        table.add_row(str(split.trainer_gpus), str(split.server_gpus), seconds)
+    return table
