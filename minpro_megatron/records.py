@@ -40,6 +40,19 @@ class IssuedGroup(Record, frozen=True, kw_only=True):
     sampling_seeds: list[int]
 
 
+class StoredRoutes(Record, frozen=True, kw_only=True):
+    """Where the routes of a response lie: an array within a file that all ranks see. Read by batching/stored_routes.py.
+
+    A batch of long responses has tens of gigabytes of routes, of which a rank needs those of its own rows and layers.
+    """
+
+    path: str
+    offset: int  # bytes
+    shape: tuple[int, int, int]
+    dtype: str
+    sha256: str
+
+
 class Response(Record, frozen=True, kw_only=True):
     """One sampled response. `token_ids` includes the stop token if there was one."""
 
@@ -51,6 +64,7 @@ class Response(Record, frozen=True, kw_only=True):
     # the experts the server chose, uint8 or int16 [prompt + response tokens - 1, layers, experts a token]: the last
     # token was sampled but never went through the model (routing replay R3)
     routed_experts: np.ndarray | None = None
+    stored_routes: StoredRoutes | None = None  # the same in a file, once the journal has them; then the array is gone
     behavior_log_probs: np.ndarray | None = None  # float32 [response tokens], once the trainer has scored it
 
 

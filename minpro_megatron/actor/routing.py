@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minpro_megatron.batching.collate import RowShard, TokenSequence
 from minpro_megatron.batching.routes import refuse_other_routes, shard_routes, wrong_choice
+from minpro_megatron.batching.stored_routes import with_routes_read
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture
 
@@ -118,13 +119,18 @@ class RolloutRoutes:
     def of(self, sequences: Sequence[TokenSequence], rows: Sequence[RowShard]) -> Routes:
         """The routes for `rows`, this rank's share of the mini-batch `sequences`. Collective.
 
-        Raises ValueError, on every rank the same, where routes are missing or no routes of this model.
+        Raises ValueError, on every rank the same, where routes are missing, damaged or no routes of this model.
         """
         model = self._architecture
         refuse_other_routes(sequences, model.num_layers, model.num_experts, model.num_experts_per_token)
         routes, problem = Routes(), None
-        for chunk, layers in enumerate(self._routers.layers):
-            for micro_batch, row in enumerate(rows):
+        for micro_batch, row in enumerate(rows):
+            try:
+                row = with_routes_read(row)  # a rank reads its rows alone, and has one of them in memory at a time
+            except ValueError as error:
+                problem = problem or f"model.routing_replay = rollout: {error}"
+                break
+            for chunk, layers in enumerate(self._routers.layers):
                 chosen = shard_routes(row, layers, model.num_experts, model.num_experts_per_token)
                 # every rank looks at what it holds: together that is every route, in a fraction of the time
                 problem = problem or wrong_choice(chosen, layers.start, model.num_experts)

@@ -16,6 +16,7 @@ from minpro_megatron.batching.shards import (
     sequence_multiple,
     tensor_shard,
 )
+from minpro_megatron.records import StoredRoutes
 
 PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "proximal_log_probs", "reference_log_probs", "staleness")
 
@@ -35,7 +36,7 @@ class TokenSequence:
     reference_log_probs: np.ndarray | None = None
     staleness: np.ndarray | None = None  # int32 [response tokens], in global steps; None: 0
     # the experts that the server chose, uint8 or int16 [all tokens but the last, layers, experts a token]
-    routed_experts: np.ndarray | None = None
+    routed_experts: np.ndarray | StoredRoutes | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -78,7 +79,7 @@ class RowShard:
     flat_slot_L: np.ndarray  # int64: the label's place in the batch's flat response-token array, -1 for none
     staleness_L: np.ndarray  # int64: global steps
     position_L: np.ndarray  # int64: the slot's place in its sequence, padding included
-    routed_experts: list[np.ndarray | None]  # of the whole row's sequences, as in TokenSequence
+    routed_experts: Sequence[np.ndarray | StoredRoutes | None]  # of the whole row's sequences, as in TokenSequence
 
 
 def padded_length(sequence: TokenSequence, context_size: int) -> int:

@@ -40,14 +40,15 @@ def refuse_other_routes(
 
 
 def shard_routes(shard: RowShard, layers: slice, num_experts: int, experts_per_token: int) -> np.ndarray:
-    """The experts of this rank's slots, uint8 or int16 [layers, L, experts a token], for the model's `layers`.
+    """The experts of this rank's slots, uint8 or int16 [layers, L, experts a token], for the model's `layers`. Stored
+    routes have been read.
 
     Padding and each sequence's last token have no routes, and no loss depends on what is chosen for them: nothing
     attends to the first, and nothing follows the last. They take the experts in turn, so that every expert, wherever
     it is, gets as many of them: a fixed choice would send all padding to one expert rank.
     """
-    given = [routes for routes in shard.routed_experts if routes is not None]
-    assert len(given) == len(shard.routed_experts), "sequences without routes"
+    given = [routes for routes in shard.routed_experts if isinstance(routes, np.ndarray)]
+    assert len(given) == len(shard.routed_experts), "sequences without routes, or with routes that have not been read"
     dtype = np.result_type(np.uint8 if num_experts <= 256 else np.int16, *(routes.dtype for routes in given))
     chosen = np.empty((layers.stop - layers.start, len(shard.position_L), experts_per_token), dtype)
     unrouted = np.ones(len(shard.position_L), bool)

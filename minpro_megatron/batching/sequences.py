@@ -23,7 +23,7 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
         advantages, trained = advantages_and_trained(rewards, lengths, loss, max_response_tokens)
         sequences = []
         for response, advantage in zip(group.responses, advantages, strict=True):
-            num_tokens = len(response.token_ids)
+            num_tokens, stored = len(response.token_ids), response.stored_routes
             sequences.append(
                 TokenSequence(
                     prompt_ids=group.issued.prompt_token_ids,
@@ -34,7 +34,7 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
                     advantage=float(advantage),
                     first_slot=first_slot,
                     staleness=batch.index - response.policy_versions,
-                    routed_experts=response.routed_experts,
+                    routed_experts=response.routed_experts if stored is None else stored,
                 )
             )
             first_slot += num_tokens

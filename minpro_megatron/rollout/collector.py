@@ -169,7 +169,7 @@ class Collector:
         group = await self._collect_group(issued, self._training)
         rewards = {response.reward for response in group.responses}
         accepted = not self._config.batch.dynamic_sampling or len(rewards) > 1
-        await self._journal.collect(group, accepted)
+        group = await self._journal.collect(group, accepted)
         async with self._changed:
             self._schedule.collected(issued.group_id, accepted)
             if accepted:

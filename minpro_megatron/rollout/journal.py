@@ -74,8 +74,9 @@ class Journal:
 
         await self._file.transaction(write)
 
-    async def collect(self, group: CollectedGroup, accepted: bool) -> None:
-        """Records a group's responses; `accepted` is False for one that a filter drops."""
+    async def collect(self, group: CollectedGroup, accepted: bool) -> CollectedGroup:
+        """Records a group's responses; `accepted` is False for one that a filter drops. Returns the group without its
+        routes in memory: they are in files now."""
         group_id = group.issued.group_id
         routes = await asyncio.to_thread(self._routes.write, group)
         rows = [
@@ -109,6 +110,7 @@ class Journal:
             connection.executemany(insert, rows)
 
         await self._file.transaction(write)
+        return self._routes.without_arrays(group, routes)
 
     async def score(self, index: int, scored: Sequence[tuple[CollectedGroup, list[np.ndarray]]]) -> None:
         """Records behavior log-probs of groups of batch `index`: for each group its responses' arrays."""

@@ -118,7 +118,7 @@ def _responses(connection: sqlite3.Connection, group_id: int, routes: RouteFiles
             finish_reason=finish_reason,
             reward=reward,
             behavior_log_probs=None if behavior_log_probs is None else np.frombuffer(behavior_log_probs, dtype="<f4"),
-            routed_experts=None if place_of_routes is None else routes.read(group_id, json.loads(place_of_routes)),
+            stored_routes=None if place_of_routes is None else routes.verified(group_id, json.loads(place_of_routes)),
         )
         responses.append(response)
     return responses

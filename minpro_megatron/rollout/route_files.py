@@ -3,17 +3,18 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
-from minpro_megatron.records import CollectedGroup
+from minpro_megatron.batching.stored_routes import read_routes
+from minpro_megatron.records import CollectedGroup, StoredRoutes
 from minpro_megatron.rollout.journal_file import JournalError
 
 FOLDER = "routes"
-_DTYPES = ("|u1", "<i2")
 
 
 class RouteFiles:
@@ -39,24 +40,32 @@ class RouteFiles:
             raise JournalError(f"{path}: {error.strerror}; free some space if the disk is full") from error
         return places
 
-    def read(self, group_id: int, place: dict[str, Any]) -> np.ndarray:
+    def without_arrays(self, group: CollectedGroup, places: Sequence[str | None]) -> CollectedGroup:
+        """The group with `places`, which `write` returned, instead of its routes."""
+        group_id = group.issued.group_id
+        responses = [
+            response
+            if place is None
+            else replace(response, routed_experts=None, stored_routes=self.stored(group_id, json.loads(place)))
+            for response, place in zip(group.responses, places, strict=True)
+        ]
+        return replace(group, responses=responses)
+
+    def read(self, group_id: int, place: Mapping[str, Any]) -> np.ndarray:
         """The array at `place`. Raises JournalError if the file is missing or has other bytes."""
-        path, dtype, shape = self._path(group_id), place["dtype"], place["shape"]
-        if dtype not in _DTYPES:
-            raise JournalError(f"{path}: routes of dtype {dtype!r}; known: {', '.join(_DTYPES)}")
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         try:
-            with path.open("rb") as file:
-                file.seek(place["offset"])
-                data = file.read(size)
-        except OSError as error:
-            raise JournalError(f"{path}: routes of group {group_id} cannot be read ({error.strerror})") from None
-        if hashlib.sha256(data).hexdigest() != place["sha256"]:
-            raise JournalError(
-                f"{path}: the routes of group {group_id} are damaged (their checksum differs); put the file back, "
-                "or give a new run name"
-            )
-        return np.frombuffer(data, dtype=dtype).reshape(shape)
+            return read_routes(self.stored(group_id, place))
+        except ValueError as error:
+            raise JournalError(str(error)) from None
+
+    def stored(self, group_id: int, place: Mapping[str, Any]) -> StoredRoutes:
+        """`place` as the trainer's ranks are told it."""
+        return StoredRoutes(**{**place, "path": str(self._path(group_id)), "shape": tuple(place["shape"])})
+
+    def verified(self, group_id: int, place: Mapping[str, Any]) -> StoredRoutes:
+        """As `stored`, once the array has been read. Raises JournalError as `read` does."""
+        self.read(group_id, place)
+        return self.stored(group_id, place)
 
     def remove(self, group_ids: Iterable[int]) -> None:
         for group_id in group_ids:

@@ -1,12 +1,15 @@
 """On every mesh scoring and updating follow the routes that came with the rollouts (R3)."""
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ import torch
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.records import StoredRoutes
 from tests.mesh.forced_routes import follow_routes, with_own_routes
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import (
@@ -28,13 +32,14 @@ from tests.mesh.steps import LEARNING_RATE, SURVEY_SEED, TEMPERATURE, MeshStep, 
 
 pytestmark = pytest.mark.mesh
 
-MESHES: list[tuple[dict[str, Any], str, bool]] = [
-    ({}, "full", True),
-    ({"tensor": 2, "pipeline": 2, "expert": 2, "context": 2}, "full", True),
-    ({"tensor": 2, "context": 2, "expert": 4}, "none", False),
-    ({"pipeline": 2, "virtual_pipeline": 2, "tensor": 2, "expert": 2}, "full", True),
-    ({"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (1, 1, 1, 2)}, "selective", True),
-    ({"pipeline": 2, "pipeline_layers": (2, 3), "data": 2, "expert": 2}, "full", False),
+# mesh, recompute, packing, whether the routes lie in files
+MESHES: list[tuple[dict[str, Any], str, bool, bool]] = [
+    ({}, "full", True, False),
+    ({"tensor": 2, "pipeline": 2, "expert": 2, "context": 2}, "full", True, True),
+    ({"tensor": 2, "context": 2, "expert": 4}, "none", False, False),
+    ({"pipeline": 2, "virtual_pipeline": 2, "tensor": 2, "expert": 2}, "full", True, True),
+    ({"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (1, 1, 1, 2)}, "selective", True, False),
+    ({"pipeline": 2, "pipeline_layers": (2, 3), "data": 2, "expert": 2}, "full", False, True),
 ]
 EXPERTS = 8
 
@@ -125,11 +130,25 @@ def _follow(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list[TokenSe
     return Followed(log_probs, MeshStep(loss, [result.grad_norm], gradients, weights), of_score, used)
 
 
+def _in_a_file(sequences: Sequence[TokenSequence], path: Path) -> list[TokenSequence]:
+    """The sequences as the collector gives them, with their routes in a file."""
+    stored = []
+    with path.open("wb") as file:
+        for sequence in sequences:
+            routes = sequence.routed_experts
+            assert isinstance(routes, np.ndarray)
+            place = {"path": str(path), "offset": file.tell(), "shape": routes.shape, "dtype": routes.dtype.str}
+            digest = hashlib.sha256(routes.tobytes()).hexdigest()
+            stored.append(replace(sequence, routed_experts=StoredRoutes(sha256=digest, **place)))
+            file.write(routes.tobytes())
+    return stored
+
+
 def _given_routes(sequences: Sequence[TokenSequence]) -> Counter:
     return Counter(
         (layer, tuple(sorted(map(int, experts))))
         for sequence in sequences
-        if sequence.routed_experts is not None
+        if isinstance(sequence.routed_experts, np.ndarray)
         for of_token in sequence.routed_experts
         for layer, experts in enumerate(of_token)
     )
@@ -141,13 +160,14 @@ def _config(parallel: dict[str, Any], recompute: str = "none", packing: bool = T
     return config.model_copy(update={"model": model})
 
 
-@pytest.mark.parametrize(("parallel", "recompute", "packing"), MESHES, ids=str)
+@pytest.mark.parametrize(("parallel", "recompute", "packing", "in_a_file"), MESHES, ids=str)
 def test_scores_and_updates_are_those_of_the_given_routes(
-    parallel: dict[str, Any], recompute: str, packing: bool, given: Any
+    parallel: dict[str, Any], recompute: str, packing: bool, in_a_file: bool, given: Any, tmp_path: Path
 ) -> None:
     start: Given = given("moe of 5" if "pipeline_layers" in parallel else "moe")
     assert np.abs(start.log_probs - start.free_log_probs).max() > 0.1
-    ranks = run_mesh(_follow, _config(parallel, recompute, packing), start.hf_path, start.sequences, **parallel)
+    sequences = _in_a_file(start.sequences, tmp_path / "0.bin") if in_a_file else start.sequences
+    ranks = run_mesh(_follow, _config(parallel, recompute, packing), start.hf_path, sequences, **parallel)
     for rank in ranks:
         np.testing.assert_allclose(rank.log_probs, start.log_probs, atol=2e-5)
     assert differences(ranks[0].step, start.step).breaches == []
@@ -186,11 +206,13 @@ def _refused(
     return messages
 
 
-def test_routes_that_do_not_fit_are_refused_by_every_rank_before_any_forward(given: Any) -> None:
+def test_routes_that_do_not_fit_are_refused_by_every_rank_before_any_forward(given: Any, tmp_path: Path) -> None:
     start: Given = given("moe")
     longest = max(range(len(start.sequences)), key=lambda place: start.sequences[place].num_tokens)
     routes = start.sequences[longest].routed_experts
-    assert routes is not None
+    assert isinstance(routes, np.ndarray)
+    stored = _in_a_file(start.sequences, tmp_path / "0.bin")[longest].routed_experts
+    assert isinstance(stored, StoredRoutes)
     outside, twice = routes.copy(), routes.copy()
     outside[3, 2, 1], twice[3, 2] = EXPERTS, 4  # one token's, in the first row of one rank
     broken = {
@@ -200,6 +222,8 @@ def test_routes_that_do_not_fit_are_refused_by_every_rank_before_any_forward(giv
         r"have the shape .*, with all of the prompt's routes": routes[1:],
         r"layer 2: a server sent a token to expert 8, but the model's experts are 0 to 7": outside,
         r"layer 2: .* to the experts \[4, 4\], one of them twice: .*--enable-return-routed": twice,
+        r"0.bin: these routes are damaged": msgspec.structs.replace(stored, offset=stored.offset + 1),
+        r"none.bin: .* cannot be read": msgspec.structs.replace(stored, path=str(tmp_path / "none.bin")),
         r"to expert -1, but": np.where(outside == EXPERTS, np.int16(-1), outside),
     }
     batches = []

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from minpro_megatron.batching.stored_routes import read_routes
 from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.journal_file import JournalError
@@ -261,7 +262,8 @@ def test_routes_are_kept_in_files_and_come_back(tmp_path: Path) -> None:
         await fill_with_routes(journal)
         assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["0.bin", "1.bin"]
         groups, _ = await journal.restore(0, NUM_PROMPTS, True)
-        found = [response.routed_experts for group in groups for response in group.responses]
+        places = [response.stored_routes for group in groups for response in group.responses]
+        found = [None if place is None else read_routes(place) for place in places]
         for one, other in zip(found, [*ROUTES, None, ROUTES[0], None, None], strict=True):
             assert (one is None) == (other is None)
             if one is not None and other is not None:
@@ -274,9 +276,10 @@ def test_routes_are_kept_in_files_and_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda path: path.unlink(), "routes of group 0 cannot be read .*No such file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "routes of group 0 are damaged"),
-        (lambda path: path.write_bytes(b"\xff" + path.read_bytes()[1:]), "routes of group 0 are damaged"),
+        (lambda path: path.unlink(), "these routes cannot be read .*No such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "these routes are damaged"),
+        (lambda path: path.write_bytes(b""), "these routes are damaged"),
+        (lambda path: path.write_bytes(b"\xff" + path.read_bytes()[1:]), "these routes are damaged"),
     ],
 )
 def test_damaged_routes_are_named(tmp_path: Path, damage: Callable[[Path], object], reason: str) -> None:
@@ -290,7 +293,7 @@ def test_damaged_routes_are_named(tmp_path: Path, damage: Callable[[Path], objec
 
 
 def test_routes_of_an_unknown_dtype_are_refused(tmp_path: Path) -> None:
-    place = {"offset": 0, "shape": [1], "dtype": "<f8", "sha256": ""}
+    place = {"offset": 0, "shape": [1, 1, 1], "dtype": "<f8", "sha256": ""}
     with pytest.raises(JournalError, match=r"0.bin: routes of dtype '<f8'; known"):
         RouteFiles(tmp_path).read(0, place)
 
@@ -324,6 +327,6 @@ def test_a_full_disk_is_named_where_routes_do_not_fit(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert file.rows("SELECT state FROM groups") == [("issued",)]
         await journal.collect(group, accepted=True)
-        assert (await journal.restore(0, NUM_PROMPTS, True))[0][0].responses[1].routed_experts is not None
+        assert (await journal.restore(0, NUM_PROMPTS, True))[0][0].responses[1].stored_routes is not None
 
     in_memory(use, tmp_path)

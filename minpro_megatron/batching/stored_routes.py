@@ -1,0 +1,38 @@
+"""The servers' routes (R3) where they lie in files: mapped into memory, so that the ranks of a node share one copy."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+
+from minpro_megatron.batching.collate import RowShard
+from minpro_megatron.records import StoredRoutes
+
+_DTYPES = ("|u1", "<i2")
+
+
+def read_routes(stored: StoredRoutes) -> np.ndarray:
+    """The array [prompt + response tokens - 1, layers, experts a token], read only. Raises ValueError if the file is
+    missing or has other bytes."""
+    if stored.dtype not in _DTYPES:
+        raise ValueError(f"{stored.path}: routes of dtype {stored.dtype!r}; known: {', '.join(_DTYPES)}")
+    dtype = np.dtype(stored.dtype)
+    size = int(np.prod(stored.shape)) * dtype.itemsize
+    try:
+        data = np.memmap(stored.path, np.uint8, "r")[stored.offset : stored.offset + size]
+    except OSError as error:
+        raise ValueError(f"{stored.path}: these routes cannot be read ({error.strerror})") from None
+    except ValueError:  # nothing can be mapped of a file that has been emptied
+        data = np.empty(0, np.uint8)
+    if hashlib.sha256(data).hexdigest() != stored.sha256:
+        raise ValueError(
+            f"{stored.path}: these routes are damaged (their checksum differs); put the file back, or give a new run "
+            "name"
+        )
+    return data.view(dtype).reshape(stored.shape)
+
+
+def with_routes_read(row: RowShard) -> RowShard:
+    """The row with arrays in the place of stored routes. Raises ValueError as read_routes does."""
+    read = [read_routes(routes) if isinstance(routes, StoredRoutes) else routes for routes in row.routed_experts]
+    return replace(row, routed_experts=read)
