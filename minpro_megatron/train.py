@@ -239,8 +239,11 @@ class Trainer:
             parts.append(rank_memory(self.mesh.device))
             of_ranks = self.mesh.from_all_ranks((merge(parts), merge_histograms(histograms)))
             metrics = merge([part for part, _ in of_ranks])
+        recorded = [found for found in log_probs if found is not None]
         if self.feed:
-            self.feed.consumed(trained_step(batch, step, [found for found in log_probs if found is not None]))
+            self.feed.consumed(trained_step(batch, step, recorded))
+        if self.report:
+            self.report.trained(behavior_log_probs, recorded)
         return metrics, merge_histograms([part for _, part in of_ranks])
 
     def _refuse_an_unequal_start(self, result: UpdateResult) -> None:

@@ -12,7 +12,7 @@ MAX_SAMPLES = 40
 MAX_TOKENS = 1000  # of one response
 # |log ratio| from which a token is colored more strongly; exp of these are ratios of 1.02, 1.11, 1.65 and 4.5.
 STRENGTHS = (0.02, 0.1, 0.5, 1.5)
-_TOKENS, _RATIOS, _TEXT = "tokens", "ratios", "response"
+_TOKENS, _RATIOS, _TEXT, _NUM_TOKENS = "tokens", "ratios", "response", "num_tokens"
 
 
 class Token(NamedTuple):
@@ -48,11 +48,12 @@ def _shown(sample: Mapping[str, Any]) -> Sample:
     if not isinstance(tokens, list) or not isinstance(ratios, list) or len(tokens) != len(ratios):
         return Sample(fields, short(sample.get(_TEXT, "")), [], 0)
     colored = [_token(text, ratio) for text, ratio in zip(tokens[:MAX_TOKENS], ratios, strict=False)]
-    return Sample(fields, "", colored, max(len(tokens) - MAX_TOKENS, 0))
+    total = sample.get(_NUM_TOKENS)
+    return Sample(fields, "", colored, max((total if isinstance(total, int) else len(tokens)) - len(colored), 0))
 
 
 def _token(text: object, ratio: object) -> Token:
-    shown = short(text, 200).replace("\n", "↵\n")
+    shown = short(text, 200).replace("\n", "↵\n") or "∎"  # the stop token has no text
     if not isinstance(ratio, int | float) or not math.isfinite(ratio) or ratio <= 0:
         return Token(shown, "", "no ratio")
     return Token(shown, color_of(ratio), f"ratio {ratio:.4g}")

@@ -11,6 +11,7 @@ from minpro_megatron.monitor.alarms import Alarm
 from minpro_megatron.monitor.histograms import bin_edges, histogram_quantile
 from minpro_megatron.monitor.memory import stated_host_bytes
 from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, smallest, total
+from minpro_megatron.monitor.samples import MAX_TOKENS
 from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
@@ -18,6 +19,7 @@ from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
 SAMPLES_EVERY_STEPS = 10
 HISTOGRAMS_EVERY_STEPS = 10
 MOST_SAMPLE_CHARACTERS = 2000
+MOST_LOG_RATIO = 20.0  # as in the objectives
 # By histogram of logs: what its quantiles are called, and what they are quantiles of.
 QUANTILES: dict[str, tuple[str, Callable[[float], float]]] = {
     "ratio/log": ("ratio/quantile", math.exp),
@@ -113,7 +115,13 @@ class StepReport:
         self._compute = compute
         self._alarms = alarms
         self._evaluated: set[tuple[int, str]] = set()
+        self._log_ratios: np.ndarray | None = None  # of the batch's response tokens, where they are recorded
         self.samples: list[dict] = []  # of the last step that showed any
+
+    def trained(self, behavior_log_probs: np.ndarray, log_probs: Sequence[np.ndarray]) -> None:
+        """The batch of the step to come next has been trained on: log-probs of its response tokens in canonical order,
+        `log_probs` by mini-batch as they were at its update (none: they are not recorded). For the samples."""
+        self._log_ratios = np.concatenate(log_probs) - behavior_log_probs if log_probs else None
 
     def step(
         self, step: int, scalars: dict[str, float], histograms: Mapping[str, np.ndarray], batch: Batch
@@ -162,6 +170,7 @@ class StepReport:
                 self._writer.scalars(result.policy_version, _evaluation_scalars(result))
 
     def _show_samples(self, step: int, batch: Batch) -> None:
+        first_tokens = np.cumsum([0, *(sum(len(r.token_ids) for r in group.responses) for group in batch.groups)])
         self.samples = [
             {
                 "step": step,
@@ -170,9 +179,22 @@ class StepReport:
                 "answer": group.issued.prompt.answer,
                 "reward": group.responses[0].reward,
             }
-            for group in batch.groups[:8]
+            | self._tokens(group.responses[0].token_ids, first_token)
+            for group, first_token in zip(batch.groups[:8], first_tokens, strict=False)
         ]
         self._writer.text(step, "samples", "\n\n".join(_as_markdown(sample) for sample in self.samples))
+
+    def _tokens(self, token_ids: np.ndarray, first_token: int) -> dict[str, Any]:
+        """The response's tokens one by one with their ratios, for the report; `first_token`: its place in the batch."""
+        if self._log_ratios is None:
+            return {}
+        shown = token_ids[:MAX_TOKENS]
+        log_ratios = self._log_ratios[first_token : first_token + len(shown)]
+        return {
+            "num_tokens": len(token_ids),
+            "tokens": [self._response_text(shown[place : place + 1]) for place in range(len(shown))],
+            "ratios": np.exp(np.clip(log_ratios, -MOST_LOG_RATIO, MOST_LOG_RATIO)).tolist(),
+        }
 
 
 def _as_markdown(sample: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.alarm_log import AlarmLog
 from minpro_megatron.monitor.alarms import AlarmStop
 from minpro_megatron.monitor.dashboard import hyperparameters
+from minpro_megatron.monitor.environment import write_environment
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.step_report import StepReport
@@ -88,6 +89,7 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     trainer.feed = _feed(config, incarnation, tokenizer)
+    write_environment(config.run_dir)
     with RunWriter(config.run_dir, first_step if incarnation else None) as writer, closing(tracer):
         writer.describe(hyperparameters(config))
         compute, alarms = _compute(config, architecture, mesh), AlarmLog(config, first_step)
