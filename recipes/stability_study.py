@@ -1,8 +1,8 @@
 """One run of the stability study: a tiny MoE on the calculator's chains, many updates off-policy.
 
 `python -m benchmarks.stability_study` makes the model and the prompts, and repeats this run with every objective,
-several delays and seeds; what came of it stands in benchmarks/stability_study.md. A single run through the whole system,
-after the study has made its files:
+several delays and seeds; what came of it stands in benchmarks/stability_study.md. A single run through the whole
+system, after the study has made its files:
 
     python -m minpro_megatron launch recipes.stability_study:run objective.name=cispo staleness.delay_steps=8
 """
@@ -34,8 +34,8 @@ def run() -> RunConfig:
         model=ModelConfig(hf_path=str(FOLDER / "hf"), megatron_path=str(FOLDER / "megatron"), dtype="float32"),
         data=DataConfig(train_file=str(FOLDER / "train.jsonl"), heldout_file=str(FOLDER / "heldout.jsonl")),
         objective=MinproConfig(),
-        # the paper's moments and decay; the rate comes from the study's sweep
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_global_steps=4),
+        # the paper's moments and decay; the rate is what the study's sweep chose
+        optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_global_steps=4),
         batch=BatchConfig(num_prompts=16, responses_per_prompt=8, mini_batch_prompts=4, max_tokens_per_row=2048),
         sampling=SamplingConfig(max_prompt_tokens=20, max_response_tokens=20),
         staleness=StalenessConfig(delay_steps=0),

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from minpro_megatron.reference_engine.model import Model
-from minpro_megatron.weights.architecture import Architecture
 
 MAX_SEQUENCES = 1024  # sampled together at most
 
@@ -32,15 +31,16 @@ class Sampled:
 
 
 class BatchedModel:
-    """A mixture-of-experts model in float32. Raises ValueError for files that do not fit config.json, or if dense."""
+    """`model`, which it keeps and changes, for many sequences. Raises ValueError for a dense one."""
 
-    def __init__(self, architecture: Architecture, hf_path: str, max_tokens: int) -> None:
+    def __init__(self, model: Model, max_tokens: int) -> None:
         """`max_tokens` of a sequence at most, prompt included."""
+        architecture = model.architecture
         if not architecture.num_experts:
-            raise ValueError(f"{hf_path}: a dense model; give a mixture of experts")
+            raise ValueError(f"{architecture.name}: a dense model; give a mixture of experts")
         self._architecture = architecture
         self._max_tokens = max_tokens
-        self._model = Model.from_hf(architecture, hf_path, max_tokens)
+        self._model = model
         frequencies = 1.0 / (
             architecture.rope_theta ** (torch.arange(0, architecture.head_dim, 2).float() / architecture.head_dim)
         )

@@ -7,12 +7,8 @@ from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
-import torch
-from rich.console import Console
-
 from minpro_megatron.rewards.calculator_steps import worked
 from recipes import stability_study
-from tools import make_tiny_model
 from tools.prompt_sets import calculator_steps, rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +54,11 @@ def _rows(prompts: list[str]) -> list[dict[str, str]]:
 
 def _make_model(folder: Path) -> None:
     """As tools/make_tiny_model.py does, with another share of wrong readings."""
+    import torch
+    from rich.console import Console
+
+    from tools import make_tiny_model  # with transformers: seconds, of which a study that goes on has no use
+
     torch.set_num_threads(1)
     task = make_tiny_model.TASKS["calculator_steps"]
     settings = replace(task.settings, wrong_share=WRONG_SHARE)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from benchmarks.stability_study.batched_model import BatchedModel
 from benchmarks.stability_study.curves import append_responses
@@ -27,6 +28,7 @@ from minpro_megatron.records import (
     Response,
     TrainedStep,
 )
+from minpro_megatron.reference_engine.model import Model
 from minpro_megatron.rewards.registry import Grade, load_reward
 from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt, load_prompts, tokenize
 from minpro_megatron.rollout.schedule import make_schedule
@@ -48,10 +50,11 @@ class GroupSampler:
         self._tokenizer = tokenizer
         self._reward = load_reward(config.collector.reward)
         longest = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
-        self._model = BatchedModel(read_architecture(config.model.hf_path), config.model.hf_path, longest)
+        architecture = read_architecture(config.model.hf_path)
+        self._model = BatchedModel(Model.from_hf(architecture, config.model.hf_path, longest), longest)
         self.version = 0
 
-    def load(self, tensors: Sequence[tuple[str, object]], version: int) -> None:
+    def load(self, tensors: Sequence[tuple[str, Tensor]], version: int) -> None:
         self._model.load(tensors)
         self.version = version
 

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-import signal
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -13,7 +13,6 @@ from typing import Any
 from benchmarks.stability_study.analysis import final_accuracy, peak_accuracy
 from benchmarks.stability_study.curves import StoredRun, read_stored
 from benchmarks.stability_study.grid import RunKey
-from minpro_megatron.launch.prctl import end_with_parent
 
 
 def stored_path(results: Path, key: RunKey) -> Path:
@@ -37,8 +36,18 @@ def stored(results: Path, keys: Sequence[RunKey], inputs: str | None = None) -> 
     return found
 
 
-def run_missing(keys: Sequence[RunKey], results: Path, runs_dir: Path, inputs: str, workers: int) -> int:
-    """Trains what is not stored yet, in the order of `keys`. Returns how many runs failed; each has said why."""
+def run_missing(
+    keys: Sequence[RunKey],
+    results: Path,
+    runs_dir: Path,
+    inputs: str,
+    workers: int,
+    overrides: Sequence[str] = (),
+) -> int:
+    """Trains what is not stored yet, in the order of `keys`. Returns how many runs failed; each has said why.
+
+    `inputs` is the fingerprint of model and prompts; `overrides` change the recipe's settings, as on a command line.
+    """
     todo = [key for key in keys if key not in stored(results, keys, inputs)]
     print(f"{len(keys) - len(todo)} of {len(keys)} runs are there, {len(todo)} to do", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the fork server, which inherits it
@@ -50,7 +59,7 @@ def run_missing(keys: Sequence[RunKey], results: Path, runs_dir: Path, inputs: s
         while waiting or running:
             while waiting and len(running) < workers:
                 key = waiting.pop(0)
-                arguments = (key, str(runs_dir), str(stored_path(results, key)), inputs)
+                arguments = (key, str(runs_dir), str(stored_path(results, key)), inputs, overrides)
                 process: Any = context.Process(target=_worker, args=arguments)
                 process.start()
                 running[process.sentinel] = (process, key, time.monotonic())
@@ -80,8 +89,17 @@ def _outcome(exit_code: int, results: Path, key: RunKey) -> str:
     return f"{key.name}: final {final_accuracy(run):.3f}, peak {peak_accuracy(run):.3f}{end}"
 
 
-def _worker(key: RunKey, runs_dir: str, path: str, inputs: str) -> None:
-    end_with_parent(signal.SIGKILL)
+def _end_with_the_study() -> None:
+    """Nobody would count what a run does after the study was killed. The parent that the system knows is the fork
+    server, which lives as long as its runs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _worker(key: RunKey, runs_dir: str, path: str, inputs: str, overrides: Sequence[str]) -> None:
+    threading.Thread(target=_end_with_the_study, daemon=True).start()
     from benchmarks.stability_study.one_run import run_and_store  # torch and megatron, which the fork server has
 
-    run_and_store(key, runs_dir, Path(path), inputs)
+    run_and_store(key, runs_dir, Path(path), inputs, *overrides)
