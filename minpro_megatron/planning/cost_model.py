@@ -227,7 +227,7 @@ class DecodingServer:
     num_servers: int
     mean_context: float  # of a response under way, for how many fit in the KV cache
 
-    @cached_property
+    @property
     def max_running(self) -> int:
         fitting = int(self.memory.kv_tokens / self.mean_context)
         return max(1, min(self.config.server.max_running_requests, fitting))

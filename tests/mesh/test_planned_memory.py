@@ -1,0 +1,158 @@
+"""The planner's memory of a trainer rank against the tensors of real updates, counted as they live and die."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.config.run import RunConfig, parse_run_config
+from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.planning.activations import Row
+from minpro_megatron.planning.memory import rank_memory
+from minpro_megatron.weights.architecture import Architecture
+from tests.mesh.harness import run_mesh
+from tests.mesh.live_bytes import LiveBytes
+
+pytestmark = pytest.mark.mesh
+
+PROMPT_TOKENS, SEQUENCE_TOKENS, ROW_TOKENS = 16, 128, 256
+LARGEST_ERROR = 0.1  # of each quantity
+
+
+def architecture(mixture: bool) -> Architecture:
+    return Architecture(
+        name="Qwen3MoeForCausalLM" if mixture else "Qwen3ForCausalLM",
+        num_layers=4,
+        hidden_size=64,
+        num_attention_heads=8,
+        num_query_groups=4,
+        head_dim=16,
+        ffn_hidden_size=192,
+        num_experts=8 if mixture else 0,
+        num_experts_per_token=2 if mixture else 0,
+        expert_ffn_hidden_size=48 if mixture else 0,
+        vocab_size=512,
+        rope_theta=1e4,
+        norm_epsilon=1e-6,
+        tied_embeddings=False,
+    )
+
+
+def run_config(degrees: dict[str, int], recompute: str) -> RunConfig:
+    return parse_run_config(
+        {
+            "name": "planned-memory",
+            "device": "cpu",
+            "model": {"hf_path": "unused", "megatron_path": "unused", "dtype": "float32", "recompute": recompute},
+            "data": {"train_file": "unused", "heldout_file": "unused"},
+            "parallel": degrees,
+            "sampling": {
+                "max_prompt_tokens": PROMPT_TOKENS,
+                "max_response_tokens": SEQUENCE_TOKENS - PROMPT_TOKENS,
+            },
+            "batch": {"num_prompts": 8, "mini_batch_prompts": 8, "max_tokens_per_row": ROW_TOKENS},
+            "collector": {"journal_ratios": False},
+        }
+    )
+
+
+def sequences(count: int, vocab_size: int) -> list[TokenSequence]:
+    random = np.random.default_rng(0)
+    response = SEQUENCE_TOKENS - PROMPT_TOKENS
+    return [
+        TokenSequence(
+            prompt_ids=random.integers(0, vocab_size, PROMPT_TOKENS, dtype=np.int32),
+            response_ids=random.integers(0, vocab_size, response, dtype=np.int32),
+            loss_mask=np.ones(response, np.float32),
+            behavior_log_probs=np.full(response, -6, np.float32),
+            rollout_log_probs=np.full(response, -6, np.float32),
+            advantage=1.0 if index % 2 else -1.0,
+            first_slot=index * response,
+        )
+        for index in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Bytes of one rank."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # the most that lived beside these during forward and backward
+
+
+def _measure(mesh: Mesh, config: RunConfig, a: Architecture, batch: list[TokenSequence]) -> Found:
+    from minpro_megatron.actor.model import ModelFeatures, build_model
+    from minpro_megatron.actor.policy import Policy
+
+    torch.manual_seed(0)
+    chunks = build_model(a, mesh, torch.float32, ModelFeatures(config.model.recompute))
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.dim() == 1:  # of a norm
+                parameter.fill_(1)
+            else:
+                parameter.normal_(0, 0.02)
+    policy = Policy(config, a, chunks, mesh)
+    policy.update(batch, 1e-6)  # makes the moments
+    live = LiveBytes()
+    with live:
+        policy.accumulate_gradient(batch)
+    return Found(
+        stage=mesh.pipeline.rank(),
+        weights=_storage_bytes(parameters),
+        gradients=_storage_bytes([parameter.main_grad for parameter in parameters]),
+        optimizer=_moment_bytes(policy._optimizer),
+        activations=live.peak,
+    )
+
+
+def _storage_bytes(tensors: list[Any]) -> int:
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _moment_bytes(optimizer: Any) -> int:
+    parts = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    states = [state for part in parts for state in part.state.values()]
+    return sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize(
+    ("mixture", "degrees", "recompute", "rows"),
+    [
+        (False, {}, "none", 1),
+        (False, {"context": 2}, "none", 1),
+        (False, {"tensor": 2, "data": 2}, "selective", 2),
+        (False, {"pipeline": 2}, "none", 4),
+        (True, {"expert": 2}, "full", 2),
+        (True, {"tensor": 2, "expert": 2}, "none", 1),
+        (True, {"pipeline": 2, "virtual_pipeline": 2}, "none", 4),
+    ],
+    ids=str,
+)
+def test_planned_bytes_are_those_that_live(mixture: bool, degrees: dict[str, int], recompute: str, rows: int) -> None:
+    a, config = architecture(mixture), run_config(degrees, recompute)
+    batch = sequences(rows * ROW_TOKENS // SEQUENCE_TOKENS, a.vocab_size)
+    ranks = run_mesh(_measure, config, a, batch, **degrees)
+    row = Row(ROW_TOKENS, SEQUENCE_TOKENS)
+    for stage in range(config.parallel.pipeline):
+        own = [rank for rank in ranks if rank.stage == stage]
+        planned = rank_memory(config, a, row, rows // config.parallel.data_size, stage, imbalance=1.0)
+        # how many rows a rank's experts get differs from rank to rank; their mean does not
+        expected = {
+            "weights": planned.weights,
+            "gradients": planned.gradients,
+            "optimizer": planned.optimizer,
+            "activations": planned.activations.peak,
+        }
+        for name, size in expected.items():
+            found = sum(getattr(rank, name) for rank in own) / len(own)
+            assert size == pytest.approx(found, rel=LARGEST_ERROR), f"stage {stage}, {name}: {size / found - 1:+.1%}"
