@@ -178,7 +178,7 @@ class JournalFeed:
             policy_versions=versions,
             finish_reason=stored.finish_reason,
             reward=stored.reward,
-            routed_experts=reader.routed_experts(group.group_id, stored) if self._routes else None,
+            stored_routes=reader.stored_routes(group.group_id, stored) if self._routes else None,
             behavior_log_probs=stored.behavior_log_probs,
         )
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minpro_megatron.records import EvaluationResult
+from minpro_megatron.records import EvaluationResult, StoredRoutes
 from minpro_megatron.rollout.journal_file import FILE_NAME, SCHEMA_VERSION, JournalError
 from minpro_megatron.rollout.route_files import RouteFiles
 
@@ -227,13 +227,13 @@ class JournalReader:
             )
             return [EvaluationResult(**dict(zip(names, row, strict=True))) for row in rows]
 
-    def routed_experts(self, group_id: int, response: StoredResponse) -> np.ndarray | None:
-        """The experts that the server chose, as records.Response has them; None if none were kept. Raises JournalError
-        if the run's file with them is missing or damaged."""
+    def stored_routes(self, group_id: int, response: StoredResponse) -> StoredRoutes | None:
+        """Where the experts lie that the server chose; None if none were kept. Raises JournalError if the run's file
+        with them is missing or damaged."""
         if response.routes is None:
             return None
         with self._reading():
-            return RouteFiles(self.path.parent).read(group_id, json.loads(response.routes))
+            return RouteFiles(self.path.parent).verified(group_id, json.loads(response.routes))
 
     def _responses(self, group_id: int) -> list[StoredResponse]:
         names = ", ".join(StoredResponse._fields)

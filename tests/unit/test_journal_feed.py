@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from minpro_megatron.batching.stored_routes import read_routes
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.records import BehaviorLogProbs, CollectedGroup, CollectorTotals, TrainedStep
 from minpro_megatron.rollout.journal import Journal
@@ -88,9 +89,9 @@ def test_routes_come_along_where_they_are_replayed(tmp_path: Path) -> None:
     write_run(tmp_path / "stored", NUM_STEPS, change=with_routes)
     for group in make_feed(tmp_path, "model.routing_replay=rollout").batch(1).groups:
         for response in group.responses:
-            assert response.routed_experts is not None
-            assert response.routed_experts.tolist() == [[[group.issued.group_id]] * 2] * 3
-    assert make_feed(tmp_path).batch(1).groups[0].responses[0].routed_experts is None
+            assert response.stored_routes is not None
+            assert read_routes(response.stored_routes).tolist() == [[[group.issued.group_id]] * 2] * 3
+    assert make_feed(tmp_path).batch(1).groups[0].responses[0].stored_routes is None
 
 
 def other_sizes(group: CollectedGroup) -> CollectedGroup:

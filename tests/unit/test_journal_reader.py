@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from minpro_megatron.batching.stored_routes import read_routes
 from minpro_megatron.records import CollectedGroup, EvaluationResult
 from minpro_megatron.rollout import journal_reader
 from minpro_megatron.rollout.journal import Journal
@@ -116,13 +117,15 @@ def test_routes_and_evaluations(tmp_path: Path) -> None:
     write_run(tmp_path, change=with_routes, while_open=evaluate)
     with JournalReader(tmp_path) as reader:
         group = next(reader.groups("group_id = 2"))
-        np.testing.assert_array_equal(reader.routed_experts(2, group.responses[0]), routes + 2, strict=True)
-        assert reader.routed_experts(2, group.responses[1]) is None
+        stored = reader.stored_routes(2, group.responses[0])
+        assert stored is not None
+        np.testing.assert_array_equal(read_routes(stored), routes + 2, strict=True)
+        assert reader.stored_routes(2, group.responses[1]) is None
         assert reader.evaluations() == [result]
         assert reader.steps()[0].num_routes == NUM_PROMPTS
         (tmp_path / "routes" / "2.bin").write_bytes(b"x" * 100)
         with pytest.raises(JournalError, match="damaged"):
-            reader.routed_experts(2, group.responses[0])
+            reader.stored_routes(2, group.responses[0])
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
