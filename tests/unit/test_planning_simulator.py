@@ -1,0 +1,158 @@
+"""The simulation of trainer and servers against schedules worked out by hand."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from minpro_megatron.planning.simulator import Lengths, Phases, Simulation, Timeline
+from tests.unit.planned_runs import run_to_plan
+
+
+@dataclass(frozen=True)
+class Steady:
+    """A token takes a second, whatever runs beside it."""
+
+    num_servers: int = 1
+    max_running: int = 1000
+    prefill: float = 0.0  # s a token
+
+    def iteration_s(self, running: int, context_tokens: float) -> float:
+        return 1.0
+
+    def prefill_s(self, tokens: float) -> float:
+        return tokens * self.prefill
+
+
+PHASES = Phases(score=1, train=4, publish=0.5)
+
+
+def simulate(
+    staleness: dict[str, Any],
+    phases: Phases = PHASES,
+    server: Any = None,
+    lengths: Any = None,
+    prompts: int = 4,
+    steps: int = 12,
+    **settings: Any,
+) -> Timeline:
+    """Groups of two responses of 10 tokens, four groups a step."""
+    config = run_to_plan(
+        batch={"num_prompts": prompts, "mini_batch_prompts": prompts, "responses_per_prompt": 2},
+        staleness=staleness,
+        checkpoint={"every_steps": 0},
+        parallel={"tensor": 1, "context": 1, "expert": 1, "data": 1},
+        **settings,
+    )
+    given = lengths or (lambda group: Lengths(0, [10, 10]))
+    return Simulation(config, phases, server or Steady(), given).run(steps)
+
+
+def test_without_delay_everything_happens_in_turn() -> None:
+    found = simulate({"delay_steps": 0})
+    assert found.step_s(0, 12) == pytest.approx(10 + 1 + 4 + 0.5)
+    assert found.wait_share(0, 12) == pytest.approx(10 / 15.5)
+    assert found.idle_share(0, 12) == pytest.approx(5.5 / 15.5)
+    assert [span.phase for span in found.spans[:5]] == ["wait", "score", "train", "publish", "publish"]
+
+
+@pytest.mark.parametrize("delay", [1, 2, 5])
+def test_a_delay_overlaps_updates_with_generation(delay: int) -> None:
+    """From publication to publication: 10 s of generation beside 4 s of updates, then 1 s of scoring, 0.5 s to send."""
+    found = simulate({"delay_steps": delay})
+    first = delay + 1
+    assert found.step_s(first, 12) == pytest.approx(11.5)
+    assert found.wait_share(first, 12) == pytest.approx(6 / 11.5)
+    assert found.idle_share(first, 12) == pytest.approx(1.5 / 11.5)
+
+
+def test_a_trainer_slower_than_the_servers_never_waits() -> None:
+    found = simulate({"delay_steps": 2}, phases=Phases(1, 20, 0.5))
+    assert found.step_s(3, 12) == pytest.approx(21.5)
+    assert found.wait_share(3, 12) == 0
+    assert found.idle_share(3, 12) == pytest.approx(11.5 / 21.5)
+
+
+@pytest.mark.parametrize(("train", "generation", "slower"), [(3.0, 10, "servers"), (30.0, 10, "trainer")])
+def test_with_an_unlimited_bound_the_slower_side_is_never_idle(train: float, generation: int, slower: str) -> None:
+    found = simulate(
+        {"mode": "bounded", "max_staleness": 50},
+        phases=Phases(1, train, 0),
+        server=Steady(max_running=8),
+        lengths=lambda group: Lengths(0, [generation, generation]),
+        steps=30,
+    )
+    if slower == "servers":
+        assert found.idle_share(1, 30) == pytest.approx(0, abs=1e-9)
+        assert found.step_s(20, 30) == pytest.approx(generation, rel=0.05)
+    else:
+        assert found.wait_share(1, 30) == pytest.approx(0, abs=1e-9)
+        assert found.step_s(20, 30) == pytest.approx(train + 1)
+
+
+def test_bounded_servers_stop_when_the_bound_is_reached() -> None:
+    """Bound 1, a slow trainer: eight groups may exist at once, and then none may start before a step is consumed."""
+    found = simulate({"mode": "bounded", "max_staleness": 1}, phases=Phases(0, 40, 0))
+    assert found.step_s(4, 12) == pytest.approx(40)
+    assert found.idle_share(4, 12) == pytest.approx(30 / 40)
+
+
+def test_a_batch_ends_with_its_longest_response() -> None:
+    lengths = {0: [3, 5], 1: [40, 1], 2: [7, 7], 3: [2, 2]}
+    found = simulate({"delay_steps": 0}, lengths=lambda group: Lengths(0, lengths[group % 4]))
+    assert found.batch_s == [pytest.approx(40)] * 12
+    assert found.idle_share(0, 12) == pytest.approx(5.5 / 45.5)
+
+
+def test_servers_share_the_groups_and_the_least_loaded_gets_the_next() -> None:
+    """Two servers of one group at a time: groups of 10, 10, 30 and 10 s end after 10, 10, 40 and 20 s."""
+    lengths = [10, 10, 30, 10]
+    found = simulate(
+        {"delay_steps": 0},
+        server=Steady(num_servers=2, max_running=2),
+        lengths=lambda group: Lengths(0, [lengths[group % 4]] * 2),
+        steps=1,
+    )
+    assert found.batch_s == [pytest.approx(40)]
+    busy = sorted(sum(end - start for start, end in server) for server in found.busy)
+    assert busy == [pytest.approx(20), pytest.approx(40)]
+
+
+def test_no_more_run_at_once_than_a_server_takes() -> None:
+    found = simulate({"delay_steps": 0}, server=Steady(max_running=1))
+    assert found.batch_s[0] == pytest.approx(4 * 2 * 10)
+
+
+def test_prompts_are_computed_once_a_group_before_its_responses() -> None:
+    found = simulate({"delay_steps": 0}, server=Steady(prefill=0.1), lengths=lambda group: Lengths(20, [10, 10]))
+    assert found.batch_s[0] == pytest.approx(4 * 20 * 0.1 + 10)
+
+
+@pytest.mark.parametrize(("pause_mode", "again"), [("retract", True), ("in_place", False)])
+def test_retracted_responses_are_computed_again_after_a_publication(pause_mode: str, again: bool) -> None:
+    arguments: dict[str, Any] = {
+        "staleness": {"mode": "bounded", "max_staleness": 3},
+        "server": Steady(prefill=0.05, max_running=8),
+        "lengths": lambda group: Lengths(1, [10, 10]),
+        "publish": {"pause_mode": pause_mode},
+    }
+    found = simulate(**arguments)
+    free = simulate(**arguments | {"server": Steady(max_running=8)})
+    lost = found.step_s(4, 12) - free.step_s(4, 12)
+    assert lost == pytest.approx(4 * 0.05, abs=0.02) if not again else lost > 0.5
+
+
+def test_checkpoints_take_their_turn() -> None:
+    found = simulate({"delay_steps": 0}, phases=Phases(1, 4, 0.5, checkpoint=3, checkpoint_every=4), steps=12)
+    saved = [span for span in found.spans if span.phase == "checkpoint" and span.end > span.start]
+    assert [span.step for span in saved] == [3, 7, 11]
+    assert all(span.end - span.start == pytest.approx(3) for span in saved)
+
+
+def test_spans_follow_one_another_and_cover_the_run() -> None:
+    found = simulate({"mode": "bounded", "max_staleness": 2})
+    ends = [span.end for span in found.spans]
+    assert [span.start for span in found.spans] == [0.0, *ends[:-1]]
+    for server in found.busy:
+        flat = [time for interval in server for time in interval]
+        assert flat == sorted(flat)
