@@ -61,6 +61,7 @@ class Profile(Section):
     """How jobs are submitted, and where they run."""
 
     executor: Literal["slurm", "local"] = "slurm"
+    gpu: str = Field(default="h100-80gb", description="kind of the nodes' GPUs, as the planner calls it")
     workspace: AbsolutePath = Field(
         description="folder on the file system that all nodes share; relative paths of settings, and those inside this "
         "checkout, are looked up in it: models, data, runs"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from cluster.command_line import Parser, told
 from cluster.follow import follow
 from cluster.paths import in_workspace
+from cluster.planning import plan_problems
 from cluster.profile import Profile, read_profile
 from cluster.records import JobRecord, remember
 from cluster.slurm_job import JobError, JobState, active_jobs
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         help="settings of the profile to change, such as topology.serve_nodes=4",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only print the nodes' shares and the job's script")
+    parser.add_argument("--force", action="store_true", help="also what does not fit, by the planner's account")
     parser.add_argument("--detach", action="store_true", help="do not wait for the job's end")
     return parser
 
@@ -54,7 +56,9 @@ def _submit(options: argparse.Namespace) -> int:
         topology = lay_out(config, profile.topology)
     except ValueError as error:
         raise UserError(str(error).splitlines()) from None
-    for line in shares(topology):
+    if (found := plan_problems(config, profile)) and not options.force:
+        raise UserError([*found, "the planner expects this not to work; --force submits it all the same"])
+    for line in [*(f"warning: {problem}" for problem in found), *shares(topology)]:
         print(line)
     if options.dry_run:
         from cluster.nemo import script_of

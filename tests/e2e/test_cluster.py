@@ -84,7 +84,7 @@ def workspace(tmp_path: Path, slurm: LocalSlurm, tiny_model: TinyModel) -> Works
     return Workspace(tmp_path, slurm, tiny_model)
 
 
-def ended(process: subprocess.Popen[str], timeout_s: float = 150) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str], timeout_s: float = 300) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -93,7 +93,7 @@ def ended(process: subprocess.Popen[str], timeout_s: float = 150) -> tuple[int, 
     return process.returncode, output
 
 
-def until(holds: object, what: str, timeout_s: float = 120) -> None:
+def until(holds: object, what: str, timeout_s: float = 250) -> None:
     deadline = time.monotonic() + timeout_s
     assert callable(holds)
     while not holds():
@@ -119,6 +119,7 @@ def test_a_run_over_two_nodes_ends_well(workspace: Workspace) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_killed_role_fails_the_job_and_a_restart_goes_on(workspace: Workspace) -> None:
     """The trainer's ranks are on both nodes. The first start is killed once a checkpoint is there."""
     spread = ["--set", "topology.train_nodes=2", "--set", "topology.share_nodes=true", "parallel.tensor=2"]
@@ -141,6 +142,7 @@ def test_a_killed_role_fails_the_job_and_a_restart_goes_on(workspace: Workspace)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_without_restarts_left_the_job_has_failed(workspace: Workspace) -> None:
     submitted = workspace.submit("failing", "--set", "restarts=0", "num_global_steps=200")
     run_dir = workspace.run_dir("failing")
@@ -158,6 +160,7 @@ def test_without_restarts_left_the_job_has_failed(workspace: Workspace) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_cancelled_job_ends_and_problems_start_nothing(workspace: Workspace) -> None:
     assert ended(workspace.submit("cancelled", "--detach", "num_global_steps=500"))[0] == 0
     run_dir = workspace.run_dir("cancelled")

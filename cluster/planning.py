@@ -1,0 +1,25 @@
+"""Whether the run fits the GPUs of the profile, asked of the planner before anything is sent."""
+
+from cluster.profile import Profile
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.launch.roles import roles_of
+from minpro_megatron.planning.plan import ClusterSize, plan_run
+
+
+def plan_problems(config: RunConfig, profile: Profile) -> list[str]:
+    """One line for each reason why the run does not fit; a run without trainer or servers of its own, or without GPUs,
+    is not planned."""
+    server = config.server
+    on_gpus = config.device == "cuda" and server.device == "cuda" and server.engine != "reference"
+    if not on_gpus or server.urls or not {"train", "serve"} <= set(roles_of(config)):
+        return []
+    try:
+        size = ClusterSize(
+            gpu=profile.gpu,
+            trainer_gpus=config.parallel.world_size,
+            server_gpus=server.count * server.tensor_parallel,
+            gpus_per_node=profile.topology.gpus_per_node,
+        )
+        return plan_run(config, size).problems
+    except ValueError as error:  # a model or a GPU that the planner does not know
+        return str(error).splitlines()

@@ -1,0 +1,142 @@
+"""submit up to the script: what it refuses, and what it would give to sbatch."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from cluster import submit
+from cluster.paths import CHECKOUT
+from cluster.planning import plan_problems
+from cluster.profile import read_profile
+from minpro_megatron.launch.recipe import list_recipes, load_recipe
+from minpro_megatron.launch.topology import lay_out
+
+H100 = CHECKOUT / "cluster" / "profiles" / "h100_slurm.toml"
+RECIPES = [line.split()[0] for line in list_recipes("recipes")]
+
+
+@pytest.fixture(autouse=True)
+def _no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs commands for NeMo-Run hands them this process's input, which pytest does not let it read."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+
+def submitted(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, output and errors."""
+    status = submit.main([recipe, "--profile", str(H100), "--dry-run", *arguments])
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_a_place_on_h100_nodes(recipe: str) -> None:
+    profile = read_profile(H100, [])
+    topology = lay_out(load_recipe(recipe), profile.topology)
+    assert topology.nodes
+
+
+# One of each module: recipes of one differ in what they compute.
+@pytest.mark.parametrize("recipe", {recipe.split(":")[0]: recipe for recipe in RECIPES}.values())
+def test_recipes_dry_run_to_a_script(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nemo_run")
+    status, shown, errors = submitted(capsys, recipe)
+    assert (status, errors) == (0, "")
+    script = shown[shown.index("#!/bin/bash") :]
+    nodes = sum(line.startswith("node ") for line in shown.splitlines())
+    for line in (f"#SBATCH --nodes={nodes}", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=8"):
+        assert line in script.splitlines()
+    (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    assert srun.endswith(
+        " --wait=60 --kill-on-bad-exit=1 --wait=0 python -m minpro_megatron node "
+        "--config /nemo_run/configs/run.json --topology /nemo_run/configs/topology.json"
+    )
+    assert "--container-mounts /lustre/PROJECT/minpro:/lustre/PROJECT/minpro," in srun
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+    assert checked.stderr == ""
+
+
+def test_values_reach_processes_as_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """No value of a profile is a piece of shell; secrets are neither written nor traced."""
+    pytest.importorskip("nemo_run")
+    value = "a b; touch /tmp/x $HOME `id` \"q\" 'r' $head_node_ip"
+    secrets = tmp_path / "secrets.sh"
+    secrets.write_text("export THE_KEY=abc123\n")
+    changes = [f"environment.FABRIC={value}", "slurm.interface=eth0; touch y", f"secrets_file={secrets}"]
+    options = [word for change in changes for word in ("--set", change)]
+    status, shown, _ = submitted(capsys, "recipes.demo:tiny_moe", *options)
+    assert status == 0
+    script = shown[shown.index("#!/bin/bash") :]
+    # the script's own srun and scontrol, replaced by one that shows what it is given
+    (tmp_path / "srun").write_text('#!/bin/bash\necho "got: $FABRIC|$THE_KEY|${*: -1}"; exit 2\n')
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $*"\n')
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    run = subprocess.run(["bash"], input=script, env=environment, text=True, capture_output=True, check=False)
+    lines = run.stdout.splitlines()
+    assert f"got: {value}|abc123|eth0; touch y" in lines
+    assert lines[-2:] == ["job exited with code 2", "not started again: the problems above have to be mended first"]
+    assert run.returncode == 2
+    assert "abc123" not in run.stderr
+    failed = environment | {"SLURM_RESTART_COUNT": "1"}
+    (tmp_path / "srun").write_text("#!/bin/bash\nexit 1\n")
+    run = subprocess.run(["bash"], input=script, env=failed, text=True, capture_output=True, check=False)
+    assert (run.returncode, run.stdout.splitlines()[-1]) == (1, "scontrol requeue 7")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["optimizer.lr=1"], "error: override 'optimizer.lr=1': there is no setting 'lr'; known: learning_rate"),
+        (["optimizer.learning_rate=fast"], "error: optimizer.learning_rate: Input should be a valid number"),
+        (["parallel.expert=3", "parallel.data=1"], "error: parallel: expert x expert_tensor = 3 x 1 = 3 must divide"),
+        (["parallel.tensor=16", "parallel.data=1"], "error: "),
+        (["--set", "topology.serve_nodes=1"], "error: server.count = 16 on topology.serve_nodes = 1: 16 a node"),
+        (["--set", "slurm.tme=1"], "slurm.tme: Extra inputs are not permitted"),
+    ],
+)
+def test_what_is_wrong_is_said_here(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, shown, errors = submitted(capsys, "recipes.qwen3_30b_a3b:minpro", *arguments)
+    assert (status, shown) == (2, "")
+    assert problem in errors
+    assert "Traceback" not in errors
+
+
+def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["parallel.data=0", "parallel.tensor=1", "parallel.pipeline=1", "parallel.expert=1"]
+    status, _, errors = submitted(capsys, "recipes.qwen3_30b_a3b:minpro", *small)
+    assert status == 2
+    assert errors.splitlines()[-1] == "error: the planner expects this not to work; --force submits it all the same"
+    config = load_recipe("recipes.qwen3_30b_a3b:minpro")  # which test_recipes_dry_run_to_a_script plans
+    assert plan_problems(config, read_profile(H100, ["gpu=abacus"]))[0].startswith("gpu = abacus: not known")
+    assert plan_problems(load_recipe("recipes.demo:tiny_moe"), read_profile(H100, ["gpu=abacus"])) == []
+
+
+def test_the_job_gets_the_code_as_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nemo = pytest.importorskip("cluster.nemo")
+    checkout, job = tmp_path / "checkout", tmp_path / "job"
+    checkout.mkdir()
+    job.mkdir()
+    for name, text in {"old.py": "1", "gone.py": "1", ".gitignore": "ignored\n"}.items():
+        (checkout / name).write_text(text)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], cwd=checkout, check=True)
+    (checkout / "gone.py").unlink()
+    for name in ("old.py", "new file.py", "ignored"):
+        (checkout / name).write_text("2")
+    monkeypatch.setattr(nemo, "CHECKOUT", checkout)
+    archive = nemo.WorkingTree(configs={"run.json": "{}\n"}).package(tmp_path, str(job), "a")
+    with tarfile.open(archive) as tar:
+        assert sorted(tar.getnames()) == [".gitignore", "REVISION", "new file.py", "old.py"]
+        content = {
+            name: (tar.extractfile(name) or pytest.fail(name)).read().decode() for name in ("old.py", "REVISION")
+        }
+    assert content["old.py"] == "2"
+    assert content["REVISION"].endswith("+changes\n")
+    assert (job / "configs" / "run.json").read_text() == "{}\n"
