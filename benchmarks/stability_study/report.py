@@ -36,7 +36,7 @@ PICTURES = {
     "heldout.png": "Held-out accuracy against global steps: thin lines are seeds, thick ones means",
     "reward.png": "Training reward against global steps, running mean of five steps",
     "entropy.png": "Entropy of the policy at response tokens",
-    "clipped.png": "Share of the tokens whose weight was clipped, or that were left out",
+    "clipped.png": "Share of the tokens whose weight was clipped, or that were left out (none: drawn at 1e-5)",
 }
 
 
