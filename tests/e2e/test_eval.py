@@ -1,4 +1,4 @@
-"""`eval` as a command: a real SGLang server on a slice of GSM8K; killed and gone on; on servers of others."""
+"""`eval` as a command: each engine on a slice of GSM8K; killed and gone on; on servers of others."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def command(model: TinyModel, data: Path, output: Path, *more: str) -> list[str]
 
 
 def finish(arguments: list[str]) -> str:
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -130,9 +130,10 @@ def processes_of(output: Path) -> list[psutil.Process]:
     return found
 
 
-def test_a_slice_of_gsm8k_through_sglang(tiny_model: TinyModel, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["reference", pytest.param("sglang", marks=pytest.mark.long)])
+def test_a_slice_of_gsm8k(tiny_model: TinyModel, data: Path, tmp_path: Path, engine: str) -> None:
     output = tmp_path / "out"
-    printed = finish(command(tiny_model, data, output, "--engine", "sglang", "--device", "cpu"))
+    printed = finish(command(tiny_model, data, output, "--engine", engine, "--device", "cpu"))
     check_complete(output, mathematics.grade)
     assert "12/12 responses" in printed
     assert "GSM8K avg@4" in (output / "table.md").read_text()
