@@ -85,6 +85,7 @@ class PolicyLoss:
             num_sequences=len(micro_batch.row.padded_lengths),
             group=self.mesh.tensor_and_context,
             tensor_size=self.mesh.tensor.size(),
+            longest=max(micro_batch.row.padded_lengths),
         )
         return policy_tokens(
             scores.log_probs_L,

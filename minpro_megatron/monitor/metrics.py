@@ -72,6 +72,8 @@ def merge(parts: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
 
 
 def _merge_one(name: str, metrics: list[Metric]) -> Metric:
+    if len(metrics) == 1:
+        return metrics[0]
     reductions = {metric.reduction for metric in metrics}
     if len(reductions) > 1:
         raise ValueError(f"metric {name!r}: cannot merge reductions {' and '.join(sorted(reductions))}")

@@ -42,53 +42,60 @@ def token_statistics(
 ) -> Statistics:
     """The statistics of the trained slots by metric name (see monitor.metrics.METRICS for their meaning)."""
     slots = _TrainedSlots(tokens.is_trained_L)
-    ratio, log_ratio, weight = tokens.log_ratio_L.exp(), tokens.log_ratio_L, terms.weight_L
-    prefix_min, weight_square = tokens.prefix_minimum_L, terms.weight_L.double() ** 2
-    log_prefix_min, log_product = prefix_min.log(), tokens.prefix_log_ratio_L
+    log_ratio, weight, prefix_min = tokens.log_ratio_L, terms.weight_L, tokens.prefix_minimum_L
+    ratio, weight_square, log_ratio_square = log_ratio.exp(), weight.double() ** 2, log_ratio**2
+    log_product = tokens.prefix_log_ratio_L
+    log_prefix_min = torch.where(tokens.log_prefix_minimum_L == torch.inf, 0.0, tokens.log_prefix_minimum_L)
     # m_t rho_t stands for rho_1 ... rho_t: what of the product's log is lost, or made up
     log_surrogate = log_prefix_min + log_ratio
     gap = log_surrogate - log_product
+    gap_abs = gap.abs()
     mismatch = others.rollout_L - others.behavior_L  # log of (engine / trainer) under the same weights
-    nothing = torch.zeros_like(mismatch)
+    mismatch_abs = mismatch.abs()
     means = {
         "policy/entropy": entropies_L,
-        # the tokens were drawn from the old policy: estimates of KL(old || current)
-        "policy/kl_k1": kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k1")[0],
-        "policy/kl_k2": kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k2")[0],
-        "policy/kl_k3": kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3")[0],
+        # the tokens were drawn from the old policy: estimates of KL(old || current), as kl_estimate's
+        "policy/kl_k1": -log_ratio,
+        "policy/kl_k2": log_ratio_square / 2,
+        "policy/kl_k3": ratio - 1 - log_ratio,
         "ratio/mean": ratio,
-        "ratio/square_mean": ratio.double() ** 2,
-        "ratio/log_second_moment": log_ratio.double() ** 2,
+        "ratio/square_mean": ratio**2,
+        "ratio/log_second_moment": log_ratio_square,
         "prefix_min/mean": prefix_min,
         "prefix_min/below_one": prefix_min < 1,
         "prefix_ratio/log_mean": log_product,
         "prefix_ratio/surrogate_log_mean": log_surrogate,
-        "prefix_ratio/gap_abs_mean": gap.abs(),
+        "prefix_ratio/gap_abs_mean": gap_abs,
         "objective/weight_mean": weight,
         "objective/weight_square_mean": weight_square,
         "objective/clipped_fraction": terms.clipped_L,
         "objective/masked_fraction": terms.left_out_L,
-        "mismatch/log_prob_abs_mean": mismatch.abs(),
-        "mismatch/kl_k3": kl_estimate(mismatch, nothing, "k3")[0],
+        "mismatch/log_prob_abs_mean": mismatch_abs,
+        "mismatch/kl_k3": kl_estimate(mismatch, torch.zeros_like(mismatch), "k3")[0],
     }
     by_bucket = {
         "prefix_min/mean": prefix_min,
         "prefix_ratio/log": log_product,
         "prefix_ratio/surrogate_log": log_surrogate,
-        "prefix_ratio/gap_abs": gap.abs(),
+        "prefix_ratio/gap_abs": gap_abs,
         "objective/weight": weight,
         "objective/weight_square": weight_square,
     }
     parts = [
         slots.means(means),
         slots.smallest({"ratio/min": ratio, "prefix_min/min": prefix_min}),
-        slots.largest({"ratio/max": ratio, "mismatch/log_prob_abs_max": mismatch.abs()}),
-        slots.by_bucket(by_bucket, "position", position_bucket(tokens), POSITION_BUCKETS),
-        slots.by_bucket(by_bucket, "staleness", staleness_L, STALENESS_BUCKETS),
+        slots.largest({"ratio/max": ratio, "mismatch/log_prob_abs_max": mismatch_abs}),
+        *slots.by_buckets(
+            by_bucket,
+            {
+                "position": (position_bucket(tokens), POSITION_BUCKETS),
+                "staleness": (staleness_L, STALENESS_BUCKETS),
+            },
+        ),
         _place_of_the_minimum(tokens),
     ]
     logs = {"ratio/log": log_ratio, "prefix_min/log": log_prefix_min, "prefix_ratio/gap": gap}
-    return Statistics(parts, {name: slots.histogram(values_L) for name, values_L in logs.items()})
+    return Statistics(parts, slots.histograms(logs))
 
 
 def loss_statistic(summed_value: Tensor, count: int) -> Statistic:
@@ -135,22 +142,28 @@ class _TrainedSlots:
     def largest(self, values: Mapping[str, Tensor]) -> Statistic:
         return Statistic(list(values), self._rows(values, -torch.inf).amax(1), self._counts(values), "max")
 
-    def by_bucket(self, values: Mapping[str, Tensor], what: str, bucket_L: Tensor, buckets: Sequence[str]) -> Statistic:
-        """Means over the slots of each bucket, as `<name>_by_<what>/<bucket>`."""
-        place = bucket_L.clamp(0, len(buckets) - 1)
+    def by_buckets(
+        self, values: Mapping[str, Tensor], divisions: Mapping[str, tuple[Tensor, Sequence[str]]]
+    ) -> list[Statistic]:
+        """Means over the slots of each bucket, as `<name>_by_<division>/<bucket>`; a division is each slot's bucket and
+        the buckets' names, of which the last holds whatever is beyond."""
         rows = torch.cat([self._rows(values, 0.0), self.mask_L.double()[None]])
-        sums = rows.new_zeros(len(rows), len(buckets)).index_add(1, place, rows)
-        names = [f"{name}_by_{what}/{bucket}" for name in values for bucket in buckets]
-        counts = sums[-1].repeat(len(values))
-        return Statistic(names, sums[:-1].reshape(-1), counts, "mean", only_observed=True)
+        statistics = []
+        for division, (bucket_L, buckets) in divisions.items():
+            place = bucket_L.clamp(0, len(buckets) - 1)
+            sums = rows.new_zeros(len(rows), len(buckets)).index_add_(1, place, rows)
+            names = [f"{name}_by_{division}/{bucket}" for name in values for bucket in buckets]
+            counts = sums[-1].repeat(len(values))
+            statistics.append(Statistic(names, sums[:-1].reshape(-1), counts, "mean", only_observed=True))
+        return statistics
 
-    def histogram(self, values_L: Tensor) -> Tensor:
-        """int64 [NUM_BINS]; NaN is in no bin."""
-        place = torch.floor(torch.asinh(values_L.double() / SCALE) / STEP).clamp(-BINS_PER_SIDE, BINS_PER_SIDE - 1)
-        counted = self.mask_L & ~values_L.isnan()
-        place = torch.where(counted, place + BINS_PER_SIDE, NUM_BINS).long()
-        ones = torch.ones_like(place)
-        return ones.new_zeros(NUM_BINS + 1).index_add_(0, place, ones)[:NUM_BINS]
+    def histograms(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """int64 [NUM_BINS] each; NaN is in no bin."""
+        rows = torch.stack([values_L.double() for values_L in values.values()])
+        place = torch.floor(torch.asinh(rows / SCALE) / STEP).clamp(-BINS_PER_SIDE, BINS_PER_SIDE - 1) + BINS_PER_SIDE
+        place = torch.where(self.mask_L & ~rows.isnan(), place, NUM_BINS).long()
+        counts = place.new_zeros(len(rows), NUM_BINS + 1).scatter_add_(1, place, torch.ones_like(place))
+        return dict(zip(values, counts[:, :NUM_BINS], strict=True))
 
     def _rows(self, values: Mapping[str, Tensor], otherwise: float) -> Tensor:
         """float64 [names, L]: the values of the trained slots, and `otherwise` in the others, whatever they hold."""
@@ -163,10 +176,8 @@ class _TrainedSlots:
 
 def _place_of_the_minimum(tokens: PolicyTokens) -> Statistic:
     """Where in each response its smallest ratio sits first: 0 the first trained token, 1 the last (or the only one)."""
-    smallest = tokens.scan.whole(tokens.log_ratio_L, "min")
-    here = torch.where(tokens.log_ratio_L == smallest, tokens.earlier_L, torch.inf)
-    first = tokens.scan.whole(here, "min")
-    is_it = tokens.is_trained_L & (tokens.earlier_L == first)
+    is_smallest = tokens.log_ratio_L == tokens.scan.whole(tokens.log_ratio_L, "min")
+    is_it = tokens.is_trained_L & is_smallest & (tokens.log_ratio_L < tokens.log_prefix_minimum_L)
     last = (tokens.scan.whole(tokens.mask_L, "sum") - 1).clamp(min=1)
     places = torch.where(is_it, tokens.earlier_L / last, 0.0).sum()
     return Statistic(["ratio/min_position"], places[None], is_it.sum()[None], "mean")

@@ -53,19 +53,21 @@ class Runs:
     key_L: Tensor  # int64
     column_L: Tensor  # int64: the slot's place in its run, from 0
     is_last_L: Tensor  # bool: the last slot of its run
+    longest: int  # no run has more slots
 
     @staticmethod
-    def of(key_L: Tensor) -> "Runs":
+    def of(key_L: Tensor, longest: int | None = None) -> "Runs":
         place = torch.arange(len(key_L), device=key_L.device)
         changes = key_L[1:] != key_L[:-1]
         is_first = torch.cat([changes.new_ones(1), changes])
         is_last = torch.cat([changes, changes.new_ones(1)])
-        return Runs(key_L, place - torch.where(is_first, place, 0).cummax(0).values, is_last)
+        column = place - torch.where(is_first, place, 0).cummax(0).values
+        return Runs(key_L, column, is_last, len(key_L) if longest is None else min(longest, len(key_L)))
 
     def running(self, values_L: Tensor, operator: Operator) -> Tensor:
-        """Inclusive scan within each run, in log2(L) passes of O(L): no run is padded to the longest."""
+        """Inclusive scan within each run, in log2(longest) passes of O(L): no run is padded to the longest."""
         result, step = values_L.clone(), 1
-        while step < len(values_L):
+        while step < self.longest:
             earlier = torch.where(self.column_L[step:] >= step, result[:-step], IDENTITY[operator])
             result[step:] = combined(earlier, result[step:], operator)
             step *= 2

@@ -35,13 +35,17 @@ class PolicyTokens:
         return self.scan.exclusive(self.mask_L, "sum")
 
     @cached_property
+    def log_prefix_minimum_L(self) -> Tensor:
+        """Least log-ratio of the sequence's earlier trained tokens, infinite for the first."""
+        return self.scan.exclusive(self.log_ratio_L, "min")
+
+    @cached_property
     def prefix_minimum_L(self) -> Tensor:
         """m_t = min of the ratios of the sequence's earlier trained tokens, 1 for the first.
 
         arXiv:2601.22718, section 4. For ratios (1.5, .5, 2, 30, 1) it is (1, 1.5, .5, .5, .5).
         """
-        log_minimum = self.scan.exclusive(self.log_ratio_L, "min")
-        return torch.where(log_minimum == torch.inf, 1.0, log_minimum.exp())
+        return torch.where(self.log_prefix_minimum_L == torch.inf, 1.0, self.log_prefix_minimum_L.exp())
 
     @cached_property
     def prefix_log_ratio_L(self) -> Tensor:

@@ -40,10 +40,12 @@ class ShardedScan:
         num_sequences: int,
         group: dist.ProcessGroup,
         tensor_size: int,
+        longest: int | None = None,
     ) -> None:
-        """`group` holds the tensor x context ranks, tensor ranks fastest; `num_sequences` is the whole row's."""
+        """`group` holds the tensor x context ranks, tensor ranks fastest; `num_sequences` is the whole row's, and so is
+        `longest`: no sequence has more slots."""
         self._mask_L = mask_L.bool()
-        self._runs = Runs.of(sequence_L * 2 + half_L)
+        self._runs = Runs.of(sequence_L * 2 + half_L, longest)
         self._num_sequences = num_sequences
         self._group = group
         self._order, self._place_of = _order_of_pieces(group.size(), tensor_size, sequence_L.device)

@@ -79,3 +79,11 @@ def test_sums_are_accumulated_in_float64() -> None:
     assert found.dtype == torch.float64
     assert float(found[-1]) == pytest.approx(count * float(np.float32(0.1)), rel=1e-12)
     assert scan.inclusive(torch.full((count,), 0.1), "min").dtype == torch.float32
+
+
+@pytest.mark.parametrize("operator", IDENTITY)
+def test_a_bound_on_the_length_of_runs_saves_passes_and_changes_nothing(operator: Operator) -> None:
+    key = torch.tensor([3] * 5 + [1] + [2] * 4)
+    values = torch.linspace(-2, 2, 10, dtype=torch.float64)
+    assert torch.equal(Runs.of(key, longest=5).running(values, operator), Runs.of(key).running(values, operator))
+    assert not torch.equal(Runs.of(key, longest=2).running(values, "sum"), Runs.of(key).running(values, "sum"))
