@@ -40,6 +40,8 @@ STYLE: Any = {
     "legend.fontsize": 8,
     "svg.hashsalt": "minpro-megatron",  # the same run gives the same file
     "svg.fonttype": "none",  # text stays text: smaller, and it can be selected
+    "axes.formatter.limits": (-3, 5),  # numbers of more digits would not fit beside the axis
+    "axes.formatter.useoffset": False,
     "font.family": "DejaVu Sans",  # comes with matplotlib: widths do not depend on the machine
 }
 # Of a page: what its style sheet sets for light and for dark (page_style.html.jinja).
@@ -50,6 +52,8 @@ VARIABLES = {
 }  # fmt: skip
 Draw = Callable[[Axes, Sequence[Entry]], bool]  # puts a history on axes; False: the history has nothing for them
 _WIDTH, _HEIGHT = 5.0, 2.6  # inches; text of 9 points is readable when this fills a phone
+_LOG_FROM = {"log": 3.0, "wide": 30.0}  # largest over smallest positive value
+_LEGEND_ROW = 0.065  # of the picture's height
 _INNER = (0.135, 0.165, 0.85, 0.735)  # left, bottom, width, height: charts below each other have one axis
 
 
@@ -149,20 +153,25 @@ def line(
 def legend(axes: Axes) -> None:
     """Above the picture, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(handles) > 1:
-        axes.legend(
-            handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=min(len(handles), 5),
-            columnspacing=1.2, handlelength=1.2, borderaxespad=0.2,
-        )  # fmt: skip
+    if len(handles) < 2:
+        return
+    columns = len(handles) if len(handles) <= 5 else 4
+    left, bottom, width, height = _INNER
+    axes.set_position((left, bottom, width, height - (math.ceil(len(handles) / columns) - 1) * _LEGEND_ROW))
+    axes.legend(
+        handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=columns, columnspacing=1.2,
+        handlelength=1.2, borderaxespad=0.2,
+    )  # fmt: skip
 
 
 def scale(axes: Axes, kind: str, data: Sequence[Series]) -> None:
-    """`share`: percents from 0; `zero` and `counts`: from 0; `log`; `wide`: `log` if positive values differ by more
-    than a factor of 30, else as `zero`; `free`: as matplotlib likes."""
+    """`share`: percents from 0; `zero` and `counts`: from 0; `free`: as matplotlib likes; `log` and `wide`: logarithmic
+    if positive values differ enough (see _LOG_FROM), else as `free` and `zero`."""
     values = [value for one in data for value in one.values if math.isfinite(value)]
     positive = [value for value in values if value > 0]
-    if positive and (kind == "log" or (kind == "wide" and max(positive) > 30 * min(positive))):
-        _log_scale(axes, max(positive) / min(positive))
+    spread = max(positive) / min(positive) if positive else 1.0
+    if spread > _LOG_FROM.get(kind, math.inf):
+        _log_scale(axes, spread)
     elif kind not in ("free", "log"):
         axes.set_ylim(bottom=min([0.0, *values]))
         if kind == "share":

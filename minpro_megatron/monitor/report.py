@@ -165,7 +165,7 @@ def _phases(history: Sequence[Entry], summary: RunSummary | None) -> list[dict[s
     return [
         {
             "phase": phase.replace("_", " "),
-            "time": duration(seconds),
+            "time": duration(seconds) if seconds >= 60 else f"{seconds:.1f} s",
             "percent": round(100 * seconds / whole),
             "median": f"{median(by_phase[phase]):.2f} s" if phase in by_phase else "-",
             "longest": f"{max(by_phase[phase]):.2f} s" if phase in by_phase else "-",

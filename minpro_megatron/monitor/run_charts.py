@@ -326,7 +326,10 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
         FLEET,
         "Groups",
         "Under way, and waiting for a server, when weights were published.",
-        lines(Line("fleet/groups_in_flight", "under way", BLUE), Line("fleet/groups_waiting", "waiting", ORANGE)),
+        lines(
+            Line("fleet/groups_in_flight", "under way", BLUE), Line("fleet/groups_waiting", "waiting", ORANGE),
+            kind="counts",
+        ),
     ),
     (
         FLEET,

@@ -13,6 +13,7 @@ from minpro_megatron.monitor.metrics import METRICS
 from minpro_megatron.rollout.journal_reader import JournalReader
 from tests.e2e.conftest import Launch, Launcher
 from tests.e2e.recomputed import recomputed
+from tests.e2e.trace_check import check_trace
 
 pytestmark = pytest.mark.e2e
 
@@ -23,6 +24,7 @@ SMALL = (
     "batch.num_prompts=8",
     "batch.mini_batch_prompts=2",
 )
+TRACED = range(1, 3)  # global steps
 STOPPED_WITHIN_S = 50  # of wall time: a busy machine needs more than the few seconds it takes otherwise
 # Nothing fails in this run, no alarm is raised, no benchmark is evaluated, and there is no GPU.
 WHERE_IT_HAPPENS = (
@@ -33,7 +35,7 @@ HISTOGRAMS = {"ratio/log", "prefix_min/log", "prefix_ratio/gap", "response/lengt
 
 
 def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None:
-    launch = launches("whole", *SMALL)
+    launch = launches("whole", *SMALL, f"debug.trace_steps={TRACED[0]}:{TRACED[-1]}")
     status, output = launch.wait(170)
     assert status == 0, output
 
@@ -61,8 +63,11 @@ def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None
     _check_metrics(launch, trained, events)
     _check_journal(launch)
     _check_export(launch)
+    check_trace(launch.run_dir, num_ranks=2, steps=TRACED, groups_of_a_step=8)
     report = (launch.run_dir / "report.html").read_text()
-    assert report.count("<img") + report.count("<svg") >= 4
+    assert report.count("<svg") >= 20
+    assert report.count('class="t ') > 8  # tokens of the samples, colored by ratio
+    assert json.loads((launch.run_dir / "environment.json").read_text())["megatron-core"] in report
 
 
 def _is_of(scalar: str, declared: str) -> bool:

@@ -158,7 +158,7 @@ def test_all_phases_are_told_with_their_share_and_longest_step(tmp_path):
     ]
     write_run(tmp_path, entries)
     outline = Outline(write_report(tmp_path).read_text())
-    assert re.search(r"train\s*6 s\s*50 %\s*3.00 s\s*5.00 s", outline.text)
+    assert re.search(r"train\s*6.0 s\s*50 %\s*3.00 s\s*5.00 s", outline.text)
 
 
 def test_settings_that_were_changed_come_first_with_what_they_were(tmp_path):
