@@ -7,7 +7,8 @@ import argparse
 import sys
 
 from cluster.command_line import Parser, told
-from cluster.records import recall
+from cluster.records import recall, records_folder
+from cluster.shell import shell_of
 from cluster.slurm_job import JobError, cancel, look_up
 from minpro_megatron.launch.user_error import UserError
 
@@ -20,10 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from cluster.nemo import records_folder, tunnel
-
     record = recall(records_folder(), options.job)
-    shell = tunnel(record.ssh_settings)
+    shell = shell_of(record.ssh_settings)
     try:
         state = look_up(shell, record.job_id, record.log_folder)
         if state.has_ended:

@@ -8,7 +8,8 @@ import sys
 
 from cluster.command_line import Parser, told
 from cluster.follow import LogTail, follow
-from cluster.records import recall
+from cluster.records import recall, records_folder
+from cluster.shell import shell_of
 from cluster.slurm_job import JobError
 from cluster.submit import conclude
 from minpro_megatron.launch.user_error import UserError
@@ -23,10 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from cluster.nemo import records_folder, tunnel
-
     record = recall(records_folder(), options.job)
-    shell = tunnel(record.ssh_settings)
+    shell = shell_of(record.ssh_settings)
     if not options.follow:
         LogTail(shell, record.log_folder, record.job_id, sys.stdout).show_news()
         return 0

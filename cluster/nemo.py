@@ -6,11 +6,11 @@ which knows its node's roles: srun ends all of them as soon as one fails, and it
 """
 
 import io
-import os
 import shlex
 import subprocess
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,14 +21,15 @@ import nemo_run
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.packaging.base import Packager
 from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
+from torchx.specs.api import AppState
 
 from cluster.paths import CHECKOUT
 from cluster.profile import Profile, SshSettings
+from cluster.slurm_job import JOB_PREFIX
 
 RUN_FILE, TOPOLOGY_FILE = "run.json", "topology.json"
 # NeMo-Run's name for the job's folder inside the job; without a container it writes the real path in its place.
 _CONFIGS = "/nemo_run/configs"
-_JOB_PREFIX = "minpro-"
 # After NeMo-Run's own lines, before srun. It traces its script: from here on nothing is, for what comes may be secret.
 _SETUP = """\
 { set +vx; } 2>/dev/null
@@ -124,24 +125,49 @@ def _base(profile: Profile) -> Path:
     return Path(get_nemorun_home()) if profile.ssh else Path(profile.jobs_folder)
 
 
+def run_here(files: JobFiles, profile: Profile) -> bool:
+    """Runs the only node's share on this machine, its output on stderr; returns whether it has succeeded."""
+    start = f"{files.name}_{time.time_ns()}"
+    configs = Path(profile.jobs_folder) / "local" / start
+    configs.mkdir(parents=True)
+    for name, text in ((RUN_FILE, files.run_json), (TOPOLOGY_FILE, files.topology_json)):
+        (configs / name).write_text(text, encoding="utf-8")
+    script = _script(profile.python, [*_arguments(profile, str(configs)), "--start", start, "--index", "0"])
+    executor = nemo_run.LocalExecutor(env_vars=dict(profile.environment))
+    with _empty_experiment(files.name, Path(profile.jobs_folder)) as experiment:
+        experiment.add(script, executor=executor, name=files.name, tail_logs=True)
+        experiment.run()
+    return experiment.jobs[0].state == AppState.SUCCEEDED
+
+
 @contextmanager
 def _experiment(files: JobFiles, profile: Profile, base: Path) -> Iterator[Any]:
     """The experiment with its one task; its folder is made below `base`."""
-    script = nemo_run.Script(
-        path="minpro_megatron", m=True, entrypoint=_word(profile.python), args=[_word(a) for a in _arguments(profile)]
-    )
-    experiment = nemo_run.Experiment(
-        files.name, base_dir=str(base), log_level="ERROR", clean_mode=True, enable_goodbye_message=False,
-        skip_status_at_exit=True, serialize_metadata_for_scripts=False,
-    )  # fmt: skip
-    with experiment:
+    script = _script(_word(profile.python), [_word(argument) for argument in _arguments(profile, _CONFIGS)])
+    with _empty_experiment(files.name, base) as experiment:
         experiment.add(script, executor=_executor(files, profile, base), name=files.name)
         yield experiment
 
 
-def _arguments(profile: Profile) -> list[str]:
+def _script(python: str, arguments: list[str]) -> Any:
+    return nemo_run.Script(path="minpro_megatron", m=True, entrypoint=python, args=arguments)
+
+
+def _empty_experiment(name: str, base: Path) -> Any:
+    return nemo_run.Experiment(
+        name,
+        base_dir=str(base),
+        log_level="ERROR",
+        clean_mode=True,
+        enable_goodbye_message=False,
+        skip_status_at_exit=True,
+        serialize_metadata_for_scripts=False,
+    )
+
+
+def _arguments(profile: Profile, configs: str) -> list[str]:
     interface = ["--interface", profile.slurm.interface] if profile.slurm.interface else []
-    return ["node", "--config", f"{_CONFIGS}/{RUN_FILE}", "--topology", f"{_CONFIGS}/{TOPOLOGY_FILE}", *interface]
+    return ["node", "--config", f"{configs}/{RUN_FILE}", "--topology", f"{configs}/{TOPOLOGY_FILE}", *interface]
 
 
 def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
@@ -159,7 +185,7 @@ def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
         gres=slurm.gres or None,
         gpus_per_node=gpus if gpus and not slurm.gres else None,
         additional_parameters=dict(slurm.additional) or None,
-        job_name_prefix=_JOB_PREFIX,
+        job_name_prefix=JOB_PREFIX,
         nodes=files.num_nodes,
         ntasks_per_node=1,
         # --wait: nodes that only serve may end long before those that train
@@ -193,18 +219,8 @@ def _word(text: str) -> str:
     return shlex.quote(text).replace("$", "$$")
 
 
-def job_name(name: str) -> str:
-    """The job's name in Slurm, of the run's."""
-    return f"{_JOB_PREFIX}{name}"
-
-
 def tunnel(ssh: SshSettings | None, job_dir: str = "") -> Any:
     """Where commands of the cluster run: here, or on its login node."""
     if ssh is None:
         return LocalTunnel(job_dir=job_dir)
     return SSHTunnel(host=ssh.host, user=ssh.user, port=ssh.port, identity=ssh.identity or None, job_dir=job_dir)
-
-
-def records_folder() -> Path:
-    """Where this machine remembers the jobs that it has submitted."""
-    return Path(os.environ.get("MINPRO_JOBS", Path(get_nemorun_home()) / "minpro_jobs"))

@@ -1,5 +1,6 @@
 """What this machine remembers of the jobs that it has submitted: a file each, by the name of the run."""
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -7,6 +8,11 @@ import msgspec
 from cluster.profile import SshSettings
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import replace_file
+
+
+def records_folder() -> Path:
+    """Where this machine remembers the jobs that it has submitted: beside NeMo-Run's experiments."""
+    return Path(os.environ.get("NEMORUN_HOME", Path.home() / ".nemo_run")) / "minpro_jobs"
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):

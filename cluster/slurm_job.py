@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 
 from cluster.shell import Shell
 
+JOB_PREFIX = "minpro-"
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
           "DEADLINE", "REVOKED")  # fmt: skip
 # What NeMo-Run's script says last.
@@ -101,6 +102,11 @@ def _exit_status(code: str) -> int:
     """Slurm's status:signal as a shell's status."""
     status, _, number = code.partition(":")
     return 128 + int(number) if number.strip("0") else int(status)
+
+
+def job_name(name: str) -> str:
+    """The job's name in Slurm, of the run's."""
+    return f"{JOB_PREFIX}{name}"
 
 
 def active_jobs(shell: Shell, name: str) -> list[str]:

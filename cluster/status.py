@@ -10,8 +10,8 @@ import sys
 from pathlib import PurePosixPath
 
 from cluster.command_line import Parser, told
-from cluster.records import JobRecord, all_records, recall
-from cluster.shell import Shell
+from cluster.records import JobRecord, all_records, recall, records_folder
+from cluster.shell import Shell, shell_of
 from cluster.slurm_job import JobError, JobState, look_up
 from minpro_megatron.launch.user_error import UserError
 
@@ -24,12 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from cluster.nemo import records_folder, tunnel
-
     records = [recall(records_folder(), options.job)] if options.job else all_records(records_folder())
     failed = False
     for record in records:
-        shell = tunnel(record.ssh_settings)
+        shell = shell_of(record.ssh_settings)
         try:
             state = look_up(shell, record.job_id, record.log_folder)
         except JobError as error:

@@ -17,8 +17,9 @@ from cluster.follow import follow
 from cluster.paths import in_workspace
 from cluster.planning import plan_problems
 from cluster.profile import Profile, read_profile
-from cluster.records import JobRecord, remember
-from cluster.slurm_job import JobError, JobState, active_jobs
+from cluster.records import JobRecord, records_folder, remember
+from cluster.shell import shell_of
+from cluster.slurm_job import JobError, JobState, active_jobs, job_name
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.preflight import run_problems
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
@@ -60,13 +61,24 @@ def _submit(options: argparse.Namespace) -> int:
         raise UserError([*found, "the planner expects this not to work; --force submits it all the same"])
     for line in [*(f"warning: {problem}" for problem in found), *shares(topology)]:
         print(line)
+    if profile.executor == "local" and (len(topology.nodes) > 1 or options.detach):
+        raise UserError(
+            f"executor = local: it runs one node, and stays until its end; this run has {len(topology.nodes)} nodes: "
+            "leave out --detach, raise topology.gpus_per_node, or use a profile of a cluster"
+        )
     if options.dry_run:
-        from cluster.nemo import script_of
+        print(f"\n# run.json\n{config.to_json()}")
+        if profile.executor == "slurm":
+            from cluster.nemo import script_of
 
-        print(f"\n# run.json\n{config.to_json()}\n# the job's script\n{script_of(_files(config, topology), profile)}")
+            print(f"# the job's script\n{script_of(_files(config, topology), profile)}")
         return 0
     if profile.ssh is None and (found := run_problems(config)):
         raise UserError(found)  # the run's files are on this machine's file system
+    if profile.executor == "local":
+        from cluster.nemo import run_here
+
+        return 0 if run_here(_files(config, topology), profile) else 1
     return _run(config, topology, profile, options.detach)
 
 
@@ -96,9 +108,7 @@ def _files(config: RunConfig, topology: Topology) -> "JobFiles":
 
 
 def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) -> int:
-    from cluster.nemo import job_name, records_folder, submit, tunnel
-
-    shell = tunnel(profile.ssh)
+    shell = shell_of(profile.ssh)
     try:
         if running := active_jobs(shell, job_name(config.name)):
             raise UserError(
@@ -107,6 +117,8 @@ def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) 
             )
     except JobError as error:
         raise UserError(f"{error}; is this a login node? Otherwise give the profile an [ssh] section") from None
+    from cluster.nemo import submit
+
     job = submit(_files(config, topology), profile)
     record = JobRecord(
         name=config.name,

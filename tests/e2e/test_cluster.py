@@ -113,7 +113,7 @@ def test_a_run_over_two_nodes_ends_well(workspace: Workspace) -> None:
     # servers and collector are reached under an address that is not this machine's own business
     assert re.search(r"server 0 ready at http://(?!127\.)\d+\.\d+", (logs / "serve.log").read_text())
     assert not workspace.processes("minpro_megatron")
-    status, output = ended(workspace.command("status", "whole"), 60)
+    status, output = ended(workspace.command("status", "whole"))
     assert status == 0
     assert re.match(r"whole  job \d+: COMPLETED on node\[1-2\]; run in ", output)
 
@@ -156,7 +156,7 @@ def test_without_restarts_left_the_job_has_failed(workspace: Workspace) -> None:
     assert "node 0 (node1): error: the role train " in output
     assert re.search(r"error: job \d+ of the run failing: FAILED \(exit status 1\) on node\[1-2\]; its log is", output)
     assert not workspace.processes("minpro_megatron")
-    assert ended(workspace.command("status", "failing"), 60)[0] == 1
+    assert ended(workspace.command("status", "failing"))[0] == 1
 
 
 @pytest.mark.long
@@ -165,13 +165,13 @@ def test_a_cancelled_job_ends_and_problems_start_nothing(workspace: Workspace) -
     assert ended(workspace.submit("cancelled", "--detach", "num_global_steps=500"))[0] == 0
     run_dir = workspace.run_dir("cancelled")
     until(lambda: (run_dir / "metrics.jsonl").exists(), "a first step")
-    status, output = ended(workspace.submit("cancelled"), 60)
+    status, output = ended(workspace.submit("cancelled"))
     assert status == 2
     assert re.search(r"error: name = cancelled: job \d+ of this name has not ended; cancel it", output)
     followed = workspace.command("logs", "cancelled", "--follow")
-    status, output = ended(workspace.command("cancel", "cancelled"), 60)
+    status, output = ended(workspace.command("cancel", "cancelled"))
     assert (status, output.endswith("told to end\n")) == (0, True)
-    status, output = ended(followed, 60)
+    status, output = ended(followed)
     assert status == 1
     assert re.search(r"error: job \d+ of the run cancelled: CANCELLED", output), output
     until(lambda: not workspace.processes("minpro_megatron"), "no process", 30)

@@ -1,9 +1,7 @@
 """What is read from Slurm's own words, recorded from Slurm 22.05 (scontrol) and its manual (sacct)."""
 
 import io
-import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from cluster import follow as following
 from cluster.follow import LogTail, follow
 from cluster.records import JobRecord, all_records, recall, remember
+from cluster.shell import Answer, ThisMachine
 from cluster.slurm_job import JobError, JobState, active_jobs, look_up, parse_sacct, parse_scontrol, parse_script_output
 from minpro_megatron.launch.user_error import UserError
 
@@ -32,15 +31,8 @@ def scontrol(state: str, code: str = "0:0", reason: str = "None", restarts: int 
     return SCONTROL.format(state=state, code=code, reason=reason, restarts=restarts, nodes=nodes)
 
 
-@dataclass
-class Answer:
-    stdout: str = ""
-    stderr: str = ""
-    return_code: int = 0
-
-
-class Shell:
-    """Answers commands by their first word, and runs those of files for real."""
+class Answers(ThisMachine):
+    """Answers commands by their first word, and runs all others for real."""
 
     def __init__(self, **answers: Callable[[], Answer]) -> None:
         self.answers, self.commands = answers, list[str]()
@@ -49,8 +41,11 @@ class Shell:
         self.commands.append(command)
         if (known := self.answers.get(command.split()[0])) is not None:
             return known()
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-        return Answer(done.stdout, done.stderr, done.returncode)
+        return super().run(command, hide, warn)
+
+
+def answer(stdout: str = "", stderr: str = "", return_code: int = 0) -> Answer:
+    return Answer(stdout, stderr, return_code)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +78,11 @@ def test_the_scripts_own_last_line_is_better_than_nothing() -> None:
 
 
 def test_a_job_that_slurm_forgot_is_found_elsewhere(tmp_path: Path) -> None:
-    forgotten = {"scontrol": lambda: Answer(stderr="slurm_load_jobs error: Invalid job id specified", return_code=1)}
-    without_accounting = {"sacct": lambda: Answer(stderr="Slurm accounting storage is disabled", return_code=1)}
-    accounted = look_up(Shell(**forgotten, sacct=lambda: Answer("TIMEOUT|0:0|n1\n")), "7", str(tmp_path))
+    forgotten = {"scontrol": lambda: answer(stderr="slurm_load_jobs error: Invalid job id specified", return_code=1)}
+    without_accounting = {"sacct": lambda: answer(stderr="Slurm accounting storage is disabled", return_code=1)}
+    accounted = look_up(Answers(**forgotten, sacct=lambda: answer("TIMEOUT|0:0|n1\n")), "7", str(tmp_path))
     assert accounted.state == "TIMEOUT"
-    shell = Shell(**forgotten, **without_accounting)
+    shell = Answers(**forgotten, **without_accounting)
     with pytest.raises(JobError, match=f"job 7: Slurm has forgotten it, there is no accounting, and {tmp_path} does"):
         look_up(shell, "7", str(tmp_path))
     (tmp_path / "sbatch_minpro-a_7.out").write_text("job exited with code 1\n")
@@ -96,16 +91,16 @@ def test_a_job_that_slurm_forgot_is_found_elsewhere(tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_does_not_answer_is_no_end() -> None:
-    away = Answer(stderr="Unable to contact slurm controller", return_code=1)
+    away = answer(stderr="Unable to contact slurm controller", return_code=1)
     with pytest.raises(JobError, match="scontrol: Unable to contact slurm controller"):
-        look_up(Shell(scontrol=lambda: away), "7", "/none")
+        look_up(Answers(scontrol=lambda: away), "7", "/none")
     with pytest.raises(JobError, match="squeue: Unable"):
-        active_jobs(Shell(squeue=lambda: away), "minpro-a")
-    assert active_jobs(Shell(squeue=lambda: Answer("7\n9\n")), "minpro-a") == ["7", "9"]
+        active_jobs(Answers(squeue=lambda: away), "minpro-a")
+    assert active_jobs(Answers(squeue=lambda: answer("7\n9\n")), "minpro-a") == ["7", "9"]
 
 
 def test_words_of_others_are_quoted() -> None:
-    shell = Shell(squeue=Answer, scontrol=lambda: Answer(scontrol("RUNNING")))
+    shell = Answers(squeue=answer, scontrol=lambda: answer(scontrol("RUNNING")))
     active_jobs(shell, "a; rm -r x")
     look_up(shell, "7; rm", "/none")
     assert shell.commands == [
@@ -117,7 +112,7 @@ def test_the_log_is_shown_as_it_grows_over_all_starts(tmp_path: Path) -> None:
     out = io.StringIO()
     folder = tmp_path / "with space"
     folder.mkdir()
-    tail = LogTail(Shell(), str(folder), "7", out)
+    tail = LogTail(Answers(), str(folder), "7", out)
     tail.show_news()
     first = folder / "log-minpro-a_7_0.out"
     first.write_bytes("one\nä".encode()[:-1])
@@ -141,13 +136,13 @@ def test_following_ends_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]  # fmt: skip
     steps = iter(answers)
 
-    def answer() -> Answer:
+    def next_state() -> Answer:
         text = next(steps)
         (tmp_path / "log-a_7_0.out").open("a").write("line\n")
-        return Answer(text) if text else Answer(stderr="timed out", return_code=1)
+        return answer(text) if text else answer(stderr="timed out", return_code=1)
 
     said, out = list[str](), io.StringIO()
-    state = follow(Shell(scontrol=answer), "7", str(tmp_path), out, said.append)
+    state = follow(Answers(scontrol=next_state), "7", str(tmp_path), out, said.append)
     assert state.has_succeeded
     assert out.getvalue() == "line\n" * len(answers)
     assert [line.removeprefix("job 7: ") for line in said] == [
@@ -160,7 +155,7 @@ def test_a_cluster_that_is_away_for_long_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(following, "POLL_S", 0.001)
     monkeypatch.setattr(following, "_LONGEST_SILENCE_S", 0.01)
     with pytest.raises(JobError, match="scontrol: gone"):
-        follow(Shell(scontrol=lambda: Answer(stderr="gone", return_code=1)), "7", "/none", io.StringIO(), print)
+        follow(Answers(scontrol=lambda: answer(stderr="gone", return_code=1)), "7", "/none", io.StringIO(), print)
 
 
 def record(name: str, job_id: str, submitted_at: float, **more: object) -> JobRecord:
