@@ -17,8 +17,9 @@ from minpro_megatron.rollout.resume_point import read_latest
 _OF_ONE_INCARNATION = ("endpoints", "memory", "report.html", "status", "summary.json")
 # What a run that failed while it started may have left besides.
 _LEFTOVERS = (
-    "alarms.jsonl", "checkpoints", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm", "journal.sqlite-wal",
-    "logs", "metrics.jsonl", "published", "routes", "tensorboard",
+    "alarms.jsonl", "checkpoints", "environment.json", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm",
+    "journal.sqlite-wal", "logs", "metrics.jsonl", "profiles", "published", "routes", "tensorboard", "trace",
+    "trace.json",
 )  # fmt: skip
 _LOCK_IS_HELD = (errno.EAGAIN, errno.EACCES)
 
