@@ -1,5 +1,6 @@
 """Routes from the journal's files to a rank's slots: nobody but that rank, for a row at a time, has them in memory."""
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from minpro_megatron.batching.routes import refuse_other_routes, shard_routes
 from minpro_megatron.batching.sequences import token_sequences
 from minpro_megatron.batching.stored_routes import read_routes, with_routes_read
 from minpro_megatron.config.loss import LossConfig
-from minpro_megatron.records import Batch, CollectedGroup
+from minpro_megatron.records import Batch, CollectedGroup, IssuedGroup
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.route_files import RouteFiles
+from minpro_megatron.serving.client import SamplingParameters
+from tests.unit.collector_rig import collecting
 from tests.unit.journal_in_memory import InMemoryFile
-from tests.unit.rollout_fakes import collected, issued_groups
+from tests.unit.rollout_fakes import RESPONSES, FakeServers, collected, issued_groups, run_config
 from tests.unit.test_journal_restore import in_memory
 
 LAYERS, CHOSEN, TOKENS, EXPERTS = 4, 2, 300, 128
@@ -87,3 +90,22 @@ def test_what_is_not_as_the_journal_has_it_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"^{stored.path}: these routes are damaged"):
             read_routes(stored)
+
+
+def test_the_collector_gives_places_and_no_arrays(tmp_path: Path) -> None:
+    class Servers(FakeServers):
+        async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
+            await super().collect(issued, sampling)
+            return collected(issued, routes=[np.full((3, 2, 1), issued.group_id, np.uint8)] * RESPONSES)
+
+    async def main() -> None:
+        async with collecting(run_config(tmp_path, steps=1, delay=0), Servers()) as collector:
+            batch = await collector.batch(0, 60)
+        assert isinstance(batch, Batch)
+        for group in batch.groups:
+            for response in group.responses:
+                assert response.routed_experts is None
+                assert response.stored_routes is not None
+                assert read_routes(response.stored_routes).tolist() == [[[group.issued.group_id]] * 2] * 3
+
+    asyncio.run(main())
