@@ -1,0 +1,47 @@
+"""Writes a run's report.html anew from what its folder holds: of a run that goes on, or that ended early.
+
+    python tools/write_report.py runs/demo
+
+A finished run has its report already, with samples of its rollouts; it is not written over.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
+from minpro_megatron.monitor.report import FILE_NAME, write_report
+from minpro_megatron.monitor.summary import FILE_NAME as SUMMARY_FILE
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def _checked(run_dir: Path) -> Path:
+    """Raises ValueError if there is no run, or its report is the trainer's."""
+    if not (run_dir / HISTORY_FILE).is_file():
+        raise ValueError(f"{run_dir}: no {HISTORY_FILE} in it, so it is no run's folder, or the run has not begun")
+    if (run_dir / SUMMARY_FILE).exists() and (run_dir / FILE_NAME).exists():
+        raise ValueError(
+            f"{run_dir}: the run has finished and has its {FILE_NAME}; remove that to write one without samples"
+        )
+    return run_dir
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder")
+    options = parser.parse_args(arguments)
+    try:
+        print(f"wrote {write_report(_checked(options.run_dir))}")
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
