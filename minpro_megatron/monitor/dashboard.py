@@ -9,6 +9,11 @@ from minpro_megatron.config.run import RunConfig
 
 HEADLINES = ("eval/pass_at_1", "reward/accuracy", "objective/effective_sample_size", "throughput/response_tokens_per_s")
 
+_SETTINGS = (
+    "seed", "num_global_steps", "model", "data", "parallel", "objective", "loss", "optimizer", "batch", "sampling",
+    "staleness",
+)  # fmt: skip
+
 _CHARTS: dict[str, dict[str, list[str]]] = {
     "reward": {
         "accuracy of rollouts": ["reward/accuracy$", "reward/accuracy_by_prompt/.*"],
@@ -78,9 +83,11 @@ LAYOUT = {group: {chart: ["Multiline", names] for chart, names in charts.items()
 
 
 def hyperparameters(config: RunConfig) -> dict[str, str | float]:
-    """The run's settings as section.key, for TensorBoard's table of runs; lists and tables as JSON, null left out."""
+    """The settings that decide what a run computes, as section.key, for TensorBoard's table of runs; lists and tables
+    as JSON, null left out. Where and how it computes would bury them: TensorBoard shows them in alphabetical order."""
     found: dict[str, str | float] = {}
-    for name, value in config.model_dump(mode="json").items():
+    for name in _SETTINGS:
+        value = config.model_dump(mode="json", include={name})[name]
         pairs = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
         for full, one in pairs.items():
             if one is not None:
