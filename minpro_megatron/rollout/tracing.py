@@ -3,10 +3,9 @@
 All of it stands around the collector and its clients and is put there only for a run that is traced.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -64,12 +63,18 @@ class TracedClient:
         return await self._client.policy_version(timeout_s)
 
     async def generate(
-        self, prompt_token_ids: np.ndarray, seeds: Sequence[int], sampling: SamplingParameters, policy_version: int,
-        *more: Any, **named: Any,
-    ) -> list[SampledSequence]:  # fmt: skip
+        self,
+        prompt_token_ids: np.ndarray,
+        seeds: Sequence[int],
+        sampling: SamplingParameters,
+        policy_version: int,
+        before_continuing: Callable[[], Awaitable[object]],
+    ) -> list[SampledSequence]:
         work, start, tokens = _work.get(), self._recorder.now(), 0
         try:
-            sequences = await self._client.generate(prompt_token_ids, seeds, sampling, policy_version, *more, **named)
+            sequences = await self._client.generate(
+                prompt_token_ids, seeds, sampling, policy_version, before_continuing
+            )
             tokens = sum(len(sequence.token_ids) for sequence in sequences)
             return sequences
         finally:

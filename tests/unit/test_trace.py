@@ -206,10 +206,15 @@ def test_groups_are_spans_of_their_servers_also_when_they_fail(tmp_path: Path) -
     recorder.step(0)
     client = TracedClient(Client(), recorder, 3)
 
+    async def at_once() -> None:
+        pass
+
     async def collect(issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
         for _ in range(2):
             try:  # in a task of its own, as a fleet's member does
-                ask = client.generate(issued.prompt_token_ids, issued.sampling_seeds, sampling, issued.policy_version)
+                ask = client.generate(
+                    issued.prompt_token_ids, issued.sampling_seeds, sampling, issued.policy_version, at_once
+                )
                 await asyncio.create_task(ask)
                 break
             except ConnectionError:
