@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -132,7 +133,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.05)
 
 
-def ask(config: RunConfig, address: ServerAddress, path: str, **body: object) -> requests.Response:
+def ask(config: RunConfig, address: ServerAddress, path: str, **body: Any) -> requests.Response:
     return requests.post(f"{address.url}/{path}", json=body, headers=authorization(config.server), timeout=60)
 
 
