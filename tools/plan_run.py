@@ -16,6 +16,7 @@ published runs.
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.planning.gpus import GPU_KINDS
+from minpro_megatron.planning.modes import other_modes
 from minpro_megatron.planning.numbers import numbers
 from minpro_megatron.planning.plan import ClusterSize, plan_run
 from minpro_megatron.planning.workload import Workload
@@ -43,6 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus-per-node", type=int, default=0, help="default: the kind's usual node")
     parser.add_argument("--mean-prompt-tokens", type=float, help="default: 200, or the longest allowed if that is less")
     parser.add_argument("--mean-response-tokens", type=float, help="default: 40 %% of sampling.max_response_tokens")
+    parser.add_argument("--modes", action="store_true", help="also a step under other delays and bounds (seconds each)")
     parser.add_argument("--json", action="store_true", help="print all numbers instead of tables")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw timeline and memory")
     return parser.parse_intermixed_args(arguments)
@@ -68,10 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_COMMAND_LINE
+    modes = other_modes(plan) if options.modes else []
     if options.json:
-        print(json.dumps(numbers(plan), indent=2))
+        print(json.dumps(numbers(plan) | {"modes": [asdict(mode) for mode in modes]}, indent=2))
     else:
-        print_plan(Console(), plan)
+        print_plan(Console(), plan, modes)
     if options.picture:
         # late: it takes a second to import, and only a picture needs it
         from tools.plan_picture import draw

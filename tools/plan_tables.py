@@ -1,6 +1,7 @@
 """A plan on a terminal."""
 
 import math
+from collections.abc import Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -9,16 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from minpro_megatron.planning.cost_model import StepCost
+from minpro_megatron.planning.modes import ModeTime
 from minpro_megatron.planning.parameters import active_parameters, model_parameters
 from minpro_megatron.planning.plan import Plan
 
 
-def print_plan(console: Console, plan: Plan) -> None:
+def print_plan(console: Console, plan: Plan, modes: Sequence[ModeTime] = ()) -> None:
     _heading(console, plan)
     for table in (_rank_table(plan), _other_memory_table(plan), _step_table(plan)):
         console.print(table)
     if plan.splits:
         console.print(_split_table(plan))
+    if modes:
+        console.print(_mode_table(modes))
     for problem in plan.problems:
         console.print(f"[bold red]does not fit:[/] {escape(problem)}", soft_wrap=True)
     if not plan.problems:
@@ -96,20 +100,24 @@ def _step_table(plan: Plan) -> Table:
     cost = plan.cost
     table = _table("a global step", "part", "s", "of it")
     table.columns[2].justify = "left"
-    table.add_row("generation (servers)", f"{plan.generation_s:.1f}", "first group's start to the last one's end")
-    table.add_row("scoring", f"{cost.score:.1f}", "behavior log-probs")
-    table.add_row(f"{cost.updates} updates", f"{cost.train:.1f}", _update_parts(cost))
-    table.add_row("publishing", f"{cost.publish:.1f}", "")
+    table.add_row("generation (servers)", _seconds(plan.generation_s), "first group's start to the last one's end")
+    table.add_row("scoring", _seconds(cost.score), "behavior log-probs")
+    table.add_row(f"{cost.updates} updates", _seconds(cost.train), _update_parts(cost))
+    table.add_row("publishing", _seconds(cost.publish), "")
     every = plan.config.checkpoint.every_steps
-    table.add_row("checkpoint", f"{cost.checkpoint:.1f}", f"every {every} steps" if every else "none")
+    table.add_row("checkpoint", _seconds(cost.checkpoint), f"every {every} steps" if every else "none")
     table.add_section()
     table.add_row(
         "step",
-        f"{plan.step_s:.1f}",
+        _seconds(plan.step_s),
         f"trainer waits {plan.wait_share:.0%} of it, servers are idle {plan.idle_share:.0%}",
         style="bold",
     )
     return table
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
 
 
 def _update_parts(cost: StepCost) -> str:
@@ -120,12 +128,26 @@ def _update_parts(cost: StepCost) -> str:
         "pipeline bubble": cost.bubble,
         "optimizer": cost.optimizer,
     }
-    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
+    return ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts.items() if seconds >= 0.005)
 
 
 def _split_table(plan: Plan) -> Table:
     table = _table("splits", "train", "serve", "s a step")
     for split in plan.splits:
-        seconds = f"{split.step_s:.0f}" if math.isfinite(split.step_s) else "does not fit"
+        seconds = _seconds(split.step_s) if math.isfinite(split.step_s) else "does not fit"
         table.add_row(str(split.trainer_gpus), str(split.server_gpus), seconds)
+    return table
+
+
+def _mode_table(modes: Sequence[ModeTime]) -> Table:
+    table = _table("other staleness", "mode", "steps", "s a step", "trainer waits", "servers idle", "")
+    for mode in modes:
+        table.add_row(
+            mode.mode,
+            str(mode.steps),
+            _seconds(mode.step_s),
+            f"{mode.wait_share:.0%}",
+            f"{mode.idle_share:.0%}",
+            "" if mode.fits else "does not fit",
+        )
     return table

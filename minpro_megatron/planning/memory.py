@@ -14,7 +14,7 @@ GRADIENT_BYTES = 4  # float32
 # allocator holds in pieces of the wrong size (PyTorch's notes on memory management).
 CONTEXT_BYTES = {"cuda": 3 * GIB, "cpu": 0}
 ALLOCATOR_SHARE = 0.05
-PROCESS_HOST_BYTES = 4 * GIB  # of a rank: interpreter, libraries, pinned buffers
+PROCESS_HOST_BYTES = {"cuda": 4 * GIB, "cpu": GIB}  # of a rank: interpreter, libraries, pinned buffers
 # SGLang 0.5.23 leaves a tenth to an eighth of the GPU to activations and CUDA graphs (server_args.py,
 # mem_fraction_static); the rest is weights and KV cache.
 SERVER_STATIC_SHARE = 0.87
@@ -153,7 +153,7 @@ def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_t
         checkpoint=ranks_per_node * (weights + optimizer) if writes else 0,
         offloaded=ranks_per_node * offloaded,
         routes=_route_bytes(config, a, batch_tokens, ranks_per_node),
-        processes=ranks_per_node * PROCESS_HOST_BYTES,
+        processes=ranks_per_node * PROCESS_HOST_BYTES[config.device],
     )
 
 

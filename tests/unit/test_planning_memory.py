@@ -36,7 +36,7 @@ GPU = Compute("cuda", 2, fused=True, recompute="none", expert_imbalance=1.0)
     ids=str,
 )
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3-0.6b"])
-def test_every_stage_holds_what_the_table_of_weights_says(name: str, degrees: dict[str, int]) -> None:
+def test_every_stage_holds_what_the_table_of_weights_says(name: str, degrees: dict[str, Any]) -> None:
     a = find_architecture(name)
     if not a.num_experts:
         degrees = {axis: degree for axis, degree in degrees.items() if not axis.startswith("expert")}
@@ -189,7 +189,7 @@ def test_every_kind_of_gpu_has_figures_and_a_source() -> None:
     for kind in GPU_KINDS.values():
         assert len(kind.source) > 20
         assert min(value for value in vars(kind).values() if not isinstance(value, str)) > 0
-    with pytest.raises(ValueError, match="gpu = h300: not known; known: h100-80gb, .*; add it"):
+    with pytest.raises(ValueError, match=r"gpu = h300: not known; known: h100-80gb, .*; add it"):
         gpu_kind("h300")
 
 

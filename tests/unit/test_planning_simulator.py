@@ -130,14 +130,15 @@ def test_prompts_are_computed_once_a_group_before_its_responses() -> None:
 
 @pytest.mark.parametrize(("pause_mode", "again"), [("retract", True), ("in_place", False)])
 def test_retracted_responses_are_computed_again_after_a_publication(pause_mode: str, again: bool) -> None:
-    arguments: dict[str, Any] = {
-        "staleness": {"mode": "bounded", "max_staleness": 3},
-        "server": Steady(prefill=0.05, max_running=8),
-        "lengths": lambda group: Lengths(1, [10, 10]),
-        "publish": {"pause_mode": pause_mode},
-    }
-    found = simulate(**arguments)
-    free = simulate(**arguments | {"server": Steady(max_running=8)})
+    def with_prefill(seconds: float) -> Timeline:
+        return simulate(
+            {"mode": "bounded", "max_staleness": 3},
+            server=Steady(prefill=seconds, max_running=8),
+            lengths=lambda group: Lengths(1, [10, 10]),
+            publish={"pause_mode": pause_mode},
+        )
+
+    found, free = with_prefill(0.05), with_prefill(0)
     lost = found.step_s(4, 12) - free.step_s(4, 12)
     assert lost == pytest.approx(4 * 0.05, abs=0.02) if not again else lost > 0.5
 

@@ -1,0 +1,124 @@
+"""What does not fit, and which changes of settings would make it fit."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.planning.activations import Row
+from minpro_megatron.planning.gpus import GpuKind
+from minpro_megatron.planning.memory import EXPERT_IMBALANCE, HostMemory, RankMemory, ServerMemory, rank_memory
+from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
+
+MOST_REMEDIES = 3  # that are told
+
+
+def stage_memories(config: RunConfig, a: Architecture) -> list[RankMemory]:
+    """Of a rank of each pipeline stage, with full rows."""
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
+    row = Row(config.batch.max_tokens_per_row, min(longest, config.batch.max_tokens_per_row))
+    sequences = config.batch.mini_batch_prompts * config.batch.responses_per_prompt
+    # however long they are, an update has at most a row a sequence
+    micro_batches = -(-sequences // config.parallel.data_size)
+    return [
+        rank_memory(config, a, row, micro_batches, stage, EXPERT_IMBALANCE) for stage in range(config.parallel.pipeline)
+    ]
+
+
+def largest_rank(ranks: list[RankMemory]) -> RankMemory:
+    return max(ranks, key=lambda rank: rank.total)
+
+
+def rank_problems(config: RunConfig, a: Architecture, gpu: GpuKind, ranks: list[RankMemory]) -> list[str]:
+    worst, limit = largest_rank(ranks), gpu.memory_bytes
+    if worst.total <= limit:
+        return []
+    found = list(_fitting_changes(config, a, limit))[:MOST_REMEDIES]
+    remedy = f"set {' or '.join(found)}" if found else "take more GPUs for the trainer and cut the model further"
+    return [
+        f"memory of a trainer rank of stage {worst.stage} = {worst.total / 1e9:.1f} GB (states "
+        f"{worst.states / 1e9:.1f}, activations {worst.activations.peak / 1e9:.1f}) must be at most the "
+        f"{limit / 1e9:.1f} GB of {gpu.name}: {remedy}"
+    ]
+
+
+def server_problems(config: RunConfig, memory: ServerMemory) -> list[str]:
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
+    if config.server.urls or memory.kv_tokens >= longest:
+        return []
+    return [
+        f"server: the KV cache of {memory.kv_tokens:,} tokens beside {memory.weights / 1e9:.1f} GB of weights must "
+        f"hold sampling.max_prompt_tokens + max_response_tokens = {longest:,}: raise server.tensor_parallel = "
+        f"{config.server.tensor_parallel}" + (" or server.max_total_tokens" if config.server.max_total_tokens else "")
+    ]
+
+
+def host_problems(host: HostMemory, gpu: GpuKind) -> list[str]:
+    if host.total <= gpu.host_memory_bytes:
+        return []
+    parts = {
+        f"a smaller bound or delay of staleness ({host.snapshots / 1e9:.0f} GB of weight snapshots)": host.snapshots,
+        f"checkpoint.asynchronous = false ({host.checkpoint / 1e9:.0f} GB)": host.checkpoint,
+        f"a lower optimizer.cpu_offload ({host.offloaded / 1e9:.0f} GB)": host.offloaded,
+        f"model.routing_replay = none ({host.routes / 1e9:.0f} GB)": host.routes,
+    }
+    largest = max(parts, key=lambda name: parts[name])
+    return [
+        f"host memory of a node with {host.ranks} trainer ranks = {host.total / 1e9:.0f} GB must be at most the "
+        f"{gpu.host_memory_bytes / 1e9:.0f} GB of a node of {gpu.name}: the largest part falls with {largest}"
+    ]
+
+
+def _fitting_changes(config: RunConfig, a: Architecture, limit: int) -> Iterator[str]:
+    """Settings with which every rank fits, the cheapest first."""
+    for names, changed in _changes(config):
+        try:
+            refuse_uneven_cuts(a, changed.parallel)
+        except ValueError:
+            continue
+        if largest_rank(stage_memories(changed, a)).total <= limit:
+            yield names
+
+
+def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Single changes that save memory on as many GPUs, then the same with full recomputation."""
+    model, parallel, batch = config.model, config.parallel, config.batch
+    for recompute in ("selective", "full"):
+        if recompute != model.recompute and model.recompute != "full":
+            yield f"model.recompute = {recompute}", _with(config, model={"recompute": recompute})
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
+    if batch.max_tokens_per_row // 2 >= longest:
+        row = batch.max_tokens_per_row // 2
+        yield f"batch.max_tokens_per_row = {row}", _with(config, batch={"max_tokens_per_row": row})
+    for base in (config, _with(config, model={"recompute": "full"})):
+        suffix = "" if base is config else " with model.recompute = full"
+        if base is not config and model.recompute == "full":
+            return
+        for axis in ("expert", "context", "tensor", "pipeline"):
+            changed = _doubled(parallel, axis)
+            if changed is not None:
+                name = f"parallel.{axis} = {getattr(changed, axis)}{suffix}"
+                yield name, base.model_copy(update={"parallel": changed})
+        if config.device == "cuda" and model.dtype == "bfloat16" and config.optimizer.cpu_offload < 1:
+            yield f"optimizer.cpu_offload = 1{suffix}", _with(base, optimizer={"cpu_offload": 1.0})
+
+
+def _with(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=change) for name, change in sections.items()}
+    )
+
+
+def _doubled(parallel: ParallelConfig, axis: str) -> ParallelConfig | None:
+    """Twice the degree on as many ranks; None where the axes do not allow it."""
+    values = parallel.model_dump() | {axis: 2 * getattr(parallel, axis), "data": parallel.data_size}
+    if axis == "pipeline":
+        values["pipeline_layers"] = ()
+    if axis != "expert":
+        if parallel.data_size % 2:
+            return None
+        values["data"] = parallel.data_size // 2
+    try:
+        return ParallelConfig.model_validate(values)
+    except ValueError:
+        return None
