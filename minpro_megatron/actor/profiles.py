@@ -68,8 +68,8 @@ class Profiler:
     def _end(self) -> None:
         if self._profile is None:
             return
-        self._profile.stop()
         with self._tracer.span("writing the profile"):  # seconds, for which the other ranks wait
+            self._profile.stop()
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._profile.export_chrome_trace(str(self._path))

@@ -256,6 +256,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
 NASTY = (
     "</script></style></svg>" + HOSTILE + '" onmouseover="alert(1) {{ 7 * 7 }} $\\frac',
     "a\x00b\x1b[2J\u202egnp.exe\ud800",
+    "$\\frac{$",
 )
 
 
