@@ -13,7 +13,7 @@ from minpro_megatron.monitor.step_report import derived_metrics
 from minpro_megatron.objective.corrections import OtherLogProbs
 from minpro_megatron.objective.diagnostics import as_metrics, token_statistics
 from minpro_megatron.objective.registry import OBJECTIVES
-from tests.unit.ragged_tokens import Tokens, prefix_minima, random_tokens
+from tests.unit.ragged_tokens import Tokens, one_sequence, prefix_minima, random_tokens
 
 SEED = 3
 
@@ -79,6 +79,12 @@ def test_the_place_of_the_smallest_ratio_is_counted_in_trained_tokens(drawn: tup
             places.append(ratios.index(min(ratios)) / max(1, len(ratios) - 1))
     found = values(statistics_of(*drawn)[0])
     assert found["ratio/min_position"] == pytest.approx(np.mean(places), rel=1e-6)
+
+
+def test_of_equal_smallest_ratios_the_first_is_the_place() -> None:
+    tokens = one_sequence([2.0, 0.5, 3.0, 0.5, 0.5], mask=[1, 1, 0, 1, 1])
+    metrics, _ = statistics_of(tokens, np.zeros(5, np.int64), np.zeros(5, np.float32))
+    assert (metrics["ratio/min_position"].value, metrics["ratio/min_position"].count) == (pytest.approx(1 / 3), 1)
 
 
 def products_of(tokens: Tokens) -> list[float]:

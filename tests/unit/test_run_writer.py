@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minpro_megatron.monitor.history import HistoryTail, read_history
+from minpro_megatron.monitor.history import HistoryTail, LineTail, read_history
 from minpro_megatron.monitor.writer import RunWriter
 
 
@@ -83,3 +83,29 @@ def test_an_evaluation_and_a_step_with_the_same_number_are_both_kept(tmp_path):
         writer.scalars(4, {"reward/mean": 0.1})
         writer.scalars(4, {"eval/pass_at_1": 0.2})
     assert [sorted(entry.metrics) for entry in read_history(tmp_path)] == [["eval/pass_at_1"], ["reward/mean"]]
+
+
+def test_the_evaluations_of_a_version_are_one_entry_beside_its_step(tmp_path):
+    with RunWriter(tmp_path) as writer:
+        writer.scalars(4, {"eval/pass_at_1": 0.2, "eval/standard_error": 0.1})
+        writer.scalars(4, {"reward/mean": 0.1})
+        writer.scalars(4, {"evaluation/accuracy/aime24": 0.3})
+        writer.scalars(4, {"evaluation/accuracy/amc23": 0.4})
+    evaluated, trained = read_history(tmp_path)
+    assert evaluated.metrics == {
+        "eval/pass_at_1": 0.2,
+        "eval/standard_error": 0.1,
+        "evaluation/accuracy/aime24": 0.3,
+        "evaluation/accuracy/amc23": 0.4,
+    }
+    assert (evaluated.is_global_step, trained.is_global_step) == (False, True)
+    assert trained.metrics == {"reward/mean": 0.1}
+
+
+def test_a_file_that_was_replaced_by_a_shorter_one_is_read_anew(tmp_path):
+    path = tmp_path / "lines"
+    path.write_text("one\ntwo\nthree\n")
+    tail = LineTail(path)
+    assert tail.new_lines() == ["one", "two", "three"]
+    path.write_text("four\n")
+    assert tail.new_lines() == ["four"]
