@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.planning.simulator import Phases, Simulation
+from minpro_megatron.planning.simulator import QUEUE_FACTOR, Phases, Simulation
 from minpro_megatron.planning.workload import GroupLengths, Workload
 
 LEFT_OUT = 3  # steps at the start, and as many as the run is off-policy at its end: servers have nothing to do there
@@ -62,10 +62,12 @@ def compare(run_dir: Path) -> tuple[IdleShares, IdleShares]:
         mean("overlap/server_idle_share"),
         mean("time/step_s"),
     )
-    phases = Phases(mean("time/score_s"), mean("time/train_s"), mean("time/publish_s"))
+    phases = Phases(mean("time/score_s"), mean("time/train_s"), mean("time/publish_s"), mean("publish/paused_s"))
     rates = [step[name] for step in middle for name in step if name.startswith("fleet/tokens_per_s/")]
     token_s = sum(1 / rate for rate in rates) / len(rates)
-    server = MeasuredServer(config.server.count, config.server.max_running_requests, token_s)
+    # what waits in a server's own queue is part of the measured rate: all that a server is given counts as running
+    given = round(QUEUE_FACTOR * config.server.max_running_requests)
+    server = MeasuredServer(config.server.count, given, token_s)
     limits = config.sampling
     workload = Workload(min(8, limits.max_prompt_tokens), min(mean("response/length_mean"), limits.max_response_tokens))
     first, last = off_policy + 2, off_policy + 12

@@ -45,7 +45,9 @@ class Calibration:
     prefill_share: float = 0.45
     # verl's checkpoint engine on H20, Qwen3-30B-A3B from 16 to 16 ranks: 61.06 GB in 4.38 s.
     publish_bytes_per_s: float = 13.9e9
-    publish_fixed_s: float = 2.0  # pause, checksums, canary: this project's publish benchmark, rounded up
+    publish_fixed_s: float = (
+        2.0  # lease, checksums, canary, beside the pause: this project's publish benchmark, rounded up
+    )
     update_fixed_s: float = 0.05  # packing, collating, metrics of an update
     disk_bytes_per_s: float = 2e9  # a node's share of a parallel file system
 
@@ -57,6 +59,7 @@ class StepCost:
     score: float
     train: float
     publish: float
+    pause: float  # of it: the servers stand still
     checkpoint: float  # of a step that saves
     update: float  # one of train's
     # of train
@@ -112,7 +115,8 @@ class TrainerCost:
         return StepCost(
             score=score * forward * (1 + bubble_share / updates) + self._snapshot(swaps),
             train=train,
-            publish=self._publish(),
+            publish=self._pause() + self.calibration.publish_fixed_s,
+            pause=self._pause(),
             checkpoint=self._checkpoint(),
             update=train / updates,
             products=products + once_more,
@@ -195,13 +199,14 @@ class TrainerCost:
         weights = state_bytes(self.config, self.architecture, 0)[0]
         return copies * weights / (self.gpu.host_bandwidth * self.calibration.host_link_share)
 
-    def _publish(self) -> float:
+    def _pause(self) -> float:
+        """While new weights arrive, servers sample nothing."""
         element = ELEMENT_BYTES[self.config.server.dtype]
         model = stage_parameters(self.architecture, ParallelConfig(), 0).total * element
         rate = self.calibration.publish_bytes_per_s
         if self.config.publish.transport == "disk":
             rate = self.calibration.disk_bytes_per_s
-        return model / min(rate, self.gpu.node_bandwidth) + self.calibration.publish_fixed_s
+        return model / min(rate, self.gpu.node_bandwidth)
 
     def _checkpoint(self) -> float:
         checkpoint = self.config.checkpoint

@@ -163,7 +163,9 @@ class _Planner:
         )
 
     def _simulate(self, config: RunConfig, cost: StepCost, server: DecodingServer, num_steps: int) -> Timeline:
-        phases = Phases(cost.score, cost.train, cost.publish, cost.checkpoint, config.checkpoint.every_steps)
+        phases = Phases(
+            cost.score, cost.train, cost.publish, cost.pause, cost.checkpoint, config.checkpoint.every_steps
+        )
         lengths = GroupLengths(config, self.workload)
         return Simulation(config, phases, server, lengths).run(num_steps)
 

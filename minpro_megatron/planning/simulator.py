@@ -44,6 +44,7 @@ class Phases:
     score: float
     train: float
     publish: float
+    pause: float  # of the servers, at the beginning of a publication
     checkpoint: float = 0.0  # of a step that saves
     checkpoint_every: int = 0  # steps; 0: never
 
@@ -227,7 +228,7 @@ class Simulation:
             if delay:
                 yield from self._fetch_and_score(step + delay, step)
             yield ("publish", step, self._schedule.may_publish)
-            self._pause(phases.publish)
+            self._pause(phases.pause)
             yield ("publish", step, phases.publish)
             self._schedule.published()
             self._step_ends.append(self._now)

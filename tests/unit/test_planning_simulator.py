@@ -24,7 +24,7 @@ class Steady:
         return tokens * self.prefill
 
 
-PHASES = Phases(score=1, train=4, publish=0.5)
+PHASES = Phases(score=1, train=4, publish=0.5, pause=0.5)
 
 
 def simulate(
@@ -67,7 +67,7 @@ def test_a_delay_overlaps_updates_with_generation(delay: int) -> None:
 
 
 def test_a_trainer_slower_than_the_servers_never_waits() -> None:
-    found = simulate({"delay_steps": 2}, phases=Phases(1, 20, 0.5))
+    found = simulate({"delay_steps": 2}, phases=Phases(1, 20, 0.5, 0.5))
     assert found.step_s(3, 12) == pytest.approx(21.5)
     assert found.wait_share(3, 12) == 0
     assert found.idle_share(3, 12) == pytest.approx(11.5 / 21.5)
@@ -77,7 +77,7 @@ def test_a_trainer_slower_than_the_servers_never_waits() -> None:
 def test_with_an_unlimited_bound_the_slower_side_is_never_idle(train: float, generation: int, slower: str) -> None:
     found = simulate(
         {"mode": "bounded", "max_staleness": 50},
-        phases=Phases(1, train, 0),
+        phases=Phases(1, train, 0, 0),
         server=Steady(max_running=8),
         lengths=lambda group: Lengths(0, [generation, generation]),
         steps=30,
@@ -92,7 +92,7 @@ def test_with_an_unlimited_bound_the_slower_side_is_never_idle(train: float, gen
 
 def test_bounded_servers_stop_when_the_bound_is_reached() -> None:
     """Bound 1, a slow trainer: eight groups may exist at once, and then none may start before a step is consumed."""
-    found = simulate({"mode": "bounded", "max_staleness": 1}, phases=Phases(0, 40, 0))
+    found = simulate({"mode": "bounded", "max_staleness": 1}, phases=Phases(0, 40, 0, 0))
     assert found.step_s(4, 12) == pytest.approx(40)
     assert found.idle_share(4, 12) == pytest.approx(30 / 40)
 
@@ -144,7 +144,7 @@ def test_retracted_responses_are_computed_again_after_a_publication(pause_mode: 
 
 
 def test_checkpoints_take_their_turn() -> None:
-    found = simulate({"delay_steps": 0}, phases=Phases(1, 4, 0.5, checkpoint=3, checkpoint_every=4), steps=12)
+    found = simulate({"delay_steps": 0}, phases=Phases(1, 4, 0.5, 0.5, checkpoint=3, checkpoint_every=4), steps=12)
     saved = [span for span in found.spans if span.phase == "checkpoint" and span.end > span.start]
     assert [span.step for span in saved] == [3, 7, 11]
     assert all(span.end - span.start == pytest.approx(3) for span in saved)
@@ -157,3 +157,17 @@ def test_spans_follow_one_another_and_cover_the_run() -> None:
     for server in found.busy:
         flat = [time for interval in server for time in interval]
         assert flat == sorted(flat)
+
+
+@pytest.mark.parametrize("pause", [0.0, 2.0])
+def test_servers_stand_still_only_while_weights_arrive(pause: float) -> None:
+    """Ten seconds of sampling a step, for a much faster trainer: servers set the pace, and lose their pauses."""
+    found = simulate(
+        {"mode": "bounded", "max_staleness": 4},
+        phases=Phases(0, 1, 2, pause),
+        server=Steady(max_running=8),
+        publish={"pause_mode": "in_place"},
+        steps=16,
+    )
+    assert found.step_s(6, 16) == pytest.approx(10 + pause, rel=0.03)
+    assert found.idle_share(6, 16) == pytest.approx(0, abs=1e-9)
