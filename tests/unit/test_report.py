@@ -265,7 +265,7 @@ def test_nothing_that_comes_from_outside_gets_into_the_pages_structure(tmp_path,
     settings = {"name": nasty, "seed": nasty, nasty: {nasty: nasty}, "model": {"hf_path": nasty}}
     (tmp_path / "run.json").write_text(json.dumps(settings))
     (tmp_path / "environment.json").write_text(json.dumps({nasty: nasty}))
-    names = [f"evaluation/accuracy/{nasty}", f"reward/accuracy_by_prompt/{nasty}", "eval/pass_at_1"]
+    names = [f"evaluation/accuracy/{nasty}", "evaluation/accuracy/b", "eval/pass_at_1"]  # two: there is a legend
     write_entries(tmp_path, [Entry(step, 1.0 + step, dict.fromkeys(names, 0.5)) for step in range(3)])
     tokens = {"tokens": [nasty, 3, nasty], "ratios": [0.5, None, "2"]}
     samples = [{"step": nasty, nasty: nasty, "response": nasty}, {"response": nasty} | tokens]
