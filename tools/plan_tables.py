@@ -59,8 +59,8 @@ def _table(title: str, *columns: str) -> Table:
 
 def _rank_table(plan: Plan) -> Table:
     limit = decimal(plan.cluster.kind.memory_bytes)
-    columns = ("stage", "weights", "gradients", "optimizer", "activations", "routed", "logits", "other", "total")
-    table = _table(f"memory of a trainer rank, of {limit}", *columns)
+    columns = ("stage", "weights", "gradients", "optimizer", "kept", "routed", "logits", "other", "total")
+    table = _table(f"memory of a trainer rank, of {limit}; activations: kept, routed, logits", *columns)
     for rank in plan.ranks:
         sizes = (
             rank.weights,
@@ -125,6 +125,7 @@ def _update_parts(cost: StepCost) -> str:
         "products": cost.products,
         "routing": cost.routing,
         "communication": cost.communication,
+        "computed again": cost.again,
         "pipeline bubble": cost.bubble,
         "optimizer": cost.optimizer,
     }

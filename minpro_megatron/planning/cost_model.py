@@ -66,6 +66,7 @@ class StepCost:
     products: float
     routing: float
     communication: float
+    again: float  # of these, in recomputation and in an objective's survey
     bubble: float
     optimizer: float
     updates: int
@@ -101,11 +102,11 @@ class TrainerCost:
         routing = self._routing(batch)
         communication = self._communication(batch)
         forward = (products + routing + communication) / 3
-        once_more = {"none": 0.0, "selective": attention / 3, "full": forward}[config.model.recompute]
-        busy = products + routing + communication + once_more
-        bubble_share = (parallel.pipeline - 1) / parallel.virtual_pipeline / micro_batches
+        again = {"none": 0.0, "selective": attention / 3, "full": forward}[config.model.recompute]
         surveys = config.objective.name in ("m2po", "m2po_winsorized", "prefix_filter", "shuffled_minpro")
-        busy += forward * surveys
+        again += forward * surveys
+        busy = 3 * forward + again
+        bubble_share = (parallel.pipeline - 1) / parallel.virtual_pipeline / micro_batches
         optimizer = updates * self._optimizer()
         fixed = updates * self.calibration.update_fixed_s
         train = busy * (1 + bubble_share) + optimizer + fixed
@@ -119,9 +120,10 @@ class TrainerCost:
             pause=self._pause(),
             checkpoint=self._checkpoint(),
             update=train / updates,
-            products=products + once_more,
+            products=products,
             routing=routing,
             communication=communication,
+            again=again,
             bubble=busy * bubble_share,
             optimizer=optimizer,
             updates=updates,

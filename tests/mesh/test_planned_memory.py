@@ -155,4 +155,5 @@ def test_planned_bytes_are_those_that_live(mixture: bool, degrees: dict[str, int
         }
         for name, size in expected.items():
             found = sum(getattr(rank, name) for rank in own) / len(own)
-            assert size == pytest.approx(found, rel=LARGEST_ERROR), f"stage {stage}, {name}: {size / found - 1:+.1%}"
+            print(f"stage {stage}, {name}: {size:,} planned, {found:,.0f} found, {size / found - 1:+.1%}")
+            assert size == pytest.approx(found, rel=LARGEST_ERROR)

@@ -78,7 +78,9 @@ def test_a_cache_too_small_for_one_response_is_told() -> None:
 
 
 def test_a_host_too_small_for_the_snapshots_is_told() -> None:
-    (problem,) = planned(staleness={"mode": "bounded", "max_staleness": 40}, checkpoint={"every_steps": 0}).problems
+    bounded = {"mode": "bounded", "max_staleness": 40}
+    few = {"num_prompts": 4, "mini_batch_prompts": 4}
+    (problem,) = planned(staleness=bounded, checkpoint={"every_steps": 0}, batch=few).problems
     assert problem.startswith("host memory of a node with 8 trainer ranks = ")
     assert "the largest part falls with a smaller bound or delay of staleness (" in problem
 
