@@ -18,7 +18,7 @@ from rich.console import Console
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.launcher import closing_lines, finish
-from minpro_megatron.launch.node_checks import all_problems, free_port, node_name, node_problems, routable_address
+from minpro_megatron.launch.node_checks import all_problems, free_ports, node_name, node_problems, routable_address
 from minpro_megatron.launch.node_roles import LOOPBACK, NodePlace, fabric_environment, node_commands, node_torchrun
 from minpro_megatron.launch.preflight import run_problems
 from minpro_megatron.launch.recipe import read_config
@@ -32,8 +32,8 @@ from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.progress import Progress
 
 # From one node's start to another's: a container image may have to be unpacked on each.
-PLAN_LIMIT_S = 600.0
-REPORT_LIMIT_S = 120.0
+PLAN_LIMIT_S = REPORT_LIMIT_S = 600.0
+TOLD_AFTER_S = 30.0
 ALL_REDUCE_LIMIT_S = 180.0
 REFUSAL_S = 2.0
 _LOOK_EVERY_S = 1.0
@@ -128,18 +128,19 @@ class _Node:
             start = begin_start(self._config.run_dir)
         except OSError as error:
             raise UserError(f"runs_dir = {self._config.runs_dir}: {error}; choose another runs_dir=...") from None
+        ports: list[int] = []
         try:
             held.enter_context(claimed(self._config.run_dir))
             found = run_problems(self._config)
+            ports = free_ports(self._address, 2)
         except UserError as error:
             found = error.problems
-        if found:
-            plan = Plan(key=self._key, problems=found)
-        else:
+        except OSError as error:
+            found = [f"{self._name}: {error}"]
+        if not found:
             _, goes_on = prepare(self._config)
             self._say(*first_lines(self._config, start.incarnation, goes_on))
-            ports = [free_port(self._address), free_port(self._address)]
-            plan = Plan(key=self._key, address=self._address, rendezvous_ports=ports)
+        plan = Plan(key=self._key, problems=found, address=self._address, rendezvous_ports=ports)
         start.write_plan(plan)
         return start, plan
 
@@ -167,7 +168,10 @@ class _Node:
                 reports = start.reports(num_nodes)
                 return reports if len(reports) == num_nodes else None
 
-            reports = wait_for(all_reports, REPORT_LIMIT_S) or start.reports(num_nodes)
+            reports = wait_for(all_reports, min(TOLD_AFTER_S, REPORT_LIMIT_S))
+            if reports is None:
+                self._say(f"waiting for {num_nodes - len(start.reports(num_nodes))} of {num_nodes} nodes to report")
+                reports = wait_for(all_reports, REPORT_LIMIT_S) or start.reports(num_nodes)
             problems = all_problems(reports, num_nodes, time.monotonic() - began, self._config.run_dir / "starts")
             start.write_verdict(Verdict(problems=problems))
             if not problems:

@@ -1,6 +1,7 @@
 """What can be wrong with a node of a job, found before the expensive start; each line names setting and remedy."""
 
 import os
+import random
 import socket
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,9 +11,10 @@ import psutil
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.node_roles import is_loopback, node_gpus, roles_on
-from minpro_megatron.launch.preflight import count_gpus, port_problems
+from minpro_megatron.launch.preflight import cannot_listen, count_gpus, port_problems
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
+from minpro_megatron.serving.server_process import PORT_RANGE
 
 # What a driver and a display-less desktop keep; a process that holds a model keeps far more.
 FOREIGN_MEMORY_MIB = 2048
@@ -187,8 +189,13 @@ def _or_nothing(look: Callable[[], str]) -> str:
         return ""
 
 
-def free_port(address: str) -> int:
-    """A port on which nothing listens now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
+def free_ports(address: str, count: int) -> list[int]:
+    """So many different ports on which nothing listens now, outside the range that outgoing connections are given.
+    Raises OSError if there are none."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORT_RANGE, 200):
+        if len(found) < count and not cannot_listen(address, port):
+            found.append(port)
+    if len(found) < count:
+        raise OSError(f"no {count} free ports between {PORT_RANGE.start} and {PORT_RANGE.stop - 1} on {address}")
+    return found

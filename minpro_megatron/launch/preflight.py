@@ -184,11 +184,12 @@ def port_problems(config: RunConfig, servers: range, server_host: str, collector
     elif collector_host and collector.port:
         wanted[collector.port] = (collector_host, f"collector.port = {collector.port}")
     for port, (host, field) in wanted.items():
-        if reason := _cannot_listen(host, port):
+        if reason := cannot_listen(host, port):
             yield f"{field}: cannot listen on {host}:{port} ({reason}); choose another, or 0 for any free one"
 
 
-def _cannot_listen(host: str, port: int) -> str:
+def cannot_listen(host: str, port: int) -> str:
+    """Why nothing can listen there; empty if something can."""
     if port > 65535:
         return "ports end at 65535"
     try:

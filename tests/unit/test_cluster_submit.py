@@ -63,7 +63,7 @@ def test_recipes_dry_run_to_a_script(recipe: str, capsys: pytest.CaptureFixture[
 def test_values_reach_processes_as_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """No value of a profile is a piece of shell; secrets are neither written nor traced."""
     pytest.importorskip("nemo_run")
-    value = "a b; touch /tmp/x $HOME `id` \"q\" 'r' $head_node_ip"
+    value = "a b; touch /tmp/x $HOME `id` \"q\" 'r' $head_node_ip_var $$"
     secrets = tmp_path / "secrets.sh"
     secrets.write_text("export THE_KEY=abc123\n")
     changes = [f"environment.FABRIC={value}", "slurm.interface=eth0; touch y", f"secrets_file={secrets}"]

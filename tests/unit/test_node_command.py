@@ -94,8 +94,9 @@ def test_what_is_wrong_with_a_node_is_said_with_its_name(folder, roles_started, 
 def test_a_node_that_does_not_come_is_named(folder, roles_started, monkeypatch, capsys):
     monkeypatch.setattr(node_module, "REPORT_LIMIT_S", 0.05)
     given = options(folder, example_config(folder), index=0)
-    assert run_node(given, SLURM) == 2
-    assert re.match("error: node 1: nothing from it in .*/example/starts after 0 s", capsys.readouterr().err)
+    assert run_node(given, SLURM | {"SLURMD_NODENAME": "vm"}) == 2
+    assert re.match("error: node 1: nothing from it in .*/example/starts after 0 s", (shown := capsys.readouterr()).err)
+    assert "node 0 (vm): waiting for 1 of 2 nodes to report\n" in shown.out
 
 
 def test_without_a_plan_a_node_ends(folder, roles_started, monkeypatch):

@@ -1,0 +1,37 @@
+"""A run submitted to this machine alone, without Slurm: the same command, the same share of a node."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ROOT, TinyModel
+from tests.e2e.test_cluster import SMALL
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_a_run_here_tells_how_it_ended(tiny_model: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "data").symlink_to(ROOT / "recipes" / "data")
+    profile = ["--profile", "cluster/profiles/this_machine.toml", "--set", f"workspace={tmp_path}"]
+    model = [f"model.hf_path={tiny_model.hf}", f"model.megatron_path={tiny_model.megatron}", "name=here"]
+    command = [sys.executable, "-m", "cluster.submit", "recipes.demo:tiny_moe_smoke", *profile, *model, *SMALL]
+    command += ["--set", f"python={sys.executable}"]
+    environment = os.environ | {"NEMORUN_HOME": str(tmp_path / "nemo")}
+
+    def submit(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=300, check=False,
+        )  # fmt: skip
+
+    ended = submit()
+    assert ended.returncode == 0, ended.stderr
+    assert "finished 2 global steps" in ended.stderr
+    assert (tmp_path / "runs" / "here" / "summary.json").exists()
+    failed = submit("name=there", "collector.reward=no.such:module")
+    assert failed.returncode == 1
+    assert "error: the role collect failed" in failed.stderr
