@@ -177,6 +177,7 @@ def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
         partition=slurm.partition or None,
         qos=slurm.qos or None,
         time=slurm.time,
+        signal=f"TERM@{slurm.end_early_s}" if slurm.end_early_s else None,  # to the processes, not to the script
         constraint=slurm.constraint or None,
         exclude=slurm.exclude or None,
         mem=slurm.mem or None,

@@ -30,6 +30,12 @@ class SlurmSettings(Section):
     partition: Line = ""
     qos: Line = ""
     time: Line = Field(default="24:00:00", description="limit of one start, [days-]hours:minutes:seconds")
+    end_early_s: int = Field(
+        default=300,
+        ge=0,
+        description="so long before the time limit the roles are ended, and the job is started again as after a "
+        "failure; 0: the limit ends the job",
+    )
     constraint: Line = ""
     exclude: Line = Field(default="", description="nodes to leave out")
     mem: Line = Field(default="0", description="memory a node; 0: all of it; empty: the cluster's default")

@@ -48,7 +48,8 @@ def test_recipes_dry_run_to_a_script(recipe: str, capsys: pytest.CaptureFixture[
     assert (status, errors) == (0, "")
     script = shown[shown.index("#!/bin/bash") :]
     nodes = sum(line.startswith("node ") for line in shown.splitlines())
-    for line in (f"#SBATCH --nodes={nodes}", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=8"):
+    options = ("--ntasks-per-node=1", "--gpus-per-node=8", "--signal=TERM@300", "--exclusive", "--mem=0")
+    for line in (f"#SBATCH --nodes={nodes}", *(f"#SBATCH {option}" for option in options)):
         assert line in script.splitlines()
     (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
     assert srun.endswith(
