@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
-# Before the imports: megatron-core announces at import every optional package that is not installed.
+# megatron-core announces at import every optional package that is not installed.
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
 
@@ -46,6 +46,8 @@ from minpro_megatron.replay.settings import parse_parallel
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.local import load_hf_tensors
+
+logging.disable(logging.NOTSET)  # whoever imports this file may have something to say
 
 JOB, RESULT, ERROR = "job.json", "logits.safetensors", "error.txt"
 MOST_LOGITS = 1 << 28  # of one sequence, held by every rank and here: 1 GiB
