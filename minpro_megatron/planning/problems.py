@@ -97,7 +97,8 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         for axis in ("expert", "context", "tensor", "pipeline"):
             changed = _doubled(parallel, axis)
             if changed is not None:
-                name = f"parallel.{axis} = {getattr(changed, axis)}{suffix}"
+                data = f" with parallel.data = {changed.data}" if changed.data != parallel.data_size else ""
+                name = f"parallel.{axis} = {getattr(changed, axis)}{data}{suffix}"
                 yield name, base.model_copy(update={"parallel": changed})
         if config.device == "cuda" and model.dtype == "bfloat16" and config.optimizer.cpu_offload < 1:
             yield f"optimizer.cpu_offload = 1{suffix}", _with(base, optimizer={"cpu_offload": 1.0})

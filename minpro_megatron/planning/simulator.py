@@ -106,7 +106,7 @@ class _Server:
     stalled_until: float = 0.0  # by prefills and publications
     tokens: float = 0.0  # that a response which ran from the beginning would have
     running: list[tuple[float, int, int]] = field(default_factory=list)  # (tokens at its end, number, group)
-    waiting: deque[tuple[int, int, float]] = field(default_factory=deque)  # (group, response's tokens, to prefill)
+    waiting: deque[tuple[int, int, int, bool]] = field(default_factory=deque)  # (group, tokens, prompt's, first of it)
     context: float = 0.0
     num_groups: int = 0
     busy_since: float = 0.0
@@ -133,10 +133,10 @@ class _Server:
 
     def admit(self, numbers: "itertools.count[int]") -> None:
         while self.waiting and len(self.running) < self.model.max_running:
-            group, length, prompt = self.waiting.popleft()
-            if prompt:  # a group's other responses find it in the prefix cache
+            group, length, prompt, first = self.waiting.popleft()
+            if first:  # a group's other responses find the prompt in the prefix cache
                 self.stalled_until = max(self.now, self.stalled_until) + self.model.prefill_s(prompt)
-            self.context += prompt
+            self.context += prompt  # which every response reads for itself
             heapq.heappush(self.running, (self.tokens + length, next(numbers), group))
 
     def ended(self) -> list[int]:
@@ -153,7 +153,7 @@ class _Server:
             self.busy_since = self.now
         self.num_groups += 1
         for place, length in enumerate(lengths.responses):
-            self.waiting.append((group, length, lengths.prompt if place == 0 else 0))
+            self.waiting.append((group, length, lengths.prompt, place == 0))
 
     def release(self) -> None:
         self.num_groups -= 1

@@ -93,7 +93,7 @@ def _measure(mesh: Mesh, config: RunConfig, a: Architecture, batch: list[TokenSe
 
     torch.manual_seed(0)
     chunks = build_model(a, mesh, torch.float32, ModelFeatures(config.model.recompute))
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    parameters: list[Any] = [parameter for chunk in chunks for parameter in chunk.parameters()]
     with torch.no_grad():
         for parameter in parameters:
             if parameter.dim() == 1:  # of a norm

@@ -10,7 +10,7 @@ import pytest
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.planning.cost_model import Batch, Calibration, DecodingServer, TrainerCost
 from minpro_megatron.planning.gpus import gpu_kind
-from minpro_megatron.planning.memory import server_memory
+from minpro_megatron.planning.memory import server_memory, state_bytes
 from minpro_megatron.planning.numbers import numbers
 from minpro_megatron.planning.plan import ClusterSize, Plan, plan_run
 from minpro_megatron.planning.workload import QUANTILES, GroupLengths, Workload, batch_of, response_quantiles
@@ -49,10 +49,7 @@ def test_too_little_memory_is_told_with_changes_that_help() -> None:
     offered = problem.partition(": set ")[2].split(" or ")
     assert len(offered) == 3
     for change in offered:
-        first, _, rest = change.partition(" with ")
-        assignments = [part.replace(" ", "") for part in (first, rest) if part]
-        if "parallel" in first and "expert" not in first:
-            assignments.append("parallel.data=4")
+        assignments = [part.replace(" ", "") for part in change.split(" with ")]
         changed = with_overrides(plan.config, assignments)
         assert plan_run(changed, FITTING, SHORT).problems == [], change
 
@@ -89,6 +86,7 @@ def test_the_best_split_is_found_and_told_as_settings() -> None:
     plan = planned(ClusterSize("h100-80gb", total_gpus=32))
     assert [(one.trainer_gpus, one.server_gpus) for one in plan.splits] != []
     assert {one.trainer_gpus + one.server_gpus for one in plan.splits} == {32}
+    assert {one.trainer_gpus % 8 for one in plan.splits} == {0}  # whole nodes
     assert plan.splits == sorted(plan.splits, key=lambda one: one.step_s)
     again = with_overrides(run_to_plan(), plan.settings)
     best = plan.splits[0]
@@ -156,6 +154,34 @@ def test_what_else_is_computed_costs_passes() -> None:
     assert trainer_cost(publish={"transport": "disk"}).step(batch).publish > plain.publish
     slow = trainer_cost(checkpoint={"asynchronous": False}).step(batch)
     assert slow.checkpoint > plain.checkpoint > trainer_cost(checkpoint={"every_steps": 0}).step(batch).checkpoint == 0
+
+
+def test_scoring_under_earlier_weights_swaps_them_in_and_out() -> None:
+    batch = Batch([1000], num_sequences=128)
+    delayed, on_policy = (trainer_cost(staleness={"delay_steps": n}).step(batch) for n in (2, 0))
+    weights = state_bytes(run_to_plan(), find_architecture("qwen3-30b-a3b"), 0)[0]
+    assert delayed.score - on_policy.score == pytest.approx(3 * weights / (64e9 * 0.6))
+
+
+def test_axes_cost_what_they_send() -> None:
+    """Of a dense model: 36 layers, hidden size 4,096, two bytes, over 75 % of 450 GB/s; across nodes of 50 GB/s."""
+    batch, dense = Batch([1000], num_sequences=128), {"hf_path": "qwen3-8b"}
+    alone = {"tensor": 1, "context": 1, "expert": 1, "data": 16}
+
+    def sent(**axes: int) -> float:
+        return trainer_cost(model=dense, parallel=alone | axes).step(batch).communication
+
+    assert sent() == 0
+    tokens = 128_000 / 4  # of each of four groups of tensor ranks
+    assert sent(tensor=4, data=4) == pytest.approx(10 * 36 * tokens * 4096 * 2 * 3 / 4 / (0.75 * 450e9))
+    keys = 2 * 8 * 128 * 2
+    assert sent(context=2, data=8) == pytest.approx(3 * 36 * 128_000 / 16 * keys / (0.75 * 450e9))
+    assert sent(context=16, data=1) == pytest.approx(3 * 36 * 128_000 / 16 * keys * 15 / (0.75 * 50e9))
+
+
+def test_servers_of_somebody_else_are_counted_by_their_addresses() -> None:
+    plan = planned(server={"urls": [f"http://10.0.0.{place}:30000" for place in range(3)]})
+    assert (plan.num_servers, len(plan.timeline.busy), plan.problems) == (3, 3, [])
 
 
 def server(**settings: Any) -> DecodingServer:

@@ -104,18 +104,37 @@ def test_a_batch_ends_with_its_longest_response() -> None:
     assert found.idle_share(0, 12) == pytest.approx(5.5 / 45.5)
 
 
-def test_servers_share_the_groups_and_the_least_loaded_gets_the_next() -> None:
-    """Two servers of one group at a time: groups of 10, 10, 30 and 10 s end after 10, 10, 40 and 20 s."""
-    lengths = [10, 10, 30, 10]
+def test_groups_wait_for_the_first_server_with_room() -> None:
+    """Two servers of one group at a time: one has a group of 30 s, the other those of 10, 10 and 10 s."""
+    lengths = [30, 10, 10, 10]
     found = simulate(
         {"delay_steps": 0},
         server=Steady(num_servers=2, max_running=2),
         lengths=lambda group: Lengths(0, [lengths[group % 4]] * 2),
         steps=1,
     )
-    assert found.batch_s == [pytest.approx(40)]
-    busy = sorted(sum(end - start for start, end in server) for server in found.busy)
-    assert busy == [pytest.approx(20), pytest.approx(40)]
+    assert found.batch_s == [pytest.approx(30)]
+    assert [sum(end - start for start, end in server) for server in found.busy] == [pytest.approx(30)] * 2
+
+
+@dataclass(frozen=True)
+class SlowedByContext(Steady):
+    """A token takes as many seconds as there are tokens in the cache, prompts included."""
+
+    def iteration_s(self, running: int, context_tokens: float) -> float:
+        return context_tokens
+
+
+def test_responses_that_end_leave_the_cache() -> None:
+    """Prompt of 100 tokens, two responses: with the one that has ended, half of what is read goes."""
+    found = simulate(
+        {"delay_steps": 0},
+        server=SlowedByContext(),
+        lengths=lambda group: Lengths(100, [1, 2]),
+        prompts=1,
+        steps=1,
+    )
+    assert found.batch_s == [pytest.approx(200 + (200 + 2) / 2)]
 
 
 def test_no_more_run_at_once_than_a_server_takes() -> None:
