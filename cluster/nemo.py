@@ -6,6 +6,7 @@ which knows its node's roles: srun ends all of them as soon as one fails, and it
 """
 
 import io
+import logging
 import shlex
 import subprocess
 import tarfile
@@ -153,16 +154,27 @@ def _script(python: str, arguments: list[str]) -> Any:
     return nemo_run.Script(path="minpro_megatron", m=True, entrypoint=python, args=arguments)
 
 
-def _empty_experiment(name: str, base: Path) -> Any:
-    return nemo_run.Experiment(
-        name,
-        base_dir=str(base),
-        log_level="ERROR",
-        clean_mode=True,
-        enable_goodbye_message=False,
-        skip_status_at_exit=True,
-        serialize_metadata_for_scripts=False,
-    )
+@contextmanager
+def _empty_experiment(name: str, base: Path) -> Iterator[Any]:
+    """An experiment without tasks; afterwards this process logs as before, which NeMo-Run changes."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    root.handlers = []  # it closes those that it finds
+    try:
+        experiment = nemo_run.Experiment(
+            name,
+            base_dir=str(base),
+            log_level="ERROR",
+            clean_mode=True,
+            enable_goodbye_message=False,
+            skip_status_at_exit=True,
+            serialize_metadata_for_scripts=False,
+        )
+        with experiment:
+            yield experiment
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
 
 
 def _arguments(profile: Profile, configs: str) -> list[str]:

@@ -1,6 +1,7 @@
 """submit up to the script: what it refuses, and what it would give to sbatch."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -141,3 +142,11 @@ def test_the_job_gets_the_code_as_it_is_now(tmp_path: Path, monkeypatch: pytest.
     assert content["old.py"] == "2"
     assert content["REVISION"].endswith("+changes\n")
     assert (job / "configs" / "run.json").read_text() == "{}\n"
+
+
+def test_logging_is_as_it_was(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("nemo_run")
+    with caplog.at_level("INFO"):
+        assert submitted(capsys, "recipes.demo:tiny_moe")[0] == 0
+        logging.getLogger("after").info("still heard")
+    assert "still heard" in caplog.text
