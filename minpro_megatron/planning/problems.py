@@ -91,17 +91,17 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         row = batch.max_tokens_per_row // 2
         yield f"batch.max_tokens_per_row = {row}", _with(config, batch={"max_tokens_per_row": row})
     for base in (config, _with(config, model={"recompute": "full"})):
-        suffix = "" if base is config else " with model.recompute = full"
-        if base is not config and model.recompute == "full":
+        beside = [] if base is config else ["model.recompute = full"]
+        if beside and model.recompute == "full":
             return
         for axis in ("expert", "context", "tensor", "pipeline"):
             changed = _doubled(parallel, axis)
             if changed is not None:
-                data = f" with parallel.data = {changed.data}" if changed.data != parallel.data_size else ""
-                name = f"parallel.{axis} = {getattr(changed, axis)}{data}{suffix}"
-                yield name, base.model_copy(update={"parallel": changed})
+                data = [] if changed.data == parallel.data_size else [f"parallel.data = {changed.data}"]
+                names = [f"parallel.{axis} = {getattr(changed, axis)}", *data, *beside]
+                yield " and ".join(names), base.model_copy(update={"parallel": changed})
         if config.device == "cuda" and model.dtype == "bfloat16" and config.optimizer.cpu_offload < 1:
-            yield f"optimizer.cpu_offload = 1{suffix}", _with(base, optimizer={"cpu_offload": 1.0})
+            yield " and ".join(["optimizer.cpu_offload = 1", *beside]), _with(base, optimizer={"cpu_offload": 1.0})
 
 
 def _with(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:

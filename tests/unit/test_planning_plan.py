@@ -49,7 +49,7 @@ def test_too_little_memory_is_told_with_changes_that_help() -> None:
     offered = problem.partition(": set ")[2].split(" or ")
     assert len(offered) == 3
     for change in offered:
-        assignments = [part.replace(" ", "") for part in change.split(" with ")]
+        assignments = [part.replace(" ", "") for part in change.split(" and ")]
         changed = with_overrides(plan.config, assignments)
         assert plan_run(changed, FITTING, SHORT).problems == [], change
 
