@@ -127,7 +127,7 @@ def _base(profile: Profile) -> Path:
 
 
 def run_here(files: JobFiles, profile: Profile) -> bool:
-    """Runs the only node's share on this machine, its output on stderr; returns whether it has succeeded."""
+    """Runs the only node's share on this machine, its output among this process's; returns whether it has succeeded."""
     start = f"{files.name}_{time.time_ns()}"
     configs = Path(profile.jobs_folder) / "local" / start
     configs.mkdir(parents=True)
