@@ -1,5 +1,6 @@
 """What the planner says of memory, against the table of weights, known figures and sums by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ GPU = Compute("cuda", 2, fused=True, recompute="none", expert_imbalance=1.0)
 )
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3-0.6b"])
 def test_every_stage_holds_what_the_table_of_weights_says(name: str, degrees: dict[str, Any]) -> None:
-    a = find_architecture(name)
+    a = replace(find_architecture(name), num_layers=8)  # the table has a row for each of 128 experts in every layer
     if not a.num_experts:
         degrees = {axis: degree for axis, degree in degrees.items() if not axis.startswith("expert")}
         degrees |= {"virtual_pipeline": 1}
