@@ -7,6 +7,8 @@ export MINPRO_VENV := $(VENV)
 HF_MODEL := artifacts/tiny_moe/hf/config.json
 MEGATRON_MODEL := artifacts/tiny_moe/megatron/manifest.json
 TIERS := $(wildcard tests/unit tests/mesh tests/e2e tests/gpu)
+# Files of tests in two processes: more would only take turns here, and tests start processes of their own.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 SHELL_SCRIPTS := environment/setup.sh .ci/run
 
 .DEFAULT_GOAL := help
@@ -32,7 +34,7 @@ $(MEGATRON_MODEL): $(HF_MODEL) tools/convert_checkpoint.py | setup
 	$(PYTHON) tools/convert_checkpoint.py to-megatron --hf $(<D) --output $(@D)
 
 test: setup ## the tests that run on this machine within minutes: unit, mesh, e2e
-	$(PYTHON) -m pytest -m "not long" $(TIERS) $(ARGS)
+	$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not long" $(TIERS) $(ARGS)
 
 test-unit: setup ## pure functions, records, settings
 	$(PYTHON) -m pytest tests/unit $(ARGS)
