@@ -23,7 +23,7 @@ from minpro_megatron.launch.node_roles import LOOPBACK, NodePlace, fabric_enviro
 from minpro_megatron.launch.preflight import run_problems
 from minpro_megatron.launch.recipe import read_config
 from minpro_megatron.launch.resume import CONFIG_FILE
-from minpro_megatron.launch.roles import roles_of, trainer_environment
+from minpro_megatron.launch.roles import NCCL_MEMORY, roles_of, trainer_environment
 from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
 from minpro_megatron.launch.starts import NodeEnd, Plan, Report, Start, Verdict, begin_start, find_start, wait_for
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
@@ -229,7 +229,7 @@ class _Node:
         device = self._config.device
         arguments = [*node_torchrun(self._topology, place), "-m", "minpro_megatron.parallel.all_reduce_check"]
         fabric = trainer_environment(device) | fabric_environment(place, self._environment)
-        environment = {**self._environment, **fabric}
+        environment = {**NCCL_MEMORY, **self._environment, **fabric}
         command = RoleCommand(
             "all-reduce", [*arguments, device, f"{ALL_REDUCE_LIMIT_S:g}"], environment,
             log_name=f"all-reduce-node-{self._index}",

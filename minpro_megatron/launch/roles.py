@@ -8,6 +8,11 @@ from pathlib import Path
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.supervisor import RoleCommand
 
+# The trainer's rank 0 and the servers are members of one NCCL group. Where members allocate memory in different ways,
+# its first broadcast fails ("invalid argument"): all roles get what SGLang chooses for itself where nothing is said
+# (sglang/srt/entrypoints/engine.py, _set_envs_and_config).
+NCCL_MEMORY = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+
 
 def roles_of(config: RunConfig) -> tuple[str, ...]:
     """The roles that the run is made of."""
@@ -47,6 +52,8 @@ def role_environments(
     shared = dict(environment) | {"PYTHONUNBUFFERED": "1"}
     if Path(config.model.hf_path).is_dir():
         shared |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if config.device == "cuda":
+        shared = NCCL_MEMORY | shared
     gpus = {"serve": server_gpus, "train": trainer_gpus}
     return {
         role: shared | {"CUDA_VISIBLE_DEVICES": gpus.get(role, "")} | dict(own.get(role, {}))

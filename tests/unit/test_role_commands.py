@@ -55,6 +55,16 @@ def test_trainer_and_servers_get_different_gpus(tmp_path, environment, trainer, 
     assert "GLOO_SOCKET_IFNAME" not in made["train"].environment
 
 
+def test_trainer_and_servers_of_one_nccl_group_allocate_alike(tmp_path):
+    server = {"device": "cuda", "count": 2}
+    config = example_config(tmp_path, device="cuda", server=server, parallel={"tensor": 2})
+    for given, expected in (({}, ("0", "0")), ({"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "2"}, ("1", "2"))):
+        for role in ("train", "serve"):
+            environment = commands(config, {"HOME": "/h"} | given)[role].environment
+            assert (environment["NCCL_CUMEM_ENABLE"], environment["NCCL_NVLS_ENABLE"]) == expected
+    assert "NCCL_CUMEM_ENABLE" not in commands(example_config(tmp_path))["train"].environment
+
+
 def test_nothing_is_looked_up_on_the_hub_for_a_local_model(tmp_path):
     assert "HF_HUB_OFFLINE" not in commands(example_config(tmp_path))["train"].environment
     write_example_files(tmp_path)
