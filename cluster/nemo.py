@@ -201,9 +201,11 @@ def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
         job_name_prefix=JOB_PREFIX,
         nodes=files.num_nodes,
         ntasks_per_node=1,
-        # --wait: nodes that only serve may end long before those that train
+        # --wait: nodes that only serve may end long before those that train. --cpu-bind: the one task of a node is all
+        # of its ranks and servers, and some clusters bind a task to one core unless told otherwise.
         srun_args=[
             "--wait=0",
+            "--cpu-bind=none",
             *([f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []),
             *slurm.srun,
         ],

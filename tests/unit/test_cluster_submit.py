@@ -54,7 +54,7 @@ def test_recipes_dry_run_to_a_script(recipe: str, capsys: pytest.CaptureFixture[
         assert line in script.splitlines()
     (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
     assert srun.endswith(
-        " --wait=60 --kill-on-bad-exit=1 --wait=0 python -m minpro_megatron node "
+        " --wait=60 --kill-on-bad-exit=1 --wait=0 --cpu-bind=none python -m minpro_megatron node "
         "--config /nemo_run/configs/run.json --topology /nemo_run/configs/topology.json"
     )
     assert "--container-mounts /lustre/PROJECT/minpro:/lustre/PROJECT/minpro," in srun
