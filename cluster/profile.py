@@ -23,13 +23,32 @@ Word = Annotated[str, Field(pattern=rf"^{_UNQUOTED}$")]
 Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
 
 
+def seconds_of(time: str) -> int | None:
+    """A time limit as sbatch reads it, in seconds; None: there is no limit. One number is minutes, two are minutes and
+    seconds, after days they are hours and so on.
+
+    >>> seconds_of("90"), seconds_of("10:30"), seconds_of("24:00:00"), seconds_of("1-12"), seconds_of("0")
+    (5400, 630, 86400, 129600, None)
+    """
+    if time in ("UNLIMITED", "0"):
+        return None
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    first = 3600 if days or len(parts) == 3 else 60
+    return int(days or 0) * 86400 + sum(part * first // 60**place for place, part in enumerate(parts))
+
+
 class SlurmSettings(Section):
     """What sbatch is told. Names are those of its options."""
 
     account: Line = ""
     partition: Line = ""
     qos: Line = ""
-    time: Line = Field(default="24:00:00", description="limit of one start, [days-]hours:minutes:seconds")
+    time: str = Field(
+        default="24:00:00",
+        pattern=r"^((\d+-)?\d+(:\d+){0,2}|UNLIMITED)$",
+        description="limit of one start, [days-]hours:minutes:seconds",
+    )
     end_early_s: int = Field(
         default=300,
         ge=0,
@@ -45,6 +64,16 @@ class SlurmSettings(Section):
     interface: Line = Field(default="", description="network interface between the nodes; empty: that of their names")
     additional: dict[Word, Line] = Field(default={}, description="further options of sbatch, name = value")
     srun: list[Line] = Field(default=[], description="further options of srun, such as --no-container-mount-home")
+
+    @model_validator(mode="after")
+    def _has_time_before_its_end(self) -> "SlurmSettings":
+        limit_s = seconds_of(self.time)
+        if limit_s is not None and self.end_early_s >= limit_s:
+            raise ValueError(
+                f"slurm.end_early_s = {self.end_early_s} must be less than slurm.time = {self.time} ({limit_s} s), or "
+                "every start is ended at once: raise slurm.time, or set slurm.end_early_s to 0"
+            )
+        return self
 
 
 class ContainerSettings(Section):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.paths import CHECKOUT, in_workspace, path_in_workspace
-from cluster.profile import read_profile
+from cluster.profile import read_profile, seconds_of
 from minpro_megatron.launch.user_error import UserError
 from tests.unit.run_examples import example_config
 
@@ -43,6 +43,11 @@ def test_settings_can_be_changed() -> None:
         ("python=bash", r"python: String should match"),
         ("environment.HF_TOKEN=abc", r"environment: HF_TOKEN looks like a secret.* export it in secrets_file"),
         ("environment.lower=1", r"environment: lower: names are capital letters"),
+        ("slurm.time=1 day", r"slurm.time: String should match"),
+        (
+            "slurm.time=5",
+            r"slurm.end_early_s = 300 must be less than slurm.time = 5 \(300 s\), or every start is ended",
+        ),
         ("topology.gpus_per_node=-1", r"topology.gpus_per_node: .* greater than or equal to 0"),
         ("slurm.srun=[--label", r"--set 'slurm.srun=\[--label': what begins with \[ must be JSON"),
         ("restarts", r"--set 'restarts': expected section.key=value, such as slurm.time"),
@@ -60,6 +65,17 @@ def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("a = ")
     with pytest.raises(UserError, match=r"bad.toml: not TOML: "):
         read_profile(tmp_path / "bad.toml", [])
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("10:30", 630), ("24:00:00", 86400), ("1-12", 129600), ("2-01:02", 176520), ("1-00:00:01", 86401),
+     ("0", None), ("UNLIMITED", None)],
+)  # fmt: skip
+def test_time_limits_are_read_as_sbatch_reads_them(time: str, seconds: int | None) -> None:
+    assert seconds_of(time) == seconds
+    if seconds is None:
+        assert read_profile(PROFILES[0], [f"slurm.time={time}"]).slurm.time == time
 
 
 @pytest.mark.parametrize(
