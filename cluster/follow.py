@@ -38,7 +38,8 @@ class LogTail:
     def _block(self, path: str) -> bytes:
         begin = self._read.setdefault(path, 0)
         command = f"tail -c +{begin + 1} {shlex.quote(path)} | head -c {_BLOCK_BYTES} | base64"
-        return base64.b64decode(self._shell.run(command).stdout)
+        read = self._shell.run(command, warn=True)
+        return base64.b64decode(read.stdout) if read.return_code == 0 else b""  # else it is read at the next look
 
 
 def follow(

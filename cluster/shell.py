@@ -1,10 +1,13 @@
 """Where the cluster's commands run."""
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.profile import SshSettings
+
+CONNECTION_LOST = 255
 
 
 class Shell(Protocol):
@@ -33,10 +36,34 @@ class ThisMachine:
         return Answer(done.stdout, done.stderr, done.returncode)
 
 
+class LoginNode:
+    """A login node over a tunnel of NeMo-Run. Connections of days break: that is an answer with ssh's own status, 255,
+    and the next command connects again."""
+
+    def __init__(self, connect: Callable[[], Any]) -> None:
+        self._connect = connect
+        self._tunnel: Any = None
+
+    def run(self, command: str, hide: bool = True, warn: bool = False) -> Answer:
+        """Raises CalledProcessError for a command that fails, unless `warn`."""
+        try:
+            if self._tunnel is None:
+                self._tunnel = self._connect()
+            done = self._tunnel.run(command, hide=True, warn=True)
+            answer = Answer(done.stdout, done.stderr, done.return_code)
+        # of paramiko, fabric, invoke and sockets; where it cannot log in NeMo-Run ends the program
+        except (Exception, SystemExit) as error:
+            self._tunnel = None
+            answer = Answer("", f"no connection to the login node ({type(error).__name__}: {error})", CONNECTION_LOST)
+        if answer.return_code and not warn:
+            raise subprocess.CalledProcessError(answer.return_code, command, answer.stdout, answer.stderr)
+        return answer
+
+
 def shell_of(ssh: SshSettings | None) -> Shell:
     """This machine, or the login node that is reached through NeMo-Run's tunnel."""
     if ssh is None:
         return ThisMachine()
     from cluster.nemo import tunnel
 
-    return tunnel(ssh)
+    return LoginNode(lambda: tunnel(ssh))

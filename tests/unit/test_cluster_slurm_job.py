@@ -1,6 +1,7 @@
 """What is read from Slurm's own words, recorded from Slurm 22.05 (scontrol) and its manual (sacct)."""
 
 import io
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from cluster import follow as following
 from cluster.follow import LogTail, follow
 from cluster.records import JobRecord, all_records, recall, remember
-from cluster.shell import Answer, ThisMachine
+from cluster.shell import Answer, LoginNode, ThisMachine
 from cluster.slurm_job import JobError, JobState, active_jobs, look_up, parse_sacct, parse_scontrol, parse_script_output
 from minpro_megatron.launch.user_error import UserError
 
@@ -156,6 +157,38 @@ def test_a_cluster_that_is_away_for_long_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(following, "_LONGEST_SILENCE_S", 0.01)
     with pytest.raises(JobError, match="scontrol: gone"):
         follow(Answers(scontrol=lambda: answer(stderr="gone", return_code=1)), "7", "/none", io.StringIO(), print)
+
+
+def test_a_lost_connection_is_an_answer_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "POLL_S", 0.001)
+    (tmp_path / "log-a_7_0.out").write_text("line\n")
+    # what each connection does with one command after the other: run it, or fail as the libraries of NeMo-Run do
+    connections = iter([[None, EOFError()], SystemExit(1), [None, None, OSError("reset")], [None] * 9])
+    nodes = Answers(scontrol=lambda: answer(scontrol("COMPLETED" if next(looks) > 2 else "RUNNING")))
+    looks = iter(range(9))
+
+    class Connection:
+        def __init__(self, ends: list[BaseException | None]) -> None:
+            self._ends = iter(ends)
+
+        def run(self, command: str, hide: bool, warn: bool) -> Answer:
+            if (end := next(self._ends)) is not None:
+                raise end
+            return nodes.run(command, hide, warn)
+
+    def connect() -> Connection:
+        ends = next(connections)
+        if isinstance(ends, BaseException):
+            raise ends
+        return Connection(ends)
+
+    shell, out = LoginNode(connect), io.StringIO()
+    assert follow(shell, "7", str(tmp_path), out, lambda line: None).has_succeeded
+    assert out.getvalue() == "line\n"
+    with pytest.raises(JobError, match=r"scontrol: no connection to the login node \(StopIteration"):
+        look_up(LoginNode(lambda: next(iter(()))), "7", "/none")
+    with pytest.raises(subprocess.CalledProcessError, match="255"):
+        LoginNode(lambda: next(iter(()))).run("true")
 
 
 def record(name: str, job_id: str, submitted_at: float, **more: object) -> JobRecord:
