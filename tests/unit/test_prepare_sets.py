@@ -234,6 +234,38 @@ def test_a_damaged_row_ends_the_command(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("line", "field", "rule"),
+    [
+        ('{"problem": "\\ud83d?", "answer": "2"}', "(whole row)", "surrogates not allowed"),
+        ('{"problem": "1?", "answer": "\\uDC00"}', "(whole row)", "surrogates not allowed"),
+        ('{"problem": "1?", "answer": %s}' % ("1" * 5000), "(whole row)", "must be one JSON object"),
+        ('{"problem": "1?", "answer": %s1%s}' % ("[" * 10**5, "]" * 10**5), "(whole row)", "must be one JSON object"),
+        (json.dumps({"problem": DAPO_BEFORE + " " + DAPO_AFTER, "answer": "2"}), "prompt", "not an instruction alone"),
+    ],
+    ids=["half a character", "half a character in the answer", "long numeral", "deep nesting", "no question"],
+)
+def test_rows_that_json_can_hold_and_a_prompt_set_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, field: str, rule: str
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"problem": "\U0001f600?", "answer": "2"}) + "\n" + line + "\n")
+    assert prepare_data.main(["math500", "--input", str(path), "--output", str(tmp_path / "out.jsonl")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"prepare_data math500: {path}, row 2, field {field}: ")
+    assert rule in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_was_dropped_is_listed_for_every_reason(tmp_path: Path) -> None:
+    table = [{"question": "Prove it.", "final_answer": None}] * 150
+    table += [{"question": f"Find {n}.", "final_answer": [answer]} for n in range(120) for answer in ("1", "2")]
+    table += [{"question": "Find it.", "final_answer": ["1"]}]
+    _, report = prepare("olympiad", write_rows(tmp_path / "in.jsonl", table), tmp_path / "out.jsonl")
+    listed = Counter(entry["reason"] for entry in report["listed"])
+    assert listed == dict.fromkeys(report["dropped"], 100)
+
+
 def test_a_set_of_which_nothing_is_left_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_rows(tmp_path / "in.jsonl", [{"question": "Prove it.", "final_answer": None}])
     arguments = ["olympiad", "--input", str(path), "--output", str(tmp_path / "out.jsonl")]

@@ -74,6 +74,8 @@ class PromptSet:
             if self.dropped[found.reason] <= MAX_LISTED:
                 self._listed.append({"reason": found.reason, "file": path.name, "row": row_number})
             return
+        if not found.text:
+            raise rows.DamagedRow(path, row_number, "prompt", "must have a question, and not an instruction alone")
         key = found.key
         first = self._questions.setdefault(key, found)
         self._copies[key] += 1
@@ -84,9 +86,9 @@ class PromptSet:
 
     def finish(self) -> list[dict[str, Any]]:
         """The prompt rows. What was dropped is then complete."""
-        for key, answers in self._answers.items():
+        for number, (key, answers) in enumerate(self._answers.items()):
             self.dropped[CONFLICT] += self._copies[key]
-            if len(self._listed) < MAX_LISTED:
+            if number < MAX_LISTED:
                 self._listed.append({"reason": CONFLICT, "prompt": self._questions[key].text, "answers": answers})
         kept = {key: question for key, question in self._questions.items() if key not in self._answers}
         self.dropped[DUPLICATE] += sum(self._copies[key] - 1 for key in kept)

@@ -27,9 +27,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for row_number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
+                if b"\\u" in line:  # half of a surrogate pair, which JSON can name and no text can hold
+                    json.dumps(row, ensure_ascii=False).encode("utf-8")
+            except UnicodeError as error:
                 raise DamagedRow(path, row_number, "(whole row)", f"must be UTF-8: {error}") from error
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also numerals of thousands of digits, and deep nesting
                 raise DamagedRow(path, row_number, "(whole row)", f"must be one JSON object: {error}") from error
             if not isinstance(row, dict):
                 rule = f"must be one JSON object, is {type(row).__name__}"
