@@ -28,7 +28,7 @@ import numpy as np
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
-from minpro_megatron.evaluation.samples import SampledGroup, SampleFile
+from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
 from minpro_megatron.evaluation.sampling import RIGHT_REWARD
 from minpro_megatron.launch.evaluation import serving
 from minpro_megatron.launch.evaluation_options import (
@@ -69,6 +69,11 @@ class Cuts:
     shortest: float
     longest: float
     seed: int
+
+
+def text_of_right(response: SampledResponse) -> str:
+    """Wrong responses are most of what is sampled, and nothing looks at their texts."""
+    return response.text if response.reward >= RIGHT_REWARD else ""
 
 
 def first_right_responses(groups: Iterable[SampledGroup]) -> dict[str, str]:
@@ -149,7 +154,7 @@ async def sample_traces(
     incarnation = os.getpid()
     async with serving(config, incarnation) as ended:
         while True:
-            groups = list(file.groups())
+            groups = list(file.groups(text_of_right))
             tasks = next_tasks(prompts, groups, max_samples, seed)
             if not tasks:
                 return
@@ -164,7 +169,7 @@ async def sample_traces(
             finally:
                 work.cancel()
                 await asyncio.wait({work})
-            _tell(prompts, list(file.groups()))
+            _tell(prompts, list(file.groups(text_of_right)))
 
 
 def _tell(prompts: Sequence[TokenizedPrompt], groups: Sequence[SampledGroup]) -> None:
@@ -182,14 +187,14 @@ def build(options: argparse.Namespace) -> int:
     if given := [prompt.prompt.id for prompt in prompts[PROMPTS] if prompt.prompt.prefix]:
         raise ValueError(f"--prompts {options.prompts}: {given[0]!r} has a prefix already; give the prompts alone")
     with SampleFile(folder, sampling_settings(asked, config, prompts)) as file:
-        if next_tasks(prompts[PROMPTS], list(file.groups()), options.max_samples, options.seed):
+        if next_tasks(prompts[PROMPTS], list(file.groups(text_of_right)), options.max_samples, options.seed):
             try:
                 asyncio.run(sample_traces(config, file, prompts[PROMPTS], options.max_samples, options.seed))
             except (EvaluationError, FleetError, GenerationError, RewardWorkerError) as error:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
                 print("the same command goes on with what is sampled so far", file=sys.stderr)
                 return 1
-        groups = list(file.groups())
+        groups = list(file.groups(text_of_right))
     tokenizer = TextTokenizer(asked.model, read_model_facts(asked.model, asked.extra_stop_tokens))
     cuts = Cuts(options.prefixes, options.shortest, options.longest, options.seed)
     rows = training_rows([one.prompt for one in prompts[PROMPTS]], first_right_responses(groups), tokenizer, cuts)

@@ -3,7 +3,8 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 from minpro_megatron.monitor.files import replace_file
 
 SETTINGS_FILE, SAMPLES_FILE = "settings.json", "samples.jsonl"
+MAX_COMPARED_CHARS = 200
 
 
 class SampledResponse(msgspec.Struct, frozen=True):
@@ -37,6 +39,19 @@ class SampledGroup(msgspec.Struct, frozen=True):
     @property
     def key(self) -> tuple[str, str, int]:
         return self.benchmark, self.prompt_id, self.first_sample
+
+
+def whole_text(response: SampledResponse) -> str:
+    return response.text
+
+
+def text_to_compare(response: SampledResponse) -> str:
+    """As much as figures need: nothing where an answer was extracted, of a long text a digest that equal ones share."""
+    if response.extracted is not None:
+        return ""
+    if len(response.text) <= MAX_COMPARED_CHARS:
+        return response.text
+    return blake2b(response.text.encode(), digest_size=16).hexdigest()
 
 
 class SampleFile:
@@ -82,8 +97,11 @@ class SampleFile:
         if written != len(line):
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written; is the disk full?")
 
-    def groups(self) -> Iterator[SampledGroup]:
-        """Everything sampled so far, a group sampled twice once. Raises ValueError for a damaged line."""
+    def groups(self, text_of: Callable[[SampledResponse], str]) -> Iterator[SampledGroup]:
+        """Everything sampled so far, a group sampled twice once. Raises ValueError for a damaged line.
+
+        `text_of` gives what is kept of a response's text: all texts of an evaluation are gigabytes.
+        """
         seen = set()
         self._file.seek(0)
         for number, line in enumerate(self._file, start=1):
@@ -93,7 +111,8 @@ class SampleFile:
                 raise ValueError(f"{self.path}, line {number}: {error}; remove the line to sample it again") from None
             if group.key not in seen:
                 seen.add(group.key)
-                yield group
+                responses = [msgspec.structs.replace(found, text=text_of(found)) for found in group.responses]
+                yield msgspec.structs.replace(group, responses=responses)
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any], is_empty: bool) -> None:

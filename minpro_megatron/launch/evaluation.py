@@ -18,7 +18,7 @@ from rich.markdown import Markdown
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.evaluation.benchmarks import title_of
-from minpro_megatron.evaluation.samples import SampledGroup, SampleFile
+from minpro_megatron.evaluation.samples import SampledGroup, SampleFile, text_to_compare
 from minpro_megatron.evaluation.scores import Scores, score_all
 from minpro_megatron.evaluation.tables import markdown, scalars
 from minpro_megatron.launch.evaluation_options import (
@@ -59,14 +59,14 @@ def evaluate(options: EvaluationOptions) -> int:
     settings = sampling_settings(options, config, prompts)
     try:
         with SampleFile(options.output, settings) as file:
-            done = list(file.groups())
+            done = list(file.groups(text_to_compare))
             tasks = plan(prompts, samples, options.seed, [group.key for group in done])
             if tasks:
                 wanted = {name: samples[name] * len(tokenized) for name, tokenized in prompts.items()}
                 status = _sample(config, file, tasks, done, wanted)
                 if status:
                     return status
-                done = list(file.groups())
+                done = list(file.groups(text_to_compare))
     except ValueError as error:
         raise UserError(str(error)) from None
     result = score_all(options.model, done[0].policy_version, settings, samples, done)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minpro_megatron.config.run import with_overrides
-from minpro_megatron.evaluation.samples import SampledGroup, SampleFile
+from minpro_megatron.evaluation.samples import SampledGroup, SampleFile, whole_text
 from minpro_megatron.records import Prompt
 from minpro_megatron.rewards.pool import Judged
 from minpro_megatron.roles.evaluate import Sampler, plan
@@ -87,7 +87,7 @@ def sampled(folder: Path, prefix: str, graders: Rewards) -> SampledGroup:
 
     with SampleFile(folder / "out", {}) as file:
         asyncio.run(sample(file))
-        assert list(file.groups()) == told
+        assert list(file.groups(whole_text)) == told
     (group,) = told
     return group
 

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
+from minpro_megatron.evaluation.samples import (
+    SampledGroup,
+    SampledResponse,
+    SampleFile,
+    text_to_compare,
+    whole_text,
+)
+from minpro_megatron.evaluation.scores import score_all
 
 SETTINGS = {"temperature": 1.0, "benchmarks": {"gsm8k": {"samples_per_prompt": 2}}, "seed": 0}
 
@@ -20,9 +27,9 @@ def test_what_was_appended_comes_back_in_order(tmp_path: Path) -> None:
     with SampleFile(tmp_path / "new", SETTINGS) as file:
         for found in groups:
             file.append(found)
-        assert list(file.groups()) == groups
+        assert list(file.groups(whole_text)) == groups
     with SampleFile(tmp_path / "new", SETTINGS) as file:
-        assert list(file.groups()) == groups
+        assert list(file.groups(whole_text)) == groups
 
 
 def test_a_torn_line_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:
@@ -32,7 +39,7 @@ def test_a_torn_line_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:
     whole = (tmp_path / "samples.jsonl").read_bytes()
     (tmp_path / "samples.jsonl").write_bytes(whole[:-9])
     with SampleFile(tmp_path, SETTINGS) as file:
-        assert [found.prompt_id for found in file.groups()] == ["a"]
+        assert [found.prompt_id for found in file.groups(whole_text)] == ["a"]
         file.append(group("b"))
     assert (tmp_path / "samples.jsonl").read_bytes() == whole
 
@@ -41,7 +48,23 @@ def test_a_group_that_stands_there_twice_counts_once(tmp_path: Path) -> None:
     with SampleFile(tmp_path, SETTINGS) as file:
         file.append(group("a", text="first"))
         file.append(group("a", text="second"))
-        assert [found.responses[0].text for found in file.groups()] == ["first"]
+        assert [found.responses[0].text for found in file.groups(whole_text)] == ["first"]
+
+
+def test_figures_need_no_long_texts(tmp_path: Path) -> None:
+    long = ["a" * 10**4, "b" * 10**4, "a" * 10**4]
+    answered = [SampledResponse(text, 3, "stop", 0.0, extracted) for text, extracted in zip(long, "123", strict=True)]
+    # a grader that extracts nothing: the first and the last sample give the same answer, which is not the right one
+    whole = [SampledResponse(text, 3, "stop", reward) for text, reward in zip([*long, "7"], (0, 0, 0, 1), strict=True)]
+    with SampleFile(tmp_path, SETTINGS) as file:
+        file.append(SampledGroup("gsm8k", 0, "x", 0, answered))
+        file.append(SampledGroup("own", 0, "x", 0, whole))
+        kept, everything = list(file.groups(text_to_compare)), list(file.groups(whole_text))
+    assert [response.text for response in kept[0].responses] == ["", "", ""]
+    assert max(len(response.text) for response in kept[1].responses) < 40
+    figures = [score_all("m", 0, {"seed": 0}, {"gsm8k": 3, "own": 4}, groups) for groups in (kept, everything)]
+    assert figures[0] == figures[1]
+    assert figures[0].benchmarks[1].majority_at_k[4].value == 0  # the wrong answer has two votes
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
@@ -53,7 +76,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         SampleFile(tmp_path, SETTINGS) as file,
         pytest.raises(ValueError, match=r"samples.jsonl, line 2: .*remove the line"),
     ):
-        list(file.groups())
+        list(file.groups(whole_text))
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
