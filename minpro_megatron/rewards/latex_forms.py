@@ -67,6 +67,11 @@ def without_thousands(text: str) -> str:
     return _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
 
 
+def has_thousands_only(text: str) -> bool:
+    """True for `1,080` and `2,000`: of a list no element would begin with a zero."""
+    return without_thousands(text) != text and re.search(r",0\d\d", text) is not None
+
+
 def tokens_of(text: str) -> list[str]:
     """LaTeX tokens with one name for each command, without those that mean nothing."""
     found: list[str] = _TOKEN.findall(text)

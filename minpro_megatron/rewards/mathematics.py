@@ -52,10 +52,10 @@ def equal(answer: str, given: str) -> bool:
         return False
     left, right = forms.clean(_without_sentence(answer)), forms.clean(_without_sentence(given))
     try:
-        if _equal_readings(left, right):
-            return True
-        # 1,080 may be a number or a list: both sides are read in the same way
+        # 1,280 may be a number or a list, 1,080 only a number: both sides are read in the same way
         numbers = forms.without_thousands(left), forms.without_thousands(right)
+        if not forms.has_thousands_only(left) and _equal_readings(left, right):
+            return True
         return numbers != (left, right) and _equal_readings(*numbers)
     except symbolic.RefusedError:
         return False

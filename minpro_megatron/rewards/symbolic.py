@@ -28,6 +28,8 @@ UNCERTAIN_DIGITS = 15
 # Different symbols get different ones.
 _INTEGER_POINTS = [(3, 2, 5, 4, 7, 6, 8, 9), (5, 7, 3, 8, 2, 9, 4, 6)]
 _POINTS = [tuple(Fraction(10 * value + 3, 31) for value in point) for point in _INTEGER_POINTS]
+# Only here does an absolute value differ from what it is of.
+_NEGATIVE_POINTS = [tuple(-value for value in point) for point in _POINTS]
 _ON_INTEGERS = (sympy.floor, sympy.ceiling, sympy.factorial, sympy.binomial, sympy.Mod)
 
 _I = sympy.Symbol("i", real=True)  # as the parser names it; in answers it is the imaginary unit
@@ -137,15 +139,23 @@ def _equal_by_value(expected: sympy.Expr, found: sympy.Expr) -> bool | None:
         precision += min(MAX_PRECISION, int(max(_digits(expected), _digits(found))))
     on_integers = expected.has(*_ON_INTEGERS) or found.has(*_ON_INTEGERS)
     points = _INTEGER_POINTS if on_integers else _POINTS + _INTEGER_POINTS
+    if expected.has(sympy.Abs) or found.has(sympy.Abs):
+        points = points + _NEGATIVE_POINTS
     for point in points if symbols else points[:1]:
         values = (sympy.Rational(value.numerator, value.denominator) for value in point)
         at = dict(zip(symbols, values, strict=False))
         left, right = _value(expected, at, precision), _value(found, at, precision)
+        if point in _NEGATIVE_POINTS and not (_is_real(left) and _is_real(right)):
+            continue  # outside of the domain of one of them: \ln x
         if left is None or right is None:
             return None
         if abs(left - right) * 10 ** (precision - UNCERTAIN_DIGITS) > max(abs(left), abs(right)):
             return False
     return True
+
+
+def _is_real(value: sympy.Expr | None) -> bool:
+    return value is not None and bool(value.is_real)
 
 
 def _value(expression: sympy.Expr, at: dict[Any, Any], precision: int) -> sympy.Expr | None:
