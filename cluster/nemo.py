@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import nemo_run
+from invoke.exceptions import UnexpectedExit
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.packaging.base import Packager
 from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
@@ -27,10 +28,16 @@ from torchx.specs.api import AppState
 from cluster.paths import CHECKOUT
 from cluster.profile import Profile, SshSettings
 from cluster.slurm_job import JOB_PREFIX
+from minpro_megatron.launch.user_error import UserError
 
 RUN_FILE, TOPOLOGY_FILE = "run.json", "topology.json"
 # NeMo-Run's name for the job's folder inside the job; without a container it writes the real path in its place.
 _CONFIGS = "/nemo_run/configs"
+# What to do where a command that hands the job over fails; it says itself what it does not like.
+_REMEDIES = {
+    "sbatch": "correct [slurm] in the profile: account, partition, qos, time, gres, ...",
+    "rsync": "it must be installed here and on the login node, and `ssh` there must work without a question",
+}
 # After NeMo-Run's own lines, before srun. It traces its script: from here on nothing is, for what comes may be secret.
 _SETUP = """\
 { set +vx; } 2>/dev/null
@@ -112,13 +119,25 @@ def script_of(files: JobFiles, profile: Profile) -> str:
 
 
 def submit(files: JobFiles, profile: Profile) -> Submitted:
-    """Sends the job's files and gives the script to sbatch."""
+    """Sends the job's files and gives the script to sbatch. Raises UserError if it does not take the job."""
     with _experiment(files, profile, _base(profile)) as experiment:
-        experiment.run(detach=True)
+        try:
+            experiment.run(detach=True)
+        except UnexpectedExit as error:
+            raise UserError(_refusal(error)) from None
         (job,) = experiment.jobs
         executor = job.executor
         # a job handle is slurm_tunnel://<session>/<job id>
         return Submitted(job_id=job.handle.rpartition("/")[2], folder=executor.job_details.folder)
+
+
+def _refusal(error: UnexpectedExit) -> list[str]:
+    """What the command said, and what can be done about it."""
+    result = error.result
+    program = result.command.split()[0]
+    remedy = _REMEDIES.get(program, "see what it says")
+    said = [line.strip() for line in (result.stderr or result.stdout).splitlines() if line.strip()]
+    return [*said, f"the job was not submitted: {program} failed with exit status {result.exited}: {remedy}"]
 
 
 def _base(profile: Profile) -> Path:

@@ -2,7 +2,7 @@
 
 import io
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -168,7 +168,7 @@ def test_a_lost_connection_is_an_answer_and_is_made_again(tmp_path: Path, monkey
     looks = iter(range(9))
 
     class Connection:
-        def __init__(self, ends: list[BaseException | None]) -> None:
+        def __init__(self, ends: Sequence[BaseException | None]) -> None:
             self._ends = iter(ends)
 
         def run(self, command: str, hide: bool, warn: bool) -> Answer:

@@ -16,6 +16,7 @@ from cluster.planning import plan_problems
 from cluster.profile import read_profile
 from minpro_megatron.launch.recipe import list_recipes, load_recipe
 from minpro_megatron.launch.topology import lay_out
+from minpro_megatron.launch.user_error import UserError
 
 H100 = CHECKOUT / "cluster" / "profiles" / "h100_slurm.toml"
 RECIPES = [line.split()[0] for line in list_recipes("recipes")]
@@ -142,6 +143,22 @@ def test_the_job_gets_the_code_as_it_is_now(tmp_path: Path, monkeypatch: pytest.
     assert content["old.py"] == "2"
     assert content["REVISION"].endswith("+changes\n")
     assert (job / "configs" / "run.json").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("program", ["sbatch", "mkdir"])
+def test_what_the_cluster_refuses_is_told_in_its_words(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nemo = pytest.importorskip("cluster.nemo")
+    (tmp_path / program).write_text(f"#!/bin/bash\necho '{program}: error: no such partition' >&2; exit 3\n")
+    (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(nemo, "files_of", lambda checkout: [])
+    files = nemo.JobFiles(name="a", run_json="{}", topology_json="{}", num_nodes=2)
+    with pytest.raises(UserError) as refused:
+        nemo.submit(files, read_profile(H100, [f"workspace={tmp_path}"]))
+    assert refused.value.problems[0] == f"{program}: error: no such partition"
+    assert refused.value.problems[-1].startswith(f"the job was not submitted: {program} failed with exit status 3: ")
 
 
 def test_logging_is_as_it_was(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
