@@ -28,6 +28,7 @@ def test_a_model_on_two_ranks_agrees_with_transformers(tmp_path: Path) -> None:
     assert 0 <= found["largest_kl"] < 1e-8
 
 
+@pytest.mark.long
 def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
     make_model("dense").save_pretrained(tmp_path / "hf")
     done = _run("--hf", str(tmp_path / "hf"), "--ids", "1,99999")

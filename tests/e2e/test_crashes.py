@@ -95,6 +95,7 @@ def test_a_run_that_is_killed_twice_and_loses_its_journals_end_and_its_server_eq
     assert differing(Results.read(run.run_dir), undisturbed) == []
 
 
+@pytest.mark.long
 def test_a_bounded_run_whose_launcher_is_killed_while_a_checkpoint_is_named_loses_no_group(
     model: TinyModel, undisturbed: Results, tmp_path: Path
 ) -> None:

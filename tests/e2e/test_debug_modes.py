@@ -42,6 +42,7 @@ def summary_of(run_dir: Path) -> RunSummary:
     return RunSummary.model_validate_json((run_dir / "summary.json").read_text())
 
 
+@pytest.mark.long
 def test_training_on_a_journal_repeats_the_run_that_wrote_it(launches: Launcher) -> None:
     whole = launches("whole", *SMALL)
     status, output = whole.wait(100)

@@ -32,6 +32,7 @@ def run_tool(model: TinyModel, folder: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, timeout=170, capture_output=True)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_prefixes_that_the_tool_has_cut(
     tiny_model: TinyModel, launches: Launcher, tmp_path: Path
 ) -> None:

@@ -176,7 +176,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("objective", "mesh"), [("minpro", "tensor=2,expert=2,data=1"), ("m2po", "context=2")])
+@pytest.mark.parametrize(
+    ("objective", "mesh"),
+    [("minpro", "tensor=2,expert=2,data=1"), pytest.param("m2po", "context=2", marks=pytest.mark.long)],
+)
 def test_replay_is_what_transformers_autograd_and_adamw_do(
     model_dir: Path, tmp_path: Path, objective: str, mesh: str
 ) -> None:
@@ -219,6 +222,7 @@ def check_weights(folder: Path, expected: dict[str, Tensor], start: dict[str, Te
     AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.long
 def test_weights_that_hold_nan_end_the_replay_with_one_line(model_dir: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
