@@ -8,6 +8,7 @@ import re
 # Longer answers are no answers; the longest of the benchmarks has 300 characters.
 MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 12
+MAX_BARS = 16
 MAX_PARTS = 64
 
 _CHARACTERS = str.maketrans({
@@ -39,6 +40,7 @@ _BARE_NAME = re.compile(
 )
 _ROOT_CALL = re.compile(r"\\sqrt\s*\(([^()]*)\)")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]")  # of a formula; the brackets in them are none
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|\\degree)|\\degree")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 _BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.])")  # 1./3
@@ -48,7 +50,7 @@ _ENUMERATION = re.compile(r"\s*(?:\\text\{)?\s*,?\s*\b(?:and|or)\b\s*\}?\s*")
 
 def clean(text: str) -> str:
     """The answer without emphasis, text commands, degree signs and characters that LaTeX has commands for."""
-    text = text.translate(_CHARACTERS).replace("**", "^")
+    text = _DELIMITER.sub(" ", text.translate(_CHARACTERS)).replace("**", "^")
     text = text.replace("{,}", ",").replace(",\\!", ",").replace("\\!,", ",")
     text = _DEGREES.sub("", text)
     for _ in range(3):  # they may be nested
@@ -142,7 +144,8 @@ def is_too_deep(tokens: list[str]) -> bool:
     for token in tokens:
         depth += (token in _CLOSING or token.startswith("\\begin")) - (token in _CLOSING.values())
         deepest = max(deepest, depth)
-    return deepest > MAX_DEPTH
+    # bars open or close, which only parsing tells: many are the worst of all
+    return deepest > MAX_DEPTH or tokens.count("|") > MAX_BARS
 
 
 def split(tokens: list[str], separators: tuple[str, ...]) -> list[list[str]]:

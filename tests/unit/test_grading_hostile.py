@@ -37,6 +37,7 @@ HOSTILE = {
     "answers": "Answer: " * 2**17,
     "open boxes": r"\boxed{" * 2**17,
     "open braces": "{" * 900,
+    "bars": "|x" * 300,
     "signs": "-" * 400 + "1",
     "text in text": r"\text{" * 150,
     "list": ",".join("x" for _ in range(400)),
