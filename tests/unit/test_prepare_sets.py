@@ -239,8 +239,8 @@ def test_a_damaged_row_ends_the_command(
     [
         ('{"problem": "\\ud83d?", "answer": "2"}', "(whole row)", "surrogates not allowed"),
         ('{"problem": "1?", "answer": "\\uDC00"}', "(whole row)", "surrogates not allowed"),
-        ('{"problem": "1?", "answer": %s}' % ("1" * 5000), "(whole row)", "must be one JSON object"),
-        ('{"problem": "1?", "answer": %s1%s}' % ("[" * 10**5, "]" * 10**5), "(whole row)", "must be one JSON object"),
+        ('{"problem": "1?", "answer": ' + "1" * 5000 + "}", "(whole row)", "must be one JSON object"),
+        ('{"problem": "1?", "answer": ' + "[" * 10**5 + "]" * 10**5 + "}", "(whole row)", "must be one JSON object"),
         (json.dumps({"problem": DAPO_BEFORE + " " + DAPO_AFTER, "answer": "2"}), "prompt", "not an instruction alone"),
     ],
     ids=["half a character", "half a character in the answer", "long numeral", "deep nesting", "no question"],
