@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.launch.roles import gpu_shares, role_environments, roles_of, torchrun, trainer_environment
+from minpro_megatron.launch.roles import (
+    gpu_shares,
+    offload_threads,
+    role_environments,
+    roles_of,
+    torchrun,
+    trainer_environment,
+)
 from minpro_megatron.launch.supervisor import RoleCommand
 from minpro_megatron.launch.topology import NodeShare, Topology
 
@@ -57,7 +64,8 @@ def node_commands(
     """The commands of the roles on node `place.index`, to be started together."""
     share = topology.nodes[place.index]
     fabric = fabric_environment(place, environment) if len(topology.nodes) > 1 else {}
-    own = {"train": trainer_environment(config.device) | fabric, "serve": fabric}
+    threads = offload_threads(config, share.ranks, environment)
+    own = {"train": trainer_environment(config.device) | threads | fabric, "serve": fabric}
     environments = role_environments(config, environment, *gpu_shares(*node_gpus(config, share), environment), own)
     starts = {"train": node_torchrun(topology, place)}
     options = ["--config", str(config_file), "--incarnation", str(incarnation)]

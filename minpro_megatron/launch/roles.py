@@ -26,7 +26,9 @@ def role_commands(
 ) -> list[RoleCommand]:
     """The commands of the run's roles, to be started together on one machine."""
     starts = {"train": torchrun(config.parallel.world_size)}
-    own = {"train": trainer_environment(config.device)}
+    own = {
+        "train": trainer_environment(config.device) | offload_threads(config, config.parallel.world_size, environment)
+    }
     trainer_gpus, server_gpus = gpu_shares(*gpus_needed(config), environment)
     environments = role_environments(config, environment, trainer_gpus, server_gpus, own)
     options = ["--config", str(config_file), "--incarnation", str(incarnation)]
@@ -87,6 +89,20 @@ def trainer_environment(device: str) -> dict[str, str]:
         return quiet | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
     # megatron overlaps tensor-parallel communication with computation only if kernels start in launch order.
     return quiet | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+def offload_threads(config: RunConfig, ranks: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Threads for a machine's `ranks` whose AdamW is computed on the CPU (optimizer.cpu_offload); {} for others.
+
+    torchrun gives a rank one thread if nothing is said. Half of the CPUs are left to the servers' processes."""
+    if config.device == "cpu" or not config.optimizer.cpu_offload or not ranks or "OMP_NUM_THREADS" in environment:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cpus() // (2 * ranks)))}
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may use: a job may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus_needed(config: RunConfig) -> tuple[int, int]:

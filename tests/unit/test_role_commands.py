@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from minpro_megatron.launch import roles
+from minpro_megatron.launch.node_roles import NodePlace, node_commands
 from minpro_megatron.launch.roles import role_commands
+from minpro_megatron.launch.topology import TopologySettings, lay_out
 from tests.unit.run_examples import example_config, write_example_files
 
 
@@ -63,6 +66,21 @@ def test_trainer_and_servers_of_one_nccl_group_allocate_alike(tmp_path):
             environment = commands(config, {"HOME": "/h"} | given)[role].environment
             assert (environment["NCCL_CUMEM_ENABLE"], environment["NCCL_NVLS_ENABLE"]) == expected
     assert "NCCL_CUMEM_ENABLE" not in commands(example_config(tmp_path))["train"].environment
+
+
+def test_ranks_that_compute_adamw_on_the_cpu_have_threads_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(roles, "usable_cpus", lambda: 96)
+    model = {"hf_path": str(tmp_path / "hf"), "megatron_path": str(tmp_path / "megatron"), "dtype": "bfloat16"}
+    run = {"device": "cuda", "parallel": {"tensor": 2, "data": 2}, "model": model}
+    config = example_config(tmp_path, optimizer={"cpu_offload": 0.5}, **run)
+    assert commands(config)["train"].environment["OMP_NUM_THREADS"] == "12"
+    assert "OMP_NUM_THREADS" not in commands(config)["serve"].environment
+    assert commands(config, {"OMP_NUM_THREADS": "7"})["train"].environment["OMP_NUM_THREADS"] == "7"
+    assert "OMP_NUM_THREADS" not in commands(example_config(tmp_path, **run))["train"].environment
+    two_nodes = TopologySettings(gpus_per_node=2)
+    place = NodePlace(index=1, address="10.0.0.1", interface="e", head_address="10.0.0.0", rendezvous_port=1)
+    made = node_commands(config, Path("/run.json"), 0, lay_out(config, two_nodes), place, {})
+    assert [command.environment.get("OMP_NUM_THREADS") for command in made] == ["24"]
 
 
 def test_nothing_is_looked_up_on_the_hub_for_a_local_model(tmp_path):
