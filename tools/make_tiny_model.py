@@ -124,7 +124,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: in
         dtype=torch.float32,
     )
     torch.manual_seed(seed)
-    return Qwen3MoeForCausalLM(config)
+    model = Qwen3MoeForCausalLM(config)
+    # transformers leaves the row of <pad> at zero. But a policy may sample <pad> and then reads it: through the norms
+    # of layer, queries and keys, each a factor of 1 / sqrt(1e-6) at zero, it has 1e4 times the others' gradient.
+    rows = model.model.embed_tokens.weight
+    torch.nn.init.normal_(rows[tokenizer.convert_tokens_to_ids(PAD)], std=config.initializer_range)
+    return model
 
 
 def save_checkpoint(output: Path, model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,6 +1,7 @@
 """The tiny checkpoint: its files, what its warm start is trained on, and how its accuracy is measured."""
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,29 @@ def test_the_default_model_is_small_and_divides_by_two() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) <= 800_000
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts")
     assert all(getattr(config, size) % 2 == 0 for size in (*sizes, "moe_intermediate_size", "head_dim"))
+
+
+@pytest.mark.parametrize("name", make_tiny_model.TASKS)
+def test_no_embedding_row_comes_near_zero(name: str) -> None:
+    """Nor the rows of tokens that never occur, which a whole warm start only decays: a policy samples them at times."""
+    task = make_tiny_model.TASKS[name]
+    model, _ = small_model(hidden_size=task.hidden_size)
+    steps = range(task.settings.steps)
+    kept = math.prod(1 - task.settings.weight_decay * task.settings.learning_rate_at(step) for step in steps)
+    sizes = kept * model.get_input_embeddings().weight.detach().square().mean(-1).sqrt()
+    assert sizes.min() > 0.01  # of 0.02 at first
+
+
+def test_no_token_that_is_read_back_has_an_outlying_gradient() -> None:
+    """Of the log-prob of what follows any token, to the embedding that the model reads it as."""
+    model, tokenizer = small_model(hidden_size=128)
+    prompt, following = tokenizer("4+5=").input_ids, tokenizer("9").input_ids
+    tokens = torch.tensor([[*prompt, token, *following] for token in range(len(tokenizer))])
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    log_probs = model(inputs_embeds=embedded, use_cache=False).logits[:, -2].log_softmax(-1)
+    (gradient,) = torch.autograd.grad(log_probs[:, following].sum(), embedded)
+    norms = gradient[:, len(prompt)].norm(dim=-1)
+    assert 0 < norms.max() < 5 * norms.median()
 
 
 def test_synthetic_data_leaves_out_the_heldout_prompts_and_covers_training() -> None:
