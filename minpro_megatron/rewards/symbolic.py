@@ -91,18 +91,18 @@ def _digits(expression: sympy.Basic) -> float:
         if inside[1] > 6:
             return float("inf")
         # a symbolic power is expanded at worst: (x + 1)^1000 has a thousand terms
-        return max(inside[0], 1.0) * max(1.0, _bound(exponent)) + inside[1] * (not base.is_number)
+        return max(inside[0], 1.0) * max(1.0, _bound(exponent, inside[1])) + inside[1] * (not base.is_number)
     if isinstance(expression, sympy.factorial | sympy.binomial) or "amma" in type(expression).__name__:
-        largest = max((_bound(argument) for argument in expression.args), default=0.0)
+        largest = max(map(_bound, expression.args, inside), default=0.0)
         return largest * max(1.0, max(inside, default=0.0))
     return sum(inside)
 
 
-def _bound(expression: Any) -> float:
-    """An upper bound for the absolute value of the numbers in an exponent."""
+def _bound(expression: Any, digits: float) -> float:
+    """An upper bound for the absolute value of an expression whose numbers have at most so many digits."""
     if isinstance(expression, sympy.Number):
         return abs(float(expression))
-    return 10.0 ** min(_digits(expression), 300.0)
+    return 10.0 ** min(digits, 300.0)
 
 
 def equal(answer: str, given: str) -> bool:

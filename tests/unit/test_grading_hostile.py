@@ -20,6 +20,7 @@ HOSTILE = {
     "root of a tower": r"\sqrt{9^{9^{9^9}}}",
     "exponent of a numeral": "1e999999999",
     "factorials": "9!!!!",
+    "factorials of factorials": "5" + "!" * 40,
     "factorial of a power": "(10^9)!",
     "binomial": r"\binom{10^{9}}{10^{8}}",
     "gamma": r"\Gamma(10^{9})",
