@@ -101,6 +101,7 @@ def until(holds: object, what: str, timeout_s: float = 250) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.timeout(600)
 def test_a_run_over_two_nodes_ends_well(workspace: Workspace) -> None:
     status, output = ended(workspace.submit("whole"))
     assert status == 0, output

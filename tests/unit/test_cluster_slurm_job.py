@@ -161,6 +161,7 @@ def test_a_cluster_that_is_away_for_long_is_told(monkeypatch: pytest.MonkeyPatch
 
 def test_a_lost_connection_is_an_answer_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "POLL_S", 0.001)
+    monkeypatch.setattr(following, "_LONGEST_SILENCE_S", 5.0)
     (tmp_path / "log-a_7_0.out").write_text("line\n")
     # what each connection does with one command after the other: run it, or fail as the libraries of NeMo-Run do
     connections = iter([[None, EOFError()], SystemExit(1), [None, None, OSError("reset")], [None] * 9])
