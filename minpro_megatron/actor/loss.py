@@ -10,7 +10,7 @@ from minpro_megatron.actor.forward import MicroBatch, TokenScores
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import ObjectiveSection
 from minpro_megatron.objective.corrections import OtherLogProbs, corrected
-from minpro_megatron.objective.diagnostics import Statistics, loss_statistic, token_statistics
+from minpro_megatron.objective.diagnostics import Statistics, token_statistics
 from minpro_megatron.objective.registry import Objective
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, policy_tokens, summed_loss, summed_value
 from minpro_megatron.parallel.mesh import Mesh
@@ -43,9 +43,9 @@ class PolicyLoss:
         # not over tensor ranks, which all give the count of the whole context shard
         count = row.num_sequences if by_sequence else row.num_tokens
         own_count = count if self.mesh.tensor.rank() == 0 else 0
+        loss = summed_value(terms, weight), own_count
         staleness = micro_batch.tensor("staleness_L")
-        statistics = token_statistics(tokens, terms, scores.entropies_L, others, staleness)
-        statistics.parts.append(loss_statistic(summed_value(terms, weight), own_count))
+        statistics = token_statistics(tokens, terms, scores.entropies_L, others, staleness, loss)
         return (
             summed_loss(scores.log_probs_L, terms, weight),
             weight.new_full((), count, dtype=torch.int),

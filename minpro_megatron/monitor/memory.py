@@ -1,9 +1,11 @@
 """How much host memory the roles hold: each states its own in the run folder, the trainer's rank 0 reads them."""
 
 import json
+import os
 import socket
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -16,7 +18,12 @@ EVERY_S = 5.0
 
 def own_host_bytes() -> int:
     """Resident memory of this process."""
-    return psutil.Process().memory_info().rss
+    return _process(os.getpid()).memory_info().rss
+
+
+@cache  # to find out which process it is takes longer than to read its memory
+def _process(pid: int) -> psutil.Process:
+    return psutil.Process(pid)
 
 
 def host_bytes() -> int:

@@ -35,6 +35,10 @@ class PrefixScan(Protocol):
         """The reduction over all unmasked slots of the slot's sequence."""
         ...
 
+    def exclusive_and_whole(self, values_L: Tensor, operator: Operator) -> tuple[Tensor, Tensor]:
+        """Both, for little more than one of them costs."""
+        ...
+
 
 def combined(first: Tensor, second: Tensor, operator: Operator) -> Tensor:
     return torch.minimum(first, second) if operator == "min" else first + second
@@ -107,5 +111,9 @@ class WholeSequenceScan:
         return self._runs.running(unmasked(values_L, self._mask_L, operator), operator)
 
     def whole(self, values_L: Tensor, operator: Operator) -> Tensor:
-        totals = self._runs.totals(self.inclusive(values_L, operator), self._num_sequences, operator)
-        return totals[self._runs.key_L]
+        return self.exclusive_and_whole(values_L, operator)[1]
+
+    def exclusive_and_whole(self, values_L: Tensor, operator: Operator) -> tuple[Tensor, Tensor]:
+        running = self.inclusive(values_L, operator)
+        totals = self._runs.totals(running, self._num_sequences, operator)
+        return self._runs.shifted(running, operator), totals[self._runs.key_L]

@@ -30,14 +30,32 @@ class PolicyTokens:
         return self.mask_L > 0
 
     @cached_property
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        return self.scan.exclusive_and_whole(self.mask_L, "sum")
+
+    @property
     def earlier_L(self) -> Tensor:
         """float64: the number of trained tokens of the sequence before this one."""
-        return self.scan.exclusive(self.mask_L, "sum")
+        return self._counts[0]
+
+    @property
+    def trained_L(self) -> Tensor:
+        """float64: the number of trained tokens of the sequence."""
+        return self._counts[1]
 
     @cached_property
+    def _minima(self) -> tuple[Tensor, Tensor]:
+        return self.scan.exclusive_and_whole(self.log_ratio_L, "min")
+
+    @property
     def log_prefix_minimum_L(self) -> Tensor:
         """Least log-ratio of the sequence's earlier trained tokens, infinite for the first."""
-        return self.scan.exclusive(self.log_ratio_L, "min")
+        return self._minima[0]
+
+    @property
+    def log_minimum_L(self) -> Tensor:
+        """Least log-ratio of the sequence's trained tokens."""
+        return self._minima[1]
 
     @cached_property
     def prefix_minimum_L(self) -> Tensor:

@@ -52,23 +52,33 @@ class ShardedScan:
 
     def exclusive(self, values_L: Tensor, operator: Operator) -> Tensor:
         running = self._local(values_L, operator)
-        return combined(self._carried(running, operator), self._runs.shifted(running, operator), operator)
+        return self._exclusive(running, self._exchange(running, operator), operator)
 
     def inclusive(self, values_L: Tensor, operator: Operator) -> Tensor:
         running = self._local(values_L, operator)
-        return combined(self._carried(running, operator), running, operator)
+        return combined(self._carried(self._exchange(running, operator), operator), running, operator)
 
     def whole(self, values_L: Tensor, operator: Operator) -> Tensor:
-        totals = self._exchange(self._local(values_L, operator), operator)
-        by_sequence = totals.amin(0) if operator == "min" else totals.sum(0)
-        return by_sequence[torch.div(self._runs.key_L, 2, rounding_mode="floor")]
+        return self._whole(self._exchange(self._local(values_L, operator), operator), operator)
+
+    def exclusive_and_whole(self, values_L: Tensor, operator: Operator) -> tuple[Tensor, Tensor]:
+        running = self._local(values_L, operator)
+        pieces = self._exchange(running, operator)
+        return self._exclusive(running, pieces, operator), self._whole(pieces, operator)
 
     def _local(self, values_L: Tensor, operator: Operator) -> Tensor:
         return self._runs.running(unmasked(values_L, self._mask_L, operator), operator)
 
-    def _carried(self, running_L: Tensor, operator: Operator) -> Tensor:
-        """The reduction of all pieces before the slot's own, for every slot."""
-        pieces = self._exchange(running_L, operator)[self._order]
+    def _exclusive(self, running_L: Tensor, pieces: Tensor, operator: Operator) -> Tensor:
+        return combined(self._carried(pieces, operator), self._runs.shifted(running_L, operator), operator)
+
+    def _whole(self, pieces: Tensor, operator: Operator) -> Tensor:
+        by_sequence = pieces.amin(0) if operator == "min" else pieces.sum(0)
+        return by_sequence[torch.div(self._runs.key_L, 2, rounding_mode="floor")]
+
+    def _carried(self, pieces: Tensor, operator: Operator) -> Tensor:
+        """The reduction of all pieces before the slot's own, for every slot; `pieces` as `_exchange` gives them."""
+        pieces = pieces[self._order]
         running = pieces.cummin(0).values if operator == "min" else pieces.cumsum(0)
         before = torch.cat([torch.full_like(pieces[:1], IDENTITY[operator]), running[:-1]])  # [2 * ranks, sequences]
         mine = before[self._place_of[2 * self._group.rank() : 2 * self._group.rank() + 2]]  # [2, sequences]

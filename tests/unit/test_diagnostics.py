@@ -16,6 +16,7 @@ from minpro_megatron.objective.registry import OBJECTIVES
 from tests.unit.ragged_tokens import Tokens, one_sequence, prefix_minima, random_tokens
 
 SEED = 3
+LOSS = -2.5  # summed over slots, of a denominator of 7
 
 
 def statistics_of(tokens: Tokens, staleness: np.ndarray, entropies: np.ndarray) -> tuple[dict, dict]:
@@ -23,7 +24,9 @@ def statistics_of(tokens: Tokens, staleness: np.ndarray, entropies: np.ndarray) 
     terms = OBJECTIVES["minpro"].terms(seen, MinproConfig())
     behavior = torch.tensor(tokens.behavior)
     others = OtherLogProbs(behavior, behavior + 0.25, torch.zeros_like(behavior), torch.zeros_like(behavior))
-    found = token_statistics(seen, terms, torch.tensor(entropies), others, torch.tensor(staleness))
+    found = token_statistics(
+        seen, terms, torch.tensor(entropies), others, torch.tensor(staleness), (torch.tensor(LOSS), 7)
+    )
     return as_metrics([found])
 
 
@@ -206,7 +209,7 @@ def test_without_a_trained_token_nothing_is_observed() -> None:
     assert not tokens.mask.any()
     count = len(tokens.mask)
     metrics, histograms = statistics_of(tokens, np.zeros(count, np.int64), np.zeros(count, np.float32))
-    assert values(metrics) == {}
+    assert values(metrics) == {"objective/loss": LOSS / 7}
     assert not any(counts.any() for counts in histograms.values())
     assert derived_metrics({}, histograms) == {}
 
