@@ -2,7 +2,7 @@
 
     python tools/write_report.py runs/demo
 
-A finished run has its report already, with samples of its rollouts; it is not written over.
+A finished run has its report already; it is written anew.
 """
 
 import argparse
@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
-from minpro_megatron.monitor.report import FILE_NAME, write_report
-from minpro_megatron.monitor.summary import FILE_NAME as SUMMARY_FILE
+from minpro_megatron.monitor.report import write_report
 
 
 class _Parser(argparse.ArgumentParser):
@@ -21,13 +20,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _checked(run_dir: Path) -> Path:
-    """Raises ValueError if there is no run, or its report is the trainer's."""
+    """Raises ValueError if there is no run."""
     if not (run_dir / HISTORY_FILE).is_file():
         raise ValueError(f"{run_dir}: no {HISTORY_FILE} in it, so it is no run's folder, or the run has not begun")
-    if (run_dir / SUMMARY_FILE).exists() and (run_dir / FILE_NAME).exists():
-        raise ValueError(
-            f"{run_dir}: the run has finished and has its {FILE_NAME}; remove that to write one without samples"
-        )
     return run_dir
 
 

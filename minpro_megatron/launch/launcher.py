@@ -13,6 +13,7 @@ from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
 from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, Supervisor
 from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.progress import Progress, duration
 from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.monitor.summary import RunSummary, read_summary
@@ -45,6 +46,8 @@ def _conclude(config: RunConfig, outcome: Outcome) -> int:
         print("\n".join([*lines, remedy]), file=sys.stderr)
     if outcome.status == FINISHED:
         return finish(config)
+    if outcome.interrupted_by is None and (config.run_dir / HISTORY_FILE).exists() and (report := _report(config)):
+        print(f"report       {report}", file=sys.stderr)
     return outcome.status
 
 
@@ -75,7 +78,7 @@ def finish(config: RunConfig) -> int:
 
 
 def _report(config: RunConfig) -> Path | None:
-    """The report, written if the trainer has not; a run that has succeeded does not fail over its pictures."""
+    """The report, written if the trainer has not; a run does not fail over its pictures."""
     try:
         if (written := config.run_dir / "report.html").exists():
             return written

@@ -18,8 +18,8 @@ _OF_ONE_INCARNATION = ("endpoints", "memory", "report.html", "status", "summary.
 # What a run that failed while it started may have left besides.
 _LEFTOVERS = (
     "alarms.jsonl", "checkpoints", "environment.json", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm",
-    "journal.sqlite-wal", "logs", "metrics.jsonl", "profiles", "published", "routes", "tensorboard", "trace",
-    "trace.json",
+    "journal.sqlite-wal", "logs", "metrics.jsonl", "profiles", "published", "routes", "samples.jsonl",
+    "tensorboard", "trace", "trace.json",
 )  # fmt: skip
 _LOCK_IS_HELD = (errno.EAGAIN, errno.EACCES)
 

@@ -179,10 +179,10 @@ def scale(axes: Axes, kind: str, data: Sequence[Series]) -> None:
 
 
 def _log_scale(axes: Axes, spread: float) -> None:
-    """With plain numbers, and between the powers of ten too where there are few of those."""
+    """With short numbers, and between the powers of ten too where there are few of those."""
     axes.set_yscale("log", nonpositive="mask")
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(plain)
+    # 0.0001 would push the unit out of the picture
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if value < 1e-3 else f"{value:g}"))
     if spread < 30:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -6,12 +6,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from minpro_megatron.monitor import samples as sample_page
 from minpro_megatron.monitor.environment import read_environment
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import Entry
 from minpro_megatron.monitor.pages import first_known, percent, read_json, read_json_lines, render, short
 from minpro_megatron.monitor.progress import duration
+from minpro_megatron.monitor.samples import read_samples, shown
 from minpro_megatron.monitor.settings import described
 from minpro_megatron.monitor.summary import RunSummary, read_summary
 
@@ -20,12 +20,11 @@ ALARMS_FILE = "alarms.jsonl"
 MAX_ALARMS = 200
 
 
-def write_report(run_dir: Path, samples: Sequence[Mapping[str, Any]] | None = None) -> Path:
+def write_report(run_dir: Path) -> Path:
     """Writes `run_dir/report.html` and returns its path.
 
-    It is made from run.json, metrics.jsonl, alarms.jsonl, environment.json and, for a finished run, summary.json; what
-    is missing is left out. `samples` are rollouts to show, such as {"step": 7, "prompt": ..., "response": ...,
-    "reward": 1.0}, with "tokens" and "ratios" (lists, by token) for their colors; None: those of samples.jsonl.
+    It is made from run.json, metrics.jsonl, alarms.jsonl, samples.jsonl, environment.json and, for a finished run,
+    summary.json; what is missing is left out.
     """
     # matplotlib: every trainer rank imports this file
     from minpro_megatron.monitor.run_charts import charts
@@ -47,7 +46,7 @@ def write_report(run_dir: Path, samples: Sequence[Mapping[str, Any]] | None = No
             "sections": {c.section: [other for other in found if other.section == c.section] for c in found},
             "evaluations": _evaluations(history),
             "phases": _phases(history, summary),
-            "samples": sample_page.shown(sample_page.read_samples(run_dir) if samples is None else samples),
+            "samples": shown(read_samples(run_dir)),
             "changed": [_row(s) for settings in sections.values() for s in settings if s.is_changed],
             "settings": {section: [_row(s) for s in settings] for section, settings in sections.items()},
             "environment": read_environment(run_dir) or (summary.package_versions if summary else {}),

@@ -1,10 +1,12 @@
 """Rollouts as a report shows them: their fields, and the response's tokens colored by importance ratio."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.pages import read_json_lines, short
 
 FILE_NAME = "samples.jsonl"
@@ -32,8 +34,13 @@ class Sample(NamedTuple):
     num_left_out: int  # tokens at the response's end
 
 
+def write_samples(run_dir: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """These are the run's last samples."""
+    replace_file(Path(run_dir) / FILE_NAME, "".join(f"{json.dumps(sample)}\n" for sample in samples))
+
+
 def read_samples(run_dir: Path) -> list[dict[str, Any]]:
-    """The last of the samples that the run has written."""
+    """The last samples that the run has written."""
     return read_json_lines(Path(run_dir) / FILE_NAME)[-MAX_SAMPLES:]
 
 

@@ -11,7 +11,7 @@ from minpro_megatron.monitor.alarms import Alarm
 from minpro_megatron.monitor.histograms import bin_edges, histogram_quantile
 from minpro_megatron.monitor.memory import stated_host_bytes
 from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, smallest, total
-from minpro_megatron.monitor.samples import MAX_TOKENS
+from minpro_megatron.monitor.samples import MAX_TOKENS, write_samples
 from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
@@ -30,32 +30,41 @@ QUANTILES: dict[str, tuple[str, Callable[[float], float]]] = {
 
 def batch_metrics(batch: Batch, step: int) -> dict[str, Metric]:
     """The metrics that follow from the groups alone, as global step `step` consumes them."""
-    return merge([_group_metrics(group, step) for group in batch.groups])
-
-
-def _group_metrics(group: CollectedGroup, step: int) -> dict[str, Metric]:
-    rewards = [response.reward for response in group.responses]
-    lengths = [len(response.token_ids) for response in group.responses]
-    truncated = sum(response.finish_reason == "length" for response in group.responses)
-    staleness = step - group.oldest_version
-    count = len(rewards)
-    right = sum(reward > 0 for reward in rewards)
-    equal = float(len(set(rewards)) == 1)
-    kind = "prefixed" if group.issued.prompt.prefix else "plain"
-    return {
-        "reward/mean": mean(sum(rewards), count),
-        "reward/accuracy": mean(right, count),
-        "reward/equal_groups": mean(equal, 1),
-        f"reward/accuracy_by_prompt/{kind}": mean(right, count),
-        f"reward/equal_groups_by_prompt/{kind}": mean(equal, 1),
-        "staleness/min": smallest(staleness),
-        "staleness/mean": mean(staleness, 1),
-        "staleness/max": largest(staleness),
-        "response/length_mean": mean(sum(lengths), count),
-        f"response/length_by_prompt/{kind}": mean(sum(lengths), count),
+    kinds = {kind: [group for group in batch.groups if _kind(group) == kind] for kind in ("prefixed", "plain")}
+    responses = [response for group in batch.groups for response in group.responses]
+    rewards, lengths = [response.reward for response in responses], [len(response.token_ids) for response in responses]
+    stale = [step - group.oldest_version for group in batch.groups]
+    truncated = sum(response.finish_reason == "length" for response in responses)
+    prompts = sum(len(group.responses) * len(group.issued.prompt_token_ids) for group in batch.groups)
+    found = {
+        "reward/mean": mean(math.fsum(rewards), len(responses)),
+        "staleness/min": smallest(min(stale)),
+        "staleness/mean": mean(sum(stale), len(stale)),
+        "staleness/max": largest(max(stale)),
         "response/length_max": largest(max(lengths)),
-        "response/truncated_fraction": mean(truncated, count),
-        "batch/tokens": total(sum(lengths) + count * len(group.issued.prompt_token_ids)),
+        "response/truncated_fraction": mean(truncated, len(responses)),
+        "batch/tokens": total(sum(lengths) + prompts),
+    }
+    of_kinds = {kind: _of_kind(groups) for kind, groups in kinds.items() if groups}
+    for kind, metrics in of_kinds.items():
+        found |= {f"{name}_by_prompt/{kind}": metric for name, metric in metrics.items()}
+    merged = merge(list(of_kinds.values()))
+    merged["response/length_mean"] = merged.pop("response/length")
+    return found | merged
+
+
+def _kind(group: CollectedGroup) -> str:
+    return "prefixed" if group.issued.prompt.prefix else "plain"
+
+
+def _of_kind(groups: Sequence[CollectedGroup]) -> dict[str, Metric]:
+    """What is also told apart by kind of prompt."""
+    responses = [response for group in groups for response in group.responses]
+    equal = sum(len({response.reward for response in group.responses}) == 1 for group in groups)
+    return {
+        "reward/accuracy": mean(sum(response.reward > 0 for response in responses), len(responses)),
+        "reward/equal_groups": mean(equal, len(groups)),
+        "response/length": mean(sum(len(response.token_ids) for response in responses), len(responses)),
     }
 
 
@@ -116,7 +125,6 @@ class StepReport:
         self._alarms = alarms
         self._evaluated: set[tuple[int, str]] = set()
         self._log_ratios: np.ndarray | None = None  # of the batch's response tokens, where they are recorded
-        self.samples: list[dict] = []  # of the last step that showed any
 
     def trained(self, behavior_log_probs: np.ndarray, log_probs: Sequence[np.ndarray]) -> None:
         """The batch of the step to come next has been trained on: log-probs of its response tokens in canonical order,
@@ -171,7 +179,7 @@ class StepReport:
 
     def _show_samples(self, step: int, batch: Batch) -> None:
         first_tokens = np.cumsum([0, *(sum(len(r.token_ids) for r in group.responses) for group in batch.groups)])
-        self.samples = [
+        samples = [
             {
                 "step": step,
                 "prompt": group.issued.prompt.text + group.issued.prompt.prefix,
@@ -182,7 +190,8 @@ class StepReport:
             | self._tokens(group.responses[0].token_ids, first_token)
             for group, first_token in zip(batch.groups[:8], first_tokens, strict=False)
         ]
-        self._writer.text(step, "samples", "\n\n".join(_as_markdown(sample) for sample in self.samples))
+        self._writer.text(step, "samples", "\n\n".join(_as_markdown(sample) for sample in samples))
+        write_samples(self._writer.run_dir, samples)
 
     def _tokens(self, token_ids: np.ndarray, first_token: int) -> dict[str, Any]:
         """The response's tokens one by one with their ratios, for the report; `first_token`: its place in the batch."""

@@ -66,7 +66,7 @@ def _measure(config: RunConfig, incarnation: int) -> None:
         servers=timer.server_use(),
     )
     write_summary(config.run_dir, summary)
-    write_report(config.run_dir, timer.report.samples)
+    write_report(config.run_dir)
     write_status(config.run_dir, "timer", "finished")
 
 

@@ -98,7 +98,7 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     assert totals is not None, "rank 0 has a feed"
     _say(config, mesh, "exporting the trained weights")
     _export(config, gatherer, mesh)
-    _conclude(config, trainer, totals, time.monotonic() - started, trainer.report.samples)
+    _conclude(config, trainer, totals, time.monotonic() - started)
     _say(config, mesh, "finished")
 
 
@@ -125,9 +125,7 @@ def _export(config: RunConfig, gatherer: WeightGatherer, mesh: Mesh) -> None:
             pass
 
 
-def _conclude(
-    config: RunConfig, trainer: Trainer, totals: CollectorTotals, wall_time_s: float, samples: list[dict]
-) -> None:
+def _conclude(config: RunConfig, trainer: Trainer, totals: CollectorTotals, wall_time_s: float) -> None:
     summary = summarize(
         config,
         totals,
@@ -138,7 +136,7 @@ def _conclude(
         hf_export=config.run_dir / HF_EXPORT,
     )
     write_summary(config.run_dir, summary)
-    write_report(config.run_dir, samples)
+    write_report(config.run_dir)
 
 
 def _say(config: RunConfig, mesh: Mesh, phase: str) -> None:

@@ -19,7 +19,7 @@ from minpro_megatron.monitor.metrics import METRICS
 from minpro_megatron.monitor.pages import visible
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.run_charts import CHARTS, charts
-from minpro_megatron.monitor.samples import color_of
+from minpro_megatron.monitor.samples import color_of, write_samples
 from minpro_megatron.monitor.settings import described
 from minpro_megatron.monitor.summary import read_summary, summarize, write_summary
 from minpro_megatron.records import CollectorTotals, EvaluationResult
@@ -69,6 +69,11 @@ def write_entries(folder, entries):
 def write_run(folder, entries):
     (folder / "run.json").write_text(example_config(folder).to_json())
     write_entries(folder, entries)
+
+
+def report_with(folder, samples):
+    write_samples(folder, samples)
+    return write_report(folder)
 
 
 def test_the_summary_survives_its_file(tmp_path):
@@ -248,7 +253,7 @@ def test_a_run_without_metrics_or_settings_still_has_a_report(tmp_path):
 def test_hostile_text_is_shown_as_text(tmp_path):
     write_run(tmp_path, [])
     sample = {"step": 1, "prompt": "1+1=", "response": HOSTILE, HOSTILE: 1.0}
-    page = write_report(tmp_path, [sample]).read_text()
+    page = report_with(tmp_path, [sample]).read_text()
     assert_safe(page)
     assert page.count("&lt;script&gt;") == 2
 
@@ -269,7 +274,7 @@ def test_nothing_that_comes_from_outside_gets_into_the_pages_structure(tmp_path,
     write_entries(tmp_path, [Entry(step, 1.0 + step, dict.fromkeys(names, 0.5)) for step in range(3)])
     tokens = {"tokens": [nasty, 3, nasty], "ratios": [0.5, None, "2"]}
     samples = [{"step": nasty, nasty: nasty, "response": nasty}, {"response": nasty} | tokens]
-    outline = assert_safe(write_report(tmp_path, samples).read_text(encoding="utf-8"))
+    outline = assert_safe(report_with(tmp_path, samples).read_text(encoding="utf-8"))
     assert outline.text.count(visible(nasty)) >= 8
     assert "49" not in outline.text
 
@@ -277,8 +282,8 @@ def test_nothing_that_comes_from_outside_gets_into_the_pages_structure(tmp_path,
 def test_a_megabyte_of_text_does_not_make_a_megabyte_of_report(tmp_path):
     large = "<b>" * 350_000
     (tmp_path / "run.json").write_text(json.dumps({"name": large, "data": {"instruction": large}, large: 1}))
-    sample = {"response": large, "prompt": large, "tokens": [large] * 5000, "ratios": [2.0] * 5000, large: large}
-    page = write_report(tmp_path, [sample, {"response": large}]).read_text()
+    sample = {"response": large, "prompt": large, "tokens": ["<b>" * 700] * 5000, "ratios": [2.0] * 5000, large: large}
+    page = report_with(tmp_path, [sample, {"response": large}]).read_text()
     assert len(page) < 2_000_000
     assert "(4000 more tokens)" in page
     assert_safe(page)
@@ -287,7 +292,7 @@ def test_a_megabyte_of_text_does_not_make_a_megabyte_of_report(tmp_path):
 def test_tokens_are_colored_by_their_ratio(tmp_path):
     write_run(tmp_path, [])
     sample = {"response": "unused", "tokens": ["one", "two", "three", "\n"], "ratios": [1.0, 0.5, 9.0, None]}
-    page = write_report(tmp_path, [sample]).read_text()
+    page = report_with(tmp_path, [sample]).read_text()
     assert '<span class="t " title="ratio 1">one</span>' in page
     assert '<span class="t low3" title="ratio 0.5">two</span>' in page
     assert '<span class="t high4" title="ratio 9">three</span>' in page

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from minpro_megatron.monitor.samples import write_samples
 from tests.unit.test_report import assert_safe, history, write_run
 from tools.write_report import main
 
@@ -16,13 +17,12 @@ def test_a_run_that_goes_on_gets_a_report(tmp_path: Path, capsys: pytest.Capture
     assert "2 of 4" in assert_safe((tmp_path / "report.html").read_text()).text
 
 
-def test_the_report_of_a_finished_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(tmp_path, [])
-    (tmp_path / "summary.json").write_text("{}")
+def test_a_finished_run_keeps_its_samples(tmp_path: Path) -> None:
+    write_run(tmp_path, history(2))
     (tmp_path / "report.html").write_text("the trainer's")
-    assert main([str(tmp_path)]) == 2
-    assert "the run has finished and has its report.html" in capsys.readouterr().err
-    assert (tmp_path / "report.html").read_text() == "the trainer's"
+    write_samples(tmp_path, [{"step": 0, "response": "forty-two"}])
+    assert main([str(tmp_path)]) == 0
+    assert "forty-two" in assert_safe((tmp_path / "report.html").read_text()).text
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
