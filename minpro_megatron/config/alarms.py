@@ -45,7 +45,7 @@ class AlarmsConfig(Section):
         default=10.0,
         gt=1,
         description="a step's gradient norm above so many times the median of the steps before it is a spike; three of "
-        "them within window_steps raise the alarm",
+        "them within window_steps (all, where these are fewer) raise the alarm",
     )
     effective_sample_size: float | None = Field(
         default=0.3, gt=0, le=1, description="least objective/effective_sample_size"

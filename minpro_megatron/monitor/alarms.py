@@ -14,7 +14,7 @@ from minpro_megatron.config.alarms import AlarmName, AlarmsConfig
 
 LEAST_RISE_NATS = 0.3  # of an entropy explosion
 LEAST_REWARD_DROP = 0.03  # accuracy of a few hundred responses varies by as much
-NUM_SPIKES = 3  # within the window: one alone is clipped and gone
+NUM_SPIKES = 3  # within the window, or all of a shorter one: one alone is clipped and gone
 MOST_STEPS_BEFORE_A_SPIKE = 20  # whose median it is compared with
 MUST_BE_FINITE = ("objective/loss", "policy/entropy", "ratio/mean", "optimizer/grad_norm")
 
@@ -128,7 +128,7 @@ def _gradient_spikes(series: Series, limits: Limits) -> str | None:
         usual = median(norms[max(0, place - MOST_STEPS_BEFORE_A_SPIKE) : place])
         if norms[place] > factor * usual:
             spikes.append(norms[place] / usual)
-    if len(spikes) < NUM_SPIKES:
+    if len(spikes) < min(NUM_SPIKES, window):
         return None
     return (
         f"optimizer/grad_norm was above alarms.gradient_spike_factor = {factor:g} times its median in {len(spikes)} of "

@@ -105,6 +105,16 @@ def test_another_threshold_or_none_makes_it_silent(series: dict, threshold: dict
     assert watched(series, AlarmsConfig(**threshold)) == []
 
 
+@pytest.mark.parametrize(("window", "spikes"), [(2, [50.0] * 2), (3, [50.0] * 3), (10, [50.0] * 3)])
+def test_gradients_spike_in_windows_of_any_length(window: int, spikes: list[float]) -> None:
+    settings = AlarmsConfig(window_steps=window)
+    last = 20 + len(spikes) - 1
+    assert [found[:2] for found in watched(changed("optimizer/grad_norm", 20, spikes), settings)] == [
+        (last, "gradient_spikes")
+    ]
+    assert watched(changed("optimizer/grad_norm", 20, spikes[1:]), settings) == []
+
+
 def test_what_goes_on_is_not_news_and_what_comes_back_is() -> None:
     lost = {"fleet/members": [4.0] * 5 + [3.0] * 30 + [4.0] * 12 + [3.0, 4.0, 3.0] + [4.0] * 20}
     assert [step for step, *_ in watched(lost)] == [5, 47]
