@@ -12,11 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.stability_study.report import write_report
-
 from benchmarks.stability_study.analysis import final_accuracy
 from benchmarks.stability_study.grid import SEEDS, choose_rate, study_keys, sweep_keys, sweep_table
 from benchmarks.stability_study.prepare import fingerprint, prepare
+from benchmarks.stability_study.report import write_report
 from benchmarks.stability_study.work import run_missing, stored
 
 FOLDER = Path(__file__).resolve().parent
