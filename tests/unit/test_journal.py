@@ -112,7 +112,7 @@ def test_nothing_happens_twice_or_out_of_order(tmp_path: Path) -> None:
     issued = [group.issued for group in made.groups]
     scores = with_log_probs(made.groups)
 
-    async def refused(action: Awaitable[None], reason: str) -> None:
+    async def refused(action: Awaitable[object], reason: str) -> None:
         with pytest.raises(JournalError, match=reason):
             await action
 
@@ -288,7 +288,7 @@ def torn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[tupl
     kept, history = folder / "kept", [[]]
 
     async def use(journal: Journal) -> None:
-        async def step(action: Awaitable[None]) -> None:
+        async def step(action: Awaitable[object]) -> None:
             await action
             history.append(await journal._file.run(lambda connection: connection.execute(STATE).fetchall()))
 
