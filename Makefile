@@ -45,8 +45,8 @@ test-mesh: setup ## Megatron-Core on 2 to 8 gloo ranks
 test-matrix: setup ## all meshes of up to 8 ranks, into tests/mesh/matrix_result.md; RESUME=1 goes on (20-40 min)
 	MATRIX_RESUME=$(RESUME) $(PYTHON) -m pytest tests/mesh/matrix.py $(ARGS)
 
-test-long: setup ## the end-to-end tests that make test leaves out: more of SGLang, eval and debug modes (10-20 min)
-	$(PYTHON) -m pytest -m long tests/e2e $(ARGS)
+test-long: setup ## what make test leaves out: more runs, kills, SGLang, eval, Slurm, full-size meshes (30-60 min)
+	$(PYTHON) -m pytest -m long tests/mesh tests/e2e $(ARGS)
 
 test-gpu: setup ## what needs a GPU (skipped without one)
 	$(PYTHON) -m pytest tests/gpu $(ARGS)

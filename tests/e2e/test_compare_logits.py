@@ -9,7 +9,7 @@ import pytest
 
 from tests.mesh.reference import make_model
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 TOOL = Path(__file__).parents[2] / "tools" / "compare_logits.py"
 
@@ -28,7 +28,6 @@ def test_a_model_on_two_ranks_agrees_with_transformers(tmp_path: Path) -> None:
     assert 0 <= found["largest_kl"] < 1e-8
 
 
-@pytest.mark.long
 def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
     make_model("dense").save_pretrained(tmp_path / "hf")
     done = _run("--hf", str(tmp_path / "hf"), "--ids", "1,99999")

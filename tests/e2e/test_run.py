@@ -109,6 +109,7 @@ def _check_export(launch: Launch) -> None:
     assert model(ids).logits.isfinite().all()
 
 
+@pytest.mark.long
 def test_killed_trainer_rank_stops_every_role(launches: Launcher) -> None:
     launch = launches("killed", *SMALL, "num_global_steps=1000")
     launch.wait_for("metrics.jsonl", 170)
@@ -125,6 +126,7 @@ def test_killed_trainer_rank_stops_every_role(launches: Launcher) -> None:
     assert _alive(started) == []
 
 
+@pytest.mark.long
 def test_interrupt_while_the_server_starts_leaves_no_process(launches: Launcher) -> None:
     launch = launches("interrupted", *SMALL)
     launch.wait_for("logs/server-0.log", 60)

@@ -30,10 +30,18 @@ pytestmark = pytest.mark.mesh
 RELEASED = {"30B-A3B": QWEN3_30B_A3B, "8B": QWEN3_8B, "14B": QWEN3_14B, "0.6B": QWEN3_0_6B}
 MESHES = [
     ("30B-A3B", {"tensor": 4, "pipeline": 2, "expert": 8, "context": 2}),
-    ("30B-A3B", {"expert": 8}),
+    pytest.param("30B-A3B", {"expert": 8}, marks=pytest.mark.long),
     ("30B-A3B", {"tensor": 8, "expert": 8}),  # more tensor ranks than key and value heads
-    ("30B-A3B", {"tensor": 2, "pipeline": 4, "virtual_pipeline": 2, "expert": 4, "expert_tensor": 2, "data": 8}),
-    ("30B-A3B", {"tensor": 2, "pipeline": 3, "expert": 8, "data": 4, "pipeline_layers": (15, 18, 15)}),
+    pytest.param(
+        "30B-A3B",
+        {"tensor": 2, "pipeline": 4, "virtual_pipeline": 2, "expert": 4, "expert_tensor": 2, "data": 8},
+        marks=pytest.mark.long,
+    ),
+    pytest.param(
+        "30B-A3B",
+        {"tensor": 2, "pipeline": 3, "expert": 8, "data": 4, "pipeline_layers": (15, 18, 15)},
+        marks=pytest.mark.long,
+    ),
     ("0.6B", {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (5, 8, 8, 7)}),  # tied embeddings
     ("8B", {"tensor": 4, "context": 2}),
     ("14B", {"tensor": 8, "pipeline": 4, "data": 2}),

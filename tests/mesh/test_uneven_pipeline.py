@@ -52,6 +52,7 @@ def test_step_on_uneven_stages_equals_transformers(
     assert differences(step, expected).breaches == []
 
 
+@pytest.mark.long
 def test_weights_saved_on_one_layout_load_on_every_other_and_publish_whole(odd: dict, tmp_path: Path) -> None:
     start = odd["moe of 5"][0]
     expected = {name: tensor.numpy() for name, tensor in saved_tensors(start.model).items()}
