@@ -80,7 +80,7 @@ def test_a_learning_rate_far_too_high_breaks_the_numbers(sound: Launch, launches
     [
         # which a policy of few words gets, and one that such a policy loses
         ("tests.e2e.digits_reward:grade", {"effective_sample_size", "entropy_collapse"}),
-        ("tests.e2e.variety_reward:grade", {"effective_sample_size", "entropy_explosion", "reward_drop"}),
+        ("tests.e2e.variety_reward:grade", {"effective_sample_size", "reward_drop"}),
     ],
 )
 def test_a_learning_rate_too_high_ruins_the_policy(reward: str, names: set[str], launches: Launcher) -> None:
