@@ -23,6 +23,8 @@ are expected (of Qwen3-14B 34 GB, with which it would just fit).
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from minpro_megatron.config.objective import MinproConfig
@@ -44,6 +46,17 @@ ROOT_VARIABLE = "MINPRO_ROOT"
 BENCHMARK_SAMPLES = {
     "aime24": 128, "aime25": 128, "amc23": 128, "math500": 2, "olympiad": 2, "minerva": 2, "gsm8k": 2,
 }  # fmt: skip
+# What the runs of each objective are called; the first one's is the main run itself.
+OBJECTIVES = {
+    "minpro": "MinPRO",
+    "cispo": "CISPO",
+    "grpo": "GRPO with DAPO's clip",
+    "gspo": "GSPO",
+    "m2po": "M2PO",
+    "ctpo": "CTPO (arXiv:2605.07331)",  # which the paper does not have
+}
+
+Recipe = Callable[[], RunConfig]
 
 
 def table_3(
@@ -161,3 +174,31 @@ def one_machine(config: RunConfig, parallel: ParallelConfig, server: ServerConfi
     assert parallel.world_size + server.count * server.tensor_parallel == 8
     moved = config.model_copy(update={"parallel": parallel, "server": server})
     return with_overrides(moved, [f"name={config.name}-one-machine", f"optimizer.cpu_offload={cpu_offload}"])
+
+
+def variants(minpro: Recipe) -> dict[str, Recipe]:
+    """The recipes, by name, that are edits of a model's main run: every objective, off-policy and on-policy, and what
+    else needs nothing but that run. A module states them as its VARIANTS (launch/recipe.py)."""
+    runs = {"minpro": minpro}
+    for objective, title in OBJECTIVES.items():
+        if objective != "minpro":
+            edit = partial(with_objective, objective=objective)
+            runs[objective] = _edited(minpro, edit, f"{title}, two global steps off-policy.")
+        runs[f"{objective}_on_policy"] = _edited(runs[objective], on_policy, f"{title} on-policy.")
+    never_wait = "with servers that never wait: no token older than two versions."
+    runs["minpro_bounded"] = _edited(minpro, bounded, f"MinPRO {never_wait}")
+    runs["cispo_bounded"] = _edited(runs["cispo"], bounded, f"CISPO {never_wait}")
+    positions = "MinPRO with responses of up to 30,712 tokens: all of the model's positions."
+    runs["minpro_long_context"] = _edited(minpro, long_context, positions)
+    prefixes = "MinPRO on prompts that go on with a part of a right response (PrefixRL)."
+    runs["minpro_prefix_rl"] = _edited(minpro, prefix_rl, prefixes)
+    del runs["minpro"]
+    return runs
+
+
+def _edited(base: Recipe, edit: Callable[[RunConfig], RunConfig], purpose: str) -> Recipe:
+    def recipe() -> RunConfig:
+        return edit(base())
+
+    recipe.__doc__ = purpose
+    return recipe

@@ -23,81 +23,6 @@ def minpro() -> RunConfig:
     )
 
 
-def minpro_on_policy() -> RunConfig:
-    """MinPRO on-policy."""
-    return paper.on_policy(minpro())
-
-
-def cispo() -> RunConfig:
-    """CISPO, two global steps off-policy."""
-    return paper.with_objective(minpro(), "cispo")
-
-
-def cispo_on_policy() -> RunConfig:
-    """CISPO on-policy."""
-    return paper.on_policy(cispo())
-
-
-def grpo() -> RunConfig:
-    """GRPO with DAPO's clip, two global steps off-policy."""
-    return paper.with_objective(minpro(), "grpo")
-
-
-def grpo_on_policy() -> RunConfig:
-    """GRPO with DAPO's clip on-policy."""
-    return paper.on_policy(grpo())
-
-
-def gspo() -> RunConfig:
-    """GSPO, two global steps off-policy."""
-    return paper.with_objective(minpro(), "gspo")
-
-
-def gspo_on_policy() -> RunConfig:
-    """GSPO on-policy."""
-    return paper.on_policy(gspo())
-
-
-def m2po() -> RunConfig:
-    """M2PO, two global steps off-policy."""
-    return paper.with_objective(minpro(), "m2po")
-
-
-def m2po_on_policy() -> RunConfig:
-    """M2PO on-policy."""
-    return paper.on_policy(m2po())
-
-
-def ctpo() -> RunConfig:
-    """CTPO (arXiv:2605.07331), which the paper does not have, two global steps off-policy."""
-    return paper.with_objective(minpro(), "ctpo")
-
-
-def ctpo_on_policy() -> RunConfig:
-    """CTPO on-policy."""
-    return paper.on_policy(ctpo())
-
-
-def minpro_bounded() -> RunConfig:
-    """MinPRO with servers that never wait: no token older than two versions."""
-    return paper.bounded(minpro())
-
-
-def cispo_bounded() -> RunConfig:
-    """CISPO with servers that never wait: no token older than two versions."""
-    return paper.bounded(cispo())
-
-
-def minpro_long_context() -> RunConfig:
-    """MinPRO with responses of up to 30,712 tokens: all of the model's positions."""
-    return paper.long_context(minpro())
-
-
-def minpro_prefix_rl() -> RunConfig:
-    """MinPRO on prompts that go on with a part of a right response (PrefixRL)."""
-    return paper.prefix_rl(minpro())
-
-
 def minpro_one_machine() -> RunConfig:
     """MinPRO on eight GPUs of 80 GB: four train, two servers have two each.
 
@@ -105,3 +30,6 @@ def minpro_one_machine() -> RunConfig:
     """
     mesh = ParallelConfig(tensor=4, data=1)
     return paper.one_machine(minpro(), mesh, paper.servers(count=2, tensor_parallel=2), cpu_offload=1.0)
+
+
+VARIANTS = paper.variants(minpro)

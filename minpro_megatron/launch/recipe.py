@@ -23,9 +23,10 @@ def load_recipe(recipe: str) -> RunConfig:
     if not (separator and module_name and function_name):
         raise UserError(f"recipe {recipe!r}: expected module:function, such as recipes.demo:tiny_moe")
     module = _import(module_name, f"recipe {recipe!r}")
-    function = getattr(module, function_name, None)
+    recipes = _recipes_in(module)
+    function = recipes.get(function_name, getattr(module, function_name, None))
     if not callable(function):
-        known = ", ".join(_recipes_in(module)) or "no recipe"
+        known = ", ".join(recipes) or "no recipe"
         raise UserError(f"recipe {recipe!r}: {module_name} has no function {function_name!r}; it has: {known}")
     return _call(recipe, function)
 
@@ -106,8 +107,8 @@ def _given(entry: Any) -> str:
 
 
 def _recipes_in(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """By name: the module's own public functions without parameters."""
-    return {
+    """By name: the module's own public functions without parameters, and those of its mapping VARIANTS."""
+    own = {
         name: value
         for name, value in vars(module).items()
         if inspect.isfunction(value)
@@ -115,3 +116,4 @@ def _recipes_in(module: ModuleType) -> dict[str, Callable[..., Any]]:
         and not name.startswith("_")
         and not inspect.signature(value).parameters
     }
+    return own | getattr(module, "VARIANTS", {})

@@ -159,15 +159,15 @@ def test_the_longest_sequences_fit_the_servers(recipe: str, tmp_path: Path) -> N
 
 def test_variants_are_what_their_names_say() -> None:
     base = qwen3_8b.minpro()
-    assert qwen3_8b.minpro_bounded().staleness.mode == "bounded"
-    assert qwen3_8b.minpro_bounded().staleness.max_staleness == 2
-    assert qwen3_8b.cispo_bounded().objective == qwen3_8b.cispo().objective
-    ctpo = qwen3_8b.ctpo().objective
+    assert qwen3_8b.VARIANTS["minpro_bounded"]().staleness.mode == "bounded"
+    assert qwen3_8b.VARIANTS["minpro_bounded"]().staleness.max_staleness == 2
+    assert qwen3_8b.VARIANTS["cispo_bounded"]().objective == qwen3_8b.VARIANTS["cispo"]().objective
+    ctpo = qwen3_8b.VARIANTS["ctpo"]().objective
     assert (ctpo.name, ctpo.aggregation) == ("ctpo", "sequence_mean")
-    longer = qwen3_8b.minpro_long_context()
+    longer = qwen3_8b.VARIANTS["minpro_long_context"]()
     assert (longer.parallel.context, longer.parallel.data) == (2 * base.parallel.context, base.parallel.data // 2)
     assert longer.sampling.max_response_tokens == 30712
-    prefixed = qwen3_14b.minpro_prefix_rl()
+    prefixed = qwen3_14b.VARIANTS["minpro_prefix_rl"]()
     assert Path(prefixed.data.train_file).name == "dapo_prefixed.jsonl"
     assert prefixed.sampling.max_prompt_tokens == 10240
     small = qwen3_30b_a3b.minpro_one_machine()
@@ -184,7 +184,7 @@ def test_a_share_of_other_than_eight_gpus_is_no_machine() -> None:
 
 def test_all_files_are_under_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(paper.ROOT_VARIABLE, "/shared/rl")
-    config = qwen3_30b_a3b.gspo_on_policy()
+    config = qwen3_30b_a3b.VARIANTS["gspo_on_policy"]()
     assert config.model.hf_path == "/shared/rl/models/Qwen3-30B-A3B-Base/hf"
     assert config.model.megatron_path == "/shared/rl/models/Qwen3-30B-A3B-Base/megatron"
     assert (config.data.train_file, config.data.heldout_file) == (
