@@ -132,16 +132,18 @@ class FakeServers:
     answer after a few turns of the event loop that depend on the group's seeds.
 
     In delay mode (`exact`) it catches a version that replaces another under work. In bounded mode a response's tokens
-    are half of the version at its start and half of that at its end.
+    are half of the version at its start and half of that at its end, and the groups `spanning` take
+    until the next version.
     """
 
-    def __init__(self, count: int = 1, *, exact: bool = True, longest: int = 5) -> None:
+    def __init__(self, count: int = 1, *, exact: bool = True, longest: int = 5, spanning: Sequence[int] = ()) -> None:
         self.version = 0
         self.in_flight = 0
         self.issued: list[IssuedGroup] = []
         self.fail_with: Exception | None = None
         self._exact = exact
         self._longest = longest
+        self._spanning = spanning
         self._starts = dict.fromkeys(range(count), 0)
         self._held: dict[int, int | None] = dict.fromkeys(range(count), 0)
 
@@ -183,6 +185,8 @@ class FakeServers:
         try:
             for _ in range(issued.sampling_seeds[0] % self._longest):
                 await asyncio.sleep(0)
+            while issued.group_id in self._spanning and self.version == first_version:
+                await asyncio.sleep(0.001)
             if self.fail_with is not None:
                 raise self.fail_with
             if self._exact:

@@ -66,7 +66,8 @@ def test_delay_mode_has_the_staleness_of_the_delay_and_every_group_once(tmp_path
 @pytest.mark.parametrize("max_staleness", [1, 3])
 def test_bounded_mode_keeps_its_bound_while_weights_change_under_responses(tmp_path: Path, max_staleness: int) -> None:
     config = run_config(tmp_path, steps=6, max_staleness=max_staleness)
-    servers = FakeServers(exact=False, longest=400)
+    spanning = range(4, 6 * NUM_PROMPTS, 5)  # not 0 and 1, which are the groups of evaluations too
+    servers = FakeServers(exact=False, spanning=spanning)
     trainer, totals = run_whole(config, servers)
     groups = [group for step in range(6) for group in trainer.trained[step].groups]
     assert max(Counter(group.issued.group_id for group in groups).values()) == 1
