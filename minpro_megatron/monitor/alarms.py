@@ -6,9 +6,11 @@ run that goes on after a crash knows from metrics.jsonl what was raised before.
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import Literal
 
 from minpro_megatron.config.alarms import AlarmName, AlarmsConfig
 
@@ -83,12 +85,18 @@ def _not_finite(series: Series, limits: Limits) -> str | None:
     return f"{', '.join(broken)}: not finite" if broken else None
 
 
-def _entropy_collapse(series: Series, limits: Limits) -> str | None:
-    least = limits.settings.entropy_collapse_nats
-    averages = series.averages("policy/entropy")
-    if least is None or not averages or averages[-1] >= least:
-        return None
-    return f"policy/entropy {averages[-1]:.3g} nats is below alarms.entropy_collapse_nats = {least:g}"
+def _average_beyond(metric: str, setting: str, side: Literal["above", "below"], unit: str = "") -> Check:
+    """Whether the window's average of `metric` is on that side of alarms.`setting`."""
+    is_beyond = operator.gt if side == "above" else operator.lt
+
+    def check(series: Series, limits: Limits) -> str | None:
+        limit: float | None = getattr(limits.settings, setting)
+        averages = series.averages(metric)
+        if limit is None or not averages or not is_beyond(averages[-1], limit):
+            return None
+        return f"{metric} {averages[-1]:.3g}{unit} is {side} alarms.{setting} = {limit:g}"
+
+    return check
 
 
 def _entropy_explosion(series: Series, limits: Limits) -> str | None:
@@ -136,22 +144,6 @@ def _gradient_spikes(series: Series, limits: Limits) -> str | None:
     )
 
 
-def _effective_sample_size(series: Series, limits: Limits) -> str | None:
-    least = limits.settings.effective_sample_size
-    averages = series.averages("objective/effective_sample_size")
-    if least is None or not averages or averages[-1] >= least:
-        return None
-    return f"objective/effective_sample_size {averages[-1]:.3g} is below alarms.effective_sample_size = {least:g}"
-
-
-def _mismatch(series: Series, limits: Limits) -> str | None:
-    most = limits.settings.mismatch_kl_nats
-    averages = series.averages("mismatch/kl_k3")
-    if most is None or not averages or averages[-1] <= most:
-        return None
-    return f"mismatch/kl_k3 {averages[-1]:.3g} nats is above alarms.mismatch_kl_nats = {most:g}"
-
-
 def _staleness_at_bound(series: Series, limits: Limits) -> str | None:
     share, bound, window = limits.settings.staleness_share_of_bound, limits.max_staleness, limits.settings.window_steps
     stalest = series.last("staleness/mean", window)
@@ -188,7 +180,7 @@ CHECKS: dict[AlarmName, _Watched] = {
         "go back to an earlier checkpoint (write its name into checkpoints/latest) and lower optimizer.learning_rate",
     ),
     "entropy_collapse": _Watched(
-        _entropy_collapse,
+        _average_beyond("policy/entropy", "entropy_collapse_nats", "below", " nats"),
         "the policy hardly explores any more: lower optimizer.learning_rate, raise objective.clip_high, or leave out "
         "prompts that it always solves (data.max_pass_rate)",
     ),
@@ -208,12 +200,12 @@ CHECKS: dict[AlarmName, _Watched] = {
         "optimizer.learning_rate",
     ),
     "effective_sample_size": _Watched(
-        _effective_sample_size,
+        _average_beyond("objective/effective_sample_size", "effective_sample_size", "below"),
         "few tokens make most of the gradient: lower the staleness, raise batch.mini_batch_prompts, or lower "
         "optimizer.learning_rate or objective.clip_high",
     ),
     "mismatch": _Watched(
-        _mismatch,
+        _average_beyond("mismatch/kl_k3", "mismatch_kl_nats", "above", " nats"),
         "servers and trainer disagree about the same weights: look at publish/canary_abs_max, give server.dtype the "
         "model's, set model.routing_replay = rollout for experts, or loss.truncated_importance or loss.icepop",
     ),
