@@ -12,6 +12,19 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# Overrides of the demo: a run of small steps on one rank, with the engine that starts soonest.
+SMALL_RUN = (
+    "server.engine=reference",
+    "staleness.delay_steps=1",
+    "evaluation.num_prompts=2",
+    "evaluation.samples_per_prompt=2",
+    "batch.num_prompts=4",
+    "batch.mini_batch_prompts=2",
+    "batch.responses_per_prompt=4",
+    "parallel.tensor=1",
+    "parallel.expert=1",
+    "checkpoint.every_steps=0",
+)
 
 
 @dataclass(frozen=True)
@@ -25,11 +38,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Random weights: what is tested is that everything works together, not that anything is learnt."""
     folder = tmp_path_factory.mktemp("tiny_model")
     model = TinyModel(folder / "hf", folder / "megatron")
-    make = ["tools/make_tiny_model.py", "--steps", "0", "--output", model.hf]
-    convert = ["tools/convert_checkpoint.py", "to-megatron", "--hf", model.hf, "--output", model.megatron]
-    for command in (make, convert):
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, timeout=170, capture_output=True)
+    _run_tool("make_tiny_model.py", "--steps", 0, "--output", model.hf)
+    convert(model)
     return model
+
+
+def convert(model: TinyModel) -> None:
+    """Makes the Megatron format of the Hugging Face one."""
+    _run_tool("convert_checkpoint.py", "to-megatron", "--hf", model.hf, "--output", model.megatron)
+
+
+def _run_tool(name: str, *arguments: object) -> None:
+    command = [sys.executable, f"tools/{name}", *map(str, arguments)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=170, capture_output=True)
 
 
 class Launch:

@@ -4,6 +4,8 @@ The runs are of a few small steps on one rank, with the reference engine or, whe
 the journal of the sound run.
 """
 
+import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,26 +15,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from minpro_megatron.monitor.alarm_log import read_alarms
 from minpro_megatron.monitor.history import read_history
-from tests.e2e.conftest import ROOT, Launch, Launcher, TinyModel
+from tests.e2e.conftest import ROOT, SMALL_RUN, Launch, Launcher, TinyModel, convert
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
 
 SMALL = (
-    "server.engine=reference",
+    *SMALL_RUN,
     "server.health_interval_s=0.5",
     "num_global_steps=14",
-    "staleness.delay_steps=1",
-    "evaluation.num_prompts=2",
-    "evaluation.samples_per_prompt=2",
-    "batch.num_prompts=4",
-    "batch.mini_batch_prompts=2",
-    "batch.responses_per_prompt=4",
-    "parallel.tensor=1",
-    "parallel.expert=1",
-    "checkpoint.every_steps=0",
     "collector.reward=tests.e2e.digits_reward:grade",
 )
 # the tiny model's rate is 5e-5
@@ -89,6 +84,59 @@ def test_a_learning_rate_too_high_ruins_the_policy(reward: str, names: set[str],
     status, output = ruined.wait(150)
     assert status == 0, output
     assert names <= raised(ruined.run_dir)
+
+
+@pytest.fixture(scope="module")
+def confident(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """The tiny model with a fraction of its entropy, but for `*`, which it never says."""
+    tensors = load_file(tiny_model.hf / "model.safetensors")
+    tensors["lm_head.weight"] *= 60
+    tensors["lm_head.weight"][_token(tiny_model, "*")] = 0
+    return _with_weights(tiny_model, tensors, tmp_path_factory.mktemp("confident"))
+
+
+def _token(model: TinyModel, text: str) -> int:
+    return json.loads((model.hf / "tokenizer.json").read_text())["model"]["vocab"][text]
+
+
+def _with_weights(model: TinyModel, tensors: dict[str, torch.Tensor], folder: Path) -> TinyModel:
+    made = TinyModel(folder / "hf", folder / "megatron")
+    shutil.copytree(model.hf, made.hf)
+    save_file(tensors, made.hf / "model.safetensors", metadata={"format": "pt"})
+    convert(made)
+    return made
+
+
+def test_a_weight_decay_far_too_high_makes_the_policy_forget(confident: TinyModel, tmp_path: Path) -> None:
+    decay = ("optimizer.weight_decay=4000", "optimizer.warmup_global_steps=0", "alarms.window_steps=2")
+    assert "entropy_explosion" in _raised_with(confident, tmp_path, *decay)
+
+
+def test_prompts_with_a_token_that_was_never_trained_give_spikes(confident: TinyModel, tmp_path: Path) -> None:
+    """The last prompts have a `*`. Where its embedding is zero, the norms' gradients there are some thousand times the
+    others'."""
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in (ROOT / "recipes" / "data" / "calculator_train.jsonl").open()]
+    easy = [row | {"pass_rate": 0.9} for row in rows if "*" not in row["prompt"]][:40]
+    hard = [row | {"pass_rate": 0.1} for row in rows if "*" in row["prompt"]][:16]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in easy + hard))
+    data = (f"data.train_file={prompts}", "data.curriculum=easy_first", "optimizer.learning_rate=1e-7")
+    assert "gradient_spikes" not in _raised_with(confident, tmp_path / "trained", *data)
+
+    tensors = load_file(confident.hf / "model.safetensors")
+    tensors["model.embed_tokens.weight"][_token(confident, "*")] = 0
+    untrained = _with_weights(confident, tensors, tmp_path / "model")
+    assert "gradient_spikes" in _raised_with(untrained, tmp_path / "untrained", *data)
+
+
+def _raised_with(model: TinyModel, runs_dir: Path, *settings: str) -> set[str]:
+    launch = Launch(model, runs_dir, "run", *SMALL, *settings)
+    try:
+        status, output = launch.wait(150)
+    finally:
+        launch.end()
+    assert status == 0, output
+    return raised(launch.run_dir)
 
 
 def test_servers_that_run_ahead_and_one_that_is_killed(launches: Launcher) -> None:

@@ -10,23 +10,11 @@ import pytest
 
 from minpro_megatron.monitor.summary import RunSummary
 from minpro_megatron.rollout.journal_reader import JournalReader
-from tests.e2e.conftest import ROOT, Launcher
+from tests.e2e.conftest import ROOT, SMALL_RUN, Launcher
 
 pytestmark = pytest.mark.e2e
 
-SMALL = (
-    "server.engine=reference",
-    "num_global_steps=3",
-    "staleness.delay_steps=1",
-    "evaluation.num_prompts=2",
-    "evaluation.samples_per_prompt=2",
-    "batch.num_prompts=4",
-    "batch.mini_batch_prompts=2",
-    "batch.responses_per_prompt=4",
-    "parallel.tensor=1",
-    "parallel.expert=1",
-    "checkpoint.every_steps=0",
-)
+SMALL = (*SMALL_RUN, "num_global_steps=3")
 # What follows from the weights, the batches and the scores, and from no clock.
 COMPUTED = ("objective/", "optimizer/", "ratio/", "prefix_min/", "policy/", "reward/", "staleness/", "mismatch/")
 
