@@ -10,9 +10,7 @@ import torch
 from benchmarks.stability_study.curves import read_run, write_stored
 from benchmarks.stability_study.grid import RunKey
 from benchmarks.stability_study.source import GroupSampler, SamplerPublisher, SamplerSource
-from minpro_megatron.actor.checkpoint import load_weights
-from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
-from minpro_megatron.actor.policy import Policy
+from minpro_megatron.actor.loading import load_policy
 from minpro_megatron.actor.run_checkpoints import RunCheckpoints
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.step_report import StepReport
@@ -23,7 +21,6 @@ from minpro_megatron.rollout.resume_point import CHECKPOINTS
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.train import Trainer
-from minpro_megatron.weights.architecture import read_architecture
 from minpro_megatron.weights.gather import WeightGatherer
 
 
@@ -56,17 +53,13 @@ def run_and_store(key: RunKey, runs_dir: str, path: Path, inputs: str, *override
 
 def _run(config: RunConfig, mesh: Mesh) -> None:
     """As roles/train.py, with the source and the publisher of this process."""
-    architecture = read_architecture(config.model.hf_path)
-    features = ModelFeatures(
-        config.model.recompute, routing_replay=config.model.routing_replay != "none", backend=config.model.backend
-    )
-    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features)
-    load_weights(chunks, architecture, config.model.megatron_path, mesh)
-    policy = Policy(config, architecture, chunks, mesh)
+    policy, architecture = load_policy(config, mesh)
     facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     sampler = GroupSampler(config, tokenizer)
-    publisher = SamplerPublisher(config, WeightGatherer(chunks, architecture, mesh), mesh, policy.score_canary, sampler)
+    publisher = SamplerPublisher(
+        config, WeightGatherer(policy.modules, architecture, mesh), mesh, policy.score_canary, sampler
+    )
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh)
     watchdog = Watchdog(config.run_dir / "stacks.txt", config.debug.hang_timeout_s)
     trainer = Trainer(config, mesh, policy, publisher, checkpoints, None, watchdog)

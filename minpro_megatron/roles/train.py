@@ -8,10 +8,8 @@ from functools import partial
 
 import torch
 
-from minpro_megatron.actor.checkpoint import load_weights
 from minpro_megatron.actor.flops import peak_flops, training_flops
-from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
-from minpro_megatron.actor.policy import Policy
+from minpro_megatron.actor.loading import load_policy
 from minpro_megatron.actor.profiles import open_tracer
 from minpro_megatron.actor.run_checkpoints import RunCheckpoints
 from minpro_megatron.actor.shard_writing import SaveError
@@ -38,7 +36,7 @@ from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.control import ControlError
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.train import Trainer
-from minpro_megatron.weights.architecture import Architecture, read_architecture
+from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.gather import WeightGatherer
 from minpro_megatron.weights.hf_files import write_hf
 from minpro_megatron.weights.publish import Publisher
@@ -64,19 +62,13 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
         torch.set_num_threads(1)  # the ranks are the parallelism
     first = mesh.rank == 0
     _say(config, mesh, "loading the model")
-    architecture = read_architecture(config.model.hf_path)
-    features = ModelFeatures(
-        config.model.recompute, routing_replay=config.model.routing_replay != "none", backend=config.model.backend
-    )
-    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features)
-    load_weights(chunks, architecture, config.model.megatron_path, mesh)
-    policy = Policy(config, architecture, chunks, mesh)
-    gatherer = WeightGatherer(chunks, architecture, mesh)
+    policy, architecture = load_policy(config, mesh)
+    gatherer = WeightGatherer(policy.modules, architecture, mesh)
     publisher = Publisher(config, gatherer, mesh, policy.score_canary)
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh)
     resumed_from = mesh.from_rank_0(read_latest(config.run_dir) if first else None)
     first_step = resumed_from.policy_version if resumed_from else 0
-    tracer = open_tracer(config, incarnation, mesh.rank, chunks, first_step)
+    tracer = open_tracer(config, incarnation, mesh.rank, policy.modules, first_step)
     stacks = config.run_dir / "logs" / f"stacks-rank-{mesh.rank}.txt"
     watchdog = TracedWatchdog(stacks, config.debug.hang_timeout_s, tracer)
     trainer = Trainer(config, mesh, policy, publisher, checkpoints, resumed_from, watchdog, tracer=tracer)

@@ -1,6 +1,8 @@
 """Servers whose weights the trainer may be changing: what they answer or give back waits for the verdict."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,31 +55,43 @@ class Publication:
     """One of version 1 to both servers, as the collector leads it; each server has a group of version 0 under way."""
 
     def __init__(self, it: Running, engines: tuple[Engine, Engine]) -> None:
-        self._it, self._engines = it, engines
+        self._it, self.engines = it, engines
         self._leases = Leases(it.fleet, PROMPT)
 
     async def begin(self) -> list[asyncio.Task[CollectedGroup]]:
-        for engine in self._engines:
+        for engine in self.engines:
             engine.gate.clear()
         groups = [asyncio.create_task(self._it.groups.collect(issued(number), SAMPLING)) for number in range(2)]
-        await until(lambda: all(len(engine.live) == 2 for engine in self._engines))
+        await until(lambda: all(len(engine.live) == 2 for engine in self.engines))
         self._leases.grant(1, [], requests_in_flight=True)
         return groups
 
     async def answer(self, *, aborts: bool, version: str) -> None:
         """Both servers answer what is under way; returns when whatever follows from it has come about."""
-        for engine in self._engines:
+        for engine in self.engines:
             engine.version, engine.aborts = version, aborts
             engine.gate.set()
-        await until(lambda: not any(engine.live for engine in self._engines))
+        await until(lambda: not any(engine.live for engine in self.engines))
         for _ in range(5):  # a round trip is as long as the way of an answer and of a request that follows it
             for member in self._it.fleet._members.values():
                 await member.client.policy_version(5)
-        for engine in self._engines:
+        for engine in self.engines:
             engine.aborts = False
 
     def end(self, held_by: list[int]) -> None:
         self._leases.end(held_by, first_time=True)
+
+
+@asynccontextmanager
+async def publishing(folder: Path) -> AsyncIterator[tuple[Running, Publication, list[asyncio.Task[CollectedGroup]]]]:
+    """Two servers and a publication to them that has begun."""
+    async with (
+        Engine() as first,
+        Engine() as second,
+        running(folder, [first.url, second.url], mode="bounded") as it,
+    ):
+        publication = Publication(it, (first, second))
+        yield it, publication, await publication.begin()
 
 
 @pytest.mark.parametrize("version", ["0", "1"])
@@ -87,13 +101,8 @@ def test_what_a_server_answers_while_its_weights_change_counts_only_if_it_comes_
     """Whatever it calls its weights: it may have taken half of them, or wrong ones."""
 
     async def test() -> None:
-        async with (
-            Engine() as left_out,
-            Engine() as sound,
-            running(tmp_path, [left_out.url, sound.url], mode="bounded") as it,
-        ):
-            publication = Publication(it, (left_out, sound))
-            groups = await publication.begin()
+        async with publishing(tmp_path) as (it, publication, groups):
+            left_out, sound = publication.engines
             await publication.answer(aborts=False, version=version)
             assert not any(group.done() for group in groups)
             sound.version = "1"
@@ -108,13 +117,8 @@ def test_what_a_server_answers_while_its_weights_change_counts_only_if_it_comes_
 
 def test_what_an_update_aborts_goes_on_where_the_weights_have_come_and_nowhere_else(tmp_path: Path) -> None:
     async def test() -> None:
-        async with (
-            Engine() as left_out,
-            Engine() as sound,
-            running(tmp_path, [left_out.url, sound.url], mode="bounded") as it,
-        ):
-            publication = Publication(it, (left_out, sound))
-            groups = await publication.begin()
+        async with publishing(tmp_path) as (it, publication, groups):
+            left_out, sound = publication.engines
             await publication.answer(aborts=True, version="0")
             assert (left_out.asked, sound.asked) == ([3], [3])
             sound.version = "1"
@@ -145,13 +149,8 @@ def test_what_an_update_aborts_goes_on_where_the_weights_have_come_and_nowhere_e
 
 def test_a_lent_server_that_ends_keeps_no_group(tmp_path: Path) -> None:
     async def test() -> None:
-        async with (
-            Engine() as ending,
-            Engine() as sound,
-            running(tmp_path, [ending.url, sound.url], mode="bounded") as it,
-        ):
-            publication = Publication(it, (ending, sound))
-            groups = await publication.begin()
+        async with publishing(tmp_path) as (it, publication, groups):
+            _, sound = publication.engines
             await publication.answer(aborts=True, version="0")
             it.withdraw(0)
             await until(lambda: it.metric("moved_groups") == 1)

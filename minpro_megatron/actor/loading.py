@@ -1,0 +1,20 @@
+"""A run's policy as its settings say, with the weights it begins with."""
+
+from minpro_megatron.actor.checkpoint import load_weights
+from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
+from minpro_megatron.actor.policy import Policy
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.weights.architecture import Architecture, read_architecture
+
+
+def load_policy(config: RunConfig, mesh: Mesh) -> tuple[Policy, Architecture]:
+    """This rank's share of the model of `config.model`. Collective. Raises ValueError for a model that cannot be read,
+    that the mesh cannot cut, or that its converted weights do not fit."""
+    architecture = read_architecture(config.model.hf_path)
+    features = ModelFeatures(
+        config.model.recompute, routing_replay=config.model.routing_replay != "none", backend=config.model.backend
+    )
+    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features)
+    load_weights(chunks, architecture, config.model.megatron_path, mesh)
+    return Policy(config, architecture, chunks, mesh), architecture
