@@ -26,7 +26,7 @@ from tests.mesh.stand_in_process import run_with_stand_in
 from tests.mesh.steps import LEARNING_RATE, TEMPERATURE, differences, loaded_policy, step_config, take_steps
 from tests.mesh.test_weights import no_display
 
-pytestmark = pytest.mark.mesh
+pytestmark = [pytest.mark.mesh, pytest.mark.long]  # a process of its own that takes a minute to import
 
 BACKENDS = ("transformer_engine", "torch")
 STEPS: list[tuple[str, dict[str, int]]] = [
