@@ -1,11 +1,12 @@
 """What monitoring costs of a global step: statistics of the tokens, merging them over ranks, writing, alarms.
 
-    python -m benchmarks.monitoring [--run RUN_DIR] [--steps 30]
+    python -m benchmarks.monitoring [--run RUN_DIR | --hidden-size N] [--steps 30]
 
 Trains on the journal of a finished run of recipes.demo (made with collector.journal_keep_steps=0; without --run one
 is launched first) in this process, on one rank, and times the parts where they are called. Everything is processor
 time, so that what else the machine does has no part in it. The tiny model is the hard case: what is monitored of a
-token costs the same whatever the model, and here the rest of a step takes the least.
+token costs the same whatever the model, and here the rest of a step takes the least. --hidden-size launches the run
+with a wider model of random weights instead.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 
 from minpro_megatron.config.run import RunConfig, with_overrides
 
+ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
     "statistics of tokens": ("minpro_megatron.actor.loss", "token_statistics"),
     "to the host, by micro-batch": ("minpro_megatron.actor.policy", "as_metrics"),
@@ -77,21 +79,32 @@ def train_with_clocks(config: RunConfig) -> dict[str, float]:
     return dict(seconds) | {STEPS: ends[-1] - ends[0]}
 
 
-def launched(folder: str, steps: int) -> Path:
+def launched(folder: str, steps: int, hidden_size: int | None) -> Path:
     settings = [f"runs_dir={folder}", "name=source", f"num_global_steps={steps}", "collector.journal_keep_steps=0"]
     settings += ["server.start_timeout_s=600", "evaluation.num_prompts=1"]
-    command = [sys.executable, "-m", "minpro_megatron", "launch", "recipes.demo:tiny_moe", *settings]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if hidden_size is not None:
+        hf, megatron = f"{folder}/hf", f"{folder}/megatron"
+        made = ["--steps", "0", "--hidden-size", str(hidden_size), "--output", hf]
+        _run([sys.executable, "tools/make_tiny_model.py", *made])
+        _run([sys.executable, "tools/convert_checkpoint.py", "to-megatron", "--hf", hf, "--output", megatron])
+        settings += [f"model.hf_path={hf}", f"model.megatron_path={megatron}"]
+    _run([sys.executable, "-m", "minpro_megatron", "launch", "recipes.demo:tiny_moe", *settings])
     return Path(folder) / "source"
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="folder of the run whose journal is trained on")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--run", type=Path, help="folder of the run whose journal is trained on")
+    source.add_argument("--hidden-size", type=int, help="of the model of the run that is launched; default: the demo's")
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = options.run or launched(folder, options.steps)
+        run = options.run or launched(folder, options.steps, options.hidden_size)
         config = with_overrides(
             RunConfig.from_json((run / "run.json").read_text()),
             [
