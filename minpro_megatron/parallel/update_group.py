@@ -44,13 +44,12 @@ class UpdateGroup:
         fields = {name: self.where[name] for name in ("world_size", "group_name", "backend")}
         self._group = _join(store, 0, timeout=self._timeout, **fields)
 
-    def start_broadcast(self, flat: Tensor) -> dist.Work:
-        """Sends `flat` to all others, who must ask for as much. `wait` of what is returned raises RuntimeError if a
-        member has died or the group is closed; whether they all have it is theirs to say."""
+    def broadcast(self, flat: Tensor) -> None:
+        """Sends `flat` to all others, who must ask for as much. Returns when it is under way (NCCL) or gone (gloo);
+        whether they all have it is theirs to say. Raises RuntimeError if a member has died or the group is closed, but
+        may wait for a dead one until then: NCCL connects its members at the first broadcast."""
         assert self._group is not None, "the group has been joined"
-        work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-        assert work is not None, "rank 0 is a member"
-        return work
+        dist.broadcast(flat, src=0, group=self._group)
 
     def close(self) -> None:
         """Leaves the group; whoever waits in it, here or elsewhere, fails at once."""

@@ -82,7 +82,7 @@ class Broadcaster:
             weight_version=weight_version,
             load_format="flattened_bucket",
         )
-        self._sending = _Sending(flat, receiving, self._start(flat))
+        self._sending = _Sending(flat, receiving, in_thread(self._group.broadcast, flat))
 
     def finish(self) -> None:
         """Returns when every server has loaded what was sent. Raises ServersFailed."""
@@ -115,15 +115,6 @@ class Broadcaster:
         controls = [control.within(GRACE_S) for control in self._controls.values()]
         farewell = start_for_all(controls, "destroy_weights_update_group", group_name=group.where["group_name"])
         farewell.results()  # whether they succeed or not: nobody needs the group any more
-
-    def _start(self, flat: Tensor) -> Future[object]:
-        assert self._group is not None, "connect comes first"
-        try:
-            return in_thread(self._group.start_broadcast(flat).wait)
-        except RuntimeError as error:  # a member died since the last bucket
-            failed: Future[object] = Future()
-            failed.set_exception(error)
-            return failed
 
     def _finish(self, calls: PendingCalls, own: Future) -> None:
         """Waits for the servers' answers and this process's own part. The first failure ends the group: the others
