@@ -200,11 +200,16 @@ def lines(*parts: Line, kind: str = "zero", unit: str = "", at: float | None = N
     return draw
 
 
-def of_family(prefix: str, label: str, kind: str = "zero", unit: str = "", most: int = len(COLORS)) -> Draw:
-    """A chart of all metrics whose names begin with `prefix`, at most `most`; `label` is put before the rest."""
+def of_family(
+    prefix: str, label: str, kind: str = "zero", unit: str = "", *, least: int = 1, most: int = len(COLORS)
+) -> Draw:
+    """A chart of all metrics whose names begin with `prefix`, at most `most`, and none if there are fewer than
+    `least`; `label` is put before the rest."""
 
     def draw(axes: Axes, history: Sequence[Entry]) -> bool:
         found = dict(list(family(history, prefix).items())[:most])
+        if len(found) < least:
+            return False
         for (rest, data), color in zip(found.items(), COLORS, strict=False):
             line(axes, data, color, f"{label}{_plain(rest)}", smoothed=True)
         return dressed(axes, list(found.values()), kind, unit)

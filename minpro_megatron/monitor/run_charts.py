@@ -133,7 +133,7 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
         REWARD,
         "By kind of prompt",
         "Accuracy of training rollouts with a given prefix and without.",
-        of_family("reward/accuracy_by_prompt/", "", "share"),
+        of_family("reward/accuracy_by_prompt/", "", "share", least=2),
     ),
     (
         REWARD,

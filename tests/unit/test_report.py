@@ -140,7 +140,7 @@ def test_a_finished_run_has_its_figures_and_pictures(tmp_path):
 
 def test_every_chart_draws_metrics_that_are_declared():
     """A misspelt name would never be drawn."""
-    metrics = {re.sub("<.*", "1", name): 0.5 for name in METRICS}
+    metrics = {re.sub("<.*", member, name): 0.5 for name in METRICS for member in "12"}
     entries = [Entry(step, 100.0 + step, metrics) for step in range(2)]
     for _, title, _, draw in CHARTS:
         assert draw(Figure().add_axes((0, 0, 1, 1)), entries), title
@@ -330,6 +330,13 @@ def test_samples_are_read_from_the_run_folder_and_cut(tmp_path):
 def test_charts_survive_numbers_that_are_not_finite(steps):
     broken = [Entry(entry.step, entry.time, dict.fromkeys(entry.metrics, math.nan)) for entry in history(steps)]
     assert charts(broken) == []
+
+
+@pytest.mark.parametrize(("kinds", "is_shown"), [(["plain"], False), (["plain", "prefixed"], True)])
+def test_kinds_of_prompts_are_shown_where_there_are_two(kinds, is_shown):
+    metrics = {f"reward/accuracy_by_prompt/{kind}": 0.5 for kind in kinds}
+    found = [chart.title for chart in charts([Entry(step, 1.0, metrics) for step in range(3)])]
+    assert found == (["By kind of prompt"] if is_shown else [])
 
 
 def test_smoothing_keeps_a_constant_and_skips_nan():
