@@ -127,6 +127,12 @@ class ServerConfig(Section):
     max_running_requests: int = Field(default=256, ge=1)
     start_timeout_s: float = Field(default=900, gt=0)
     request_timeout_s: float = Field(default=1800, gt=0, description="for the whole answer to one request")
+    queue_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="longest wait of a group for a place at a server, behind earlier groups or while no server holds "
+        "the current weights; a longer one ends the run; None: no limit but that for a run without servers",
+    )
     health_interval_s: float = Field(default=5, gt=0, description="between two looks at a server")
     unhealthy_after_s: float = Field(default=60, gt=0, description="without an answer: no more work, then a restart")
     max_restarts: int = Field(default=10, ge=0, description="of one server; one more failure ends the run")

@@ -11,10 +11,12 @@ import psutil
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.node_roles import is_loopback, node_gpus, roles_on
-from minpro_megatron.launch.preflight import cannot_listen, count_gpus, port_problems
+from minpro_megatron.launch.preflight import cannot_listen, count_gpus, missing_weights, port_problems
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
+from minpro_megatron.rollout.resume_point import read_latest
 from minpro_megatron.serving.server_process import PORT_RANGE
+from minpro_megatron.weights.manifest import read_manifest, verify_files
 
 # What a driver and a display-less desktop keep; a process that holds a model keeps far more.
 FOREIGN_MEMORY_MIB = 2048
@@ -31,8 +33,8 @@ def node_problems(config: RunConfig, share: NodeShare, address: str, visible: st
     hosts = [address if is_loopback(host) else host for host in (config.server.host, config.collector.host)]
     servers = range(share.first_server, share.first_server + share.num_servers)
     found += port_problems(config, servers, hosts[0], hosts[1] if share.collects else "")
-    found += file_problems(files_needed(config, share), config.run_dir)
-    return found
+    missing = list(file_problems(files_needed(config, share), config.run_dir))
+    return [*found, *missing, *([] if missing else weight_problems(config, share))]
 
 
 def gpu_memory() -> list[tuple[int, int, int]]:
@@ -102,6 +104,24 @@ def file_problems(files: Iterable[tuple[str, Path]], run_dir: Path) -> Iterator[
         probe.unlink()
     except OSError as error:
         yield f"runs_dir: {run_dir} cannot be written to ({error.strerror}): choose another runs_dir, or mount it"
+
+
+def weight_problems(config: RunConfig, share: NodeShare) -> Iterator[str]:
+    """A line for weights that roles with this share load and that are not here as they were written: the models' and
+    those of the checkpoint that the run goes on from."""
+    roles = roles_on(config, share)
+    if "serve" in roles and (missing := missing_weights(Path(config.model.hf_path))):
+        yield f"model.hf_path = {config.model.hf_path}: {missing}: download the folder again, or mount all of it"
+    if "train" not in roles:
+        return
+    try:
+        verify_files(config.model.megatron_path, read_manifest(config.model.megatron_path))
+    except (OSError, ValueError) as error:
+        yield f"model.megatron_path = {config.model.megatron_path}: {error}"
+    try:
+        read_latest(config.run_dir)
+    except (OSError, ValueError) as error:
+        yield f"the checkpoint to go on from: {error}"
 
 
 def clock_problems(reports: Sequence[Report]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """The rollout servers together: who is there, who holds the current weights, who gets the next group.
 
 Servers come and go: `serve` states and withdraws their addresses, and each is asked every few seconds whether it
-answers. A group waits, for as long as it takes, until a server is free that holds the current version.
+answers. A group waits until a server is free that holds the current version: for as long as it takes, or for
+`server.queue_timeout_s`.
 """
 
 import asyncio
@@ -142,9 +143,16 @@ class Fleet:
         return [member for member in self._alive() if member.held_version == self.version]
 
     async def acquire(self, ticket: int, tried: Collection[Key] = ()) -> Member:
-        """A current server with room for a group; `release` it. See Dispatcher.acquire. Raises FleetError."""
+        """A current server with room for a group; `release` it. See Dispatcher.acquire.
+
+        Raises FleetError, also once the group has waited for `server.queue_timeout_s`.
+        """
         self._raise_failure()
-        return await self._dispatcher.acquire(ticket, tried)
+        try:
+            async with asyncio.timeout(self._server.queue_timeout_s):
+                return await self._dispatcher.acquire(ticket, tried)
+        except TimeoutError:
+            raise FleetError(self._describe_full_queue()) from None
 
     def release(self, member: Member) -> None:
         """The group that `acquire` returned this server for has ended there."""
@@ -187,6 +195,16 @@ class Fleet:
             **{f"tokens_per_s/{m.address.index}": rate for m in alive if (rate := m.rate) is not None},
         }
         return {f"fleet/{name}": float(value) for name, value in found.items()}
+
+    def _describe_full_queue(self) -> str:
+        current = self._current()
+        under_way = sum(member.num_groups for member in current)
+        return (
+            f"a group has waited for server.queue_timeout_s = {self._server.queue_timeout_s:g} s for a place at a "
+            f"server that holds version {self.version}: {len(current)} of {self._num_expected} servers do, with "
+            f"{under_way} groups under way, and {self._dispatcher.num_waiting} more groups wait; see the logs of "
+            "serve, and if the servers are well raise server.queue_timeout_s or start more of them"
+        )
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

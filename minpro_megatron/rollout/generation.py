@@ -49,7 +49,8 @@ class GroupCollector:
         self._tickets = itertools.count()
 
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
-        """The group, sampled and rewarded; waits for as long as no server can take it. Raises GenerationError."""
+        """The group, sampled and rewarded; waits while no server can take it, at most `server.queue_timeout_s` at a
+        time. Raises GenerationError and FleetError."""
         sequences = await self.sample(issued, sampling)
         texts = graded_texts(issued.prompt, await self.response_texts(sequences))
         rewards = await self._rewards.grade_all(texts, issued.prompt.answer, issued.prompt.source)

@@ -6,6 +6,8 @@ from pathlib import Path
 from minpro_megatron.config.rollout import DataConfig, EvaluationConfig, SamplingConfig, ServerConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import BatchConfig, ModelConfig
+from minpro_megatron.weights.architecture import read_architecture
+from minpro_megatron.weights.manifest import Manifest, record_file, write_manifest
 
 HF_CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -45,9 +47,14 @@ def example_config(folder: Path, **changes: object) -> RunConfig:
 
 def write_example_files(folder: Path) -> None:
     """What preflight looks for: a model in both forms and the data."""
-    for name in ("hf/config.json", "hf/tokenizer.json", "hf/model.safetensors", "megatron/manifest.json"):
+    for name in ("hf/config.json", "hf/tokenizer.json", "hf/model.safetensors", "megatron/weights.distcp"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     (folder / "hf/config.json").write_text(json.dumps(HF_CONFIG))
+    files = {"weights.distcp": record_file(folder / "megatron" / "weights.distcp")}
+    write_manifest(
+        folder / "megatron",
+        Manifest(source="hf", dtype="float32", architecture=read_architecture(folder / "hf"), files=files),
+    )
     for name in ("train.jsonl", "heldout.jsonl"):
         (folder / name).write_text(PROMPT)

@@ -404,6 +404,75 @@ def test_groups_spread_by_load_and_at_most_so_many_are_under_way(tmp_path: Path)
     run(test())
 
 
+def test_a_wait_below_the_limit_is_fine(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with (
+            FakeEngine() as engine,
+            running(tmp_path, [engine.url], max_running_requests=1, queue_timeout_s=20) as it,
+        ):
+            engine.gate.clear()
+            work = asyncio.create_task(it.collect(3))
+            await until(lambda: it.metric("groups_waiting") == 2)
+            await asyncio.sleep(0.02)
+            engine.gate.set()
+            await work
+            assert it.metric("groups_waiting") == 0
+
+    run(test())
+
+
+def test_a_longer_wait_for_a_place_ends_the_group_with_one_line(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with (
+            FakeEngine() as engine,
+            running(tmp_path, [engine.url], max_running_requests=1, queue_timeout_s=0.05) as it,
+        ):
+            engine.gate.clear()
+            first = asyncio.create_task(it.collect(1))
+            await until(lambda: it.metric("groups_in_flight") == 1)
+            with pytest.raises(FleetError) as caught:
+                await it.collect(1, first=1)
+            assert str(caught.value) == (
+                "a group has waited for server.queue_timeout_s = 0.05 s for a place at a server that holds version 0: "
+                "1 of 1 servers do, with 1 groups under way, and 0 more groups wait; see the logs of serve, and if the "
+                "servers are well raise server.queue_timeout_s or start more of them"
+            )
+            assert it.metric("groups_waiting") == 0
+            engine.gate.set()
+            await first  # longer than the limit at its server, which is not waiting for a place
+            await it.collect(1, first=2)
+
+    run(test())
+
+
+def test_time_without_a_current_server_counts_as_waiting_for_a_place(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with FakeEngine("2") as engine, running(tmp_path, [engine.url], queue_timeout_s=0.05) as it:
+            assert [address.index for address in it.fleet.outdated()] == [0]
+            with pytest.raises(FleetError, match=r"holds version 0: 0 of 1 servers do, with 0 groups under way"):
+                await it.collect(1)
+            it.withdraw(0)
+            await until(lambda: not it.fleet.members())
+            with pytest.raises(FleetError, match=r"server\.queue_timeout_s = 0\.05 s .*: 0 of 1 servers do"):
+                await it.collect(1)
+            assert engine.num_requests == 0
+
+    run(test())
+
+
+def test_without_a_limit_a_group_waits_for_as_long_as_it_takes(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with FakeEngine("1") as engine, running(tmp_path, [engine.url]) as it:
+            work = asyncio.create_task(it.collect(1, version=1))
+            await asyncio.sleep(0.1)
+            assert it.metric("groups_waiting") == 1
+            assert not work.done()
+            await it.publish(1, [0])
+            await work
+
+    run(test())
+
+
 def test_a_fleet_that_does_not_come_up_says_how_many_servers_are_missing(tmp_path: Path) -> None:
     async def test() -> None:
         async with FakeEngine() as engine, Fleet(config(tmp_path, 2), FACTS, INCARNATION) as fleet:

@@ -70,6 +70,32 @@ def test_files_are_wanted_where_they_are_read(folder, share, file, field):
         assert node_problems(example_config(folder), everything_else, "127.0.0.1", None) == []
 
 
+def test_weights_are_as_they_were_written_where_they_are_loaded(folder):
+    config, trains = example_config(folder), NodeShare(ranks=1)
+    (folder / "megatron/weights.distcp").write_text("{")
+    (line,) = node_problems(config, trains, "127.0.0.1", None)
+    start = rf"model.megatron_path = {folder}/megatron: {folder}/megatron/weights.distcp: "
+    assert re.match(rf"{start}1 bytes, but manifest.json says 2 bytes; convert again", line)
+    assert node_problems(config, NodeShare(num_servers=1), "127.0.0.1", None) == []
+    (folder / "megatron/weights.distcp").unlink()
+    (line,) = node_problems(config, trains, "127.0.0.1", None)
+    assert re.match(rf"{start}no such file", line)
+
+    (folder / "hf/model.safetensors").unlink()
+    (line,) = node_problems(config, NodeShare(num_servers=1), "127.0.0.1", None)
+    assert line.startswith(f"model.hf_path = {folder}/hf: no *.safetensors file: download")
+
+
+def test_the_checkpoint_to_go_on_from_is_whole_where_it_is_loaded(folder):
+    config = example_config(folder)
+    checkpoints = config.run_dir / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "latest").write_text("step-000010")
+    (line,) = node_problems(config, NodeShare(ranks=1), "127.0.0.1", None)
+    assert re.match(r"the checkpoint to go on from: .*/step-000010/manifest.json: No such file", line)
+    assert node_problems(config, NodeShare(num_servers=1, collects=True), "127.0.0.1", None) == []
+
+
 def test_the_run_folder_must_be_there_on_every_node(folder):
     config = example_config(folder, name="elsewhere")
     (line,) = node_problems(config, EVERYTHING, "127.0.0.1", None)
