@@ -51,17 +51,18 @@ test-long: setup ## what make test leaves out: more runs, kills, SGLang, eval, S
 test-gpu: setup ## what needs a GPU (skipped without one)
 	$(PYTHON) -m pytest tests/gpu $(ARGS)
 
-test-crashes: setup ## every role killed in every phase, into tests/e2e/crash_matrix_result.md; RESUME=1 goes on (30-90 min)
+test-crashes: setup ## every role killed in every phase, into tests/e2e/crash_matrix_result.md; RESUME=1 goes on (1-2 h)
 	CRASHES_RESUME=$(RESUME) $(PYTHON) -m pytest tests/e2e/crash_matrix.py $(ARGS)
 
 test-e2e: setup ## trainer ranks, collector and an SGLang server
 	$(PYTHON) -m pytest tests/e2e $(ARGS)
 
-lint: setup ## formatting, ruff, pyright, shellcheck; changes nothing
+lint: setup ## formatting, ruff, pyright, shellcheck, hadolint; changes nothing
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 	$(VENV)/bin/shellcheck $(SHELL_SCRIPTS)
+	$(VENV)/bin/hadolint cluster/Dockerfile
 
 format: setup ## format the code and apply ruff's safe fixes
 	$(PYTHON) -m ruff check --fix .
@@ -71,6 +72,6 @@ format: setup ## format the code and apply ruff's safe fixes
 constraints: ## pin the installed versions (ARGS=--gpu: those of GPU machines too)
 	$(PYTHON) environment/write_constraints.py $(ARGS)
 
-clean: ## remove models made here, caches and build leftovers; keeps the environment and runs/
-	rm -rf artifacts build dist *.egg-info .pytest_cache .ruff_cache environment/sglang_cpu/build
+clean: ## remove the tiny models, caches and build leftovers; keeps the environment, runs/ and what else is in artifacts/
+	rm -rf artifacts/tiny_moe artifacts/prefix_rl artifacts/stability_study build dist *.egg-info .pytest_cache .ruff_cache environment/sglang_cpu/build
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Grading mathematical answers: grades a second through the reward pool, against Math-Verify called directly.
 
-    python -m benchmarks.grading --data ../shared/data [--prompts 150] [--rounds 3]
-    python -m benchmarks.grading --data ../shared/data --truths
+    python -m benchmarks.grading --data DIR [--prompts 150] [--rounds 3]
+    python -m benchmarks.grading --data DIR --truths
 
 The first form takes prompts from all benchmark files, each with eight responses of which half are right, and grades
 them in turns: by Math-Verify's parse and verify with their own time limits, in one process and in two; by this

@@ -2,7 +2,7 @@
 
     python -m cluster.status NAME     (the run's name or the job's number; without one: all jobs known here)
 
-Exit status: 0 while it waits or runs and when it has completed, 1 when it has failed.
+Exit status: 0 while it waits or runs and when it has completed, 1 when the one that is named has failed, 2 for errors.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m cluster.submit recipes.qwen3_30b_a3b:minpro --profile my_cluster.toml optimizer.learning_rate=1e-6
 
-Exit status: 0 when the job has completed (or has been submitted, with --detach), 1 when it has not, 2 when there was
-nothing to submit. An interrupt stops following, not the job.
+Exit status: 0 when the job has completed (with --detach: has been submitted; with --dry-run: would be), 1 when it has
+not, 2 when nothing was submitted or following broke off, 130 after an interrupt, which stops following, not the job.
 """
 
 import argparse

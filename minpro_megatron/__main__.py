@@ -90,7 +90,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     add("--extra-stop-tokens", type=_names, metavar="TOKEN,...", help="special tokens that also end a response")
     add("--seed", type=int, metavar="N", help="of sampling, where the engine honours it, and of resampling (0)")
     add = command.add_argument_group("grading").add_argument
-    add("--reward", metavar="NAME", help="math, dapo, calculator, or package.module:function (math)")
+    add("--reward", metavar="NAME", help="math, dapo, dapo_boxed, calculator, or package.module:function (math)")
     add("--reward-workers", type=_count, metavar="N", help="processes (1)")
     add("--reward-timeout-s", type=float, metavar="X", help="for grading one response (5)")
     add = command.add_argument_group("servers").add_argument

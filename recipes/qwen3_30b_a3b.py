@@ -5,8 +5,8 @@ ranks, which are one machine's (tensor x context x data, in this order, numbers 
 their experts over NVLink. Attention is small (hidden size 2,048): tensor 2 is enough, and a row of 32,768 tokens is
 cut by context 2 on top, 8,192 tokens a rank. A rank holds 38 GB (weights 9, gradients 18, optimizer 11).
 
-A server of two GPUs has 61 GB of weights and some 80 GB of KV cache (98 kB a token: 800,000 tokens); four GPUs would
-save weights, but a decoding step waits for messages between GPUs in each of 48 layers. tools/plan_run.py expects 890 s
+A server of two GPUs has 61 GB of weights and 87 GB of KV cache (98 kB a token: 880,000 tokens); four GPUs would
+save weights, but a decoding step waits for messages between GPUs in each of 48 layers. tools/plan_run.py expects 900 s
 a step with responses of 8,192 tokens on average, and 8 % less of 16 GPUs that train and 48 that serve.
 """
 
@@ -28,8 +28,8 @@ def minpro_one_machine() -> RunConfig:
     """MinPRO on eight GPUs of 80 GB: four train, two servers have two each.
 
     A rank holds 48 GB of weights and gradients. Its 92 GB of optimizer states lie in host memory, gradients travel
-    there, and the sampling weights wait there: about 700 GB, and up to 400 GB more while a checkpoint is written in
-    the background (checkpoint.asynchronous=false does without).
+    there, and the sampling weights wait there: some 630 GB, and up to 550 GB more while a checkpoint is written in the
+    background (checkpoint.asynchronous=false does without).
     """
     mesh = ParallelConfig(tensor=2, context=2, expert=4)
     return paper.one_machine(minpro(), mesh, paper.servers(count=2, tensor_parallel=2), cpu_offload=1.0)

@@ -1,10 +1,10 @@
 """Qwen3-8B-Base: the paper's runs on four machines of eight H100, and variants. See recipes/paper.py for files.
 
-8 GPUs train and 24 serve: a token costs a server more time than the trainer, and tools/plan_run.py expects 1,350 s a
-step of this, 1,730 s of halves (responses of 8,192 tokens on average). Tensor 2 and context 2 cut a row of 32,768
+8 GPUs train and 24 serve: a token costs a server more time than the trainer, and tools/plan_run.py expects 1,360 s a
+step of this, 1,720 s of halves (responses of 8,192 tokens on average). Tensor 2 and context 2 cut a row of 32,768
 tokens to 8,192 tokens a rank; a rank holds 37 GB (weights 8, gradients 16, optimizer 12), which leaves room for more
 than pipeline stages would give, and has none of their idle time. Every GPU of the others is a server: 16 GB of weights,
-some 55 GB of KV cache (147 kB a token: 370,000 tokens), and no messages between GPUs.
+57 GB of KV cache (147 kB a token: 390,000 tokens), and no messages between GPUs.
 """
 
 from minpro_megatron.config.parallel import ParallelConfig

@@ -159,7 +159,7 @@ class CollectorConfig(Section):
     port: int = Field(default=0, ge=0, le=65535, description="0: a free port is chosen")
     reward: str = Field(
         default="calculator",
-        description="calculator, dapo, math, or the import path of a function of one's own: package.module:function",
+        description="calculator, dapo, dapo_boxed, math, or a function of one's own: package.module:function",
     )
     reward_by_source: dict[str, str] = Field(
         default={}, description="another one for the prompts of some sources (the prompt files' source)"

@@ -65,7 +65,7 @@ class HostMemory:
 
     ranks: int
     snapshots: int  # earlier weights, and the current ones while those are swapped in
-    checkpoint: int  # the copy that is written in the background
+    checkpoint: int  # while one is written in the background: copies for the process that writes
     offloaded: int  # optimizer.cpu_offload
     routes: int  # model.routing_replay
     processes: int
@@ -150,7 +150,8 @@ def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_t
     return HostMemory(
         ranks=ranks_per_node,
         snapshots=ranks_per_node * copies * weights,
-        checkpoint=ranks_per_node * (weights + optimizer) if writes else 0,
+        # what is on the host already is shared with that process, until training changes it
+        checkpoint=ranks_per_node * (weights + optimizer + offloaded) if writes else 0,
         offloaded=ranks_per_node * offloaded,
         routes=_route_bytes(config, a, batch_tokens, ranks_per_node),
         processes=ranks_per_node * PROCESS_HOST_BYTES[config.device],

@@ -2,7 +2,6 @@
 
 import math
 import random
-from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache
 
@@ -93,9 +92,3 @@ def batch_of(config: RunConfig, workload: Workload) -> Batch:
         sequence_tokens=[prompt + response for response in responses],
         num_sequences=config.batch.num_prompts * config.batch.responses_per_prompt,
     )
-
-
-def share_at_limit(config: RunConfig, workload: Workload) -> float:
-    """Of the responses that are cut."""
-    lengths = response_quantiles(workload, config.sampling.max_response_tokens)
-    return 1 - bisect_left(lengths, config.sampling.max_response_tokens) / QUANTILES

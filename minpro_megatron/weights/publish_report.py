@@ -23,10 +23,6 @@ class PublishReport:
     checksum: str  # of the weights on the servers; empty if there are none
     canaries: dict[int, Difference]  # by server
 
-    @property
-    def bytes_per_s(self) -> float:
-        return self.num_bytes / self.transfer_s if self.transfer_s else 0.0
-
     def metrics(self) -> dict[str, Metric]:
         """By their names in monitor.metrics.METRICS, to be merged with those of other publications."""
         canaries = self.canaries.values()
