@@ -1,40 +1,141 @@
-"""A step's metrics computed again, token by token, from what the run's journal has stored of its rollouts."""
+"""A run's metrics computed again, token by token, from what its journal has stored.
+
+Without a source in the journal (`UNSOURCED`) are: the entropy, for of the policy's distribution only the log-probs of
+sampled tokens are stored; gradients, learning rate and skipped updates; how rows were packed, how long anything took
+and how long servers were idle; what fleet and publications did beside sampling; the model's operations, so TFLOP/s;
+memory and alarms. Rates are of the journal's tokens over the times that the same entry of metrics.jsonl tells; of the
+held-out prompts the journal has the results, not the responses.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from minpro_megatron.records import EvaluationResult
 from minpro_megatron.rollout.journal_reader import StoredGroup, StoredResponse
 
 LARGEST_WEIGHT = 5.0  # MinPRO's clip of the demo: 1 - 1 to 1 + 4
+UNSOURCED = (
+    "policy/entropy", "optimizer/", "batch/padding_fraction", "batch/imbalance", "time/", "overlap/server_idle_share",
+    "fleet/members", "fleet/current", "fleet/outdated", "fleet/slow", "fleet/groups_in_flight", "fleet/groups_waiting",
+    "fleet/idle_s", "fleet/retries", "fleet/moved_groups", "fleet/restarts", "fleet/tokens_per_s/", "publish/",
+    "throughput/tflops_per_gpu", "memory/", "alarms/",
+)  # fmt: skip
 
 
-def recomputed(groups: Sequence[StoredGroup], step: int) -> dict[str, float]:
-    """By metric name: rewards, staleness, lengths, mismatch, ratios and their prefixes, weights."""
-    responses = [response for group in groups for response in group.responses]
-    rewards, lengths = [r.reward for r in responses], [r.num_tokens for r in responses]
+def recomputed(groups: Sequence[StoredGroup], step: int, prefixed: Collection[str] = ()) -> dict[str, float]:
+    """By metric name: rewards, staleness, lengths, mismatch, ratios and their prefixes, weights, the loss. `groups` are
+    those that global step `step` consumed, `prefixed` the ids of prompts with a given prefix."""
+    lengths = [response.num_tokens for group in groups for response in group.responses]
     stale = [step - group.oldest_version for group in groups if group.oldest_version is not None]
-    equal = [len({response.reward for response in group.responses}) == 1 for group in groups]
     prompts = sum(len(group.prompt_token_ids) * len(group.responses) for group in groups)
-    right = float(np.mean([reward > 0 for reward in rewards]))
-    return _of_tokens([_tokens(response, step) for response in responses]) | {
+    rewards, truncated = zip(
+        *[(r.reward, r.finish_reason == "length") for group in groups for r in group.responses], strict=True
+    )
+    kinds = {
+        "prefixed": [group for group in groups if group.prompt_id in prefixed],
+        "plain": [group for group in groups if group.prompt_id not in prefixed],
+    }
+    by_kind = {
+        f"{name}_by_prompt/{kind}": value
+        for kind, held in kinds.items()
+        if held
+        for name, value in _of_kind(held).items()
+    }
+    of_all = _of_kind(groups)
+    of_all["response/length_mean"] = of_all.pop("response/length")
+    return (of_all | by_kind | _of_tokens(_token_rows(groups, step))) | {
         "reward/mean": float(np.mean(rewards)),
-        "reward/accuracy": right,
-        "reward/accuracy_by_prompt/plain": right,
-        "reward/equal_groups": float(np.mean(equal)),
         "staleness/min": min(stale),
         "staleness/mean": float(np.mean(stale)),
         "staleness/max": max(stale),
-        "response/length_mean": float(np.mean(lengths)),
         "response/length_max": max(lengths),
-        "response/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in responses])),
+        "response/truncated_fraction": float(np.mean(truncated)),
         "batch/tokens": prompts + sum(lengths),
     }
 
 
-def _tokens(response: StoredResponse, step: int) -> list[dict[str, float]]:
-    """What is known of each token of a response."""
+def _of_kind(groups: Sequence[StoredGroup]) -> dict[str, float]:
+    responses = [response for group in groups for response in group.responses]
+    return {
+        "reward/accuracy": float(np.mean([response.reward > 0 for response in responses])),
+        "reward/equal_groups": float(np.mean([len({r.reward for r in group.responses}) == 1 for group in groups])),
+        "response/length": float(np.mean([response.num_tokens for response in responses])),
+    }
+
+
+def recomputed_quantiles(groups: Sequence[StoredGroup], step: int) -> dict[str, tuple[float, bool]]:
+    """By metric name the token's value below or at which so many percent are, and whether the metric is its exp. The
+    metric is read off a histogram: see `is_in_the_same_bin`."""
+    rows = [row for response in _token_rows(groups, step) for row in response]
+    found = {}
+    for called, column, is_exp in (
+        ("ratio/quantile", "delta", True),
+        ("prefix_min/quantile", "log_minimum", True),
+        ("prefix_ratio/gap_quantile", "gap", False),
+    ):
+        ordered = sorted(row[column] for row in rows)
+        for percent in (1, 50, 99):
+            place = max(1, math.ceil(percent / 100 * len(ordered)))
+            found[f"{called}_{percent:02d}"] = ordered[place - 1], is_exp
+    return found
+
+
+def is_in_the_same_bin(found: float, expected: float) -> bool:
+    """Whether two logs differ by at most the width of the histograms' bins: 3e-4 near 0, 3 % far from it."""
+    return abs(math.asinh(found / 0.01) - math.asinh(expected / 0.01)) <= 1 / 32 + 1e-6
+
+
+def recomputed_rates(groups: Sequence[StoredGroup], metrics: Mapping[str, float], num_ranks: int) -> dict[str, float]:
+    """By metric name, with the times that `metrics` of the same step tells."""
+    sampled = sum(response.num_tokens for group in groups for response in group.responses)
+    trained = sampled + sum(len(group.prompt_token_ids) * len(group.responses) for group in groups)
+    return {
+        "throughput/response_tokens_per_s": sampled / metrics["time/step_s"],
+        "throughput/trained_tokens_per_s": trained / metrics["time/train_s"],
+        "throughput/trained_tokens_per_s_per_gpu": trained / metrics["time/train_s"] / num_ranks,
+        "overlap/trainer_wait_share": metrics["time/wait_for_batch_s"] / metrics["time/step_s"],
+    }
+
+
+def recomputed_totals(
+    groups: Sequence[StoredGroup], evaluations: Sequence[EvaluationResult], step: int
+) -> dict[str, float]:
+    """By metric name what a run's one server has sampled when version step + 1 is published: in delay mode all that was
+    issued with earlier versions, and nothing else. `groups` are those of the whole run, where no request failed."""
+    sampled = [group for group in groups if group.issued_version <= step]
+    evaluated = [result for result in evaluations if result.policy_version <= step]
+    heldout = sum(one.mean_response_tokens * one.num_prompts * one.samples_per_prompt for one in evaluated)
+    return {
+        "fleet/groups": len(sampled) + sum(one.num_prompts for one in evaluated),
+        "fleet/tokens/0": heldout + sum(response.num_tokens for group in sampled for response in group.responses),
+    }
+
+
+def recomputed_evaluation(result: EvaluationResult) -> dict[str, float]:
+    """The entry of one evaluation of the held-out prompts."""
+    return {
+        "eval/pass_at_1": result.pass_at_1,
+        "eval/standard_error": result.standard_error,
+        "eval/response_length_mean": result.mean_response_tokens,
+    }
+
+
+def _token_rows(groups: Sequence[StoredGroup], step: int) -> list[list[dict[str, float]]]:
+    """What is known of each token, by response."""
+    found = []
+    for group in groups:
+        rewards = np.array([response.reward for response in group.responses])
+        spread = rewards.std(ddof=1) + 1e-6
+        for response in group.responses:
+            # as GRPO says, rounded to float32 as the trainer holds it
+            advantage = float(np.float32((response.reward - rewards.mean()) / spread))
+            found.append(_tokens(response, advantage, step))
+    return found
+
+
+def _tokens(response: StoredResponse, advantage: float, step: int) -> list[dict[str, float]]:
     trained, behavior = response.trained_log_probs, response.behavior_log_probs
     rollout, versions = response.rollout_log_probs, response.policy_versions
     assert trained is not None
@@ -51,6 +152,9 @@ def _tokens(response: StoredResponse, step: int) -> list[dict[str, float]]:
                 "position": float(2 ** int(math.log2(place + 1))),
                 "staleness": float(step - versions[place]),
                 "delta": delta,
+                "log_minimum": log_minimum,
+                "gap": log_minimum + delta - math.fsum(deltas[: place + 1]),
+                "loss": -weight * advantage * float(trained[place]),
                 "is_smallest": float(place == deltas.index(min(deltas))),
                 "share": place / max(1, len(deltas) - 1),
                 "mismatch": float(rollout[place]) - float(behavior[place]),
@@ -88,6 +192,7 @@ def _of_tokens(responses: list[list[dict[str, float]]]) -> dict[str, float]:
         "prefix_ratio/log_mean": column["prefix_ratio/log"].mean(),
         "prefix_ratio/surrogate_log_mean": column["prefix_ratio/surrogate_log"].mean(),
         "prefix_ratio/gap_abs_mean": column["prefix_ratio/gap_abs"].mean(),
+        "objective/loss": math.fsum(column["loss"]) / len(rows),
         "objective/weight_mean": weight.mean(),
         "objective/weight_square_mean": (weight**2).mean(),
         "objective/effective_sample_size": weight.mean() ** 2 / (weight**2).mean(),

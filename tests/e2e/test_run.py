@@ -1,18 +1,29 @@
 """The main job with every real part: three roles, two Megatron ranks, a real SGLang server."""
 
 import json
+import math
 import signal
 import sqlite3
 import time
+from collections.abc import Collection
+from pathlib import Path
 
 import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minpro_megatron.monitor.metrics import METRICS
-from minpro_megatron.rollout.journal_reader import JournalReader
-from tests.e2e.conftest import Launch, Launcher
-from tests.e2e.recomputed import recomputed
+from minpro_megatron.rollout.journal_reader import JournalReader, StoredGroup
+from tests.e2e.conftest import ROOT, SMALL_RUN, Launch, Launcher
+from tests.e2e.recomputed import (
+    UNSOURCED,
+    is_in_the_same_bin,
+    recomputed,
+    recomputed_evaluation,
+    recomputed_quantiles,
+    recomputed_rates,
+    recomputed_totals,
+)
 from tests.e2e.trace_check import check_trace
 
 pytestmark = pytest.mark.e2e
@@ -23,6 +34,12 @@ SMALL = (
     "evaluation.samples_per_prompt=2",
     "batch.num_prompts=8",
     "batch.mini_batch_prompts=2",
+)
+# Random weights have no right answers: with this reward there is something to learn, and ratios leave 1.
+LEARNING = (
+    "collector.reward=tests.e2e.digits_reward:grade",
+    "optimizer.learning_rate=1e-3",
+    "optimizer.warmup_global_steps=0",
 )
 TRACED = range(1, 3)  # global steps
 STOPPED_WITHIN_S = 50  # of wall time: a busy machine needs more than the few seconds it takes otherwise
@@ -35,7 +52,7 @@ HISTOGRAMS = {"ratio/log", "prefix_min/log", "prefix_ratio/gap", "response/lengt
 
 
 def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None:
-    launch = launches("whole", *SMALL, f"debug.trace_steps={TRACED[0]}:{TRACED[-1]}")
+    launch = launches("whole", *SMALL, *LEARNING, f"debug.trace_steps={TRACED[0]}:{TRACED[-1]}")
     status, output = launch.wait(170)
     assert status == 0, output
 
@@ -51,7 +68,9 @@ def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None
     assert [metrics["staleness/max"] for metrics in trained] == [0, 1, 2, 2]
     # Server and trainer compute the same log-probs from the same version of the weights: publishing worked.
     assert max(metrics["mismatch/log_prob_abs_max"] for metrics in trained) < 1e-4
-    assert trained[0]["ratio/max"] > 1  # later updates of step 0 have moved away from the sampling weights
+    # later updates of step 0 have moved away from the sampling weights, by more than rounding
+    assert trained[0]["ratio/max"] > 1.01
+    assert all(metrics["objective/loss"] for metrics in trained)
 
     events = EventAccumulator(str(launch.run_dir / "tensorboard"), size_guidance={"histograms": 0}).Reload()
     scalars = set(events.Tags()["scalars"])
@@ -60,7 +79,7 @@ def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None
     assert scalars == {name for line in steps for name in line["metrics"]}
     assert [metrics["alarms/raised"] for metrics in trained] == [0] * 4
     assert set(events.Tags()["histograms"]) == HISTOGRAMS
-    _check_metrics(launch, trained, events)
+    _check_metrics(launch, trained, num_ranks=2)
     _check_journal(launch)
     _check_export(launch)
     check_trace(launch.run_dir, num_ranks=2, steps=TRACED, groups_of_a_step=8)
@@ -75,19 +94,56 @@ def _is_of(scalar: str, declared: str) -> bool:
     return scalar.startswith(family) if is_family else scalar == declared
 
 
-def _check_metrics(launch: Launch, trained: list[dict[str, float]], events: EventAccumulator) -> None:
-    """Metrics and events are what follows from the journal's tokens; nothing told by bucket is left out or made up."""
+@pytest.mark.long
+def test_metrics_of_two_data_parallel_ranks_are_those_of_all_tokens(launches: Launcher, tmp_path: Path) -> None:
+    """Every rank sees half of the responses, in several rows. Every other prompt has a prefix."""
+    rows = [json.loads(line) for line in (ROOT / "recipes" / "data" / "calculator_train.jsonl").open()][:40]
+    prefixed = {row["id"] for row in rows[::2]}
+    rows = [row | ({"prefix": row["answer"][:1]} if row["id"] in prefixed else {}) for row in rows]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = (*SMALL_RUN, "num_global_steps=4", f"data.train_file={tmp_path / 'train.jsonl'}")
+    launch = launches("halves", *small, *LEARNING, "parallel.data=2", "batch.max_tokens_per_row=64")
+    status, output = launch.wait(170)
+    assert status == 0, output
+    steps = [json.loads(line)["metrics"] for line in (launch.run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [metrics for metrics in steps if "objective/loss" in metrics]
+    assert any(metrics["ratio/max"] > 1.01 for metrics in trained)
+    assert any("reward/accuracy_by_prompt/prefixed" in metrics for metrics in trained)
+    _check_metrics(launch, trained, num_ranks=2, prefixed=prefixed)
+
+
+def _check_metrics(
+    launch: Launch, trained: list[dict[str, float]], num_ranks: int, prefixed: Collection[str] = ()
+) -> None:
+    """Metrics and events are what follows from the journal's tokens; nothing is left out or made up."""
     with JournalReader(launch.run_dir) as journal:
-        stored = [list(journal.groups("state = 'consumed' AND consumed_step = ?", (step,))) for step in range(4)]
+        groups, evaluations = list(journal.groups()), journal.evaluations()
+    stored = [[group for group in groups if group.consumed_step == step] for step in range(len(trained))]
+    events = EventAccumulator(str(launch.run_dir / "tensorboard"), size_guidance={"histograms": 0}).Reload()
     written = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
-    for step, groups in enumerate(stored):
-        expected = recomputed(groups, step)
-        told = {name for name in trained[step] if "_by_position/" in name or "_by_staleness/" in name}
-        assert told == {name for name in expected if "_by_position/" in name or "_by_staleness/" in name}
+    for step, consumed in enumerate(stored):
+        expected = recomputed(consumed, step, prefixed) | recomputed_rates(consumed, trained[step], num_ranks)
+        expected |= recomputed_totals(groups, evaluations, step)
+        quantiles = recomputed_quantiles(consumed, step)
+        told = {name for name in trained[step] if not name.startswith(UNSOURCED)}
+        assert told == expected.keys() | quantiles.keys()
         for name, value in expected.items():
             assert trained[step][name] == pytest.approx(value, rel=1e-9, abs=1e-12), (step, name)
             assert written[name][step] == pytest.approx(value, rel=1e-6, abs=1e-12), (step, name)  # as float32
-    responses = [response for group in stored[0] for response in group.responses]
+        for name, (value, is_exp) in quantiles.items():
+            found = trained[step][name]
+            assert is_in_the_same_bin(math.log(found) if is_exp else found, value), (step, name)
+    for result in evaluations:
+        for name, value in recomputed_evaluation(result).items():
+            assert written[name][result.policy_version] == pytest.approx(value, rel=1e-6), name
+    num_evaluated = sum(name.startswith("eval/") for name in written)
+    assert num_evaluated == len(recomputed_evaluation(evaluations[0]))
+    _check_histograms(stored[0], events)
+
+
+def _check_histograms(groups: list[StoredGroup], events: EventAccumulator) -> None:
+    """Those of step 0 hold every one of its tokens, or responses."""
+    responses = [response for group in groups for response in group.responses]
     num_tokens = sum(response.num_tokens for response in responses)
     for name in HISTOGRAMS:
         (histogram,) = (event.histogram_value for event in events.Histograms(name))
