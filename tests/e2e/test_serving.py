@@ -4,7 +4,8 @@ import asyncio
 import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,22 @@ import pytest
 import torch
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.records import IssuedGroup, Prompt, ServerAddress
+from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, ServerAddress
+from minpro_megatron.rollout import member as member_module
 from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.generation import GroupCollector
+from minpro_megatron.serving import client as client_module
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.calls import for_all
-from minpro_megatron.serving.client import SamplingParameters, ServerClient
+from minpro_megatron.serving.client import MAX_ATTEMPTS, SamplingParameters, ServerClient
 from minpro_megatron.serving.control import ControlError, ServerControl
 from minpro_megatron.serving.endpoints import write_server_address
 from minpro_megatron.serving.errors import WrongPolicyVersion
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
-from tests.unit import faulty_proxy
 from tests.unit.faulty_proxy import FaultyProxy
-from tests.unit.test_fleet import FakeRewards, FakeTokenizer
+from tests.unit.test_fleet import FAULTS, FakeRewards, FakeTokenizer, until
 
 pytestmark = [
     pytest.mark.e2e,
@@ -40,6 +42,7 @@ PROMPTS = [[5, 6, 7], [20, 21, 22, 23, 24, 25], [9]]
 MAX_RESPONSE_TOKENS = 12
 LONGEST_RESPONSE_TOKENS = 48  # that the server is started for
 NUM_STREAMS = 24  # of responses, sampled at the same time
+GREEDY = SamplingParameters(0.0, MAX_RESPONSE_TOKENS)  # what SGLang samples on the CPU does not follow from the seed
 KEY = "k-9d1f77ab"
 # Of SGLang: HTTP, scheduler, detokenizer.
 NUM_PROCESSES = {"reference": 1, "sglang": 3}
@@ -263,41 +266,126 @@ def test_what_an_update_aborts_is_continued_with_its_log_probs_versions_and_rout
         assert np.array_equal(np.sort(sequence.routed_experts), routes_by_transformers(running.folder, tokens[:-1]))
 
 
-def test_faults_on_the_way_change_nothing_that_comes_out(running: Running) -> None:
-    """Through a proxy: the fleet asks again, and what arrives is what transformers computes."""
-    changes = (faulty_proxy.nan_log_prob, faulty_proxy.one_token_short, faulty_proxy.exchanged)
-    plain = (faulty_proxy.dropped, faulty_proxy.internal_error, faulty_proxy.truncated)
-    faults = [*plain, *map(faulty_proxy.changed, changes)]
-    prompt = PROMPTS[0]
+@pytest.fixture
+def version_one(running: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The server holds the same weights as version 1: there is an older version to lie about. Pauses are short."""
+    monkeypatch.setattr(member_module, "FIRST_SUSPENSION_S", 0.05)
+    monkeypatch.setattr(client_module, "FIRST_PAUSE_S", 0.02)
+    control = running.control()
+    control.update_weights_from_disk(model_path=str(running.folder), weight_version=1)
+    yield
+    control.update_weights_from_disk(model_path=str(running.folder), weight_version=0)
+    control.close()
+
+
+class Undisturbed:
+    """What the server itself answers to a group, without proxy and fleet, and how long that takes."""
+
+    def __init__(self, running: Running) -> None:
+        self._folder = running.folder
+        begin = time.monotonic()
+        self._sequences = asyncio.run(self._generate(running))
+        self.wall_time_s = time.monotonic() - begin
+
+    async def _generate(self, running: Running) -> list[SampledSequence]:
+        async with running.client(routes=True) as client:
+            return await client.generate(PROMPTS[0], issued_group(0, 1).sampling_seeds, GREEDY, 1)
+
+    def check(self, group: CollectedGroup) -> None:
+        """The group has the very same tokens and routes, with log-probs that are also transformers' own."""
+        assert len(group.responses) == len(self._sequences)
+        for response, expected in zip(group.responses, self._sequences, strict=True):
+            assert response.token_ids.tolist() == expected.token_ids.tolist()
+            assert response.finish_reason == expected.finish_reason
+            assert (response.policy_versions == 1).all()
+            assert np.abs(response.rollout_log_probs - expected.log_probs).max() < 1e-4
+            computed = log_probs_by_transformers(self._folder, PROMPTS[0], response.token_ids, 1.0)
+            assert np.abs(response.rollout_log_probs - computed).max() < 1e-4
+            assert response.routed_experts is not None
+            assert expected.routed_experts is not None
+            assert np.array_equal(np.sort(response.routed_experts), np.sort(expected.routed_experts))
+
+
+@asynccontextmanager
+async def fleet_behind_a_proxy(
+    running: Running, request_timeout_s: float = 120
+) -> AsyncIterator[tuple[FaultyProxy, Fleet, GroupCollector]]:
+    """A fleet that knows the server by a proxy's address only, and works with version 1."""
+    server = running.config.server.model_copy(update={"request_timeout_s": request_timeout_s})
+    config = running.config.model_copy(update={"server": server})
+    async with (
+        FaultyProxy(running.server.address.url) as proxy,
+        Fleet(config, read_model_facts(str(running.folder)), 0) as fleet,
+    ):
+        write_server_address(config.run_dir, ServerAddress(index=0, url=proxy.url, tensor_parallel=1), 0)
+        await fleet.wait_until_ready(60)
+        fleet.set_version(1, [0])
+        await until(lambda: fleet.metrics()["fleet/current"] == 1)
+        yield proxy, fleet, GroupCollector(fleet, FakeRewards(), FakeTokenizer())  # type: ignore[arg-type]
+
+
+def failures(fleet: Fleet) -> dict[str, float]:
+    """What has failed, by kind."""
+    found = {name.removeprefix("fleet/"): count for name, count in fleet.metrics().items()}
+    return {name: count for name, count in found.items() if name.startswith(("failures/", "invalid_answers/"))}
+
+
+@pytest.mark.usefixtures("version_one")
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_on_the_way_is_counted_and_changes_nothing_that_comes_out(
+    running: Running, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Through a proxy: the fleet asks again, and what arrives is what the server answers without one."""
+    fault, metric = FAULTS[name]
+    undisturbed = Undisturbed(running)
+    # far longer than the server takes, however busy this machine is
+    limit_s = max(1.0, 10 * undisturbed.wall_time_s)
+    if name == "drip":
+        monkeypatch.setattr(client_module, "BODY_TIMEOUT_S", 1.0)
+    # the client itself mends what it may ask again for at once
+    times = MAX_ATTEMPTS if metric in ("failures/connection", "failures/status") else 1
 
     async def main() -> None:
-        async with (
-            FaultyProxy(running.server.address.url) as proxy,
-            Fleet(running.config, read_model_facts(str(running.folder)), 0) as fleet,
-        ):
-            address = ServerAddress(index=0, url=proxy.url, tensor_parallel=1)
-            write_server_address(running.config.run_dir, address, 0)
-            await fleet.wait_until_ready(60)
-            groups = GroupCollector(fleet, FakeRewards(), FakeTokenizer())  # type: ignore[arg-type]
-            for number, fault in enumerate(faults):
-                proxy.fail(fault, times=1)
-                group = await groups.collect(issued_group(number, prompt), SamplingParameters(1.0, 12))
-                response = group.responses[0]
-                expected = log_probs_by_transformers(running.folder, prompt, response.token_ids, 1.0)
-                assert np.abs(expected - response.rollout_log_probs).max() < 1e-4
-            assert proxy.num_faults == len(faults)
-            assert fleet.metrics()["fleet/retries"] == 1 + len(changes)  # the client itself mends the other two
+        limits = (limit_s,) if name == "hang" else ()
+        async with fleet_behind_a_proxy(running, *limits) as (proxy, fleet, groups):
+            proxy.fail(getattr(proxy, fault) if isinstance(fault, str) else fault, times)
+            undisturbed.check(await groups.collect(issued_group(0, 1), GREEDY))
+            assert proxy.num_faults == times
+            found = failures(fleet)
+            assert found.keys() == {metric}
+            # a machine that stands still for a while may let a sound answer run out of time too
+            assert found[metric] == fleet.metrics()["fleet/retries"] >= 1
+            undisturbed.check(await groups.collect(issued_group(1, 1), GREEDY))
+            assert fleet.metrics()["fleet/groups"] == 2
 
     asyncio.run(main())
 
 
-def issued_group(group_id: int, prompt: list[int]) -> IssuedGroup:
+@pytest.mark.usefixtures("version_one")
+def test_refused_connections_are_counted_and_the_group_waits_for_the_port(running: Running) -> None:
+    undisturbed = Undisturbed(running)
+
+    async def main() -> None:
+        async with fleet_behind_a_proxy(running) as (proxy, fleet, groups):
+            await proxy.refuse()
+            work = asyncio.create_task(groups.collect(issued_group(0, 1), GREEDY))
+            await until(lambda: fleet.members() == [] and fleet.metrics()["fleet/groups_waiting"] == 1)
+            assert failures(fleet) == {"failures/connection": 1}
+            await proxy.listen_again()
+            undisturbed.check(await work)
+            assert failures(fleet) == {"failures/connection": 1}
+            assert [address.index for address in fleet.members()] == [0]
+
+    asyncio.run(main())
+
+
+def issued_group(group_id: int, version: int) -> IssuedGroup:
     return IssuedGroup(
         group_id=group_id,
         batch_index=0,
-        policy_version=0,
+        policy_version=version,
         prompt=Prompt(id=str(group_id), source="test", text="1=", answer="1"),
-        prompt_token_ids=np.asarray(prompt, dtype=np.int32),
+        prompt_token_ids=np.asarray(PROMPTS[0], dtype=np.int32),
         sampling_seeds=[2 * group_id, 2 * group_id + 1],
     )
 

@@ -26,9 +26,7 @@ class FaultyProxy:
         self.is_silent = False
         self._upstream = upstream
         self._over = asyncio.Event()
-        application = web.Application()
-        application.router.add_route("*", "/{path:.*}", self._handle)
-        self._server = TestServer(application)
+        self._server = self._made_server(port=None)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "FaultyProxy":
@@ -41,6 +39,20 @@ class FaultyProxy:
         await self._server.close()
         assert self._session is not None
         await self._session.close()
+
+    def _made_server(self, port: int | None) -> TestServer:
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", self._handle)
+        return TestServer(application, port=port)
+
+    async def refuse(self) -> None:
+        """From now on connections are refused, until `listen_again`."""
+        port = self._server.port
+        await self._server.close()
+        self._server = self._made_server(port)
+
+    async def listen_again(self) -> None:
+        await self._server.start_server()
 
     @property
     def url(self) -> str:
