@@ -26,7 +26,13 @@ from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.rollout.resume_point import RunIdentity
 from minpro_megatron.weights.architecture import Architecture
 
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# "mem_efficient": shards are gathered in host memory, by one data-parallel rank. Otherwise all do so, on the GPU, where
+# beside weights and gradients there may be no room for another 8 bytes a parameter.
+_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
 
 
 def run_identity(config: RunConfig, architecture: Architecture) -> RunIdentity:
@@ -90,7 +96,8 @@ def _sharded_state(chunks: Sequence[GPTModel], optimizer: Any, mesh: Mesh, is_lo
     optimizers = _distributed_optimizers(optimizer)
     weights = dict(state)
     of_optimizers = [one.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata) for one in optimizers]
-    state["optimizer"] = {index: one["param_state"] for index, one in enumerate(of_optimizers)}
+    held = {index: one["param_state"] for index, one in enumerate(of_optimizers)}
+    state["optimizer"] = {index: found for index, found in held.items() if found is not None}
     state["optimizer_step"] = max(_steps_done(one) for one in optimizers)
     return state
 

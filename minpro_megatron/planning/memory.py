@@ -65,14 +65,15 @@ class HostMemory:
 
     ranks: int
     snapshots: int  # earlier weights, and the current ones while those are swapped in
-    checkpoint: int  # while one is written in the background: copies for the process that writes
+    gathered: int  # optimizer states, once more, for a checkpoint: one data-parallel rank gathers those of all
+    checkpoint: int  # while one is written in the background: what its process keeps as it was
     offloaded: int  # optimizer.cpu_offload
     routes: int  # model.routing_replay
     processes: int
 
     @property
     def total(self) -> int:
-        return self.snapshots + self.checkpoint + self.offloaded + self.routes + self.processes
+        return self.snapshots + self.gathered + self.checkpoint + self.offloaded + self.routes + self.processes
 
 
 def compute_of(config: RunConfig, expert_imbalance: float = EXPERT_IMBALANCE) -> Compute:
@@ -146,12 +147,13 @@ def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_t
     if settings.mode == "bounded" or settings.delay_steps or config.loss.kl.enabled:
         copies += 1  # where the current weights wait
     copies += config.loss.kl.enabled
-    writes = config.checkpoint.every_steps and config.checkpoint.asynchronous
+    saves, states = config.checkpoint.every_steps > 0, optimizer + offloaded
     return HostMemory(
         ranks=ranks_per_node,
         snapshots=ranks_per_node * copies * weights,
-        # what is on the host already is shared with that process, until training changes it
-        checkpoint=ranks_per_node * (weights + optimizer + offloaded) if writes else 0,
+        gathered=ranks_per_node * states if saves else 0,
+        # the gathered states stay for that process, and what is offloaded is in its memory until training changes it
+        checkpoint=ranks_per_node * (weights + offloaded) if saves and config.checkpoint.asynchronous else 0,
         offloaded=ranks_per_node * offloaded,
         routes=_route_bytes(config, a, batch_tokens, ranks_per_node),
         processes=ranks_per_node * PROCESS_HOST_BYTES[config.device],

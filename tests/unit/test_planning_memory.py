@@ -171,7 +171,7 @@ def test_the_host_keeps_a_copy_of_each_version_that_may_be_scored(settings: dict
     weights, _, optimizer, _ = state_bytes(config, MIXTURE, 0)
     found = host_memory(config, MIXTURE, ranks_per_node=8, batch_tokens=1e6)
     assert found.snapshots == 8 * copies * weights
-    assert found.checkpoint == 8 * (weights + optimizer)
+    assert (found.gathered, found.checkpoint) == (8 * optimizer, 8 * weights)
     assert found.routes == 0
     replayed = run_to_plan(model={"routing_replay": "rollout"}, **settings)
     batches = settings["staleness"].get("delay_steps", 1) + 1
