@@ -1,5 +1,6 @@
 """A tiny model in both formats, made once, and runs of the whole system on it."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 # Overrides of the demo: a run of small steps on one rank, with the engine that starts soonest.
@@ -46,6 +49,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 def convert(model: TinyModel) -> None:
     """Makes the Megatron format of the Hugging Face one."""
     _run_tool("convert_checkpoint.py", "to-megatron", "--hf", model.hf, "--output", model.megatron)
+
+
+def with_weights(model: TinyModel, tensors: dict[str, torch.Tensor], folder: Path) -> TinyModel:
+    """The model with other weights, in both formats in `folder`."""
+    made = TinyModel(folder / "hf", folder / "megatron")
+    shutil.copytree(model.hf, made.hf)
+    save_file(tensors, made.hf / "model.safetensors", metadata={"format": "pt"})
+    convert(made)
+    return made
 
 
 def _run_tool(name: str, *arguments: object) -> None:

@@ -5,7 +5,6 @@ the journal of the sound run.
 """
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,12 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from minpro_megatron.monitor.alarm_log import read_alarms
 from minpro_megatron.monitor.history import read_history
-from tests.e2e.conftest import ROOT, SMALL_RUN, Launch, Launcher, TinyModel, convert
+from tests.e2e.conftest import ROOT, SMALL_RUN, Launch, Launcher, TinyModel, with_weights
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -92,19 +90,11 @@ def confident(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -
     tensors = load_file(tiny_model.hf / "model.safetensors")
     tensors["lm_head.weight"] *= 60
     tensors["lm_head.weight"][_token(tiny_model, "*")] = 0
-    return _with_weights(tiny_model, tensors, tmp_path_factory.mktemp("confident"))
+    return with_weights(tiny_model, tensors, tmp_path_factory.mktemp("confident"))
 
 
 def _token(model: TinyModel, text: str) -> int:
     return json.loads((model.hf / "tokenizer.json").read_text())["model"]["vocab"][text]
-
-
-def _with_weights(model: TinyModel, tensors: dict[str, torch.Tensor], folder: Path) -> TinyModel:
-    made = TinyModel(folder / "hf", folder / "megatron")
-    shutil.copytree(model.hf, made.hf)
-    save_file(tensors, made.hf / "model.safetensors", metadata={"format": "pt"})
-    convert(made)
-    return made
 
 
 def test_a_weight_decay_far_too_high_makes_the_policy_forget(confident: TinyModel, tmp_path: Path) -> None:
@@ -125,7 +115,7 @@ def test_prompts_with_a_token_that_was_never_trained_give_spikes(confident: Tiny
 
     tensors = load_file(confident.hf / "model.safetensors")
     tensors["model.embed_tokens.weight"][_token(confident, "*")] = 0
-    untrained = _with_weights(confident, tensors, tmp_path / "model")
+    untrained = with_weights(confident, tensors, tmp_path / "model")
     assert "gradient_spikes" in _raised_with(untrained, tmp_path / "untrained", *data)
 
 
