@@ -332,7 +332,7 @@ class Collector:
         keep = self._config.collector.journal_keep_steps
         before = min(needed_from, self._next_step - keep)
         if keep and before > 0:
-            # beside the trainer's next step: gigabytes take minutes, and nobody waits for them
+            # beside the trainer's next step: gigabytes take minutes, and what is recorded meanwhile waits for a piece
             self._pruning = asyncio.create_task(self._prune(before, self._pruning))
 
     async def _prune(self, before_step: int, earlier: "asyncio.Task[None] | None") -> None:

@@ -9,6 +9,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from minpro_megatron.records import (
     IssuedGroup,
 )
 from minpro_megatron.rollout.journal_file import JournalError, JournalFile
+from minpro_megatron.rollout.journal_pruning import give_pages_back, prune_groups
 from minpro_megatron.rollout.journal_restore import RestoredGroup, restore_groups, roll_back
 from minpro_megatron.rollout.route_files import RouteFiles
 
@@ -31,6 +33,8 @@ class Journal:
     def __init__(self, file: JournalFile, routes: RouteFiles) -> None:
         self._file = file
         self._routes = routes
+        self._pruning = asyncio.Lock()
+        self._closing = False
 
     @classmethod
     async def open(cls, run_dir: Path) -> "Journal":
@@ -38,7 +42,9 @@ class Journal:
         return cls(await JournalFile.open(run_dir), RouteFiles(run_dir))
 
     async def close(self) -> None:
-        await self._file.close()
+        self._closing = True
+        async with self._pruning:
+            await self._file.close()
 
     async def restore(self, version: int, num_prompts: int, delay_mode: bool) -> tuple[list[RestoredGroup], int]:
         """Takes the journal back to the checkpoint of `version` (0: the run's start).
@@ -187,26 +193,20 @@ class Journal:
 
     async def prune(self, before_step: int) -> None:
         """Removes the tokens, log-probs and routes of groups consumed before `before_step`, and of dropped groups as
-        old; what they were, their rewards and lengths stay."""
+        old; what they were, their rewards and lengths stay.
 
-        def write(connection: sqlite3.Connection) -> list[int]:
-            chosen = (
-                "SELECT group_id FROM groups WHERE (consumed_step < ? OR (state = 'dropped' AND newest_version < ?))"
-            )
-            ids = connection.execute(
-                f"SELECT DISTINCT group_id FROM responses WHERE token_ids IS NOT NULL AND group_id IN ({chosen})",
-                (before_step, before_step),
-            ).fetchall()
-            connection.executemany(
-                "UPDATE responses SET token_ids = NULL, rollout_log_probs = NULL, policy_versions = NULL,"
-                " behavior_log_probs = NULL, trained_log_probs = NULL, routes = NULL WHERE group_id = ?",
-                ids,
-            )
-            return [group_id for (group_id,) in ids]
-
-        pruned = await self._file.transaction(write)
-        await self._file.run(lambda connection: connection.execute("PRAGMA incremental_vacuum").fetchall())
-        await asyncio.to_thread(self._routes.remove, pruned)
+        In pieces: what else is called meanwhile waits for one of them at most. `close` ends it after a piece, as a
+        crash may; the next one prunes the rest.
+        """
+        async with self._pruning:
+            looked_at: int | None = -1
+            while looked_at is not None and not self._closing:
+                work = partial(prune_groups, before_step=before_step, after=looked_at)
+                group_ids, looked_at = await self._file.transaction(work)
+                if group_ids:
+                    await asyncio.to_thread(self._routes.remove, group_ids)
+            while not self._closing and await self._file.run(give_pages_back):
+                continue
 
     async def totals(self) -> CollectorTotals:
         """What the journal holds by now; a staleness is 0 if nothing was consumed."""
