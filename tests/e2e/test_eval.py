@@ -17,13 +17,14 @@ import requests
 import torch
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.evaluation.samples import SampledGroup
+from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse
 from minpro_megatron.evaluation.scores import Scores
 from minpro_megatron.records import EvaluationResult
 from minpro_megatron.rewards import mathematics
 from minpro_megatron.rewards.registry import Grade
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
 from tests.e2e.conftest import ROOT, Launcher, TinyModel
+from tests.e2e.evaluation_figures import check_figures
 
 pytestmark = [
     pytest.mark.e2e,
@@ -39,6 +40,7 @@ GSM8K = {
     "Toulouse has twice as many sheep as Charleston. Charleston has 4 times as many sheep as Seattle. How many sheep "
     "do Toulouse, Charleston, and Seattle have together if Seattle has 20 sheep?": "260",
 }
+GSM8K_FILE = ROOT.parent / "shared" / "data" / "gsm8k_test.jsonl"
 NUM_SAMPLES = 4
 # A random model answers nothing: with this reward it is right now and then.
 EVEN_DIGIT = """
@@ -47,6 +49,16 @@ from minpro_megatron.rewards.registry import Grade
 def grade(text, answer):
     digits = [c for c in text if c.isdigit()]
     return Grade(float(bool(digits) and digits[-1] in "02468"), digits[-1] if digits else None)
+"""
+
+# And with this one where the last digit is as even or odd as the answer: answers that are mixed up are noticed.
+SAME_PARITY = """
+from minpro_megatron.rewards.registry import Grade
+
+def grade(text, answer):
+    digits = [c for c in text if c.isdigit()]
+    is_right = bool(digits) and (digits[-1] in "02468") == (answer[-1] in "02468")
+    return Grade(float(is_right), digits[-1] if digits else None)
 """
 
 
@@ -142,6 +154,48 @@ def test_a_slice_of_gsm8k(tiny_model: TinyModel, data: Path, tmp_path: Path, eng
     assert metrics["evaluation/accuracy/gsm8k"] == results(output).benchmarks[0].accuracy.value
     assert list((output / "tensorboard").iterdir())
     assert processes_of(output) == []
+
+
+@pytest.fixture
+def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Twelve of GSM8K's rows that fit the context, with the last digit of their answers; as the evaluation wants them
+    they are in tmp_path/data."""
+    if not GSM8K_FILE.exists():
+        pytest.skip(f"needs {GSM8K_FILE}")
+    rows = [line for line in GSM8K_FILE.read_text().splitlines() if len(json.loads(line)["question"]) <= 300][:12]
+    (tmp_path / "raw.jsonl").write_text("".join(row + "\n" for row in rows))
+    prepared = tmp_path / "data" / "gsm8k.jsonl"
+    prepared.parent.mkdir()
+    prepare = ["tools/prepare_data.py", "gsm8k", "--input", str(tmp_path / "raw.jsonl"), "--output", str(prepared)]
+    finish([sys.executable, *prepare])
+    (tmp_path / "same_parity.py").write_text(SAME_PARITY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    ids = {row["prompt"]: row["id"] for row in map(json.loads, prepared.read_text().splitlines())}
+    return {ids[row["question"].strip()]: row["answer"].strip()[-1] for row in map(json.loads, rows)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["reference", "sglang"])
+def test_rows_of_gsm8k_from_their_file_to_figures(
+    tiny_model: TinyModel, questions: dict[str, str], tmp_path: Path, engine: str
+) -> None:
+    """Graded as the raw file's answers say, and all figures are those of the stored samples."""
+    output = tmp_path / "out"
+    engine_options = ["--engine", engine, "--device", "cpu", "--reward", "same_parity:grade"]
+    finish(command(tiny_model, tmp_path / "data", output, *engine_options))
+    found: dict[str, dict[int, SampledResponse]] = {prompt_id: {} for prompt_id in questions}
+    for group in samples(output):
+        found[group.prompt_id].update(enumerate(group.responses, start=group.first_sample))
+    assert all(sorted(of_prompt) == list(range(NUM_SAMPLES)) for of_prompt in found.values())
+    for prompt_id, last_digit in questions.items():
+        for response in found[prompt_id].values():
+            digits = re.findall("[0-9]", response.text)
+            is_right = bool(digits) and int(digits[-1]) % 2 == int(last_digit) % 2
+            assert (response.reward == 1, response.extracted) == (is_right, digits[-1] if digits else None)
+            assert response.num_tokens == 40 or (response.num_tokens < 40 and response.finish_reason == "stop")
+    check_figures(results(output), [list(of_prompt.values()) for of_prompt in found.values()])
+    metrics = json.loads((output / "metrics.jsonl").read_text())["metrics"]
+    assert metrics["evaluation/accuracy/gsm8k"] == results(output).benchmarks[0].accuracy.value
 
 
 @pytest.mark.long
