@@ -1,9 +1,10 @@
 """Two server processes under `serve`: one is killed, one stops answering; groups move, servers come back.
 
-The servers are the reference engine's, which start in seconds.
+With the reference engine, whose servers start in seconds, and with SGLang.
 """
 
 import asyncio
+import logging
 import subprocess
 import sys
 import time
@@ -32,15 +33,37 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 KEY = "k-51f0c2e9d7"
 INCARNATION = 3
-MAX_RESPONSE_TOKENS = 24
-SAMPLING = SamplingParameters(1.0, MAX_RESPONSE_TOKENS)
+NUM_GROUPS = 16  # of a round, by which tokens a second are measured
+MAX_ROUNDS = 20
+# Of what one server alone achieves, in the best of some rounds: other programs on the machine come and go meanwhile.
+RECOVERED_SHARE = 0.7
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What has to differ. SGLang's samples do not follow from the seed on the CPU: it is asked for the likeliest
+    tokens, and for more of them, for it is faster."""
+
+    name: str
+    sampling: SamplingParameters
+    start_timeout_s: float
+    unhealthy_after_s: float
+    limit_s: float
+
+
+REFERENCE = Engine("reference", SamplingParameters(1.0, 24), 150, 4, 360)
+SGLANG = Engine("sglang", SamplingParameters(0.0, 48), 400, 15, 1200)
 
 
 @dataclass
 class Serving:
     """The role `serve` as a process."""
 
+    engine: Engine
     config: RunConfig
+    other_weights: str
     process: subprocess.Popen[str]
 
     def servers(self) -> dict[int, psutil.Process]:
@@ -56,10 +79,17 @@ class Serving:
         return self.servers()[int(address.url.rpartition(":")[2])]
 
 
-@pytest.fixture
-def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
+@pytest.fixture(
+    params=[
+        pytest.param(REFERENCE, id="reference"),
+        pytest.param(SGLANG, id="sglang", marks=[pytest.mark.long, pytest.mark.timeout(1300)]),
+    ]
+)
+def serving(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
+    engine: Engine = request.param
     monkeypatch.setenv("THE_KEY", KEY)
     save_random_model(tmp_path / "hf", seed=0)
+    save_random_model(tmp_path / "other", seed=1)
     config = RunConfig.model_validate(
         {
             "name": "fleet",
@@ -67,15 +97,15 @@ def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving
             "device": "cpu",
             "model": {"hf_path": str(tmp_path / "hf"), "megatron_path": "unused", "dtype": "float32"},
             "data": {"train_file": "unused", "heldout_file": "unused"},
-            "sampling": {"max_prompt_tokens": 8, "max_response_tokens": MAX_RESPONSE_TOKENS},
+            "sampling": {"max_prompt_tokens": 8, "max_response_tokens": engine.sampling.max_response_tokens},
             "server": {
-                "engine": "reference",
+                "engine": engine.name,
                 "count": 2,
                 "device": "cpu",
                 "dtype": "float32",
-                "start_timeout_s": 150,
+                "start_timeout_s": engine.start_timeout_s,
                 "health_interval_s": 0.5,
-                "unhealthy_after_s": 4,
+                "unhealthy_after_s": engine.unhealthy_after_s,
                 "max_restarts": 1,
                 "api_key_variable": "THE_KEY",
             },
@@ -87,7 +117,7 @@ def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving
     command += ["--config", str(config.run_dir / "run.json"), "--incarnation", str(INCARNATION)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        yield Serving(config, process)
+        yield Serving(engine, config, str(tmp_path / "other"), process)
     finally:
         if process.poll() is None:
             process.terminate()
@@ -105,16 +135,22 @@ def issued(group_id: int, version: int) -> IssuedGroup:
     )
 
 
+def tokens(groups: list[CollectedGroup]) -> list[list[list[int]]]:
+    return [[response.token_ids.tolist() for response in group.responses] for group in groups]
+
+
 class Work:
     """Groups through the fleet, each checked."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, sampling: SamplingParameters) -> None:
+        self.expected: list[list[list[int]]] = []  # of the groups of a round
         self._fleet = fleet
+        self._sampling = sampling
         self._groups = GroupCollector(fleet, FakeRewards(), FakeTokenizer())  # type: ignore[arg-type]
 
     async def collect(self, count: int, version: int) -> list[CollectedGroup]:
         collected = await asyncio.gather(
-            *(self._groups.collect(issued(number, version), SAMPLING) for number in range(count))
+            *(self._groups.collect(issued(number, version), self._sampling) for number in range(count))
         )
         for group in collected:
             assert len(group.responses) == 4
@@ -123,8 +159,22 @@ class Work:
                 assert np.isfinite(response.rollout_log_probs).all()
         return list(collected)
 
+    async def round(self, version: int) -> float:
+        """Tokens a second, by the fleet's own count, over groups that must come out as `expected`."""
+        begin, before = time.monotonic(), self._num_tokens()
+        assert tokens(await self.collect(NUM_GROUPS, version)) == self.expected
+        assert self._num_tokens() - before == self.num_expected
+        return self.num_expected / (time.monotonic() - begin)
+
+    @property
+    def num_expected(self) -> int:
+        return sum(len(response) for group in self.expected for response in group)
+
     def tokens_of(self, index: int) -> float:
         return self._fleet.metrics().get(f"fleet/tokens/{index}", 0)
+
+    def _num_tokens(self) -> float:
+        return self.tokens_of(0) + self.tokens_of(1)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -142,72 +192,100 @@ def has_begun(config: RunConfig, address: ServerAddress) -> bool:
     return ask(config, address, "flush_cache").status_code != 200
 
 
-def publish(config: RunConfig, addresses: list[ServerAddress], version: int) -> None:
-    """The same weights once more under the name of `version`."""
+def publish(serving: Serving, addresses: list[ServerAddress], version: int) -> None:
+    """Other weights than those that servers start with."""
     for address in addresses:
-        what = {"model_path": config.model.hf_path, "weight_version": str(version), "flush_cache": True}
-        answer = ask(config, address, "update_weights_from_disk", **what)
+        what = {"model_path": serving.other_weights, "weight_version": str(version), "flush_cache": True}
+        answer = ask(serving.config, address, "update_weights_from_disk", **what)
         assert answer.json()["success"], answer.text
 
 
+def starts(addresses: list[ServerAddress]) -> list[tuple[int, int]]:
+    return [(address.index, address.start) for address in addresses]
+
+
+async def both_hold_new_weights(serving: Serving, fleet: Fleet, work: Work) -> None:
+    of_version_0 = tokens(await work.collect(NUM_GROUPS, 0))
+    publish(serving, fleet.members(), 1)
+    fleet.set_version(1, [0, 1])
+    await until(lambda: fleet.metrics()["fleet/current"] == 2)
+    work.expected = tokens(await work.collect(NUM_GROUPS, 1))
+    assert work.expected != of_version_0
+
+
+async def one_is_killed_under_its_work(serving: Serving, fleet: Fleet, work: Work) -> None:
+    """What a moved group has lost is sampled again, token by token."""
+    first, groups = fleet.members()[0], fleet.metrics()["fleet/groups"]
+    pending = asyncio.create_task(work.collect(24, 1))
+    while not await asyncio.to_thread(has_begun, serving.config, first):
+        pass
+    # paused, so that it has responses when it is killed, however fast it is
+    await asyncio.to_thread(ask, serving.config, first, "pause_generation", mode="in_place")
+    await until(lambda: fleet.metrics()["fleet/groups"] >= groups + 4)
+    assert not pending.done()
+    serving.process_of(first).kill()
+    assert tokens(await pending)[:NUM_GROUPS] == work.expected
+    metrics = fleet.metrics()
+    assert metrics["fleet/moved_groups"] + metrics["fleet/retries"] >= 1
+
+
+async def throughput_recovers(serving: Serving, fleet: Fleet, work: Work, before: float) -> None:
+    """Of two servers one has just been killed. Its successor starts with version 0's weights, which show in every
+    token, so what it adds later is of the version it was sent."""
+    killed = work.tokens_of(0)
+    gap = [await work.round(1)]
+    while (0, 1) not in starts(fleet.members()):
+        gap.append(await work.round(1))
+    assert starts(fleet.outdated()) == [(0, 1)]
+    alone = [await work.round(1) for _ in range(3)]
+    assert work.tokens_of(0) == killed  # it holds version 0, and gets no work
+    publish(serving, fleet.outdated(), 1)
+    fleet.set_version(1, [0, 1])
+    await until(lambda: fleet.metrics()["fleet/current"] == 2)
+    wanted = RECOVERED_SHARE * float(np.median(alone))
+    after = [await work.round(1)]
+    while max(after) < wanted and len(after) < MAX_ROUNDS:
+        after.append(await work.round(1))
+    share = (work.tokens_of(0) - killed) / (len(after) * work.num_expected)
+    log.info(
+        "tokens/s: %.0f before, %.0f while one server restarts, %.0f of one alone, %.0f after, %.0f %% of them of the "
+        "restarted server", before, np.median(gap), np.median(alone), max(after), 100 * share,
+    )  # fmt: skip
+    assert max(after) >= wanted, (before, gap, alone, after)
+    assert starts(fleet.members()) == [(0, 1), (1, 0)]
+    assert 0.2 < share < 0.8  # groups go to the least loaded
+
+
 def test_servers_die_hang_and_come_back(serving: Serving) -> None:
-    config = serving.config
+    config, left = serving.config, []
 
     async def main() -> None:
         async with Fleet(config, read_model_facts(config.model.hf_path), INCARNATION) as fleet:
-            work = Work(fleet)
-            await fleet.wait_until_ready(300)
-            by_seed = [
-                [response.token_ids.tolist() for response in group.responses] for group in await work.collect(16, 0)
-            ]
+            work = Work(fleet, serving.engine.sampling)
+            await fleet.wait_until_ready(2 * serving.engine.start_timeout_s)
+            await both_hold_new_weights(serving, fleet, work)
+            before = await work.round(1)
             assert work.tokens_of(0) > 0
             assert work.tokens_of(1) > 0
             check_that_the_key_is_needed_and_hidden(serving, fleet.members())
-
-            publish(config, fleet.members(), 1)
-            fleet.set_version(1, [0, 1])
-            await until(lambda: fleet.metrics()["fleet/current"] == 2)
-            first = fleet.members()[0]
-            pending = asyncio.create_task(work.collect(24, 1))
-            while not await asyncio.to_thread(has_begun, config, first):
-                pass
-            # paused, so that it has responses when it is killed, however fast it is
-            await asyncio.to_thread(ask, config, first, "pause_generation", mode="in_place")
-            await until(lambda: fleet.metrics()["fleet/groups"] >= 20)
-            assert not pending.done()
-            serving.process_of(first).kill()
-            repeated = await pending
-            # the weights and seeds are those of before: what a moved group has lost is sampled again, token by token
-            assert [[r.token_ids.tolist() for r in group.responses] for group in repeated[:16]] == by_seed
-            metrics = fleet.metrics()
-            assert metrics["fleet/moved_groups"] + metrics["fleet/retries"] >= 1
-
-            await until(lambda: (0, 1) in [(address.index, address.start) for address in fleet.members()])
-            assert [(address.index, address.start) for address in fleet.outdated()] == [(0, 1)]
-            tokens = work.tokens_of(0)
-            await work.collect(16, 1)
-            assert work.tokens_of(0) == tokens  # it holds version 0, and gets no work
-            publish(config, fleet.outdated(), 1)
-            fleet.set_version(1, [0, 1])
-            await until(lambda: fleet.metrics()["fleet/current"] == 2)
-            await work.collect(16, 1)
-            assert work.tokens_of(0) > tokens
+            await one_is_killed_under_its_work(serving, fleet, work)
+            await throughput_recovers(serving, fleet, work, before)
 
             pending = asyncio.create_task(work.collect(24, 1))
             serving.process_of(fleet.members()[1]).suspend()
             await pending
-            await until(lambda: (1, 1) in [(address.index, address.start) for address in fleet.members()])
+            await until(lambda: (1, 1) in starts(fleet.members()))
             assert fleet.metrics()["fleet/restarts"] == 2
 
+            left.extend(psutil.Process(serving.process.pid).children(recursive=True))
             serving.process_of(fleet.members()[0]).kill()
             await until(lambda: serving.process.poll() is not None)
 
-    left = psutil.Process(serving.process.pid).children(recursive=True)
-    asyncio.run(asyncio.wait_for(main(), 360))
+    asyncio.run(asyncio.wait_for(main(), serving.engine.limit_s))
     assert serving.process.returncode == 1
     output = serving.process.stdout.read() if serving.process.stdout else ""
     assert "restart 1 of at most 1" in output
-    assert "no answer to /model_info for server.unhealthy_after_s = 4 s" in output
+    assert f"no answer to /model_info for server.unhealthy_after_s = {config.server.unhealthy_after_s:g} s" in output
     assert "serve: failed again after server.max_restarts = 1 restarts: server 0" in output
     assert "ended by signal SIGKILL; the end of" in output
     deadline = time.monotonic() + 30
