@@ -10,11 +10,12 @@ from pathlib import Path
 import psutil
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.launch.node_roles import is_loopback, node_gpus, roles_on
+from minpro_megatron.launch.node_roles import host_on_node, node_gpus, roles_on
 from minpro_megatron.launch.preflight import cannot_listen, count_gpus, missing_weights, port_problems
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
 from minpro_megatron.rollout.resume_point import read_latest
+from minpro_megatron.serving.addresses import is_loopback
 from minpro_megatron.serving.server_process import PORT_RANGE
 from minpro_megatron.weights.manifest import read_manifest, verify_files
 
@@ -30,7 +31,7 @@ def node_problems(config: RunConfig, share: NodeShare, address: str, visible: st
     needed, found = sum(node_gpus(config, share)), []
     if needed:
         found += gpu_problems(needed, count_gpus(), gpu_memory(), visible)
-    hosts = [address if is_loopback(host) else host for host in (config.server.host, config.collector.host)]
+    hosts = [host_on_node(host, address) for host in (config.server.host, config.collector.host)]
     servers = range(share.first_server, share.first_server + share.num_servers)
     found += port_problems(config, servers, hosts[0], hosts[1] if share.collects else "")
     missing = list(file_problems(files_needed(config, share), config.run_dir))

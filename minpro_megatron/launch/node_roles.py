@@ -17,6 +17,7 @@ from minpro_megatron.launch.roles import (
 )
 from minpro_megatron.launch.supervisor import RoleCommand
 from minpro_megatron.launch.topology import NodeShare, Topology
+from minpro_megatron.serving.addresses import is_all_interfaces, is_loopback
 
 LOOPBACK = "127.0.0.1"
 
@@ -119,14 +120,16 @@ def _role_options(config: RunConfig, role: str, topology: Topology, place: NodeP
         return []
     share = topology.nodes[place.index]
     host = config.server.host if role == "serve" else config.collector.host
-    options = ["--host", place.address] if is_loopback(host) else []
+    options = ["--host", place.address] if host_on_node(host, place.address) != host else []
     if role == "serve" and share.num_servers:
         options += ["--servers", f"{share.first_server}:{share.first_server + share.num_servers}"]
     return options
 
 
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+def host_on_node(host: str, address: str) -> str:
+    """Where a role that others reach over the network listens: the node's `address`, unless the settings name a host
+    that can be stated to others. All interfaces cannot: 0.0.0.0 would lead each of them to itself."""
+    return address if is_loopback(host) or is_all_interfaces(host) else host
 
 
 def _log_name(role: str, topology: Topology, index: int) -> str:

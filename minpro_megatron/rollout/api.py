@@ -40,6 +40,7 @@ from minpro_megatron.rollout.protocol import (
     CollectorEndpoint,
     write_token,
 )
+from minpro_megatron.serving.addresses import url_here
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,7 @@ class CollectorApi:
         await self._runner.setup()
         await web.TCPSite(self._runner, self._host, self._port).start()
         host, port = self._runner.addresses[0][:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        endpoint = CollectorEndpoint(url=url, incarnation=self._incarnation)
+        endpoint = CollectorEndpoint(url=url_here(host, port), incarnation=self._incarnation)
         replace_file(self._run_dir / COLLECTOR_ENDPOINT, msgspec.json.encode(endpoint).decode() + "\n")
         return self
 

@@ -14,6 +14,7 @@ import requests
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
+from minpro_megatron.serving.addresses import url_here
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.server_command import server_command, server_environment
 
@@ -101,11 +102,9 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        url_host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
-        url_host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(url_host, url_host)
         self._address = ServerAddress(
             index=self.index,
-            url=f"http://{url_host}:{port}",
+            url=url_here(config.server.host, port),
             tensor_parallel=config.server.tensor_parallel,
             start=self._num_starts,
         )

@@ -118,6 +118,17 @@ def test_ports_are_those_of_the_nodes_own_servers(folder):
         assert line.startswith(f"collector.port = {port}: cannot listen")
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "localhost", "127.0.0.3"])
+def test_ports_are_looked_at_where_roles_will_listen(folder, host):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.2", 0))  # the node's address here
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = example_config(folder, collector={"host": host, "port": port})
+        (line,) = node_problems(config, NodeShare(collects=True), "127.0.0.2", None)
+        assert line.startswith(f"collector.port = {port}: cannot listen on 127.0.0.2:{port}")
+
+
 def report(node, clock_s=0.0, *problems):
     return Report(node=node, host=f"h{node}", clock_s=clock_s, problems=list(problems))
 
@@ -155,4 +166,3 @@ def test_an_address_that_others_can_reach(monkeypatch):
         monkeypatch.setattr(node_checks, look, lambda: "")
     with pytest.raises(ValueError, match=r"name the network interface in the profile \(slurm.interface\)"):
         routable_address("")
-    assert node_checks.is_loopback("127.0.1.1")

@@ -26,6 +26,11 @@ def gpu_run(tmp_path, **changes):
     return example_config(tmp_path, device="cuda", server=server, parallel={"tensor": 2, "data": 6}, **changes)
 
 
+def with_hosts(config, host):
+    parts = {"server": config.server, "collector": config.collector}
+    return config.model_copy(update={name: part.model_copy(update={"host": host}) for name, part in parts.items()})
+
+
 SEPARATE = TopologySettings(gpus_per_node=4)  # three training nodes, two serving ones
 
 
@@ -58,8 +63,12 @@ def test_servers_have_global_numbers_and_routable_addresses(tmp_path):
         arguments = commands(config, SEPARATE, index)["serve"].arguments
         assert arguments[-4:] == ["--host", f"10.0.0.{index}", "--servers", servers]
     assert commands(config, SEPARATE, 3)["collect"].arguments[-2:] == ["--host", "10.0.0.3"]
-    chosen = gpu_run(tmp_path, collector={"host": "0.0.0.0"})
-    assert "--host" not in commands(chosen, SEPARATE, 3)["collect"].arguments
+    for host in ("0.0.0.0", "::", "localhost", "127.0.1.1", "::1"):  # none that another node could go to
+        made = commands(with_hosts(config, host), SEPARATE, 3)
+        assert made["serve"].arguments[-4:] == ["--host", "10.0.0.3", "--servers", "0:2"]
+        assert made["collect"].arguments[-2:] == ["--host", "10.0.0.3"]
+    for host in ("10.5.0.3", "fd00::3", "node-3"):
+        assert not any("--host" in one.arguments for one in commands(with_hosts(config, host), SEPARATE, 3).values())
 
 
 def test_on_one_node_everything_stays_on_it(tmp_path):

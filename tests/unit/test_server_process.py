@@ -168,6 +168,18 @@ def started(monkeypatch: pytest.MonkeyPatch, settings: RunConfig, program: str) 
     return server
 
 
+@pytest.mark.parametrize(("host", "stated"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1")])
+def test_a_server_on_all_interfaces_states_one(
+    tmp_path: Path, hf_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, stated: str
+) -> None:
+    settings = config(tmp_path, hf_path, host=host)
+    command = server_command(settings, 0, 31000, 0)
+    assert command[command.index("--host") + 1] == host  # where it listens stays as it is
+    server = started(monkeypatch, settings, "")
+    assert server.address.url.rpartition(":")[0] == f"http://{stated}"
+    stop_servers([server])
+
+
 def test_a_server_that_ends_says_why(tmp_path: Path, hf_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = "for n in range(40): print('line', n)\nraise SystemExit(7)"
     server = started(monkeypatch, config(tmp_path, hf_path), program)
