@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.parallel.device import process_group_backend, select_device
@@ -94,8 +95,19 @@ def open_mesh(
                 f"{dist.get_world_size()} were started"
             )
         yield _lay_mesh(config, device, seed)
-    finally:
-        parallel_state.destroy_model_parallel()
+    except BaseException:
+        _leave(aborted=device.type == "cuda")
+        raise
+    _leave()
+
+
+def _leave(aborted: bool = False) -> None:
+    """`aborted`: without the others. NCCL's groups end together: a rank that fails alone would wait for those that wait
+    for it."""
+    parallel_state.destroy_model_parallel()
+    if aborted:
+        distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()
 
 

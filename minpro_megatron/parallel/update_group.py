@@ -4,7 +4,9 @@ Its members are this process (rank 0) and other programs' processes, which may d
 groups wait for such a member for half an hour; these can be closed at once, for all their members.
 """
 
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, cast
 
@@ -16,6 +18,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 _UNUSED_TAG = 0x6D70
+_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read once, when a group is made
 
 
 class UpdateGroup:
@@ -90,6 +93,21 @@ def join_update_group(
     return _join(store, rank, world_size=world_size, group_name=group_name, backend=backend, timeout=timeout)
 
 
+@contextmanager
+def _failures_are_handled_here() -> Iterator[None]:
+    """An NCCL group that is made within does not end this process when a member dies or takes too long, as torch has it
+    by default and torchrun asks for: the group is closed, and made anew with the others."""
+    before = os.environ.get(_ERROR_HANDLING)
+    os.environ[_ERROR_HANDLING] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ERROR_HANDLING]
+        else:
+            os.environ[_ERROR_HANDLING] = before
+
+
 def _join(
     store: Store, rank: int, *, world_size: int, group_name: str, backend: str, timeout: timedelta
 ) -> dist.ProcessGroup:
@@ -97,14 +115,15 @@ def _join(
     makes. Store prefix and group name must be those of SGLang 0.5.23 (`init_custom_process_group` in
     sglang/srt/utils/common.py), or the members wait for each other under different keys.
     """
-    group, _ = distributed_c10d._new_process_group_helper(
-        world_size,
-        rank,
-        [],
-        dist.Backend(backend),
-        distributed_c10d.PrefixStore(group_name, store),
-        group_name=distributed_c10d.GroupName(group_name),
-        timeout=timeout,
-    )
+    with _failures_are_handled_here():
+        group, _ = distributed_c10d._new_process_group_helper(
+            world_size,
+            rank,
+            [],
+            dist.Backend(backend),
+            distributed_c10d.PrefixStore(group_name, store),
+            group_name=distributed_c10d.GroupName(group_name),
+            timeout=timeout,
+        )
     distributed_c10d._world.pg_group_ranks[group] = {member: member for member in range(world_size)}
     return cast(dist.ProcessGroup, group)

@@ -74,7 +74,7 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     trainer = Trainer(config, mesh, policy, publisher, checkpoints, resumed_from, watchdog, tracer=tracer)
     _say(config, mesh, "waiting for the first batch")
     if not first:
-        with closing(tracer):
+        with closing(tracer), closing(publisher):
             trainer.run()
         _export(config, gatherer, mesh)
         return
@@ -82,7 +82,7 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     trainer.feed = _feed(config, incarnation, tokenizer)
     write_environment(config.run_dir)
-    with RunWriter(config.run_dir, first_step if incarnation else None) as writer, closing(tracer):
+    with RunWriter(config.run_dir, first_step if incarnation else None) as writer, closing(tracer), closing(publisher):
         writer.describe(hyperparameters(config))
         compute, alarms = _compute(config, architecture, mesh), AlarmLog(config, first_step)
         trainer.report = StepReport(writer, tokenizer.response_text, first_step, compute, alarms)

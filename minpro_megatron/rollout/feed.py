@@ -123,9 +123,8 @@ class Feed:
 
     def _send(self, method: str, path: str, body: bytes | None = None) -> requests.Response:
         try:
-            response = self._session.request(
-                method, f"{self._url}/v1/{path}", data=body, timeout=(10, LONG_POLL_S + 100)
-            )
+            # the first of two limits would be the one for sending the body too: a batch's scores are hundreds of MB
+            response = self._session.request(method, f"{self._url}/v1/{path}", data=body, timeout=LONG_POLL_S + 100)
         except requests.RequestException as error:
             self._fail(path, f"the collector at {self._url} does not answer ({type(error).__name__})", error)
         if response.status_code >= 300:

@@ -66,6 +66,10 @@ class Publisher:
                 delivery.close()
         return report if delivery else None
 
+    def close(self) -> None:
+        """Ends the servers' update group: they would wait in it, and this process for them at its end."""
+        self._broadcaster.close()
+
     def _on_rank_0[Result](self, delivery: Delivery | None, function: Callable[[Delivery], Result]) -> Result:
         """What `function` makes of rank 0's delivery, on all ranks. Collective; a PublishError is raised on all."""
         outcome: Result | PublishError | None = None
