@@ -29,6 +29,7 @@ class Row:
     went_on_from: str
     result: str
     seconds: str
+    commit: str = ""
 
 
 def read_rows(path: Path) -> dict[str, Row]:
