@@ -46,7 +46,7 @@ test-matrix: setup ## all meshes of up to 8 ranks, into tests/mesh/matrix_result
 	MATRIX_RESUME=$(RESUME) $(PYTHON) -m pytest tests/mesh/matrix.py $(ARGS)
 
 test-long: setup ## what make test leaves out: more runs, kills, SGLang, eval, Slurm, full-size meshes (30-60 min)
-	$(PYTHON) -m pytest -m long tests/mesh tests/e2e $(ARGS)
+	$(PYTHON) -m pytest -m long tests/unit tests/mesh tests/e2e $(ARGS)
 
 test-gpu: setup ## what needs a GPU (skipped without one)
 	$(PYTHON) -m pytest tests/gpu $(ARGS)

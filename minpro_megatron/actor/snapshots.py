@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from minpro_megatron.actor.host_blocks import host_tensors
+
 
 class WeightSnapshots:
     """Named copies of `parameters`. While one is swapped in, the current weights wait in host memory too."""
@@ -25,7 +27,7 @@ class WeightSnapshots:
         """Remember the current weights as `name`, in place of what was kept under it."""
         self.refuse_while_swapped(f"keep({name!r})")
         if name not in self._kept:
-            self._kept[name] = self._host_memory()
+            self._kept[name] = host_tensors(self._parameters)
         self._copy_out(self._kept[name])
 
     @contextmanager
@@ -33,7 +35,7 @@ class WeightSnapshots:
         """Within: the weights kept as `name` are in place. Nothing may change them meanwhile."""
         assert name in self._kept, f"there are no {name!r} weights: keep({name!r}) comes first"
         self.refuse_while_swapped(f"swapped_in({name!r})")
-        self._current = self._current or self._host_memory()
+        self._current = self._current or host_tensors(self._parameters)
         self._copy_out(self._current)
         self._copy_in(self._kept[name])
         self._swapped_in = name
@@ -43,10 +45,6 @@ class WeightSnapshots:
             # in place: the float32 optimizer's master weights are views of the same memory
             self._copy_in(self._current)
             self._swapped_in = None
-
-    def _host_memory(self) -> list[Tensor]:
-        """Pinned where the weights are on a GPU: copies are several times faster."""
-        return [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda) for p in self._parameters]
 
     @torch.no_grad()
     def _copy_out(self, into: Sequence[Tensor]) -> None:
