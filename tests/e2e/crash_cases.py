@@ -112,16 +112,14 @@ def again() -> list[Case]:
     restoring = CrashPoint("collect", "minpro_megatron.rollout.journal_restore:_check", moment="after")
     loading = CrashPoint("train", "minpro_megatron.actor.policy:Policy.load", moment="after", rank=1)
     publishing = CrashPoint("train", SEND, moment="after")
+    # whatever the second crash has left to sample
+    consumed = CrashPoint("collect", f"{JOURNAL}.consume", 1, "after", victim="serve")
     return [
         Case("rank 0 killed, then collect restoring", (first, restoring)),
         Case("rank 0 killed, then rank 1 loading", (first, loading)),
         Case("rank 0 killed, then rank 0 publishing what it loaded", (first, publishing)),
-        Case("collect, then rank 0, then serve killed", (PHASES["journal write"], first, _serve_while_generating())),
+        Case("collect, then rank 0, then serve killed", (PHASES["journal write"], first, consumed)),
     ]
-
-
-def _serve_while_generating() -> CrashPoint:
-    return CrashPoint("collect", GENERATE, call=6, victim="serve")
 
 
 def without_restart() -> list[Case]:

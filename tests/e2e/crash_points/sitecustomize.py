@@ -5,6 +5,7 @@ on PYTHONPATH and say in CRASH_POINT (a `tests.e2e.crashes.CrashPoint` as JSON) 
 process it is, and who is to die. A point is reached once in a run: the file `marker` says that it was.
 """
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
@@ -91,9 +92,10 @@ class _Point:
         launcher = next(process for process in psutil.Process().parents() if "launch" in process.cmdline())
         words = {"server": "--port", "train": "torch.distributed.run"}
         for process in [launcher] if victim == "launcher" else launcher.children(recursive=True):
-            if victim == "launcher" or words.get(victim, victim) in process.cmdline():
-                process.send_signal(number)
-                return
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may be ending
+                if victim == "launcher" or words.get(victim, victim) in process.cmdline():
+                    process.send_signal(number)
+                    return
         raise RuntimeError(f"no {victim} to kill")
 
     def _limit(self) -> None:
