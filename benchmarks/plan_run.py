@@ -6,6 +6,7 @@ Settings and figures are those of the sources named with each run. Nothing in th
 source leaves open and had to be assumed stands in `assumed`.
 """
 
+import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,6 +230,7 @@ def published_runs() -> list[float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     known_sizes()
     print()
     errors = published_runs()
