@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
         found["memory"] = memory
     if gpus := _gpus():
         found["GPUs"] = gpus
-    if commit := _commit(_ROOT):
+    if commit := git_commit(_ROOT):
         found["git commit"] = commit
     return found | {"python": platform.python_version()} | installed_versions()
 
@@ -60,7 +60,7 @@ def _gpus() -> str:
     return ", ".join(f"{count} x {name}" for name, count in names.items()) + f", CUDA {torch.version.cuda}"
 
 
-def _commit(root: Path) -> str:
+def git_commit(root: Path) -> str:
     """The commit of the code in `root`, and whether files were changed since; "" if it is no checkout."""
     if not (root / ".git").exists():  # else git would name the commit of a folder further up
         return ""

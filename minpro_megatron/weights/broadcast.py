@@ -13,11 +13,11 @@ from torch import Tensor
 from minpro_megatron.parallel.device import process_group_backend
 from minpro_megatron.parallel.update_group import UpdateGroup
 from minpro_megatron.records import ServerAddress
+from minpro_megatron.serving.addresses import is_loopback
 from minpro_megatron.serving.calls import PendingCalls, ServersFailed, in_thread, start_for_all
 from minpro_megatron.serving.control import ServerControl
 from minpro_megatron.weights.hf_files import dtype_name
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # How long the servers may take to notice that the group was closed under them, and to answer a farewell.
 GRACE_S = 10.0
 
@@ -146,7 +146,7 @@ def own_address(servers: Iterable[ServerAddress]) -> str:
     """An address of this machine that the servers can reach: loopback if they all are on it, else the one from which
     this machine reaches them."""
     hosts = [urlsplit(server.url) for server in servers]
-    others = [host for host in hosts if host.hostname not in LOOPBACK]
+    others = [host for host in hosts if not is_loopback(host.hostname or "")]
     if not others:
         return "127.0.0.1"
     family, kind, _, _, where = socket.getaddrinfo(others[0].hostname, others[0].port or 80, type=socket.SOCK_DGRAM)[0]

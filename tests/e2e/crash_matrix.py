@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from minpro_megatron.monitor.environment import git_commit
 from tests.e2e.conftest import ROOT, TinyModel
 from tests.e2e.crash_cases import GOES_ON, Case, all_cases
 from tests.e2e.crash_table import Row, read_rows, write_rows
@@ -63,13 +64,8 @@ def _tried(case: Case, run: CrashRun, undisturbed: Results) -> Row:
         went_on_from="" if resumed is None else f"step {resumed[1]}" if resumed[1] else "the beginning",
         result=_compared(case, run, undisturbed),
         seconds=f"{sum(launched.seconds for launched in launches):.0f}",
-        commit=_commit(),
+        commit=git_commit(ROOT)[:7],
     )
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short=7", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _compared(case: Case, run: CrashRun, undisturbed: Results) -> str:

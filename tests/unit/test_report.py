@@ -222,18 +222,18 @@ def test_the_environment_is_that_of_the_run_and_not_of_who_makes_the_report(tmp_
 
 def test_the_commit_is_that_of_the_code_and_says_whether_files_were_changed(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
-    assert environment._commit(tmp_path) == ""
+    assert environment.git_commit(tmp_path) == ""
     subprocess.run([*git, "init", "-q"], check=True)
-    assert environment._commit(tmp_path) == ""  # nothing is committed yet
+    assert environment.git_commit(tmp_path) == ""  # nothing is committed yet
     (tmp_path / "file").write_text("1")
     subprocess.run([*git, "add", "file"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
-    commit = environment._commit(tmp_path)
+    commit = environment.git_commit(tmp_path)
     assert re.fullmatch("[0-9a-f]{40}", commit)
     (tmp_path / "file").write_text("2")
-    assert environment._commit(tmp_path) == f"{commit} and 1 changed files"
+    assert environment.git_commit(tmp_path) == f"{commit} and 1 changed files"
     (tmp_path / "inner").mkdir()
-    assert environment._commit(tmp_path / "inner") == ""  # a copy of the code within somebody's repository
+    assert environment.git_commit(tmp_path / "inner") == ""  # a copy of the code within somebody's repository
 
 
 def test_steps_that_a_run_went_back_on_are_not_drawn(tmp_path):
