@@ -12,9 +12,7 @@ import argparse
 import json
 import math
 import random
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from minpro_megatron.monitor.files import check_replaceable, new_folder
 from minpro_megatron.rewards import calculator
 from tools.prompt_sets import calculator_steps, rows
 from tools.prompt_sets.calculator import HELDOUT_FILE
@@ -299,39 +298,13 @@ def accuracy(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, pai
     )
 
 
-def check_replaceable(output: Path) -> None:
-    """Raises ValueError if `output` is something this tool did not make: it would be lost."""
-    if output.exists() and not (output / "warm_start.json").is_file():
-        raise ValueError(f"--output: {output} exists and was not made by this tool; choose another folder")
-
-
-@contextmanager
-def replaced_folder(output: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `output` that becomes `output` only if the block ends without an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    try:
-        yield partial
-        # mkdtemp and safetensors write for the owner alone; a checkpoint is read by the other users of a cluster.
-        partial.chmod(0o755)
-        for path in partial.iterdir():
-            path.chmod(0o644)
-        replaced = partial.with_name(partial.name + ".replaced")
-        if output.exists():
-            check_replaceable(output)
-            output.rename(replaced)
-        partial.rename(output)
-        # Only now: until here a failure must not cost the older checkpoint.
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Make a tiny Qwen3-MoE checkpoint, warm-started on calculator prompts."
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; replaced if made by this")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the checkpoint; a former result of this tool is replaced"
+    )
     parser.add_argument("--task", choices=TASKS, default="calculator", help="what it is taught (calculator)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="warm-start steps; 0 leaves the random weights (the task's own)")
@@ -372,9 +345,11 @@ def make_checkpoint(options: argparse.Namespace, console: Console) -> Accuracy:
         "wall_s": round(time.monotonic() - started, 1),
         "cpu_s": round(time.process_time() - started_cpu, 1),
     }
-    with replaced_folder(options.output) as partial:
-        (partial / "warm_start.json").write_text(json.dumps(record, indent=2) + "\n")
-        save_checkpoint(partial, model, tokenizer)
+    with new_folder(options.output) as folder:
+        (folder / "warm_start.json").write_text(json.dumps(record, indent=2) + "\n")
+        save_checkpoint(folder, model, tokenizer)
+        for path in folder.iterdir():  # safetensors writes for the owner alone; other users of a cluster read it too
+            path.chmod(0o644)
     return measured
 
 

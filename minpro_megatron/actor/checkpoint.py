@@ -1,6 +1,5 @@
 """Weights in Megatron's distributed checkpoint format: saved on one mesh, loaded on any other."""
 
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
-from minpro_megatron.monitor.files import check_replaceable, replace_folder
+from minpro_megatron.monitor.files import LIST_OF_FILES, begin_folder, check_replaceable, finish_folder
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture
-from minpro_megatron.weights.hf_files import copy_texts, dtype_name
+from minpro_megatron.weights.hf_files import dtype_name
 from minpro_megatron.weights.manifest import (
     HF_TEXTS,
-    MANIFEST,
     FileRecord,
     Manifest,
     check_architecture,
@@ -27,21 +25,18 @@ from minpro_megatron.weights.manifest import (
     write_manifest,
 )
 from minpro_megatron.weights.sharded_files import read_metadata
+from minpro_megatron.weights.text_files import copy_texts
 
 
 def save_weights(
     chunks: Sequence[GPTModel], architecture: Architecture, path: str | Path, mesh: Mesh, hf_path: str | Path
 ) -> None:
     """Write the model to the folder `path`. Collective. It appears under its name only when complete; with it go the
-    texts (config, tokenizer) of `hf_path`, the model that it started from. Raises ValueError rather than overwrite a
-    folder that is no checkpoint."""
+    texts (config, tokenizer) of `hf_path`, the model that it started from. Raises ValueError rather than replace files
+    that this program did not write."""
     path, hf_path = Path(path), Path(hf_path)
-    temporary = path.with_name(path.name + ".partial")
-    check_replaceable(path, marker=MANIFEST)
-    if mesh.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier(group=mesh.control)
+    check_replaceable(path)  # on all ranks, so that all raise
+    temporary = mesh.from_rank_0(begin_folder(path) if mesh.rank == 0 else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dist_checkpointing.save(_sharded_state(chunks, mesh), str(temporary))
@@ -58,13 +53,13 @@ def save_weights(
             files={name: record for found in records for name, record in sorted(found.items())},
         )
         write_manifest(temporary, manifest)
-        replace_folder(temporary, path, marker=MANIFEST)
+        finish_folder(temporary, path)
     dist.barrier(group=mesh.control)
 
 
 def _records(folder: Path, mesh: Mesh) -> dict[str, FileRecord]:
     """The files that this rank wrote, rank 0 with those of all."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LIST_OF_FILES]
     own = [path for path in files if path.name.startswith(f"__{mesh.rank}_")]
     common = [path for path in files if not path.name.startswith("__")] if mesh.rank == 0 else []
     return {str(path.relative_to(folder)): record_file(path) for path in own + common}

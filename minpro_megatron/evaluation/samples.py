@@ -57,11 +57,13 @@ def text_to_compare(response: SampledResponse) -> str:
 class SampleFile:
     """`folder/samples.jsonl`, held by one process at a time; use inside `with`.
 
-    The folder belongs to the settings it was begun with. Raises ValueError if they differ, or another process writes.
+    The folder belongs to the settings it was begun with. Raises ValueError if they differ, if another process writes,
+    and for a folder with files of something else.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.path = folder / SAMPLES_FILE
+        _refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
@@ -115,6 +117,21 @@ class SampleFile:
                 yield msgspec.structs.replace(group, responses=responses)
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """An evaluation begins with both files; everything that it writes later replaces files of the same name."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: this is a file; give another --output")
+    names = {path.name for path in folder.iterdir()}
+    begun = SETTINGS_FILE in names and SAMPLES_FILE in names
+    samples = folder / SAMPLES_FILE
+    if names and not begun and not (names == {SAMPLES_FILE} and samples.is_file() and samples.stat().st_size == 0):
+        raise ValueError(
+            f"{folder}: it holds files that no evaluation wrote ({', '.join(sorted(names)[:3])}); give another --output"
+        )
+
+
 def _check_settings(folder: Path, settings: Mapping[str, Any], is_empty: bool) -> None:
     path, wanted = folder / SETTINGS_FILE, json.loads(json.dumps(settings))
     try:
@@ -123,6 +140,8 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], is_empty: bool) -
         found = None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); give another --output") from None
+    if (found is not None and not isinstance(found, dict)) or (is_empty and found and found.keys() != wanted.keys()):
+        raise ValueError(f"{path}: these are not the settings of an evaluation; give another --output")
     if is_empty:  # nothing is lost
         replace_file(path, json.dumps(wanted, indent=2) + "\n")
     elif found != wanted:

@@ -1,8 +1,17 @@
-"""Files and folders that are replaced whole: a reader sees the old content or the new one, never a part of it."""
+"""Files and folders that are replaced whole: a reader sees the old content or the new one, never a part of it.
+
+A folder that is written here holds a list of its files (`.minpro_files`). Only what such a list names is ever removed
+to make room for a new folder, so that a wrong path costs nobody anything.
+"""
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+LIST_OF_FILES = ".minpro_files"
+_SHOWN = 3  # names of an error message
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -16,17 +25,71 @@ def replace_file(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def check_replaceable(folder: Path, marker: str) -> None:
-    """Raises ValueError if `folder` exists and is not what a former run wrote (it has a file `marker`) or empty."""
-    if folder.exists() and not (folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))):
-        raise ValueError(f"{folder}: exists and has no {marker}, so it is not overwritten; give another folder")
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `folder` if the block ends without an error, and is removed otherwise.
+
+    Raises ValueError as check_replaceable does, before the block and again at its end.
+    """
+    temporary = begin_folder(folder)
+    try:
+        yield temporary
+        finish_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def replace_folder(finished: Path, folder: Path, marker: str) -> None:
-    """`finished` becomes `folder`; a former `folder` is removed only after. Raises as check_replaceable does."""
-    check_replaceable(folder, marker)
+def begin_folder(folder: Path) -> Path:
+    """Makes the temporary folder in which the content of `folder` is written; finish_folder gives it its name. What an
+    interrupted writer left under the temporary name is removed.
+
+    Raises ValueError as check_replaceable does, for both names.
+    """
+    check_replaceable(folder)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    if temporary.exists():
+        # The list is made first, and gets its content last.
+        if not (temporary / LIST_OF_FILES).is_file() and any(temporary.iterdir()):
+            raise ValueError(f"{temporary}: this program did not write it, and needs the name; move it elsewhere")
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    (temporary / LIST_OF_FILES).touch()
+    return temporary
+
+
+def finish_folder(temporary: Path, folder: Path) -> None:
+    """`temporary`, made by begin_folder, becomes `folder`; a former `folder` is removed only after that."""
+    check_replaceable(folder)
+    replace_file(temporary / LIST_OF_FILES, "".join(f"{name}\n" for name in sorted(_files_in(temporary))))
     former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
     if folder.exists():
         folder.rename(former)
-    finished.rename(folder)
+    temporary.rename(folder)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError if `folder` exists and holds anything that this program did not write as a part of it.
+
+    An empty folder may be replaced. The error names the first files that are in the way.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: this is a file; give another folder")
+    found = _files_in(folder)
+    listed = folder / LIST_OF_FILES
+    own = set(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else set()
+    if others := sorted(found - own):
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        raise ValueError(
+            f"{folder}: it holds files that this program did not write there ({', '.join(others[:_SHOWN])}{more}), so "
+            "it is not replaced; give another folder, or move them elsewhere"
+        )
+
+
+def _files_in(folder: Path) -> set[str]:
+    """The paths below `folder` of all that is no folder, but for the list itself."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {str(path.relative_to(folder)) for path in found} - {LIST_OF_FILES}

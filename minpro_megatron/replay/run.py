@@ -20,6 +20,7 @@ from minpro_megatron.launch.preflight import count_gpus, missing_weights
 from minpro_megatron.launch.roles import torchrun, trainer_environment
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
 from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.monitor.files import check_replaceable
 from minpro_megatron.replay.batches import replay_batches
 from minpro_megatron.replay.job import (
     MODEL,
@@ -111,6 +112,10 @@ def _refuse_foreign(output: Path) -> None:
             f"--output {output}: its {foreign[0]} is not of a former output ({TOKENS} is missing), so it "
             "is not overwritten; give another folder"
         )
+    try:
+        check_replaceable(output / MODEL)
+    except ValueError as error:
+        raise UserError(f"--output {error}") from None
 
 
 def _hand_over(result: Path, output: Path) -> None:

@@ -15,15 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minpro_megatron.monitor.files import check_replaceable, replace_folder
+from minpro_megatron.monitor.files import check_replaceable, new_folder
 from minpro_megatron.weights.architecture import Architecture, read_architecture
 from minpro_megatron.weights.hf_files import (
     INDEX,
-    MARKER,
     SHARD_BYTES,
     SINGLE_FILE,
     HfReader,
-    copy_texts,
     dtype_name,
     read_weight_map,
     shard_names,
@@ -31,7 +29,6 @@ from minpro_megatron.weights.hf_files import (
 )
 from minpro_megatron.weights.manifest import (
     HF_TEXTS,
-    MANIFEST,
     Manifest,
     check_architecture,
     file_records,
@@ -43,6 +40,7 @@ from minpro_megatron.weights.manifest import (
 from minpro_megatron.weights.safetensors_stream import TensorHeader, write_safetensors
 from minpro_megatron.weights.sharded_files import ShardedReader, ShardedWriter, place
 from minpro_megatron.weights.table import EMBEDDING, OUTPUT, Entry, check_names, check_shape, entries
+from minpro_megatron.weights.text_files import CONFIG, copy_texts
 
 # Small enough for malloc to reuse the memory of the last piece: larger ones are mapped, and zeroed, anew each time.
 PIECE_BYTES = 16 << 20
@@ -56,13 +54,13 @@ def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False) -> N
     """Write the Megatron checkpoint of the Hugging Face folder `hf` to `output`, in the dtype of its weights, with
     copies of its config and tokenizer. `verify`: read the result back and compare every bit before it gets its name.
 
-    Raises ValueError for a model that the table does not describe tensor by tensor, or an `output` that is no
-    checkpoint."""
+    Raises ValueError for a model that the table does not describe tensor by tensor, or an `output` that holds
+    files which this program did not write."""
     architecture = read_architecture(hf)
     reader = HfReader(hf)
     dtype = _check_tensors(reader, architecture)
     num_bytes = sum(TensorHeader(dtype, entry.full_shape).num_bytes for entry in entries(architecture))
-    with _new_folder(output, MANIFEST, num_bytes) as folder, file_records(folder) as records:
+    with _new_folder(output, num_bytes) as folder, file_records(folder) as records:
         with watch("writing", num_bytes) as announce:
             writer = ShardedWriter(folder, dtype, records)
             for entry in entries(architecture):
@@ -88,11 +86,12 @@ def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = N
     """Write the Hugging Face folder of the Megatron checkpoint `megatron` to `output`. Config, tokenizer and the names
     of the weight files are those of `reference`, or of the model that the checkpoint was converted from.
 
-    Raises ValueError for a checkpoint that is damaged or of another model, or an `output` that is no model folder."""
+    Raises ValueError for a checkpoint that is damaged or of another model, or an `output` that holds
+    files which this program did not write."""
     manifest = read_manifest(megatron)
     texts = reference or megatron / HF_TEXTS
-    if not (texts / MARKER).is_file():
-        raise ValueError(f"{texts}: there is no {MARKER}; give --hf-reference, a folder with config and tokenizer")
+    if not (texts / CONFIG).is_file():
+        raise ValueError(f"{texts}: there is no {CONFIG}; give --hf-reference, a folder with config and tokenizer")
     architecture = read_architecture(texts)
     check_architecture(megatron, manifest, architecture)
     with watch("checking", sum(record.bytes for record in manifest.files.values())) as announce:
@@ -104,7 +103,7 @@ def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = N
     tensors = _hf_tensors(architecture)
     files = _files(texts, architecture, dtype)
     num_bytes = sum(tensors[name].header(dtype).num_bytes for names in files.values() for name in names)
-    with _new_folder(output, MARKER, num_bytes) as folder, file_records(folder) as records:
+    with _new_folder(output, num_bytes) as folder, file_records(folder) as records:
         with watch("writing", num_bytes) as announce:
             for file, names in files.items():
                 headers = {name: tensors[name].header(dtype) for name in names}
@@ -257,9 +256,9 @@ def _files(texts: Path, architecture: Architecture, dtype: torch.dtype) -> dict[
 
 
 @contextmanager
-def _new_folder(output: Path, marker: str, num_bytes: int) -> Iterator[Path]:
+def _new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
     """A folder that becomes `output` if the block ends well, and is removed if not."""
-    check_replaceable(output, marker)
+    check_replaceable(output)
     parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
@@ -267,15 +266,8 @@ def _new_folder(output: Path, marker: str, num_bytes: int) -> Iterator[Path]:
             f"--output = {output}: {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB needed; free some space or "
             "choose another folder"
         )
-    folder = output.with_name(output.name + ".partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
+    with new_folder(output) as folder:
         yield folder
-        replace_folder(folder, output, marker)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _together(pieces: list[Tensor]) -> Tensor:

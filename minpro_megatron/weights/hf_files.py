@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minpro_megatron.monitor.files import check_replaceable, replace_folder
+from minpro_megatron.monitor.files import new_folder
+from minpro_megatron.weights.text_files import copy_texts
 
-MARKER = "config.json"  # a folder without it is not a Hugging Face model, and is not overwritten
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SHARD_BYTES = 4 << 30
-_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 _DTYPES: dict[str, torch.dtype | str] = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -126,15 +124,6 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def copy_texts(source: Path, folder: Path) -> list[str]:
-    """Copy config, tokenizer and the other text files of a model folder, without indexes of weight files."""
-    names = sorted({path.name for pattern in _TEXTS for path in source.glob(pattern)})
-    copied = [name for name in names if not name.endswith(".index.json")]
-    for name in copied:
-        shutil.copyfile(source / name, folder / name)
-    return copied
-
-
 def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -156,27 +145,22 @@ def write_hf(
     config, tokenizer and the other text files of `reference`. Appears under `output` only when complete.
     `announce(bytes)` is called a tensor.
     """
-    output = Path(output)
-    check_replaceable(output, marker=MARKER)
-    temporary = output.with_name(output.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    shard_of, pending, size, files, total = {}, {}, 0, 0, 0
-    for name, tensor in tensors:
-        if size + tensor.nbytes > shard_bytes:
-            files, pending, size = _flush(temporary, files, pending, shard_of), {}, 0
-        pending[name] = tensor.detach().contiguous().cpu()
-        size += tensor.nbytes
-        total += tensor.nbytes
-        announce(tensor.nbytes)
-    files = _flush(temporary, files, pending, shard_of)
-    names = shard_names(files)
-    for index, name in enumerate(names):
-        (temporary / f"part-{index}.safetensors").rename(temporary / name)
-    if files > 1:
-        write_index(temporary, {key: names[shard] for key, shard in shard_of.items()}, total)
-    copy_texts(Path(reference), temporary)
-    replace_folder(temporary, output, marker=MARKER)
+    with new_folder(Path(output)) as folder:
+        shard_of, pending, size, files, total = {}, {}, 0, 0, 0
+        for name, tensor in tensors:
+            if size + tensor.nbytes > shard_bytes:
+                files, pending, size = _flush(folder, files, pending, shard_of), {}, 0
+            pending[name] = tensor.detach().contiguous().cpu()
+            size += tensor.nbytes
+            total += tensor.nbytes
+            announce(tensor.nbytes)
+        files = _flush(folder, files, pending, shard_of)
+        names = shard_names(files)
+        for index, name in enumerate(names):
+            (folder / f"part-{index}.safetensors").rename(folder / name)
+        if files > 1:
+            write_index(folder, {key: names[shard] for key, shard in shard_of.items()}, total)
+        copy_texts(Path(reference), folder)
 
 
 def _flush(folder: Path, files: int, pending: dict[str, Tensor], shard_of: dict[str, int]) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from minpro_megatron.monitor.files import begin_folder
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.convert import to_hf, to_megatron
 from minpro_megatron.weights.sharded_files import read_metadata
@@ -42,8 +43,7 @@ def saved(models: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     for kind, degrees in SAVED_ON.items():
         path = tmp_path_factory.mktemp(f"{kind}-megatron") / "checkpoint"
         # what a crash while saving leaves behind must neither be taken for a checkpoint nor get into one
-        path.with_name("checkpoint.partial").mkdir()
-        (path.with_name("checkpoint.partial") / "left_over").write_text("")
+        (begin_folder(path) / "left_over").write_text("")
         ranks = run_mesh(_through_the_mesh, models[kind][0], [None], path, **degrees)
         made[kind] = (path, [rank[0] for rank in ranks])
     return made

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minpro_megatron.monitor.files import LIST_OF_FILES, begin_folder
 from minpro_megatron.weights import convert
 from minpro_megatron.weights.architecture import read_architecture
 from minpro_megatron.weights.convert import to_hf, to_megatron
@@ -92,7 +93,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], num_files: int = 1) 
 
 def assert_same_files(found: Path, expected: Path) -> None:
     names = {path.name for path in expected.iterdir()}
-    assert {path.name for path in found.iterdir()} == names | {"SHA256SUMS"}
+    assert {path.name for path in found.iterdir()} == names | {"SHA256SUMS", LIST_OF_FILES}
     for name in names:
         if name.endswith(".index.json"):
             assert json.loads((found / name).read_text()) == json.loads((expected / name).read_text())
@@ -150,7 +151,7 @@ def test_the_checksums_are_those_of_the_files(tmp_path: Path) -> None:
         assert record_file(tmp_path / "back" / name).sha256 == digest
     listed = json.loads((tmp_path / "megatron" / "manifest.json").read_text())["files"]
     there = {str(p.relative_to(tmp_path / "megatron")) for p in (tmp_path / "megatron").rglob("*") if p.is_file()}
-    assert set(listed) == there - {"manifest.json"}
+    assert set(listed) == there - {"manifest.json", LIST_OF_FILES}
 
 
 def test_a_reference_gives_the_texts_and_the_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +222,7 @@ def test_a_conversion_that_breaks_off_leaves_the_earlier_result(
     hf = make_model(tmp_path / "hf", MIXTURE)
     to_megatron(hf, tmp_path / "megatron", Watch())
     before = (tmp_path / "megatron" / "manifest.json").read_text()
-    (tmp_path / "megatron.partial").mkdir()  # of a conversion that was killed
-    (tmp_path / "megatron.partial" / "left_over").touch()
+    (begin_folder(tmp_path / "megatron") / "left_over").touch()  # of a conversion that was killed
 
     def disk_full(*_: Any) -> None:
         raise OSError("No space left on device")
@@ -262,10 +262,10 @@ def test_a_flipped_bit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_folders_of_something_else_and_full_disks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = make_model(tmp_path / "hf", MIXTURE)
     to_megatron(hf, tmp_path / "megatron", Watch())
-    with pytest.raises(ValueError, match=r"exists and has no manifest.json, so it is not overwritten"):
+    with pytest.raises(ValueError, match=r"did not write there \(config.json, .*\), so it is not replaced"):
         to_megatron(hf, hf, Watch())
-    with pytest.raises(ValueError, match=r"exists and has no config.json, so it is not overwritten"):
-        to_hf(tmp_path / "megatron", tmp_path / "megatron", Watch())
+    with pytest.raises(ValueError, match=r"did not write there \(config.json, .*\), so it is not replaced"):
+        to_hf(tmp_path / "megatron", hf, Watch())
     (tmp_path / "megatron" / "hf" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"hf: there is no config.json; give --hf-reference"):
         to_hf(tmp_path / "megatron", tmp_path / "back", Watch())

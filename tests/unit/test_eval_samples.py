@@ -106,3 +106,35 @@ def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
         SampleFile(tmp_path, SETTINGS)
     with SampleFile(tmp_path, SETTINGS):  # free again
         pass
+
+
+@pytest.mark.parametrize("entry", ["notes.md", "samples.jsonl", "settings.json", "tensorboard/events", ".git/HEAD"])
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, entry: str) -> None:
+    path = tmp_path / entry
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("no line of ours")
+    with pytest.raises(ValueError, match=rf"it holds files that no evaluation wrote \({entry.partition('/')[0]}\)"):
+        SampleFile(tmp_path, SETTINGS)
+    assert [str(found.relative_to(tmp_path)) for found in tmp_path.rglob("*") if found.is_file()] == [entry]
+    assert path.read_text() == "no line of ours"
+
+
+def test_a_run_folder_is_refused_although_it_has_a_file_of_samples(tmp_path: Path) -> None:
+    for name in ("samples.jsonl", "run.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=r"it holds files that no evaluation wrote \(metrics.jsonl, run.json, samples"):
+        SampleFile(tmp_path, SETTINGS)
+
+
+def test_settings_of_another_program_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").touch()
+    (tmp_path / "settings.json").write_text('{"editor.fontSize": 12}')
+    with pytest.raises(ValueError, match="these are not the settings of an evaluation"):
+        SampleFile(tmp_path, SETTINGS)
+    assert "editor.fontSize" in (tmp_path / "settings.json").read_text()
+
+
+def test_an_evaluation_that_ended_before_its_settings_were_written_starts_again(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").touch()
+    with SampleFile(tmp_path, SETTINGS) as file:
+        assert list(file.groups(whole_text)) == []

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minpro_megatron.monitor.files import LIST_OF_FILES
 from minpro_megatron.weights import hf_files
 from minpro_megatron.weights.hf_files import HfReader, dtype_name, write_hf
 
@@ -37,6 +38,7 @@ def assert_reads_back(folder: Path) -> None:
 def test_a_small_model_is_one_file_with_the_references_texts(reference: Path, tmp_path: Path) -> None:
     write_hf(TENSORS.items(), reference, tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        LIST_OF_FILES,
         "chat_template.jinja",
         "config.json",
         "merges.txt",

@@ -164,6 +164,10 @@ def test_only_a_former_output_is_overwritten(options):
     checked_replay(options)
     (output / "notes.txt").touch()  # stays
     checked_replay(options)
+    (output / "model").mkdir()
+    (output / "model" / "card.md").touch()
+    with pytest.raises(UserError, match=r"--output .*model: it holds files that this program did not write there"):
+        checked_replay(options)
     with pytest.raises(UserError, match="is no folder"):
         checked_replay(replace(options, output=output / "notes.txt"))
 

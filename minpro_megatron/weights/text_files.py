@@ -1,0 +1,40 @@
+"""The text files of a Hugging Face model folder: config, tokenizer, chat template and so on."""
+
+import shutil
+from pathlib import Path
+
+CONFIG = "config.json"
+_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
+
+
+def copy_texts(source: Path, folder: Path) -> list[str]:
+    """Copies config, tokenizer and the other text files of a model folder, without indexes of weight files. Returns
+    their names. Raises ValueError as text_files does."""
+    copied = text_files(source)
+    for name in copied:
+        shutil.copyfile(source / name, folder / name)
+    return copied
+
+
+def text_files(source: Path) -> list[str]:
+    """The names of a model folder's text files: config, tokenizer and so on, without indexes of weight files.
+
+    Raises ValueError for one that is no regular file, and for a symbolic link out of the folder: in a downloaded folder
+    such a link can name any file of this machine, which would then be copied with the model. The links of the Hugging
+    Face cache, from `snapshots/` to the same model's `blobs/`, are followed.
+    """
+    inside = [source.resolve()]
+    if source.resolve().parent.name == "snapshots":
+        inside.append(source.resolve().parents[1] / "blobs")
+    names = sorted({path.name for pattern in _PATTERNS for path in source.glob(pattern)})
+    names = [name for name in names if not name.endswith(".index.json")]
+    for name in names:
+        path = source / name
+        if not path.is_file():
+            raise ValueError(f"{path}: this is not a regular file; remove it, or download the folder again")
+        if path.is_symlink() and not any(path.resolve().is_relative_to(folder) for folder in inside):
+            raise ValueError(
+                f"{path}: this is a symbolic link to {path.resolve()}, outside of the model's folder, so it is not "
+                "copied with the model; put a copy of the file in its place"
+            )
+    return names
