@@ -13,6 +13,11 @@ class DataConfig(Section):
 
     train_file: str
     heldout_file: str
+    accept_changed_inputs: bool = Field(
+        default=False,
+        description="a run continues although the content of its data files, benchmarks or model files is not that of "
+        "its first start; its report then says which changed and when",
+    )
     instruction: str = Field(
         default="none",
         description="what each question is wrapped in: none, dapo, boxed (see config/instructions.py), or a text with "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.backend_check import layer_backend_problems
-from minpro_megatron.launch.resume import holds_a_run, obstacles
+from minpro_megatron.launch.resume import foreign_entries, holds_a_run, obstacles
 from minpro_megatron.launch.reward_check import reward_problems
 from minpro_megatron.launch.roles import gpus_needed, roles_of
 from minpro_megatron.rollout.evaluations import load_benchmarks
@@ -19,6 +19,7 @@ from minpro_megatron.rollout.prompts import load_prompts, make_rendering, refuse
 from minpro_megatron.serving.api_key import api_key
 from minpro_megatron.serving.watched_server import external_urls
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
+from minpro_megatron.weights.text_files import text_files
 
 _PROMPT_FIELDS = {"id", "source", "prompt", "answer"}
 _SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a short run
@@ -57,6 +58,10 @@ def _hf_model(config: RunConfig) -> Iterator[str]:
     missing = missing_weights(folder)
     if missing:
         yield f"{field}: {missing}; the servers load safetensors from it: download the folder again"
+    try:
+        text_files(folder)  # they are copied beside the trained weights, when the run ends
+    except ValueError as error:
+        yield f"{field}: {error}"
 
 
 def missing_weights(folder: Path) -> str:
@@ -151,6 +156,12 @@ def _run_folder(config: RunConfig) -> Iterator[str]:
         yield f"runs_dir/name = {config.run_dir}: this is a file; choose another name=..."
     elif holds_a_run(config.run_dir):
         yield from obstacles(config)
+    elif found := foreign_entries(config.run_dir):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        yield (
+            f"runs_dir/name = {config.run_dir}: it holds files that no run of this program wrote "
+            f"({', '.join(found[:3])}{more}); choose another name=..., or move them elsewhere"
+        )
     parent = _existing_parent(config.run_dir)
     if not os.access(parent, os.W_OK):
         yield f"runs_dir = {config.runs_dir}: {parent} cannot be written to; choose another runs_dir=..."

@@ -8,19 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.launch.inputs import INPUT_PATHS, input_obstacles
+from minpro_megatron.launch.starts import STARTS
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
+from minpro_megatron.monitor.run_inputs import FILE_NAME as INPUTS_FILE
 from minpro_megatron.monitor.summary import read_summary
 from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
-from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, read_latest
+from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, newest_complete, read_latest
 
 CONFIG_FILE = "run.json"
+LOCK_FILE = "launch.lock"
+# What a start makes before it writes the settings.
+BEFORE_SETTINGS = (LOCK_FILE, STARTS)
 # What may change between two incarnations: where and how the run computes, how long, what it keeps. Anything else
 # would make its second half another experiment.
 _MAY_CHANGE = (
-    "runs_dir", "num_global_steps", "device", "model.recompute", "model.backend", "optimizer.cpu_offload", "parallel",
-    "server", "publish", "checkpoint", "batch.max_tokens_per_row", "batch.packing", "collector.host", "collector.port",
-    "collector.reward_timeout_s", "collector.reward_workers", "collector.journal_keep_steps",
-    "debug.hang_timeout_s", "debug.trace_steps", "debug.profile_steps", "debug.profile_ranks", "alarms",
+    "name", "runs_dir", "num_global_steps", "device", "model.recompute", "model.backend", "optimizer.cpu_offload",
+    "parallel", "server", "publish", "checkpoint", "batch.max_tokens_per_row", "batch.packing", "collector.host",
+    "collector.port", "collector.reward_timeout_s", "collector.reward_workers", "collector.journal_keep_steps",
+    "data.accept_changed_inputs", "debug.hang_timeout_s", "debug.trace_steps", "debug.profile_steps",
+    "debug.profile_ranks", "alarms",
 )  # fmt: skip
 
 
@@ -39,6 +46,19 @@ def holds_a_run(run_dir: Path) -> bool:
         return True  # in use, or damaged: in any case not ours to throw away
 
 
+def foreign_entries(run_dir: Path) -> list[str]:
+    """What a folder that holds no run has besides the leftovers of a start that failed: nobody's but its owner's to
+    remove. A start first writes the settings, and without rollouts there is no checkpoint."""
+    if not run_dir.is_dir():
+        return []
+    checkpoints = run_dir / CHECKPOINTS
+    if _is_readable(run_dir / CONFIG_FILE):
+        return (
+            [CHECKPOINTS] if checkpoints.exists() and (not checkpoints.is_dir() or any(checkpoints.iterdir())) else []
+        )
+    return sorted(path.name for path in run_dir.iterdir() if path.name not in BEFORE_SETTINGS)
+
+
 def obstacles(config: RunConfig) -> Iterator[str]:
     """One line for each reason why the run in `config.run_dir` cannot go on with `config`."""
     run_dir, field = config.run_dir, f"name = {config.name}"
@@ -47,7 +67,7 @@ def obstacles(config: RunConfig) -> Iterator[str]:
     except (OSError, ValueError):
         yield f"{field}: {run_dir} holds a run of unknown settings ({CONFIG_FILE} cannot be read); give a new name=..."
         return
-    changed = list(_differences(begun.model_dump(), config.model_dump()))
+    changed = list(_differences(begun.model_dump(), config.model_dump(), _MAY_CHANGE + _paths_by_content(run_dir)))
     if changed:
         shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         yield f"{field}: {run_dir} holds a run with other settings ({shown}); give a new name=..., or the same settings"
@@ -58,6 +78,7 @@ def obstacles(config: RunConfig) -> Iterator[str]:
             f"new name=... (its rollouts are in {run_dir / JOURNAL_FILE}), or remove the folder"
         )
         return
+    yield from input_obstacles(config)
     summary = read_summary(run_dir)
     if summary is not None and summary.steps >= config.num_global_steps:
         yield (
@@ -69,8 +90,22 @@ def obstacles(config: RunConfig) -> Iterator[str]:
     except ValueError as error:
         yield f"{field}: {error}"
         return
+    if latest is None and (newest := newest_complete(run_dir / CHECKPOINTS)):
+        yield (
+            f"{field}: {run_dir / CHECKPOINTS / LATEST} is missing, and without it the run would start from its "
+            f"beginning; write {newest.folder_name}, the newest complete checkpoint, into it to continue from "
+            "there, or give a new name=..."
+        )
     if latest is not None:
         yield from _wrong_length(config, begun.num_global_steps, latest.policy_version)
+
+
+def _is_readable(config_file: Path) -> bool:
+    try:
+        RunConfig.from_json(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _wrong_length(config: RunConfig, steps_before: int, version: int) -> Iterator[str]:
@@ -92,11 +127,16 @@ def _wrong_length(config: RunConfig, steps_before: int, version: int) -> Iterato
         )
 
 
-def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    if path in _MAY_CHANGE:
+def _paths_by_content(run_dir: Path) -> tuple[str, ...]:
+    """The paths that may change because the run folder records the contents."""
+    return INPUT_PATHS if (run_dir / INPUTS_FILE).exists() else ()
+
+
+def _differences(before: Any, after: Any, may_change: tuple[str, ...], path: str = "") -> Iterator[str]:
+    if path in may_change:
         return
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted(before.keys() | after.keys()):
-            yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+            yield from _differences(before.get(key), after.get(key), may_change, f"{path}.{key}" if path else key)
     elif before != after:
         yield f"{path}: {json.dumps(before)} -> {json.dumps(after)}"

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run
+from minpro_megatron.launch.inputs import record_inputs
+from minpro_megatron.launch.resume import CONFIG_FILE, LOCK_FILE, holds_a_run
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.rollout.resume_point import read_latest
@@ -30,7 +31,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
 
     A file system without locks (some parallel ones, mounted so) does not hinder the run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "launch.lock").open("w") as lock:
+    with (run_dir / LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -47,6 +48,7 @@ def prepare(config: RunConfig) -> tuple[Path, bool]:
     goes_on = holds_a_run(run_dir)
     _remove(run_dir, _OF_ONE_INCARNATION if goes_on else _OF_ONE_INCARNATION + _LEFTOVERS)
     config_file = run_dir.absolute() / CONFIG_FILE
+    record_inputs(config, goes_on)  # before the settings: a folder with settings has both
     replace_file(config_file, config.to_json())
     return config_file, goes_on
 

@@ -11,6 +11,7 @@ from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import Entry
 from minpro_megatron.monitor.pages import first_known, percent, read_json, read_json_lines, render, short
 from minpro_megatron.monitor.progress import duration
+from minpro_megatron.monitor.run_inputs import read_inputs
 from minpro_megatron.monitor.samples import read_samples, shown
 from minpro_megatron.monitor.settings import described
 from minpro_megatron.monitor.summary import RunSummary, read_summary
@@ -42,6 +43,7 @@ def write_report(run_dir: Path) -> Path:
             "name": short(config.get("name", run_dir.name), 200),
             "subtitle": _subtitle(config, summary),
             "cards": _cards(config, history, summary),
+            "changed_inputs": _changed_inputs(run_dir),
             "alarms": _alarms(run_dir),
             "sections": {c.section: [other for other in found if other.section == c.section] for c in found},
             "evaluations": _evaluations(history),
@@ -120,6 +122,19 @@ def _accuracy_card(summary: RunSummary) -> dict[str, str]:
         "value": percent(after),
         "note": f"standard errors {errors}; {summary.num_evaluation_samples} samples each",
     }
+
+
+def _changed_inputs(run_dir: Path) -> list[dict[str, str]]:
+    """Figures before and after such a change are of different data: a reader has to know."""
+    try:
+        inputs = read_inputs(run_dir)
+    except ValueError:
+        return []
+    changes = inputs.changes if inputs else []
+    return [
+        {"step": str(change.global_step), "names": ", ".join(short(name, 100) for name in change.names)}
+        for change in changes
+    ]
 
 
 def _alarms(run_dir: Path) -> list[dict[str, str]]:

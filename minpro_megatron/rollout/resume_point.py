@@ -91,7 +91,7 @@ def read_latest_in(checkpoints: Path) -> RunManifest | None:
     try:
         return _read_whole(checkpoints / _named_by(latest))
     except ValueError as error:
-        newest = max(complete_manifests(checkpoints), key=lambda manifest: manifest.policy_version, default=None)
+        newest = newest_complete(checkpoints)
         remedy = (
             f"{newest.folder_name} is whole: write this name into {latest} to go on from there"
             if newest
@@ -122,6 +122,13 @@ def complete_manifests(checkpoints: Path) -> Iterator[RunManifest]:
                 yield _read_whole(folder)
             except ValueError:
                 continue
+
+
+def newest_complete(checkpoints: Path) -> RunManifest | None:
+    """The manifest of the complete checkpoint of the highest version; None without one."""
+    if not checkpoints.is_dir():
+        return None
+    return max(complete_manifests(checkpoints), key=lambda manifest: manifest.policy_version, default=None)
 
 
 def refuse_other_run(folder: Path, saved: RunIdentity, own: RunIdentity) -> None:

@@ -1,11 +1,15 @@
 """A small valid run, for tests of what is around it."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
+from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.rollout import DataConfig, EvaluationConfig, SamplingConfig, ServerConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import BatchConfig, ModelConfig
+from minpro_megatron.rollout.checkpoint_folder import CheckpointFolder
+from minpro_megatron.rollout.resume_point import CHECKPOINTS, RunIdentity, RunManifest, SavedFile
 from minpro_megatron.weights.architecture import read_architecture
 from minpro_megatron.weights.manifest import Manifest, record_file, write_manifest
 
@@ -58,3 +62,16 @@ def write_example_files(folder: Path) -> None:
     )
     for name in ("train.jsonl", "heldout.jsonl"):
         (folder / name).write_text(PROMPT)
+
+
+def save_checkpoint(config: RunConfig, version: int) -> None:
+    """A complete checkpoint of the run after that global step, with bytes of no meaning for weights."""
+    folder = CheckpointFolder(config.run_dir / CHECKPOINTS, CheckpointConfig(keep_last=5))
+    partial = folder.new_partial(version)
+    (partial / "weights").write_bytes(b"abc")
+    identity = RunIdentity(seed=0, objective="minpro", dtype="float32", parallel={}, architecture={})
+    manifest = RunManifest(
+        policy_version=version, updates=2 * version, run=identity, created=datetime(2026, 1, 1, tzinfo=UTC),
+        files={"weights": SavedFile(bytes=3, sha256="")},
+    )  # fmt: skip
+    folder.publish(partial, manifest)

@@ -11,6 +11,8 @@ import pytest
 
 from minpro_megatron.launch import preflight
 from minpro_megatron.launch.preflight import problems
+from minpro_megatron.launch.run_folder import claimed
+from minpro_megatron.launch.starts import begin_start
 from tests.unit.run_examples import PROMPT, example_config, write_example_files
 
 
@@ -148,7 +150,57 @@ def test_a_damaged_journal_is_not_overwritten_either(folder):
 def test_a_run_that_failed_before_its_first_rollout_may_start_again(folder):
     config = example_config(folder)
     make_journal(config, groups=0)
+    (config.run_dir / "run.json").write_text(config.to_json())
     assert problems(config) == []
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["checkpoints/global_step_10/actor/model.pt", "tensorboard/events.out.tfevents.1", "logs/train.log", "wandb/run",
+     "model.safetensors", "metrics.jsonl", "hf_export/config.json", ".git/HEAD", "journal.sqlite-wal"],
+)  # fmt: skip
+def test_a_folder_of_another_program_is_refused(folder, entry):
+    config = example_config(folder)
+    path = config.run_dir / entry
+    path.parent.mkdir(parents=True)
+    path.write_text("" if entry == "metrics.jsonl" else "precious")
+    assert f"it holds files that no run of this program wrote ({entry.partition('/')[0]});" in only_problem(config)
+    assert path.exists()
+
+
+def test_a_run_json_of_another_program_does_not_make_the_folder_ours(folder):
+    config = example_config(folder)
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "run.json").write_text('{"name": "example", "lr": 0.1}')
+    assert "it holds files that no run of this program wrote (run.json)" in only_problem(config)
+
+
+def test_checkpoints_in_the_folder_of_a_start_that_failed_are_kept(folder):
+    config = example_config(folder)
+    (config.run_dir / "checkpoints" / "global_step_10").mkdir(parents=True)
+    (config.run_dir / "run.json").write_text(config.to_json())
+    assert "it holds files that no run of this program wrote (checkpoints)" in only_problem(config)
+
+
+def test_what_a_start_makes_before_its_settings_is_no_obstacle(folder):
+    config = example_config(folder)
+    begin_start(config.run_dir)
+    with claimed(config.run_dir):
+        assert problems(config) == []
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_text_files_of_a_model_that_are_no_files_are_refused(folder, kind):
+    path = folder / "hf" / "notes.json"
+    if kind == "link":
+        path.symlink_to("/etc/hostname")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    expected = "this is a symbolic link to /etc/hostname" if kind == "link" else "this is not a regular file"
+    assert f"model.hf_path = {folder / 'hf'}: {path}: {expected}" in only_problem(example_config(folder))
 
 
 def test_ports_in_use_are_named(folder):

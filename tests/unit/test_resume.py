@@ -1,20 +1,17 @@
 """Whether a run folder's run can go on: same experiment, unfinished, with a whole checkpoint; and its incarnations."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.objective import CispoConfig
 from minpro_megatron.config.rollout import StalenessConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run, obstacles
 from minpro_megatron.monitor.summary import RunSummary, write_summary
-from minpro_megatron.rollout.checkpoint_folder import CheckpointFolder
-from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, RunIdentity, RunManifest, SavedFile
+from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST
 from tests.unit.rollout_fakes import collected, issued_groups
-from tests.unit.run_examples import example_config
+from tests.unit.run_examples import example_config, save_checkpoint
 from tests.unit.test_journal import collect, in_journal, nothing
 
 
@@ -24,18 +21,6 @@ def begin(folder: Path, **changes: object) -> RunConfig:
     config.run_dir.mkdir(parents=True)
     (config.run_dir / CONFIG_FILE).write_text(config.to_json())
     return config
-
-
-def save_checkpoint(config: RunConfig, version: int) -> None:
-    folder = CheckpointFolder(config.run_dir / CHECKPOINTS, CheckpointConfig(keep_last=5))
-    partial = folder.new_partial(version)
-    (partial / "weights").write_bytes(b"abc")
-    identity = RunIdentity(seed=0, objective="minpro", dtype="float32", parallel={}, architecture={})
-    manifest = RunManifest(
-        policy_version=version, updates=2 * version, run=identity, created=datetime(2026, 1, 1, tzinfo=UTC),
-        files={"weights": SavedFile(bytes=3, sha256="")},
-    )  # fmt: skip
-    folder.publish(partial, manifest)
 
 
 def finish(config: RunConfig, steps: int) -> None:
