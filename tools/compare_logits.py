@@ -43,6 +43,7 @@ from minpro_megatron.launch.supervisor import FINISHED, RoleCommand, Supervisor
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.parallel.mesh import open_mesh
 from minpro_megatron.replay.settings import parse_parallel
+from minpro_megatron.serving.model_files import max_positions
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.local import load_hf_tensors
@@ -107,12 +108,16 @@ def token_sequences(hf: Path, texts: list[str], ids: list[str], vocab_size: int)
             raise UserError(f"--ids {text}: give token ids with commas between them, such as 12,7,40") from None
     if not sequences:
         raise UserError("nothing to compare on: give --text or --ids")
+    limit = min(MOST_LOGITS // vocab_size, max_positions(hf) or MOST_LOGITS)
     for sequence in sequences:
         wrong = [token for token in sequence if not 0 <= token < vocab_size]
         if wrong:
             raise UserError(f"token {wrong[0]}: the model's tokens are 0 to {vocab_size - 1}")
-        if not 2 <= len(sequence) <= MOST_LOGITS // vocab_size:
-            raise UserError(f"a sequence of {len(sequence)} tokens: give 2 to {MOST_LOGITS // vocab_size}")
+        if not 2 <= len(sequence) <= limit:
+            raise UserError(
+                f"a sequence of {len(sequence)} tokens: give 2 to {limit} (max_position_embeddings of the model, or "
+                f"{MOST_LOGITS} logits)"
+            )
     return sequences
 
 

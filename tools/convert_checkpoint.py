@@ -1,14 +1,15 @@
 """Convert between Hugging Face checkpoints (safetensors) and Megatron distributed checkpoints, or plan one.
 
-    python tools/convert_checkpoint.py to-megatron --hf DIR --output DIR [--verify]
+    python tools/convert_checkpoint.py to-megatron --hf DIR --output DIR [--dtype bfloat16] [--verify]
     python tools/convert_checkpoint.py to-hf --megatron DIR --output DIR [--hf-reference DIR] [--verify]
     python tools/convert_checkpoint.py plan --hf DIR --parallel tensor=4,pipeline=2,expert=8,context=2 [--json]
     python tools/convert_checkpoint.py plan --hf DIR --parallel pipeline=4,pipeline_layers=11+13+13+11
 
-Conversion is one process on the CPU, in about a gigabyte of memory whatever the model's size, and changes no bit. The
-output appears under its name only when complete, and loads on any mesh. Weights are read from safetensors only. A
-Megatron folder contains a pickle (`.metadata`): it is checked against the folder's manifest and opened with a list of
-the few classes it may name, but give only folders that this tool or the trainer wrote. `plan` needs config.json alone.
+Conversion is one process on the CPU, in about a gigabyte of memory whatever the model's size, and changes no bit
+unless --dtype is given. The output appears under its name only when complete, and loads on any mesh. Weights are read
+from safetensors only. A Megatron folder contains a pickle (`.metadata`): it is checked against the folder's manifest
+and opened with a list of the few classes it may name, but give only folders that this tool or the trainer wrote. `plan`
+needs config.json alone.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from rich.table import Table
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.weights.convert import to_hf, to_megatron
 from minpro_megatron.weights.plan import Plan, RankKind, make_plan
+from minpro_megatron.weights.text_files import other_files
 
 AXES = tuple(ParallelConfig.model_fields)
 DEGREES = tuple(axis for axis in AXES if axis not in ("data", "pipeline_layers"))
@@ -110,6 +112,11 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     into = commands.add_parser("to-megatron", help="Hugging Face -> Megatron")
     into.add_argument("--hf", type=Path, required=True, help="folder with config.json and safetensors")
+    into.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="round every tensor to this dtype: for folders with tensors of several (float32 routers) or of float16",
+    )
     back = commands.add_parser("to-hf", help="Megatron -> Hugging Face")
     back.add_argument("--megatron", type=Path, required=True)
     back.add_argument("--hf-reference", type=Path, help="take config, tokenizer and file names from this model folder")
@@ -136,7 +143,10 @@ def main() -> int:
             print(plan.as_json()) if arguments.json else print_plan(plan)
             return 0 if not plan.hf_tensors_missed + plan.hf_tensors_absent else 2
         if arguments.command == "to-megatron":
-            to_megatron(arguments.hf, arguments.output, progress_bar, arguments.verify)
+            cast_to = getattr(torch, arguments.dtype) if arguments.dtype else None
+            to_megatron(arguments.hf, arguments.output, progress_bar, arguments.verify, cast_to)
+            if left_out := other_files(arguments.hf):
+                print(f"not copied, for they are neither weights nor part of the tokenizer: {', '.join(left_out)}")
         else:
             to_hf(arguments.megatron, arguments.output, progress_bar, arguments.hf_reference, arguments.verify)
     except ValueError as error:

@@ -11,13 +11,14 @@ import psutil
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.node_roles import host_on_node, node_gpus, roles_on
-from minpro_megatron.launch.preflight import cannot_listen, count_gpus, missing_weights, port_problems
+from minpro_megatron.launch.preflight import cannot_listen, count_gpus, port_problems
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
 from minpro_megatron.rollout.resume_point import read_latest
 from minpro_megatron.serving.addresses import is_loopback
 from minpro_megatron.serving.server_process import PORT_RANGE
 from minpro_megatron.weights.manifest import read_manifest, verify_files
+from minpro_megatron.weights.weight_files import weight_problem
 
 # What a driver and a display-less desktop keep; a process that holds a model keeps far more.
 FOREIGN_MEMORY_MIB = 2048
@@ -111,8 +112,8 @@ def weight_problems(config: RunConfig, share: NodeShare) -> Iterator[str]:
     """A line for weights that roles with this share load and that are not here as they were written: the models' and
     those of the checkpoint that the run goes on from."""
     roles = roles_on(config, share)
-    if "serve" in roles and (missing := missing_weights(Path(config.model.hf_path))):
-        yield f"model.hf_path = {config.model.hf_path}: {missing}: download the folder again, or mount all of it"
+    if "serve" in roles and (problem := weight_problem(Path(config.model.hf_path))):
+        yield f"model.hf_path = {config.model.hf_path}: {problem}, or mount all of it"
     if "train" not in roles:
         return
     try:

@@ -20,6 +20,7 @@ from minpro_megatron.serving.api_key import api_key
 from minpro_megatron.serving.watched_server import external_urls
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 from minpro_megatron.weights.text_files import text_files
+from minpro_megatron.weights.weight_files import weight_problem
 
 _PROMPT_FIELDS = {"id", "source", "prompt", "answer"}
 _SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a short run
@@ -55,26 +56,12 @@ def _hf_model(config: RunConfig) -> Iterator[str]:
         yield f"{field}: config.json is missing; give a folder in Hugging Face format"
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         yield f"{field}: the tokenizer is missing; copy tokenizer.json and tokenizer_config.json into it"
-    missing = missing_weights(folder)
-    if missing:
-        yield f"{field}: {missing}; the servers load safetensors from it: download the folder again"
+    if problem := weight_problem(folder):
+        yield f"{field}: {problem}"
     try:
         text_files(folder)  # they are copied beside the trained weights, when the run ends
     except ValueError as error:
         yield f"{field}: {error}"
-
-
-def missing_weights(folder: Path) -> str:
-    """What is wrong with the weight files of a Hugging Face folder; empty if they are all there."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return "" if any(folder.glob("*.safetensors")) else "no *.safetensors file"
-    try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError):
-        return f"{index.name} is damaged"
-    absent = sorted(name for name in named if not (folder / name).is_file())
-    return f"{len(absent)} of {len(named)} weight files missing, such as {absent[0]}" if absent else ""
 
 
 def _mesh_fits_model(config: RunConfig) -> Iterator[str]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from minpro_megatron.batching.shards import sequence_multiple
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.launcher import closing_lines
-from minpro_megatron.launch.preflight import count_gpus, missing_weights
+from minpro_megatron.launch.preflight import count_gpus
 from minpro_megatron.launch.roles import torchrun, trainer_environment
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
 from minpro_megatron.launch.user_error import UserError
@@ -34,7 +34,10 @@ from minpro_megatron.replay.job import (
 )
 from minpro_megatron.replay.rollouts import Rollout, read_rollouts
 from minpro_megatron.replay.settings import ReplayOptions, replay_config, sized_for
+from minpro_megatron.serving.model_files import max_positions
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
+from minpro_megatron.weights.text_files import CONFIG
+from minpro_megatron.weights.weight_files import weight_problem
 
 LARGEST_LOG_PROB = 1e-3  # float32 sums of exponentials round a little above 0
 _ROLE = "replay"
@@ -78,11 +81,12 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
         refuse_uneven_cuts(architecture, config.parallel)
     except ValueError as error:
         raise UserError(f"--model {options.model}: {error}") from None
-    if missing := missing_weights(options.model):
-        raise UserError(f"--model {options.model}: {missing}; give a folder with its safetensors")
+    if problem := weight_problem(options.model, for_servers=False):
+        raise UserError(f"--model {options.model}: {problem}")
     _refuse_foreign(options.output)
     mismatch_ratio = config.loss.truncated_importance.enabled or config.loss.icepop.enabled
     rollouts = read_rollouts(options.rollouts, architecture.vocab_size, mismatch_ratio)
+    _refuse_too_long(options, rollouts)
     improbable = sum(int((rollout.behavior_log_probs > LARGEST_LOG_PROB).sum()) for rollout in rollouts)
     if improbable:
         print(
@@ -100,6 +104,18 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
                 "--mini-batch-groups or leave these rows out"
             )
     return config, ReplayRows(rollouts=rollouts, groups_per_batch=options.mini_batch_groups, updates=updates)
+
+
+def _refuse_too_long(options: ReplayOptions, rollouts: list[Rollout]) -> None:
+    """No server samples beyond the model's positions: such a row is of another model, or its config.json is."""
+    limit = max_positions(options.model)
+    for rollout in rollouts:
+        if limit is not None and rollout.num_tokens > limit:
+            raise UserError(
+                f"{options.rollouts}: line {rollout.line}: prompt_ids and response_ids are {rollout.num_tokens} "
+                f"tokens, more than max_position_embeddings = {limit} in {options.model / CONFIG}; leave the row out, "
+                "or raise that number if the servers ran with a longer context"
+            )
 
 
 def _refuse_foreign(output: Path) -> None:

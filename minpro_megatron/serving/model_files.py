@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MAX_JSON_BYTES = 256 << 20  # tokenizer.json, the largest of them, has some 10 MB
+_LFS_BEGINS = b"version https://git-lfs.github.com/spec/"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -75,6 +78,13 @@ def read_model_facts(hf_path: str, extra_stop_tokens: Sequence[str] = ()) -> Mod
     )
 
 
+def max_positions(folder: Path) -> int | None:
+    """max_position_embeddings of the folder's config.json; None where it does not say."""
+    path = folder / "config.json"
+    config = read_json_object(path)
+    return _positive(config, "max_position_embeddings", path) if "max_position_embeddings" in config else None
+
+
 def _expert_facts(config: dict[str, Any], path: Path) -> dict[str, int]:
     # transformers 5 writes num_local_experts where the released checkpoints say num_experts
     num_experts = "num_local_experts" if "num_local_experts" in config else "num_experts"
@@ -89,14 +99,38 @@ def _expert_facts(config: dict[str, Any], path: Path) -> dict[str, int]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object. Raises ValueError that names the file if it holds anything else."""
+    """A JSON file's object. Raises ValueError that names the file if it holds anything else, or is no regular file."""
+    if not path.is_file():  # opening a pipe would wait for its other end
+        raise ValueError(f"{path}: this is not a regular file; download the folder again")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} of any model's; download it again")
+    if is_lfs_pointer(path):
+        raise ValueError(lfs_problem(path))
+    if not size:
+        raise ValueError(f"{path}: the file is empty; download it again")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(
+            f"{path}: not JSON of a model (it is nested too deeply); export the checkpoint again"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); export the checkpoint again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; export the checkpoint again")
     return content
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is what Git leaves of a large file when Git LFS is not installed: a few lines about it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_LFS_BEGINS)) == _LFS_BEGINS
+
+
+def lfs_problem(path: Path) -> str:
+    return f"{path}: this is a Git LFS pointer and not the file; run 'git lfs pull' there, or download it again"
 
 
 def _added_token_id(hf_path: str, token: str) -> int:

@@ -1,13 +1,16 @@
 """What a Hugging Face config.json says about the model, in one frozen record, for the architectures we know."""
 
-import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.serving.model_files import read_json_object
 
 VOCABULARY_MULTIPLE = 128  # fixed whatever the mesh, so that a checkpoint fits every tensor degree up to 128
+# Far above any model's: a damaged config.json must not make the table of its tensors fill the memory.
+MAX_LAYERS, MAX_EXPERTS = 4096, 65536
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,66 @@ def read_architecture(hf_path: str | Path) -> Architecture:
     path = Path(hf_path) / "config.json"
     if not path.is_file():
         raise ValueError(f"model.hf_path = {hf_path}: there is no config.json; give a Hugging Face model folder")
-    return parse_architecture(json.loads(path.read_text()), str(path))
+    return parse_architecture(read_json_object(path), str(path))
 
 
 def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     """The architecture that a config.json describes; errors as of `read_architecture`, told of `where`."""
-    names = config.get("architectures") or ["none"]
-    if names[0] not in _READERS:
-        raise ValueError(f"{where}: architectures = {names[0]!r} is not known; known: {', '.join(_READERS)}")
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "none"
+    if not isinstance(name, str) or name not in _READERS:
+        raise ValueError(f"{where}: architectures = {name!r} is not known; known: {', '.join(_READERS)}")
+    _refuse_quantised(where, config)
     _refuse_unsupported(where, config)
     try:
-        return _READERS[names[0]](config)
+        return _READERS[name](_Fields(config, where))
     except KeyError as error:
         raise ValueError(f"{where}: {error.args[0]} is missing; take the config.json of the released model") from None
+
+
+class _Fields:
+    """A config.json's values, each of the kind that it has to be. KeyError for one that is missing, ValueError with
+    the file's name for one of another kind, or far from any model's."""
+
+    def __init__(self, config: dict[str, Any], where: str) -> None:
+        self._config, self._where = config, where
+
+    def has(self, field: str) -> bool:
+        return self._config.get(field) is not None
+
+    def size(self, field: str, largest: int = 1 << 24) -> int:
+        """A count: an integer from 1 to `largest`. Sizes decide how much is made, so damage must not get further."""
+        value = self._config[field]
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise ValueError(f"{self._where}: {field} = {value!r} must be an integer from 1 to {largest}")
+        return value
+
+    def number(self, field: str, within: dict[str, Any] | None = None) -> float:
+        """A finite number above 0, of the config or of one of its objects."""
+        value = (self._config if within is None else within)[field]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"{self._where}: {field} = {value!r} must be a number above 0")
+        return float(value)
+
+    def switch(self, field: str) -> bool:
+        """true or false; absent is false, as in transformers."""
+        value = self._config.get(field)
+        if not isinstance(value, bool | None):
+            raise ValueError(f"{self._where}: {field} = {value!r} must be true or false")
+        return bool(value)
+
+    def inner(self, field: str) -> dict[str, Any]:
+        return self._config.get(field) or {}
+
+
+def _refuse_quantised(where: str, config: dict[str, Any]) -> None:
+    quantisation = config.get("quantization_config") or config.get("compression_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise ValueError(
+            f"{where}: quantization_config.quant_method = {method!r}: these are quantised weights, and training needs "
+            "the bfloat16 ones; take the release without quantisation"
+        )
 
 
 # field -> (what transformers takes where it is absent, the only value supported)
@@ -72,6 +122,8 @@ _MIXTURE_ONLY = {
 
 def _refuse_unsupported(where: str, config: dict[str, Any]) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{where}: rope_parameters = {rope!r} must be an object")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{where}: rope type {rope!r} is not supported; only the default rotary embedding is")
     mixture = config["architectures"][0] == "Qwen3MoeForCausalLM"
@@ -81,39 +133,45 @@ def _refuse_unsupported(where: str, config: dict[str, Any]) -> None:
             raise ValueError(f"{where}: {field} = {value!r} is not supported; only {supported!r} is")
 
 
-def _qwen3(config: dict[str, Any]) -> Architecture:
-    rope = config.get("rope_parameters") or {}
+def _qwen3(fields: _Fields) -> Architecture:
+    return _transformer(fields, "Qwen3ForCausalLM", fields.size("intermediate_size"))
+
+
+def _transformer(fields: _Fields, name: str, ffn_hidden_size: int) -> Architecture:
+    """What both architectures have, without experts."""
+    rope, heads = fields.inner("rope_parameters"), fields.size("num_attention_heads")
+    hidden_size = fields.size("hidden_size")
     return Architecture(
-        name=config["architectures"][0],
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config["num_key_value_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        ffn_hidden_size=config["intermediate_size"],
+        name=name,
+        num_layers=fields.size("num_hidden_layers", MAX_LAYERS),
+        hidden_size=hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=fields.size("num_key_value_heads"),
+        head_dim=fields.size("head_dim") if fields.has("head_dim") else hidden_size // heads,
+        ffn_hidden_size=ffn_hidden_size,
         num_experts=0,
         num_experts_per_token=0,
         expert_ffn_hidden_size=0,
-        vocab_size=config["vocab_size"],
+        vocab_size=fields.size("vocab_size"),
         # required: the default differs between versions of transformers, and a wrong one is wrong everywhere
-        rope_theta=float(rope.get("rope_theta") or config["rope_theta"]),
-        norm_epsilon=config["rms_norm_eps"],
-        tied_embeddings=config.get("tie_word_embeddings", False),
+        rope_theta=fields.number("rope_theta", rope if rope.get("rope_theta") else None),
+        norm_epsilon=fields.number("rms_norm_eps"),
+        tied_embeddings=fields.switch("tie_word_embeddings"),
     )
 
 
-def _qwen3_moe(config: dict[str, Any]) -> Architecture:
-    dense = _qwen3({**config, "intermediate_size": config.get("intermediate_size") or config["moe_intermediate_size"]})
+def _qwen3_moe(fields: _Fields) -> Architecture:
+    width = fields.size("moe_intermediate_size")
+    # a model of experts alone need not state the width of a dense layer
+    dense_width = fields.size("intermediate_size") if fields.has("intermediate_size") else width
     # transformers 5 writes num_local_experts where the released checkpoints say num_experts
-    num_experts = config.get("num_local_experts") or config["num_experts"]
-    return Architecture(
-        **{
-            **vars(dense),
-            "num_experts": num_experts,
-            "num_experts_per_token": config["num_experts_per_tok"],
-            "expert_ffn_hidden_size": config["moe_intermediate_size"],
-            "normalized_routing": bool(config.get("norm_topk_prob")),  # transformers takes false where it is absent
-        }
+    num_experts = fields.size("num_local_experts" if fields.has("num_local_experts") else "num_experts", MAX_EXPERTS)
+    return replace(
+        _transformer(fields, "Qwen3MoeForCausalLM", dense_width),
+        num_experts=num_experts,
+        num_experts_per_token=fields.size("num_experts_per_tok", num_experts),
+        expert_ffn_hidden_size=width,
+        normalized_routing=fields.switch("norm_topk_prob"),
     )
 
 

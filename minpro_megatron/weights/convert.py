@@ -1,8 +1,9 @@
 """Whole checkpoints from Hugging Face's format to Megatron's and back, a few rows of one tensor at a time.
 
-Nothing is computed and nothing is cast, so both ways are bit-exact. Memory stays the same whatever the model's size:
-no more than a piece of a tensor is held, and the files that are read are mapped a part at a time. A result gets its
-name only when it is complete; what a killed conversion leaves has no manifest (or another name) and loads nowhere.
+Nothing is computed, and nothing is cast unless a dtype is asked for, so both ways are bit-exact. Memory stays the
+same whatever the model's size: no more than a piece of a tensor is held, and the files that are read are mapped a part
+at a time. A result gets its name only when it is complete; what a killed conversion leaves has no manifest (or another
+name) and loads nowhere.
 """
 
 import math
@@ -16,17 +17,9 @@ import torch
 from torch import Tensor
 
 from minpro_megatron.monitor.files import check_replaceable, new_folder
+from minpro_megatron.serving.model_files import read_json_object
 from minpro_megatron.weights.architecture import Architecture, read_architecture
-from minpro_megatron.weights.hf_files import (
-    INDEX,
-    SHARD_BYTES,
-    SINGLE_FILE,
-    HfReader,
-    dtype_name,
-    read_weight_map,
-    shard_names,
-    write_index,
-)
+from minpro_megatron.weights.hf_files import CASTABLE, SHARD_BYTES, HfReader, dtype_name
 from minpro_megatron.weights.manifest import (
     HF_TEXTS,
     Manifest,
@@ -41,6 +34,7 @@ from minpro_megatron.weights.safetensors_stream import TensorHeader, write_safet
 from minpro_megatron.weights.sharded_files import ShardedReader, ShardedWriter, place
 from minpro_megatron.weights.table import EMBEDDING, OUTPUT, Entry, check_names, check_shape, entries
 from minpro_megatron.weights.text_files import CONFIG, copy_texts
+from minpro_megatron.weights.weight_files import INDEX, SINGLE_FILE, read_weight_map, shard_names, write_index
 
 # Small enough for malloc to reuse the memory of the last piece: larger ones are mapped, and zeroed, anew each time.
 PIECE_BYTES = 16 << 20
@@ -50,15 +44,16 @@ SHA256_FILE = "SHA256SUMS"
 type Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False) -> None:
+def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False, cast_to: torch.dtype | None = None) -> None:
     """Write the Megatron checkpoint of the Hugging Face folder `hf` to `output`, in the dtype of its weights, with
     copies of its config and tokenizer. `verify`: read the result back and compare every bit before it gets its name.
+    `cast_to`: every tensor is rounded to this dtype, so the weights may be of several.
 
     Raises ValueError for a model that the table does not describe tensor by tensor, or an `output` that holds
     files which this program did not write."""
     architecture = read_architecture(hf)
     reader = HfReader(hf)
-    dtype = _check_tensors(reader, architecture)
+    dtype = _check_tensors(reader, architecture, cast_to)
     num_bytes = sum(TensorHeader(dtype, entry.full_shape).num_bytes for entry in entries(architecture))
     with _new_folder(output, num_bytes) as folder, file_records(folder) as records:
         with watch("writing", num_bytes) as announce:
@@ -68,11 +63,12 @@ def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False) -> N
                     writer.write(place(entry, architecture), entry.full_shape, first_row, rows)
                     announce(rows.nbytes)
             writer.finish()
-        for name in _keep_texts(reader, folder / HF_TEXTS):
+        for name in _keep_texts(reader, dtype, folder / HF_TEXTS):
             records.add(f"{HF_TEXTS}/{name}")
         if verify:
-            with watch("verifying", reader.num_bytes) as announce:
-                compare(reader, ShardedReader(folder), architecture, announce)
+            num_bytes = sum(_hf_bytes(reader, dtype).values())
+            with watch("verifying", num_bytes) as announce:
+                compare(reader, ShardedReader(folder), architecture, announce, dtype)
         manifest = Manifest(
             source=hf.resolve().name,
             dtype=dtype_name(dtype),  # type: ignore[arg-type]  checked above
@@ -111,25 +107,29 @@ def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = N
                 write_safetensors(stream, headers, lambda name: tensors[name].pieces(source), announce)
                 records.close(file)
         if list(files) != [SINGLE_FILE]:
-            write_index(folder, {name: file for file, names in files.items() for name in names}, num_bytes)
+            _write_index(texts, folder, {name: file for file, names in files.items() for name in names}, num_bytes)
             records.add(INDEX)
         for name in copy_texts(texts, folder):
             records.add(name)
         if verify:
             with watch("verifying", num_bytes) as announce:
-                compare(HfReader(folder), source, architecture, announce)
+                compare(HfReader(folder), source, architecture, announce, dtype)
         (folder / SHA256_FILE).write_text("".join(sha256_lines(records.records())), encoding="utf-8")
 
 
 def compare(
-    reader: HfReader, sharded: ShardedReader, architecture: Architecture, announce: Callable[[int], None]
+    reader: HfReader,
+    sharded: ShardedReader,
+    architecture: Architecture,
+    announce: Callable[[int], None],
+    dtype: torch.dtype,
 ) -> None:
-    """Raises ValueError naming the first tensor that is not the same, bit by bit, in both forms."""
+    """Raises ValueError naming the first tensor that is not the same in both forms, bit by bit in `dtype`."""
     tensors = _hf_tensors(architecture)
     for name in reader.names():
         first, tensor = 0, tensors.get(name)
         for found in tensor.pieces(sharded) if tensor else ():
-            expected = reader.read_rows(name, first, len(found))
+            expected = reader.read_rows(name, first, len(found)).to(dtype)
             if found.dtype != expected.dtype or not torch.equal(_bits(found), _bits(expected)):
                 raise ValueError(f"{name}: rows {first} to {first + len(found)} differ between the two forms")
             first += len(found)
@@ -184,27 +184,37 @@ def _pieces(entry: Entry, reader: HfReader, dtype: torch.dtype) -> Iterator[tupl
             if source is None:
                 held.append(torch.zeros(count, *entry.shapes[0][1:], dtype=dtype))
             else:
-                held.append(reader.read_rows(entry.hf[source], first, count))
+                held.append(reader.read_rows(entry.hf[source], first, count).to(dtype))
         yield start, _together(held)
         start += sum(map(len, held))
 
 
-def _check_tensors(reader: HfReader, architecture: Architecture) -> torch.dtype:
-    """The weights' dtype, if the folder holds the tensors that the table describes, and no others."""
+def _check_tensors(reader: HfReader, architecture: Architecture, cast_to: torch.dtype | None) -> torch.dtype:
+    """The dtype to write, if the folder holds the tensors that the table describes, and no others."""
     check_names(architecture, reader.names(), str(reader.path))
     for entry in entries(architecture):
         for name, shape in zip(entry.hf, entry.shapes, strict=True):
             check_shape(name, reader.tensors[name].shape, shape)
-    names = list(_hf_tensors(architecture))
-    dtype = reader.tensors[EMBEDDING].dtype
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{reader.path}: {EMBEDDING} is {dtype}; only float32 and bfloat16 weights are supported")
-    for name in names:
-        if name in reader.tensors and reader.tensors[name].dtype != dtype:
+    dtype = cast_to or reader.tensors[EMBEDDING].dtype
+    for name in _hf_tensors(architecture):
+        if name not in reader.tensors:
+            continue
+        found = reader.tensors[name].dtype
+        if not isinstance(found, torch.dtype) and found not in CASTABLE:
             raise ValueError(
-                f"{reader.path}: {name} is {reader.tensors[name].dtype} where {EMBEDDING} is {dtype}; "
-                "weights of one dtype are needed, so that none is cast"
+                f"{reader.path}: {name} is {found}: these are quantised or unknown weights; take the bfloat16 release"
             )
+        if cast_to is None and not isinstance(dtype, torch.dtype):
+            raise ValueError(
+                f"{reader.path}: {EMBEDDING} is {dtype}, and a model is float32 or bfloat16; give --dtype bfloat16 or "
+                "--dtype float32 to cast every tensor"
+            )
+        if cast_to is None and found != dtype:
+            raise ValueError(
+                f"{reader.path}: {name} is {found} and {EMBEDDING} is {dtype}, and nothing is cast without being asked "
+                "for; give --dtype bfloat16 or --dtype float32 to cast every tensor"
+            )
+    assert isinstance(dtype, torch.dtype)
     if architecture.tied_embeddings and OUTPUT in reader.tensors:
         _refuse_another_output(reader)
     return dtype
@@ -223,12 +233,28 @@ def _refuse_another_output(reader: HfReader) -> None:
             )
 
 
-def _keep_texts(reader: HfReader, folder: Path) -> list[str]:
+def _keep_texts(reader: HfReader, dtype: torch.dtype, folder: Path) -> list[str]:
     """What to_hf needs of the model besides its weights: the texts, and which tensor stood in which file."""
     folder.mkdir()
     weight_map = {name: tensor.file for name, tensor in reader.tensors.items()}
-    write_index(folder, weight_map, reader.num_bytes)
+    _write_index(reader.path, folder, weight_map, sum(_hf_bytes(reader, dtype).values()))
     return [INDEX, *copy_texts(reader.path, folder)]
+
+
+def _hf_bytes(reader: HfReader, dtype: torch.dtype) -> dict[str, int]:
+    """The bytes of each tensor of the Hugging Face folder when it is stored in `dtype`."""
+    return {name: TensorHeader(dtype, tensor.shape).num_bytes for name, tensor in reader.tensors.items()}
+
+
+def _write_index(texts: Path, folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """The index as the model's folder has it, word for word, if it says the same; otherwise a new one."""
+    former = texts / INDEX
+    if former.is_file() and read_weight_map(texts) == weight_map:
+        stated = read_json_object(former).get("metadata")
+        if isinstance(stated, dict) and stated.get("total_size") == total_bytes:
+            shutil.copyfile(former, folder / INDEX)
+            return
+    write_index(folder, weight_map, total_bytes)
 
 
 def _files(texts: Path, architecture: Architecture, dtype: torch.dtype) -> dict[str, list[str]]:

@@ -1,9 +1,8 @@
 """Reading and writing Hugging Face checkpoints: safetensors only, never pickles."""
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,35 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minpro_megatron.monitor.files import new_folder
+from minpro_megatron.serving.model_files import is_lfs_pointer, lfs_problem
+from minpro_megatron.weights.architecture import MAX_EXPERTS
 from minpro_megatron.weights.text_files import copy_texts
+from minpro_megatron.weights.weight_files import (
+    FUSED_EXPERTS,
+    INDEX,
+    SINGLE_FILE,
+    read_weight_map,
+    shard_names,
+    write_index,
+)
 
-INDEX = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 SHARD_BYTES = 4 << 30
 _DTYPES: dict[str, torch.dtype | str] = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
 }  # as models can be built
+CASTABLE = ("F16", "F64")  # what else can be cast to one of them
 # Files are mapped into memory, and what was read of a mapping stays resident: it is renewed after so many bytes.
 _MAPPED_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """The rows of one expert's tensor within a tensor of all experts."""
+
+    name: str
+    expert: int
+    first_row: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class StoredTensor:
     file: str
     dtype: torch.dtype | str
     shape: tuple[int, ...]
+    within: ExpertRows | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -56,6 +74,7 @@ class HfReader:
         for name, file in weight_map.items():
             if name not in self.tensors or self.tensors[name].file != file:
                 raise ValueError(f"{self.path / INDEX}: {name} is not in {file}; download the folder again")
+        self.tensors = dict(_separate_experts(self.tensors))
         self._open_file: tuple[str, Any] | None = None
         self._mapped_bytes = 0
 
@@ -68,15 +87,22 @@ class HfReader:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor; its memory is the file's, so it must not be written to."""
+        if name in self.tensors and self.tensors[name].within:
+            return self.read_rows(name, 0, self.tensors[name].shape[0])
         tensor = self._mapped(name).get_tensor(name)
         self._mapped_bytes += tensor.nbytes
         return tensor
 
     def read_rows(self, name: str, first: int, count: int) -> Tensor:
         """Rows `first` .. `first + count` of the tensor."""
-        if (first, count) == (0, self.tensors[name].shape[0]):
+        within = self.tensors[name].within
+        if within:
+            first, expert = within.first_row + first, within.expert
+            rows = self._mapped(name).get_slice(within.name)[expert : expert + 1, first : first + count][0]
+        elif (first, count) == (0, self.tensors[name].shape[0]):
             return self.read(name)
-        rows = self._mapped(name).get_slice(name)[first : first + count]
+        else:
+            rows = self._mapped(name).get_slice(name)[first : first + count]
         self._mapped_bytes += rows.nbytes
         return rows
 
@@ -97,41 +123,25 @@ class HfReader:
                     word: str = found.get_dtype()
                     self.tensors[name] = StoredTensor(file, _DTYPES.get(word, word), tuple(found.get_shape()))
         except (OSError, SafetensorError) as error:
+            if is_lfs_pointer(self.path / file):
+                raise ValueError(lfs_problem(self.path / file)) from None
             raise ValueError(f"{self.path / file}: {error}; download the folder again") from None
 
 
-def read_weight_map(folder: Path) -> dict[str, str]:
-    """{tensor name: file name} of the folder's index, empty for a model in one file.
-
-    Raises ValueError if there is neither, or the index is damaged or names files elsewhere.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        if (folder / SINGLE_FILE).is_file():
-            return {}
-        raise ValueError(
-            f"{folder}: neither {SINGLE_FILE} nor {INDEX} is there; pickled weights are refused, "
-            "convert them to safetensors first"
-        )
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = set(weight_map.values())
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{index}: it has no weight_map; download the folder again") from None
-    for file in files:
-        if not (isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file):
-            raise ValueError(f"{index}: {file!r} is not the name of a safetensors file beside it; pickles are refused")
-    return weight_map
-
-
-def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def shard_names(count: int) -> list[str]:
-    """The names of a model's weight files, as Hugging Face numbers them."""
-    return [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+def _separate_experts(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors under the names of the original format, in which each expert has tensors of its own."""
+    for name, tensor in stored.items():
+        fused = FUSED_EXPERTS.fullmatch(name)
+        if not fused or len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
+            yield name, tensor
+            continue
+        experts, rows, columns = tensor.shape
+        parts = ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
+        shape = (rows // len(parts), columns)
+        for expert in range(experts):
+            for place, part in enumerate(parts):
+                within = ExpertRows(name, expert, place * shape[0])
+                yield f"{fused[1]}.{expert}.{part}.weight", replace(tensor, shape=shape, within=within)
 
 
 def write_hf(

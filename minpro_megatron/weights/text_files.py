@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 CONFIG = "config.json"
-_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
+_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "additional_chat_templates/*.jinja")
 
 
 def copy_texts(source: Path, folder: Path) -> list[str]:
@@ -12,6 +12,7 @@ def copy_texts(source: Path, folder: Path) -> list[str]:
     their names. Raises ValueError as text_files does."""
     copied = text_files(source)
     for name in copied:
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
     return copied
 
@@ -26,15 +27,24 @@ def text_files(source: Path) -> list[str]:
     inside = [source.resolve()]
     if source.resolve().parent.name == "snapshots":
         inside.append(source.resolve().parents[1] / "blobs")
-    names = sorted({path.name for pattern in _PATTERNS for path in source.glob(pattern)})
+    names = sorted({str(path.relative_to(source)) for pattern in _PATTERNS for path in source.glob(pattern)})
     names = [name for name in names if not name.endswith(".index.json")]
     for name in names:
         path = source / name
         if not path.is_file():
             raise ValueError(f"{path}: this is not a regular file; remove it, or download the folder again")
-        if path.is_symlink() and not any(path.resolve().is_relative_to(folder) for folder in inside):
+        if not any(path.resolve().is_relative_to(folder) for folder in inside):
             raise ValueError(
-                f"{path}: this is a symbolic link to {path.resolve()}, outside of the model's folder, so it is not "
-                "copied with the model; put a copy of the file in its place"
+                f"{path}: this leads by a symbolic link to {path.resolve()}, outside of the model's folder, so it is "
+                "not copied with the model; put a copy of the file in its place"
             )
     return names
+
+
+def other_files(source: Path) -> list[str]:
+    """The names of what a model folder has besides text files and weights: a conversion leaves it out."""
+    texts = set(text_files(source))
+    weights = (".safetensors", ".safetensors.index.json")
+    names = (path.name for path in source.iterdir() if not path.name.startswith("."))
+    folders = {name.partition("/")[0] for name in texts if "/" in name}
+    return sorted(name for name in names if name not in texts | folders and not name.endswith(weights))

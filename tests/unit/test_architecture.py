@@ -1,6 +1,9 @@
 """config.json becomes an Architecture, or is refused with the field, its value and what is supported."""
 
 import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +169,63 @@ def test_another_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.hf_path = .*there is no config.json; give a Hugging Face"):
         read_architecture(tmp_path / "absent")
+
+
+def with_depth(depth: int) -> str:
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"the file is empty; download it again"),
+        ("[]", r"expected a JSON object, got list"),
+        ('{"vocab_size": 7,}', r"not JSON \("),
+        ("\ufeff{}", r"not JSON \(.*BOM"),
+        (b"\xff\xfe{}", r"not JSON \("),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", r"a Git LFS pointer .*git lfs pull"),
+        (with_depth(200_000), r"not JSON of a model \(it is nested too deeply\)"),
+    ],
+    ids=["empty", "list", "comma", "byte order mark", "UTF-16", "Git LFS", "deep"],
+)
+def test_a_broken_config_is_refused_with_its_path(content: str | bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: .*{message}"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), os.mkfifo], ids=["folder", "pipe"])
+def test_a_config_that_is_no_file_is_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"there is no config.json"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", "4", "num_hidden_layers = '4' must be an integer from 1 to 4096"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers = 1000000000 must be an integer from 1 to 4096"),
+        ("num_experts", 10**7, "num_experts = 10000000 must be an integer from 1 to 65536"),
+        ("num_experts_per_tok", 1000, "num_experts_per_tok = 1000 must be an integer from 1 to 128"),
+        ("hidden_size", 0, "hidden_size = 0 must be an integer from 1"),
+        ("vocab_size", 1.5, "vocab_size = 1.5 must be an integer"),
+        ("num_attention_heads", True, "num_attention_heads = True must be an integer"),
+        ("head_dim", [128], r"head_dim = \[128\] must be an integer"),
+        ("rms_norm_eps", "1e-6", "rms_norm_eps = '1e-6' must be a number above 0"),
+        ("rope_theta", -1, "rope_theta = -1 must be a number above 0"),
+        ("tie_word_embeddings", "false", "tie_word_embeddings = 'false' must be true or false"),
+        ("norm_topk_prob", 1, "norm_topk_prob = 1 must be true or false"),
+        ("rope_parameters", "default", "rope_parameters = 'default' must be an object"),
+        ("architectures", "Qwen3MoeForCausalLM", "architectures = 'none' is not known"),
+        ("architectures", [["Qwen3"]], r"architectures = \['Qwen3'\] is not known"),
+        ("quantization_config", {"quant_method": "fp8"}, "quant_method = 'fp8': these are quantised weights"),
+        ("compression_config", {"quant_method": "awq"}, "quant_method = 'awq': these are quantised weights"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_file_and_field(
+    field: str, value: object, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"config.json: .*{message}"):
+        read(tmp_path, {**QWEN3_30B_A3B, field: value})

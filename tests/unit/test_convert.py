@@ -19,6 +19,8 @@ from minpro_megatron.weights.convert import to_hf, to_megatron
 from minpro_megatron.weights.manifest import record_file
 from minpro_megatron.weights.sharded_files import ShardedWriter
 from minpro_megatron.weights.table import entries
+from minpro_megatron.weights.text_files import other_files
+from minpro_megatron.weights.weight_files import weight_problem
 
 MIXTURE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -199,8 +201,14 @@ def read_tensors(hf: Path) -> dict[str, Tensor]:
         (lambda t: t.pop("model.norm.weight"), r"1 tensors are missing for Qwen3Moe.*: model.norm.weight; does"),
         (lambda t: t.update(extra=torch.zeros(1)), r"1 tensors are not in the table of Qwen3Moe.*: extra; does"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(9)}), r"model.norm.weight: shape \(9,\), .* it \(8,\)"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(8)}), r"model.norm.weight is torch.float32 where"),
-        (lambda t: t.update({name: x.half() for name, x in t.items()}), r"embed_tokens.weight is F16; only float32"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(8)}),
+            r"norm.weight is torch.float32 and model.*; give --dtype bfloat16",
+        ),
+        (
+            lambda t: t.update({name: x.half() for name, x in t.items()}),
+            r"embed_tokens.weight is F16, .*; give --dtype bfloat16",
+        ),
     ],
     ids=["missing", "extra", "shape", "mixed", "float16"],
 )
@@ -214,6 +222,87 @@ def test_weights_that_would_not_come_through_are_refused(
     with pytest.raises(ValueError, match=message):
         to_megatron(hf, tmp_path / "megatron", Watch())
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layout of save_pretrained(save_original_format=False) in transformers 5."""
+    fused = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
+    for layer in range(MIXTURE["num_hidden_layers"]):
+        experts = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            part: [tensors[f"{experts}.{expert}.{part}.weight"] for expert in range(MIXTURE["num_experts"])]
+            for part in ("gate_proj", "up_proj", "down_proj")
+        }
+        pairs = zip(parts["gate_proj"], parts["up_proj"], strict=True)
+        fused[f"{experts}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        fused[f"{experts}.down_proj"] = torch.stack(parts["down_proj"])
+    return fused
+
+
+@pytest.mark.parametrize("piece_bytes", [50, 16 << 20])
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_fused_experts_become_those_of_the_original_format(
+    num_files: int, piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = make_model(tmp_path / "original", MIXTURE)
+    fused = make_model(tmp_path / "fused", MIXTURE, num_files=1)
+    (fused / "model.safetensors").unlink()
+    write_tensors(fused, fused_experts(read_tensors(original)), num_files)
+    monkeypatch.setattr(convert, "PIECE_BYTES", piece_bytes)
+    to_megatron(fused, tmp_path / "megatron", Watch(), verify=True)
+    to_hf(tmp_path / "megatron", tmp_path / "back", Watch(), verify=True)
+    found, expected = read_tensors(tmp_path / "back"), read_tensors(original)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].view(torch.int16), expected[name].view(torch.int16)) for name in expected)
+    assert "fused into one tensor" in weight_problem(fused)
+    assert weight_problem(fused, for_servers=False) == weight_problem(tmp_path / "back") == ""
+
+
+@pytest.mark.parametrize("kind", ["float32 router", "float32 norms", "float16", "float64 head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_several_dtypes_are_cast_where_that_is_asked_for(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    hf = make_model(tmp_path / "hf", MIXTURE)
+    tensors = {name: torch.randn(tensor.shape).bfloat16() for name, tensor in read_tensors(hf).items()}
+    for name, tensor in tensors.items():
+        if kind == "float16":
+            tensors[name] = torch.randn(tensor.shape).half()
+        elif kind == "float64 head" and name == "lm_head.weight":
+            tensors[name] = torch.randn(tensor.shape).double()
+        elif (kind == "float32 router" and "mlp.gate" in name) or (kind == "float32 norms" and "norm" in name):
+            tensors[name] = torch.randn(tensor.shape)
+    write_tensors(hf, tensors)
+    with pytest.raises(ValueError, match="give --dtype bfloat16 or --dtype float32 to cast every tensor"):
+        to_megatron(hf, tmp_path / "megatron", Watch())
+    watch = Watch()
+    to_megatron(hf, tmp_path / "megatron", watch, verify=True, cast_to=dtype)
+    assert all(total == done > 0 for total, done in watch.jobs.values())
+    to_hf(tmp_path / "megatron", tmp_path / "back", Watch(), verify=True)
+    found = read_tensors(tmp_path / "back")
+    assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in tensors.items())
+
+
+def test_the_index_comes_back_as_transformers_5_writes_it(tmp_path: Path) -> None:
+    hf = make_model(tmp_path / "hf", MIXTURE, num_files=2)
+    index = json.loads((hf / "model.safetensors.index.json").read_text())
+    index["metadata"] = {"total_parameters": 2448, "total_size": index["metadata"]["total_size"]}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    to_megatron(hf, tmp_path / "megatron", Watch())
+    to_hf(tmp_path / "megatron", tmp_path / "back", Watch(), verify=True)
+    expected = {str(path.relative_to(hf)): path.read_bytes() for path in hf.rglob("*") if path.is_file()}
+    back = tmp_path / "back"
+    found = {str(path.relative_to(back)): path.read_bytes() for path in back.rglob("*") if path.is_file()}
+    assert found.keys() - expected.keys() == {"SHA256SUMS", LIST_OF_FILES}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_what_a_conversion_leaves_out_is_named(tmp_path: Path) -> None:
+    hf = make_model(tmp_path / "hf", MIXTURE, num_files=2)
+    for name in ("README.md", "LICENSE", ".gitattributes", "additional_chat_templates/a.jinja", "figures/loss.png"):
+        (hf / name).parent.mkdir(exist_ok=True)
+        (hf / name).touch()
+    assert other_files(hf) == ["LICENSE", "README.md", "figures"]
 
 
 def test_a_conversion_that_breaks_off_leaves_the_earlier_result(

@@ -159,6 +159,38 @@ def test_an_index_that_does_not_fit_its_files_is_refused(weight_map: object, mes
         HfReader(tmp_path)
 
 
+def test_two_sets_of_weights_are_refused_and_both_are_named(tmp_path: Path) -> None:
+    both = write_sharded(tmp_path)
+    save_file(TENSORS, both / "model.safetensors")
+    match = r"two sets of weights, model.safetensors and the files that model.safetensors.index.json names"
+    with pytest.raises(ValueError, match=match):
+        HfReader(both)
+    (both / "model.safetensors.index.json").unlink()
+    (both / "a.safetensors").rename(both / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        ValueError, match=r"two sets of weights, model.safetensors and model-00001-of-00002.safetensors"
+    ):
+        HfReader(both)
+
+
+def test_a_single_file_that_the_index_names_is_one_set(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    set_index(tmp_path, dict.fromkeys(TENSORS, "model.safetensors"))
+    assert sorted(HfReader(tmp_path).names()) == sorted(TENSORS)
+
+
+def test_a_git_lfs_pointer_is_named_as_one(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 900\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match=r"model.safetensors: this is a Git LFS pointer .*; run 'git lfs pull' there"):
+        HfReader(tmp_path)
+
+
+def test_an_impossible_number_of_fused_experts_makes_no_names(tmp_path: Path) -> None:
+    save_file({"model.layers.0.mlp.experts.down_proj": torch.zeros(100_000, 0, 1)}, tmp_path / "model.safetensors")
+    assert HfReader(tmp_path).names() == ["model.layers.0.mlp.experts.down_proj"]
+
+
 def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     file = write_sharded(tmp_path) / "b.safetensors"
     file.write_bytes(file.read_bytes()[:-1])

@@ -83,7 +83,7 @@ def test_weights_are_as_they_were_written_where_they_are_loaded(folder):
 
     (folder / "hf/model.safetensors").unlink()
     (line,) = node_problems(config, NodeShare(num_servers=1), "127.0.0.1", None)
-    assert line.startswith(f"model.hf_path = {folder}/hf: no *.safetensors file: download")
+    assert line.startswith(f"model.hf_path = {folder}/hf: no *.safetensors file; download")
 
 
 def test_the_checkpoint_to_go_on_from_is_whole_where_it_is_loaded(folder):

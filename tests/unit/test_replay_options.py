@@ -147,6 +147,16 @@ def test_what_does_not_fit_together_is_refused(options, change, problem):
         checked_replay(replace(options, **change))
 
 
+def test_a_row_longer_than_the_model_is_refused_with_its_line(options):
+    config = json.loads((options.model / "config.json").read_text())
+    (options.model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4}))
+    match = (
+        r"line 1: prompt_ids and response_ids are \d+ tokens, more than max_position_embeddings = 4 in .*config.json"
+    )
+    with pytest.raises(UserError, match=match):
+        checked_replay(options)
+
+
 def test_missing_weights_are_refused(options):
     (options.model / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no \*.safetensors file"):
