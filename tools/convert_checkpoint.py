@@ -8,7 +8,7 @@
 Conversion is one process on the CPU, in about a gigabyte of memory whatever the model's size, and changes no bit
 unless --dtype is given. The output appears under its name only when complete, and loads on any mesh. Weights are read
 from safetensors only. A Megatron folder contains a pickle (`.metadata`): it is checked against the folder's manifest
-and opened with a list of the few classes it may name, but give only folders that this tool or the trainer wrote. `plan`
+and opened with a list of the few classes it may name. `plan`
 needs config.json alone.
 """
 

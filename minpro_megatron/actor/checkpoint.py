@@ -24,7 +24,7 @@ from minpro_megatron.weights.manifest import (
     verify_files,
     write_manifest,
 )
-from minpro_megatron.weights.sharded_files import read_metadata
+from minpro_megatron.weights.sharded_files import refuse_code
 from minpro_megatron.weights.text_files import copy_texts
 
 
@@ -73,13 +73,28 @@ def load_weights(chunks: Sequence[GPTModel], architecture: Architecture, path: s
     manifest = read_manifest(path)
     check_architecture(path, manifest, architecture)
     verify_files(path, manifest)
-    read_metadata(Path(path))  # refuses what megatron's loader would run: it unpickles the same file unseen
+    refuse_code_on_all_ranks(
+        Path(path), mesh
+    )  # before megatron's loader, which unpickles the same files without a list of classes
     state = _sharded_state(chunks, mesh)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(path)))
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"chunk{index}"], strict=True)
+
+
+def refuse_code_on_all_ranks(path: Path, mesh: Mesh) -> None:
+    """Raises ValueError on all ranks if the folder's pickles are more than data. Rank 0 reads its objects, of which a
+    large model has thousands."""
+    problem = ""
+    if mesh.rank == 0:
+        try:
+            refuse_code(path)
+        except ValueError as error:
+            problem = str(error)
+    if problem := mesh.from_rank_0(problem):
+        raise ValueError(problem)
 
 
 def _sharded_state(chunks: Sequence[GPTModel], mesh: Mesh) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from minpro_megatron.actor.checkpoint import refuse_code_on_all_ranks
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.actor.shard_writing import SaveError, ShardWrite, on_rank_0
 from minpro_megatron.config.checkpoint import CheckpointConfig
@@ -28,7 +29,6 @@ from minpro_megatron.rollout.resume_point import (
     refuse_other_run,
 )
 from minpro_megatron.weights.manifest import record_file
-from minpro_megatron.weights.sharded_files import read_metadata
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class RunCheckpoints:
         folder = self._path / manifest.folder_name
         refuse_other_run(folder, manifest.run, policy.identity)
         self._verify(folder, manifest)
-        read_metadata(folder)  # refuses what megatron's loader would run: it unpickles the same file unseen
+        refuse_code_on_all_ranks(folder, self._mesh)
         policy.load(folder)
 
     def _settle(self, wait: bool) -> None:

@@ -5,8 +5,9 @@ torch.distributed.checkpoint's: `.distcp` files of tensors, each as torch.save w
 says which part of which global tensor stands where. All layers' parameters of one kind are one global tensor, with the
 layer, and for experts the expert too, as leading dimensions.
 
-Trust: reading unpickles `.metadata`, but only the classes listed here, and tensors with `weights_only`. megatron's own
-loader has no such list; it gets to see a folder only after manifest.py's checks and after this reader took it.
+Trust: reading unpickles `.metadata`, but only the classes listed here, and everything else with `weights_only`. The
+loader of torch.distributed.checkpoint, which megatron calls, unpickles objects without such a list
+(DefaultLoadPlanner.load_bytes): it gets to see a folder only after manifest.py's checks and after refuse_code.
 """
 
 import itertools
@@ -241,6 +242,35 @@ class ShardedReader:
         while len(self._cache) > 1 and self._cached_bytes > _CACHE_BYTES:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return tensor[chunk.lead]
+
+
+def refuse_code(folder: Path) -> None:
+    """Raises ValueError if unpickling the folder's metadata or any of its objects would do more than make data.
+
+    Every object is read once, as numbers, texts, containers and tensors alone; tensors are not read.
+    """
+    metadata, checked = read_metadata(folder), set[tuple[str, int]]()
+    for place, stored in metadata.storage_data.items():
+        if not isinstance(metadata.state_dict_metadata.get(place.fqn), BytesStorageMetadata):
+            continue
+        file = folder / stored.relative_path
+        if (stored.relative_path, stored.offset) in checked:
+            continue
+        checked.add((stored.relative_path, stored.offset))
+        if file.resolve().parent != folder.resolve():
+            raise ValueError(f"{folder / METADATA}: {stored.relative_path!r} is not a file of this folder")
+        try:
+            with file.open("rb") as opened:
+                view: Any = _create_file_view(opened, stored.offset, stored.length)
+                torch.load(view, map_location="cpu", weights_only=True)
+        except Exception as error:  # what a damaged pickle raises can be anything
+            # of torch's advice, which includes to load it all the same, only the name that is not allowed
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it names {named[1]}" if named else type(error).__name__
+            raise ValueError(
+                f"{file}: the object {place.fqn!r} is more than data, or damaged, and is not loaded ({reason}); give a "
+                "folder made by tools/convert_checkpoint.py or by a run"
+            ) from None
 
 
 _METADATA_CLASSES = {

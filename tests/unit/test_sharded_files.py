@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from minpro_megatron.weights import sharded_files
 from minpro_megatron.weights.manifest import file_records, record_file
-from minpro_megatron.weights.sharded_files import Place, ShardedReader, ShardedWriter, place, read_metadata
+from minpro_megatron.weights.sharded_files import Place, ShardedReader, ShardedWriter, place, read_metadata, refuse_code
 from minpro_megatron.weights.table import entries
 from tests.unit.test_table import TINY
 
@@ -137,3 +138,38 @@ def test_a_parameter_s_place_is_its_layer_and_expert() -> None:
         "decoder.layers.self_attention.linear_proj._extra_state/shard_1_2",
         "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.0_2.3",
     ]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_object_that_would_run_code_is_refused_before_torchs_reader_runs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, parameters())
+    refuse_code(tmp_path)
+    save_value = ShardedWriter._save
+    monkeypatch.setattr(
+        ShardedWriter, "_save", lambda self, value: save_value(self, Harmful() if value == [None] else value)
+    )
+    written(tmp_path, parameters())
+    key = f"{KEY.removesuffix('weight')}_extra_state/shard_0.0_2.3"
+    with pytest.raises(
+        ValueError, match=rf"__0_0.distcp: the object '{key}' is more than data, .*it names print"
+    ):
+        refuse_code(tmp_path)
+    assert capsys.readouterr().out == ""
+    # what makes the check necessary: the loader that megatron calls runs it
+    load({key: None}, storage_reader=FileSystemReader(tmp_path), no_dist=True)
+    assert "unpickled" in capsys.readouterr().out
+
+
+def test_objects_outside_of_the_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setattr(ShardedWriter, "_object", _object_elsewhere)
+    written(tmp_path / "inside", parameters())
+    with pytest.raises(ValueError, match=r"'../secret' is not a file of this folder"):
+        refuse_code(tmp_path / "inside")
+
+
+def _object_elsewhere(self: ShardedWriter, key: str, stored: _StorageInfo) -> None:
+    self._objects[key] = BytesStorageMetadata()
+    self._stored[MetadataIndex(key)] = _StorageInfo("../secret", stored.offset, stored.length)
