@@ -135,6 +135,10 @@ def server_environment(config: RunConfig, environment: Mapping[str, str]) -> dic
         # gloo would look its address up by the machine's name, which need not resolve.
         loopback = "lo" if sys.platform.startswith("linux") else "lo0"
         changes |= {"GLOO_SOCKET_IFNAME": environment.get("GLOO_SOCKET_IFNAME", loopback)}
+    else:
+        # When a member of the trainer's update group dies, torch would by default end the processes of all others. The
+        # trainer looks after them (weights/delivery.py). SGLang's own watchdog ends a server whose forward hangs.
+        changes |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     if (key := api_key(config.server, environment)) is not None:
         changes |= {API_KEY_VARIABLE: key}
     return dict(environment) | changes

@@ -7,7 +7,7 @@ who granted the lease gives no work to servers that have not got the version.
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,8 @@ Transport = Literal["broadcast", "disk"]
 MOST_BROADCASTS = 3  # before the disk is tried
 PROBE_S = 5.0  # for a server to say that it is alive
 CLEAN_UP_S = 10.0
+# For a server to compute its weights' checksum after a broken broadcast: seconds for the largest models.
+PROOF_S = 120.0
 # With requests in flight a canary waits behind them. A server that is that busy has shown its checksum and version.
 CANARY_PATIENCE_S = 20.0
 # What a server calls its weights until the last bucket has come. Policy versions have nine digits at most (see
@@ -242,23 +244,33 @@ class Delivery:
         log.warning("version %d: left out: %s", self.lease.version, self.failures[index])
 
     def _broken_off(self, error: ServersFailed) -> None:
-        """Brings the servers that are alive back to where a transfer may start, and decides how it is repeated."""
+        """Brings the servers that can go on back to where a transfer may start, and decides how it is repeated."""
         self.broadcaster.close()
-        dead = self._not_answering()
+        dead = self._failing("model_info", PROBE_S)
         for index in dead:
             self._leave_out(index, error.failures.get(index, dead[index]))
-        start_for_all(_within(CLEAN_UP_S, self.controls.values()), "end_weight_update").results()
+        calls = start_for_all(_within(CLEAN_UP_S, self.controls.values()), "end_weight_update")
+        calls.results()
+        failed = calls.failures()
+        # One that refuses has no session open. A server answers /model_info also while the process that holds its
+        # weights waits for a broadcast that will never come; and only a checksum waits for the GPU.
+        stuck = {index: failed[index] for index in calls.late()}
+        stuck |= self._failing("weights_checksum", PROOF_S, but=stuck)
+        for index, line in stuck.items():
+            self._leave_out(index, f"{line}, after a broadcast broke off; it has to be restarted")
         lines = "; ".join(error.failures.values())
         if not self.controls:
             self.transport = None
-        elif dead and self._broadcasts < MOST_BROADCASTS:
-            log.warning("version %d: broadcast again without server %s", self.lease.version, sorted(dead))
+        elif (dead or stuck) and self._broadcasts < MOST_BROADCASTS:
+            log.warning("version %d: broadcast again without server %s", self.lease.version, sorted(dead | stuck))
         else:
             log.warning("version %d: broadcast failed, servers load from disk: %s", self.lease.version, lines)
             self.transport = "disk"
 
-    def _not_answering(self) -> dict[int, str]:
-        calls = start_for_all(_within(PROBE_S, self.controls.values()), "model_info")
+    def _failing(self, method: str, limit_s: float, but: Container[int] = ()) -> dict[int, str]:
+        """The servers that fail at `method`, or are late for it, except those in `but`."""
+        asked = [control for index, control in self.controls.items() if index not in but]
+        calls = start_for_all(_within(limit_s, asked), method)
         calls.results()
         return calls.failures()
 

@@ -186,7 +186,7 @@ def test_a_refused_broadcast_ends_at_once_and_the_disk_is_next(
     assert sorted(delivery.controls) == [0, 1]
     assert servers[0].paths == [
         "begin_weight_update", "end_weight_update", "begin_weight_update", "init_weights_update_group",
-        "destroy_weights_update_group", "model_info", "end_weight_update",
+        "destroy_weights_update_group", "model_info", "end_weight_update", "weights_checker",
     ]  # fmt: skip
 
 
@@ -200,6 +200,26 @@ def test_the_dead_are_left_out_and_the_broadcast_repeated(servers: list[Recorded
     assert "init_weights_update_group" in delivery.failures[1]
     delivery.by_broadcast([], num_buckets=1)
     assert delivery.transport == "disk"  # alone, and it still refuses
+
+
+@pytest.mark.usefixtures("default_group")
+@pytest.mark.parametrize("path", ["end_weight_update", "weights_checker"])
+def test_a_server_that_a_broken_broadcast_leaves_stuck_is_left_out(
+    path: str, servers: list[RecordedServer], deliver: MakeDelivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its HTTP process goes on answering /model_info."""
+    monkeypatch.setattr(module, "CLEAN_UP_S" if path == "end_weight_update" else "PROOF_S", 0.1)
+    for server in servers:
+        server.answers["init_weights_update_group"] = (400, "the group was closed")
+        server.answers["end_weight_update"] = (400, "no session is open")
+    servers[1].hung = {path}
+    delivery = deliver(transport="broadcast")
+    delivery.by_broadcast([], num_buckets=1)
+    assert (sorted(delivery.controls), delivery.transport) == ([0], "broadcast")
+    assert f"{path}: no answer within 0.1 s, after a broadcast broke off; it has to" in delivery.failures[1]
+    servers[0].answers["weights_checker"] = (400, "CUDA error")
+    delivery.by_broadcast([], num_buckets=1)
+    assert (delivery.controls, delivery.transport) == ({}, None)
 
 
 def greedy(*pairs: tuple[int, float]) -> GreedyAnswer:

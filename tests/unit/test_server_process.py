@@ -126,6 +126,13 @@ def test_routes_are_asked_of_servers_and_of_models_that_have_them(tmp_path: Path
         Fleet(replaying, read_model_facts(str(hf_path)), 0)
 
 
+def test_the_death_of_another_server_does_not_end_one_on_a_gpu(tmp_path: Path, hf_path: Path) -> None:
+    variable = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    on_gpu = server_environment(config(tmp_path, hf_path, device="cuda"), {variable: "1"})
+    assert on_gpu[variable] == "0"
+    assert variable not in server_environment(config(tmp_path, hf_path), {})
+
+
 def test_the_key_is_in_the_environment_and_not_in_the_command_line(tmp_path: Path, hf_path: Path) -> None:
     settings = config(tmp_path, hf_path, api_key_variable="THE_KEY")
     assert server_environment(settings, {"THE_KEY": "k-1"})[API_KEY_VARIABLE] == "k-1"
