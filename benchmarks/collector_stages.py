@@ -39,7 +39,7 @@ class Stages:
 
     def __init__(self, config: RunConfig, facts: ModelFacts, folder: Path, num_groups: int) -> None:
         self._config, self._facts, self._folder = config, facts, folder
-        self._checker = AnswerChecker("a synthetic server", facts, exact_versions=True, routes=False)
+        self._checker = AnswerChecker("a synthetic server", facts, exact_versions=True)
         self._tokenizer = TextTokenizer(config.model.hf_path, facts)
         size = config.batch.responses_per_prompt
         self._seeds = [[group * size + place for place in range(size)] for group in range(num_groups)]

@@ -65,7 +65,10 @@ class Collector:
         self._collect_group = collect_group
         self._leases = Leases(servers, heldout[0].token_ids.tolist())
         sampling = config.sampling
-        self._training = SamplingParameters(sampling.temperature, sampling.max_response_tokens)
+        # evaluations get no routes: nothing is trained on them, and routes are many times larger than tokens
+        self._training = SamplingParameters(
+            sampling.temperature, sampling.max_response_tokens, with_routes=config.model.routing_replay == "rollout"
+        )
         self._evaluations = Evaluations(config, [heldout_set(config, heldout), *benchmarks], collect_group)
         self._changed = asyncio.Condition()
         self._num_changes = 0

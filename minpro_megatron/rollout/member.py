@@ -190,11 +190,10 @@ class Member:
 
 
 def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddress], Client]:
-    """Makes the clients of the run's servers. Raises ValueError if the API key is missing, or routes are asked of a
+    """Makes the clients of the run's servers. Raises ValueError if the API key is missing, or routes will be asked of a
     model without experts."""
     headers = authorization(config.server)
-    routes = config.model.routing_replay == "rollout"
-    if routes and not facts.num_experts:
+    if config.model.routing_replay == "rollout" and not facts.num_experts:
         raise ValueError(
             f"model.routing_replay = 'rollout': model.hf_path = {config.model.hf_path!r} has no experts "
             "(num_experts in config.json); set model.routing_replay to 'none'"
@@ -209,7 +208,6 @@ def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddres
             config.server.request_timeout_s,
             headers=headers,
             exact_versions=config.staleness.mode == "delay",
-            routes=routes,
             thread=thread,
         )
 

@@ -32,12 +32,14 @@ class SampledSequence:
 
 @dataclass(frozen=True, slots=True)
 class SentRequest:
-    """What an answer must fit: its id, the tokens sent, how many more there may be, the oldest version allowed."""
+    """What an answer must fit: its id, the tokens sent, how many more there may be, the oldest version allowed, and
+    whether it must name the experts of its tokens."""
 
     request_id: str
     num_prompt_tokens: int
     max_tokens: int
     policy_version: int
+    with_routes: bool = False
 
 
 class _FinishReason(msgspec.Struct):
@@ -65,6 +67,7 @@ class _MetaInfo(msgspec.Struct):
     weight_versions: list[_VersionSpan] = []
     prompt_tokens: int | None = None
     completion_tokens: int = -1
+    num_retractions: int = 0
     routed_experts: bytes | None = None  # base64 of int32
 
 
@@ -82,22 +85,22 @@ class AnswerChecker:
     """Checks the answers of one server.
 
     `exact_versions`: every token must have exactly the version asked for (delay mode); otherwise versions may rise
-    above it within a response (bounded mode). `routes`: every answer must name the experts of its tokens.
+    above it within a response (bounded mode).
     """
 
-    def __init__(self, server: str, facts: ModelFacts, exact_versions: bool, routes: bool) -> None:
+    def __init__(self, server: str, facts: ModelFacts, exact_versions: bool) -> None:
         self._server = server
         self._facts = facts
         self._check_versions = self._exact if exact_versions else self._rising
-        self._routes = self._decoded_routes if routes else self._no_routes
-        self._route_bytes = 6 * facts.num_layers * facts.experts_per_token if routes else 0  # a token, in base64
+        self._route_bytes = 6 * facts.num_layers * facts.experts_per_token  # per token, in base64
 
     def largest_body(self, requests: Sequence[SentRequest]) -> int:
         """More bytes than any sound answer to the requests has."""
-        return sum(
-            16384 + 256 * request.max_tokens + self._route_bytes * (request.num_prompt_tokens + request.max_tokens)
-            for request in requests
-        )
+        return sum(self._largest_answer(request) for request in requests)
+
+    def _largest_answer(self, request: SentRequest) -> int:
+        route_bytes = self._route_bytes * (request.num_prompt_tokens + request.max_tokens)
+        return 16384 + 256 * request.max_tokens + (route_bytes if request.with_routes else 0)
 
     def check(self, body: bytes, requests: Sequence[SentRequest]) -> list[SampledSequence]:
         """The answers in the order of the requests. Raises InvalidAnswer naming the first field that is wrong."""
@@ -135,13 +138,15 @@ class AnswerChecker:
             return _nothing_sampled()
         self._check_lengths(meta, num_tokens, request, require)
         tokens, log_probs = self._arrays(answer, require)
-        return SampledSequence(
-            token_ids=tokens,
-            log_probs=log_probs,
-            policy_versions=self._versions(meta.weight_versions, num_tokens, request),
-            finish_reason=self._finish_reason(tokens, reason, request.max_tokens, require),
-            routed_experts=self._routes(meta.routed_experts, request.num_prompt_tokens + num_tokens - 1, require),
-        )
+        versions = self._versions(meta.weight_versions, num_tokens, request)
+        finish_reason, routes = self._finish_reason(tokens, reason, request.max_tokens, require), None
+        if request.with_routes:
+            routes = self._routes(meta.routed_experts, request.num_prompt_tokens + num_tokens - 1, require)
+            # A server that runs out of KV cache retracts a response and computes it again. If its weights have changed
+            # since it began, the experts that chose its first tokens are lost: it is sampled again.
+            if meta.num_retractions and versions[0] != versions[-1]:
+                return _nothing_sampled()
+        return SampledSequence(tokens, log_probs, versions, finish_reason, routes)
 
     def _check_lengths(self, meta: _MetaInfo, num_tokens: int, request: SentRequest, require: "_Requirement") -> None:
         limit, num_entries = request.max_tokens, len(meta.output_token_logprobs)
@@ -227,11 +232,7 @@ class AnswerChecker:
             return ""
         return f"sampled with versions {list(dict.fromkeys(versions.tolist()))}, which must rise from {version}"
 
-    @staticmethod
-    def _no_routes(data: bytes | None, num_rows: int, require: "_Requirement") -> None:
-        return None
-
-    def _decoded_routes(self, data: bytes | None, num_rows: int, require: "_Requirement") -> np.ndarray:
+    def _routes(self, data: bytes | None, num_rows: int, require: "_Requirement") -> np.ndarray:
         field, facts = "meta_info.routed_experts", self._facts
         if data is None:
             require(False, field, "missing; start the server with --enable-return-routed-experts")

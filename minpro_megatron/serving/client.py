@@ -52,19 +52,23 @@ def answer_thread() -> ThreadPoolExecutor:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
-    """How the tokens of a request are sampled. Training requests keep top_p at 1."""
+    """How the tokens of a request are sampled. Training requests keep top_p at 1.
+
+    `with_routes`: the answer must name the experts that the model chose for each token (routing replay R3).
+    """
 
     temperature: float
     max_response_tokens: int
     top_p: float = 1.0
+    with_routes: bool = False
 
 
 class ServerClient:
     """Generation requests to one server; use inside `async with`.
 
     `request_timeout_s` counts from sending a request to the last byte of its answer, so it includes the time in the
-    server's own queue. `headers` go with every request (see serving/api_key.py); `exact_versions` and `routes` are
-    AnswerChecker's. `thread` checks large answers.
+    server's own queue. `headers` go with every request (see serving/api_key.py); `exact_versions` is AnswerChecker's.
+    `thread` checks large answers.
     """
 
     def __init__(
@@ -75,7 +79,6 @@ class ServerClient:
         *,
         headers: Mapping[str, str] | None = None,
         exact_versions: bool = True,
-        routes: bool = False,
         thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self.address = address
@@ -83,9 +86,8 @@ class ServerClient:
         self._facts = facts
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         self._headers = dict(headers or {})
-        self._wanted = {"return_logprob": True} | ({"return_routed_experts": True} if routes else {})
         self._exact_versions = exact_versions
-        self._checker = AnswerChecker(self.name, facts, exact_versions, routes)
+        self._checker = AnswerChecker(self.name, facts, exact_versions)
         self._session: aiohttp.ClientSession | None = None
         self._thread = thread or answer_thread()
         self._room = asyncio.Semaphore(MAX_ANSWERS_AT_ONCE)
@@ -157,7 +159,7 @@ class ServerClient:
             # Fresh ids each time: the server may still hold the request whose connection broke, and refuses an id
             # that it holds. All have one length, because SGLang aborts every request whose id starts with the given
             # one.
-            sent = [response.request(uuid.uuid4().hex) for response in responses]
+            sent = [response.request(uuid.uuid4().hex, sampling.with_routes) for response in responses]
             try:
                 return await self._post(self._encoded(responses, sent, sampling), sent)
             except AnswerTimeout:
@@ -193,7 +195,8 @@ class ServerClient:
                     {**shared, "max_new_tokens": request.max_tokens, "sampling_seed": response.seed}
                     for response, request in zip(responses, sent, strict=True)
                 ],
-                **self._wanted,
+                "return_logprob": True,
+                "return_routed_experts": sampling.with_routes,
             }
         )
 
@@ -284,8 +287,8 @@ class _Response:
     def is_finished(self) -> bool:
         return bool(self.parts) and self.parts[-1].finish_reason != ABORTED
 
-    def request(self, request_id: str) -> SentRequest:
-        return SentRequest(request_id, len(self.token_ids), self._left, self._policy_version)
+    def request(self, request_id: str, with_routes: bool = False) -> SentRequest:
+        return SentRequest(request_id, len(self.token_ids), self._left, self._policy_version, with_routes)
 
     def add(self, part: SampledSequence) -> None:
         self.parts.append(part)

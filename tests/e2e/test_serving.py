@@ -42,7 +42,8 @@ PROMPTS = [[5, 6, 7], [20, 21, 22, 23, 24, 25], [9]]
 MAX_RESPONSE_TOKENS = 12
 LONGEST_RESPONSE_TOKENS = 48  # that the server is started for
 NUM_STREAMS = 24  # of responses, sampled at the same time
-GREEDY = SamplingParameters(0.0, MAX_RESPONSE_TOKENS)  # what SGLang samples on the CPU does not follow from the seed
+# what SGLang samples on the CPU does not follow from the seed
+GREEDY = SamplingParameters(0.0, MAX_RESPONSE_TOKENS, with_routes=True)
 KEY = "k-9d1f77ab"
 # Of SGLang: HTTP, scheduler, detokenizer.
 NUM_PROCESSES = {"reference": 1, "sglang": 3}
@@ -248,7 +249,7 @@ def _sampled_over_an_update(running: Running) -> list[tuple[list[int], SampledSe
     fast the server is; and it comes when as many have ended, so those have tokens, however slow it is.
     """
     control = running.control()
-    sampling = SamplingParameters(1.0, LONGEST_RESPONSE_TOKENS)
+    sampling = SamplingParameters(1.0, LONGEST_RESPONSE_TOKENS, with_routes=True)
     sampled: list[tuple[list[int], SampledSequence]] = []
 
     async def main() -> None:
@@ -263,7 +264,7 @@ def _sampled_over_an_update(running: Running) -> list[tuple[list[int], SampledSe
                 if is_paused.is_set():
                     return
 
-        async with running.client(exact_versions=False, routes=True) as client, asyncio.TaskGroup() as streams:
+        async with running.client(exact_versions=False) as client, asyncio.TaskGroup() as streams:
             for first_seed in range(NUM_STREAMS):
                 streams.create_task(one_after_the_other(first_seed))
             await enough.wait()
@@ -300,7 +301,7 @@ class Undisturbed:
         self.wall_time_s = time.monotonic() - begin
 
     async def _generate(self, running: Running) -> list[SampledSequence]:
-        async with running.client(routes=True) as client:
+        async with running.client() as client:
             return await client.generate(PROMPTS[0], issued_group(0, 1).sampling_seeds, GREEDY, 1)
 
     def check(self, group: CollectedGroup) -> None:

@@ -1,6 +1,7 @@
 """Answers in the form of SGLang 0.5.23, and a client's requests to a server that gives them."""
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -59,9 +60,11 @@ def generate(
     timeout_s: float = 5.0,
     facts: ModelFacts = FACTS,
     aborted_ids: list[str] | None = None,
+    with_routes: bool = False,
     **options: Any,
 ) -> list[SampledSequence]:
     """Two responses to `prompt` from a server with this handler, as version 3; `options` are the client's."""
+    sampling = dataclasses.replace(SAMPLING, with_routes=with_routes)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         return await handler(request, msgspec.json.decode(await request.read()))
@@ -78,7 +81,7 @@ def generate(
         async with TestServer(application) as server:
             address = ServerAddress(index=5, url=str(server.make_url("")).rstrip("/"), tensor_parallel=1)
             async with ServerClient(address, facts, timeout_s, **options) as client:
-                return await client.generate(prompt, [100, 101], SAMPLING, policy_version=3)
+                return await client.generate(prompt, [100, 101], sampling, policy_version=3)
 
     return asyncio.run(main())
 

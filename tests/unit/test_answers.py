@@ -194,7 +194,7 @@ def test_routes_come_as_small_integers() -> None:
         seen.append(body)
         return web.json_response(with_routes(body, answers(body)))
 
-    first, second = generate(handler, facts=MOE, routes=True)
+    first, second = generate(handler, facts=MOE, with_routes=True)
     assert seen[0]["return_routed_experts"] is True
     assert first.routed_experts is not None
     assert second.routed_experts is not None
@@ -202,9 +202,9 @@ def test_routes_come_as_small_integers() -> None:
     assert np.array_equal(first.routed_experts, expected_routes(len(PROMPT) + 3 - 1))
     assert np.array_equal(second.routed_experts, expected_routes(len(PROMPT) + 4 - 1))
     many = ModelFacts(512, (258,), 64, num_layers=2, num_experts=300, experts_per_token=2)
-    assert generate(handler, facts=many, routes=True)[0].routed_experts.dtype == np.int16  # type: ignore[union-attr]
+    assert generate(handler, facts=many, with_routes=True)[0].routed_experts.dtype == np.int16  # type: ignore[union-attr]
     assert generate(handler, facts=MOE)[0].routed_experts is None
-    assert "return_routed_experts" not in seen[-1]
+    assert seen[-1]["return_routed_experts"] is False
 
 
 def test_a_continued_response_keeps_the_routes_of_the_request_that_sampled_each_token() -> None:
@@ -216,13 +216,45 @@ def test_a_continued_response_keeps_the_routes_of_the_request_that_sampled_each_
         made = msgspec.json.decode(plain.body, type=list[dict[str, Any]])  # type: ignore[arg-type]
         return web.json_response(with_routes(body, made, first=3 * len(aborting.bodies)))
 
-    first, second = generate(handler, facts=MOE, routes=True, exact_versions=False)
+    first, second = generate(handler, facts=MOE, with_routes=True, exact_versions=False)
     for sequence, last_request in ((first, 2), (second, 3)):
         assert sequence.routed_experts is not None
         assert len(sequence.routed_experts) == len(PROMPT) + len(sequence.token_ids) - 1
         # request 1 processed the prompt; the token it sampled, and what follows, the last request
         assert np.array_equal(sequence.routed_experts[:3], expected_routes(3, first=3))
         assert np.array_equal(sequence.routed_experts[3:], expected_routes(5, first=3 * last_request)[3:])
+
+
+@pytest.mark.parametrize(
+    ("num_retractions", "new_from", "num_requests"),
+    [
+        (1, 2, 2),  # the routes of tokens 0 and 1 are those of version 4
+        (1, 0, 1),  # retracted before and after: all of version 4
+        (0, 2, 1),
+    ],
+)
+def test_a_response_is_sampled_again_if_other_weights_have_computed_its_routes(
+    num_retractions: int, new_from: int, num_requests: int
+) -> None:
+    asked: list[int] = []
+
+    async def handler(request: web.Request, body: dict[str, Any]) -> web.Response:
+        asked.append(len(body["rid"]))
+        made = with_routes(body, answers(body))
+        if len(asked) == 1:
+            meta = made[0]["meta_info"]
+            meta["num_retractions"] = num_retractions
+            spans = [{"version": "3", "start": 0, "end": new_from}] if new_from else []
+            meta["weight_versions"] = [*spans, {"version": "4", "start": new_from, "end": 3}]
+        return web.json_response(made)
+
+    first, second = generate(handler, facts=MOE, with_routes=True, exact_versions=False)
+    assert asked == [2, 1][:num_requests]
+    assert len(first.token_ids) == 3
+    assert len(second.token_ids) == 4
+    for sequence in (first, second):
+        assert sequence.routed_experts is not None
+        assert len(sequence.routed_experts) == len(PROMPT) + len(sequence.token_ids) - 1
 
 
 def route_bytes(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Answer], None]:
@@ -251,5 +283,5 @@ def test_damaged_routes_are_refused(change: Callable[[Answer], None], problem: s
         return web.json_response(made)
 
     with pytest.raises(InvalidAnswer, match=problem) as caught:
-        generate(handler, facts=MOE, routes=True)
+        generate(handler, facts=MOE, with_routes=True)
     assert caught.value.kind == "routed_experts"

@@ -314,7 +314,7 @@ def test_the_address_that_servers_can_reach() -> None:
 
 def test_tokens_of_incomplete_weights_are_refused() -> None:
     facts = ModelFacts(vocabulary_size=27, stop_token_ids=(1,), max_position_embeddings=64)
-    checker = AnswerChecker("server 0", facts, exact_versions=False, routes=False)
+    checker = AnswerChecker("server 0", facts, exact_versions=False)
     meta = {
         "id": "r", "finish_reason": {"type": "length"}, "prompt_tokens": 1, "completion_tokens": 1,
         "output_token_logprobs": [[-0.5, 4, None]],
