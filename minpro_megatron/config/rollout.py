@@ -177,6 +177,12 @@ class CollectorConfig(Section):
     journal_keep_steps: int = Field(
         default=50, ge=0, description="global steps whose tokens and log-probs stay in the journal; 0: all"
     )
+    journal_keep_routes: bool = Field(
+        default=False,
+        description="with model.routing_replay = rollout: keep the servers' routes as long as the tokens, to train on "
+        "the journal again (debug.journal) or to resume from an earlier checkpoint than the latest; false: they are "
+        "removed when a checkpoint includes the step that consumed them",
+    )
 
 
 class BenchmarkConfig(Section):

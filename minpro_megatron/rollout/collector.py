@@ -6,7 +6,7 @@ the journal, and answers the trainer. Evaluations run beside the groups; the wei
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from minpro_megatron.records import (
 from minpro_megatron.rollout.evaluations import CollectGroup, Evaluations, EvaluationSet, heldout_set
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.journal_pruning import Pruned
 from minpro_megatron.rollout.journal_restore import RestoredGroup
 from minpro_megatron.rollout.leases import Conflict, Leases, Servers
 from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt
@@ -97,7 +98,9 @@ class Collector:
         Raises JournalError if journal and checkpoint do not belong together, ValueError if the prompts have changed.
         """
         delay_mode = self._config.staleness.mode == "delay"
-        groups, next_group = await self._journal.restore(version, self._config.batch.num_prompts, delay_mode)
+        groups, next_group = await self._journal.restore(
+            version, self._config.batch.num_prompts, delay_mode, self._training.with_routes
+        )
         for group in groups:
             self._restore_group(group)
         restored = [
@@ -331,18 +334,24 @@ class Collector:
         self._start_pruning(version)
 
     def _start_pruning(self, needed_from: int) -> None:
-        """The journal forgets what steps before `needed_from` consumed, once it is journal_keep_steps old."""
-        keep = self._config.collector.journal_keep_steps
-        before = min(needed_from, self._next_step - keep)
-        if keep and before > 0:
+        """The journal forgets what steps before `needed_from` consumed: the routes at once, the rest when it is
+        journal_keep_steps old."""
+        settings = self._config.collector
+        keep = settings.journal_keep_steps
+        due = {Pruned.EVERYTHING: min(needed_from, self._next_step - keep) if keep else 0}
+        if self._training.with_routes and not settings.journal_keep_routes:
+            due[Pruned.ROUTES] = needed_from
+        due = {what: before_step for what, before_step in due.items() if before_step > 0}
+        if due:
             # beside the trainer's next step: gigabytes take minutes, and what is recorded meanwhile waits for a piece
-            self._pruning = asyncio.create_task(self._prune(before, self._pruning))
+            self._pruning = asyncio.create_task(self._prune(due, self._pruning))
 
-    async def _prune(self, before_step: int, earlier: "asyncio.Task[None] | None") -> None:
+    async def _prune(self, due: Mapping[Pruned, int], earlier: "asyncio.Task[None] | None") -> None:
         if earlier is not None:
             await earlier
         try:
-            await self._journal.prune(before_step)
+            for what, before_step in due.items():
+                await self._journal.prune(before_step, what)
         except JournalError as error:
             await self.fail(str(error))
 

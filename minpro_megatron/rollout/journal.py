@@ -22,8 +22,13 @@ from minpro_megatron.records import (
     IssuedGroup,
 )
 from minpro_megatron.rollout.journal_file import JournalError, JournalFile
-from minpro_megatron.rollout.journal_pruning import give_pages_back, prune_groups
-from minpro_megatron.rollout.journal_restore import RestoredGroup, restore_groups, roll_back
+from minpro_megatron.rollout.journal_pruning import Pruned, give_pages_back, prune_groups
+from minpro_megatron.rollout.journal_restore import (
+    RestoredGroup,
+    groups_with_routes,
+    restore_groups,
+    roll_back,
+)
 from minpro_megatron.rollout.route_files import RouteFiles
 
 
@@ -46,14 +51,21 @@ class Journal:
         async with self._pruning:
             await self._file.close()
 
-    async def restore(self, version: int, num_prompts: int, delay_mode: bool) -> tuple[list[RestoredGroup], int]:
+    async def restore(
+        self, version: int, num_prompts: int, delay_mode: bool, needs_routes: bool = False
+    ) -> tuple[list[RestoredGroup], int]:
         """Takes the journal back to the checkpoint of `version` (0: the run's start).
 
         Returns the groups that are not consumed by then, in order of id, and the first id that was never used. Groups
-        that hold tokens of later versions are to be sampled again: those weights are gone. Raises JournalError if the
-        journal lacks what the checkpoint includes.
+        that hold tokens of later versions are to be sampled again: those weights are gone. So are groups whose routes
+        have been removed, where the run `needs_routes`. Raises JournalError if the journal lacks what the checkpoint
+        includes.
         """
-        await self._file.transaction(lambda connection: roll_back(connection, version, num_prompts, delay_mode))
+        await self._file.transaction(
+            lambda connection: roll_back(connection, version, num_prompts, delay_mode, needs_routes)
+        )
+        with_routes = await self._file.run(groups_with_routes)
+        await asyncio.to_thread(self._routes.remove_others, with_routes)
         return await self._file.run(lambda connection: restore_groups(connection, self._routes))
 
     async def issue(self, groups: Sequence[IssuedGroup]) -> None:
@@ -81,10 +93,12 @@ class Journal:
         await self._file.transaction(write)
 
     async def collect(self, group: CollectedGroup, accepted: bool) -> CollectedGroup:
-        """Records a group's responses; `accepted` is False for one that a filter drops. Returns the group without its
-        routes in memory: they are in files now."""
+        """Records a group's responses; `accepted` is False for one that a filter drops: its routes are not kept.
+        Returns the group without its routes in memory: they are in files now."""
         group_id = group.issued.group_id
-        routes = await asyncio.to_thread(self._routes.write, group)
+        routes = [None] * len(group.responses)
+        if accepted:
+            routes = await asyncio.to_thread(self._routes.write, group)
         rows = [
             (
                 group_id,
@@ -191,9 +205,9 @@ class Journal:
         """Returns when everything recorded so far would survive a power cut: before a checkpoint relies on it."""
         await self._file.run(lambda connection: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
 
-    async def prune(self, before_step: int) -> None:
+    async def prune(self, before_step: int, what: Pruned = Pruned.EVERYTHING) -> None:
         """Removes the tokens, log-probs and routes of groups consumed before `before_step`, and of dropped groups as
-        old; what they were, their rewards and lengths stay.
+        old, or the routes alone; what they were, their rewards and lengths stay.
 
         In pieces: what else is called meanwhile waits for one of them at most. `close` ends it after a piece, as a
         crash may; the next one prunes the rest.
@@ -201,7 +215,7 @@ class Journal:
         async with self._pruning:
             looked_at: int | None = -1
             while looked_at is not None and not self._closing:
-                work = partial(prune_groups, before_step=before_step, after=looked_at)
+                work = partial(prune_groups, what=what, before_step=before_step, after=looked_at)
                 group_ids, looked_at = await self._file.transaction(work)
                 if group_ids:
                     await asyncio.to_thread(self._routes.remove, group_ids)

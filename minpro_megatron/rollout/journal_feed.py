@@ -69,7 +69,7 @@ def _misfits(config: RunConfig, steps: Sequence[StoredStep]) -> Iterator[str]:
     if replay == "rollout" and any(step.num_routes < step.num_responses for step in steps):
         yield (
             "it lacks the servers' routes for model.routing_replay = rollout; give the journal of a run with this "
-            "setting, or set it to none"
+            "setting and collector.journal_keep_routes=true, or set it to none"
         )
 
 

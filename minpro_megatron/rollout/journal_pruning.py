@@ -1,6 +1,7 @@
 """A journal's pruning, in pieces between which its other users get their turn: gigabytes take minutes."""
 
 import sqlite3
+from enum import Enum
 from typing import NamedTuple
 
 # A piece is tens of milliseconds of the journal's one thread: four groups of 16 responses of 5,000 tokens, 1000 groups
@@ -11,13 +12,24 @@ PAGES_GIVEN_BACK = 256
 
 _LOOK = (
     "SELECT group_id, (consumed_step < :before_step OR (state = 'dropped' AND newest_version < :before_step))"
-    " AND EXISTS (SELECT 1 FROM responses WHERE responses.group_id = groups.group_id AND token_ids IS NOT NULL)"
+    " AND EXISTS (SELECT 1 FROM responses WHERE responses.group_id = groups.group_id AND {first} IS NOT NULL)"
     " FROM groups WHERE group_id > :after ORDER BY group_id LIMIT :limit"
 )
-_FORGET = (
-    "UPDATE responses SET token_ids = NULL, rollout_log_probs = NULL, policy_versions = NULL,"
-    " behavior_log_probs = NULL, trained_log_probs = NULL, routes = NULL WHERE group_id = ?"
-)
+_FORGET = "UPDATE responses SET {changes} WHERE group_id = ?"
+
+
+class Pruned(Enum):
+    """What is forgotten of a response: columns, of which the first says whether the rest is still there."""
+
+    EVERYTHING = (
+        "token_ids",
+        "rollout_log_probs",
+        "policy_versions",
+        "behavior_log_probs",
+        "trained_log_probs",
+        "routes",
+    )
+    ROUTES = ("routes",)
 
 
 class PrunedPiece(NamedTuple):
@@ -27,18 +39,19 @@ class PrunedPiece(NamedTuple):
     looked_at: int | None
 
 
-def prune_groups(connection: sqlite3.Connection, before_step: int, after: int) -> PrunedPiece:
-    """Forgets the tokens of the first few groups with an id above `after` that are old enough, inside the caller's
+def prune_groups(connection: sqlite3.Connection, what: Pruned, before_step: int, after: int) -> PrunedPiece:
+    """Forgets `what` of the first few groups with an id above `after` that are old enough, inside the caller's
     transaction."""
     group_ids, looked_at = [], None
     values = {"before_step": before_step, "after": after, "limit": GROUPS_LOOKED_AT}
-    for group_id, is_due in connection.execute(_LOOK, values):
+    for group_id, is_due in connection.execute(_LOOK.format(first=what.value[0]), values):
         looked_at = group_id
         if is_due:
             group_ids.append(group_id)
         if len(group_ids) == GROUPS_PRUNED:
             break
-    connection.executemany(_FORGET, [(group_id,) for group_id in group_ids])
+    changes = ", ".join(f"{column} = NULL" for column in what.value)
+    connection.executemany(_FORGET.format(changes=changes), [(group_id,) for group_id in group_ids])
     return PrunedPiece(group_ids, looked_at)
 
 

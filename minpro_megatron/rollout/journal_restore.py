@@ -6,6 +6,7 @@ that steps before s have not consumed
 - those with a token of a version above s are void: they are sampled again, with the same prompt and seeds;
 - those issued at a version above s are forgotten: they will be issued again under the same id;
 - those of a batch that is scored without them are surplus, and dropped (delay mode);
+- those whose tokens or (where the run needs them) routes have been pruned are void as well;
 - those whose behavior log-probs are known are ready: their scores were computed once and stay;
 - those without scores are ready if all their tokens are of version s, which the trainer can still score; else void.
 """
@@ -32,17 +33,22 @@ class RestoredGroup(NamedTuple):
     responses: list[Response]
 
 
-_PRUNED = "SELECT 1 FROM responses WHERE responses.group_id = groups.group_id AND token_ids IS NULL"
+_PRUNED = (
+    "SELECT 1 FROM responses WHERE responses.group_id = groups.group_id"
+    " AND (token_ids IS NULL OR (:needs_routes AND routes IS NULL))"
+)
 _SURPLUS = (
     "state = 'collected' AND (SELECT count(*) FROM groups AS others WHERE others.batch_index = groups.batch_index"
     " AND others.state = 'scored') >= :num_prompts"
 )
 
 
-def roll_back(connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool) -> None:
+def roll_back(
+    connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool, needs_routes: bool = False
+) -> None:
     """Changes the journal's states as above, inside the caller's transaction. Raises JournalError if the journal does
     not hold what the checkpoint of `version` includes."""
-    values = {"version": version}
+    values = {"version": version, "needs_routes": needs_routes}
     # Ids below the last one that stays were issued before: above s only because an earlier restore repeated them.
     last = "SELECT coalesce(max(group_id), -1) FROM groups WHERE issued_version <= :version"
     connection.execute(f"DELETE FROM groups WHERE issued_version > :version AND group_id > ({last})", values)
@@ -83,9 +89,15 @@ def _check(connection: sqlite3.Connection, version: int, num_prompts: int, delay
     if lost and delay_mode:
         raise JournalError(
             f"{lost} groups sampled with versions before {version} are lost, which the checkpoint includes: the "
-            "journal is older than the checkpoint; put back the journal that belongs to it, or go on from an earlier "
+            "journal is older than the checkpoint, or has forgotten their tokens (collector.journal_keep_steps) or "
+            "routes (collector.journal_keep_routes); put back the journal that belongs to it, or resume from another "
             "checkpoint"
         )
+
+
+def groups_with_routes(connection: sqlite3.Connection) -> list[int]:
+    """The groups whose routes are in files."""
+    return [row[0] for row in connection.execute("SELECT DISTINCT group_id FROM responses WHERE routes IS NOT NULL")]
 
 
 def restore_groups(connection: sqlite3.Connection, routes: RouteFiles) -> tuple[list[RestoredGroup], int]:

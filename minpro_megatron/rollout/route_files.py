@@ -71,6 +71,13 @@ class RouteFiles:
         for group_id in group_ids:
             self._path(group_id).unlink(missing_ok=True)
 
+    def remove_others(self, group_ids: Iterable[int]) -> None:
+        """Removes the files of all groups but these: what a crash has left."""
+        kept = {self._path(group_id).name for group_id in group_ids}
+        for path in self._folder.glob("*.bin"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
 
 def _write(path: Path, arrays: Sequence[np.ndarray | None]) -> list[str | None]:
     places: list[str | None] = []

@@ -178,6 +178,7 @@ class FakeServers:
 
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
         self.issued.append(issued)
+        routes = [np.full((4, 1, 1), issued.group_id, np.uint8)] * RESPONSES if sampling.with_routes else ()
         while self.version not in self._held.values():
             await asyncio.sleep(0.001)
         first_version = self.version
@@ -191,8 +192,8 @@ class FakeServers:
                 raise self.fail_with
             if self._exact:
                 assert issued.policy_version == self.version, "sampled with another version than it was issued for"
-                return collected(issued)
-            return collected(issued, versions=[first_version, self.version])
+                return collected(issued, routes=routes)
+            return collected(issued, versions=[first_version, self.version], routes=routes)
         finally:
             self.in_flight -= 1
 

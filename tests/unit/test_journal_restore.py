@@ -15,6 +15,7 @@ from minpro_megatron.batching.stored_routes import read_routes
 from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.journal_pruning import Pruned
 from minpro_megatron.rollout.journal_restore import RestoredGroup, roll_back
 from minpro_megatron.rollout.route_files import FOLDER, RouteFiles
 from tests.unit.journal_in_memory import InMemoryFile
@@ -308,6 +309,41 @@ def test_pruned_routes_are_removed(tmp_path: Path) -> None:
         await journal.prune(1)
         assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["1.bin"]
         await journal.flush()
+
+    in_memory(use, tmp_path)
+
+
+def test_pruned_routes_leave_the_tokens_and_are_no_part_of_a_run_that_needs_them(tmp_path: Path) -> None:
+    async def use(journal: Journal, file: InMemoryFile) -> None:
+        issued = issued_groups(range(2))
+        await journal.issue(issued)
+        for step, group in enumerate([collected(one, routes=ROUTES) for one in issued]):
+            await journal.collect(group, accepted=True)
+            await journal.score(step, with_log_probs([group]))
+            await journal.consume(Batch(index=step, groups=[group]), [0])
+        await journal.prune(1, Pruned.ROUTES)
+        assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["1.bin"]
+        assert file.rows("SELECT count(*) FROM responses WHERE token_ids IS NULL") == [(0,)]
+        groups, _ = await journal.restore(1, 1, True, needs_routes=True)
+        assert [(group.group_id, fate(group)) for group in groups] == [(1, READY)]
+        groups, _ = await journal.restore(0, 1, True)
+        assert [fate(group) for group in groups] == [READY, READY]
+        groups, _ = await journal.restore(0, 1, True, needs_routes=True)
+        assert [fate(group) for group in groups] == [REPEATED, READY]
+
+    in_memory(use, tmp_path)
+
+
+def test_routes_of_dropped_groups_and_what_a_crash_left_of_others_go(tmp_path: Path) -> None:
+    async def use(journal: Journal, file: InMemoryFile) -> None:
+        issued = issued_groups(range(3))
+        await journal.issue(issued)
+        await journal.collect(collected(issued[0], routes=ROUTES), accepted=False)
+        assert not (tmp_path / FOLDER).exists()
+        await journal.collect(collected(issued[1], routes=ROUTES), accepted=True)
+        (tmp_path / FOLDER / "2.bin").write_bytes(b"written, but not recorded")
+        await journal.restore(0, NUM_PROMPTS, True)
+        assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["1.bin"]
 
     in_memory(use, tmp_path)
 
