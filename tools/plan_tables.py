@@ -13,6 +13,7 @@ from minpro_megatron.planning.cost_model import StepCost
 from minpro_megatron.planning.modes import ModeTime
 from minpro_megatron.planning.parameters import active_parameters, model_parameters
 from minpro_megatron.planning.plan import Plan
+from minpro_megatron.planning.routes import batches_with_routes
 
 
 def print_plan(console: Console, plan: Plan, modes: Sequence[ModeTime] = ()) -> None:
@@ -91,6 +92,9 @@ def _other_memory_table(plan: Plan) -> Table:
         ("", "routes", decimal(host.routes)),
         ("", f"{host.ranks} ranks and all of it", decimal(host.total)),
     ]
+    if plan.route_file_bytes:
+        batches = batches_with_routes(plan.config)
+        rows.append(("the run folder's disk", f"servers' routes of {batches} batches", decimal(plan.route_file_bytes)))
     table.columns[1].justify = "left"
     for row in rows:
         table.add_row(*row)

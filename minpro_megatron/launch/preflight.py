@@ -13,6 +13,8 @@ from minpro_megatron.launch.backend_check import layer_backend_problems
 from minpro_megatron.launch.resume import foreign_entries, holds_a_run, obstacles
 from minpro_megatron.launch.reward_check import reward_problems
 from minpro_megatron.launch.roles import gpus_needed, roles_of
+from minpro_megatron.planning.routes import route_file_bytes
+from minpro_megatron.planning.workload import Workload, batch_of
 from minpro_megatron.rollout.evaluations import load_benchmarks
 from minpro_megatron.rollout.journal_feed import journal_problems
 from minpro_megatron.rollout.prompts import load_prompts, make_rendering, refuse_too_few, select_prompts
@@ -240,12 +242,27 @@ def _disk_space(config: RunConfig) -> Iterator[str]:
     if settings.every_steps:  # each holds float32 weights and two moments besides; one is being written
         float32_bytes = weights * (2 if config.model.dtype == "bfloat16" else 1)
         needed += (settings.keep_last + settings.keep_best + 1) * (weights + 3 * float32_bytes)
+    routes, of_it = _route_files(config), ""
+    if routes:
+        needed += routes
+        of_it = f", {routes / 1e9:.1f} GB of it for the servers' routes (model.routing_replay = rollout)"
     free = shutil.disk_usage(_existing_parent(config.run_dir)).free
     if free < needed:
         yield (
-            f"runs_dir = {config.runs_dir}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed; "
+            f"runs_dir = {config.runs_dir}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed{of_it}; "
             "free some space or choose another runs_dir=..."
         )
+
+
+def _route_files(config: RunConfig) -> int:
+    """Bytes of the servers' routes, with the planner's assumption about the length of responses."""
+    if "collect" not in roles_of(config):
+        return 0
+    try:
+        architecture = read_architecture(config.model.hf_path)
+    except ValueError:  # said already
+        return 0
+    return route_file_bytes(config, architecture, batch_of(config, Workload.of(config)).tokens)
 
 
 def _existing_parent(path: Path) -> Path:

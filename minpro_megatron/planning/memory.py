@@ -6,6 +6,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.planning.activations import Compute, Row, StageActivations, stage_activations
 from minpro_megatron.planning.gpus import GIB, GpuKind
 from minpro_megatron.planning.parameters import model_parameters, optimizer_degrees, stage_parameters
+from minpro_megatron.planning.routes import route_host_bytes
 from minpro_megatron.weights.architecture import Architecture
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
@@ -155,18 +156,6 @@ def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_t
         # the gathered states stay for that process, and what is offloaded is in its memory until training changes it
         checkpoint=ranks_per_node * (weights + offloaded) if saves and config.checkpoint.asynchronous else 0,
         offloaded=ranks_per_node * offloaded,
-        routes=_route_bytes(config, a, batch_tokens, ranks_per_node),
+        routes=route_host_bytes(config, a, batch_tokens, ranks_per_node),
         processes=ranks_per_node * PROCESS_HOST_BYTES[config.device],
     )
-
-
-def _route_bytes(config: RunConfig, a: Architecture, batch_tokens: float, ranks_per_node: int) -> int:
-    replay = config.model.routing_replay
-    if replay == "none" or not a.num_experts:
-        return 0
-    index = 1 if a.num_experts <= 256 else 2
-    one_batch = batch_tokens * a.num_layers * a.num_experts_per_token * index
-    batches = (config.staleness.delay_steps if config.staleness.mode == "delay" else 1) + 1
-    if replay == "scored":  # each rank keeps those of its own tokens
-        return round(batches * one_batch * ranks_per_node / config.parallel.world_size)
-    return round(batches * one_batch * ranks_per_node)  # each rank reads the whole batch with its routes

@@ -32,6 +32,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
         ],
         "server": asdict(plan.server) | {"count": plan.num_servers, "max_running": plan.max_running},
         "host": asdict(plan.host) | {"total": plan.host.total},
+        "route_files": plan.route_file_bytes,
         "step": {
             "seconds": plan.step_s,
             "generation": plan.generation_s,

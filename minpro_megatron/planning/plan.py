@@ -15,6 +15,7 @@ from minpro_megatron.planning.problems import (
     server_problems,
     stage_memories,
 )
+from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.planning.simulator import Phases, Simulation, Timeline
 from minpro_megatron.planning.workload import GroupLengths, Workload, batch_of
 from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
@@ -45,6 +46,7 @@ class Plan:
     ranks: list[RankMemory]  # one for each pipeline stage
     server: ServerMemory
     host: HostMemory
+    route_file_bytes: int  # in the run folder, for model.routing_replay = rollout
     cost: StepCost
     max_running: int  # responses at once on a server
     generation_s: float  # of a batch, from its first group's start to its last one's end
@@ -132,6 +134,7 @@ class _Planner:
             ranks=ranks,
             server=server.memory,
             host=host,
+            route_file_bytes=route_file_bytes(config, self.architecture, batch.tokens),
             cost=cost,
             max_running=server.max_running,
             generation_s=sum(steady) / len(steady),

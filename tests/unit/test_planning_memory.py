@@ -16,6 +16,7 @@ from minpro_megatron.planning.activations import (
 from minpro_megatron.planning.gpus import GIB, GPU_KINDS, gpu_kind
 from minpro_megatron.planning.memory import host_memory, rank_memory, server_memory, state_bytes
 from minpro_megatron.planning.parameters import active_parameters, model_parameters, stage_parameters
+from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.weights.known_models.find import find_architecture, known_names
 from minpro_megatron.weights.plan import rank_kinds
 from tests.unit.planned_runs import run_to_plan
@@ -173,9 +174,36 @@ def test_the_host_keeps_a_copy_of_each_version_that_may_be_scored(settings: dict
     assert found.snapshots == 8 * copies * weights
     assert (found.gathered, found.checkpoint) == (8 * optimizer, 8 * weights)
     assert found.routes == 0
-    replayed = run_to_plan(model={"routing_replay": "rollout"}, **settings)
-    batches = settings["staleness"].get("delay_steps", 1) + 1
-    assert host_memory(replayed, MIXTURE, 8, 1e6).routes == 8 * batches * 1e6 * 48 * 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "batches"),
+    [
+        ({"staleness": {"delay_steps": 2}}, 3 + 10 + 1),
+        ({"staleness": {"delay_steps": 0}, "checkpoint": {"every_steps": 4}}, 1 + 4 + 1),
+        ({"staleness": {"mode": "bounded", "max_staleness": 3}, "publish": {"pause_mode": "abort"}}, 4 + 10 + 1),
+        ({"staleness": {"delay_steps": 2}, "checkpoint": {"every_steps": 0}}, 3 + 1),
+        ({"staleness": {"delay_steps": 2}, "collector": {"journal_keep_routes": True}}, 3 + 50),
+        ({"collector": {"journal_keep_routes": True, "journal_keep_steps": 0}, "num_global_steps": 80}, 3 + 80),
+        ({"collector": {"journal_keep_routes": True}, "num_global_steps": 30}, 3 + 30),
+    ],
+    ids=str,
+)
+def test_routes_of_the_servers_take_disk_until_a_checkpoint_includes_the_step(
+    settings: dict[str, Any], batches: int
+) -> None:
+    config = run_to_plan(model={"routing_replay": "rollout"}, **settings)
+    assert route_file_bytes(config, MIXTURE, 1e6) == batches * 1e6 * 48 * 8
+    of_a_node = 1e6 * 48 * 8 * 8 / config.parallel.world_size  # while a batch is scored
+    assert host_memory(config, MIXTURE, ranks_per_node=8, batch_tokens=1e6).routes == of_a_node
+
+
+def test_recorded_routes_take_host_memory_while_a_batch_waits() -> None:
+    config = run_to_plan(model={"routing_replay": "scored"}, checkpoint={"every_steps": 0})
+    assert config.staleness.delay_steps == 2
+    assert route_file_bytes(config, MIXTURE, 1e6) == 0
+    found = host_memory(config, MIXTURE, ranks_per_node=8, batch_tokens=1e6).routes
+    assert found == 3 * 1e6 * 48 * 8 * 8 / config.parallel.world_size
 
 
 def test_a_ranks_total_counts_publication_apart_from_training() -> None:

@@ -9,10 +9,14 @@ from contextlib import closing
 
 import pytest
 
+from minpro_megatron.config.run import with_overrides
 from minpro_megatron.launch import preflight
 from minpro_megatron.launch.preflight import problems
 from minpro_megatron.launch.run_folder import claimed
 from minpro_megatron.launch.starts import begin_start
+from minpro_megatron.planning.routes import route_file_bytes
+from minpro_megatron.planning.workload import Workload, batch_of
+from minpro_megatron.weights.architecture import read_architecture
 from tests.unit.run_examples import PROMPT, example_config, write_example_files
 
 
@@ -237,6 +241,15 @@ def test_gpus_must_be_there(folder, monkeypatch, present, pattern):
 def test_disk_space_must_do(folder, monkeypatch):
     monkeypatch.setattr(preflight, "_SPARE_BYTES", 10**18)
     assert re.search(r"^runs_dir = .* GB free, about 1000000000.0 GB needed; ", only_problem(example_config(folder)))
+
+
+def test_routes_of_the_servers_count_as_disk_space(folder, monkeypatch):
+    monkeypatch.setattr(preflight, "_SPARE_BYTES", 10**18)
+    config = with_overrides(example_config(folder), ["model.routing_replay=rollout"])
+    architecture, tokens = read_architecture(config.model.hf_path), batch_of(config, Workload.of(config)).tokens
+    size = route_file_bytes(config, architecture, tokens)
+    assert size > 0
+    assert f"GB needed, {size / 1e9:.1f} GB of it for the servers' routes (model.routing" in only_problem(config)
 
 
 def test_all_problems_come_at_once(tmp_path):

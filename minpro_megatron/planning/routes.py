@@ -1,0 +1,39 @@
+"""The space that routing replay takes for the experts chosen: host memory, and files of the run folder (R3)."""
+
+import math
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.weights.architecture import Architecture
+
+
+def route_bytes(config: RunConfig, a: Architecture, batch_tokens: float) -> float:
+    """Of a global step's batch of so many tokens, prompts included; 0 without routing replay or experts."""
+    if config.model.routing_replay == "none":
+        return 0.0
+    index_bytes = 1 if a.num_experts <= 256 else 2
+    return batch_tokens * a.num_layers * a.num_experts_per_token * index_bytes
+
+
+def route_host_bytes(config: RunConfig, a: Architecture, batch_tokens: float, ranks_per_node: int) -> int:
+    """Of a node with so many trainer ranks; each has the routes of its own tokens and layers."""
+    scored_and_waiting = config.staleness.delay_steps if config.model.routing_replay == "scored" else 0
+    of_all_ranks = (scored_and_waiting + 1) * route_bytes(config, a, batch_tokens)
+    return round(of_all_ranks * ranks_per_node / config.parallel.world_size)
+
+
+def route_file_bytes(config: RunConfig, a: Architecture, batch_tokens: float) -> int:
+    """Of the files in the run folder at any one time (rollout/collector.py says when they are removed)."""
+    if config.model.routing_replay != "rollout":
+        return 0
+    return math.ceil(batches_with_routes(config) * route_bytes(config, a, batch_tokens))
+
+
+def batches_with_routes(config: RunConfig) -> int:
+    """Batches whose routes are in the run folder at the same time, at most."""
+    staleness, checkpoint, collector = config.staleness, config.checkpoint, config.collector
+    ahead = staleness.delay_steps if staleness.mode == "delay" else staleness.max_staleness
+    # consumed, and in no complete checkpoint yet: one more step goes by while it is written
+    consumed = checkpoint.every_steps + 1
+    if collector.journal_keep_routes:
+        consumed = max(consumed, collector.journal_keep_steps or config.num_global_steps)
+    return ahead + 1 + min(consumed, config.num_global_steps)
