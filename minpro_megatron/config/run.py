@@ -90,12 +90,21 @@ class RunConfig(Section):
         return self
 
     def _routes_can_be_replayed(self) -> None:
-        if self.model.routing_replay != "scored":
+        is_bounded, replay = self.staleness.mode == "bounded", self.model.routing_replay
+        if replay == "rollout" and is_bounded and self.publish.pause_mode == "retract":
+            raise ValueError(
+                "model.routing_replay = rollout with staleness.mode = bounded and publish.pause_mode = retract: the "
+                "servers compute a retracted response again with the new weights and then report the experts of the "
+                "new weights for tokens that the old ones sampled; set publish.pause_mode to abort or in_place, or "
+                "model.routing_replay to none"
+            )
+        if replay != "scored":
             return
-        if self.staleness.mode == "bounded":
+        if is_bounded:
             raise ValueError(
                 "model.routing_replay = scored: with staleness.mode = bounded a response is scored under several "
-                "weights, which choose different experts; set model.routing_replay to rollout or none"
+                "weights, which choose different experts; set model.routing_replay to none, or to rollout with "
+                "publish.pause_mode = abort or in_place"
             )
         if self.staleness.delay_steps and (self.checkpoint.every_steps or self.alarms.stop_on):
             raise ValueError(

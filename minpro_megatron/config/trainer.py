@@ -24,8 +24,9 @@ class ModelConfig(Section):
     routing_replay: Literal["none", "scored", "rollout"] = Field(
         default="none",
         description="scored: updates route every token to the experts chosen when its behavior log-prob was computed "
-        "(R2); rollout: scoring and updates route it to those that the server chose when it sampled (R3). Both keep a "
-        "byte a token, layer and chosen expert in host memory; of more than 256 experts, two",
+        "(R2); rollout: scoring and updates route it to those that the server chose when it sampled (R3). Routes take "
+        "one byte per token, layer and chosen expert (two with more than 256 experts): in host memory (scored), or in "
+        "files of the run folder (rollout)",
     )
 
 

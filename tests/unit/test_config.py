@@ -169,6 +169,20 @@ def test_the_data_degree_is_the_smallest_in_which_the_experts_fit(degrees, data_
     assert (parallel.data_size, parallel.world_size) == (data_size, world_size)
 
 
+def test_routes_of_the_servers_are_refused_where_a_retraction_would_replace_them(config):
+    replayed = ["model.routing_replay=rollout", "staleness.mode=bounded"]
+    refused = refusal(config, *replayed)  # retract is the default
+    for part in (
+        "model.routing_replay = rollout with staleness.mode = bounded and publish.pause_mode = retract:",
+        "set publish.pause_mode to abort or in_place, or model.routing_replay to none",
+    ):
+        assert part in refused
+    for mode in ("abort", "in_place"):
+        assert with_overrides(config, [*replayed, f"publish.pause_mode={mode}"]).publish.pause_mode == mode
+    assert with_overrides(config, replayed[:1]).model.routing_replay == "rollout"  # no weights change under a response
+    assert with_overrides(config, replayed[1:]).staleness.mode == "bounded"
+
+
 @pytest.mark.parametrize(
     ("degrees", "chunks"),
     [
