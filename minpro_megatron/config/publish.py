@@ -24,7 +24,9 @@ class PublishConfig(Section):
         default="retract",
         description="what happens to responses under way when weights change (bounded staleness only): abort: the "
         "server returns them and the rest is requested again; retract: they go back to the server's queue and their KV "
-        "cache is computed again; in_place: they go on with the KV cache of the old weights",
+        "cache is computed again (not with model.routing_replay = rollout); in_place: they go on with the KV cache of "
+        "the old weights, and SGLang runs without overlap scheduling, for otherwise it would name the wrong version "
+        "for the token that is being sampled when the weights change",
     )
     flush_cache: bool = Field(default=True, description="empty the servers' prefix cache: it is of the old weights")
     canary_tokens: int = Field(

@@ -34,6 +34,17 @@ def ask(url: str, headers: Mapping[str, str], timeout_s: float) -> Health:
     return Health.ANSWERS if status == 200 else Health.SILENT
 
 
+def overlaps_scheduling(url: str, headers: Mapping[str, str], timeout_s: float) -> bool | None:
+    """Whether the server prepares a token while the one before is still being sampled; None if it does not say."""
+    with requests.Session() as session:
+        session.trust_env = False
+        try:
+            answer = session.get(f"{url}/server_info", headers=dict(headers), timeout=timeout_s)
+            return not answer.json()["disable_overlap_schedule"]
+        except (requests.RequestException, ValueError, KeyError, TypeError):  # ValueError: no JSON
+            return None
+
+
 def _is_refusal(error: BaseException | None) -> bool:
     """Whether nobody listens at the address: a connection that broke, or a name that does not resolve now, may be the
     network's fault."""

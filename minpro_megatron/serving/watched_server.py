@@ -15,7 +15,8 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.endpoints import remove_server_address, write_server_address
-from minpro_megatron.serving.health import Health, Question, ask
+from minpro_megatron.serving.health import Health, Question, ask, overlaps_scheduling
+from minpro_megatron.serving.server_command import needs_synchronous_scheduling
 from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, stop_servers
 
 log = logging.getLogger(__name__)
@@ -164,10 +165,14 @@ class ExternalServer:
         self._incarnation = incarnation
         self._num_absences = 0
         self._is_reported = False
-        self._silence = _Silence(config.server, partial(ask, url, authorization(config.server)))
+        headers = authorization(config.server)
+        self._silence = _Silence(config.server, partial(ask, url, headers))
+        self._ask_scheduling = partial(overlaps_scheduling, url, headers, config.server.health_interval_s)
+        self._scheduling: Question[bool | None] | None = None
 
     def tick(self) -> None:
-        """States or withdraws its address. Raises ServerStartError if it refuses the API key."""
+        """States or withdraws its address. Raises ServerStartError if it refuses the API key, or schedules with overlap
+        where the run cannot have that."""
         health = self._silence.look()
         if health is Health.FORBIDDEN:
             variable = self._config.server.api_key_variable
@@ -176,6 +181,8 @@ class ExternalServer:
                 "name the variable that holds its key"
             )
         if health is Health.ANSWERS and not self.address_is_stated:
+            if needs_synchronous_scheduling(self._config) and not self._schedules_synchronously():
+                return
             address = ServerAddress(
                 index=self._index,
                 url=self.url,
@@ -193,6 +200,21 @@ class ExternalServer:
             remove_server_address(self._config.run_dir, self._index)
             self.address_is_stated = False
             self._num_absences += 1
+
+    def _schedules_synchronously(self) -> bool:
+        """False until it has said so. Raises ServerStartError if it does not."""
+        if self._scheduling is None:
+            self._scheduling = Question(self._ask_scheduling)
+        if not self._scheduling.is_over():
+            return False
+        overlaps, self._scheduling = self._scheduling.answer, None
+        if overlaps:
+            raise ServerStartError(
+                f"server {self._index} at {self.url} schedules with overlap: with staleness.mode = bounded and "
+                "publish.pause_mode = in_place it would name the wrong version for tokens; start it with "
+                "--disable-overlap-schedule, or set publish.pause_mode to abort or retract"
+            )
+        return overlaps is False
 
 
 def external_urls(server: ServerConfig) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -45,6 +45,7 @@ NUM_STREAMS = 24  # of responses, sampled at the same time
 # what SGLang samples on the CPU does not follow from the seed
 GREEDY = SamplingParameters(0.0, MAX_RESPONSE_TOKENS, with_routes=True)
 KEY = "k-9d1f77ab"
+type PauseMode = Literal["abort", "retract", "in_place"]
 # Of SGLang: HTTP, scheduler, detokenizer.
 NUM_PROCESSES = {"reference": 1, "sglang": 3}
 
@@ -147,6 +148,8 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             },
             "data": {"train_file": "unused", "heldout_file": "unused"},
             "sampling": {"max_prompt_tokens": 8, "max_response_tokens": LONGEST_RESPONSE_TOKENS},
+            "staleness": {"mode": "bounded"},
+            "publish": {"pause_mode": "in_place"},
             "server": {
                 "engine": request.param,
                 "device": "cpu",
@@ -221,15 +224,7 @@ async def _generate_as_version_2(running: Running) -> None:
 
 def test_what_an_update_aborts_is_continued_with_its_log_probs_versions_and_routes(running: Running) -> None:
     """The same weights under two versions: a response over both must look like one forward pass."""
-    sampled: list[tuple[list[int], SampledSequence]] = []
-    both: list[tuple[list[int], SampledSequence]] = []
-    for _ in range(5):  # a fast server may have answered all that it has begun before an update finds anything to abort
-        found = _sampled_over_an_update(running)
-        sampled += found
-        both += [pair for pair in found if len(set(pair[1].policy_versions.tolist())) == 2]
-        if len(both) >= 3:
-            break
-    assert len(both) >= 3
+    sampled, both = _sampled_over_updates(running, "abort", running.folder)
     lengths = {len(sequence.token_ids) for _, sequence in sampled}
     assert max(lengths) == LONGEST_RESPONSE_TOKENS  # not cut short by the server's context length
     for prompt, sequence in both[:3]:
@@ -242,11 +237,68 @@ def test_what_an_update_aborts_is_continued_with_its_log_probs_versions_and_rout
         assert np.array_equal(np.sort(sequence.routed_experts), routes_by_transformers(running.folder, tokens[:-1]))
 
 
-def _sampled_over_an_update(running: Running) -> list[tuple[list[int], SampledSequence]]:
-    """Prompts and responses before, over and after an update from version 0 to 1.
+@pytest.mark.parametrize("mode", ["in_place", "retract", "abort"])
+def test_each_token_was_sampled_by_the_weights_of_its_version(running: Running, mode: PauseMode) -> None:
+    """Other weights come while responses are under way. Each log-prob is that of the version which the token is said to
+    be of, also of the first token after the change. The routes are of the same weights, but not after a retraction,
+    which is why model.routing_replay = rollout refuses that in bounded mode."""
+    sampled, both = _sampled_over_updates(running, mode, running.other_folder)
+    for prompt, sequence in sampled:
+        expected = log_probs_by_version(running, prompt, sequence, cache_is_kept=mode == "in_place")
+        assert np.abs(expected - sequence.log_probs).max() < 1e-4
+    for prompt, sequence in both:
+        first_part = prompt + sequence.token_ids[sequence.policy_versions == 0].tolist()[:-1]
+        assert sequence.routed_experts is not None
+        found = np.sort(sequence.routed_experts[: len(first_part)])
+        routes_of = running.other_folder if mode == "retract" else running.folder
+        assert np.array_equal(found, routes_by_transformers(routes_of, first_part))
 
-    Until the pause, each response that ends is followed by another. So there are many under way when it comes, however
-    fast the server is; and it comes when as many have ended, so those have tokens, however slow it is.
+
+def log_probs_by_version(
+    running: Running, prompt: list[int], sequence: SampledSequence, cache_is_kept: bool
+) -> np.ndarray:
+    """Of a response whose tokens of version 0 the first weights sampled, and those of version 1 the others."""
+    num_old = int((sequence.policy_versions == 0).sum())
+    if num_old == len(sequence.token_ids):
+        return log_probs_by_transformers(running.folder, prompt, sequence.token_ids, 1.0)
+    tokens = prompt + sequence.token_ids.tolist()
+    first = len(prompt) + num_old - 1 if num_old else 0  # the first token that the others process
+    old, new = model_of_transformers(running.folder), model_of_transformers(running.other_folder)
+    with torch.no_grad():
+        before = old(torch.tensor([tokens[:first] or tokens[:1]]), use_cache=True)
+        if cache_is_kept and num_old:
+            after = new(torch.tensor([tokens[first:-1]]), past_key_values=before.past_key_values).logits[0]
+        else:
+            after = new(torch.tensor([tokens[:-1]])).logits[0, first:]
+    logits = torch.cat([before.logits[0, :first], after]).double()
+    chosen = logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])
+    return chosen[len(prompt) - 1 :, 0].numpy()
+
+
+def _sampled_over_updates(
+    running: Running, mode: PauseMode, folder: Path
+) -> tuple[list[tuple[list[int], SampledSequence]], list[tuple[list[int], SampledSequence]]]:
+    """Prompts and responses of `_sampled_over_an_update`, and those of them that are of both versions: at least 3."""
+    sampled: list[tuple[list[int], SampledSequence]] = []
+    both: list[tuple[list[int], SampledSequence]] = []
+    for number in range(6):  # a fast server may have answered all that it has begun before the pause comes
+        found = _sampled_over_an_update(running, mode, folder, keep_coming=number % 2 == 0)
+        sampled += found
+        both += [pair for pair in found if len(set(pair[1].policy_versions.tolist())) == 2]
+        if number and len(both) >= 3:
+            break
+    assert len(both) >= 3
+    return sampled, both
+
+
+def _sampled_over_an_update(
+    running: Running, mode: PauseMode, folder: Path, keep_coming: bool
+) -> list[tuple[list[int], SampledSequence]]:
+    """Prompts and responses before, over and after an update from version 0 to 1, the weights in `folder`.
+
+    Each response that ends is followed by another. So there are many under way when the pause comes, however fast the
+    server is; and it comes when as many have ended, so those have tokens, however slow it is. With `keep_coming` others
+    follow until the pause, which then often meets a prompt; otherwise it meets the next token of all that are left.
     """
     control = running.control()
     sampling = SamplingParameters(1.0, LONGEST_RESPONSE_TOKENS, with_routes=True)
@@ -261,16 +313,17 @@ def _sampled_over_an_update(running: Running) -> list[tuple[list[int], SampledSe
                 sampled.extend((prompt, one) for one in await client.generate(prompt, [seed], sampling, 0))
                 if len(sampled) >= NUM_STREAMS:
                     enough.set()
-                if is_paused.is_set():
+                if is_paused.is_set() or (enough.is_set() and not keep_coming):
                     return
 
         async with running.client(exact_versions=False) as client, asyncio.TaskGroup() as streams:
             for first_seed in range(NUM_STREAMS):
                 streams.create_task(one_after_the_other(first_seed))
             await enough.wait()
-            await asyncio.to_thread(control.pause_generation, "abort")
+            await asyncio.to_thread(control.pause_generation, mode)
             is_paused.set()
-            await asyncio.to_thread(control.update_weights_from_disk, model_path=str(running.folder), weight_version=1)
+            load = functools.partial(control.update_weights_from_disk, model_path=str(folder), weight_version=1)
+            await asyncio.to_thread(load, flush_cache=mode != "in_place")  # it is in use then
             await asyncio.to_thread(control.continue_generation)
 
     asyncio.run(main())

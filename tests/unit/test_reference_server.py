@@ -152,6 +152,7 @@ def test_weights_come_from_a_folder_also_during_a_pause(tmp_path: Path):
             == dict(random_tensors(1)).keys()
         )
         assert after["per_engine_checksum"] != before["per_engine_checksum"]
+        assert await ask("/server_info", method="GET") == (200, {"disable_overlap_schedule": True})
         _, info = await ask("/model_info", method="GET")
         assert (info["weight_version"], info["model_path"]) == ("7", str(tmp_path))
         assert not waiting.done()

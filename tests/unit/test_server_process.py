@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.serving import server_process
@@ -124,6 +124,23 @@ def test_routes_are_asked_of_servers_and_of_models_that_have_them(tmp_path: Path
     assert "--enable-return-routed-experts" in server_command(replaying, 0, 31000, 0)
     with pytest.raises(ValueError, match=r"model.routing_replay = 'rollout': .* has no experts"):
         Fleet(replaying, read_model_facts(str(hf_path)), 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "pause_mode", "is_off"),
+    [
+        ("bounded", "in_place", True),
+        ("bounded", "retract", False),
+        ("bounded", "abort", False),
+        ("delay", "in_place", False),  # nothing is under way when the weights change
+    ],
+)
+def test_overlap_scheduling_is_off_where_weights_change_in_place(
+    tmp_path: Path, hf_path: Path, mode: str, pause_mode: str, is_off: bool
+) -> None:
+    overrides = [f"staleness.mode={mode}", f"publish.pause_mode={pause_mode}"]
+    command = server_command(with_overrides(config(tmp_path, hf_path), overrides), 0, 31000, 0)
+    assert ("--disable-overlap-schedule" in command) == is_off
 
 
 def test_the_death_of_another_server_does_not_end_one_on_a_gpu(tmp_path: Path, hf_path: Path) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from minpro_megatron.config.rollout import ServerConfig
-from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving import watched_server
 from minpro_megatron.serving.endpoints import read_server_addresses
-from minpro_megatron.serving.health import Health, Question, ask
+from minpro_megatron.serving.health import Health, Question, ask, overlaps_scheduling
 from minpro_megatron.serving.server_process import ServerStartError
 from minpro_megatron.serving.watched_server import ExternalServer, OwnServer, external_urls
+from tests.unit.recorded_server import RecordedServer
 from tests.unit.rollout_fakes import run_config
 
 INCARNATION = 2
@@ -76,11 +77,13 @@ class Setting:
         values["server"] |= SERVER | server
         self.config = RunConfig.model_validate(values)
         self.health: Health | None = Health.ANSWERS
+        self.overlaps: bool | None = None
         self.process = FakeProcess()
         Clock.now = 1000.0
         monkeypatch.setattr(watched_server, "time", SimpleNamespace(monotonic=lambda: Clock.now))
         monkeypatch.setattr(watched_server, "Question", Immediate)
         monkeypatch.setattr(watched_server, "ask", lambda *_: self.health)
+        monkeypatch.setattr(watched_server, "overlaps_scheduling", lambda *_: self.overlaps)
         monkeypatch.setattr(watched_server, "stop_servers", self._stop)
 
     def _stop(self, servers: list[FakeProcess]) -> None:
@@ -226,6 +229,41 @@ def test_a_server_of_somebody_else_is_stated_while_it_answers(tmp_path: Path, mo
     setting.health = Health.FORBIDDEN
     with pytest.raises(ServerStartError, match=r"server 0 at http://s:1 refuses the API key"):
         pass_time(server, 6)
+
+
+def test_a_server_of_somebody_else_that_would_name_wrong_versions_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, monkeypatch)
+    overrides = ["staleness.mode=bounded", "publish.pause_mode=in_place"]
+    setting.config = with_overrides(setting.config, overrides)
+    waiting = setting.external()
+    pass_time(waiting, 20)
+    assert setting.stated() == []  # it has not said how it schedules
+    setting.overlaps = False
+    pass_time(setting.external(), 12)
+    assert setting.stated() == [0]
+    setting.overlaps = True
+    with pytest.raises(ServerStartError, match=r"server 0 at http://s:1 .* start it with --disable-overlap-schedule"):
+        pass_time(setting.external(), 6)
+
+
+@pytest.mark.parametrize(
+    ("answer", "overlaps"),
+    [
+        ({"disable_overlap_schedule": True}, False),
+        ({"disable_overlap_schedule": False}, True),
+        ({}, None),
+        ([], None),
+        ("no JSON", None),
+    ],
+)
+def test_what_a_server_says_of_its_scheduling(answer: object, overlaps: bool | None) -> None:
+    server = RecordedServer(hang_s=0.3)
+    server.answers["server_info"] = (200, answer)
+    assert overlaps_scheduling(server.url, {}, 5) is overlaps
+    server.close()
+    assert overlaps_scheduling(server.url, {}, 5) is None
 
 
 @pytest.mark.parametrize(
