@@ -30,7 +30,10 @@ class Prompt(Record, frozen=True, kw_only=True):
 
 
 class IssuedGroup(Record, frozen=True, kw_only=True):
-    """A prompt with everything that decides its sampling: `responses_per_prompt` responses, one seed each."""
+    """A prompt with everything that decides its sampling: at most `responses_per_prompt` responses, one seed each.
+
+    An evaluation that wants more samples of a prompt has several groups of it, of one `group_id`.
+    """
 
     group_id: int  # counts all groups of the run in the order of issue
     batch_index: int  # the global step that consumes it; -1: not decided yet (bounded mode)
@@ -38,6 +41,7 @@ class IssuedGroup(Record, frozen=True, kw_only=True):
     prompt: Prompt
     prompt_token_ids: np.ndarray  # int32
     sampling_seeds: list[int]
+    is_evaluation: bool = False  # measured and forgotten; training groups go before it
 
 
 class StoredRoutes(Record, frozen=True, kw_only=True):
@@ -155,6 +159,7 @@ class CollectorTotals(Record, frozen=True, kw_only=True):
     largest_staleness: int
     versions_published: int
     evaluations: list[EvaluationResult]
+    failed_evaluations: int = 0  # since the collector started, which a restart of the run does as well
 
 
 _DTYPES = ("<i4", "<f4", "|u1", "<i2")

@@ -333,7 +333,7 @@ class Trainer:
                 break
             self._send(answer, changed=False)
         if self.report:
-            self.report.evaluations(answer.evaluations)
+            self.report.finished(answer)
         return answer if self.feed else None
 
     def _write(

@@ -216,7 +216,8 @@ class SamplerSource:
     def _evaluate(self, version: int) -> None:
         settings = self._config.evaluation
         prompts = [(tokenized.prompt, tokenized.token_ids) for tokenized in self._heldout]
-        groups = evaluation_groups(prompts, settings.samples_per_prompt, self._config.seed, version)
+        size = settings.samples_per_prompt
+        groups = evaluation_groups(prompts, size, self._config.seed, version, max_group_size=size)
         collected = iter(self._sampler.collect(groups, settings.temperature))
 
         async def already(_: IssuedGroup) -> CollectedGroup:

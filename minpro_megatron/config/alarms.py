@@ -16,6 +16,7 @@ AlarmName = Literal[
     "mismatch",
     "staleness_at_bound",
     "server_loss",
+    "failed_evaluation",
 ]
 
 

@@ -135,8 +135,9 @@ class ServerConfig(Section):
     queue_timeout_s: float | None = Field(
         default=None,
         gt=0,
-        description="longest wait of a group for a place at a server, behind earlier groups or while no server holds "
-        "the current weights; a longer one ends the run; None: no limit but that for a run without servers",
+        description="longest wait of a training group for a place at a server, behind earlier groups or while no "
+        "server holds the current weights; a longer one ends the run; None: no limit but that for a run without "
+        "servers; evaluation groups wait behind all training groups, without a limit",
     )
     health_interval_s: float = Field(default=5, gt=0, description="between two looks at a server")
     unhealthy_after_s: float = Field(default=60, gt=0, description="without an answer: no more work, then a restart")
@@ -144,6 +145,12 @@ class ServerConfig(Section):
     slow_factor: float = Field(
         default=3, gt=1, description="a server this much slower a token than the median gets work last, and is named"
     )
+
+    @property
+    def max_requests_under_way(self) -> int:
+        """Requests that one server is given at a time: more than run at once, so that its queue always holds the next
+        one when responses of different lengths end."""
+        return max(1, round(1.25 * self.max_running_requests))
 
     @field_validator("placement", mode="before")
     @classmethod
@@ -197,7 +204,8 @@ class BenchmarkConfig(Section):
 class EvaluationConfig(Section):
     """pass@1 on held-out prompts and benchmarks at the first and the last policy version (and every `every_steps`).
 
-    Weights are not replaced under an evaluation: with many samples the trainer waits.
+    Weights are not replaced under an evaluation: with many samples the trainer waits. Samples are requested in groups
+    of batch.responses_per_prompt, after the training groups. An evaluation that fails raises an alarm and has no score.
     """
 
     num_prompts: int = Field(default=128, ge=1)

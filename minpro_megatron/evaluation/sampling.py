@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -22,14 +23,29 @@ RIGHT_REWARD = 1.0
 CollectGroup = Callable[[IssuedGroup], Awaitable[CollectedGroup]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What an evaluation keeps of a response."""
+
+    reward: float
+    num_tokens: int
+
+
 def evaluation_groups(
     prompts: Sequence[tuple[Prompt, np.ndarray]],
     samples_per_prompt: int,
     run_seed: int,
     policy_version: int,
     benchmark: str = HELDOUT,
+    *,
+    max_group_size: int,
 ) -> list[IssuedGroup]:
-    """One group a prompt, with sampling seeds of its own for every policy version. `batch_index` is -1."""
+    """Each prompt's samples in groups of at most `max_group_size`, with sampling seeds of their own for every policy
+    version. `group_id` is the prompt's place, the same for all its groups; `batch_index` is -1.
+
+    A group is one request to a server: with all samples of a prompt in it, 128 responses would have to end within
+    server.request_timeout_s, which is meant for a training group.
+    """
     purpose = f"evaluation/{benchmark}" if benchmark else "evaluation"
     return [
         IssuedGroup(
@@ -39,39 +55,52 @@ def evaluation_groups(
             prompt=prompt,
             prompt_token_ids=token_ids,
             sampling_seeds=[
-                derive_seed(run_seed, purpose, policy_version, place, sample) for sample in range(samples_per_prompt)
+                derive_seed(run_seed, purpose, policy_version, place, sample)
+                for sample in range(first, min(first + max_group_size, samples_per_prompt))
             ],
+            is_evaluation=True,
         )
         for place, (prompt, token_ids) in enumerate(prompts)
+        for first in range(0, samples_per_prompt, max_group_size)
     ]
 
 
 async def evaluate(
     groups: Sequence[IssuedGroup], collect_group: CollectGroup, benchmark: str = HELDOUT
 ) -> EvaluationResult:
-    """pass@1 over the groups. The time includes waiting for servers that are busy with training groups."""
+    """pass@1 over the prompts of the groups, which have equally many samples each. The time includes waiting for
+    servers that are busy with training groups. Raises what `collect_group` raised first; the other groups are then
+    given up."""
     start = time.monotonic()
-    async with asyncio.TaskGroup() as tasks:
-        pending = [tasks.create_task(_collect(collect_group, group)) for group in groups]
-    collected = [task.result() for task in pending]
-    samples_per_prompt = len(groups[0].sampling_seeds)
-    num_correct = [sum(response.reward >= RIGHT_REWARD for response in group.responses) for group in collected]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            pending = [tasks.create_task(_collect(collect_group, group)) for group in groups]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    of_prompts: dict[int, list[_Sample]] = {}
+    for group, task in zip(groups, pending, strict=True):
+        of_prompts.setdefault(group.group_id, []).extend(task.result())
+    samples = list(of_prompts.values())
+    samples_per_prompt = len(samples[0])
+    num_correct = [sum(sample.reward >= RIGHT_REWARD for sample in of_prompt) for of_prompt in samples]
     pass_at_1 = mean_pass_at_k(samples_per_prompt, num_correct, k=1)
-    lengths = [len(response.token_ids) for group in collected for response in group.responses]
+    lengths = [sample.num_tokens for of_prompt in samples for sample in of_prompt]
     return EvaluationResult(
         policy_version=groups[0].policy_version,
         benchmark=benchmark,
         pass_at_1=pass_at_1.mean,
         standard_error=pass_at_1.standard_error,
-        num_prompts=len(groups),
+        num_prompts=len(samples),
         samples_per_prompt=samples_per_prompt,
         mean_response_tokens=float(np.mean(lengths)),
         wall_time_s=time.monotonic() - start,
     )
 
 
-async def _collect(collect_group: CollectGroup, group: IssuedGroup) -> CollectedGroup:
-    return await collect_group(group)
+async def _collect(collect_group: CollectGroup, group: IssuedGroup) -> list[_Sample]:
+    # The tokens are dropped at once: those of all samples together are gigabytes.
+    collected = await collect_group(group)
+    return [_Sample(response.reward, len(response.token_ids)) for response in collected.responses]
 
 
 def append_result(run_dir: Path, result: EvaluationResult) -> None:

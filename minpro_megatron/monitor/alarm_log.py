@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from minpro_megatron.config.alarms import AlarmName
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.monitor.alarms import CHECKS, Alarm, AlarmWatch, Limits
+from minpro_megatron.monitor.alarms import CHECKS, Alarm, AlarmWatch, Limits, describe_failed_evaluations
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import LineTail, read_history
 
@@ -39,10 +40,18 @@ class AlarmLog:
         """The alarms that the metrics of global step `step` raise, written and logged."""
         raised = self._watch.add(step, metrics)
         for alarm in raised:
-            log.warning("alarm: %s", alarm)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(alarm) | {"time": time.time()}) + "\n")
+            self._raise(alarm)
         return raised
+
+    def failed_at_end(self, last_step: int, num_evaluations: int) -> None:
+        """So many evaluations failed after `last_step`, the run's last: no step's metrics will count them."""
+        name: AlarmName = "failed_evaluation"
+        self._raise(Alarm(last_step, name, describe_failed_evaluations(num_evaluations), CHECKS[name].remedy))
+
+    def _raise(self, alarm: Alarm) -> None:
+        log.warning("alarm: %s", alarm)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(alarm) | {"time": time.time()}) + "\n")
 
     def counts(self) -> dict[str, float]:
         """How often alarms were raised since the run's start, as metrics."""

@@ -168,6 +168,16 @@ def _server_loss(series: Series, limits: Limits) -> str | None:
     return None
 
 
+def _failed_evaluation(series: Series, limits: Limits) -> str | None:
+    counts = series.last("fleet/failed_evaluations", 2)
+    failed = counts[-1] - (counts[-2] if len(counts) == 2 else 0) if counts else 0
+    return describe_failed_evaluations(failed) if failed > 0 else None
+
+
+def describe_failed_evaluations(count: float) -> str:
+    return f"{count:.0f} evaluation{'s' * (count > 1)} failed since the step before: there are no scores of them"
+
+
 @dataclass(frozen=True)
 class _Watched:
     check: Check
@@ -217,6 +227,11 @@ CHECKS: dict[AlarmName, _Watched] = {
     "server_loss": _Watched(
         _server_loss, "see logs/serve.log and logs/server-*.log; serve restarts its own servers, others are yours"
     ),
+    "failed_evaluation": _Watched(
+        _failed_evaluation,
+        "logs/collect.log says which and why: raise server.request_timeout_s if requests were late, and see "
+        "logs/server-*.log if servers failed",
+    ),
 }  # fmt: skip
 WATCHED = (
     *MUST_BE_FINITE,
@@ -227,6 +242,7 @@ WATCHED = (
     "overlap/trainer_wait_share",
     "fleet/members",
     "fleet/restarts",
+    "fleet/failed_evaluations",
 )
 
 

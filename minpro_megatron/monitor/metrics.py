@@ -243,6 +243,9 @@ METRICS: dict[str, Declaration] = {
     "fleet/restarts": Declaration("servers", "sum", "servers that came back or lost their weights, since the start"),
     "fleet/tokens/<server>": Declaration("tokens", "sum", "tokens sampled by a server, since the start"),
     "fleet/tokens_per_s/<server>": Declaration("tokens/s", "mean", "rate of one response on a server"),
+    "fleet/failed_evaluations": Declaration(
+        "evaluations", "sum", "given up after failures of a group, since the start"
+    ),
     "fleet/failures/<kind>": Declaration("requests", "sum", "requests that failed, since the start"),
     "fleet/invalid_answers/<kind>": Declaration(
         "answers", "sum", "answers refused, since the start; none is trained on"

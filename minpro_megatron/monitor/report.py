@@ -112,7 +112,9 @@ def _cards(config: Mapping[str, Any], history: Sequence[Entry], summary: RunSumm
 def _accuracy_card(summary: RunSummary) -> dict[str, str]:
     before, after = summary.pass_at_1_before, summary.pass_at_1_after
     if before is None:
-        return {"label": "Held-out pass@1", "value": "not evaluated"}
+        if after is None:
+            return {"label": "Held-out pass@1", "value": "not evaluated"}
+        return {"label": "Held-out pass@1", "value": percent(after), "note": "of the initial weights there is none"}
     if after is None:
         return {"label": "Held-out pass@1", "value": percent(before), "note": "one evaluation only"}
     errors = f"± {percent(summary.standard_error_before)} → ± {percent(summary.standard_error_after)}"

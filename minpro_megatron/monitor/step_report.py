@@ -14,7 +14,7 @@ from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, smalle
 from minpro_megatron.monitor.samples import MAX_TOKENS, write_samples
 from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.writer import RunWriter
-from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
+from minpro_megatron.records import Batch, CollectedGroup, CollectorTotals, EvaluationResult
 
 SAMPLES_EVERY_STEPS = 10
 HISTOGRAMS_EVERY_STEPS = 10
@@ -124,6 +124,8 @@ class StepReport:
         self._compute = compute
         self._alarms = alarms
         self._evaluated: set[tuple[int, str]] = set()
+        self._last_step = first_step
+        self._failed_evaluations = 0  # that the steps' metrics count
         self._log_ratios: np.ndarray | None = None  # of the batch's response tokens, where they are recorded
 
     def trained(self, behavior_log_probs: np.ndarray, log_probs: Sequence[np.ndarray]) -> None:
@@ -149,7 +151,15 @@ class StepReport:
             told = "\n".join(f"- **{alarm.name}**: {alarm.seen}. Try: {alarm.remedy}" for alarm in raised)
             self._writer.text(step, "alarms", told)
         self._writer.scalars(step, scalars)
+        self._last_step, self._failed_evaluations = step, int(scalars.get("fleet/failed_evaluations", 0))
         return raised
+
+    def finished(self, totals: CollectorTotals) -> None:
+        """Writes what came after the last global step: its evaluations, or an alarm about those that failed."""
+        self.evaluations(totals.evaluations)
+        failed = totals.failed_evaluations - self._failed_evaluations
+        if failed > 0 and self._alarms is not None:
+            self._alarms.failed_at_end(self._last_step, failed)
 
     def _rates(self, scalars: Mapping[str, float], batch: Batch) -> dict[str, float]:
         response_tokens = sum(len(response.token_ids) for group in batch.groups for response in group.responses)

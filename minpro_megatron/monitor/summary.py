@@ -60,13 +60,11 @@ def summarize(
 ) -> RunSummary:
     """The summary of a run from its settings, the collector's totals and the trainer's clocks.
 
-    "Before" and "after" are the held-out evaluations of the lowest and the highest policy version; with only one
-    evaluation there is no "after".
+    "Before" and "after" are the held-out evaluations of the initial weights and of the last version. One that failed is
+    missing: that of another version is no substitute.
     """
-    heldout = [evaluation for evaluation in totals.evaluations if not evaluation.benchmark]
-    evaluations = sorted(heldout, key=lambda evaluation: evaluation.policy_version)
-    before = evaluations[0] if evaluations else None
-    after = evaluations[-1] if len(evaluations) > 1 else None
+    heldout = {evaluation.policy_version: evaluation for evaluation in totals.evaluations if not evaluation.benchmark}
+    before, after = heldout.get(0), heldout.get(config.num_global_steps)
     return RunSummary(
         name=config.name,
         objective=config.objective.name,

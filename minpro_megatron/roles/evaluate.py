@@ -69,6 +69,7 @@ def plan(
                     prompt=prompt.prompt,
                     prompt_token_ids=prompt.token_ids,
                     sampling_seeds=[derive_seed(seed, f"benchmark/{name}/{prompt.prompt.id}", i) for i in places],
+                    is_evaluation=True,
                 )
                 tasks.append(Task(name, first, group))
     left_out = set(done)

@@ -193,7 +193,7 @@ class Timer:
     def _finish(self) -> CollectorTotals:
         while not isinstance(totals := self.feed.finish(), CollectorTotals):
             self._send(totals)
-        self.report.evaluations(totals.evaluations)
+        self.report.finished(totals)
         return totals
 
     @contextmanager

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 import numpy as np
 
 from minpro_megatron.config.run import RunConfig
@@ -64,13 +65,13 @@ class Collector:
         self._journal = journal
         self._stream = stream
         self._collect_group = collect_group
-        self._leases = Leases(servers, heldout[0].token_ids.tolist())
         sampling = config.sampling
         # evaluations get no routes: nothing is trained on them, and routes are many times larger than tokens
         self._training = SamplingParameters(
             sampling.temperature, sampling.max_response_tokens, with_routes=config.model.routing_replay == "rollout"
         )
         self._evaluations = Evaluations(config, [heldout_set(config, heldout), *benchmarks], collect_group)
+        self._leases = Leases(servers, heldout[0].token_ids.tolist(), self._evaluations)
         self._changed = asyncio.Condition()
         self._num_changes = 0
         self._writing_status = asyncio.Lock()
@@ -192,6 +193,8 @@ class Collector:
 
     async def _evaluate(self, chosen: EvaluationSet, version: int) -> None:
         result = await self._evaluations.evaluate(chosen, version)
+        if result is None:
+            return
         append_result(self._config.run_dir, result)
         await self._journal.evaluate(result)
         log.info(
@@ -297,7 +300,7 @@ class Collector:
         # after a restart the servers hold the initial weights, and nothing is under way on them
         if await self._wait_until(self._may_publish if self._serving else self._leases.can_grant, timeout_s):
             in_flight = self._serving and self._config.staleness.mode == "bounded"
-            self._leases.grant(version, self._evaluations.results, in_flight)
+            self._leases.grant(version, in_flight)
         return self._leases.current
 
     def _may_publish(self) -> bool:
@@ -321,7 +324,7 @@ class Collector:
         """Whether a server waits for the weights of now; if so, there is a lease for it."""
         # bounded mode: a server that was silent for a moment may have kept its requests
         in_flight = self._config.staleness.mode == "bounded"
-        return self._serving and self._leases.grant_again(self._version, self._evaluations.results, in_flight)
+        return self._serving and self._leases.grant_again(self._version, in_flight)
 
     async def checkpoint_begin(self, version: int) -> None:
         """Returns when the journal would survive a power cut: the checkpoint of `version` will rely on it."""
@@ -364,7 +367,10 @@ class Collector:
         def evaluated() -> bool:
             return not self._evaluations.due(self._num_steps)
 
-        return await self._journal.totals() if await self._wait_until(evaluated, timeout_s) else self._leases.current
+        if not await self._wait_until(evaluated, timeout_s):
+            return self._leases.current
+        totals = await self._journal.totals()
+        return msgspec.structs.replace(totals, failed_evaluations=self._evaluations.num_failed)
 
     async def totals_delivered(self) -> None:
         """Lets `run` return: the trainer has its answer."""

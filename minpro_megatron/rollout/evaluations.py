@@ -1,15 +1,22 @@
-"""Evaluations inside a run: which prompts at which versions, what is there and what is still due."""
+"""Evaluations inside a run: which prompts at which versions, what is there and what is still due.
 
+An evaluation that fails is reported and left out. It measures the run, which goes on without it.
+"""
+
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.evaluation.sampling import HELDOUT, evaluate, evaluation_groups
 from minpro_megatron.records import CollectedGroup, EvaluationResult, IssuedGroup, Prompt
+from minpro_megatron.rollout.generation import GenerationError
 from minpro_megatron.rollout.prompts import Rendering, TokenizedPrompt, load_prompts, tokenize
 from minpro_megatron.rollout.staleness import evaluated_versions
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.client import SamplingParameters
+
+log = logging.getLogger(__name__)
 
 CollectGroup = Callable[[IssuedGroup, SamplingParameters], Awaitable[CollectedGroup]]
 
@@ -51,12 +58,15 @@ def benchmark_sets(config: RunConfig, tokenizer: TextTokenizer, rendering: Rende
 
 
 class Evaluations:
-    """The run's evaluations; `results` are those that have ended. While one is `under_way`, weights must not change."""
+    """The run's evaluations; `results` are those that have succeeded. While one is `under_way`, weights must not
+    change."""
 
     def __init__(self, config: RunConfig, sets: Sequence[EvaluationSet], collect_group: CollectGroup) -> None:
         self.results: list[EvaluationResult] = []
         self.under_way = False
+        self._failed: set[tuple[int, str]] = set()  # (version, name) of sets that are not evaluated again
         self._sets = list(sets)
+        self._group_size = config.batch.responses_per_prompt
         self._seed = config.seed
         self._versions = set(evaluated_versions(config.num_global_steps, config.evaluation.every_steps))
         self._sampling = SamplingParameters(
@@ -65,15 +75,37 @@ class Evaluations:
         self._collect_group = collect_group
 
     def due(self, version: int) -> list[EvaluationSet]:
-        """What is to be evaluated with `version` and has no result yet."""
-        done = {result.benchmark for result in self.results if result.policy_version == version}
-        return [chosen for chosen in self._sets if chosen.name not in done] if version in self._versions else []
+        """What is to be evaluated with `version`, has no result yet and has not failed."""
+        if version not in self._versions:
+            return []
+        done = {(result.policy_version, result.benchmark) for result in self.results} | self._failed
+        return [chosen for chosen in self._sets if (version, chosen.name) not in done]
 
-    async def evaluate(self, chosen: EvaluationSet, version: int) -> EvaluationResult:
-        """pass@1 of the set under the weights of now, which are those of `version`."""
+    async def evaluate(self, chosen: EvaluationSet, version: int) -> EvaluationResult | None:
+        """pass@1 of the set under the current weights, which are those of `version`; None if some of its samples could
+        not be obtained. It is then not due any more."""
         prompts = [(tokenized.prompt, tokenized.token_ids) for tokenized in chosen.prompts]
-        groups = evaluation_groups(prompts, chosen.samples_per_prompt, self._seed, version, chosen.name)
-        return await evaluate(groups, lambda group: self._collect_group(group, self._sampling), chosen.name)
+        groups = evaluation_groups(
+            prompts, chosen.samples_per_prompt, self._seed, version, chosen.name, max_group_size=self._group_size
+        )
+        try:
+            return await evaluate(groups, lambda group: self._collect_group(group, self._sampling), chosen.name)
+        except GenerationError as error:
+            # A score over the prompts that did succeed would be one of the easier ones.
+            self._failed.add((version, chosen.name))
+            log.error(
+                "version %d: the evaluation on %s failed, the run goes on without it: %s",
+                version, chosen.name or "the held-out prompts", error,
+            )  # fmt: skip
+            return None
+
+    def metrics(self) -> dict[str, float]:
+        """Totals since the start, for the lease."""
+        return {"fleet/failed_evaluations": float(self.num_failed)}
+
+    @property
+    def num_failed(self) -> int:
+        return len(self._failed)
 
 
 def heldout_set(config: RunConfig, heldout: Sequence[TokenizedPrompt]) -> EvaluationSet:

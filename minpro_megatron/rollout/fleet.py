@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
-from minpro_megatron.rollout.dispatch import Dispatcher
+from minpro_megatron.rollout.dispatch import Dispatcher, Ticket
 from minpro_megatron.rollout.member import Client, Key, Member, client_maker
 from minpro_megatron.serving.endpoints import num_servers, read_server_addresses
 from minpro_megatron.serving.errors import (
@@ -29,9 +29,6 @@ from minpro_megatron.serving.model_files import ModelFacts
 log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.5
-# More groups than fit: the server's queue then always holds the next one when responses of different
-# lengths end.
-QUEUE_FACTOR = 1.25
 # An answer to /model_info needs none of the server's computing, but its process may be busy with a large answer.
 LONGEST_PROBE_S = 30.0
 
@@ -60,9 +57,7 @@ class Fleet:
         self._run_dir = config.run_dir
         self._incarnation = incarnation
         self._num_expected = num_servers(config.server)
-        responses = config.batch.responses_per_prompt
-        max_groups = max(1, round(QUEUE_FACTOR * config.server.max_running_requests / responses))
-        self._dispatcher = Dispatcher(self._current, max_groups, config.server.slow_factor)
+        self._dispatcher = Dispatcher(self._current, config.server.max_requests_under_way, config.server.slow_factor)
         self._make_client = make_client or client_maker(config, facts)
         self._members: dict[Key, Member] = {}
         self._changed = asyncio.Event()
@@ -142,21 +137,23 @@ class Fleet:
     def _current(self) -> list[Member]:
         return [member for member in self._alive() if member.held_version == self.version]
 
-    async def acquire(self, ticket: int, tried: Collection[Key] = ()) -> Member:
-        """A current server with room for a group; `release` it. See Dispatcher.acquire.
+    async def acquire(self, ticket: Ticket, num_requests: int, tried: Collection[Key] = ()) -> Member:
+        """A current server with room for a group of so many requests; `release` it. See Dispatcher.acquire.
 
-        Raises FleetError, also once the group has waited for `server.queue_timeout_s`.
+        Raises FleetError, also once a training group has waited for `server.queue_timeout_s`.
         """
         self._raise_failure()
+        # evaluation groups wait behind all training groups, for as long as these take
+        limit_s = None if ticket.is_evaluation else self._server.queue_timeout_s
         try:
-            async with asyncio.timeout(self._server.queue_timeout_s):
-                return await self._dispatcher.acquire(ticket, tried)
+            async with asyncio.timeout(limit_s):
+                return await self._dispatcher.acquire(ticket, num_requests, tried)
         except TimeoutError:
             raise FleetError(self._describe_full_queue()) from None
 
-    def release(self, member: Member) -> None:
+    def release(self, member: Member, num_requests: int) -> None:
         """The group that `acquire` returned this server for has ended there."""
-        self._dispatcher.release(member)
+        self._dispatcher.release(member, num_requests)
 
     async def failed(self, member: Member, error: ServerError) -> bool:
         """Takes note of a group's failure on a server; True if it counts against the group.

@@ -10,6 +10,7 @@ import numpy as np
 
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, Response
 from minpro_megatron.rewards.pool import RewardPool
+from minpro_megatron.rollout.dispatch import Ticket
 from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.member import Key, MemberGone
 from minpro_megatron.serving.answers import SampledSequence
@@ -39,7 +40,8 @@ class GenerationError(RuntimeError):
 class GroupCollector:
     """Samples and rewards groups.
 
-    Groups start in the order in which `collect` is called: earlier batches are not held up by later ones.
+    Groups start in the order in which `collect` is called, so that earlier batches are not held up by later ones;
+    evaluation groups start once no training group waits.
     """
 
     def __init__(self, fleet: Fleet, rewards: RewardPool, tokenizer: ResponseDecoder) -> None:
@@ -49,8 +51,8 @@ class GroupCollector:
         self._tickets = itertools.count()
 
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
-        """The group, sampled and rewarded; waits while no server can take it, at most `server.queue_timeout_s` at a
-        time. Raises GenerationError and FleetError."""
+        """The group, sampled and rewarded; waits while no server can take it, a training group at most
+        `server.queue_timeout_s` at a time. Raises GenerationError and FleetError."""
         sequences = await self.sample(issued, sampling)
         texts = graded_texts(issued.prompt, await self.response_texts(sequences))
         rewards = await self._rewards.grade_all(texts, issued.prompt.answer, issued.prompt.source)
@@ -75,11 +77,12 @@ class GroupCollector:
 
     async def sample(self, issued: IssuedGroup, sampling: SamplingParameters) -> list[SampledSequence]:
         """The group's sequences alone; otherwise as `collect`."""
-        fleet, ticket = self._fleet, next(self._tickets)
+        fleet, ticket = self._fleet, Ticket(issued.is_evaluation, next(self._tickets))
+        num_requests = len(issued.sampling_seeds)
         tried: set[Key] = set()
         num_failures = 0
         while True:
-            member = await fleet.acquire(ticket, tried)
+            member = await fleet.acquire(ticket, num_requests, tried)
             tried.add(member.key)
             try:
                 sequences = await member.generate(
@@ -100,4 +103,4 @@ class GroupCollector:
                         f"servers that answer; the last one: {error}"
                     ) from None
             finally:
-                fleet.release(member)
+                fleet.release(member, num_requests)

@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from minpro_megatron.records import EvaluationResult, PublishLease, ServerAddress
+from minpro_megatron.records import PublishLease, ServerAddress
+from minpro_megatron.rollout.evaluations import Evaluations
 
 # A server that did not take the weights gets another chance after this long.
 REPUBLISH_PAUSE_S = 15.0
@@ -41,9 +42,10 @@ class Servers(Protocol):
 class Leases:
     """Use in the collector's event loop. `current` is the lease that has not been ended yet."""
 
-    def __init__(self, servers: Servers, canary_prompt: list[int]) -> None:
+    def __init__(self, servers: Servers, canary_prompt: list[int], evaluations: Evaluations) -> None:
         self._servers = servers
         self._canary_prompt = canary_prompt
+        self._evaluations = evaluations  # the trainer reports those that have ended
         self._not_before: dict[tuple[int, int], float] = {}  # by (index, start) of a server that failed
         self._idle_before = (0.0, 0.0)  # (time, idle seconds) when the last new version was granted
         self._asked_at = -math.inf  # of serverless_s
@@ -53,12 +55,12 @@ class Leases:
     def can_grant(self) -> bool:
         return bool(self._servers.members())
 
-    def grant(self, version: int, evaluations: Sequence[EvaluationResult], requests_in_flight: bool) -> None:
+    def grant(self, version: int, requests_in_flight: bool) -> None:
         """For `version`, new to the servers: all that answer."""
-        self.current = self._make(version, self._servers.members(), evaluations, requests_in_flight)
+        self.current = self._make(version, self._servers.members(), requests_in_flight)
         self._idle_before = self._idle_now(self.current.metrics)
 
-    def grant_again(self, version: int, evaluations: Sequence[EvaluationResult], requests_in_flight: bool) -> bool:
+    def grant_again(self, version: int, requests_in_flight: bool) -> bool:
         """For `version`, which others hold already: the servers that lost it. False if there are none to try now."""
         if self.current is None:
             now = asyncio.get_running_loop().time()
@@ -69,7 +71,7 @@ class Leases:
             ]
             if not behind:
                 return False
-            self.current = self._make(version, behind, evaluations, requests_in_flight)
+            self.current = self._make(version, behind, requests_in_flight)
         return self.current.version == version
 
     def serverless_s(self) -> float:
@@ -98,26 +100,21 @@ class Leases:
             held_by = [server.index for server in self._servers.members() if server.index not in behind]
         self._servers.set_version(lease.version, held_by)
 
-    def _make(
-        self,
-        version: int,
-        servers: list[ServerAddress],
-        evaluations: Sequence[EvaluationResult],
-        requests_in_flight: bool,
-    ) -> PublishLease:
+    def _make(self, version: int, servers: list[ServerAddress], requests_in_flight: bool) -> PublishLease:
         self._servers.lend(servers)
         return PublishLease(
             version=version,
             servers=servers,
-            evaluations=list(evaluations),
+            evaluations=list(self._evaluations.results),
             requests_in_flight=requests_in_flight,
             canary_prompt=self._canary_prompt,
             metrics=self._metrics(),
         )
 
     def _metrics(self) -> dict[str, float]:
-        """The fleet's, and the share of the servers' time that was idle since the last new version was granted."""
-        metrics = self._servers.metrics()
+        """The fleet's and the evaluations', and the share of the servers' time that was idle since the last new version
+        was granted."""
+        metrics = self._servers.metrics() | self._evaluations.metrics()
         asked_at, idle_before = self._idle_before
         now, idle_s = self._idle_now(metrics)
         available_s = (now - asked_at) * metrics.get("fleet/members", 0.0)

@@ -65,6 +65,7 @@ class Member:
         self.probed_at = -float("inf")
         self.probe: asyncio.Task[None] | None = None
         self.num_groups = 0  # under way
+        self.num_requests = 0  # of these groups
         self.num_tokens = 0
         self._requests: set[asyncio.Task[list[SampledSequence]]] = set()
         self._is_back = asyncio.Event()  # cleared while the trainer may change its weights
@@ -134,15 +135,17 @@ class Member:
             await asyncio.wait(pending)
         await self.client.__aexit__(None, None, None)
 
-    def take(self) -> None:
-        """One more group is under way."""
+    def take(self, num_requests: int) -> None:
+        """One more group is under way, of so many requests."""
         self._count_idleness()
         self.num_groups += 1
+        self.num_requests += num_requests
         self._idle_since = None
 
-    def release(self) -> None:
+    def release(self, num_requests: int) -> None:
         """One group fewer is under way."""
         self.num_groups -= 1
+        self.num_requests -= num_requests
         if self.num_groups == 0:
             self._idle_since = time.monotonic()
 

@@ -18,6 +18,7 @@ from minpro_megatron.records import (
     ServerAddress,
     TrainedStep,
 )
+from minpro_megatron.rollout.evaluations import Evaluations
 from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt
 from minpro_megatron.serving.client import SampledSequence, SamplingParameters
 
@@ -196,6 +197,13 @@ class FakeServers:
             return collected(issued, versions=[first_version, self.version], routes=routes)
         finally:
             self.in_flight -= 1
+
+
+def no_evaluations() -> Evaluations:
+    async def collect(issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
+        raise AssertionError("nothing is to be evaluated")
+
+    return Evaluations(run_config(Path("unused")), [], collect)
 
 
 def write_rows(path: Path, rows: Sequence[object]) -> Path:

@@ -7,23 +7,33 @@ import pytest
 
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.rollout import member as member_module
-from minpro_megatron.rollout.dispatch import Dispatcher
+from minpro_megatron.rollout.dispatch import Dispatcher, Ticket
 from minpro_megatron.rollout.member import RATE_GROUPS, Member
 from tests.unit.rollout_fakes import sequence
 from tests.unit.test_generation import FakeClient
 
 
+def training(number: int) -> Ticket:
+    return Ticket(False, number)
+
+
+def evaluation(number: int) -> Ticket:
+    return Ticket(True, number)
+
+
 class Setting:
-    def __init__(self, count: int, max_groups: int = 2) -> None:
+    def __init__(self, count: int, max_requests: int = 2) -> None:
         self.members = [
             Member(ServerAddress(index=index, url="http://x", tensor_parallel=1), FakeClient(f"server {index}"))
             for index in range(count)
         ]
         self.current = list(self.members)
-        self.dispatcher = Dispatcher(lambda: self.current, max_groups, slow_factor=3)
+        self.dispatcher = Dispatcher(lambda: self.current, max_requests, slow_factor=3)
 
-    async def take(self, count: int) -> list[int]:
-        return [(await self.dispatcher.acquire(ticket, ())).address.index for ticket in range(count)]
+    async def take(self, count: int, num_requests: int = 1) -> list[int]:
+        return [
+            (await self.dispatcher.acquire(training(number), num_requests, ())).address.index for number in range(count)
+        ]
 
     def rate(self, index: int, wall_time_s: float, groups: int = RATE_GROUPS) -> None:
         for _ in range(groups):
@@ -34,22 +44,68 @@ def test_the_least_loaded_server_is_next() -> None:
     async def main() -> None:
         setting = Setting(3)
         assert await setting.take(4) == [0, 1, 2, 0]
-        setting.dispatcher.release(setting.members[2])
+        setting.dispatcher.release(setting.members[2], 1)
         assert await setting.take(1) == [2]
+
+    asyncio.run(main())
+
+
+def test_room_is_counted_in_requests() -> None:
+    """Eight requests a server: one of six leaves room for one of two, and none for one of four."""
+
+    async def main() -> None:
+        setting = Setting(2, max_requests=8)
+        assert await setting.take(2, num_requests=6) == [0, 1]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(setting.dispatcher.acquire(training(0), 4, ()), 0.01)
+        assert await setting.take(2, num_requests=2) == [0, 1]
+        assert [member.num_requests for member in setting.members] == [8, 8]
+        setting.dispatcher.release(setting.members[1], 6)
+        assert await setting.take(1, num_requests=4) == [1]
+
+    asyncio.run(main())
+
+
+def test_a_group_larger_than_a_server_has_one_to_itself() -> None:
+    async def main() -> None:
+        setting = Setting(2, max_requests=8)
+        assert await setting.take(1, num_requests=2) == [0]
+        assert await setting.take(1, num_requests=128) == [1]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(setting.dispatcher.acquire(training(0), 128, ()), 0.01)
+
+    asyncio.run(main())
+
+
+def test_evaluation_groups_wait_for_all_training_groups() -> None:
+    async def main() -> None:
+        setting = Setting(1, max_requests=1)
+        order: list[Ticket] = []
+
+        async def work(ticket: Ticket) -> None:
+            member = await setting.dispatcher.acquire(ticket, 1, ())
+            order.append(ticket)
+            await asyncio.sleep(0)
+            setting.dispatcher.release(member, 1)
+
+        tickets = [evaluation(0), evaluation(1), training(2), evaluation(3), training(4)]
+        await asyncio.gather(*(work(ticket) for ticket in tickets))
+        # the first one found the server free
+        assert order == [evaluation(0), training(2), training(4), evaluation(1), evaluation(3)]
 
     asyncio.run(main())
 
 
 def test_the_lowest_ticket_is_served_first_even_if_it_came_last() -> None:
     async def main() -> None:
-        setting = Setting(1, max_groups=1)
+        setting = Setting(1, max_requests=1)
         order: list[int] = []
 
-        async def work(ticket: int) -> None:
-            member = await setting.dispatcher.acquire(ticket, ())
-            order.append(ticket)
+        async def work(number: int) -> None:
+            member = await setting.dispatcher.acquire(training(number), 1, ())
+            order.append(number)
             await asyncio.sleep(0)
-            setting.dispatcher.release(member)
+            setting.dispatcher.release(member, 1)
 
         await asyncio.gather(*(work(ticket) for ticket in (5, 7, 6, 1)))
         assert order == [5, 1, 6, 7]
@@ -61,7 +117,12 @@ def test_a_group_goes_back_to_a_server_it_has_tried_only_if_there_is_no_other() 
     async def main() -> None:
         setting = Setting(2)
         tried = {setting.members[0].key}
-        assert [(await setting.dispatcher.acquire(0, tried)).address.index for _ in range(4)] == [1, 1, 0, 0]
+        assert [(await setting.dispatcher.acquire(training(0), 1, tried)).address.index for _ in range(4)] == [
+            1,
+            1,
+            0,
+            0,
+        ]
 
     asyncio.run(main())
 
@@ -112,26 +173,26 @@ def test_failures_suspend_a_server_ever_longer_until_it_succeeds(monkeypatch: py
 
 def test_suspended_servers_get_nothing() -> None:
     async def main() -> None:
-        setting = Setting(2, max_groups=1)
+        setting = Setting(2, max_requests=1)
         setting.members[0].suspend()
         assert await setting.take(1) == [1]
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(setting.dispatcher.acquire(1, ()), 0.01)
+            await asyncio.wait_for(setting.dispatcher.acquire(training(1), 1, ()), 0.01)
 
     asyncio.run(main())
 
 
 def test_a_waiter_that_is_cancelled_takes_nothing_along() -> None:
     async def main() -> None:
-        setting = Setting(1, max_groups=1)
+        setting = Setting(1, max_requests=1)
         await setting.take(1)
-        waiting = asyncio.create_task(setting.dispatcher.acquire(1, ()))
+        waiting = asyncio.create_task(setting.dispatcher.acquire(training(1), 1, ()))
         await asyncio.sleep(0)
-        setting.dispatcher.release(setting.members[0])  # it is given the server and cancelled in the same moment
+        setting.dispatcher.release(setting.members[0], 1)  # it is given the server and cancelled in the same moment
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert setting.members[0].num_groups == 0
+        assert (setting.members[0].num_groups, setting.members[0].num_requests) == (0, 0)
         assert await setting.take(1) == [0]
 
     asyncio.run(main())
@@ -140,7 +201,7 @@ def test_a_waiter_that_is_cancelled_takes_nothing_along() -> None:
 def test_a_failure_is_raised_where_groups_wait() -> None:
     async def main() -> None:
         setting = Setting(0)
-        waiting = [asyncio.create_task(setting.dispatcher.acquire(ticket, ())) for ticket in range(2)]
+        waiting = [asyncio.create_task(setting.dispatcher.acquire(training(number), 1, ())) for number in range(2)]
         await asyncio.sleep(0)
         assert setting.dispatcher.num_waiting == 2
         setting.dispatcher.fail(RuntimeError("over"))
@@ -158,11 +219,11 @@ def test_idle_time_is_time_without_groups(monkeypatch: pytest.MonkeyPatch) -> No
     (member,) = Setting(1).members
     now = 3.0
     assert member.idle_s() == 3
-    member.take()
-    member.take()
+    member.take(1)
+    member.take(1)
     now = 10.0
-    member.release()
+    member.release(1)
     assert member.idle_s() == 3
-    member.release()
+    member.release(1)
     now = 12.0
     assert member.idle_s() == 5

@@ -2,24 +2,35 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from minpro_megatron.config.run import RunConfig, parse_run_config
+from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.monitor.alarm_log import AlarmLog, read_alarms
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.writer import RunWriter
-from minpro_megatron.records import CollectorTotals, EvaluationResult, IssuedGroup
+from minpro_megatron.records import Batch, CollectorTotals, EvaluationResult, IssuedGroup
 from minpro_megatron.rollout.collector import Collector
 from minpro_megatron.rollout.evaluations import EvaluationSet, load_benchmarks
+from minpro_megatron.rollout.generation import GenerationError
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.prompts import PromptStream
 from minpro_megatron.serving.client import SamplingParameters
 from tests.unit.collector_rig import FakeTrainer
-from tests.unit.rollout_fakes import FakeServers, run_config, tokenized_prompts, write_rows
+from tests.unit.rollout_fakes import (
+    FakeServers,
+    collected,
+    issued_groups,
+    run_config,
+    tokenized_prompts,
+    write_rows,
+)
 
 SETS = [EvaluationSet("aime24", tokenized_prompts(3), 4), EvaluationSet("gsm8k", tokenized_prompts(1), 1)]
 NAMES = ["", "aime24", "gsm8k"]
@@ -73,6 +84,81 @@ def test_each_set_has_seeds_of_its_own(tmp_path: Path) -> None:
     asyncio.run(whole_run(config, servers))
     seeds = [seed for group in servers.issued if group.batch_index == -1 for seed in group.sampling_seeds]
     assert len(set(seeds)) == len(seeds) == 2 * (2 * 2 + 3 * 4 + 1 * 1)  # versions 0 and 2
+
+
+def test_samples_are_requested_in_groups_of_the_training_size_and_joined_by_prompt(tmp_path: Path) -> None:
+    config, servers = run_config(tmp_path, steps=2, delay=1), FakeServers()
+    totals = asyncio.run(whole_run(config, servers))
+    groups = [group for group in servers.issued if group.is_evaluation and group.policy_version == 0]
+    sizes = sorted((group.prompt.id, len(group.sampling_seeds)) for group in groups)
+    # the held-out prompts p0 and p1, aime24's p0 to p2 with twice as many samples, gsm8k's p0
+    assert sizes == sorted([("p0", 2), ("p1", 2), *[(f"p{i}", 2) for i in range(3) for _ in range(2)], ("p0", 1)])
+    for name, prompts, samples in (("", 2, 2), ("aime24", 3, 4)):
+        purpose = f"evaluation/{name}" if name else "evaluation"
+        seeds = np.array(
+            [[derive_seed(config.seed, purpose, 0, p, sample) for sample in range(samples)] for p in range(prompts)]
+        )
+        shares = (seeds % 2).mean(axis=1)  # FakeServers: the reward of a response
+        (found,) = [result for result in totals.evaluations if (result.policy_version, result.benchmark) == (0, name)]
+        assert (found.num_prompts, found.samples_per_prompt) == (prompts, samples)
+        assert found.pass_at_1 == pytest.approx(shares.mean())
+        assert found.mean_response_tokens == pytest.approx((1 + seeds % 4).mean())
+
+
+class FailingBenchmark(FakeServers):
+    """No server manages a prompt of aime24 at the given versions."""
+
+    def __init__(self, versions: Sequence[int]) -> None:
+        super().__init__()
+        self._versions = versions
+
+    async def collect(self, issued: IssuedGroup, sampling: SamplingParameters):
+        if issued.is_evaluation and issued.prompt.id == "p2" and issued.policy_version in self._versions:
+            raise GenerationError("group 2 (prompt 'p2'): 3 attempts failed")
+        return await super().collect(issued, sampling)
+
+
+def test_a_failed_evaluation_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, servers = run_config(tmp_path, steps=4, delay=1, evaluate_every=2), FailingBenchmark([2, 4])
+    trainer = FakeTrainer(config)
+
+    async def main() -> CollectorTotals:
+        async with collecting(config, servers) as (collector, _):
+            return await trainer.run(collector)
+
+    totals = asyncio.run(main())
+    every = [(version, name) for version in (0, 2, 4) for name in NAMES]
+    assert evaluated(totals) == [key for key in every if key not in [(2, "aime24"), (4, "aime24")]]
+    assert [lease.metrics["fleet/failed_evaluations"] for lease in trainer.leases] == [0, 0, 1, 1]
+    assert totals.failed_evaluations == 2
+    assert (
+        "version 2: the evaluation on aime24 failed, the run goes on without it: group 2 (prompt 'p2')" in caplog.text
+    )
+
+
+def test_a_failed_evaluation_raises_an_alarm(tmp_path: Path) -> None:
+    """At the step whose metrics count it; after the last step there is none, but an alarm all the same."""
+    config = run_config(tmp_path)
+    config.run_dir.mkdir(parents=True)
+    totals = CollectorTotals(
+        groups_issued=0, groups_consumed=0, groups_dropped=0, smallest_staleness=0, largest_staleness=0,
+        versions_published=0, evaluations=[RESULT], failed_evaluations=3,
+    )  # fmt: skip
+    batch = Batch(index=0, groups=[collected(group) for group in issued_groups([0])])
+    with RunWriter(config.run_dir) as writer:
+        report = StepReport(writer, str, alarms=AlarmLog(config, 0))
+        scalars = {"time/step_s": 1.0, "time/wait_for_batch_s": 0.0}
+        raised = [report.step(step, scalars | {"fleet/failed_evaluations": count}, {}, batch) for step, count in
+                  enumerate([0.0, 2.0, 2.0])]  # fmt: skip
+        report.finished(totals)
+        report.finished(msgspec.structs.replace(totals, failed_evaluations=2))
+    assert [[alarm.name for alarm in of_step] for of_step in raised] == [[], ["failed_evaluation"], []]
+    found = read_alarms(config.run_dir)
+    assert [(alarm.step, alarm.name, alarm.seen.partition(" failed")[0]) for alarm in found] == [
+        (1, "failed_evaluation", "2 evaluations"),
+        (2, "failed_evaluation", "1 evaluation"),
+    ]
+    assert '"eval/pass_at_1": 0.5' in (config.run_dir / "metrics.jsonl").read_text()
 
 
 class SlowBenchmark(FakeServers):

@@ -16,6 +16,7 @@ from minpro_megatron.monitor.metrics import check_declared
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, ServerAddress
 from minpro_megatron.rollout import fleet as fleet_module
 from minpro_megatron.rollout import member as member_module
+from minpro_megatron.rollout.dispatch import Ticket
 from minpro_megatron.rollout.fleet import Fleet, FleetError
 from minpro_megatron.rollout.generation import GenerationError, GroupCollector
 from minpro_megatron.rollout.member import client_maker
@@ -500,7 +501,7 @@ def test_a_wrong_key_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 with pytest.raises(FleetError, match=r"does server\.api_key_variable name the key"):
                     await fleet.wait_until_ready(5)
                 with pytest.raises(FleetError):
-                    await fleet.acquire(0)
+                    await fleet.acquire(Ticket(False, 0), 1)
 
     run(test())
 

@@ -134,8 +134,17 @@ def test_groups_spread_over_the_servers_and_each_stays_on_one(tmp_path: Path, gr
     assert sorted(asked) == sorted(tuple(group.sampling_seeds) for group in groups)
 
 
+def test_evaluation_groups_start_after_training_groups(tmp_path: Path, groups: list[IssuedGroup]) -> None:
+    evaluated = [msgspec.structs.replace(group, is_evaluation=True) for group in groups[:3]]
+    client = FakeClient("a", steps=3)
+    collect(tmp_path, [client], [*evaluated, *groups[3:6]], max_running_requests=2)  # one group at a time
+    seeds = [tuple(group.sampling_seeds) for group in groups]
+    # the first one found the server free
+    assert client.groups == [seeds[0], *seeds[3:6], *seeds[1:3]]
+
+
 def test_concurrency_is_bounded_and_groups_start_in_order(tmp_path: Path, groups: list[IssuedGroup]) -> None:
     client = FakeClient("a", steps=3)
-    collect(tmp_path, [client], groups, max_running_requests=4)  # 1.25 * 4 / 2 responses, rounded to 2
+    collect(tmp_path, [client], groups, max_running_requests=4)  # 5 requests: two groups of two
     assert client.most_in_flight == 2
     assert client.groups == [tuple(group.sampling_seeds) for group in groups]

@@ -13,6 +13,7 @@ from minpro_megatron.records import CollectedGroup
 from minpro_megatron.rollout import fleet as fleet_module
 from minpro_megatron.rollout.leases import Leases
 from tests.unit.fake_engine import FakeEngine
+from tests.unit.rollout_fakes import no_evaluations
 from tests.unit.sglang_answers import PROMPT, answer
 from tests.unit.test_fleet import SAMPLING, Running, issued, run, running, until
 
@@ -56,14 +57,14 @@ class Publication:
 
     def __init__(self, it: Running, engines: tuple[Engine, Engine]) -> None:
         self._it, self.engines = it, engines
-        self._leases = Leases(it.fleet, PROMPT)
+        self._leases = Leases(it.fleet, PROMPT, no_evaluations())
 
     async def begin(self) -> list[asyncio.Task[CollectedGroup]]:
         for engine in self.engines:
             engine.gate.clear()
         groups = [asyncio.create_task(self._it.groups.collect(issued(number), SAMPLING)) for number in range(2)]
         await until(lambda: all(len(engine.live) == 2 for engine in self.engines))
-        self._leases.grant(1, [], requests_in_flight=True)
+        self._leases.grant(1, requests_in_flight=True)
         return groups
 
     async def answer(self, *, aborts: bool, version: str) -> None:
@@ -134,7 +135,7 @@ def test_what_an_update_aborts_goes_on_where_the_weights_have_come_and_nowhere_e
             # it catches up, and has work again
             left_out.version = "1"
             publication._leases._not_before.clear()
-            assert publication._leases.grant_again(1, [], requests_in_flight=True)
+            assert publication._leases.grant_again(1, requests_in_flight=True)
             assert publication._leases.current is not None
             assert [server.index for server in publication._leases.current.servers] == [0]
             again = asyncio.create_task(it.groups.collect(issued(2), SAMPLING))

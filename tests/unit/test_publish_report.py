@@ -9,7 +9,7 @@ from minpro_megatron.monitor.metrics import check_declared
 from minpro_megatron.rollout.leases import Leases
 from minpro_megatron.weights.canary import Difference
 from minpro_megatron.weights.publish_report import PublishReport, publication_metrics
-from tests.unit.rollout_fakes import FakeServers
+from tests.unit.rollout_fakes import FakeServers, no_evaluations
 
 
 def report(held_by: list[int], failed: list[int], **changes: Any) -> PublishReport:
@@ -72,11 +72,11 @@ def test_the_servers_idle_share_is_that_of_the_whole_step() -> None:
 
     async def main() -> None:
         now, servers = 100.0, Servers(2)
-        leases = Leases(servers, [1])
+        leases = Leases(servers, [1], no_evaluations())
         asyncio.get_running_loop().time = lambda: now  # type: ignore[method-assign]
 
         def granted(version: int) -> float | None:
-            leases.grant(version, [], False)
+            leases.grant(version, False)
             return ended(version)
 
         def ended(version: int) -> float | None:
@@ -88,7 +88,7 @@ def test_the_servers_idle_share_is_that_of_the_whole_step() -> None:
         assert granted(1) is None
         now, servers.idle_s = 110.0, 15.0
         servers.restart(1)
-        assert leases.grant_again(1, [], False)
+        assert leases.grant_again(1, False)
         assert ended(0) == 0.75
         now, servers.idle_s = 130.0, 18.0
         assert granted(2) == 0.3

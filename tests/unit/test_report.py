@@ -56,6 +56,13 @@ def test_a_summary_is_of_the_held_out_prompts(tmp_path):
     assert example_summary(tmp_path, *benchmarks).pass_at_1_before is None
 
 
+def test_a_failed_evaluation_is_not_replaced_by_that_of_another_version(tmp_path):
+    without_first = example_summary(tmp_path, evaluation(2, 0.25), evaluation(4, 0.5))
+    assert (without_first.pass_at_1_before, without_first.pass_at_1_after) == (None, 0.5)
+    without_last = example_summary(tmp_path, evaluation(0, 0.25), evaluation(2, 0.5))
+    assert (without_last.pass_at_1_before, without_last.pass_at_1_after) == (0.25, None)
+
+
 def history(steps: int) -> list[Entry]:
     names = ("reward/accuracy", "policy/entropy", "ratio/mean", "ratio/min", "ratio/max", "staleness/mean")
     times = {"time/train_s": 0.5, "time/publish_s": 0.1, "time/step_s": 0.8}
