@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.planning.simulator import QUEUE_FACTOR, Phases, Simulation
+from minpro_megatron.planning.simulator import Phases, Simulation
 from minpro_megatron.planning.workload import GroupLengths, Workload
 
 LEFT_OUT = 3  # steps at the start, and as many as the run is off-policy at its end: servers have nothing to do there
@@ -66,8 +66,7 @@ def compare(run_dir: Path) -> tuple[IdleShares, IdleShares]:
     rates = [step[name] for step in middle for name in step if name.startswith("fleet/tokens_per_s/")]
     token_s = sum(1 / rate for rate in rates) / len(rates)
     # what waits in a server's own queue is part of the measured rate: all that a server is given counts as running
-    given = round(QUEUE_FACTOR * config.server.max_running_requests)
-    server = MeasuredServer(config.server.count, given, token_s)
+    server = MeasuredServer(config.server.count, config.server.max_requests_under_way, token_s)
     limits = config.sampling
     workload = Workload(min(8, limits.max_prompt_tokens), min(mean("response/length_mean"), limits.max_response_tokens))
     first, last = off_policy + 2, off_policy + 12

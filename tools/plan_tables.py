@@ -118,6 +118,13 @@ def _step_table(plan: Plan) -> Table:
         f"trainer waits {plan.wait_share:.0%} of it, servers are idle {plan.idle_share:.0%}",
         style="bold",
     )
+    cost = plan.evaluation
+    table.add_row(
+        "evaluation",
+        _seconds(cost.seconds),
+        f"{cost.responses:,} responses, {cost.share_of_responses:.0%} of all; {cost.times} times, each makes the run "
+        f"{_seconds(cost.added_s)} s longer",
+    )
     return table
 
 

@@ -8,21 +8,22 @@ TEMPERATURE, TOP_P, MAX_RESPONSE_TOKENS = 1.0, 0.7, 20480
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """`title` is the heading of its column."""
+    """`title` is the heading of its column, `num_prompts` the number of its prompts."""
 
     title: str
+    num_prompts: int
     samples_per_prompt: int
 
 
 # Small sets are sampled more often: one prompt more or less of AIME is 3 %.
 BENCHMARKS = {
-    "aime24": Benchmark("AIME24", 128),
-    "aime25": Benchmark("AIME25", 128),
-    "amc23": Benchmark("AMC23", 128),
-    "math500": Benchmark("MATH500", 2),
-    "olympiad": Benchmark("Olympiad", 2),
-    "minerva": Benchmark("Minerva", 2),
-    "gsm8k": Benchmark("GSM8K", 2),
+    "aime24": Benchmark("AIME24", 30, 128),
+    "aime25": Benchmark("AIME25", 30, 128),
+    "amc23": Benchmark("AMC23", 40, 128),
+    "math500": Benchmark("MATH500", 500, 2),
+    "olympiad": Benchmark("Olympiad", 675, 2),
+    "minerva": Benchmark("Minerva", 272, 2),
+    "gsm8k": Benchmark("GSM8K", 1319, 2),
 }
 # Of a benchmark from a file of one's own.
 OTHER_SAMPLES_PER_PROMPT = 2

@@ -40,6 +40,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
             "trainer_wait_share": plan.wait_share,
             "server_idle_share": plan.idle_share,
         },
+        "evaluation": asdict(plan.evaluation),
         # JSON has no infinity: a split that does not fit has no step time
         "splits": [asdict(one) | {"step_s": one.step_s if math.isfinite(one.step_s) else None} for one in plan.splits],
         "timeline": [asdict(span) for span in plan.timeline.spans],

@@ -1,22 +1,25 @@
 """Does a run fit on a cluster, and how long does a step take? Answered before anything is started, without torch."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.planning.cluster_size import ClusterSize, model_ranks, size_problems
 from minpro_megatron.planning.cluster_size import splits as splits_of
 from minpro_megatron.planning.cost_model import Calibration, DecodingServer, StepCost, TrainerCost
+from minpro_megatron.planning.evaluations import EvaluationCost, evaluation_cost, evaluation_lengths
 from minpro_megatron.planning.memory import HostMemory, RankMemory, ServerMemory, host_memory, server_memory
 from minpro_megatron.planning.problems import (
     host_problems,
     largest_rank,
     rank_problems,
+    request_problems,
     server_problems,
     stage_memories,
 )
 from minpro_megatron.planning.routes import route_file_bytes
-from minpro_megatron.planning.simulator import Phases, Simulation, Timeline
+from minpro_megatron.planning.simulator import Lengths, Phases, Simulation, Timeline
 from minpro_megatron.planning.workload import GroupLengths, Workload, batch_of
 from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
 from minpro_megatron.weights.known_models.find import find_architecture
@@ -53,6 +56,7 @@ class Plan:
     step_s: float
     wait_share: float  # of the trainer's time: waiting for rollouts
     idle_share: float  # of the servers' time: nothing to do
+    evaluation: EvaluationCost
     timeline: Timeline
     splits: list[SplitTime]  # that were tried, best first; empty where the split was given
 
@@ -116,12 +120,15 @@ class _Planner:
         server = self._server(config)
         first, last = _steady(config)
         timeline = self._simulate(config, cost, server, last)
+        evaluated = evaluation_lengths(config, self.workload)
+        with_evaluation = self._simulate(config, cost, server, last, {first: evaluated})
         ranks = stage_memories(config, self.architecture)
         host = host_memory(config, self.architecture, min(node, config.parallel.world_size), batch.tokens)
         problems = [
             *problems,
             *rank_problems(config, self.architecture, gpu, ranks),
             *server_problems(config, server.memory),
+            *request_problems(config, with_evaluation),
             *host_problems(host, gpu),
         ]
         steady = timeline.batch_s[first:last]
@@ -141,6 +148,7 @@ class _Planner:
             step_s=timeline.step_s(first, last),
             wait_share=timeline.wait_share(first, last),
             idle_share=timeline.idle_share(first, last),
+            evaluation=evaluation_cost(config, evaluated, first, timeline, with_evaluation),
             timeline=timeline,
             splits=splits,
         )
@@ -165,12 +173,19 @@ class _Planner:
             config, self.architecture, self.cluster.kind, memory, self.calibration, config.server.count, context
         )
 
-    def _simulate(self, config: RunConfig, cost: StepCost, server: DecodingServer, num_steps: int) -> Timeline:
+    def _simulate(
+        self,
+        config: RunConfig,
+        cost: StepCost,
+        server: DecodingServer,
+        num_steps: int,
+        evaluations: Mapping[int, Sequence[Lengths]] | None = None,
+    ) -> Timeline:
         phases = Phases(
             cost.score, cost.train, cost.publish, cost.pause, cost.checkpoint, config.checkpoint.every_steps
         )
         lengths = GroupLengths(config, self.workload)
-        return Simulation(config, phases, server, lengths).run(num_steps)
+        return Simulation(config, phases, server, lengths, evaluations).run(num_steps)
 
 
 def _steady(config: RunConfig) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.planning.activations import Row
 from minpro_megatron.planning.gpus import GpuKind
 from minpro_megatron.planning.memory import EXPERT_IMBALANCE, HostMemory, RankMemory, ServerMemory, rank_memory
+from minpro_megatron.planning.simulator import Timeline
 from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
 
 MOST_REMEDIES = 3  # that are told
@@ -50,6 +51,19 @@ def server_problems(config: RunConfig, memory: ServerMemory) -> list[str]:
         f"server: the KV cache of {memory.kv_tokens:,} tokens beside {memory.weights / 1e9:.1f} GB of weights must "
         f"hold sampling.max_prompt_tokens + max_response_tokens = {longest:,}: raise server.tensor_parallel = "
         f"{config.server.tensor_parallel}" + (" or server.max_total_tokens" if config.server.max_total_tokens else "")
+    ]
+
+
+def request_problems(config: RunConfig, timeline: Timeline) -> list[str]:
+    """Groups whose answer comes too late are sampled again, and as late: the third time ends the run."""
+    limit_s, longest_s = config.server.request_timeout_s, max(timeline.request_s)
+    if longest_s <= limit_s:
+        return []
+    late = sum(seconds > limit_s for seconds in timeline.request_s)
+    return [
+        f"server.request_timeout_s = {limit_s:g} must be at least the {longest_s:.0f} s that the longest of "
+        f"{len(timeline.request_s)} groups takes on a server ({late} take longer than the limit): raise it, or give "
+        "the servers less at once (server.max_running_requests)"
     ]
 
 

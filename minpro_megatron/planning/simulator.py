@@ -2,20 +2,20 @@
 
 The trainer's order of phases is that of train.py; which groups start, are consumed, and when weights may be published
 is decided by the collector's own schedules (rollout/schedule.py). A server gives all responses that run on it one token
-an iteration; how long that takes depends on how many run and how long they are.
+an iteration; how long that takes depends on how many run and how long they are. Evaluations are sampled as in a run
+(rollout/evaluations.py): behind the training groups, and a version is not replaced before its evaluation has ended.
 """
 
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.rollout.schedule import Slot, make_schedule
+from minpro_megatron.rollout.schedule import make_schedule
 
-QUEUE_FACTOR = 1.25  # groups given to a server, over those that run at once: as in rollout/fleet.py
 LONGEST_STRETCH = 512  # tokens of every response after which an iteration's duration is looked at again
 
 
@@ -73,6 +73,8 @@ class Timeline:
     step_ends: list[float]
     busy: list[list[tuple[float, float]]]  # of each server: when groups were under way on it
     batch_s: list[float]  # from the first issue of a step's groups to the last one's end
+    request_s: list[float]  # of each group: from its being sent to a server to its answer
+    evaluations: dict[int, tuple[float, float]]  # by policy version: from its publication to the last sample
 
     def window(self, first: int, last: int) -> tuple[float, float]:
         """When steps first .. last - 1 ran."""
@@ -109,6 +111,7 @@ class _Server:
     waiting: deque[tuple[int, int, int, bool]] = field(default_factory=deque)  # (group, tokens, prompt's, first of it)
     context: float = 0.0
     num_groups: int = 0
+    num_requests: int = 0  # of these groups: each response is one
     busy_since: float = 0.0
     busy: list[tuple[float, float]] = field(default_factory=list)
     stamp: int = 0  # of its event that counts
@@ -152,11 +155,13 @@ class _Server:
         if not self.num_groups:
             self.busy_since = self.now
         self.num_groups += 1
+        self.num_requests += len(lengths.responses)
         for place, length in enumerate(lengths.responses):
             self.waiting.append((group, length, lengths.prompt, place == 0))
 
-    def release(self) -> None:
+    def release(self, num_requests: int) -> None:
         self.num_groups -= 1
+        self.num_requests -= num_requests
         if not self.num_groups:
             self.busy.append((self.busy_since, self.now))
 
@@ -174,14 +179,26 @@ class Simulation:
     """One run. `run` it once."""
 
     def __init__(
-        self, config: RunConfig, phases: Phases, server: ServerModel, lengths: Callable[[int], Lengths]
+        self,
+        config: RunConfig,
+        phases: Phases,
+        server: ServerModel,
+        lengths: Callable[[int], Lengths],
+        evaluations: Mapping[int, Sequence[Lengths]] | None = None,
     ) -> None:
-        """`lengths` of a group, by its number."""
+        """`lengths` of a training group, by its number; `evaluations`: the groups that are sampled beside the training
+        groups with some policy versions."""
         self._config, self._phases, self._lengths = config, phases, lengths
         self._servers = [_Server(server) for _ in range(server.num_servers)]
-        per_group = config.batch.responses_per_prompt
-        self._max_groups = max(1, round(QUEUE_FACTOR * server.max_running / per_group))
-        self._queue: deque[Slot] = deque()
+        self._max_requests = config.server.max_requests_under_way
+        self._queue: deque[int] = deque()
+        self._evaluations = dict(evaluations or {})
+        self._evaluation_queue: deque[int] = deque()
+        self._evaluation_lengths: dict[int, Lengths] = {}  # by negative numbers, those of training groups are positive
+        self._evaluation_left = 0  # groups that have not ended
+        self._evaluated: dict[int, tuple[float, float]] = {}
+        self._sent: dict[int, float] = {}
+        self._request_s: list[float] = []
         self._left: dict[int, int] = {}  # responses of a group that have not ended
         self._server_of: dict[int, _Server] = {}
         self._issued: dict[int, float] = {}
@@ -227,7 +244,7 @@ class Simulation:
             self._schedule.consumed(step)
             if delay:
                 yield from self._fetch_and_score(step + delay, step)
-            yield ("publish", step, self._schedule.may_publish)
+            yield ("publish", step, lambda: self._schedule.may_publish() and not self._evaluation_left)
             self._pause(phases.pause)
             yield ("publish", step, phases.publish)
             self._schedule.published()
@@ -254,18 +271,43 @@ class Simulation:
     def _issue(self) -> None:
         for slot in self._schedule.to_issue():
             self._issued[slot.group_id] = self._now
-            self._queue.append(slot)
-        while self._queue:
-            server = min(self._servers, key=lambda server: server.num_groups)
-            if server.num_groups >= self._max_groups:
+            self._queue.append(slot.group_id)
+        self._start_evaluation(self._schedule.version)
+        while queue := self._queue or self._evaluation_queue:
+            group = queue[0]
+            lengths = self._lengths_of(group)
+            server = min(self._servers, key=lambda server: server.num_requests)
+            if server.num_requests and server.num_requests + len(lengths.responses) > self._max_requests:
                 return
-            group = self._queue.popleft().group_id
-            lengths = self._lengths(group)
+            queue.popleft()
             self._left[group], self._server_of[group] = len(lengths.responses), server
+            self._sent[group] = self._now
             server.advance(self._now)
             server.take(group, lengths)
             server.admit(self._numbers)
             self._plan_event(server)
+
+    def _start_evaluation(self, version: int) -> None:
+        for lengths in self._evaluations.pop(version, ()):
+            group = -1 - len(self._evaluation_lengths)
+            self._evaluation_lengths[group] = lengths
+            self._evaluation_queue.append(group)
+            self._evaluation_left += 1
+            self._evaluated[version] = (self._now, self._now)
+
+    def _lengths_of(self, group: int) -> Lengths:
+        return self._evaluation_lengths[group] if group < 0 else self._lengths(group)
+
+    def _end_group(self, group: int, server: _Server) -> None:
+        server.release(len(self._lengths_of(group).responses))
+        self._request_s.append(self._now - self._sent.pop(group))
+        if group >= 0:
+            self._ended[group] = self._now
+            self._schedule.collected(group, accepted=True)
+            return
+        self._evaluation_left -= 1
+        version = self._schedule.version  # it is not replaced before its evaluation has ended
+        self._evaluated[version] = (self._evaluated[version][0], self._now)
 
     def _plan_event(self, server: _Server) -> None:
         server.stamp = next(self._numbers)
@@ -289,9 +331,7 @@ class Simulation:
                 self._left[group] -= 1
                 if not self._left[group]:
                     group_ended = True
-                    self._ended[group] = self._now
-                    server.release()
-                    self._schedule.collected(group, accepted=True)
+                    self._end_group(group, server)
             server.admit(self._numbers)
             self._plan_event(server)
 
@@ -299,4 +339,5 @@ class Simulation:
         for server in self._servers:
             if server.num_groups:
                 server.busy.append((server.busy_since, self._now))
-        return Timeline(self._spans, self._step_ends, [server.busy for server in self._servers], self._batch_s)
+        busy = [server.busy for server in self._servers]
+        return Timeline(self._spans, self._step_ends, busy, self._batch_s, self._request_s, self._evaluated)

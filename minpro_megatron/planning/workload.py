@@ -72,16 +72,16 @@ def _normal_quantile(share: float) -> float:
 
 
 class GroupLengths:
-    """The lengths of any group, the same for the same seed and number."""
+    """The lengths of any group, the same for the same seed, purpose and number."""
 
-    def __init__(self, config: RunConfig, workload: Workload) -> None:
+    def __init__(self, config: RunConfig, workload: Workload, purpose: str = "planned lengths") -> None:
         self._quantiles = response_quantiles(workload, config.sampling.max_response_tokens)
         self._prompt = max(1, round(workload.mean_prompt_tokens))
         self._per_group = config.batch.responses_per_prompt
-        self._seed = config.seed
+        self._seed, self._purpose = config.seed, purpose
 
     def __call__(self, group: int) -> Lengths:
-        draw = random.Random(derive_seed(self._seed, "planned lengths", group))
+        draw = random.Random(derive_seed(self._seed, self._purpose, group))
         return Lengths(self._prompt, [draw.choice(self._quantiles) for _ in range(self._per_group)])
 
 

@@ -16,6 +16,7 @@ from minpro_megatron.planning.plan import ClusterSize, Plan, plan_run
 from minpro_megatron.planning.workload import QUANTILES, GroupLengths, Workload, batch_of, response_quantiles
 from minpro_megatron.weights.known_models.find import find_architecture
 from tests.unit.planned_runs import run_to_plan
+from tests.unit.rollout_fakes import write_rows
 from tests.unit.test_import_order import PACKAGE, ROOT, imported_names
 from tools import plan_run as tool
 
@@ -39,6 +40,39 @@ def test_a_run_that_fits_has_no_problem_and_all_numbers() -> None:
     found = json.loads(json.dumps(numbers(plan), allow_nan=False))
     assert (found["fits"], found["step"]["seconds"]) == (True, plan.step_s)
     assert found["ranks"][0]["total"] == plan.ranks[0].total
+
+
+def test_an_evaluation_is_planned_with_its_share_and_its_delay() -> None:
+    benchmark = {"name": "aime24", "file": "not here", "samples_per_prompt": 20}
+    plan = planned(evaluation={"every_steps": 30, "num_prompts": 10, "benchmarks": [benchmark]}, num_global_steps=100)
+    cost = plan.evaluation
+    assert (cost.responses, cost.times) == (10 * 8 + 30 * 20, 5)
+    assert cost.groups == 10 * -(-8 // plan.config.batch.responses_per_prompt) + 30 * -(
+        -20 // plan.config.batch.responses_per_prompt
+    )
+    trained = 100 * plan.config.batch.num_prompts * plan.config.batch.responses_per_prompt
+    assert cost.share_of_responses == pytest.approx(5 * cost.responses / (5 * cost.responses + trained))
+    assert 0 < cost.added_s <= cost.seconds
+    assert numbers(plan)["evaluation"]["responses"] == cost.responses
+    assert (plan.step_s, plan.wait_share) == (planned().step_s, planned().wait_share)  # those of other steps
+
+
+def test_a_benchmark_of_unknown_size_is_refused_and_one_that_is_here_is_counted(tmp_path: Path) -> None:
+    mine = {"name": "mine", "file": str(tmp_path / "mine.jsonl"), "samples_per_prompt": 1}
+    with pytest.raises(ValueError, match=r"evaluation.benchmarks\[0\].file = .*mine.jsonl: .* set .*num_prompts"):
+        planned(evaluation={"benchmarks": [mine]})
+    rows = [{"id": str(i), "source": "s", "prompt": f"{i}?", "answer": "1"} for i in range(7)]
+    write_rows(tmp_path / "mine.jsonl", rows)
+    without = planned().evaluation.responses
+    assert planned(evaluation={"benchmarks": [mine]}).evaluation.responses == without + 7
+    assert planned(evaluation={"benchmarks": [mine | {"num_prompts": 3}]}).evaluation.responses == without + 3
+
+
+def test_a_time_limit_that_the_longest_group_exceeds_is_told() -> None:
+    (problem,) = planned(server={"request_timeout_s": 2}).problems
+    assert problem.startswith("server.request_timeout_s = 2 must be at least the ")
+    longest = int(problem.partition("at least the ")[2].partition(" s ")[0])
+    assert planned(server={"request_timeout_s": longest + 1}).problems == []
 
 
 def test_too_little_memory_is_told_with_changes_that_help() -> None:

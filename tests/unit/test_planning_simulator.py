@@ -34,10 +34,13 @@ def simulate(
     lengths: Any = None,
     prompts: int = 4,
     steps: int = 12,
+    evaluations: dict[int, list[Lengths]] | None = None,
     **settings: Any,
 ) -> Timeline:
     """Groups of two responses of 10 tokens, four groups a step."""
+    server = server or Steady()
     config = run_to_plan(
+        server={"max_running_requests": server.max_running},
         batch={"num_prompts": prompts, "mini_batch_prompts": prompts, "responses_per_prompt": 2},
         staleness=staleness,
         checkpoint={"every_steps": 0},
@@ -45,7 +48,7 @@ def simulate(
         **settings,
     )
     given = lengths or (lambda group: Lengths(0, [10, 10]))
-    return Simulation(config, phases, server or Steady(), given).run(steps)
+    return Simulation(config, phases, server, given, evaluations).run(steps)
 
 
 def test_without_delay_everything_happens_in_turn() -> None:
@@ -64,6 +67,24 @@ def test_a_delay_overlaps_updates_with_generation(delay: int) -> None:
     assert found.step_s(first, 12) == pytest.approx(11.5)
     assert found.wait_share(first, 12) == pytest.approx(6 / 11.5)
     assert found.idle_share(first, 12) == pytest.approx(1.5 / 11.5)
+
+
+def test_a_version_is_not_replaced_before_its_evaluation_has_ended() -> None:
+    found = simulate({"delay_steps": 1}, evaluations={3: [Lengths(0, [5]), Lengths(0, [30])]})
+    (start, end) = found.evaluations[3]
+    assert (start, end - start) == (pytest.approx(found.step_ends[2]), pytest.approx(30))
+    assert found.step_s(3, 4) == pytest.approx(30 + 0.5)  # sampled beside updates and scoring, then sent
+    assert found.step_s(4, 12) == pytest.approx(11.5)
+    assert sorted(found.request_s)[-2:] == pytest.approx([10, 30])
+
+
+def test_evaluation_groups_start_behind_training_groups() -> None:
+    """Eight of ten requests run at once: after the training groups' 10 s, ten of the evaluation take two rounds."""
+    evaluated = [Lengths(0, [10, 10])] * 5
+    found = simulate({"delay_steps": 1}, server=Steady(max_running=8), evaluations={3: evaluated})
+    start, end = found.evaluations[3]
+    assert end - start == pytest.approx(30)
+    assert found.batch_s == pytest.approx(simulate({"delay_steps": 1}, server=Steady(max_running=8)).batch_s)
 
 
 def test_a_trainer_slower_than_the_servers_never_waits() -> None:

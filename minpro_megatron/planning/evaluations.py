@@ -1,0 +1,80 @@
+"""What an evaluation inside a run costs: how many responses it samples, and how long the run waits for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minpro_megatron.config.rollout import BenchmarkConfig
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.evaluation.benchmarks import BENCHMARKS
+from minpro_megatron.evaluation.sampling import HELDOUT
+from minpro_megatron.planning.simulator import Lengths, Timeline
+from minpro_megatron.planning.workload import GroupLengths, Workload
+from minpro_megatron.rollout.prompts import load_prompts
+from minpro_megatron.rollout.staleness import evaluated_versions
+
+
+@dataclass(frozen=True)
+class EvaluationCost:
+    """One evaluation in mid-run. It needs no memory beside that of a training batch: servers have as many responses
+    under way as ever, and the collector keeps two numbers of each response."""
+
+    responses: int
+    groups: int  # requests, of at most batch.responses_per_prompt responses
+    seconds: float  # from the publication of its version to its last sample
+    added_s: float  # that the run takes longer for it
+    share_of_responses: float  # that the servers sample over the whole run
+    times: int  # over the whole run
+
+
+def evaluation_lengths(config: RunConfig, workload: Workload) -> list[Lengths]:
+    """The groups of an evaluation, in the order in which they are requested, with lengths like those of training.
+
+    Raises ValueError for a benchmark of which nobody knows how many prompts it has.
+    """
+    settings, size = config.evaluation, config.batch.responses_per_prompt
+    sets = [(HELDOUT, settings.num_prompts, settings.samples_per_prompt)]
+    for place, benchmark in enumerate(settings.benchmarks):
+        sets.append((benchmark.name, num_prompts(benchmark, place), benchmark.samples_per_prompt))
+    found: list[Lengths] = []
+    for name, prompts, samples in sets:
+        draw = GroupLengths(config, workload, f"planned lengths of evaluation {name}")
+        parts = [min(size, samples - first) for first in range(0, samples, size)]
+        for group in range(prompts * len(parts)):
+            lengths = draw(group)
+            found.append(Lengths(lengths.prompt, lengths.responses[: parts[group % len(parts)]]))
+    return found
+
+
+def num_prompts(benchmark: BenchmarkConfig, place: int) -> int:
+    """How many prompts are evaluated of evaluation.benchmarks[place]: as set, as in its file if that is here, or as the
+    benchmark of this name has."""
+    if benchmark.num_prompts is not None:
+        return benchmark.num_prompts
+    field = f"evaluation.benchmarks[{place}].file"
+    if Path(benchmark.file).is_file():
+        return len(load_prompts(benchmark.file, field))
+    if benchmark.name in BENCHMARKS:
+        return BENCHMARKS[benchmark.name].num_prompts
+    raise ValueError(
+        f"{field} = {benchmark.file}: there is no such file here, so its number of prompts is not known: set "
+        f"evaluation.benchmarks[{place}].num_prompts, or plan where the file is"
+    )
+
+
+def evaluation_cost(
+    config: RunConfig, groups: Sequence[Lengths], version: int, without: Timeline, with_evaluation: Timeline
+) -> EvaluationCost:
+    """From two simulations of the same steps, one of which evaluates `version`."""
+    start, end = with_evaluation.evaluations[version]
+    responses = sum(len(group.responses) for group in groups)
+    times = len(evaluated_versions(config.num_global_steps, config.evaluation.every_steps))
+    trained = config.num_global_steps * config.batch.num_prompts * config.batch.responses_per_prompt
+    return EvaluationCost(
+        responses=responses,
+        groups=len(groups),
+        seconds=end - start,
+        added_s=with_evaluation.step_ends[-1] - without.step_ends[-1],
+        share_of_responses=times * responses / (times * responses + trained),
+        times=times,
+    )
