@@ -294,7 +294,7 @@ class Trainer:
         with self.watchdog.guard(f"publishing version {lease.version}"), self._weights_of(lease.version):
             report = self.publisher.publish(lease if self.mesh.rank == 0 else None, changed)
         if self.feed and report:
-            self.feed.publish_end(lease.version, report.held_by)
+            self.feed.publish_end(lease.version, report.held_by, report.late)
             if lease.servers:  # training on a journal, there are none
                 self._publications.append(report)
                 self._fleet = lease.metrics

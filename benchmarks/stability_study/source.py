@@ -177,7 +177,7 @@ class SamplerSource:
         assert self._schedule.may_publish()
         return PublishLease(version=version, servers=[], evaluations=list(self._evaluations))
 
-    def publish_end(self, version: int, held_by: Sequence[int]) -> None:
+    def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
         self._schedule.published()
         self._serve()
 

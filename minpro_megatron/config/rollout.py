@@ -141,7 +141,20 @@ class ServerConfig(Section):
     )
     health_interval_s: float = Field(default=5, gt=0, description="between two looks at a server")
     unhealthy_after_s: float = Field(default=60, gt=0, description="without an answer: no more work, then a restart")
-    max_restarts: int = Field(default=10, ge=0, description="of one server; one more failure ends the run")
+    generation_timeout_s: float = Field(
+        default=300,
+        gt=0,
+        description="a server that answers but has generated no token for this long, although it is asked for one "
+        "every health_interval_s, hangs and is started again; not counted while weights are sent to it; from the first "
+        "token that does not come within 30 s on, it is given neither work nor weights",
+    )
+    max_restarts: int = Field(
+        default=10,
+        ge=0,
+        description="of one server within restart_window_s; after one more failure the run goes on without it until "
+        "one of them is that long ago, and ends if no other server of the run is left",
+    )
+    restart_window_s: float = Field(default=21600, gt=0, description="time over which max_restarts counts")
     slow_factor: float = Field(
         default=3, gt=1, description="a server this much slower a token than the median gets work last, and is named"
     )

@@ -241,6 +241,9 @@ METRICS: dict[str, Declaration] = {
     "fleet/retries": Declaration("groups", "sum", "groups requested again after a failure, since the start"),
     "fleet/moved_groups": Declaration("groups", "sum", "groups moved away from a server that ended, since the start"),
     "fleet/restarts": Declaration("servers", "sum", "servers that came back or lost their weights, since the start"),
+    "fleet/hung": Declaration(
+        "servers", "sum", "servers that answered and did no work: started again, since the start"
+    ),
     "fleet/tokens/<server>": Declaration("tokens", "sum", "tokens sampled by a server, since the start"),
     "fleet/tokens_per_s/<server>": Declaration("tokens/s", "mean", "rate of one response on a server"),
     "fleet/failed_evaluations": Declaration(

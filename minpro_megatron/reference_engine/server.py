@@ -61,6 +61,7 @@ class Server:
         application = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[self._authorized, _refusals])
         gets = {
             "/health": self._health,
+            "/health_generate": self._health_generate,
             "/model_info": self._model_info,
             "/server_info": self._server_info,
             "/flush_cache": self._flush_cache,
@@ -94,6 +95,10 @@ class Server:
         return _json({"error": "Unauthorized"}, status=401)
 
     async def _health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _health_generate(self, _: web.Request) -> web.Response:
+        await self._between_tokens(lambda: None)  # no answer where the sampling thread stands still
         return web.Response()
 
     async def _model_info(self, _: web.Request) -> web.Response:

@@ -41,7 +41,7 @@ class _StopRequest:
 
 
 def run(config: RunConfig, incarnation: int, servers: range | None = None) -> int:
-    """Serves until SIGTERM (exit status 0) or until a server is beyond help (status 1).
+    """Serves until SIGTERM (exit status 0), or until a first start fails or no server of the run is left (status 1).
 
     `servers`: the indices of those that this machine has, all of them unless said otherwise."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s")
@@ -81,7 +81,8 @@ def _external_servers(config: RunConfig, incarnation: int) -> list[ExternalServe
 
 
 def _watch(config: RunConfig, status: str, servers: Sequence[WatchedServer], stop_requested: _StopRequest) -> None:
-    """Returns once it is to stop. Raises ServerStartError once a server is beyond help, or all are away for long."""
+    """Returns once it is to stop. Raises ServerStartError if a server's first start fails, and once the run has no
+    server that could come back."""
     shown, last_seen, memory = "", time.monotonic(), MemoryStatement(config.run_dir, status)
     while not stop_requested():
         for server in servers:
@@ -95,15 +96,21 @@ def _watch(config: RunConfig, status: str, servers: Sequence[WatchedServer], sto
                 f"none of server.urls = {config.server.urls} has answered for server.start_timeout_s = "
                 f"{config.server.start_timeout_s:g} s; start them, or correct their addresses"
             )
-        phase = _phase(len(away), len(servers), config)
+        given_up = [server.given_up for server in servers if server.given_up is not None]
+        # With servers on other nodes the run goes on; if these are away as well, the collector ends it.
+        if len(given_up) == num_servers(config.server):
+            raise ServerStartError(given_up[0])
+        phase = _phase(len(away), len(given_up), len(servers), config)
         if phase != shown:
             write_status(config.run_dir, status, phase)
             shown = phase
         time.sleep(WATCH_INTERVAL_S)
 
 
-def _phase(num_away: int, num_servers: int, config: RunConfig) -> str:
+def _phase(num_away: int, num_given_up: int, num_servers: int, config: RunConfig) -> str:
     if not num_away:
         return "serving"
     verb = "waiting for" if config.server.urls else "starting"
+    if num_away == num_given_up:
+        verb = "serving without"
     return f"{verb} {num_away} of {num_servers} server{'s' * (num_servers > 1)}"

@@ -5,7 +5,7 @@
     POST /v1/scored                      BehaviorLogProbs
     POST /v1/consumed                    TrainedStep
     POST /v1/publish_begin/{version}     PublishLease, or 202, or 204
-    POST /v1/publish_end/{version}       {"held_by": [server indices]}
+    POST /v1/publish_end/{version}       {"held_by": [server indices], "late": [server indices]}
     POST /v1/checkpoint_begin/{version}
     POST /v1/checkpoint_end/{version}
     POST /v1/finish                      CollectorTotals, or 202, or 204
@@ -52,6 +52,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 class _Published(msgspec.Struct):
     held_by: list[int]
+    late: list[int] = []
 
 
 class CollectorApi:
@@ -167,8 +168,9 @@ class CollectorApi:
         return await _answer(lease, wanted=lease is not None and lease.version == version)
 
     async def _publish_end(self, request: web.Request) -> web.Response:
-        held_by = msgspec.json.decode(await request.read(), type=_Published).held_by
-        await (await self._must_be_ready()).publish_end(int(request.match_info["version"]), held_by)
+        told = msgspec.json.decode(await request.read(), type=_Published)
+        collector = await self._must_be_ready()
+        await collector.publish_end(int(request.match_info["version"]), told.held_by, told.late)
         return web.Response()
 
     async def _checkpoint_begin(self, request: web.Request) -> web.Response:

@@ -170,7 +170,10 @@ class Collector:
     async def _write_status(self, phase: str) -> None:
         """In a thread, for it waits for the disk; one after the other, for all write the same file."""
         async with self._writing_status:
-            await asyncio.to_thread(write_status, self._config.run_dir, "collect", phase)
+            try:
+                await asyncio.to_thread(write_status, self._config.run_dir, "collect", phase)
+            except OSError as error:  # only the display reads it
+                log.warning("the status cannot be written: %s", error)
 
     async def _sample(self, issued: IssuedGroup) -> None:
         group = await self._collect_group(issued, self._training)
@@ -306,14 +309,15 @@ class Collector:
     def _may_publish(self) -> bool:
         return not self._evaluations.under_way and self._schedule.may_publish() and self._leases.can_grant()
 
-    async def publish_end(self, version: int, held_by: Sequence[int]) -> None:
-        """The servers of these indices hold `version`. The others get no work until they hold it too."""
+    async def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
+        """The servers of the indices `held_by` hold `version`. The others get no work until they hold it too; those
+        that were `late` with an answer are started again."""
         self._raise_failure()
         self._leases.check_end(version)
         first_time = version != self._version or not self._serving
         if first_time:
             await self._journal.publish(version)
-        self._leases.end(held_by, first_time)
+        self._leases.end(held_by, first_time, late)
         async with self._changed:
             if version != self._version:
                 self._schedule.published()

@@ -92,9 +92,11 @@ class Feed:
         comes first where servers have lost it."""
         return self._record("POST", f"publish_begin/{version}", PublishLease)
 
-    def publish_end(self, version: int, held_by: Sequence[int]) -> None:
-        """States which servers hold `version` now; they generate again."""
-        self._send("POST", f"publish_end/{version}", msgspec.json.encode({"held_by": list(held_by)}))
+    def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
+        """States which servers hold `version` now, so that they generate again, and which were late with an answer, so
+        that they are started again."""
+        body = msgspec.json.encode({"held_by": list(held_by), "late": list(late)})
+        self._send("POST", f"publish_end/{version}", body)
 
     def checkpoint_begin(self, version: int) -> None:
         """Returns when all that the checkpoint of `version` relies on would survive a power cut."""

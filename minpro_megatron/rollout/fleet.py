@@ -15,7 +15,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.rollout.dispatch import Dispatcher, Ticket
 from minpro_megatron.rollout.member import Client, Key, Member, client_maker
-from minpro_megatron.serving.endpoints import num_servers, read_server_addresses
+from minpro_megatron.serving.endpoints import num_servers, read_server_addresses, request_restart
 from minpro_megatron.serving.errors import (
     InvalidAnswer,
     RequestRefused,
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 0.5
 # An answer to /model_info needs none of the server's computing, but its process may be busy with a large answer.
 LONGEST_PROBE_S = 30.0
+# For one token. SGLang gives up after 20 s itself.
+GENERATION_PROBE_S = 30.0
 
 
 class FleetError(RuntimeError):
@@ -57,7 +59,11 @@ class Fleet:
         self._run_dir = config.run_dir
         self._incarnation = incarnation
         self._num_expected = num_servers(config.server)
-        self._dispatcher = Dispatcher(self._current, config.server.max_requests_under_way, config.server.slow_factor)
+        self._dispatcher = Dispatcher(
+            self._current,
+            config.server.max_requests_under_way,
+            config.server.slow_factor,
+        )
         self._make_client = make_client or client_maker(config, facts)
         self._members: dict[Key, Member] = {}
         self._changed = asyncio.Event()
@@ -131,8 +137,24 @@ class Fleet:
         if outdated := [address.index for address in self.outdated()]:
             log.warning("version %d: servers %s do not hold it and get no work", version, outdated)
 
+    def request_restart(self, servers: Sequence[ServerAddress], reason: str) -> None:
+        """Asks `serve` to start these servers again; until then they get neither work nor weights."""
+        for address in servers:
+            member = self._members.get((address.index, address.start))
+            if member is None or member.is_to_restart:
+                continue
+            log.warning("%s is to be started again: %s", member.name, reason)
+            self._counts["hung"] += 1
+            member.is_to_restart = True
+            member.move_groups()
+            try:
+                request_restart(self._run_dir, address, self._incarnation, reason)
+            except OSError as error:  # a network file system may fail for a moment: asked again at its next failure
+                log.warning("the restart of %s cannot be requested yet: %s", member.name, error)
+                member.is_to_restart = False
+
     def _alive(self) -> list[Member]:
-        return sorted((m for m in self._members.values() if m.has_joined and m.answers), key=lambda m: m.key)
+        return sorted((m for m in self._members.values() if m.is_well), key=lambda m: m.key)
 
     def _current(self) -> list[Member]:
         return [member for member in self._alive() if member.held_version == self.version]
@@ -186,7 +208,7 @@ class Fleet:
             "groups_in_flight": sum(member.num_groups for member in self._members.values()),
             "groups_waiting": self._dispatcher.num_waiting,
             "idle_s": idle_s,
-            **{name: self._counts[name] for name in ("groups", "retries", "moved_groups", "restarts")},
+            **{name: self._counts[name] for name in ("groups", "retries", "moved_groups", "restarts", "hung")},
             **self._counts,
             **{f"tokens/{index}": count for index, count in sorted(tokens.items())},
             **{f"tokens_per_s/{m.address.index}": rate for m in alive if (rate := m.rate) is not None},
@@ -247,6 +269,8 @@ class Fleet:
             interval_s = self._server.health_interval_s if member.answers else WATCH_INTERVAL_S
             if member.probe is None and now - member.probed_at >= interval_s:
                 member.probe = asyncio.create_task(self._probe(member))
+            if member.has_joined and member.answers and member.generation.is_due(self._server.health_interval_s):
+                member.generation.probe = asyncio.create_task(self._probe_generation(member))
 
     async def _probe(self, member: Member) -> None:
         try:
@@ -256,6 +280,28 @@ class Fleet:
         member.probe = None
         if member.probed_at < 0:  # a publication has ended meanwhile: its answer was too old
             self._probe_members()
+
+    async def _probe_generation(self, member: Member) -> None:
+        was_well, limit_s = member.generation.is_well, self._server.generation_timeout_s
+        try:
+            found = await member.generation.ask(lambda: member.client.generates(min(GENERATION_PROBE_S, limit_s)))
+        except Exception as error:  # a fault of this program must not pass for one of the server
+            self._fail(error)
+            return
+        finally:
+            member.generation.probe = None
+        if found is None:
+            return
+        if found != was_well:
+            state = "generates again" if found else "answers, but generates nothing: it gets no new work"
+            log.warning("%s %s", member.name, state)
+        if member.generation.is_silent_for(limit_s):
+            self.request_restart(
+                [member.address],
+                f"it answers, but has generated nothing for server.generation_timeout_s = {limit_s:g} s",
+            )
+        self._changed.set()
+        self._dispatcher.dispatch()
 
     async def _ask(self, member: Member) -> None:
         """Asks the server for its version, and takes note whether it answers."""
@@ -281,6 +327,7 @@ class Fleet:
         member.answers = True
         if not member.has_joined:
             member.has_joined, member.named_version = True, None
+            member.generation.seen()  # serve has seen it generate before it stated the address
             self._counts["restarts"] += member.address.start > 0
             # Only the initial weights are known by their version: what else a server calls its weights may be left
             # from another run, or from a publication that broke off.

@@ -127,7 +127,7 @@ class JournalFeed:
         """A lease without servers: there is nobody to publish to."""
         return PublishLease(version=version, servers=[], evaluations=[])
 
-    def publish_end(self, version: int, held_by: Sequence[int]) -> None:
+    def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
         assert not held_by, "a journal has no servers"
 
     def checkpoint_begin(self, version: int) -> None:

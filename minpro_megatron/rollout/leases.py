@@ -36,6 +36,10 @@ class Servers(Protocol):
         """From now on `version` is the version of now; the servers of these indices hold it."""
         ...
 
+    def request_restart(self, servers: Sequence[ServerAddress], reason: str) -> None:
+        """These servers do no work and are to be started again."""
+        ...
+
     def metrics(self) -> dict[str, float]: ...
 
 
@@ -87,8 +91,9 @@ class Leases:
         if self.current is None or version != self.current.version:
             raise Conflict(f"publish_end of version {version}: there is no lease for it")
 
-    def end(self, held_by: Sequence[int], first_time: bool) -> None:
-        """The servers of these indices hold the lease's version. `first_time`: no others do."""
+    def end(self, held_by: Sequence[int], first_time: bool, late: Sequence[int] = ()) -> None:
+        """The servers of these indices hold the lease's version. `first_time`: no others do. Those that were `late`
+        with an answer to the trainer hang: they are started again, or the next publication would wait for them too."""
         assert self.current is not None, "check_end comes first"
         lease, self.current = self.current, None
         now = asyncio.get_running_loop().time()
@@ -99,6 +104,8 @@ class Leases:
             behind = {server.index for server in self._servers.outdated()} - set(held_by)
             held_by = [server.index for server in self._servers.members() if server.index not in behind]
         self._servers.set_version(lease.version, held_by)
+        hanging = [server for server in lease.servers if server.index in late and server.index not in held_by]
+        self._servers.request_restart(hanging, f"late with an answer while version {lease.version} was published")
 
     def _make(self, version: int, servers: list[ServerAddress], requests_in_flight: bool) -> PublishLease:
         self._servers.lend(servers)

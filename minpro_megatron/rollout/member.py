@@ -9,6 +9,7 @@ import numpy as np
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
+from minpro_megatron.rollout.generation_watch import GenerationWatch
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.client import SamplingParameters, ServerClient, answer_thread
@@ -36,6 +37,8 @@ class Client(Protocol):
 
     async def policy_version(self, timeout_s: float) -> int: ...
 
+    async def generates(self, timeout_s: float) -> bool: ...
+
     async def generate(
         self,
         prompt_token_ids: np.ndarray,
@@ -61,9 +64,11 @@ class Member:
         self.named_version: int | None = None  # said to have been sent there, not yet confirmed by the server
         self.has_joined = False  # it has answered once
         self.answers = False  # it answered when it was last asked
+        self.is_to_restart = False  # `serve` was asked to start it again
         self.answered_at = time.monotonic()
         self.probed_at = -float("inf")
         self.probe: asyncio.Task[None] | None = None
+        self.generation = GenerationWatch()
         self.num_groups = 0  # under way
         self.num_requests = 0  # of these groups
         self.num_tokens = 0
@@ -109,9 +114,15 @@ class Member:
         self.succeeded(sequences, wall_time_s)
         return sequences
 
+    @property
+    def is_well(self) -> bool:
+        """Whether the server can be given work or weights, as far as it is known."""
+        return self.has_joined and self.answers and self.generation.is_well and not self.is_to_restart
+
     def lend(self) -> None:
         """The trainer may change the weights from now on: answers and continuations wait until `take_back`."""
         self._is_back.clear()
+        self.generation.suspend()
 
     def take_back(self, with_the_weights: bool) -> None:
         """The trainer is done. Without the weights it should have got, nobody vouches for those that went on with what
@@ -119,6 +130,7 @@ class Member:
         if not with_the_weights:
             self.move_groups()
         self._is_back.set()
+        self.generation.resume()
 
     def move_groups(self) -> None:
         """Ends all requests under way: each raises MemberGone where it is awaited."""
@@ -128,9 +140,10 @@ class Member:
     async def close(self) -> None:
         """Ends what is under way, then the client."""
         self.move_groups()
-        if self.probe is not None:
-            self.probe.cancel()
-        pending = [task for task in (*self._requests, self.probe) if task is not None]
+        probes = [probe for probe in (self.probe, self.generation.probe) if probe is not None]
+        for probe in probes:
+            probe.cancel()
+        pending = [*self._requests, *probes]
         if pending:
             await asyncio.wait(pending)
         await self.client.__aexit__(None, None, None)
@@ -176,6 +189,7 @@ class Member:
     def succeeded(self, sequences: Sequence[SampledSequence], wall_time_s: float) -> None:
         """Takes note of a group's tokens and of how fast they came."""
         self._num_failures = 0
+        self.generation.seen()
         lengths = [len(sequence.token_ids) for sequence in sequences]
         self.num_tokens += sum(lengths)
         # the longest response ran all the time

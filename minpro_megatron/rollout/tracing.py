@@ -62,6 +62,9 @@ class TracedClient:
     async def policy_version(self, timeout_s: float) -> int:
         return await self._client.policy_version(timeout_s)
 
+    async def generates(self, timeout_s: float) -> bool:
+        return await self._client.generates(timeout_s)
+
     async def generate(
         self,
         prompt_token_ids: np.ndarray,
@@ -140,8 +143,8 @@ class TracedCollector(Collector):
             self._recorder.add(name, asked, self._granted[version], track="publication")
         return lease
 
-    async def publish_end(self, version: int, held_by: Sequence[int]) -> None:
-        await super().publish_end(version, held_by)
+    async def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
+        await super().publish_end(version, held_by, late)
         now = self._recorder.now()
         granted = self._granted.pop(version, now)
         self._recorder.add(f"publish version {version}", granted, now, track="publication", held_by=list(held_by))

@@ -13,6 +13,7 @@ import numpy as np
 
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.records import ServerAddress
+from minpro_megatron.serving.answer_limits import MAX_INFO_BYTES
 from minpro_megatron.serving.answers import ABORTED, AnswerChecker, SampledSequence, SentRequest, joined
 from minpro_megatron.serving.errors import (
     AnswerTimeout,
@@ -143,7 +144,7 @@ class ServerClient:
         limit = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.get(f"{self.address.url}/model_info", timeout=limit) as response:
-                body = await response.read()
+                body = await self._small_body(response)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             kind = AnswerTimeout if isinstance(error, TimeoutError) else ServerUnavailable
             raise kind(self.name, "model_info", "connection", named(error)) from error
@@ -152,6 +153,19 @@ class ServerClient:
             return int(msgspec.json.decode(body, type=dict)["weight_version"])
         except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
             raise InvalidAnswer(self.name, "model_info", "weight_version", named(error)) from error
+
+    async def generates(self, timeout_s: float) -> bool:
+        """Whether the server's scheduler does its work: it has sent something, or one token of a request of its own,
+        within `timeout_s`. Says no while generation is paused or weights are loaded."""
+        assert self._session is not None, "use `async with` around the client"
+        limit = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            # Behind a full queue a request of ours would wait for minutes. SGLang counts whatever it has sent since,
+            # and generates the token only where nothing else is under way.
+            async with self._session.get(f"{self.address.url}/health_generate", timeout=limit) as response:
+                return response.status in (200, 404)  # 404: it cannot be asked
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
 
     async def _ask(self, responses: Sequence["_Response"], sampling: SamplingParameters) -> list[SampledSequence]:
         pause_s = FIRST_PAUSE_S
@@ -237,6 +251,14 @@ class ServerClient:
                 raise
             problem = f"{len(body)} bytes of the answer in {BODY_TIMEOUT_S:g} s, and not the rest"
             raise AnswerTimeout(self.name, sent[0].request_id, "timeout", problem) from None
+        return bytes(body)
+
+    async def _small_body(self, response: aiohttp.ClientResponse) -> bytes:
+        body = bytearray()
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > MAX_INFO_BYTES:
+                raise InvalidAnswer(self.name, "model_info", "body", f"more than {MAX_INFO_BYTES} bytes")
         return bytes(body)
 
     async def _checked(self, body: bytes, sent: Sequence[SentRequest]) -> list[SampledSequence]:

@@ -1,5 +1,6 @@
 """The control plane of rollout servers, blocking: what the trainer's rank 0 does to publish weights."""
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -9,6 +10,7 @@ import msgspec
 import requests
 
 from minpro_megatron.records import ServerAddress
+from minpro_megatron.serving.answer_limits import MAX_CONTROL_BYTES, MAX_INFO_BYTES, read_body
 
 # SGLang keeps the likeliest token whatever top_p is. Unlike top_k = 1 or temperature 0 this does not make a request
 # greedy in its eyes: where all requests of a batch are, it returns log-probs of temperature 1.
@@ -69,6 +71,10 @@ class ServerControl:
     def within(self, timeout_s: float) -> "ServerControl":
         """The same server with another time limit for each request."""
         return ServerControl(self.address, timeout_s, self._vocabulary_size, self._headers)
+
+    def at_most(self, timeout_s: float) -> "ServerControl":
+        """The same server with a time limit that is no longer than this one."""
+        return self.within(min(timeout_s, self._timeout_s))
 
     def pause_generation(self, mode: Literal["in_place", "retract", "abort"]) -> None:
         """Stops generating; new requests wait. `in_place` keeps the KV cache of running requests."""
@@ -226,18 +232,18 @@ class ServerControl:
 
     def _request(self, method: str, endpoint: str, fields: Mapping[str, Any] | None) -> dict[str, Any]:
         limit_s = self._timeout_s
+        limits = {"timeout": (min(10, limit_s), limit_s), "stream": True}
         try:
-            response = self._session.request(
-                method, f"{self.address.url}/{endpoint}", json=fields, timeout=(min(10, limit_s), limit_s)
-            )
+            with self._session.request(method, f"{self.address.url}/{endpoint}", json=fields, **limits) as response:
+                body = read_body(response, MAX_INFO_BYTES if endpoint == "model_info" else MAX_CONTROL_BYTES)
         except requests.ReadTimeout:
             raise NoAnswerInTime(self._message(endpoint, f"no answer within {limit_s:g} s")) from None
         except requests.RequestException as error:
             raise self._error(endpoint, f"no answer: {error}") from None
         try:
-            answer = response.json()
-        except ValueError:
-            answer = {"message": response.text.strip()}
+            answer = json.loads(body)
+        except (ValueError, RecursionError):
+            answer = {"message": body.decode(errors="replace").strip()}
         if not isinstance(answer, dict):
             answer = {"message": str(answer)}
         if response.status_code != 200 or answer.get("success") is False:

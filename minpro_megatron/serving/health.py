@@ -7,6 +7,11 @@ from enum import Enum
 
 import requests
 
+from minpro_megatron.serving.answer_limits import MAX_INFO_BYTES, BodyTooLarge, read_body
+
+# SGLang gives up after 20 s itself.
+GENERATION_TIMEOUT_S = 30.0
+
 
 class Health(Enum):
     """What became of one question."""
@@ -19,19 +24,40 @@ class Health(Enum):
 
 def ask(url: str, headers: Mapping[str, str], timeout_s: float) -> Health:
     """Asks for /model_info: unlike /health, SGLang answers it also while generation is paused."""
+    return _health(_status(f"{url}/model_info", headers, timeout_s))
+
+
+def ask_to_generate(url: str, headers: Mapping[str, str], timeout_s: float) -> Health:
+    """Asks for a token, which a server that hangs or is paused does not generate. Of one that has no such question the
+    answer is that of `ask`."""
+    status = _status(f"{url}/health_generate", headers, max(timeout_s, GENERATION_TIMEOUT_S))
+    return ask(url, headers, timeout_s) if status == 404 else _health(status)
+
+
+def _health(status: int | Health) -> Health:
+    if isinstance(status, Health):
+        return status
+    if status in (401, 403):
+        return Health.FORBIDDEN
+    return Health.ANSWERS if status == 200 else Health.SILENT
+
+
+def _status(url: str, headers: Mapping[str, str], timeout_s: float) -> int | Health:
+    """The status of the answer, or what there is instead of one."""
     with requests.Session() as session:
         session.trust_env = False  # a proxy has no business between the roles and their servers
         try:
-            status = session.get(f"{url}/model_info", headers=dict(headers), timeout=timeout_s).status_code
+            with session.get(url, headers=dict(headers), timeout=timeout_s, stream=True) as response:
+                read_body(response, MAX_INFO_BYTES)
+                return response.status_code
+        except BodyTooLarge:
+            return Health.SILENT
         except requests.ConnectTimeout:
             return Health.SILENT
         except requests.ConnectionError as error:
             return Health.GONE if _is_refusal(error) else Health.SILENT
         except requests.RequestException:
             return Health.SILENT
-    if status in (401, 403):
-        return Health.FORBIDDEN
-    return Health.ANSWERS if status == 200 else Health.SILENT
 
 
 def overlaps_scheduling(url: str, headers: Mapping[str, str], timeout_s: float) -> bool | None:

@@ -5,6 +5,7 @@ Each has `tick`, to be called a few times a second from the main thread: it does
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -14,8 +15,8 @@ from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.api_key import authorization
-from minpro_megatron.serving.endpoints import remove_server_address, write_server_address
-from minpro_megatron.serving.health import Health, Question, ask, overlaps_scheduling
+from minpro_megatron.serving.endpoints import remove_server_address, restart_requested, write_server_address
+from minpro_megatron.serving.health import Health, Question, ask, ask_to_generate, overlaps_scheduling
 from minpro_megatron.serving.server_command import needs_synchronous_scheduling
 from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, stop_servers
 
@@ -32,6 +33,7 @@ class WatchedServer(Protocol):
     """What OwnServer and ExternalServer have in common."""
 
     address_is_stated: bool
+    given_up: str | None  # why it is neither up nor started again for now
 
     def tick(self) -> None:
         """Does what is due. Raises ServerStartError if the server is beyond help."""
@@ -72,15 +74,36 @@ class _Silence:
         return self._num_silences >= FEWEST_SILENCES and time.monotonic() - self._answered_at > self._limit_s
 
 
+class _RestartRequests:
+    """Looks every server.health_interval_s whether the collector has asked for a restart of a server."""
+
+    def __init__(self, config: RunConfig, index: int, incarnation: int) -> None:
+        self._config, self._index, self._incarnation = config, index, incarnation
+        self._looked_at = time.monotonic()
+
+    def look(self, start: int) -> str | None:
+        """The reason, if it is start `start` of the server that it is about."""
+        now = time.monotonic()
+        if now - self._looked_at < self._config.server.health_interval_s:
+            return None
+        self._looked_at = now
+        try:
+            return restart_requested(self._config.run_dir, self._index, start, self._incarnation)
+        except OSError as error:  # a network file system may fail for a moment
+            log.warning("whether server %d is to be started again cannot be read: %s", self._index, error)
+            return None
+
+
 class OwnServer:
     """A server of this machine: started, stated once it generates, and started again when it ends or hangs.
 
-    At most server.max_restarts times; a server that has never been ready is not started again, because what hinders
-    it will hardly go away.
+    At most server.max_restarts times within server.restart_window_s: then it is given up until one of these restarts is
+    that long ago. A server that has never been ready is not started again, because what hinders it will hardly go away.
     """
 
     def __init__(self, server: ServerProcess, config: RunConfig, incarnation: int) -> None:
         self.address_is_stated = False
+        self.given_up: str | None = None
         self._server = server
         self._config = config
         self._incarnation = incarnation
@@ -89,16 +112,18 @@ class OwnServer:
         self._started_at = self._restart_at = 0.0
         self._readiness: Question[bool] | None = None
         self._silence = _Silence(config.server, self._ask)
+        self._restart_requests = _RestartRequests(config, server.index, incarnation)
         self._was_ready = False
-        self._num_failures = 0
+        self._restarted_at: deque[float] = deque()  # within the last server.restart_window_s
 
     def tick(self) -> None:
-        """Starts, states, checks or restarts the server. Raises ServerStartError once it has failed too often."""
+        """Starts, states, checks or restarts the server. Raises ServerStartError if its first start fails."""
         self._phase()
 
     def _start(self) -> None:
         if time.monotonic() < self._restart_at:
             return
+        self.given_up = None
         self._started_at, self._readiness = time.monotonic(), None
         try:
             self._server.start()
@@ -125,6 +150,7 @@ class OwnServer:
 
     def _check(self) -> None:
         self._silence.look()
+        requested = self._restart_requests.look(self._server.address.start)
         if self._server.exit_status is not None:
             self._failed(self._server.describe_end())
         elif self._silence.is_too_long:
@@ -133,6 +159,8 @@ class OwnServer:
                 f"server.unhealthy_after_s = {self._config.server.unhealthy_after_s:g} s; the end of "
                 f"{self._server.log_file}:\n{self._server.log_tail()}"
             )
+        elif requested is not None:
+            self._failed(f"server {self._server.index} at {self._server.address.url}: {requested}")
 
     def _failed(self, why: str) -> None:
         # withdrawn first: its groups move to other servers while this one is being ended
@@ -140,15 +168,28 @@ class OwnServer:
         self.address_is_stated = False
         if not self._was_ready:
             raise ServerStartError(why)
-        limit, self._num_failures = self._config.server.max_restarts, self._num_failures + 1
-        if self._num_failures > limit:
-            raise ServerStartError(f"failed again after server.max_restarts = {limit} restarts: {why}")
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._num_failures - 1))
-        log.warning("restart %d of at most %d in %g s: %s", self._num_failures, limit, pause_s, why)
+        self._phase = self._start
+        self._plan_restart(why)
         if self._server.is_started:
             stop_servers([self._server])
-        self._restart_at = time.monotonic() + pause_s
-        self._phase = self._start
+
+    def _plan_restart(self, why: str) -> None:
+        limit, window_s = self._config.server.max_restarts, self._config.server.restart_window_s
+        now, recent = time.monotonic(), self._restarted_at
+        while recent and now - recent[0] >= window_s:
+            recent.popleft()
+        if len(recent) < limit:
+            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** len(recent))
+            recent.append(now)
+            log.warning("restart %d of at most %d within %g s, in %g s: %s", len(recent), limit, window_s, pause_s, why)
+            self._restart_at = now + pause_s
+            return
+        self.given_up = f"failed again after server.max_restarts = {limit} restarts within {window_s:g} s: {why}"
+        self._restart_at = recent.popleft() + window_s if recent else float("inf")
+        recent.append(self._restart_at)
+        log.error(
+            "no further restart of server %d for %g s: %s", self._server.index, self._restart_at - now, self.given_up
+        )
 
     def _ask(self, timeout_s: float) -> Health:
         return ask(self._server.address.url, self._headers, timeout_s)
@@ -156,6 +197,8 @@ class OwnServer:
 
 class ExternalServer:
     """A server that somebody else has started: stated while it answers. After an absence it counts as restarted."""
+
+    given_up: str | None = None  # it may come back at any time
 
     def __init__(self, index: int, url: str, config: RunConfig, incarnation: int) -> None:
         self.address_is_stated = False
@@ -165,15 +208,18 @@ class ExternalServer:
         self._incarnation = incarnation
         self._num_absences = 0
         self._is_reported = False
-        headers = authorization(config.server)
-        self._silence = _Silence(config.server, partial(ask, url, headers))
-        self._ask_scheduling = partial(overlaps_scheduling, url, headers, config.server.health_interval_s)
+        self._headers = authorization(config.server)
+        self._ask_scheduling = partial(overlaps_scheduling, url, self._headers, config.server.health_interval_s)
         self._scheduling: Question[bool | None] | None = None
+        self._hangs = False
+        self._restart_requests = _RestartRequests(config, index, incarnation)
+        self._silence = _Silence(config.server, self._ask)
 
     def tick(self) -> None:
         """States or withdraws its address. Raises ServerStartError if it refuses the API key, or schedules with overlap
         where the run cannot have that."""
         health = self._silence.look()
+        requested = self._restart_requests.look(self._num_absences) if self.address_is_stated else None
         if health is Health.FORBIDDEN:
             variable = self._config.server.api_key_variable
             raise ServerStartError(
@@ -190,16 +236,27 @@ class ExternalServer:
                 start=self._num_absences,
             )
             write_server_address(self._config.run_dir, address, self._incarnation)
-            self.address_is_stated = True
+            self.address_is_stated, self._hangs = True, False
             log.info("server %d answers at %s", self._index, self.url)
         elif not self.address_is_stated and health is not None and not self._is_reported:
             self._is_reported = True
             log.warning("server %d at %s does not answer yet: waiting for it", self._index, self.url)
         elif self.address_is_stated and (health is Health.GONE or self._silence.is_too_long):
             log.warning("server %d at %s does not answer any more: no work for it until it does", self._index, self.url)
-            remove_server_address(self._config.run_dir, self._index)
-            self.address_is_stated = False
-            self._num_absences += 1
+            self._withdraw()
+        elif requested is not None:
+            log.warning("server %d at %s: %s: no work for it until it generates", self._index, self.url, requested)
+            self._hangs = True
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        remove_server_address(self._config.run_dir, self._index)
+        self.address_is_stated = False
+        self._num_absences += 1
+        self._silence = _Silence(self._config.server, self._ask)  # what it answered before does not count
+
+    def _ask(self, timeout_s: float) -> Health:
+        return (ask_to_generate if self._hangs else ask)(self.url, self._headers, timeout_s)
 
     def _schedules_synchronously(self) -> bool:
         """False until it has said so. Raises ServerStartError if it does not."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minpro_megatron.config.publish import PublishConfig
 from minpro_megatron.records import PublishLease
-from minpro_megatron.serving.calls import ServersFailed, for_all, start_for_all
+from minpro_megatron.serving.calls import PendingCalls, ServersFailed, for_all, start_for_all
 from minpro_megatron.serving.control import ControlError, GreedyAnswer, ServerControl, WeightsChecksum
 from minpro_megatron.weights.broadcast import Broadcaster
 from minpro_megatron.weights.canary import Difference
@@ -29,6 +29,9 @@ PROBE_S = 5.0  # for a server to say that it is alive
 CLEAN_UP_S = 10.0
 # For a server to compute its weights' checksum after a broken broadcast: seconds for the largest models.
 PROOF_S = 120.0
+# For a request that moves no weights. A server takes a fraction of a second for it; one that takes this long hangs, and
+# with publish.timeout_s the trainer would wait for it as long as for a large model.
+QUICK_REQUEST_S = 60.0
 # With requests in flight a canary waits behind them. A server that is that busy has shown its checksum and version.
 CANARY_PATIENCE_S = 20.0
 # What a server calls its weights until the last bucket has come. Policy versions have nine digits at most (see
@@ -53,6 +56,7 @@ class Delivery:
     # others have taken is the server's own: it is left out, and the run goes on.
     published: dict[int, str] | None = None
     failures: dict[int, str] = field(default_factory=dict)  # a line for each server that was left out
+    late: set[int] = field(default_factory=set)  # of these, the servers that did not answer in time: they hang
     num_bytes: int = 0
     transfer_s: float = 0.0
     paused_s: float = 0.0
@@ -106,7 +110,7 @@ class Delivery:
         start = time.monotonic()
         asked = list(self.controls)
         if self._must_pause():
-            self._each("pause_generation", mode=self.settings.pause_mode)
+            self._each("pause_generation", quick=True, mode=self.settings.pause_mode)
         what = {"model_path": str(folder), "weight_version": self.lease.version, "flush_cache": False}
         self._each("update_weights_from_disk", **what)
         self.num_bytes, self.transfer_s = num_bytes, written_s + time.monotonic() - start
@@ -146,7 +150,7 @@ class Delivery:
         late = calls.late()
         for index, line in calls.failures().items():
             if not (self.lease.requests_in_flight and index in late):
-                self._leave_out(index, line)
+                self._leave_out(index, line, is_late=index in late)
 
     def close(self) -> None:
         """What servers that were left out still do under weights that nobody vouches for is ended; nobody stays paused.
@@ -167,16 +171,27 @@ class Delivery:
 
     def _pause(self) -> None:
         if self._must_pause():
-            for_all(self.controls.values(), "pause_generation", mode=self.settings.pause_mode)
+            calls = start_for_all(self._quick(), "pause_generation", mode=self.settings.pause_mode)
+            self._leave_out_late(calls)
+            if failed := {index: line for index, line in calls.failures().items() if index in self.controls}:
+                raise ServersFailed(failed)
 
-    def _begin(self) -> None:
-        calls = start_for_all(self.controls.values(), "begin_weight_update")
+    def _quick(self) -> list[ServerControl]:
+        return [control.at_most(QUICK_REQUEST_S) for control in self.controls.values()]
+
+    def _leave_out_late(self, calls: PendingCalls) -> None:
+        """Leaves out the servers that were late: they would be as late with everything that follows."""
         calls.results()
-        failed, late = calls.failures(), calls.late()
-        for index in late:  # it would be as late with everything that follows
-            self._leave_out(index, failed[index])
+        failed = calls.failures()
+        for index in calls.late():
+            self._leave_out(index, failed[index], is_late=True)
         if not self.controls:
             raise ServersFailed(failed)
+
+    def _begin(self) -> None:
+        calls = start_for_all(self._quick(), "begin_weight_update")
+        self._leave_out_late(calls)
+        failed, late = calls.failures(), calls.late()
         # a publication that broke off, perhaps under another trainer, leaves its session open
         again = [self.controls[index] for index in failed if index not in late]
         start_for_all(again, "end_weight_update").results()
@@ -187,12 +202,12 @@ class Delivery:
         self.used, self.transport = used, None
         settings, in_flight = self.settings, self.lease.requests_in_flight
         if settings.flush_cache and not (in_flight and settings.pause_mode == "in_place"):
-            self._each("flush_cache")
+            self._each("flush_cache", quick=True)
         if self._paused_at is not None:
-            self._each("continue_generation")
+            self._each("continue_generation", quick=True)
             self.paused_s += time.monotonic() - self._paused_at
             self._paused_at = None
-        for index, version in self._each("policy_version").items():
+        for index, version in self._each("policy_version", quick=True).items():
             if version != self.lease.version:
                 self._leave_out(index, f"it states version {version} after loading version {self.lease.version}")
         self._compare_checksums(self._each("weights_checksum"))
@@ -228,17 +243,19 @@ class Delivery:
                 right[size] = checksum
         return right | {size: known for size, known in (self.published or {}).items() if size in by_size}
 
-    def _each(self, method: str, **arguments: Any) -> dict[int, Any]:
-        """The results by server; those that fail are left out."""
-        calls = start_for_all(self.controls.values(), method, **arguments)
-        results = calls.results()
+    def _each(self, method: str, *, quick: bool = False, **arguments: Any) -> dict[int, Any]:
+        """The results by server; those that fail are left out. `quick`: see QUICK_REQUEST_S."""
+        calls = start_for_all(self._quick() if quick else self.controls.values(), method, **arguments)
+        results, late = calls.results(), calls.late()
         for index, line in calls.failures().items():
-            self._leave_out(index, line)
+            self._leave_out(index, line, is_late=index in late)
         return results
 
-    def _leave_out(self, index: int, line: str) -> None:
+    def _leave_out(self, index: int, line: str, is_late: bool = False) -> None:
         control = self.controls.pop(index)
         self._left_out.append(control)
+        if is_late:
+            self.late.add(index)
         at = f"server {index} at {control.address.url}"
         self.failures[index] = line if line.startswith(at) else f"{at}: {line}"
         log.warning("version %d: left out: %s", self.lease.version, self.failures[index])

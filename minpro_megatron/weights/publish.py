@@ -162,6 +162,7 @@ class Publisher:
             num_bytes=delivery.num_bytes,
             checksum=next(iter(delivery.checksums.values()), ""),
             canaries=canaries,
+            late=sorted(delivery.late),
         )
 
 

@@ -1,7 +1,7 @@
 """How publications went, for the collector and as metrics."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, total, values
 from minpro_megatron.weights.canary import Difference
@@ -22,6 +22,7 @@ class PublishReport:
     num_bytes: int
     checksum: str  # of the weights on the servers; empty if there are none
     canaries: dict[int, Difference]  # by server
+    late: list[int] = field(default_factory=list)  # of the servers that failed, those that did not answer in time
 
     def metrics(self) -> dict[str, Metric]:
         """By their names in monitor.metrics.METRICS, to be merged with those of other publications."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,13 @@ class Engine:
     start_timeout_s: float
     unhealthy_after_s: float
     limit_s: float
+    generation_timeout_s: float = 300
 
 
 REFERENCE = Engine("reference", SamplingParameters(1.0, 24), 150, 4, 360)
 SGLANG = Engine("sglang", SamplingParameters(0.0, 48), 400, 15, 1200)
+# SGLang says after 20 s that no token has come, and has to say so twice.
+SGLANG_SOON_HUNG = replace(SGLANG, unhealthy_after_s=60, generation_timeout_s=30)
 
 
 @dataclass
@@ -106,6 +109,7 @@ def serving(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
                 "start_timeout_s": engine.start_timeout_s,
                 "health_interval_s": 0.5,
                 "unhealthy_after_s": engine.unhealthy_after_s,
+                "generation_timeout_s": engine.generation_timeout_s,
                 "max_restarts": 1,
                 "api_key_variable": "THE_KEY",
             },
@@ -277,6 +281,13 @@ def test_servers_die_hang_and_come_back(serving: Serving) -> None:
             await until(lambda: (1, 1) in starts(fleet.members()))
             assert fleet.metrics()["fleet/restarts"] == 2
 
+            # its one restart is used up: the other one goes on alone
+            serving.process_of(fleet.members()[0]).kill()
+            await until(lambda: starts(fleet.members()) == [(1, 1)])
+            publish(serving, fleet.members(), 1)
+            fleet.set_version(1, [1])
+            await work.round(1)
+            assert (serving.process.poll(), starts(fleet.members())) == (None, [(1, 1)])
             left.extend(psutil.Process(serving.process.pid).children(recursive=True))
             serving.process_of(fleet.members()[0]).kill()
             await until(lambda: serving.process.poll() is not None)
@@ -284,14 +295,50 @@ def test_servers_die_hang_and_come_back(serving: Serving) -> None:
     asyncio.run(asyncio.wait_for(main(), serving.engine.limit_s))
     assert serving.process.returncode == 1
     output = serving.process.stdout.read() if serving.process.stdout else ""
-    assert "restart 1 of at most 1" in output
+    assert "restart 1 of at most 1 within 21600 s" in output
+    assert "no further restart of server 0 for " in output
     assert f"no answer to /model_info for server.unhealthy_after_s = {config.server.unhealthy_after_s:g} s" in output
-    assert "serve: failed again after server.max_restarts = 1 restarts: server 0" in output
+    assert "serve: failed again after server.max_restarts = 1 restarts within 21600 s: server 0" in output
     assert "ended by signal SIGKILL; the end of" in output
     deadline = time.monotonic() + 30
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in left):
         assert time.monotonic() < deadline, "a server has outlived its role"
         time.sleep(0.05)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("serving", [pytest.param(SGLANG_SOON_HUNG, id="sglang")], indirect=True)
+@pytest.mark.timeout(1300)
+def test_a_server_whose_scheduler_stands_still_is_started_again(serving: Serving) -> None:
+    """It answers /model_info all the time. Its group moves, and no publication waits for it."""
+    config = serving.config
+
+    async def main() -> None:
+        async with Fleet(config, read_model_facts(config.model.hf_path), INCARNATION) as fleet:
+            work = Work(fleet, serving.engine.sampling)
+            await fleet.wait_until_ready(2 * serving.engine.start_timeout_s)
+            first = fleet.members()[0]
+            scheduler = scheduler_of(serving, first)
+            scheduler.suspend()
+            pending = asyncio.create_task(work.collect(4, 0))
+            await until(lambda: starts(fleet.members()) == [(1, 0)])
+            answer = await asyncio.to_thread(
+                requests.get, f"{first.url}/model_info", headers=authorization(config.server), timeout=5
+            )
+            assert answer.status_code == 200
+            assert scheduler.status() == psutil.STATUS_STOPPED  # and not ended by SGLang's own watchdog
+            await pending
+            await until(lambda: starts(fleet.members()) == [(0, 1), (1, 0)])
+            assert fleet.metrics()["fleet/hung"] == 1
+            await work.collect(8, 0)
+
+    asyncio.run(asyncio.wait_for(main(), serving.engine.limit_s))
+
+
+def scheduler_of(serving: Serving, address: ServerAddress) -> psutil.Process:
+    server = serving.process_of(address)
+    (found,) = [child for child in server.children(recursive=True) if "scheduler" in " ".join(child.cmdline())]
+    return found
 
 
 def check_that_the_key_is_needed_and_hidden(serving: Serving, addresses: list[ServerAddress]) -> None:

@@ -10,18 +10,23 @@ from tests.unit.sglang_answers import answers
 
 
 class FakeEngine:
-    """Use inside `async with`. Answers wait for `gate`, to have requests under way; `version` is what it holds."""
+    """Use inside `async with`. Answers wait for `gate`, to have requests under way; `version` is what it holds.
+
+    One that `hangs` answers /model_info as ever and generates nothing, as SGLang does whose scheduler stands still.
+    """
 
     def __init__(self, version: str = "0", seconds_a_group: float = 0.0) -> None:
         self.version = version
         self.seconds_a_group = seconds_a_group
         self.gate = asyncio.Event()
         self.gate.set()
+        self.hangs = False
         self.num_requests = 0
         self.live: set[str] = set()
         self.aborted: list[str] = []
         application = web.Application()
         application.router.add_get("/model_info", self._model_info)
+        application.router.add_get("/health_generate", self._health_generate)
         application.router.add_post("/generate", self._generate)
         application.router.add_post("/abort_request", self._abort)
         self._server = TestServer(application)
@@ -47,6 +52,9 @@ class FakeEngine:
 
     async def _model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.version, "model_path": "m"})
+
+    async def _health_generate(self, request: web.Request) -> web.Response:
+        return web.Response(status=503 if self.hangs else 200)
 
     async def _generate(self, request: web.Request) -> web.Response:
         body: dict[str, Any] = await request.json()

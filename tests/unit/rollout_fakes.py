@@ -141,6 +141,7 @@ class FakeServers:
         self.version = 0
         self.in_flight = 0
         self.issued: list[IssuedGroup] = []
+        self.restarts_requested: list[tuple[int, int]] = []
         self.fail_with: Exception | None = None
         self._exact = exact
         self._longest = longest
@@ -156,6 +157,9 @@ class FakeServers:
 
     def lend(self, servers: Sequence[ServerAddress]) -> None:
         pass
+
+    def request_restart(self, servers: Sequence[ServerAddress], reason: str) -> None:
+        self.restarts_requested += [(server.index, server.start) for server in servers]
 
     def set_version(self, version: int, held_by: Sequence[int]) -> None:
         if version != self.version and self._exact:

@@ -119,8 +119,49 @@ def test_a_server_that_hangs_is_left_out(servers: list[RecordedServer], deliver:
     delivery = deliver(timeout_s=30)
     delivery.controls[1] = delivery.controls[1].within(0.1)  # the other one may be as slow as it likes
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
-    assert sorted(delivery.controls) == [0]
+    assert (sorted(delivery.controls), delivery.late) == ([0], {1})
     assert "update_weights_from_disk: no answer within 0.1 s" in delivery.failures[1]
+
+
+def give_server_1_only(monkeypatch: pytest.MonkeyPatch, limit_s: float) -> None:
+    """Of the time for a request that moves no weights; the other one may be as slow as it likes."""
+
+    def at_most(control: ServerControl, timeout_s: float) -> ServerControl:
+        assert timeout_s == module.QUICK_REQUEST_S
+        return control.within(limit_s if control.address.index == 1 else 30)
+
+    monkeypatch.setattr(ServerControl, "at_most", at_most)
+
+
+@pytest.mark.parametrize("path", ["pause_generation", "flush_cache", "continue_generation", "model_info"])
+def test_a_request_that_moves_no_weights_has_a_short_limit(
+    path: str, servers: list[RecordedServer], deliver: MakeDelivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_server_1_only(monkeypatch, 0.1)
+    servers[1].hung = {path}
+    delivery = deliver(requests_in_flight=True, timeout_s=30)
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    assert (sorted(delivery.controls), delivery.late) == ([0], {1})
+    assert "no answer within 0.1 s" in delivery.failures[1]
+
+
+@pytest.mark.parametrize("path", ["pause_generation", "begin_weight_update"])
+def test_a_broadcast_starts_without_a_server_that_hangs(
+    path: str, servers: list[RecordedServer], deliver: MakeDelivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_server_1_only(monkeypatch, 0.1)
+    servers[1].hung = {path}
+    delivery = deliver(transport="broadcast", requests_in_flight=True, timeout_s=30)
+    delivery._pause()
+    delivery._begin()
+    assert (sorted(delivery.controls), delivery.late) == ([0], {1})
+
+
+def test_a_server_that_refuses_is_not_late(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+    servers[1].answers["flush_cache"] = (400, {"success": False, "message": "no"})
+    delivery = deliver()
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    assert (sorted(delivery.failures), delivery.late) == ([1], set())
 
 
 def test_it_is_an_error_if_all_refuse_and_none_if_all_are_dead(

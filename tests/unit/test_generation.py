@@ -39,6 +39,9 @@ class FakeClient:
     async def policy_version(self, timeout_s: float) -> int:
         return 0
 
+    async def generates(self, timeout_s: float) -> bool:
+        return True
+
     async def generate(
         self,
         prompt_token_ids: np.ndarray,

@@ -9,6 +9,7 @@ import pytest
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.roles import serve
 from minpro_megatron.serving.endpoints import read_server_addresses
+from minpro_megatron.serving.server_process import ServerStartError
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.rollout_fakes import run_config
 from tests.unit.test_fleet import run, until
@@ -57,6 +58,39 @@ def test_without_any_of_the_given_servers_it_gives_up(tmp_path: Path, capsys: py
         "serve: none of server.urls = ['http://127.0.0.1:9'] has answered for server.start_timeout_s = 0.05 s"
         in capsys.readouterr().err
     )
+
+
+class StubServer:
+    def __init__(self, given_up: str | None = None) -> None:
+        self.given_up = given_up
+        self.address_is_stated = given_up is None
+
+    def tick(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("count", "given_up", "phase"),
+    [
+        (2, ["failed again", None], "serving without 1 of 2 servers"),
+        (4, ["failed again", "failed again"], "serving without 2 of 2 servers"),  # two more are on another node
+        (2, [None, None], "serving"),
+    ],
+)
+def test_the_run_goes_on_without_a_server_that_was_given_up(
+    tmp_path: Path, count: int, given_up: list[str | None], phase: str
+) -> None:
+    settings = config(tmp_path, count=count)
+    settings.run_dir.mkdir(parents=True)
+    looks = iter([False] * 3 + [True])
+    serve._watch(settings, "serve", [StubServer(why) for why in given_up], lambda: next(looks))  # type: ignore[arg-type]
+    assert f'"phase": "{phase}"' in next((settings.run_dir / "status").glob("serve*")).read_text()
+
+
+def test_it_ends_once_the_run_has_no_server_left(tmp_path: Path) -> None:
+    settings = config(tmp_path, count=2)
+    settings.run_dir.mkdir(parents=True)
+    with pytest.raises(ServerStartError, match="the first of them"):
+        serve._watch(settings, "serve", [StubServer("the first of them"), StubServer("x")], lambda: False)  # type: ignore[arg-type]
 
 
 def test_given_servers_are_stated_and_their_end_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

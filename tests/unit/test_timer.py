@@ -60,7 +60,7 @@ class Direct:
         assert lease is not None, "the lease did not come"
         return lease
 
-    def publish_end(self, version: int, held_by: Sequence[int]) -> None:
+    def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
         self._wait(self._collector.publish_end(version, held_by))
 
     def checkpoint_begin(self, version: int) -> None: ...

@@ -11,7 +11,7 @@ from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving import watched_server
-from minpro_megatron.serving.endpoints import read_server_addresses
+from minpro_megatron.serving.endpoints import read_server_addresses, request_restart
 from minpro_megatron.serving.health import Health, Question, ask, overlaps_scheduling
 from minpro_megatron.serving.server_process import ServerStartError
 from minpro_megatron.serving.watched_server import ExternalServer, OwnServer, external_urls
@@ -19,7 +19,9 @@ from tests.unit.recorded_server import RecordedServer
 from tests.unit.rollout_fakes import run_config
 
 INCARNATION = 2
-SERVER = {"start_timeout_s": 100, "health_interval_s": 5, "unhealthy_after_s": 60, "max_restarts": 3}
+SERVER = {
+    "start_timeout_s": 100, "health_interval_s": 5, "unhealthy_after_s": 60, "max_restarts": 3, "restart_window_s": 300,
+}  # fmt: skip
 
 
 class Clock:
@@ -78,12 +80,14 @@ class Setting:
         self.config = RunConfig.model_validate(values)
         self.health: Health | None = Health.ANSWERS
         self.overlaps: bool | None = None
+        self.generates: Health | None = Health.ANSWERS
         self.process = FakeProcess()
         Clock.now = 1000.0
         monkeypatch.setattr(watched_server, "time", SimpleNamespace(monotonic=lambda: Clock.now))
         monkeypatch.setattr(watched_server, "Question", Immediate)
         monkeypatch.setattr(watched_server, "ask", lambda *_: self.health)
         monkeypatch.setattr(watched_server, "overlaps_scheduling", lambda *_: self.overlaps)
+        monkeypatch.setattr(watched_server, "ask_to_generate", lambda *_: self.generates)
         monkeypatch.setattr(watched_server, "stop_servers", self._stop)
 
     def _stop(self, servers: list[FakeProcess]) -> None:
@@ -153,9 +157,89 @@ def test_a_server_that_ends_is_restarted_after_ever_longer_pauses_and_so_often_o
         assert setting.process.num_starts == restart + 1
         assert setting.stated() == [restart]
     setting.process.exit_status = 3
-    with pytest.raises(ServerStartError, match=r"after server.max_restarts = 3 restarts: ended with status 3"):
-        server.tick()
+    pass_time(server, 100)
+    assert server.given_up == "failed again after server.max_restarts = 3 restarts within 300 s: ended with status 3"
+    assert (setting.stated(), setting.process.num_starts) == ([], 4)
+
+
+def test_a_server_that_was_given_up_comes_back_when_its_restarts_are_long_ago(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, monkeypatch, max_restarts=2)
+    server = setting.own()
+    pass_time(server, 1)
+    ends = []
+    for _ in range(3):
+        setting.process.exit_status = -9
+        ends.append(Clock.now)
+        pass_time(server, 50)
+    assert (server.given_up is None, setting.process.num_starts) == (False, 3)
+    pass_time(server, ends[0] + 299 - Clock.now)
+    assert setting.process.num_starts == 3
+    pass_time(server, 3)
+    assert (server.given_up, setting.process.num_starts, setting.stated()) == (None, 4, [3])
+    setting.process.exit_status = -9  # the second of the former restarts is 250 s ago, the third now
+    pass_time(server, 10)
+    assert (server.given_up is None, setting.process.num_starts) == (False, 4)
+    pass_time(server, ends[1] + 302 - Clock.now)
+    assert setting.process.num_starts == 5
+
+
+def test_failures_far_apart_never_use_up_the_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(tmp_path, monkeypatch, max_restarts=1)
+    server = setting.own()
+    pass_time(server, 1)
+    for restart in range(1, 8):
+        setting.process.exit_status = -9
+        pass_time(server, 310, step_s=0.5)
+        assert (server.given_up, setting.stated()) == (None, [restart])
+
+
+def test_without_restarts_the_first_failure_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(tmp_path, monkeypatch, max_restarts=0)
+    server = setting.own()
+    pass_time(server, 1)
+    setting.process.exit_status = -9
+    pass_time(server, 1000, step_s=5)
+    assert (server.given_up is None, setting.process.num_starts) == (False, 1)
+
+
+def test_a_restart_that_the_collector_asks_for_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(tmp_path, monkeypatch)
+    server = setting.own()
+    pass_time(server, 1)
+    for incarnation, start in ((INCARNATION - 1, 0), (INCARNATION, 1)):  # of an earlier run; of a start still to come
+        address = ServerAddress(index=0, url="http://s:1", tensor_parallel=1, start=start)
+        request_restart(setting.config.run_dir, address, incarnation, "late")
+        if start == 0:
+            pass_time(server, 6)
+    pass_time(server, 6)
+    assert (setting.process.num_ends, setting.stated()) == (0, [0])
+    request_restart(setting.config.run_dir, setting.process.address, INCARNATION, "late with an answer")
+    pass_time(server, 5)
+    assert setting.process.num_ends == 1
+    pass_time(server, 20)
+    assert (setting.process.num_ends, setting.stated()) == (1, [1])
+
+
+def test_a_server_of_somebody_else_that_hangs_is_stated_again_once_it_generates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, monkeypatch)
+    server = setting.external()
+    pass_time(server, 6)
+    assert setting.stated() == [0]
+    address = ServerAddress(index=0, url="http://s:1", tensor_parallel=1, start=0)
+    request_restart(setting.config.run_dir, address, INCARNATION, "late with an answer")
+    setting.generates = Health.SILENT  # while /model_info answers as ever
+    pass_time(server, 60)
     assert setting.stated() == []
+    setting.generates = Health.ANSWERS
+    pass_time(server, 6)
+    assert setting.stated() == [1]
+    setting.generates = Health.SILENT  # nobody says that it hangs now
+    pass_time(server, 100)
+    assert setting.stated() == [1]
 
 
 def test_a_restart_that_fails_counts_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +251,8 @@ def test_a_restart_that_fails_counts_as_well(tmp_path: Path, monkeypatch: pytest
     pass_time(server, 3)
     assert setting.process.num_starts == 2
     setting.process.start_error = ServerStartError("port taken")
-    with pytest.raises(ServerStartError, match=r"max_restarts = 2 restarts: port taken"):
-        pass_time(server, 200)
+    pass_time(server, 200)
+    assert server.given_up == "failed again after server.max_restarts = 2 restarts within 300 s: port taken"
 
 
 def test_a_silent_server_is_ended_and_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
