@@ -38,6 +38,7 @@ from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
 from minpro_megatron.rollout.fleet import FleetError
 from minpro_megatron.rollout.generation import GenerationError
+from minpro_megatron.rollout.open_files import raise_file_limit
 from minpro_megatron.serving.api_key import api_key
 from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.serving.watched_server import external_urls
@@ -96,6 +97,7 @@ def _sample(
     config: RunConfig, file: SampleFile, tasks: Sequence[Task], done: Sequence[SampledGroup], wanted: dict[str, int]
 ) -> int:
     """Samples the tasks with servers of its own, or watching those of others. Returns the exit status."""
+    raise_file_limit(config)
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s eval %(levelname)s %(message)s", stream=sys.stderr, force=True
     )

@@ -14,6 +14,7 @@ from minpro_megatron.launch.node_roles import host_on_node, node_gpus, roles_on
 from minpro_megatron.launch.preflight import cannot_listen, count_gpus, port_problems
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
+from minpro_megatron.rollout.open_files import limit_problem
 from minpro_megatron.rollout.resume_point import read_latest
 from minpro_megatron.serving.addresses import is_loopback
 from minpro_megatron.serving.server_process import PORT_RANGE
@@ -35,6 +36,8 @@ def node_problems(config: RunConfig, share: NodeShare, address: str, visible: st
     hosts = [host_on_node(host, address) for host in (config.server.host, config.collector.host)]
     servers = range(share.first_server, share.first_server + share.num_servers)
     found += port_problems(config, servers, hosts[0], hosts[1] if share.collects else "")
+    if share.collects and (problem := limit_problem(config)):
+        found.append(problem)
     missing = list(file_problems(files_needed(config, share), config.run_dir))
     return [*found, *missing, *([] if missing else weight_problems(config, share))]
 

@@ -17,6 +17,7 @@ from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.planning.workload import Workload, batch_of
 from minpro_megatron.rollout.evaluations import load_benchmarks
 from minpro_megatron.rollout.journal_feed import journal_problems
+from minpro_megatron.rollout.open_files import limit_problem
 from minpro_megatron.rollout.prompts import load_prompts, make_rendering, refuse_too_few, select_prompts
 from minpro_megatron.serving.api_key import api_key
 from minpro_megatron.serving.watched_server import external_urls
@@ -33,7 +34,7 @@ Check = Callable[[RunConfig], Iterable[str]]
 
 def problems(config: RunConfig) -> list[str]:
     """One line for each thing that would stop this run on this machine: the setting, its value, rule and remedy."""
-    return [*run_problems(config), *_ports(config), *_gpus(config)]
+    return [*run_problems(config), *_ports(config), *_gpus(config), *_open_files(config)]
 
 
 def run_problems(config: RunConfig) -> list[str]:
@@ -201,6 +202,11 @@ def cannot_listen(host: str, port: int) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def _open_files(config: RunConfig) -> Iterator[str]:
+    if "collect" in roles_of(config) and (problem := limit_problem(config)):
+        yield problem
 
 
 def _gpus(config: RunConfig) -> Iterator[str]:

@@ -244,6 +244,9 @@ METRICS: dict[str, Declaration] = {
     "fleet/hung": Declaration(
         "servers", "sum", "servers that answered and did no work: started again, since the start"
     ),
+    "fleet/out_of_files": Declaration(
+        "requests", "sum", "that could not be sent because the collector had too many files open, since the start"
+    ),
     "fleet/tokens/<server>": Declaration("tokens", "sum", "tokens sampled by a server, since the start"),
     "fleet/tokens_per_s/<server>": Declaration("tokens/s", "mean", "rate of one response on a server"),
     "fleet/failed_evaluations": Declaration(

@@ -19,6 +19,7 @@ from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.generation import GroupCollector
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.member import client_maker
+from minpro_megatron.rollout.open_files import raise_file_limit
 from minpro_megatron.rollout.prompts import (
     PromptStream,
     TokenizedPrompt,
@@ -50,6 +51,7 @@ def run(config: RunConfig, incarnation: int) -> int:
     """Collects until the trainer has finished (exit status 0), something fails (1) or SIGTERM comes (143)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s collect %(levelname)s %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    raise_file_limit(config)
     try:
         asyncio.run(_until_terminated(config, incarnation))
     except asyncio.CancelledError:

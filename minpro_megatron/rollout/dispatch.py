@@ -35,12 +35,21 @@ class Dispatcher:
     """Gives each waiting group the least loaded of the servers that `current` returns.
 
     At most `max_requests` requests are under way on a server, or one group that has more. A server whose responses
-    grow `slow_factor` times slower than the servers' median gets work only when the others are full.
+    grow `slow_factor` times slower than the servers' median gets work only when the others are full. `max_groups`: over
+    all servers.
     """
 
-    def __init__(self, current: Callable[[], Iterable[Member]], max_requests: int, slow_factor: float) -> None:
+    def __init__(
+        self,
+        current: Callable[[], Iterable[Member]],
+        max_requests: int,
+        slow_factor: float,
+        max_groups: int | None = None,
+    ) -> None:
         self._current = current
         self._max_requests = max_requests
+        self._max_groups = max_groups
+        self._num_groups = 0  # under way
         self._slow_factor = slow_factor
         self._waiting: list[tuple[Ticket, int, _Waiting]] = []
         self._num_waits = 0  # breaks ties in the heap above
@@ -73,6 +82,7 @@ class Dispatcher:
 
     def release(self, member: Member, num_requests: int) -> None:
         """The group that `acquire` returned this server for has ended there."""
+        self._num_groups -= 1
         member.release(num_requests)
         self.dispatch()
 
@@ -84,6 +94,7 @@ class Dispatcher:
                 member = self._choose(group)
                 if member is None:
                     return
+                self._num_groups += 1
                 member.take(group.num_requests)
                 group.future.set_result(member)
             heapq.heappop(self._waiting)
@@ -109,6 +120,8 @@ class Dispatcher:
         self._slow = slow
 
     def _choose(self, group: _Waiting) -> Member | None:
+        if self._max_groups is not None and self._num_groups >= self._max_groups:
+            return None
         free = [m for m in self._current() if not m.is_suspended and self._has_room(m, group.num_requests)]
         return min(free, key=lambda m: (m.key in group.tried, m.key in self._slow, m.num_requests, m.key), default=None)
 

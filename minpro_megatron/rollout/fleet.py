@@ -15,9 +15,11 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.rollout.dispatch import Dispatcher, Ticket
 from minpro_megatron.rollout.member import Client, Key, Member, client_maker
+from minpro_megatron.rollout.open_files import max_groups_under_way
 from minpro_megatron.serving.endpoints import num_servers, read_server_addresses, request_restart
 from minpro_megatron.serving.errors import (
     InvalidAnswer,
+    OutOfFiles,
     RequestRefused,
     ServerError,
     ServerUnavailable,
@@ -33,6 +35,8 @@ WATCH_INTERVAL_S = 0.5
 LONGEST_PROBE_S = 30.0
 # For one token. SGLang gives up after 20 s itself.
 GENERATION_PROBE_S = 30.0
+# That the process can open no more files is logged once in so many seconds.
+OUT_OF_FILES_LOG_S = 60.0
 
 
 class FleetError(RuntimeError):
@@ -63,6 +67,7 @@ class Fleet:
             self._current,
             config.server.max_requests_under_way,
             config.server.slow_factor,
+            max_groups_under_way(config),
         )
         self._make_client = make_client or client_maker(config, facts)
         self._members: dict[Key, Member] = {}
@@ -71,6 +76,7 @@ class Fleet:
         self._failure: FleetError | None = None
         self._publications = 0
         self._counts: Counter[str] = Counter()
+        self._out_of_files_at = -float("inf")
         self._past_idle_s = 0.0
         self._tokens_of: Counter[int] = Counter()
         self._closing: set[asyncio.Task[None]] = set()
@@ -190,6 +196,14 @@ class Fleet:
         is_current = member.answers and member.held_version == self.version
         return is_current and self._members.get(member.key) is member
 
+    def out_of_files(self, error: OutOfFiles) -> None:
+        """Takes note that this process can open no more connections. The servers are as well as before."""
+        self._counts["out_of_files"] += 1
+        now = time.monotonic()
+        if now - self._out_of_files_at > OUT_OF_FILES_LOG_S:
+            self._out_of_files_at = now
+            log.error("no more files can be opened (ulimit -n), what needs one waits: %s", error)
+
     def count(self, name: str) -> None:
         """Adds one to the metric fleet/<name>."""
         self._counts[name] += 1
@@ -208,7 +222,10 @@ class Fleet:
             "groups_in_flight": sum(member.num_groups for member in self._members.values()),
             "groups_waiting": self._dispatcher.num_waiting,
             "idle_s": idle_s,
-            **{name: self._counts[name] for name in ("groups", "retries", "moved_groups", "restarts", "hung")},
+            **{
+                name: self._counts[name]
+                for name in ("groups", "retries", "moved_groups", "restarts", "hung", "out_of_files")
+            },
             **self._counts,
             **{f"tokens/{index}": count for index, count in sorted(tokens.items())},
             **{f"tokens_per_s/{m.address.index}": rate for m in alive if (rate := m.rate) is not None},
@@ -285,6 +302,9 @@ class Fleet:
         was_well, limit_s = member.generation.is_well, self._server.generation_timeout_s
         try:
             found = await member.generation.ask(lambda: member.client.generates(min(GENERATION_PROBE_S, limit_s)))
+        except OutOfFiles as error:
+            self.out_of_files(error)
+            return
         except Exception as error:  # a fault of this program must not pass for one of the server
             self._fail(error)
             return
@@ -317,6 +337,8 @@ class Fleet:
             self._answered(member, None, str(error), publications)
         except ServerUnavailable as error:
             self._unanswered(member, str(error))
+        except OutOfFiles as error:
+            self.out_of_files(error)
         else:
             self._answered(member, version, f"it holds version {version}", publications)
 

@@ -15,13 +15,15 @@ from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.member import Key, MemberGone
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.client import SamplingParameters
-from minpro_megatron.serving.errors import ServerError
+from minpro_megatron.serving.errors import OutOfFiles, ServerError
 
 log = logging.getLogger(__name__)
 
 # Failures of a group that no server's end explains, on another server each time where there is one. The client
 # itself repeats a request over dropped connections and 5xx, so this many mean a fault that will not pass.
 MAX_GROUP_FAILURES = 3
+# Other groups' connections are closed meanwhile.
+OUT_OF_FILES_PAUSE_S = 1.0
 
 
 class ResponseDecoder(Protocol):
@@ -93,6 +95,10 @@ class GroupCollector:
             except MemberGone as error:
                 fleet.count("moved_groups")
                 log.warning("group %d moves: %s", issued.group_id, error)
+            except OutOfFiles as error:
+                tried.discard(member.key)
+                fleet.out_of_files(error)
+                await asyncio.sleep(OUT_OF_FILES_PAUSE_S)
             except ServerError as error:
                 num_failures += await fleet.failed(member, error)
                 fleet.count("retries")

@@ -18,8 +18,10 @@ from minpro_megatron.serving.answers import ABORTED, AnswerChecker, SampledSeque
 from minpro_megatron.serving.errors import (
     AnswerTimeout,
     InvalidAnswer,
+    OutOfFiles,
     RequestRefused,
     ServerUnavailable,
+    connection_error,
     named,
 )
 from minpro_megatron.serving.model_files import ModelFacts
@@ -146,8 +148,9 @@ class ServerClient:
             async with self._session.get(f"{self.address.url}/model_info", timeout=limit) as response:
                 body = await self._small_body(response)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            kind = AnswerTimeout if isinstance(error, TimeoutError) else ServerUnavailable
-            raise kind(self.name, "model_info", "connection", named(error)) from error
+            if isinstance(error, TimeoutError):
+                raise AnswerTimeout(self.name, "model_info", "connection", named(error)) from error
+            raise connection_error(self.name, "model_info", error) from error
         self._check_status(response, body, "model_info")
         try:
             return int(msgspec.json.decode(body, type=dict)["weight_version"])
@@ -156,7 +159,7 @@ class ServerClient:
 
     async def generates(self, timeout_s: float) -> bool:
         """Whether the server's scheduler does its work: it has sent something, or one token of a request of its own,
-        within `timeout_s`. Says no while generation is paused or weights are loaded."""
+        within `timeout_s`. Says no while generation is paused or weights are loaded. Raises OutOfFiles."""
         assert self._session is not None, "use `async with` around the client"
         limit = aiohttp.ClientTimeout(total=timeout_s)
         try:
@@ -164,7 +167,10 @@ class ServerClient:
             # and generates the token only where nothing else is under way.
             async with self._session.get(f"{self.address.url}/health_generate", timeout=limit) as response:
                 return response.status in (200, 404)  # 404: it cannot be asked
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            found = connection_error(self.name, "health_generate", error)
+            if isinstance(found, OutOfFiles):
+                raise found from error
             return False
 
     async def _ask(self, responses: Sequence["_Response"], sampling: SamplingParameters) -> list[SampledSequence]:
@@ -232,7 +238,7 @@ class ServerClient:
             problem = f"no answer within the time limit of server.request_timeout_s = {self._timeout.total:g} s"
             raise AnswerTimeout(self.name, first, "timeout", problem) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerUnavailable(self.name, first, "connection", named(error)) from error
+            raise connection_error(self.name, first, error) from error
         finally:
             if not answered:  # also when this request was cancelled: its group has moved to another server
                 self._abandon(sent)

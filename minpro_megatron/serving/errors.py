@@ -1,5 +1,6 @@
 """What can go wrong between a request and the tokens it asked for."""
 
+import errno
 import re
 
 
@@ -33,8 +34,19 @@ class InvalidAnswer(ServerError):
     """The answer is damaged or does not fit the request."""
 
 
+class OutOfFiles(ServerError):
+    """This process, or its machine, can open no more connections: no server is to blame."""
+
+
 class WrongPolicyVersion(InvalidAnswer):
     """A token was sampled with other weights than the request asked for."""
+
+
+def connection_error(server: str, request_id: str, error: BaseException) -> ServerError:
+    """What a connection that failed with `error` means."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return OutOfFiles(server, request_id, "connection", named(error))
+    return ServerUnavailable(server, request_id, "connection", named(error))
 
 
 def named(error: BaseException) -> str:

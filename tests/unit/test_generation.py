@@ -146,6 +146,17 @@ def test_evaluation_groups_start_after_training_groups(tmp_path: Path, groups: l
     assert client.groups == [seeds[0], *seeds[3:6], *seeds[1:3]]
 
 
+def test_few_open_files_bound_the_groups_over_all_servers(
+    tmp_path: Path, groups: list[IssuedGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, connections failed, and with them all servers, for as long as all groups were tried again at once."""
+    monkeypatch.setattr(fleet_module, "max_groups_under_way", lambda config: 3)
+    clients = [FakeClient(name, steps=5) for name in ("a", "b")]
+    collect(tmp_path, clients, groups)
+    assert sum(client.most_in_flight for client in clients) == 3
+    assert sum(len(client.groups) for client in clients) == len(groups)
+
+
 def test_concurrency_is_bounded_and_groups_start_in_order(tmp_path: Path, groups: list[IssuedGroup]) -> None:
     client = FakeClient("a", steps=3)
     collect(tmp_path, [client], groups, max_running_requests=4)  # 5 requests: two groups of two

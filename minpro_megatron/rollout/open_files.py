@@ -1,0 +1,73 @@
+"""How many files and connections the collector may have open at a time, and how many it needs.
+
+Every group under way is a connection, so that 32 servers want more of them than the usual soft limit of 1,024 allows.
+"""
+
+import resource
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.serving.endpoints import num_servers
+
+# Journal, logs, the collector's own interface, libraries, route files that are being written.
+BASE_FILES = 256
+FILES_OF_A_REWARD_WORKER = 4
+# Questions after a server's version and health, and aborts.
+OTHER_CONNECTIONS_OF_A_SERVER = 4
+# What the limit is raised to at least, where the hard limit allows: as SGLang's servers do.
+GENEROUS_FILES = 65536
+
+
+def files_needed(config: RunConfig) -> int:
+    """Open files of a collector, or of the command `eval`, at its busiest."""
+    smallest = min(_group_sizes(config))
+    groups = max(1, config.server.max_requests_under_way // smallest)
+    return _other_files(config) + num_servers(config.server) * groups
+
+
+def _group_sizes(config: RunConfig) -> list[int]:
+    """Responses of the groups that are requested: training groups, and those that evaluations are cut into."""
+    size, evaluation = config.batch.responses_per_prompt, config.evaluation
+    samples = [evaluation.samples_per_prompt, *(one.samples_per_prompt for one in evaluation.benchmarks)]
+    return [size, *(count % size or size for count in samples)]
+
+
+def _other_files(config: RunConfig) -> int:
+    return (
+        BASE_FILES
+        + FILES_OF_A_REWARD_WORKER * config.collector.reward_workers
+        + OTHER_CONNECTIONS_OF_A_SERVER * num_servers(config.server)
+    )
+
+
+def file_limits() -> tuple[int, int]:
+    """(soft, hard) limit of this process on open files."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def raise_file_limit(config: RunConfig) -> None:
+    """Raises this process's soft limit to what `config` needs and more, or as far as the hard limit allows."""
+    soft, hard = file_limits()
+    wanted = min(max(files_needed(config), GENEROUS_FILES), hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def max_groups_under_way(config: RunConfig) -> int | None:
+    """Groups for which this process's soft limit is enough, over all servers; None: for as many as servers take."""
+    soft, _ = file_limits()
+    if soft >= files_needed(config):
+        return None
+    # A connection stays open for seconds after its answer: those of former groups count beside those under way.
+    return max(1, (soft - _other_files(config)) // 2)
+
+
+def limit_problem(config: RunConfig) -> str | None:
+    """The line of a check before the start; None if the hard limit is enough."""
+    needed, (_, hard) = files_needed(config), file_limits()
+    if hard >= needed:
+        return None
+    return (
+        f"the hard limit on open files (ulimit -Hn) = {hard} must be at least {needed} for "
+        f"{num_servers(config.server)} servers with up to {config.server.max_requests_under_way} requests each: raise "
+        "it (nofile in /etc/security/limits.conf, LimitNOFILE of a systemd unit), or lower server.max_running_requests"
+    )
