@@ -9,6 +9,7 @@ from functools import partial
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.memory import MemoryStatement
+from minpro_megatron.monitor.repeated_lines import limit_repeated_lines
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.rewards.pool import RewardPool
@@ -51,6 +52,7 @@ def run(config: RunConfig, incarnation: int) -> int:
     """Collects until the trainer has finished (exit status 0), something fails (1) or SIGTERM comes (143)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s collect %(levelname)s %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    limit_repeated_lines("asyncio", "aiohttp.server")  # about connections of whoever finds the port
     raise_file_limit(config)
     try:
         asyncio.run(_until_terminated(config, incarnation))

@@ -40,6 +40,7 @@ from minpro_megatron.rollout.protocol import (
     CollectorEndpoint,
     write_token,
 )
+from minpro_megatron.rollout.strangers import Strangers
 from minpro_megatron.serving.addresses import url_here
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class CollectorApi:
         self._token = b""
         self._collector: asyncio.Future[Collector] | None = None
         self._runner: web.AppRunner | None = None
+        self._strangers: Strangers | None = None
+        self._sweeping: asyncio.Task[None] | None = None
         self._failure_told = asyncio.Event()
 
     async def __aenter__(self) -> "CollectorApi":
@@ -88,6 +91,9 @@ class CollectorApi:
         application.router.add_post("/v1/finish", self._finish)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
+        assert self._runner.server is not None
+        self._strangers = Strangers(self._runner.server)
+        self._sweeping = asyncio.create_task(self._strangers.sweep())
         await web.TCPSite(self._runner, self._host, self._port).start()
         host, port = self._runner.addresses[0][:2]
         endpoint = CollectorEndpoint(url=url_here(host, port), incarnation=self._incarnation)
@@ -97,6 +103,8 @@ class CollectorApi:
     async def __aexit__(self, *_: object) -> None:
         for file in (COLLECTOR_ENDPOINT, COLLECTOR_TOKEN):
             (self._run_dir / file).unlink(missing_ok=True)
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -128,6 +136,8 @@ class CollectorApi:
         token = request.headers.get(TOKEN_HEADER, "").encode(errors="surrogateescape")  # as aiohttp decodes
         if not hmac.compare_digest(token, self._token):
             return _refusal(403, f"{TOKEN_HEADER} is not the token in {COLLECTOR_TOKEN} of this run's folder")
+        assert self._strangers is not None
+        self._strangers.has_token(request.protocol)
         try:
             return await handler(request)
         except (ValueError, msgspec.DecodeError) as error:

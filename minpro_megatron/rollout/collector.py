@@ -82,6 +82,7 @@ class Collector:
         self._writes_checkpoints = config.checkpoint.every_steps > 0 and config.debug.trainer == "megatron"
         self._resumed_from = 0
         self._pruning: asyncio.Task[None] | None = None
+        self._checkpoints_begun: set[int] = set()  # by this trainer
         self._failure: str | None = None
         self._finished = False
 
@@ -333,11 +334,16 @@ class Collector:
     async def checkpoint_begin(self, version: int) -> None:
         """Returns when the journal would survive a power cut: the checkpoint of `version` will rely on it."""
         self._raise_failure()
+        if version != self._next_step:
+            raise Conflict(f"checkpoint of version {version}: {self._next_step} steps have consumed their batches")
+        self._checkpoints_begun.add(version)
         await self._journal.flush()
 
     async def checkpoint_end(self, version: int) -> None:
         """The checkpoint of `version` is complete: what steps before it consumed is not needed to go on."""
         self._raise_failure()
+        if version not in self._checkpoints_begun:  # what it makes the journal forget may be needed
+            raise Conflict(f"checkpoint of version {version}: it was not begun")
         self._start_pruning(version)
 
     def _start_pruning(self, needed_from: int) -> None:
