@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from minpro_megatron.planning.cost_model import StepCost
+from minpro_megatron.planning.evaluations import ASSUMED_PROMPTS
 from minpro_megatron.planning.modes import ModeTime
 from minpro_megatron.planning.parameters import active_parameters, model_parameters
 from minpro_megatron.planning.plan import Plan
@@ -123,7 +124,8 @@ def _step_table(plan: Plan) -> Table:
         "evaluation",
         _seconds(cost.seconds),
         f"{cost.responses:,} responses, {cost.share_of_responses:.0%} of all; {cost.times} times, each makes the run "
-        f"{_seconds(cost.added_s)} s longer",
+        f"{_seconds(cost.added_s)} s longer"
+        + "".join(f"; assumed {ASSUMED_PROMPTS} prompts of {name}, whose file is not here" for name in cost.assumed),
     )
     return table
 

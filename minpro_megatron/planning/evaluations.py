@@ -13,6 +13,9 @@ from minpro_megatron.planning.workload import GroupLengths, Workload
 from minpro_megatron.rollout.prompts import load_prompts
 from minpro_megatron.rollout.staleness import evaluated_versions
 
+# Of a benchmark of one's own whose file is not here.
+ASSUMED_PROMPTS = 500
+
 
 @dataclass(frozen=True)
 class EvaluationCost:
@@ -25,17 +28,16 @@ class EvaluationCost:
     added_s: float  # that the run takes longer for it
     share_of_responses: float  # that the servers sample over the whole run
     times: int  # over the whole run
+    assumed: tuple[str, ...]  # benchmarks that are planned with ASSUMED_PROMPTS: their files are not here
 
 
 def evaluation_lengths(config: RunConfig, workload: Workload) -> list[Lengths]:
-    """The groups of an evaluation, in the order in which they are requested, with lengths like those of training.
-
-    Raises ValueError for a benchmark of which nobody knows how many prompts it has.
-    """
+    """The groups of an evaluation, in the order in which they are requested, with lengths like those of training."""
     settings, size = config.evaluation, config.batch.responses_per_prompt
     sets = [(HELDOUT, settings.num_prompts, settings.samples_per_prompt)]
-    for place, benchmark in enumerate(settings.benchmarks):
-        sets.append((benchmark.name, num_prompts(benchmark, place), benchmark.samples_per_prompt))
+    for benchmark in settings.benchmarks:
+        prompts = known_prompts(benchmark) or ASSUMED_PROMPTS
+        sets.append((benchmark.name, prompts, benchmark.samples_per_prompt))
     found: list[Lengths] = []
     for name, prompts, samples in sets:
         draw = GroupLengths(config, workload, f"planned lengths of evaluation {name}")
@@ -46,20 +48,14 @@ def evaluation_lengths(config: RunConfig, workload: Workload) -> list[Lengths]:
     return found
 
 
-def num_prompts(benchmark: BenchmarkConfig, place: int) -> int:
-    """How many prompts are evaluated of evaluation.benchmarks[place]: as set, as in its file if that is here, or as the
-    benchmark of this name has."""
+def known_prompts(benchmark: BenchmarkConfig) -> int | None:
+    """How many prompts are evaluated of a benchmark: as set, as in its file if that is here, or as the benchmark of
+    this name has; None if none of these says it."""
     if benchmark.num_prompts is not None:
         return benchmark.num_prompts
-    field = f"evaluation.benchmarks[{place}].file"
     if Path(benchmark.file).is_file():
-        return len(load_prompts(benchmark.file, field))
-    if benchmark.name in BENCHMARKS:
-        return BENCHMARKS[benchmark.name].num_prompts
-    raise ValueError(
-        f"{field} = {benchmark.file}: there is no such file here, so its number of prompts is not known: set "
-        f"evaluation.benchmarks[{place}].num_prompts, or plan where the file is"
-    )
+        return len(load_prompts(benchmark.file, f"evaluation.benchmarks {benchmark.name}"))
+    return BENCHMARKS[benchmark.name].num_prompts if benchmark.name in BENCHMARKS else None
 
 
 def evaluation_cost(
@@ -77,4 +73,5 @@ def evaluation_cost(
         added_s=with_evaluation.step_ends[-1] - without.step_ends[-1],
         share_of_responses=times * responses / (times * responses + trained),
         times=times,
+        assumed=tuple(one.name for one in config.evaluation.benchmarks if known_prompts(one) is None),
     )

@@ -9,6 +9,7 @@ import pytest
 
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.planning.cost_model import Batch, Calibration, DecodingServer, TrainerCost
+from minpro_megatron.planning.evaluations import ASSUMED_PROMPTS
 from minpro_megatron.planning.gpus import gpu_kind
 from minpro_megatron.planning.memory import server_memory, state_bytes
 from minpro_megatron.planning.numbers import numbers
@@ -57,10 +58,10 @@ def test_an_evaluation_is_planned_with_its_share_and_its_delay() -> None:
     assert (plan.step_s, plan.wait_share) == (planned().step_s, planned().wait_share)  # those of other steps
 
 
-def test_a_benchmark_of_unknown_size_is_refused_and_one_that_is_here_is_counted(tmp_path: Path) -> None:
+def test_a_benchmark_that_is_here_is_counted_and_the_size_of_others_is_assumed(tmp_path: Path) -> None:
     mine = {"name": "mine", "file": str(tmp_path / "mine.jsonl"), "samples_per_prompt": 1}
-    with pytest.raises(ValueError, match=r"evaluation.benchmarks\[0\].file = .*mine.jsonl: .* set .*num_prompts"):
-        planned(evaluation={"benchmarks": [mine]})
+    unknown = planned(evaluation={"benchmarks": [mine]}).evaluation
+    assert (unknown.responses, unknown.assumed) == (planned().evaluation.responses + ASSUMED_PROMPTS, ("mine",))
     rows = [{"id": str(i), "source": "s", "prompt": f"{i}?", "answer": "1"} for i in range(7)]
     write_rows(tmp_path / "mine.jsonl", rows)
     without = planned().evaluation.responses
