@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def serve(test: Callable[[Post], Coroutine[Any, Any, None]], api_key: str | None
 def greedy(input_ids: object, num_tokens: int = 4, **fields: object) -> dict[str, Any]:
     parameters = {"max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
     return {"input_ids": input_ids, "sampling_params": parameters, "return_logprob": True, **fields}
+
+
+def test_a_token_is_promised_only_while_the_sampling_thread_works():
+    async def test(ask: Post) -> None:
+        assert (await ask("/health_generate", method="GET"))[0] == 200
+        go_on = threading.Event()
+        stuck = ask._engine.call(go_on.wait)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(ask("/health_generate", method="GET"), 0.05)
+        assert (await ask("/model_info", method="GET"))[0] == 200
+        go_on.set()
+        assert await asyncio.wrap_future(stuck)
+
+    serve(test)
 
 
 def test_a_list_of_prompts_has_a_list_of_answers():
