@@ -21,7 +21,7 @@ from cluster.records import JobRecord, records_folder, remember
 from cluster.shell import shell_of
 from cluster.slurm_job import JobError, JobState, active_jobs, job_name
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.launch.preflight import run_problems
+from minpro_megatron.launch.preflight import run_problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.topology import Topology, lay_out
 from minpro_megatron.launch.user_error import UserError
@@ -73,8 +73,11 @@ def _submit(options: argparse.Namespace) -> int:
 
             print(f"# the job's script\n{script_of(_files(config, topology), profile)}")
         return 0
-    if profile.ssh is None and (found := run_problems(config)):
-        raise UserError(found)  # the run's files are on this machine's file system
+    if profile.ssh is None:  # the run's files are on this machine's file system
+        if found := run_problems(config):
+            raise UserError(found)
+        for warning in warnings(config):
+            print(f"warning: {warning}")
     if profile.executor == "local":
         from cluster.nemo import run_here
 

@@ -6,7 +6,7 @@ from statistics import median
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.logs import explanation
-from minpro_megatron.launch.preflight import problems
+from minpro_megatron.launch.preflight import problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.roles import role_commands, roles_of
 from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
@@ -28,6 +28,8 @@ def launch(recipe: str, overrides: list[str]) -> int:
     found = problems(config)
     if found:
         raise UserError(found)
+    for warning in warnings(config):
+        print(f"warning: {warning}", file=sys.stderr)
     with claimed(config.run_dir):
         config_file, goes_on = prepare(config)
         incarnation = begin_start(config.run_dir).incarnation

@@ -20,7 +20,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.launcher import closing_lines, finish
 from minpro_megatron.launch.node_checks import all_problems, free_ports, node_name, node_problems, routable_address
 from minpro_megatron.launch.node_roles import LOOPBACK, NodePlace, fabric_environment, node_commands, node_torchrun
-from minpro_megatron.launch.preflight import run_problems
+from minpro_megatron.launch.preflight import run_problems, warnings
 from minpro_megatron.launch.recipe import read_config
 from minpro_megatron.launch.resume import CONFIG_FILE
 from minpro_megatron.launch.roles import NCCL_MEMORY, roles_of, trainer_environment
@@ -139,7 +139,8 @@ class _Node:
             found = [f"{self._name}: {error}"]
         if not found:
             _, goes_on = prepare(self._config)
-            self._say(*first_lines(self._config, start.incarnation, goes_on))
+            told = (f"warning: {warning}" for warning in warnings(self._config))
+            self._say(*first_lines(self._config, start.incarnation, goes_on), *told)
         plan = Plan(key=self._key, problems=found, address=self._address, rendezvous_ports=ports)
         start.write_plan(plan)
         return start, plan

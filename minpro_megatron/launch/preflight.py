@@ -15,6 +15,7 @@ from minpro_megatron.launch.reward_check import reward_problems
 from minpro_megatron.launch.roles import gpus_needed, roles_of
 from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.planning.workload import Workload, batch_of
+from minpro_megatron.records import Prompt
 from minpro_megatron.rollout.evaluations import load_benchmarks
 from minpro_megatron.rollout.journal_feed import journal_problems
 from minpro_megatron.rollout.open_files import limit_problem
@@ -48,6 +49,33 @@ def run_problems(config: RunConfig) -> list[str]:
     checks += [_servers] if "serve" in roles else []
     checks += [_run_folder, _disk_space]
     return [problem for check in checks for problem in check(config)]
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """One line for each thing that does not stop a run and probably is a mistake. Without `run_problems`."""
+    return list(_shared_prompts(config)) if "collect" in roles_of(config) else []
+
+
+def _shared_prompts(config: RunConfig) -> Iterator[str]:
+    """Evaluated prompts that are trained on."""
+    data = config.data
+    training = select_prompts(load_prompts(data.train_file, "data.train_file"), data)
+    trained = {_question(prompt) for prompt in training}
+    heldout = load_prompts(data.heldout_file, "data.heldout_file")[: config.evaluation.num_prompts]
+    evaluated = {f"data.heldout_file = {data.heldout_file}": heldout}
+    for benchmark, prompts in zip(config.evaluation.benchmarks, load_benchmarks(config), strict=True):
+        evaluated[f"evaluation.benchmarks {benchmark.name}, file {benchmark.file}"] = prompts
+    for field, prompts in evaluated.items():
+        if shared := sum(_question(prompt) in trained for prompt in prompts):
+            yield (
+                f"{field}: {shared} of its {len(prompts)} prompts are also in data.train_file = {data.train_file}: "
+                "what is measured on them is not held out; remove them from one of the two files"
+            )
+
+
+def _question(prompt: Prompt) -> str:
+    """Equal for prompts that differ in white space only."""
+    return " ".join(prompt.text.split())
 
 
 def _hf_model(config: RunConfig) -> Iterator[str]:

@@ -60,8 +60,8 @@ def write_example_files(folder: Path) -> None:
         folder / "megatron",
         Manifest(source="hf", dtype="float32", architecture=read_architecture(folder / "hf"), files=files),
     )
-    for name in ("train.jsonl", "heldout.jsonl"):
-        (folder / name).write_text(PROMPT)
+    (folder / "train.jsonl").write_text(PROMPT)
+    (folder / "heldout.jsonl").write_text(PROMPT.replace("1+1=", "2*1="))
 
 
 def save_checkpoint(config: RunConfig, version: int) -> None:

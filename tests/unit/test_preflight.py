@@ -11,7 +11,7 @@ import pytest
 
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.launch import preflight
-from minpro_megatron.launch.preflight import problems
+from minpro_megatron.launch.preflight import problems, warnings
 from minpro_megatron.launch.run_folder import claimed
 from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.planning.routes import route_file_bytes
@@ -76,6 +76,24 @@ def test_the_data_must_hold_prompts(folder, content, rule):
     (folder / "train.jsonl").write_text(content)
     problem = only_problem(example_config(folder))
     assert problem.startswith(f"data.train_file = {folder}/train.jsonl: {rule}")
+
+
+def test_prompts_that_are_trained_on_and_evaluated_are_counted(folder):
+    rows = [{"id": str(place), "source": "s", "prompt": f"{place} + {place} =", "answer": "0"} for place in range(5)]
+    others = [row | {"prompt": f" {row['prompt']}\n"} if row["id"] < "3" else row | {"prompt": "?"} for row in rows]
+    for name, content in (("train", rows), ("heldout", others), ("bench", [row | {"prompt": "!"} for row in rows])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    benchmarks = [{"name": name, "file": str(folder / f"{name}.jsonl")} for name in ("bench", "train")]
+    evaluation = {"num_prompts": 4, "benchmarks": benchmarks}
+    told = warnings(example_config(folder, evaluation=evaluation))
+    assert [line.split(": ")[0] for line in told] == [
+        f"data.heldout_file = {folder}/heldout.jsonl",
+        f"evaluation.benchmarks train, file {folder}/train.jsonl",
+    ]
+    assert f"3 of its 4 prompts are also in data.train_file = {folder}/train.jsonl: what" in told[0]
+    assert "5 of its 5 prompts are also in" in told[1]
+    (folder / "train.jsonl").write_text(json.dumps(rows[4] | {"prompt": "$"}) + "\n")
+    assert warnings(example_config(folder)) == []
 
 
 ROWS = [
