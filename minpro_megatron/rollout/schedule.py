@@ -92,8 +92,11 @@ class _DelayBatch:
 class DelaySchedule:
     """Batch k is sampled wholly with version max(0, k - n), and a version is published when its batches are complete.
 
-    With a filter, a batch is issued in waves: each has as many groups as are still wanted, times `over_sampling`, and
-    the batch is its first accepted groups once a wave has ended with enough of them.
+    The batches of a version are issued in waves: each has as many groups as they still want, times `over_sampling`
+    where batch.dynamic_sampling drops some of them, and a batch is its first accepted groups once a wave has ended with
+    enough of them. Without that filter one wave is enough, unless a group could not be graded. A wave begins when the
+    one before it has ended for all batches of the version: which prompt replaces a dropped one then does not depend on
+    which group ends first.
     """
 
     def __init__(
@@ -140,13 +143,12 @@ class DelaySchedule:
 
     def to_issue(self) -> list[Slot]:
         slots, self._to_repeat = self._to_repeat, []
-        for index in batches_of_version(self.version, self._delay, self._num_steps):
-            if index < self._next_step:
-                continue
-            batch = self._batches.setdefault(index, _DelayBatch())
+        indices = batches_of_version(self.version, self._delay, self._num_steps)
+        batches = {i: self._batches.setdefault(i, _DelayBatch()) for i in indices if i >= self._next_step}
+        if any(batch.in_flight for batch in batches.values()):
+            return slots
+        for index, batch in batches.items():
             wanted = self._num_prompts - len(batch.accepted)
-            if batch.in_flight or wanted <= 0:
-                continue
             for _ in range(math.ceil(wanted * self._over_sampling)):
                 slots.append(Slot(self._next_group, index, self.version))
                 self._batch_of[self._next_group] = index

@@ -157,6 +157,18 @@ def test_a_filter_in_delay_mode_issues_wave_after_wave_and_counts_the_surplus() 
     assert made.batch(0) == ([1, 2, 5], [6])
 
 
+def test_dropped_groups_of_several_batches_are_replaced_in_the_order_of_the_batches() -> None:
+    """Whichever of them ends first: a run that goes on after a crash then has the same prompts again."""
+    for order in (range(4), range(3, -1, -1)):
+        made = make_schedule(config("delay", delay_steps=1))
+        issued = made.to_issue()
+        for group_id in order:
+            assert made.to_issue() == []
+            made.collected(group_id, accepted=group_id not in (1, 3))
+        assert issued == [Slot(0, 0, 0), Slot(1, 0, 0), Slot(2, 1, 0), Slot(3, 1, 0)]
+        assert made.to_issue() == [Slot(4, 0, 0), Slot(5, 1, 0)]
+
+
 def test_without_a_filter_nothing_is_over_sampled() -> None:
     assert len(make_schedule(config("delay", delay_steps=0, prompts=3, over_sampling=4.0)).to_issue()) == 3
 
