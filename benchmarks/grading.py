@@ -68,8 +68,8 @@ def by_grade(prompt: Prompt) -> list[bool]:
 
 
 async def by_pool(pool: RewardPool, prompts: list[Prompt]) -> list[list[bool]]:
-    rewards = await asyncio.gather(*(pool.grade_all(responses, truth, "math") for truth, responses in prompts))
-    return [[reward == 1.0 for reward in some] for some in rewards]
+    judged = await asyncio.gather(*(pool.judge_all(responses, truth, "math") for truth, responses in prompts))
+    return [[one.reward == 1.0 for one in some] for some in judged]
 
 
 @dataclass
@@ -115,7 +115,7 @@ async def measure(all_prompts: list[Prompt], rounds: int) -> None:
                     with timed(record := ways[f"reward pool, {name}"]):
                         record.verdicts += await by_pool(pool, prompts)
             print_table(ways)
-            print(f"\nkilled {one.num_killed + two.num_killed}, failed {one.num_errors + two.num_errors}")
+            print(f"\ntimed out {one.num_timed_out + two.num_timed_out}, failed {one.num_failed + two.num_failed}")
 
 
 def print_table(ways: dict[str, Record]) -> None:

@@ -91,8 +91,9 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", help="of sampling, where the engine honours it, and of resampling (0)")
     add = command.add_argument_group("grading").add_argument
     add("--reward", metavar="NAME", help="math, dapo, dapo_boxed, calculator, or package.module:function (math)")
+    add("--right-reward", type=float, metavar="X", help="a response counts as right from this reward on (1)")
     add("--reward-workers", type=_count, metavar="N", help="processes (1)")
-    add("--reward-timeout-s", type=float, metavar="X", help="for grading one response (5)")
+    add("--reward-timeout-s", type=float, metavar="X", help="processor time for grading one response (5)")
     add = command.add_argument_group("servers").add_argument
     add("--urls", type=_names, metavar="URL,...", help="running servers; none are started then")
     add("--api-key-variable", metavar="NAME", help="environment variable with the servers' API key")

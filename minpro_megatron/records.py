@@ -5,10 +5,13 @@ step's groups, sent to the trainer) -> BehaviorLogProbs (the trainer's scores, s
 Arrays are numpy arrays; the binary form is MessagePack.
 """
 
+import math
 from typing import Any
 
 import msgspec
 import numpy as np
+
+NOT_GRADED = math.nan  # in place of a reward
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,19 +67,24 @@ class Response(Record, frozen=True, kw_only=True):
     rollout_log_probs: np.ndarray  # float32 [response tokens], as SGLang reported them
     policy_versions: np.ndarray  # int32 [response tokens]: the version that sampled each token
     finish_reason: str  # "stop" or "length"
-    reward: float
+    reward: float  # NOT_GRADED: it could not be graded, and its group is not trained on
     # the experts the server chose, uint8 or int16 [prompt + response tokens - 1, layers, experts a token]: the last
     # token was sampled but never went through the model (routing replay R3)
     routed_experts: np.ndarray | None = None
     stored_routes: StoredRoutes | None = None  # the same in a file, once the journal has them; then the array is gone
     behavior_log_probs: np.ndarray | None = None  # float32 [response tokens], once the trainer has scored it
 
+    @property
+    def is_graded(self) -> bool:
+        return not math.isnan(self.reward)
+
 
 class CollectedGroup(Record, frozen=True, kw_only=True):
-    """A group whose responses are all sampled and rewarded."""
+    """A group whose responses are all sampled, and rewarded unless there is a `grading_problem`."""
 
     issued: IssuedGroup
     responses: list[Response]
+    grading_problem: str = ""  # why a response has no reward
 
     @property
     def oldest_version(self) -> int:
@@ -117,12 +125,15 @@ class TrainedStep(Record, frozen=True, kw_only=True):
 
 
 class EvaluationResult(Record, frozen=True, kw_only=True):
-    """Accuracy of one policy version: mean over samples, standard error over prompts."""
+    """Accuracy and mean reward of one policy version: means over samples; the accuracy's standard error is over
+    prompts."""
 
     policy_version: int
     benchmark: str = ""  # one of evaluation.benchmarks; "": the held-out prompts
-    pass_at_1: float
+    pass_at_1: float  # share of right responses (config.rewards.is_right)
     standard_error: float
+    mean_reward: float
+    not_graded: int  # responses; they count as not right, and in the mean reward as 0 or the lowest
     num_prompts: int
     samples_per_prompt: int
     mean_response_tokens: float
@@ -155,6 +166,7 @@ class CollectorTotals(Record, frozen=True, kw_only=True):
     groups_issued: int
     groups_consumed: int
     groups_dropped: int
+    groups_not_graded: int  # of the dropped ones
     smallest_staleness: int
     largest_staleness: int
     versions_published: int

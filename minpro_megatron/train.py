@@ -352,7 +352,8 @@ class Trainer:
             times = {f"time/{phase}_s": seconds for phase, seconds in spent.items()} | {"time/step_s": step_s}
             published = publication_metrics(self._publications) | self._fleet
             self._publications.clear()
-            scalars = values(metrics | batch_metrics(batch, step)) | times | published
+            of_batch = batch_metrics(batch, step, self.config.collector.right_reward)
+            scalars = values(metrics | of_batch) | times | published
             return self.report.step(step, scalars, histograms, batch)
 
     @contextmanager

@@ -26,10 +26,10 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
+from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
-from minpro_megatron.evaluation.sampling import RIGHT_REWARD
 from minpro_megatron.launch.evaluation import serving
 from minpro_megatron.launch.evaluation_options import (
     EvaluationOptions,
@@ -73,7 +73,7 @@ class Cuts:
 
 def text_of_right(response: SampledResponse) -> str:
     """Wrong responses are most of what is sampled, and nothing looks at their texts."""
-    return response.text if response.reward >= RIGHT_REWARD else ""
+    return response.text if is_right(response.reward, RIGHT_REWARD) else ""
 
 
 def first_right_responses(groups: Iterable[SampledGroup]) -> dict[str, str]:
@@ -81,8 +81,8 @@ def first_right_responses(groups: Iterable[SampledGroup]) -> dict[str, str]:
     found: dict[str, tuple[int, str]] = {}
     for group in groups:
         for number, response in enumerate(group.responses, start=group.first_sample):
-            is_right = response.reward >= RIGHT_REWARD and response.finish_reason == "stop"
-            if is_right and (group.prompt_id not in found or number < found[group.prompt_id][0]):
+            is_trace = is_right(response.reward, RIGHT_REWARD) and response.finish_reason == "stop"
+            if is_trace and (group.prompt_id not in found or number < found[group.prompt_id][0]):
                 found[group.prompt_id] = number, response.text
     return {prompt_id: text for prompt_id, (_, text) in found.items()}
 

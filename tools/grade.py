@@ -4,10 +4,10 @@
     python tools/grade.py --input rows.jsonl --reward my_package.rewards:grade
 
 Each row is `{"data_source": ..., "ground_truth": ..., "response": ...}`; it is printed as it was, with `reward`,
-`extracted` (what of the response was compared; null: nothing was found), `seconds`, and `problem` where the grader
-hung, died or raised, which gives the reward 0. Without --reward a row is graded by its data source: `calculator` by
-calculator, `math_dapo` by dapo, all others by math. Responses are text from outside: anything but printable ASCII is
-escaped.
+`extracted` (what of the response was compared; null: nothing was found) and `seconds`. Where the grader hung, died,
+raised or returned no finite number twice, `reward` is null and `problem` says why. Without --reward a row is graded
+by its data source: `calculator` by calculator, `math_dapo` by dapo, all others by math. Responses are text from
+outside: anything but printable ASCII is escaped.
 """
 
 import argparse
@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--reward", metavar="NAME", help="one for all rows: a known reward, or package.module:function")
     parser.add_argument("--workers", type=_positive(int), default=os.cpu_count() or 1, metavar="N")
-    parser.add_argument("--timeout", type=_positive(float), default=5.0, metavar="SECONDS", help="for one response")
+    parser.add_argument(
+        "--timeout", type=_positive(float), default=5.0, metavar="SECONDS", help="of processor time, for one response"
+    )
     parser.add_argument("--json", action="store_true", help="the summary on standard error as one JSON object")
     return parser
 
@@ -121,22 +123,24 @@ async def grade_file(options: argparse.Namespace, rows: Sequence[Row]) -> dict[s
     """Prints the graded rows and gives the summary."""
     rewards: Counter[float] = Counter()
     start = shown = time.monotonic()
+    done = 0
     by_source = {} if options.reward else REWARD_BY_SOURCE
     async with RewardPool(options.reward or DEFAULT_REWARD, options.workers, options.timeout, by_source) as pool:
         async for row, judged in graded(pool, rows, options.workers):
             print(printed(row, judged))
-            rewards[judged.reward] += 1
+            rewards.update([] if judged.reward is None else [judged.reward])
+            done += 1
             now = time.monotonic()
             if now - shown > PROGRESS_INTERVAL_S:
-                done, shown = rewards.total(), now
+                shown = now
                 print(f"{done} of {len(rows)} rows, {done / (now - start):.0f} rows/s", file=sys.stderr)
     seconds = time.monotonic() - start
     return {
         "rows": len(rows),
-        "mean_reward": sum(reward * count for reward, count in rewards.items()) / len(rows),
+        "mean_reward": rewards.total() and sum(reward * count for reward, count in rewards.items()) / rewards.total(),
         "rewards": {str(reward): count for reward, count in sorted(rewards.items())},
-        "killed": pool.num_killed,
-        "failed": pool.num_errors,
+        "timed_out": pool.num_timed_out,
+        "failed": pool.num_failed,
         "seconds": seconds,
         "rows_per_s": len(rows) / seconds,
     }
@@ -148,8 +152,9 @@ def show_summary(summary: dict[str, Any], as_json: bool) -> None:
         return
     counts = ", ".join(f"{count} with reward {reward}" for reward, count in summary["rewards"].items())
     print(
-        f"{summary['rows']} rows: {counts}; mean {summary['mean_reward']:.4f}; grader killed for {summary['killed']}, "
-        f"failed for {summary['failed']}; {summary['seconds']:.1f} s, {summary['rows_per_s']:.0f} rows/s",
+        f"{summary['rows']} rows: {counts}; mean {summary['mean_reward']:.4f}; not graded: grader failed for "
+        f"{summary['failed']}, exceeded its time for {summary['timed_out']}; {summary['seconds']:.1f} s, "
+        f"{summary['rows_per_s']:.0f} rows/s",
         file=sys.stderr,
     )
 

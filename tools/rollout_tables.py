@@ -82,7 +82,8 @@ def _print_response(console: Console, response: StoredResponse, tokenizer: TextT
     console.print()
     versions = response.policy_versions
     ended = f"ended by {visible(response.finish_reason)}"
-    parts = [f"response {response.place}", f"reward {response.reward:g}", f"{response.num_tokens} tokens", ended]
+    reward = "not graded" if response.reward is None else f"reward {response.reward:g}"
+    parts = [f"response {response.place}", reward, f"{response.num_tokens} tokens", ended]
     parts.append(f"sampling seed {response.sampling_seed}")
     if response.token_ids is None or versions is None:
         _line(console, ", ".join(parts))

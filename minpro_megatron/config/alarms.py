@@ -11,6 +11,8 @@ AlarmName = Literal[
     "entropy_collapse",
     "entropy_explosion",
     "reward_drop",
+    "no_gradient",
+    "failed_grades",
     "gradient_spikes",
     "effective_sample_size",
     "mismatch",
@@ -40,7 +42,18 @@ class AlarmsConfig(Section):
         default=0.3,
         gt=0,
         le=1,
-        description="largest fall of reward/accuracy from its peak, as a share of the peak (and by at least 0.03)",
+        description="largest fall of reward/mean from its peak, as a share of the peak's height above the lowest "
+        "reward so far (and by at least 3 % of the distance between the lowest and the highest reward)",
+    )
+    equal_groups: float | None = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of groups with equal rewards, which give no gradient, that must not be reached in all of "
+        "window_steps",
+    )
+    failed_grades: int | None = Field(
+        default=10, ge=1, description="responses within window_steps whose grade failed or took too long"
     )
     gradient_spike_factor: float | None = Field(
         default=10.0,

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.instructions import instruction_text
+from minpro_megatron.config.rewards import RIGHT_REWARD
 
 
 class DataConfig(Section):
@@ -189,7 +190,17 @@ class CollectorConfig(Section):
     reward_by_source: dict[str, str] = Field(
         default={}, description="another one for the prompts of some sources (the prompt files' source)"
     )
-    reward_timeout_s: float = Field(default=5.0, gt=0, description="hard limit for grading one response")
+    right_reward: float = Field(
+        default=RIGHT_REWARD,
+        description="a response counts as right from this reward on, in the accuracy of training and in every "
+        "evaluation; the graders above give 1 for a right response",
+    )
+    reward_timeout_s: float = Field(
+        default=5.0,
+        gt=0,
+        description="limit of processor time for grading one response; of wall time it may take ten times as long. A "
+        "grade that fails twice leaves its group out of training",
+    )
     reward_workers: int = Field(default=1, ge=1)
     journal_ratios: bool = Field(
         default=True, description="also store what the policy gave each token at the update: 4 bytes a token"

@@ -22,7 +22,7 @@ class SampledResponse(msgspec.Struct, frozen=True):
     text: str
     num_tokens: int
     finish_reason: str  # "stop" or "length"
-    reward: float
+    reward: float | None  # None: it could not be graded
     extracted: str | None = None
     problem: str | None = None
 

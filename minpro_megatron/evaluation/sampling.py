@@ -1,6 +1,7 @@
 """Evaluation inside a run: pass@1 of one policy version, sampled the way the training groups are."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.evaluation.pass_at_k import mean_pass_at_k
 from minpro_megatron.monitor.files import replace_file
@@ -17,18 +19,21 @@ from minpro_megatron.records import CollectedGroup, EvaluationResult, IssuedGrou
 FILE_NAME = "evaluations.jsonl"
 # In place of a benchmark's name: the run's own held-out prompts.
 HELDOUT = ""
-# A response counts as right from this reward on; rewards of held-out prompts are 0 or 1.
-RIGHT_REWARD = 1.0
 
 CollectGroup = Callable[[IssuedGroup], Awaitable[CollectedGroup]]
 
 
+class EvaluationNotGraded(RuntimeError):
+    """An evaluation has no result, because the grader failed for all of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """What an evaluation keeps of a response."""
+    """What an evaluation keeps of a response; `problem`: of its group, why one of its responses has no reward."""
 
     reward: float
     num_tokens: int
+    problem: str
 
 
 def evaluation_groups(
@@ -66,11 +71,17 @@ def evaluation_groups(
 
 
 async def evaluate(
-    groups: Sequence[IssuedGroup], collect_group: CollectGroup, benchmark: str = HELDOUT
+    groups: Sequence[IssuedGroup],
+    collect_group: CollectGroup,
+    benchmark: str = HELDOUT,
+    right_reward: float = RIGHT_REWARD,
 ) -> EvaluationResult:
-    """pass@1 over the prompts of the groups, which have equally many samples each. The time includes waiting for
-    servers that are busy with training groups. Raises what `collect_group` raised first; the other groups are then
-    given up."""
+    """pass@1 and mean reward over the prompts of the groups, which have equally many samples each. The time includes
+    waiting for servers that are busy with training groups.
+
+    Raises EvaluationNotGraded if no response could be graded, and what `collect_group` raised first; the other groups
+    are then given up.
+    """
     start = time.monotonic()
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -82,7 +93,14 @@ async def evaluate(
         of_prompts.setdefault(group.group_id, []).extend(task.result())
     samples = list(of_prompts.values())
     samples_per_prompt = len(samples[0])
-    num_correct = [sum(sample.reward >= RIGHT_REWARD for sample in of_prompt) for of_prompt in samples]
+    rewards = [sample.reward for of_prompt in samples for sample in of_prompt]
+    if all(math.isnan(reward) for reward in rewards):
+        what = f"benchmark {benchmark}" if benchmark else "held-out prompts"
+        raise EvaluationNotGraded(
+            f"evaluation of version {groups[0].policy_version}, {what}: none of the {len(rewards)} responses could be "
+            f"graded: {samples[0][0].problem}; correct the grader or the answers in the file"
+        )
+    num_correct = [sum(is_right(sample.reward, right_reward) for sample in of_prompt) for of_prompt in samples]
     pass_at_1 = mean_pass_at_k(samples_per_prompt, num_correct, k=1)
     lengths = [sample.num_tokens for of_prompt in samples for sample in of_prompt]
     return EvaluationResult(
@@ -90,6 +108,8 @@ async def evaluate(
         benchmark=benchmark,
         pass_at_1=pass_at_1.mean,
         standard_error=pass_at_1.standard_error,
+        mean_reward=float(np.mean(with_lowest(np.asarray(rewards)))),
+        not_graded=sum(map(math.isnan, rewards)),
         num_prompts=len(samples),
         samples_per_prompt=samples_per_prompt,
         mean_response_tokens=float(np.mean(lengths)),
@@ -97,10 +117,20 @@ async def evaluate(
     )
 
 
+def with_lowest(rewards: np.ndarray) -> np.ndarray:
+    """`rewards`, float64, with 0 or the lowest of them, whichever is lower, in place of NaN: a response that could not
+    be graded must not count for more than a wrong one, or it would pay to hang the grader. 0 because all wrong ones may
+    be among those."""
+    return np.where(np.isnan(rewards), min(0.0, np.nanmin(rewards, initial=0.0)), rewards)
+
+
 async def _collect(collect_group: CollectGroup, group: IssuedGroup) -> list[_Sample]:
     # The tokens are dropped at once: those of all samples together are gigabytes.
     collected = await collect_group(group)
-    return [_Sample(response.reward, len(response.token_ids)) for response in collected.responses]
+    return [
+        _Sample(response.reward, len(response.token_ids), collected.grading_problem)
+        for response in collected.responses
+    ]
 
 
 def append_result(run_dir: Path, result: EvaluationResult) -> None:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.evaluation.intervals import Estimate, average, estimates, resampled_means
 from minpro_megatron.evaluation.majority import majority_at_k, votes
 from minpro_megatron.evaluation.pass_at_k import mean_pass_at_k, pass_at_k_values
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse
-
-# A response counts as right from this reward on.
-RIGHT_REWARD = 1.0
+from minpro_megatron.evaluation.sampling import with_lowest
+from minpro_megatron.records import NOT_GRADED
 
 
 class BenchmarkScores(msgspec.Struct, frozen=True):
@@ -29,7 +29,8 @@ class BenchmarkScores(msgspec.Struct, frozen=True):
     mean_response_tokens: float
     truncated_fraction: float  # cut at the length limit
     no_answer_fraction: float  # the grader found nothing to compare
-    ungraded_responses: int  # the grader failed: reward 0
+    ungraded_responses: int  # the grader failed: not right, and 0 or the lowest reward in the mean
+    mean_reward: Estimate | None = None  # None: written by a version that did not know it
 
 
 class Scores(msgspec.Struct, frozen=True):
@@ -40,6 +41,7 @@ class Scores(msgspec.Struct, frozen=True):
     settings: dict
     benchmarks: list[BenchmarkScores]
     average: Estimate
+    right_reward: float = RIGHT_REWARD  # a response counts as right from this reward on
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Answers:
     """A benchmark's samples without their texts, arrays [prompts, samples]."""
 
     is_right: np.ndarray
+    rewards: np.ndarray  # those of ungraded responses are 0 or the lowest of the others
     votes: np.ndarray
     num_tokens: np.ndarray
     is_truncated: np.ndarray
@@ -63,8 +66,11 @@ def powers_of_two(largest: int) -> list[int]:
     return [*(1 << i for i in range(largest.bit_length()) if 1 << i < largest), largest]
 
 
-def answers_of(benchmark: str, groups: Iterable[SampledGroup], samples_per_prompt: int) -> Answers:
-    """The benchmark's samples in `groups`. Raises ValueError unless there are as many of every prompt."""
+def answers_of(
+    benchmark: str, groups: Iterable[SampledGroup], samples_per_prompt: int, right_reward: float = RIGHT_REWARD
+) -> Answers:
+    """The benchmark's samples in `groups`. Raises ValueError unless there are as many of every prompt, and if none of
+    them could be graded."""
     responses: dict[str, dict[int, SampledResponse]] = {}
     for group in groups:
         if group.benchmark == benchmark:
@@ -75,18 +81,27 @@ def answers_of(benchmark: str, groups: Iterable[SampledGroup], samples_per_promp
         raise ValueError(f"{benchmark}: not every prompt has its {samples_per_prompt} samples")
     # in an order that does not depend on which response came first: resampling must give the same intervals
     table = [[responses[prompt][sample] for sample in sorted(wanted)] for prompt in sorted(responses)]
-    is_right = np.asarray([[response.reward >= RIGHT_REWARD for response in row] for row in table])
+    rewards = np.asarray([[_reward(response) for response in row] for row in table])
+    if np.isnan(rewards).all():
+        raise ValueError(f"{benchmark}: none of its responses could be graded: {table[0][0].problem}")
+    right = np.asarray([[is_right(reward, right_reward) for reward in row] for row in rewards.tolist()])
     # A grader that finds right answers and never says what it compared compares whole responses.
-    whole = is_right.any() and all(response.extracted is None for row in table for response in row)
+    whole = right.any() and all(response.extracted is None for row in table for response in row)
     answers = [[response.text if whole else response.extracted for response in row] for row in table]
     return Answers(
-        is_right=is_right,
-        votes=np.stack([votes(row, right) for row, right in zip(answers, is_right.tolist(), strict=True)]),
+        is_right=right,
+        rewards=with_lowest(rewards),
+        votes=np.stack([votes(row, of_row) for row, of_row in zip(answers, right.tolist(), strict=True)]),
         num_tokens=np.asarray([[response.num_tokens for response in row] for row in table]),
         is_truncated=np.asarray([[response.finish_reason == "length" for response in row] for row in table]),
         has_answer=np.asarray([[answer is not None for answer in row] for row in answers]),
-        num_problems=sum(response.problem is not None for row in table for response in row),
+        num_problems=int(np.isnan(rewards).sum()),
     )
+
+
+def _reward(response: SampledResponse) -> float:
+    """NaN where it could not be graded, which earlier versions wrote as a reward of 0 with a problem."""
+    return NOT_GRADED if response.reward is None or response.problem is not None else response.reward
 
 
 def score_benchmark(name: str, answers: Answers, seed: int) -> BenchmarkScores:
@@ -109,6 +124,7 @@ def score_benchmark(name: str, answers: Answers, seed: int) -> BenchmarkScores:
         truncated_fraction=float(answers.is_truncated.mean()),
         no_answer_fraction=float(1 - answers.has_answer.mean()),
         ungraded_responses=answers.num_problems,
+        mean_reward=estimates(answers.rewards.mean(axis=1)[:, None], bootstrap)[0],
     )
 
 
@@ -120,17 +136,26 @@ def average_accuracy(answers: Mapping[str, Answers], seed: int) -> Estimate:
 
 
 def score_all(
-    model: str, policy_version: int, settings: dict, samples: Mapping[str, int], groups: Sequence[SampledGroup]
+    model: str,
+    policy_version: int,
+    settings: dict,
+    samples: Mapping[str, int],
+    groups: Sequence[SampledGroup],
+    right_reward: float = RIGHT_REWARD,
 ) -> Scores:
-    """Everything about one model. `samples` has the samples a prompt of each benchmark; settings["seed"] is used."""
+    """Everything about one model. `samples` has the samples a prompt of each benchmark; settings["seed"] is used.
+
+    Raises ValueError as `answers_of` does.
+    """
     seed = int(settings["seed"])
-    answers = {name: answers_of(name, groups, count) for name, count in samples.items()}
+    answers = {name: answers_of(name, groups, count, right_reward) for name, count in samples.items()}
     return Scores(
         model=model,
         policy_version=policy_version,
         settings=settings,
         benchmarks=[score_benchmark(name, found, seed) for name, found in answers.items()],
         average=average_accuracy(answers, seed),
+        right_reward=right_reward,
     )
 
 

@@ -28,6 +28,9 @@ def scalars(result: Scores) -> dict[str, float]:
     for scores in result.benchmarks:
         values[f"evaluation/accuracy/{scores.name}"] = scores.accuracy.value
         values[f"evaluation/standard_error/{scores.name}"] = scores.standard_error
+        values[f"evaluation/not_graded/{scores.name}"] = float(scores.ungraded_responses)
+        if scores.mean_reward is not None:
+            values[f"evaluation/mean_reward/{scores.name}"] = scores.mean_reward.value
         values[f"evaluation/response_length_mean/{scores.name}"] = scores.mean_response_tokens
         values[f"evaluation/truncated_fraction/{scores.name}"] = scores.truncated_fraction
         for k in powers_of_two(scores.samples_per_prompt):
@@ -41,7 +44,8 @@ def _protocol(result: Scores) -> str:
     return (
         f"Sampled at temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}, at most "
         f"{sampling['max_response_tokens']:,} tokens a response. Figures in percent with 95 % bootstrap intervals over "
-        "prompts."
+        f"prompts. A response is right from a reward of {result.right_reward:g} on. One that could not be graded "
+        "counts as not right, and in the mean reward as 0 or the lowest reward."
     )
 
 
@@ -68,13 +72,17 @@ def _over_k(
 
 
 def _responses(results: Sequence[Scores]) -> str:
-    heads = ["model", "benchmark", "prompts", "samples", "mean tokens", "cut at the limit", "no answer", "not graded"]
+    heads = [
+        "model", "benchmark", "prompts", "samples", "mean reward", "mean tokens", "cut at the limit", "no answer",
+        "not graded",
+    ]  # fmt: skip
     rows = [
         [
             result.model,
             title_of(scores.name),
             str(scores.num_prompts),
             str(scores.samples_per_prompt),
+            "-" if scores.mean_reward is None else _plain(scores.mean_reward),
             f"{scores.mean_response_tokens:,.0f}",
             f"{100 * scores.truncated_fraction:.1f} %",
             f"{100 * scores.no_answer_fraction:.1f} %",
@@ -97,3 +105,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def _percent(estimate: Estimate) -> str:
     return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f}-{100 * estimate.high:.1f})"
+
+
+def _plain(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} ({estimate.low:.3f}-{estimate.high:.3f})"

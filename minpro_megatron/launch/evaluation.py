@@ -70,7 +70,11 @@ def evaluate(options: EvaluationOptions) -> int:
                 done = list(file.groups(text_to_compare))
     except ValueError as error:
         raise UserError(str(error)) from None
-    result = score_all(options.model, done[0].policy_version, settings, samples, done)
+    version = done[0].policy_version
+    try:
+        result = score_all(options.model, version, settings, samples, done, options.right_reward)
+    except ValueError as error:
+        raise UserError(f"{error}; correct the grader or the answers, and give another --output") from None
     _write(options.output, result, [*compared, result])
     return 0
 

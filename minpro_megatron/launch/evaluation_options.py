@@ -6,6 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from minpro_megatron.config.rewards import RIGHT_REWARD
 from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.evaluation.benchmarks import BENCHMARKS, samples_of
 from minpro_megatron.launch.preflight import count_gpus
@@ -39,6 +40,7 @@ class EvaluationOptions:
     chat_template_arguments: Mapping[str, Any] = field(default_factory=dict)
     extra_stop_tokens: Sequence[str] = ()
     reward: str = "math"
+    right_reward: float = RIGHT_REWARD
     reward_workers: int = 1
     reward_timeout_s: float = 5.0
     seed: int = 0
@@ -96,6 +98,7 @@ def run_config(options: EvaluationOptions) -> RunConfig:
         "server": server,
         "collector": {
             "reward": options.reward,
+            "right_reward": options.right_reward,
             "reward_by_source": {"calculator": "calculator"},
             "reward_workers": options.reward_workers,
             "reward_timeout_s": options.reward_timeout_s,

@@ -31,7 +31,7 @@ def reward_problems(config: RunConfig) -> Iterator[str]:
 
 def _refusal(name: str) -> str:
     """Why a grading process cannot load the reward; empty if it can. Nothing of the user's runs in this process."""
-    command = [sys.executable, "-m", WORKER_MODULE, str(MEMORY_LIMIT_BYTES), "1", name]
+    command = [sys.executable, "-m", WORKER_MODULE, str(MEMORY_LIMIT_BYTES), "1", "10", name]
     try:
         ended = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=START_TIMEOUT_S, check=False

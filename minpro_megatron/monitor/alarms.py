@@ -5,6 +5,7 @@ begins to speak, and not again before it has been silent for `window_steps`. All
 run that goes on after a crash knows from metrics.jsonl what was raised before.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import Literal
 from minpro_megatron.config.alarms import AlarmName, AlarmsConfig
 
 LEAST_RISE_NATS = 0.3  # of an entropy explosion
-LEAST_REWARD_DROP = 0.03  # accuracy of a few hundred responses varies by as much
+LEAST_REWARD_DROP = 0.03  # of the rewards' range: the mean of a few hundred responses varies by as much
 NUM_SPIKES = 3  # within the window, or all of a shorter one: one alone is clipped and gone
 MOST_STEPS_BEFORE_A_SPIKE = 20  # whose median it is compared with
 MUST_BE_FINITE = ("objective/loss", "policy/entropy", "ratio/mean", "optimizer/grad_norm")
@@ -112,17 +113,45 @@ def _entropy_explosion(series: Series, limits: Limits) -> str | None:
 
 
 def _reward_drop(series: Series, limits: Limits) -> str | None:
+    """Rewards have any scale: heights are measured from the lowest one seen, and the fall by their range."""
     share = limits.settings.reward_drop
-    averages = series.averages("reward/accuracy")
-    if share is None or not averages:
+    averages = series.averages("reward/mean")
+    lows, highs = (series.last(name, series.num_steps) for name in ("reward/min", "reward/max"))
+    if share is None or not averages or not lows or not highs:
         return None
-    now, peak = averages[-1], max(averages)
-    if peak - now <= share * peak or peak - now <= LEAST_REWARD_DROP:
+    now, peak, low, high = averages[-1], max(averages), min(lows), max(highs)
+    fall = peak - now
+    if fall <= share * (peak - low) or fall <= LEAST_REWARD_DROP * (high - low):
         return None
     return (
-        f"reward/accuracy {now:.3f} is {100 * (peak - now) / peak:.0f} % below its peak of {peak:.3f} "
-        f"(alarms.reward_drop = {share:g})"
+        f"reward/mean {now:.3f} is {100 * fall / (peak - low):.0f} % below its peak of {peak:.3f}, measured from the "
+        f"lowest reward, {low:g} (alarms.reward_drop = {share:g})"
     )
+
+
+def _no_gradient(series: Series, limits: Limits) -> str | None:
+    share, window = limits.settings.equal_groups, limits.settings.window_steps
+    equal = series.last("reward/equal_groups", window)
+    if share is None or len(equal) < window or min(equal) < share:
+        return None
+    return f"in {window} steps {100 * min(equal):.0f} % of the groups or more had equal rewards, which give no gradient"
+
+
+def _failed_grades(series: Series, limits: Limits) -> str | None:
+    limit, window = limits.settings.failed_grades, limits.settings.window_steps
+    failed, late = (_new(series, name, window) for name in ("reward/grader_failed", "reward/grader_timed_out"))
+    if limit is None or failed + late < limit:
+        return None
+    return (
+        f"{failed + late:.0f} responses of the last {window} steps could not be graded: the grader failed for "
+        f"{failed:.0f} and exceeded its time for {late:.0f}"
+    )
+
+
+def _new(series: Series, name: str, steps: int) -> float:
+    """By how much a count since the start has grown in the last steps. A collector that was restarted counts from 0."""
+    counts = [0.0, *series.last(name, series.num_steps)][-steps - 1 :]
+    return sum(after - before if after >= before else after for before, after in itertools.pairwise(counts))
 
 
 def _gradient_spikes(series: Series, limits: Limits) -> str | None:
@@ -204,6 +233,16 @@ CHECKS: dict[AlarmName, _Watched] = {
         "go back to the checkpoint of the best evaluation (checkpoint.keep_best) with a lower optimizer.learning_rate "
         "or less staleness; with data.curriculum = easy_first the prompts may only have become harder",
     ),
+    "no_gradient": _Watched(
+        _no_gradient,
+        "look at rollouts and rewards (tools/show_rollouts.py): a grader may give the same reward for everything, and "
+        "prompts may all be too easy or too hard (data.min_pass_rate, data.max_pass_rate, batch.dynamic_sampling)",
+    ),
+    "failed_grades": _Watched(
+        _failed_grades,
+        "see logs/collect.log for the first failures; correct the grader or the answers, or raise "
+        "collector.reward_timeout_s; groups with such a response are not trained on",
+    ),
     "gradient_spikes": _Watched(
         _gradient_spikes,
         "look at these steps' rollouts (tools/show_rollouts.py) and at ratio/max; lower optimizer.clip_grad or "
@@ -235,7 +274,12 @@ CHECKS: dict[AlarmName, _Watched] = {
 }  # fmt: skip
 WATCHED = (
     *MUST_BE_FINITE,
-    "reward/accuracy",
+    "reward/mean",
+    "reward/min",
+    "reward/max",
+    "reward/equal_groups",
+    "reward/grader_failed",
+    "reward/grader_timed_out",
     "objective/effective_sample_size",
     "mismatch/kl_k3",
     "staleness/mean",

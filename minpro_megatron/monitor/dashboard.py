@@ -7,7 +7,10 @@ import json
 
 from minpro_megatron.config.run import RunConfig
 
-HEADLINES = ("eval/pass_at_1", "reward/accuracy", "objective/effective_sample_size", "throughput/response_tokens_per_s")
+HEADLINES = (
+    "eval/pass_at_1", "eval/mean_reward", "reward/accuracy", "reward/mean",
+    "objective/effective_sample_size", "throughput/response_tokens_per_s",
+)  # fmt: skip
 
 _SETTINGS = (
     "seed", "num_global_steps", "model", "data", "parallel", "objective", "loss", "optimizer", "batch", "sampling",
@@ -18,7 +21,9 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
     "reward": {
         "accuracy of rollouts": ["reward/accuracy$", "reward/accuracy_by_prompt/.*"],
         "held-out pass@1": ["eval/pass_at_1$", "evaluation/accuracy/.*"],
-        "mean reward": ["reward/mean$"],
+        "mean reward": ["reward/mean$", "reward/min$", "reward/max$"],
+        "held-out mean reward": ["eval/mean_reward$", "evaluation/mean_reward/.*"],
+        "not graded": ["reward/grader_failed$", "reward/grader_timed_out$", "reward/groups_not_graded$"],
         "groups of equal rewards": ["reward/equal_groups$", "reward/equal_groups_by_prompt/.*"],
         "response length": ["response/length_mean$", "response/length_max$", "response/length_by_prompt/.*"],
         "responses cut at the limit": ["response/truncated_fraction$"],

@@ -132,12 +132,23 @@ class Declaration:
 # A name that ends in /<...> stands for a family: one scalar for each bucket that holds anything.
 METRICS: dict[str, Declaration] = {
     "reward/mean": Declaration("", "mean", "reward of a response"),
-    "reward/accuracy": Declaration("share", "mean", "responses whose answer is right"),
+    "reward/min": Declaration("", "min", "lowest reward of a response"),
+    "reward/max": Declaration("", "max", "highest reward of a response"),
+    "reward/accuracy": Declaration("share", "mean", "right responses: their reward is collector.right_reward or more"),
     "reward/equal_groups": Declaration("share", "mean", "groups whose rewards are all equal (no gradient)"),
     "reward/accuracy_by_prompt/<kind>": Declaration(
         "share", "mean", "of those to prompts with a given prefix (prefixed) and without (plain)"
     ),
     "reward/equal_groups_by_prompt/<kind>": Declaration("share", "mean", "equal groups, apart in the same way"),
+    "reward/grader_failed": Declaration(
+        "responses", "sum", "not graded: the grader raised, returned no finite number or died, since the start"
+    ),
+    "reward/grader_timed_out": Declaration(
+        "responses", "sum", "not graded: the grader exceeded its time, since the start"
+    ),
+    "reward/groups_not_graded": Declaration(
+        "groups", "sum", "dropped because a response could not be graded, since the start"
+    ),
     "policy/entropy": Declaration("nats", "mean", "entropy of the policy at a response token"),
     "policy/kl_k1": Declaration("nats", "mean", "k1 estimate of KL(old policy || policy)"),
     "policy/kl_k2": Declaration("nats", "mean", "k2 estimate of it"),
@@ -276,11 +287,19 @@ METRICS: dict[str, Declaration] = {
     "memory/host_bytes/<role>": Declaration("bytes", "sum", "resident memory of a role's processes, all machines"),
     "alarms/raised": Declaration("alarms", "sum", "alarms since the run's start"),
     "alarms/raised_by_kind/<alarm>": Declaration("alarms", "sum", "of one kind"),
-    "eval/pass_at_1": Declaration("share", "mean", "held-out accuracy of one sample"),
+    "eval/pass_at_1": Declaration("share", "mean", "held-out accuracy: right samples"),
+    "eval/mean_reward": Declaration("", "mean", "reward of a held-out response"),
+    "eval/not_graded": Declaration(
+        "responses", "sum", "held-out responses not graded: not right, 0 or the lowest reward"
+    ),
     "eval/standard_error": Declaration("share", "mean", "standard error of pass@1 over prompts"),
     "eval/response_length_mean": Declaration("tokens", "mean", "length of a held-out response"),
     "evaluation/accuracy/<benchmark>": Declaration("share", "mean", "right samples; average: of the benchmarks"),
     "evaluation/standard_error/<benchmark>": Declaration("share", "mean", "standard error of it over prompts"),
+    "evaluation/mean_reward/<benchmark>": Declaration("", "mean", "reward of a response"),
+    "evaluation/not_graded/<benchmark>": Declaration(
+        "responses", "sum", "responses not graded: not right, 0 or the lowest reward"
+    ),
     "evaluation/pass_at_k/<benchmark>_<k>": Declaration("share", "mean", "prompts with a right one among k samples"),
     "evaluation/majority_at_k/<benchmark>_<k>": Declaration(
         "share", "mean", "prompts whose most frequent answer of k is right"

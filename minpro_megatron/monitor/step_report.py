@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from minpro_megatron.config.rewards import is_right
 from minpro_megatron.monitor.alarm_log import AlarmLog
 from minpro_megatron.monitor.alarms import Alarm
 from minpro_megatron.monitor.histograms import bin_edges, histogram_quantile
@@ -28,8 +29,9 @@ QUANTILES: dict[str, tuple[str, Callable[[float], float]]] = {
 }
 
 
-def batch_metrics(batch: Batch, step: int) -> dict[str, Metric]:
-    """The metrics that follow from the groups alone, as global step `step` consumes them."""
+def batch_metrics(batch: Batch, step: int, right_reward: float) -> dict[str, Metric]:
+    """The metrics that follow from the groups alone, as global step `step` consumes them. `right_reward`: the run's
+    collector.right_reward."""
     kinds = {kind: [group for group in batch.groups if _kind(group) == kind] for kind in ("prefixed", "plain")}
     responses = [response for group in batch.groups for response in group.responses]
     rewards, lengths = [response.reward for response in responses], [len(response.token_ids) for response in responses]
@@ -38,6 +40,8 @@ def batch_metrics(batch: Batch, step: int) -> dict[str, Metric]:
     prompts = sum(len(group.responses) * len(group.issued.prompt_token_ids) for group in batch.groups)
     found = {
         "reward/mean": mean(math.fsum(rewards), len(responses)),
+        "reward/min": smallest(min(rewards)),
+        "reward/max": largest(max(rewards)),
         "staleness/min": smallest(min(stale)),
         "staleness/mean": mean(sum(stale), len(stale)),
         "staleness/max": largest(max(stale)),
@@ -45,7 +49,7 @@ def batch_metrics(batch: Batch, step: int) -> dict[str, Metric]:
         "response/truncated_fraction": mean(truncated, len(responses)),
         "batch/tokens": total(sum(lengths) + prompts),
     }
-    of_kinds = {kind: _of_kind(groups) for kind, groups in kinds.items() if groups}
+    of_kinds = {kind: _of_kind(groups, right_reward) for kind, groups in kinds.items() if groups}
     for kind, metrics in of_kinds.items():
         found |= {f"{name}_by_prompt/{kind}": metric for name, metric in metrics.items()}
     merged = merge(list(of_kinds.values()))
@@ -57,12 +61,12 @@ def _kind(group: CollectedGroup) -> str:
     return "prefixed" if group.issued.prompt.prefix else "plain"
 
 
-def _of_kind(groups: Sequence[CollectedGroup]) -> dict[str, Metric]:
+def _of_kind(groups: Sequence[CollectedGroup], right_reward: float) -> dict[str, Metric]:
     """What is also told apart by kind of prompt."""
     responses = [response for group in groups for response in group.responses]
     equal = sum(len({response.reward for response in group.responses}) == 1 for group in groups)
     return {
-        "reward/accuracy": mean(sum(response.reward > 0 for response in responses), len(responses)),
+        "reward/accuracy": mean(sum(is_right(r.reward, right_reward) for r in responses), len(responses)),
         "reward/equal_groups": mean(equal, len(groups)),
         "response/length": mean(sum(len(response.token_ids) for response in responses), len(responses)),
     }
@@ -95,11 +99,15 @@ def _evaluation_scalars(result: EvaluationResult) -> dict[str, float]:
         return {
             f"evaluation/accuracy/{result.benchmark}": result.pass_at_1,
             f"evaluation/standard_error/{result.benchmark}": result.standard_error,
+            f"evaluation/mean_reward/{result.benchmark}": result.mean_reward,
+            f"evaluation/not_graded/{result.benchmark}": float(result.not_graded),
             f"evaluation/response_length_mean/{result.benchmark}": result.mean_response_tokens,
         }
     return {
         "eval/pass_at_1": result.pass_at_1,
         "eval/standard_error": result.standard_error,
+        "eval/mean_reward": result.mean_reward,
+        "eval/not_graded": float(result.not_graded),
         "eval/response_length_mean": result.mean_response_tokens,
     }
 

@@ -1,29 +1,46 @@
-"""Grading in worker processes under hard limits of time and memory: model output is untrusted, graders hang on it."""
+"""Grading in worker processes under hard limits of time and memory: model output is untrusted, graders hang on it.
+
+A grade fails where the grader raises, returns no finite number, dies, or exceeds its time. It is then tried once more,
+alone in a new process; if that fails as well, the response has no reward. It is never given one in place of it: with
+rewards of -1 and +1 a failure's 0 would be worth more than a wrong answer, and a policy would learn to hang the grader.
+
+The limit of time is one of processor time, so a busy machine makes no grade fail. Wall time has a limit WALL_FACTOR
+times as long, for a grader that waits.
+"""
 
 import asyncio
 import logging
-import math
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
 from minpro_megatron.rewards.registry import check_reward_name
-from minpro_megatron.rewards.worker import LENGTH, Judgement
+from minpro_megatron.rewards.worker import LENGTH, OUT_OF_MEMORY, Judgement
 
 log = logging.getLogger(__name__)
 
 WORKER_MODULE = "minpro_megatron.rewards.worker"
 START_TIMEOUT_S = 120.0
+# Wall time that a grade may take, as a multiple of its processor time.
+WALL_FACTOR = 10.0
+# A worker ends itself after this multiple of that, if there is nobody left to end it.
+ORPHAN_FACTOR = 3.0
 # For an answer that came in time while the event loop was busy with something else: it is there, and not read yet.
 GRACE_S = 0.05
 # A symbolic checker can be led into expanding an expression without end; its process ends before the
 # machine does. With its libraries a worker needs 0.2 GiB.
 MEMORY_LIMIT_BYTES = 4 * 2**30
-# A worker ends itself this much later than it should have been killed, if there is nobody left to do so.
-ORPHAN_FACTOR = 3.0
+# After so many responses in a row that could not be graded the grader is broken: a new process for each would only
+# cost time. One grade that succeeds ends it.
+MAX_RETRIES_IN_A_ROW = 8
+# Failures that are logged one by one; later ones are only counted.
+MAX_LOGGED_FAILURES = 5
+_TIME_SIGNALS = (-signal.SIGPROF, -signal.SIGALRM)
 
 
 class RewardWorkerError(RuntimeError):
@@ -32,19 +49,33 @@ class RewardWorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Judged:
-    """A response's reward, what of it was compared, the grader's time, and what went wrong (then the reward is 0)."""
+    """A response's reward, what of it was compared and the grader's time; or, without a reward, what went wrong."""
 
-    reward: float
+    reward: float | None
     extracted: str | None = None
     seconds: float | None = None
     problem: str | None = None
 
 
+class _Failure(NamedTuple):
+    problem: str
+    timed_out: bool
+
+
+def worker_command(names: Sequence[str], timeout_s: float, wall_s: float) -> list[str]:
+    """The command line of a process that grades with the rewards `names`; a response that needs more than `timeout_s`
+    of processor time or `wall_s` of wall time ends it."""
+    limits = [MEMORY_LIMIT_BYTES, timeout_s, wall_s]
+    return [sys.executable, "-m", WORKER_MODULE, *map(str, limits), *names]
+
+
 class _Worker:
     """One grading process; started when it is first needed, and again after it was killed."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], timeout_s: float, wall_s: float) -> None:
         self._command = command
+        self._timeout_s = timeout_s
+        self._wall_s = wall_s
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
@@ -60,21 +91,20 @@ class _Worker:
             raise RewardWorkerError(
                 f"the grading process did not start: {' '.join(self._command)}; its error stands above"
             ) from None
+        except asyncio.CancelledError:
+            await self.kill()  # what it says first would be taken for an answer
+            raise
         if refusal:
             await self.kill()
             raise ValueError(refusal.decode())
 
-    async def grade_some(
-        self, reward: str, texts: Sequence[str], answer: str, timeout_s: float
-    ) -> list[Judgement | str | None]:
-        """The results of `texts` up to the first that hangs or kills the grader, which is None and the last.
-
-        Others are judgements, or a text saying what the grader raised. The time limit holds for each response.
-        """
+    async def grade_some(self, reward: str, texts: Sequence[str], answer: str) -> list[Judgement | _Failure]:
+        """The results of `texts` up to the first that hangs or kills the grader, which is the last. The limits hold for
+        each response."""
         await self.start()
         assert self._process is not None
         assert self._process.stdin is not None
-        results: list[Judgement | str | None] = []
+        results: list[Judgement | _Failure] = []
         try:
             # All at once: a round trip between two processes for each response would cost more than most
             # graders.
@@ -82,15 +112,25 @@ class _Worker:
                 request = msgspec.msgpack.encode((reward, text, answer))
                 self._process.stdin.write(LENGTH.pack(len(request)) + request)
             while len(results) < len(texts):
-                body = await self._read_within(timeout_s)
-                results.append(msgspec.msgpack.decode(body, type=Judgement | str))
-        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
+                found = msgspec.msgpack.decode(await self._read_within(self._wall_s), type=Judgement | str)
+                results.append(found if isinstance(found, Judgement) else _Failure(f"grader failed: {found}", False))
+        except TimeoutError:
             await self.kill()
-            results.append(None)
+            results.append(_Failure(f"grader took more than {self._wall_s:g} s of wall time", True))
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
+            results.append(self._explained(await self.kill()))
         except asyncio.CancelledError:
             await self.kill()  # its answers would be taken for those of the next responses
             raise
         return results
+
+    def _explained(self, exit_status: int) -> _Failure:
+        if exit_status in _TIME_SIGNALS:
+            limit = f"collector.reward_timeout_s = {self._timeout_s:g} s of processor time"
+            return _Failure(f"grader exceeded {limit}", True)
+        if exit_status == OUT_OF_MEMORY:
+            return _Failure(f"grader needed more than {MEMORY_LIMIT_BYTES / 2**30:g} GiB of memory", False)
+        return _Failure(f"grader died with exit status {exit_status}", False)
 
     async def _read_within(self, timeout_s: float) -> bytes:
         """Raises TimeoutError if the grader is late; not if only this process is, and the answer is there."""
@@ -111,18 +151,21 @@ class _Worker:
         (length,) = LENGTH.unpack(await self._process.stdout.readexactly(LENGTH.size))
         return await self._process.stdout.readexactly(length)
 
-    async def kill(self) -> None:
+    async def kill(self) -> int:
+        """Ends the process, if there is one. Returns its exit status, which is its own if it has ended by itself."""
         process, self._process = self._process, None
-        if process is not None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        if process is None:
+            return 0
+        with suppress(ProcessLookupError):
+            process.kill()
+        return await process.wait()
 
 
 class RewardPool:
-    """`num_workers` grading processes; use inside `async with`. Failures are counted and give the reward 0.
+    """`num_workers` grading processes; use inside `async with`.
 
-    `num_killed` counts responses whose grader hung or died, `num_errors` those whose grader raised.
+    `num_failed` counts responses without a reward because their grader raised, returned no finite number or died,
+    `num_timed_out` those whose grader exceeded its time.
     """
 
     def __init__(
@@ -132,25 +175,28 @@ class RewardPool:
         timeout_s: float,
         by_source: Mapping[str, str] | None = None,
         command: Sequence[str] | None = None,
+        wall_factor: float = WALL_FACTOR,
     ) -> None:
-        """`reward` grades the prompts of all sources that `by_source` does not give another one.
+        """`reward` grades the prompts of all sources that `by_source` does not give another one. `timeout_s` is the
+        processor time for one response.
 
-        `command` replaces the worker's command line, in tests. Raises ValueError for an unknown reward; one that
-        cannot be imported raises it on entering.
+        `command` replaces the worker's command line and `wall_factor` WALL_FACTOR, in tests. Raises ValueError for an
+        unknown reward; one that cannot be imported raises it on entering.
         """
         self._default, self._by_source = reward, dict(by_source or {})
         check_reward_name(reward)
         for source, name in self._by_source.items():
             check_reward_name(name, f"collector.reward_by_source[{source!r}]")
-        if command is None:
-            limits = [str(MEMORY_LIMIT_BYTES), str(ORPHAN_FACTOR * timeout_s)]
-            names = sorted({reward, *self._by_source.values()})
-            command = [sys.executable, "-m", WORKER_MODULE, *limits, *names]
-        self._timeout_s = timeout_s
-        self._workers = [_Worker(command) for _ in range(num_workers)]
+        wall_s = wall_factor * timeout_s
+        # The pool ends a worker that is late in wall time; by itself one ends only whose collector has been killed.
+        command = command or worker_command(
+            sorted({reward, *self._by_source.values()}), timeout_s, ORPHAN_FACTOR * wall_s
+        )
+        self._workers = [_Worker(command, timeout_s, wall_s) for _ in range(num_workers)]
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
-        self.num_killed = 0
-        self.num_errors = 0
+        self._failures_in_a_row = 0
+        self.num_failed = 0
+        self.num_timed_out = 0
 
     async def __aenter__(self) -> "RewardPool":
         # The first one is started now: a worker that cannot start should be known before anything is sampled.
@@ -162,30 +208,54 @@ class RewardPool:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(worker.kill() for worker in self._workers))
 
-    async def grade_all(self, texts: Sequence[str], answer: str, source: str) -> list[float]:
-        """The rewards of the responses to one prompt of `source`, in order."""
-        return [judged.reward for judged in await self.judge_all(texts, answer, source)]
+    def metrics(self) -> dict[str, float]:
+        """Counts since the start, under the names that monitor.metrics declares."""
+        return {
+            "reward/grader_failed": float(self.num_failed),
+            "reward/grader_timed_out": float(self.num_timed_out),
+        }
 
-    async def judge_all(self, texts: Sequence[str], answer: str, source: str) -> list[Judged]:
-        """The same with what each reward comes from, for audits."""
+    async def judge_all(
+        self, texts: Sequence[str], answer: str, source: str, stop_at_failure: bool = False
+    ) -> list[Judged]:
+        """The responses to one prompt of `source`, graded, in order. `stop_at_failure`: the first one that cannot be
+        graded is the last of the list."""
         reward = self._by_source.get(source, self._default)
         worker = await self._idle.get()
-        results: list[Judgement | str | None] = []
+        judged: list[Judged] = []
         try:
-            while len(results) < len(texts):
-                results += await worker.grade_some(reward, texts[len(results) :], answer, self._timeout_s)
+            while len(judged) < len(texts):
+                for result in await worker.grade_some(reward, texts[len(judged) :], answer):
+                    judged.append(await self._judged(worker, reward, texts[len(judged)], answer, result))
+                    if stop_at_failure and judged[-1].reward is None:
+                        return judged
         finally:
             self._idle.put_nowait(worker)
-        return [self._judged(text, answer, result) for text, result in zip(texts, results, strict=True)]
+        return judged
 
-    def _judged(self, text: str, answer: str, result: Judgement | str | None) -> Judged:
-        if isinstance(result, Judgement) and math.isfinite(result.reward):
+    async def _judged(
+        self, worker: _Worker, reward: str, text: str, answer: str, result: Judgement | _Failure
+    ) -> Judged:
+        if isinstance(result, _Failure) and self._failures_in_a_row < MAX_RETRIES_IN_A_ROW:
+            await worker.kill()
+            (result,) = await worker.grade_some(reward, [text], answer)
+        if isinstance(result, Judgement):
+            self._failures_in_a_row = 0
             return Judged(result.reward, result.extracted, result.seconds)
-        if result is None:
-            self.num_killed += 1
-            problem = f"grader died or exceeded collector.reward_timeout_s = {self._timeout_s:g} s"
+        self._failures_in_a_row += 1
+        self._count(result, text, answer)
+        return Judged(None, problem=result.problem)
+
+    def _count(self, failure: _Failure, text: str, answer: str) -> None:
+        if failure.timed_out:
+            self.num_timed_out += 1
         else:
-            self.num_errors += 1
-            problem = f"grader failed: {result if isinstance(result, str) else f'reward {result.reward}'}"
-        log.warning("reward 0 for %r against %r: %s", text[-200:], answer[:200], problem)
-        return Judged(0.0, problem=problem)
+            self.num_failed += 1
+        total = self.num_failed + self.num_timed_out
+        if total <= MAX_LOGGED_FAILURES:
+            log.warning("no reward for %r against %r: %s", text[-200:], answer[:200], failure.problem)
+        elif total.bit_count() == 1:  # 8, 16, 32, ...
+            log.warning(
+                "no reward for %d responses since the start: grader failed for %d, exceeded its time for %d; the last "
+                "one: %s", total, self.num_failed, self.num_timed_out, failure.problem,
+            )  # fmt: skip

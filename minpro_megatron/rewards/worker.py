@@ -1,10 +1,14 @@
-"""The process that grades: `python -m minpro_megatron.rewards.worker MEMORY_BYTES SECONDS REWARD...`.
+"""The process that grades: `python -m minpro_megatron.rewards.worker MEMORY_BYTES CPU_SECONDS WALL_SECONDS REWARD...`.
 
 Reads one MessagePack triple (reward's name, response text, answer) at a time from standard input, each after its
 length in four bytes, and writes a Judgement the same way, or a text saying what went wrong. The first thing it
 writes is empty, or a text saying why it cannot grade. Ends when its input ends.
+
+A response that needs more than CPU_SECONDS of processor time ends the process with SIGPROF: processor time, because
+the wall time of an honest grade depends on what else runs on the machine.
 """
 
+import math
 import os
 import resource
 import signal
@@ -12,7 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import Mapping
-from typing import BinaryIO
+from typing import BinaryIO, SupportsFloat
 
 import msgspec
 
@@ -20,6 +24,8 @@ from minpro_megatron.rewards.registry import Grade, RewardFunction, load_reward
 
 LENGTH = struct.Struct("<I")
 MAX_EXTRACTED_CHARS = 500
+MAX_PROBLEM_CHARS = 500
+OUT_OF_MEMORY = 3  # exit status
 _DECODER = msgspec.msgpack.Decoder(tuple[str, str, str])
 
 
@@ -32,26 +38,40 @@ class Judgement(msgspec.Struct, frozen=True, array_like=True):
 
 
 def judge(reward: RewardFunction, text: str, answer: str) -> Judgement | str:
+    """The judgement, or a text saying what the grader raised or returned in place of a finite number."""
     start = time.perf_counter()
     try:
         result = reward(text, answer)
-        grade = result if isinstance(result, Grade) else Grade(float(result))
+        grade = result if isinstance(result, Grade) else Grade(result)
+        number = _finite(grade.reward)
+        extracted = None if grade.extracted is None else str(grade.extracted)[:MAX_EXTRACTED_CHARS]
     except MemoryError:
         # What was allocated may stay in some cache, and the next responses would fail for it: a new process.
-        os._exit(1)
+        os._exit(OUT_OF_MEMORY)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"[:500]
-    extracted = grade.extracted if grade.extracted is None else grade.extracted[:MAX_EXTRACTED_CHARS]
-    return Judgement(grade.reward, extracted, time.perf_counter() - start)
+        return f"{type(error).__name__}: {error}"[:MAX_PROBLEM_CHARS]
+    return Judgement(number, extracted, time.perf_counter() - start)
 
 
-def serve(rewards: Mapping[str, RewardFunction], seconds: float, source: BinaryIO, sink: BinaryIO) -> None:
-    """Grades what comes from `source` until it ends; a response that takes longer than `seconds` ends the process."""
+def _finite(value: object) -> float:
+    """Raises TypeError for what is no number (a text is none, whatever it says) and ValueError for inf and nan."""
+    if not isinstance(value, SupportsFloat):
+        raise TypeError(f"the grader returned {str(value)[:80]!r} of type {type(value).__name__} instead of a number")
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"the grader returned {number}, which is no finite number")
+    return number
+
+
+def serve(rewards: Mapping[str, RewardFunction], cpu_s: float, wall_s: float, source: BinaryIO, sink: BinaryIO) -> None:
+    """Grades what comes from `source` until it ends; a response that takes more than `cpu_s` of processor time, or
+    `wall_s` of wall time, ends the process."""
     while len(header := source.read(LENGTH.size)) == LENGTH.size:
         name, text, answer = _DECODER.decode(source.read(LENGTH.unpack(header)[0]))
-        # The collector kills this process well before; the alarm is for one whose collector has been killed.
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # The default action of both signals ends the process also within a call into C.
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        signal.setitimer(signal.ITIMER_REAL, wall_s)
         result = msgspec.msgpack.encode(judge(rewards[name], text, answer))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(sink, result)
 
@@ -62,7 +82,7 @@ def _send(sink: BinaryIO, body: bytes) -> None:
 
 
 def main() -> None:
-    memory_limit, seconds, *names = sys.argv[1:]
+    memory_limit, cpu_s, wall_s, *names = sys.argv[1:]
     # A reward function that prints must not write into the answers: keep the pipe, point standard output at
     # stderr.
     sink = os.fdopen(os.dup(1), "wb")
@@ -74,7 +94,7 @@ def main() -> None:
         return
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory_limit), int(memory_limit)))
     _send(sink, b"")  # ready: what was imported does not count against the first time limit
-    serve(rewards, float(seconds), sys.stdin.buffer, sink)
+    serve(rewards, float(cpu_s), float(wall_s), sys.stdin.buffer, sink)
 
 
 if __name__ == "__main__":

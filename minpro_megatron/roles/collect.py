@@ -123,7 +123,7 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     fleet = await stack.enter_async_context(Fleet(config, facts, incarnation, make_client))
     groups = GroupCollector(fleet, rewards, tokenizer)
     stream = PromptStream(training, config)
-    collector = make_collector(config, journal, stream, heldout, groups.collect, fleet, benchmarks)
+    collector = make_collector(config, journal, stream, heldout, groups.collect, fleet, benchmarks, rewards.metrics)
     manifest = read_latest(config.run_dir)
     await collector.restore(manifest.policy_version if manifest else 0)
     write_status(config.run_dir, "collect", "waiting for the servers")
@@ -147,10 +147,10 @@ def _read_prompts(
 
 
 def _log_rewards(rewards: RewardPool) -> None:
-    if rewards.num_killed or rewards.num_errors:
+    if rewards.num_failed or rewards.num_timed_out:
         log.warning(
-            "responses given reward 0 without grading: grader killed for %d, grader failed for %d",
-            rewards.num_killed, rewards.num_errors,
+            "responses without a reward since the start: grader failed for %d, exceeded its time for %d",
+            rewards.num_failed, rewards.num_timed_out,
         )  # fmt: skip
 
 

@@ -142,7 +142,8 @@ class Timer:
             self._publish(step + 1)
             spent = {f"time/{phase}_s": self.seconds[phase] - before[phase] for phase in PHASES if phase != "train"}
             times = spent | {"time/step_s": time.monotonic() - start}
-            self.report.step(step, values(batch_metrics(batch, step)) | times | self._publication, {}, batch)
+            of_batch = values(batch_metrics(batch, step, self.config.collector.right_reward))
+            self.report.step(step, of_batch | times | self._publication, {}, batch)
         return self._finish()
 
     def server_use(self) -> ServerUse | None:

@@ -24,6 +24,7 @@ from minpro_megatron.records import (
     TrainedStep,
 )
 from minpro_megatron.rollout.evaluations import CollectGroup, Evaluations, EvaluationSet, heldout_set
+from minpro_megatron.rollout.grading_watch import GradingWatch
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.journal_file import JournalError
 from minpro_megatron.rollout.journal_pruning import Pruned
@@ -60,18 +61,21 @@ class Collector:
         collect_group: CollectGroup,
         servers: Servers,
         benchmarks: Sequence[EvaluationSet] = (),
+        grading_metrics: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._config = config
         self._journal = journal
         self._stream = stream
         self._collect_group = collect_group
+        self._grading = GradingWatch(config.batch.num_prompts)
+        self._grading_metrics = grading_metrics
         sampling = config.sampling
         # evaluations get no routes: nothing is trained on them, and routes are many times larger than tokens
         self._training = SamplingParameters(
             sampling.temperature, sampling.max_response_tokens, with_routes=config.model.routing_replay == "rollout"
         )
         self._evaluations = Evaluations(config, [heldout_set(config, heldout), *benchmarks], collect_group)
-        self._leases = Leases(servers, heldout[0].token_ids.tolist(), self._evaluations)
+        self._leases = Leases(servers, heldout[0].token_ids.tolist(), self._evaluations, self._metrics)
         self._changed = asyncio.Condition()
         self._num_changes = 0
         self._writing_status = asyncio.Lock()
@@ -178,14 +182,23 @@ class Collector:
 
     async def _sample(self, issued: IssuedGroup) -> None:
         group = await self._collect_group(issued, self._training)
-        rewards = {response.reward for response in group.responses}
-        accepted = not self._config.batch.dynamic_sampling or len(rewards) > 1
+        accepted = self._accepts(group)
         group = await self._journal.collect(group, accepted)
+        self._grading.collected(group)
         async with self._changed:
             self._schedule.collected(issued.group_id, accepted)
             if accepted:
                 self._groups[issued.group_id] = group
             self._notify()
+
+    def _accepts(self, group: CollectedGroup) -> bool:
+        """Whether a step may train on the group; where not, another one is sampled in its place."""
+        if group.grading_problem:
+            return False
+        return not self._config.batch.dynamic_sampling or len({response.reward for response in group.responses}) > 1
+
+    def _metrics(self) -> dict[str, float]:
+        return {**self._grading_metrics(), "reward/groups_not_graded": float(self._grading.num_groups)}
 
     async def _evaluate_all(self, due: Sequence[EvaluationSet], version: int) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -202,9 +215,9 @@ class Collector:
         append_result(self._config.run_dir, result)
         await self._journal.evaluate(result)
         log.info(
-            "version %d evaluated%s: pass@1 %.4f +- %.4f over %d prompts x %d samples in %.2f s",
+            "version %d evaluated%s: pass@1 %.4f +- %.4f, mean reward %.4f over %d prompts x %d samples in %.2f s",
             version, f" on {chosen.name}" if chosen.name else "", result.pass_at_1, result.standard_error,
-            result.num_prompts, result.samples_per_prompt, result.wall_time_s,
+            result.mean_reward, result.num_prompts, result.samples_per_prompt, result.wall_time_s,
         )  # fmt: skip
         self._evaluations.results.append(result)
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.evaluation.sampling import HELDOUT, evaluate, evaluation_groups
+from minpro_megatron.evaluation.sampling import HELDOUT, EvaluationNotGraded, evaluate, evaluation_groups
 from minpro_megatron.records import CollectedGroup, EvaluationResult, IssuedGroup, Prompt
 from minpro_megatron.rollout.generation import GenerationError
 from minpro_megatron.rollout.prompts import Rendering, TokenizedPrompt, load_prompts, tokenize
@@ -73,6 +73,7 @@ class Evaluations:
             config.evaluation.temperature, config.sampling.max_response_tokens, config.evaluation.top_p
         )
         self._collect_group = collect_group
+        self._right_reward = config.collector.right_reward
 
     def due(self, version: int) -> list[EvaluationSet]:
         """What is to be evaluated with `version`, has no result yet and has not failed."""
@@ -82,15 +83,17 @@ class Evaluations:
         return [chosen for chosen in self._sets if (version, chosen.name) not in done]
 
     async def evaluate(self, chosen: EvaluationSet, version: int) -> EvaluationResult | None:
-        """pass@1 of the set under the current weights, which are those of `version`; None if some of its samples could
-        not be obtained. It is then not due any more."""
+        """pass@1 and mean reward of the set under the current weights, which are those of `version`; None if some of
+        its samples could not be obtained, or none of them graded. It is then not due any more."""
         prompts = [(tokenized.prompt, tokenized.token_ids) for tokenized in chosen.prompts]
         groups = evaluation_groups(
             prompts, chosen.samples_per_prompt, self._seed, version, chosen.name, max_group_size=self._group_size
         )
         try:
-            return await evaluate(groups, lambda group: self._collect_group(group, self._sampling), chosen.name)
-        except GenerationError as error:
+            return await evaluate(
+                groups, lambda group: self._collect_group(group, self._sampling), chosen.name, self._right_reward
+            )
+        except (GenerationError, EvaluationNotGraded) as error:
             # A score over the prompts that did succeed would be one of the easier ones.
             self._failed.add((version, chosen.name))
             log.error(

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, Response
+from minpro_megatron.records import NOT_GRADED, CollectedGroup, IssuedGroup, Prompt, Response
 from minpro_megatron.rewards.pool import RewardPool
 from minpro_megatron.rollout.dispatch import Ticket
 from minpro_megatron.rollout.fleet import Fleet
@@ -54,10 +54,16 @@ class GroupCollector:
 
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
         """The group, sampled and rewarded; waits while no server can take it, a training group at most
-        `server.queue_timeout_s` at a time. Raises GenerationError and FleetError."""
+        `server.queue_timeout_s` at a time. Raises GenerationError and FleetError.
+
+        A group for training has no use for further rewards once one is missing.
+        """
         sequences = await self.sample(issued, sampling)
-        texts = graded_texts(issued.prompt, await self.response_texts(sequences))
-        rewards = await self._rewards.grade_all(texts, issued.prompt.answer, issued.prompt.source)
+        prompt = issued.prompt
+        texts = graded_texts(prompt, await self.response_texts(sequences))
+        judged = await self._rewards.judge_all(texts, prompt.answer, prompt.source, stop_at_failure=not issued.is_evaluation)
+        rewards = [NOT_GRADED if found.reward is None else found.reward for found in judged]
+        rewards += [NOT_GRADED] * (len(texts) - len(rewards))
         responses = [
             Response(
                 token_ids=sequence.token_ids,
@@ -69,7 +75,8 @@ class GroupCollector:
             )
             for sequence, reward in zip(sequences, rewards, strict=True)
         ]
-        return CollectedGroup(issued=issued, responses=responses)
+        problem = next((found.problem for found in judged if found.problem is not None), "")
+        return CollectedGroup(issued=issued, responses=responses, grading_problem=problem)
 
     async def response_texts(self, sequences: Sequence[SampledSequence]) -> list[str]:
         """The text of each, as rewards read it; a given prefix is not in it."""

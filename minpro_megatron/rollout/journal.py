@@ -1,8 +1,8 @@
 """The collector's durable record of every group, in `run_dir/journal.sqlite`; only collect opens it.
 
-States of a group: issued -> collected -> scored -> consumed (at a step); or dropped by a filter. A change of state is
-one transaction and is committed when the call returns. `rollout/journal_restore.py` takes a journal back to a
-checkpoint.
+States of a group: issued -> collected -> scored -> consumed (at a step); or dropped, by a filter or because it could
+not be graded. A change of state is one transaction and is committed when the call returns.
+`rollout/journal_restore.py` takes a journal back to a checkpoint.
 """
 
 import asyncio
@@ -93,7 +93,7 @@ class Journal:
         await self._file.transaction(write)
 
     async def collect(self, group: CollectedGroup, accepted: bool) -> CollectedGroup:
-        """Records a group's responses; `accepted` is False for one that a filter drops: its routes are not kept.
+        """Records a group's responses; `accepted` is False for one that is dropped: its routes are not kept.
         Returns the group without its routes in memory: they are in files now."""
         group_id = group.issued.group_id
         routes = [None] * len(group.responses)
@@ -109,7 +109,7 @@ class Journal:
                 response.rollout_log_probs.tobytes(),
                 _spans(response.policy_versions).tobytes(),
                 response.finish_reason,
-                response.reward,
+                response.reward if response.is_graded else None,
                 routes[place],
             )
             for place, response in enumerate(group.responses)
@@ -245,6 +245,9 @@ def _evaluations(connection: sqlite3.Connection) -> list[EvaluationResult]:
     return [EvaluationResult(**dict(zip(names, row, strict=True))) for row in connection.execute(query)]
 
 
+_NOT_GRADED = "SELECT 1 FROM responses WHERE responses.group_id = groups.group_id AND reward IS NULL"
+
+
 def _totals(connection: sqlite3.Connection) -> CollectorTotals:
     def count(condition: str) -> int:
         return connection.execute(f"SELECT count(*) FROM groups WHERE {condition}").fetchone()[0]
@@ -255,6 +258,7 @@ def _totals(connection: sqlite3.Connection) -> CollectorTotals:
         groups_issued=count("1"),
         groups_consumed=count("state = 'consumed'"),
         groups_dropped=count("state = 'dropped'"),
+        groups_not_graded=count(f"state = 'dropped' AND EXISTS ({_NOT_GRADED})"),
         smallest_staleness=smallest,
         largest_staleness=largest,
         versions_published=connection.execute("SELECT count(*) FROM versions WHERE version > 0").fetchone()[0],

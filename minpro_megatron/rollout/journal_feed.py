@@ -145,6 +145,7 @@ class JournalFeed:
             groups_issued=num_groups,
             groups_consumed=num_groups,
             groups_dropped=0,
+            groups_not_graded=0,
             smallest_staleness=min(step.smallest_staleness for step in steps),
             largest_staleness=max(step.largest_staleness for step in steps),
             versions_published=0,
@@ -172,6 +173,8 @@ class JournalFeed:
         tokens, versions, rollout = stored.token_ids, stored.policy_versions, stored.rollout_log_probs
         if tokens is None or versions is None or rollout is None or stored.behavior_log_probs is None:
             raise JournalError(f"{reader.path}: the tokens of group {group.group_id} are no longer in it")
+        if stored.reward is None:
+            raise JournalError(f"{reader.path}: group {group.group_id} was consumed without a reward: it is damaged")
         return Response(
             token_ids=tokens,
             rollout_log_probs=rollout,

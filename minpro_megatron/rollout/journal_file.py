@@ -10,13 +10,13 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 FILE_NAME = "journal.sqlite"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # A response's arrays are 100 KB where responses are long: with SQLite's 4 KiB a page, writing them takes half as long
 # again (benchmarks/collector_load.md).
 PAGE_BYTES = 16384
 
 # Arrays are little-endian bytes: token ids int32, log-probs float32, versions as int32 pairs (version, tokens). Those
-# of a pruned response are NULL.
+# of a pruned response are NULL. So is the reward of a response that was not graded; its group is dropped.
 _SCHEMA = """
 CREATE TABLE groups (
     group_id INTEGER PRIMARY KEY,
@@ -42,7 +42,7 @@ CREATE TABLE responses (
     rollout_log_probs BLOB,
     policy_versions BLOB,
     finish_reason TEXT NOT NULL,
-    reward REAL NOT NULL,
+    reward REAL,
     behavior_log_probs BLOB,
     trained_log_probs BLOB,
     routes TEXT,
@@ -54,6 +54,8 @@ CREATE TABLE evaluations (
     benchmark TEXT NOT NULL,
     pass_at_1 REAL NOT NULL,
     standard_error REAL NOT NULL,
+    mean_reward REAL NOT NULL,
+    not_graded INTEGER NOT NULL,
     num_prompts INTEGER NOT NULL,
     samples_per_prompt INTEGER NOT NULL,
     mean_response_tokens REAL NOT NULL,

@@ -27,7 +27,7 @@ class StoredResponse(NamedTuple):
     sampling_seed: int
     num_tokens: int
     finish_reason: str
-    reward: float
+    reward: float | None  # None: it could not be graded, and the group was dropped
     token_ids: np.ndarray | None  # int32
     policy_versions: np.ndarray | None  # int32
     rollout_log_probs: np.ndarray | None  # float32
@@ -61,7 +61,9 @@ class StoredGroup(NamedTuple):
 
     @property
     def mean_reward(self) -> float | None:
-        return float(np.mean([r.reward for r in self.responses])) if self.responses else None
+        """Of the responses that were graded; None if none was."""
+        rewards = [response.reward for response in self.responses if response.reward is not None]
+        return float(np.mean(rewards)) if rewards else None
 
 
 class GroupRow(NamedTuple):
@@ -78,7 +80,7 @@ class GroupRow(NamedTuple):
     staleness: int | None
     num_responses: int
     num_tokens: int  # of its responses
-    mean_reward: float | None
+    mean_reward: float | None  # of the graded ones
 
 
 class StoredStep(NamedTuple):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minpro_megatron.records import Response
+from minpro_megatron.records import NOT_GRADED, Response
 from minpro_megatron.rollout.journal_file import JournalError
 from minpro_megatron.rollout.route_files import RouteFiles
 
@@ -128,7 +128,7 @@ def _responses(connection: sqlite3.Connection, group_id: int, routes: RouteFiles
             rollout_log_probs=np.frombuffer(rollout_log_probs, dtype="<f4"),
             policy_versions=np.repeat(versions, lengths),
             finish_reason=finish_reason,
-            reward=reward,
+            reward=NOT_GRADED if reward is None else reward,
             behavior_log_probs=None if behavior_log_probs is None else np.frombuffer(behavior_log_probs, dtype="<f4"),
             stored_routes=None if place_of_routes is None else routes.verified(group_id, json.loads(place_of_routes)),
         )

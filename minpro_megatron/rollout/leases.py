@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from minpro_megatron.records import PublishLease, ServerAddress
@@ -46,8 +46,16 @@ class Servers(Protocol):
 class Leases:
     """Use in the collector's event loop. `current` is the lease that has not been ended yet."""
 
-    def __init__(self, servers: Servers, canary_prompt: list[int], evaluations: Evaluations) -> None:
+    def __init__(
+        self,
+        servers: Servers,
+        canary_prompt: list[int],
+        evaluations: Evaluations,
+        more_metrics: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        """`more_metrics`: what a lease tells the trainer beside the metrics of servers and evaluations."""
         self._servers = servers
+        self._more_metrics = more_metrics
         self._canary_prompt = canary_prompt
         self._evaluations = evaluations  # the trainer reports those that have ended
         self._not_before: dict[tuple[int, int], float] = {}  # by (index, start) of a server that failed
@@ -115,7 +123,7 @@ class Leases:
             evaluations=list(self._evaluations.results),
             requests_in_flight=requests_in_flight,
             canary_prompt=self._canary_prompt,
-            metrics=self._metrics(),
+            metrics={**self._metrics(), **self._more_metrics()},
         )
 
     def _metrics(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ from minpro_megatron.rollout.staleness import (
     take_batch,
 )
 
-# Groups that a filter may drop for one batch, as a multiple of the batch: more means that the prompts teach nothing.
+# Groups that may be dropped for one batch, as a multiple of the batch: more means that the prompts teach nothing.
 MAX_DROPPED_FACTOR = 20
 
 
@@ -60,7 +60,7 @@ class Schedule(Protocol):
         ...
 
     def collected(self, group_id: int, accepted: bool) -> None:
-        """A group has ended; `accepted` is False where a filter drops it. Raises ScheduleError if too many are."""
+        """A group has ended; `accepted` is False where it is dropped. Raises ScheduleError if too many are."""
         ...
 
     def batch(self, step: int) -> Chosen | None:
@@ -275,7 +275,8 @@ def make_schedule(
 def _refuse_hopeless_filter(num_dropped: int, num_prompts: int) -> None:
     if num_dropped > MAX_DROPPED_FACTOR * num_prompts:
         raise ScheduleError(
-            f"batch.dynamic_sampling dropped {num_dropped} groups of equal rewards for a batch of batch.num_prompts = "
-            f"{num_prompts}: the prompts are all too easy or all too hard for this policy; choose others, or set "
-            "batch.dynamic_sampling to false"
+            f"{num_dropped} groups were dropped for a batch of batch.num_prompts = {num_prompts}, either because their "
+            "rewards were equal (batch.dynamic_sampling) or because they could not be graded "
+            "(reward/groups_not_graded). In the first case the prompts are all too easy or all too hard for this "
+            "policy: choose others, or set batch.dynamic_sampling to false; in the second one correct the grader"
         )

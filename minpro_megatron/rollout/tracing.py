@@ -3,7 +3,7 @@
 All of it stands around the collector and its clients and is put there only for a run that is traced.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -122,9 +122,10 @@ class TracedCollector(Collector):
         collect_group: CollectGroup,
         servers: Servers,
         benchmarks: Sequence[EvaluationSet] = (),
+        grading_metrics: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         evaluated = traced_groups(collect_group, recorder, "held-out prompt")
-        super().__init__(config, journal, stream, heldout, evaluated, servers, benchmarks)
+        super().__init__(config, journal, stream, heldout, evaluated, servers, benchmarks, grading_metrics)
         self._collect_group = traced_groups(collect_group, recorder, "group")
         self._recorder = recorder
         self._asked: dict[int, int] = {}  # by version: when the trainer first asked for its lease

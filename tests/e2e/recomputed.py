@@ -3,8 +3,8 @@
 Without a source in the journal (`UNSOURCED`) are: the entropy, for of the policy's distribution only the log-probs of
 sampled tokens are stored; gradients, learning rate and skipped updates; how rows were packed, how long anything took
 and how long servers were idle; what fleet and publications did beside sampling; the model's operations, so TFLOP/s;
-memory and alarms. Rates are of the journal's tokens over the times that the same entry of metrics.jsonl tells; of the
-held-out prompts the journal has the results, not the responses.
+memory, alarms, and how many responses could not be graded. Rates are of the journal's tokens over the times that the
+same entry of metrics.jsonl tells; of the held-out prompts the journal has the results, not the responses.
 """
 
 import math
@@ -17,7 +17,8 @@ from minpro_megatron.rollout.journal_reader import StoredGroup, StoredResponse
 
 LARGEST_WEIGHT = 5.0  # MinPRO's clip of the demo: 1 - 1 to 1 + 4
 UNSOURCED = (
-    "policy/entropy", "optimizer/", "batch/padding_fraction", "batch/imbalance", "time/", "overlap/server_idle_share",
+    "reward/grader_", "reward/groups_not_graded", "policy/entropy", "optimizer/", "batch/padding_fraction",
+    "batch/imbalance", "time/", "overlap/server_idle_share",
     "fleet/members", "fleet/current", "fleet/outdated", "fleet/slow", "fleet/groups_in_flight", "fleet/groups_waiting",
     "fleet/idle_s", "fleet/retries", "fleet/moved_groups", "fleet/restarts", "fleet/tokens_per_s/", "publish/",
     "throughput/tflops_per_gpu", "memory/", "alarms/",
@@ -47,6 +48,8 @@ def recomputed(groups: Sequence[StoredGroup], step: int, prefixed: Collection[st
     of_all["response/length_mean"] = of_all.pop("response/length")
     return (of_all | by_kind | _of_tokens(_token_rows(groups, step))) | {
         "reward/mean": float(np.mean(rewards)),
+        "reward/min": min(rewards),
+        "reward/max": max(rewards),
         "staleness/min": min(stale),
         "staleness/mean": float(np.mean(stale)),
         "staleness/max": max(stale),
@@ -59,7 +62,7 @@ def recomputed(groups: Sequence[StoredGroup], step: int, prefixed: Collection[st
 def _of_kind(groups: Sequence[StoredGroup]) -> dict[str, float]:
     responses = [response for group in groups for response in group.responses]
     return {
-        "reward/accuracy": float(np.mean([response.reward > 0 for response in responses])),
+        "reward/accuracy": float(np.mean([(response.reward or 0) >= 1 for response in responses])),
         "reward/equal_groups": float(np.mean([len({r.reward for r in group.responses}) == 1 for group in groups])),
         "response/length": float(np.mean([response.num_tokens for response in responses])),
     }
@@ -118,6 +121,8 @@ def recomputed_evaluation(result: EvaluationResult) -> dict[str, float]:
     return {
         "eval/pass_at_1": result.pass_at_1,
         "eval/standard_error": result.standard_error,
+        "eval/mean_reward": result.mean_reward,
+        "eval/not_graded": result.not_graded,
         "eval/response_length_mean": result.mean_response_tokens,
     }
 

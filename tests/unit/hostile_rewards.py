@@ -1,9 +1,17 @@
 """Reward functions that take more than they may."""
 
+import time
+
 
 def spin(response_text: str, answer: str) -> float:
     """For ever, within one call into C, where no signal handler of Python would run."""
     return float(10**10**10)
+
+
+def sleep(response_text: str, answer: str) -> float:
+    """As many seconds as the response says, without computing anything."""
+    time.sleep(float(response_text))
+    return 1.0
 
 
 def hog(response_text: str, answer: str) -> float:

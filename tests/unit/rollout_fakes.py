@@ -2,13 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import (
+    NOT_GRADED,
     Batch,
     BehaviorLogProbs,
     CollectedGroup,
@@ -208,6 +211,32 @@ def no_evaluations() -> Evaluations:
         raise AssertionError("nothing is to be evaluated")
 
     return Evaluations(run_config(Path("unused")), [], collect)
+
+
+class FailingGrades(FakeServers):
+    """Of the training groups whose number `fails` accepts one response has no reward; of evaluations the responses
+    `not_graded`, counted over all of them."""
+
+    def __init__(
+        self, fails: Callable[[int], bool] = lambda group_id: False, not_graded: Sequence[int] = (), **arguments: Any
+    ) -> None:
+        super().__init__(**arguments)
+        self._fails = fails
+        self._not_graded = not_graded
+
+    async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
+        group = await super().collect(issued, sampling)
+        size = len(group.responses)
+        if not issued.is_evaluation:
+            places = [size - 1] if self._fails(issued.group_id) else []
+        else:
+            places = [place for place in range(size) if issued.group_id * size + place in self._not_graded]
+        responses = [
+            msgspec.structs.replace(response, reward=NOT_GRADED) if place in places else response
+            for place, response in enumerate(group.responses)
+        ]
+        problem = "grader failed: KeyError: 'x'" if places else ""
+        return CollectedGroup(issued=issued, responses=responses, grading_problem=problem)
 
 
 def write_rows(path: Path, rows: Sequence[object]) -> Path:

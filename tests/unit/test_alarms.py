@@ -24,7 +24,12 @@ def healthy(num_steps: int = STEPS, seed: int = 0) -> dict[str, list[float]]:
     norms = np.exp(random.normal(0, 0.3, num_steps))
     norms[39::40] = 1000
     return {
-        "reward/accuracy": list(0.3 + 0.5 * place / num_steps + random.normal(0, 0.03, num_steps)),
+        "reward/mean": list(0.3 + 0.5 * place / num_steps + random.normal(0, 0.03, num_steps)),
+        "reward/min": [0.0] * num_steps,
+        "reward/max": [1.0] * num_steps,
+        "reward/equal_groups": list(random.uniform(0, 0.9, num_steps)),
+        "reward/grader_failed": list(np.arange(num_steps) // 20.0),
+        "reward/grader_timed_out": [0.0] * num_steps,
         "policy/entropy": list(0.9 - 0.6 * place / num_steps + random.normal(0, 0.02, num_steps)),
         "optimizer/grad_norm": list(norms),
         "objective/loss": list(random.normal(0, 1, num_steps)),
@@ -68,7 +73,10 @@ def test_a_healthy_run_is_silent(seed: int) -> None:
         # the mean of 10 steps passes the threshold some steps after the figure itself
         (changed("policy/entropy", 40, 0.001), "entropy_collapse", 49, "0.001 nats is below"),
         (changed("policy/entropy", 40, 2.0), "entropy_explosion", 47, "alarms.entropy_explosion_factor = 3 times"),
-        (changed("reward/accuracy", 40, 0.2), "reward_drop", 44, "below its peak of 0.58"),
+        (changed("reward/mean", 40, 0.2), "reward_drop", 44, "below its peak of 0.58"),
+        (changed("reward/equal_groups", 40, 1.0), "no_gradient", 49, "in 10 steps 100 % of the groups or more had"),
+        (changed("reward/grader_failed", 40, 13.0), "failed_grades", 40, "12 responses of the last 10 steps could not"),
+        (changed("reward/grader_timed_out", 40, 10.0), "failed_grades", 40, "exceeded its time for 10"),
         (changed("optimizer/grad_norm", 20, [50.0, 1.0, 50.0, 1.0, 50.0]), "gradient_spikes", 24, "in 3 of the last"),
         (changed("objective/effective_sample_size", 40, 0.1), "effective_sample_size", 47, "is below"),
         (changed("mismatch/kl_k3", 40, 0.5), "mismatch", 40, "nats is above alarms.mismatch_kl_nats = 0.02"),
@@ -92,7 +100,9 @@ def test_what_goes_wrong_is_said_once(series: dict, name: str, step: int, said: 
     [
         (changed("policy/entropy", 40, 0.001), {"entropy_collapse_nats": None}),
         (changed("policy/entropy", 40, 2.0), {"entropy_explosion_factor": 9.0}),
-        (changed("reward/accuracy", 40, 0.2), {"reward_drop": 0.9}),
+        (changed("reward/mean", 40, 0.2), {"reward_drop": 0.9}),
+        (changed("reward/equal_groups", 40, 1.0), {"equal_groups": None}),
+        (changed("reward/grader_failed", 40, 13.0), {"failed_grades": 20}),
         (changed("optimizer/grad_norm", 20, [50.0] * 3), {"gradient_spike_factor": None}),
         (changed("objective/effective_sample_size", 40, 0.1), {"effective_sample_size": 0.05}),
         (changed("mismatch/kl_k3", 40, 0.5), {"mismatch_kl_nats": 1.0}),
@@ -113,6 +123,22 @@ def test_gradients_spike_in_windows_of_any_length(window: int, spikes: list[floa
         (last, "gradient_spikes")
     ]
     assert watched(changed("optimizer/grad_norm", 20, spikes[1:]), settings) == []
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (2.0, -1.0), (100.0, -1000.0), (0.01, 7.0)])
+def test_a_fall_of_the_reward_is_seen_on_every_scale(scale: float, offset: float) -> None:
+    """Of rewards of 0 and 1, of -1 and +1, and of a grader that never gives a right response's reward."""
+    series = changed("reward/mean", 40, 0.2)
+    for name in ("reward/mean", "reward/min", "reward/max"):
+        series[name] = [scale * value + offset for value in series[name]]
+    assert [found[:2] for found in watched(series)] == [(44, "reward_drop")]
+    assert watched(series, AlarmsConfig(reward_drop=0.9)) == []
+
+
+def test_failed_grades_are_counted_across_a_restart_of_the_collector() -> None:
+    counts = {"reward/grader_failed": [4.0] * 12 + [8.0] + [0.0, 5.0] + [5.0] * 9 + [14.0]}
+    assert [step for step, *_ in watched(counts)] == []
+    assert [found[:2] for found in watched(counts, AlarmsConfig(failed_grades=9))] == [(14, "failed_grades")]
 
 
 def test_what_goes_on_is_not_news_and_what_comes_back_is() -> None:

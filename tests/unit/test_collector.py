@@ -19,11 +19,13 @@ from minpro_megatron.records import (
     TrainedStep,
 )
 from minpro_megatron.rollout.collector import CollectorFailed
+from minpro_megatron.rollout.grading_watch import MAX_GROUPS_IN_A_ROW, GradingError, GradingWatch
 from minpro_megatron.rollout.schedule import ScheduleError
 from minpro_megatron.rollout.scores import check_scores, check_trained
 from tests.unit.collector_rig import FakeTrainer, HeldServers, collecting
 from tests.unit.rollout_fakes import (
     NUM_PROMPTS,
+    FailingGrades,
     FakeServers,
     collected,
     issued_groups,
@@ -118,7 +120,7 @@ class EqualRewards(FakeServers):
 def test_prompts_that_teach_nothing_end_the_run(tmp_path: Path, max_staleness: int) -> None:
     config = run_config(tmp_path, steps=2, delay=0, max_staleness=max_staleness, dynamic_sampling=True)
 
-    reason = "dropped 61 groups of equal rewards for a batch of batch.num_prompts = 3"
+    reason = "61 groups were dropped for a batch of batch.num_prompts = 3, either because their rewards were equal"
 
     async def main() -> None:
         async with collecting(config, EqualRewards()) as collector:
@@ -127,6 +129,54 @@ def test_prompts_that_teach_nothing_end_the_run(tmp_path: Path, max_staleness: i
 
     with pytest.raises(ScheduleError, match=reason):
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_group_that_could_not_be_graded_is_dropped_and_replaced(tmp_path: Path, max_staleness: int) -> None:
+    config = run_config(tmp_path, steps=4, delay=1, max_staleness=max_staleness)
+    servers = FailingGrades(lambda group_id: group_id % 3 == 1, exact=not max_staleness)
+    trainer, totals = run_whole(config, servers)
+    trained = [group for batch in trainer.trained.values() for group in batch.groups]
+    assert [len(batch.groups) for batch in trainer.trained.values()] == [NUM_PROMPTS] * 4
+    assert all(response.is_graded for group in trained for response in group.responses)
+    assert all(group.issued.group_id % 3 != 1 for group in trained)
+    assert totals.groups_consumed == 4 * NUM_PROMPTS
+    assert 0 < totals.groups_not_graded == totals.groups_dropped
+    assert totals.largest_staleness <= max(max_staleness, 1)
+    told = [lease.metrics["reward/groups_not_graded"] for lease in trainer.leases]
+    assert 0 < told[0] <= told[-1] <= totals.groups_not_graded
+    assert told == sorted(told)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_step_without_a_single_grade_ends_the_run(tmp_path: Path, max_staleness: int) -> None:
+    """As many groups in a row as a step has."""
+    config = run_config(tmp_path, steps=4, delay=0, max_staleness=max_staleness)
+    reason = (
+        r"3 groups in a row could not be graded, the last one of prompt 'p\d': grader failed: KeyError: 'x'; correct"
+    )
+
+    async def main() -> None:
+        servers = FailingGrades(lambda group_id: group_id > 1, exact=not max_staleness)
+        async with collecting(config, servers) as collector:
+            with pytest.raises(CollectorFailed, match=reason):
+                await collector.batch(0, 5)
+
+    with pytest.raises(GradingError, match=reason):
+        asyncio.run(main())
+
+
+def test_of_a_large_batch_a_part_is_enough_to_know_a_broken_grader() -> None:
+    watch = GradingWatch(num_prompts=512)
+    good = collected(issued_groups([0])[0])
+    bad = msgspec.structs.replace(good, grading_problem="grader died with exit status 9")
+    for _ in range(MAX_GROUPS_IN_A_ROW - 1):
+        watch.collected(bad)
+    watch.collected(good)
+    for _ in range(MAX_GROUPS_IN_A_ROW - 1):
+        watch.collected(bad)
+    with pytest.raises(GradingError, match=r"32 groups in a row .* grader died with exit status 9"):
+        watch.collected(bad)
 
 
 @pytest.mark.parametrize("over_sampling", [1.0, 3.0])

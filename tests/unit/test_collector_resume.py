@@ -3,7 +3,9 @@
 import asyncio
 import sqlite3
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from minpro_megatron.rollout.schedule import ScheduleError
 from tests.unit.collector_rig import Crash, FakeTrainer, collecting, contents
 from tests.unit.rollout_fakes import (
     NUM_PROMPTS,
+    FailingGrades,
     FakeServers,
     collected,
     issued_groups,
@@ -37,12 +40,14 @@ def config_of(folder: Path, mode: str, **changes) -> RunConfig:
     return run_config(folder, steps=STEPS, delay=DELAY, evaluate_every=1, **bound, **changes)
 
 
-def run_whole(config: RunConfig, crashes_at: list[int]) -> tuple[FakeTrainer, CollectorTotals]:
+def run_whole(
+    config: RunConfig, crashes_at: list[int], make_servers: Callable[..., FakeServers] = FakeServers
+) -> tuple[FakeTrainer, CollectorTotals]:
     """The run to its end; the n-th incarnation crashes at its request `crashes_at[n]`."""
     trainer = FakeTrainer(config)
 
     async def incarnation(crash_at: int | None) -> CollectorTotals:
-        servers = FakeServers(2, exact=config.staleness.mode == "delay")
+        servers = make_servers(count=2, exact=config.staleness.mode == "delay")
         async with collecting(config, servers, trainer.checkpoint or 0) as collector:
             return await trainer.run(collector, crash_at)
 
@@ -115,6 +120,46 @@ def test_dynamic_sampling_goes_on_with_its_surplus_and_its_dropped_groups(
     assert totals.groups_dropped > 0
     if mode == "delay":
         assert totals.groups_issued == totals.groups_consumed + totals.groups_dropped
+
+
+@pytest.mark.parametrize(
+    ("changes", "servers"),
+    [
+        ({"dynamic_sampling": True, "over_sampling": 1.5}, FakeServers),
+        ({}, partial(FailingGrades, lambda group_id: group_id % 5 == 1)),
+    ],
+    ids=["equal rewards", "not graded"],
+)
+@pytest.mark.parametrize("crashes_at", [[1], [6], [15], [21], [4, 9, 20]])
+def test_what_replaces_dropped_groups_depends_neither_on_a_crash_nor_on_what_ends_first(
+    tmp_path: Path, changes: dict, servers: Callable[..., FakeServers], crashes_at: list[int]
+) -> None:
+    found = []
+    for name, crashes, longest in (("whole", [], 5), ("crashed", crashes_at, 7)):
+        config = config_of(tmp_path / name, "delay", **changes)
+        trainer, totals = run_whole(config, crashes, partial(servers, longest=longest))
+        assert totals.groups_dropped > 0
+        found.append([contents(trainer.trained[step]) for step in range(STEPS)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("mode", ["delay", "bounded"])
+@pytest.mark.parametrize("crash_at", [6, 15, 19])
+def test_groups_that_could_not_be_graded_stay_dropped_after_a_crash(tmp_path: Path, mode: str, crash_at: int) -> None:
+    def fails(group_id: int) -> bool:
+        return group_id % 4 == 1
+
+    config = config_of(tmp_path, mode, keep_steps=1)
+    trainer, totals = run_whole(config, [crash_at], partial(FailingGrades, fails))
+    check_run(config, trainer, totals)
+    assert not any(fails(group.issued.group_id) for batch in trainer.trained.values() for group in batch.groups)
+    assert 0 < totals.groups_not_graded <= totals.groups_dropped
+    with closing(sqlite3.connect(config.run_dir / FILE_NAME)) as journal:
+        missing = "SELECT DISTINCT group_id, state FROM groups JOIN responses USING (group_id) WHERE reward IS NULL"
+        rows = journal.execute(missing).fetchall()
+    assert {state for _, state in rows} == {"dropped"}
+    assert all(fails(group_id) for group_id, _ in rows)
+    assert len(rows) == totals.groups_not_graded
 
 
 def test_what_was_scored_before_the_crash_comes_back_with_its_scores(tmp_path: Path) -> None:

@@ -143,14 +143,16 @@ def test_a_run_on_a_journal_can_be_made_longer_from_its_end(tmp_path: Path) -> N
 
 def evaluation(version: int) -> EvaluationResult:
     return EvaluationResult(
-        policy_version=version, pass_at_1=0.25, standard_error=0.1, num_prompts=2, samples_per_prompt=2,
+        policy_version=version, pass_at_1=0.25, standard_error=0.1,
+        mean_reward=0.25, not_graded=0, num_prompts=2, samples_per_prompt=2,
         mean_response_tokens=2.5, wall_time_s=0.1,
     )  # fmt: skip
 
 
 def finished(config: RunConfig, evaluations: list[EvaluationResult] | None = None, servers: ServerUse | None = None):
     totals = CollectorTotals(
-        groups_issued=6, groups_consumed=6, groups_dropped=0, smallest_staleness=0, largest_staleness=1,
+        groups_issued=6, groups_consumed=6, groups_dropped=0, groups_not_graded=0,
+        smallest_staleness=0, largest_staleness=1,
         versions_published=0, evaluations=evaluations or [],
     )  # fmt: skip
     return summarize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 
 from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.evaluation.sampling import EvaluationNotGraded, evaluate, evaluation_groups
 from minpro_megatron.monitor.alarm_log import AlarmLog, read_alarms
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.writer import RunWriter
-from minpro_megatron.records import Batch, CollectorTotals, EvaluationResult, IssuedGroup
+from minpro_megatron.records import Batch, CollectedGroup, CollectorTotals, EvaluationResult, IssuedGroup
 from minpro_megatron.rollout.collector import Collector
 from minpro_megatron.rollout.evaluations import EvaluationSet, load_benchmarks
 from minpro_megatron.rollout.generation import GenerationError
@@ -161,6 +163,43 @@ def test_a_failed_evaluation_raises_an_alarm(tmp_path: Path) -> None:
     assert '"eval/pass_at_1": 0.5' in (config.run_dir / "metrics.jsonl").read_text()
 
 
+def evaluated_rewards(rewards: list[list[float]], right_reward: float = 1.0) -> EvaluationResult:
+    """The evaluation of prompts whose samples have these rewards."""
+    prompts = [(tokenized.prompt, tokenized.token_ids) for tokenized in tokenized_prompts(len(rewards))]
+    groups = evaluation_groups(prompts, len(rewards[0]), 0, 3, max_group_size=8)
+    assert all(group.is_evaluation for group in groups)
+
+    async def collect(issued: IssuedGroup) -> CollectedGroup:
+        responses = [
+            msgspec.structs.replace(response, reward=reward)
+            for response, reward in zip(collected(issued).responses, rewards[issued.group_id], strict=True)
+        ]
+        return CollectedGroup(issued=issued, responses=responses, grading_problem="grader died with exit status 9")
+
+    return asyncio.run(evaluate(groups, collect, "aime24", right_reward))
+
+
+def test_accuracy_and_mean_reward_of_any_rewards() -> None:
+    found = evaluated_rewards([[-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
+    assert (found.pass_at_1, found.mean_reward, found.not_graded) == (0.5, 0.0, 0)
+    graded_to_ten = [[7.0, 10.0], [2.0, 9.0]]
+    assert evaluated_rewards(graded_to_ten).pass_at_1 == 1.0
+    found = evaluated_rewards(graded_to_ten, right_reward=9.0)
+    assert (found.pass_at_1, found.mean_reward) == (0.5, 7.0)
+
+
+def test_what_could_not_be_graded_is_counted_and_worth_no_more_than_a_wrong_answer() -> None:
+    wrong = evaluated_rewards([[-1.0, 1.0], [1.0, -1.0]])
+    missing = evaluated_rewards([[math.nan, 1.0], [1.0, -1.0]])
+    assert (missing.pass_at_1, missing.mean_reward) == (wrong.pass_at_1, wrong.mean_reward)
+    assert (wrong.not_graded, missing.not_graded) == (0, 1)
+    only_right = evaluated_rewards([[math.nan, 1.0], [1.0, math.nan]])  # nothing says what a wrong one is worth
+    assert (only_right.pass_at_1, only_right.mean_reward) == (0.5, 0.5)
+    reason = "version 3, benchmark aime24: none of the 4 responses could be graded: grader died with exit status 9"
+    with pytest.raises(EvaluationNotGraded, match=reason):
+        evaluated_rewards([[math.nan] * 2] * 2)
+
+
 class SlowBenchmark(FakeServers):
     """The benchmark of one prompt and one sample ends only when it is let go."""
 
@@ -209,7 +248,8 @@ def test_after_a_crash_only_what_is_missing_is_evaluated_again(tmp_path: Path) -
 
 
 RESULT = EvaluationResult(
-    policy_version=3, pass_at_1=0.5, standard_error=0.25, num_prompts=4, samples_per_prompt=2,
+    policy_version=3, pass_at_1=0.5, standard_error=0.25,
+    mean_reward=0.5, not_graded=1, num_prompts=4, samples_per_prompt=2,
     mean_response_tokens=10.0, wall_time_s=1.0,
 )  # fmt: skip
 
@@ -223,12 +263,23 @@ def test_each_result_is_written_once_under_its_name(tmp_path: Path) -> None:
         report.evaluations([earlier, RESULT, benchmark])
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(entry["step"], entry["metrics"]) for entry in entries] == [
-        (3, {"eval/pass_at_1": 0.5, "eval/standard_error": 0.25, "eval/response_length_mean": 10.0}),
+        (
+            3,
+            {
+                "eval/pass_at_1": 0.5,
+                "eval/standard_error": 0.25,
+                "eval/mean_reward": 0.5,
+                "eval/not_graded": 1.0,
+                "eval/response_length_mean": 10.0,
+            },
+        ),
         (
             3,
             {
                 "evaluation/accuracy/aime24": 0.75,
                 "evaluation/standard_error/aime24": 0.25,
+                "evaluation/mean_reward/aime24": 0.5,
+                "evaluation/not_graded/aime24": 1.0,
                 "evaluation/response_length_mean/aime24": 10.0,
             },
         ),

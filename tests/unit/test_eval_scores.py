@@ -67,11 +67,29 @@ def test_prompts_without_all_their_samples_are_refused() -> None:
 
 
 def test_responses_that_could_not_be_graded_are_counted() -> None:
-    broken = SampledResponse("9" * 9, 5, "stop", 0.0, None, "grader died")
+    broken = SampledResponse("9" * 9, 5, "stop", None, None, "grader died")
     groups = [SampledGroup("own", 0, "x", 0, [broken, sampled("5", True)])]
     (own,) = score_all("m", 0, SETTINGS, {"own": 2}, groups).benchmarks
     assert own.ungraded_responses == 1
     assert own.no_answer_fraction == 0.5
+    # a file of an earlier version has a reward of 0 with the problem: no more than a wrong answer's -1
+    old = msgspec.structs.replace(broken, reward=0.0)
+    for of_old in (broken, old):
+        graded = [SampledResponse("", 5, "stop", reward, "1") for reward in (-1.0, 1.0, -1.0)]
+        groups = [SampledGroup("own", 0, "x", 0, [of_old, *graded])]
+        (own,) = score_all("m", 0, SETTINGS, {"own": 4}, groups).benchmarks
+        assert (own.accuracy.value, own.mean_reward and own.mean_reward.value) == (0.25, -0.5)
+        assert own.ungraded_responses == 1
+    with pytest.raises(ValueError, match="own: none of its responses could be graded: grader died"):
+        score_all("m", 0, SETTINGS, {"own": 1}, [SampledGroup("own", 0, "x", 0, [broken])])
+
+
+def test_right_is_what_the_right_reward_says() -> None:
+    responses = [SampledResponse("", 5, "stop", reward, "1") for reward in (3.0, 9.0, 10.0, -2.0)]
+    found = score_all("m", 0, SETTINGS, {"own": 4}, [SampledGroup("own", 0, "x", 0, responses)], right_reward=9.0)
+    (own,) = found.benchmarks
+    assert (own.accuracy.value, own.mean_reward and own.mean_reward.value) == (0.5, 5.0)
+    assert "A response is right from a reward of 9 on" in markdown([found])
 
 
 def test_a_model_that_never_answers() -> None:
@@ -97,7 +115,7 @@ def test_tables_have_a_row_a_model_and_a_column_a_benchmark() -> None:
     assert over_k[2] == "| model | k = 1 | k = 2 | k = 4 |"
     assert [cell.split()[0] for cell in over_k[4].split("|")[2:5]] == ["62.5", "75.0", "100.0"]
     assert "### own: maj@k" in lines
-    assert "| before | AIME24 | 2 | 4 | 14 | 12.5 % | 12.5 % | 0 |" in lines
+    assert "| before | AIME24 | 2 | 4 | 0.625 (0.250-1.000) | 14 | 12.5 % | 12.5 % | 0 |" in lines
     assert "temperature 1, top-p 0.7, at most 20,480 tokens" in lines[0]
 
 
@@ -113,6 +131,7 @@ def test_scalars_are_declared() -> None:
     check_declared(found)
     assert found["evaluation/accuracy/aime24"] == 0.625
     assert found["evaluation/accuracy/average"] == 0.5625
+    assert (found["evaluation/mean_reward/aime24"], found["evaluation/not_graded/aime24"]) == (0.625, 0)
     assert found["evaluation/pass_at_k/aime24_002"] == pytest.approx(0.75)
     assert found["evaluation/majority_at_k/aime24_004"] == 0.5
 

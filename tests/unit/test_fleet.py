@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestServer
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.metrics import check_declared
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, ServerAddress
+from minpro_megatron.rewards.pool import Judged
 from minpro_megatron.rollout import fleet as fleet_module
 from minpro_megatron.rollout import member as member_module
 from minpro_megatron.rollout.dispatch import Ticket
@@ -44,8 +45,10 @@ def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeRewards:
-    async def grade_all(self, texts: Sequence[str], answer: str, source: str) -> list[float]:
-        return [float(len(text)) for text in texts]
+    async def judge_all(
+        self, texts: Sequence[str], answer: str, source: str, stop_at_failure: bool = False
+    ) -> list[Judged]:
+        return [Judged(float(len(text))) for text in texts]
 
 
 class FakeTokenizer:

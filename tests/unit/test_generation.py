@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from minpro_megatron.records import CollectedGroup, IssuedGroup, ServerAddress
+from minpro_megatron.rewards.pool import Judged
 from minpro_megatron.rollout import fleet as fleet_module
 from minpro_megatron.rollout.fleet import Fleet
 from minpro_megatron.rollout.generation import GroupCollector
@@ -64,8 +65,16 @@ class FakeClient:
 
 
 class FakeRewards:
-    async def grade_all(self, texts: Sequence[str], answer: str, source: str) -> list[float]:
-        return [float(len(text)) for text in texts]
+    """The length of a text; of prompts with the answer "none" the first response cannot be graded."""
+
+    async def judge_all(
+        self, texts: Sequence[str], answer: str, source: str, stop_at_failure: bool = False
+    ) -> list[Judged]:
+        judged = [Judged(float(len(text))) for text in texts]
+        if answer == "none":
+            judged[0] = Judged(None, problem="grader died")
+            return judged[:1] if stop_at_failure else judged
+        return judged
 
 
 class FakeTokenizer:
@@ -127,6 +136,19 @@ def test_a_given_prefix_is_graded_with_the_response(tmp_path: Path, groups: list
     (group,) = collect(tmp_path, [FakeClient("a")], [msgspec.structs.replace(groups[0], prompt=prompt)])
     assert [response.reward for response in group.responses] == [5.0 + 3.0] * RESPONSES  # FakeRewards: the length
     assert all(len(response.token_ids) == 3 for response in group.responses)
+
+
+@pytest.mark.parametrize(("is_evaluation", "graded"), [(False, [False, False]), (True, [False, True])])
+def test_what_could_not_be_graded_has_no_reward(
+    tmp_path: Path, groups: list[IssuedGroup], is_evaluation: bool, graded: list[bool]
+) -> None:
+    """A group for training is of no use then; in an evaluation every response counts."""
+    prompt = msgspec.structs.replace(groups[0].prompt, answer="none")
+    issued = msgspec.structs.replace(groups[0], prompt=prompt, is_evaluation=is_evaluation)
+    (group,) = collect(tmp_path, [FakeClient("a")], [issued])
+    assert [response.is_graded for response in group.responses] == graded
+    assert group.grading_problem == "grader died"
+    assert len(group.responses) == RESPONSES
 
 
 def test_groups_spread_over_the_servers_and_each_stays_on_one(tmp_path: Path, groups: list[IssuedGroup]) -> None:

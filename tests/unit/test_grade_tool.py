@@ -38,13 +38,13 @@ def test_rows_are_graded_by_their_source_and_printed_in_order(tmp_path: Path, ca
     status, rows, errors = grade(capsys, path)
     assert status == 0
     assert [(row["reward"], row["extracted"]) for row in rows] == [
-        (1.0, None), (-1.0, "025"), (1.0, "$25$"), (0.0, None), (0.0, None),
+        (1.0, None), (-1.0, "025"), (1.0, "$25$"), (0.0, None), (None, None),
     ]  # fmt: skip
     assert rows[0]["id"] == 7
     assert all(row["seconds"] >= 0 for row in rows[:4])
     assert "ValueError: answer: 'twenty-four'" in rows[4]["problem"]
-    assert "5 rows: 1 with reward -1.0, 2 with reward 0.0, 2 with reward 1.0; mean 0.2" in errors
-    assert "failed for 1" in errors
+    assert "5 rows: 1 with reward -1.0, 1 with reward 0.0, 2 with reward 1.0; mean 0.25" in errors
+    assert "not graded: grader failed for 1, exceeded its time for 0" in errors
 
 
 def test_one_reward_for_all_rows_and_a_summary_for_programs(tmp_path: Path, capsys) -> None:
@@ -52,7 +52,7 @@ def test_one_reward_for_all_rows_and_a_summary_for_programs(tmp_path: Path, caps
     status, rows, errors = grade(capsys, path, "--reward", "tests.unit.hostile_rewards:three", "--json")
     assert (status, [row["reward"] for row in rows]) == (0, [3.0, 3.0])
     summary = json.loads(errors)
-    assert (summary["rows"], summary["mean_reward"], summary["killed"], summary["rewards"]) == (2, 3.0, 0, {"3.0": 2})
+    assert (summary["rows"], summary["mean_reward"], summary["failed"], summary["rewards"]) == (2, 3.0, 0, {"3.0": 2})
 
 
 @pytest.mark.parametrize(

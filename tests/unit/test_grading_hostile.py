@@ -77,16 +77,20 @@ def test_no_response_runs_code(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+async def rewards_of(pool: RewardPool, texts: list[str], source: str) -> list[float | None]:
+    return [judged.reward for judged in await pool.judge_all(texts, "1", source)]
+
+
 def test_what_exceeds_the_limits_costs_its_response_only() -> None:
     async def main() -> None:
         rewards = {"spin": "tests.unit.hostile_rewards:spin", "hog": "tests.unit.hostile_rewards:hog"}
         async with RewardPool("calculator", 1, 0.3, by_source=rewards) as pool:
-            assert await pool.grade_all(["1", "2"], "1", "plain") == [1.0, 0.0]
+            assert await rewards_of(pool, ["1", "2"], "plain") == [1.0, 0.0]
             (judged,) = await pool.judge_all(["1"], "1", "spin")
-            assert judged.reward == 0.0
-            assert "0.3 s" in (judged.problem or "")
-            assert await pool.grade_all(["1"], "1", "plain") == [1.0]
-            assert await pool.grade_all(["small", "large", "small"], "1", "hog") == [1.0, 0.0, 1.0]
-            assert pool.num_killed == 2
+            assert judged.reward is None
+            assert judged.problem == "grader exceeded collector.reward_timeout_s = 0.3 s of processor time"
+            assert await rewards_of(pool, ["1"], "plain") == [1.0]
+            assert await rewards_of(pool, ["small", "large", "small"], "hog") == [1.0, None, 1.0]
+            assert (pool.num_timed_out, pool.num_failed) == (1, 1)
 
     asyncio.run(main())

@@ -30,7 +30,8 @@ from tests.unit.rollout_fakes import (
 )
 
 RESULT = EvaluationResult(
-    policy_version=0, pass_at_1=0.25, standard_error=0.1, num_prompts=2, samples_per_prompt=2,
+    policy_version=0, pass_at_1=0.25, standard_error=0.1,
+    mean_reward=0.25, not_graded=0, num_prompts=2, samples_per_prompt=2,
     mean_response_tokens=2.5, wall_time_s=0.1,
 )  # fmt: skip
 
@@ -199,7 +200,7 @@ def test_a_journal_goes_on_where_it_was_closed(tmp_path: Path) -> None:
         (lambda path: path.mkdir(), "cannot be opened .*unable to open"),
         (
             lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 1").connection.close(),
-            "cannot be opened .*format 1, this version reads 3; go on with the version that began",
+            "cannot be opened .*format 1, this version reads 4; go on with the version that began",
         ),
     ],
 )

@@ -62,7 +62,8 @@ def test_every_batch_is_what_its_step_consumed(tmp_path: Path) -> None:
         feed.publish_end(step + 1, [])
     assert feed.finish() == CollectorTotals(
         groups_issued=NUM_STEPS * NUM_PROMPTS, groups_consumed=NUM_STEPS * NUM_PROMPTS, groups_dropped=0,
-        smallest_staleness=0, largest_staleness=NUM_STEPS - 1, versions_published=0, evaluations=[],
+        groups_not_graded=0, smallest_staleness=0, largest_staleness=NUM_STEPS - 1, versions_published=0,
+        evaluations=[],
     )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """What a journal holds is read as it was written, also while its run goes on, and nothing in the run folder changes."""
 
 import asyncio
+import json
+import math
 import sqlite3
 import subprocess
 import sys
@@ -18,8 +20,9 @@ from minpro_megatron.rollout import journal_reader
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.journal_file import JournalError
 from minpro_megatron.rollout.journal_reader import JournalReader, StoredGroup
-from tests.unit.rollout_fakes import NUM_PROMPTS, RESPONSES
+from tests.unit.rollout_fakes import NUM_PROMPTS, RESPONSES, collected, issued_groups
 from tests.unit.stored_runs import StoredRun, behavior, trained, with_versions, write_run
+from tools.show_rollouts import main as show_rollouts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +69,35 @@ def test_groups_are_read_as_they_were_written(tmp_path: Path) -> None:
         assert (row.state, row.oldest_version) == (group.state, group.oldest_version)
 
 
+@pytest.mark.parametrize(("rewards", "average"), [([math.nan, 0.5], 0.5), ([math.nan, math.nan], None)])
+def test_a_reward_that_is_missing_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rewards: list[float], average: float | None
+) -> None:
+    graded = collected(issued_groups([0])[0])
+    responses = [
+        msgspec.structs.replace(response, reward=reward)
+        for response, reward in zip(graded.responses, rewards, strict=True)
+    ]
+    group = msgspec.structs.replace(graded, responses=responses, grading_problem="grader died")
+
+    async def write() -> None:
+        journal = await Journal.open(tmp_path)
+        await journal.issue([group.issued])
+        await journal.collect(group, accepted=False)
+        assert (await journal.totals()).groups_not_graded == 1
+        await journal.close()
+
+    asyncio.run(write())
+    with JournalReader(tmp_path) as reader:
+        (row,), (stored,) = reader.rows(), list(reader.groups())
+    assert (row.state, row.mean_reward, stored.mean_reward) == ("dropped", average, average)
+    assert [response.reward for response in stored.responses] == [None, None if average is None else average]
+    assert show_rollouts([str(tmp_path), "--group", "0"]) == 0
+    assert "response 0, not graded, " in capsys.readouterr().out
+    assert show_rollouts([str(tmp_path), "--group", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["responses"][0]["reward"] is None
+
+
 def test_rows_are_chosen_by_what_they_show(tmp_path: Path) -> None:
     write_run(tmp_path)
     with JournalReader(tmp_path) as reader:
@@ -101,7 +133,8 @@ def test_steps_say_what_each_consumed(tmp_path: Path) -> None:
 def test_routes_and_evaluations(tmp_path: Path) -> None:
     routes = np.arange(24, dtype=np.uint8).reshape(4, 3, 2)
     result = EvaluationResult(
-        policy_version=0, pass_at_1=0.25, standard_error=0.1, num_prompts=2, samples_per_prompt=2,
+        policy_version=0, pass_at_1=0.25, standard_error=0.1,
+        mean_reward=0.25, not_graded=0, num_prompts=2, samples_per_prompt=2,
         mean_response_tokens=2.5, wall_time_s=0.1,
     )  # fmt: skip
 
@@ -227,7 +260,7 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 1")
-    with pytest.raises(JournalError, match="format 1; this version reads 3"):
+    with pytest.raises(JournalError, match="format 1; this version reads 4"):
         JournalReader(tmp_path)
 
 

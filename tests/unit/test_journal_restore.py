@@ -27,7 +27,8 @@ Row = tuple[int, list[int], str | int]
 NUM_PROMPTS = 2
 READY, REPEATED, DROPPED = "ready", "repeated", "dropped"
 EVALUATION = EvaluationResult(
-    policy_version=0, pass_at_1=0.25, standard_error=0.1, num_prompts=2, samples_per_prompt=2,
+    policy_version=0, pass_at_1=0.25, standard_error=0.1,
+    mean_reward=0.25, not_graded=0, num_prompts=2, samples_per_prompt=2,
     mean_response_tokens=2.5, wall_time_s=0.1,
 )  # fmt: skip
 

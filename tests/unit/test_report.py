@@ -30,15 +30,16 @@ HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
 def evaluation(version: int, pass_at_1: float) -> EvaluationResult:
     return EvaluationResult(
-        policy_version=version, pass_at_1=pass_at_1, standard_error=0.0125, num_prompts=16, samples_per_prompt=8,
+        policy_version=version, pass_at_1=pass_at_1, standard_error=0.0125,
+        mean_reward=2 * pass_at_1 - 1, not_graded=3, num_prompts=16, samples_per_prompt=8,
         mean_response_tokens=5.5, wall_time_s=1.0,
     )  # fmt: skip
 
 
 def totals(*evaluations: EvaluationResult) -> CollectorTotals:
     return CollectorTotals(
-        groups_issued=16, groups_consumed=15, groups_dropped=1, smallest_staleness=0, largest_staleness=2,
-        versions_published=5, evaluations=list(evaluations),
+        groups_issued=16, groups_consumed=15, groups_dropped=1, groups_not_graded=1,
+        smallest_staleness=0, largest_staleness=2, versions_published=5, evaluations=list(evaluations),
     )  # fmt: skip
 
 

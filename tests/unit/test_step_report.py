@@ -19,9 +19,11 @@ BATCH = Batch(
 
 
 def test_batch_metrics_are_counted_by_hand() -> None:
-    assert values(batch_metrics(BATCH, step=9)) == pytest.approx(
+    assert values(batch_metrics(BATCH, 9, 1.0)) == pytest.approx(
         {
             "reward/mean": 2.5 / 8,
+            "reward/min": -0.5,
+            "reward/max": 1.0,
             "reward/accuracy": 3 / 8,
             "reward/equal_groups": 2 / 3,
             "reward/accuracy_by_prompt/plain": 3 / 8,
@@ -38,13 +40,19 @@ def test_batch_metrics_are_counted_by_hand() -> None:
     )
 
 
+def test_right_is_what_the_right_reward_says() -> None:
+    """A reward above 0 is not enough: with -1 and +1 as with 0 and 1, with any other scale only what is set."""
+    shares = {limit: batch_metrics(BATCH, 9, limit)["reward/accuracy"].value for limit in (1.0, 0.0, -0.5, 1.5)}
+    assert shares == {1.0: 3 / 8, 0.0: 7 / 8, -0.5: 1.0, 1.5: 0.0}
+
+
 def test_prompts_with_a_prefix_are_counted_apart() -> None:
     prefixed = make_group(4, 12, [1.0, 1.0, 0.0, 1.0], [2, 2, 5, 3], versions=[9] * 4)
     issued = msgspec.structs.replace(
         prefixed.issued, prompt=msgspec.structs.replace(prefixed.issued.prompt, prefix="7,0")
     )
     mixed = Batch(index=9, groups=[*BATCH.groups, msgspec.structs.replace(prefixed, issued=issued)])
-    metrics, plain = values(batch_metrics(mixed, step=9)), values(batch_metrics(BATCH, step=9))
+    metrics, plain = values(batch_metrics(mixed, 9, 1.0)), values(batch_metrics(BATCH, 9, 1.0))
     assert {name: value for name, value in metrics.items() if name.endswith("/plain")} == {
         name: value for name, value in plain.items() if name.endswith("/plain")
     }
@@ -58,6 +66,6 @@ def test_prompts_with_a_prefix_are_counted_apart() -> None:
 
 
 def test_metrics_are_declared_with_the_reduction_they_use() -> None:
-    for name, metric in batch_metrics(BATCH, step=9).items():
+    for name, metric in batch_metrics(BATCH, 9, 1.0).items():
         declared = METRICS.get(name) or METRICS[f"{name.rpartition('/')[0]}/<kind>"]
         assert declared.reduction == metric.reduction, name

@@ -1,0 +1,39 @@
+"""Groups that could not be graded: how many there are, and when the grader is given up.
+
+Such a group is dropped as one of equal rewards is under batch.dynamic_sampling: the journal has it as dropped, with
+NULL in place of the missing rewards, and another prompt is sampled in its place.
+"""
+
+from minpro_megatron.records import CollectedGroup
+
+MAX_GROUPS_IN_A_ROW = 32
+
+
+class GradingError(RuntimeError):
+    """The grader fails for everything; the message is one line with its last failure and a remedy."""
+
+
+class GradingWatch:
+    """`num_groups` counts the groups without all their rewards since the start."""
+
+    def __init__(self, num_prompts: int) -> None:
+        """`num_prompts`: groups that a global step consumes."""
+        self._limit = min(num_prompts, MAX_GROUPS_IN_A_ROW)
+        self._in_a_row = 0
+        self.num_groups = 0
+
+    def collected(self, group: CollectedGroup) -> None:
+        """Counts a group that was sampled for training. Raises GradingError if neither it nor those before it, a step's
+        worth or MAX_GROUPS_IN_A_ROW, could be graded."""
+        if not group.grading_problem:
+            self._in_a_row = 0
+            return
+        self.num_groups += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self._limit:
+            raise GradingError(
+                f"{self._in_a_row} groups in a row could not be graded, the last one of prompt "
+                f"{group.issued.prompt.id!r}: {group.grading_problem}; correct the grader of source "
+                f"{group.issued.prompt.source!r} (collector.reward, collector.reward_by_source) or the answers in "
+                "data.train_file, and launch the same command again"
+            )
