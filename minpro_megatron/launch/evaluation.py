@@ -29,6 +29,7 @@ from minpro_megatron.launch.evaluation_options import (
     sampling_settings,
 )
 from minpro_megatron.launch.logs import explanation
+from minpro_megatron.launch.reward_check import grader_problems
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.pass_at_k_chart import Curve, pass_at_k_png
@@ -57,6 +58,9 @@ def evaluate(options: EvaluationOptions) -> int:
     samples = samples_per_prompt(options)
     compared = [_read_results(folder) for folder in options.compare]
     prompts = read_benchmarks(options, config)
+    rows = {f"benchmark {name}": [one.prompt for one in of_name] for name, of_name in prompts.items()}
+    if found := list(grader_problems(config.collector, rows, "--reward")):
+        raise UserError(found)
     settings = sampling_settings(options, config, prompts)
     try:
         with SampleFile(options.output, settings) as file:
