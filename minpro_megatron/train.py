@@ -4,7 +4,7 @@ All ranks run it together; only rank 0 has a feed, and what it fetches goes to t
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -33,8 +33,9 @@ from minpro_megatron.monitor.step_report import StepReport, batch_metrics
 from minpro_megatron.monitor.trace import NoTracer, Tracer
 from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.records import Batch, CollectorTotals, PublishLease
+from minpro_megatron.records import Batch, CollectorTotals, EvaluationResult, PublishLease
 from minpro_megatron.rollout.batch_source import BatchSource
+from minpro_megatron.rollout.checkpoint_folder import score_of
 from minpro_megatron.rollout.resume_point import RunManifest, TrainerState
 from minpro_megatron.weights.publish import Publisher
 from minpro_megatron.weights.publish_report import PublishReport, publication_metrics
@@ -283,11 +284,16 @@ class Trainer:
                 self._send(lease, changed)
                 if lease.version == version:
                     break
-            for result in lease.evaluations:
-                if not result.benchmark:
-                    self.checkpoints.note_score(result.policy_version, result.pass_at_1)
+            self._note_scores(lease.evaluations)
             if self.report:
                 self.report.evaluations(lease.evaluations)
+
+    def _note_scores(self, results: Sequence[EvaluationResult]) -> None:
+        """Held-out evaluations decide which checkpoints are the best."""
+        for result in results:
+            if not result.benchmark:
+                score = score_of(result, self.config.checkpoint)
+                self.checkpoints.note_score(result.policy_version, score)
 
     def _send(self, lease: PublishLease, changed: bool) -> None:
         """The lease's version goes to the lease's servers."""
@@ -332,6 +338,7 @@ class Trainer:
             if isinstance(answer, CollectorTotals):
                 break
             self._send(answer, changed=False)
+        self._note_scores(answer.evaluations)
         if self.report:
             self.report.finished(answer)
         return answer if self.feed else None

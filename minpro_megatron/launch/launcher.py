@@ -93,7 +93,7 @@ def _report(config: RunConfig) -> Path | None:
 
 
 def finished_lines(config: RunConfig, summary: RunSummary, report: Path | None) -> list[str]:
-    """What a finished run prints: accuracy before and after, and where everything is."""
+    """What a finished run prints: accuracy and mean reward before and after, and where everything is."""
     lines = [
         f"finished {summary.steps} global steps ({summary.updates} updates) in "
         f"{duration(summary.wall_time_s)}, staleness {summary.smallest_staleness}-{summary.largest_staleness}"
@@ -105,6 +105,8 @@ def finished_lines(config: RunConfig, summary: RunSummary, report: Path | None) 
             f"{100 * after:.1f} % +- {100 * (summary.standard_error_after or 0):.1f} after "
             f"({summary.num_evaluation_samples} samples, standard errors)"
         )
+        rewards = summary.mean_reward_before, summary.mean_reward_after
+        lines += [f"mean reward  {rewards[0]:.3f} before, {rewards[1]:.3f} after"] if None not in rewards else []
     if summary.servers is not None:
         lines += server_lines(summary.servers)
     if report is not None:

@@ -15,7 +15,7 @@ from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.history import Entry
 from minpro_megatron.monitor.metrics import METRICS
-from minpro_megatron.monitor.pages import percent, read_json, read_json_lines, render, short
+from minpro_megatron.monitor.pages import percent, read_json, read_json_lines, render, reward_text, short
 from minpro_megatron.monitor.progress import duration
 from minpro_megatron.monitor.report import ALARMS_FILE
 from minpro_megatron.monitor.run_history import Figures, figures_of, valid_history
@@ -23,7 +23,8 @@ from minpro_megatron.monitor.settings import defaults_for, flat
 
 # Shown unless others are asked for.
 USUAL_METRICS = (
-    "eval/pass_at_1", "reward/accuracy", "policy/entropy", "ratio/max", "ratio/min", "prefix_min/mean",
+    "eval/pass_at_1", "eval/mean_reward", "reward/accuracy", "reward/mean", "policy/entropy", "ratio/max", "ratio/min",
+    "prefix_min/mean",
     "objective/effective_sample_size", "objective/clipped_fraction", "staleness/mean", "optimizer/grad_norm",
     "mismatch/kl_k3", "response/length_mean", "throughput/response_tokens_per_s", "time/step_s",
 )  # fmt: skip
@@ -140,6 +141,8 @@ def _results(run: Run, color: Markup) -> dict[str, Any]:
         "steps": f"{found.num_steps}" if run.finished else f"{found.num_steps} of {short(wanted or '?', 20)}",
         "held_out": percent(found.held_out),
         "best_held_out": _at(found.best_held_out, "version"),
+        "held_out_reward": reward_text(found.held_out_reward),
+        "reward": reward_text(found.reward),
         "accuracy": percent(found.accuracy),
         "best_accuracy": _at(found.best_accuracy, "step"),
         "collapsed": "-" if found.collapsed_at is None else f"step {found.collapsed_at}",

@@ -69,6 +69,11 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "-" if share is None or share != share else f"{100 * share:.{digits}f} %"
 
 
+def reward_text(reward: float | None) -> str:
+    """A mean reward, whose unit is the grader's own."""
+    return "-" if reward is None or reward != reward else f"{reward:.3f}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the file; an empty one if there is none, or something else is in it."""
     try:

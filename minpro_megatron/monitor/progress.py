@@ -40,7 +40,7 @@ class TrainingState:
     num_global_steps: int
     steps_done: int = 0
     latest: Mapping[str, float] = field(default_factory=dict)  # of the last trained step
-    rewards: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)  # mean reward of each step
     evaluations: dict[int, float] = field(default_factory=dict)  # policy version -> pass@1
     _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     _last_time: float | None = None
@@ -52,7 +52,7 @@ class TrainingState:
             return
         self.steps_done = max(self.steps_done, entry.step + 1)
         self.latest = entry.metrics
-        self.rewards.append(self.reward)
+        self.rewards.append(self._latest("reward/mean"))
         seconds = entry.metrics.get("time/step_s", math.nan)
         if math.isnan(seconds) and self._last_time is not None:
             seconds = entry.time - self._last_time
@@ -60,10 +60,9 @@ class TrainingState:
             self._step_seconds.append(seconds)
         self._last_time = entry.time
 
-    @property
-    def reward(self) -> float:
-        """Accuracy of the last step's rollouts, or the mean reward where there is no notion of accuracy."""
-        return self.latest.get("reward/accuracy", self.latest.get("reward/mean", math.nan))
+    def _latest(self, name: str) -> float:
+        """Of the last step; NaN if it has no such metric."""
+        return self.latest.get(name, math.nan)
 
     @property
     def seconds_per_step(self) -> float:
@@ -81,13 +80,14 @@ class TrainingState:
 
     def figures(self) -> dict[str, str]:
         """The display's figures, ready to print; those not known yet are left out."""
-        figures = {"reward": _number(self.reward, "{:.3f}")}
+        figures = {"reward": _number(self._latest("reward/mean"), "{:.3f}")}
+        figures["accuracy"] = _number(100 * self._latest("reward/accuracy"), "{:.1f} %")
         if self.evaluations:
             versions = sorted(self.evaluations)
             shown = [versions[0]] if len(versions) == 1 else [versions[0], versions[-1]]
             figures["pass@1"] = " -> ".join(f"{100 * self.evaluations[version]:.1f} %" for version in shown)
-        figures["staleness"] = _number(self.latest.get("staleness/max", math.nan), "{:.0f}")
-        figures["tokens/s"] = _number(self.latest.get("throughput/response_tokens_per_s", math.nan), "{:,.0f}")
+        figures["staleness"] = _number(self._latest("staleness/max"), "{:.0f}")
+        figures["tokens/s"] = _number(self._latest("throughput/response_tokens_per_s"), "{:,.0f}")
         figures["s/step"] = _number(self.seconds_per_step, "{:.1f}")
         return {name: text for name, text in figures.items() if text}
 

@@ -9,7 +9,7 @@ from typing import Any
 from minpro_megatron.monitor.environment import read_environment
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import Entry
-from minpro_megatron.monitor.pages import first_known, percent, read_json, read_json_lines, render, short
+from minpro_megatron.monitor.pages import first_known, percent, read_json, read_json_lines, render, reward_text, short
 from minpro_megatron.monitor.progress import duration
 from minpro_megatron.monitor.run_inputs import read_inputs
 from minpro_megatron.monitor.samples import read_samples, shown
@@ -90,10 +90,12 @@ def _cards(config: Mapping[str, Any], history: Sequence[Entry], summary: RunSumm
         return [
             {"label": "Global steps", "value": f"{len(steps)} of {short(config.get('num_global_steps', '?'), 20)}"},
             {"label": "Accuracy of the last step", "value": percent(latest.get("reward/accuracy"))},
+            {"label": "Mean reward of the last step", "value": reward_text(latest.get("reward/mean"))},
         ]
     seconds_per_step = summary.wall_time_s / max(summary.steps, 1)
     return [
         _accuracy_card(summary),
+        *_reward_card(summary),
         {"label": "Global steps", "value": f"{summary.steps}", "note": f"{summary.updates} optimizer updates"},
         {"label": "Wall time", "value": duration(summary.wall_time_s), "note": f"{seconds_per_step:.1f} s per step"},
         {
@@ -104,7 +106,8 @@ def _cards(config: Mapping[str, Any], history: Sequence[Entry], summary: RunSumm
         {
             "label": "Prompt groups",
             "value": f"{summary.groups_consumed}",
-            "note": f"trained of {summary.groups_issued} issued; {summary.groups_dropped} dropped",
+            "note": f"trained of {summary.groups_issued} issued; {summary.groups_dropped} dropped"
+            + (f", {summary.groups_not_graded} of them not graded" if summary.groups_not_graded else ""),
         },
     ]
 
@@ -139,6 +142,14 @@ def _changed_inputs(run_dir: Path) -> list[dict[str, str]]:
     ]
 
 
+def _reward_card(summary: RunSummary) -> list[dict[str, str]]:
+    before, after = summary.mean_reward_before, summary.mean_reward_after
+    if before is None or after is None:
+        return []
+    label = "Held-out mean reward, before and after"
+    return [{"label": label, "before": reward_text(before), "value": reward_text(after)}]
+
+
 def _alarms(run_dir: Path) -> list[dict[str, str]]:
     found = [alarm for alarm in read_json_lines(run_dir / ALARMS_FILE) if "name" in alarm]
     return [
@@ -158,6 +169,8 @@ def _evaluations(history: Sequence[Entry]) -> list[dict[str, str]]:
             "version": str(entry.step),
             "pass_at_1": percent(entry.metrics["eval/pass_at_1"]),
             "standard_error": percent(entry.metrics.get("eval/standard_error"), digits=2),
+            "mean_reward": reward_text(entry.metrics.get("eval/mean_reward")),
+            "not_graded": f"{entry.metrics.get('eval/not_graded', 0):.0f}",
             "tokens": f"{entry.metrics.get('eval/response_length_mean', math.nan):.1f}",
         }
         for entry in history

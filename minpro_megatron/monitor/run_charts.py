@@ -56,21 +56,25 @@ def charts(history: Sequence[Entry]) -> list[Chart]:
     return made
 
 
+def _mean_reward(axes: Axes, history: Sequence[Entry]) -> bool:
+    trained, evaluated = figures.series(history, "reward/mean"), figures.series(history, "eval/mean_reward")
+    figures.line(axes, trained, BLUE, "mean reward of training rollouts", smoothed=True)
+    if evaluated:
+        axes.plot(evaluated.steps, evaluated.values, "o", color=ORANGE, label="held-out mean reward")
+    return dressed(axes, [trained, evaluated], "free")
+
+
 def _accuracy(axes: Axes, history: Sequence[Entry]) -> bool:
-    accuracy, reward = figures.series(history, "reward/accuracy"), figures.series(history, "reward/mean")
+    accuracy = figures.series(history, "reward/accuracy")
     evaluated, errors = figures.series(history, "eval/pass_at_1"), figures.series(history, "eval/standard_error")
-    if accuracy:
-        figures.line(axes, accuracy, BLUE, "accuracy of training rollouts", smoothed=True)
-    else:
-        figures.line(axes, reward, BLUE, "mean reward of training rollouts", smoothed=True)
+    figures.line(axes, accuracy, BLUE, "accuracy of training rollouts", smoothed=True)
     if evaluated:
         by_version = dict(zip(errors.steps, errors.values, strict=True))
         spread = [by_version.get(step, 0.0) for step in evaluated.steps]
         axes.errorbar(
             evaluated.steps, evaluated.values, spread, fmt="o", color=ORANGE, capsize=3, label="held-out pass@1"
         )
-    kind = "share" if accuracy or evaluated else "free"
-    return dressed(axes, [accuracy or reward, evaluated], kind)
+    return dressed(axes, [accuracy, evaluated], "share")
 
 
 def _band(area: str, color: str, kind: str, unit: str = "") -> Draw:
@@ -125,8 +129,15 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         REWARD,
         "Accuracy",
-        "Rollouts lag behind the policy; held-out points are of that policy version (bars: one standard error).",
+        "Share of right responses (collector.right_reward). Rollouts lag behind the policy; held-out points are of "
+        "that policy version (bars: one standard error).",
         _accuracy,
+    ),
+    (
+        REWARD,
+        "Mean reward",
+        "As the grader gives it. Rollouts lag behind the policy; held-out points are of that policy version.",
+        _mean_reward,
     ),
     (REWARD, "Benchmarks", "Right samples, by policy version.", of_family("evaluation/accuracy/", "", "share")),
     (
@@ -143,6 +154,17 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
             Line("reward/equal_groups", "groups with equal rewards", PURPLE, True),
             Line("response/truncated_fraction", "responses cut at the limit", ORANGE, True),
             kind="share",
+        ),
+    ),
+    (
+        REWARD,
+        "Not graded",
+        "Responses whose grade failed twice, since the start of the collector; groups with one are not trained on.",
+        lines(
+            Line("reward/grader_failed", "grader failed", RED),
+            Line("reward/grader_timed_out", "grader exceeded its time", ORANGE),
+            kind="counts",
+            unit="responses",
         ),
     ),
     (

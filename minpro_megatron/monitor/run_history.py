@@ -33,6 +33,8 @@ class Figures:
     num_steps: int
     held_out: float | None  # pass@1 of the last evaluation
     best_held_out: tuple[float, int] | None  # and the policy version that had it
+    held_out_reward: float | None  # mean reward of the last evaluation
+    reward: float | None  # of training rollouts, mean of the last steps
     accuracy: float | None  # of training rollouts, mean of the last steps
     best_accuracy: tuple[float, int] | None  # largest such mean, and the last of its steps
     collapsed_at: int | None  # the step from which on the accuracy stays below half of its best
@@ -44,13 +46,16 @@ class Figures:
 
 def figures_of(history: Sequence[Entry]) -> Figures:
     held_out, accuracy = series(history, "eval/pass_at_1"), series(history, "reward/accuracy")
-    means = _running_means(accuracy)
+    means, rewards = _running_means(accuracy), _running_means(series(history, "reward/mean"))
+    held_out_reward = series(history, "eval/mean_reward")
     stale, stalest = _finite(series(history, "staleness/mean")), _finite(series(history, "staleness/max"))
     seconds = _finite(series(history, "time/step_s"))
     return Figures(
         num_steps=sum(entry.is_global_step for entry in history),
         held_out=held_out.values[-1] if held_out else None,
         best_held_out=_best(held_out),
+        held_out_reward=held_out_reward.values[-1] if held_out_reward else None,
+        reward=rewards.values[-1] if rewards else None,
         accuracy=means.values[-1] if means else None,
         best_accuracy=_best(means),
         collapsed_at=_collapsed_at(means),

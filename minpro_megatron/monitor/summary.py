@@ -22,7 +22,8 @@ MAIN_PACKAGES = (
 
 
 class RunSummary(Section):
-    """The figures of a finished run. pass@1 and its standard error are shares; None: not evaluated."""
+    """The figures of a finished run. pass@1 and its standard error are shares; None: not evaluated, or written by a
+    version that did not know it."""
 
     name: str
     objective: str
@@ -35,6 +36,8 @@ class RunSummary(Section):
     pass_at_1_after: float | None
     standard_error_before: float | None
     standard_error_after: float | None
+    mean_reward_before: float | None = None  # held-out
+    mean_reward_after: float | None = None
     num_evaluation_samples: int  # prompts x samples of one evaluation
     smallest_staleness: int
     largest_staleness: int
@@ -42,6 +45,7 @@ class RunSummary(Section):
     groups_issued: int
     groups_consumed: int
     groups_dropped: int
+    groups_not_graded: int = 0  # of the dropped ones
     hf_export: str | None  # the trained weights as a Hugging Face folder
     package_versions: dict[str, str]
     servers: ServerUse | None = None  # measured with debug.trainer = timer
@@ -77,6 +81,8 @@ def summarize(
         pass_at_1_after=after.pass_at_1 if after else None,
         standard_error_before=before.standard_error if before else None,
         standard_error_after=after.standard_error if after else None,
+        mean_reward_before=before.mean_reward if before else None,
+        mean_reward_after=after.mean_reward if after else None,
         num_evaluation_samples=before.num_prompts * before.samples_per_prompt if before else 0,
         smallest_staleness=totals.smallest_staleness,
         largest_staleness=totals.largest_staleness,
@@ -84,6 +90,7 @@ def summarize(
         groups_issued=totals.groups_issued,
         groups_consumed=totals.groups_consumed,
         groups_dropped=totals.groups_dropped,
+        groups_not_graded=totals.groups_not_graded,
         hf_export=str(hf_export) if hf_export else None,
         package_versions=installed_versions(),
         servers=servers,

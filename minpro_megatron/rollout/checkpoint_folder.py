@@ -17,6 +17,7 @@ import msgspec
 
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.records import EvaluationResult
 from minpro_megatron.rollout.resume_point import (
     LATEST,
     MANIFEST,
@@ -41,6 +42,11 @@ def superseded(scores: Mapping[int, float | None], keep_last: int, keep_best: in
     by_score = sorted((score, version) for version, score in scores.items() if score is not None)
     best = [version for _, version in by_score[-keep_best:]] if keep_best else []
     return set(scores) - {*newest, *best}
+
+
+def score_of(result: EvaluationResult, settings: CheckpointConfig) -> float:
+    """What decides whether the checkpoint of the evaluated version is one of the best: more is better."""
+    return result.pass_at_1 if settings.keep_best_by == "accuracy" else result.mean_reward
 
 
 class CheckpointFolder:

@@ -141,11 +141,12 @@ def test_a_launch_that_finishes(recipes):
     summary = {
         "name": "other", "objective": "minpro", "seed": 0, "steps": 4, "updates": 8, "wall_time_s": 125.0,
         "wall_time_by_phase_s": {}, "pass_at_1_before": 0.125, "pass_at_1_after": 0.5,
+        "mean_reward_before": -0.75, "mean_reward_after": 0.0,
         "standard_error_before": 0.01, "standard_error_after": 0.02, "num_evaluation_samples": 128,
         "smallest_staleness": 0, "largest_staleness": 2, "versions_published": 5, "groups_issued": 16,
         "groups_consumed": 16, "groups_dropped": 0, "hf_export": "somewhere/hf_export", "package_versions": {},
     }  # fmt: skip
-    entry = {"step": 3, "time": 1.0, "metrics": {"reward/accuracy": 0.5, "time/step_s": 2.0}}
+    entry = {"step": 3, "time": 1.0, "metrics": {"reward/mean": -0.5, "reward/accuracy": 0.25, "time/step_s": 2.0}}
     (recipes / "summary.json").write_text(json.dumps(summary))
     (recipes / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
     ended = launch(recipes, f'cp {recipes}/summary.json {recipes}/metrics.jsonl "$RUN"; touch "$RUN/report.html"')
@@ -155,13 +156,14 @@ def test_a_launch_that_finishes(recipes):
         textwrap.dedent(f"""\
         finished 4 global steps (8 updates) in 2 min 05 s, staleness 0-2
         pass@1       12.5 % +- 1.0 before, 50.0 % +- 2.0 after (128 samples, standard errors)
+        mean reward  -0.750 before, 0.000 after
         report       {run_dir}/report.html
         TensorBoard  tensorboard --logdir {run_dir}/tensorboard
         HF weights   somewhere/hf_export
         """)
         in ended.stdout
     )
-    assert "step 4/4  reward 0.500" in ended.stdout
+    assert "step 4/4  reward -0.500  accuracy 25.0 %" in ended.stdout
     assert json.loads((run_dir / "run.json").read_text())["name"] == "other"
 
 

@@ -17,7 +17,7 @@ from tools.compare_runs import main
 
 def accuracies(*values: float, first_step: int = 0, at: float = 100.0) -> list[Entry]:
     return [
-        Entry(first_step + place, at + place, {"reward/accuracy": value, "time/step_s": 2.0})
+        Entry(first_step + place, at + place, {"reward/accuracy": value, "reward/mean": 10 * value, "time/step_s": 2.0})
         for place, value in enumerate(values)
     ]
 
@@ -39,15 +39,18 @@ def compare(tmp_path: Path, *arguments: object) -> str:
 
 
 def test_runs_of_different_length_and_state_stand_in_one_page(tmp_path: Path) -> None:
-    evaluated = [Entry(0, 1.0, {"eval/pass_at_1": 0.25}), Entry(4, 200.0, {"eval/pass_at_1": 0.5})]
+    evaluated = [
+        Entry(0, 1.0, {"eval/pass_at_1": 0.25, "eval/mean_reward": -0.5}),
+        Entry(4, 200.0, {"eval/pass_at_1": 0.5, "eval/mean_reward": 0.125}),
+    ]
     whole = make_run(tmp_path / "whole", [*accuracies(0.1, 0.2, 0.3, 0.4), *evaluated])
     short = make_run(tmp_path / "short", accuracies(0.5), "objective.name=gspo", "seed=3", finished=False)
     (short / "alarms.jsonl").write_text('{"step": 0, "name": "a"}\n{"step": 1, "name": "b"}\n{"st')
     outline = assert_safe(page := compare(tmp_path, whole, short))
-    assert outline.elements["svg"] == 3  # pass@1, accuracy, time
+    assert outline.elements["svg"] == 5  # pass@1 and accuracy, mean rewards, time
     text = " ".join(outline.text.split())
-    assert "whole450.0 %50.0 % (version 4)25.0 %25.0 % (step 3)--8 s2.00 s0" in text
-    assert "short1 of 4--50.0 %50.0 % (step 0)--2 s2.00 s2" in text
+    assert "whole450.0 %50.0 % (version 4)0.12525.0 %25.0 % (step 3)2.500--8 s2.00 s0" in text
+    assert "short1 of 4---50.0 %50.0 % (step 0)5.000--2 s2.00 s2" in text
     assert "objective.nameminprogspo" in text
     assert "seed03" in text
     assert "optimizer.learning_rate" not in page

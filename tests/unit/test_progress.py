@@ -17,7 +17,7 @@ ROLES = ("serve", "collect", "train")
 
 def step_entry(step: int, **metrics: float) -> Entry:
     given = {name.replace("__", "/"): value for name, value in metrics.items()}
-    return Entry(step, 100.0 + 2 * step, {"reward/accuracy": 0.1 * step} | given)
+    return Entry(step, 100.0 + 2 * step, {"reward/accuracy": 0.1 * step, "reward/mean": 0.2 * step - 1} | given)
 
 
 def test_figures_follow_the_entries():
@@ -31,7 +31,8 @@ def test_figures_follow_the_entries():
     state.add(Entry(4, 110.0, {"eval/pass_at_1": 0.25}))
     assert state.steps_done == 4
     assert state.figures() == {
-        "reward": "0.300",
+        "reward": "-0.400",
+        "accuracy": "30.0 %",
         "pass@1": "12.5 % -> 25.0 %",
         "staleness": "2",
         "tokens/s": "1,234",

@@ -90,6 +90,7 @@ def test_the_summary_survives_its_file(tmp_path):
     write_summary(tmp_path, summary)
     assert read_summary(tmp_path) == summary
     assert (summary.pass_at_1_before, summary.pass_at_1_after) == (0.125, 0.5)
+    assert (summary.mean_reward_before, summary.mean_reward_after, summary.groups_not_graded) == (-0.75, 0.0, 1)
     assert summary.num_evaluation_samples == 128
     assert summary.package_versions["torch"]
 

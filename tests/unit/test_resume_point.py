@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from minpro_megatron.config.checkpoint import CheckpointConfig
-from minpro_megatron.rollout.checkpoint_folder import CheckpointFolder, superseded
+from minpro_megatron.records import EvaluationResult
+from minpro_megatron.rollout.checkpoint_folder import CheckpointFolder, score_of, superseded
 from minpro_megatron.rollout.resume_point import (
     CHECKPOINTS,
     RunIdentity,
@@ -200,6 +201,22 @@ def test_old_checkpoints_go_and_the_best_stays_also_over_a_restart(tmp_path):
     add(folder, 40)
     assert versions(tmp_path) == [30, 40]
     assert read_latest(tmp_path) == manifest_of(40)
+
+
+@pytest.mark.parametrize(("by", "kept"), [("mean_reward", 20), ("accuracy", 10)])
+def test_the_best_is_of_the_highest_mean_reward_unless_accuracy_is_asked_for(tmp_path, by, kept):
+    """With rewards from -1 to 1, of which none may be a right response's."""
+    settings = CheckpointConfig(keep_last=1, keep_best=1, keep_best_by=by)
+    folder = CheckpointFolder(tmp_path / CHECKPOINTS, settings)
+    for version, accuracy, mean_reward in ((10, 0.25, -0.75), (20, 0.0, -0.5), (30, 0.125, -1.0)):
+        result = EvaluationResult(
+            policy_version=version, pass_at_1=accuracy, standard_error=0.1, mean_reward=mean_reward, not_graded=0,
+            num_prompts=2, samples_per_prompt=2, mean_response_tokens=3.5, wall_time_s=1.5,
+        )  # fmt: skip
+        folder.note_score(version, score_of(result, settings))
+        add(folder, version)
+    add(folder, 40)
+    assert versions(tmp_path) == [kept, 40]
 
 
 def test_a_line_that_was_given_up_stays_until_the_new_one_has_a_checkpoint(tmp_path, caplog):
