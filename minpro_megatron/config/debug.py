@@ -26,7 +26,8 @@ class DebugConfig(Section):
         default=1800,
         gt=0,
         description="a rank whose update, scoring pass, publication or checkpoint takes longer, or a collector that "
-        "does not react for as long, writes the stacks of its threads into run_dir/logs and ends",
+        "does not react for as long, writes the stacks of its threads into run_dir/logs and ends; collectives and the "
+        "trainer's requests to the collector time out after it, two minutes later",
     )
 
     trace_steps: str = Field(

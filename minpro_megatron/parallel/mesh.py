@@ -3,6 +3,7 @@
 This is the only place that reads megatron's global `parallel_state`; everything else takes a Mesh or a group.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from minpro_megatron.parallel.device import process_group_backend, select_device
 
 # Whoever really hangs is found by the watchdog of each rank (monitor/watchdog.py).
 LONGEST_WAIT = timedelta(days=30)
+# The limits of NCCL and gloo come after the watchdog's: it writes where each rank stands, and they end the process
+# without a word about the others. What no watchdog guards, such as loading the model, may take the minimum.
+MIN_GROUP_TIMEOUT_S = 1800.0
+WATCHDOG_MARGIN_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -71,20 +76,22 @@ def open_mesh(
     device_name: str,
     seed: int,
     init_method: str = "env://",
-    timeout_s: float = 1800,
+    hang_timeout_s: float = 0.0,
     rank: int = -1,
     world_size: int = -1,
 ) -> Iterator[Mesh]:
     """Join the process group and lay the mesh over it; leaves both at the end.
 
     `rank` and `world_size` are given where the environment does not tell them. `seed` fixes Megatron's random state.
+    No group's own time limit is shorter than `hang_timeout_s`, that of the run's watchdogs (debug.hang_timeout_s).
     Raises ValueError if the number of processes is not `config.world_size`.
     """
     device = select_device(device_name)
+    timeout = _group_timeout(hang_timeout_s)
     dist.init_process_group(
         process_group_backend(device),
         init_method=init_method,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
         rank=rank,
         world_size=world_size,
     )
@@ -94,7 +101,7 @@ def open_mesh(
                 f"parallel: tensor x pipeline x context x data = {config.world_size} ranks are needed, "
                 f"{dist.get_world_size()} were started"
             )
-        yield _lay_mesh(config, device, seed)
+        yield _lay_mesh(config, device, seed, timeout)
     except BaseException:
         _leave(aborted=device.type == "cuda")
         raise
@@ -111,7 +118,12 @@ def _leave(aborted: bool = False) -> None:
         dist.destroy_process_group()
 
 
-def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
+def _group_timeout(hang_timeout_s: float) -> timedelta:
+    """In whole minutes: Megatron takes no others."""
+    return timedelta(minutes=math.ceil(max(MIN_GROUP_TIMEOUT_S, hang_timeout_s + WATCHDOG_MARGIN_S) / 60))
+
+
+def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int, timeout: timedelta) -> Mesh:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -119,7 +131,11 @@ def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=config.expert_tensor,
+        distributed_timeout_minutes=round(timeout.total_seconds() / 60),
     )
+    # megatron-core 0.19.2 makes one without it, the experts' data-parallel group over gloo
+    for group in list(distributed_c10d._world.pg_map):
+        dist.set_timeout(timeout, group)
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Mesh(

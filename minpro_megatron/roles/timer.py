@@ -51,7 +51,12 @@ def _measure(config: RunConfig, incarnation: int) -> None:
     started = time.monotonic()
     write_status(config.run_dir, "timer", "waiting for the first batch")
     tokenizer = TextTokenizer(config.model.hf_path, read_model_facts(config.model.hf_path))
-    feed = Feed(config.run_dir, incarnation, start_timeout_s=config.server.start_timeout_s)
+    feed = Feed(
+        config.run_dir,
+        incarnation,
+        start_timeout_s=config.server.start_timeout_s,
+        hang_timeout_s=config.debug.hang_timeout_s,
+    )
     with RunWriter(config.run_dir) as writer:
         timer = Timer(config, feed, StepReport(writer, tokenizer.response_text), Announcer(config))
         totals = timer.run()

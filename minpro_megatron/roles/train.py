@@ -48,7 +48,8 @@ def run(config: RunConfig, incarnation: int) -> int:
     """Trains this rank's share of the run. Returns 0 when the run is finished, 1 with a line on stderr if not."""
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     try:
-        with open_mesh(config.parallel, config.device, config.seed) as mesh:
+        hang_timeout_s = config.debug.hang_timeout_s
+        with open_mesh(config.parallel, config.device, config.seed, hang_timeout_s=hang_timeout_s) as mesh:
             _train(config, incarnation, mesh)
     except (ValueError, FeedError, JournalError, ControlError, SaveError, AlarmStop) as error:
         print(f"train: {error}", file=sys.stderr)
@@ -104,7 +105,12 @@ def _compute(config: RunConfig, architecture: Architecture, mesh: Mesh) -> Train
 def _feed(config: RunConfig, incarnation: int, tokenizer: TextTokenizer) -> BatchSource:
     if config.debug.journal:
         return JournalFeed(config, tokenizer.text)
-    return Feed(config.run_dir, incarnation, start_timeout_s=config.server.start_timeout_s)
+    return Feed(
+        config.run_dir,
+        incarnation,
+        start_timeout_s=config.server.start_timeout_s,
+        hang_timeout_s=config.debug.hang_timeout_s,
+    )
 
 
 def _export(config: RunConfig, gatherer: WeightGatherer, mesh: Mesh) -> None:

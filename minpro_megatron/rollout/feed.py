@@ -19,6 +19,10 @@ from minpro_megatron.rollout.protocol import (
     read_token,
 )
 
+# The collector's watchdog ends a collector that hangs, which this side then sees at once; this side's own limit comes
+# after it.
+WATCHDOG_MARGIN_S = 120.0
+
 
 class FeedError(RuntimeError):
     """The collector refused a request, failed, or is gone; the message is one line with the reason."""
@@ -34,9 +38,16 @@ class Feed:
     again.
     """
 
-    def __init__(self, run_dir: Path | str, incarnation: int, start_timeout_s: float = 120.0) -> None:
-        """Waits until the collector has written its address, at most `start_timeout_s` seconds."""
+    def __init__(
+        self, run_dir: Path | str, incarnation: int, start_timeout_s: float = 120.0, hang_timeout_s: float = 1800.0
+    ) -> None:
+        """Waits until the collector has written its address, at most `start_timeout_s` seconds.
+
+        A collector that does not answer a request within `hang_timeout_s` (debug.hang_timeout_s, and a margin beside
+        the time that a request may wait for its result) is taken to be gone.
+        """
         self._run_dir = Path(run_dir)
+        self._answer_timeout_s = LONG_POLL_S + hang_timeout_s + WATCHDOG_MARGIN_S
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.headers[INCARNATION_HEADER] = str(incarnation)
@@ -126,7 +137,9 @@ class Feed:
     def _send(self, method: str, path: str, body: bytes | None = None) -> requests.Response:
         try:
             # the first of two limits would be the one for sending the body too: a batch's scores are hundreds of MB
-            response = self._session.request(method, f"{self._url}/v1/{path}", data=body, timeout=LONG_POLL_S + 100)
+            response = self._session.request(
+                method, f"{self._url}/v1/{path}", data=body, timeout=self._answer_timeout_s
+            )
         except requests.RequestException as error:
             self._fail(path, f"the collector at {self._url} does not answer ({type(error).__name__})", error)
         if response.status_code >= 300:

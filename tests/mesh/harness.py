@@ -20,8 +20,14 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.mesh.preload"])
 
 
-def run_mesh(function: Callable[..., Any], *arguments: Any, deadline_s: float = 60.0, **degrees: Any) -> list[Any]:
-    """`function(mesh, *arguments)` of every rank, in rank order.
+def run_mesh(
+    function: Callable[..., Any],
+    *arguments: Any,
+    deadline_s: float = 60.0,
+    hang_timeout_s: float = 0.0,
+    **degrees: Any,
+) -> list[Any]:
+    """`function(mesh, *arguments)` of every rank, in rank order. `hang_timeout_s` goes to `open_mesh`.
 
     Raises AssertionError with the first failing rank's traceback, or with the ranks that did not finish in time.
     """
@@ -29,7 +35,9 @@ def run_mesh(function: Callable[..., Any], *arguments: Any, deadline_s: float = 
     results = _context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _context.Process(target=_rank, args=(function, rank, config, folder, arguments, results, deadline_s))
+            _context.Process(
+                target=_rank, args=(function, rank, config, folder, arguments, results, deadline_s, hang_timeout_s)
+            )
             for rank in range(config.world_size)
         ]
         for process in ranks:
@@ -66,6 +74,7 @@ def _rank(
     arguments: tuple,
     results: Any,
     deadline_s: float,
+    hang_timeout_s: float,
 ) -> None:
     faulthandler.dump_traceback_later(deadline_s, exit=True)
     import torch
@@ -76,7 +85,8 @@ def _rank(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         rendezvous = f"file://{folder}/rendezvous"
-        with open_mesh(config, "cpu", seed=1, init_method=rendezvous, rank=rank, world_size=config.world_size) as mesh:
+        place = {"init_method": rendezvous, "rank": rank, "world_size": config.world_size}
+        with open_mesh(config, "cpu", seed=1, hang_timeout_s=hang_timeout_s, **place) as mesh:
             value = function(mesh, *arguments)
             torch.distributed.barrier()
         results.put((rank, True, value))

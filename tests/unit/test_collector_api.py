@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import requests
@@ -302,6 +303,28 @@ def test_a_collector_that_is_gone_is_named(tmp_path: Path) -> None:
         feeds[0].batch(0)
     with pytest.raises(FeedError, match="no collector of incarnation 9 within 0 s"):
         Feed(config.run_dir, 9, start_timeout_s=0)
+
+
+def test_the_trainer_waits_for_an_answer_as_long_as_the_run_lets_anything_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def request(session: requests.Session, method: str, url: str, *, timeout: float, **rest: object) -> NoReturn:
+        limits.append(timeout)
+        raise requests.ReadTimeout
+
+    monkeypatch.setattr(requests.Session, "request", request)
+
+    async def main() -> None:
+        async with CollectorApi(tmp_path, "127.0.0.1", 0, INCARNATION):
+            for hang_timeout_s in (1800, 7200):
+                feed = Feed(tmp_path, INCARNATION, hang_timeout_s=hang_timeout_s)
+                with pytest.raises(FeedError, match=r"does not answer \(ReadTimeout\)"):
+                    feed.batch(0)
+                assert limits.pop() > hang_timeout_s
+
+    asyncio.run(main())
 
 
 def test_large_records_do_not_hold_up_other_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
