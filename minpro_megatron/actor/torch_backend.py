@@ -176,14 +176,22 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows, ends, *weights)
+        if not len(rows):  # kernels refuse the strides of a matrix without rows
+            return rows.new_empty(0, len(weights[0]))
         return F.grouped_mm(rows, torch.stack(weights).transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, ends, *weights = ctx.saved_tensors
+        if not len(rows):
+            return torch.zeros_like(rows), None, *map(torch.zeros_like, weights)
         gradient = gradients[0].contiguous()
         to_rows = F.grouped_mm(gradient, torch.stack(weights), offs=ends)
-        to_weights = F.grouped_mm(gradient.t(), rows, offs=ends)  # zeros for an expert without rows
+        to_weights = F.grouped_mm(gradient.t(), rows, offs=ends)
+        # On sm_100 the product of an expert without rows is whatever was in memory, where elsewhere it is 0 (pytorch
+        # issue 172439): the zeros are written here, whatever the device.
+        has_no_rows = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+        to_weights.masked_fill_(has_no_rows[:, None, None], 0)
         return to_rows, None, *to_weights.unbind()
 
 

@@ -117,3 +117,33 @@ def test_the_rule_is_what_torch_takes() -> None:
             except (RuntimeError, ValueError):
                 taken = False
             assert grouped_product_works(cpu, dtype, [16, size]) == taken, (dtype, size)
+
+
+def test_an_expert_without_tokens_has_no_gradient_whatever_the_kernel_leaves_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On sm_100 grouped_mm leaves what was in memory where a group of a weight gradient is empty."""
+    from minpro_megatron.actor.torch_backend import _GroupedLinear
+
+    right = torch.nn.functional.grouped_mm
+
+    def as_on_sm_100(left: Tensor, other: Tensor, *, offs: Tensor) -> Tensor:
+        product = right(left, other, offs=offs)
+        if product.ndim == 3:
+            product[torch.diff(offs, prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return product
+
+    for counts in COUNTS:
+        torch.manual_seed(1)
+        ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+        weights = [torch.randn(8, 16, requires_grad=True) for _ in counts]
+        rows = torch.randn(sum(counts), 16, requires_grad=True)
+        inputs, upstream = [rows, *weights], torch.randn(sum(counts), 8)
+        expected = torch.autograd.grad(_GroupedLinear.apply(rows, ends, *weights), inputs, upstream)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.functional, "grouped_mm", as_on_sm_100)
+            found = torch.autograd.grad(_GroupedLinear.apply(rows, ends, *weights), inputs, upstream)
+        for own, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(own, other, rtol=0, atol=0)
+        for count, gradient in zip(counts, found[1:], strict=True):
+            assert bool(gradient.any()) == bool(count)
