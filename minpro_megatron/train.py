@@ -176,32 +176,34 @@ class Trainer:
     ) -> tuple[np.ndarray, list[Routes] | None]:
         if self.config.staleness.behavior_log_probs == "rollout":
             return np.concatenate([sequence.rollout_log_probs for sequence in flat(groups)]), None
+        mini_batches = self._mini_batches(groups)
         if self.config.model.routing_replay == "scored":
-            return score_and_record(self.policy, self._mini_batches(groups))
+            return score_and_record(self.policy, mini_batches)
         # what was scored before the run was interrupted stays as it is
-        places = [place for place, group in enumerate(batch.groups) if not group.is_scored]
-        unscored = [response.policy_versions for place in places for response in batch.groups[place].responses]
-        sequences = flat([groups[place] for place in places])
-        fresh = score_by_version(self.policy, sequences, unscored, self._weights_of)
+        versions = [
+            [None if group.is_scored else response.policy_versions for response in group.responses]
+            for group in batch.groups
+        ]
+        fresh = score_by_version(self.policy, mini_batches, self._mini_batches(versions), self._weights_of)
         return with_known_scores(batch, fresh), None
 
     def _sequences(self, batch: Batch) -> list[list[TokenSequence]]:
         return token_sequences(batch, self.config.loss, self.config.sampling.max_response_tokens)
 
-    def _mini_batches(self, groups: list[list[TokenSequence]]) -> list[list[TokenSequence]]:
+    def _mini_batches[Item](self, groups: list[list[Item]]) -> list[list[Item]]:
         return mini_batches_of(groups, self.config.batch.mini_batch_prompts)
 
     def _other_log_probs(self, groups: list[list[TokenSequence]], routes: list[Routes] | None) -> dict[str, np.ndarray]:
         """What the loss needs beside the behavior log-probs: a scoring pass each, under weights of their own."""
-        found = {}
+        found, mini_batches = {}, self._mini_batches(groups)
         if self.config.loss.decoupled.enabled:
-            mini_batches = self._mini_batches(groups)
             of_mini_batches = routes or [None] * len(mini_batches)
             parts = [self.policy.score(*pair) for pair in zip(mini_batches, of_mini_batches, strict=True)]
             found["proximal_log_probs"] = np.concatenate(parts)
         if self.config.loss.kl.enabled:
             with self.policy.kept_weights(REFERENCE):
-                found["reference_log_probs"] = self.policy.score(flat(groups))
+                parts = [self.policy.score(mini_batch) for mini_batch in mini_batches]
+            found["reference_log_probs"] = np.concatenate(parts)
         return found
 
     def _train_on(
@@ -258,8 +260,10 @@ class Trainer:
             return
         self._first_mini_batch_seen = True
         if self._version_in_place == 0:
-            metrics = values(merge(self.mesh.from_all_ranks(result.metrics)))
-            refuse_unequal_start(metrics, self.config.model.dtype)
+            of_ranks = self.mesh.from_all_ranks((result.metrics, result.histograms))
+            metrics = values(merge([metrics for metrics, _ in of_ranks]))
+            log_ratios = merge_histograms([histograms for _, histograms in of_ranks])["ratio/log"]
+            refuse_unequal_start(metrics, log_ratios, self.config.model.dtype)
 
     def _refuse_a_diverged_run(self, result: UpdateResult, step: int) -> None:
         """Raises ValueError at the third update in a row whose gradient is not finite: it will not get better."""

@@ -13,35 +13,54 @@ from minpro_megatron.batching.collate import TokenSequence
 WeightsOf = Callable[[int], AbstractContextManager[None]]
 
 
-def flat(groups: Sequence[Sequence[TokenSequence]]) -> list[TokenSequence]:
-    return [sequence for group in groups for sequence in group]
+def flat[Item](groups: Sequence[Sequence[Item]]) -> list[Item]:
+    return [item for group in groups for item in group]
 
 
-def mini_batches_of(groups: Sequence[Sequence[TokenSequence]], num_groups: int) -> list[list[TokenSequence]]:
+def mini_batches_of[Item](groups: Sequence[Sequence[Item]], num_groups: int) -> list[list[Item]]:
     """The sequences of each `num_groups` groups in turn."""
     return [flat(groups[first : first + num_groups]) for first in range(0, len(groups), num_groups)]
 
 
 def score_by_version(
-    policy: Policy, sequences: Sequence[TokenSequence], versions: Sequence[np.ndarray], weights_of: WeightsOf
+    policy: Policy,
+    mini_batches: Sequence[Sequence[TokenSequence]],
+    versions: Sequence[Sequence[np.ndarray | None]],
+    weights_of: WeightsOf,
 ) -> np.ndarray:
-    """Log-probs of all response tokens, float32 [tokens], each under the version that sampled it. Collective.
+    """Log-probs of response tokens, float32 [tokens], each under the version that sampled it. Collective.
 
-    `versions` has an int32 array [response tokens] for each sequence. Costs a pass over the sequences of each version.
+    `versions` has an int32 array [response tokens] for each sequence of each mini-batch, or None for a sequence that is
+    not to be scored: the result leaves it out. Rows are packed as the updates will pack them: other neighbors in a row
+    round differently, and in a mixture of experts then choose other experts now and then. A batch of one version costs
+    a pass; with several, each version costs a pass over the rows that hold a sequence with tokens of it.
     """
-    lengths = [len(of_sequence) for of_sequence in versions]
-    ends = np.cumsum(lengths)
-    found = np.empty(int(sum(lengths)), dtype=np.float32)
-    for version in sorted({int(version) for of_sequence in versions for version in np.unique(of_sequence)}):
-        places = [place for place, of_sequence in enumerate(versions) if (of_sequence == version).any()]
+    found = [[None if one is None else np.empty(len(one), np.float32) for one in own] for own in versions]
+    for version in sorted({int(one) for own in flat(versions) if own is not None for one in np.unique(own)}):
         with weights_of(version):
-            log_probs = policy.score([sequences[place] for place in places])
-        parts = np.split(log_probs, np.cumsum([lengths[place] for place in places])[:-1])
-        for place, part in zip(places, parts, strict=True):
-            own = found[ends[place] - lengths[place] : ends[place]]
-            of_version = versions[place] == version
-            own[of_version] = part[of_version]
-    return found
+            for mini_batch, own, into in zip(mini_batches, versions, found, strict=True):
+                _score_version(policy, mini_batch, own, version, into)
+    parts = [part for of_mini_batch in found for part in of_mini_batch if part is not None]
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+def _score_version(
+    policy: Policy,
+    mini_batch: Sequence[TokenSequence],
+    versions: Sequence[np.ndarray | None],
+    version: int,
+    into: Sequence[np.ndarray | None],
+) -> None:
+    """Fills `into`, one array for each sequence, where a token is of `version`, whose weights are in place."""
+    wanted = [own is not None and bool((own == version).any()) for own in versions]
+    if not any(wanted):
+        return
+    ends = np.cumsum([len(sequence.response_ids) for sequence in mini_batch])
+    log_probs = np.split(policy.score(mini_batch, wanted=wanted), ends[:-1])
+    for scored, own, target in zip(log_probs, versions, into, strict=True):
+        if own is not None and target is not None:
+            of_version = own == version
+            target[of_version] = scored[of_version]
 
 
 def score_and_record(

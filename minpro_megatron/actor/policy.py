@@ -99,13 +99,17 @@ class Policy:
         )
         self._snapshots = WeightSnapshots([parameter for chunk in chunks for parameter in chunk.parameters()])
 
-    def score(self, sequences: Sequence[TokenSequence], routes: Routes | None = None) -> np.ndarray:
+    def score(
+        self, sequences: Sequence[TokenSequence], routes: Routes | None = None, wanted: Sequence[bool] | None = None
+    ) -> np.ndarray:
         """Log-probs of the response tokens under the current weights, float32 [all response tokens], on every rank.
 
-        Raises ValueError, on every rank and before any forward, if routes of rollouts are to be followed and are
-        missing or do not fit the model.
+        For log-probs that are to equal those of an update, `sequences` are the update's whole mini-batch: then the rows
+        are the same. `wanted` says of each sequence whether it is asked for: rows without such a sequence are skipped,
+        and what is returned for sequences that were not asked for has no meaning. Raises ValueError, on every rank and
+        before any forward, if routes of rollouts are to be followed and are missing or do not fit the model.
         """
-        micro_batches, row_tokens, _ = self._micro_batches(sequences)
+        micro_batches, row_tokens, _ = self._micro_batches(sequences, wanted)
         routing = self._routing(sequences, micro_batches, routes)
         return self._score(sequences, micro_batches, row_tokens, routing)
 
@@ -269,8 +273,11 @@ class Policy:
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
-    def _micro_batches(self, sequences: Sequence[TokenSequence]) -> tuple[list[MicroBatch], int, dict[str, Metric]]:
-        """(this rank's micro-batches, tokens of a row, how well the rows are filled and shared)."""
+    def _micro_batches(
+        self, sequences: Sequence[TokenSequence], wanted: Sequence[bool] | None = None
+    ) -> tuple[list[MicroBatch], int, dict[str, Metric]]:
+        """(this rank's micro-batches, tokens of a row, how well the rows are filled and shared). Rows without a
+        `wanted` sequence are left out; the others are as they would be without `wanted`."""
         place, batch, data = self._place, self._config.batch, self._mesh.data
         lengths = [padded_length(sequence, place.context_size) for sequence in sequences]
         costs = [self._cost.of(length) for length in lengths]
@@ -281,8 +288,10 @@ class Policy:
             rows = pack_rows(lengths, costs, batch.max_tokens_per_row, multiple)
         else:
             rows = [[index] for index in range(len(lengths))]
-            rows += [[] for _ in range(-len(rows) % multiple)]
         row_tokens = row_length(rows, lengths, place.context_size, place.tensor_size)
+        if wanted is not None:
+            rows = [row for row in rows if any(wanted[index] for index in row)]
+        rows += [[] for _ in range(-len(rows) % multiple)]
         row_costs = [sum(costs[index] for index in row) for row in rows]
         shares = share_rows(row_costs, data.size())
         shards = [

@@ -114,7 +114,7 @@ class TrainerCost:
         train += extra_passes * forward * (1 + bubble_share) + self._snapshot(1)
         score, swaps = self._scores()
         return StepCost(
-            score=score * forward * (1 + bubble_share / updates) + self._snapshot(swaps),
+            score=score * forward * (1 + bubble_share) + self._snapshot(swaps),  # a mini-batch at a time, as updates
             train=train,
             publish=self._pause() + self.calibration.publish_fixed_s,
             pause=self._pause(),
@@ -193,8 +193,8 @@ class TrainerCost:
         if settings.behavior_log_probs == "rollout":
             return 0.0, 0
         if settings.mode == "bounded":
-            # a response crosses a publication or two; each version is scored apart, on the responses that have it
-            return 1.5, 3 * min(2, settings.max_staleness)
+            # a response crosses a publication or two; each version is scored apart, on the rows that have it
+            return 2.0, 3 * min(2, settings.max_staleness)
         return 1.0, 3 if settings.delay_steps else 0
 
     def _snapshot(self, copies: int) -> float:

@@ -1,4 +1,5 @@
-"""A batch of several policy versions: every token is scored under the weights that sampled it, on any mesh."""
+"""A batch of several policy versions: every token is scored under the weights that sampled it, on any mesh, in the rows
+that the update will have."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ def _scores(mesh: Mesh, hf_path: str, versions: list[np.ndarray], axes: dict[str
     from minpro_megatron.actor.behavior import score_by_version
     from minpro_megatron.actor.policy import Policy
 
-    config = step_config(axes, row_tokens=128)
+    config = step_config(axes, row_tokens=48)
     architecture, chunks = loaded_model(mesh, hf_path)
     policy = Policy(config, architecture, chunks, mesh)
     sequences = make_sequences(len(versions), 12)
@@ -38,10 +39,14 @@ def _scores(mesh: Mesh, hf_path: str, versions: list[np.ndarray], axes: dict[str
         return nullcontext() if version == 2 else policy.kept_weights(f"kept {version}")
 
     sampled_with = [of_sequence[: len(s.response_ids)] for of_sequence, s in zip(versions, sequences, strict=True)]
-    found = score_by_version(policy, sequences, sampled_with, weights_of)
-    flat = np.concatenate(sampled_with)
-    expected = np.choose(flat, whole)
-    assert score_by_version(policy, [], [], weights_of).shape == (0,)
+    mini_batches = [sequences[:3], sequences[3:]]
+    found = score_by_version(policy, mini_batches, [sampled_with[:3], sampled_with[3:]], weights_of)
+    expected = np.choose(np.concatenate(sampled_with), whole)
+    # as after a restart: some groups carry their scores already
+    rest = score_by_version(policy, mini_batches, [[None, sampled_with[1], None], [None, None]], weights_of)
+    own = slice(sequences[1].first_slot, sequences[2].first_slot)
+    np.testing.assert_array_equal(rest, found[own])
+    assert score_by_version(policy, mini_batches, [[None] * 3, [None] * 2], weights_of).shape == (0,)
     return found, expected, np.abs(whole[0] - whole[2])
 
 
@@ -58,3 +63,26 @@ def test_each_token_is_scored_under_its_own_version(tmp_path: Path, axes: dict[s
     for found, expected, changes in run_mesh(_scores, str(tmp_path), versions, axes, **axes):
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert changes.mean() > 1e-2  # the weights do differ
+
+
+def _rows_run(mesh: Mesh, hf_path: str) -> list[int]:
+    """How many micro-batches a pass runs: over the whole mini-batch, and where one sequence is asked for."""
+    from minpro_megatron.actor.policy import Policy
+
+    config = step_config({}, row_tokens=48)
+    architecture, chunks = loaded_model(mesh, hf_path)
+    policy, sequences, runs = Policy(config, architecture, chunks, mesh), make_sequences(9, 30), [0]
+    chunks[0].register_forward_hook(lambda *_: runs.append(runs.pop() + 1))
+    whole = policy.score(sequences)
+    runs.append(0)
+    one = policy.score(sequences, wanted=[index == 2 for index in range(9)])
+    own = slice(sequences[2].first_slot, sequences[3].first_slot)
+    np.testing.assert_array_equal(one[own], whole[own])
+    return runs
+
+
+def test_rows_that_nobody_asks_for_are_not_run(tmp_path: Path) -> None:
+    make_model("moe").save_pretrained(tmp_path)
+    ((whole, one),) = run_mesh(_rows_run, str(tmp_path))
+    assert one == 1
+    assert whole > 2

@@ -12,7 +12,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.conftest import Start
 from tests.mesh.harness import run_mesh
-from tests.mesh.ragged_batch import in_order
+from tests.mesh.ragged_batch import Groups, in_order
 from tests.mesh.steps import step_config
 
 pytestmark = pytest.mark.mesh
@@ -127,3 +127,45 @@ def test_a_bfloat16_step_is_close_to_float32_and_loses_no_small_update(
         assert rank["norms"][1] == pytest.approx(rank["norms"][0], rel=0.02)
         assert rank["cosine"] > 0.999
     assert sum(len(rank["routers"]) for rank in ranks) == 4 * len(ranks) // parallel.get("pipeline", 1)
+
+
+def _start_ratios(mesh: Mesh, config: RunConfig, hf_path: str, groups: Groups) -> dict[str, Any]:
+    """Before any update: the behavior log-probs of a batch of two mini-batches, and those that the updates compute."""
+    from contextlib import nullcontext
+
+    from minpro_megatron.actor.behavior import mini_batches_of, score_by_version
+    from minpro_megatron.batching.sequences import with_log_probs
+    from minpro_megatron.monitor.metrics import merge, values
+
+    policy, rows = _policy(mesh, config, hf_path, torch.bfloat16), []
+    policy.modules[0].register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].tolist()))
+    versions = [[np.zeros(len(one.response_ids), np.int32) for one in group] for group in groups]
+    behavior = score_by_version(
+        policy, mini_batches_of(groups, 2), mini_batches_of(versions, 2), lambda version: nullcontext()
+    )
+    scored_rows = [rows.pop(0) for _ in range(len(rows))]
+    scored = mini_batches_of(with_log_probs(groups, behavior_log_probs=behavior), 2)
+    results = [policy.update(mini_batch, learning_rate=0.0) for mini_batch in scored]
+    trained_rows = [rows.pop(0) for _ in range(len(rows))]
+    metrics = [values(merge(mesh.from_all_ranks(result.metrics))) for result in results]
+    return {
+        "ratios": [(one["ratio/min"], one["ratio/max"], one["ratio/log_second_moment"]) for one in metrics],
+        "trained": np.concatenate([result.log_probs for result in results]),
+        "behavior": behavior,
+        "rows": (scored_rows, trained_rows),
+    }
+
+
+@pytest.mark.parametrize("parallel", MESHES, ids=str)
+def test_before_any_update_every_ratio_is_exactly_one(parallel: dict[str, int], starts: dict[str, Start]) -> None:
+    start = starts["moe"]
+    config = step_config(parallel)
+    config = config.model_copy(update={"collector": config.collector.model_copy(update={"journal_ratios": True})})
+    for rank in run_mesh(_start_ratios, config, start.hf_path, start.groups, **parallel):
+        assert rank["ratios"] == [(1.0, 1.0, 0.0)] * 2
+        np.testing.assert_array_equal(rank["trained"], rank["behavior"])
+        # kernels of a GPU round a row's tokens by what stands beside them, those of this CPU do not: what is the same
+        # everywhere is that the update has the very rows that were scored
+        scored_rows, trained_rows = rank["rows"]
+        assert len(scored_rows) >= 2
+        assert scored_rows == trained_rows
