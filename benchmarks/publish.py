@@ -132,7 +132,7 @@ class Rank:
         from minpro_megatron.weights.publish import Publisher
 
         config = make_config(self._root, self._split, bucket_bytes, pause_mode)
-        return Publisher(config, self.gatherer, self._mesh, score_canary=None)  # type: ignore[arg-type]  never asked
+        return Publisher(config, self.gatherer, self._mesh, score_canaries=None)  # type: ignore[arg-type]  never asked
 
     def publish(self, publisher: Any, requests_in_flight: bool = False) -> Any:
         with torch.no_grad():

@@ -156,7 +156,7 @@ class PublishLease(Record, frozen=True, kw_only=True):
     servers: list[ServerAddress]
     evaluations: list[EvaluationResult]  # all evaluations finished so far
     requests_in_flight: bool = False  # bounded mode: pause the servers first, let them go on after
-    canary_prompt: list[int] = []  # token ids whose greedy continuation shows that the weights have arrived
+    canary_prompts: list[list[int]] = []  # token ids whose greedy continuations show that the weights have arrived
     metrics: dict[str, float] = {}  # of servers and collector since the last lease
 
 

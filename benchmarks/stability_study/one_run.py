@@ -58,7 +58,7 @@ def _run(config: RunConfig, mesh: Mesh) -> None:
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     sampler = GroupSampler(config, tokenizer)
     publisher = SamplerPublisher(
-        config, WeightGatherer(policy.modules, architecture, mesh), mesh, policy.score_canary, sampler
+        config, WeightGatherer(policy.modules, architecture, mesh), mesh, policy.score_canaries, sampler
     )
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh)
     watchdog = Watchdog(config.run_dir / "stacks.txt", config.debug.hang_timeout_s)

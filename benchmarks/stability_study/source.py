@@ -38,7 +38,7 @@ from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.weights.architecture import read_architecture
 from minpro_megatron.weights.gather import WeightGatherer
-from minpro_megatron.weights.publish import Publisher, PublishReport, ScoreCanary
+from minpro_megatron.weights.publish import Publisher, PublishReport, ScoreCanaries
 
 
 class GroupSampler:
@@ -97,10 +97,10 @@ class SamplerPublisher(Publisher):
         config: RunConfig,
         gatherer: WeightGatherer,
         mesh: Mesh,
-        score_canary: ScoreCanary,
+        score_canaries: ScoreCanaries,
         sampler: GroupSampler,
     ) -> None:
-        super().__init__(config, gatherer, mesh, score_canary)
+        super().__init__(config, gatherer, mesh, score_canaries)
         self._sampler = sampler
 
     def publish(self, lease: PublishLease | None, changed: bool) -> PublishReport | None:

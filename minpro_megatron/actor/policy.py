@@ -113,21 +113,26 @@ class Policy:
         routing = self._routing(sequences, micro_batches, routes)
         return self._score(sequences, micro_batches, row_tokens, routing)
 
-    def score_canary(self, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
-        """Log-probs of the response's tokens, float32, with experts as the routers choose them now: what the servers
-        should say of it. Rollouts' routes have no part in that."""
-        nothing = np.zeros(len(response), np.float32)
-        canary = TokenSequence(
-            prompt_ids=np.asarray(prompt, np.int32),
-            response_ids=np.asarray(response, np.int32),
-            loss_mask=nothing,
-            behavior_log_probs=nothing,
-            rollout_log_probs=nothing,
-            advantage=0.0,
-            first_slot=0,
-        )
-        micro_batches, row_tokens, _ = self._micro_batches([canary])
-        return self._score([canary], micro_batches, row_tokens, FreeRouting())
+    def score_canaries(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+        """Log-probs of each (prompt, response)'s response tokens, float32, with experts as the routers choose them now:
+        what the servers should say of them. Rollouts' routes have no part in that."""
+        canaries, first_slot = [], 0
+        for prompt, response in pairs:
+            nothing = np.zeros(len(response), np.float32)
+            canary = TokenSequence(
+                prompt_ids=np.asarray(prompt, np.int32),
+                response_ids=np.asarray(response, np.int32),
+                loss_mask=nothing,
+                behavior_log_probs=nothing,
+                rollout_log_probs=nothing,
+                advantage=0.0,
+                first_slot=first_slot,
+            )
+            canaries.append(canary)
+            first_slot += len(response)
+        micro_batches, row_tokens, _ = self._micro_batches(canaries)
+        log_probs = self._score(canaries, micro_batches, row_tokens, FreeRouting())
+        return np.split(log_probs, [canary.first_slot for canary in canaries[1:]])
 
     def score_and_record(self, sequences: Sequence[TokenSequence]) -> tuple[np.ndarray, Routes]:
         """`score`, and which experts were chosen: for replay with the very same sequences."""

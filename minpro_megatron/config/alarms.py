@@ -16,6 +16,7 @@ AlarmName = Literal[
     "gradient_spikes",
     "effective_sample_size",
     "mismatch",
+    "canary",
     "staleness_at_bound",
     "server_loss",
     "failed_evaluation",
@@ -66,6 +67,15 @@ class AlarmsConfig(Section):
     )
     mismatch_kl_nats: float | None = Field(
         default=0.02, gt=0, description="largest KL(server || trainer) a token under the same weights"
+    )
+    canary_nats: float | None = Field(
+        default=0.1,
+        gt=0,
+        description="largest mean difference between a server's and the trainer's log-probs of the canaries, where the "
+        "first publication showed no more",
+    )
+    canary_factor: float = Field(
+        default=3.0, ge=1, description="else: as many times what the first publication of the run showed"
     )
     staleness_share_of_bound: float | None = Field(
         default=0.95,

@@ -30,9 +30,15 @@ class PublishConfig(Section):
     )
     flush_cache: bool = Field(default=True, description="empty the servers' prefix cache: it is of the old weights")
     canary_tokens: int = Field(
-        default=8, ge=0, description="greedy tokens after each publication, compared with the trainer's; 0: none"
+        default=64,
+        ge=0,
+        description="greedy tokens that each server generates after a publication, spread over a few held-out prompts, "
+        "and the trainer's log-probs of them are compared; 0: none",
     )
     canary_tolerance: float = Field(
-        default=0.1, gt=0, description="largest mean difference of their log-probs, in nats; float32 differs by 1e-6"
+        default=1.0,
+        gt=0,
+        description="largest mean difference of their log-probs, in nats; a server beyond it is excluded, and if all "
+        "are, the run ends. Smaller differences raise an alarm (alarms.canary_nats, alarms.canary_factor)",
     )
     timeout_s: float = Field(default=600, gt=0, description="for each request to a server while publishing")

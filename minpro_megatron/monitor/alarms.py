@@ -173,6 +173,21 @@ def _gradient_spikes(series: Series, limits: Limits) -> str | None:
     )
 
 
+def _canary(series: Series, limits: Limits) -> str | None:
+    settings, metric = limits.settings, "publish/canary_server_max"
+    now, shown = series.at_end(metric), series.last(metric, series.num_steps)
+    if settings.canary_nats is None or now is None:
+        return None
+    first = shown[0] if len(shown) > 1 else 0.0
+    limit = max(settings.canary_nats, settings.canary_factor * first)
+    if now <= limit:
+        return None
+    allowed = f"alarms.canary_nats = {settings.canary_nats:g}"
+    if limit > settings.canary_nats:
+        allowed = f"alarms.canary_factor = {settings.canary_factor:g} times that of the first publication, {first:.3g}"
+    return f"{metric} {now:.3g} nats is above {allowed}"
+
+
 def _staleness_at_bound(series: Series, limits: Limits) -> str | None:
     share, bound, window = limits.settings.staleness_share_of_bound, limits.max_staleness, limits.settings.window_steps
     stalest = series.last("staleness/mean", window)
@@ -258,6 +273,11 @@ CHECKS: dict[AlarmName, _Watched] = {
         "servers and trainer disagree about the same weights: look at publish/canary_abs_max, give server.dtype the "
         "model's, set model.routing_replay = rollout for experts, or loss.truncated_importance or loss.icepop",
     ),
+    "canary": _Watched(
+        _canary,
+        "a server computes something else than the trainer with weights whose checksums agree: the trainer's log names "
+        "it; compare server.dtype with model.dtype and the server's flags, or restart that server",
+    ),
     "staleness_at_bound": _Watched(
         _staleness_at_bound,
         "where the trainer hardly waits, the servers run ahead of it: a lower staleness.max_staleness costs no time "
@@ -282,6 +302,7 @@ WATCHED = (
     "reward/grader_timed_out",
     "objective/effective_sample_size",
     "mismatch/kl_k3",
+    "publish/canary_server_max",
     "staleness/mean",
     "overlap/trainer_wait_share",
     "fleet/members",

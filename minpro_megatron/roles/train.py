@@ -65,7 +65,7 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     _say(config, mesh, "loading the model")
     policy, architecture = load_policy(config, mesh)
     gatherer = WeightGatherer(policy.modules, architecture, mesh)
-    publisher = Publisher(config, gatherer, mesh, policy.score_canary)
+    publisher = Publisher(config, gatherer, mesh, policy.score_canaries)
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh)
     resumed_from = mesh.from_rank_0(read_latest(config.run_dir) if first else None)
     first_step = resumed_from.policy_version if resumed_from else 0

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 LOOK_AT_SERVERS_S = 0.5
 # A run without a server that holds the current weights is given up after this many times what a start may take.
 SERVERLESS_FACTOR = 3
+NUM_CANARY_PROMPTS = 4  # of the held-out ones: one alone may have a continuation that is certain for any weights
 
 
 class CollectorFailed(RuntimeError):
@@ -75,7 +76,8 @@ class Collector:
             sampling.temperature, sampling.max_response_tokens, with_routes=config.model.routing_replay == "rollout"
         )
         self._evaluations = Evaluations(config, [heldout_set(config, heldout), *benchmarks], collect_group)
-        self._leases = Leases(servers, heldout[0].token_ids.tolist(), self._evaluations, self._metrics)
+        canaries = [prompt.token_ids.tolist() for prompt in heldout[:NUM_CANARY_PROMPTS]]
+        self._leases = Leases(servers, canaries, self._evaluations, self._metrics)
         self._changed = asyncio.Condition()
         self._num_changes = 0
         self._writing_status = asyncio.Lock()

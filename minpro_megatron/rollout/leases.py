@@ -49,14 +49,14 @@ class Leases:
     def __init__(
         self,
         servers: Servers,
-        canary_prompt: list[int],
+        canary_prompts: list[list[int]],
         evaluations: Evaluations,
         more_metrics: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         """`more_metrics`: what a lease tells the trainer beside the metrics of servers and evaluations."""
         self._servers = servers
         self._more_metrics = more_metrics
-        self._canary_prompt = canary_prompt
+        self._canary_prompts = canary_prompts
         self._evaluations = evaluations  # the trainer reports those that have ended
         self._not_before: dict[tuple[int, int], float] = {}  # by (index, start) of a server that failed
         self._idle_before = (0.0, 0.0)  # (time, idle seconds) when the last new version was granted
@@ -122,7 +122,7 @@ class Leases:
             servers=servers,
             evaluations=list(self._evaluations.results),
             requests_in_flight=requests_in_flight,
-            canary_prompt=self._canary_prompt,
+            canary_prompts=self._canary_prompts,
             metrics={**self._metrics(), **self._more_metrics()},
         )
 

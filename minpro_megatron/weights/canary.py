@@ -1,4 +1,8 @@
-"""The canary: after new weights, each server continues a prompt, and the trainer says what its weights make of that."""
+"""The canaries: after new weights, each server continues a few prompts greedily, and the trainer computes the log-probs
+that its own weights give to the same tokens.
+
+Equal checksums show that the weights have arrived; this shows that the server computes the same function with them.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,24 +14,38 @@ from minpro_megatron.serving.control import GreedyAnswer
 
 @dataclass(frozen=True)
 class Difference:
-    """|server's - trainer's log-prob| of a canary's tokens, in nats."""
+    """|server's - trainer's log-prob| of the canaries' tokens, in nats."""
 
     mean: float
     max: float
 
 
-def distinct_responses(answers: Mapping[int, GreedyAnswer]) -> list[list[int]]:
-    """The different continuations that the servers gave, in a fixed order: mostly one, where engines round alike."""
-    return [list(tokens) for tokens in sorted({tuple(answer.token_ids) for answer in answers.values()})]
+# A prompt, by its place among the lease's prompts, and a continuation.
+Continuation = tuple[int, tuple[int, ...]]
+
+
+def distinct_continuations(answers: Mapping[int, Sequence[GreedyAnswer]]) -> list[Continuation]:
+    """The different continuations that the servers gave, in a fixed order. `answers` holds one for each prompt, by the
+    server's index. Mostly there is one a prompt, where engines round alike."""
+    return sorted({pair for own in answers.values() for pair in _continuations(own)})
 
 
 def differences(
-    answers: Mapping[int, GreedyAnswer], responses: Sequence[Sequence[int]], log_probs: Sequence[np.ndarray]
+    answers: Mapping[int, Sequence[GreedyAnswer]],
+    continuations: Sequence[Continuation],
+    log_probs: Sequence[np.ndarray],
 ) -> dict[int, Difference]:
-    """How far each server is off, by its index; `log_probs` are the trainer's of each of `responses`. NaN stays NaN."""
-    of_response = {tuple(response): own for response, own in zip(responses, log_probs, strict=True)}
+    """How far each server is off over the tokens of all its continuations, by its index. `log_probs` are the trainer's
+    of each of `continuations`. NaN stays NaN."""
+    of_continuation = dict(zip(continuations, log_probs, strict=True))
     found = {}
-    for index, answer in answers.items():
-        off = np.abs(np.asarray(answer.log_probs) - of_response[tuple(answer.token_ids)])
+    for index, own in answers.items():
+        theirs = np.concatenate([answer.log_probs for answer in own])
+        ours = np.concatenate([of_continuation[pair] for pair in _continuations(own)])
+        off = np.abs(theirs - ours)
         found[index] = Difference(float(off.mean()), float(off.max()))
     return found
+
+
+def _continuations(answers: Sequence[GreedyAnswer]) -> list[Continuation]:
+    return [(prompt, tuple(answer.token_ids)) for prompt, answer in enumerate(answers)]

@@ -34,6 +34,8 @@ PROOF_S = 120.0
 QUICK_REQUEST_S = 60.0
 # With requests in flight a canary waits behind them. A server that is that busy has shown its checksum and version.
 CANARY_PATIENCE_S = 20.0
+# A mean difference that is written to the log with its server's name: engines in bfloat16 differ by about 0.01.
+NOTED_CANARY_NATS = 0.1
 # What a server calls its weights until the last bucket has come. Policy versions have nine digits at most (see
 # serving/answers.py): tokens sampled with such weights, if a broken publication leaves any, are refused wherever they
 # turn up. And it is above them all: to who asks meanwhile the server has not lost its weights, it is on to others.
@@ -61,7 +63,7 @@ class Delivery:
     transfer_s: float = 0.0
     paused_s: float = 0.0
     checksums: dict[int, str] = field(default_factory=dict)  # by tensor-parallel size: other shards, another sum
-    canaries: dict[int, GreedyAnswer] = field(default_factory=dict)
+    canaries: dict[int, list[GreedyAnswer]] = field(default_factory=dict)  # of each prompt of the lease, by server
     transport: Transport | None = None  # of the next transfer; None: there is none to make
     used: Transport | None = None
     _broadcasts: int = 0
@@ -122,15 +124,20 @@ class Delivery:
         self._conclude("disk")
 
     def compare(self, differences: Mapping[int, Difference]) -> None:
-        """Leaves out the servers whose canary is too far off. Raises PublishError if all are, of a new version."""
+        """Excludes the servers whose canaries are clearly broken. Raises PublishError if all are, of a new version.
+
+        Smaller differences are the engines' and their dtypes': whether they have grown is for the alarm "canary".
+        """
         tolerance = self.settings.canary_tolerance
         off = {index: found for index, found in differences.items() if not found.mean <= tolerance}
-        for index, found in off.items():
-            self._leave_out(
-                index,
-                f"canary log-probs differ from the trainer's by {found.mean:.3g} nats a token, {found.max:.3g} at most "
-                f"(publish.canary_tolerance = {tolerance:g})",
+        for index, found in differences.items():
+            line = (
+                f"canary log-probs differ from the trainer's by {found.mean:.3g} nats a token, {found.max:.3g} at most"
             )
+            if index in off:
+                self._leave_out(index, f"{line} (publish.canary_tolerance = {tolerance:g})")
+            elif found.mean > NOTED_CANARY_NATS:
+                log.warning("version %d: server %d: %s", self.lease.version, index, line)
         if off and len(off) == len(differences) and self.published is None:
             raise PublishError(
                 f"publishing version {self.lease.version}: {self._lines(off)}. Every server's checksum has been "
@@ -139,16 +146,22 @@ class Delivery:
             )
 
     def ask_canaries(self, num_tokens: int, temperature: float) -> None:
-        """`canaries`: each server's continuation of the lease's prompt."""
+        """`canaries`: each server's continuations of the lease's prompts, of `num_tokens` each. All are asked for at
+        once; a server that does not answer to all of them has none."""
         self.canaries = {}
-        if not (num_tokens and self.lease.canary_prompt):
+        if not (num_tokens and self.lease.canary_prompts):
             return
         patience_s = CANARY_PATIENCE_S if self.lease.requests_in_flight else self.settings.timeout_s
-        asked = {"token_ids": self.lease.canary_prompt, "num_tokens": num_tokens, "temperature": temperature}
-        calls = start_for_all(_within(patience_s, self.controls.values()), "generate_greedy", **asked)
-        self.canaries = calls.results()
-        late = calls.late()
-        for index, line in calls.failures().items():
+        controls = _within(patience_s, self.controls.values())
+        asked = {"num_tokens": num_tokens, "temperature": temperature}
+        prompts = self.lease.canary_prompts
+        calls = [start_for_all(controls, "generate_greedy", token_ids=prompt, **asked) for prompt in prompts]
+        answers = [call.results() for call in calls]
+        complete = set.intersection(*(set(of_prompt) for of_prompt in answers))
+        self.canaries = {index: [of_prompt[index] for of_prompt in answers] for index in sorted(complete)}
+        failures = {index: line for call in reversed(calls) for index, line in call.failures().items()}
+        late = {index for call in calls for index in call.late()}
+        for index, line in failures.items():
             if not (self.lease.requests_in_flight and index in late):
                 self._leave_out(index, line, is_late=index in late)
 

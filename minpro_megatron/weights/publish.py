@@ -16,7 +16,7 @@ from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.control import ServerControl
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.weights.broadcast import Broadcaster
-from minpro_megatron.weights.canary import differences, distinct_responses
+from minpro_megatron.weights.canary import Continuation, differences, distinct_continuations
 from minpro_megatron.weights.delivery import Delivery, PublishError, Transport
 from minpro_megatron.weights.gather import WeightGatherer
 from minpro_megatron.weights.hf_files import write_hf
@@ -24,18 +24,18 @@ from minpro_megatron.weights.publish_report import PublishReport
 
 PUBLISHED = "published"  # the folder of run_dir for transport "disk"
 
-# The trainer's log-probs of the response's tokens after the prompt, under its current weights. Collective.
-ScoreCanary = Callable[[list[int], list[int]], np.ndarray]
+# The trainer's log-probs of the tokens of each (prompt, response), under its current weights. Collective.
+ScoreCanaries = Callable[[list[tuple[list[int], list[int]]]], list[np.ndarray]]
 
 
 class Publisher:
     """Sends the model to the servers, a bucket at a time. All ranks take part; rank 0 talks to the servers."""
 
-    def __init__(self, config: RunConfig, gatherer: WeightGatherer, mesh: Mesh, score_canary: ScoreCanary) -> None:
+    def __init__(self, config: RunConfig, gatherer: WeightGatherer, mesh: Mesh, score_canaries: ScoreCanaries) -> None:
         self._config = config
         self._gatherer = gatherer
         self._mesh = mesh
-        self._score_canary = score_canary
+        self._score_canaries = score_canaries
         self._broadcaster = Broadcaster(mesh.device, config.publish.timeout_s)
         self._headers = authorization(config.server) if mesh.rank == 0 else {}
         # what the servers held after the last publication: its version, and checksums by tensor-parallel size
@@ -58,9 +58,10 @@ class Publisher:
                     _drain(buckets)
                 transport = self._on_rank_0(delivery, partial(self._transfer, buckets=buckets))
             self._on_rank_0(delivery, lambda own: self._check_change(own, changed))
-            prompt, responses = self._on_rank_0(delivery, self._ask_canaries)
-            log_probs = [self._score_canary(prompt, response) for response in responses]
-            report = self._on_rank_0(delivery, lambda own: self._report(own, responses, log_probs, start))
+            prompts, continuations = self._on_rank_0(delivery, self._ask_canaries)
+            pairs = [(prompts[prompt], list(response)) for prompt, response in continuations]
+            log_probs = self._score_canaries(pairs) if pairs else []
+            report = self._on_rank_0(delivery, lambda own: self._report(own, continuations, log_probs, start))
         finally:
             if delivery:
                 delivery.close()
@@ -141,15 +142,19 @@ class Publisher:
         if checksums:
             self._published = (version, (known if version == before else {}) | checksums)
 
-    def _ask_canaries(self, delivery: Delivery) -> tuple[list[int], list[list[int]]]:
-        """The prompt and what the servers made of it: for the trainer's log-probs."""
-        delivery.ask_canaries(self._config.publish.canary_tokens, self._config.sampling.temperature)
-        return delivery.lease.canary_prompt, distinct_responses(delivery.canaries)
+    def _ask_canaries(self, delivery: Delivery) -> tuple[list[list[int]], list[Continuation]]:
+        """The prompts and what the servers made of them: for the trainer's log-probs."""
+        prompts = delivery.lease.canary_prompts
+        sampling = self._config.sampling
+        # no longer than any other response: servers and rows have room for that
+        each = -(-self._config.publish.canary_tokens // max(1, len(prompts)))
+        delivery.ask_canaries(min(each, sampling.max_response_tokens), sampling.temperature)
+        return prompts, distinct_continuations(delivery.canaries)
 
     def _report(
-        self, delivery: Delivery, responses: list[list[int]], log_probs: list[np.ndarray], start: float
+        self, delivery: Delivery, continuations: list[Continuation], log_probs: list[np.ndarray], start: float
     ) -> PublishReport:
-        canaries = differences(delivery.canaries, responses, log_probs)
+        canaries = differences(delivery.canaries, continuations, log_probs)
         delivery.compare(canaries)
         return PublishReport(
             version=delivery.lease.version,

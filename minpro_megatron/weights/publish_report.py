@@ -32,6 +32,7 @@ class PublishReport:
             "publish/bytes_per_s": mean(self.num_bytes, self.transfer_s),
             "publish/failures": total(len(self.failures)),
             "publish/canary_abs_mean": mean(sum(one.mean for one in canaries), len(canaries)),
+            "publish/canary_server_max": Metric(max((one.mean for one in canaries), default=0.0), len(canaries), "max"),
             "publish/canary_abs_max": Metric(max((one.max for one in canaries), default=0.0), len(canaries), "max"),
         }
 

@@ -33,7 +33,7 @@ class Step:
     requests_in_flight: bool = False
     killed: tuple[int, ...] = ()  # processes that are killed when rank 0 takes the second bucket
     rename: str = ""  # put before every tensor name
-    bias: float = 0.0  # added to the trainer's log-probs of a canary
+    bias: float = 0.0  # added to the trainer's log-probs of the canaries
 
 
 @dataclass
@@ -90,10 +90,10 @@ def _on_rank(mesh: Mesh, config: RunConfig, hf_path: Path, folder: Path) -> None
     policy = Policy(config, architecture, chunks, mesh)
     gatherer = _Gatherer(WeightGatherer(chunks, architecture, mesh))
 
-    def score_canary(prompt: list[int], response: list[int]) -> np.ndarray:
-        return policy.score([_sequence(prompt, response)]) + gatherer.step.bias
+    def score_canaries(pairs: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
+        return [log_probs + gatherer.step.bias for log_probs in policy.score_canaries(pairs)]
 
-    publisher = Publisher(config, gatherer, mesh, score_canary)  # type: ignore[arg-type]
+    publisher = Publisher(config, gatherer, mesh, score_canaries)  # type: ignore[arg-type]
     for number in range(1, 1000):
         step = _next_step(mesh, folder / f"step-{number}")
         if step is None:
@@ -128,7 +128,7 @@ def _lease(step: Step) -> PublishLease:
         servers=step.servers,
         evaluations=[],
         requests_in_flight=step.requests_in_flight,
-        canary_prompt=CANARY_PROMPT,
+        canary_prompts=[CANARY_PROMPT, CANARY_PROMPT[:2]],
     )
 
 

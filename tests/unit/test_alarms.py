@@ -179,3 +179,25 @@ def test_settings_name_alarms_that_exist(tmp_path) -> None:
         with_overrides(config, ['alarms.stop_on=["msmatch"]'])
     with pytest.raises(ValueError, match=r"alarms\.stop_on to \[\]"):
         with_overrides(stopping, ["model.routing_replay=scored", "checkpoint.every_steps=0"])
+
+
+CANARY = "publish/canary_server_max"
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "raised"),
+    [
+        ([0.01, 0.02, 0.09, 0.09], {}, []),
+        ([0.01, 0.02, 0.11, 0.12], {}, [(2, "0.11 nats is above alarms.canary_nats = 0.1")]),
+        ([0.2, 0.3, 0.5, 0.61], {}, [(0, "0.2 nats is above alarms.canary_nats"), (3, "3 times that of the first")]),
+        ([0.2, 0.3, 0.5, 0.61], {"canary_factor": 4.0}, [(0, "0.2 nats is above")]),
+        ([0.2, 0.3, 0.5, 0.61], {"canary_nats": None}, []),
+    ],
+)
+def test_a_canary_is_compared_with_what_the_first_publication_showed(
+    values: list[float], settings: dict, raised: list[tuple[int, str]]
+) -> None:
+    found = watched({CANARY: values}, AlarmsConfig.model_validate({"window_steps": 2} | settings))
+    assert [(step, name) for step, name, _ in found] == [(step, "canary") for step, _ in raised]
+    for (_, _, text), (_, said) in zip(found, raised, strict=True):
+        assert said in text

@@ -57,7 +57,7 @@ class Publication:
 
     def __init__(self, it: Running, engines: tuple[Engine, Engine]) -> None:
         self._it, self.engines = it, engines
-        self._leases = Leases(it.fleet, PROMPT, no_evaluations())
+        self._leases = Leases(it.fleet, [PROMPT], no_evaluations())
 
     async def begin(self) -> list[asyncio.Task[CollectedGroup]]:
         for engine in self.engines:

@@ -37,6 +37,7 @@ def test_one_publication() -> None:
         "publish/servers": 2.0,
         "publish/failures": 1.0,
         "publish/canary_abs_mean": pytest.approx(0.1),
+        "publish/canary_server_max": pytest.approx(0.1),
         "publish/canary_abs_max": 0.2,
     }
 
@@ -51,6 +52,7 @@ def test_a_second_publication_of_a_step_hides_nothing_of_the_first() -> None:
         "publish/servers": 3.0,  # those that have work now
         "publish/failures": 2.0,
         "publish/canary_abs_mean": pytest.approx((0.5 + 0.3 + 0.1 + 3 * 0.1) / 6),
+        "publish/canary_server_max": 0.5,
         "publish/canary_abs_max": 0.9,
     }
 
@@ -72,7 +74,7 @@ def test_the_servers_idle_share_is_that_of_the_whole_step() -> None:
 
     async def main() -> None:
         now, servers = 100.0, Servers(2)
-        leases = Leases(servers, [1], no_evaluations())
+        leases = Leases(servers, [[1]], no_evaluations())
         asyncio.get_running_loop().time = lambda: now  # type: ignore[method-assign]
 
         def granted(version: int) -> float | None:

@@ -60,7 +60,12 @@ def test_a_lease_has_its_defaults_and_its_values() -> None:
     for lease in (
         PublishLease(version=2, servers=[server], evaluations=[]),
         PublishLease(
-            version=2, servers=[], evaluations=[], requests_in_flight=True, canary_prompt=[1, 2], metrics={"a/b": 0.5}
+            version=2,
+            servers=[],
+            evaluations=[],
+            requests_in_flight=True,
+            canary_prompts=[[1, 2]],
+            metrics={"a/b": 0.5},
         ),
     ):
         assert records.decode(PublishLease, records.encode(lease)) == lease
