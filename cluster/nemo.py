@@ -39,14 +39,36 @@ _REMEDIES = {
     "rsync": "it must be installed here and on the login node, and `ssh` there must work without a question",
 }
 # After NeMo-Run's own lines, before srun. It traces its script: from here on nothing is, for what comes may be secret.
+# At its end the script asks for a requeue if the exit status is not 0 and TORCHX_MAX_RETRIES is above the number of
+# restarts so far. Which restarts count is decided here: an end before the time limit is no failure.
 _SETUP = """\
 { set +vx; } 2>/dev/null
-# A start that was refused for problems (exit status 2) would be refused again.
+# Versions of Slurm before 23.02 do not say when the job ends.
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+    job_end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2>/dev/null)
+    case "$job_end" in
+        [0-9]*) export SLURM_JOB_END_TIME=$(date --date="$job_end" +%s) ;;
+    esac
+fi
+failures_allowed=$TORCHX_MAX_RETRIES
+TORCHX_MAX_RETRIES=1000000
 scontrol() {
-    if [ "$1" = requeue ] && [ "$exitcode" -eq 2 ]; then
-        echo "not started again: the problems above have to be mended first"
-    else
+    if [ "$1" != requeue ]; then
         command scontrol "$@"
+        return
+    fi
+    failed=$((${SLURM_RESTART_COUNT:-0} - $(cat "$planned_ends" 2>/dev/null | wc -l)))
+    if [ "$exitcode" -eq 2 ]; then
+        # refused for problems: it would be refused again
+        echo "not started again: the problems above have to be fixed first"
+    elif [ "$exitcode" -eq 75 ]; then
+        # saved before its time limit
+        echo "start ${SLURM_RESTART_COUNT:-0}" >> "$planned_ends"
+        command scontrol "$@"
+    elif [ "$failed" -lt "$failures_allowed" ]; then
+        command scontrol "$@"
+    else
+        echo "not started again: $((failed + 1)) starts have failed (restarts = $failures_allowed in the profile)"
     fi
 }
 """
@@ -198,7 +220,9 @@ def _empty_experiment(name: str, base: Path) -> Iterator[Any]:
 
 def _arguments(profile: Profile, configs: str) -> list[str]:
     interface = ["--interface", profile.slurm.interface] if profile.slurm.interface else []
-    return ["node", "--config", f"{configs}/{RUN_FILE}", "--topology", f"{configs}/{TOPOLOGY_FILE}", *interface]
+    end_early = ["--end-early-s", str(profile.slurm.end_early_s)] if profile.slurm.end_early_s else []
+    files = ["--config", f"{configs}/{RUN_FILE}", "--topology", f"{configs}/{TOPOLOGY_FILE}"]
+    return ["node", *files, *end_early, *interface]
 
 
 def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
@@ -232,12 +256,19 @@ def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
         container_mounts=_mounts(profile) if profile.container.image else [],
         container_env=sorted(profile.environment) or None,
         env_vars={name: _word(value) for name, value in profile.environment.items()},
-        setup_lines=_SETUP + (f". {shlex.quote(profile.secrets_file)}\n" if profile.secrets_file else ""),
+        setup_lines=_setup_lines(profile),
         retries=profile.restarts,
         tunnel=tunnel(profile.ssh, profile.jobs_folder if profile.ssh else str(base / "experiments")),
         packager=WorkingTree(configs={RUN_FILE: files.run_json, TOPOLOGY_FILE: files.topology_json}),
         poll_estimated_start_time=False,
     )
+
+
+def _setup_lines(profile: Profile) -> str:
+    """`planned_ends` has a line for each start that ended before its time limit."""
+    planned_ends = f"{shlex.quote(profile.jobs_folder)}/planned_ends_$SLURM_JOB_ID"
+    secrets = f". {shlex.quote(profile.secrets_file)}\n" if profile.secrets_file else ""
+    return f"planned_ends={planned_ends}\n{_SETUP}{secrets}"
 
 
 def _mounts(profile: Profile) -> list[str]:

@@ -52,8 +52,8 @@ class SlurmSettings(Section):
     end_early_s: int = Field(
         default=300,
         ge=0,
-        description="so long before the time limit the roles are ended, and the job is started again as after a "
-        "failure; 0: the limit ends the job",
+        description="SIGTERM comes so long before the time limit. The trainer saves before that and the job is "
+        "started again; if it is late it may go on saving until a minute before the limit. 0: the limit ends the job",
     )
     constraint: Line = ""
     exclude: Line = Field(default="", description="nodes to leave out")
@@ -105,7 +105,12 @@ class Profile(Section):
     python: str = Field(
         default="python", pattern=r"^[^\r\n]*python[^\r\n]*$", description="in the container or on the nodes"
     )
-    restarts: int = Field(default=3, ge=0, description="a failed job is started again so often; it goes on")
+    restarts: int = Field(
+        default=3,
+        ge=0,
+        description="a failed job is started again so often and goes on from its last checkpoint; starts that saved "
+        "before their time limit do not count, and two starts in a row without a new checkpoint are the last",
+    )
     environment: dict[str, Line] = Field(default={}, description="variables of all processes; no secrets")
     secrets_file: OptionalPath = Field(
         default="", description="shell file on the cluster that exports API keys; readable by you alone"

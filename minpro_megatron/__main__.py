@@ -35,6 +35,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--incarnation", type=int, required=True, help="how often the run was started")
         if role in ("serve", "collect"):
             command.add_argument("--host", metavar="ADDRESS", help="listening address (that of the settings)")
+        if role == "train":
+            command.add_argument(
+                "--save-by", type=float, metavar="TIME", help="Unix time by which it has saved and ended"
+            )
         if role == "serve":
             command.add_argument("--servers", type=_range, metavar="FIRST:END", help="those of this machine (all)")
     _add_node(commands.add_parser("node", help="one node's share of a run on several (started by a cluster's job)"))
@@ -52,6 +56,9 @@ def _add_node(command: argparse.ArgumentParser) -> None:
     command.add_argument("--start", metavar="NAME", help="the same on all nodes, new for every start (Slurm's job)")
     command.add_argument("--index", type=int, metavar="N", help="which node this is, from 0 (Slurm's)")
     command.add_argument("--interface", default="", metavar="NAME", help="network interface between the nodes")
+    command.add_argument(
+        "--end-early-s", type=float, default=0.0, metavar="X", help="SIGTERM comes so long before the job's end (0)"
+    )
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
@@ -183,7 +190,8 @@ def _run_role(options: argparse.Namespace) -> int:
         changed = getattr(config, section).model_copy(update={"host": host})
         config = config.model_copy(update={section: changed})
     run = importlib.import_module(f"minpro_megatron.roles.{role}").run
-    return run(config, options.incarnation, options.servers) if role == "serve" else run(config, options.incarnation)
+    own = {"serve": ("servers",), "train": ("save_by",)}.get(role, ())
+    return run(config, options.incarnation, *(getattr(options, name) for name in own))
 
 
 def _run_node(options: argparse.Namespace) -> int:

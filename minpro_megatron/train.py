@@ -4,7 +4,7 @@ All ranks run it together; only rank 0 has a feed, and what it fetches goes to t
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from minpro_megatron.actor.memory import rank_memory
 from minpro_megatron.actor.policy import Policy, UpdateResult, learning_rate_at
 from minpro_megatron.actor.routing import Routes
 from minpro_megatron.actor.run_checkpoints import RunCheckpoints
+from minpro_megatron.actor.save_schedule import EndedEarly, SaveSchedule
 from minpro_megatron.actor.start_gate import refuse_broken_scores, refuse_different_models, refuse_unequal_start
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.batching.sequences import (
@@ -58,6 +59,8 @@ class Trainer:
     watchdog: Watchdog
     feed: BatchSource | None = None  # rank 0's
     report: StepReport | None = None  # rank 0's
+    save_schedule: SaveSchedule | None = None  # rank 0's
+    before_early_end: Callable[[int, str], None] = lambda version, reason: None  # rank 0's: it saves for the last time
     tracer: Tracer = field(default_factory=NoTracer)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     updates: int = 0
@@ -69,13 +72,20 @@ class Trainer:
     _first_mini_batch_seen: bool = False
     _publications: list[PublishReport] = field(default_factory=list)  # of this step so far
     _fleet: dict[str, float] = field(default_factory=dict)  # metrics of the last lease
+    _saved_version: int | None = None  # by this start
 
     def run(self) -> CollectorTotals | None:
-        """Trains through all global steps that are left. Returns the collector's totals on rank 0, None elsewhere."""
+        """Trains through all global steps that are left. Returns the collector's totals on rank 0, None elsewhere.
+
+        Raises EndedEarly on all ranks, after a last checkpoint, where the save schedule ends this start.
+        """
         first = self._begin()
         for index in range(first, min(first + self._lookahead, self.config.num_global_steps)):
             self._fetch_and_score(index)
         start, before = time.monotonic(), dict(self.seconds)
+        if self.save_schedule:
+            self.save_schedule.begin()
+        saves = False
         for step in range(first, self.config.num_global_steps):
             self.tracer.step(step)
             metrics, histograms, batch = self._step(step)
@@ -86,12 +96,8 @@ class Trainer:
             start, before = time.monotonic(), dict(self.seconds)
             alarms = self._write(step, batch, metrics, histograms, spent, step_s)
             # after the step's metrics, which a run that goes on from this checkpoint does not write again
-            stop = self._alarm_to_stop_on(alarms) if step + 1 < self.config.num_global_steps else None
-            self._save(step + 1, in_any_case=stop is not None)
-            if stop is not None:
-                self._stop(stop)
-        with self.watchdog.guard("the last checkpoint"):
-            self._complete(self.checkpoints.finish())
+            saves = self._save_or_end(step + 1, alarms)
+        self._finish_saving(self.config.num_global_steps if saves else None)
         return self._finish()
 
     def _begin(self) -> int:
@@ -309,19 +315,54 @@ class Trainer:
                 self._publications.append(report)
                 self._fleet = lease.metrics
 
-    def _save(self, version: int, in_any_case: bool) -> None:
-        every = self.config.checkpoint.every_steps
+    def _save_or_end(self, version: int, alarms: list[Alarm]) -> bool:
+        """Whether the checkpoint of `version` is begun. Raises AlarmStop or EndedEarly, once it is complete, where this
+        start ends."""
+        stop = self._alarm_to_stop_on(alarms) if version < self.config.num_global_steps else None
+        decision = self.mesh.from_rank_0(self.save_schedule.after_step(version) if self.save_schedule else None)
+        end = decision.end if decision and stop is None else ""
+        if end and self.save_schedule:
+            self.before_early_end(version, end)
+        saves = stop is not None or (decision is not None and decision.save)
+        self._save(version, saves)
+        if stop is not None or end:
+            self._finish_saving(version)
+        if stop is not None:
+            raise AlarmStop(f"alarms.stop_on: {stop}")
+        if end:
+            raise EndedEarly(version, end)
+        return saves
+
+    def _save(self, version: int, begin: bool) -> None:
         with self._timed("checkpoint"), self.watchdog.guard(f"the checkpoint of version {version}"):
-            if in_any_case or (every and version % every == 0):
-                if self.feed:
-                    self.feed.checkpoint_begin(version)
-                self.checkpoints.save(self.policy, TrainerState(policy_version=version, updates=self.updates))
+            if begin:
+                self._begin_save(version)
             self._complete(self.checkpoints.poll())
+
+    def _begin_save(self, version: int) -> None:
+        if self.feed:
+            self.feed.checkpoint_begin(version)
+        num_steps = self.config.num_global_steps
+        state = TrainerState(policy_version=version, updates=self.updates, num_global_steps=num_steps)
+        self.checkpoints.save(self.policy, state)
 
     def _complete(self, versions: list[int]) -> None:
         for version in versions if self.feed else []:
             assert self.feed is not None
             self.feed.checkpoint_end(version)
+        if versions:
+            self._saved_version = versions[-1]
+            if self.save_schedule:
+                self.save_schedule.saved(self.checkpoints.last_save_s)
+
+    def _finish_saving(self, last: int | None) -> None:
+        """Completes the save under way. The checkpoint of version `last` is tried a second time if it has failed, for
+        there is no later one; raises SaveError if that fails as well."""
+        with self.watchdog.guard("the last checkpoint"):
+            self._complete(self.checkpoints.finish())
+            if last is not None and self._saved_version != last:
+                self._begin_save(last)
+                self._complete(self.checkpoints.finish())
 
     def _alarm_to_stop_on(self, alarms: list[Alarm]) -> Alarm | None:
         """Of the alarms that rank 0 has raised, the first one that ends the run."""
@@ -329,12 +370,6 @@ class Trainer:
         if not stop_on:
             return None
         return self.mesh.from_rank_0(next((alarm for alarm in alarms if alarm.name in stop_on), None))
-
-    def _stop(self, alarm: Alarm) -> None:
-        """Raises AlarmStop once the checkpoint of now is complete."""
-        with self.watchdog.guard("the last checkpoint"):
-            self._complete(self.checkpoints.finish())
-        raise AlarmStop(f"alarms.stop_on: {alarm}")
 
     def _finish(self) -> CollectorTotals | None:
         while True:

@@ -5,6 +5,7 @@ next save is not left to the background. If that fails too, the run ends.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,6 +44,7 @@ class _Save:
     partial: Path
     state: TrainerState
     run: RunIdentity
+    began: float  # Unix time
 
 
 class RunCheckpoints:
@@ -58,6 +60,7 @@ class RunCheckpoints:
         self._under_way: _Save | None = None
         self._completed: list[int] = []  # and not yet told
         self._failed_in_a_row = 0
+        self.last_save_s = 0.0  # rank 0's: seconds from the beginning of the last complete save until it was written
 
         def open_folder() -> None:
             self._folder = CheckpointFolder(path, settings)
@@ -70,6 +73,7 @@ class RunCheckpoints:
         Raises SaveError on all ranks at the second save in a row that failed.
         """
         self._settle(wait=True)
+        began = time.time()
         try:
             partial = self._in_folder(lambda folder: folder.new_partial(state.policy_version))
         except SaveError as error:
@@ -77,7 +81,7 @@ class RunCheckpoints:
             return
         in_background = self._settings.asynchronous and not self._failed_in_a_row
         write = policy.save(partial, in_background)
-        self._under_way = _Save(write, partial, state, policy.identity)
+        self._under_way = _Save(write, partial, state, policy.identity, began)
         if not in_background:
             self._settle(wait=True)
 
@@ -119,6 +123,7 @@ class RunCheckpoints:
             return
         self._under_way = None
         try:
+            seconds = _seconds(save) if self._folder is not None else 0.0
             manifest = _manifest(save, save.write.complete())
             self._in_folder(lambda folder: folder.publish(save.partial, manifest))
         except SaveError as error:
@@ -126,7 +131,7 @@ class RunCheckpoints:
                 self._folder.discard(save.partial)
             self._count_failure(save.state.policy_version, error)
             return
-        self._failed_in_a_row = 0
+        self._failed_in_a_row, self.last_save_s = 0, seconds
         self._completed.append(save.state.policy_version)
 
     def _in_folder[T](self, action: Callable[[CheckpointFolder], T]) -> T:
@@ -159,6 +164,13 @@ def _manifest(save: _Save, files: dict[str, SavedFile]) -> RunManifest:
         created=datetime.now(UTC),
         files=dict(sorted(files.items())),
     )
+
+
+def _seconds(save: _Save) -> float:
+    """From the beginning of the save until its last shard was written. The trainer looks only between two steps: the
+    time at which it notices says less."""
+    written = max((path.stat().st_mtime for path in save.partial.rglob("*")), default=save.began)
+    return max(0.0, written - save.began)
 
 
 def _damage(path: Path, written: SavedFile) -> str | None:

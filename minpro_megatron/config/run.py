@@ -106,11 +106,11 @@ class RunConfig(Section):
                 "weights, which choose different experts; set model.routing_replay to none, or to rollout with "
                 "publish.pause_mode = abort or in_place"
             )
-        if self.staleness.delay_steps and (self.checkpoint.every_steps or self.alarms.stop_on):
+        if self.staleness.delay_steps and (self.checkpoint.saves_before_end or self.alarms.stop_on):
             raise ValueError(
                 "model.routing_replay = scored: checkpoints do not hold the routes of batches scored with earlier "
-                "weights; set checkpoint.every_steps to 0 and alarms.stop_on to [], or model.routing_replay to rollout "
-                "or none"
+                "weights; set checkpoint.every_steps and checkpoint.every_minutes to 0 and alarms.stop_on to [], or "
+                "model.routing_replay to rollout or none"
             )
 
     def _runs_on_device(self) -> None:

@@ -1,6 +1,8 @@
 """Runs a recipe on this machine: checks, starts and watches the roles, shows progress, says how it ended."""
 
+import os
 import sys
+import time
 from pathlib import Path
 from statistics import median
 
@@ -11,7 +13,8 @@ from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.roles import role_commands, roles_of
 from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
 from minpro_megatron.launch.starts import begin_start
-from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, Supervisor
+from minpro_megatron.launch.stopping import Stopping, save_by
+from minpro_megatron.launch.supervisor import FAILED, FINISHED, INTERRUPTED, Outcome, Supervisor
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.progress import Progress, duration
@@ -34,7 +37,9 @@ def launch(recipe: str, overrides: list[str]) -> int:
         config_file, goes_on = prepare(config)
         incarnation = begin_start(config.run_dir).incarnation
         print("\n".join(first_lines(config, incarnation, goes_on)))
-        supervisor = Supervisor(role_commands(config, config_file, incarnation), config.run_dir / "logs")
+        limit = save_by(config, os.environ, time.time())
+        commands = role_commands(config, config_file, incarnation, save_by=limit)
+        supervisor = Supervisor(commands, config.run_dir / "logs", Stopping(config, incarnation))
         with Progress(config, roles_of(config)) as progress:
             outcome = supervisor.run(progress.tick)
         return _conclude(config, outcome)
@@ -48,6 +53,8 @@ def _conclude(config: RunConfig, outcome: Outcome) -> int:
         print("\n".join([*lines, remedy]), file=sys.stderr)
     if outcome.status == FINISHED:
         return finish(config)
+    if outcome.early_end and outcome.interrupted_by:
+        return INTERRUPTED
     if outcome.interrupted_by is None and (config.run_dir / HISTORY_FILE).exists() and (report := _report(config)):
         print(f"report       {report}", file=sys.stderr)
     return outcome.status
@@ -63,7 +70,10 @@ def closing_lines(outcome: Outcome) -> list[str]:
     if outcome.left_behind:
         pids = ", ".join(map(str, outcome.left_behind))
         lines.append(f"error: these processes could not be ended: {pids}; end them by hand")
-    if outcome.interrupted_by is not None:
+    if outcome.early_end is not None:
+        end = outcome.early_end
+        lines.append(f"ended after global step {end.policy_version}, with a checkpoint: {end.reason}")
+    elif outcome.interrupted_by is not None:
         lines.append(f"interrupted by {outcome.interrupted_by}; all processes were stopped")
     return lines
 

@@ -25,17 +25,31 @@ from minpro_megatron.launch.recipe import read_config
 from minpro_megatron.launch.resume import CONFIG_FILE
 from minpro_megatron.launch.roles import NCCL_MEMORY, roles_of, trainer_environment
 from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
-from minpro_megatron.launch.starts import NodeEnd, Plan, Report, Start, Verdict, begin_start, find_start, wait_for
-from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
+from minpro_megatron.launch.starts import (
+    NodeEnd,
+    Plan,
+    Report,
+    Start,
+    Verdict,
+    begin_start,
+    find_start,
+    starts_of_job,
+    wait_for,
+)
+from minpro_megatron.launch.stopping import Stopping, save_by
+from minpro_megatron.launch.supervisor import FAILED, FINISHED, TO_BE_CONTINUED, Outcome, RoleCommand, Supervisor
 from minpro_megatron.launch.topology import Topology, read_topology
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.progress import Progress
+from minpro_megatron.rollout.resume_point import read_latest
 
 # From one node's start to another's: a container image may have to be unpacked on each.
 PLAN_LIMIT_S = REPORT_LIMIT_S = 600.0
 TOLD_AFTER_S = 30.0
 ALL_REDUCE_LIMIT_S = 180.0
 REFUSAL_S = 2.0
+OTHERS_END_S = 20.0  # after an early end, for the other nodes to end too
+NUM_STALLED_STARTS = 2  # in a row, after which a job is not started again
 _LOOK_EVERY_S = 1.0
 
 
@@ -48,6 +62,7 @@ class NodeOptions:
     start: str | None = None
     index: int | None = None
     interface: str = ""
+    end_early_s: float = 0.0  # so long before the job's end its processes get SIGTERM
 
 
 class _OthersFailed(Exception):
@@ -56,14 +71,16 @@ class _OthersFailed(Exception):
 
 def run_node(options: NodeOptions, environment: Mapping[str, str] = os.environ) -> int:
     """Runs this node's share to its end. Returns the exit status: 0 finished, 1 failed, 2 not started for problems
-    that are told, 130 told to stop. Raises UserError."""
+    that are told, 75 saved before the job's end and to be started again, 130 told to stop. Raises UserError."""
+    began = time.time()
     config = read_config(options.config)
     try:
         topology = read_topology(options.topology)
     except ValueError as error:
         raise UserError(str(error)) from None
     index = _index(options, len(topology.nodes), environment)
-    return _Node(config, topology, index, _key(options, environment), options.interface, environment).run()
+    limit = save_by(config, environment, began, options.end_early_s)
+    return _Node(config, topology, index, _key(options, environment), options, limit, environment).run()
 
 
 def _index(options: NodeOptions, num_nodes: int, environment: Mapping[str, str]) -> int:
@@ -93,14 +110,15 @@ class _Node:
         topology: Topology,
         index: int,
         key: str,
-        interface: str,
+        options: NodeOptions,
+        limit: float | None,
         environment: Mapping[str, str],
     ) -> None:
         self._config, self._topology, self._index, self._key = config, topology, index, key
-        self._environment = environment
+        self._environment, self._save_by, self._end_early_s = environment, limit, options.end_early_s
         self._host = environment.get("SLURMD_NODENAME") or socket.gethostname()
         self._share = topology.nodes[index]
-        self._wanted_interface = interface
+        self._wanted_interface = options.interface
         self._address, self._interface, self._own_problems = LOOPBACK, "lo", list[str]()
 
     @property
@@ -129,9 +147,14 @@ class _Node:
         except OSError as error:
             raise UserError(f"runs_dir = {self._config.runs_dir}: {error}; choose another runs_dir=...") from None
         ports: list[int] = []
+        version = 0
         try:
             held.enter_context(claimed(self._config.run_dir))
             found = run_problems(self._config)
+            if not found:
+                manifest = read_latest(self._config.run_dir)
+                version = manifest.policy_version if manifest else 0
+                found = self._stalled(version)
             ports = free_ports(self._address, 2)
         except UserError as error:
             found = error.problems
@@ -141,9 +164,27 @@ class _Node:
             _, goes_on = prepare(self._config)
             told = (f"warning: {warning}" for warning in warnings(self._config))
             self._say(*first_lines(self._config, start.incarnation, goes_on), *told)
-        plan = Plan(key=self._key, problems=found, address=self._address, rendezvous_ports=ports)
+        plan = Plan(
+            key=self._key, problems=found, policy_version=version, address=self._address, rendezvous_ports=ports
+        )
         start.write_plan(plan)
         return start, plan
+
+    def _stalled(self, version: int) -> list[str]:
+        """Whether the two starts of this job before this one have both ended without a new checkpoint: a third one
+        would end like them."""
+        if int(self._environment.get("SLURM_RESTART_COUNT", "0") or 0) < NUM_STALLED_STARTS:
+            return []
+        before = starts_of_job(self._config.run_dir, self._key.rpartition("-")[0])[-NUM_STALLED_STARTS:]
+        if len(before) < NUM_STALLED_STARTS or any(plan.policy_version != version for _, plan in before):
+            return []
+        numbers = " and ".join(str(start.incarnation + 1) for start, _ in before)
+        where = f"still that of global step {version}" if version else "there is none yet"
+        return [
+            f"starts {numbers} of the run have ended without a new checkpoint ({where}), so the job is not started "
+            f"again: {self._config.run_dir / 'logs'} says why they ended; if the time limit ended them, raise "
+            "slurm.time or lower checkpoint.every_minutes; then submit the same command again to go on"
+        ]
 
     def _find_plan(self) -> tuple[Start, Plan]:
         run_dir = self._config.run_dir
@@ -210,9 +251,10 @@ class _Node:
                     return self._conclude(start, outcome)
             config_file = config.run_dir.absolute() / CONFIG_FILE
             commands = node_commands(
-                config, config_file, start.incarnation, self._topology, places[1], self._environment
+                config, config_file, start.incarnation, self._topology, places[1], self._environment, self._save_by
             )
-            supervisor = Supervisor(commands, config.run_dir / "logs")
+            stopping = Stopping(config, start.incarnation, self._end_early_s)
+            supervisor = Supervisor(commands, config.run_dir / "logs", stopping)
             with ExitStack() as stack:
                 show = _nothing
                 if self._is_first:
@@ -249,6 +291,8 @@ class _Node:
         if outcome.status == FINISHED:
             start.write_done(self._index, self._host)
             return finish(self._config) if self._is_first else FINISHED
+        if outcome.status == TO_BE_CONTINUED:
+            return self._end_early(start, outcome)
         others = start.failed(len(self._topology.nodes))
         if outcome.interrupted_by and others:  # srun ends the nodes that have not failed
             self._say(f"stopped because {_told(others)}", file=sys.stderr)
@@ -257,6 +301,16 @@ class _Node:
             why = "; ".join(f"the role {failure.role} {failure.how}" for failure in outcome.failures)
             start.write_failed(self._index, self._host, why)
         self._say(*closing_lines(outcome), file=sys.stderr)
+        return outcome.status
+
+    def _end_early(self, start: Start, outcome: Outcome) -> int:
+        """All nodes end. The first one says why, and ends last: an end by srun would hide its exit status."""
+        start.write_done(self._index, self._host)
+        if not self._is_first:
+            return FINISHED
+        self._say(*closing_lines(outcome))
+        nodes = list(range(len(self._topology.nodes)))
+        wait_for(lambda: True if start.are_done(nodes) else None, OTHERS_END_S)
         return outcome.status
 
     @property

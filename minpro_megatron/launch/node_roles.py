@@ -12,6 +12,7 @@ from minpro_megatron.launch.roles import (
     offload_threads,
     role_environments,
     roles_of,
+    save_by_option,
     torchrun,
     trainer_environment,
 )
@@ -61,8 +62,9 @@ def node_commands(
     topology: Topology,
     place: NodePlace,
     environment: Mapping[str, str] = os.environ,
+    save_by: float | None = None,
 ) -> list[RoleCommand]:
-    """The commands of the roles on node `place.index`, to be started together."""
+    """The commands of the roles on node `place.index`, to be started together. `save_by`: as for role_commands."""
     share = topology.nodes[place.index]
     fabric = fabric_environment(place, environment) if len(topology.nodes) > 1 else {}
     threads = offload_threads(config, share.ranks, environment)
@@ -76,6 +78,7 @@ def node_commands(
             arguments=[
                 *starts.get(role, [sys.executable]),
                 "-m", "minpro_megatron", role, *options, *_role_options(config, role, topology, place),
+                *(save_by_option(save_by) if role == "train" else []),
             ],
             environment=environments[role],
             stays=role == "serve",

@@ -22,9 +22,14 @@ def roles_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def role_commands(
-    config: RunConfig, config_file: Path, incarnation: int, environment: Mapping[str, str] = os.environ
+    config: RunConfig,
+    config_file: Path,
+    incarnation: int,
+    environment: Mapping[str, str] = os.environ,
+    save_by: float | None = None,
 ) -> list[RoleCommand]:
-    """The commands of the run's roles, to be started together on one machine."""
+    """The commands of the run's roles, to be started together on one machine. `save_by`: when the trainer must have
+    saved (Unix time), if this start has a time limit."""
     starts = {"train": torchrun(config.parallel.world_size)}
     own = {
         "train": trainer_environment(config.device) | offload_threads(config, config.parallel.world_size, environment)
@@ -35,12 +40,20 @@ def role_commands(
     return [
         RoleCommand(
             role=role,
-            arguments=[*starts.get(role, [sys.executable]), "-m", "minpro_megatron", role, *options],
+            arguments=[
+                *starts.get(role, [sys.executable]),
+                "-m", "minpro_megatron", role, *options, *(save_by_option(save_by) if role == "train" else []),
+            ],
             environment=environments[role],
             stays=role == "serve",
         )
         for role in roles_of(config)
-    ]
+    ]  # fmt: skip
+
+
+def save_by_option(save_by: float | None) -> list[str]:
+    """The trainer's option for it."""
+    return [] if save_by is None else ["--save-by", f"{save_by:.0f}"]
 
 
 def role_environments(

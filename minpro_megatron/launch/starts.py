@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
+from minpro_megatron.monitor.early_end import STARTS
 from minpro_megatron.monitor.files import replace_file
 
-STARTS = "starts"
 POLL_S = 0.2
 _PLAN, _REPORT, _VERDICT, _DONE, _FAILED = (
     "plan.json",
@@ -28,6 +28,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     key: str
     problems: list[str] = []
+    policy_version: int = 0  # of the checkpoint from which this start goes on; 0: it begins the run
     address: str = ""  # of the first node
     rendezvous_ports: list[int] = []  # where the trainer's nodes meet, on the first: for the check, for training
 
@@ -137,6 +138,17 @@ def find_start(run_dir: Path, key: str) -> tuple[Start, Plan] | None:
         if plan is not None and plan.key == key:
             return start, plan
     return None
+
+
+def starts_of_job(run_dir: Path, job: str) -> list[tuple[Start, Plan]]:
+    """The starts whose key is `job` and a number, in their order, as far as their roles were started."""
+    found = []
+    for number in sorted(_numbers(run_dir / STARTS)):
+        start = Start(run_dir / STARTS / str(number))
+        plan, verdict = start.read_plan(), start.read_verdict()
+        if plan is not None and plan.key.rpartition("-")[0] == job and verdict is not None and not verdict.problems:
+            found.append((start, plan))
+    return found
 
 
 def wait_for[T](look: Callable[[], T | None], limit_s: float) -> T | None:

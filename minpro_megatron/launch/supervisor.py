@@ -12,8 +12,11 @@ import psutil
 
 from minpro_megatron.launch.prctl import adopt_orphans, ending_with_this_process
 from minpro_megatron.launch.processes import descendants, kill_all, reap_orphans
+from minpro_megatron.launch.stopping import Stopping
+from minpro_megatron.monitor.early_end import EarlyEnd
 
-FINISHED, FAILED, INTERRUPTED = 0, 1, 130
+# To be continued (EX_TEMPFAIL): the run has saved and goes on when it is started again.
+FINISHED, FAILED, INTERRUPTED, TO_BE_CONTINUED = 0, 1, 130, 75
 
 _POLL_S = 0.1
 _REAP_EVERY_S = 5.0
@@ -47,11 +50,13 @@ class Failure:
 
 @dataclass(slots=True)
 class Outcome:
-    """How the run ended: its status code, the roles that failed first, processes that could not be ended."""
+    """How the run ended: its status code, the roles that failed first, processes that could not be ended. `early_end`:
+    the checkpoint with which the trainer ended this start before the run's end."""
 
     status: int
     failures: list[Failure] = field(default_factory=list)
     interrupted_by: str | None = None
+    early_end: EarlyEnd | None = None
     left_behind: list[int] = field(default_factory=list)
 
 
@@ -70,11 +75,16 @@ class Supervisor:
     SIGTERM. If any role ends otherwise, or this process is told to stop (SIGINT, SIGTERM, SIGHUP), all
     processes get SIGTERM and 6 s later SIGKILL, whoever started them. A further signal skips the 6 s. If this
     process itself is killed, the kernel tells the roles to end.
+
+    `stopping` may let the roles go on for a while after the first signal, for a last checkpoint, and says when the
+    trainer has ended this start early; then all processes are stopped as well.
     """
 
-    def __init__(self, commands: Sequence[RoleCommand], log_dir: Path) -> None:
+    def __init__(self, commands: Sequence[RoleCommand], log_dir: Path, stopping: Stopping | None = None) -> None:
         self._commands = commands
         self._log_dir = log_dir
+        self._stopping = stopping
+        self._stop_at: float | None = None  # after a signal; on the monotonic clock
         self._running: list[_Running] = []
         self._signals: list[signal.Signals] = []
         self._not_ours: set[int] = set()
@@ -122,12 +132,17 @@ class Supervisor:
     def _watch(self, each_tick: Callable[[], None], others_are_done: Callable[[], bool]) -> Outcome:
         next_reaping = time.monotonic() + _REAP_EVERY_S
         while True:
-            if self._signals:
-                return Outcome(INTERRUPTED, interrupted_by=self._signals[0].name)
+            if ended := self._ended_early():
+                return ended
+            if self._signals and self._must_stop_now():
+                # the trainer may just have saved
+                return self._ended_early(at_once=True) or Outcome(INTERRUPTED, interrupted_by=self._interrupted_by)
             if self._failures():
+                if ended := self._ended_early(at_once=True):  # other nodes have stopped their roles before this one
+                    return ended
                 # One failure makes others fail at once. Which one is seen first is chance: name them all.
                 time.sleep(_FAILURES_TOGETHER_S)
-                return Outcome(FAILED, self._failures())
+                return Outcome(FAILED, self._failures(), interrupted_by=self._interrupted_by)
             own_are_done = all(r.process.returncode == 0 for r in self._running if not r.command.stays)
             if own_are_done and others_are_done():
                 return Outcome(FINISHED)
@@ -136,6 +151,23 @@ class Supervisor:
                 reap_orphans(self._own_pids() | self._not_ours)
                 next_reaping = time.monotonic() + _REAP_EVERY_S
             time.sleep(_POLL_S)
+
+    @property
+    def _interrupted_by(self) -> str | None:
+        return self._signals[0].name if self._signals else None
+
+    def _must_stop_now(self) -> bool:
+        """Whether the time that the first signal left for a last checkpoint is over, or a second one has come."""
+        if self._stop_at is None:
+            allowed_s = self._stopping.allowed_s(self._signals[0].name) if self._stopping else 0.0
+            self._stop_at = time.monotonic() + allowed_s
+        return len(self._signals) > 1 or time.monotonic() >= self._stop_at
+
+    def _ended_early(self, at_once: bool = False) -> Outcome | None:
+        end = self._stopping.early_end(at_once) if self._stopping else None
+        if end is None:
+            return None
+        return Outcome(TO_BE_CONTINUED, interrupted_by=self._interrupted_by, early_end=end)
 
     def _failures(self) -> list[Failure]:
         return [failure for running in self._running if (failure := _failure_of(running))]

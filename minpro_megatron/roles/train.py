@@ -12,11 +12,13 @@ from minpro_megatron.actor.flops import peak_flops, training_flops
 from minpro_megatron.actor.loading import load_policy
 from minpro_megatron.actor.profiles import open_tracer
 from minpro_megatron.actor.run_checkpoints import RunCheckpoints
+from minpro_megatron.actor.save_schedule import EndedEarly, SaveSchedule
 from minpro_megatron.actor.shard_writing import SaveError
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.monitor.alarm_log import AlarmLog
 from minpro_megatron.monitor.alarms import AlarmStop
 from minpro_megatron.monitor.dashboard import hyperparameters
+from minpro_megatron.monitor.early_end import EarlyEnd, read_stop_request, write_early_end
 from minpro_megatron.monitor.environment import write_environment
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.status import write_status
@@ -44,20 +46,27 @@ from minpro_megatron.weights.publish import Publisher
 HF_EXPORT = "hf_export"
 
 
-def run(config: RunConfig, incarnation: int) -> int:
-    """Trains this rank's share of the run. Returns 0 when the run is finished, 1 with a line on stderr if not."""
+def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> int:
+    """Trains this rank's share of the run. `save_by`: Unix time by which this start must have saved, if it has a limit.
+
+    Returns 0 when the run is finished or has been saved for another start, 1 with a line on stderr if not.
+    """
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     try:
         hang_timeout_s = config.debug.hang_timeout_s
         with open_mesh(config.parallel, config.device, config.seed, hang_timeout_s=hang_timeout_s) as mesh:
-            _train(config, incarnation, mesh)
+            try:
+                _train(config, incarnation, save_by, mesh)
+            except EndedEarly as end:
+                if mesh.rank == 0:
+                    _announce_early_end(config, incarnation, True, end.version, end.reason)
     except (ValueError, FeedError, JournalError, ControlError, SaveError, AlarmStop) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
+def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mesh) -> None:
     started = time.monotonic()
     if config.device == "cpu":
         torch.set_num_threads(1)  # the ranks are the parallelism
@@ -82,6 +91,8 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     trainer.feed = _feed(config, incarnation, tokenizer)
+    trainer.save_schedule = SaveSchedule(config, save_by, partial(_stop_request, config, incarnation))
+    trainer.before_early_end = partial(_announce_early_end, config, incarnation, False)
     write_environment(config.run_dir)
     with RunWriter(config.run_dir, first_step if incarnation else None) as writer, closing(tracer), closing(publisher):
         writer.describe(hyperparameters(config))
@@ -93,6 +104,18 @@ def _train(config: RunConfig, incarnation: int, mesh: Mesh) -> None:
     _export(config, gatherer, mesh)
     _conclude(config, trainer, totals, time.monotonic() - started)
     _say(config, mesh, "finished")
+
+
+def _stop_request(config: RunConfig, incarnation: int) -> str | None:
+    request = read_stop_request(config.run_dir, incarnation)
+    return request.reason if request else None
+
+
+def _announce_early_end(config: RunConfig, incarnation: int, saved: bool, version: int, reason: str) -> None:
+    """To the launcher, which ends the other roles once the last checkpoint is complete."""
+    write_status(config.run_dir, "train", f"{'saved' if saved else 'saving'} after global step {version} ({reason})")
+    end = EarlyEnd(policy_version=version, reason=reason, saved=saved)
+    write_early_end(config.run_dir, incarnation, end)
 
 
 def _compute(config: RunConfig, architecture: Architecture, mesh: Mesh) -> TrainerCompute:

@@ -46,6 +46,8 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
 
     policy_version: int  # completed global steps
     updates: int  # optimizer updates so far: their seeds derive from it
+    # the run's length when this was saved: no later batch had been sampled; None in checkpoints of earlier versions
+    num_global_steps: int | None = None
 
 
 class RunManifest(TrainerState, frozen=True, kw_only=True, forbid_unknown_fields=True):

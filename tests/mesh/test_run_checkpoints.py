@@ -213,11 +213,11 @@ def _kill_the_writer(mesh: Mesh, checkpoints: Path) -> Any:
 
 
 @contextmanager
-def _fill_the_disk(mesh: Mesh, checkpoints: Path) -> Iterator[None]:
+def _fill_the_disk(mesh: Mesh, checkpoints: Path, before: str = "step-000010") -> Iterator[None]:
     """Rank 1 can write half of what it wrote before, then the system refuses; its writer inherits that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if mesh.rank == 1:
-        half = (checkpoints / "step-000010" / "__1_0.distcp").stat().st_size // 2
+        half = (checkpoints / before / "__1_0.distcp").stat().st_size // 2
         resource.setrlimit(resource.RLIMIT_FSIZE, (half, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

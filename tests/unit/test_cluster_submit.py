@@ -56,7 +56,7 @@ def test_recipes_dry_run_to_a_script(recipe: str, capsys: pytest.CaptureFixture[
     (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
     assert srun.endswith(
         " --wait=60 --kill-on-bad-exit=1 --wait=0 --cpu-bind=none python -m minpro_megatron node "
-        "--config /nemo_run/configs/run.json --topology /nemo_run/configs/topology.json"
+        "--config /nemo_run/configs/run.json --topology /nemo_run/configs/topology.json --end-early-s 300"
     )
     assert "--container-mounts /lustre/PROJECT/minpro:/lustre/PROJECT/minpro," in srun
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
@@ -83,13 +83,44 @@ def test_values_reach_processes_as_they_are(capsys: pytest.CaptureFixture[str], 
     run = subprocess.run(["bash"], input=script, env=environment, text=True, capture_output=True, check=False)
     lines = run.stdout.splitlines()
     assert f"got: {value}|abc123|eth0; touch y" in lines
-    assert lines[-2:] == ["job exited with code 2", "not started again: the problems above have to be mended first"]
+    assert lines[-2:] == ["job exited with code 2", "not started again: the problems above have to be fixed first"]
     assert run.returncode == 2
     assert "abc123" not in run.stderr
     failed = environment | {"SLURM_RESTART_COUNT": "1"}
     (tmp_path / "srun").write_text("#!/bin/bash\nexit 1\n")
     run = subprocess.run(["bash"], input=script, env=failed, text=True, capture_output=True, check=False)
     assert (run.returncode, run.stdout.splitlines()[-1]) == (1, "scontrol requeue 7")
+
+
+def test_ends_before_the_time_limit_do_not_count_as_failures(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With two restarts a job may fail three times, however often its time limit ended a start."""
+    pytest.importorskip("nemo_run")
+    (tmp_path / "jobs").mkdir()
+    changes = ["--set", "restarts=2", "--set", f"job_dir={tmp_path / 'jobs'}"]
+    _, shown, _ = submitted(capsys, "recipes.demo:tiny_moe", *changes)
+    script = shown[shown.index("#!/bin/bash") :]
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $*"\n')
+    (tmp_path / "squeue").write_text("#!/bin/bash\necho 2030-01-02T03:04:05\n")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "TZ": "UTC"}
+    last_lines = []
+    for count, status in enumerate((75, 1, 75, 75, 1, 75, 1, 1)):
+        srun = tmp_path / "srun"
+        srun.write_text(f'#!/bin/bash\n[ "${{*: -1}}" = 300 ] && echo "end $SLURM_JOB_END_TIME"; exit {status}\n')
+        for name in ("scontrol", "squeue", "srun"):
+            (tmp_path / name).chmod(0o755)
+        started = environment | ({"SLURM_RESTART_COUNT": str(count)} if count else {})
+        run = subprocess.run(["bash"], input=script, env=started, text=True, capture_output=True, check=False)
+        assert run.returncode == status
+        assert "end 1893553445" in run.stdout.splitlines()
+        last_lines.append(run.stdout.splitlines()[-1])
+    ends = "not started again: 3 starts have failed (restarts = 2 in the profile)"
+    assert last_lines == [
+        *["scontrol requeue 7"] * 6,
+        ends,
+        "not started again: 4 starts have failed (restarts = 2 in the profile)",
+    ]
 
 
 @pytest.mark.parametrize(

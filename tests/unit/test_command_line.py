@@ -116,9 +116,9 @@ from minpro_megatron.launch.supervisor import RoleCommand
 from minpro_megatron.__main__ import main
 
 supervisor._POLL_S = supervisor._FAILURES_TOGETHER_S = 0.03
-def stand_ins(config, config_file, incarnation):
-    environment = {**os.environ, "RUN": str(config.run_dir)}
-    scripts = {"serve": "sleep 60", "collect": "exit 0", "train": sys.argv[1]}
+def stand_ins(config, config_file, incarnation, save_by):
+    environment = {**os.environ, "RUN": str(config.run_dir), "SAVE_BY": str(save_by)}
+    scripts = {"serve": "sleep 60", "collect": sys.argv[2], "train": sys.argv[1]}
     return [RoleCommand(role, ["sh", "-c", script], environment, role == "serve") for role, script in scripts.items()]
 
 launcher.role_commands = stand_ins
@@ -126,14 +126,14 @@ sys.exit(main(["launch", "my_recipes:good", "name=other"]))
 """
 
 
-def launch(folder, train: str) -> subprocess.CompletedProcess[str]:
+def launch(folder, train: str, collect: str = "exit 0", **environment: str) -> subprocess.CompletedProcess[str]:
     write_example_files(folder)
     return subprocess.run(
-        [sys.executable, "-c", LAUNCH, train],
+        [sys.executable, "-c", LAUNCH, train, collect],
         capture_output=True,
         text=True,
         timeout=30,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{folder}:."},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{folder}:."} | environment,
     )
 
 
@@ -179,6 +179,19 @@ def test_a_launch_that_fails_says_which_role_and_why(recipes):
         "  | train: no batch came",
         "launch the same command again to go on",
     ]
+
+
+def test_a_launch_that_ends_before_its_time_limit(recipes):
+    """In a Slurm job, whose end the trainer is told."""
+    end = {"policy_version": 3, "reason": "the time limit leaves 80 s", "saved": True}
+    train = f"""echo '{json.dumps(end)}' > "$RUN/starts/0/early_end.json"; echo "by $SAVE_BY" """
+    ended = launch(recipes, train, "sleep 60", SLURM_JOB_END_TIME="2000000000")
+    assert (ended.returncode, ended.stderr) == (
+        75,
+        "ended after global step 3, with a checkpoint: the time limit leaves 80 s\n"
+        "launch the same command again to go on\n",
+    )
+    assert (recipes / "runs" / "other" / "logs" / "train.log").read_text() == "by 1999999985.0\n"
 
 
 @pytest.fixture

@@ -9,10 +9,13 @@ import pytest
 from minpro_megatron.__main__ import main
 from minpro_megatron.launch import node as node_module
 from minpro_megatron.launch.node import NodeOptions, _Node, _OthersFailed, _Watch, run_node
-from minpro_megatron.launch.starts import Plan, begin_start
+from minpro_megatron.launch.starts import Plan, Start, begin_start
+from minpro_megatron.launch.supervisor import TO_BE_CONTINUED, Outcome
 from minpro_megatron.launch.topology import NodeShare, Topology
 from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.monitor.early_end import EarlyEnd
 from tests.unit.run_examples import example_config, write_example_files
+from tests.unit.test_resume import save_checkpoint
 
 TWO = Topology(nodes=(NodeShare(ranks=1), NodeShare(num_servers=1, collects=True)))
 SLURM = {"SLURM_JOB_ID": "7"}
@@ -72,6 +75,69 @@ def test_all_nodes_of_a_start_are_of_one_incarnation(folder, roles_started, caps
     shown = capsys.readouterr().out
     assert shown.count("node 0 (h0): run example: minpro, 4 global steps") == 2
     assert "node 0 (h0): node 1 (h1) is well" in shown
+
+
+def restarts(folder: Path, first: int, count: int, capsys: pytest.CaptureFixture[str]) -> tuple[list[int], str]:
+    """The first node's exit statuses of so many starts of job 7, and what they said on stderr."""
+    given = options(folder, example_config(folder))
+    statuses = [run_all(given, SLURM | {"SLURM_RESTART_COUNT": str(first + one)})[0] for one in range(count)]
+    return statuses, capsys.readouterr().err
+
+
+def test_two_starts_in_a_row_without_a_new_checkpoint_are_the_last(folder, roles_started, capsys):
+    assert restarts(folder, 0, 2, capsys) == ([0, 0], "")
+    statuses, said = restarts(folder, 2, 1, capsys)
+    assert statuses == [2]
+    assert said.startswith(
+        "error: starts 1 and 2 of the run have ended without a new checkpoint (there is none yet), so the job is not "
+        "started again: "
+    )
+    assert said.endswith("submit the same command again to go on\n")
+    assert len(roles_started) == 2 * 2
+    # submitted again: another job, which tries twice
+    given = options(folder, example_config(folder))
+    assert run_all(given, {"SLURM_JOB_ID": "8"}) == [0, 0]
+    assert run_all(given, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}) == [0, 0]
+    assert run_all(given, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2"}) == [2, 0]
+
+
+def test_every_new_checkpoint_allows_two_more_starts(folder, roles_started, capsys):
+    config = example_config(folder)
+    assert restarts(folder, 0, 2, capsys)[0] == [0, 0]
+    save_checkpoint(config, 1)  # by the second start
+    assert restarts(folder, 2, 1, capsys)[0] == [0]
+    save_checkpoint(config, 2)
+    assert restarts(folder, 3, 2, capsys)[0] == [0, 0]
+    statuses, said = restarts(folder, 5, 1, capsys)
+    assert statuses == [2]
+    assert "starts 4 and 5 of the run have ended without a new checkpoint (still that of global step 2)" in said
+
+
+def test_starts_that_nodes_refused_do_not_count(folder, roles_started, monkeypatch, capsys):
+    """Their roles did not run, so that no checkpoint could be written."""
+    assert restarts(folder, 0, 1, capsys)[0] == [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(node_module, "node_problems", lambda config, share, *_: ["broken"])
+        assert restarts(folder, 1, 2, capsys)[0] == [2, 2]
+    assert restarts(folder, 3, 1, capsys)[0] == [0]
+    assert restarts(folder, 4, 1, capsys)[0] == [2]
+
+
+def test_an_early_end_is_told_by_the_first_node_which_ends_last(folder, monkeypatch, capsys):
+    """The roles are ended by the supervisor; what it has found is the same on all nodes."""
+    end = EarlyEnd(policy_version=3, reason="the time limit leaves 80 s", saved=True)
+    ended = []
+
+    def run_roles(self: _Node, start: Start, plan: Plan) -> int:
+        status = self._conclude(start, Outcome(TO_BE_CONTINUED, early_end=end))
+        ended.append(self._index)
+        return status
+
+    monkeypatch.setattr(_Node, "_run_roles", run_roles)
+    assert run_all(options(folder, example_config(folder)), SLURM) == [75, 0]
+    assert ended == [1, 0]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == "node 0 (h0): ended after global step 3, with a checkpoint: the time limit leaves 80 s"
 
 
 def test_what_is_wrong_with_the_run_is_said_once(folder, roles_started, capsys):

@@ -27,7 +27,23 @@ commands = [
     supervisor.RoleCommand(role, ["sh", "-c", script], environment, stays=role == "serve")
     for role, script in scripts.items()
 ]
-outcome = supervisor.Supervisor(commands, folder / "logs").run()
+class Stopping:
+    # as launch/stopping.py, with the trainer's files in one folder: it writes `saved` there
+
+    def __init__(self, allowed_s):
+        self._allowed_s = allowed_s
+
+    def allowed_s(self, signal_name):
+        (folder / "stop").touch()
+        return self._allowed_s
+
+    def early_end(self, at_once=False):
+        end = supervisor.EarlyEnd(policy_version=3, reason="why", saved=True)
+        return end if (folder / "saved").exists() else None
+
+
+stopping = Stopping(float(sys.argv[4])) if len(sys.argv) > 4 else None
+outcome = supervisor.Supervisor(commands, folder / "logs", stopping).run()
 print(json.dumps(dataclasses.asdict(outcome), default=str))
 """
 STAY = 'echo $$ >> "$PIDS"; sleep 60 & echo $! >> "$PIDS"; wait'
@@ -38,10 +54,13 @@ STUBBORN = """setsid sh -c 'trap "" TERM; echo $$ >> "$PIDS"; while true; do sle
 class Launched:
     """A launcher process over shell scripts that write their process ids to a file."""
 
-    def __init__(self, folder: Path, scripts: dict[str, str], terminate_limit_s: float = 1.0) -> None:
+    def __init__(
+        self, folder: Path, scripts: dict[str, str], terminate_limit_s: float = 1.0, allowed_s: float | None = None
+    ) -> None:
         self.folder = folder
+        allowed = [] if allowed_s is None else [str(allowed_s)]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(folder), json.dumps(scripts), str(terminate_limit_s)],
+            [sys.executable, "-c", LAUNCHER, str(folder), json.dumps(scripts), str(terminate_limit_s), *allowed],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -64,8 +83,8 @@ class Launched:
 def launched(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     made: list[Launched] = []
 
-    def make(scripts: dict[str, str], terminate_limit_s: float = 1.0) -> Launched:
-        made.append(Launched(tmp_path, scripts, terminate_limit_s))
+    def make(scripts: dict[str, str], terminate_limit_s: float = 1.0, allowed_s: float | None = None) -> Launched:
+        made.append(Launched(tmp_path, scripts, terminate_limit_s, allowed_s))
         return made[-1]
 
     yield make
@@ -141,6 +160,41 @@ def test_an_interrupted_launcher_stops_everything(launched, number):
     outcome = run.outcome()
     assert (outcome["status"], outcome["interrupted_by"]) == (130, number.name)
     assert outcome["failures"] == []
+    assert running(pids) == []
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_trainer_that_has_saved_ends_the_start(launched, tmp_path, is_told):
+    """By its time limit, or because the launcher was told to stop and allows the time for it."""
+    wait = f"until [ -e {tmp_path}/stop ]; do sleep 0.02; done; " if is_told else ""
+    train = f"{STAY.removesuffix('wait')} {wait} touch {tmp_path}/saved; exit 0"
+    run = launched({"serve": STAY, "collect": STAY, "train": train}, allowed_s=60)
+    pids = run.wait_for_pids(6)
+    if is_told:
+        run.process.send_signal(signal.SIGTERM)
+    outcome = run.outcome()
+    assert (outcome["status"], outcome["interrupted_by"]) == (75, "SIGTERM" if is_told else None)
+    assert outcome["early_end"].startswith("EarlyEnd(policy_version=3, ")
+    assert outcome["failures"] == []
+    assert running(pids) == []
+
+
+def test_the_time_for_a_last_checkpoint_ends(launched):
+    run = launched({"serve": STAY, "collect": STAY, "train": STAY}, allowed_s=0.3)
+    pids = run.wait_for_pids(6)
+    run.process.send_signal(signal.SIGINT)
+    outcome = run.outcome()
+    assert (outcome["status"], outcome["interrupted_by"], outcome["early_end"]) == (130, "SIGINT", None)
+    assert running(pids) == []
+
+
+def test_a_second_signal_ends_the_time_for_a_last_checkpoint(launched, tmp_path):
+    run = launched({"serve": STAY, "collect": STAY, "train": STAY}, allowed_s=600)
+    pids = run.wait_for_pids(6)
+    run.process.send_signal(signal.SIGINT)
+    eventually(lambda: (tmp_path / "stop").exists())
+    run.process.send_signal(signal.SIGINT)
+    assert run.outcome()["status"] == 130
     assert running(pids) == []
 
 

@@ -1,0 +1,82 @@
+"""A start that ends early: all ranks end together, with a checkpoint, also where its first attempt fails."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minpro_megatron.config.run import with_overrides
+from minpro_megatron.parallel.mesh import Mesh
+from tests.mesh.harness import run_mesh
+from tests.mesh.test_run_checkpoints import CONFIG, TWO, Rank, _fill_the_disk, model, start
+
+pytestmark = pytest.mark.mesh
+__all__ = ["model", "start"]  # fixtures
+
+
+def _train(mesh: Mesh, start: tuple, every: int, stop_at: int | None, failing: int | None) -> dict[str, Any]:
+    """A run of four global steps that change nothing; it saves after each `every`-th. Rank 0 is asked to stop after
+    step `stop_at`. The first save of version `failing` finds no room on rank 1."""
+    from minpro_megatron.actor.save_schedule import EndedEarly, SaveSchedule
+    from minpro_megatron.monitor.watchdog import Watchdog
+    from minpro_megatron.train import Trainer
+
+    class Steps(Trainer):
+        def _begin(self) -> int:
+            return 0
+
+        def _fetch_and_score(self, index: int) -> None: ...
+
+        def _step(self, step: int) -> Any:
+            self._version_in_place = step + 1
+            return {}, {}, None
+
+        def _publish(self, version: int, changed: bool) -> None: ...
+
+        def _finish(self) -> None: ...
+
+        def _begin_save(self, version: int) -> None:
+            if version == failing and not tried:
+                tried.append(version)
+                with _fill_the_disk(mesh, rank.run_dir / "checkpoints", f"step-{version - 1:06d}"):
+                    super()._begin_save(version)
+            else:
+                super()._begin_save(version)
+
+    tried: list[int] = []
+    config = with_overrides(
+        CONFIG, ["num_global_steps=4", f"checkpoint.every_steps={every}", "staleness.delay_steps=0"]
+    )
+    rank = Rank(mesh, start, asynchronous=False)
+    nobody: Any = None
+    watchdog = Watchdog(Path(start[1], f"stacks-{mesh.rank}"), 600)
+    trainer = Steps(config, mesh, rank.policy, nobody, rank.checkpoints, None, watchdog)
+    said: list[tuple[int, str]] = []
+    if mesh.rank == 0:
+        requests = iter([None] * (stop_at - 1) + ["told to stop"] if stop_at else [None] * 4)
+        trainer.save_schedule = SaveSchedule(config, stop_request=lambda: next(requests))
+        trainer.before_early_end = lambda version, reason: said.append((version, reason))
+    ended = None
+    try:
+        trainer.run()
+    except EndedEarly as end:
+        ended = (end.version, end.reason)
+    finally:
+        watchdog.close()
+    return {"ended": ended, "latest": rank.latest(), "said": said, "tried": tried}
+
+
+def test_a_request_to_rank_0_ends_all_ranks_with_a_checkpoint(start: tuple) -> None:
+    """Its first attempt fails."""
+    found = run_mesh(_train, start, 1, 2, 2, **TWO)
+    assert [one["ended"] for one in found] == [(2, "told to stop")] * 2
+    assert [one["latest"] for one in found] == [2, 2]
+    assert [one["said"] for one in found] == [[(2, "told to stop")], []]
+    assert found[0]["tried"] == [2]
+
+
+@pytest.mark.parametrize("failing", [None, pytest.param(4, marks=pytest.mark.long)])
+def test_the_end_of_a_run_leaves_a_checkpoint(start: tuple, failing: int | None) -> None:
+    found = run_mesh(_train, start, 3, None, failing, **TWO)
+    assert [one["ended"] for one in found] == [None, None]
+    assert [one["latest"] for one in found] == [4, 4]
