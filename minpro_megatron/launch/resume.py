@@ -14,7 +14,7 @@ from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.run_inputs import FILE_NAME as INPUTS_FILE
 from minpro_megatron.monitor.summary import read_summary
 from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
-from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, newest_complete, read_latest
+from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, RunManifest, newest_complete, read_latest
 
 CONFIG_FILE = "run.json"
 LOCK_FILE = "launch.lock"
@@ -98,7 +98,7 @@ def obstacles(config: RunConfig) -> Iterator[str]:
             "there, or give a new name=..."
         )
     if latest is not None:
-        yield from _wrong_length(config, begun.num_global_steps, latest.policy_version)
+        yield from _wrong_length(config, begun.num_global_steps, latest)
 
 
 def _is_readable(config_file: Path) -> bool:
@@ -109,15 +109,16 @@ def _is_readable(config_file: Path) -> bool:
     return True
 
 
-def _wrong_length(config: RunConfig, steps_before: int, version: int) -> Iterator[str]:
-    """Why a run that was to have `steps_before` global steps cannot go on from `version` to num_global_steps."""
-    steps, delay = config.num_global_steps, config.staleness.delay_steps
+def _wrong_length(config: RunConfig, steps_before: int, latest: RunManifest) -> Iterator[str]:
+    """Why a run that was to have `steps_before` global steps cannot go on from `latest` to num_global_steps."""
+    steps, delay, version = config.num_global_steps, config.staleness.delay_steps, latest.policy_version
     if version > steps:
         yield (
             f"num_global_steps = {steps}: the run in {config.run_dir} goes on from its checkpoint after global step "
             f"{version}; raise it"
         )
-    if config.debug.journal:  # what it consumes was sampled by another run
+    # A checkpoint that says how long its run was to be needs no check: the collector samples what is missing.
+    if config.debug.journal or latest.num_global_steps is not None:
         return
     if config.staleness.mode == "delay" and steps > steps_before and version > steps_before - delay:
         yield (

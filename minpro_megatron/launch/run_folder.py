@@ -12,7 +12,8 @@ from minpro_megatron.launch.inputs import record_inputs
 from minpro_megatron.launch.resume import CONFIG_FILE, LOCK_FILE, holds_a_run
 from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import replace_file
-from minpro_megatron.rollout.resume_point import read_latest
+from minpro_megatron.rollout.resume_point import RunManifest, read_latest
+from minpro_megatron.rollout.staleness import beginning_after
 
 # What an earlier incarnation says of itself: it would mislead this one's roles and display.
 _OF_ONE_INCARNATION = ("endpoints", "memory", "report.html", "status", "summary.json")
@@ -62,7 +63,24 @@ def first_lines(config: RunConfig, incarnation: int, goes_on: bool) -> list[str]
         manifest = read_latest(config.run_dir)
         where = f"from its checkpoint after global step {manifest.policy_version}" if manifest else "from its beginning"
         lines.append(f"it goes on {where} (start {incarnation + 1} of this run)")
+        if manifest is not None and config.staleness.mode == "delay" and not config.debug.journal:
+            lines += _longer_run_lines(config, manifest)
     return lines
+
+
+def _longer_run_lines(config: RunConfig, manifest: RunManifest) -> list[str]:
+    """What a run that is made longer does differently in delay mode; [] for any other."""
+    version, delay, steps = manifest.policy_version, config.staleness.delay_steps, config.num_global_steps
+    added = beginning_after(manifest.num_global_steps, version, steps, delay)
+    if added is None:
+        return []
+    until = min(version + delay, steps) - 1
+    batches = f"batch {until}" if added.first_batch == until else f"batches {added.first_batch} to {until}"
+    return [
+        f"it is made longer, from {manifest.num_global_steps} to {steps} global steps: the weights that should have "
+        f"sampled {batches} no longer exist, so version {version} samples them, and the staleness grows from "
+        f"{added.first_batch - version} to {delay} again, as at the start of a run"
+    ]
 
 
 def _remove(run_dir: Path, names: tuple[str, ...]) -> None:

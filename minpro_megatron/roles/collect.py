@@ -125,7 +125,10 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     stream = PromptStream(training, config)
     collector = make_collector(config, journal, stream, heldout, groups.collect, fleet, benchmarks, rewards.metrics)
     manifest = read_latest(config.run_dir)
-    await collector.restore(manifest.policy_version if manifest else 0)
+    if manifest is not None:
+        await collector.restore(manifest.policy_version, manifest.num_global_steps)
+    else:
+        await collector.restore(0)
     write_status(config.run_dir, "collect", "waiting for the servers")
     await fleet.wait_until_ready(config.server.start_timeout_s + START_MARGIN_S)
     return collector

@@ -33,7 +33,7 @@ from minpro_megatron.rollout.leases import Conflict, Leases, Servers
 from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt
 from minpro_megatron.rollout.schedule import Restored, Slot, make_schedule
 from minpro_megatron.rollout.scores import check_scores, check_trained, with_scores
-from minpro_megatron.rollout.staleness import expected_staleness, staleness
+from minpro_megatron.rollout.staleness import RUN_START, Beginning, beginning_after, expected_staleness, staleness
 from minpro_megatron.serving.client import SamplingParameters
 
 log = logging.getLogger(__name__)
@@ -81,11 +81,12 @@ class Collector:
         self._changed = asyncio.Condition()
         self._num_changes = 0
         self._writing_status = asyncio.Lock()
+        self._beginnings: Sequence[Beginning] = (RUN_START,)
         self._schedule = make_schedule(config)
         self._serving = True  # servers hold the schedule's version
         self._next_step = 0
         self._groups: dict[int, CollectedGroup] = {}  # accepted and not yet consumed, by id
-        self._writes_checkpoints = config.checkpoint.every_steps > 0 and config.debug.trainer == "megatron"
+        self._writes_checkpoints = config.checkpoint.saves_before_end and config.debug.trainer == "megatron"
         self._resumed_from = 0
         self._pruning: asyncio.Task[None] | None = None
         self._checkpoints_begun: set[int] = set()  # by this trainer
@@ -100,8 +101,9 @@ class Collector:
     def _version(self) -> int:
         return self._schedule.version
 
-    async def restore(self, version: int) -> None:
+    async def restore(self, version: int, former_end: int | None = None) -> None:
         """Goes on from the checkpoint of `version` (0: the start), with what the journal holds. Before `run`.
+        `former_end`: how many global steps the run had when that checkpoint was saved.
 
         Raises JournalError if journal and checkpoint do not belong together, ValueError if the prompts have changed.
         """
@@ -109,6 +111,7 @@ class Collector:
         groups, next_group = await self._journal.restore(
             version, self._config.batch.num_prompts, delay_mode, self._training.with_routes
         )
+        await self._restore_beginnings(version, former_end)
         for group in groups:
             self._restore_group(group)
         restored = [
@@ -117,7 +120,7 @@ class Collector:
             )
             for group in groups
         ]
-        self._schedule = make_schedule(self._config, version, restored, next_group)
+        self._schedule = make_schedule(self._config, version, restored, next_group, self._beginnings)
         self._next_step = self._resumed_from = version
         self._serving = version == 0  # the servers start from the initial weights
         self._evaluations.results = await self._journal.evaluations()
@@ -125,6 +128,17 @@ class Collector:
         if groups or version:
             ready = len(self._groups)
             log.info("goes on at global step %d: %d groups ready, %d to repeat", version, ready, len(groups) - ready)
+
+    async def _restore_beginnings(self, version: int, former_end: int | None) -> None:
+        """Delay mode: where the run was made longer, now or before, and which version samples the batches there."""
+        settings = self._config.staleness
+        if settings.mode != "delay":
+            return
+        added = beginning_after(former_end, version, self._num_steps, settings.delay_steps)
+        if added is not None:
+            await self._journal.begin(added)
+            log.info("the run is made longer: version %d samples the batches from %d on", version, added.first_batch)
+        self._beginnings = await self._journal.beginnings()
 
     def _restore_group(self, group: RestoredGroup) -> None:
         issued = self._stream.group(group.group_id, group.batch_index, group.issued_version)
@@ -290,7 +304,7 @@ class Collector:
 
     def _refuse_wrong_staleness(self, step: int, group: CollectedGroup, policy_version: int, value: int) -> None:
         settings = self._config.staleness
-        expected = expected_staleness(step, settings.delay_steps)
+        expected = expected_staleness(step, settings.delay_steps, self._beginnings)
         exact = settings.mode == "delay"
         if value == expected if exact else 0 <= value <= settings.max_staleness:
             return

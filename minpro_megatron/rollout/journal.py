@@ -30,6 +30,7 @@ from minpro_megatron.rollout.journal_restore import (
     roll_back,
 )
 from minpro_megatron.rollout.route_files import RouteFiles
+from minpro_megatron.rollout.staleness import RUN_START, Beginning
 
 
 class Journal:
@@ -67,6 +68,17 @@ class Journal:
         with_routes = await self._file.run(groups_with_routes)
         await asyncio.to_thread(self._routes.remove_others, with_routes)
         return await self._file.run(lambda connection: restore_groups(connection, self._routes))
+
+    async def begin(self, beginning: Beginning) -> None:
+        """Records from which batch on the run was made longer; recorded again, it changes nothing."""
+        insert = "INSERT OR REPLACE INTO beginnings VALUES (?, ?)"
+        await self._file.transaction(lambda connection: connection.execute(insert, beginning))
+
+    async def beginnings(self) -> list[Beginning]:
+        """RUN_START and all later beginnings, in order."""
+        query = "SELECT first_batch, version FROM beginnings ORDER BY first_batch"
+        rows = await self._file.run(lambda connection: connection.execute(query).fetchall())
+        return [RUN_START, *(Beginning(*row) for row in rows)]
 
     async def issue(self, groups: Sequence[IssuedGroup]) -> None:
         """Records groups that are about to be sampled; one that was recorded before a crash may come again."""

@@ -63,6 +63,10 @@ CREATE TABLE evaluations (
     PRIMARY KEY (policy_version, benchmark)
 ) STRICT, WITHOUT ROWID;
 """
+# Added to the format later; a journal that was begun without it gets it when it is opened.
+BEGINNINGS_TABLE = (
+    "CREATE TABLE IF NOT EXISTS beginnings (first_batch INTEGER PRIMARY KEY, version INTEGER NOT NULL) STRICT"
+)
 
 
 class JournalError(RuntimeError):
@@ -138,4 +142,5 @@ def _open(path: Path) -> sqlite3.Connection:
         raise JournalError(
             f"it has format {found}, this version reads {SCHEMA_VERSION}; go on with the version that began the run"
         )
+    connection.execute(BEGINNINGS_TABLE)
     return connection

@@ -52,7 +52,7 @@ def roll_back(
     # Ids below the last one that stays were issued before: above s only because an earlier restore repeated them.
     last = "SELECT coalesce(max(group_id), -1) FROM groups WHERE issued_version <= :version"
     connection.execute(f"DELETE FROM groups WHERE issued_version > :version AND group_id > ({last})", values)
-    for table, column in (("versions", "version"), ("evaluations", "policy_version")):
+    for table, column in (("versions", "version"), ("evaluations", "policy_version"), ("beginnings", "version")):
         connection.execute(f"DELETE FROM {table} WHERE {column} > :version", values)
     connection.execute(
         "UPDATE groups SET state = 'scored', consumed_step = NULL, staleness = NULL"

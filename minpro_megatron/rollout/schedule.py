@@ -6,12 +6,14 @@ what may happen. Both modes (rollout/staleness.py has the arithmetic) offer the 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.rollout.staleness import (
+    RUN_START,
+    Beginning,
     IssuedAt,
     admissible_groups,
     batches_of_version,
@@ -100,9 +102,15 @@ class DelaySchedule:
     """
 
     def __init__(
-        self, config: RunConfig, version: int = 0, restored: Iterable[Restored] = (), next_group: int = 0
+        self,
+        config: RunConfig,
+        version: int = 0,
+        restored: Iterable[Restored] = (),
+        next_group: int = 0,
+        beginnings: Sequence[Beginning] = (RUN_START,),
     ) -> None:
         self.version = version
+        self._beginnings = beginnings
         self._delay = config.staleness.delay_steps
         self._num_steps = config.num_global_steps
         self._num_prompts = config.batch.num_prompts
@@ -117,15 +125,13 @@ class DelaySchedule:
         self._refuse_missing_batches()
 
     def _refuse_missing_batches(self) -> None:
-        if self.version == 0:
-            return
         for index in range(self.version, min(self.version + self._delay, self._num_steps)):
-            if not self._is_complete(self._batches.get(index)):
+            sampled_by = sampling_version(index, self._delay, self._beginnings)
+            if sampled_by < self.version and not self._is_complete(self._batches.get(index)):
                 raise ScheduleError(
-                    f"batch {index}, which version {sampling_version(index, self._delay)} was to sample, is not in the "
-                    "journal: it is older than the checkpoint, or num_global_steps was raised when the run was within "
-                    f"staleness.delay_steps = {self._delay} steps of its end; go on from an earlier checkpoint, or "
-                    "start under a new name"
+                    f"batch {index}, which version {sampled_by} was to sample, is not in the journal: the journal is "
+                    "older than the checkpoint; put back the journal that belongs to the checkpoint, go on from an "
+                    "earlier checkpoint, or start under a new name"
                 )
 
     def _restore(self, group: Restored) -> None:
@@ -143,7 +149,7 @@ class DelaySchedule:
 
     def to_issue(self) -> list[Slot]:
         slots, self._to_repeat = self._to_repeat, []
-        indices = batches_of_version(self.version, self._delay, self._num_steps)
+        indices = batches_of_version(self.version, self._delay, self._num_steps, self._beginnings)
         batches = {i: self._batches.setdefault(i, _DelayBatch()) for i in indices if i >= self._next_step}
         if any(batch.in_flight for batch in batches.values()):
             return slots
@@ -174,7 +180,7 @@ class DelaySchedule:
         return Chosen(accepted[: self._num_prompts], accepted[self._num_prompts :])
 
     def is_sampled_by_now(self, step: int) -> bool:
-        return sampling_version(step, self._delay) <= self.version
+        return sampling_version(step, self._delay, self._beginnings) <= self.version
 
     def consumed(self, step: int) -> None:
         for group_id in self._batches.pop(step).accepted:
@@ -182,7 +188,7 @@ class DelaySchedule:
         self._next_step = step + 1
 
     def may_publish(self) -> bool:
-        indices = batches_of_version(self.version, self._delay, self._num_steps)
+        indices = batches_of_version(self.version, self._delay, self._num_steps, self._beginnings)
         return all(index < self._next_step or self._is_complete(self._batches.get(index)) for index in indices)
 
     def published(self) -> None:
@@ -264,12 +270,17 @@ class BoundedSchedule:
 
 
 def make_schedule(
-    config: RunConfig, version: int = 0, restored: Iterable[Restored] = (), next_group: int = 0
+    config: RunConfig,
+    version: int = 0,
+    restored: Iterable[Restored] = (),
+    next_group: int = 0,
+    beginnings: Sequence[Beginning] = (RUN_START,),
 ) -> Schedule:
     """The schedule of the run's mode at `version`, with the groups of an interrupted run that are not consumed.
-    `next_group`: ids below it have been used."""
-    of_mode = {"delay": DelaySchedule, "bounded": BoundedSchedule}
-    return of_mode[config.staleness.mode](config, version, restored, next_group)
+    `next_group`: ids below it have been used. `beginnings` matter in delay mode only."""
+    if config.staleness.mode == "delay":
+        return DelaySchedule(config, version, restored, next_group, beginnings)
+    return BoundedSchedule(config, version, restored, next_group)
 
 
 def _refuse_hopeless_filter(num_dropped: int, num_prompts: int) -> None:

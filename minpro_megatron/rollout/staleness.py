@@ -5,6 +5,11 @@ the trainer holds version k. A group's staleness at step k is k - (oldest versio
 
 **Delay mode**, delay n: batch k is sampled wholly with version max(0, k - n), so its staleness is min(k, n).
 
+A run of N steps samples only the batches 0 .. N - 1. When it is made longer from a checkpoint of version s > N - n, the
+batches N .. s + n - 1 are missing, and the weights k - n < s that should have sampled them no longer exist. Version s
+samples them instead, as version 0 samples the first batches of a run: from batch N on, batch k is sampled with version
+max(s, k - n), and its staleness grows from N - s back to n. Such a place is called a beginning (`Beginning`).
+
 **Bounded mode**, bound eta: servers never wait and weights change under the responses. Let U(u) be the number of groups
 issued at version u or before that are neither consumed nor dropped. Two rules keep every group's staleness at or
 below eta:
@@ -22,33 +27,61 @@ them reduce every U(u) by `batch` or to 0, which fulfils rule 2; and rule 1 allo
 enough for a batch. Groups pass each other only where nobody is late for it, and none is given up for being long.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
-def sampling_version(batch_index: int, delay: int) -> int:
-    """The policy version that samples batch `batch_index` in delay mode.
+class Beginning(NamedTuple):
+    """Batches from `first_batch` on are sampled with `version` or a later one, because no earlier weights exist."""
+
+    first_batch: int
+    version: int
+
+
+RUN_START = Beginning(first_batch=0, version=0)
+
+
+def beginning_after(former_end: int | None, version: int, num_steps: int, delay: int) -> Beginning | None:
+    """The beginning that a run of `num_steps` steps needs at the checkpoint of `version` in delay mode, if it had
+    `former_end` steps when that checkpoint was saved; None if all batches that earlier weights sample were sampled.
+
+    >>> beginning_after(former_end=6, version=6, num_steps=9, delay=2)
+    Beginning(first_batch=6, version=6)
+    >>> beginning_after(former_end=6, version=4, num_steps=9, delay=2) is None
+    True
+    """
+    if former_end is None or former_end >= min(version + delay, num_steps):
+        return None
+    return Beginning(former_end, version)
+
+
+def sampling_version(batch_index: int, delay: int, beginnings: Sequence[Beginning] = (RUN_START,)) -> int:
+    """The policy version that samples batch `batch_index` in delay mode. `beginnings` has RUN_START as its first.
 
     Version k - n is the newest that exists while step k - n runs, which is when batch k is generated: n steps before it
     is consumed. Before step 0 there are only the initial weights, so batches 0 .. n share version 0.
 
     >>> [sampling_version(k, 2) for k in range(5)]
     [0, 0, 0, 1, 2]
+    >>> [sampling_version(k, 2, (RUN_START, Beginning(6, 6))) for k in range(4, 10)]
+    [2, 3, 6, 6, 6, 7]
     """
-    return max(0, batch_index - delay)
+    return max(batch_index - delay, *(one.version for one in beginnings if one.first_batch <= batch_index))
 
 
-def batches_of_version(version: int, delay: int, num_steps: int) -> range:
+def batches_of_version(
+    version: int, delay: int, num_steps: int, beginnings: Sequence[Beginning] = (RUN_START,)
+) -> list[int]:
     """The batches that version `version` samples in delay mode, in order; empty near the end of the run.
 
     The inverse of `sampling_version`: version 0 has batches 0 .. n, every later one has batch v + n alone, as long as
     the run of `num_steps` steps consumes it. The last n + 1 versions (num_steps - n .. num_steps) have none.
 
-    >>> [list(batches_of_version(v, 2, 5)) for v in range(6)]
+    >>> [batches_of_version(v, 2, 5) for v in range(6)]
     [[0, 1, 2], [3], [4], [], [], []]
     """
-    first = 0 if version == 0 else version + delay
-    return range(min(first, num_steps), min(version + delay + 1, num_steps))
+    possible = range(version, min(version + delay + 1, num_steps))
+    return [index for index in possible if sampling_version(index, delay, beginnings) == version]
 
 
 def staleness(current_version: int, oldest_version: int) -> int:
@@ -56,9 +89,10 @@ def staleness(current_version: int, oldest_version: int) -> int:
     return current_version - oldest_version
 
 
-def expected_staleness(step: int, delay: int) -> int:
-    """The staleness of every group at global step `step` in delay mode: step - max(0, step - n) = min(step, n)."""
-    return min(step, delay)
+def expected_staleness(step: int, delay: int, beginnings: Sequence[Beginning] = (RUN_START,)) -> int:
+    """The staleness of every group at global step `step` in delay mode. Without a further beginning it is
+    step - max(0, step - n) = min(step, n)."""
+    return step - sampling_version(step, delay, beginnings)
 
 
 def admissible_groups(version: int, max_staleness: int, num_steps: int, num_prompts: int, existing: int) -> int:

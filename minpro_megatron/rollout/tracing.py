@@ -131,8 +131,8 @@ class TracedCollector(Collector):
         self._asked: dict[int, int] = {}  # by version: when the trainer first asked for its lease
         self._granted: dict[int, int] = {}
 
-    async def restore(self, version: int) -> None:
-        await super().restore(version)
+    async def restore(self, version: int, former_end: int | None = None) -> None:
+        await super().restore(version, former_end)
         self._recorder.step(version)
 
     async def publish_begin(self, version: int, timeout_s: float) -> PublishLease | None:

@@ -20,7 +20,7 @@ class Crash(Exception):
 
 @asynccontextmanager
 async def collecting(
-    config: RunConfig, servers: FakeServers, version: int = 0, prompts: int = 7
+    config: RunConfig, servers: FakeServers, version: int = 0, prompts: int = 7, former_end: int | None = None
 ) -> AsyncIterator[Collector]:
     """A collector that goes on from the checkpoint of `version`. At the end it is killed, whatever it is doing; if it
     has failed by itself, that is raised."""
@@ -28,7 +28,7 @@ async def collecting(
     try:
         stream = PromptStream(tokenized_prompts(prompts), config)
         collector = Collector(config, journal, stream, tokenized_prompts(2), servers.collect, servers)
-        await collector.restore(version)
+        await collector.restore(version, former_end)
         running = asyncio.create_task(_run(collector))
         try:
             yield collector

@@ -64,14 +64,15 @@ def write_example_files(folder: Path) -> None:
     (folder / "heldout.jsonl").write_text(PROMPT.replace("1+1=", "2*1="))
 
 
-def save_checkpoint(config: RunConfig, version: int) -> None:
+def save_checkpoint(config: RunConfig, version: int, num_global_steps: int | None = None) -> None:
     """A complete checkpoint of the run after that global step, with bytes of no meaning for weights."""
     folder = CheckpointFolder(config.run_dir / CHECKPOINTS, CheckpointConfig(keep_last=5))
     partial = folder.new_partial(version)
     (partial / "weights").write_bytes(b"abc")
     identity = RunIdentity(seed=0, objective="minpro", dtype="float32", parallel={}, architecture={})
     manifest = RunManifest(
-        policy_version=version, updates=2 * version, run=identity, created=datetime(2026, 1, 1, tzinfo=UTC),
+        policy_version=version, updates=2 * version, num_global_steps=num_global_steps, run=identity,
+        created=datetime(2026, 1, 1, tzinfo=UTC),
         files={"weights": SavedFile(bytes=3, sha256="")},
     )  # fmt: skip
     folder.publish(partial, manifest)

@@ -19,6 +19,7 @@ from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.journal_file import JournalError
 from minpro_megatron.rollout.route_files import RouteFiles
 from minpro_megatron.rollout.schedule import Restored, ScheduleError, Slot, make_schedule
+from minpro_megatron.rollout.staleness import RUN_START, Beginning, beginning_after
 from tests.unit.journal_in_memory import LOG_PROBS, Inline, InMemoryFile, issued_group, sampled, with_scores
 from tests.unit.rollout_fakes import run_config
 
@@ -44,6 +45,7 @@ def simulate(runs: Iterable["SimulatedRun"]) -> None:
 class Checkpoint(NamedTuple):
     version: int
     number_of_event: int  # at which the journal was flushed for it
+    num_steps: int  # of the run, when it was saved
 
 
 class Flight(NamedTuple):
@@ -96,7 +98,9 @@ class SimulatedRun:
         # what is pruned cannot be trained again in delay mode, whose weights for it are gone
         self._may_go_back = self.config.staleness.mode == "bounded" or not self._keep_steps
         self._num_events = 0
-        self._checkpoints = [Checkpoint(0, 0)]
+        self._checkpoints = [Checkpoint(0, 0, self.config.num_global_steps)]
+        self._extensions_left = rng.choice([0, 0, 1, 2]) if journal else 0
+        self._beginnings: list[Beginning] = [RUN_START]
         self._being_written: list[Checkpoint] = []
         self._copies: list[tuple[int, bytes]] = []  # (event, the journal then)
         self.trained: list[list[int]] = []
@@ -107,9 +111,26 @@ class SimulatedRun:
 
     async def run(self) -> None:
         version = 0
-        while not await self._incarnation(version):
-            version = await self._after_crash()
+        while True:
+            if not await self._incarnation(version):
+                version = await self._after_crash()
+            elif self._extensions_left:
+                version = await self._make_longer()
+            else:
+                break
         self._check_end()
+
+    async def _make_longer(self) -> int:
+        """The version of the last checkpoint, which is that of the end; the run gets more steps."""
+        self._extensions_left -= 1
+        assert self._journal is not None
+        await self._journal.flush()
+        ended = self.config.num_global_steps
+        self._being_written.clear()
+        self._checkpoints.append(Checkpoint(ended, self._num_events, ended))
+        self._copies.clear()
+        self.config = self.config.model_copy(update={"num_global_steps": ended + self._rng.randint(1, 6)})
+        return ended
 
     async def _incarnation(self, version: int) -> bool:
         """True if the run has come to its end, False if it has crashed."""
@@ -155,9 +176,18 @@ class SimulatedRun:
                 restored.append(Restored(slot, bool(row.responses), row.dropped))
                 if row.responses:
                     self._groups[row.group_id] = CollectedGroup(issued=issued_group(slot), responses=row.responses)
-        self._schedule = make_schedule(self.config, version, restored, next_group)
+            await self._restore_beginnings(version)
+        self._schedule = make_schedule(self.config, version, restored, next_group, self._beginnings)
         self._serving = version == 0
         self._ids_of_incarnation: set[int] = set()
+
+    async def _restore_beginnings(self, version: int) -> None:
+        assert self._journal is not None
+        num_steps, former_end = self.config.num_global_steps, self._checkpoints[-1].num_steps
+        added = beginning_after(former_end, version, num_steps, self.config.staleness.delay_steps)
+        if added is not None and version > 0:
+            await self._journal.begin(added)
+        self._beginnings = await self._journal.beginnings()
 
     async def _issue(self) -> None:
         slots = self._schedule.to_issue()
@@ -238,7 +268,10 @@ class SimulatedRun:
         found = [step - group.oldest_version for group in groups]
         settings = self.config.staleness
         if settings.mode == "delay":
-            assert found == [min(step, settings.delay_steps)] * len(groups), "not the delay's staleness"
+            # right after a beginning the staleness grows from 0, everywhere else it is the delay
+            last = max(one for one in self._beginnings if one.first_batch <= step)
+            expected = min(step - last.version, settings.delay_steps)
+            assert found == [expected] * len(groups), f"staleness {found} instead of {expected}"
             assert all(group.newest_version == group.oldest_version for group in groups), "of several versions"
         else:
             assert all(0 <= value <= settings.max_staleness for value in found), f"staleness {found}"
@@ -264,7 +297,7 @@ class SimulatedRun:
             return
         if self._rng.random() < 0.6:
             await self._journal.flush()
-            self._being_written.append(Checkpoint(version, self._num_events))
+            self._being_written.append(Checkpoint(version, self._num_events, self.config.num_global_steps))
         self._copies.append((self._num_events, self._file.copy()))
         while self._being_written and self._rng.random() < 0.6:
             self._checkpoints.append(self._being_written.pop(0))

@@ -16,7 +16,6 @@ from minpro_megatron.records import Batch, CollectorTotals
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.journal_file import FILE_NAME, JournalError
 from minpro_megatron.rollout.leases import Conflict
-from minpro_megatron.rollout.schedule import ScheduleError
 from tests.unit.collector_rig import Crash, FakeTrainer, collecting, contents
 from tests.unit.rollout_fakes import (
     NUM_PROMPTS,
@@ -256,24 +255,46 @@ def test_a_trainer_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("more", "works"), [(0, True), (3, False)])
-def test_a_finished_run_whose_last_batches_were_never_wanted_does_not_wait_for_them(
-    tmp_path: Path, more: int, works: bool
-) -> None:
+def test_a_finished_run_does_not_wait_for_batches_that_it_does_not_have(tmp_path: Path) -> None:
     """In delay mode versions STEPS - 2 and STEPS - 1 would have sampled the first batches of a longer run."""
     config = config_of(tmp_path, "delay")
     run_whole(config, [])
-    longer = config.model_copy(update={"num_global_steps": STEPS + more})
 
     async def goes_on() -> None:
-        async with collecting(longer, FakeServers(), version=STEPS):
+        async with collecting(config, FakeServers(), version=STEPS, former_end=STEPS):
             pass
 
-    if works:
-        asyncio.run(goes_on())
+    asyncio.run(goes_on())
+
+
+@pytest.mark.parametrize("crash_at", [None, 1, 3, 4, 6, 9, 13, 17])
+@pytest.mark.parametrize("mode", ["delay", "bounded"])
+def test_a_finished_run_is_made_longer_from_its_end(tmp_path: Path, mode: str, crash_at: int | None) -> None:
+    """In delay mode the weights that should have sampled the next batches are gone: the last ones sample them."""
+    config = config_of(tmp_path, mode)
+    trainer, _ = run_whole(config, [])
+    assert trainer.checkpoint == STEPS
+    longer = config.model_copy(update={"num_global_steps": STEPS + 4})
+    trainer._config = longer
+
+    async def goes_on(crash_at: int | None) -> CollectorTotals:
+        former_end = STEPS if trainer.checkpoint == STEPS else STEPS + 4
+        servers = FakeServers(exact=mode == "delay")
+        async with collecting(longer, servers, trainer.checkpoint or 0, former_end=former_end) as collector:
+            return await trainer.run(collector, crash_at)
+
+    if crash_at is not None:
+        with pytest.raises(Crash):
+            asyncio.run(goes_on(crash_at))
+    totals = asyncio.run(goes_on(None))
+    assert totals.groups_consumed == (STEPS + 4) * NUM_PROMPTS
+    found = [
+        {step - group.oldest_version for group in trainer.trained[step].groups} for step in range(STEPS, STEPS + 4)
+    ]
+    if mode == "delay":
+        assert found == [{0}, {1}, {2}, {2}]
     else:
-        with pytest.raises(ScheduleError, match=rf"batch {STEPS}, .* is not in the journal: .*num_global_steps"):
-            asyncio.run(goes_on())
+        assert all(0 <= value <= ETA for values in found for value in values)
 
 
 def test_a_run_that_ends_early_enough_in_its_checkpoints_can_be_made_longer(tmp_path: Path) -> None:
@@ -320,9 +341,10 @@ def test_a_journal_without_checkpoints_forgets_as_well(
     assert kept_steps(config) == kept
 
 
-def test_with_checkpoints_only_what_they_include_is_forgotten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [[], ["checkpoint.every_steps=0", "checkpoint.every_minutes=30"]])
+def test_with_checkpoints_only_what_they_include_is_forgotten(tmp_path: Path, changes: list[str]) -> None:
     """None is written yet: all that steps have consumed is still needed, however old it is."""
-    config = config_of(tmp_path, "delay", keep_steps=1)
+    config = with_overrides(config_of(tmp_path, "delay", keep_steps=1), changes)
 
     async def main() -> None:
         async with collecting(config, FakeServers(2)) as collector:

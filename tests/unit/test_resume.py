@@ -8,6 +8,7 @@ from minpro_megatron.config.objective import CispoConfig
 from minpro_megatron.config.rollout import StalenessConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run, obstacles
+from minpro_megatron.launch.run_folder import first_lines
 from minpro_megatron.monitor.summary import RunSummary, write_summary
 from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST
 from tests.unit.rollout_fakes import collected, issued_groups
@@ -126,7 +127,10 @@ def test_a_finished_run_is_told_to_be_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["delay", "bounded"])
-def test_in_delay_mode_a_run_can_be_made_longer_from_before_its_last_steps_only(tmp_path: Path, mode: str) -> None:
+def test_in_delay_mode_a_checkpoint_that_does_not_say_its_length_must_be_early_enough(
+    tmp_path: Path, mode: str
+) -> None:
+    """Checkpoints of earlier versions do not: the batches that are missing cannot be known from them."""
     config = begin(tmp_path, staleness={"mode": mode, "delay_steps": 2})
     save_checkpoint(config, 3)
     longer = with_overrides(config, ["num_global_steps=6"])
@@ -138,6 +142,28 @@ def test_in_delay_mode_a_run_can_be_made_longer_from_before_its_last_steps_only(
         assert "was to end after step 4, so the versions after 1 sampled nothing for later steps" in found
         assert "its checkpoint is of version 3; write the name of one of version 2 or before into" in found
     assert list(obstacles(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "mode", "batches", "staleness"),
+    [(4, "delay", "batches 4 to 5", 0), (3, "delay", "batch 4", 1), (2, "delay", "", 0), (4, "bounded", "", 0)],
+)
+def test_a_run_is_made_longer_and_says_which_version_samples_the_missing_batches(
+    tmp_path: Path, version: int, mode: str, batches: str, staleness: int
+) -> None:
+    config = begin(tmp_path, staleness={"mode": mode, "delay_steps": 2})
+    finish(config, 4)
+    save_checkpoint(config, version, num_global_steps=4)
+    longer = with_overrides(config, ["num_global_steps=9"])
+    assert list(obstacles(longer)) == []
+    said = first_lines(longer, 1, goes_on=True)
+    assert said[1] == f"it goes on from its checkpoint after global step {version} (start 2 of this run)"
+    if not batches:
+        assert len(said) == 2
+    else:
+        assert said[2].startswith("it is made longer, from 4 to 9 global steps: the weights that should have sampled ")
+        assert f" {batches} no longer exist, so version {version} samples them" in said[2]
+        assert f"grows from {staleness} to 2 again" in said[2]
 
 
 def test_a_run_cannot_end_before_its_checkpoint(tmp_path: Path) -> None:

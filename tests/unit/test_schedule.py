@@ -21,7 +21,7 @@ from minpro_megatron.rollout.schedule import (
     Slot,
     make_schedule,
 )
-from minpro_megatron.rollout.staleness import IssuedAt, admissible_groups, take_batch
+from minpro_megatron.rollout.staleness import RUN_START, Beginning, IssuedAt, admissible_groups, take_batch
 from tests.unit.simulated_run import BASE, SimulatedRun, simulate
 
 
@@ -55,7 +55,7 @@ def generous_admission(version: int, max_staleness: int, num_steps: int, num_pro
     return admissible_groups(version, max_staleness, num_steps, num_prompts, existing - 1)
 
 
-def early_batches(version: int, delay: int, num_steps: int) -> range:
+def early_batches(version: int, delay: int, num_steps: int, beginnings: Iterable[Beginning]) -> range:
     """Samples the next version's batch as well."""
     return range(min(version and version + delay, num_steps), min(version + delay + 2, num_steps))
 
@@ -265,8 +265,22 @@ def test_a_group_that_is_repeated_is_as_young_as_the_weights_of_now() -> None:
 
 @pytest.mark.parametrize("num_ready", [0, 1])
 def test_a_batch_of_weights_that_are_gone_must_be_there(num_ready: int) -> None:
-    """The run had 5 steps when version 4 should have sampled batch 5; then its end was moved."""
+    """Batch 5 was sampled with version 4 before the checkpoint of version 5, and the journal has lost it."""
     restored = [Restored(Slot(group_id, 5, 4), ready=True) for group_id in range(num_ready)]
-    with pytest.raises(ScheduleError, match=r"batch 5, which version 4 was to sample, .*num_global_steps was raised"):
+    with pytest.raises(ScheduleError, match=r"batch 5, which version 4 was to sample, .*older than the checkpoint"):
         DelaySchedule(config("delay", delay_steps=1), 5, restored, 20)
     DelaySchedule(config("delay", delay_steps=1, steps=5), 5, [], 20)
+
+
+def test_a_run_that_is_made_longer_begins_again_like_a_run() -> None:
+    """Its 5 steps are complete: version 5 samples batches 5 to 7, as version 0 did with batches 0 to 2."""
+    made = DelaySchedule(config("delay", prompts=1, delay_steps=2), 5, [], 5, (RUN_START, Beginning(5, 5)))
+    assert made.to_issue() == [Slot(5, 5, 5), Slot(6, 6, 5), Slot(7, 7, 5)]
+    assert (made.is_sampled_by_now(7), made.is_sampled_by_now(8)) == (True, False)
+    for group_id in (5, 6, 7):
+        assert not made.may_publish()
+        made.collected(group_id, True)
+    made.consumed(5)
+    assert made.may_publish()
+    made.published()
+    assert made.to_issue() == [Slot(8, 8, 6)]
