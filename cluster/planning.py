@@ -1,8 +1,9 @@
-"""Whether the run fits the GPUs of the profile, asked of the planner before anything is sent."""
+"""Whether the run fits the GPUs and the time limit of the profile, asked of the planner before anything is sent."""
 
-from cluster.profile import Profile
+from cluster.profile import Profile, seconds_of
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.roles import roles_of
+from minpro_megatron.planning.first_checkpoint import time_limit_problems
 from minpro_megatron.planning.plan import ClusterSize, plan_run
 
 
@@ -20,6 +21,9 @@ def plan_problems(config: RunConfig, profile: Profile) -> list[str]:
             server_gpus=server.count * server.tensor_parallel,
             gpus_per_node=profile.topology.gpus_per_node,
         )
-        return plan_run(config, size).problems
+        plan = plan_run(config, size)
+        limit_s = seconds_of(profile.slurm.time) if profile.executor == "slurm" else None
+        late = [] if limit_s is None else time_limit_problems(plan, limit_s - profile.slurm.end_early_s)
+        return [*plan.problems, *late]
     except ValueError as error:  # a model or a GPU that the planner does not know
         return str(error).splitlines()

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.objective import MinproConfig
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.rollout import (
@@ -102,6 +103,7 @@ def table_3(
         staleness=StalenessConfig(mode="delay", delay_steps=2),
         server=server,
         collector=CollectorConfig(reward="math", reward_workers=8),
+        checkpoint=CheckpointConfig(every_minutes=60),
         evaluation=EvaluationConfig(
             num_prompts=400,
             samples_per_prompt=2,

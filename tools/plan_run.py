@@ -16,7 +16,7 @@ published runs.
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +24,7 @@ from rich.console import Console
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.planning.first_checkpoint import time_limit_problems
 from minpro_megatron.planning.gpus import GPU_KINDS
 from minpro_megatron.planning.modes import other_modes
 from minpro_megatron.planning.numbers import numbers
@@ -45,6 +46,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus-per-node", type=int, default=0, help="default: the kind's usual node")
     parser.add_argument("--mean-prompt-tokens", type=float, help="default: 200, or the longest allowed if that is less")
     parser.add_argument("--mean-response-tokens", type=float, help="default: 40 %% of sampling.max_response_tokens")
+    parser.add_argument(
+        "--time-limit-hours", type=float, help="of one start of the job: is a checkpoint reached in it?"
+    )
     parser.add_argument("--modes", action="store_true", help="also a step under other delays and bounds (seconds each)")
     parser.add_argument("--json", action="store_true", help="print all numbers instead of tables")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw timeline and memory")
@@ -65,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         config = apply_overrides(load_recipe(options.recipe), options.overrides)
         workload = Workload.of(config, options.mean_response_tokens, options.mean_prompt_tokens)
         plan = plan_run(config, cluster_of(options, config), workload)
+        if options.time_limit_hours:
+            found = time_limit_problems(plan, 3600 * options.time_limit_hours)
+            plan = replace(plan, problems=[*plan.problems, *found])
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return WRONG_COMMAND_LINE

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from minpro_megatron.planning.cost_model import StepCost
 from minpro_megatron.planning.evaluations import ASSUMED_PROMPTS
+from minpro_megatron.planning.first_checkpoint import first_checkpoint
 from minpro_megatron.planning.modes import ModeTime
 from minpro_megatron.planning.parameters import active_parameters, model_parameters
 from minpro_megatron.planning.plan import Plan
@@ -110,8 +111,9 @@ def _step_table(plan: Plan) -> Table:
     table.add_row("scoring", _seconds(cost.score), "behavior log-probs")
     table.add_row(f"{cost.updates} updates", _seconds(cost.train), _update_parts(cost))
     table.add_row("publishing", _seconds(cost.publish), "")
-    every = plan.config.checkpoint.every_steps
-    table.add_row("checkpoint", _seconds(cost.checkpoint), f"every {every} steps" if every else "none")
+    every = plan.steps_between_checkpoints
+    of_it = f"every {every} steps" if every else "none before the end"
+    table.add_row("checkpoint", _seconds(cost.checkpoint), f"{of_it}; {_first_checkpoint(plan)}")
     table.add_section()
     table.add_row(
         "step",
@@ -128,6 +130,13 @@ def _step_table(plan: Plan) -> Table:
         + "".join(f"; assumed {ASSUMED_PROMPTS} prompts of {name}, whose file is not here" for name in cost.assumed),
     )
     return table
+
+
+def _first_checkpoint(plan: Plan) -> str:
+    first = first_checkpoint(plan)
+    earliest = f"{first.earliest / 3600:.1f} h after the job's start if its time limit asks for it"
+    planned = f"{first.planned / 3600:.1f} h, or " if math.isfinite(first.planned) else ""
+    return f"the first is complete {planned}{earliest}"
 
 
 def _seconds(seconds: float) -> str:

@@ -61,6 +61,7 @@ class StepCost:
     publish: float
     pause: float  # of it: the servers stand still
     checkpoint: float  # of a step that saves
+    checkpoint_written: float  # from the beginning of a save until its files are written
     update: float  # one of train's
     # of train
     products: float
@@ -118,7 +119,8 @@ class TrainerCost:
             train=train,
             publish=self._pause() + self.calibration.publish_fixed_s,
             pause=self._pause(),
-            checkpoint=self._checkpoint(),
+            checkpoint=self._checkpoint()[0],
+            checkpoint_written=self._checkpoint()[1],
             update=train / updates,
             products=products,
             routing=routing,
@@ -210,16 +212,15 @@ class TrainerCost:
             rate = self.calibration.disk_bytes_per_s
         return model / min(rate, self.gpu.node_bandwidth)
 
-    def _checkpoint(self) -> float:
+    def _checkpoint(self) -> tuple[float, float]:
+        """How long a save holds training up, and how long it takes until its files are written."""
         checkpoint = self.config.checkpoint
-        if not checkpoint.every_steps:
-            return 0.0
         weights, _, optimizer, on_host = state_bytes(self.config, self.architecture, 0)
         copied = (weights + optimizer) / (self.gpu.host_bandwidth * self.calibration.host_link_share)
-        if checkpoint.asynchronous:
-            return copied
         ranks = min(self.gpus_per_node, self.config.parallel.world_size)
-        return copied + ranks * (weights + optimizer + on_host) / self.calibration.disk_bytes_per_s
+        written = copied + ranks * (weights + optimizer + on_host) / self.calibration.disk_bytes_per_s
+        held_up = copied if checkpoint.asynchronous else written
+        return (held_up if checkpoint.saves_before_end else 0.0), written
 
 
 @dataclass(frozen=True)

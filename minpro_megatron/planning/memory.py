@@ -148,7 +148,8 @@ def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_t
     if settings.mode == "bounded" or settings.delay_steps or config.loss.kl.enabled:
         copies += 1  # where the current weights wait
     copies += config.loss.kl.enabled
-    saves, states = config.checkpoint.every_steps > 0, optimizer + offloaded
+    saves = config.checkpoint.saves_before_end or config.checkpoint.at_end
+    states = optimizer + offloaded
     return HostMemory(
         ranks=ranks_per_node,
         snapshots=ranks_per_node * copies * weights,

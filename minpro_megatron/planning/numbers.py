@@ -4,13 +4,14 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from minpro_megatron.planning.first_checkpoint import first_checkpoint
 from minpro_megatron.planning.parameters import active_parameters, model_parameters
 from minpro_megatron.planning.plan import Plan
 
 
 def numbers(plan: Plan) -> dict[str, Any]:
     """Everything the plan says; bytes and seconds, shares of 1."""
-    parallel = plan.config.parallel
+    parallel, first = plan.config.parallel, first_checkpoint(plan)
     return {
         "run": plan.config.name,
         "fits": not plan.problems,
@@ -41,6 +42,11 @@ def numbers(plan: Plan) -> dict[str, Any]:
             "server_idle_share": plan.idle_share,
         },
         "evaluation": asdict(plan.evaluation),
+        "first_checkpoint": {
+            "steps_between": plan.steps_between_checkpoints,
+            "earliest_s": first.earliest,
+            "planned_s": first.planned if math.isfinite(first.planned) else None,
+        },
         # JSON has no infinity: a split that does not fit has no step time
         "splits": [asdict(one) | {"step_s": one.step_s if math.isfinite(one.step_s) else None} for one in plan.splits],
         "timeline": [asdict(span) for span in plan.timeline.spans],

@@ -51,6 +51,7 @@ class Plan:
     host: HostMemory
     route_file_bytes: int  # in the run folder, for model.routing_replay = rollout
     cost: StepCost
+    steps_between_checkpoints: int  # 0: none before the run's end
     max_running: int  # responses at once on a server
     generation_s: float  # of a batch, from its first group's start to its last one's end
     step_s: float
@@ -131,7 +132,7 @@ class _Planner:
             *request_problems(config, with_evaluation),
             *host_problems(host, gpu),
         ]
-        steady = timeline.batch_s[first:last]
+        steady, step_s = timeline.batch_s[first:last], timeline.step_s(first, last)
         return Plan(
             config=config,
             architecture=self.architecture,
@@ -143,9 +144,10 @@ class _Planner:
             host=host,
             route_file_bytes=route_file_bytes(config, self.architecture, batch.tokens),
             cost=cost,
+            steps_between_checkpoints=_steps_between_checkpoints(config, step_s),
             max_running=server.max_running,
             generation_s=sum(steady) / len(steady),
-            step_s=timeline.step_s(first, last),
+            step_s=step_s,
             wait_share=timeline.wait_share(first, last),
             idle_share=timeline.idle_share(first, last),
             evaluation=evaluation_cost(config, evaluated, first, timeline, with_evaluation),
@@ -181,11 +183,18 @@ class _Planner:
         num_steps: int,
         evaluations: Mapping[int, Sequence[Lengths]] | None = None,
     ) -> Timeline:
-        phases = Phases(
-            cost.score, cost.train, cost.publish, cost.pause, cost.checkpoint, config.checkpoint.every_steps
-        )
+        # its length is not known before it is simulated: this is what the trainer works in it
+        every = _steps_between_checkpoints(config, cost.score + cost.train + cost.publish)
+        phases = Phases(cost.score, cost.train, cost.publish, cost.pause, cost.checkpoint, every)
         lengths = GroupLengths(config, self.workload)
         return Simulation(config, phases, server, lengths, evaluations).run(num_steps)
+
+
+def _steps_between_checkpoints(config: RunConfig, step_s: float) -> int:
+    """Where a step takes `step_s` seconds; 0: none is saved before the run's end."""
+    settings = config.checkpoint
+    by_time = math.ceil(60 * settings.every_minutes / step_s)
+    return min((every for every in (settings.every_steps, by_time) if every), default=0)
 
 
 def _steady(config: RunConfig) -> tuple[int, int]:

@@ -1,0 +1,75 @@
+"""When a run's first checkpoint is complete: a job whose time limit comes before that begins again from the start."""
+
+import math
+from dataclasses import dataclass
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.planning.plan import Plan
+
+# Assumed from the start of a job to the first sampled token: containers, weights, servers that compile and warm up.
+START_UP_S = 900.0
+
+
+@dataclass(frozen=True)
+class FirstCheckpoint:
+    """Seconds after the start of the job at which the first checkpoint is complete; evaluations are not included.
+
+    `earliest`: that of the first global step, which a run with a time limit saves if no further step fits. `planned`:
+    that of checkpoint.every_steps or every_minutes; infinite where neither saves before the run's end."""
+
+    earliest: float
+    planned: float
+
+
+def first_checkpoint(plan: Plan) -> FirstCheckpoint:
+    """Of the run in `plan`."""
+    written = START_UP_S + plan.cost.checkpoint_written
+    every = plan.steps_between_checkpoints
+    return FirstCheckpoint(
+        earliest=written + plan.timeline.step_ends[0],
+        planned=written + _end_of_step(plan, every) if every else math.inf,
+    )
+
+
+def run_s(plan: Plan) -> float:
+    """Seconds from the start of the job to the end of the run, without evaluations and interruptions."""
+    return START_UP_S + _end_of_step(plan, plan.config.num_global_steps)
+
+
+def time_limit_problems(plan: Plan, limit_s: float) -> list[str]:
+    """One line if a start of `limit_s` seconds is too short for the first checkpoint, so that every restart would begin
+    from the same place."""
+    config = plan.config
+    if run_s(plan) <= limit_s:
+        return []
+    if not config.checkpoint.saves_before_end:
+        return [
+            f"time limit: a start may take {_hours(limit_s)}, the run takes {_hours(run_s(plan))} and saves no "
+            f"checkpoint before its end ({_settings(config)}), so every restart would begin from the start: set "
+            "checkpoint.every_minutes or checkpoint.every_steps, or raise the time limit"
+        ]
+    first = first_checkpoint(plan)
+    if first.earliest <= limit_s:
+        return []
+    return [
+        f"time limit: a start may take {_hours(limit_s)}, but the first checkpoint is complete after "
+        f"{_hours(first.earliest)} at the earliest ({START_UP_S / 60:.0f} min assumed for the start, the first global "
+        "step and the save, without the first evaluation), so every restart would begin from the start: raise the time "
+        "limit, lower batch.num_prompts, or take more GPUs"
+    ]
+
+
+def _end_of_step(plan: Plan, count: int) -> float:
+    """Seconds from the first sampled token to the end of the first `count` global steps."""
+    ends = plan.timeline.step_ends
+    return ends[count - 1] if count <= len(ends) else ends[-1] + (count - len(ends)) * plan.step_s
+
+
+def _settings(config: RunConfig) -> str:
+    return (
+        f"checkpoint.every_steps = {config.checkpoint.every_steps}, every_minutes = {config.checkpoint.every_minutes:g}"
+    )
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} h"
