@@ -143,6 +143,43 @@ def test_a_killed_role_fails_the_job_and_a_restart_goes_on(workspace: Workspace)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_run_longer_than_its_time_limit_comes_to_its_end(workspace: Workspace) -> None:
+    """Three seconds are over before the first global step: each start makes one and saves. That is no failure, and the
+    job is started again although the profile has no restarts."""
+    limit = ["num_global_steps=3", "checkpoint.every_steps=1000", "checkpoint.time_limit_minutes=0.05"]
+    submitted = workspace.submit("limited", "--set", "restarts=0", *limit)
+    status, output = ended(submitted, 800)
+    assert status == 0, output
+    ends = re.findall(r"ended after global step (\d), with a checkpoint: the time limit leaves -", output)
+    assert ends == ["1", "2"], output
+    for step in ends:
+        assert f"it goes on from its checkpoint after global step {step} " in output
+    assert re.search(r"job \d+: COMPLETED on node\[1-2\] after 2 restarts\n", output), output
+    latest = read_latest(workspace.run_dir("limited"))
+    assert latest is not None
+    assert latest.policy_version == 3
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_starts_without_a_checkpoint_end_the_restarts(workspace: Workspace) -> None:
+    submitted = workspace.submit(
+        "stalled", "--set", "restarts=9", "num_global_steps=500", "checkpoint.every_steps=1000"
+    )
+    run_dir = workspace.run_dir("stalled")
+    for number in range(2):
+        until(lambda number=number: (run_dir / "starts" / str(number) / "verdict.json").exists(), f"start {number}")
+        until(lambda: workspace.processes("minpro_megatron", " collect "), f"the roles of start {number}")
+        for process in workspace.processes("minpro_megatron", " collect "):
+            process.send_signal(signal.SIGKILL)
+    status, output = ended(submitted)
+    assert status == 1, output
+    assert "error: starts 1 and 2 of the run have ended without a new checkpoint (there is none yet)" in output
+    assert sorted(path.name for path in (run_dir / "starts").iterdir()) == ["0", "1", "2"]
+
+
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_without_restarts_left_the_job_has_failed(workspace: Workspace) -> None:
     submitted = workspace.submit("failing", "--set", "restarts=0", "num_global_steps=200")
@@ -150,6 +187,9 @@ def test_without_restarts_left_the_job_has_failed(workspace: Workspace) -> None:
     until(lambda: (run_dir / "status" / "train.json").exists(), "a trainer")
     ranks = workspace.processes("minpro_megatron", " train ")
     assert ranks
+    # the profile's 20 minutes, by what Slurm says of the job
+    (save_by,) = {float(line[line.index("--save-by") + 1]) for line in (rank.cmdline() for rank in ranks)}
+    assert 300 < save_by - time.time() < 1200
     for process in ranks:
         process.send_signal(signal.SIGKILL)
     status, output = ended(submitted)
