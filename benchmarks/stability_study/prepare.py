@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
+from minpro_megatron.monitor.files import new_folder
 from minpro_megatron.rewards.calculator_steps import worked
 from recipes import stability_study
 from tools.prompt_sets import calculator_steps, rows
@@ -70,6 +71,6 @@ def _make_model(folder: Path) -> None:
     make_tiny_model.warm_start(model, tokenizer, task.pairs(heldout), settings, Console(), task.spoiled)
     measured = make_tiny_model.accuracy(model, tokenizer, heldout)
     record = {"settings": asdict(settings), "heldout_accuracy": asdict(measured)}
-    with make_tiny_model.replaced_folder(folder / "hf") as partial:
+    with new_folder(folder / "hf") as partial:
         (partial / "warm_start.json").write_text(json.dumps(record, indent=2) + "\n")
         make_tiny_model.save_checkpoint(partial, model, tokenizer)

@@ -192,6 +192,7 @@ class SamplerSource:
             groups_issued=self._num_issued,
             groups_consumed=len(self._staleness),
             groups_dropped=0,
+            groups_not_graded=0,
             smallest_staleness=min(self._staleness),
             largest_staleness=max(self._staleness),
             versions_published=self._schedule.version,

@@ -128,8 +128,7 @@ async def _collect(collect_group: CollectGroup, group: IssuedGroup) -> list[_Sam
     # The tokens are dropped at once: those of all samples together are gigabytes.
     collected = await collect_group(group)
     return [
-        _Sample(response.reward, len(response.token_ids), collected.grading_problem)
-        for response in collected.responses
+        _Sample(response.reward, len(response.token_ids), collected.grading_problem) for response in collected.responses
     ]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.planning.plan import Plan
+from minpro_megatron.rollout.staleness import evaluated_versions
 
 # Assumed from the start of a job to the first sampled token: containers, weights, servers that compile and warm up.
 START_UP_S = 900.0
@@ -12,7 +13,7 @@ START_UP_S = 900.0
 
 @dataclass(frozen=True)
 class FirstCheckpoint:
-    """Seconds after the start of the job at which the first checkpoint is complete; evaluations are not included.
+    """Seconds after the start of the job at which the first checkpoint is complete.
 
     `earliest`: that of the first global step, which a run with a time limit saves if no further step fits. `planned`:
     that of checkpoint.every_steps or every_minutes; infinite where neither saves before the run's end."""
@@ -26,13 +27,13 @@ def first_checkpoint(plan: Plan) -> FirstCheckpoint:
     written = START_UP_S + plan.cost.checkpoint_written
     every = plan.steps_between_checkpoints
     return FirstCheckpoint(
-        earliest=written + plan.timeline.step_ends[0],
+        earliest=written + _end_of_step(plan, 1),
         planned=written + _end_of_step(plan, every) if every else math.inf,
     )
 
 
 def run_s(plan: Plan) -> float:
-    """Seconds from the start of the job to the end of the run, without evaluations and interruptions."""
+    """Seconds from the start of the job to the end of the run without interruptions."""
     return START_UP_S + _end_of_step(plan, plan.config.num_global_steps)
 
 
@@ -54,15 +55,18 @@ def time_limit_problems(plan: Plan, limit_s: float) -> list[str]:
     return [
         f"time limit: a start may take {_hours(limit_s)}, but the first checkpoint is complete after "
         f"{_hours(first.earliest)} at the earliest ({START_UP_S / 60:.0f} min assumed for the start, the first global "
-        "step and the save, without the first evaluation), so every restart would begin from the start: raise the time "
+        "step, its evaluation and the save), so every restart would begin from the start: raise the time "
         "limit, lower batch.num_prompts, or take more GPUs"
     ]
 
 
 def _end_of_step(plan: Plan, count: int) -> float:
-    """Seconds from the first sampled token to the end of the first `count` global steps."""
-    ends = plan.timeline.step_ends
-    return ends[count - 1] if count <= len(ends) else ends[-1] + (count - len(ends)) * plan.step_s
+    """Seconds from the first sampled token to the end of the first `count` global steps. Each evaluation takes what one
+    in mid-run adds to its step."""
+    ends, config = plan.timeline.step_ends, plan.config
+    steps = ends[count - 1] if count <= len(ends) else ends[-1] + (count - len(ends)) * plan.step_s
+    versions = evaluated_versions(config.num_global_steps, config.evaluation.every_steps)
+    return steps + plan.evaluation.added_s * sum(version < count for version in versions)
 
 
 def _settings(config: RunConfig) -> str:

@@ -61,7 +61,9 @@ class GroupCollector:
         sequences = await self.sample(issued, sampling)
         prompt = issued.prompt
         texts = graded_texts(prompt, await self.response_texts(sequences))
-        judged = await self._rewards.judge_all(texts, prompt.answer, prompt.source, stop_at_failure=not issued.is_evaluation)
+        judged = await self._rewards.judge_all(
+            texts, prompt.answer, prompt.source, stop_at_failure=not issued.is_evaluation
+        )
         rewards = [NOT_GRADED if found.reward is None else found.reward for found in judged]
         rewards += [NOT_GRADED] * (len(texts) - len(rewards))
         responses = [

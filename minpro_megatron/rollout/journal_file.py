@@ -62,11 +62,11 @@ CREATE TABLE evaluations (
     wall_time_s REAL NOT NULL,
     PRIMARY KEY (policy_version, benchmark)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE beginnings (
+    first_batch INTEGER PRIMARY KEY,
+    version INTEGER NOT NULL
+) STRICT;
 """
-# Added to the format later; a journal that was begun without it gets it when it is opened.
-BEGINNINGS_TABLE = (
-    "CREATE TABLE IF NOT EXISTS beginnings (first_batch INTEGER PRIMARY KEY, version INTEGER NOT NULL) STRICT"
-)
 
 
 class JournalError(RuntimeError):
@@ -142,5 +142,4 @@ def _open(path: Path) -> sqlite3.Connection:
         raise JournalError(
             f"it has format {found}, this version reads {SCHEMA_VERSION}; go on with the version that began the run"
         )
-    connection.execute(BEGINNINGS_TABLE)
     return connection

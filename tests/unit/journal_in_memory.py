@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, Response
-from minpro_megatron.rollout.journal_file import _SCHEMA, BEGINNINGS_TABLE, JournalFile
+from minpro_megatron.rollout.journal_file import _SCHEMA, JournalFile
 from minpro_megatron.rollout.schedule import Slot
 
 PROMPT = Prompt(id="p", source="test", text="1=", answer="1")
@@ -22,7 +22,6 @@ class InMemoryFile(JournalFile):
     def __init__(self) -> None:
         connection = sqlite3.connect(":memory:", isolation_level=None)
         connection.executescript(_SCHEMA)
-        connection.execute(BEGINNINGS_TABLE)
         connection.execute("PRAGMA foreign_keys = ON")
         super().__init__(connection, Inline(1), Path(":memory:"))
 

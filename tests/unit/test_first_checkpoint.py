@@ -25,7 +25,8 @@ def planned(**checkpoint: object) -> Plan:
 
 def test_the_first_checkpoint_comes_after_the_first_step_at_the_earliest(plan: Plan) -> None:
     found = first_checkpoint(plan)
-    assert found.earliest == pytest.approx(START_UP_S + plan.timeline.step_ends[0] + plan.cost.checkpoint_written)
+    first_step_s = plan.timeline.step_ends[0] + plan.evaluation.added_s
+    assert found.earliest == pytest.approx(START_UP_S + first_step_s + plan.cost.checkpoint_written)
     # the first steps differ from those in mid-run by what is sampled before them
     assert found.planned == pytest.approx(found.earliest + 9 * plan.step_s, rel=0.3)
     assert run_s(plan) > found.planned + 80 * plan.step_s

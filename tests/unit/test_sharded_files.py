@@ -152,9 +152,7 @@ def test_an_object_that_would_run_code_is_refused_before_torchs_reader_runs_it(
     )
     written(tmp_path, parameters())
     key = f"{KEY.removesuffix('weight')}_extra_state/shard_0.0_2.3"
-    with pytest.raises(
-        ValueError, match=rf"__0_0.distcp: the object '{key}' is more than data, .*it names print"
-    ):
+    with pytest.raises(ValueError, match=rf"__0_0.distcp: the object '{key}' is more than data, .*it names print"):
         refuse_code(tmp_path)
     assert capsys.readouterr().out == ""
     # what makes the check necessary: the loader that megatron calls runs it
