@@ -1,7 +1,7 @@
 """Compare a Megatron checkpoint on a mesh with the Hugging Face model it was made from, logit by logit.
 
     python tools/compare_logits.py --hf DIR [--megatron DIR] [--parallel tensor=2,pipeline=2] \\
-        (--text TEXT | --ids 12,7,40) ... [--dtype bfloat16] [--json]
+        (--text TEXT | --ids 12,7,40) ... [--dtype bfloat16] [--backend auto] [--json]
 
 Both read the same tokens; without --megatron the mesh loads the Hugging Face weights itself. It prints, over all
 positions of all sequences: the largest and the mean difference of logits, how often the highest one is the same
@@ -34,7 +34,7 @@ logging.disable(logging.WARNING)
 
 from minpro_megatron.actor.checkpoint import load_weights
 from minpro_megatron.actor.logits import sequence_logits
-from minpro_megatron.actor.model import DTYPES, build_model
+from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.launch.launcher import closing_lines
 from minpro_megatron.launch.preflight import count_gpus
@@ -142,7 +142,7 @@ def rank_main(work: Path) -> int:
         if job["device"] == "cpu":
             torch.set_num_threads(1)  # the ranks are the parallelism
         try:
-            chunks = build_model(architecture, mesh, DTYPES[job["dtype"]])
+            chunks = build_model(architecture, mesh, DTYPES[job["dtype"]], ModelFeatures(backend=job["backend"]))
             if job["megatron"]:
                 load_weights(chunks, architecture, job["megatron"], mesh)
             else:
@@ -175,6 +175,7 @@ def run(options: argparse.Namespace) -> Comparison:
         "parallel": config.model_dump(),
         "device": device,
         "dtype": dtype,
+        "backend": options.backend,
         "sequences": sequences,
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -194,6 +195,8 @@ def main() -> int:
     parser.add_argument("--text", action="append", default=[], help="repeatable")
     parser.add_argument("--ids", action="append", default=[], metavar="ID,ID,...", help="repeatable")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="on GPUs (default: bfloat16)")
+    backends = ["auto", "transformer_engine", "torch"]
+    parser.add_argument("--backend", choices=backends, default="auto", help="as model.backend (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--ranks-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,6 +1,5 @@
 """Which modules a model's layers are made of: Transformer Engine's, or plain torch's."""
 
-import logging
 from typing import Any, Protocol
 
 import torch
@@ -8,8 +7,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minpro_megatron.actor.torch_backend import TorchLayers
-
-logger = logging.getLogger(__name__)
+from minpro_megatron.config.trainer import layer_backend_of
 
 
 class LayerBackend(Protocol):
@@ -30,24 +28,18 @@ class LayerBackend(Protocol):
 
 
 def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> LayerBackend:
-    """The backend for the setting `model.backend`.
+    """The backend for the setting `model.backend`, as config.trainer.layer_backend_of decides.
 
-    "auto" is Transformer Engine where it can be imported, the device is CUDA and the weights are bfloat16 (its
-    attention on packed rows knows no float32), and torch everywhere else. Raises ValueError with the import's own
-    error where "transformer_engine" is asked for and cannot be imported.
+    Raises ValueError with the import's own error where that is Transformer Engine and it cannot be imported.
     """
-    if name == "torch" or (name == "auto" and (device.type != "cuda" or dtype != torch.bfloat16)):
+    if layer_backend_of(name, device.type, str(dtype).removeprefix("torch.")) == "torch":
         return TorchLayers(device)
     try:
         # late: the package exists on GPU machines only
         from minpro_megatron.actor.transformer_engine_backend import TransformerEngineLayers
-    except (ImportError, OSError) as error:  # OSError: one of its libraries does not load
-        if name == "auto":
-            if getattr(error, "name", None) != "transformer_engine":  # it is installed, and does not work
-                logger.warning("model.backend = auto: torch, for Transformer Engine cannot be imported: %s", error)
-            return TorchLayers(device)
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # a library or a part of it does not load
         raise ValueError(
-            f"model.backend = transformer_engine: it cannot be imported ({error}); install it, or set model.backend "
-            "to auto or torch"
+            f"model.backend = {name}: Transformer Engine cannot be imported ({error}); install it, or set "
+            "model.backend to torch"
         ) from error
     return TransformerEngineLayers(device)

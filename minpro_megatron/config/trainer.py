@@ -6,6 +6,17 @@ from pydantic import Field
 
 from minpro_megatron.config.base import Section
 
+LayerBackendName = Literal["transformer_engine", "torch"]
+
+
+def layer_backend_of(backend: str, device: str, dtype: str) -> LayerBackendName:
+    """What the setting model.backend means on a device for a dtype ("bfloat16", ...): the one decision for planner,
+    preflight and ranks. It does not ask what is installed: torch's layers need more memory and time than planned, so
+    nobody gets them unasked where Transformer Engine's would do."""
+    if backend == "auto":
+        return "transformer_engine" if device == "cuda" and dtype == "bfloat16" else "torch"
+    return "torch" if backend == "torch" else "transformer_engine"
+
 
 class ModelConfig(Section):
     """The policy's starting point."""
@@ -15,8 +26,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     backend: Literal["auto", "transformer_engine", "torch"] = Field(
         default="auto",
-        description="what computes the layers; auto: Transformer Engine where it is installed, with device = cuda and "
-        "dtype = bfloat16; else torch",
+        description="what computes the layers; auto: Transformer Engine with device = cuda and dtype = bfloat16 (it "
+        "has to be installed there), torch otherwise",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="activations computed again in backward: attention's (selective) or whole layers'"

@@ -3,21 +3,51 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.trainer import layer_backend_of
+
+# torch comes first, as on the ranks: it loads NCCL, which Transformer Engine's core library needs and which may be
+# nowhere but in a wheel.
+_IMPORT = "import torch, transformer_engine.pytorch"
+# Megatron-Core goes on without a package that is not there, but not without one that fails in another way.
+_IMPORT_AS_MEGATRON = f"try:\n    {_IMPORT}\nexcept ImportError:\n    pass"
+# What Transformer Engine's error says where a part of it is not installed, and the part.
+_PARTS = {
+    "Transformer Engine torch lib": "transformer_engine_torch",
+    "transformer_engine_torch": "transformer_engine_torch",
+    "Transformer Engine core lib": "transformer_engine_cu13 (or _cu12)",
+    "TE core package": "transformer_engine_cu13 (or _cu12)",
+}
 
 
 def layer_backend_problems(config: RunConfig) -> Iterator[str]:
-    """A line if Transformer Engine is asked for by name and cannot be imported, with the import's own error."""
-    if config.model.backend != "transformer_engine":
-        return
-    # in a process of its own: it brings torch with it, and a broken library can end the process
-    found = subprocess.run(
-        [sys.executable, "-c", "import transformer_engine.pytorch"], capture_output=True, text=True, check=False
-    )
-    if found.returncode:
-        reason = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
+    """A line if Transformer Engine is to compute the layers and cannot be imported, or if what is installed of it keeps
+    Megatron-Core from being imported; with the import's own error and the missing part's name."""
+    model = config.model
+    if layer_backend_of(model.backend, config.device, model.dtype) == "transformer_engine":
+        if reason := _import_error(_IMPORT):
+            yield (
+                f"model.backend = {model.backend}: Transformer Engine cannot be imported ({reason}); "
+                f"{_install(reason)} (environment/setup.sh does on machines with a GPU), or set model.backend to torch"
+            )
+    elif find_spec("transformer_engine") and (reason := _import_error(_IMPORT_AS_MEGATRON)):
         yield (
-            f"model.backend = transformer_engine: it cannot be imported ({reason}); install it "
-            "(environment/setup.sh does on machines with a GPU), or set model.backend to auto or torch"
+            f"model.backend = {model.backend}: Megatron-Core cannot be imported beside this Transformer Engine "
+            f"({reason}); {_install(reason)}, or uninstall transformer_engine"
         )
+
+
+def _import_error(code: str) -> str:
+    """The last line of what a Python process says that runs `code`; empty if it succeeds. In a process of its own: a
+    broken library can end it."""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if not found.returncode:
+        return ""
+    return (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
+
+
+def _install(reason: str) -> str:
+    part = next((part for sign, part in _PARTS.items() if sign in reason), None)
+    return f"install its part {part} in the same version" if part else "install it"

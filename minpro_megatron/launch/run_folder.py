@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.trainer import layer_backend_of
 from minpro_megatron.launch.inputs import record_inputs
 from minpro_megatron.launch.resume import CONFIG_FILE, LOCK_FILE, holds_a_run
 from minpro_megatron.launch.user_error import UserError
@@ -59,6 +60,10 @@ def first_lines(config: RunConfig, incarnation: int, goes_on: bool) -> list[str]
     lines = [
         f"run {config.name}: {config.objective.name}, {config.num_global_steps} global steps; files in {config.run_dir}"
     ]
+    if config.device == "cuda" and config.debug.trainer == "megatron":
+        names = {"transformer_engine": "Transformer Engine", "torch": "torch"}
+        chosen = names[layer_backend_of(config.model.backend, config.device, config.model.dtype)]
+        lines.append(f"layers computed by {chosen} (model.backend = {config.model.backend})")
     if goes_on:
         manifest = read_latest(config.run_dir)
         where = f"from its checkpoint after global step {manifest.policy_version}" if manifest else "from its beginning"

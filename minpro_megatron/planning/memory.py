@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.trainer import layer_backend_of
 from minpro_megatron.planning.activations import Compute, Row, StageActivations, stage_activations
 from minpro_megatron.planning.gpus import GIB, GpuKind
 from minpro_megatron.planning.parameters import model_parameters, optimizer_degrees, stage_parameters
@@ -79,7 +80,7 @@ class HostMemory:
 
 def compute_of(config: RunConfig, expert_imbalance: float = EXPERT_IMBALANCE) -> Compute:
     model = config.model
-    fused = config.device == "cuda" and model.dtype == "bfloat16" and model.backend != "torch"
+    fused = layer_backend_of(model.backend, config.device, model.dtype) == "transformer_engine"
     return Compute(config.device, ELEMENT_BYTES[model.dtype], fused, model.recompute, expert_imbalance)
 
 
