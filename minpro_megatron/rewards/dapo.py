@@ -7,7 +7,6 @@ knows no numbers: `25` is not `025`, `27` not `27.0`, `1/2` not `\\frac{1}{2}`. 
 
 import re
 
-from minpro_megatron.rewards.extraction import last_boxed
 from minpro_megatron.rewards.registry import Grade
 
 # Characters at the end of a response that are looked at.
@@ -62,5 +61,18 @@ def grade(response_text: str, answer: str) -> Grade:
 
 def grade_boxed(response_text: str, answer: str) -> Grade:
     """DAPO's strict variant: +1 if the last `\\boxed{}` in the last 100 characters holds exactly `answer`, else -1."""
-    extracted = last_boxed(response_text[-BOXED_TAIL_CHARS:])
+    extracted = _last_boxed(response_text[-BOXED_TAIL_CHARS:])
     return Grade(1.0 if extracted == answer else -1.0, extracted)
+
+
+def _last_boxed(text: str) -> str | None:
+    """What the last `\\boxed{}` holds. Every brace counts, also one behind a backslash, as in the field's rule."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for position in range(start, len(text)):
+        depth += (text[position] == "{") - (text[position] == "}")
+        if text[position] == "}" and depth == 0:
+            return text[start + len("\\boxed{") : position]
+    return None

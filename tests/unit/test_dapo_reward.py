@@ -26,6 +26,11 @@ from minpro_megatron.rewards.dapo import grade, grade_boxed, normalise
         ("\\boxed{25}", "25", -1.0),
         ("25", "25", -1.0),
         ("", "25", -1.0),
+        ("Answer: `$13$`", "13", 1.0),
+        ("Answer: $\\frac12$", "\\frac{1}{2}", 1.0),
+        ("Answer: $3,159$", "3159", 1.0),
+        ("Answer: 7<|im_end|>", "7", -1.0),
+        ("answer :  $x = 7$ units", "7", 1.0),
         ("Answer: 25\n" + "x" * 289, "25", 1.0),
         ("Answer: 25\n" + "x" * 299, "25", -1.0),  # beyond the last 300 characters
     ],
@@ -81,3 +86,17 @@ def test_what_was_compared_is_told() -> None:
 )
 def test_strict_box(response: str, reward: float) -> None:
     assert grade_boxed(response, "25").reward == reward
+
+
+@pytest.mark.parametrize(
+    ("response", "extracted"),
+    [
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\{1}", None),  # an escaped brace counts as well, as in verl's rule
+        (r"\boxed{1\}}", "1\\"),
+        (r"\boxed{\boxed{1}}", "1"),
+        (r"} \boxed{1}", "1"),
+    ],
+)
+def test_the_strict_box_counts_every_brace(response: str, extracted: str | None) -> None:
+    assert grade_boxed(response, "").extracted == extracted
