@@ -9,7 +9,12 @@ _UNSIGNED = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _DECIMAL = re.compile(rf"([+-]*)({_UNSIGNED})")
 _SCIENTIFIC = re.compile(rf"([+-]*)({_UNSIGNED})(?:[eE]|\\cdot10\^)\{{?([+-]?\d+)\}}?")
 _POWER_OF_TEN = re.compile(r"([+-]*)()10\^\{([+-]?\d+)\}")
-_FRACTION = re.compile(rf"([+-]*)(\d*)\\frac\{{([+-]?{_UNSIGNED})\}}\{{([+-]?{_UNSIGNED})\}}")
+_FRACTION = re.compile(rf"([+-]*)\\frac\{{([+-]?{_UNSIGNED})\}}\{{([+-]?{_UNSIGNED})\}}")
+MIXED_NUMBER = re.compile(r"(?<![\d.}])(\d+)\\frac\{(\d+)\}\{(\d+)\}")
+_SIGNED_MIXED_NUMBER = re.compile(rf"([+-]*){MIXED_NUMBER.pattern}")
+_REPEATING = re.compile(
+    r"([+-]*)(\d*)\.(\d*)(?:\\(?:overline|bar)\{(\d+)\}|((?:\\dot\{\d\}\d*)?\\dot\{\d\})|(?<=\.)\((\d+)\))(?:\\[lc]?dots|\.{3})?"
+)
 _QUOTIENT = re.compile(rf"([+-]*)\(?([+-]?{_UNSIGNED})\)?/\(?({_UNSIGNED})\)?")
 
 
@@ -20,7 +25,8 @@ def _sign(text: str) -> int:
 def exact_number(text: str) -> Fraction | None:
     """The number that `text` (canonical LaTeX) writes; None if it is none, or one of more than MAX_DIGITS digits.
 
-    Example: `exact_number("\\\\frac{1}{4}") == exact_number("0.25") == Fraction(1, 4)`; `3\\frac{1}{2}` is 3.5.
+    Example: `exact_number("\\\\frac{1}{4}") == exact_number("0.25") == Fraction(1, 4)`; `3\\frac{1}{2}` is 3.5, and
+    `0.\\overline{3}` is 1/3.
     """
     if len(text) > MAX_DIGITS:
         return None
@@ -32,14 +38,24 @@ def exact_number(text: str) -> Fraction | None:
             return None
         return _sign(match[1]) * Fraction(match[2] or "1") * Fraction(10) ** exponent
     if match := _FRACTION.fullmatch(text):
-        numerator, denominator = Fraction(match[3]), Fraction(match[4])
-        if denominator == 0:
-            return None
-        return _sign(match[1]) * (int(match[2] or "0") + numerator / denominator)
+        numerator, denominator = Fraction(match[2]), Fraction(match[3])
+        return None if denominator == 0 else _sign(match[1]) * numerator / denominator
+    if match := _SIGNED_MIXED_NUMBER.fullmatch(text):
+        numerator, denominator = int(match[3]), int(match[4])
+        return _sign(match[1]) * (int(match[2]) + Fraction(numerator, denominator)) if numerator < denominator else None
+    if match := _REPEATING.fullmatch(text):
+        return _sign(match[1]) * _repeating(match[2], match[3], re.sub(r"\D", "", match[4] or match[5] or match[6]))
     if match := _QUOTIENT.fullmatch(text):
         numerator, denominator = Fraction(match[2]), Fraction(match[3])
         return None if denominator == 0 else _sign(match[1]) * numerator / denominator
     return None
+
+
+def _repeating(whole: str, fixed: str, period: str) -> Fraction:
+    """0.12 with the period 3 is 12/100 + 3/900."""
+    scale = 10 ** len(fixed)
+    repeated = Fraction(int(period), scale * (10 ** len(period) - 1))
+    return int(whole or "0") + Fraction(int(fixed or "0"), scale) + repeated
 
 
 # A decimal counts as a spelling of a number without a finite one (1/3, sqrt(2)) from this many digits on.

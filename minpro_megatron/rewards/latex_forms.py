@@ -1,84 +1,103 @@
-"""One spelling for the many of a mathematical answer, and its parts: lists, tuples, sets, intervals, matrices.
+"""The tokens of a mathematical answer, in one spelling, and its parts: lists, tuples, sets, matrices.
 
-Text in, text out; nothing is evaluated. The result is LaTeX again, so that a symbolic parser can read it.
+The result can be joined to LaTeX again, so that a symbolic parser can read it.
 """
 
 import re
 
-# Longer answers are no answers; the longest of the benchmarks has 300 characters.
-MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 12
 MAX_BARS = 16
 MAX_PARTS = 64
+# Between digits that white space keeps apart: 2 5 is no number.
+GAP = " "
 
-_CHARACTERS = str.maketrans({
-    "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "π": "\\pi ", "∞": "\\infty ", "∪": "\\cup ",
-    "∩": "\\cap ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "°": "^{\\circ}", "±": "\\pm ", "√": "\\sqrt ",
-    "θ": "\\theta ", "½": "\\frac{1}{2}", "\u00a0": " ", "\u202f": " ", "²": "^{2}", "³": "^{3}",
-})  # fmt: skip
 _TOKEN = re.compile(r"\\[a-zA-Z]+\*?|\\.|\S")
 _SAME_COMMAND = {
     "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\dbinom": "\\binom", "\\tbinom": "\\binom",
     "\\geqslant": "\\ge", "\\geq": "\\ge", "\\leqslant": "\\le", "\\leq": "\\le", "\\neq": "\\ne", "\\times": "\\cdot",
     "\\ast": "\\cdot", "*": "\\cdot", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\lbrack": "[", "\\rbrack": "]",
     "\\lparen": "(", "\\rparen": ")", "\\div": "/", "\\lt": "<", "\\gt": ">", "\\vert": "|", "\\lvert": "|",
-    "\\rvert": "|", "\\varnothing": "\\emptyset", "\\operatorname*": "\\operatorname",
+    "\\rvert": "|", "\\varnothing": "\\emptyset", "\\operatorname*": "\\operatorname", "\\simeq": "\\approx",
+    "\\vee": "\\lor", "\\mod": "\\bmod", "\\pod": "\\pmod", "\\doteq": "\\approx",
 }  # fmt: skip
 # Spacing, sizes and emphasis mean nothing.
-_IGNORED = {
+_IGNORED = frozenset({
     "$", "\\$", "\\!", "\\,", "\\;", "\\:", "\\>", "\\ ", "~", "\\(", "\\)", "\\[", "\\]", "\\left", "\\right",
-    "\\quad", "\\qquad", "\\displaystyle", "\\textstyle", "\\big", "\\Big", "\\bigl", "\\bigr", "\\Bigl", "\\Bigr",
-    "\\bigg", "\\Bigg", "\\limits", "\\nolimits", "\\rm", "\\bf", "\\it", "`",
+    "\\quad", "\\qquad", "\\displaystyle", "\\textstyle", "\\scriptstyle", "\\big", "\\Big", "\\bigl", "\\bigr",
+    "\\Bigl", "\\Bigr", "\\bigg", "\\Bigg", "\\biggl", "\\biggr", "\\limits", "\\nolimits", "\\rm", "\\bf", "\\it",
+    "\\large", "\\Large", "\\LARGE", "\\huge", "\\small", "\\normalsize", "\\middle", "\\hfill", "\\degree", "`",
+    "\\bfseries", "\\underline", "\\uline", "\\ensuremath", "\\mathop", "\\mathord", "\\pmb", "\\smash", "\\boxed",
+})  # fmt: skip
+# Commands of which so many arguments mean nothing.
+_IGNORED_ARGUMENTS = {
+    "\\color": 1, "\\textcolor": 1, "\\colorbox": 1, "\\fcolorbox": 2, "\\hspace": 1, "\\vspace": 1, "\\phantom": 1,
+    "\\hphantom": 1, "\\vphantom": 1, "\\label": 1, "\\tag": 1,
 }  # fmt: skip
-_TEXT_COMMANDS = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|boldsymbol|operatorname|rm)"
-    r"\s*\{([^{}]*)\}"
-)
-# Names that programmers and hurried writers use for commands.
-_BARE_NAME = re.compile(
-    r"(?<![\\a-zA-Z])(?:np\.|math\.|sp\.)?(sqrt|pi|infty|arcsin|arccos|arctan|sin|cos|tan|ln|log|exp)(?![a-zA-Z])"
-)
-_ROOT_CALL = re.compile(r"\\sqrt\s*\(([^()]*)\)")
-_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
-_DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]")  # of a formula; the brackets in them are none
-_DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|\\degree)|\\degree")
+_INFIX = {"\\over": "\\frac", "\\choose": "\\binom"}
+_NUM_ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "^": 1, "_": 1}
 _CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
-_BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.])")  # 1./3
-_PERCENT = re.compile(r"\\?%|\bpercent(?:age)?\b")
-_ENUMERATION = re.compile(r"\s*(?:\\text\{)?\s*,?\s*\b(?:and|or)\b\s*\}?\s*")
-
-
-def clean(text: str) -> str:
-    """The answer without emphasis, text commands, degree signs and characters that LaTeX has commands for."""
-    text = _DELIMITER.sub(" ", text.translate(_CHARACTERS)).replace("**", "^")
-    text = text.replace("{,}", ",").replace(",\\!", ",").replace("\\!,", ",")
-    text = _DEGREES.sub("", text)
-    for _ in range(3):  # they may be nested
-        text = _TEXT_COMMANDS.sub(r" \1 ", text)
-    text = _PERCENT.sub("%", _BARE_POINT.sub("", text))
-    text = _ENUMERATION.sub(",", text)
-    text = _BARE_NAME.sub(r"\\\1 ", text)
-    text = _ROOT_CALL.sub(r"\\sqrt{\1}", text)
-    return text.strip().rstrip(".,;: \n").strip()
-
-
-def without_thousands(text: str) -> str:
-    """`1,080` as `1080`; not within brackets, where commas separate elements."""
-    if any(bracket in text for bracket in "([{"):
-        return text
-    return _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-
-
-def has_thousands_only(text: str) -> bool:
-    """True for `1,080` and `2,000`: of a list no element would begin with a zero."""
-    return without_thousands(text) != text and re.search(r",0\d\d", text) is not None
 
 
 def tokens_of(text: str) -> list[str]:
-    """LaTeX tokens with one name for each command, without those that mean nothing."""
-    found: list[str] = _TOKEN.findall(text)
-    tokens = (_SAME_COMMAND.get(token, token) for token in found)
-    return [token for token in tokens if token not in _IGNORED]
+    """LaTeX tokens with one name for each command, without those that mean nothing, and braces round every argument."""
+    tokens: list[str] = []
+    end = -1
+    is_apart = False
+    for match in _TOKEN.finditer(text):
+        token = _SAME_COMMAND.get(match[0], match[0])
+        is_apart = is_apart or (match.start() > end and token != "\\!") or token == "$"
+        end = match.end()
+        if token in _IGNORED:
+            is_apart = is_apart or token != "\\!"
+            continue
+        if is_apart and token.isdecimal() and tokens and tokens[-1].isdecimal():
+            tokens.append(GAP)
+        tokens.append(token)
+        is_apart = False
+    if not _IGNORED_ARGUMENTS.keys().isdisjoint(tokens):
+        tokens = _without_ignored_arguments(tokens)
+    if not _INFIX.keys().isdisjoint(tokens):
+        tokens = _without_infix_commands(tokens)
+    return _without_gaps(_braced(tokens))
+
+
+def _without_ignored_arguments(tokens: list[str]) -> list[str]:
+    result: list[str] = []
+    position = 0
+    while position < len(tokens):
+        count = _IGNORED_ARGUMENTS.get(tokens[position])
+        if count is None:
+            result.append(tokens[position])
+        position += 1
+        for _ in range(count or 0):
+            position = _argument(tokens, position, is_power=False)
+    return result
+
+
+def _without_infix_commands(tokens: list[str]) -> list[str]:
+    """`{n \\choose k}` as `\\binom{n}{k}`, for the innermost groups first."""
+    stack: list[list[str]] = [[]]
+    for token in tokens:
+        if token == "{":
+            stack.append([])
+        elif token == "}" and len(stack) > 1:
+            group = stack.pop()
+            prefixed = _prefixed(group)
+            stack[-1] += ["{", *prefixed, "}"] if prefixed is group else prefixed
+        else:
+            stack[-1].append(token)
+    result = _prefixed(stack[0])
+    for group in stack[1:]:
+        result += ["{", *_prefixed(group)]
+    return result
+
+
+def _prefixed(group: list[str]) -> list[str]:
+    command = next((token for token in group if token in _INFIX), None)
+    if command is None:
+        return group
+    position = group.index(command)
+    return [_INFIX[command], "{", *group[:position], "}", "{", *group[position + 1 :], "}"]
 
 
 def _argument(tokens: list[str], position: int, is_power: bool) -> int:
@@ -88,8 +107,8 @@ def _argument(tokens: list[str], position: int, is_power: bool) -> int:
     if tokens[position] in ("{", "["):
         return group_end(tokens, position)
     end = position + 1
-    if is_power and (tokens[position] == "-" or tokens[position].isdigit()):
-        while end < len(tokens) and tokens[end].isdigit():
+    if is_power and (tokens[position] == "-" or tokens[position].isdecimal()):
+        while end < len(tokens) and tokens[end].isdecimal():
             end += 1
     return end
 
@@ -107,7 +126,7 @@ def group_end(tokens: list[str], opening: int) -> int:
     return len(tokens)
 
 
-def braced(tokens: list[str]) -> list[str]:
+def _braced(tokens: list[str]) -> list[str]:
     """The tokens with braces round every argument of a power, an index, a fraction and a root."""
     result: list[str] = []
     position = 0
@@ -119,14 +138,57 @@ def braced(tokens: list[str]) -> list[str]:
             end = group_end(tokens, position)
             result += tokens[position:end]
             position = end
-        for _ in range({"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "^": 1, "_": 1}.get(token, 0)):
+        for _ in range(_NUM_ARGUMENTS.get(token, 0)):
+            if position < len(tokens) and tokens[position] == GAP:
+                position += 1
             end = _argument(tokens, position, is_power=token == "^")
             argument = tokens[position:end]
             if argument[:1] != ["{"]:
                 argument = ["{", *argument, "}"]
-            result += ["{", *braced(argument[1:-1]), "}"]
+            result += ["{", *_braced(argument[1:-1]), "}"]
             position = end
     return result
+
+
+def _without_gaps(tokens: list[str]) -> list[str]:
+    """White space between digits read as what it may be: thousands (12 000), mixed numbers (2 3/4); else a GAP."""
+    if GAP not in tokens:
+        return tokens
+    runs: list[str] = []
+    for token in tokens:  # digits as one token each run
+        if token.isdecimal() and runs and runs[-1].isdecimal():
+            runs[-1] += token
+        else:
+            runs.append(token)
+    result: list[str] = []
+    position = 0
+    while position < len(runs):
+        end, reading = _spaced_number(runs, position, result[-1:])
+        result += reading
+        position = end
+    return result
+
+
+def _spaced_number(runs: list[str], position: int, before: list[str]) -> tuple[int, list[str]]:
+    """(where it ends, its tokens) of what begins at `position`."""
+    first = runs[position]
+    if first == GAP and not (before and before[0].isdecimal()):
+        return position + 1, []  # behind an argument: \frac 1 2
+    if not first.isdecimal() or before in (["."], [GAP], ["/"]):
+        return position + 1, list(first) if first.isdecimal() else [first]
+    end = position + 1
+    while runs[end : end + 1] == [GAP] and re.fullmatch(r"\d{3}", "".join(runs[end + 1 : end + 2])):
+        end += 2
+    digits = [run for run in runs[position:end] if run != GAP]
+    if len(digits) > 1 and len(first) <= 3 and runs[end : end + 1] not in ([GAP], ["/"]):
+        return end, list("".join(digits))
+    whole = runs[position + 1 : position + 5]
+    if len(whole) == 4 and whole[0] == GAP and whole[2] == "/" and whole[1].isdecimal() and whole[3].isdecimal():
+        follows = runs[position + 5 : position + 6]
+        if int(whole[1][:400]) < int(whole[3][:400]) and follows not in (["."], ["^"], ["!"], ["/"], [GAP], ["_"]):
+            fraction = ["\\frac", "{", *whole[1], "}", "{", *whole[3], "}"]
+            return position + 5, [*first, *fraction]
+    return position + 1, list(first)
 
 
 def joined(tokens: list[str]) -> str:
@@ -171,7 +233,7 @@ def unwrapped(tokens: list[str]) -> tuple[str, str, list[str]] | None:
 def rows_of_matrix(tokens: list[str]) -> list[list[list[str]]] | None:
     """The elements of a matrix, row by row, if the tokens are one and nothing else."""
     text = "".join(tokens)
-    found = re.fullmatch(r"\\begin\{([a-zA-Z]*matrix|array)\}(?:\{[lcr|]*\})?.*\\end\{\1\}", text)
+    found = re.fullmatch(r"\\begin\{([a-zA-Z]{0,20}matrix|array)\}(?:\{[lcr|]*\})?.*\\end\{\1\}", text)
     if not found or tokens.count("\\begin") != 1:
         return None
     content = tokens[tokens.index("}") + 1 : len(tokens) - 1 - tokens[::-1].index("\\end")]
