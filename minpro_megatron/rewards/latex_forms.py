@@ -3,6 +3,7 @@
 The result can be joined to LaTeX again, so that a symbolic parser can read it.
 """
 
+import itertools
 import re
 
 MAX_DEPTH = 12
@@ -195,7 +196,7 @@ def joined(tokens: list[str]) -> str:
     """LaTeX again: a space only where a command's name would run into a letter."""
     pieces = [
         token + " " if token[0] == "\\" and token[-1:].isalpha() and following[:1].isalpha() else token
-        for token, following in zip(tokens, [*tokens[1:], ""], strict=True)
+        for token, following in itertools.zip_longest(tokens, tokens[1:], fillvalue="")
     ]
     return "".join(pieces)
 

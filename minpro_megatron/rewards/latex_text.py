@@ -30,6 +30,7 @@ _ROUNDING_CALL = re.compile(r"\\(floor|ceil)\s?\(([^()]*)\)")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]")  # of a formula; the brackets in them are none
 _DEGREES = re.compile(r"\^\s?(?:\{\s?\\(?:circ|degree)\s?\}|\\(?:circ|degree)(?![a-zA-Z]))|\\degrees?(?![a-zA-Z])")
+_LETTER = re.compile(r"[a-zA-Z]")
 _BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.(\\])")  # 1./3, but not 0.(3) and 0.\overline{3}
 _PERCENT = re.compile(r"\\?%|\b(?:percent(?:age)?|pct)\b")
 _ENUMERATION = re.compile(r" ?(?:\\text\{)? ?,? ?\b(and|or)\b ?\}? ?")
@@ -51,6 +52,8 @@ def one_line(text: str) -> str:
     It comes before any limit is measured, and keeps white space of any length from the patterns that follow.
     """
     text = " ".join(_SPECIAL_TOKEN.sub(" ", text).split())
+    if "\\" not in text:
+        return text
     for _ in range(3):  # they may be nested
         text = _TEXT_COMMANDS.sub(r" \1 ", text)
     return " ".join(text.split())
@@ -58,19 +61,23 @@ def one_line(text: str) -> str:
 
 def clean(text: str) -> str:
     """The answer, as `one_line` gives it, without emphasis and characters that LaTeX has commands for."""
-    text = _ROW_SPACING.sub(r"\\\\ ", _EMPTY_DELIMITER.sub(" ", text.translate(_CHARACTERS)))
-    text = _ENVIRONMENT.sub(" ", _DELIMITER.sub(" $ ", text)).replace("**", "^")
-    text = text.replace("{,}", ",").replace(",\\!", ",").replace("\\!,", ",")
-    text = _DEGREES.sub(r"\\degree ", text)
-    text = _MODULO.sub(r" \\pmod{\1}", text)
-    text = _BARE_MODULO.sub(r"\\bmod ", " ".join(text.split()))
-    text = _PERCENT.sub("%", _BARE_POINT.sub("", text))
-    text = _SCALED.sub(_scaled, text)
-    text = _ENUMERATION.sub(lambda match: "," if match[1] == "and" else " \\lor ", text)
-    text = _BARE_NAME.sub(r"\\\1 ", text)
-    text = _ROUNDING_CALL.sub(lambda match: f"\\l{match[1]} {match[2]}\\r{match[1]} ", text)
-    text = _ROOT_CALL.sub(r"\\sqrt{\1}", text)
-    return " ".join(text.split()).rstrip(".,;: ")
+    text = text.translate(_CHARACTERS).replace("**", "^").replace("{,}", ",")
+    if "\\" in text:
+        text = _ROW_SPACING.sub(r"\\\\ ", _EMPTY_DELIMITER.sub(" ", text))
+        text = _ENVIRONMENT.sub(" ", _DELIMITER.sub(" $ ", text))
+        text = text.replace(",\\! ", ",").replace(",\\!", ",").replace("\\!,", ",")
+        text = _DEGREES.sub(r"\\degree ", text)
+    text = text.replace(">=", "\\ge ").replace("<=", "\\le ").replace(" != ", "\\ne ")
+    text = _BARE_POINT.sub("", text)
+    if _LETTER.search(text):
+        text = _MODULO.sub(r" \\pmod{\1}", text)
+        text = _BARE_MODULO.sub(r"\\bmod ", " ".join(text.split()))
+        text = _SCALED.sub(_scaled, text)
+        text = _ENUMERATION.sub(lambda match: "," if match[1] == "and" else " \\lor ", text)
+        text = _BARE_NAME.sub(r"\\\1 ", text)
+        text = _ROUNDING_CALL.sub(lambda match: f"\\l{match[1]} {match[2]}\\r{match[1]} ", text)
+        text = _ROOT_CALL.sub(r"\\sqrt{\1}", text)
+    return " ".join(_PERCENT.sub("%", text).split()).rstrip(".,;: ")
 
 
 def _scaled(match: re.Match[str]) -> str:

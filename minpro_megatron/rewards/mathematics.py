@@ -32,7 +32,11 @@ _NAME = re.compile(
     r"(?!\\(?:pi|infty)(?![a-zA-Z]))(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_\{[^{}]*\})?(?:\([a-zA-Z\d](?:,[a-zA-Z\d])*\))?"
 )
 _WORD = re.compile(r"[A-Za-z]{2,}")
+_PLAIN_NUMBER = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?")  # most answers: nothing else need be looked at
 _MODULO = ("\\pmod", "\\bmod")
+# Longer formulas, and words of more letters than products have, cost the parser seconds and equal nothing.
+MAX_ALGEBRA_TOKENS = 500
+MAX_LETTERS_IN_A_ROW = 7
 
 Tokens = list[str]
 
@@ -52,6 +56,8 @@ def equal(answer: str, given: str) -> bool:
     answer, given = latex_text.one_line(answer), latex_text.one_line(given)
     if len(given) > latex_text.MAX_ANSWER_CHARS:
         return False
+    if _PLAIN_NUMBER.fullmatch(answer) and _PLAIN_NUMBER.fullmatch(given):
+        return Fraction(answer) == Fraction(given)
     left, right = (latex_text.clean(units.with_marked_compounds(without_words(text))) for text in (answer, given))
     try:
         # 1,280 may be a number or a list, 1,080 only a number: both sides are read in the same way
@@ -292,7 +298,7 @@ def _may_be_read(expected: Tokens, found: Tokens) -> bool:
     """Whether algebra may compare them: the response's commands are plain ones or those of the true answer.
 
     Not for numbers in another base (4210_5), whose index Math-Verify drops, nor for an equation with a value, nor for
-    4\\frac{10}{3}, which is neither a mixed number nor clearly a product.
+    4\\frac{10}{3}, which is neither a mixed number nor clearly a product, nor for sentences.
     """
     commands = {token for token in found if token[0] == "\\" and token[1:].isalpha()}
     has_base = any(
@@ -305,5 +311,14 @@ def _may_be_read(expected: Tokens, found: Tokens) -> bool:
         for tokens in (expected, found)
         for match in MIXED_NUMBER.finditer(forms.joined(tokens))
     )
+    if len(found) > max(MAX_ALGEBRA_TOKENS, 2 * len(expected)):
+        return False
+    if _letters_in_a_row(found) > max(MAX_LETTERS_IN_A_ROW, _letters_in_a_row(expected)):
+        return False
     is_readable = not has_base and not is_unclear and ("=" in expected) == ("=" in found)
     return is_readable and commands <= _PLAIN_COMMANDS | set(expected)
+
+
+def _letters_in_a_row(tokens: Tokens) -> int:
+    runs = (list(run) for is_letter, run in itertools.groupby(tokens, str.isalpha) if is_letter)
+    return max(map(len, runs), default=0)

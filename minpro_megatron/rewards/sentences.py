@@ -11,6 +11,7 @@ from minpro_megatron.rewards.units import has_unit_words_only
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|\$\$")
 _FORMULA = re.compile(r"(?<!\\)\$([^$]+?)(?<!\\)\$")
 _WORD = re.compile(r"[A-Za-z']+")
+_VARIABLE = re.compile(r"\$([a-zA-Z])\$(?= (?:is|are|equals?|be)\b)")  # the largest $n$ is 34
 _BEFORE_FORMULA = re.compile(r"[^$\\\d=(\[{|+]*")
 _LEADING_WORD = re.compile(r"([A-Za-z]{2,}) ")
 _VERB = re.compile(r"(?i)\b(?:is|are|equals?|be)\b:? ?")
@@ -52,7 +53,7 @@ _CLOSINGS = frozenset({
 def without_words(text: str) -> str:
     """The formula of `text` (one line) with its unit; `text` itself if it has other words than those of a sentence."""
     text = text.strip("*_` ")
-    sentence = _DELIMITER.sub("$", text)
+    sentence = _VARIABLE.sub(r"\1", _DELIMITER.sub("$", text))
     rest = _behind_clause(sentence)
     if rest is None:
         return text

@@ -85,6 +85,7 @@ _MONEY = re.compile(r"(?<!\\)\\\$ ?(?=[\d.])")
 _BARE_MONEY = re.compile(r"(?<!\\)\$(?=\d)")
 _DOLLARS = "\\money"
 _MARK = re.compile(r"\\unit[a-z]+|\\money")
+_ANY_LETTER = re.compile(r"[A-Za-z]")
 _COMMAND_OR_LETTER = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
 _NUMERIC = frozenset({
     "\\frac", "\\dfrac", "\\tfrac", "\\sqrt", "\\pi", "\\cdot", "\\times", "\\left", "\\right", "\\pm", "\\lor",
@@ -105,7 +106,8 @@ Quantity = tuple[list[str], Unit | None]
 
 def with_marked_compounds(text: str) -> str:
     """`2 hours and 30 minutes` without its `and`; a dollar sign that is none of LaTeX's as a mark before its number."""
-    text = _COMPOUND.sub(lambda match: f"{match[1]} " if _is_larger(match[1], match[2]) else match[0], text)
+    if _ANY_LETTER.search(text):
+        text = _COMPOUND.sub(lambda match: f"{match[1]} " if _is_larger(match[1], match[2]) else match[0], text)
     text = _MONEY.sub(r"\\money ", text)
     return _BARE_MONEY.sub(r"\\money ", text) if text.replace("\\$", "").count("$") == 1 else text
 
@@ -137,6 +139,8 @@ def _is_numeric(text: str) -> bool:
 
 
 def _marked(text: str, part: re.Pattern[str]) -> str:
+    if _ANY_LETTER.search(text) is None:
+        return text  # most answers are numbers
     text = re.sub(_NO_UNIT, " ", _SPEED.sub(lambda match: _SPEEDS[match[1]], text))
     pieces: list[str] = []
     position = 0

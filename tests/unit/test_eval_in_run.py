@@ -144,7 +144,7 @@ def test_a_failed_evaluation_raises_an_alarm(tmp_path: Path) -> None:
     config.run_dir.mkdir(parents=True)
     totals = CollectorTotals(
         groups_issued=0, groups_consumed=0, groups_dropped=0, smallest_staleness=0, largest_staleness=0,
-        versions_published=0, evaluations=[RESULT], failed_evaluations=3,
+        groups_not_graded=0, versions_published=0, evaluations=[RESULT], failed_evaluations=3,
     )  # fmt: skip
     batch = Batch(index=0, groups=[collected(group) for group in issued_groups([0])])
     with RunWriter(config.run_dir) as writer:

@@ -31,7 +31,7 @@ def test_rows_are_graded_by_their_source_and_printed_in_order(tmp_path: Path, ca
         ROW | {"id": 7},
         {"data_source": "math_dapo", "ground_truth": "25", "response": "Answer: 025"},
         "",
-        {"data_source": "aime24", "ground_truth": "025", "response": "\x1b[2J Answer: $25$"},
+        {"data_source": "aime24", "ground_truth": "025", "response": "\x1b[2J\nAnswer: $25$"},
         {"data_source": "minerva_math", "ground_truth": "0.5", "response": "none"},
         ROW | {"ground_truth": "twenty-four"},
     )
