@@ -255,6 +255,9 @@ def _equal_residues(expected: Tokens, found: Tokens) -> bool:
         if first is not None and second is not None and third:
             return (first - second) % third == 0
     number, size = exact_number(forms.joined(given)), exact_number(forms.joined(given_modulus or modulus))
+    is_operator = "\\bmod" in expected or "\\bmod" in found
+    if is_operator and (number is None or size is None) and not (modulus and given_modulus):
+        return False  # n mod 3 is not n
     if number is not None and size is not None and not 0 <= number < size:
         return False  # 10 mod 7 may also be a way to write 3
     return _equal_parts(value, given)
@@ -315,8 +318,14 @@ def _may_be_read(expected: Tokens, found: Tokens) -> bool:
         return False
     if _letters_in_a_row(found) > max(MAX_LETTERS_IN_A_ROW, _letters_in_a_row(expected)):
         return False
+    if _num_primes(expected) != _num_primes(found):
+        return False  # the parser drops them
     is_readable = not has_base and not is_unclear and ("=" in expected) == ("=" in found)
     return is_readable and commands <= _PLAIN_COMMANDS | set(expected)
+
+
+def _num_primes(tokens: Tokens) -> int:
+    return tokens.count("'") + tokens.count("\\prime")
 
 
 def _letters_in_a_row(tokens: Tokens) -> int:

@@ -230,7 +230,7 @@ def equal_quantities(
     left, right = _quantities(expected), _quantities(found)
     if len(left) == 1 and len(right) == 1:
         (value, unit), (given, given_unit) = left[0], right[0]
-        if not value or not given:
+        if not value or not given or "%" in (value[-1], given[-1]):
             return False
         if unit is None or given_unit is None or unit == given_unit:
             return equal_values(value, given)
