@@ -19,10 +19,3 @@ def make_state(optimizer: HybridDeviceOptimizer) -> None:
             if isinstance(part, torch.optim.AdamW):  # fused optimizers count their steps in the groups
                 state["step"] = torch.tensor(0.0)
     optimizer._sync_sub_optimizers_state_to_hdo()
-
-
-def let_parts_count(optimizer: HybridDeviceOptimizer) -> None:
-    """After loading: the step count stays with the parts. megatron would write the loaded one, left in the groups of
-    the whole, into them before every further update."""
-    for group in optimizer.param_groups:
-        group.pop("step", None)

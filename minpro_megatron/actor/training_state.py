@@ -1,13 +1,13 @@
 """Weights and optimizer state in Megatron's distributed checkpoint format: saved on one mesh, resumed on any other.
 
-Every rank writes its part. The optimizer's part is in the form that does not depend on the mesh ("fully reshardable"):
-each parameter's float32 weights and moments under the parameter's own name and shape.
+Every rank writes what its optimizer owns: of the weights, the float32 weights and the moments, the range of elements
+that its data-parallel rank updates. All of them are parts of tensors that do not depend on the mesh, under the
+parameter's own name and shape. Nothing is gathered: a rank reads and writes its own memory only, a piece at a time.
+megatron's "fully_reshardable" has the same tensors, but gathers a data-parallel group's states on one rank.
 """
 
-import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -15,24 +15,23 @@ from typing import Any, cast
 import msgspec
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
 from minpro_megatron.actor import cpu_offload
 from minpro_megatron.actor.shard_writing import ShardWrite
+from minpro_megatron.actor.state_pieces import blocks_of, pieces
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.rollout.resume_point import RunIdentity
 from minpro_megatron.weights.architecture import Architecture
 
-# "mem_efficient": shards are gathered in host memory, by one data-parallel rank. Otherwise all do so, on the GPU, where
-# beside weights and gradients there may be no room for another 8 bytes a parameter.
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-}
+# The name of each of the optimizer's tensors stands before the parameter's own. megatron calls the first one "param".
+_PREFIX = "optimizer.state."
+_STATES = {"param": "fp32_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
 def run_identity(config: RunConfig, architecture: Architecture) -> RunIdentity:
@@ -50,62 +49,108 @@ def save_training_state(
 ) -> ShardWrite:
     """Begin to write weights and optimizer state into the empty `folder`; both may change once this returns.
     Collective; `optimizer` is megatron's."""
-    with warnings.catch_warnings(), _short_collections():
+    optimizers = _distributed_optimizers(optimizer)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _make_moments(optimizer)
-        state = _sharded_state(chunks, optimizer, mesh, is_loading=False)
+        _make_moments(optimizers)
+        shardings = _shardings(chunks, mesh)
+        state = _numbered([*_owned_weights(optimizers, shardings), *_owned_states(optimizers, shardings)])
+        state["objects"] = _numbered(one for one in _sharded(chunks, mesh) if isinstance(one, ShardedObject))
+        state["optimizer_step"] = max(_steps_done(one) for one in optimizers)
         return ShardWrite(state, folder, mesh, in_background)
 
 
 def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path, mesh: Mesh) -> None:
     """Fill weights and optimizer state from `folder`, whatever mesh saved it. Collective.
 
-    Raises ValueError if any of the optimizer's numbers was not restored: megatron passes over a missing one in
-    silence, and a run resumed with zero moments looks healthy and is not. After any error the weights are unusable.
+    Raises ValueError if any number was not restored: a part that the folder's files leave out is passed over in
+    silence when they are read, and a run resumed with zero moments looks healthy and is not. After any error the
+    weights are unusable.
     """
-    with warnings.catch_warnings(), torch.no_grad(), _step_is_no_tensor(optimizer), _short_collections():
+    optimizers = _distributed_optimizers(optimizer)
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        _make_moments(optimizer)
-        state = _sharded_state(chunks, optimizer, mesh, is_loading=True)
-        for value in _optimizer_tensors(optimizer):
-            value.fill_(torch.nan)
-        loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
-        for index, chunk in enumerate(chunks):
-            chunk.load_state_dict(loaded[f"chunk{index}"], strict=True)
-        for index, one in enumerate(_distributed_optimizers(optimizer)):
-            one.load_state_dict(_as_own_state(one, loaded["optimizer"][index], loaded["optimizer_step"]))
-            _count_apart(one, loaded["optimizer_step"])
-            if isinstance(one.optimizer, HybridDeviceOptimizer):
-                cpu_offload.let_parts_count(one.optimizer)
-    unrestored = sum(int(not value.isfinite().all()) for value in _optimizer_tensors(optimizer))
-    unrestored = sum(mesh.from_all_ranks(unrestored))
-    if unrestored:
+        _make_moments(optimizers)
+        shardings = _shardings(chunks, mesh)
+        wanted = [*_whole_weights(shardings), *_owned_states(optimizers, shardings)]
+        for one in wanted:
+            _data(one).fill_(torch.nan)
+        # the data are views of the parameters and of the optimizer's tensors: they are filled in place
+        loaded = dist_checkpointing.load(_numbered(wanted), str(folder), validate_access_integrity=False)
+        for one in optimizers:
+            _set_steps(one, cast(dict[str, Any], loaded)["optimizer_step"])
+        unrestored = {one.key for one in wanted if not _is_finite(_data(one))}
+    found = sorted({name for names in mesh.from_all_ranks(unrestored) for name in names})
+    if found:
         raise ValueError(
-            f"{folder}: {unrestored} tensors of the optimizer's state were not restored or are not finite; the "
+            f"{folder}: {len(found)} tensors were not restored or are not finite, among them {found[0]}; the "
             "checkpoint is incomplete: take an earlier one"
         )
 
 
-def _sharded_state(chunks: Sequence[GPTModel], optimizer: Any, mesh: Mesh, is_loading: bool) -> dict[str, Any]:
-    metadata = {"dp_cp_group": mesh.groups.dp_cp} | _SHARDING
-    state: dict[str, Any] = {
-        f"chunk{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
-    }
-    # Megatron splits the parameters over one or two optimizers, as the mesh has it, and would save the settings of
-    # each. Only tensors under their parameter's name, and the step, mean the same on another mesh.
-    optimizers = _distributed_optimizers(optimizer)
-    weights = dict(state)
-    of_optimizers = [one.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata) for one in optimizers]
-    held = {index: one["param_state"] for index, one in enumerate(of_optimizers)}
-    state["optimizer"] = {index: found for index, found in held.items() if found is not None}
-    state["optimizer_step"] = max(_steps_done(one) for one in optimizers)
-    return state
+def _sharded(chunks: Sequence[GPTModel], mesh: Mesh) -> Iterator[ShardedBase]:
+    """What megatron saves of the model, parameters and others."""
+    for chunk in chunks:
+        yield from chunk.sharded_state_dict(metadata={"dp_cp_group": mesh.groups.dp_cp}).values()
 
 
-def _make_moments(optimizer: Any) -> None:
-    """Moments and step counts of zero where no update has made any: megatron can neither save an optimizer without
-    them nor load into one."""
-    for one in _distributed_optimizers(optimizer):
+def _shardings(chunks: Sequence[GPTModel], mesh: Mesh) -> dict[Parameter, ShardedTensor | ShardedTensorFactory]:
+    """Where each parameter of this rank is in the checkpoint's tensors."""
+    found = {}
+    for one in _sharded(chunks, mesh):
+        if isinstance(one, ShardedTensor | ShardedTensorFactory):
+            assert isinstance(one.data, Parameter), f"{one.key}: only parameters are saved, and this is none"
+            found[one.data] = one
+    return found
+
+
+def _owned_weights(optimizers: Sequence[Any], shardings: dict[Parameter, Any]) -> Iterator[ShardedTensor]:
+    for parameter, first, end in (owned for one in optimizers for owned in _owned_ranges(one)):
+        values = parameter.detach().view(-1)[first:end]
+        yield from pieces(blocks_of(shardings[parameter]), "", values, first)
+
+
+def _whole_weights(shardings: dict[Parameter, Any]) -> Iterator[ShardedTensor]:
+    for parameter, sharding in shardings.items():
+        yield from pieces(blocks_of(sharding), "", parameter.detach().view(-1), 0)
+
+
+def _owned_states(optimizers: Sequence[Any], shardings: dict[Parameter, Any]) -> Iterator[ShardedTensor]:
+    for one in optimizers:
+        for parameter, first, _ in _owned_ranges(one):
+            tensors = one._get_main_param_and_optimizer_states(parameter)
+            blocks = blocks_of(shardings[parameter])
+            for name, saved_as in _STATES.items():
+                yield from pieces(blocks, f"{_PREFIX}{saved_as}.", tensors[name].detach().view(-1), first)
+
+
+def _owned_ranges(one: Any) -> Iterator[tuple[Parameter, int, int]]:
+    """(parameter, first element, end) of what this rank's shards of the optimizer's buffers hold."""
+    for buffer in one.gbuf_ranges:
+        for buckets in buffer.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    yield parameter, ranges["param"].start, ranges["param"].end
+
+
+def _numbered(items: Any) -> dict[str, Any]:
+    """megatron wants a tree of names. Those of the files are the items' own."""
+    return {str(number): item for number, item in enumerate(items)}
+
+
+def _data(one: ShardedTensor) -> Tensor:
+    assert one.data is not None
+    return one.data
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Without a temporary tensor: the smallest and the largest of values with a NaN among them are NaN."""
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))
+
+
+def _make_moments(optimizers: Sequence[Any]) -> None:
+    """Moments and step counts of zero where no update has made any: there is nothing to save or to fill without."""
+    for one in optimizers:
         if isinstance(one.optimizer, HybridDeviceOptimizer):
             cpu_offload.make_state(one.optimizer)
             continue
@@ -115,69 +160,27 @@ def _make_moments(optimizer: Any) -> None:
                 state.setdefault("step", torch.tensor(0.0))
 
 
-def _as_own_state(one: Any, param_state: Any, step: int) -> dict[str, Any]:
-    state = one.state_dict()
-    for group in state["optimizer"]["param_groups"]:
-        group["step"] = step
-    return state | {"param_state": param_state, "param_state_sharding_type": _SHARDING["distrib_optim_sharding_type"]}
-
-
-def _count_apart(one: Any, step: int) -> None:
-    """A step count of its own for every parameter: megatron gives all of torch's AdamW the same tensor, which then
-    counts every parameter of an update as an update."""
-    for state in one.optimizer.state.values():
-        if "step" in state:
-            state["step"] = torch.tensor(float(step))
+def _parts(one: Any) -> list[Any]:
+    """The torch optimizers that make the updates."""
+    return one.optimizer.sub_optimizers if isinstance(one.optimizer, HybridDeviceOptimizer) else [one.optimizer]
 
 
 def _steps_done(one: Any) -> int:
     """Updates so far; 0 on a rank that has no shard of this optimizer's parameters. torch counts them for every
     parameter, fused optimizers for every group."""
-    holders = [*one.optimizer.state.values(), *one.optimizer.param_groups]
+    holders = [holder for part in _parts(one) for holder in (*part.state.values(), *part.param_groups)]
     return max((int(holder["step"]) for holder in holders if "step" in holder), default=0)
+
+
+def _set_steps(one: Any, step: int) -> None:
+    for part in _parts(one):
+        if isinstance(part, torch.optim.AdamW):
+            for state in part.state.values():  # a tensor for each: a shared one would count every parameter's update
+                state["step"] = torch.tensor(float(step))
+        else:
+            for group in part.param_groups:
+                group["step"] = step
 
 
 def _distributed_optimizers(optimizer: Any) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
-    """This rank's shards of the float32 weights and of the moments."""
-    for one in _distributed_optimizers(optimizer):
-        for group in one.optimizer.param_groups:
-            for parameter in group["params"]:
-                yield parameter.data
-                state = one.optimizer.state[parameter]
-                yield from (value for name, value in state.items() if name != "step" and isinstance(value, Tensor))
-
-
-@contextmanager
-def _short_collections() -> Iterator[None]:
-    """Within: the garbage collections that megatron asks for, one an optimizer, leave out all objects that exist now.
-    Over those of torch and megatron each takes 0.3 s."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
-def _step_is_no_tensor(optimizer: Any) -> Iterator[None]:
-    """torch's AdamW keeps its step count as a tensor beside the moments; megatron restores it with the parameter
-    groups, but then asks the checkpoint for it as if it were a moment."""
-    patched: list[tuple[Any, Callable]] = []
-    for one in _distributed_optimizers(optimizer):
-        original = one._set_main_param_and_optimizer_states
-
-        def restore(model_param: Any, tensors: dict[str, Any], original: Callable = original) -> None:
-            tensors.setdefault("step", None)
-            original(model_param, tensors)
-
-        patched.append((one, original))
-        one._set_main_param_and_optimizer_states = restore
-    try:
-        yield
-    finally:
-        for one, original in patched:
-            one._set_main_param_and_optimizer_states = original

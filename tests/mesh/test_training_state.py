@@ -7,12 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.weights.architecture import read_architecture
+from minpro_megatron.weights.hf_files import HfReader
+from minpro_megatron.weights.sharded_files import ShardedReader, place, read_metadata
+from minpro_megatron.weights.table import entries
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, make_sequences
 from tests.mesh.steps import loaded_model, step_config
+from tests.mesh.test_planned_memory import architecture
 
 pytestmark = pytest.mark.mesh
 
@@ -65,6 +71,71 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list, d
     ]
     ranks = run_mesh(_train_and_save, step_config(FROM, row_tokens=128), str(hf_path), str(folder), sequences, **FROM)
     return hf_path, folder, sequences, ranks[0]
+
+
+def _save_before_updates(mesh: Mesh, config: RunConfig, hf_path: str, folder: str) -> None:
+    _, policy = _policy(mesh, config, hf_path)
+    policy.save(Path(folder)).complete()
+
+
+def test_weights_that_are_cut_within_rows_are_read_whole_by_the_converter(saved: tuple, tmp_path: Path) -> None:
+    hf_path, parallel = saved[0], {"data": 3}
+    run_mesh(_save_before_updates, step_config(parallel), str(hf_path), str(tmp_path), **parallel)
+    a, source, reader = read_architecture(hf_path), HfReader(hf_path), ShardedReader(tmp_path)
+    for entry in entries(a):
+        expected = entry.join([source.read(name) for name in entry.hf])
+        found = reader.read_rows(place(entry, a), tuple(expected.shape), 0, len(expected))
+        np.testing.assert_array_equal(found.numpy(), expected.float().numpy(), err_msg=entry.megatron)
+    described = read_metadata(tmp_path).state_dict_metadata.values()
+    stored = [one for one in described if isinstance(one, TensorStorageMetadata)]
+    in_rows = [part for one in stored for part in one.chunks if len(one.size) > 1 and part.sizes[-1] < one.size[-1]]
+    assert in_rows, "no cut falls within a row: take another number of ranks"
+
+
+def _memory(mesh: Mesh, folder: str) -> dict[str, float]:
+    """{what was done: how much more memory its tensors took than the rank's own states do}, relative to these."""
+    from minpro_megatron.actor import state_pieces
+    from minpro_megatron.actor.model import build_model
+    from minpro_megatron.actor.policy import Policy
+    from tests.mesh.live_bytes import LiveBytes
+
+    state_pieces.PIECE_BYTES = 1 << 17
+    a = replace(architecture(mixture=True), vocab_size=1 << 14)  # so large that a save's plan is nothing beside it
+    chunks = build_model(a, mesh, torch.float32)
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        torch.nn.init.constant_(parameter, 0.5)
+    policy = Policy(step_config({"data": mesh.config.data_size}), a, chunks, mesh)
+    first, background, at_once = folders = [Path(folder, name) for name in ("first", "background", "at-once")]
+    if mesh.rank == 0:
+        for path in folders:
+            path.mkdir()
+    torch.distributed.barrier()
+    policy.save(first).complete()  # makes the moments
+    parameters = [
+        p for one in policy._optimizer.chained_optimizers for g in one.optimizer.param_groups for p in g["params"]
+    ]
+    states = 4 * 4 * sum(parameter.numel() for parameter in parameters)  # weights, float32 weights and two moments
+    found = {}
+    with LiveBytes() as live:
+        write = policy.save(background, in_background=True)
+    write.is_done(wait=True)
+    write.complete()
+    found["background"] = live.peak / states
+    with LiveBytes() as live:
+        policy.save(at_once).complete()
+    found["at once"] = live.peak / states
+    with LiveBytes() as live:
+        policy.load(at_once)
+    found["load"] = live.peak / states
+    return found
+
+
+@pytest.mark.parametrize("data", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_a_rank_needs_no_more_memory_than_one_copy_of_what_it_owns(data: int, tmp_path: Path) -> None:
+    for found in run_mesh(_memory, str(tmp_path), data=data, expert=2):
+        assert 1 <= found["background"] < 1.1
+        assert found["at once"] < 0.1
+        assert found["load"] < 0.1  # a stored part at a time
 
 
 @pytest.mark.parametrize("parallel", TO, ids=str)
