@@ -9,16 +9,17 @@ from torch import Tensor
 _SMALLEST_BLOCK_BYTES = 16 * 2**20
 
 
-def host_tensors(like: Sequence[Tensor]) -> list[Tensor]:
+def host_tensors(like: Sequence[Tensor], pinned: bool = False) -> list[Tensor]:
     """Uninitialised contiguous tensors in host memory, of the shapes and dtypes of `like`; pinned for those on a GPU,
-    with which copies are several times faster."""
+    with which copies are several times faster, and with `pinned` for all."""
     made: dict[int, Tensor] = {}
-    for dtype, is_cuda in dict.fromkeys((tensor.dtype, tensor.is_cuda) for tensor in like):
-        own = [place for place, tensor in enumerate(like) if (tensor.dtype, tensor.is_cuda) == (dtype, is_cuda)]
+    kinds = [(tensor.dtype, pinned or tensor.is_cuda) for tensor in like]
+    for dtype, is_pinned in dict.fromkeys(kinds):
+        own = [place for place, kind in enumerate(kinds) if kind == (dtype, is_pinned)]
         for block in pack([like[place].nbytes for place in own]):
             places = [own[index] for index in block]
             sizes = [like[place].numel() for place in places]
-            memory = torch.empty(sum(sizes), dtype=dtype, pin_memory=is_cuda)
+            memory = torch.empty(sum(sizes), dtype=dtype, pin_memory=is_pinned)
             views = zip(places, memory.split(sizes), strict=True)
             made |= {place: view.view(like[place].shape) for place, view in views}
     return [made[place] for place in range(len(like))]

@@ -20,6 +20,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from minpro_megatron.actor import cpu_offload
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.actor.forward import ForwardStep, LossFunction, MicroBatch
 from minpro_megatron.actor.loss import PolicyLoss, score, with_survey
@@ -85,6 +86,9 @@ class Policy:
             for index, chunk in enumerate(chunks)
         ]
         self._optimizer: Any = get_megatron_optimizer(_megatron_optimizer(config.optimizer, chunks[0]), self._chunks)
+        if config.optimizer.cpu_offload:
+            for one in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+                cpu_offload.make_gradients(one.optimizer)
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self._optimizer.scale_loss

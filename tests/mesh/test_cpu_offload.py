@@ -86,12 +86,14 @@ def _train_save_load(
     policies = {fraction: _policy(mesh, config, hf_path, fraction) for fraction in FRACTIONS}
     found: dict[str, Any] = {
         "on_host": {fraction: _fraction_on_host(policy) for fraction, (_, policy) in policies.items()},
+        "gradients": {},
         "trained": {},
         "continued": {},
         "resumed": {},
     }
     for fraction, (architecture, policy) in policies.items():
         norms = [policy.update(sequences, LEARNING_RATE).grad_norm for _ in range(2)]
+        found["gradients"][fraction] = [_gradients_on_host(hybrid) for hybrid in _hybrids(policy)]
         found["trained"][fraction] = (norms, _weights(mesh, architecture, policy))
         if mesh.rank == 0:
             Path(folder, str(fraction)).mkdir()
@@ -111,14 +113,23 @@ def _train_save_load(
     return found
 
 
-def _fraction_on_host(policy: Any) -> float:
+def _hybrids(policy: Any) -> list[Any]:
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    hybrids = [
-        one.optimizer
-        for one in getattr(policy._optimizer, "chained_optimizers", [policy._optimizer])
-        if isinstance(one.optimizer, HybridDeviceOptimizer)
-    ]
+    optimizers = getattr(policy._optimizer, "chained_optimizers", [policy._optimizer])
+    return [one.optimizer for one in optimizers if isinstance(one.optimizer, HybridDeviceOptimizer)]
+
+
+def _gradients_on_host(hybrid: Any) -> tuple[int, int, int]:
+    """(gradients, blocks of memory that they are in, elements of these without a gradient)."""
+    gradients = [parameter.grad for parameter in hybrid.cpu_copys_map_gpu_param]
+    storages = {gradient.untyped_storage().data_ptr(): gradient.untyped_storage() for gradient in gradients}
+    unused = sum(storage.nbytes() for storage in storages.values()) - sum(one.nbytes for one in gradients)
+    return len(gradients), len(storages), unused
+
+
+def _fraction_on_host(policy: Any) -> float:
+    hybrids = _hybrids(policy)
     whole = sum(p.numel() for hybrid in hybrids for group in hybrid.param_groups for p in group["params"])
     return sum(p.numel() for hybrid in hybrids for p in hybrid.cpu_copys_map_gpu_param) / max(whole, 1)
 
@@ -149,6 +160,14 @@ def test_as_much_is_on_the_host_as_was_asked_for(found: dict[str, Any]) -> None:
     assert found["on_host"][0.0] == 0
     assert 0.5 <= found["on_host"][0.5] < 0.7  # whole parameters, so a little more
     assert found["on_host"][1.0] == 1
+
+
+@pytest.mark.parametrize("fraction", FRACTIONS[1:])
+def test_gradients_on_the_host_share_one_block(fraction: float, found: dict[str, Any]) -> None:
+    """Each alone would be pinned with a power of two of bytes."""
+    for gradients, blocks, unused in found["gradients"][fraction]:
+        assert gradients > 2
+        assert (blocks, unused) == (1, 0)
 
 
 @pytest.mark.parametrize("fraction", FRACTIONS[1:])
