@@ -28,8 +28,8 @@ def minpro_one_machine() -> RunConfig:
     """MinPRO on eight GPUs of 80 GB: four train, two servers have two each.
 
     A rank holds 48 GB of weights and gradients. Its 92 GB of optimizer states lie in host memory, gradients travel
-    there, and the sampling weights wait there: some 630 GB, and up to 1,040 GB more while a checkpoint is gathered and
-    written in the background (490 GB with checkpoint.asynchronous=false).
+    there, and the sampling weights wait there: some 630 GB, and 430 GB more while a checkpoint is written in the
+    background (none with checkpoint.asynchronous=false).
     """
     mesh = ParallelConfig(tensor=2, context=2, expert=4)
     return paper.one_machine(minpro(), mesh, paper.servers(count=2, tensor_parallel=2), cpu_offload=1.0)

@@ -13,7 +13,7 @@ from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.planning.gpus import GpuKind
-from minpro_megatron.planning.memory import ELEMENT_BYTES, ServerMemory, state_bytes
+from minpro_megatron.planning.memory import ELEMENT_BYTES, ServerMemory, checkpoint_bytes, state_bytes
 from minpro_megatron.planning.parameters import active_parameters, optimizer_degrees, stage_parameters
 from minpro_megatron.weights.architecture import Architecture
 
@@ -215,10 +215,10 @@ class TrainerCost:
     def _checkpoint(self) -> tuple[float, float]:
         """How long a save holds training up, and how long it takes until its files are written."""
         checkpoint = self.config.checkpoint
-        weights, _, optimizer, on_host = state_bytes(self.config, self.architecture, 0)
-        copied = (weights + optimizer) / (self.gpu.host_bandwidth * self.calibration.host_link_share)
+        states = checkpoint_bytes(self.config, self.architecture, 0)
+        copied = states / (self.gpu.host_bandwidth * self.calibration.host_link_share)
         ranks = min(self.gpus_per_node, self.config.parallel.world_size)
-        written = copied + ranks * (weights + optimizer + on_host) / self.calibration.disk_bytes_per_s
+        written = copied + ranks * states / self.calibration.disk_bytes_per_s
         held_up = copied if checkpoint.asynchronous else written
         return (held_up if checkpoint.saves_before_end else 0.0), written
 

@@ -67,15 +67,14 @@ class HostMemory:
 
     ranks: int
     snapshots: int  # earlier weights, and the current ones while those are swapped in
-    gathered: int  # optimizer states, once more, for a checkpoint: one data-parallel rank gathers those of all
-    checkpoint: int  # while one is written in the background: what its process keeps as it was
+    checkpoint: int  # while one is written in the background: a copy of it (benchmarks/checkpoint_memory.md)
     offloaded: int  # optimizer.cpu_offload
     routes: int  # model.routing_replay
     processes: int
 
     @property
     def total(self) -> int:
-        return self.snapshots + self.gathered + self.checkpoint + self.offloaded + self.routes + self.processes
+        return self.snapshots + self.checkpoint + self.offloaded + self.routes + self.processes
 
 
 def compute_of(config: RunConfig, expert_imbalance: float = EXPERT_IMBALANCE) -> Compute:
@@ -84,15 +83,26 @@ def compute_of(config: RunConfig, expert_imbalance: float = EXPERT_IMBALANCE) ->
     return Compute(config.device, ELEMENT_BYTES[model.dtype], fused, model.recompute, expert_imbalance)
 
 
+def _owned_parameters(config: RunConfig, a: Architecture, stage: int) -> int:
+    """How many parameters each rank of a stage updates."""
+    held = stage_parameters(a, config.parallel, stage)
+    dense_ranks, expert_ranks = optimizer_degrees(config.parallel)
+    return -(-held.dense // dense_ranks) + -(-held.experts // expert_ranks)
+
+
+def checkpoint_bytes(config: RunConfig, a: Architecture, stage: int) -> int:
+    """What each rank of a stage writes: of the parameters that it updates the weights, their float32 copy (for float32
+    weights as well) and two moments."""
+    return _owned_parameters(config, a, stage) * (ELEMENT_BYTES[config.model.dtype] + 12)
+
+
 def state_bytes(config: RunConfig, a: Architecture, stage: int) -> tuple[int, int, int, int]:
     """(weights, gradients, optimizer on the device, optimizer on the host) of each rank of a stage.
 
     The distributed optimizer cuts its states over the ranks that hold the same parameters. bfloat16 weights have a
     float32 copy and two moments; float32 weights are their own copy.
     """
-    held = stage_parameters(a, config.parallel, stage)
-    dense_ranks, expert_ranks = optimizer_degrees(config.parallel)
-    states = -(-held.dense // dense_ranks) + -(-held.experts // expert_ranks)
+    held, states = stage_parameters(a, config.parallel, stage), _owned_parameters(config, a, stage)
     element = ELEMENT_BYTES[config.model.dtype]
     each = 8 if element == 4 else 12
     offload = config.optimizer.cpu_offload
@@ -143,20 +153,18 @@ def server_memory(config: RunConfig, a: Architecture, gpu: GpuKind) -> ServerMem
 
 def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_tokens: float) -> HostMemory:
     """`batch_tokens`: of a global step's batch, prompts included."""
-    weights, _, optimizer, offloaded = state_bytes(config, a, 0)
+    weights, _, _, offloaded = state_bytes(config, a, 0)
     settings = config.staleness
     copies = 1 if settings.mode == "delay" else settings.max_staleness + 1
     if settings.mode == "bounded" or settings.delay_steps or config.loss.kl.enabled:
         copies += 1  # where the current weights wait
     copies += config.loss.kl.enabled
     saves = config.checkpoint.saves_before_end or config.checkpoint.at_end
-    states = optimizer + offloaded
+    copied = saves and config.checkpoint.asynchronous
     return HostMemory(
         ranks=ranks_per_node,
         snapshots=ranks_per_node * copies * weights,
-        gathered=ranks_per_node * states if saves else 0,
-        # the gathered states stay for that process, and what is offloaded is in its memory until training changes it
-        checkpoint=ranks_per_node * (weights + offloaded) if saves and config.checkpoint.asynchronous else 0,
+        checkpoint=ranks_per_node * checkpoint_bytes(config, a, 0) if copied else 0,
         offloaded=ranks_per_node * offloaded,
         routes=route_host_bytes(config, a, batch_tokens, ranks_per_node),
         processes=ranks_per_node * PROCESS_HOST_BYTES[config.device],
