@@ -39,7 +39,9 @@ class CheckpointConfig(Section):
         default="mean_reward",
         description="what of that evaluation decides; with rewards of 0 and 1 they are the same",
     )
-    asynchronous: bool = Field(default=True, description="write files while training goes on, from a copy in host memory")
+    asynchronous: bool = Field(
+        default=True, description="write files while training goes on, from a copy in host memory"
+    )
 
     @property
     def saves_before_end(self) -> bool:
