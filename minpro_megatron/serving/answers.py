@@ -142,11 +142,15 @@ class AnswerChecker:
         finish_reason, routes = self._finish_reason(tokens, reason, request.max_tokens, require), None
         if request.with_routes:
             routes = self._routes(meta.routed_experts, request.num_prompt_tokens + num_tokens - 1, require)
-            # A server that runs out of KV cache retracts a response and computes it again. If its weights have changed
-            # since it began, the experts that chose its first tokens are lost: it is sampled again.
-            if meta.num_retractions and versions[0] != versions[-1]:
+            if self._routes_are_lost(meta, versions):
                 return _nothing_sampled()
         return SampledSequence(tokens, log_probs, versions, finish_reason, routes)
+
+    @staticmethod
+    def _routes_are_lost(meta: _MetaInfo, versions: np.ndarray) -> bool:
+        """A server that runs out of KV cache retracts a response and computes it again. If its weights have changed
+        since it began, the experts of its first tokens are gone: it has to be sampled again."""
+        return meta.num_retractions > 0 and versions[0] != versions[-1]
 
     def _check_lengths(self, meta: _MetaInfo, num_tokens: int, request: SentRequest, require: "_Requirement") -> None:
         limit, num_entries = request.max_tokens, len(meta.output_token_logprobs)
