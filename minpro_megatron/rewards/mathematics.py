@@ -281,6 +281,8 @@ def _equal_values(left: str, right: str, expected: Tokens, found: Tokens) -> boo
             return True
         # 8 % is 8 to some and 0.08 to others
         return left_percent != right_percent and (number == given * 100 if left_percent else number * 100 == given)
+    if number is not None and _has_variables(found):
+        return False  # 0 squared is no 0, whatever the letters stand for
     if _has_huge_numeral(right) or not _may_be_read(expected, found):
         return False
     if number is None and given is not None:
