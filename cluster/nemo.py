@@ -68,7 +68,7 @@ scontrol() {
     elif [ "$failed" -lt "$failures_allowed" ]; then
         command scontrol "$@"
     else
-        echo "not started again: $((failed + 1)) starts have failed (restarts = $failures_allowed in the profile)"
+        echo "not started again: failed starts: $((failed + 1)), restarts = $failures_allowed in the profile"
     fi
 }
 """
