@@ -10,7 +10,7 @@ from cluster.command_line import Parser, told
 from cluster.records import recall, records_folder
 from cluster.shell import shell_of
 from cluster.slurm_job import JobError, cancel, look_up
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:

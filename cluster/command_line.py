@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):

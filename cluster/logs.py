@@ -12,7 +12,7 @@ from cluster.records import recall, records_folder
 from cluster.shell import shell_of
 from cluster.slurm_job import JobError
 from cluster.submit import conclude
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from torchx.specs.api import AppState
 from cluster.paths import CHECKOUT
 from cluster.profile import Profile, SshSettings
 from cluster.slurm_job import JOB_PREFIX
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 
 RUN_FILE, TOPOLOGY_FILE = "run.json", "topology.json"
 # NeMo-Run's name for the job's folder inside the job; without a container it writes the real path in its place.

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.topology import TopologySettings
-from minpro_megatron.launch.user_error import UserError
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)")

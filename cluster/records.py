@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.profile import SshSettings
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import replace_file
 
 

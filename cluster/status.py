@@ -13,7 +13,7 @@ from cluster.command_line import Parser, told
 from cluster.records import JobRecord, all_records, recall, records_folder
 from cluster.shell import Shell, shell_of
 from cluster.slurm_job import JobError, JobState, look_up
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,10 +21,10 @@ from cluster.records import JobRecord, records_folder, remember
 from cluster.shell import shell_of
 from cluster.slurm_job import JobError, JobState, active_jobs, job_name
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.preflight import run_problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.topology import Topology, lay_out
-from minpro_megatron.launch.user_error import UserError
 
 if TYPE_CHECKING:
     from cluster.nemo import JobFiles

@@ -203,7 +203,7 @@ def _run_node(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    from minpro_megatron.launch.user_error import UserError
+    from minpro_megatron.errors import UserError
 
     try:
         if options.command in ROLES:

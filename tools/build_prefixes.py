@@ -29,6 +29,7 @@ import numpy as np
 from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
 from minpro_megatron.launch.evaluation import serving
 from minpro_megatron.launch.evaluation_options import (
@@ -37,7 +38,6 @@ from minpro_megatron.launch.evaluation_options import (
     run_config,
     sampling_settings,
 )
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.records import Prompt
 from minpro_megatron.rewards.pool import RewardWorkerError

@@ -36,11 +36,11 @@ from minpro_megatron.actor.checkpoint import load_weights
 from minpro_megatron.actor.logits import sequence_logits
 from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.launcher import closing_lines
 from minpro_megatron.launch.preflight import count_gpus
 from minpro_megatron.launch.roles import torchrun, trainer_environment
 from minpro_megatron.launch.supervisor import FINISHED, RoleCommand, Supervisor
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.parallel.mesh import open_mesh
 from minpro_megatron.replay.settings import parse_parallel
 from minpro_megatron.serving.model_files import max_positions

@@ -22,8 +22,8 @@ from pathlib import Path
 from rich.console import Console
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.planning.first_checkpoint import time_limit_problems
 from minpro_megatron.planning.gpus import GPU_KINDS
 from minpro_megatron.planning.modes import other_modes

@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 from minpro_megatron.replay.run import run_replay
 from minpro_megatron.replay.settings import SETTINGS, ReplayOptions
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.benchmarks import title_of
 from minpro_megatron.evaluation.samples import SampledGroup, SampleFile, text_to_compare
 from minpro_megatron.evaluation.scores import Scores, score_all
@@ -30,7 +31,6 @@ from minpro_megatron.launch.evaluation_options import (
 )
 from minpro_megatron.launch.logs import explanation
 from minpro_megatron.launch.reward_check import grader_problems
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.pass_at_k_chart import Curve, pass_at_k_png
 from minpro_megatron.monitor.sampling_progress import SamplingProgress

@@ -8,9 +8,9 @@ from typing import Any
 
 from minpro_megatron.config.rewards import RIGHT_REWARD
 from minpro_megatron.config.run import RunConfig, parse_run_config
+from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.benchmarks import BENCHMARKS, samples_of
 from minpro_megatron.launch.preflight import count_gpus
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.records import Prompt
 from minpro_megatron.roles.evaluate import SAMPLES_PER_REQUEST
 from minpro_megatron.rollout.prompts import TokenizedPrompt, load_prompts, make_rendering, tokenize

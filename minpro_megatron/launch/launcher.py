@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.logs import explanation
 from minpro_megatron.launch.preflight import problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
@@ -15,7 +16,6 @@ from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
 from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.launch.stopping import Stopping, save_by
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, INTERRUPTED, Outcome, Supervisor
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.progress import Progress, duration
 from minpro_megatron.monitor.server_use import ServerUse

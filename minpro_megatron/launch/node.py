@@ -17,10 +17,12 @@ from pathlib import Path
 from rich.console import Console
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import TRY_AGAIN, WRONG_INPUT, TryAgainError, UserError
 from minpro_megatron.launch.launcher import closing_lines, finish
 from minpro_megatron.launch.node_checks import all_problems, free_ports, node_name, node_problems, routable_address
 from minpro_megatron.launch.node_roles import LOOPBACK, NodePlace, fabric_environment, node_commands, node_torchrun
 from minpro_megatron.launch.preflight import run_problems, warnings
+from minpro_megatron.launch.problems import Problem, passes
 from minpro_megatron.launch.recipe import read_config
 from minpro_megatron.launch.resume import CONFIG_FILE
 from minpro_megatron.launch.roles import NCCL_MEMORY, roles_of, trainer_environment
@@ -39,7 +41,6 @@ from minpro_megatron.launch.starts import (
 from minpro_megatron.launch.stopping import Stopping, save_by
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, TO_BE_CONTINUED, Outcome, RoleCommand, Supervisor
 from minpro_megatron.launch.topology import Topology, read_topology
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.progress import Progress
 from minpro_megatron.rollout.resume_point import read_latest
 
@@ -71,7 +72,9 @@ class _OthersFailed(Exception):
 
 def run_node(options: NodeOptions, environment: Mapping[str, str] = os.environ) -> int:
     """Runs this node's share to its end. Returns the exit status: 0 finished, 1 failed, 2 not started for problems
-    that are told, 75 saved before the job's end and to be started again, 130 told to stop. Raises UserError."""
+    that a person has to solve, 69 not started for the state of a machine, which may pass (a job starts again then), 75
+    saved before the job's end and to be started again, 130 told to stop. Raises UserError and TryAgainError, which mean 2
+    and 69 too."""
     began = time.time()
     config = read_config(options.config)
     try:
@@ -119,7 +122,7 @@ class _Node:
         self._host = environment.get("SLURMD_NODENAME") or socket.gethostname()
         self._share = topology.nodes[index]
         self._wanted_interface = options.interface
-        self._address, self._interface, self._own_problems = LOOPBACK, "lo", list[str]()
+        self._address, self._interface, self._own_problems = LOOPBACK, "lo", list[Problem]()
 
     @property
     def _is_first(self) -> bool:
@@ -130,7 +133,7 @@ class _Node:
             try:
                 self._address, self._interface = routable_address(self._wanted_interface)
             except ValueError as error:
-                self._own_problems = [str(error)]
+                self._own_problems = [Problem(str(error))]
         with ExitStack() as held:
             start, plan = self._make_plan(held) if self._is_first else self._find_plan()
             if plan.problems:
@@ -145,21 +148,22 @@ class _Node:
         try:
             start = begin_start(self._config.run_dir)
         except OSError as error:
-            raise UserError(f"runs_dir = {self._config.runs_dir}: {error}; choose another runs_dir=...") from None
+            kind = TryAgainError if passes(error) else UserError
+            raise kind(f"runs_dir = {self._config.runs_dir}: {error}; choose another runs_dir=...") from None
         ports: list[int] = []
         version = 0
         try:
             held.enter_context(claimed(self._config.run_dir))
-            found = run_problems(self._config)
+            found = [Problem(line) for line in run_problems(self._config)]
             if not found:
                 manifest = read_latest(self._config.run_dir)
                 version = manifest.policy_version if manifest else 0
-                found = self._stalled(version)
+                found = [Problem(line) for line in self._stalled(version)]
             ports = free_ports(self._address, 2)
         except UserError as error:
-            found = error.problems
+            found = [Problem(line) for line in error.problems]
         except OSError as error:
-            found = [f"{self._name}: {error}"]
+            found = [Problem(f"{self._name}: {error}", passes(error))]
         if not found:
             _, goes_on = prepare(self._config)
             told = (f"warning: {warning}" for warning in warnings(self._config))
@@ -190,7 +194,7 @@ class _Node:
         run_dir = self._config.run_dir
         found = wait_for(lambda: find_start(run_dir, self._key), PLAN_LIMIT_S)
         if found is None:
-            raise UserError(
+            raise TryAgainError(
                 f"{self._name}: no plan of node 0 in {run_dir / 'starts'} for {PLAN_LIMIT_S:.0f} s: runs_dir must be "
                 "on a file system that all nodes share; otherwise node 0's task has not started"
             )
@@ -219,17 +223,20 @@ class _Node:
             if not problems:
                 self._say(*(f"{node_name(report.node, report.host)} is well" for report in reports))
         verdict = wait_for(start.read_verdict, 2 * REPORT_LIMIT_S)
-        return verdict or Verdict(problems=["node 0 has ended before its verdict"])
+        return verdict or Verdict(problems=[Problem("node 0 has ended before its verdict", is_transient=True)])
 
-    def _refuse(self, problems: list[str]) -> int:
-        """All nodes end. The first says why, and gives the others time: an end by srun would hide its exit status."""
+    def _refuse(self, problems: list[Problem]) -> int:
+        """All nodes end. The first says why, and gives the others time: an end by srun would hide its exit status.
+
+        That is 69 if another start may have none of these problems: the job's script starts the job again then, as
+        often as the profile allows, but not for 2 (cluster/nemo.py)."""
         if not self._is_first:
             return 0
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
+            print(f"error: {problem.line}", file=sys.stderr, flush=True)
         if len(self._topology.nodes) > 1:
             time.sleep(REFUSAL_S)
-        return 2
+        return TRY_AGAIN if all(problem.is_transient for problem in problems) else WRONG_INPUT
 
     def _run_roles(self, start: Start, plan: Plan) -> int:
         config, num_nodes = self._config, len(self._topology.nodes)

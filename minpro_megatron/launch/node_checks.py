@@ -1,5 +1,6 @@
 """What can be wrong with a node of a job, found before the expensive start; each line names setting and remedy."""
 
+import errno
 import os
 import random
 import socket
@@ -11,7 +12,8 @@ import psutil
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.node_roles import host_on_node, node_gpus, roles_on
-from minpro_megatron.launch.preflight import cannot_listen, count_gpus, port_problems
+from minpro_megatron.launch.preflight import count_gpus, listening_error, port_problems
+from minpro_megatron.launch.problems import Problem, passes
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
 from minpro_megatron.rollout.open_files import limit_problem
@@ -28,9 +30,9 @@ LARGEST_CLOCK_SKEW_S = 5.0
 _QUERY = ["nvidia-smi", "--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
 
 
-def node_problems(config: RunConfig, share: NodeShare, address: str, visible: str | None) -> list[str]:
-    """One line for each reason why this node cannot run its share. `visible`: CUDA_VISIBLE_DEVICES of the job."""
-    needed, found = sum(node_gpus(config, share)), []
+def node_problems(config: RunConfig, share: NodeShare, address: str, visible: str | None) -> list[Problem]:
+    """One problem for each reason why this node cannot run its share. `visible`: CUDA_VISIBLE_DEVICES of the job."""
+    needed, found = sum(node_gpus(config, share)), list[Problem]()
     if needed:
         found += gpu_problems(needed, count_gpus(), gpu_memory(), visible)
     hosts = [host_on_node(host, address) for host in (config.server.host, config.collector.host)]
@@ -60,21 +62,24 @@ def parse_gpu_memory(text: str) -> list[tuple[int, int, int]]:
 
 def gpu_problems(
     needed: int, present: int, memory: Sequence[tuple[int, int, int]], visible: str | None
-) -> Iterator[str]:
+) -> Iterator[Problem]:
     """Too few GPUs, or GPUs on which somebody else computes. `visible` as numbers says which are looked at."""
+    names = visible.split(",") if visible else []
     if present < needed:
-        yield (
+        line = (
             f"{needed} GPUs are needed and {present} usable: correct topology.gpus_per_node, ask for more GPUs in the "
             "profile, or leave the node out (slurm.exclude) if its GPUs are broken"
         )
-    names = visible.split(",") if visible else []
+        # The job was given enough of them on this node: then some do not work, and another node may have better ones.
+        yield Problem(line, is_transient=len(names) >= needed)
     looked_at = {int(name) for name in names} if names and all(name.isdecimal() for name in names) else None
     for index, used, total in memory:
         if used > FOREIGN_MEMORY_MIB and (looked_at is None or index in looked_at):
-            yield (
+            line = (
                 f"GPU {index}: {used} of {total} MiB are in use before the start: end the process that holds them "
                 "(nvidia-smi shows it), or leave the node out (slurm.exclude)"
             )
+            yield Problem(line, is_transient=True)
 
 
 def files_needed(config: RunConfig, share: NodeShare) -> list[tuple[str, Path]]:
@@ -92,71 +97,79 @@ def files_needed(config: RunConfig, share: NodeShare) -> list[tuple[str, Path]]:
     return files
 
 
-def file_problems(files: Iterable[tuple[str, Path]], run_dir: Path) -> Iterator[str]:
-    """A line for each file that cannot be read here, and if the run folder cannot be written to."""
+def file_problems(files: Iterable[tuple[str, Path]], run_dir: Path) -> Iterator[Problem]:
+    """A problem for each file that cannot be read here, and if the run folder cannot be written to."""
     for field, path in files:
         try:
             with path.open("rb") as file:
                 file.read(1)
         except OSError as error:
-            yield (
+            line = (
                 f"{field} = {path}: {error.strerror}: put it on a file system that all nodes have, under the same "
                 "path, and mount it into the container (container.mounts)"
             )
+            yield Problem(line, passes(error))
     probe = run_dir / f".probe-{socket.gethostname()}-{os.getpid()}"
     try:
         probe.write_text("written")
         probe.unlink()
     except OSError as error:
-        yield f"runs_dir: {run_dir} cannot be written to ({error.strerror}): choose another runs_dir, or mount it"
+        line = f"runs_dir: {run_dir} cannot be written to ({error.strerror}): choose another runs_dir, or mount it"
+        yield Problem(line, passes(error))
 
 
-def weight_problems(config: RunConfig, share: NodeShare) -> Iterator[str]:
-    """A line for weights that roles with this share load and that are not here as they were written: the models' and
+def weight_problems(config: RunConfig, share: NodeShare) -> Iterator[Problem]:
+    """A problem for weights that roles with this share load and that are not here as they were written: the models' and
     those of the checkpoint that the run goes on from."""
     roles = roles_on(config, share)
     if "serve" in roles and (problem := weight_problem(Path(config.model.hf_path))):
-        yield f"model.hf_path = {config.model.hf_path}: {problem}, or mount all of it"
+        yield Problem(f"model.hf_path = {config.model.hf_path}: {problem}, or mount all of it")
     if "train" not in roles:
         return
     try:
         verify_files(config.model.megatron_path, read_manifest(config.model.megatron_path))
     except (OSError, ValueError) as error:
-        yield f"model.megatron_path = {config.model.megatron_path}: {error}"
+        yield Problem(f"model.megatron_path = {config.model.megatron_path}: {error}", _is_passing(error))
     try:
         read_latest(config.run_dir)
     except (OSError, ValueError) as error:
-        yield f"the checkpoint to go on from: {error}"
+        yield Problem(f"the checkpoint to go on from: {error}", _is_passing(error))
 
 
-def clock_problems(reports: Sequence[Report]) -> Iterator[str]:
-    """A line for each node whose clock is far from that of most."""
+def _is_passing(error: Exception) -> bool:
+    return isinstance(error, OSError) and passes(error)
+
+
+def clock_problems(reports: Sequence[Report]) -> Iterator[Problem]:
+    """A problem for each node whose clock is far from that of most."""
     if not reports:
         return
     middle = sorted(report.clock_s for report in reports)[len(reports) // 2]
     for report in reports:
         skew = report.clock_s - middle
         if abs(skew) > LARGEST_CLOCK_SKEW_S:
-            yield (
+            line = (
                 f"{node_name(report.node, report.host)}: its clock is {abs(skew):.1f} s "
                 f"{'ahead of' if skew > 0 else 'behind'} the others', {LARGEST_CLOCK_SKEW_S:g} s at most are allowed: "
                 "have its time service (chrony, ntpd) repaired, or leave the node out (slurm.exclude)"
             )
+            yield Problem(line, is_transient=True)
 
 
-def absence_problems(reports: Sequence[Report], num_nodes: int, waited_s: float, folder: Path) -> Iterator[str]:
-    """A line if the reports of some nodes have not come."""
+def absence_problems(reports: Sequence[Report], num_nodes: int, waited_s: float, folder: Path) -> Iterator[Problem]:
+    """A problem if the reports of some nodes have not come."""
     present = {report.node for report in reports}
     if absent := [str(node) for node in range(num_nodes) if node not in present]:
-        yield (
+        line = (
             f"node {', '.join(absent)}: nothing from it in {folder} after {waited_s:.0f} s: runs_dir must be on a file "
             "system that all nodes share; otherwise the node's task has not started"
         )
+        yield Problem(line, is_transient=True)  # a container may have been late
 
 
-def all_problems(reports: Sequence[Report], num_nodes: int, waited_s: float, folder: Path) -> list[str]:
+def all_problems(reports: Sequence[Report], num_nodes: int, waited_s: float, folder: Path) -> list[Problem]:
     """Everything that the nodes' reports say, each line with its node."""
-    own = [f"{node_name(report.node, report.host)}: {line}" for report in reports for line in report.problems]
+    own = [problem.of(node_name(report.node, report.host)) for report in reports for problem in report.problems]
     return [*own, *clock_problems(reports), *absence_problems(reports, num_nodes, waited_s, folder)]
 
 
@@ -219,8 +232,10 @@ def free_ports(address: str, count: int) -> list[int]:
     Raises OSError if there are none."""
     found: list[int] = []
     for port in random.SystemRandom().sample(PORT_RANGE, 200):
-        if len(found) < count and not cannot_listen(address, port):
+        if len(found) < count and not listening_error(address, port):
             found.append(port)
     if len(found) < count:
-        raise OSError(f"no {count} free ports between {PORT_RANGE.start} and {PORT_RANGE.stop - 1} on {address}")
+        raise OSError(
+            errno.EADDRINUSE, f"no {count} free ports between {PORT_RANGE.start} and {PORT_RANGE.stop - 1} on {address}"
+        )
     return found

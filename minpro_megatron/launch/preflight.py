@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.backend_check import layer_backend_problems
+from minpro_megatron.launch.problems import Problem, passes
 from minpro_megatron.launch.resume import foreign_entries, holds_a_run, obstacles
 from minpro_megatron.launch.reward_check import reward_problems
 from minpro_megatron.launch.roles import gpus_needed, roles_of
@@ -197,11 +198,12 @@ def _ports(config: RunConfig) -> Iterator[str]:
     """Without a trainer's collector and servers there are no ports."""
     if "collect" in roles_of(config):
         servers = range(0 if config.server.urls else config.server.count)
-        yield from port_problems(config, servers, config.server.host, config.collector.host)
+        found = port_problems(config, servers, config.server.host, config.collector.host)
+        yield from (problem.line for problem in found)
 
 
-def port_problems(config: RunConfig, servers: range, server_host: str, collector_host: str) -> Iterator[str]:
-    """A line for each port that the settings give to one of these servers, or to the collector ("": not on this
+def port_problems(config: RunConfig, servers: range, server_host: str, collector_host: str) -> Iterator[Problem]:
+    """A problem for each port that the settings give to one of these servers, or to the collector ("": not on this
     machine), and that cannot be listened on here."""
     server, collector = config.server, config.collector
     wanted = {}
@@ -209,18 +211,20 @@ def port_problems(config: RunConfig, servers: range, server_host: str, collector
         for index in servers:
             wanted[server.first_port + index] = (server_host, f"server.first_port = {server.first_port}")
     if collector_host and collector.port in wanted:
-        yield f"collector.port = {collector.port}: a server has it; choose another, or 0 for any free port"
+        yield Problem(f"collector.port = {collector.port}: a server has it; choose another, or 0 for any free port")
     elif collector_host and collector.port:
         wanted[collector.port] = (collector_host, f"collector.port = {collector.port}")
     for port, (host, field) in wanted.items():
-        if reason := cannot_listen(host, port):
-            yield f"{field}: cannot listen on {host}:{port} ({reason}); choose another, or 0 for any free one"
+        if error := listening_error(host, port):
+            why = error.strerror or error
+            line = f"{field}: cannot listen on {host}:{port} ({why}); choose another, or 0 for any free one"
+            yield Problem(line, passes(error))
 
 
-def cannot_listen(host: str, port: int) -> str:
-    """Why nothing can listen there; empty if something can."""
+def listening_error(host: str, port: int) -> OSError | None:
+    """Why nothing can listen there; None if something can."""
     if port > 65535:
-        return "ports end at 65535"
+        return OSError("ports end at 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as listener:
@@ -228,8 +232,8 @@ def cannot_listen(host: str, port: int) -> str:
             listener.bind(address)
             listener.listen()
     except OSError as error:
-        return error.strerror or str(error)
-    return ""
+        return error
+    return None
 
 
 def _open_files(config: RunConfig) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.run import RunConfig, with_overrides
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 
 
 def load_recipe(recipe: str) -> RunConfig:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import layer_backend_of
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.inputs import record_inputs
 from minpro_megatron.launch.resume import CONFIG_FILE, LOCK_FILE, holds_a_run
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.rollout.resume_point import RunManifest, read_latest
 from minpro_megatron.rollout.staleness import beginning_after

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from minpro_megatron.launch.problems import Problem
 from minpro_megatron.monitor.early_end import STARTS
 from minpro_megatron.monitor.files import replace_file
 
@@ -27,7 +28,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What the first node tells the others. `key` names this start of the job; problems: then nothing will start."""
 
     key: str
-    problems: list[str] = []
+    problems: list[Problem] = []
     policy_version: int = 0  # of the checkpoint from which this start goes on; 0: it begins the run
     address: str = ""  # of the first node
     rendezvous_ports: list[int] = []  # where the trainer's nodes meet, on the first: for the check, for training
@@ -39,13 +40,13 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     node: int
     host: str
     clock_s: float = 0.0
-    problems: list[str] = []
+    problems: list[Problem] = []
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the roles may start: without problems."""
 
-    problems: list[str] = []
+    problems: list[Problem] = []
 
 
 class NodeEnd(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import Record
 
 _MOST_PROBLEMS = 20  # told at once

@@ -15,11 +15,11 @@ from rich.text import Text
 
 from minpro_megatron.batching.shards import sequence_multiple
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.launcher import closing_lines
 from minpro_megatron.launch.preflight import count_gpus
 from minpro_megatron.launch.roles import torchrun, trainer_environment
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.files import check_replaceable
 from minpro_megatron.replay.batches import replay_batches
 from minpro_megatron.replay.job import (

@@ -7,7 +7,7 @@ from typing import Any
 from minpro_megatron.batching.shards import row_multiple
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig, parse_run_config, with_overrides
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 
 ROW_TOKENS = 4096  # of a packed row, unless a sequence is longer
 # What --set reaches beside the objective's own settings; the rest of a run has no part in a replay.

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.paths import CHECKOUT, in_workspace, path_in_workspace
 from cluster.profile import read_profile, seconds_of
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 from tests.unit.run_examples import example_config
 
 PROFILES = sorted((CHECKOUT / "cluster" / "profiles").glob("*.toml"))

@@ -12,7 +12,7 @@ from cluster.follow import LogTail, follow
 from cluster.records import JobRecord, all_records, recall, remember
 from cluster.shell import Answer, LoginNode, ThisMachine
 from cluster.slurm_job import JobError, JobState, active_jobs, look_up, parse_sacct, parse_scontrol, parse_script_output
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 
 SCONTROL = """\
 JobId=7 JobName=minpro-whole

@@ -14,9 +14,9 @@ from cluster import submit
 from cluster.paths import CHECKOUT
 from cluster.planning import plan_problems
 from cluster.profile import read_profile
+from minpro_megatron.errors import FAILED, TRY_AGAIN, UserError
 from minpro_megatron.launch.recipe import list_recipes, load_recipe
 from minpro_megatron.launch.topology import lay_out
-from minpro_megatron.launch.user_error import UserError
 
 H100 = CHECKOUT / "cluster" / "profiles" / "h100_slurm.toml"
 RECIPES = [line.split()[0] for line in list_recipes("recipes")]
@@ -87,9 +87,10 @@ def test_values_reach_processes_as_they_are(capsys: pytest.CaptureFixture[str], 
     assert run.returncode == 2
     assert "abc123" not in run.stderr
     failed = environment | {"SLURM_RESTART_COUNT": "1"}
-    (tmp_path / "srun").write_text("#!/bin/bash\nexit 1\n")
-    run = subprocess.run(["bash"], input=script, env=failed, text=True, capture_output=True, check=False)
-    assert (run.returncode, run.stdout.splitlines()[-1]) == (1, "scontrol requeue 7")
+    for status in (FAILED, TRY_AGAIN):
+        (tmp_path / "srun").write_text(f"#!/bin/bash\nexit {status}\n")
+        run = subprocess.run(["bash"], input=script, env=failed, text=True, capture_output=True, check=False)
+        assert (run.returncode, run.stdout.splitlines()[-1]) == (status, "scontrol requeue 7")
 
 
 def test_ends_before_the_time_limit_do_not_count_as_failures(

@@ -96,8 +96,8 @@ def test_a_role_refuses_a_bad_config_file(tmp_path, capsys, content, pattern):
     if content is not None:
         path.write_bytes(content)
     # Not `collect` itself: in this process it would ask the kernel to end the tests with their parent.
+    from minpro_megatron.errors import UserError
     from minpro_megatron.launch.recipe import read_config
-    from minpro_megatron.launch.user_error import UserError
 
     with pytest.raises(UserError, match=pattern) as caught:
         read_config(path)

@@ -79,7 +79,7 @@ def test_training_on_a_journal_needs_no_prompts_ports_or_servers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "count_gpus", lambda: 0)
-    monkeypatch.setattr(preflight, "cannot_listen", lambda host, port: "in use")
+    monkeypatch.setattr(preflight, "listening_error", lambda host, port: OSError("in use"))
     servers = ["server.device=cuda", "server.first_port=30000", "collector.port=4000"]
     assert problems(with_journal(tmp_path, *servers)) == []
 
@@ -114,7 +114,7 @@ def test_ports_of_servers_that_somebody_else_started_are_not_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_example_files(tmp_path)
-    monkeypatch.setattr(preflight, "cannot_listen", lambda host, port: "in use")
+    monkeypatch.setattr(preflight, "listening_error", lambda host, port: OSError("in use"))
     urls = 'server.urls=["http://10.0.0.1:30000"]'
     assert problems(config_with(tmp_path, "server.first_port=30000", urls)) == []
     assert len(problems(config_with(tmp_path, "server.first_port=30000"))) == 1

@@ -12,6 +12,7 @@ PACKAGE = "minpro_megatron"
 
 # Folders (and files) of the package. Each may import those of earlier lines, and itself.
 ORDER = [
+    ["errors"],
     ["config", "records"],
     ["monitor"],
     ["objective"],
@@ -36,7 +37,18 @@ ONLY_IN = {
     "megatron.core.parallel_state": ["parallel"],
     "megatron": ["parallel", "weights", "actor"],
 }
-NO_TORCH = ["config", "records", "serving", "rewards", "evaluation", "rollout", "planning", "launch", "__main__"]
+NO_TORCH = [
+    "errors",
+    "config",
+    "records",
+    "serving",
+    "rewards",
+    "evaluation",
+    "rollout",
+    "planning",
+    "launch",
+    "__main__",
+]
 # What a recipe may import of the package: job images and submitting machines need nothing else.
 RECIPES_IMPORT = f"{PACKAGE}.config"
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from minpro_megatron.__main__ import main
+from minpro_megatron.errors import TryAgainError, UserError
 from minpro_megatron.launch import node as node_module
 from minpro_megatron.launch.node import NodeOptions, _Node, _OthersFailed, _Watch, run_node
+from minpro_megatron.launch.problems import Problem
 from minpro_megatron.launch.starts import Plan, Start, begin_start
 from minpro_megatron.launch.supervisor import TO_BE_CONTINUED, Outcome
 from minpro_megatron.launch.topology import NodeShare, Topology
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.monitor.early_end import EarlyEnd
 from tests.unit.run_examples import example_config, write_example_files
 from tests.unit.test_resume import save_checkpoint
@@ -150,17 +151,33 @@ def test_what_is_wrong_with_the_run_is_said_once(folder, roles_started, capsys):
 
 def test_what_is_wrong_with_a_node_is_said_with_its_name(folder, roles_started, monkeypatch, capsys):
     """Every node reports before one ends: the user mends all of it at once."""
-    monkeypatch.setattr(node_module, "node_problems", lambda config, share, *_: [f"broken: {share.ranks} ranks"])
+    monkeypatch.setattr(
+        node_module, "node_problems", lambda config, share, *_: [Problem(f"broken: {share.ranks} ranks")]
+    )
     assert run_all(options(folder, example_config(folder)), SLURM) == [2, 0]
     assert roles_started == []
     lines = sorted(capsys.readouterr().err.splitlines())
     assert lines == ["error: node 0 (h0): broken: 1 ranks", "error: node 1 (h1): broken: 0 ranks"]
 
 
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        ([Problem("GPU 0: memory in use", is_transient=True)], 69),
+        ([Problem("GPU 0: memory in use", is_transient=True), Problem("model.hf_path: no such folder")], 2),
+    ],
+)
+def test_the_status_says_whether_another_start_may_succeed(folder, roles_started, monkeypatch, capsys, found, status):
+    monkeypatch.setattr(node_module, "node_problems", lambda config, share, *_: found if share.collects else [])
+    assert run_all(options(folder, example_config(folder)), SLURM) == [status, 0]
+    assert roles_started == []
+    assert capsys.readouterr().err.splitlines() == [f"error: node 1 (h1): {problem.line}" for problem in found]
+
+
 def test_a_node_that_does_not_come_is_named(folder, roles_started, monkeypatch, capsys):
     monkeypatch.setattr(node_module, "REPORT_LIMIT_S", 0.05)
     given = options(folder, example_config(folder), index=0)
-    assert run_node(given, SLURM | {"SLURMD_NODENAME": "vm"}) == 2
+    assert run_node(given, SLURM | {"SLURMD_NODENAME": "vm"}) == 69
     assert re.match("error: node 1: nothing from it in .*/example/starts after 0 s", (shown := capsys.readouterr()).err)
     assert "node 0 (vm): waiting for 1 of 2 nodes to report\n" in shown.out
 
@@ -168,7 +185,9 @@ def test_a_node_that_does_not_come_is_named(folder, roles_started, monkeypatch, 
 def test_without_a_plan_a_node_ends(folder, roles_started, monkeypatch):
     monkeypatch.setattr(node_module, "PLAN_LIMIT_S", 0.05)
     begin_start(folder / "runs" / "example").write_plan(Plan(key="slurm-6-0"))  # of another job
-    with pytest.raises(UserError, match=r"node 1 \(h1\): no plan of node 0 in .*starts for 0 s: runs_dir must be on"):
+    with pytest.raises(
+        TryAgainError, match=r"node 1 \(h1\): no plan of node 0 in .*starts for 0 s: runs_dir must be on"
+    ):
         run_node(options(folder, example_config(folder), index=1), SLURM | {"SLURMD_NODENAME": "h1"})
 
 

@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+from minpro_megatron.launch.problems import Problem
 from minpro_megatron.launch.starts import Plan, Report, Start, Verdict, begin_start, find_start, wait_for
 
 
@@ -46,12 +47,15 @@ def test_nodes_read_what_the_others_wrote(tmp_path: Path) -> None:
     start = begin_start(tmp_path)
     other = Start(tmp_path / "starts" / "0")
     assert (other.reports(2), other.read_verdict(), other.failed(2)) == ([], None, {})
-    reports = [Report(node=1, host="b", clock_s=0.5, problems=["bad"]), Report(node=0, host="a")]
+    reports = [
+        Report(node=1, host="b", clock_s=0.5, problems=[Problem("bad", is_transient=True)]),
+        Report(node=0, host="a"),
+    ]
     for report in reports:
         start.write_report(report)
-    start.write_verdict(Verdict(problems=["no"]))
+    start.write_verdict(Verdict(problems=[Problem("no")]))
     assert other.reports(3) == reports[::-1]
-    assert other.read_verdict() == Verdict(problems=["no"])
+    assert other.read_verdict() == Verdict(problems=[Problem("no")])
     start.write_done(1, "b")
     assert other.are_done([1])
     assert not other.are_done([0, 1])

@@ -10,9 +10,9 @@ import pytest
 from minpro_megatron.__main__ import main
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
+from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.benchmarks import BENCHMARKS
 from minpro_megatron.launch.recipe import list_recipes, load_recipe
-from minpro_megatron.launch.user_error import UserError
 from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
 from minpro_megatron.weights.known_models.find import find_architecture

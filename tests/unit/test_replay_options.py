@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 from minpro_megatron.replay.batches import replay_batches
 from minpro_megatron.replay.run import checked_replay
 from minpro_megatron.replay.settings import ReplayOptions, parse_parallel, replay_config

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minpro_megatron.config.loss import LossConfig
-from minpro_megatron.launch.user_error import UserError
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import decode, encode
 from minpro_megatron.replay.batches import replay_batches
 from minpro_megatron.replay.job import ReplayRows
