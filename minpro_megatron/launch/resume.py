@@ -14,6 +14,8 @@ from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.run_inputs import FILE_NAME as INPUTS_FILE
 from minpro_megatron.monitor.summary import read_summary
 from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
+from minpro_megatron.rollout.journal_file import JournalError, has_locks
+from minpro_megatron.rollout.journal_reader import JournalReader
 from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, RunManifest, newest_complete, read_latest
 
 CONFIG_FILE = "run.json"
@@ -40,6 +42,12 @@ def holds_a_run(run_dir: Path) -> bool:
         return True
     if not journal.exists():
         return history.exists() and history.stat().st_size > 0
+    if not has_locks(run_dir):  # nothing keeps this process away from a journal in use: it looks at a copy
+        try:
+            with JournalReader(journal) as reader:
+                return bool(reader.rows(limit=1))
+        except JournalError:
+            return True
     try:
         with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=rw", uri=True, timeout=0.1)) as database:
             return database.execute("SELECT EXISTS (SELECT 1 FROM groups)").fetchone()[0] == 1

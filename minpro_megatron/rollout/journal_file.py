@@ -1,19 +1,28 @@
 """The journal's SQLite file: its tables, how it is opened, and the transactions that run in its one thread."""
 
 import asyncio
+import errno
+import fcntl
+import logging
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from minpro_megatron.errors import ProjectError
+
 Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
 FILE_NAME = "journal.sqlite"
 SCHEMA_VERSION = 4
 # A response's arrays are 100 KB where responses are long: with SQLite's 4 KiB a page, writing them takes half as long
 # again (benchmarks/collector_load.md).
 PAGE_BYTES = 16384
+# What locking a file ends with where the file system has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 # Arrays are little-endian bytes: token ids int32, log-probs float32, versions as int32 pairs (version, tokens). Those
 # of a pruned response are NULL. So is the reward of a response that was not graded; its group is dropped.
@@ -69,7 +78,7 @@ CREATE TABLE beginnings (
 """
 
 
-class JournalError(RuntimeError):
+class JournalError(ProjectError):
     """The journal cannot be opened or written, or a change of state does not fit what it holds."""
 
 
@@ -122,9 +131,24 @@ class JournalFile:
             raise JournalError(f"{self.path}: {error}; free some space if the disk is full") from error
 
 
+def has_locks(folder: Path) -> bool:
+    """Whether the folder's file system has the POSIX locks that SQLite takes: some parallel ones, as they are mounted,
+    have none. Where no file can be made to try it with, it is taken to have them."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            fcntl.lockf(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _NO_LOCKS
+    return True
+
+
 def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, isolation_level=None)
+    uri = f"{path.absolute().as_uri()}?mode=rwc"
+    if not has_locks(path.parent):
+        log.warning("%s: no locks on this file system; nothing keeps a second start of the run away from it", path)
+        uri += "&vfs=unix-none"  # SQLite takes no locks then; any other way every request ends with "disk I/O error"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None)
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file; an older one keeps its own
     # Exclusive: WAL then needs no memory shared between processes, which network filesystems do not have.
     connection.execute("PRAGMA locking_mode = EXCLUSIVE")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minpro_megatron.records import EvaluationResult, StoredRoutes
-from minpro_megatron.rollout.journal_file import FILE_NAME, SCHEMA_VERSION, JournalError
+from minpro_megatron.rollout.journal_file import FILE_NAME, SCHEMA_VERSION, JournalError, has_locks
 from minpro_megatron.rollout.route_files import RouteFiles
 
 LARGEST_SNAPSHOT_BYTES = 2 << 30
@@ -122,9 +122,9 @@ class JournalReader:
     """A journal opened for reading; use inside `with`. Raises JournalError if there is none, or none of this format,
     and when what is read turns out to be damaged.
 
-    While the run goes on (`is_live`) its collector keeps the journal to itself. Then a copy is read, the state of the
-    moment of opening; or, above LARGEST_SNAPSHOT_BYTES, the file as it is, which lacks the last few transactions and
-    may change while it is read.
+    While the run goes on (`is_live`; also where the file system has no locks, so that nothing tells) its collector
+    keeps the journal to itself. Then a copy is read, the state of the moment of opening; or, above
+    LARGEST_SNAPSHOT_BYTES, the file as it is, which lacks the last few transactions and may change while it is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,17 +148,21 @@ class JournalReader:
     def _open(self) -> sqlite3.Connection:
         if not self._log.exists():  # closed in order, so nobody has it open: SQLite needs no lock and no other file
             return self._connect(self.path, "mode=ro&immutable=1")
-        connection = self._connect(self.path, "mode=ro")
-        try:
-            connection.execute("PRAGMA user_version").fetchone()
-            return connection
-        except sqlite3.Error as error:
-            self.is_live = "locked" in str(error)
+        self.is_live = not has_locks(self.path.parent)  # then nothing tells whether it is
         if not self.is_live:
-            return connection  # damaged, as the next request will say
+            connection = self._connect(self.path, "mode=ro")
+            try:
+                connection.execute("PRAGMA user_version").fetchone()
+                return connection
+            except sqlite3.Error as error:
+                self.is_live = "locked" in str(error)
+            if not self.is_live:
+                return connection  # damaged, as the next request will say
         if self.path.stat().st_size + self._log.stat().st_size > LARGEST_SNAPSHOT_BYTES:
             return self._connect(self.path, "mode=ro&immutable=1")
-        return self._connect(self._snapshot(), "mode=rw")
+        connection = self._connect(self._snapshot(), "mode=rw&vfs=unix-none")  # nobody else knows the copy: no locks
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # and no memory shared with others for its log
+        return connection
 
     def _connect(self, path: Path, options: str) -> sqlite3.Connection:
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?{options}", uri=True, timeout=0.1)
