@@ -6,18 +6,18 @@ python -m cluster.cancel NAME     (the run's name or the job's number)
 import argparse
 import sys
 
-from cluster.command_line import Parser, told
+from cluster.command_line import Parser
 from cluster.records import recall, records_folder
 from cluster.shell import shell_of
 from cluster.slurm_job import JobError, cancel, look_up
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import UserError, run_reporting
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m cluster.cancel", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("job", metavar="NAME", help="the run's name or the job's number")
     options = parser.parse_args(arguments)
-    return told(lambda: _cancel(options))
+    return run_reporting(lambda: _cancel(options))
 
 
 def _cancel(options: argparse.Namespace) -> int:

@@ -6,13 +6,13 @@ python -m cluster.logs NAME [--follow]
 import argparse
 import sys
 
-from cluster.command_line import Parser, told
+from cluster.command_line import Parser
 from cluster.follow import LogTail, follow
 from cluster.records import recall, records_folder
 from cluster.shell import shell_of
 from cluster.slurm_job import JobError
 from cluster.submit import conclude
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import UserError, run_reporting
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("job", metavar="NAME", help="the run's name or the job's number")
     parser.add_argument("--follow", action="store_true", help="until the job has ended; its exit status as submit's")
     options = parser.parse_args(arguments)
-    return told(lambda: _logs(options))
+    return run_reporting(lambda: _logs(options))
 
 
 def _logs(options: argparse.Namespace) -> int:

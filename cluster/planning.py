@@ -2,6 +2,7 @@
 
 from cluster.profile import Profile, seconds_of
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.roles import roles_of
 from minpro_megatron.planning.first_checkpoint import time_limit_problems
 from minpro_megatron.planning.plan import ClusterSize, plan_run
@@ -25,5 +26,5 @@ def plan_problems(config: RunConfig, profile: Profile) -> list[str]:
         limit_s = seconds_of(profile.slurm.time) if profile.executor == "slurm" else None
         late = [] if limit_s is None else time_limit_problems(plan, limit_s - profile.slurm.end_early_s)
         return [*plan.problems, *late]
-    except ValueError as error:  # a model or a GPU that the planner does not know
-        return str(error).splitlines()
+    except UserError as error:  # a model or a GPU that the planner does not know
+        return error.problems

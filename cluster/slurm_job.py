@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from cluster.shell import Shell
+from minpro_megatron.errors import ProjectError
 
 JOB_PREFIX = "minpro-"
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
@@ -14,7 +15,7 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED
 _SCRIPT_END = re.compile(r"^job exited with code (\d+)$", re.MULTILINE)
 
 
-class JobError(Exception):
+class JobError(ProjectError):
     """The cluster does not answer, or knows no such job."""
 
 

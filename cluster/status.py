@@ -9,18 +9,18 @@ import argparse
 import sys
 from pathlib import PurePosixPath
 
-from cluster.command_line import Parser, told
+from cluster.command_line import Parser
 from cluster.records import JobRecord, all_records, recall, records_folder
 from cluster.shell import Shell, shell_of
 from cluster.slurm_job import JobError, JobState, look_up
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import UserError, run_reporting
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m cluster.status", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("job", nargs="?", metavar="NAME", help="the run's name or the job's number")
     options = parser.parse_args(arguments)
-    return told(lambda: _status(options))
+    return run_reporting(lambda: _status(options))
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.command_line import Parser, told
+from cluster.command_line import Parser
 from cluster.follow import follow
 from cluster.paths import in_workspace
 from cluster.planning import plan_problems
@@ -21,7 +21,7 @@ from cluster.records import JobRecord, records_folder, remember
 from cluster.shell import shell_of
 from cluster.slurm_job import JobError, JobState, active_jobs, job_name
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.launch.preflight import run_problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.topology import Topology, lay_out
@@ -47,16 +47,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)  # settings may stand before and after options
-    return told(lambda: _submit(options))
+    return run_reporting(lambda: _submit(options))
 
 
 def _submit(options: argparse.Namespace) -> int:
     profile = read_profile(options.profile, options.changes)
     config = in_workspace(apply_overrides(load_recipe(options.recipe), options.overrides), profile.workspace)
-    try:
-        topology = lay_out(config, profile.topology)
-    except ValueError as error:
-        raise UserError(str(error).splitlines()) from None
+    topology = lay_out(config, profile.topology)
     if (found := plan_problems(config, profile)) and not options.force:
         raise UserError([*found, "the planner expects this not to work; --force submits it all the same"])
     for line in [*(f"warning: {problem}" for problem in found), *shares(topology)]:

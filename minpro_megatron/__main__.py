@@ -203,27 +203,23 @@ def _run_node(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    from minpro_megatron.errors import UserError
+    from minpro_megatron.errors import run_reporting
 
-    try:
-        if options.command in ROLES:
-            return _run_role(options)
-        if options.command == "node":
-            return _run_node(options)
-        if options.command == "eval":
-            return _run_eval(vars(options))
-        if options.command == "recipes":
-            return _list_recipes(options.module)
-        from minpro_megatron.launch.launcher import launch
+    return run_reporting(lambda: _run(options))
 
-        return launch(options.recipe, options.overrides)
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command in ROLES:
+        return _run_role(options)
+    if options.command == "node":
+        return _run_node(options)
+    if options.command == "eval":
+        return _run_eval(vars(options))
+    if options.command == "recipes":
+        return _list_recipes(options.module)
+    from minpro_megatron.launch.launcher import launch
+
+    return launch(options.recipe, options.overrides)
 
 
 if __name__ == "__main__":

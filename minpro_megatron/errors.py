@@ -38,6 +38,10 @@ class UserError(ProjectError, ValueError):
     exit_status = WRONG_INPUT
 
 
+class RunFailed(ProjectError):
+    """The run itself cannot go on: its numbers are not what they must be."""
+
+
 class TryAgainError(ProjectError):
     """A machine cannot do its part now, but another start, perhaps on other machines, may succeed."""
 

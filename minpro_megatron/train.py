@@ -27,6 +27,7 @@ from minpro_megatron.batching.sequences import (
 )
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.errors import RunFailed
 from minpro_megatron.monitor.alarms import Alarm, AlarmStop
 from minpro_megatron.monitor.histograms import merge_histograms
 from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, total, values
@@ -278,7 +279,7 @@ class Trainer:
             return
         metrics = values(merge(self.mesh.from_all_ranks(result.metrics)))
         names = self.policy.parameters_with_broken_gradient()
-        raise ValueError(
+        raise RunFailed(
             f"global step {step}, update {self.updates}: the gradient was not finite {self.broken_in_a_row} times in "
             f"a row. Loss {metrics['objective/loss']:.4g}, largest ratio {metrics['ratio/max']:.4g}, entropy "
             f"{metrics['policy/entropy']:.4g}; {len(names)} parameters have such gradients, first {names[:3]}. "

@@ -36,7 +36,7 @@ def tiny_moe() -> RunConfig:
         batch=BatchConfig(num_prompts=32, responses_per_prompt=8, mini_batch_prompts=8, max_tokens_per_row=1024),
         sampling=SamplingConfig(max_prompt_tokens=16, max_response_tokens=8),
         staleness=StalenessConfig(delay_steps=2),
-        server=ServerConfig(device="cpu", dtype="float32", max_total_tokens=16384, start_timeout_s=60),
+        server=ServerConfig(device="cpu", dtype="float32", max_total_tokens=16384, start_timeout_s=300),
         evaluation=EvaluationConfig(num_prompts=157, samples_per_prompt=8),
     )
 

@@ -29,7 +29,7 @@ import numpy as np
 from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import FAILED, ProjectError, UserError, report, run_reporting
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
 from minpro_megatron.launch.evaluation import serving
 from minpro_megatron.launch.evaluation_options import (
@@ -40,11 +40,8 @@ from minpro_megatron.launch.evaluation_options import (
 )
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.records import Prompt
-from minpro_megatron.rewards.pool import RewardWorkerError
 from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
-from minpro_megatron.rollout.fleet import FleetError
-from minpro_megatron.rollout.generation import GenerationError
 from minpro_megatron.rollout.prompts import TokenizedPrompt
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.model_files import read_model_facts
@@ -185,15 +182,15 @@ def build(options: argparse.Namespace) -> int:
     config = run_config(asked)
     prompts = read_benchmarks(asked, config)
     if given := [prompt.prompt.id for prompt in prompts[PROMPTS] if prompt.prompt.prefix]:
-        raise ValueError(f"--prompts {options.prompts}: {given[0]!r} has a prefix already; give the prompts alone")
+        raise UserError(f"--prompts {options.prompts}: {given[0]!r} has a prefix already; give the prompts alone")
     with SampleFile(folder, sampling_settings(asked, config, prompts)) as file:
         if next_tasks(prompts[PROMPTS], list(file.groups(text_of_right)), options.max_samples, options.seed):
             try:
                 asyncio.run(sample_traces(config, file, prompts[PROMPTS], options.max_samples, options.seed))
-            except (EvaluationError, FleetError, GenerationError, RewardWorkerError) as error:
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            except ProjectError as error:
+                report(error, "error")
                 print("the same command goes on with what is sampled so far", file=sys.stderr)
-                return 1
+                return FAILED
         groups = list(file.groups(text_of_right))
     tokenizer = TextTokenizer(asked.model, read_model_facts(asked.model, asked.extra_stop_tokens))
     cuts = Cuts(options.prefixes, options.shortest, options.longest, options.seed)
@@ -205,7 +202,7 @@ def build(options: argparse.Namespace) -> int:
 def _write(options: argparse.Namespace, rows: Sequence[dict[str, Any]], num_prompts: int, num_samples: int) -> None:
     plain = [row for row in rows if "prefix" not in row]
     if not plain:
-        raise ValueError("no prompt has a right response: raise --max-samples, or take easier prompts")
+        raise UserError("no prompt has a right response: raise --max-samples, or take easier prompts")
     report = {
         "prompts": num_prompts,
         "samples": num_samples,
@@ -299,15 +296,7 @@ def _share(text: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """0 on success, 1 if sampling failed, 2 after a message about what the user gave."""
     options = parse_arguments(arguments)
-    try:
-        return build(options)
-    except UserError as error:
-        problems = list(error.problems)
-    except (ValueError, OSError) as error:
-        problems = [str(error)]
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 2
+    return run_reporting(lambda: build(options))
 
 
 if __name__ == "__main__":

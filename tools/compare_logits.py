@@ -36,7 +36,7 @@ from minpro_megatron.actor.checkpoint import load_weights
 from minpro_megatron.actor.logits import sequence_logits
 from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import ProjectError, UserError, run_reporting
 from minpro_megatron.launch.launcher import closing_lines
 from minpro_megatron.launch.preflight import count_gpus
 from minpro_megatron.launch.roles import torchrun, trainer_environment
@@ -147,7 +147,7 @@ def rank_main(work: Path) -> int:
                 load_weights(chunks, architecture, job["megatron"], mesh)
             else:
                 load_hf_tensors(chunks, architecture, mesh, HfReader(job["hf"]))
-        except ValueError as error:
+        except ProjectError as error:
             (work / ERROR).write_text(str(error))
             return 1
         sequences = [np.array(ids, np.int32) for ids in job["sequences"]]
@@ -163,9 +163,8 @@ def run(options: argparse.Namespace) -> Comparison:
         architecture = read_architecture(options.hf)
         config = ParallelConfig(**parse_parallel(options.parallel))
         refuse_uneven_cuts(architecture, config)
-    except ValueError as error:
-        problems = error.errors() if isinstance(error, ValidationError) else []
-        raise UserError([f"--parallel {options.parallel}: {one['msg']}" for one in problems] or str(error)) from None
+    except ValidationError as error:
+        raise UserError(f"--parallel {options.parallel}: {one['msg']}" for one in error.errors()) from None
     sequences = token_sequences(options.hf, options.text, options.ids, architecture.vocab_size)
     device = "cuda" if count_gpus() >= config.world_size else "cpu"
     dtype = options.dtype if device == "cuda" else "float32"
@@ -204,11 +203,11 @@ def main() -> int:
         return rank_main(options.ranks_of)
     if options.hf is None:
         parser.error("--hf is required")
-    try:
-        comparison = run(options)
-    except UserError as error:
-        print(f"compare_logits: {error}", file=sys.stderr)
-        return 2
+    return run_reporting(lambda: _compare(options), "compare_logits")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    comparison = run(options)
     if options.json:
         print(json.dumps(asdict(comparison), indent=2))
         return 0

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from minpro_megatron.errors import run_reporting
 from minpro_megatron.monitor.comparison import USUAL_METRICS, read_runs, write_comparison
 
 
@@ -59,13 +60,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
+
+    def compare() -> int:
         write_comparison(read_runs(options.runs), options.output, options.metrics, options.smooth)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.output}")
-    return 0
+        print(f"wrote {options.output}")
+        return 0
+
+    return run_reporting(compare)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from rich.progress import (
 from rich.table import Table
 
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.weights.convert import to_hf, to_megatron
 from minpro_megatron.weights.plan import Plan, RankKind, make_plan
 from minpro_megatron.weights.text_files import other_files
@@ -63,14 +64,14 @@ def parse_parallel(text: str) -> ParallelConfig:
     for part in filter(None, text.split(",")):
         axis, _, degree = part.partition("=")
         if not degree or axis in degrees:
-            raise ValueError(f"--parallel: {part!r} must be axis=degree, each axis once; known: {', '.join(AXES)}")
+            raise UserError(f"--parallel: {part!r} must be axis=degree, each axis once; known: {', '.join(AXES)}")
         degrees[axis] = degree
     try:
         return ParallelConfig.model_validate(degrees)
     except ValidationError as error:
         first = error.errors()[0]
         field = f"{'.'.join(map(str, first['loc']))} = {first['input']}: " if first["loc"] else ""
-        raise ValueError(f"--parallel: {field}{first['msg']}; known axes: {', '.join(AXES)}") from None
+        raise UserError(f"--parallel: {field}{first['msg']}; known axes: {', '.join(AXES)}") from None
 
 
 def print_plan(plan: Plan) -> None:
@@ -137,21 +138,21 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     torch.set_num_threads(1)  # bytes are moved, nothing is computed
-    try:
-        if arguments.command == "plan":
-            plan = make_plan(arguments.hf, parse_parallel(arguments.parallel))
-            print(plan.as_json()) if arguments.json else print_plan(plan)
-            return 0 if not plan.hf_tensors_missed + plan.hf_tensors_absent else 2
-        if arguments.command == "to-megatron":
-            cast_to = getattr(torch, arguments.dtype) if arguments.dtype else None
-            to_megatron(arguments.hf, arguments.output, progress_bar, arguments.verify, cast_to)
-            if left_out := other_files(arguments.hf):
-                print(f"not copied, for they are neither weights nor part of the tokenizer: {', '.join(left_out)}")
-        else:
-            to_hf(arguments.megatron, arguments.output, progress_bar, arguments.hf_reference, arguments.verify)
-    except ValueError as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
-        return 2
+    return run_reporting(lambda: _run(arguments), "convert_checkpoint")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "plan":
+        plan = make_plan(arguments.hf, parse_parallel(arguments.parallel))
+        print(plan.as_json()) if arguments.json else print_plan(plan)
+        return 0 if not plan.hf_tensors_missed + plan.hf_tensors_absent else 2
+    if arguments.command == "to-megatron":
+        cast_to = getattr(torch, arguments.dtype) if arguments.dtype else None
+        to_megatron(arguments.hf, arguments.output, progress_bar, arguments.verify, cast_to)
+        if left_out := other_files(arguments.hf):
+            print(f"not copied, for they are neither weights nor part of the tokenizer: {', '.join(left_out)}")
+    else:
+        to_hf(arguments.megatron, arguments.output, progress_bar, arguments.hf_reference, arguments.verify)
     print(f"wrote {arguments.output}")
     return 0
 

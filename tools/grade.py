@@ -22,7 +22,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minpro_megatron.rewards.pool import Judged, RewardPool, RewardWorkerError
+from minpro_megatron.errors import UserError, run_reporting
+from minpro_megatron.rewards.pool import Judged, RewardPool
 
 DEFAULT_REWARD = "math"
 REWARD_BY_SOURCE = {"calculator": "calculator", "math_dapo": "dapo"}
@@ -78,9 +79,9 @@ def read_rows(path: Path) -> list[Row]:
                 problems.append(f"{path}, line {number}: {error}")
     if problems:
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        raise ValueError("\n".join(problems[:MAX_PROBLEMS] + more))
+        raise UserError(problems[:MAX_PROBLEMS] + more)
     if not rows:
-        raise ValueError(f"{path}: it has no rows; give one JSON object a line with {', '.join(FIELDS)}")
+        raise UserError(f"{path}: it has no rows; give one JSON object a line with {', '.join(FIELDS)}")
     return rows
 
 
@@ -162,15 +163,12 @@ def show_summary(summary: dict[str, Any], as_json: bool) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """0 on success, 2 after a message about the input or the reward."""
     options = _parser().parse_args(arguments)
-    try:
-        summary = asyncio.run(grade_file(options, read_rows(options.input)))
-    except (ValueError, OSError, RewardWorkerError) as error:
-        print(f"grade: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    show_summary(summary, options.json)
-    return 0
+
+    def grade() -> int:
+        show_summary(asyncio.run(grade_file(options, read_rows(options.input))), options.json)
+        return 0
+
+    return run_reporting(grade, "grade")
 
 
 if __name__ == "__main__":

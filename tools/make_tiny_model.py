@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from minpro_megatron.errors import run_reporting
 from minpro_megatron.monitor.files import check_replaceable, new_folder
 from minpro_megatron.rewards import calculator
 from tools.prompt_sets import calculator_steps, rows
@@ -359,18 +360,18 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     transformers_logging.disable_progress_bar()
     console = Console()
-    try:
+
+    def make() -> int:
         measured = make_checkpoint(options, console)
-    except (ValueError, OSError) as error:
-        print(f"make_tiny_model: {error}", file=sys.stderr)
-        return 2
-    console.print(
-        f"held-out accuracy on {measured.num_prompts} prompts: "
-        f"sampled {measured.sampled:.3f} ± {measured.sampled_standard_error:.3f}, "
-        f"greedy {measured.greedy:.3f} ± {measured.greedy_standard_error:.3f}"
-    )
-    console.print(f"wrote {options.output}", soft_wrap=True)
-    return 0
+        console.print(
+            f"held-out accuracy on {measured.num_prompts} prompts: "
+            f"sampled {measured.sampled:.3f} ± {measured.sampled_standard_error:.3f}, "
+            f"greedy {measured.greedy:.3f} ± {measured.greedy_standard_error:.3f}"
+        )
+        console.print(f"wrote {options.output}", soft_wrap=True)
+        return 0
+
+    return run_reporting(make, "make_tiny_model")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import run_reporting
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.planning.first_checkpoint import time_limit_problems
 from minpro_megatron.planning.gpus import GPU_KINDS
@@ -65,19 +65,16 @@ def cluster_of(options: argparse.Namespace, config: RunConfig) -> ClusterSize:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     sys.path.insert(0, str(Path.cwd()))  # recipes of the folder it is started in
-    try:
-        config = apply_overrides(load_recipe(options.recipe), options.overrides)
-        workload = Workload.of(config, options.mean_response_tokens, options.mean_prompt_tokens)
-        plan = plan_run(config, cluster_of(options, config), workload)
-        if options.time_limit_hours:
-            found = time_limit_problems(plan, 3600 * options.time_limit_hours)
-            plan = replace(plan, problems=[*plan.problems, *found])
-    except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return WRONG_COMMAND_LINE
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_COMMAND_LINE
+    return run_reporting(lambda: _plan(options))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    config = apply_overrides(load_recipe(options.recipe), options.overrides)
+    workload = Workload.of(config, options.mean_response_tokens, options.mean_prompt_tokens)
+    plan = plan_run(config, cluster_of(options, config), workload)
+    if options.time_limit_hours:
+        found = time_limit_problems(plan, 3600 * options.time_limit_hours)
+        plan = replace(plan, problems=[*plan.problems, *found])
     modes = other_modes(plan) if options.modes else []
     if options.json:
         print(json.dumps(numbers(plan) | {"modes": [asdict(mode) for mode in modes]}, indent=2))

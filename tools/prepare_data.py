@@ -17,6 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from minpro_megatron.errors import UserError, run_reporting
 from tools.prompt_sets import calculator, data_files
 from tools.prompt_sets.assemble import assemble
 from tools.prompt_sets.custom import CustomSet
@@ -72,7 +73,7 @@ def _prepare_custom(options: argparse.Namespace) -> list[str]:
 
 def _assemble(options: argparse.Namespace, source: str, made: CustomSet | MathSet) -> list[str]:
     if options.output.suffix != ".jsonl":
-        raise ValueError(f"--output {options.output}: must be the name of a .jsonl file")
+        raise UserError(f"--output {options.output}: must be the name of a .jsonl file")
     inputs = data_files.find_files(options.input, options.revision)
     return assemble(source, inputs, made.columns, made.convert, options.output)
 
@@ -80,13 +81,12 @@ def _assemble(options: argparse.Namespace, source: str, made: CustomSet | MathSe
 def main(arguments: list[str] | None = None) -> int:
     """Run one sub-command; 0 on success, 2 after a message about damaged or missing input."""
     options = parse_arguments(arguments)
-    try:
-        account = options.prepare(options)
-    except (ValueError, OSError) as error:
-        print(f"prepare_data {options.command}: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(account))
-    return 0
+
+    def prepare() -> int:
+        print("\n".join(options.prepare(options)))
+        return 0
+
+    return run_reporting(prepare, f"prepare_data {options.command}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import run_reporting
 from minpro_megatron.replay.run import run_replay
 from minpro_megatron.replay.settings import SETTINGS, ReplayOptions
 
@@ -91,15 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     given = vars(_parser().parse_args())
-    try:
-        return run_replay(ReplayOptions(**given | {"packing": given["packing"] == "on"}))
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_reporting(lambda: run_replay(ReplayOptions(**given | {"packing": given["packing"] == "on"})))
 
 
 if __name__ == "__main__":

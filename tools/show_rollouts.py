@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import numpy as np
 from rich.console import Console
 
-from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.rollout.journal_reader import GroupRow, JournalReader, StoredGroup, StoredResponse
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.model_files import read_model_facts
@@ -150,7 +150,7 @@ def _list(values: np.ndarray | None) -> list[Any] | None:
 def _export(reader: JournalReader, chosen: list[GroupRow], path: Path) -> str:
     """What was written. Raises ValueError if nothing can be, or the file is there already."""
     if path.exists():
-        raise ValueError(f"--export {path}: the file exists; give a new name")
+        raise UserError(f"--export {path}: the file exists; give a new name")
     num_groups = num_rows = 0
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -161,7 +161,7 @@ def _export(reader: JournalReader, chosen: list[GroupRow], path: Path) -> str:
                 num_groups += bool(rows)
                 num_rows += len(rows)
         if not num_rows:
-            raise ValueError(
+            raise UserError(
                 f"--export {path}: none of the {len(chosen)} chosen groups has behavior log-probs: they are not scored "
                 "yet, or pruned; choose others, such as --state consumed and late steps"
             )
@@ -191,7 +191,7 @@ def _show_group(reader: JournalReader, options: argparse.Namespace, console: Con
     group = next(reader.groups("group_id = ?", (options.group,)))
     responses = [r for r in group.responses if options.response in (None, r.place)]
     if not responses and options.response is not None:
-        raise ValueError(
+        raise UserError(
             f"--response {options.response}: group {group.group_id} has {len(group.responses)} of them, counted from 0"
         )
     tokenizer = load_tokenizer(reader.path.parent)
@@ -205,7 +205,7 @@ def _show(reader: JournalReader, options: argparse.Namespace, console: Console) 
     limit = (0 if options.export else DEFAULT_LIMIT) if options.limit is None else options.limit
     found = reader.rows(*_condition(options))
     if options.group is not None and not found:
-        raise ValueError(f"--group {options.group}: the journal has no such group, or a filter leaves it out")
+        raise UserError(f"--group {options.group}: the journal has no such group, or a filter leaves it out")
     chosen = found[:limit] if limit else found
     if options.export:
         print(_export(reader, chosen, options.export))
@@ -225,14 +225,14 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     if options.response is not None and options.group is None:
         print("error: --response: give the group with --group", file=sys.stderr)
         return 2
-    try:
+
+    def show() -> int:
         with JournalReader(options.run_dir) as reader:
             # a file or a pipe has no width of its own
             _show(reader, options, console or Console(highlight=False, width=None if sys.stdout.isatty() else 160))
         return 0
-    except (JournalError, ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+
+    return run_reporting(show)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.report import write_report
 
@@ -22,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 def _checked(run_dir: Path) -> Path:
     """Raises ValueError if there is no run."""
     if not (run_dir / HISTORY_FILE).is_file():
-        raise ValueError(f"{run_dir}: no {HISTORY_FILE} in it, so it is no run's folder, or the run has not begun")
+        raise UserError(f"{run_dir}: no {HISTORY_FILE} in it, so it is no run's folder, or the run has not begun")
     return run_dir
 
 
@@ -30,12 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder")
     options = parser.parse_args(arguments)
-    try:
+
+    def write() -> int:
         print(f"wrote {write_report(_checked(options.run_dir))}")
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_reporting(write)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from benchmarks.stability_study.source import GroupSampler, SamplerPublisher, Sa
 from minpro_megatron.actor.loading import load_policy
 from minpro_megatron.actor.run_checkpoints import RunCheckpoints
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import RunFailed
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.monitor.writer import RunWriter
@@ -39,7 +40,7 @@ def train(config: RunConfig) -> str | None:
     ):
         try:
             _run(config, mesh)
-        except ValueError as error:  # what train.py raises for a run that has diverged
+        except RunFailed as error:  # what train.py raises for a run that has diverged
             return str(error)
     return None
 

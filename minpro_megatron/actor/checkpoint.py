@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import LIST_OF_FILES, begin_folder, check_replaceable, finish_folder
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture
@@ -94,7 +95,7 @@ def refuse_code_on_all_ranks(path: Path, mesh: Mesh) -> None:
         except ValueError as error:
             problem = str(error)
     if problem := mesh.from_rank_0(problem):
-        raise ValueError(problem)
+        raise UserError(problem)
 
 
 def _sharded_state(chunks: Sequence[GPTModel], mesh: Mesh) -> dict[str, Any]:

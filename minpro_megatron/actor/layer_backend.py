@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minpro_megatron.actor.torch_backend import TorchLayers
 from minpro_megatron.config.trainer import layer_backend_of
+from minpro_megatron.errors import UserError
 
 
 class LayerBackend(Protocol):
@@ -38,7 +39,7 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Layer
         # late: the package exists on GPU machines only
         from minpro_megatron.actor.transformer_engine_backend import TransformerEngineLayers
     except (ImportError, OSError, RuntimeError, AssertionError) as error:  # a library or a part of it does not load
-        raise ValueError(
+        raise UserError(
             f"model.backend = {name}: Transformer Engine cannot be imported ({error}); install it, or set "
             "model.backend to torch"
         ) from error

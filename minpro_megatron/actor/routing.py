@@ -24,6 +24,7 @@ from torch import Tensor
 from minpro_megatron.batching.collate import RowShard, TokenSequence
 from minpro_megatron.batching.routes import refuse_other_routes, shard_routes, wrong_choice
 from minpro_megatron.batching.stored_routes import with_routes_read
+from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture
 
@@ -109,7 +110,7 @@ class RolloutRoutes:
     def __init__(self, routers: "ChunkRouters", architecture: Architecture, mesh: Mesh) -> None:
         """Raises ValueError for a model without experts."""
         if not architecture.num_experts:
-            raise ValueError(
+            raise UserError(
                 f"model.routing_replay = rollout: {architecture.name} has no experts; set it to none, the default"
             )
         self._routers = routers
@@ -127,7 +128,7 @@ class RolloutRoutes:
         for micro_batch, row in enumerate(rows):
             try:
                 row = with_routes_read(row)  # a rank reads its rows alone, and has one of them in memory at a time
-            except ValueError as error:
+            except UserError as error:
                 problem = problem or f"model.routing_replay = rollout: {error}"
                 break
             for chunk, layers in enumerate(self._routers.layers):
@@ -137,7 +138,7 @@ class RolloutRoutes:
                 routes.chosen[chunk, micro_batch] = torch.from_numpy(chosen)
         for found in self._mesh.from_all_ranks(problem):
             if found:
-                raise ValueError(found)
+                raise UserError(found)
         return routes
 
 

@@ -17,6 +17,7 @@ from minpro_megatron.actor.checkpoint import refuse_code_on_all_ranks
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.actor.shard_writing import SaveError, ShardWrite, on_rank_0
 from minpro_megatron.config.checkpoint import CheckpointConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.rollout.checkpoint_folder import CheckpointFolder
 from minpro_megatron.rollout.resume_point import (
@@ -154,7 +155,7 @@ class RunCheckpoints:
         own = sorted(manifest.files)[self._mesh.rank :: self._mesh.control.size()]
         errors = self._mesh.from_all_ranks([_damage(folder / name, manifest.files[name]) for name in own])
         for error in (error for of_rank in errors for error in of_rank if error):
-            raise ValueError(f"{error}; take another checkpoint: write its name into {self._path / LATEST}")
+            raise UserError(f"{error}; take another checkpoint: write its name into {self._path / LATEST}")
 
 
 def _manifest(save: _Save, files: dict[str, SavedFile]) -> RunManifest:

@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from minpro_megatron.actor.host_blocks import host_tensors
 from minpro_megatron.actor.shard_coverage import incompleteness
+from minpro_megatron.errors import ProjectError, UserError
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.rollout.resume_point import SavedFile
 from minpro_megatron.weights.manifest import METADATA, record_file
@@ -49,22 +50,22 @@ _BACKEND_FILE = "metadata.json"
 _NICENESS = 10  # of the writing process: training comes first
 
 
-class SaveError(RuntimeError):
+class SaveError(ProjectError):
     """A checkpoint could not be written. Raised on all ranks alike."""
 
 
 def on_rank_0[T](mesh: Mesh, action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on all ranks. Collective. Raises on all ranks what it raised there: ValueError,
+    """What `action` returns on rank 0, on all ranks. Collective. Raises on all ranks what it raised there: UserError,
     or SaveError for an OSError."""
     value: T | None = None
-    error: ValueError | SaveError | None = None
+    error: UserError | SaveError | None = None
     if mesh.rank == 0:
         try:
             value = action()
         except OSError as found:
             error = SaveError(str(found))
-        except ValueError as found:
-            error = ValueError(str(found))
+        except UserError as found:
+            error = found
     value, error = mesh.from_rank_0((value, error))
     if error is not None:
         raise error
@@ -142,7 +143,7 @@ class _Planner(MCoreSavePlanner):
         plans, metadata = create_default_global_save_plan(all_plans)
         for name, tensor in metadata.state_dict_metadata.items():
             if isinstance(tensor, TensorStorageMetadata) and (found := incompleteness(tensor.size, tensor.chunks)):
-                raise ValueError(f"{name}: {found}")
+                raise UserError(f"{name}: {found}")
         return plans, metadata
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.errors import RunFailed
 from minpro_megatron.monitor.histograms import bin_edges
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def refuse_different_models(sequences: Sequence[TokenSequence], log_probs: np.nd
     rollout = np.concatenate([sequence.rollout_log_probs for sequence in sequences])
     mismatch = float(np.abs(rollout - log_probs).mean())
     if not mismatch <= LARGEST_START_MISMATCH:
-        raise ValueError(
+        raise RunFailed(
             f"batch 0: the servers' log-probs differ from the trainer's by {mismatch:.3g} nats a token (limit "
             f"{LARGEST_START_MISMATCH}): model.megatron_path and model.hf_path hold different weights; convert again"
         )
@@ -35,7 +36,7 @@ def refuse_broken_scores(index: int, log_probs: np.ndarray) -> None:
     """Raises ValueError if a log-prob is NaN or infinite: ratios against it would be no numbers either."""
     broken = int(np.count_nonzero(~np.isfinite(log_probs)))
     if broken:
-        raise ValueError(
+        raise RunFailed(
             f"batch {index}: {broken} of {len(log_probs)} behavior log-probs are not finite: the weights hold NaN or "
             "infinity; look for a diverging loss or gradient norm before it, and start again from earlier weights"
         )
@@ -58,7 +59,7 @@ def refuse_unequal_start(metrics: Mapping[str, float], log_ratios: np.ndarray, d
                 largest, rms,
             )  # fmt: skip
         return
-    raise ValueError(
+    raise RunFailed(
         f"the first mini-batch has staleness 0 and comes before any update, but its ratios are not 1: log-ratio "
         f"{rms:.3g} root mean square (limit {limit:g}), {share:.3g} of the tokens beyond {FAR_NATS} nats (limit "
         f"{MAX_START_FAR_SHARE:g}), {largest:.3g} at most: scoring and training compute different log-probs; compare "

@@ -13,6 +13,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from minpro_megatron.errors import UserError
+
 # A writer copies one piece at a time, and a reader holds one: this is what saving and loading need beside the states.
 PIECE_BYTES = 16 << 20
 
@@ -76,10 +78,10 @@ def blocks_of(sharding: ShardedTensor | ShardedTensorFactory) -> list[Block]:
     for one in nested_values({"": built}):
         is_view = one.data.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
         if not is_view or not one.data.is_contiguous():
-            raise ValueError(f"{one.key}: its part of the parameter is not a contiguous view, so no range maps to it")
+            raise UserError(f"{one.key}: its part of the parameter is not a contiguous view, so no range maps to it")
         found.append(Block(one, one.data.storage_offset() - parameter.storage_offset()))
     if sum(block.end - block.first for block in found) != parameter.numel():
-        raise ValueError(f"{sharding.key}: {len(found)} tensors of the checkpoint do not add up to the parameter")
+        raise UserError(f"{sharding.key}: {len(found)} tensors of the checkpoint do not add up to the parameter")
     return found
 
 

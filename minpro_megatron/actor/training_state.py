@@ -25,6 +25,7 @@ from minpro_megatron.actor import cpu_offload
 from minpro_megatron.actor.shard_writing import ShardWrite
 from minpro_megatron.actor.state_pieces import blocks_of, pieces
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.rollout.resume_point import RunIdentity
 from minpro_megatron.weights.architecture import Architecture
@@ -82,7 +83,7 @@ def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path
         unrestored = {one.key for one in wanted if not _is_finite(_data(one))}
     found = sorted({name for names in mesh.from_all_ranks(unrestored) for name in names})
     if found:
-        raise ValueError(
+        raise UserError(
             f"{folder}: {len(found)} tensors were not restored or are not finite, among them {found[0]}; the "
             "checkpoint is incomplete: take an earlier one"
         )

@@ -4,6 +4,8 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minpro_megatron.errors import UserError
+
 
 @dataclass(frozen=True)
 class SequenceCost:
@@ -29,7 +31,7 @@ def pack_rows(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, m
     """
     for index, length in enumerate(lengths):
         if length > max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"sequence {index} has {length} tokens with padding, more than batch.max_tokens_per_row = "
                 f"{max_tokens}; raise it or shorten the responses"
             )

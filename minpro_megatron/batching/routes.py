@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from minpro_megatron.batching.collate import RowShard, TokenSequence
+from minpro_megatron.errors import UserError
 
 _ASK_SERVERS = (
     "start the servers with --enable-return-routed-experts and request them from each server itself: a router in "
@@ -25,14 +26,14 @@ def refuse_other_routes(
     """
     missing = sum(sequence.routed_experts is None for sequence in sequences)
     if missing:
-        raise ValueError(
+        raise UserError(
             f"model.routing_replay = rollout: {missing} of {len(sequences)} responses have no routes; {_ASK_SERVERS}"
         )
     for sequence in sequences:
         assert sequence.routed_experts is not None
         found, needed = sequence.routed_experts.shape, (sequence.num_tokens - 1, num_layers, experts_per_token)
         if found != needed:
-            raise ValueError(
+            raise UserError(
                 f"model.routing_replay = rollout: the routes of a response have the shape {found}, but [prompt + "
                 f"response tokens - 1, layers, experts a token] is {needed} for the model of {num_experts} experts; "
                 "serve the model of model.hf_path, with all of the prompt's routes"

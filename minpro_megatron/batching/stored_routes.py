@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from minpro_megatron.batching.collate import RowShard
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import StoredRoutes
 
 _DTYPES = ("|u1", "<i2")
@@ -15,17 +16,17 @@ def read_routes(stored: StoredRoutes) -> np.ndarray:
     """The array [prompt + response tokens - 1, layers, experts a token], read only. Raises ValueError if the file is
     missing or has other bytes."""
     if stored.dtype not in _DTYPES:
-        raise ValueError(f"{stored.path}: routes of dtype {stored.dtype!r}; known: {', '.join(_DTYPES)}")
+        raise UserError(f"{stored.path}: routes of dtype {stored.dtype!r}; known: {', '.join(_DTYPES)}")
     dtype = np.dtype(stored.dtype)
     size = int(np.prod(stored.shape)) * dtype.itemsize
     try:
         data = np.memmap(stored.path, np.uint8, "r")[stored.offset : stored.offset + size]
     except OSError as error:
-        raise ValueError(f"{stored.path}: these routes cannot be read ({error.strerror})") from None
+        raise UserError(f"{stored.path}: these routes cannot be read ({error.strerror})") from None
     except ValueError:  # nothing can be mapped of a file that has been emptied
         data = np.empty(0, np.uint8)
     if hashlib.sha256(data).hexdigest() != stored.sha256:
-        raise ValueError(
+        raise UserError(
             f"{stored.path}: these routes are damaged (their checksum differs); put the file back, or give a new run "
             "name"
         )

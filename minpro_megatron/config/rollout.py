@@ -131,7 +131,9 @@ class ServerConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_total_tokens: int | None = Field(default=None, ge=1, description="KV cache size; None: SGLang decides")
     max_running_requests: int = Field(default=256, ge=1)
-    start_timeout_s: float = Field(default=900, gt=0)
+    start_timeout_s: float = Field(
+        default=900, gt=0, description="longest start of a server until it generates; a longer one ends the run"
+    )
     request_timeout_s: float = Field(default=1800, gt=0, description="for the whole answer to one request")
     queue_timeout_s: float | None = Field(
         default=None,

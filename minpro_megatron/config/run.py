@@ -23,6 +23,7 @@ from minpro_megatron.config.rollout import (
     StalenessConfig,
 )
 from minpro_megatron.config.trainer import BatchConfig, ModelConfig, OptimizerConfig
+from minpro_megatron.errors import UserError
 
 
 class RunConfig(Section):
@@ -138,7 +139,7 @@ class RunConfig(Section):
                     "some of these, or raise num_global_steps"
                 )
         if debug.profile_steps and (beyond := [rank for rank in debug.profile_ranks if rank >= num_ranks]):
-            raise ValueError(
+            raise UserError(
                 f"debug.profile_ranks: the mesh has ranks 0 to {num_ranks - 1}, and no {beyond[0]}; leave it out"
             )
 
@@ -156,7 +157,7 @@ def parse_run_config(values: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError("\n".join(_problem(entry) for entry in error.errors())) from None
+        raise UserError(_problem(entry) for entry in error.errors()) from None
 
 
 def _problem(entry: Any) -> str:
@@ -175,7 +176,7 @@ def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator:
-            raise ValueError(
+            raise UserError(
                 f"override {assignment!r}: expected section.key=value, such as optimizer.learning_rate=1e-5"
             )
         target, key = _find_setting(values, path.strip(), assignment)
@@ -192,10 +193,10 @@ def _find_setting(values: dict[str, Any], path: str, assignment: str) -> tuple[d
     target = values
     for section in sections:
         if not isinstance(target.get(section), dict):
-            raise ValueError(f"override {assignment!r}: there is no section {section!r}; known: {', '.join(target)}")
+            raise UserError(f"override {assignment!r}: there is no section {section!r}; known: {', '.join(target)}")
         target = target[section]
     if key not in target:
-        raise ValueError(f"override {assignment!r}: there is no setting {key!r}; known: {', '.join(target)}")
+        raise UserError(f"override {assignment!r}: there is no setting {key!r}; known: {', '.join(target)}")
     return target, key
 
 
@@ -212,4 +213,4 @@ def _objective_defaults(name: Any) -> dict[str, Any]:
     try:
         return TypeAdapter(ObjectiveConfig).validate_python({"name": name}).model_dump()
     except ValidationError as error:
-        raise ValueError("\n".join(f"objective.name: {entry['msg']}" for entry in error.errors())) from None
+        raise UserError(f"objective.name: {entry['msg']}" for entry in error.errors()) from None

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import replace_file
 
 SETTINGS_FILE, SAMPLES_FILE = "settings.json", "samples.jsonl"
@@ -72,7 +73,7 @@ class SampleFile:
             self._drop_torn_line()
         except BlockingIOError:
             self._file.close()
-            raise ValueError(f"{folder}: another evaluation writes here; give another --output, or wait") from None
+            raise UserError(f"{folder}: another evaluation writes here; give another --output, or wait") from None
         except BaseException:
             self._file.close()
             raise
@@ -110,7 +111,7 @@ class SampleFile:
             try:
                 group = msgspec.json.decode(line, type=SampledGroup)
             except msgspec.DecodeError as error:
-                raise ValueError(f"{self.path}, line {number}: {error}; remove the line to sample it again") from None
+                raise UserError(f"{self.path}, line {number}: {error}; remove the line to sample it again") from None
             if group.key not in seen:
                 seen.add(group.key)
                 responses = [msgspec.structs.replace(found, text=text_of(found)) for found in group.responses]
@@ -122,12 +123,12 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder}: this is a file; give another --output")
+        raise UserError(f"{folder}: this is a file; give another --output")
     names = {path.name for path in folder.iterdir()}
     begun = SETTINGS_FILE in names and SAMPLES_FILE in names
     samples = folder / SAMPLES_FILE
     if names and not begun and not (names == {SAMPLES_FILE} and samples.is_file() and samples.stat().st_size == 0):
-        raise ValueError(
+        raise UserError(
             f"{folder}: it holds files that no evaluation wrote ({', '.join(sorted(names)[:3])}); give another --output"
         )
 
@@ -139,13 +140,13 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], is_empty: bool) -
     except FileNotFoundError:
         found = None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); give another --output") from None
+        raise UserError(f"{path}: not JSON ({error}); give another --output") from None
     if (found is not None and not isinstance(found, dict)) or (is_empty and found and found.keys() != wanted.keys()):
-        raise ValueError(f"{path}: these are not the settings of an evaluation; give another --output")
+        raise UserError(f"{path}: these are not the settings of an evaluation; give another --output")
     if is_empty:  # nothing is lost
         replace_file(path, json.dumps(wanted, indent=2) + "\n")
     elif found != wanted:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds samples of other settings ({'; '.join(_differences(found or {}, wanted))}): "
             "give the settings of then, or another --output"
         )

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, UserError, report, report_unexpected
 from minpro_megatron.evaluation.benchmarks import title_of
 from minpro_megatron.evaluation.samples import SampledGroup, SampleFile, text_to_compare
 from minpro_megatron.evaluation.scores import Scores, score_all
@@ -29,16 +29,13 @@ from minpro_megatron.launch.evaluation_options import (
     samples_per_prompt,
     sampling_settings,
 )
-from minpro_megatron.launch.logs import explanation
 from minpro_megatron.launch.reward_check import grader_problems
 from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.logs import explanation
 from minpro_megatron.monitor.pass_at_k_chart import Curve, pass_at_k_png
 from minpro_megatron.monitor.sampling_progress import SamplingProgress
-from minpro_megatron.rewards.pool import RewardWorkerError
 from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
-from minpro_megatron.rollout.fleet import FleetError
-from minpro_megatron.rollout.generation import GenerationError
 from minpro_megatron.rollout.open_files import raise_file_limit
 from minpro_megatron.serving.api_key import api_key
 from minpro_megatron.serving.server_command import context_length
@@ -62,18 +59,15 @@ def evaluate(options: EvaluationOptions) -> int:
     if found := list(grader_problems(config.collector, rows, "--reward")):
         raise UserError(found)
     settings = sampling_settings(options, config, prompts)
-    try:
-        with SampleFile(options.output, settings) as file:
+    with SampleFile(options.output, settings) as file:
+        done = list(file.groups(text_to_compare))
+        tasks = plan(prompts, samples, options.seed, [group.key for group in done])
+        if tasks:
+            wanted = {name: samples[name] * len(tokenized) for name, tokenized in prompts.items()}
+            status = _sample(config, file, tasks, done, wanted)
+            if status:
+                return status
             done = list(file.groups(text_to_compare))
-            tasks = plan(prompts, samples, options.seed, [group.key for group in done])
-            if tasks:
-                wanted = {name: samples[name] * len(tokenized) for name, tokenized in prompts.items()}
-                status = _sample(config, file, tasks, done, wanted)
-                if status:
-                    return status
-                done = list(file.groups(text_to_compare))
-    except ValueError as error:
-        raise UserError(str(error)) from None
     version = done[0].policy_version
     try:
         result = score_all(options.model, version, settings, samples, done, options.right_reward)
@@ -95,7 +89,7 @@ def _check(options: EvaluationOptions, config: RunConfig) -> None:
     for look in looks:
         try:
             look()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             problems.append(str(error))
     if problems:
         raise UserError(problems)
@@ -118,11 +112,15 @@ def _sample(
         except asyncio.CancelledError:
             print("terminated; the same command goes on", file=sys.stderr)
             return STATUS_TERMINATED
-        except (EvaluationError, FleetError, GenerationError, RewardWorkerError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            print("the same command goes on with what is sampled so far", file=sys.stderr)
-            return 1
-    return 0
+        except ProjectError as error:
+            report(error, "error")
+            status = FAILED
+        except Exception:
+            status = report_unexpected("eval")
+        else:
+            return SUCCEEDED
+    print("the same command goes on with what is sampled so far", file=sys.stderr)
+    return status
 
 
 async def _until_terminated(
@@ -142,8 +140,8 @@ async def _until_terminated(
         try:
             await asyncio.wait({work, ended}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                lines = explanation(_serve_log(config))
-                raise EvaluationError(f"the servers' role has ended: {' | '.join(lines[-3:])} ({_serve_log(config)})")
+                lines = explanation(_serve_log(config), role="serve")
+                raise EvaluationError(f"the servers' role has ended: {' | '.join(lines[:3])} ({_serve_log(config)})")
             work.result()
         finally:
             if not work.done():

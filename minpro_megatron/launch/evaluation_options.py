@@ -105,10 +105,7 @@ def run_config(options: EvaluationOptions) -> RunConfig:
         },
         "evaluation": {"temperature": options.temperature, "top_p": options.top_p},
     }
-    try:
-        return parse_run_config(values)
-    except ValueError as error:
-        raise UserError(str(error).splitlines()) from None
+    return parse_run_config(values)
 
 
 def samples_per_prompt(options: EvaluationOptions) -> dict[str, int]:
@@ -124,7 +121,7 @@ def read_benchmarks(options: EvaluationOptions, config: RunConfig) -> dict[str, 
     try:
         tokenizer = TextTokenizer(options.model, read_model_facts(options.model, options.extra_stop_tokens))
         rendering = make_rendering(config.data, options.model)
-    except (ValueError, OSError) as error:
+    except OSError as error:
         raise UserError(str(error)) from None
     found, problems = {}, []
     for name in options.benchmarks:
@@ -132,12 +129,12 @@ def read_benchmarks(options: EvaluationOptions, config: RunConfig) -> dict[str, 
             prompts = _load(options, name)
             found[name] = tokenize(prompts, tokenizer, options.max_prompt_tokens, name, rendering)
             if dropped := {prompt.id for prompt in prompts} - {kept.prompt.id for kept in found[name]}:
-                raise ValueError(
+                raise UserError(
                     f"{name}: {len(dropped)} prompts, such as {min(dropped)!r}, are longer than --max-prompt-tokens = "
                     f"{options.max_prompt_tokens}, or empty; raise it: a benchmark without them is another one"
                 )
-        except ValueError as error:
-            problems.append(str(error))
+        except UserError as error:
+            problems += error.problems
     if problems:
         raise UserError(problems)
     return found
@@ -151,10 +148,10 @@ def _load(options: EvaluationOptions, name: str) -> list[Prompt]:
     path = benchmark_file(options, name)
     if not path.is_file():
         made = f"make it with tools/prepare_data.py {name} (see its --help), or " if name in BENCHMARKS else ""
-        raise ValueError(f"--benchmarks {name}: {path}: no such file; {made}give --benchmark-file {name}=PATH")
+        raise UserError(f"--benchmarks {name}: {path}: no such file; {made}give --benchmark-file {name}=PATH")
     prompts = load_prompts(path, f"--benchmarks {name}")
     if options.num_prompts is not None and options.num_prompts > len(prompts):
-        raise ValueError(f"--num-prompts {options.num_prompts}: {path} has only {len(prompts)} rows; lower it")
+        raise UserError(f"--num-prompts {options.num_prompts}: {path} has only {len(prompts)} rows; lower it")
     return prompts[: options.num_prompts]
 
 

@@ -8,15 +8,15 @@ from statistics import median
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
-from minpro_megatron.launch.logs import explanation
 from minpro_megatron.launch.preflight import problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.roles import role_commands, roles_of
 from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
 from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.launch.stopping import Stopping, save_by
-from minpro_megatron.launch.supervisor import FAILED, FINISHED, INTERRUPTED, Outcome, Supervisor
+from minpro_megatron.launch.supervisor import FAILED, FINISHED, INTERRUPTED, Failure, Outcome, Supervisor
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
+from minpro_megatron.monitor.logs import explanation, shortened
 from minpro_megatron.monitor.progress import Progress, duration
 from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.monitor.summary import RunSummary, read_summary
@@ -65,8 +65,7 @@ def closing_lines(outcome: Outcome) -> list[str]:
     lines = []
     for failure in outcome.failures:
         lines.append(f"error: the role {failure.role} {failure.how}; its log: {failure.log_file}")
-        told = explanation(failure.log_file, start=failure.log_start) or ["(the log does not say why)"]
-        lines.extend(f"  | {line}" for line in told)
+        lines.extend(f"  | {line}" for line in _cause(failure) or ["(the log does not say why)"])
     if outcome.left_behind:
         pids = ", ".join(map(str, outcome.left_behind))
         lines.append(f"error: these processes could not be ended: {pids}; end them by hand")
@@ -76,6 +75,14 @@ def closing_lines(outcome: Outcome) -> list[str]:
     elif outcome.interrupted_by is not None:
         lines.append(f"interrupted by {outcome.interrupted_by}; all processes were stopped")
     return lines
+
+
+def _cause(failure: Failure) -> list[str]:
+    """The lines that explain the failure: the unexpected error of the rank that failed first, else those of the log."""
+    first = failure.first_rank
+    if first is not None and first.traceback:
+        return [f"rank {first.rank} on {first.host} failed first:", *shortened(first.traceback)]
+    return explanation(failure.log_file, start=failure.log_start, role=failure.role)
 
 
 def finish(config: RunConfig) -> int:

@@ -39,7 +39,15 @@ from minpro_megatron.launch.starts import (
     wait_for,
 )
 from minpro_megatron.launch.stopping import Stopping, save_by
-from minpro_megatron.launch.supervisor import FAILED, FINISHED, TO_BE_CONTINUED, Outcome, RoleCommand, Supervisor
+from minpro_megatron.launch.supervisor import (
+    FAILED,
+    FINISHED,
+    TO_BE_CONTINUED,
+    Failure,
+    Outcome,
+    RoleCommand,
+    Supervisor,
+)
 from minpro_megatron.launch.topology import Topology, read_topology
 from minpro_megatron.monitor.progress import Progress
 from minpro_megatron.rollout.resume_point import read_latest
@@ -77,10 +85,7 @@ def run_node(options: NodeOptions, environment: Mapping[str, str] = os.environ) 
     and 69 too."""
     began = time.time()
     config = read_config(options.config)
-    try:
-        topology = read_topology(options.topology)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    topology = read_topology(options.topology)
     index = _index(options, len(topology.nodes), environment)
     limit = save_by(config, environment, began, options.end_early_s)
     return _Node(config, topology, index, _key(options, environment), options, limit, environment).run()
@@ -132,7 +137,7 @@ class _Node:
         if len(self._topology.nodes) > 1:
             try:
                 self._address, self._interface = routable_address(self._wanted_interface)
-            except ValueError as error:
+            except UserError as error:
                 self._own_problems = [Problem(str(error))]
         with ExitStack() as held:
             start, plan = self._make_plan(held) if self._is_first else self._find_plan()
@@ -305,7 +310,7 @@ class _Node:
             self._say(f"stopped because {_told(others)}", file=sys.stderr)
             return FAILED
         if outcome.failures:
-            why = "; ".join(f"the role {failure.role} {failure.how}" for failure in outcome.failures)
+            why = "; ".join(_described(failure) for failure in outcome.failures)
             start.write_failed(self._index, self._host, why)
         self._say(*closing_lines(outcome), file=sys.stderr)
         return outcome.status
@@ -359,6 +364,12 @@ class _Watch:
         if failed:
             raise _OthersFailed(_told(failed))
         self._are_done = self._start.are_done(self._deciding)
+
+
+def _described(failure: Failure) -> str:
+    first = failure.first_rank
+    cause = f" (rank {first.rank} failed first: {first.message})" if first is not None else ""
+    return f"the role {failure.role} {failure.how}{cause}"
 
 
 def _told(failed: Mapping[int, NodeEnd]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.node_roles import host_on_node, node_gpus, roles_on
 from minpro_megatron.launch.preflight import count_gpus, listening_error, port_problems
 from minpro_megatron.launch.problems import Problem, passes
@@ -128,11 +129,11 @@ def weight_problems(config: RunConfig, share: NodeShare) -> Iterator[Problem]:
         return
     try:
         verify_files(config.model.megatron_path, read_manifest(config.model.megatron_path))
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         yield Problem(f"model.megatron_path = {config.model.megatron_path}: {error}", _is_passing(error))
     try:
         read_latest(config.run_dir)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         yield Problem(f"the checkpoint to go on from: {error}", _is_passing(error))
 
 
@@ -184,14 +185,14 @@ def routable_address(interface: str) -> tuple[str, str]:
     if interface:
         if interface not in addresses:
             known = ", ".join(f"{name} ({address})" for name, address in addresses.items())
-            raise ValueError(f"--interface {interface}: this node has none with an IPv4 address; it has: {known}")
+            raise UserError(f"--interface {interface}: this node has none with an IPv4 address; it has: {known}")
         return addresses[interface], interface
     names = {address: name for name, address in addresses.items()}
     for look in (_address_of_own_name, _address_of_default_route):
         address = look()
         if address in names and not is_loopback(address):
             return address, names[address]
-    raise ValueError(
+    raise UserError(
         "this node's name has no address that others could reach, and there is no default route: name the network "
         "interface in the profile (slurm.interface)"
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.backend_check import layer_backend_problems
 from minpro_megatron.launch.problems import Problem, passes
 from minpro_megatron.launch.resume import foreign_entries, holds_a_run, obstacles
@@ -101,7 +102,7 @@ def _mesh_fits_model(config: RunConfig) -> Iterator[str]:
         return  # said already
     try:
         refuse_uneven_cuts(read_architecture(config.model.hf_path), config.parallel)
-    except ValueError as error:
+    except UserError as error:
         yield str(error)
 
 
@@ -142,7 +143,7 @@ def _prompt_problems(config: RunConfig) -> Iterator[str]:
     for read in reads:
         try:
             read()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             yield str(error)
 
 
@@ -190,7 +191,7 @@ def _servers(config: RunConfig) -> Iterator[str]:
     for look in (api_key, external_urls):
         try:
             look(config.server)
-        except ValueError as error:
+        except UserError as error:
             yield str(error)
 
 

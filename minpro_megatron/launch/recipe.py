@@ -78,10 +78,7 @@ def _call(recipe: str, function: Callable[[], object]) -> RunConfig:
 
 def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
     """`config` with the command line's `section.key=value` applied. Raises UserError, one line a problem."""
-    try:
-        return with_overrides(config, assignments)
-    except ValueError as error:
-        raise UserError(str(error).splitlines()) from None
+    return with_overrides(config, assignments)
 
 
 def read_config(path: Path) -> RunConfig:
@@ -92,8 +89,8 @@ def read_config(path: Path) -> RunConfig:
         raise UserError(f"--config {path}: {error.strerror}; give the run.json of a run") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not JSON ({error}); give the run.json of a run") from None
-    except ValueError as error:
-        raise UserError(f"--config {path}: {problem}" for problem in str(error).splitlines()) from None
+    except UserError as error:
+        raise UserError(f"--config {path}: {problem}" for problem in error.problems) from None
 
 
 def _named(error: BaseException) -> str:

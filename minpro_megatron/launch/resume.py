@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.inputs import INPUT_PATHS, input_obstacles
 from minpro_megatron.launch.starts import STARTS
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
@@ -96,7 +97,7 @@ def obstacles(config: RunConfig) -> Iterator[str]:
         )
     try:
         latest = read_latest(run_dir)
-    except ValueError as error:
+    except UserError as error:
         yield f"{field}: {error}"
         return
     if latest is None and (newest := newest_complete(run_dir / CHECKPOINTS)):

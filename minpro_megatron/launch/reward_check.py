@@ -12,6 +12,7 @@ import msgspec
 
 from minpro_megatron.config.rollout import CollectorConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import Prompt
 from minpro_megatron.rewards.pool import START_TIMEOUT_S, WALL_FACTOR, worker_command
 from minpro_megatron.rewards.registry import check_reward_name
@@ -48,7 +49,7 @@ def files_of(config: RunConfig) -> dict[str, Sequence[Prompt]]:
     for field, read in reads.items():
         try:
             found[field] = read()
-        except ValueError:
+        except UserError:
             continue
     return found
 
@@ -64,7 +65,7 @@ def grader_problems(
     for setting, name in names.items():
         try:
             check_reward_name(name, setting)
-        except ValueError as error:
+        except UserError as error:
             yield str(error)
             continue
         if name not in refusals:

@@ -1,5 +1,6 @@
 """Starts the roles, watches them, and stops everything as soon as one of them fails."""
 
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ from minpro_megatron.launch.prctl import adopt_orphans, ending_with_this_process
 from minpro_megatron.launch.processes import descendants, kill_all, reap_orphans
 from minpro_megatron.launch.stopping import Stopping
 from minpro_megatron.monitor.early_end import EarlyEnd
+from minpro_megatron.monitor.rank_failures import FOLDER_VARIABLE, RankFailure, first_rank_failure
 
 # To be continued (EX_TEMPFAIL): the run has saved and goes on when it is started again.
 FINISHED, FAILED, INTERRUPTED, TO_BE_CONTINUED = 0, 1, 130, 75
@@ -46,6 +48,7 @@ class Failure:
     how: str
     log_file: Path
     log_start: int = 0  # bytes of earlier starts in it
+    first_rank: RankFailure | None = None  # of a role with ranks: the rank that failed first, if it could say so
 
 
 @dataclass(slots=True)
@@ -66,6 +69,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     log_file: Path
     log_start: int
+    rank_failures: Path
 
 
 class Supervisor:
@@ -116,18 +120,20 @@ class Supervisor:
     def _start(self, command: RoleCommand) -> None:
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log_file = self._log_dir / f"{command.log_name or command.role}.log"
+        rank_failures = (self._log_dir / "failures" / log_file.stem).absolute()
+        shutil.rmtree(rank_failures, ignore_errors=True)  # those of an earlier start
         with log_file.open("ab") as log:
             log_start = log.tell()
             process = subprocess.Popen(
                 command.arguments,
-                env=command.environment,
+                env=command.environment | {FOLDER_VARIABLE: str(rank_failures)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C in the terminal reaches only the launcher, which decides
                 preexec_fn=ending_with_this_process(signal.SIGTERM),
             )
-        self._running.append(_Running(command, process, log_file, log_start))
+        self._running.append(_Running(command, process, log_file, log_start, rank_failures))
 
     def _watch(self, each_tick: Callable[[], None], others_are_done: Callable[[], bool]) -> Outcome:
         next_reaping = time.monotonic() + _REAP_EVERY_S
@@ -217,7 +223,8 @@ def _failure_of(running: _Running) -> Failure | None:
         how = "exited before the others were done (exit status 0)"
     else:
         how = f"failed with exit status {status}"
-    return Failure(running.command.role, how, running.log_file, running.log_start)
+    first_rank = first_rank_failure(running.rank_failures)
+    return Failure(running.command.role, how, running.log_file, running.log_start, first_rank)
 
 
 def _signal_name(number: int) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.launch.roles import roles_of
 
 
@@ -58,15 +59,15 @@ class Topology(Section):
 
 
 def read_topology(path: Path) -> Topology:
-    """What `to_json` wrote. Raises ValueError."""
+    """What `to_json` wrote. Raises UserError."""
     try:
         return Topology.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValidationError, json.JSONDecodeError) as error:
-        raise ValueError(f"--topology {path}: {' '.join(str(error).split())}; submit the job again") from None
+        raise UserError(f"--topology {path}: {' '.join(str(error).split())}; submit the job again") from None
 
 
 def lay_out(config: RunConfig, settings: TopologySettings) -> Topology:
-    """Spreads the run's ranks and servers over nodes. Raises ValueError, one line a problem."""
+    """Spreads the run's ranks and servers over nodes. Raises UserError, one line a problem."""
     roles, server = roles_of(config), config.server
     ranks = config.parallel.world_size if "train" in roles else 0
     servers = server.count if "serve" in roles and not server.urls else 0
@@ -74,7 +75,7 @@ def lay_out(config: RunConfig, settings: TopologySettings) -> Topology:
     server_gpus = server.tensor_parallel if server.device == "cuda" and server.engine != "reference" else 0
     demand = _Demand(config, settings, ranks, servers, rank_gpus, server_gpus)
     if problems := list(demand.problems()):
-        raise ValueError("\n".join(problems))
+        raise UserError(problems)
     return demand.topology()
 
 

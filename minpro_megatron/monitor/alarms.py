@@ -14,6 +14,7 @@ from statistics import fmean, median
 from typing import Literal
 
 from minpro_megatron.config.alarms import AlarmName, AlarmsConfig
+from minpro_megatron.errors import ProjectError
 
 LEAST_RISE_NATS = 0.3  # of an entropy explosion
 LEAST_REWARD_DROP = 0.03  # of the rewards' range: the mean of a few hundred responses varies by as much
@@ -22,7 +23,7 @@ MOST_STEPS_BEFORE_A_SPIKE = 20  # whose median it is compared with
 MUST_BE_FINITE = ("objective/loss", "policy/entropy", "ratio/mean", "optimizer/grad_norm")
 
 
-class AlarmStop(RuntimeError):
+class AlarmStop(ProjectError):
     """The run ends because of an alarm of alarms.stop_on."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.monitor import figures
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
@@ -46,13 +47,13 @@ class Run:
 def read_run(folder: Path) -> Run:
     """The run in `folder`. Raises ValueError if there is none."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder; give run folders, such as runs/demo")
+        raise UserError(f"{folder}: there is no such folder; give run folders, such as runs/demo")
     if not (folder / HISTORY_FILE).is_file():
-        raise ValueError(f"{folder}: no {HISTORY_FILE} in it, so it is no run's folder, or the run has not begun")
+        raise UserError(f"{folder}: no {HISTORY_FILE} in it, so it is no run's folder, or the run has not begun")
     try:
         history = valid_history(folder)
     except OSError as error:
-        raise ValueError(f"{folder}: {HISTORY_FILE} cannot be read: {error}") from None
+        raise UserError(f"{folder}: {HISTORY_FILE} cannot be read: {error}") from None
     config = read_json(folder / "run.json")
     return Run(
         label=short(config.get("name", folder.resolve().name), 100),
@@ -68,7 +69,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     places = [folder.resolve() for folder in folders]
     for place, folder in enumerate(folders):
         if places[place] in places[:place]:
-            raise ValueError(f"{folder}: given twice; name each run once")
+            raise UserError(f"{folder}: given twice; name each run once")
     runs = [read_run(folder) for folder in folders]
     labels = [run.label for run in runs]
     return [
@@ -85,12 +86,12 @@ def write_comparison(runs: Sequence[Run], path: Path, metrics: Sequence[str] = (
     """
     known = {name for run in runs for entry in run.history for name in entry.metrics}
     if not known:
-        raise ValueError(f"none of the {len(runs)} runs has written a metric yet; wait for their first global step")
+        raise UserError(f"none of the {len(runs)} runs has written a metric yet; wait for their first global step")
     for name in metrics:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 3, 0.4)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ValueError(f"--metrics: none of the runs has {name!r}{hint}")
+            raise UserError(f"--metrics: none of the runs has {name!r}{hint}")
     with figures.drawing():
         charts = [_chart(runs, name, window) for name in (metrics or USUAL_METRICS) if name in known]
     page = render(

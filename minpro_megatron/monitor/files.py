@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minpro_megatron.errors import UserError
+
 LIST_OF_FILES = ".minpro_files"
 _SHOWN = 3  # names of an error message
 
@@ -51,7 +53,7 @@ def begin_folder(folder: Path) -> Path:
     if temporary.exists():
         # The list is made first, and gets its content last.
         if not (temporary / LIST_OF_FILES).is_file() and any(temporary.iterdir()):
-            raise ValueError(f"{temporary}: this program did not write it, and needs the name; move it elsewhere")
+            raise UserError(f"{temporary}: this program did not write it, and needs the name; move it elsewhere")
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     (temporary / LIST_OF_FILES).touch()
@@ -77,13 +79,13 @@ def check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder}: this is a file; give another folder")
+        raise UserError(f"{folder}: this is a file; give another folder")
     found = _files_in(folder)
     listed = folder / LIST_OF_FILES
     own = set(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else set()
     if others := sorted(found - own):
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-        raise ValueError(
+        raise UserError(
             f"{folder}: it holds files that this program did not write there ({', '.join(others[:_SHOWN])}{more}), so "
             "it is not replaced; give another folder, or move them elsewhere"
         )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import replace_file
 
 FILE_NAME = "inputs.json"
@@ -31,7 +32,7 @@ def read_inputs(run_dir: Path) -> RunInputs | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def write_inputs(run_dir: Path, inputs: RunInputs) -> None:

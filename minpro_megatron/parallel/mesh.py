@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.device import process_group_backend, select_device
 
 # Whoever really hangs is found by the watchdog of each rank (monitor/watchdog.py).
@@ -97,7 +98,7 @@ def open_mesh(
     )
     try:
         if dist.get_world_size() != config.world_size:
-            raise ValueError(
+            raise UserError(
                 f"parallel: tensor x pipeline x context x data = {config.world_size} ranks are needed, "
                 f"{dist.get_world_size()} were started"
             )

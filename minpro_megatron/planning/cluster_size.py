@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.planning.gpus import GpuKind, gpu_kind
 
 
@@ -22,7 +23,7 @@ class ClusterSize:
     def __post_init__(self) -> None:
         given = self.trainer_gpus > 0 and self.server_gpus > 0
         if given == (self.total_gpus > 0) or min(vars(self)[name] for name in vars(self) if name != "gpu") < 0:
-            raise ValueError(
+            raise UserError(
                 f"cluster: trainer_gpus = {self.trainer_gpus}, server_gpus = {self.server_gpus}, total_gpus = "
                 f"{self.total_gpus}: give the first two, or the last alone"
             )

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from minpro_megatron.errors import UserError
+
 GIB = 2**30
 
 
@@ -93,5 +95,5 @@ GPU_KINDS: dict[str, GpuKind] = {
 def gpu_kind(name: str) -> GpuKind:
     """Raises ValueError for a kind that is not in the table."""
     if name not in GPU_KINDS:
-        raise ValueError(f"gpu = {name}: not known; known: {', '.join(GPU_KINDS)}; add it to planning/gpus.py")
+        raise UserError(f"gpu = {name}: not known; known: {', '.join(GPU_KINDS)}; add it to planning/gpus.py")
     return GPU_KINDS[name]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from minpro_megatron.config.run import with_overrides
+from minpro_megatron.errors import UserError
 from minpro_megatron.planning.plan import ClusterSize, Plan, plan_run
 
 # (mode, its setting, values)
@@ -35,7 +36,7 @@ def other_modes(plan: Plan) -> list[ModeTime]:
         for steps in values:
             try:
                 config = with_overrides(plan.config, [f"staleness.mode={mode}", f"staleness.{setting}={steps}"])
-            except ValueError:
+            except UserError:
                 continue
             other = plan_run(config, cluster, plan.workload)
             times = (other.step_s, other.wait_share, other.idle_share)

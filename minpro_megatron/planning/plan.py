@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.planning.cluster_size import ClusterSize, model_ranks, size_problems
 from minpro_megatron.planning.cluster_size import splits as splits_of
 from minpro_megatron.planning.cost_model import Calibration, DecodingServer, StepCost, TrainerCost
@@ -93,7 +94,7 @@ def plan_run(
         return planner.plan(config, size_problems(config, cluster), [])
     tried = [(planner.step_s(one), one) for one in splits_of(config, cluster)]
     if not tried:
-        raise ValueError(
+        raise UserError(
             f"gpus = {cluster.total_gpus}: no part of them can train: parallel.tensor x pipeline x context = "
             f"{model_ranks(config.parallel)} ranks, expert x expert_tensor = "
             f"{config.parallel.expert * config.parallel.expert_tensor}, and a server's server.tensor_parallel = "

@@ -5,6 +5,7 @@ from typing import Any
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.planning.activations import Row
 from minpro_megatron.planning.gpus import GpuKind
 from minpro_megatron.planning.memory import EXPERT_IMBALANCE, HostMemory, RankMemory, ServerMemory, rank_memory
@@ -88,7 +89,7 @@ def _fitting_changes(config: RunConfig, a: Architecture, limit: int) -> Iterator
     for names, changed in _changes(config):
         try:
             refuse_uneven_cuts(a, changed.parallel)
-        except ValueError:
+        except UserError:
             continue
         if largest_rank(stage_memories(changed, a)).total <= limit:
             yield names

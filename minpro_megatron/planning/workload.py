@@ -7,6 +7,7 @@ from functools import cache
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.errors import UserError
 from minpro_megatron.planning.cost_model import Batch
 from minpro_megatron.planning.simulator import Lengths
 
@@ -33,12 +34,12 @@ class Workload:
         response = RESPONSE_SHARE * limit if response_tokens is None else response_tokens
         prompt = min(PROMPT_TOKENS, prompts) if prompt_tokens is None else prompt_tokens
         if not 0 < response <= limit:
-            raise ValueError(
+            raise UserError(
                 f"mean response tokens = {response:g} must be above 0 and at most "
                 f"sampling.max_response_tokens = {limit}"
             )
         if not 0 < prompt <= prompts:
-            raise ValueError(
+            raise UserError(
                 f"mean prompt tokens = {prompt:g} must be above 0 and at most sampling.max_prompt_tokens = {prompts}"
             )
         return Workload(prompt, response)

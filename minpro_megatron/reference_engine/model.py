@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.hf_files import HfReader
 
@@ -165,7 +166,7 @@ class Model:
         reader = HfReader(hf_path)
         missing = sorted(self.weights.keys() - set(reader.names()))
         if missing:
-            raise ValueError(f"{hf_path}: {', '.join(missing[:3])} missing; does config.json belong to these weights?")
+            raise UserError(f"{hf_path}: {', '.join(missing[:3])} missing; does config.json belong to these weights?")
         return [(name, reader.read(name)) for name in self.weights]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -176,7 +177,7 @@ class Model:
         known = [(self.weights[name], tensor, name) for name, tensor in tensors if name in self.weights]
         for weight, tensor, name in known:
             if weight.shape != tensor.shape:
-                raise ValueError(f"{name}: shape {tuple(tensor.shape)} does not fit the model's {tuple(weight.shape)}")
+                raise UserError(f"{name}: shape {tuple(tensor.shape)} does not fit the model's {tuple(weight.shape)}")
         for weight, tensor, _ in known:
             weight.copy_(tensor)
 

@@ -16,10 +16,12 @@ from minpro_megatron.actor.policy import Policy
 from minpro_megatron.batching.sequences import with_log_probs
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.errors import ProjectError
 from minpro_megatron.launch.prctl import end_with_parent
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.metrics import merge
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
+from minpro_megatron.parallel.rank_errors import recorded
 from minpro_megatron.replay.batches import ReplayBatch, replay_batches
 from minpro_megatron.replay.job import (
     MODEL,
@@ -41,7 +43,7 @@ BUCKET_BYTES = 512 << 20
 PER_TOKEN = ("log_probs", "coefficients", "prefix_min")
 
 
-class ReplayError(Exception):
+class ReplayError(ProjectError):
     """The replay cannot go on: the numbers are not finite any more."""
 
 
@@ -168,10 +170,14 @@ def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     folder = Path(arguments[0])
     config, rows = read_job(folder)
-    try:
+
+    def work() -> None:
         with open_mesh(config.parallel, config.device, config.seed) as mesh:
             replay(folder, config, rows, mesh)
-    except (ValueError, ReplayError) as error:
+
+    try:
+        recorded(work)
+    except ProjectError as error:
         state_error(folder, error)
         return 1
     return 0

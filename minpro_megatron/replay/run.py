@@ -79,7 +79,7 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
     try:
         architecture = read_architecture(options.model)
         refuse_uneven_cuts(architecture, config.parallel)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"--model {options.model}: {error}") from None
     if problem := weight_problem(options.model, for_servers=False):
         raise UserError(f"--model {options.model}: {problem}")

@@ -76,21 +76,18 @@ def replay_config(options: ReplayOptions, num_gpus: int) -> RunConfig:
         "batch": {"packing": options.packing, **_ANY_BATCH},
         "optimizer": {"warmup_global_steps": 0},
     }
-    try:
-        config = parse_run_config(values)
-        device = options.device or ("cuda" if num_gpus >= config.parallel.world_size else "cpu")
-        given = {
-            "device": device,
-            "model.dtype": options.dtype or ("bfloat16" if device == "cuda" else "float32"),
-            "objective.name": options.objective,
-            "optimizer.learning_rate": options.learning_rate,
-            "optimizer.weight_decay": options.weight_decay,
-            "optimizer.clip_grad": options.clip_grad,
-        }
-        overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
-        config = with_overrides(config, overrides + [_override(assignment) for assignment in options.settings])
-    except ValueError as error:
-        raise UserError(str(error).splitlines()) from None
+    config = parse_run_config(values)
+    device = options.device or ("cuda" if num_gpus >= config.parallel.world_size else "cpu")
+    given = {
+        "device": device,
+        "model.dtype": options.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        "objective.name": options.objective,
+        "optimizer.learning_rate": options.learning_rate,
+        "optimizer.weight_decay": options.weight_decay,
+        "optimizer.clip_grad": options.clip_grad,
+    }
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    config = with_overrides(config, overrides + [_override(assignment) for assignment in options.settings])
     if config.device == "cuda" and num_gpus < config.parallel.world_size:
         raise UserError(
             f"--device cuda: {config.parallel.world_size} ranks need a GPU each, {num_gpus} are visible; lower "
@@ -125,14 +122,11 @@ def sized_for(config: RunConfig, longest: int, longest_response: int, max_tokens
     prompt = max(1, longest - limit)
     multiple = row_multiple(config.parallel.context, config.parallel.tensor)
     row_tokens = max_tokens_per_row or max(ROW_TOKENS, -(-(prompt + limit) // multiple) * multiple)
-    try:
-        return with_overrides(
-            config,
-            [
-                f"sampling.max_prompt_tokens={prompt}",
-                f"sampling.max_response_tokens={limit}",
-                f"batch.max_tokens_per_row={row_tokens}",
-            ],
-        )
-    except ValueError as error:
-        raise UserError(str(error).splitlines()) from None
+    return with_overrides(
+        config,
+        [
+            f"sampling.max_prompt_tokens={prompt}",
+            f"sampling.max_response_tokens={limit}",
+            f"batch.max_tokens_per_row={row_tokens}",
+        ],
+    )

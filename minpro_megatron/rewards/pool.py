@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from minpro_megatron.errors import ProjectError, UserError
 from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.rewards.worker import LENGTH, OUT_OF_MEMORY, Judgement
 
@@ -43,7 +44,7 @@ MAX_LOGGED_FAILURES = 5
 _TIME_SIGNALS = (-signal.SIGPROF, -signal.SIGALRM)
 
 
-class RewardWorkerError(RuntimeError):
+class RewardWorkerError(ProjectError):
     """A grading process does not start at all: a fault of the installation, not of a response."""
 
 
@@ -96,7 +97,7 @@ class _Worker:
             raise
         if refusal:
             await self.kill()
-            raise ValueError(refusal.decode())
+            raise UserError(refusal.decode())
 
     async def grade_some(self, reward: str, texts: Sequence[str], answer: str) -> list[Judgement | _Failure]:
         """The results of `texts` up to the first that hangs or kills the grader, which is the last. The limits hold for

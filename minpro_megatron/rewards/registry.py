@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import msgspec
 
+from minpro_megatron.errors import UserError
+
 
 class Grade(msgspec.Struct, frozen=True, array_like=True):
     """What a response is worth, and the part of it that was compared (None: all of it, or nothing was found)."""
@@ -31,7 +33,7 @@ _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 def check_reward_name(name: str, field: str = "collector.reward") -> None:
     """Raises ValueError, naming `field`, if `name` is neither a known reward nor an import path."""
     if name not in REWARDS and not _IMPORT_PATH.fullmatch(name):
-        raise ValueError(
+        raise UserError(
             f"{field} = {name!r}: there is no such reward; known: {', '.join(sorted(REWARDS))}, or the import path of "
             "a function of one's own, such as package.module:function"
         )
@@ -44,12 +46,12 @@ def load_reward(name: str) -> RewardFunction:
     try:
         found: Any = getattr(importlib.import_module(module), function)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}; the module has to be importable from "
             "the folder where the run is started"
         ) from error
     if not callable(found):
-        raise ValueError(
+        raise UserError(
             f"reward {name!r} is no function but of type {type(found).__name__}; give one of (response text, answer)"
         )
     return cast(RewardFunction, found)

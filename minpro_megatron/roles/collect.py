@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, report, report_unexpected
 from minpro_megatron.monitor.memory import MemoryStatement
 from minpro_megatron.monitor.repeated_lines import limit_repeated_lines
 from minpro_megatron.monitor.status import write_status
@@ -58,14 +59,16 @@ def run(config: RunConfig, incarnation: int) -> int:
         asyncio.run(_until_terminated(config, incarnation))
     except asyncio.CancelledError:
         return STATUS_TERMINATED
-    except Exception as error:
-        log.debug("the failure in full", exc_info=True)
-        print(f"collect: {_one_line(error)}", file=sys.stderr)
-        with suppress(OSError):
-            write_status(config.run_dir, "collect", "failed")
-        return 1
-    write_status(config.run_dir, "collect", "finished")
-    return 0
+    except ProjectError as error:
+        report(error, "collect")
+    except Exception:
+        report_unexpected("collect")
+    else:
+        write_status(config.run_dir, "collect", "finished")
+        return SUCCEEDED
+    with suppress(OSError):
+        write_status(config.run_dir, "collect", "failed")
+    return FAILED
 
 
 async def _until_terminated(config: RunConfig, incarnation: int) -> None:
@@ -159,4 +162,4 @@ def _log_rewards(rewards: RewardPool) -> None:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, RuntimeError | ValueError) and text else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, ProjectError) else f"{type(error).__name__}: {text}"

@@ -10,6 +10,7 @@ import msgspec
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.errors import ProjectError
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
 from minpro_megatron.records import IssuedGroup
 from minpro_megatron.rewards.pool import RewardPool
@@ -35,7 +36,7 @@ START_MARGIN_S = 60.0
 Key = tuple[str, str, int]
 
 
-class EvaluationError(RuntimeError):
+class EvaluationError(ProjectError):
     """The evaluation cannot go on; the message is one line with the reason. What is sampled so far stays."""
 
 

@@ -5,12 +5,12 @@ Of servers that somebody else has started (server.urls) it only says where they 
 
 import logging
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import FAILED, ProjectError, report, report_unexpected
 from minpro_megatron.monitor.memory import MemoryStatement
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.serving.endpoints import num_servers, remove_server_address
@@ -59,9 +59,11 @@ def run(config: RunConfig, incarnation: int, servers: range | None = None) -> in
             own = [OwnServer(process, config, incarnation) for process in processes]
             _watch(config, status, own, stop_requested)
         return 0
-    except (ServerStartError, ValueError, OSError) as error:
-        print(f"serve: {error}", file=sys.stderr)
-        return 1
+    except ProjectError as error:
+        report(error, "serve")
+        return FAILED
+    except Exception:
+        return report_unexpected("serve")
     finally:
         _remove_addresses(config, indices)
         started = [process for process in processes if process.is_started]
@@ -83,15 +85,17 @@ def _external_servers(config: RunConfig, incarnation: int) -> list[ExternalServe
 def _watch(config: RunConfig, status: str, servers: Sequence[WatchedServer], stop_requested: _StopRequest) -> None:
     """Returns once it is to stop. Raises ServerStartError if a server's first start fails, and once the run has no
     server that could come back."""
-    shown, last_seen, memory = "", time.monotonic(), MemoryStatement(config.run_dir, status)
+    shown, memory = "", MemoryStatement(config.run_dir, status)
+    last_seen = last_complete = time.monotonic()
     while not stop_requested():
         for server in servers:
             server.tick()
         memory.tick()
         away = [server for server in servers if not server.address_is_stated]
-        if len(away) < len(servers):
-            last_seen = time.monotonic()
-        elif config.server.urls and time.monotonic() - last_seen > config.server.start_timeout_s:
+        now = time.monotonic()
+        last_seen = now if len(away) < len(servers) else last_seen
+        last_complete = last_complete if away else now
+        if config.server.urls and now - last_seen > config.server.start_timeout_s:
             raise ServerStartError(
                 f"none of server.urls = {config.server.urls} has answered for server.start_timeout_s = "
                 f"{config.server.start_timeout_s:g} s; start them, or correct their addresses"
@@ -100,17 +104,22 @@ def _watch(config: RunConfig, status: str, servers: Sequence[WatchedServer], sto
         # With servers on other nodes the run goes on; if these are away as well, the collector ends it.
         if len(given_up) == num_servers(config.server):
             raise ServerStartError(given_up[0])
-        phase = _phase(len(away), len(given_up), len(servers), config)
+        phase = _phase(len(away), len(given_up), len(servers), config, now - last_complete)
         if phase != shown:
             write_status(config.run_dir, status, phase)
+            log.info("%s", phase)
             shown = phase
         time.sleep(WATCH_INTERVAL_S)
 
 
-def _phase(num_away: int, num_given_up: int, num_servers: int, config: RunConfig) -> str:
+def _phase(num_away: int, num_given_up: int, num_servers: int, config: RunConfig, waited_s: float) -> str:
+    """What the role is doing. It changes once a minute while servers load, so that display and log have a line then."""
     if not num_away:
         return "serving"
     verb = "waiting for" if config.server.urls else "starting"
     if num_away == num_given_up:
-        verb = "serving without"
-    return f"{verb} {num_away} of {num_servers} server{'s' * (num_servers > 1)}"
+        return f"serving without {num_away} of {num_servers} server{'s' * (num_servers > 1)}"
+    phase = f"{verb} {num_away} of {num_servers} server{'s' * (num_servers > 1)}"
+    minutes = int(waited_s // 60)
+    limit_s = config.server.start_timeout_s
+    return f"{phase}, {minutes} min so far (server.start_timeout_s = {limit_s:g} s)" if minutes else phase

@@ -5,7 +5,6 @@ run whose global step takes debug.timer_step_s beside its waiting. With 0 it onl
 """
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, report, report_unexpected
 from minpro_megatron.monitor.metrics import values
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.server_use import ServerMeter, ServerUse
@@ -22,7 +22,7 @@ from minpro_megatron.monitor.summary import summarize, write_summary
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease, ServerAddress, TrainedStep
 from minpro_megatron.rollout.batch_source import BatchSource
-from minpro_megatron.rollout.feed import Feed, FeedError
+from minpro_megatron.rollout.feed import Feed
 from minpro_megatron.rollout.staleness import sampling_version
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.api_key import authorization
@@ -37,14 +37,16 @@ PROBE_S = 5.0  # for a server that did not take a version to say that it is aliv
 
 
 def run(config: RunConfig, incarnation: int) -> int:
-    """Takes all batches of the run. Returns 0 when it is finished, 1 with a line on stderr if not."""
+    """Takes all batches of the run. Returns 0 when it is finished, 1 after an error that was reported."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s timer %(levelname)s %(message)s")
     try:
         _measure(config, incarnation)
-    except (ValueError, FeedError, ControlError) as error:
-        print(f"timer: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except ProjectError as error:
+        report(error, "timer")
+        return FAILED
+    except Exception:
+        return report_unexpected("timer")
+    return SUCCEEDED
 
 
 def _measure(config: RunConfig, incarnation: int) -> None:

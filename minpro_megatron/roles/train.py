@@ -1,7 +1,7 @@
 """The role `train`: one rank of the trainer, from its start to the run's export and report."""
 
 import logging
-import sys
+import os
 import time
 from contextlib import closing
 from functools import partial
@@ -13,10 +13,9 @@ from minpro_megatron.actor.loading import load_policy
 from minpro_megatron.actor.profiles import open_tracer
 from minpro_megatron.actor.run_checkpoints import RunCheckpoints
 from minpro_megatron.actor.save_schedule import EndedEarly, SaveSchedule
-from minpro_megatron.actor.shard_writing import SaveError
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, report, report_unexpected
 from minpro_megatron.monitor.alarm_log import AlarmLog
-from minpro_megatron.monitor.alarms import AlarmStop
 from minpro_megatron.monitor.dashboard import hyperparameters
 from minpro_megatron.monitor.early_end import EarlyEnd, read_stop_request, write_early_end
 from minpro_megatron.monitor.environment import write_environment
@@ -28,14 +27,13 @@ from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.trace import TracedWatchdog
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
+from minpro_megatron.parallel.rank_errors import recorded
 from minpro_megatron.records import CollectorTotals
 from minpro_megatron.rollout.batch_source import BatchSource
-from minpro_megatron.rollout.feed import Feed, FeedError
+from minpro_megatron.rollout.feed import Feed
 from minpro_megatron.rollout.journal_feed import JournalFeed
-from minpro_megatron.rollout.journal_file import JournalError
 from minpro_megatron.rollout.resume_point import CHECKPOINTS, read_latest
 from minpro_megatron.rollout.tokenizer import TextTokenizer
-from minpro_megatron.serving.control import ControlError
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.train import Trainer
 from minpro_megatron.weights.architecture import Architecture
@@ -49,10 +47,13 @@ HF_EXPORT = "hf_export"
 def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> int:
     """Trains this rank's share of the run. `save_by`: Unix time by which this start must have saved, if it has a limit.
 
-    Returns 0 when the run is finished or has been saved for another start, 1 with a line on stderr if not.
+    Returns 0 when the run is finished or has been saved for another start. Otherwise it returns 1, having reported an
+    error of the project in a line, and any other one with its traceback.
     """
+    logging.basicConfig(format="%(asctime)s train %(levelname)s %(message)s")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    try:
+
+    def train() -> None:
         hang_timeout_s = config.debug.hang_timeout_s
         with open_mesh(config.parallel, config.device, config.seed, hang_timeout_s=hang_timeout_s) as mesh:
             try:
@@ -60,10 +61,15 @@ def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> in
             except EndedEarly as end:
                 if mesh.rank == 0:
                     _announce_early_end(config, incarnation, True, end.version, end.reason)
-    except (ValueError, FeedError, JournalError, ControlError, SaveError, AlarmStop) as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    try:
+        recorded(train)
+    except ProjectError as error:
+        report(error, "train")
+        return FAILED
+    except Exception:
+        return report_unexpected(f"train, rank {os.environ['RANK']}")
+    return SUCCEEDED
 
 
 def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mesh) -> None:

@@ -26,6 +26,7 @@ import msgspec
 from aiohttp import web
 
 from minpro_megatron import records
+from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.records import BehaviorLogProbs, CollectorTotals, PublishLease, Record, TrainedStep
 from minpro_megatron.rollout.collector import Collector, CollectorFailed
@@ -40,6 +41,7 @@ from minpro_megatron.rollout.protocol import (
     CollectorEndpoint,
     write_token,
 )
+from minpro_megatron.rollout.scores import WrongScores
 from minpro_megatron.rollout.strangers import Strangers
 from minpro_megatron.serving.addresses import url_here
 
@@ -140,7 +142,7 @@ class CollectorApi:
         self._strangers.has_token(request.protocol)
         try:
             return await handler(request)
-        except (ValueError, msgspec.DecodeError) as error:
+        except (UserError, WrongScores, msgspec.DecodeError) as error:
             return _refusal(400, str(error))
         except Conflict as error:
             return _refusal(409, str(error))

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.serving.model_files import model_file, read_json_object
 
 # For rendering. A template renders thousands of prompts a second; far more than that is no template.
@@ -58,8 +59,8 @@ class ChatTemplate:
             raise self._error(answer["error"])
         return answer["texts"]
 
-    def _error(self, problem: str) -> ValueError:
-        return ValueError(
+    def _error(self, problem: str) -> UserError:
+        return UserError(
             f"data.chat_template = true: the template in {self._path} failed ({problem}); correct it, or set "
             "data.chat_template to false"
         )
@@ -76,7 +77,7 @@ def _find_template(hf_path: str, settings: dict[str, Any]) -> tuple[Path, str]:
     if isinstance(template, list):  # several templates, one of which is the default
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     if not isinstance(template, str) or not template:
-        raise ValueError(
+        raise UserError(
             f"data.chat_template = true: neither {path} nor a file chat_template.jinja beside it holds a (default) "
             "chat template; set data.chat_template to false for a base model"
         )

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import ProjectError, UserError
 from minpro_megatron.evaluation.sampling import append_result, write_results
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.records import (
@@ -45,7 +46,7 @@ SERVERLESS_FACTOR = 3
 NUM_CANARY_PROMPTS = 4  # of the held-out ones: one alone may have a continuation that is certain for any weights
 
 
-class CollectorFailed(RuntimeError):
+class CollectorFailed(ProjectError):
     """The collector has failed; the message is the failure's."""
 
 
@@ -143,7 +144,7 @@ class Collector:
     def _restore_group(self, group: RestoredGroup) -> None:
         issued = self._stream.group(group.group_id, group.batch_index, group.issued_version)
         if issued.prompt.id != group.prompt_id:
-            raise ValueError(
+            raise UserError(
                 f"data.train_file = {self._config.data.train_file}: group {group.group_id} had the prompt "
                 f"{group.prompt_id!r}, now it is {issued.prompt.id!r}; put the file back with which the run began"
             )

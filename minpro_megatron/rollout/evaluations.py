@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.sampling import HELDOUT, EvaluationNotGraded, evaluate, evaluation_groups
 from minpro_megatron.records import CollectedGroup, EvaluationResult, IssuedGroup, Prompt
 from minpro_megatron.rollout.generation import GenerationError
@@ -36,7 +37,7 @@ def load_benchmarks(config: RunConfig) -> list[list[Prompt]]:
     for place, benchmark in enumerate(config.evaluation.benchmarks):
         prompts = load_prompts(benchmark.file, f"evaluation.benchmarks[{place}].file")
         if benchmark.num_prompts is not None and benchmark.num_prompts > len(prompts):
-            raise ValueError(
+            raise UserError(
                 f"evaluation.benchmarks[{place}].num_prompts = {benchmark.num_prompts}: {benchmark.file} has only "
                 f"{len(prompts)} rows; lower it"
             )

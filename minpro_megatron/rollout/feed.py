@@ -9,6 +9,7 @@ import msgspec
 import requests
 
 from minpro_megatron import records
+from minpro_megatron.errors import ProjectError
 from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease, TrainedStep
 from minpro_megatron.rollout.protocol import (
     COLLECTOR_ENDPOINT,
@@ -24,7 +25,7 @@ from minpro_megatron.rollout.protocol import (
 WATCHDOG_MARGIN_S = 120.0
 
 
-class FeedError(RuntimeError):
+class FeedError(ProjectError):
     """The collector refused a request, failed, or is gone; the message is one line with the reason."""
 
 

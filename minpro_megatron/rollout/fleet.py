@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import ProjectError
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.rollout.dispatch import Dispatcher, Ticket
 from minpro_megatron.rollout.member import Client, Key, Member, client_maker
@@ -39,7 +40,7 @@ GENERATION_PROBE_S = 30.0
 OUT_OF_FILES_LOG_S = 60.0
 
 
-class FleetError(RuntimeError):
+class FleetError(ProjectError):
     """The servers cannot be worked with; the message is one line with the reason."""
 
 
@@ -247,6 +248,8 @@ class Fleet:
             raise self._failure
 
     def _fail(self, error: BaseException) -> None:
+        if not isinstance(error, ProjectError):
+            log.error("watching the servers failed: unexpected error", exc_info=error)
         self._failure = FleetError(str(error) if isinstance(error, ServerError) else named(error))
         self._failure.__cause__ = error
         self._changed.set()

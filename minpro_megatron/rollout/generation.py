@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from minpro_megatron.errors import ProjectError
 from minpro_megatron.records import NOT_GRADED, CollectedGroup, IssuedGroup, Prompt, Response
 from minpro_megatron.rewards.pool import RewardPool
 from minpro_megatron.rollout.dispatch import Ticket
@@ -35,7 +36,7 @@ def graded_texts(prompt: Prompt, texts: Sequence[str]) -> list[str]:
     return [prompt.prefix + text for text in texts]
 
 
-class GenerationError(RuntimeError):
+class GenerationError(ProjectError):
     """A group could not be sampled on servers that are well, also after repeating it."""
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import (
     Batch,
     BehaviorLogProbs,
@@ -98,7 +99,7 @@ class JournalFeed:
         """`prompt_text` turns a prompt's token ids into text, for the samples that are shown. Raises ValueError, one
         line a problem, if the journal does not fit the settings."""
         if problems := journal_problems(config):
-            raise ValueError("\n".join(problems))
+            raise UserError(problems)
         self._path = Path(config.debug.journal)
         self._prompt_text = prompt_text
         self._vocabulary_size = read_model_facts(config.model.hf_path).vocabulary_size
@@ -189,7 +190,7 @@ class JournalFeed:
         ids = np.concatenate(token_ids)
         if ids.min() < 0 or ids.max() >= self._vocabulary_size:
             wrong = int(ids.max() if ids.min() >= 0 else ids.min())
-            raise ValueError(
+            raise UserError(
                 f"debug.journal = {self._path}: group {group.group_id} has the token id {wrong}, which model.hf_path "
                 f"with its {self._vocabulary_size} does not know; give the model whose rollouts these are"
             )

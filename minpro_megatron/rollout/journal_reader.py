@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import EvaluationResult, StoredRoutes
 from minpro_megatron.rollout.journal_file import FILE_NAME, SCHEMA_VERSION, JournalError, has_locks
 from minpro_megatron.rollout.route_files import RouteFiles
@@ -18,6 +19,10 @@ from minpro_megatron.rollout.route_files import RouteFiles
 LARGEST_SNAPSHOT_BYTES = 2 << 30
 _SNAPSHOT_ATTEMPTS = 5
 _WAL_HEADER_BYTES = 32  # holds two numbers that change whenever the log is begun anew
+
+
+class NoJournal(JournalError, UserError):
+    """There is no journal at the path that was given."""
 
 
 class StoredResponse(NamedTuple):
@@ -119,8 +124,8 @@ FROM groups JOIN (
 
 
 class JournalReader:
-    """A journal opened for reading; use inside `with`. Raises JournalError if there is none, or none of this format,
-    and when what is read turns out to be damaged.
+    """A journal opened for reading; use inside `with`. Raises NoJournal if there is none, and JournalError if it is of
+    another format or what is read turns out to be damaged.
 
     While the run goes on (`is_live`; also where the file system has no locks, so that nothing tells) its collector
     keeps the journal to itself. Then a copy is read, the state of the moment of opening; or, above
@@ -131,7 +136,7 @@ class JournalReader:
         path = Path(path)
         self.path = path / FILE_NAME if path.is_dir() else path
         if not self.path.is_file():
-            raise JournalError(f"{self.path}: there is no such file; give a run folder or its {FILE_NAME}")
+            raise NoJournal(f"{self.path}: there is no such file; give a run folder or its {FILE_NAME}")
         self._log = self.path.with_name(f"{self.path.name}-wal")
         self._stack = ExitStack()
         self.is_live = False

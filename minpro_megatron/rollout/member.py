@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.rollout.generation_watch import GenerationWatch
 from minpro_megatron.serving.answers import SampledSequence
@@ -211,7 +212,7 @@ def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddres
     model without experts."""
     headers = authorization(config.server)
     if config.model.routing_replay == "rollout" and not facts.num_experts:
-        raise ValueError(
+        raise UserError(
             f"model.routing_replay = 'rollout': model.hf_path = {config.model.hf_path!r} has no experts "
             "(num_experts in config.json); set model.routing_replay to 'none'"
         )

@@ -13,6 +13,7 @@ from minpro_megatron.config.instructions import instruct, instruction_text
 from minpro_megatron.config.rollout import DataConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import IssuedGroup, Prompt
 from minpro_megatron.rollout.chat_template import ChatTemplate
 from minpro_megatron.rollout.prompt_order import EpochOrder, SourceDraw
@@ -42,7 +43,7 @@ def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise ValueError(f"{setting} = {str(path)!r}: {error.strerror}; give a JSON Lines file") from None
+        raise UserError(f"{setting} = {str(path)!r}: {error.strerror}; give a JSON Lines file") from None
     prompts: list[Prompt] = []
     line_of_id: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -51,11 +52,11 @@ def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
         try:
             row = msgspec.json.decode(line, type=_Row)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}; correct the row or remove it") from None
+            raise UserError(f"{path}, line {number}: {error}; correct the row or remove it") from None
         if not row.prompt:
-            raise ValueError(f"{path}, line {number}: prompt is empty; correct the row or remove it")
+            raise UserError(f"{path}, line {number}: prompt is empty; correct the row or remove it")
         if row.id in line_of_id:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: id {row.id!r} is also in line {line_of_id[row.id]}; ids are unique"
             )
         line_of_id[row.id] = number
@@ -70,7 +71,7 @@ def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
             )
         )
     if not prompts:
-        raise ValueError(f"{setting} = {str(path)!r}: the file has no rows")
+        raise UserError(f"{setting} = {str(path)!r}: the file has no rows")
     return prompts
 
 
@@ -82,7 +83,7 @@ def select_prompts(prompts: list[Prompt], data: DataConfig) -> list[Prompt]:
     """
     _refuse_other_sources(prompts, data)
     if data.curriculum == "easy_first" and all(prompt.pass_rate is None for prompt in prompts):
-        raise ValueError(
+        raise UserError(
             f"data.curriculum = easy_first: no row of data.train_file = {data.train_file!r} has a pass_rate; add them, "
             "or set data.curriculum to none"
         )
@@ -98,7 +99,7 @@ def select_prompts(prompts: list[Prompt], data: DataConfig) -> list[Prompt]:
             len(weighted) - len(kept), len(weighted), low, high, unknown,
         )  # fmt: skip
         if not kept:
-            raise ValueError(
+            raise UserError(
                 f"data.min_pass_rate = {low:g}, data.max_pass_rate = {high:g}: none of the {len(weighted)} prompts "
                 f"lies between them ({unknown} have no pass_rate); widen the bounds, or add pass_rate to the rows"
             )
@@ -111,7 +112,7 @@ def select_prompts(prompts: list[Prompt], data: DataConfig) -> list[Prompt]:
 def refuse_too_few(heldout: list[Prompt], path: str, wanted: int) -> None:
     """Raises ValueError if the held-out file has fewer rows than the evaluation is to use."""
     if len(heldout) < wanted:
-        raise ValueError(
+        raise UserError(
             f"evaluation.num_prompts = {wanted}: data.heldout_file = {path!r} has only {len(heldout)} rows; lower "
             "evaluation.num_prompts"
         )
@@ -122,12 +123,12 @@ def _refuse_other_sources(prompts: Iterable[Prompt], data: DataConfig) -> None:
         return
     present, named = {prompt.source for prompt in prompts}, set(data.source_weights)
     if unknown := sorted(named - present):
-        raise ValueError(
+        raise UserError(
             f"data.source_weights: {unknown[0]!r} is no source of data.train_file = {data.train_file!r}; its sources: "
             f"{', '.join(sorted(present))}"
         )
     if unnamed := sorted(present - named):
-        raise ValueError(
+        raise UserError(
             f"data.source_weights = {data.source_weights} lacks the source {unnamed[0]!r} of data.train_file = "
             f"{data.train_file!r}: name every source, with 0 for those to leave out"
         )
@@ -185,7 +186,7 @@ def tokenize(
             setting, dropped, len(prompts), max_tokens,
         )  # fmt: skip
     if not kept:
-        raise ValueError(f"{setting}: no prompt has 1 .. sampling.max_prompt_tokens = {max_tokens} tokens; raise it")
+        raise UserError(f"{setting}: no prompt has 1 .. sampling.max_prompt_tokens = {max_tokens} tokens; raise it")
     return kept
 
 
@@ -236,7 +237,7 @@ def _by_source(
     of_source = {name: [p for p in prompts if p.prompt.source == name] for name, weight in weights.items() if weight}
     for name, members in of_source.items():
         if not members:
-            raise ValueError(
+            raise UserError(
                 f"data.source_weights: the source {name!r} has weight {weights[name]:g}, but none of its prompts is "
                 "left by the pass rates and sampling.max_prompt_tokens; relax those, or give it weight 0"
             )

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from minpro_megatron.errors import UserError
+
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -79,7 +81,7 @@ def to_json(manifest: RunManifest) -> str:
 def read_latest(run_dir: Path | str) -> RunManifest | None:
     """The manifest of the checkpoint that the run goes on from; None if it has none yet.
 
-    Raises ValueError if that checkpoint is missing or damaged, as far as the sizes of its files tell; it names the
+    Raises UserError if that checkpoint is missing or damaged, as far as the sizes of its files tell; it names the
     newest whole one.
     """
     return read_latest_in(Path(run_dir) / CHECKPOINTS)
@@ -92,27 +94,27 @@ def read_latest_in(checkpoints: Path) -> RunManifest | None:
         return None
     try:
         return _read_whole(checkpoints / _named_by(latest))
-    except ValueError as error:
+    except UserError as error:
         newest = newest_complete(checkpoints)
         remedy = (
             f"{newest.folder_name} is whole: write this name into {latest} to go on from there"
             if newest
             else f"there is no other checkpoint: remove {checkpoints} and the journal, or give another run name"
         )
-        raise ValueError(f"{error}; {remedy}") from None
+        raise UserError(f"{error}; {remedy}") from None
 
 
 def read_manifest(folder: Path) -> RunManifest:
-    """Raises ValueError if the folder has no manifest, or one that is no manifest of this version."""
+    """Raises UserError if the folder has no manifest, or one that is no manifest of this version."""
     path = folder / MANIFEST
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=RunManifest)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}, so the checkpoint is not complete") from None
+        raise UserError(f"{path}: {error.strerror}, so the checkpoint is not complete") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     if manifest.folder_name != folder.name:
-        raise ValueError(f"{path}: policy_version = {manifest.policy_version} belongs into {manifest.folder_name}")
+        raise UserError(f"{path}: policy_version = {manifest.policy_version} belongs into {manifest.folder_name}")
     return manifest
 
 
@@ -122,7 +124,7 @@ def complete_manifests(checkpoints: Path) -> Iterator[RunManifest]:
         if version_of(folder.name) is not None:
             try:
                 yield _read_whole(folder)
-            except ValueError:
+            except UserError:
                 continue
 
 
@@ -134,13 +136,13 @@ def newest_complete(checkpoints: Path) -> RunManifest | None:
 
 
 def refuse_other_run(folder: Path, saved: RunIdentity, own: RunIdentity) -> None:
-    """Raises ValueError if the checkpoint in `folder` cannot continue the run `own`."""
+    """Raises UserError if the checkpoint in `folder` cannot continue the run `own`."""
     pairs: list[tuple[str, Any, Any]] = [("seed", saved.seed, own.seed)]
     for field in sorted(saved.architecture.keys() | own.architecture.keys()):
         pairs.append((field, saved.architecture.get(field), own.architecture.get(field)))
     for field, there, here in pairs:
         if there != here:
-            raise ValueError(
+            raise UserError(
                 f"{folder / MANIFEST}: {field} = {there}, but this run has {here}; give the run's former settings, "
                 "or another run name to start anew"
             )
@@ -149,7 +151,7 @@ def refuse_other_run(folder: Path, saved: RunIdentity, own: RunIdentity) -> None
 def _named_by(latest: Path) -> str:
     name = latest.read_text(encoding="utf-8", errors="replace").strip()
     if version_of(name) is None:
-        raise ValueError(f"{latest}: {name[:80]!r} is not the name of a checkpoint, such as {folder_name(10)}")
+        raise UserError(f"{latest}: {name[:80]!r} is not the name of a checkpoint, such as {folder_name(10)}")
     return name
 
 
@@ -160,5 +162,5 @@ def _read_whole(folder: Path) -> RunManifest:
         found = path.stat().st_size if path.is_file() else None
         if found != record.bytes:
             what = "no such file" if found is None else f"{found} bytes"
-            raise ValueError(f"{path}: {what}, but {MANIFEST} says {record.bytes} bytes")
+            raise UserError(f"{path}: {what}, but {MANIFEST} says {record.bytes} bytes")
     return manifest

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import ProjectError
 from minpro_megatron.rollout.staleness import (
     RUN_START,
     Beginning,
@@ -48,7 +49,7 @@ class Chosen(NamedTuple):
     surplus: list[int]
 
 
-class ScheduleError(RuntimeError):
+class ScheduleError(ProjectError):
     """The run cannot go on; the message is one line with the reason and a remedy."""
 
 

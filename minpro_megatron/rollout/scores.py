@@ -5,24 +5,29 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from minpro_megatron.errors import ProjectError
 from minpro_megatron.records import Batch, BehaviorLogProbs, CollectedGroup, Response, TrainedStep
 from minpro_megatron.serving.answers import LARGEST_LOG_PROB
 
 
+class WrongScores(ProjectError, ValueError):
+    """What the trainer handed in does not fit the batch."""
+
+
 def check_scores(batch: Batch, scores: BehaviorLogProbs) -> None:
-    """Raises ValueError unless the scores are one finite log-prob for each response token of the batch."""
+    """Raises WrongScores unless the scores are one finite log-prob for each response token of the batch."""
     where = f"scores of batch {batch.index}"
     sampled_with = [response.policy_versions for group in batch.groups for response in group.responses]
     if scores.policy_version >= 0 and any((versions != scores.policy_version).any() for versions in sampled_with):
         found = sorted({int(version) for versions in sampled_with for version in np.unique(versions)})
-        raise ValueError(f"{where}: computed with version {scores.policy_version}, sampled with {found}")
+        raise WrongScores(f"{where}: computed with version {scores.policy_version}, sampled with {found}")
     for name, _, log_probs in _by_response(where, batch, scores.log_probs):
         if not np.isfinite(log_probs).all() or (log_probs > LARGEST_LOG_PROB).any():
-            raise ValueError(f"{name}: a value is not finite, or above 0")
+            raise WrongScores(f"{name}: a value is not finite, or above 0")
 
 
 def check_trained(batch: Batch, trained: TrainedStep) -> None:
-    """Raises ValueError unless the step's log-probs are one for each response token of the batch, or none at all. NaN
+    """Raises WrongScores unless the step's log-probs are one for each response token of the batch, or none at all. NaN
     is allowed: no update trained on that token, or one that diverged did."""
     if trained.log_probs:
         for _ in _by_response(f"log-probs of step {trained.step}", batch, trained.log_probs):
@@ -42,14 +47,14 @@ def _by_response(
 ) -> Iterator[tuple[str, Response, np.ndarray]]:
     """(its name for a message, the response, its values). Raises ValueError where number, shape or dtype is wrong."""
     if len(log_probs) != len(batch.groups):
-        raise ValueError(f"{where}: {len(log_probs)} groups instead of {len(batch.groups)}")
+        raise WrongScores(f"{where}: {len(log_probs)} groups instead of {len(batch.groups)}")
     for group, of_group in zip(batch.groups, log_probs, strict=True):
         name = f"{where}, group {group.issued.group_id}"
         if len(of_group) != len(group.responses):
-            raise ValueError(f"{name}: {len(of_group)} responses instead of {len(group.responses)}")
+            raise WrongScores(f"{name}: {len(of_group)} responses instead of {len(group.responses)}")
         for place, (response, values) in enumerate(zip(group.responses, of_group, strict=True)):
             if values.dtype != np.float32 or values.shape != response.token_ids.shape:
-                raise ValueError(
+                raise WrongScores(
                     f"{name}, response {place}: {values.dtype} of shape {values.shape} instead of "
                     f"float32 of shape {response.token_ids.shape}"
                 )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.serving.model_files import ModelFacts, model_file
 
 
@@ -16,12 +17,12 @@ class TextTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
-            raise ValueError(f"{path}: not a tokenizer ({error})") from None
+            raise UserError(f"{path}: not a tokenizer ({error})") from None
         # Truncation or padding left in the file would silently change every prompt.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if self._tokenizer.get_vocab_size() > facts.vocabulary_size:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {self._tokenizer.get_vocab_size()} tokens exceed the model's vocab_size = "
                 f"{facts.vocabulary_size}; tokenizer and model do not belong together"
             )

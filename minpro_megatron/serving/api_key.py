@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 
 from minpro_megatron.config.rollout import ServerConfig
+from minpro_megatron.errors import UserError
 
 
 def api_key(server: ServerConfig, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -16,12 +17,12 @@ def api_key(server: ServerConfig, environment: Mapping[str, str] = os.environ) -
         return None
     key = environment.get(variable, "")
     if not key:
-        raise ValueError(
+        raise UserError(
             f"server.api_key_variable = {variable!r}: this environment variable is not set; export it for every role, "
             "or set server.api_key_variable to '' for servers without a key"
         )
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ValueError(
+        raise UserError(
             f"server.api_key_variable = {variable!r}: the key must be printable ASCII without spaces; look for a line "
             "break at its end"
         )

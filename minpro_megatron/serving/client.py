@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answer_limits import MAX_INFO_BYTES
 from minpro_megatron.serving.answers import ABORTED, AnswerChecker, SampledSequence, SentRequest, joined
@@ -125,7 +126,7 @@ class ServerClient:
         """
         prompt = [int(token) for token in prompt_token_ids]
         if not prompt or min(prompt) < 0 or max(prompt) >= self._facts.vocabulary_size:
-            raise ValueError(
+            raise UserError(
                 f"prompt token ids {prompt[:20]}: there must be one at least, all within the model's "
                 f"vocabulary of {self._facts.vocabulary_size}; tokenizer and model do not belong together"
             )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 import requests
 
+from minpro_megatron.errors import ProjectError
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answer_limits import MAX_CONTROL_BYTES, MAX_INFO_BYTES, read_body
 
@@ -17,7 +18,7 @@ from minpro_megatron.serving.answer_limits import MAX_CONTROL_BYTES, MAX_INFO_BY
 GREEDY_TOP_P = 1e-9
 
 
-class ControlError(RuntimeError):
+class ControlError(ProjectError):
     """A server refused or failed a control request; the message names server, request and reason."""
 
 

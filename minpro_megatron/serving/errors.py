@@ -3,8 +3,10 @@
 import errno
 import re
 
+from minpro_megatron.errors import ProjectError
 
-class ServerError(RuntimeError):
+
+class ServerError(ProjectError):
     """A request to a rollout server failed; the message names the server, the request and the field."""
 
     def __init__(self, server: str, request_id: str, field: str, problem: str) -> None:

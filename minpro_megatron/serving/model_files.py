@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minpro_megatron.errors import UserError
+
 MAX_JSON_BYTES = 256 << 20  # tokenizer.json, the largest of them, has some 10 MB
 _LFS_BEGINS = b"version https://git-lfs.github.com/spec/"
 
@@ -65,9 +67,9 @@ def read_model_facts(hf_path: str, extra_stop_tokens: Sequence[str] = ()) -> Mod
     extra = [_added_token_id(hf_path, token) for token in extra_stop_tokens]
     stop_token_ids = sorted({*_token_ids(config, config_path), *_token_ids(generation, config_path), *extra})
     if not stop_token_ids:
-        raise ValueError(f"{config_path}: eos_token_id is missing: without a stop token no response could end")
+        raise UserError(f"{config_path}: eos_token_id is missing: without a stop token no response could end")
     if stop_token_ids[0] < 0 or stop_token_ids[-1] >= vocabulary_size:
-        raise ValueError(
+        raise UserError(
             f"{config_path}: eos_token_id = {stop_token_ids} must lie within vocab_size = {vocabulary_size}"
         )
     return ModelFacts(
@@ -101,23 +103,21 @@ def _expert_facts(config: dict[str, Any], path: Path) -> dict[str, int]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file's object. Raises ValueError that names the file if it holds anything else, or is no regular file."""
     if not path.is_file():  # opening a pipe would wait for its other end
-        raise ValueError(f"{path}: this is not a regular file; download the folder again")
+        raise UserError(f"{path}: this is not a regular file; download the folder again")
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} of any model's; download it again")
+        raise UserError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} of any model's; download it again")
     if is_lfs_pointer(path):
-        raise ValueError(lfs_problem(path))
+        raise UserError(lfs_problem(path))
     if not size:
-        raise ValueError(f"{path}: the file is empty; download it again")
+        raise UserError(f"{path}: the file is empty; download it again")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ValueError(
-            f"{path}: not JSON of a model (it is nested too deeply); export the checkpoint again"
-        ) from None
+        raise UserError(f"{path}: not JSON of a model (it is nested too deeply); export the checkpoint again") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); export the checkpoint again") from None
+        raise UserError(f"{path}: not JSON ({error}); export the checkpoint again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; export the checkpoint again")
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}; export the checkpoint again")
     return content
 
 
@@ -140,14 +140,14 @@ def _added_token_id(hf_path: str, token: str) -> int:
     token_id = known.get(token)
     if not isinstance(token_id, int):
         shown = ", ".join(repr(content) for content in list(known)[:8])
-        raise ValueError(f"sampling.extra_stop_tokens: {token!r} is no special token of {path}; some of them: {shown}")
+        raise UserError(f"sampling.extra_stop_tokens: {token!r} is no special token of {path}; some of them: {shown}")
     return token_id
 
 
 def _positive(config: dict[str, Any], field: str, path: Path) -> int:
     value = config.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{path}: {field} = {value!r} must be a positive integer")
+        raise UserError(f"{path}: {field} = {value!r} must be a positive integer")
     return value
 
 
@@ -155,5 +155,5 @@ def _token_ids(config: dict[str, Any], path: Path) -> list[int]:
     value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
-        raise ValueError(f"{path}: eos_token_id = {value!r} must be a token id or a list of them")
+        raise UserError(f"{path}: eos_token_id = {value!r} must be a token id or a list of them")
     return ids

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.errors import UserError
 from minpro_megatron.serving.api_key import api_key
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.serving.sglang_main import API_KEY_VARIABLE
@@ -26,10 +27,10 @@ def context_length(config: RunConfig) -> int:
     longest = read_model_facts(config.model.hf_path).max_position_embeddings
     needed = f"sampling.max_prompt_tokens + sampling.max_response_tokens + {CONTEXT_MARGIN_TOKENS} = {length}"
     if length > longest:
-        raise ValueError(f"{needed} exceeds the model's max_position_embeddings = {longest}; lower one of them")
+        raise UserError(f"{needed} exceeds the model's max_position_embeddings = {longest}; lower one of them")
     cache = config.server.max_total_tokens
     if cache is not None and cache < length:
-        raise ValueError(f"{needed} exceeds server.max_total_tokens = {cache}; raise it")
+        raise UserError(f"{needed} exceeds server.max_total_tokens = {cache}; raise it")
     return length
 
 
@@ -101,7 +102,7 @@ def reference_command(config: RunConfig, index: int, port: int, place: int) -> l
     server = config.server
     for field, supported in (("device", "cpu"), ("dtype", "float32"), ("tensor_parallel", 1)):
         if (value := getattr(server, field)) != supported:
-            raise ValueError(
+            raise UserError(
                 f"server.{field} = {value!r} with server.engine = 'reference': it has {supported!r} only; "
                 "set that, or server.engine = 'sglang'"
             )

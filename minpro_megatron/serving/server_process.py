@@ -13,12 +13,15 @@ import psutil
 import requests
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import ProjectError
+from minpro_megatron.monitor.logs import explanation
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.addresses import url_here
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.server_command import server_command, server_environment
 
-LOG_TAIL_LINES = 30
+# Of a server's log in a message: as many lines as say what went wrong, not all that it said while it loaded.
+LOG_LINES = 12
 # Free ports are looked for below the range from which Linux gives ports to outgoing connections: a port of
 # that range could be taken in the half minute between choosing it and the server listening on it.
 PORT_RANGE = range(20000, 32000)
@@ -26,8 +29,15 @@ PORT_RANGE = range(20000, 32000)
 STOP_GRACE_S = 3.0
 
 
-class ServerStartError(RuntimeError):
-    """A server did not come up. The message says why, and the last lines of its log follow."""
+class ServerStartError(ProjectError):
+    """A server did not come up. The message says why; the lines of its log that explain it may follow, as they are."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.problems = message.splitlines()
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 def choose_port(config: RunConfig, index: int) -> int:
@@ -81,6 +91,7 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._address: ServerAddress | None = None
         self._num_starts = 0
+        self._log_start = 0  # where the log of this start begins
         self._headers = authorization(config.server)
 
     def start(self) -> None:
@@ -92,6 +103,7 @@ class ServerProcess:
         command = server_command(config, self.index, port, self._place)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
+            self._log_start = log.tell()
             # A session of its own: a terminal's interrupt must not reach the server before its clients have
             # ended.
             self._process = subprocess.Popen(
@@ -164,7 +176,7 @@ class ServerProcess:
             session.post(f"{self.address.url}/freeze_gc", timeout=60)
 
     def describe_slow_start(self) -> str:
-        """That the start has taken longer than allowed, and the end of the log, for a message."""
+        """That the start has taken longer than allowed, and the lines of the log that may explain it."""
         limit_s = self._config.server.start_timeout_s
         return (
             f"server {self.index}: not ready after server.start_timeout_s = {limit_s:g} s; "
@@ -174,21 +186,15 @@ class ServerProcess:
     def _why_ended(self) -> str:
         status = self.exit_status
         how = f"by signal {signal.Signals(-status).name}" if status and status < 0 else f"with status {status}"
-        return f"its process ended {how}; the end of {self.log_file}:"
+        return f"its process ended {how}; from {self.log_file}:"
 
     def describe_end(self) -> str:
-        """How the process ended and the end of its log, for a message."""
+        """How the process ended and the lines of its log that explain it, for a message."""
         return f"server {self.index} at {self.address.url}: {self._why_ended()}\n{self.log_tail()}"
 
-    def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
-        """The last lines of the log."""
-        try:
-            with self.log_file.open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - 64 * 1024))
-                lines = log.read().decode("utf-8", errors="replace").splitlines()
-        except OSError as error:
-            return f"(no log: {error})"
-        return "\n".join(lines[-num_lines:])
+    def log_tail(self) -> str:
+        """The lines of the log that explain the end of this start, else the last ones; empty without any."""
+        return "\n".join(explanation(self.log_file, LOG_LINES, self._log_start))
 
 
 def stop_servers(servers: list[ServerProcess], grace_s: float = STOP_GRACE_S) -> None:

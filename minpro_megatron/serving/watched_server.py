@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.endpoints import remove_server_address, restart_requested, write_server_address
@@ -156,7 +157,7 @@ class OwnServer:
         elif self._silence.is_too_long:
             self._failed(
                 f"server {self._server.index} at {self._server.address.url}: no answer to /model_info for "
-                f"server.unhealthy_after_s = {self._config.server.unhealthy_after_s:g} s; the end of "
+                f"server.unhealthy_after_s = {self._config.server.unhealthy_after_s:g} s; from "
                 f"{self._server.log_file}:\n{self._server.log_tail()}"
             )
         elif requested is not None:
@@ -280,9 +281,9 @@ def external_urls(server: ServerConfig) -> list[str]:
     for url in urls:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
-            raise ValueError(f"server.urls: {url!r} must be like http://10.0.0.7:30000")
+            raise UserError(f"server.urls: {url!r} must be like http://10.0.0.7:30000")
         if parts.username or parts.password:
-            raise ValueError("server.urls: a URL must not hold a password; use server.api_key_variable")
+            raise UserError("server.urls: a URL must not hold a password; use server.api_key_variable")
     if len(set(urls)) != len(urls):
-        raise ValueError(f"server.urls = {urls}: each server may be named once only")
+        raise UserError(f"server.urls = {urls}: each server may be named once only")
     return urls

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.serving.model_files import read_json_object
 
 VOCABULARY_MULTIPLE = 128  # fixed whatever the mesh, so that a checkpoint fits every tensor degree up to 128
@@ -45,7 +46,7 @@ def read_architecture(hf_path: str | Path) -> Architecture:
     """
     path = Path(hf_path) / "config.json"
     if not path.is_file():
-        raise ValueError(f"model.hf_path = {hf_path}: there is no config.json; give a Hugging Face model folder")
+        raise UserError(f"model.hf_path = {hf_path}: there is no config.json; give a Hugging Face model folder")
     return parse_architecture(read_json_object(path), str(path))
 
 
@@ -54,13 +55,13 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else "none"
     if not isinstance(name, str) or name not in _READERS:
-        raise ValueError(f"{where}: architectures = {name!r} is not known; known: {', '.join(_READERS)}")
+        raise UserError(f"{where}: architectures = {name!r} is not known; known: {', '.join(_READERS)}")
     _refuse_quantised(where, config)
     _refuse_unsupported(where, config)
     try:
         return _READERS[name](_Fields(config, where))
     except KeyError as error:
-        raise ValueError(f"{where}: {error.args[0]} is missing; take the config.json of the released model") from None
+        raise UserError(f"{where}: {error.args[0]} is missing; take the config.json of the released model") from None
 
 
 class _Fields:
@@ -77,21 +78,21 @@ class _Fields:
         """A count: an integer from 1 to `largest`. Sizes decide how much is made, so damage must not get further."""
         value = self._config[field]
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            raise ValueError(f"{self._where}: {field} = {value!r} must be an integer from 1 to {largest}")
+            raise UserError(f"{self._where}: {field} = {value!r} must be an integer from 1 to {largest}")
         return value
 
     def number(self, field: str, within: dict[str, Any] | None = None) -> float:
         """A finite number above 0, of the config or of one of its objects."""
         value = (self._config if within is None else within)[field]
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise ValueError(f"{self._where}: {field} = {value!r} must be a number above 0")
+            raise UserError(f"{self._where}: {field} = {value!r} must be a number above 0")
         return float(value)
 
     def switch(self, field: str) -> bool:
         """true or false; absent is false, as in transformers."""
         value = self._config.get(field)
         if not isinstance(value, bool | None):
-            raise ValueError(f"{self._where}: {field} = {value!r} must be true or false")
+            raise UserError(f"{self._where}: {field} = {value!r} must be true or false")
         return bool(value)
 
     def inner(self, field: str) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def _refuse_quantised(where: str, config: dict[str, Any]) -> None:
     quantisation = config.get("quantization_config") or config.get("compression_config")
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        raise ValueError(
+        raise UserError(
             f"{where}: quantization_config.quant_method = {method!r}: these are quantised weights, and training needs "
             "the bfloat16 ones; take the release without quantisation"
         )
@@ -123,14 +124,14 @@ _MIXTURE_ONLY = {
 def _refuse_unsupported(where: str, config: dict[str, Any]) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"{where}: rope_parameters = {rope!r} must be an object")
+        raise UserError(f"{where}: rope_parameters = {rope!r} must be an object")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"{where}: rope type {rope!r} is not supported; only the default rotary embedding is")
+        raise UserError(f"{where}: rope type {rope!r} is not supported; only the default rotary embedding is")
     mixture = config["architectures"][0] == "Qwen3MoeForCausalLM"
     for field, (absent, supported) in (_DENSE_ONLY | (_MIXTURE_ONLY if mixture else {})).items():
         value = absent if config.get(field) is None else config[field]
         if value != supported:
-            raise ValueError(f"{where}: {field} = {value!r} is not supported; only {supported!r} is")
+            raise UserError(f"{where}: {field} = {value!r} is not supported; only {supported!r} is")
 
 
 def _qwen3(fields: _Fields) -> Architecture:
@@ -195,16 +196,16 @@ def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> 
             )
         )
     elif parallel.expert > 1:
-        raise ValueError(f"parallel.expert = {parallel.expert}: {architecture.name} has no experts; set it to 1")
+        raise UserError(f"parallel.expert = {parallel.expert}: {architecture.name} has no experts; set it to 1")
     else:
         rules.append(("tensor", parallel.tensor, "intermediate_size", architecture.ffn_hidden_size))
     _refuse_other_layers(architecture.num_layers, parallel)
     for axis, degree, what, size in rules:
         if size % degree:
-            raise ValueError(f"parallel.{axis} = {degree} must divide the model's {what} = {size}")
+            raise UserError(f"parallel.{axis} = {degree} must divide the model's {what} = {size}")
     groups = architecture.num_query_groups
     if groups % parallel.tensor and parallel.tensor % groups:  # a head of fewer is computed by several ranks
-        raise ValueError(
+        raise UserError(
             f"parallel.tensor = {parallel.tensor} must divide the model's num_key_value_heads = {groups}, or be a "
             "multiple of it"
         )
@@ -213,7 +214,7 @@ def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> 
 def _refuse_other_layers(num_layers: int, parallel: ParallelConfig) -> None:
     layers, chunks = parallel.pipeline_layers, parallel.pipeline * parallel.virtual_pipeline
     if layers and sum(layers) != num_layers:
-        raise ValueError(
+        raise UserError(
             f"parallel.pipeline_layers = {'+'.join(map(str, layers))} adds up to {sum(layers)}, but the model's layers "
             f"= {num_layers}: give numbers that add up to that"
         )
@@ -221,7 +222,7 @@ def _refuse_other_layers(num_layers: int, parallel: ParallelConfig) -> None:
         return
     problem = f"parallel.pipeline x virtual_pipeline = {chunks} must divide the model's layers = {num_layers}"
     if num_layers < chunks:
-        raise ValueError(f"{problem}; lower pipeline or virtual_pipeline")
+        raise UserError(f"{problem}; lower pipeline or virtual_pipeline")
     least, more = divmod(num_layers, chunks)
     example = "+".join(str(least + (chunk < more)) for chunk in range(chunks))
-    raise ValueError(f"{problem}, or parallel.pipeline_layers say how many each has, such as {example}")
+    raise UserError(f"{problem}, or parallel.pipeline_layers say how many each has, such as {example}")

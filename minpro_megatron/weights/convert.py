@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import check_replaceable, new_folder
 from minpro_megatron.serving.model_files import read_json_object
 from minpro_megatron.weights.architecture import Architecture, read_architecture
@@ -87,7 +88,7 @@ def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = N
     manifest = read_manifest(megatron)
     texts = reference or megatron / HF_TEXTS
     if not (texts / CONFIG).is_file():
-        raise ValueError(f"{texts}: there is no {CONFIG}; give --hf-reference, a folder with config and tokenizer")
+        raise UserError(f"{texts}: there is no {CONFIG}; give --hf-reference, a folder with config and tokenizer")
     architecture = read_architecture(texts)
     check_architecture(megatron, manifest, architecture)
     with watch("checking", sum(record.bytes for record in manifest.files.values())) as announce:
@@ -131,7 +132,7 @@ def compare(
         for found in tensor.pieces(sharded) if tensor else ():
             expected = reader.read_rows(name, first, len(found)).to(dtype)
             if found.dtype != expected.dtype or not torch.equal(_bits(found), _bits(expected)):
-                raise ValueError(f"{name}: rows {first} to {first + len(found)} differ between the two forms")
+                raise UserError(f"{name}: rows {first} to {first + len(found)} differ between the two forms")
             first += len(found)
             announce(found.nbytes)
 
@@ -201,16 +202,16 @@ def _check_tensors(reader: HfReader, architecture: Architecture, cast_to: torch.
             continue
         found = reader.tensors[name].dtype
         if not isinstance(found, torch.dtype) and found not in CASTABLE:
-            raise ValueError(
+            raise UserError(
                 f"{reader.path}: {name} is {found}: these are quantised or unknown weights; take the bfloat16 release"
             )
         if cast_to is None and not isinstance(dtype, torch.dtype):
-            raise ValueError(
+            raise UserError(
                 f"{reader.path}: {EMBEDDING} is {dtype}, and a model is float32 or bfloat16; give --dtype bfloat16 or "
                 "--dtype float32 to cast every tensor"
             )
         if cast_to is None and found != dtype:
-            raise ValueError(
+            raise UserError(
                 f"{reader.path}: {name} is {found} and {EMBEDDING} is {dtype}, and nothing is cast without being asked "
                 "for; give --dtype bfloat16 or --dtype float32 to cast every tensor"
             )
@@ -227,7 +228,7 @@ def _refuse_another_output(reader: HfReader) -> None:
     for first, count in _cut(shape[0], shape):
         embedding, output = (_bits(reader.read_rows(name, first, count)) for name in (EMBEDDING, OUTPUT))
         if not torch.equal(embedding, output):
-            raise ValueError(
+            raise UserError(
                 f"{reader.path}: config.json says tie_word_embeddings, but {OUTPUT} differs from {EMBEDDING}; "
                 "set tie_word_embeddings to false if the model has an output layer of its own"
             )
@@ -288,7 +289,7 @@ def _new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
     parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
-        raise ValueError(
+        raise UserError(
             f"--output = {output}: {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB needed; free some space or "
             "choose another folder"
         )

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import new_folder
 from minpro_megatron.serving.model_files import is_lfs_pointer, lfs_problem
 from minpro_megatron.weights.architecture import MAX_EXPERTS
@@ -73,7 +74,7 @@ class HfReader:
             self._read_header(file)
         for name, file in weight_map.items():
             if name not in self.tensors or self.tensors[name].file != file:
-                raise ValueError(f"{self.path / INDEX}: {name} is not in {file}; download the folder again")
+                raise UserError(f"{self.path / INDEX}: {name} is not in {file}; download the folder again")
         self.tensors = dict(_separate_experts(self.tensors))
         self._open_file: tuple[str, Any] | None = None
         self._mapped_bytes = 0
@@ -108,7 +109,7 @@ class HfReader:
 
     def _mapped(self, name: str) -> Any:
         if name not in self.tensors:
-            raise ValueError(f"{self.path}: there is no tensor {name!r}; does config.json belong to these weights?")
+            raise UserError(f"{self.path}: there is no tensor {name!r}; does config.json belong to these weights?")
         file = self.tensors[name].file
         if self._open_file is None or self._open_file[0] != file or self._mapped_bytes > _MAPPED_BYTES:
             self._open_file = (file, safe_open(self.path / file, framework="pt"))
@@ -124,8 +125,8 @@ class HfReader:
                     self.tensors[name] = StoredTensor(file, _DTYPES.get(word, word), tuple(found.get_shape()))
         except (OSError, SafetensorError) as error:
             if is_lfs_pointer(self.path / file):
-                raise ValueError(lfs_problem(self.path / file)) from None
-            raise ValueError(f"{self.path / file}: {error}; download the folder again") from None
+                raise UserError(lfs_problem(self.path / file)) from None
+            raise UserError(f"{self.path / file}: {error}; download the folder again") from None
 
 
 def _separate_experts(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.hf_files import HfReader
@@ -64,7 +65,7 @@ def load_hf_tensors(
         if architecture.tied_embeddings and entry.megatron.startswith("embedding."):
             missing.discard("output_layer.weight")
     if missing:
-        raise ValueError(f"no Hugging Face tensor maps to {', '.join(sorted(missing))}")
+        raise UserError(f"no Hugging Face tensor maps to {', '.join(sorted(missing))}")
 
 
 def _tied_output(parameters: dict[str, torch.nn.Parameter], entry: Entry) -> torch.nn.Parameter | None:

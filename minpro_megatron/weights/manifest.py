@@ -17,6 +17,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.weights.architecture import Architecture
 
@@ -120,7 +121,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of the folder. Raises ValueError if there is none, or it is not a finished one of this version."""
     file = Path(folder) / MANIFEST
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder}: there is no {MANIFEST}, so this is no finished Megatron checkpoint; "
             "run tools/convert_checkpoint.py"
         )
@@ -130,7 +131,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "content"
         shown = f" = {first['input']}" if first["loc"] and isinstance(first["input"], int | str) else ""
-        raise ValueError(f"{file}: {field}{shown}: {first['msg']}; convert again") from None
+        raise UserError(f"{file}: {field}{shown}: {first['msg']}; convert again") from None
 
 
 def check_architecture(folder: str | Path, manifest: Manifest, architecture: Architecture) -> None:
@@ -138,7 +139,7 @@ def check_architecture(folder: str | Path, manifest: Manifest, architecture: Arc
     wanted = asdict(architecture)
     for field, value in asdict(manifest.architecture).items():
         if wanted[field] != value:
-            raise ValueError(
+            raise UserError(
                 f"{Path(folder) / MANIFEST}: {field} = {value}, but the Hugging Face config.json says {wanted[field]}; "
                 "convert that model"
             )
@@ -156,10 +157,10 @@ def verify_files(
         path = Path(folder) / name
         if not path.is_file() or path.stat().st_size != record.bytes:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-            raise ValueError(f"{path}: {found}, but {MANIFEST} says {record.bytes} bytes; convert again")
+            raise UserError(f"{path}: {found}, but {MANIFEST} says {record.bytes} bytes; convert again")
         always = name == METADATA or record.bytes <= _ALWAYS_VERIFIED_BYTES
         if (thoroughly or always) and record_file(path) != record:
-            raise ValueError(f"{path}: its SHA-256 is not the one in {MANIFEST}; convert again")
+            raise UserError(f"{path}: its SHA-256 is not the one in {MANIFEST}; convert again")
         announce(record.bytes)
 
 

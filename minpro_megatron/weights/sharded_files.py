@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.manifest import METADATA, FileRecords
 from minpro_megatron.weights.table import Entry, Shape
@@ -181,10 +182,10 @@ class ShardedReader:
         """Raises ValueError if the folder has no such parameter."""
         found = self._metadata.state_dict_metadata.get(where.key)
         if not isinstance(found, TensorStorageMetadata):
-            raise ValueError(f"{self._folder}: there is no {where.key}; convert again")
+            raise UserError(f"{self._folder}: there is no {where.key}; convert again")
         expected = (*where.sizes, *full_shape)
         if tuple(found.size) != expected or found.properties.dtype != dtype:
-            raise ValueError(
+            raise UserError(
                 f"{self._folder}: {where.key} is {found.properties.dtype} {tuple(found.size)}, but the manifest makes "
                 f"it {dtype} {expected}; convert again"
             )
@@ -210,7 +211,7 @@ class ShardedReader:
             target.copy_(data[begin - chunk.first : stop - chunk.first])
             filled += target.numel()
         if rows is None or filled != rows.numel():
-            raise ValueError(f"{self._folder}: {where.key} {where.index} is not whole; convert again")
+            raise UserError(f"{self._folder}: {where.key} {where.index} is not whole; convert again")
         return rows
 
     def _of(self, where: Place) -> Sequence[_Chunk]:
@@ -258,7 +259,7 @@ def refuse_code(folder: Path) -> None:
             continue
         checked.add((stored.relative_path, stored.offset))
         if file.resolve().parent != folder.resolve():
-            raise ValueError(f"{folder / METADATA}: {stored.relative_path!r} is not a file of this folder")
+            raise UserError(f"{folder / METADATA}: {stored.relative_path!r} is not a file of this folder")
         try:
             with file.open("rb") as opened:
                 view: Any = _create_file_view(opened, stored.offset, stored.length)
@@ -267,7 +268,7 @@ def refuse_code(folder: Path) -> None:
             # of torch's advice, which includes to load it all the same, only the name that is not allowed
             named = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it names {named[1]}" if named else type(error).__name__
-            raise ValueError(
+            raise UserError(
                 f"{file}: the object {place.fqn!r} is more than data, or damaged, and is not loaded ({reason}); give a "
                 "folder made by tools/convert_checkpoint.py or by a run"
             ) from None
@@ -307,7 +308,7 @@ def read_metadata(folder: Path) -> Metadata:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
     except Exception as error:  # what a damaged pickle raises can be anything
-        raise ValueError(f"{path}: {error}; give a folder made by tools/convert_checkpoint.py") from None
+        raise UserError(f"{path}: {error}; give a folder made by tools/convert_checkpoint.py") from None
     if not isinstance(metadata, Metadata):
-        raise ValueError(f"{path}: this is not a checkpoint's metadata; give a folder made by this tool")
+        raise UserError(f"{path}: this is not a checkpoint's metadata; give a folder made by this tool")
     return metadata

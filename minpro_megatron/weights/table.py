@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.splits import Along, GatedPair, QueryGroups, Split, Vocabulary, Whole
 
@@ -80,7 +81,7 @@ class Entry:
 
 def check_shape(name: str, found: Shape, expected: Shape) -> None:
     if found != expected:
-        raise ValueError(
+        raise UserError(
             f"{name}: shape {found}, but config.json makes it {expected}; does config.json belong to these weights?"
         )
 
@@ -206,7 +207,7 @@ def check_names(architecture: Architecture, hf_names: Collection[str], where: st
     for names, what in ((found.missed, "not in the table of"), (found.absent, "missing for")):
         if names:
             listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(
+            raise UserError(
                 f"{where}: {len(names)} tensors are {what} {architecture.name}: {listed}; "
                 "does config.json belong to these weights?"
             )

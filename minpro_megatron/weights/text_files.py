@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from minpro_megatron.errors import UserError
+
 CONFIG = "config.json"
 _PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "additional_chat_templates/*.jinja")
 
@@ -32,9 +34,9 @@ def text_files(source: Path) -> list[str]:
     for name in names:
         path = source / name
         if not path.is_file():
-            raise ValueError(f"{path}: this is not a regular file; remove it, or download the folder again")
+            raise UserError(f"{path}: this is not a regular file; remove it, or download the folder again")
         if not any(path.resolve().is_relative_to(folder) for folder in inside):
-            raise ValueError(
+            raise UserError(
                 f"{path}: this leads by a symbolic link to {path.resolve()}, outside of the model's folder, so it is "
                 "not copied with the model; put a copy of the file in its place"
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.serving.model_files import is_lfs_pointer, lfs_problem, read_json_object
 
 INDEX = "model.safetensors.index.json"
@@ -26,23 +27,23 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     if not index.is_file():
         if single.is_file():
             if others := sorted(path.name for path in folder.glob("model-*-of-*.safetensors")):
-                raise ValueError(
+                raise UserError(
                     f"{folder}: it holds two sets of weights, {SINGLE_FILE} and {others[0]} (without {INDEX}), and "
                     "programs differ in which one they load; move one set elsewhere"
                 )
             return {}
-        raise ValueError(
+        raise UserError(
             f"{folder}: neither {SINGLE_FILE} nor {INDEX} is there; pickled weights are refused, "
             "convert them to safetensors first"
         )
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: it has no weight_map; download the folder again")
+        raise UserError(f"{index}: it has no weight_map; download the folder again")
     for file in weight_map.values():
         if not (isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file):
-            raise ValueError(f"{index}: {file!r} is not the name of a safetensors file beside it; pickles are refused")
+            raise UserError(f"{index}: {file!r} is not the name of a safetensors file beside it; pickles are refused")
     if single.is_file() and SINGLE_FILE not in weight_map.values():
-        raise ValueError(
+        raise UserError(
             f"{folder}: it holds two sets of weights, {SINGLE_FILE} and the files that {INDEX} names, and programs "
             "differ in which one they load; move one set elsewhere"
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from minpro_megatron.errors import RunFailed
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, make_sequences
@@ -30,7 +31,7 @@ def _updates(mesh: Mesh, hf_path: str, broken: list[bool]) -> str:
         result = policy.update([replace(sound[0], advantage=advantage), *sound[1:]], learning_rate=1e-6)
         try:
             trainer._refuse_a_diverged_run(result, step=7)
-        except ValueError as error:
+        except RunFailed as error:
             return str(error)
     return ""
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from minpro_megatron.errors import RunFailed
 from minpro_megatron.monitor.histograms import bin_edges
 from tests.mesh.reference import make_sequences
 
@@ -22,7 +23,7 @@ def test_first_batch_sampled_by_other_weights_is_refused(shift: float, refused: 
     ]
     trainer_log_probs = np.full(sum(len(sequence.response_ids) for sequence in sequences), -1.0, np.float32)
     if refused:
-        with pytest.raises(ValueError, match="convert again"):
+        with pytest.raises(RunFailed, match="convert again"):
             refuse_different_models(sequences, trainer_log_probs)
     else:
         refuse_different_models(sequences, trainer_log_probs)
@@ -53,7 +54,7 @@ def test_ratios_other_than_one_before_any_update_are_refused(
     metrics = {"ratio/log_second_moment": rms**2, "ratio/min": smallest, "ratio/max": largest}
     log_ratios = np.histogram(np.repeat([0.0, 3.0], [100_000 - far, far]), bin_edges())[0]
     if outcome == "is refused":
-        with pytest.raises(ValueError, match="its ratios are not 1"):
+        with pytest.raises(RunFailed, match="its ratios are not 1"):
             refuse_unequal_start(metrics, log_ratios, dtype)
     else:
         refuse_unequal_start(metrics, log_ratios, dtype)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from minpro_megatron.launch.logs import explanation
+from minpro_megatron.monitor.logs import explanation
 
 _ELASTIC = "6985 torch/distributed/elastic/multiprocessing/api.py"
 TORCHRUN = f"""\
@@ -87,6 +87,17 @@ def test_a_rank_that_said_why_in_one_line_is_heard(tmp_path):
     lines = explained(tmp_path, text + TORCHRUN.format(status=1))
     assert lines[0] == "train: the collector does not answer"
     assert len(lines) == 2
+
+
+def test_what_the_role_gave_as_its_reason_is_shown_alone(tmp_path):
+    text = "2026-01-01 serve INFO starting\nValueError: of a library, handled\n" * 30
+    text += "serve: server 0: not ready after server.start_timeout_s = 300 s\nserve:   loading shards 3/4\n"
+    (tmp_path / "role.log").write_text(text + "2026-01-01 serve INFO 1 servers stopped\n")
+    assert explanation(tmp_path / "role.log", role="serve") == [
+        "serve: server 0: not ready after server.start_timeout_s = 300 s",
+        "serve:   loading shards 3/4",
+    ]
+    assert len(explanation(tmp_path / "role.log", role="train")) == 20
 
 
 def test_a_traceback_that_the_role_outlived_does_not_hide_the_end(tmp_path):

@@ -93,6 +93,39 @@ def test_it_ends_once_the_run_has_no_server_left(tmp_path: Path) -> None:
         serve._watch(settings, "serve", [StubServer("the first of them"), StubServer("x")], lambda: False)  # type: ignore[arg-type]
 
 
+class Loading:
+    """A server that loads for a while; a look at it takes 20 s."""
+
+    def __init__(self, clock: list[float], ready_s: float) -> None:
+        self._clock, self._ready_s = clock, ready_s
+        self.address_is_stated = False
+        self.given_up = None
+
+    def tick(self) -> None:
+        self._clock[0] += 20
+        self.address_is_stated = self._clock[0] >= self._ready_s
+
+
+def test_while_servers_load_there_is_a_line_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(serve.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(serve.time, "sleep", lambda _: None)
+    caplog.set_level("INFO")
+    shown: list[str] = []
+    monkeypatch.setattr(serve, "write_status", lambda run_dir, role, phase: shown.append(phase))
+    settings = config(tmp_path, start_timeout_s=300)
+    serve._watch(settings, "serve", [Loading(clock, 150)], lambda: clock[0] >= 400)  # type: ignore[arg-type]
+    assert shown == [
+        "starting 1 of 1 server",
+        "starting 1 of 1 server, 1 min so far (server.start_timeout_s = 300 s)",
+        "starting 1 of 1 server, 2 min so far (server.start_timeout_s = 300 s)",
+        "serving",
+    ]
+    assert [record.getMessage() for record in caplog.records] == shown
+
+
 def test_given_servers_are_stated_and_their_end_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with FakeEngine() as engine:

@@ -23,7 +23,13 @@ from minpro_megatron.serving.endpoints import (
 )
 from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.serving.server_command import context_length, server_command, server_environment
-from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, choose_port, stop_servers
+from minpro_megatron.serving.server_process import (
+    LOG_LINES,
+    ServerProcess,
+    ServerStartError,
+    choose_port,
+    stop_servers,
+)
 from minpro_megatron.serving.sglang_main import API_KEY_VARIABLE
 from tests.unit.rollout_fakes import run_config
 
@@ -205,13 +211,14 @@ def test_a_server_on_all_interfaces_states_one(
 
 
 def test_a_server_that_ends_says_why(tmp_path: Path, hf_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = "for n in range(40): print('line', n)\nraise SystemExit(7)"
+    """In a few lines, not with all that it said while it loaded."""
+    program = "for n in range(40): print('line', n)\nprint('a.py:1: UserWarning: w\\n  w()')\nraise SystemExit(7)"
     server = started(monkeypatch, config(tmp_path, hf_path), program)
     with pytest.raises(ServerStartError) as caught:
         server.wait_until_ready(10)
     assert "server 0: its process ended with status 7" in str(caught.value)
     assert str(server.log_file) in str(caught.value)
-    assert str(caught.value).splitlines()[1:] == [f"line {number}" for number in range(10, 40)]
+    assert str(caught.value).splitlines()[1:] == [f"line {number}" for number in range(40 - LOG_LINES, 40)]
 
 
 def test_a_server_that_is_too_slow_says_so(tmp_path: Path, hf_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_a_failed_role_stops_the_others(launched, tmp_path):
     log_file = tmp_path / "logs" / "train.log"
     assert outcome["status"] == 1
     expected = {"role": "train", "how": "failed with exit status 3", "log_file": str(log_file), "log_start": 0}
-    assert outcome["failures"] == [expected]
+    assert outcome["failures"] == [expected | {"first_rank": None}]
     assert log_file.read_text() == "why\n"
     assert running(run.pids()) == []
 

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import replace_file
 from tools.prompt_sets import data_files, rows
 
@@ -141,7 +142,7 @@ def assemble(source: str, inputs: list[Path], columns: Iterable[str], convert: C
     if made.dropped[CONFLICT]:
         lines.append(f"{report['conflicting_questions']:8d} questions had several answers")
     if not prompts:
-        raise ValueError(f"{', '.join(map(str, inputs))}: no prompt is left:\n" + "\n".join(lines))
+        raise UserError([f"{', '.join(map(str, inputs))}: no prompt is left:", *lines])
     rows.write_prompts(output, prompts)
     report_path = output.with_suffix(".report.json")
     replace_file(report_path, json.dumps(report, ensure_ascii=False, indent=1) + "\n")

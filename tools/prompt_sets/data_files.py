@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from minpro_megatron.errors import UserError
 from tools.prompt_sets.rows import DamagedRow, read_jsonl
 
 SUFFIXES = (".parquet", ".jsonl")
@@ -44,9 +45,9 @@ def choose_files(names: Iterable[str], pattern: str, given: str) -> list[str]:
     chosen = [name for name in data if not pattern or fnmatch(name, pattern)]
     if not chosen:
         found = ", ".join(data[:12]) or f"nothing that ends with {' or '.join(SUFFIXES)}"
-        raise ValueError(f"--input {given}: no data file matches; there is {found}")
+        raise UserError(f"--input {given}: no data file matches; there is {found}")
     if not pattern and len({_SHARD.sub("", name) for name in chosen}) > 1:
-        raise ValueError(
+        raise UserError(
             f"--input {given}: several data sets; name one with a pattern, such as {given}:{chosen[0]}; there are "
             f"{', '.join(chosen[:12])}"
         )
@@ -113,4 +114,4 @@ def _open_parquet(path: Path) -> Any:
     try:
         return ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a parquet file ({error}); download it again") from error
+        raise UserError(f"{path}: not a parquet file ({error}); download it again") from error

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from minpro_megatron.errors import UserError
+
 PROMPT_FIELDS = ("id", "source", "prompt", "answer")
 OPTIONAL_FIELDS = ("pass_rate", "prefix")
 
 
-class DamagedRow(ValueError):
+class DamagedRow(UserError):
     """A row of an input file that breaks a rule. The message names the file, row number, field and rule."""
 
     def __init__(self, path: Path, row_number: int, field: str, rule: str) -> None:

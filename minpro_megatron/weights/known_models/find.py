@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.weights.architecture import Architecture, parse_architecture, read_architecture
 
 FOLDER = Path(__file__).resolve().parent
@@ -44,7 +45,7 @@ def find_architecture(hf_path: str) -> Architecture:
         return read_architecture(hf_path)
     name = known_name(hf_path)
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"model.hf_path = {hf_path}: there is no config.json here, and no part of it names a known model; known: "
             f"{', '.join(known_names())}; give a folder with the model's config.json"
         )

@@ -1,4 +1,4 @@
-"""Picks from a role's log the lines that explain why it ended."""
+"""Picks from the log of a role, or of a rollout server, the lines that explain why it ended."""
 
 import re
 from dataclasses import dataclass
@@ -33,15 +33,22 @@ class _Traceback:
 
     @property
     def is_consequence(self) -> bool:
-        return _CONSEQUENCE.search(" ".join(self.message)) is not None
+        return is_consequence(" ".join(self.message))
 
 
-def explanation(log_file: Path, max_lines: int = 20, start: int = 0) -> list[str]:
-    """About `max_lines` lines of the log: the last traceback that is a cause and not a consequence, with the end
-    of the log where the role outlived it; else the end of the log, with the last error before it. Empty if the log
-    says nothing but warnings and what followed from another role's end. `start`: the byte at which this start of the
-    role began to write."""
+def is_consequence(message: str) -> bool:
+    """Whether an error's message only says that another process has ended."""
+    return _CONSEQUENCE.search(message) is not None
+
+
+def explanation(log_file: Path, max_lines: int = 20, start: int = 0, role: str = "") -> list[str]:
+    """About `max_lines` lines of the log: what `role` itself gave as the reason for its end ("serve: ..."); without
+    that the last traceback that is a cause and not a consequence, with the end of the log where the role outlived it;
+    else the end of the log, with the last error before it. Empty if the log says nothing but warnings and what
+    followed from another role's end. `start`: the byte at which this start of the role began to write."""
     lines = _without_torchrun(_tail(log_file, start))
+    if role and (reasons := [line for line in lines if line.startswith(f"{role}: ")]):
+        return list(dict.fromkeys(reasons))[:max_lines]  # each once: a trainer's ranks may all give the same
     tracebacks = [_traceback(lines, index) for index, line in enumerate(lines) if _TRACEBACK.search(line)]
     causes = [traceback for traceback in tracebacks if not traceback.is_consequence]
     consequences = {index for traceback in tracebacks if traceback.is_consequence for index in traceback.indices}
@@ -51,6 +58,12 @@ def explanation(log_file: Path, max_lines: int = 20, start: int = 0) -> list[str
         return _shortened(last, max_lines) + (["...", *after[-_LINES_AFTER:]] if after else [])
     told = [line for index, line in enumerate(lines) if index not in consequences and not _is_warning(lines, index)]
     return _end(told, max_lines)
+
+
+def shortened(lines: list[str], max_lines: int = 20) -> list[str]:
+    """Of a formatted exception the last traceback, in at most about `max_lines` lines."""
+    starts = [index for index, line in enumerate(lines) if _TRACEBACK.search(line)]
+    return _shortened(_traceback(lines, starts[-1]), max_lines) if starts else lines[-max_lines:]
 
 
 def _tail(log_file: Path, start: int) -> list[str]:
