@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         if role == "serve":
             command.add_argument("--servers", type=_range, metavar="FIRST:END", help="those of this machine (all)")
     _add_node(commands.add_parser("node", help="one node's share of a run on several (started by a cluster's job)"))
+    _add_export(commands.add_parser("export", help="write a version of a run's policy as a Hugging Face folder"))
     _add_eval(commands.add_parser("eval", help="sample benchmarks and report accuracy, pass@k and maj@k"))
     return parser
 
@@ -61,13 +62,33 @@ def _add_node(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Writes the weights of a run's checkpoint, bit by bit, as a Hugging Face folder with config and tokenizer of "
+        "the model that the run began with."
+    )
+    command.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run's folder, such as runs/demo")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="new, or an earlier export")
+    command.add_argument(
+        "--version",
+        metavar="best|last|N",
+        help="of the highest evaluation score, the newest, or a policy version (best)",
+    )
+    command.add_argument("--verify", action="store_true", help="compare the result with the checkpoint, bit by bit")
+
+
 def _add_eval(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Accuracy, pass@k and maj@k of a model on benchmarks. The defaults are the protocol of arXiv:2601.22718. An "
         "interrupted evaluation goes on when the same command is given again."
     )
     add = command.add_argument_group("what is evaluated").add_argument
-    add("--model", required=True, metavar="HF_DIR", help="config.json, tokenizer and weights, or a hub id")
+    add(
+        "--model",
+        required=True,
+        metavar="HF_DIR",
+        help="config.json, tokenizer and weights, a run's checkpoint, or a hub id",
+    )
     add(
         "--benchmarks",
         required=True,
@@ -169,6 +190,13 @@ def _run_eval(given: dict[str, object]) -> int:
     return evaluate(EvaluationOptions(**said))  # type: ignore[arg-type]
 
 
+def _run_export(given: dict[str, object]) -> int:
+    from minpro_megatron.launch.export import ExportOptions, export
+
+    said = {name: value for name, value in given.items() if value is not None and name != "command"}
+    return export(ExportOptions(**said))  # type: ignore[arg-type]
+
+
 def _list_recipes(module: str) -> int:
     from minpro_megatron.launch.recipe import list_recipes
 
@@ -213,6 +241,8 @@ def _run(options: argparse.Namespace) -> int:
         return _run_role(options)
     if options.command == "node":
         return _run_node(options)
+    if options.command == "export":
+        return _run_export(vars(options))
     if options.command == "eval":
         return _run_eval(vars(options))
     if options.command == "recipes":

@@ -189,7 +189,7 @@ def run(options: argparse.Namespace) -> Comparison:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, help="Hugging Face model folder")
-    parser.add_argument("--megatron", type=Path, help="folder made by convert_checkpoint.py to-megatron")
+    parser.add_argument("--megatron", type=Path, help="converted model, or a run's checkpoint")
     parser.add_argument("--parallel", default="", metavar="AXIS=N,...", help="the mesh (default: one rank)")
     parser.add_argument("--text", action="append", default=[], help="repeatable")
     parser.add_argument("--ids", action="append", default=[], metavar="ID,ID,...", help="repeatable")

@@ -7,15 +7,13 @@
 
 Conversion is one process on the CPU, in about a gigabyte of memory whatever the model's size, and changes no bit
 unless --dtype is given. The output appears under its name only when complete, and loads on any mesh. Weights are read
-from safetensors only. A Megatron folder contains a pickle (`.metadata`): it is checked against the folder's manifest
-and opened with a list of the few classes it may name. `plan`
-needs config.json alone.
+from safetensors only. The Megatron folder of `to-hf` is one that this tool made, or a run's checkpoint
+(runs/NAME/checkpoints/step-N); config and tokenizer of the latter are those of the run's model.hf_path. Of a Megatron
+folder's pickles nothing but metadata classes and plain data is unpickled. `plan` needs config.json alone.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,39 +21,17 @@ from pydantic import ValidationError
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import UserError, run_reporting
+from minpro_megatron.monitor.byte_progress import byte_progress
 from minpro_megatron.weights.convert import to_hf, to_megatron
 from minpro_megatron.weights.plan import Plan, RankKind, make_plan
 from minpro_megatron.weights.text_files import other_files
 
 AXES = tuple(ParallelConfig.model_fields)
 DEGREES = tuple(axis for axis in AXES if axis not in ("data", "pipeline_layers"))
-
-
-@contextmanager
-def progress_bar(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Bytes done, speed and time left on standard error while the block runs; the callback advances it."""
-    columns = [
-        TextColumn("{task.description:9}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=num_bytes)
-        yield lambda num_bytes: progress.advance(task, num_bytes)
 
 
 def parse_parallel(text: str) -> ParallelConfig:
@@ -119,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
         help="round every tensor to this dtype: for folders with tensors of several (float32 routers) or of float16",
     )
     back = commands.add_parser("to-hf", help="Megatron -> Hugging Face")
-    back.add_argument("--megatron", type=Path, required=True)
+    back.add_argument("--megatron", type=Path, required=True, help="converted model, or a run's checkpoint")
     back.add_argument("--hf-reference", type=Path, help="take config, tokenizer and file names from this model folder")
     for command in (into, back):
         command.add_argument("--output", type=Path, required=True)
@@ -148,11 +124,11 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0 if not plan.hf_tensors_missed + plan.hf_tensors_absent else 2
     if arguments.command == "to-megatron":
         cast_to = getattr(torch, arguments.dtype) if arguments.dtype else None
-        to_megatron(arguments.hf, arguments.output, progress_bar, arguments.verify, cast_to)
+        to_megatron(arguments.hf, arguments.output, byte_progress, arguments.verify, cast_to)
         if left_out := other_files(arguments.hf):
             print(f"not copied, for they are neither weights nor part of the tokenizer: {', '.join(left_out)}")
     else:
-        to_hf(arguments.megatron, arguments.output, progress_bar, arguments.hf_reference, arguments.verify)
+        to_hf(arguments.megatron, arguments.output, byte_progress, arguments.hf_reference, arguments.verify)
     print(f"wrote {arguments.output}")
     return 0
 

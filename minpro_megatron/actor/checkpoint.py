@@ -92,7 +92,7 @@ def refuse_code_on_all_ranks(path: Path, mesh: Mesh) -> None:
     if mesh.rank == 0:
         try:
             refuse_code(path)
-        except ValueError as error:
+        except UserError as error:
             problem = str(error)
     if problem := mesh.from_rank_0(problem):
         raise UserError(problem)

@@ -22,7 +22,10 @@ class ModelConfig(Section):
     """The policy's starting point."""
 
     hf_path: str = Field(description="Hugging Face folder: architecture, tokenizer, names for the export")
-    megatron_path: str = Field(description="Megatron distributed checkpoint made by tools/convert_checkpoint.py")
+    megatron_path: str = Field(
+        description="Megatron checkpoint of the same weights: made by tools/convert_checkpoint.py, or the checkpoint "
+        "of a run from which hf_path was exported"
+    )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     backend: Literal["auto", "transformer_engine", "torch"] = Field(
         default="auto",

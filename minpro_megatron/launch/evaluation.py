@@ -22,6 +22,7 @@ from minpro_megatron.evaluation.benchmarks import title_of
 from minpro_megatron.evaluation.samples import SampledGroup, SampleFile, text_to_compare
 from minpro_megatron.evaluation.scores import Scores, score_all
 from minpro_megatron.evaluation.tables import markdown, scalars
+from minpro_megatron.launch.evaluation_model import with_hf_model
 from minpro_megatron.launch.evaluation_options import (
     EvaluationOptions,
     read_benchmarks,
@@ -50,6 +51,7 @@ SERVE_END_S = 20.0
 def evaluate(options: EvaluationOptions) -> int:
     """Samples what is missing in OUTPUT and writes the figures. Returns the exit status: 0 done, 1 failed, 143
     terminated. Raises UserError."""
+    model, options = options.model, with_hf_model(options)
     config = run_config(options)
     _check(options, config)
     samples = samples_per_prompt(options)
@@ -70,7 +72,7 @@ def evaluate(options: EvaluationOptions) -> int:
             done = list(file.groups(text_to_compare))
     version = done[0].policy_version
     try:
-        result = score_all(options.model, version, settings, samples, done, options.right_reward)
+        result = score_all(model, version, settings, samples, done, options.right_reward)
     except ValueError as error:
         raise UserError(f"{error}; correct the grader or the answers, and give another --output") from None
     _write(options.output, result, [*compared, result])

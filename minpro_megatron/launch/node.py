@@ -81,8 +81,8 @@ class _OthersFailed(Exception):
 def run_node(options: NodeOptions, environment: Mapping[str, str] = os.environ) -> int:
     """Runs this node's share to its end. Returns the exit status: 0 finished, 1 failed, 2 not started for problems
     that a person has to solve, 69 not started for the state of a machine, which may pass (a job starts again then), 75
-    saved before the job's end and to be started again, 130 told to stop. Raises UserError and TryAgainError, which mean 2
-    and 69 too."""
+    saved before the job's end and to be started again, 130 told to stop. Raises UserError and TryAgainError, which mean
+    2 and 69 too."""
     began = time.time()
     config = read_config(options.config)
     topology = read_topology(options.topology)

@@ -25,6 +25,7 @@ from minpro_megatron.rollout.prompts import load_prompts, make_rendering, refuse
 from minpro_megatron.serving.api_key import api_key
 from minpro_megatron.serving.watched_server import external_urls
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
+from minpro_megatron.weights.run_checkpoint import is_exported_from, is_run_checkpoint
 from minpro_megatron.weights.text_files import text_files
 from minpro_megatron.weights.weight_files import weight_problem
 
@@ -112,6 +113,13 @@ def _megatron_model(config: RunConfig) -> Iterator[str]:
         yield f"{field}: there is no such folder; make it from model.hf_path with tools/convert_checkpoint.py"
     elif not (folder / "manifest.json").is_file():
         yield f"{field}: manifest.json is missing; run tools/convert_checkpoint.py to its end"
+    elif is_run_checkpoint(folder):
+        if not is_exported_from(Path(config.model.hf_path), folder):
+            yield (
+                f"{field}: a run's checkpoint, and model.hf_path = {config.model.hf_path} was not exported from it, so "
+                "trainer and servers would begin with different weights; write it with `python -m minpro_megatron "
+                "export` and give its output as model.hf_path"
+            )
     elif _newest(Path(config.model.hf_path)) > (folder / "manifest.json").stat().st_mtime:
         # The trainer starts from one and the servers from the other: every ratio of the first steps would be wrong.
         yield (

@@ -38,6 +38,7 @@ from minpro_megatron.weights.architecture import read_architecture
 from minpro_megatron.weights.gather import WeightGatherer
 from minpro_megatron.weights.hf_files import HfReader, dtype_name, write_hf
 from minpro_megatron.weights.local import load_hf_tensors
+from minpro_megatron.weights.text_files import state_dtype
 
 BUCKET_BYTES = 512 << 20
 PER_TOKEN = ("log_probs", "coefficients", "prefix_min")
@@ -155,14 +156,6 @@ def replay(folder: Path, config: RunConfig, rows: ReplayRows, mesh: Mesh) -> Non
     else:
         for _ in buckets:
             pass
-
-
-def state_dtype(config_file: Path, dtype: str) -> None:
-    """Makes config.json name the dtype of the weights beside it: transformers would round them to the one it names."""
-    settings = json.loads(config_file.read_text(encoding="utf-8"))
-    for name in {"dtype", "torch_dtype"} & settings.keys():
-        settings[name] = dtype
-    config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] = sys.argv[1:]) -> int:

@@ -130,7 +130,7 @@ def _refuse_foreign(output: Path) -> None:
         )
     try:
         check_replaceable(output / MODEL)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"--output {error}") from None
 
 

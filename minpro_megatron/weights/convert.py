@@ -31,10 +31,11 @@ from minpro_megatron.weights.manifest import (
     verify_files,
     write_manifest,
 )
+from minpro_megatron.weights.run_checkpoint import is_run_checkpoint, texts_of_run, write_exported_from
 from minpro_megatron.weights.safetensors_stream import TensorHeader, write_safetensors
 from minpro_megatron.weights.sharded_files import ShardedReader, ShardedWriter, place
 from minpro_megatron.weights.table import EMBEDDING, OUTPUT, Entry, check_names, check_shape, entries
-from minpro_megatron.weights.text_files import CONFIG, copy_texts
+from minpro_megatron.weights.text_files import CONFIG, copy_texts, state_dtype
 from minpro_megatron.weights.weight_files import INDEX, SINGLE_FILE, read_weight_map, shard_names, write_index
 
 # Small enough for malloc to reuse the memory of the last piece: larger ones are mapped, and zeroed, anew each time.
@@ -64,7 +65,10 @@ def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False, cast
                     writer.write(place(entry, architecture), entry.full_shape, first_row, rows)
                     announce(rows.nbytes)
             writer.finish()
-        for name in _keep_texts(reader, dtype, folder / HF_TEXTS):
+        names = _keep_texts(reader, dtype, folder / HF_TEXTS)
+        if cast_to:
+            state_dtype(folder / HF_TEXTS / CONFIG, dtype_name(dtype))
+        for name in names:
             records.add(f"{HF_TEXTS}/{name}")
         if verify:
             num_bytes = sum(_hf_bytes(reader, dtype).values())
@@ -80,13 +84,15 @@ def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False, cast
 
 
 def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = None, verify: bool = False) -> None:
-    """Write the Hugging Face folder of the Megatron checkpoint `megatron` to `output`. Config, tokenizer and the names
-    of the weight files are those of `reference`, or of the model that the checkpoint was converted from.
+    """Write the Hugging Face folder of the Megatron checkpoint `megatron`, a converted model or a run's checkpoint, to
+    `output`. Config, tokenizer and the names of the weight files are those of `reference`, or else of the model that
+    the checkpoint was converted from or its run began with.
 
-    Raises ValueError for a checkpoint that is damaged or of another model, or an `output` that holds
+    Raises UserError for a checkpoint that is damaged or of another model, or an `output` that holds
     files which this program did not write."""
     manifest = read_manifest(megatron)
-    texts = reference or megatron / HF_TEXTS
+    of_run = is_run_checkpoint(megatron)
+    texts = reference or (texts_of_run(megatron) if of_run else megatron / HF_TEXTS)
     if not (texts / CONFIG).is_file():
         raise UserError(f"{texts}: there is no {CONFIG}; give --hf-reference, a folder with config and tokenizer")
     architecture = read_architecture(texts)
@@ -110,7 +116,11 @@ def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = N
         if list(files) != [SINGLE_FILE]:
             _write_index(texts, folder, {name: file for file, names in files.items() for name in names}, num_bytes)
             records.add(INDEX)
-        for name in copy_texts(texts, folder):
+        names = copy_texts(texts, folder)
+        if of_run:  # the run may train in another dtype than that of the model it began with
+            state_dtype(folder / CONFIG, manifest.dtype)
+            names.append(write_exported_from(folder, megatron))
+        for name in names:
             records.add(name)
         if verify:
             with watch("verifying", num_bytes) as announce:

@@ -7,6 +7,7 @@ but the classes that metadata is made of.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from pydantic import Field, ValidationError
 from minpro_megatron.config.base import Section
 from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.rollout.resume_point import RunManifest
 from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.weights.run_checkpoint import is_run_checkpoint, read_run_manifest
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
@@ -118,13 +121,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of the folder. Raises ValueError if there is none, or it is not a finished one of this version."""
+    """The manifest of the folder, which is a converted model or a run's checkpoint. Raises UserError if there is none,
+    or it is not a finished one of this version."""
     file = Path(folder) / MANIFEST
     if not file.is_file():
         raise UserError(
             f"{folder}: there is no {MANIFEST}, so this is no finished Megatron checkpoint; "
             "run tools/convert_checkpoint.py"
         )
+    if is_run_checkpoint(file.parent):
+        return _as_weights(read_run_manifest(file.parent))
     try:
         return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
     except ValidationError as error:
@@ -132,6 +138,17 @@ def read_manifest(folder: str | Path) -> Manifest:
         field = ".".join(map(str, first["loc"])) or "content"
         shown = f" = {first['input']}" if first["loc"] and isinstance(first["input"], int | str) else ""
         raise UserError(f"{file}: {field}{shown}: {first['msg']}; convert again") from None
+
+
+def _as_weights(manifest: RunManifest) -> Manifest:
+    """What a run's checkpoint says of its weights; among its files are those of the optimizer's state."""
+    content = {
+        "source": manifest.folder_name,
+        "dtype": manifest.run.dtype,
+        "architecture": manifest.run.architecture,
+        "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in manifest.files.items()},
+    }
+    return Manifest.model_validate_json(json.dumps(content))
 
 
 def check_architecture(folder: str | Path, manifest: Manifest, architecture: Architecture) -> None:

@@ -1,5 +1,6 @@
 """The text files of a Hugging Face model folder: config, tokenizer, chat template and so on."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -50,3 +51,11 @@ def other_files(source: Path) -> list[str]:
     names = (path.name for path in source.iterdir() if not path.name.startswith("."))
     folders = {name.partition("/")[0] for name in texts if "/" in name}
     return sorted(name for name in names if name not in texts | folders and not name.endswith(weights))
+
+
+def state_dtype(config_file: Path, dtype: str) -> None:
+    """Makes config.json name the dtype of the weights beside it: transformers would round them to the one it names."""
+    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    for name in {"dtype", "torch_dtype"} & settings.keys():
+        settings[name] = dtype
+    config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -69,7 +69,7 @@ def weight_problem(folder: Path, for_servers: bool = True) -> str:
         if not any(folder.glob("*.safetensors")):
             return "no *.safetensors file; download the folder again"
         weight_map = read_weight_map(folder)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     files = sorted(set(weight_map.values()) or {SINGLE_FILE})
     if absent := [name for name in files if not (folder / name).is_file()]:

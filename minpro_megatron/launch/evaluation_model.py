@@ -1,0 +1,35 @@
+"""The model of an evaluation where it is a run's checkpoint: servers need it as a Hugging Face folder."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from minpro_megatron.errors import UserError
+from minpro_megatron.launch.evaluation_options import EvaluationOptions
+from minpro_megatron.monitor.byte_progress import byte_progress
+from minpro_megatron.weights.run_checkpoint import EXPORTED_FROM, is_exported_from, is_run_checkpoint, texts_of_run
+
+MODEL_FOLDER = "model"
+
+
+def with_hf_model(options: EvaluationOptions) -> EvaluationOptions:
+    """`options` with a Hugging Face folder as the model. A run's checkpoint is written to OUTPUT/model, once; where
+    somebody else's servers have the weights, only config and tokenizer are needed, those of the run's model.
+
+    Raises UserError for a damaged checkpoint, or an output of another one.
+    """
+    checkpoint = Path(options.model)
+    if not is_run_checkpoint(checkpoint):
+        return options
+    if options.urls:
+        return replace(options, model=str(texts_of_run(checkpoint)))
+    folder = options.output / MODEL_FOLDER
+    if not is_exported_from(folder, checkpoint):
+        if (folder / EXPORTED_FROM).exists():
+            raise UserError(
+                f"--output {options.output}: it holds the evaluation of another checkpoint (see "
+                f"{folder / EXPORTED_FROM}); give another --output"
+            )
+        from minpro_megatron.weights.convert import to_hf  # imports torch: seconds that only a checkpoint pays
+
+        to_hf(checkpoint, folder, byte_progress)
+    return replace(options, model=str(folder))
