@@ -48,9 +48,12 @@ class TryAgainError(ProjectError):
     exit_status = TRY_AGAIN
 
 
-def run_reporting(command: Callable[[], int], prefix: str = "error") -> int:
-    """The exit status of `command`; of one that raises, after the error was reported on standard error: a
-    ProjectError, and a file that cannot be opened, in one line a problem after `prefix`, anything else in full."""
+def run_reporting(command: Callable[[], int], prefix: str = "error", *, reads_given_files: bool = False) -> int:
+    """The exit status of `command`; of one that raises, after the error was reported on standard error: a ProjectError
+    in one line a problem after `prefix`, anything else in full.
+
+    `reads_given_files`: the command opens files that its user names, so an OSError that names a file is told in a line.
+    """
     try:
         return command()
     except ProjectError as error:
@@ -59,7 +62,7 @@ def run_reporting(command: Callable[[], int], prefix: str = "error") -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        if error.filename is None:
+        if not reads_given_files or error.filename is None:
             return report_unexpected(prefix)
         print(f"{prefix}: {error.filename}: {error.strerror}", file=sys.stderr)
         return WRONG_INPUT

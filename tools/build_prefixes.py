@@ -296,7 +296,7 @@ def _share(text: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """0 on success, 1 if sampling failed, 2 after a message about what the user gave."""
     options = parse_arguments(arguments)
-    return run_reporting(lambda: build(options))
+    return run_reporting(lambda: build(options), reads_given_files=True)
 
 
 if __name__ == "__main__":

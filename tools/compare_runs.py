@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"wrote {options.output}")
         return 0
 
-    return run_reporting(compare)
+    return run_reporting(compare, reads_given_files=True)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
         show_summary(asyncio.run(grade_file(options, read_rows(options.input))), options.json)
         return 0
 
-    return run_reporting(grade, "grade")
+    return run_reporting(grade, "grade", reads_given_files=True)
 
 
 if __name__ == "__main__":

@@ -371,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"wrote {options.output}", soft_wrap=True)
         return 0
 
-    return run_reporting(make, "make_tiny_model")
+    return run_reporting(make, "make_tiny_model", reads_given_files=True)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(options.prepare(options)))
         return 0
 
-    return run_reporting(prepare, f"prepare_data {options.command}")
+    return run_reporting(prepare, f"prepare_data {options.command}", reads_given_files=True)
 
 
 if __name__ == "__main__":

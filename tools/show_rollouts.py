@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
             _show(reader, options, console or Console(highlight=False, width=None if sys.stdout.isatty() else 160))
         return 0
 
-    return run_reporting(show)
+    return run_reporting(show, reads_given_files=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"wrote {write_report(_checked(options.run_dir))}")
         return 0
 
-    return run_reporting(write)
+    return run_reporting(write, reads_given_files=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What commands and roles report when they end with an error: a line for the project's own, everything for others."""
 
+import errno
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -51,13 +52,22 @@ def library_error(*_: object) -> int:
 def test_an_expected_error_is_told_without_a_traceback(
     capsys: pytest.CaptureFixture[str], error: BaseException, status: int, lines: list[str]
 ) -> None:
-    assert run_reporting(raising(error), "name") == status
+    assert run_reporting(raising(error), "name", reads_given_files=True) == status
     assert capsys.readouterr().err.splitlines() == lines
 
 
-@pytest.mark.parametrize("error", [OSError("no file in it"), RuntimeError("why")])
-def test_an_unexpected_error_is_logged_in_full(caplog: pytest.LogCaptureFixture, error: Exception) -> None:
-    assert run_reporting(raising(error)) == FAILED
+@pytest.mark.parametrize(
+    ("error", "reads_given_files"),
+    [
+        (OSError("no file in it"), True),
+        (OSError(errno.ESTALE, "Stale file handle", "/runs/demo"), False),  # a node's start is tried again then
+        (RuntimeError("why"), False),
+    ],
+)
+def test_an_unexpected_error_is_logged_in_full(
+    caplog: pytest.LogCaptureFixture, error: Exception, reads_given_files: bool
+) -> None:
+    assert run_reporting(raising(error), reads_given_files=reads_given_files) == FAILED
     assert f"{type(error).__name__}: {error}" in caplog.text
     assert "Traceback (most recent call last)" in caplog.text
 
