@@ -40,7 +40,7 @@ def node_problems(config: RunConfig, share: NodeShare, address: str, visible: st
     servers = range(share.first_server, share.first_server + share.num_servers)
     found += port_problems(config, servers, hosts[0], hosts[1] if share.collects else "")
     if share.collects and (problem := limit_problem(config)):
-        found.append(problem)
+        found.append(Problem(problem))
     missing = list(file_problems(files_needed(config, share), config.run_dir))
     return [*found, *missing, *([] if missing else weight_problems(config, share))]
 

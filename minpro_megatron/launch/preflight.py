@@ -94,7 +94,7 @@ def _hf_model(config: RunConfig) -> Iterator[str]:
         yield f"{field}: {problem}"
     try:
         text_files(folder)  # they are copied beside the trained weights, when the run ends
-    except ValueError as error:
+    except UserError as error:
         yield f"{field}: {error}"
 
 

@@ -171,6 +171,7 @@ def test_a_launch_that_fails_says_which_role_and_why(recipes):
     run_dir = recipes / "runs" / "other"
     (run_dir / "endpoints").mkdir(parents=True)
     (run_dir / "endpoints" / "collector.json").write_text("left by a failed start")
+    (run_dir / "run.json").write_text(example_config(recipes, name="other").to_json())
     ended = launch(recipes, 'ls "$RUN/endpoints"; echo "train: no batch came" >&2; exit 1')
     assert ended.returncode == 1
     assert "ls: cannot access" in (run_dir / "logs" / "train.log").read_text()  # the start removed the folder

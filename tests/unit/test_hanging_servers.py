@@ -77,7 +77,7 @@ def test_a_server_is_not_published_to_from_the_first_token_on_that_does_not_come
             FakeEngine() as second,
             running(tmp_path, [first.url, second.url], generation_timeout_s=60) as it,
         ):
-            leases = Leases(it.fleet, PROMPT, no_evaluations())
+            leases = Leases(it.fleet, [PROMPT], no_evaluations())
             second.hangs = True
             await until(lambda: members(it.fleet) == [0])
             leases.grant(1, requests_in_flight=False)
@@ -93,7 +93,7 @@ def test_a_server_is_not_published_to_from_the_first_token_on_that_does_not_come
 def test_a_server_that_the_trainer_has_paused_does_not_hang(tmp_path: Path) -> None:
     async def test() -> None:
         async with FakeEngine() as engine, running(tmp_path, [engine.url], generation_timeout_s=0.05) as it:
-            leases = Leases(it.fleet, PROMPT, no_evaluations())
+            leases = Leases(it.fleet, [PROMPT], no_evaluations())
             leases.grant(1, requests_in_flight=True)
             engine.hangs = True
             await asyncio.sleep(0.2)
@@ -115,7 +115,7 @@ def test_a_server_that_was_late_for_the_trainer_is_started_again(tmp_path: Path)
             FakeEngine() as third,
             running(tmp_path, [first.url, second.url, third.url]) as it,
         ):
-            leases = Leases(it.fleet, PROMPT, no_evaluations())
+            leases = Leases(it.fleet, [PROMPT], no_evaluations())
             leases.grant(1, requests_in_flight=False)
             # the third has failed, but not by being late
             leases.end([0], first_time=True, late=[1])

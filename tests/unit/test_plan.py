@@ -66,6 +66,7 @@ def test_layers_are_dealt_to_stages_chunk_by_chunk() -> None:
 def test_tensors_of_one_shape_may_be_cut_along_different_axes(tmp_path: Path) -> None:
     config = {**QWEN3_30B_A3B, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
     config |= {"moe_intermediate_size": 128, "num_hidden_layers": 1, "num_experts": 2, "vocab_size": 128}
+    config["num_experts_per_tok"] = 2
     architecture = read_architecture(folder_with(tmp_path, config))
     # an expert's down projection and the attention's output are both 64 x 128; the first is whole on a rank of its own
     _, experts = parameters_of_stage(architecture, ParallelConfig(tensor=2, expert=2), stage=0)

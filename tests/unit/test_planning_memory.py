@@ -217,7 +217,7 @@ def test_a_checkpoints_copy_is_that_of_the_ranks_own_states() -> None:
 
     assert copy(8) == pytest.approx(copy(4) / 2, rel=1e-6)
     assert copy(4) == copy(4, optimizer={"cpu_offload": 1.0}) == pytest.approx(14 * 30.6e9 / 2, rel=0.02)
-    assert copy(4, checkpoint={"asynchronous": False}) == copy(4, checkpoint={"every_steps": 0}) == 0
+    assert copy(4, checkpoint={"asynchronous": False}) == copy(4, checkpoint={"every_steps": 0, "at_end": False}) == 0
 
 
 def test_a_ranks_total_counts_publication_apart_from_training() -> None:

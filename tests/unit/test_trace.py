@@ -190,6 +190,9 @@ class Client:
     async def policy_version(self, timeout_s: float) -> int:
         return 7
 
+    async def generates(self, timeout_s: float) -> bool:
+        return True
+
     async def generate(
         self, prompt_token_ids: Any, seeds: Any, sampling: Any, policy_version: int, *_: Any, **__: Any
     ) -> Any:
