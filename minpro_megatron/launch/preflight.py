@@ -286,7 +286,9 @@ def _disk_space(config: RunConfig) -> Iterator[str]:
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors")) if model.is_dir() else 0
     needed = 2 * weights + _SPARE_BYTES  # the trained weights, written once beside a temporary copy
     settings = config.checkpoint
-    if settings.every_steps:  # each holds float32 weights and two moments besides; one is being written
+    if (
+        settings.saves_before_end or settings.at_end
+    ):  # each holds float32 weights and two moments besides; one is being written
         float32_bytes = weights * (2 if config.model.dtype == "bfloat16" else 1)
         needed += (settings.keep_last + settings.keep_best + 1) * (weights + 3 * float32_bytes)
     routes, of_it = _route_files(config), ""

@@ -32,8 +32,10 @@ def batches_with_routes(config: RunConfig) -> int:
     """Batches whose routes are in the run folder at the same time, at most."""
     staleness, checkpoint, collector = config.staleness, config.checkpoint, config.collector
     ahead = staleness.delay_steps if staleness.mode == "delay" else staleness.max_staleness
-    # consumed, and in no complete checkpoint yet: one more step goes by while it is written
-    consumed = checkpoint.every_steps + 1
+    # consumed, and in no complete checkpoint yet: one more step goes by while it is written. How many steps lie between
+    # checkpoints that are saved by time alone is not known here.
+    between = checkpoint.every_steps or (config.num_global_steps if checkpoint.every_minutes else 0)
+    consumed = between + 1
     if collector.journal_keep_routes:
         consumed = max(consumed, collector.journal_keep_steps or config.num_global_steps)
     return ahead + 1 + min(consumed, config.num_global_steps)

@@ -58,7 +58,7 @@ class Delivery:
     # others have taken is the server's own: it is left out, and the run goes on.
     published: dict[int, str] | None = None
     failures: dict[int, str] = field(default_factory=dict)  # a line for each server that was left out
-    late: set[int] = field(default_factory=set)  # of these, the servers that did not answer in time: they hang
+    late: set[int] = field(default_factory=set)  # of these, the servers that hang or are broken: they are restarted
     num_bytes: int = 0
     transfer_s: float = 0.0
     paused_s: float = 0.0
@@ -287,7 +287,7 @@ class Delivery:
         stuck = {index: failed[index] for index in calls.late()}
         stuck |= self._failing("weights_checksum", PROOF_S, but=stuck)
         for index, line in stuck.items():
-            self._leave_out(index, f"{line}, after a broadcast broke off; it has to be restarted")
+            self._leave_out(index, f"{line}, after a broadcast broke off; it is restarted", is_late=True)
         lines = "; ".join(error.failures.values())
         if not self.controls:
             self.transport = None

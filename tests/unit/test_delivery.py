@@ -257,7 +257,8 @@ def test_a_server_that_a_broken_broadcast_leaves_stuck_is_left_out(
     delivery = deliver(transport="broadcast")
     delivery.by_broadcast([], num_buckets=1)
     assert (sorted(delivery.controls), delivery.transport) == ([0], "broadcast")
-    assert f"{path}: no answer within 0.1 s, after a broadcast broke off; it has to" in delivery.failures[1]
+    assert f"{path}: no answer within 0.1 s, after a broadcast broke off; it is restarted" in delivery.failures[1]
+    assert delivery.late == {1}
     servers[0].answers["weights_checker"] = (400, "CUDA error")
     delivery.by_broadcast([], num_buckets=1)
     assert (delivery.controls, delivery.transport) == ({}, None)

@@ -124,7 +124,9 @@ def test_a_run_begins_with_a_checkpoint_and_its_export(tmp_path: Path, run_dir: 
     folder = saved(run_dir, 10, tmp_path / "hf")
     to_hf(folder, tmp_path / "out", Watch())
     assert is_exported_from(tmp_path / "out", folder)
-    (folder / "manifest.json").write_text((folder / "manifest.json").read_text().replace("null", "0.5"))  # its score
+    (folder / "manifest.json").write_text(
+        (folder / "manifest.json").read_text().replace('"score": null', '"score": 0.5')
+    )  # its score
 
     def found(hf: Path) -> list[str]:
         model = {"hf_path": str(hf), "megatron_path": str(folder), "dtype": "float32"}

@@ -185,6 +185,7 @@ def test_the_host_keeps_a_copy_of_each_version_that_may_be_scored(settings: dict
         ({"staleness": {"mode": "bounded", "max_staleness": 3}, "publish": {"pause_mode": "abort"}}, 4 + 10 + 1),
         ({"staleness": {"delay_steps": 2}, "checkpoint": {"every_steps": 0}}, 3 + 1),
         ({"staleness": {"delay_steps": 2}, "collector": {"journal_keep_routes": True}}, 3 + 50),
+        ({"checkpoint": {"every_steps": 0, "every_minutes": 60}, "num_global_steps": 80}, 3 + 80),
         ({"collector": {"journal_keep_routes": True, "journal_keep_steps": 0}, "num_global_steps": 80}, 3 + 80),
         ({"collector": {"journal_keep_routes": True}, "num_global_steps": 30}, 3 + 30),
     ],

@@ -261,6 +261,21 @@ def test_disk_space_must_do(folder, monkeypatch):
     assert re.search(r"^runs_dir = .* GB free, about 1000000000.0 GB needed; ", only_problem(example_config(folder)))
 
 
+@pytest.mark.parametrize("saves", [["every_minutes=30"], ["at_end=true"], ["every_steps=5"]])
+def test_checkpoints_count_as_disk_space_whatever_asks_for_them(folder, monkeypatch, saves):
+    monkeypatch.setattr(preflight, "_SPARE_BYTES", 10**15)
+    (folder / "hf" / "model.safetensors").write_bytes(bytes(10**8))
+    os.utime(folder / "hf" / "model.safetensors", (0, 0))
+    none = ["checkpoint.every_steps=0", "checkpoint.every_minutes=0", "checkpoint.at_end=false"]
+    config = with_overrides(example_config(folder), none)
+    needed = [
+        float(re.search(r"about ([\d.]+) GB needed", only_problem(settings))[1])
+        for settings in (config, with_overrides(config, [f"checkpoint.{save}" for save in saves]))
+    ]
+    # weights, float32 weights and two moments, of the last two, the best one and the one being written
+    assert needed[1] - needed[0] == pytest.approx(4 * 4 * 0.1)
+
+
 def test_routes_of_the_servers_count_as_disk_space(folder, monkeypatch):
     monkeypatch.setattr(preflight, "_SPARE_BYTES", 10**18)
     config = with_overrides(example_config(folder), ["model.routing_replay=rollout"])
