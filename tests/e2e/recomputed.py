@@ -20,7 +20,8 @@ UNSOURCED = (
     "reward/grader_", "reward/groups_not_graded", "policy/entropy", "optimizer/", "batch/padding_fraction",
     "batch/imbalance", "time/", "overlap/server_idle_share",
     "fleet/members", "fleet/current", "fleet/outdated", "fleet/slow", "fleet/groups_in_flight", "fleet/groups_waiting",
-    "fleet/idle_s", "fleet/retries", "fleet/moved_groups", "fleet/restarts", "fleet/tokens_per_s/", "publish/",
+    "fleet/idle_s", "fleet/hung", "fleet/out_of_files", "fleet/failed_evaluations", "fleet/retries",
+    "fleet/moved_groups", "fleet/restarts", "fleet/tokens_per_s/", "publish/",
     "throughput/tflops_per_gpu", "memory/", "alarms/",
 )  # fmt: skip
 
@@ -110,8 +111,10 @@ def recomputed_totals(
     sampled = [group for group in groups if group.issued_version <= step]
     evaluated = [result for result in evaluations if result.policy_version <= step]
     heldout = sum(one.mean_response_tokens * one.num_prompts * one.samples_per_prompt for one in evaluated)
+    group_size = len(groups[0].responses)  # evaluations are sampled in groups of the same size
+    evaluation_groups = sum(one.num_prompts * -(-one.samples_per_prompt // group_size) for one in evaluated)
     return {
-        "fleet/groups": len(sampled) + sum(one.num_prompts for one in evaluated),
+        "fleet/groups": len(sampled) + evaluation_groups,
         "fleet/tokens/0": heldout + sum(response.num_tokens for group in sampled for response in group.responses),
     }
 

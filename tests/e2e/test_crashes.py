@@ -60,6 +60,7 @@ def check_undisturbed(run_dir: Path, model: TinyModel) -> None:
     assert min(norms) > 0
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_twice_and_loses_its_journals_end_and_its_server_equals_the_undisturbed_one(
     model: TinyModel, undisturbed: Results, tmp_path: Path
 ) -> None:
