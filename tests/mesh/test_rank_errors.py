@@ -31,7 +31,7 @@ def fail(mesh: Mesh, folder: str, expected: bool) -> tuple[int, str]:
     logging.getLogger().addHandler(logging.StreamHandler(log))
 
     @contextmanager
-    def opened(*_: object):
+    def opened(*_: object, **__: object):
         yield mesh
 
     def work(*_: object) -> None:

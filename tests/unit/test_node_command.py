@@ -118,7 +118,7 @@ def test_starts_that_nodes_refused_do_not_count(folder, roles_started, monkeypat
     """Their roles did not run, so that no checkpoint could be written."""
     assert restarts(folder, 0, 1, capsys)[0] == [0]
     with monkeypatch.context() as patch:
-        patch.setattr(node_module, "node_problems", lambda config, share, *_: ["broken"])
+        patch.setattr(node_module, "node_problems", lambda config, share, *_: [Problem("broken")])
         assert restarts(folder, 1, 2, capsys)[0] == [2, 2]
     assert restarts(folder, 3, 1, capsys)[0] == [0]
     assert restarts(folder, 4, 1, capsys)[0] == [2]
