@@ -8,6 +8,7 @@ import pytest
 
 from minpro_megatron.config.debug import DebugConfig
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.errors import RunFailed
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 from tests.unit.run_examples import example_config
@@ -45,7 +46,7 @@ def test_a_trainer_gives_its_groups_the_runs_limit(tmp_path: Path, monkeypatch: 
 
     def open_mesh(parallel: ParallelConfig, device: str, seed: int, **options: Any) -> NoReturn:
         asked.update(options)
-        raise ValueError("enough")
+        raise RunFailed("enough")
 
     monkeypatch.setattr(train, "open_mesh", open_mesh)
     config = example_config(tmp_path, debug=DebugConfig(hang_timeout_s=5400))
