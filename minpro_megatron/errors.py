@@ -52,7 +52,8 @@ def run_reporting(command: Callable[[], int], prefix: str = "error", *, reads_gi
     """The exit status of `command`; of one that raises, after the error was reported on standard error: a ProjectError
     in one line a problem after `prefix`, anything else in full.
 
-    `reads_given_files`: the command opens files that its user names, so an OSError that names a file is told in a line.
+    `reads_given_files`: the command opens files that its user names, so an OSError that names a file is reported in one
+    line.
     """
     try:
         return command()

@@ -61,11 +61,8 @@ def foreign_entries(run_dir: Path) -> list[str]:
     remove. A start first writes the settings, and without rollouts there is no checkpoint."""
     if not run_dir.is_dir():
         return []
-    checkpoints = run_dir / CHECKPOINTS
     if _is_readable(run_dir / CONFIG_FILE):
-        return (
-            [CHECKPOINTS] if checkpoints.exists() and (not checkpoints.is_dir() or any(checkpoints.iterdir())) else []
-        )
+        return [CHECKPOINTS] if any((run_dir / CHECKPOINTS).glob("*")) else []
     return sorted(path.name for path in run_dir.iterdir() if path.name not in BEFORE_SETTINGS)
 
 

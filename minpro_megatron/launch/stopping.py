@@ -1,4 +1,4 @@
-"""How a start of a run ends before the run does: by its time limit, or because it is told to stop."""
+"""How a start of a run ends before the run does: by its time limit, or because of a signal."""
 
 import sys
 import time
@@ -31,7 +31,7 @@ def save_by(config: RunConfig, environment: Mapping[str, str], began: float, end
 
 
 class Stopping:
-    """Watches one start for its early end, and asks the trainer for one when this process is told to stop."""
+    """Watches one start for its early end, and asks the trainer for one when this process gets a signal to stop."""
 
     def __init__(self, config: RunConfig, incarnation: int, end_early_s: float = 0.0) -> None:
         """`end_early_s`: SIGTERM comes so long before the job's end, so that the trainer may use most of it."""

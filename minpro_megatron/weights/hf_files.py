@@ -1,6 +1,5 @@
 """Reading and writing Hugging Face checkpoints: safetensors only, never pickles."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,10 +52,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     within: ExpertRows | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * (self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 0)
-
 
 class HfReader:
     """The tensors of a Hugging Face folder by name, read one at a time or by rows, in bounded memory.
@@ -81,10 +76,6 @@ class HfReader:
 
     def names(self) -> list[str]:
         return list(self.tensors)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
         """The whole tensor; its memory is the file's, so it must not be written to."""
