@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from minpro_megatron.actor.checkpoint import refuse_code_on_all_ranks
-from minpro_megatron.actor.policy import Policy
 from minpro_megatron.actor.shard_writing import SaveError, ShardWrite, on_rank_0
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.errors import UserError
@@ -35,6 +35,17 @@ from minpro_megatron.weights.manifest import record_file
 log = logging.getLogger(__name__)
 
 MOST_FAILED_SAVES = 2  # in a row
+
+
+class Trainable(Protocol):
+    """What a checkpoint is taken of: the trainer's policy."""
+
+    @property
+    def identity(self) -> RunIdentity: ...
+
+    def save(self, folder: Path, in_background: bool = False) -> ShardWrite: ...
+
+    def load(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ class RunCheckpoints:
 
         on_rank_0(mesh, open_folder)
 
-    def save(self, policy: Policy, state: TrainerState) -> None:
+    def save(self, policy: Trainable, state: TrainerState) -> None:
         """Begin to save; when it returns the weights may change again. A save under way is waited for first.
 
         Raises SaveError on all ranks at the second save in a row that failed.
@@ -107,7 +118,7 @@ class RunCheckpoints:
         except OSError as error:
             log.warning("the score of %s is not kept with it: %s", folder_name(version), error)
 
-    def load(self, policy: Policy, manifest: RunManifest) -> None:
+    def load(self, policy: Trainable, manifest: RunManifest) -> None:
         """Fill weights and optimizer state from that checkpoint; `manifest` is the same on all ranks.
 
         Raises ValueError on all ranks if it is another run's, or a file is not as it was written.

@@ -15,8 +15,9 @@ from minpro_megatron.monitor import figures
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.history import Entry
+from minpro_megatron.monitor.json_files import read_json, read_json_lines
 from minpro_megatron.monitor.metrics import METRICS
-from minpro_megatron.monitor.pages import percent, read_json, read_json_lines, render, reward_text, short
+from minpro_megatron.monitor.pages import percent, render, reward_text, short
 from minpro_megatron.monitor.progress import duration
 from minpro_megatron.monitor.report import ALARMS_FILE
 from minpro_megatron.monitor.run_history import Figures, figures_of, valid_history

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from minpro_megatron.monitor.files import replace_file
-from minpro_megatron.monitor.pages import read_json
+from minpro_megatron.monitor.json_files import read_json
 from minpro_megatron.monitor.summary import installed_versions
 
 FILE_NAME = "environment.json"

@@ -74,30 +74,6 @@ def reward_text(reward: float | None) -> str:
     return "-" if reward is None or reward != reward else f"{reward:.3f}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file; an empty one if there is none, or something else is in it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in the file's lines; what is none (half a line of a killed process) is left out."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    found: list[Any] = []
-    for line in text.split("\n"):
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    return [content for content in found if isinstance(content, dict)]
-
-
 def first_known(content: Mapping[str, Any], names: Sequence[str]) -> str:
     """The first of these fields that the content has, as text."""
     return next((short(content[name]) for name in names if content.get(name) is not None), "")

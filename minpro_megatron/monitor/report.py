@@ -9,11 +9,13 @@ from typing import Any
 from minpro_megatron.monitor.environment import read_environment
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import Entry
-from minpro_megatron.monitor.pages import first_known, percent, read_json, read_json_lines, render, reward_text, short
+from minpro_megatron.monitor.json_files import read_json, read_json_lines
+from minpro_megatron.monitor.pages import first_known, percent, render, reward_text, short
 from minpro_megatron.monitor.progress import duration
 from minpro_megatron.monitor.run_inputs import read_inputs
-from minpro_megatron.monitor.samples import read_samples, shown
+from minpro_megatron.monitor.samples import read_samples
 from minpro_megatron.monitor.settings import described
+from minpro_megatron.monitor.shown_samples import shown
 from minpro_megatron.monitor.summary import RunSummary, read_summary
 
 FILE_NAME = "report.html"

@@ -19,8 +19,9 @@ from minpro_megatron.monitor.metrics import METRICS
 from minpro_megatron.monitor.pages import visible
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.run_charts import CHARTS, charts
-from minpro_megatron.monitor.samples import color_of, write_samples
+from minpro_megatron.monitor.samples import write_samples
 from minpro_megatron.monitor.settings import described
+from minpro_megatron.monitor.shown_samples import color_of
 from minpro_megatron.monitor.summary import read_summary, summarize, write_summary
 from minpro_megatron.records import CollectorTotals, EvaluationResult
 from tests.unit.run_examples import example_config

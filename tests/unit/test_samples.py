@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minpro_megatron.monitor import samples
+from minpro_megatron.monitor import shown_samples
 from minpro_megatron.monitor.report import write_report
-from minpro_megatron.monitor.samples import read_samples, shown
+from minpro_megatron.monitor.samples import read_samples
+from minpro_megatron.monitor.shown_samples import shown
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.writer import RunWriter
 from tests.unit.batches import make_batch
@@ -60,7 +61,7 @@ def test_ratios_that_overflow_or_are_missing_stay_numbers_or_nothing(tmp_path: P
 
 def test_a_long_response_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minpro_megatron.monitor.step_report.MAX_TOKENS", 2)
-    monkeypatch.setattr(samples, "MAX_TOKENS", 2)
+    monkeypatch.setattr(shown_samples, "MAX_TOKENS", 2)
     (sample, second, _) = shown(samples_of(tmp_path, np.zeros(18)))
     assert ([token.text for token in sample.tokens], sample.num_left_out) == (["10000", "10001"], 3)
     assert second.num_left_out == 0
