@@ -31,6 +31,7 @@ from benchmarks.synthetic_servers import STOP_TOKEN, VOCABULARY_SIZE, response_l
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import Batch, BehaviorLogProbs, PublishLease, ServerAddress, TrainedStep
 from minpro_megatron.rollout.feed import Feed
+from minpro_megatron.rollout.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 
 RESPONSES_PER_PROMPT = 8
 # Tokens a second of 64 H100 that generate rollouts of Qwen3-30B-A3B; the derivation is in collector_load.md.
@@ -84,7 +85,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 class Trainer:
-    """What rank 0 asks of the collector, in train.py's order; notes when each request began and ended."""
+    """What rank 0 asks of the collector, in the order of a run; notes when each request began and ended."""
 
     def __init__(self, config: RunConfig, servers: Sequence[ServerAddress]) -> None:
         self._config, self._servers = config, servers
@@ -93,29 +94,34 @@ class Trainer:
         self.phases: list[tuple[str, float, float]] = []
 
     def run(self) -> None:
-        steps, delay = self._config.num_global_steps, self._config.staleness.delay_steps
+        order = StepOrder(self._config.num_global_steps, steps_ahead(self._config.staleness))
         with self._phase("start"):
             self._feed.start(0)
-        for index in range(min(delay, steps)):
-            self._fetch(index)
-        for step in range(steps):
-            if delay == 0:
-                self._fetch(step)
-            batch = self._ready.pop(step)
-            trained = TrainedStep(step=step, policy_version=step, log_probs=_log_probs(batch))
-            with self._phase("consumed"):
-                self._feed.consumed(trained)
-            del batch, trained
-            if delay > 0 and step + delay < steps:
-                self._fetch(step + delay)
-            self._publish(step + 1)
-            with self._phase("flush"):
-                self._feed.checkpoint_begin(step + 1)
-            self._feed.checkpoint_end(step + 1)
+        for fetch in order.before_first_step():
+            self._fetch(fetch.batch, fetch.version)
+        for step in order.steps:
+            for event in order.of_step(step):
+                match event:
+                    case Fetch(batch, version):
+                        self._fetch(batch, version)
+                    case Train():
+                        self._consume(step)
+                    case Publish(version):
+                        self._publish(version)
+                    case Save(version):
+                        with self._phase("flush"):
+                            self._feed.checkpoint_begin(version)
+                        self._feed.checkpoint_end(version)
         self._feed.finish()
         self._feed.close()
 
-    def _fetch(self, index: int) -> None:
+    def _consume(self, step: int) -> None:
+        batch = self._ready.pop(step)
+        trained = TrainedStep(step=step, policy_version=step, log_probs=_log_probs(batch))
+        with self._phase("consumed"):
+            self._feed.consumed(trained)
+
+    def _fetch(self, index: int, version: int) -> None:
         with self._phase("collect and fetch"):
             batch = self._feed.batch(index)
         with self._phase("fetch again"):  # it is there already: what the transfer alone takes
@@ -123,7 +129,7 @@ class Trainer:
         assert isinstance(batch, Batch)
         scores = BehaviorLogProbs(
             index=index,
-            policy_version=max(0, index - self._config.staleness.delay_steps),
+            policy_version=version,
             log_probs=_log_probs(batch),
         )
         with self._phase("scored"):

@@ -21,7 +21,7 @@ from minpro_megatron.parallel.mesh import Mesh, open_mesh
 from minpro_megatron.rollout.resume_point import CHECKPOINTS
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.model_files import read_model_facts
-from minpro_megatron.train import Trainer
+from minpro_megatron.train import RankZero, Trainer
 from minpro_megatron.weights.gather import WeightGatherer
 
 
@@ -63,11 +63,10 @@ def _run(config: RunConfig, mesh: Mesh) -> None:
     )
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh)
     watchdog = Watchdog(config.run_dir / "stacks.txt", config.debug.hang_timeout_s)
-    trainer = Trainer(config, mesh, policy, publisher, checkpoints, None, watchdog)
-    trainer.feed = SamplerSource(config, sampler, tokenizer)
+    feed = SamplerSource(config, sampler, tokenizer)
     try:
         with RunWriter(config.run_dir) as writer:
-            trainer.report = StepReport(writer, tokenizer.response_text)
-            trainer.run()
+            rank_zero = RankZero(feed, StepReport(writer, tokenizer.response_text))
+            Trainer(config, mesh, policy, publisher, checkpoints, watchdog, rank_zero).run()
     finally:
         watchdog.close()

@@ -1,6 +1,6 @@
 """Who waits for whom: trainer and servers of a run as a discrete-event simulation.
 
-The trainer's order of phases is that of train.py; which groups start, are consumed, and when weights may be published
+The trainer keeps the order of a run (`StepOrder`); which groups start, are consumed, and when weights may be published
 is decided by the collector's own schedules (rollout/schedule.py). A server gives all responses that run on it one token
 an iteration; how long that takes depends on how many run and how long they are. Evaluations are sampled as in a run
 (rollout/evaluations.py): behind the training groups, and a version is not replaced before its evaluation has ended.
@@ -15,6 +15,7 @@ from typing import Protocol
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.rollout.schedule import make_schedule
+from minpro_megatron.rollout.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 
 LONGEST_STRETCH = 512  # tokens of every response after which an iteration's duration is looked at again
 
@@ -232,25 +233,31 @@ class Simulation:
             self._step_to(None if callable(what) else since + what)
 
     def _trainer(self, num_steps: int) -> Generator[_Request]:
-        """train.py's order of phases."""
-        phases, settings = self._phases, self._config.staleness
-        delay = settings.delay_steps if settings.mode == "delay" else 0
-        for index in range(delay):
-            yield from self._fetch_and_score(index, 0)
+        """What the trainer asks for in the first `num_steps` steps of a run that would go on."""
+        ahead = steps_ahead(self._config.staleness)
+        order = StepOrder(num_steps + ahead, ahead)
+        for fetch in order.before_first_step():
+            yield from self._fetch_and_score(fetch.batch, 0)
         for step in range(num_steps):
-            if delay == 0:
-                yield from self._fetch_and_score(step, step)
-            yield ("train", step, phases.train)
-            self._schedule.consumed(step)
-            if delay:
-                yield from self._fetch_and_score(step + delay, step)
-            yield ("publish", step, lambda: self._schedule.may_publish() and not self._evaluation_left)
-            self._pause(phases.pause)
-            yield ("publish", step, phases.publish)
-            self._schedule.published()
-            self._step_ends.append(self._now)
-            if phases.checkpoint_every and (step + 1) % phases.checkpoint_every == 0:
-                yield ("checkpoint", step, phases.checkpoint)
+            for event in order.of_step(step):
+                match event:
+                    case Fetch():
+                        yield from self._fetch_and_score(event.batch, step)
+                    case Train():
+                        yield ("train", step, self._phases.train)
+                        self._schedule.consumed(step)
+                    case Publish():
+                        yield from self._publish(step)
+                    case Save(version):
+                        self._step_ends.append(self._now)
+                        if self._phases.checkpoint_every and version % self._phases.checkpoint_every == 0:
+                            yield ("checkpoint", step, self._phases.checkpoint)
+
+    def _publish(self, step: int) -> Generator[_Request]:
+        yield ("publish", step, lambda: self._schedule.may_publish() and not self._evaluation_left)
+        self._pause(self._phases.pause)
+        yield ("publish", step, self._phases.publish)
+        self._schedule.published()
 
     def _fetch_and_score(self, index: int, step: int) -> Generator[_Request]:
         yield ("wait", step, lambda: self._schedule.batch(index) is not None)

@@ -6,14 +6,14 @@ run whose global step takes debug.timer_step_s beside its waiting. With 0 it onl
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, report, report_unexpected
 from minpro_megatron.monitor.metrics import values
+from minpro_megatron.monitor.phases import PhaseClock
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.server_use import ServerMeter, ServerUse
 from minpro_megatron.monitor.status import write_status
@@ -21,9 +21,10 @@ from minpro_megatron.monitor.step_report import StepReport, batch_metrics
 from minpro_megatron.monitor.summary import summarize, write_summary
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease, ServerAddress, TrainedStep
+from minpro_megatron.rollout.answers import answer_to, lease_for
 from minpro_megatron.rollout.batch_source import BatchSource
 from minpro_megatron.rollout.feed import Feed
-from minpro_megatron.rollout.staleness import sampling_version
+from minpro_megatron.rollout.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.calls import start_for_all
@@ -120,38 +121,41 @@ class Timer:
     feed: BatchSource
     report: StepReport
     announce: Callable[[PublishLease], list[int]]
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     # For each batch from when its sampling could begin, or from the arrival of the one before it, to its arrival here:
     # an upper bound for a batch that was complete before it was asked for.
     batch_seconds: list[float] = field(default_factory=list)
     _ready: dict[int, Batch] = field(default_factory=dict)
     _sampling_since: float = 0.0
+    _clock: PhaseClock = field(default_factory=lambda: PhaseClock(PHASES))
     _meter: ServerMeter | None = None
     _publication: dict[str, float] = field(default_factory=dict)  # metrics of the last lease
 
     def run(self) -> CollectorTotals:
         """Takes the batches of all global steps, from the first: launch refuses to take a measurement up again."""
-        num_steps = self.config.num_global_steps
         self.feed.start(0)
         self._sampling_since = time.monotonic()
         self._meter = ServerMeter(self._sampling_since)
-        ahead = self._steps_ahead
-        for index in range(min(ahead, num_steps)):
-            self._fetch_and_score(index)
-        for step in range(num_steps):
-            start, before = time.monotonic(), dict(self.seconds)
-            if ahead == 0:
-                self._fetch_and_score(step)
-            batch = self._ready.pop(step)
-            self._consume(step)
-            if ahead and step + ahead < num_steps:
-                self._fetch_and_score(step + ahead)
-            self._publish(step + 1)
-            spent = {f"time/{phase}_s": self.seconds[phase] - before[phase] for phase in PHASES if phase != "train"}
-            times = spent | {"time/step_s": time.monotonic() - start}
-            of_batch = values(batch_metrics(batch, step, self.config.collector.right_reward))
-            self.report.step(step, of_batch | times | self._publication, {}, batch)
+        order = StepOrder(self.config.num_global_steps, steps_ahead(self.config.staleness))
+        for fetch in order.before_first_step():
+            self._fetch_and_score(fetch)
+        for step in order.steps:
+            self._clock.lap()
+            for event in order.of_step(step):
+                match event:
+                    case Fetch():
+                        self._fetch_and_score(event)
+                    case Train():
+                        self._consume(step)
+                    case Publish(version):
+                        self._publish(version)
+                    case Save():
+                        self._write(step)
         return self._finish()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long it has spent in each phase."""
+        return self._clock.seconds
 
     def server_use(self) -> ServerUse | None:
         return self._meter.use(self.batch_seconds) if self._meter else None
@@ -160,33 +164,27 @@ class Timer:
     def _delay_mode(self) -> bool:
         return self.config.staleness.mode == "delay"
 
-    @property
-    def _steps_ahead(self) -> int:
-        """How many steps before its own a batch is fetched."""
-        return self.config.staleness.delay_steps if self._delay_mode else 0
-
-    def _fetch_and_score(self, index: int) -> None:
-        with self._timed("wait_for_batch"):
-            while not isinstance(batch := self.feed.batch(index), Batch):
-                self._send(batch)
+    def _fetch_and_score(self, fetch: Fetch) -> None:
+        index = fetch.batch
+        with self._clock.phase("wait_for_batch"):
+            batch = answer_to(lambda: self.feed.batch(index), self._send)
         now = time.monotonic()
         self.batch_seconds.append(now - self._sampling_since)
         self._sampling_since = now
         if not all(group.is_scored for group in batch.groups):
-            version = sampling_version(index, self.config.staleness.delay_steps) if self._delay_mode else -1
+            version = fetch.version if self._delay_mode else -1
             log_probs = [[response.rollout_log_probs for response in group.responses] for group in batch.groups]
             self.feed.scored(BehaviorLogProbs(index=index, policy_version=version, log_probs=log_probs))
         self._ready[index] = batch
 
     def _consume(self, step: int) -> None:
-        with self._timed("train"):
+        with self._clock.phase("train"):
             time.sleep(self.config.debug.timer_step_s)
         self.feed.consumed(TrainedStep(step=step, policy_version=step))
 
     def _publish(self, version: int) -> None:
-        with self._timed("publish"):
-            while (lease := self.feed.publish_begin(version)).version != version:
-                self._send(lease)
+        with self._clock.phase("publish"):
+            lease = lease_for(version, lambda: self.feed.publish_begin(version), self._send)
             assert self._meter is not None
             self._meter.add(lease.metrics, time.monotonic())
             self._send(lease)
@@ -195,17 +193,16 @@ class Timer:
         if self._delay_mode:  # the servers have waited for it; in bounded mode they never wait
             self._sampling_since = time.monotonic()
 
+    def _write(self, step: int) -> None:
+        lap, batch = self._clock.lap(), self._ready.pop(step)
+        times = {f"time/{phase}_s": seconds for phase, seconds in lap.phases.items() if phase != "train"}
+        of_batch = values(batch_metrics(batch, step, self.config.collector.right_reward))
+        self.report.step(step, of_batch | times | {"time/step_s": lap.total} | self._publication, {}, batch)
+
     def _send(self, lease: PublishLease) -> None:
         self.feed.publish_end(lease.version, self.announce(lease))
 
     def _finish(self) -> CollectorTotals:
-        while not isinstance(totals := self.feed.finish(), CollectorTotals):
-            self._send(totals)
+        totals = answer_to(self.feed.finish, self._send)
         self.report.finished(totals)
         return totals
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.seconds[phase] += time.monotonic() - start

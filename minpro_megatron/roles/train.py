@@ -35,7 +35,7 @@ from minpro_megatron.rollout.journal_feed import JournalFeed
 from minpro_megatron.rollout.resume_point import CHECKPOINTS, read_latest
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.model_files import read_model_facts
-from minpro_megatron.train import Trainer
+from minpro_megatron.train import RankZero, Trainer
 from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.gather import WeightGatherer
 from minpro_megatron.weights.hf_files import write_hf
@@ -87,23 +87,26 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
     tracer = open_tracer(config, incarnation, mesh.rank, policy.modules, first_step)
     stacks = config.run_dir / "logs" / f"stacks-rank-{mesh.rank}.txt"
     watchdog = TracedWatchdog(stacks, config.debug.hang_timeout_s, tracer)
-    trainer = Trainer(config, mesh, policy, publisher, checkpoints, resumed_from, watchdog, tracer=tracer)
+    make_trainer = partial(
+        Trainer, config, mesh, policy, publisher, checkpoints, watchdog, resumed_from=resumed_from, tracer=tracer
+    )
     _say(config, mesh, "waiting for the first batch")
     if not first:
         with closing(tracer), closing(publisher):
-            trainer.run()
+            make_trainer().run()
         _export(config, gatherer, mesh)
         return
     facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
-    trainer.feed = _feed(config, incarnation, tokenizer)
-    trainer.save_schedule = SaveSchedule(config, save_by, partial(_stop_request, config, incarnation))
-    trainer.before_early_end = partial(_announce_early_end, config, incarnation, False)
+    feed = _feed(config, incarnation, tokenizer)
+    schedule = SaveSchedule(config, save_by, partial(_stop_request, config, incarnation))
     write_environment(config.run_dir)
     with RunWriter(config.run_dir, first_step if incarnation else None) as writer, closing(tracer), closing(publisher):
         writer.describe(hyperparameters(config))
         compute, alarms = _compute(config, architecture, mesh), AlarmLog(config, first_step)
-        trainer.report = StepReport(writer, tokenizer.response_text, first_step, compute, alarms)
+        step_report = StepReport(writer, tokenizer.response_text, first_step, compute, alarms)
+        announce = partial(_announce_early_end, config, incarnation, False)
+        trainer = make_trainer(RankZero(feed, step_report, schedule, announce))
         totals = trainer.run()
     assert totals is not None, "rank 0 has a feed"
     _say(config, mesh, "exporting the trained weights")

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,19 +17,18 @@ pytestmark = pytest.mark.mesh
 def _updates(mesh: Mesh, hf_path: str, broken: list[bool]) -> str:
     """The message with which the run ended, "" if it did not."""
     from minpro_megatron.actor.policy import Policy
-    from minpro_megatron.train import Trainer
+    from minpro_megatron.actor.updates import Updates
 
     config = step_config({"tensor": 2, "expert": 2}, row_tokens=128)
     architecture, chunks = loaded_model(mesh, hf_path)
     policy = Policy(config, architecture, chunks, mesh)
-    nobody: Any = None
-    trainer = Trainer(config, mesh, policy, nobody, checkpoints=nobody, resumed_from=None, watchdog=nobody)
+    updates = Updates(config, mesh, policy)
     sound = make_sequences(4, 12)
     for is_broken in broken:
         advantage = float("nan") if is_broken else 1.0
         result = policy.update([replace(sound[0], advantage=advantage), *sound[1:]], learning_rate=1e-6)
         try:
-            trainer._refuse_a_diverged_run(result, step=7)
+            updates.refuse_a_diverged_run(result, step=7)
         except RunFailed as error:
             return str(error)
     return ""

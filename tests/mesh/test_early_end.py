@@ -18,47 +18,43 @@ def _train(mesh: Mesh, start: tuple, every: int, stop_at: int | None, failing: i
     """A run of four global steps that change nothing; it saves after each `every`-th. Rank 0 is asked to stop after
     step `stop_at`. The first save of version `failing` finds no room on rank 1."""
     from minpro_megatron.actor.save_schedule import EndedEarly, SaveSchedule
+    from minpro_megatron.actor.saving import Saving
+    from minpro_megatron.monitor.phases import PhaseClock
     from minpro_megatron.monitor.watchdog import Watchdog
-    from minpro_megatron.train import Trainer
 
-    class Steps(Trainer):
-        def _begin(self) -> int:
-            return 0
-
-        def _fetch_and_score(self, index: int) -> None: ...
-
-        def _step(self, step: int) -> Any:
-            self._version_in_place = step + 1
-            return {}, {}, None
-
-        def _publish(self, version: int, changed: bool) -> None: ...
-
-        def _finish(self) -> None: ...
-
-        def _begin_save(self, version: int) -> None:
-            if version == failing and not tried:
-                tried.append(version)
-                with _fill_the_disk(mesh, rank.run_dir / "checkpoints", f"step-{version - 1:06d}"):
-                    super()._begin_save(version)
-            else:
-                super()._begin_save(version)
-
-    tried: list[int] = []
     config = with_overrides(
         CONFIG, ["num_global_steps=4", f"checkpoint.every_steps={every}", "staleness.delay_steps=0"]
     )
     rank = Rank(mesh, start, asynchronous=False)
-    nobody: Any = None
+    tried: list[int] = []
+
+    class FullDisk:
+        """The policy, whose first save of version `failing` finds no room on rank 1."""
+
+        identity = rank.policy.identity
+
+        def load(self, folder: Path) -> None:
+            rank.policy.load(folder)
+
+        def save(self, folder: Path, in_background: bool = False) -> Any:
+            if version != failing or tried:
+                return rank.policy.save(folder, in_background)
+            tried.append(version)
+            with _fill_the_disk(mesh, rank.run_dir / "checkpoints", f"step-{version - 1:06d}"):
+                return rank.policy.save(folder, in_background)
+
     watchdog = Watchdog(Path(start[1], f"stacks-{mesh.rank}"), 600)
-    trainer = Steps(config, mesh, rank.policy, nobody, rank.checkpoints, None, watchdog)
+    saving = Saving(config, mesh, FullDisk(), rank.checkpoints, PhaseClock(("checkpoint",), watchdog=watchdog))
     said: list[tuple[int, str]] = []
     if mesh.rank == 0:
-        requests = iter([None] * (stop_at - 1) + ["told to stop"] if stop_at else [None] * 4)
-        trainer.save_schedule = SaveSchedule(config, stop_request=lambda: next(requests))
-        trainer.before_early_end = lambda version, reason: said.append((version, reason))
+        requests = iter([None] * (stop_at - 1) + ["asked to stop"] if stop_at else [None] * 4)
+        schedule = SaveSchedule(config, stop_request=lambda: next(requests))
+        saving.decide_with(schedule, lambda version, reason: said.append((version, reason)))
     ended = None
     try:
-        trainer.run()
+        saving.begin()
+        for version in range(1, 5):
+            saving.after_step(version, updates=0, alarms=[])
     except EndedEarly as end:
         ended = (end.version, end.reason)
     finally:
@@ -69,9 +65,9 @@ def _train(mesh: Mesh, start: tuple, every: int, stop_at: int | None, failing: i
 def test_a_request_to_rank_0_ends_all_ranks_with_a_checkpoint(start: tuple) -> None:
     """Its first attempt fails."""
     found = run_mesh(_train, start, 1, 2, 2, **TWO)
-    assert [one["ended"] for one in found] == [(2, "told to stop")] * 2
+    assert [one["ended"] for one in found] == [(2, "asked to stop")] * 2
     assert [one["latest"] for one in found] == [2, 2]
-    assert [one["said"] for one in found] == [[(2, "told to stop")], []]
+    assert [one["said"] for one in found] == [[(2, "asked to stop")], []]
     assert found[0]["tried"] == [2]
 
 

@@ -1,4 +1,4 @@
-"""A collector with a real journal, and a trainer that keeps train.py's order and may crash between any two requests."""
+"""A collector with a real journal, and a trainer that may crash between any two requests."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -9,6 +9,7 @@ from minpro_megatron.records import Batch, CollectorTotals, PublishLease
 from minpro_megatron.rollout.collector import Collector
 from minpro_megatron.rollout.journal import Journal
 from minpro_megatron.rollout.prompts import PromptStream
+from minpro_megatron.rollout.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from tests.unit.rollout_fakes import FakeServers, scores_of, tokenized_prompts, trained
 
 TIMEOUT_S = 5.0
@@ -65,25 +66,27 @@ class FakeTrainer:
         """The totals. Raises Crash instead of making request number `crash_at`."""
         self._collector, self._crash_at, self.num_requests = collector, crash_at, 0
         self._ready: dict[int, Batch] = {}
-        settings, num_steps = self._config.staleness, self._config.num_global_steps
-        exact, delay = settings.mode == "delay", settings.delay_steps
         first = self.checkpoint or 0
+        order = StepOrder(self._config.num_global_steps, steps_ahead(self._config.staleness), first)
         self._request()
         collector.start(first)
         if self.checkpoint is not None:
             await self._publish(first)
-        for index in range(first, min(first + delay, num_steps) if exact else first):
-            await self._fetch(index)
-        for step in range(first, num_steps):
-            if not exact or delay == 0:
-                await self._fetch(step)
-            self.trained[step] = self._ready.pop(step)
-            self._request()
-            await collector.consumed(trained(step))
-            if exact and delay and step + delay < num_steps:
-                await self._fetch(step + delay)
-            await self._publish(step + 1)
-            await self._save(step + 1)
+        for fetch in order.before_first_step():
+            await self._fetch(fetch.batch)
+        for step in order.steps:
+            for event in order.of_step(step):
+                match event:
+                    case Fetch():
+                        await self._fetch(event.batch)
+                    case Train():
+                        self.trained[step] = self._ready.pop(step)
+                        self._request()
+                        await collector.consumed(trained(step))
+                    case Publish(version):
+                        await self._publish(version)
+                    case Save(version):
+                        await self._save(version)
         totals = await self._answer(lambda: collector.finish(TIMEOUT_S))
         assert isinstance(totals, CollectorTotals)
         return totals

@@ -1,6 +1,6 @@
 """A run in miniature, in simulated time: a schedule, servers, a trainer, crashes. Nothing sleeps, nothing is on disk.
 
-The trainer does what `minpro_megatron/train.py` does, in its order. Groups take times that differ by a factor of a
+The trainer keeps the order of a run. Groups take times that differ by a factor of a
 thousand, fail and start anew, are dropped by a filter. A crash forgets everything but the journal and the checkpoints.
 What must always hold is asserted where it happens.
 """
@@ -20,6 +20,7 @@ from minpro_megatron.rollout.journal_file import JournalError
 from minpro_megatron.rollout.route_files import RouteFiles
 from minpro_megatron.rollout.schedule import Restored, ScheduleError, Slot, make_schedule
 from minpro_megatron.rollout.staleness import RUN_START, Beginning, beginning_after
+from minpro_megatron.rollout.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from tests.unit.journal_in_memory import LOG_PROBS, Inline, InMemoryFile, issued_group, sampled, with_scores
 from tests.unit.rollout_fakes import run_config
 
@@ -225,30 +226,30 @@ class SimulatedRun:
             self.dropped.add(group_id)
 
     async def _trainer(self, first: int) -> AsyncIterator[Wait | None]:
-        """train.py's order of events: yields None where time passes, and what it waits for where it does."""
-        settings, num_steps = self.config.staleness, self.config.num_global_steps
-        exact, delay = settings.mode == "delay", settings.delay_steps
+        """The order of a run: yields None where time passes, and what it waits for where it does."""
+        order = StepOrder(self.config.num_global_steps, steps_ahead(self.config.staleness), first)
         yield None
         if not self._serving:
             await self._publish(first)
-        for index in range(first, min(first + delay, num_steps) if exact else first):
-            yield lambda index=index: self._schedule.batch(index)
-            await self._score(index)
-        for step in range(first, num_steps):
-            fetched = step if not exact or delay == 0 else None
-            if fetched is not None:
-                assert self._schedule.is_sampled_by_now(step)
-                yield lambda step=step: self._schedule.batch(step)
-                await self._score(step)
-            yield None
-            await self._consume(step)
-            if exact and delay > 0 and step + delay < num_steps:
-                yield lambda index=step + delay: self._schedule.batch(index)
-                await self._score(step + delay)
-            yield self._schedule.may_publish
-            await self._publish(step + 1)
-            yield None
-            await self._save(step + 1)
+        for fetch in order.before_first_step():
+            yield lambda index=fetch.batch: self._schedule.batch(index)
+            await self._score(fetch.batch)
+        for step in order.steps:
+            for event in order.of_step(step):
+                match event:
+                    case Fetch(index):
+                        assert self._schedule.is_sampled_by_now(index)
+                        yield lambda index=index: self._schedule.batch(index)
+                        await self._score(index)
+                    case Train():
+                        yield None
+                        await self._consume(step)
+                    case Publish(version):
+                        yield self._schedule.may_publish
+                        await self._publish(version)
+                    case Save(version):
+                        yield None
+                        await self._save(version)
 
     async def _score(self, index: int) -> None:
         chosen = self._schedule.batch(index)

@@ -170,7 +170,9 @@ class Clock:
 
 
 def test_a_step_takes_as_long_as_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minpro_megatron.roles.timer.time", Clock())
+    clock = Clock()
+    for module in ("roles.timer", "monitor.phases"):
+        monkeypatch.setattr(f"minpro_megatron.{module}.time", clock)
     config = with_overrides(run_config(tmp_path, steps=3, delay=0), ["debug.timer_step_s=1000"])
     ran = run_timer(config, FakeServers())
     assert ran.timer.seconds["train"] == pytest.approx(3000, abs=100)
@@ -184,7 +186,9 @@ def test_a_step_takes_as_long_as_it_is_told_to(tmp_path: Path, monkeypatch: pyte
 
 
 def test_servers_that_never_wait_have_sampled_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minpro_megatron.roles.timer.time", Clock())
+    clock = Clock()
+    for module in ("roles.timer", "monitor.phases"):
+        monkeypatch.setattr(f"minpro_megatron.{module}.time", clock)
     config = with_overrides(run_config(tmp_path, steps=3, max_staleness=2), ["debug.timer_step_s=1000"])
     first, *others = run_timer(config, FakeServers(exact=False)).timer.batch_seconds
     assert first < 100

@@ -1,0 +1,117 @@
+"""The updates of one global step, and what ends a run that cannot learn any more."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from minpro_megatron.actor.memory import rank_memory
+from minpro_megatron.actor.policy import Policy, UpdateResult, learning_rate_at
+from minpro_megatron.actor.routing import Routes
+from minpro_megatron.actor.start_gate import refuse_unequal_start
+from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.seeds import derive_seed
+from minpro_megatron.errors import RunFailed
+from minpro_megatron.monitor.histograms import merge_histograms
+from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, total, values
+from minpro_megatron.parallel.mesh import Mesh
+
+MAX_BROKEN_UPDATES = 3  # in a row
+
+
+@dataclass(frozen=True)
+class TrainedBatch:
+    """What the updates of a global step found, merged over all ranks."""
+
+    metrics: dict[str, Metric]
+    histograms: dict[str, np.ndarray]
+    log_probs: list[np.ndarray]  # of each mini-batch, before its update; empty where they are not recorded
+    changed: bool  # whether any update changed the weights
+
+
+class Updates:
+    """`count` is the number of updates since the beginning of the run."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, policy: Policy) -> None:
+        self.count = 0
+        self._config = config
+        self._mesh = mesh
+        self._policy = policy
+        self._broken_in_a_row = 0
+        self._start_is_checked = False
+
+    def of_step(
+        self,
+        step: int,
+        mini_batches: list[list[TokenSequence]],
+        routes: list[Routes] | None,
+        guard: Callable[[str], AbstractContextManager[None]],
+    ) -> TrainedBatch:
+        """One update for each mini-batch of global step `step`. Collective. `guard` limits the time of each.
+
+        Raises RunFailed if the first mini-batch of the run shows that scoring and training differ, and if the gradient
+        was not finite MAX_BROKEN_UPDATES times in a row.
+        """
+        learning_rate = learning_rate_at(self._config.optimizer, step)
+        results: list[UpdateResult] = []
+        for index, mini_batch in enumerate(mini_batches):
+            seed = derive_seed(self._config.seed, "update", self.count)
+            with guard(f"update {self.count} (global step {step})"):
+                result = self._policy.update(mini_batch, learning_rate, seed, routes[index] if routes else None)
+            self._refuse_an_unequal_start(result, step)
+            self.count += 1
+            self.refuse_a_diverged_run(result, step)
+            results.append(result)
+        return self._merged(results)
+
+    def _merged(self, results: list[UpdateResult]) -> TrainedBatch:
+        parts = [result.metrics for result in results]
+        if self._mesh.rank == 0:  # these are the same on all ranks, so one rank states them
+            parts += [_optimizer_metrics(result) for result in results]
+        parts.append(rank_memory(self._mesh.device))
+        of_ranks = self._mesh.from_all_ranks((merge(parts), merge_histograms([one.histograms for one in results])))
+        return TrainedBatch(
+            metrics=merge([metrics for metrics, _ in of_ranks]),
+            histograms=merge_histograms([histograms for _, histograms in of_ranks]),
+            log_probs=[result.log_probs for result in results if result.log_probs is not None],
+            changed=any(result.applied and result.grad_norm * result.learning_rate > 0 for result in results),
+        )
+
+    def _refuse_an_unequal_start(self, result: UpdateResult, step: int) -> None:
+        """Looks at the first mini-batch of global step 0 that has anything to train on."""
+        if self._config.staleness.behavior_log_probs == "rollout":  # those differ by what the servers' engine rounds
+            return
+        if self._start_is_checked or result.skipped == "no trained token":
+            return
+        self._start_is_checked = True
+        if step == 0:
+            of_ranks = self._mesh.from_all_ranks((result.metrics, result.histograms))
+            metrics = values(merge([metrics for metrics, _ in of_ranks]))
+            log_ratios = merge_histograms([histograms for _, histograms in of_ranks])["ratio/log"]
+            refuse_unequal_start(metrics, log_ratios, self._config.model.dtype)
+
+    def refuse_a_diverged_run(self, result: UpdateResult, step: int) -> None:
+        """Raises RunFailed at the third update in a row whose gradient is not finite: the run will not recover."""
+        self._broken_in_a_row = self._broken_in_a_row + 1 if result.skipped == "gradient not finite" else 0
+        if self._broken_in_a_row < MAX_BROKEN_UPDATES:
+            return
+        metrics = values(merge(self._mesh.from_all_ranks(result.metrics)))
+        names = self._policy.parameters_with_broken_gradient()
+        raise RunFailed(
+            f"global step {step}, update {self.count}: the gradient was not finite {self._broken_in_a_row} times in "
+            f"a row. Loss {metrics['objective/loss']:.4g}, largest ratio {metrics['ratio/max']:.4g}, entropy "
+            f"{metrics['policy/entropy']:.4g}; {len(names)} parameters have such gradients, first {names[:3]}. "
+            "If the loss is not finite either, the weights or the log-probs are broken: go back to earlier weights and "
+            "lower optimizer.learning_rate; if it is, the backward pass overflowed: look at those parameters"
+        )
+
+
+def _optimizer_metrics(result: UpdateResult) -> dict[str, Metric]:
+    return {
+        "optimizer/grad_norm": mean(result.grad_norm, 1),
+        "optimizer/grad_norm_max": largest(result.grad_norm),
+        "optimizer/learning_rate": largest(result.learning_rate),
+        "optimizer/skipped_updates": total(0.0 if result.applied else 1.0),
+    }

@@ -1,0 +1,95 @@
+"""The order of a run as the trainer sees it: when it fetches a batch, trains, publishes and saves.
+
+This is the only place that states the order. The trainer follows it, and so does everything that takes the trainer's
+place: the timer, the planner's simulation, the load benchmark and the tests' trainers.
+
+In delay mode with n = 2, a run of four global steps is:
+
+    before the first step: fetch 0, fetch 1
+    step 0: train 0, fetch 2 (scored with version 0), publish 1, save 1
+    step 1: train 1, fetch 3 (scored with version 1), publish 2, save 2
+    step 2: train 2, publish 3, save 3
+    step 3: train 3, publish 4, save 4
+
+A batch is fetched n steps before its own, right after step k - n: the weights that sampled it are then the trainer's
+last but one, and they are still on the servers. With n = 0, and in bounded mode, whose batches hold tokens up to the
+current version, a batch is fetched right before its step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minpro_megatron.config.rollout import StalenessConfig
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Batch `batch` is fetched, and scored with the weights of policy version `version` in place."""
+
+    batch: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Train:
+    """Global step `step` trains on batch `step`."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Publish:
+    """The weights go to the servers as `version`."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Save:
+    """The step is reported, and a checkpoint of `version` may begin."""
+
+    version: int
+
+
+Event = Fetch | Train | Publish | Save
+
+
+def steps_ahead(staleness: StalenessConfig) -> int:
+    """How many steps before its own a batch is fetched."""
+    return staleness.delay_steps if staleness.mode == "delay" else 0
+
+
+@dataclass(frozen=True)
+class StepOrder:
+    """The order of global steps `first` to `num_steps` - 1; `ahead` is `steps_ahead` of the run."""
+
+    num_steps: int
+    ahead: int
+    first: int = 0
+
+    @property
+    def steps(self) -> range:
+        return range(self.first, self.num_steps)
+
+    def before_first_step(self) -> Iterator[Fetch]:
+        """The batches that are fetched before the first step.
+
+        >>> [fetch.batch for fetch in StepOrder(num_steps=6, ahead=2, first=3).before_first_step()]
+        [3, 4]
+        """
+        for batch in range(self.first, min(self.first + self.ahead, self.num_steps)):
+            yield Fetch(batch, self.first)
+
+    def of_step(self, step: int) -> Iterator[Event]:
+        """What happens in global step `step`, in order.
+
+        >>> list(StepOrder(num_steps=4, ahead=2).of_step(1))
+        [Train(step=1), Fetch(batch=3, version=1), Publish(version=2), Save(version=2)]
+        """
+        if self.ahead == 0:
+            yield Fetch(step, step)
+        yield Train(step)
+        if self.ahead and step + self.ahead < self.num_steps:
+            yield Fetch(step + self.ahead, step)
+        yield Publish(step + 1)
+        yield Save(step + 1)
