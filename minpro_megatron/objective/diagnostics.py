@@ -16,8 +16,7 @@ from torch import Tensor
 from minpro_megatron.monitor.histograms import BINS_PER_SIDE, NUM_BINS, SCALE, STEP
 from minpro_megatron.monitor.metrics import Metric, Reduction, merge
 from minpro_megatron.objective.corrections import OtherLogProbs, kl_estimate
-from minpro_megatron.objective.surveys import position_bucket
-from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
+from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, position_bucket
 
 POSITION_BUCKETS = [str(2**b) for b in range(18)]  # named by their first position: 1, 2-3, 4-7, ... 131072 and beyond
 STALENESS_BUCKETS = [str(steps) for steps in range(17)]  # the last holds whatever is staler

@@ -1,6 +1,6 @@
 """The objectives by name; chosen once, when the policy is built.
 
-A new objective is one function and one line here (and its settings in config/objective.py).
+A new objective is one function in a file of its own, one line here, and its settings in config/objective.py.
 """
 
 from collections.abc import Callable
@@ -9,22 +9,26 @@ from typing import Any
 
 from torch import Tensor
 
-from minpro_megatron.objective.clipped import ctpo, grpo, gspo, m2po_winsorized
-from minpro_megatron.objective.masked import m2po
-from minpro_megatron.objective.surveys import (
-    large_second_moments,
+from minpro_megatron.objective.cispo import cispo
+from minpro_megatron.objective.controls import (
+    prefix_filter,
+    prefix_ratio,
+    shuffled_minpro,
     shuffled_prefix_minima,
     small_prefix_ratios,
-    winsorizing_log_ratio,
 )
+from minpro_megatron.objective.ctpo import ctpo
+from minpro_megatron.objective.grpo import grpo
+from minpro_megatron.objective.gspo import gspo
+from minpro_megatron.objective.m2po import large_second_moments, m2po, m2po_winsorized, winsorizing_log_ratio
+from minpro_megatron.objective.minpro import minpro
 from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, PolicyTokens
-from minpro_megatron.objective.weighted import cispo, minpro, prefix_filter, prefix_ratio, shuffled_minpro
 
 
 @dataclass(frozen=True)
 class Objective:
     """`terms` gives each token's part of the loss. Optional: a `survey` of the whole mini-batch that comes before it
-    (objective.surveys), and the name of a metric whose mean over the mini-batch multiplies the learning rate."""
+    (objective.survey), and the name of a metric whose mean over the mini-batch multiplies the learning rate."""
 
     terms: Callable[[PolicyTokens, Any], ObjectiveTerms]
     survey: Callable[[MiniBatch, Any], list[Tensor]] | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from minpro_megatron.objective.ranking import Ranks
 from minpro_megatron.objective.scan import PrefixScan
 
-LARGEST_LOG_RATIO = 20.0  # exp(20) = 4.9e8 stays finite in float32, and so do products of two
+MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8 stays finite in float32, and so do products of two
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def policy_tokens(
 def log_difference(log_probs_L: Tensor, others_L: Tensor) -> Tensor:
     """log_probs - others, float64, clamped to +-20. In float32 a difference near 20 would be rounded by 1e-6, and the
     ratio with it."""
-    return (log_probs_L.double() - others_L).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return (log_probs_L.double() - others_L).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def summed_value(terms: ObjectiveTerms, token_weight_L: Tensor) -> Tensor:
@@ -146,3 +146,8 @@ def summed_loss(log_probs_L: Tensor, terms: ObjectiveTerms, token_weight_L: Tens
     factors = torch.where(counts, terms.coefficients_L * token_weight_L, 0.0).to(log_probs_L.dtype)
     slope = -(factors * torch.where(counts, log_probs_L, 0.0)).sum()
     return slope + (summed_value(terms, token_weight_L).to(slope.dtype) - slope).detach()
+
+
+def position_bucket(tokens: PolicyTokens) -> Tensor:
+    """int64 [L]: b for the trained tokens 2^b to 2^(b+1) - 1 of their sequence, counted from 1."""
+    return torch.log2(tokens.earlier_L + 1.5).long()  # + 1/2: no rounding can put 2^b below b

@@ -1,0 +1,20 @@
+"""GSPO: the clip on the geometric mean of a sequence's importance ratios."""
+
+import torch
+
+from minpro_megatron.config.objective import GspoConfig
+from minpro_megatron.objective.pessimistic_clip import pessimistic_terms
+from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
+
+
+def gspo(tokens: PolicyTokens, settings: GspoConfig) -> ObjectiveTerms:
+    """GSPO, arXiv:2507.18071: PPO's clip on s = exp(mean of log rho over the sequence's trained tokens).
+
+    Every token of a sequence has the sequence's value; with sequence-mean aggregation the gradient is that of
+    min(s A, clip(s) A) summed over sequences, for d s / d log pi_t = s / trained tokens.
+    """
+    total = tokens.scan.whole(tokens.log_ratio_L, "sum")
+    count = tokens.scan.whole(tokens.mask_L, "sum").clamp(min=1)
+    ratio = (total / count).exp()
+    lower, upper = (torch.full_like(ratio, bound) for bound in (1 - settings.clip_low, 1 + settings.clip_high))
+    return pessimistic_terms(tokens, ratio, lower, upper, dual_L=None)
