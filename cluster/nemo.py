@@ -22,12 +22,12 @@ import nemo_run
 from invoke.exceptions import UnexpectedExit
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.packaging.base import Packager
-from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
 from torchx.specs.api import AppState
 
 from cluster.paths import CHECKOUT
-from cluster.profile import Profile, SshSettings
+from cluster.profile import Profile
 from cluster.slurm_job import JOB_PREFIX
+from cluster.tunnel import tunnel
 from minpro_megatron.errors import UserError
 
 RUN_FILE, TOPOLOGY_FILE = "run.json", "topology.json"
@@ -282,10 +282,3 @@ def _mounts(profile: Profile) -> list[str]:
 def _word(text: str) -> str:
     """`text` as one word of the script: quoted for the shell, and for the templates that NeMo-Run fills in before."""
     return shlex.quote(text).replace("$", "$$")
-
-
-def tunnel(ssh: SshSettings | None, job_dir: str = "") -> Any:
-    """Where commands of the cluster run: here, or on its login node."""
-    if ssh is None:
-        return LocalTunnel(job_dir=job_dir)
-    return SSHTunnel(host=ssh.host, user=ssh.user, port=ssh.port, identity=ssh.identity or None, job_dir=job_dir)

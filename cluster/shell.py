@@ -64,6 +64,6 @@ def shell_of(ssh: SshSettings | None) -> Shell:
     """This machine, or the login node that is reached through NeMo-Run's tunnel."""
     if ssh is None:
         return ThisMachine()
-    from cluster.nemo import tunnel
+    from cluster.tunnel import tunnel
 
     return LoginNode(lambda: tunnel(ssh))

@@ -1,0 +1,14 @@
+"""NeMo-Run's tunnels: where commands of the cluster run."""
+
+from typing import Any
+
+from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
+
+from cluster.profile import SshSettings
+
+
+def tunnel(ssh: SshSettings | None, job_dir: str = "") -> Any:
+    """Where commands of the cluster run: here, or on its login node."""
+    if ssh is None:
+        return LocalTunnel(job_dir=job_dir)
+    return SSHTunnel(host=ssh.host, user=ssh.user, port=ssh.port, identity=ssh.identity or None, job_dir=job_dir)
