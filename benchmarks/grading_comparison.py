@@ -7,7 +7,8 @@ The first form grades the rows of tests/unit/grading_golden.jsonl and grading_re
 by both, and prints every disagreement as a Markdown table. Math-Verify reads formulas only between dollar signs, so it
 is given the answers of the golden table with them. The second form makes wrong answers out of the true answers of the
 benchmark files (another sign, a number off by one, the other branch, another unit, words that change the answer) and
-prints how many are accepted, and each of them.
+prints how many are accepted, and each of them. With `--verdicts FILE` each verdict is appended to FILE, and the next call
+with the same FILE continues there. Remove FILE after a change of the grader.
 """
 
 import argparse
@@ -98,7 +99,8 @@ def wrong_answers(truth: str) -> Iterator[tuple[str, str]]:
         yield from (("words", form.format(*[bare] * 2)) for form in CHANGING)
 
 
-def count_false_accepts(folder: Path, count: int) -> int:
+def _sample(folder: Path, count: int) -> list[tuple[str, tuple[str, str, str]]]:
+    """`count` of (kind, (source, true answer, wrong answer)); the same ones for the same files."""
     made: dict[str, list[tuple[str, str, str]]] = {}
     for source, truth in dict.fromkeys(read_truths(folder)):
         for kind, wrong in wrong_answers(truth):
@@ -108,8 +110,28 @@ def count_false_accepts(folder: Path, count: int) -> int:
     sample: list[tuple[str, tuple[str, str, str]]] = []
     while len(sample) < count and any(kinds.values()):  # by turns, so that rare kinds are there as a whole
         sample += [(kind, rows.pop()) for kind, rows in kinds.items() if rows]
-    sample = sample[:count]
-    accepted = [row for row in sample if grade(f"Answer: {row[1][2]}", row[1][1]).reward != 0.0]
+    return sample[:count]
+
+
+def _accepts(truth: str, wrong: str, known: dict[str, bool], verdicts: Path | None) -> bool:
+    key = json.dumps([truth, wrong])
+    if key not in known:
+        known[key] = grade(f"Answer: {wrong}", truth).reward != 0.0
+        if verdicts is not None:
+            with verdicts.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([truth, wrong, known[key]]) + "\n")
+    return known[key]
+
+
+def count_false_accepts(folder: Path, count: int, verdicts: Path | None = None) -> int:
+    """1 if one of the wrong answers is accepted, else 0."""
+    known: dict[str, bool] = {}
+    if verdicts is not None and verdicts.is_file():
+        for line in verdicts.read_text(encoding="utf-8").splitlines():
+            truth, wrong, verdict = json.loads(line)
+            known[json.dumps([truth, wrong])] = verdict
+    sample = _sample(folder, count)
+    accepted = [(kind, row) for kind, row in sample if _accepts(row[1], row[2], known, verdicts)]
     print(", ".join(f"{kind} {number}" for kind, number in Counter(kind for kind, _ in sample).items()))
     print(", ".join(f"{source} {number}" for source, number in Counter(row[0] for _, row in sample).items()))
     print(f"{len(sample)} wrong answers, {len(accepted)} accepted")
@@ -122,6 +144,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wrong", type=int, metavar="N", help="grade N wrong answers instead of comparing")
     parser.add_argument("--data", type=Path, help="folder with the benchmark files, for --wrong")
+    parser.add_argument("--verdicts", type=Path, metavar="FILE.jsonl", help="keep the verdicts of --wrong; continue")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     if options.wrong is None:
@@ -129,7 +152,7 @@ def main() -> int:
         return 0
     if options.data is None:
         parser.error("--wrong needs --data")
-    return count_false_accepts(options.data, options.wrong)
+    return count_false_accepts(options.data, options.wrong, options.verdicts)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ MAX_EXACT_BITS = 100_000  # of a rational result; larger ones become floating-po
 MAX_EXPONENT_BITS = 1e8  # of a floating-point result: reducing larger arguments of exp takes too long
 MAX_ANGLE_BITS = 2000  # the same for sin and cos
 MAX_EXACT_FACTORIAL = 2000
+# Of the gamma function: at 3,000 digits one value takes minutes. Digits beyond these are no longer right, so two values
+# that agree in more are called different.
+MAX_GAMMA_DIGITS = 200
 
 Value = Any  # Fraction, mpf or mpc
 Step = tuple[Callable[..., Value], tuple[int, ...]]
@@ -242,7 +245,8 @@ class Program:
         value = self.number(value)
         if self._mp.mag(value) > 40:
             raise UndefinedError("too large")
-        return self._mp.gamma(value)
+        with self._mp.workdps(min(self._digits, MAX_GAMMA_DIGITS)):
+            return self._mp.gamma(value)
 
     def _binomial(self, upper: Value, lower: Value) -> Value:
         exact = all(isinstance(value, Fraction) and value.denominator == 1 for value in (upper, lower))
@@ -250,7 +254,9 @@ class Program:
             return Fraction(math.comb(upper.numerator, lower.numerator) if lower >= 0 else 0)
         if max(self._mp.mag(self.number(value)) for value in (upper, lower)) > 40:
             raise UndefinedError("too large")
-        return self._mp.binomial(self.number(upper), self.number(lower))
+        upper, lower = self.number(upper), self.number(lower)
+        with self._mp.workdps(min(self._digits, MAX_GAMMA_DIGITS)):
+            return self._mp.binomial(upper, lower)
 
     def _same(self, value: Value) -> Value:
         return value
