@@ -110,7 +110,7 @@ class SampleFile:
         for number, line in enumerate(self._file, start=1):
             try:
                 group = msgspec.json.decode(line, type=SampledGroup)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, RecursionError) as error:  # also rows that are nested too deeply
                 raise UserError(f"{self.path}, line {number}: {error}; remove the line to sample it again") from None
             if group.key not in seen:
                 seen.add(group.key)
@@ -139,7 +139,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], is_empty: bool) -
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         found = None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); give another --output") from None
     if (found is not None and not isinstance(found, dict)) or (is_empty and found and found.keys() != wanted.keys()):
         raise UserError(f"{path}: these are not the settings of an evaluation; give another --output")

@@ -188,7 +188,7 @@ def _read_results(folder: Path) -> Scores:
         raise UserError(
             f"--compare {folder}: {path}: {error.strerror}; give the --output of another evaluation"
         ) from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"--compare {folder}: {path}: {error}; evaluate it again") from None
 
 

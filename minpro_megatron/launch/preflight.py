@@ -1,7 +1,6 @@
 """Everything that can be known to be wrong before a process starts, all of it at once."""
 
 import ctypes
-import json
 import os
 import shutil
 import socket
@@ -29,7 +28,6 @@ from minpro_megatron.weights.run_checkpoint import is_exported_from, is_run_chec
 from minpro_megatron.weights.text_files import text_files
 from minpro_megatron.weights.weight_files import weight_problem
 
-_PROMPT_FIELDS = {"id", "source", "prompt", "answer"}
 _SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a short run
 
 
@@ -163,20 +161,6 @@ def _file_problems(config: RunConfig) -> Iterator[str]:
             yield f"{field}: there is no such file; give a JSON Lines file of id, source, prompt and answer"
         elif path.stat().st_size == 0:
             yield f"{field}: the file is empty; it needs one prompt a line"
-        elif path.suffix == ".jsonl":
-            yield from (f"{field}: {problem}" for problem in _first_line_problem(path))
-
-
-def _first_line_problem(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        first = file.readline()
-    try:
-        fields = set(json.loads(first))
-    except (ValueError, TypeError):
-        yield "line 1 is not a JSON object; it needs one object a line"
-        return
-    if missing := sorted(_PROMPT_FIELDS - fields):
-        yield f"line 1 has no {', '.join(missing)}; each line needs {', '.join(sorted(_PROMPT_FIELDS))}"
 
 
 def _run_folder(config: RunConfig) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The run's prompts: read, selected and tokenized once, then dealt to the groups in an order that the seed decides."""
 
+import codecs
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import UserError
 from minpro_megatron.records import IssuedGroup, Prompt
 from minpro_megatron.rollout.chat_template import ChatTemplate
+from minpro_megatron.rollout.other_files import problem_of_kind, problem_of_schema
 from minpro_megatron.rollout.prompt_order import EpochOrder, SourceDraw
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 
@@ -33,26 +35,20 @@ class _Row(msgspec.Struct):
 
 def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
     """The prompts of a JSON Lines file of `{"id", "source", "prompt", "answer"}` and optionally `"pass_rate"` and
-    `"prefix"`; empty lines do not count.
+    `"prefix"`; empty lines and a byte order mark do not count.
 
     `setting` is the name of the setting that holds the path. Raises ValueError naming file, line and field
     for a row that is damaged, a prompt that is empty, or an id that comes twice; and if there are no rows
     at all.
     """
     path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{setting} = {str(path)!r}: {error.strerror}; give a JSON Lines file") from None
+    lines = _read_lines(path, setting)
     prompts: list[Prompt] = []
     line_of_id: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = msgspec.json.decode(line, type=_Row)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}, line {number}: {error}; correct the row or remove it") from None
+        row = _read_row(path, number, line)
         if not row.prompt:
             raise UserError(f"{path}, line {number}: prompt is empty; correct the row or remove it")
         if row.id in line_of_id:
@@ -73,6 +69,27 @@ def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{setting} = {str(path)!r}: the file has no rows")
     return prompts
+
+
+def _read_lines(path: Path, setting: str) -> list[bytes]:
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+            if problem := problem_of_kind(path, head):
+                raise UserError(f"{setting} = {str(path)!r}: {problem}")
+            return (head + file.read()).removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise UserError(f"{setting} = {str(path)!r}: {error.strerror}; give a JSON Lines file") from None
+
+
+def _read_row(path: Path, number: int, line: bytes) -> _Row:
+    try:
+        return msgspec.json.decode(line, type=_Row)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        remedy = problem_of_schema(path, line) or "correct the row or remove it"
+        raise UserError(f"{path}, line {number}: {error}; {remedy}") from None
+    except RecursionError:
+        raise UserError(f"{path}, line {number}: it is nested too deeply; correct the row or remove it") from None
 
 
 def select_prompts(prompts: list[Prompt], data: DataConfig) -> list[Prompt]:

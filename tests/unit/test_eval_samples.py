@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.samples import (
     SampledGroup,
     SampledResponse,
@@ -67,14 +68,23 @@ def test_figures_need_no_long_texts(tmp_path: Path) -> None:
     assert figures[0].benchmarks[1].majority_at_k[4].value == 0  # the wrong answer has two votes
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"benchmark": 3}',
+        b'{"benchmark": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+        b'{"unknown": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+    ],
+    ids=["wrong type", "deep value", "deep unknown value"],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
     with SampleFile(tmp_path, SETTINGS) as file:
         file.append(group("a"))
     with (tmp_path / "samples.jsonl").open("ab") as raw:
-        raw.write(b'{"benchmark": 3}\n')
+        raw.write(line + b"\n")
     with (
         SampleFile(tmp_path, SETTINGS) as file,
-        pytest.raises(ValueError, match=r"samples.jsonl, line 2: .*remove the line"),
+        pytest.raises(UserError, match=r"samples.jsonl, line 2: .*remove the line"),
     ):
         list(file.groups(whole_text))
 
@@ -128,6 +138,9 @@ def test_a_run_folder_is_refused_although_it_has_a_file_of_samples(tmp_path: Pat
 
 def test_settings_of_another_program_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").touch()
+    (tmp_path / "settings.json").write_text("[" * 10**5)
+    with pytest.raises(UserError, match="not JSON"):
+        SampleFile(tmp_path, SETTINGS)
     (tmp_path / "settings.json").write_text('{"editor.fontSize": 12}')
     with pytest.raises(ValueError, match="these are not the settings of an evaluation"):
         SampleFile(tmp_path, SETTINGS)

@@ -66,16 +66,25 @@ def test_a_shard_that_the_index_names_must_be_there(folder):
 @pytest.mark.parametrize(
     ("content", "rule"),
     [
-        ("", "the file is empty"),
-        ("1+1=2\n", "line 1 is not a JSON object"),
-        ("3\n", "line 1 is not a JSON object"),
-        (PROMPT.replace("answer", "solution"), "line 1 has no answer"),
+        ("", "data.train_file = {path}: the file is empty"),
+        ("1+1=2\n", "{path}, line 1: Expected `object`, got `int`"),
+        ("3\n", "{path}, line 1: Expected `object`, got `int`"),
+        (
+            PROMPT.replace("answer", "solution"),
+            "{path}, line 1: Object missing required field `answer`; the row has the",
+        ),
+        (
+            "[1]\n",
+            "data.train_file = '{path}': it is a JSON array, a prompt file is JSON Lines; make a prompt file of it",
+        ),
+        ("[" * 10**5 + "\n", "data.train_file = '{path}': it is a JSON array"),
+        ('{"x": ' + "[" * 10**5 + "\n", "{path}, line 1: it is nested too deeply; correct the row or remove it"),
     ],
 )
 def test_the_data_must_hold_prompts(folder, content, rule):
     (folder / "train.jsonl").write_text(content)
     problem = only_problem(example_config(folder))
-    assert problem.startswith(f"data.train_file = {folder}/train.jsonl: {rule}")
+    assert problem.startswith(rule.format(path=folder / "train.jsonl"))
 
 
 def test_prompts_that_are_trained_on_and_evaluated_are_counted(folder):

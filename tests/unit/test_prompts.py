@@ -1,5 +1,6 @@
 """Prompts: damaged files are named to the line, and a group's content depends on the seed and its id alone."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from minpro_megatron.config.rollout import DataConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import Prompt
 from minpro_megatron.rollout.prompts import PromptStream, load_prompts, make_rendering, tokenize
 from minpro_megatron.rollout.tokenizer import TextTokenizer
@@ -60,6 +62,58 @@ def test_a_damaged_row_is_named(tmp_path: Path, line: str, problem: str) -> None
     path.write_bytes((json.dumps(row(1)) + "\n").encode() + line.encode("utf-8", "surrogateescape") + b"\n")
     with pytest.raises(ValueError, match=f"{path}, {problem}"):
         load_prompts(path, "data.train_file")
+
+
+@pytest.mark.parametrize("where", ["x", "id", "answer", "pass_rate"])
+def test_a_row_that_is_nested_very_deep_is_named(tmp_path: Path, where: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    deep = f'{{"{where}": ' + "[" * 10**5 + "]" * 10**5 + "}"
+    path.write_text(f"{json.dumps(row(1))}\n{deep}\n")
+    with pytest.raises(UserError, match=f"^{path}, line 2: ") as caught:
+        load_prompts(path, "data.train_file")
+    assert "\n" not in str(caught.value)
+
+
+VERL_ROW = {"data_source": "x", "prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("train.parquet", b"PAR1\x15\x04", "it is a parquet file, a prompt file is JSON Lines"),
+        ("train.jsonl", b"PAR1\x15\x04", "it is a parquet file, a prompt file is JSON Lines"),
+        ("train.jsonl.gz", gzip.compress(b"{}"), "it is compressed with gzip, a prompt file is JSON Lines"),
+        ("train.csv", b"question,answer\n1+1?,2\n", "it is a CSV file, a prompt file is JSON Lines"),
+        ("train.json", b'\xef\xbb\xbf [\n{"id": 1}\n]', "it is a JSON array, a prompt file is JSON Lines"),
+        ("verl.jsonl", json.dumps(VERL_ROW).encode(), "the row has the fields data_source, prompt, reward_model"),
+        ("slime.jsonl", b'{"prompt": "1+1?", "label": "2"}', "the row has the fields prompt, label"),
+    ],
+)
+def test_a_data_set_given_as_prompt_file_is_named_with_the_command_that_prepares_it(
+    tmp_path: Path, name: str, content: bytes, kind: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_prompts(path, "data.train_file")
+    message = str(caught.value)
+    assert kind in message
+    assert f"python tools/prepare_data.py custom --input {path} --prompt-column COLUMN" in message
+    assert "\n" not in message
+    assert message.startswith((f"data.train_file = '{path}': ", f"{path}, line 1: "))
+
+
+def test_a_pointer_of_git_lfs_is_no_prompt_file(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=r"pointer of Git LFS instead of the file; fetch it with: git lfs pull"):
+        load_prompts(path, "data.train_file")
+
+
+def test_files_of_windows_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(row(1))}\r\n\r\n{json.dumps(row(2))}".encode())
+    assert [prompt.id for prompt in load_prompts(path, "data.train_file")] == ["r1", "r2"]
 
 
 @pytest.mark.parametrize("rate", ["1.5", "-0.1", '"0.5"', "NaN"])
