@@ -6,18 +6,23 @@
         --output data/mine.jsonl
     python tools/prepare_data.py calculator --input GSM8K_TRAIN.jsonl --output recipes/data
 
---input is a file (.parquet or .jsonl), a folder of them, or a data set of the Hugging Face hub (owner/name, or
-owner/name:PATTERN where it has several files); files are read in a stream. `prompt` is the question alone: what it is
-wrapped in is the run's setting data.instruction. A question that comes again is written once; one that comes with
-different answers is left out. Beside FILE.jsonl stands FILE.report.json, which says what was dropped and why. A damaged
-row ends the command with its file, row and field, and nothing is written.
+--input is a file (parquet, JSON Lines, a JSON array of objects or CSV; text also compressed with gzip, bzip2 or xz), a
+folder of them, or a data set of the Hugging Face hub (owner/name, or owner/name:PATTERN where it has several files);
+files are read in a stream, but for a JSON array. `prompt` is the question alone: what it is wrapped in is the run's
+setting data.instruction, and known instructions of other frameworks are taken off. Answers are taken out of boxes,
+dollar signs, lists of one and solutions that end with ####. A question that comes again is written once; one that comes
+with different answers is left out. Beside FILE.jsonl stands FILE.report.json, which says what was dropped and why, and
+which answers the grader (--reward) does not accept of themselves. A damaged row ends the command with its file, row and
+field, and nothing is written.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from minpro_megatron.errors import UserError, run_reporting
+from minpro_megatron.rewards.registry import REWARDS
 from tools.prompt_sets import calculator, data_files
 from tools.prompt_sets.assemble import assemble
 from tools.prompt_sets.custom import CustomSet
@@ -40,8 +45,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 _CUSTOM = (
-    "Any JSON Lines or parquet file. The question is a text or a chat of one user's turn (DAPO's instruction is taken "
-    "off); the answer a text, a number or a list of texts. COLUMN may go into an object: reward_model.ground_truth."
+    "Any parquet, JSON Lines, JSON or CSV file. The question is a text or a chat of one user's turn; the answer a "
+    "text, a number, or a list of them (--answer-list). COLUMN may go into an object: reward_model.ground_truth."
 )
 
 
@@ -49,6 +54,19 @@ def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument("--input", required=True, metavar="FILE|HUB_ID", help="file, folder or owner/name[:PATTERN]")
     command.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     command.add_argument("--revision", help="branch, tag or commit of the hub's data set")
+    command.add_argument(
+        "--answer-list",
+        choices=["all", "any"],
+        help="of an answer that is a list of several: all of them are asked for, or any one of them is right "
+        "(olympiad: all, unless given; other sets: such a row is refused, unless the answers are equal)",
+    )
+    command.add_argument(
+        "--reward",
+        default="math",
+        metavar="NAME",
+        help=f"the run's grader ({', '.join(REWARDS)}, or package.module:function): answers that it does not accept of "
+        "themselves are reported (math, unless given)",
+    )
 
 
 def _add_custom(command: argparse.ArgumentParser) -> None:
@@ -74,8 +92,10 @@ def _prepare_custom(options: argparse.Namespace) -> list[str]:
 def _assemble(options: argparse.Namespace, source: str, made: CustomSet | MathSet) -> list[str]:
     if options.output.suffix != ".jsonl":
         raise UserError(f"--output {options.output}: must be the name of a .jsonl file")
+    if options.answer_list:
+        made = replace(made, answer_lists=options.answer_list)
     inputs = data_files.find_files(options.input, options.revision)
-    return assemble(source, inputs, made.columns, made.convert, options.output)
+    return assemble(source, inputs, made.columns, made.convert, options.output, options.reward)
 
 
 def main(arguments: list[str] | None = None) -> int:

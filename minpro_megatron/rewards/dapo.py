@@ -7,6 +7,7 @@ knows no numbers: `25` is not `025`, `27` not `27.0`, `1/2` not `\\frac{1}{2}`. 
 
 import re
 
+from minpro_megatron.rewards.alternatives import alternatives
 from minpro_megatron.rewards.registry import Grade
 
 # Characters at the end of a response that are looked at.
@@ -51,18 +52,18 @@ def normalise(answer: str) -> str:
 
 
 def grade(response_text: str, answer: str) -> Grade:
-    """+1 if the last `Answer:` line in the last 300 characters says `answer`, else -1."""
+    """+1 if the last `Answer:` line in the last 300 characters says `answer`, or one of several, else -1."""
     lines = _ANSWER_LINE.findall(response_text[-ANSWER_TAIL_CHARS:])
     if not lines:
         return Grade(-1.0)
     extracted = normalise(lines[-1])
-    return Grade(1.0 if extracted == normalise(answer) else -1.0, extracted)
+    return Grade(1.0 if extracted in map(normalise, alternatives(answer)) else -1.0, extracted)
 
 
 def grade_boxed(response_text: str, answer: str) -> Grade:
     """DAPO's strict variant: +1 if the last `\\boxed{}` in the last 100 characters holds exactly `answer`, else -1."""
     extracted = _last_boxed(response_text[-BOXED_TAIL_CHARS:])
-    return Grade(1.0 if extracted == answer else -1.0, extracted)
+    return Grade(1.0 if extracted in alternatives(answer) else -1.0, extracted)
 
 
 def _last_boxed(text: str) -> str | None:

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from minpro_megatron.rewards import latex_forms as forms
 from minpro_megatron.rewards import latex_text, symbolic, units
+from minpro_megatron.rewards.alternatives import alternatives
 from minpro_megatron.rewards.exact_numbers import MIXED_NUMBER, decimal_places, exact_number, same_number
 from minpro_megatron.rewards.extraction import extract_answer
 from minpro_megatron.rewards.intervals import read_intervals, same_intervals
@@ -42,13 +43,16 @@ Tokens = list[str]
 
 
 def grade(response_text: str, answer: str) -> Grade:
-    """1.0 if the response's answer equals `answer`, else 0.0. Raises ValueError for an `answer` that is empty."""
+    """1.0 if the response's answer equals `answer`, or one of several (`rewards.alternatives`), else 0.0.
+
+    Raises ValueError for an `answer` that is empty.
+    """
     if not answer.strip():
         raise ValueError("answer: it is empty, nothing can equal it; correct the row in the data file")
     extracted = extract_answer(response_text)
     if extracted is None:
         return Grade(0.0)
-    return Grade(1.0 if equal(answer, extracted) else 0.0, extracted)
+    return Grade(1.0 if any(equal(true, extracted) for true in alternatives(answer)) else 0.0, extracted)
 
 
 def equal(answer: str, given: str) -> bool:

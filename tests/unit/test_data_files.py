@@ -9,7 +9,8 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from tests.unit.data_hub import data_hub
-from tools.prompt_sets.data_files import BATCH_ROWS, READ_BYTES, choose_files, count_rows, find_files, read_rows
+from tools.prompt_sets.data_files import choose_files, count_rows, find_files, read_rows
+from tools.prompt_sets.parquet_files import BATCH_ROWS, READ_BYTES
 from tools.prompt_sets.rows import DamagedRow
 
 SHARDS = ["t-00000-of-00002.jsonl", "t-00001-of-00002.jsonl"]
@@ -41,7 +42,7 @@ def test_data_files_are_chosen(names: list[str], pattern: str, chosen: list[str]
     ("names", "pattern", "problem"),
     [
         (["en/t-00000-of-00001.jsonl", "cn/t-00000-of-00001.jsonl"], "", "several data sets; name one .*cn/t-0"),
-        (["README.md"], "", "no data file matches; there is nothing that ends with .parquet or .jsonl"),
+        (["README.md"], "", "no data file matches; there is nothing that ends with .parquet or .jsonl or .json"),
         (["train.jsonl"], "test*", "no data file matches; there is train.jsonl"),
     ],
 )
@@ -54,7 +55,7 @@ def test_files_and_folders_on_disk(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "set" / "data" / "train.parquet", 2)
     assert find_files(str(file)) == find_files(str(tmp_path / "set")) == find_files(f"{tmp_path}/set:data/*") == [file]
     for missing in ("none.jsonl", str(tmp_path / "none"), "a/b.parquet"):
-        with pytest.raises(FileNotFoundError, match=f"--input {missing}: no such file; give a file, a folder or a hub"):
+        with pytest.raises(ValueError, match=f"--input {missing}: no such file; give a file, a folder or a hub"):
             find_files(missing)
 
 
@@ -79,9 +80,9 @@ def test_a_hub_id_is_downloaded(hub: Path) -> None:
 
 
 def test_what_the_hub_does_not_have_is_one_line(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^--input owner/other: neither a file here, .*404.*; download it"):
+    with pytest.raises(ValueError, match=r"^--input owner/other: neither a file here, .*404.*; download it"):
         find_files("owner/other")
-    with pytest.raises(FileNotFoundError, match=r"neither a file here"):
+    with pytest.raises(ValueError, match=r"neither a file here"):
         find_files("owner/name:main/te*", revision="none")
 
 

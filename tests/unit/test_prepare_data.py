@@ -100,7 +100,7 @@ GOOD_ROW = b'{"question": "q", "answer": "<<1+1=2>>2\\n#### 2"}'
         (b'{"question": "q", "answer": "<<1+1=2>>2"}', "answer", "cut off"),
         (b'{"question": "q", "answer": "<<1+1', "(whole row)", "one JSON object"),
         (b'["q"]', "(whole row)", "is list"),
-        (b"", "(whole row)", "one JSON object"),
+        (b"#", "(whole row)", "one JSON object"),
         (b"\xff\xfe", "(whole row)", "UTF-8"),
     ],
 )

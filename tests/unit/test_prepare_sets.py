@@ -191,7 +191,7 @@ CUSTOM = ("--prompt-column", "q", "--answer-column", "a.b", "--pass-rate-column"
     [
         ("dapo", verl_row("1+1?", "2", wrapped=False), "prompt", "must begin with DAPO's instruction"),
         ("dapo", verl_row("1+1?", ""), "reward_model", "not empty"),
-        ("dapo", verl_row("1+1?", "2") | {"reward_model": None}, "reward_model", "must be a text or a number"),
+        ("dapo", verl_row("1+1?", "2") | {"reward_model": None}, "reward_model", "reward_model.ground_truth (verl's"),
         ("dapo", verl_row("1+1?", "2") | {"prompt": []}, "prompt", "must be one message of the role user"),
         ("dapo", verl_row("1+1?", "2") | {"prompt": [{"role": "system", "content": "x"}]}, "prompt", "role user"),
         ("dapo", verl_row("1+1?", "2") | {"prompt": [{"role": "user"}]}, "content", "is missing"),

@@ -1,52 +1,100 @@
-"""Answers as the grader gets them: plain text, LaTeX without its dollar signs, one spelling for a number."""
+"""Answers as the grader gets them: plain text, LaTeX without its dollar signs and boxes, one spelling for a number."""
 
 import math
 import re
-from typing import Any
+from decimal import Decimal
+from typing import Any, Literal
+
+from minpro_megatron.rewards.alternatives import as_one_text
+from minpro_megatron.rewards.extraction import last_boxed
+from tools.prompt_sets import wrappings
+
+# Of an answer that is a list: it holds one answer, all of its answers are asked for, or any one of them is right.
+ListRule = Literal["one", "all", "any"]
+MAX_WRAPPINGS = 8  # of one answer, one in the other
 
 _WHOLE = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
-def answer_text(value: Any) -> str:
-    """The answer `value` as text. Raises ValueError, with the rule, for one that is none.
+def answer_text(value: Any, rule: ListRule = "one") -> str:
+    """The answer `value` as text. Raises ValueError, with the rule that is broken, for one that is none.
 
-    >>> answer_text(27.0), answer_text(" $\\frac{1}{2}$ "), answer_text(["1", "2"])
-    ('27', '\\frac{1}{2}', '1, 2')
+    >>> answer_text(27.0), answer_text(" $\\frac{1}{2}$ "), answer_text('["1", "2"]', "all"), answer_text("\\boxed{3}")
+    ('27', '\\frac{1}{2}', '1, 2', '3')
     """
+    texts = _texts(value, MAX_WRAPPINGS)
+    if len(texts) == 1:
+        return texts[0]
+    if rule == "all":
+        return ", ".join(texts)
+    distinct = list(dict.fromkeys(texts))
+    if rule == "any":
+        return as_one_text(distinct)
+    if len(distinct) > 1 and not _are_spellings_of_one(distinct):
+        raise ValueError(
+            f"holds {len(distinct)} answers ({', '.join(map(repr, distinct))[:60]}); say with --answer-list all that "
+            "all of them are asked for, or with --answer-list any that any one of them is right"
+        )
+    return distinct[0]
+
+
+def _are_spellings_of_one(texts: list[str]) -> bool:
+    from minpro_megatron.rewards.mathematics import equal  # imports sympy
+
+    return all(equal(texts[0], other) for other in texts[1:])
+
+
+def _texts(value: Any, depth: int) -> list[str]:
+    """The answers in `value`, of which there are several in a list only."""
     match value:
         case bool() | None:
             raise ValueError(f"must be a text or a number, is {type(value).__name__}")
-        case int():
-            return str(value)
-        case float():
-            if not math.isfinite(value):
-                raise ValueError(f"must be a finite number, is {value}")
-            return str(int(value)) if value.is_integer() else repr(value)
-        case list() if value:  # several right answers, all of them asked for
-            return ", ".join(answer_text(part) for part in value)
-        case str() if text := " ".join(value.split()):
-            return _without_dollars(text)
+        case int() | float() | Decimal():
+            return [_number(value)]
+        case list() if value and depth:
+            return [text for part in value for text in _texts(part, depth - 1)]
+        case dict():
+            raise ValueError(f"must be a text or a number, is an object with {', '.join(map(str, value))}; name one")
+        case str() if text := value.strip():
+            return _unwrapped(text, depth)
     raise ValueError(f"must be a text or a number and not empty, is {value!r:.60}")
 
 
-def _without_dollars(text: str) -> str:
-    """`text` without one pair of dollar signs around all of it, and a full stop after them."""
-    inner = text.removesuffix(".").strip()
-    if len(inner) > 2 and inner[0] == inner[-1] == "$" and "$" not in inner[1:-1]:
-        return inner[1:-1].strip()
-    return text
+def _number(value: float | Decimal) -> str:
+    """Of a float its shortest decimal; whole numbers without a decimal point or exponent."""
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        raise ValueError(f"must be a finite number, is {value}")
+    exact = value if isinstance(value, Decimal) else Decimal(repr(value))
+    if exact == exact.to_integral_value():
+        return str(int(exact))  # there is no -0
+    return f"{exact:f}" if isinstance(value, Decimal) else repr(value)
 
 
-def competition_answer(value: Any) -> str:
+def _unwrapped(text: str, depth: int) -> list[str]:
+    for _ in range(depth):
+        if (parts := wrappings.listed(text)) is not None:
+            return _texts(parts, depth - 1)
+        inner = wrappings.without_one(text)
+        if inner == text:
+            break
+        text = inner
+    if not text.strip():
+        raise ValueError("must be a text or a number and not empty, is nothing in its wrapping")
+    return [" ".join(text.split())]
+
+
+def competition_answer(value: Any, rule: ListRule = "one") -> str:
     """An AIME answer, a whole number from 0 to 999, without leading zeros ("025" is 25)."""
-    text = answer_text(value)
+    text = answer_text(value, rule)
     if not _WHOLE.fullmatch(text) or not 0 <= int(text) <= 999:
         raise ValueError(f"must be a whole number from 0 to 999, is {text!r:.60}")
     return str(int(text))
 
 
-def after_hashes(value: Any) -> str:
+def after_hashes(value: Any, rule: ListRule = "one") -> str:
     """The number after `####` with which a GSM8K solution ends, without thousands separators."""
     solution, mark, text = value.rpartition("\n#### ") if isinstance(value, str) else ("", "", "")
     number = text.strip().replace(",", "")
@@ -55,14 +103,12 @@ def after_hashes(value: Any) -> str:
     return number
 
 
-def boxed(value: Any) -> str:
-    """What the last `\\boxed{...}` of a solution holds. Raises ValueError if there is none, or it is not closed."""
-    if not isinstance(value, str) or (start := value.rfind("\\boxed{")) < 0:
+def boxed(value: Any, rule: ListRule = "one") -> str:
+    """What the last box of a solution holds: `\\boxed{2}`, `\\boxed 2` or `\\fbox{2}`. Raises ValueError if there is
+    none, or it is not closed."""
+    if not isinstance(value, str) or not wrappings.has_box(value):
         raise ValueError("must have its answer in \\boxed{}")
-    depth = 0
-    for place in range(start + len("\\boxed"), len(value)):
-        if value[place - 1] != "\\":
-            depth += {"{": 1, "}": -1}.get(value[place], 0)
-        if depth == 0:
-            return answer_text(value[start + len("\\boxed{") : place])
-    raise ValueError("has a \\boxed{ that is not closed; is the solution cut off?")
+    answer = last_boxed(value)
+    if answer is None:
+        raise ValueError("has a \\boxed{ that is not closed; is the solution cut off?")
+    return answer_text(answer, rule)

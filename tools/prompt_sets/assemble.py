@@ -14,12 +14,15 @@ from typing import Any
 from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import replace_file
 from tools.prompt_sets import data_files, rows
+from tools.prompt_sets.instructions import shared_ends
+from tools.prompt_sets.self_check import Refusal, grader_check
 
 REPORT_EVERY_S = 2.0
 # What was dropped is listed up to here for each reason; it is counted without end.
 MAX_LISTED = 100
 DUPLICATE = "the same question again"
 CONFLICT = "the question comes with several answers"
+SHOWN_REFUSALS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class PromptSet:
     dropped: Counter[str] = field(default_factory=Counter)
     _questions: dict[str, Question] = field(default_factory=dict)
     _copies: Counter[str] = field(default_factory=Counter)
+    _places: dict[str, tuple[str, int]] = field(default_factory=dict)  # file and row where a question came first
     _answers: dict[str, list[str]] = field(default_factory=dict)  # of questions with several
     _listed: list[dict[str, Any]] = field(default_factory=list)
 
@@ -79,6 +83,7 @@ class PromptSet:
             raise rows.DamagedRow(path, row_number, "prompt", "must have a question, and not an instruction alone")
         key = found.key
         first = self._questions.setdefault(key, found)
+        self._places.setdefault(key, (path.name, row_number))
         self._copies[key] += 1
         if not _same(first.answer, found.answer):
             answers = self._answers.setdefault(key, [first.answer])
@@ -91,9 +96,21 @@ class PromptSet:
             self.dropped[CONFLICT] += self._copies[key]
             if number < MAX_LISTED:
                 self._listed.append({"reason": CONFLICT, "prompt": self._questions[key].text, "answers": answers})
-        kept = {key: question for key, question in self._questions.items() if key not in self._answers}
+        kept = self._kept()
         self.dropped[DUPLICATE] += sum(self._copies[key] - 1 for key in kept)
         return [self._row(key, question) for key, question in kept.items()]
+
+    def _kept(self) -> dict[str, Question]:
+        return {key: question for key, question in self._questions.items() if key not in self._answers}
+
+    def refusals(self, check: Callable[[str], Refusal | None]) -> list[dict[str, Any]]:
+        """The kept questions whose answer `check` refuses: file, row, answer and what the grader raised."""
+        found: list[dict[str, Any]] = []
+        for key, question in self._kept().items():
+            if (refusal := check(question.answer)) is not None:
+                file, row = self._places[key]
+                found.append({"file": file, "row": row, "answer": refusal.answer, "problem": refusal.problem})
+        return found
 
     def _row(self, key: str, question: Question) -> dict[str, Any]:
         digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
@@ -126,12 +143,15 @@ def _same(one: str, other: str) -> bool:
     return one == other or "".join(one.split()) == "".join(other.split())
 
 
-def assemble(source: str, inputs: list[Path], columns: Iterable[str], convert: Convert, output: Path) -> list[str]:
-    """Writes the prompt set of `inputs` to `output` and a report beside it; returns the lines of a short account.
+def assemble(
+    source: str, inputs: list[Path], columns: Iterable[str], convert: Convert, output: Path, reward: str
+) -> list[str]:
+    """Writes the prompt set of `inputs` to `output` and a report beside it; returns the lines of a short account, also
+    of answers that the grader `reward` does not accept of themselves.
 
     Raises rows.DamagedRow at the first damaged row, and ValueError if nothing is left; nothing is written then.
     """
-    start, made = time.perf_counter(), PromptSet(source)
+    start, made, check = time.perf_counter(), PromptSet(source), grader_check(reward)
     for path in inputs:
         for number, row in _with_progress(path, data_files.read_rows(path, list(columns)), made):
             made.add(path, number, convert(path, number, row))
@@ -143,10 +163,34 @@ def assemble(source: str, inputs: list[Path], columns: Iterable[str], convert: C
         lines.append(f"{report['conflicting_questions']:8d} questions had several answers")
     if not prompts:
         raise UserError([f"{', '.join(map(str, inputs))}: no prompt is left:", *lines])
+    refused, shared = made.refusals(check), shared_ends([row["prompt"] for row in prompts])
+    report |= {"reward": reward, "answers_not_accepted": len(refused), "not_accepted": refused[:MAX_LISTED]}
     rows.write_prompts(output, prompts)
     report_path = output.with_suffix(".report.json")
     replace_file(report_path, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-    return [*lines, f"{len(prompts):8d} prompts in {output}", f"         what was dropped: {report_path}"]
+    lines += [f"{len(prompts):8d} prompts in {output}", f"         what was dropped: {report_path}"]
+    return lines + _refusal_lines(reward, refused) + [_shared_line(text) for text in shared]
+
+
+def _refusal_lines(reward: str, refused: list[dict[str, Any]]) -> list[str]:
+    if not refused:
+        return []
+    first = [
+        f"{one['file']}, row {one['row']}: {one['answer']!r:.80}"
+        + (f" ({one['problem']:.200})" if one["problem"] else "")
+        for one in refused[:SHOWN_REFUSALS]
+    ]
+    return [
+        f"{len(refused):8d} answers that the reward {reward} does not accept of themselves, so that no response to "
+        f"these prompts can be right; correct them, or choose another reward; the first: {'; '.join(first)}"
+    ]
+
+
+def _shared_line(text: str) -> str:
+    return (
+        f"         every prompt has {text!r:.200}: if it is an instruction, remove it from the data, or set "
+        "data.instruction=none"
+    )
 
 
 def _with_progress(

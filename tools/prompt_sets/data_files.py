@@ -1,18 +1,20 @@
 """The files of a data set, on disk or on the Hugging Face hub, and their rows one after the other."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from minpro_megatron.errors import UserError
-from tools.prompt_sets.rows import DamagedRow, read_jsonl
+from tools.prompt_sets import parquet_files, text_files
+from tools.prompt_sets.file_kinds import is_parquet
+from tools.prompt_sets.rows import MissingField, names_in
 
 SUFFIXES = (".parquet", ".jsonl")
-# What is in memory of a file: rows as Python objects, and the part of each column that is read at once.
-BATCH_ROWS = 4096
-READ_BYTES = 1024**2
+# Looked for where a folder has none of the others: such files may also describe the data.
+OTHER_SUFFIXES = (".json", *text_files.DELIMITERS)
+_NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<pattern>.+))?")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
@@ -21,8 +23,8 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 def find_files(given: str, revision: str | None = None) -> list[Path]:
     """The data files that `given` names: a file, a folder, or a hub id, which is downloaded (into the hub's cache).
 
-    A folder or hub id with several data sets needs a pattern: `openai/gsm8k:main/test-*.parquet`. Raises ValueError or
-    FileNotFoundError saying what there is.
+    A folder or hub id with several data sets needs a pattern: `openai/gsm8k:main/test-*.parquet`. Raises UserError
+    saying what there is.
     """
     folder, _, pattern = given.partition(":")
     if Path(given).is_file():
@@ -31,8 +33,8 @@ def find_files(given: str, revision: str | None = None) -> list[Path]:
         names = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
         return [Path(folder) / name for name in choose_files(names, pattern, given)]
     match = _HUB_ID.fullmatch(given)
-    if match is None or (given.endswith(SUFFIXES) and not pattern):
-        raise FileNotFoundError(f"--input {given}: no such file; give a file, a folder or a hub id such as owner/name")
+    if match is None or (_has_suffix(given, SUFFIXES + OTHER_SUFFIXES) and not match["pattern"]):
+        raise UserError(f"--input {given}: no such file; give a file, a folder or a hub id such as owner/name")
     return _from_hub(match["repository"], match["pattern"] or "", revision)
 
 
@@ -41,10 +43,12 @@ def choose_files(names: Iterable[str], pattern: str, given: str) -> list[str]:
 
     Raises ValueError if there are none, or several that are not shards of one.
     """
-    data = sorted(name for name in names if name.endswith(SUFFIXES))
+    data = sorted(name for name in names if _has_suffix(name, SUFFIXES))
+    others = sorted(name for name in names if _has_suffix(name, OTHER_SUFFIXES) and Path(name).name not in _NO_DATA)
+    data = data + others if pattern else data or others
     chosen = [name for name in data if not pattern or fnmatch(name, pattern)]
     if not chosen:
-        found = ", ".join(data[:12]) or f"nothing that ends with {' or '.join(SUFFIXES)}"
+        found = ", ".join(data[:12]) or f"nothing that ends with {' or '.join(SUFFIXES + OTHER_SUFFIXES)}"
         raise UserError(f"--input {given}: no data file matches; there is {found}")
     if not pattern and len({_SHARD.sub("", name) for name in chosen}) > 1:
         raise UserError(
@@ -52,6 +56,11 @@ def choose_files(names: Iterable[str], pattern: str, given: str) -> list[str]:
             f"{', '.join(chosen[:12])}"
         )
     return chosen
+
+
+def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Also with a suffix of compression after it: rows.jsonl.gz."""
+    return text_files.without_compression(name).endswith(suffixes)
 
 
 def _from_hub(repository: str, pattern: str, revision: str | None) -> list[Path]:
@@ -68,50 +77,31 @@ def _from_hub(repository: str, pattern: str, revision: str | None) -> list[Path]
             for name in choose_files(names, pattern, given)
         ]
     except (httpx.HTTPError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
+        raise UserError(
             f"--input {given}: neither a file here, nor did it come from the hub ({' '.join(str(error).split())}); "
             "download it and give the file"
         ) from None
 
 
 def count_rows(path: Path) -> int | None:
-    """The rows of a parquet file, which states them; None for JSON Lines. Raises ValueError for a damaged file."""
-    if path.suffix != ".parquet":
-        return None
-    with _open_parquet(path) as file:
-        return file.metadata.num_rows
+    """The rows of a parquet file, which states them; None for others. Raises ValueError for a damaged file."""
+    return parquet_files.num_rows(path) if is_parquet(path) else None
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every `(row number from 1, row)`, in memory that does not grow with the file.
+    """Every `(row number from 1, row)`, in memory that does not grow with the file (but for a JSON array).
 
-    Of parquet only those of `columns` that the file has are read. Raises ValueError for a damaged file, DamagedRow for
-    a damaged row of JSON Lines.
+    Of parquet only those of `columns` that the file has are read. Raises ValueError for a damaged file or one of
+    another kind, DamagedRow for a damaged row.
     """
-    if path.suffix != ".parquet":
-        yield from read_jsonl(path)
-        return
-    import pyarrow
-
-    number = 0
-    with _open_parquet(path) as file:
-        present = [name for name in file.schema_arrow.names if name in columns]
-        try:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=present, use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DamagedRow(
-                path, number + 1, "(whole row)", f"cannot be read ({error}); is the file cut off?"
-            ) from error
+    if is_parquet(path):
+        yield from parquet_files.read_parquet_rows(path, columns)
+    else:
+        yield from text_files.read_text_rows(path)
 
 
-def _open_parquet(path: Path) -> Any:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        return ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a parquet file ({error}); download it again") from error
+def missing_field(path: Path, row_number: int, row: Mapping[str, Any], field: str) -> MissingField:
+    """The error for a row without `field`, which names all fields that the file has."""
+    return MissingField(
+        path, row_number, field, parquet_files.column_names(path) if is_parquet(path) else names_in(row)
+    )

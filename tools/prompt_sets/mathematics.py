@@ -1,21 +1,42 @@
 """The mathematics data sets: which columns hold question and answer, and which rows belong in.
 
-Each is read in its first publication's schema, in those of common copies, and in verl's (`prompt` a list of messages,
-`reward_model.ground_truth` the answer).
+Each is read in its first publication's schema, in those of common copies, in verl's (`prompt` a list of messages,
+`reward_model.ground_truth` the answer) and in slime's (`prompt` a list of messages or a text, `label` the answer).
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from minpro_megatron.config.instructions import DAPO_AFTER, DAPO_BEFORE
-from tools.prompt_sets import answers, rows
+from minpro_megatron.config.instructions import DAPO_BEFORE
+from tools.prompt_sets import answers, data_files, rows
+from tools.prompt_sets.answers import ListRule, answer_text
 from tools.prompt_sets.assemble import Question, Unwanted
+from tools.prompt_sets.chats import chat_in, only_message
+from tools.prompt_sets.instructions import has_dapo_instruction, without_instructions
+
+VERL_ANSWER, SLIME_ANSWER = "reward_model", "label"
 
 _CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 _PICTURE = re.compile(r"<image|<img|\\includegraphics")
+
+
+class _Reading(Protocol):
+    """The answer in a column's value. Raises ValueError with the rule that the value breaks."""
+
+    def __call__(self, value: Any, rule: ListRule = "one") -> str: ...
+
+
+def _always_wanted(row: dict[str, Any]) -> str:
+    return ""
+
+
+class _Unwanted(Protocol):
+    """Why a row does not belong in the set; empty for one that does."""
+
+    def __call__(self, row: dict[str, Any]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -25,57 +46,62 @@ class MathSet:
     source: str
     about: str
     questions: tuple[str, ...]
-    answers: Mapping[str, Callable[[Any], str]]
-    verl_answer: Callable[[Any], str] | None = None  # of rows in verl's schema
+    answers: Mapping[str, _Reading]
+    other_answer: _Reading = answer_text  # of rows in verl's schema or slime's
     must_be_wrapped: bool = False  # rows in verl's schema hold DAPO's instruction
-    unwanted: Callable[[dict[str, Any]], str] = lambda row: ""  # why a row does not belong in
+    unwanted: _Unwanted = _always_wanted
     more_columns: tuple[str, ...] = ()
+    answer_lists: ListRule = "one"
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (*self.questions, *self.answers, "prompt", "reward_model", *self.more_columns)
+        return (*self.questions, *self.answers, "prompt", VERL_ANSWER, SLIME_ANSWER, *self.more_columns)
 
     def convert(self, path: Path, number: int, row: dict[str, Any]) -> Question | Unwanted:
-        if reason := self.unwanted(row):
+        messages = chat_in(row.get("prompt"))
+        if messages is None and (reason := self.unwanted(row)):
             return Unwanted(reason)
-        if self.verl_answer and isinstance(row.get("prompt"), list):
-            text, field = only_message(path, number, row["prompt"]), "reward_model"
-            if self.must_be_wrapped and not _is_wrapped(text):
+        if messages is not None:
+            text = only_message(path, number, messages)
+            if self.must_be_wrapped and not has_dapo_instruction(text):
                 rule = f"must begin with DAPO's instruction {DAPO_BEFORE[:40]!r}... and end with its reminder"
                 raise rows.DamagedRow(path, number, "prompt", rule)
-            grading = row.get(field)
-            read, value = self.verl_answer, grading.get("ground_truth") if isinstance(grading, dict) else None
+            field, value = _answer_beside_chat(path, number, row)
         else:
-            text = rows.text_field(path, number, row, _first_present(self.questions, row))
-            field = _first_present(tuple(self.answers), row)
-            read, value = self.answers[field], row.get(field)
-        context = row.get("context") or ""
+            column = _first_present((*self.questions, "prompt"), row)
+            text = self._text(path, number, row, column)
+            field = _first_present((*self.answers, SLIME_ANSWER), row)
+            value = row.get(field)
         try:
-            answer = read(value)
+            answer = self.answers.get(field, self.other_answer)(value, self.answer_lists)
         except ValueError as error:
             raise rows.DamagedRow(path, number, field, str(error)) from None
-        return Question(f"{context}\n\n{unwrap(text)}".strip(), answer)
+        context = row.get("context") or ""
+        return Question(f"{context}\n\n{without_instructions(text)}".strip(), answer)
+
+    def _text(self, path: Path, number: int, row: dict[str, Any], column: str) -> str:
+        if column not in row:
+            raise data_files.missing_field(path, number, row, column)
+        return rows.text_field(path, number, row, column)
+
+
+def _answer_beside_chat(path: Path, number: int, row: dict[str, Any]) -> tuple[str, Any]:
+    """(column, value). Raises DamagedRow if the row has neither verl's answer nor slime's."""
+    grading = row.get(VERL_ANSWER)
+    if isinstance(grading, dict) and "ground_truth" in grading:
+        return VERL_ANSWER, grading["ground_truth"]
+    if row.get(SLIME_ANSWER) is not None:
+        return SLIME_ANSWER, row[SLIME_ANSWER]
+    present = data_files.missing_field(path, number, row, VERL_ANSWER).present
+    rule = (
+        f"must have the answer to a prompt that is a chat: {VERL_ANSWER}.ground_truth (verl's schema) or "
+        f"{SLIME_ANSWER} (slime's); there is {present}. Name another one with: prepare_data.py custom --answer-column"
+    )
+    raise rows.DamagedRow(path, number, VERL_ANSWER, rule)
 
 
 def _first_present(columns: tuple[str, ...], row: dict[str, Any]) -> str:
     return next((name for name in columns if row.get(name) is not None), columns[0])
-
-
-def only_message(path: Path, number: int, messages: list[Any]) -> str:
-    """The text of a prompt that is a chat of one user's turn. Raises DamagedRow for any other."""
-    if len(messages) != 1 or not isinstance(messages[0], dict) or messages[0].get("role") != "user":
-        raise rows.DamagedRow(path, number, "prompt", "must be one message of the role user")
-    return rows.text_field(path, number, messages[0], "content")
-
-
-def _is_wrapped(text: str) -> bool:
-    return text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER)
-
-
-def unwrap(text: str) -> str:
-    """The question in DAPO's instruction, or `text` itself where there is none."""
-    inner = text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER) if _is_wrapped(text) else text
-    return inner.strip()
 
 
 def _no_olympiad_mathematics(row: dict[str, Any]) -> str:
@@ -101,7 +127,6 @@ SETS = {
             "processed copy with the columns prompt and solution (or answer)",
             ("prompt", "problem"),
             {"solution": answers.answer_text, "answer": answers.answer_text},
-            verl_answer=answers.answer_text,
             must_be_wrapped=True,
         ),
         MathSet(
@@ -122,21 +147,20 @@ SETS = {
             "AIME 2024, 30 questions: HuggingFaceH4/aime_2024, Maxwell-Jia/AIME_2024, or DAPO's copy of it",
             ("problem", "question", "Problem"),
             {"answer": answers.competition_answer, "Answer": answers.competition_answer},
-            verl_answer=answers.competition_answer,
+            other_answer=answers.competition_answer,
         ),
         MathSet(
             "aime25",
             "AIME 2025, 30 questions: math-ai/aime25, or in verl's schema",
             ("problem", "question"),
             {"answer": answers.competition_answer},
-            verl_answer=answers.competition_answer,
+            other_answer=answers.competition_answer,
         ),
         MathSet(
             "amc23",
             "AMC 2023, 40 questions: math-ai/amc23; 27.0 becomes 27",
             ("problem", "question"),
             {"answer": answers.answer_text},
-            verl_answer=answers.answer_text,
         ),
         MathSet(
             "olympiad",
@@ -146,6 +170,7 @@ SETS = {
             ("question",),
             {"final_answer": answers.answer_text, "answer": answers.answer_text},
             unwanted=_no_olympiad_mathematics,
+            answer_lists="all",
             more_columns=("context", "subject", "language", "modality", "question_type"),
         ),
         MathSet(

@@ -1,5 +1,6 @@
 """Prompt sets as JSON Lines: reading rows with errors that say where the damage is, writing them atomically."""
 
+import codecs
 import json
 import os
 import tempfile
@@ -20,31 +21,71 @@ class DamagedRow(UserError):
         super().__init__(f"{path}, row {row_number}, field {field}: {rule}")
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every `(row number from 1, object)` of a JSON Lines file.
+class MissingField(DamagedRow):
+    """A row has no field of this name; the message names those that it has, and within objects with a dot."""
 
-    Raises DamagedRow for a row that is not UTF-8, not JSON or not an object; an empty row is one of these.
+    def __init__(self, path: Path, row_number: int, field: str, present: Iterable[str]) -> None:
+        self.present = ", ".join(present) or "no field"
+        super().__init__(path, row_number, field, f"is missing; there is {self.present}")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every `(line number from 1, object)` of a JSON Lines file; blank lines are skipped.
+
+    Raises DamagedRow for a line that is not UTF-8, not JSON or not an object.
     """
     with path.open("rb") as file:
-        for row_number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line.decode("utf-8"))
-                if b"\\u" in line:  # half of a surrogate pair, which JSON can name and no text can hold
-                    json.dumps(row, ensure_ascii=False).encode("utf-8")
-            except UnicodeError as error:
-                raise DamagedRow(path, row_number, "(whole row)", f"must be UTF-8: {error}") from error
-            except (ValueError, RecursionError) as error:  # also numerals of thousands of digits, and deep nesting
-                raise DamagedRow(path, row_number, "(whole row)", f"must be one JSON object: {error}") from error
-            if not isinstance(row, dict):
-                rule = f"must be one JSON object, is {type(row).__name__}"
-                raise DamagedRow(path, row_number, "(whole row)", rule)
-            yield row_number, row
+        yield from json_lines(path, file)
+
+
+def json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As read_jsonl does, of lines that were read from `path`."""
+    for row_number, line in enumerate(lines, start=1):
+        text = line.removeprefix(codecs.BOM_UTF8) if row_number == 1 else line
+        if text.strip():
+            yield row_number, _json_object(path, row_number, text)
+
+
+def _json_object(path: Path, row_number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeError as error:
+        raise DamagedRow(path, row_number, "(whole row)", f"must be UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:  # also numerals of thousands of digits, and deep nesting
+        raise DamagedRow(path, row_number, "(whole row)", f"must be one JSON object: {error}") from error
+    if b"\\u" in line:
+        refuse_half_characters(path, row_number, row)
+    return checked_object(path, row_number, row)
+
+
+def refuse_half_characters(path: Path, row_number: int, row: Any) -> None:
+    """Raises DamagedRow for half of a surrogate pair, which JSON can name and no text can hold."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
+        raise DamagedRow(path, row_number, "(whole row)", f"must be UTF-8: {error}") from error
+
+
+def checked_object(path: Path, row_number: int, row: Any) -> dict[str, Any]:
+    """`row`; raises DamagedRow unless it is a JSON object."""
+    if not isinstance(row, dict):
+        raise DamagedRow(path, row_number, "(whole row)", f"must be one JSON object, is {type(row).__name__}")
+    return row
+
+
+def names_in(row: Mapping[str, Any]) -> list[str]:
+    """The fields of a row, those of objects in it with a dot: `reward_model.ground_truth`."""
+    return [
+        f"{name}.{inner}" if inner else name
+        for name, value in row.items()
+        for inner in (names_in(value) if isinstance(value, Mapping) and value else [""])
+    ]
 
 
 def text_field(path: Path, row_number: int, row: dict[str, Any], field: str) -> str:
     """The non-empty text `row[field]`; raises DamagedRow where it is missing, of another type or empty."""
     if field not in row:
-        raise DamagedRow(path, row_number, field, f"is missing; the row has {sorted(row)}")
+        raise MissingField(path, row_number, field, names_in(row))
     value = row[field]
     if not isinstance(value, str):
         raise DamagedRow(path, row_number, field, f"must be a text, is {type(value).__name__}")

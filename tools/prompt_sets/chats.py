@@ -1,0 +1,29 @@
+"""Questions that stand in a chat, as verl and slime store them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tools.prompt_sets import rows
+from tools.prompt_sets.instructions import is_instruction
+
+
+def chat_in(prompt: Any) -> list[Any] | None:
+    """The messages of a prompt that is a chat, also one written as JSON text; None for a plain text."""
+    if isinstance(prompt, str) and prompt.lstrip().startswith("[") and '"role"' in prompt:
+        try:
+            prompt = json.loads(prompt)
+        except (ValueError, RecursionError):
+            return None
+    return prompt if isinstance(prompt, list) else None
+
+
+def only_message(path: Path, number: int, messages: list[Any]) -> str:
+    """The text of a prompt that is a chat of one user's turn. A system message that is a known instruction does not
+    count. Raises DamagedRow for any other."""
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    if roles[:1] == ["system"] and is_instruction(str(messages[0].get("content"))):
+        messages, roles = messages[1:], roles[1:]
+    if roles != ["user"]:
+        raise rows.DamagedRow(path, number, "prompt", f"must be one message of the role user, has the roles {roles}")
+    return rows.text_field(path, number, messages[0], "content")
