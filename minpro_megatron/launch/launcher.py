@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +16,7 @@ from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
 from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.launch.stopping import Stopping, save_by
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, INTERRUPTED, Failure, Outcome, Supervisor
+from minpro_megatron.monitor.disk_space import naming_full_disk
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.logs import explanation, shortened
 from minpro_megatron.monitor.progress import Progress, duration
@@ -33,9 +35,11 @@ def launch(recipe: str, overrides: list[str]) -> int:
         raise UserError(found)
     for warning in warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
-    with claimed(config.run_dir):
-        config_file, goes_on = prepare(config)
-        incarnation = begin_start(config.run_dir).incarnation
+    with ExitStack() as held:
+        with naming_full_disk(config.run_dir, f"runs_dir = {config.runs_dir}", "choose another runs_dir=..."):
+            held.enter_context(claimed(config.run_dir))
+            config_file, goes_on = prepare(config)
+            incarnation = begin_start(config.run_dir).incarnation
         print("\n".join(first_lines(config, incarnation, goes_on)))
         limit = save_by(config, os.environ, time.time())
         commands = role_commands(config, config_file, incarnation, save_by=limit)

@@ -49,6 +49,7 @@ from minpro_megatron.launch.supervisor import (
     Supervisor,
 )
 from minpro_megatron.launch.topology import Topology, read_topology
+from minpro_megatron.monitor.disk_space import naming_full_disk
 from minpro_megatron.monitor.progress import Progress
 from minpro_megatron.rollout.resume_point import read_latest
 
@@ -140,7 +141,9 @@ class _Node:
             except UserError as error:
                 self._own_problems = [Problem(str(error))]
         with ExitStack() as held:
-            start, plan = self._make_plan(held) if self._is_first else self._find_plan()
+            remedy = "choose another runs_dir=..."
+            with naming_full_disk(self._config.run_dir, f"runs_dir = {self._config.runs_dir}", remedy):
+                start, plan = self._make_plan(held) if self._is_first else self._find_plan()
             if plan.problems:
                 return self._refuse(plan.problems)
             verdict = self._check(start)

@@ -13,6 +13,7 @@ from minpro_megatron.launch.inputs import INPUT_PATHS, input_obstacles
 from minpro_megatron.launch.starts import STARTS
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.run_inputs import FILE_NAME as INPUTS_FILE
+from minpro_megatron.monitor.run_inputs import read_inputs
 from minpro_megatron.monitor.summary import read_summary
 from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
 from minpro_megatron.rollout.journal_file import JournalError, has_locks
@@ -63,7 +64,17 @@ def foreign_entries(run_dir: Path) -> list[str]:
         return []
     if _is_readable(run_dir / CONFIG_FILE):
         return [CHECKPOINTS] if any((run_dir / CHECKPOINTS).glob("*")) else []
-    return sorted(path.name for path in run_dir.iterdir() if path.name not in BEFORE_SETTINGS)
+    before_settings = (*BEFORE_SETTINGS, *([INPUTS_FILE] if _has_inputs(run_dir) else []))
+    return sorted(path.name for path in run_dir.iterdir() if path.name not in before_settings)
+
+
+def _has_inputs(run_dir: Path) -> bool:
+    """Whether a start got as far as its inputs, which it writes just before the settings; other programs may have files
+    of this name."""
+    try:
+        return read_inputs(run_dir) is not None
+    except UserError:
+        return False
 
 
 def obstacles(config: RunConfig) -> Iterator[str]:

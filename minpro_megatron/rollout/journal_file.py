@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from minpro_megatron.errors import ProjectError
+from minpro_megatron.monitor.disk_space import is_full, no_space
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ class JournalFile:
             connection = await asyncio.get_running_loop().run_in_executor(thread, _open, path)
         except (sqlite3.Error, OSError, JournalError) as error:
             thread.shutdown()
-            raise JournalError(f"{path}: cannot be opened ({error})") from None
+            problem = space_problem(path, error) if is_full(error) else str(error)
+            raise JournalError(f"{path}: cannot be opened ({problem})") from None
         return cls(connection, thread, path)
 
     async def close(self) -> None:
@@ -128,7 +130,14 @@ class JournalFile:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._connection)
         except sqlite3.Error as error:
-            raise JournalError(f"{self.path}: {error}; free some space if the disk is full") from error
+            raise JournalError(f"{self.path}: {space_problem(self.path, error)}") from error
+
+
+def space_problem(path: Path, error: Exception) -> str:
+    """What an error in writing `path` says, and the remedy for a full disk."""
+    if is_full(error):
+        return f"{no_space(path)}; free some space"
+    return f"{getattr(error, 'strerror', None) or error}; free some space if the disk is full"
 
 
 def has_locks(folder: Path) -> bool:
@@ -149,6 +158,16 @@ def _open(path: Path) -> sqlite3.Connection:
         log.warning("%s: no locks on this file system; nothing keeps a second start of the run away from it", path)
         uri += "&vfs=unix-none"  # SQLite takes no locks then; any other way every request ends with "disk I/O error"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+    try:
+        _make_ready(connection)
+    except BaseException:
+        connection.close()  # it holds the lock
+        raise
+    return connection
+
+
+def _make_ready(connection: sqlite3.Connection) -> None:
+    """Settings, and the tables of a new file. Raises JournalError for a file of another format."""
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file; an older one keeps its own
     # Exclusive: WAL then needs no memory shared between processes, which network filesystems do not have.
     connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -162,8 +181,6 @@ def _open(path: Path) -> sqlite3.Connection:
     if found == 0:
         connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     elif found != SCHEMA_VERSION:
-        connection.close()
         raise JournalError(
             f"it has format {found}, this version reads {SCHEMA_VERSION}; go on with the version that began the run"
         )
-    return connection

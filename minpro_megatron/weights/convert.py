@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minpro_megatron.errors import UserError
+from minpro_megatron.monitor.disk_space import as_size, existing_parent, free_bytes, naming_full_disk
 from minpro_megatron.monitor.files import check_replaceable, new_folder
 from minpro_megatron.serving.model_files import read_json_object
 from minpro_megatron.weights.architecture import Architecture, read_architecture
@@ -296,14 +297,14 @@ def _files(texts: Path, architecture: Architecture, dtype: torch.dtype) -> dict[
 def _new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
     """A folder that becomes `output` if the block ends well, and is removed if not."""
     check_replaceable(output)
-    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
+    parent, remedy = existing_parent(output.absolute().parent), "choose another folder"
+    free = free_bytes(parent)
     if free < num_bytes:
         raise UserError(
-            f"--output = {output}: {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB needed; free some space or "
-            "choose another folder"
+            f"--output = {output}: {as_size(free)} free on the file system of {parent}, {as_size(num_bytes)} needed; "
+            f"free some space or {remedy}"
         )
-    with new_folder(output) as folder:
+    with naming_full_disk(parent, f"--output = {output}", remedy, num_bytes), new_folder(output) as folder:
         yield folder
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -99,6 +99,12 @@ class FileRecords:
         """A small file of the folder that something else wrote."""
         self._records[name] = record_file(self._folder / name)
 
+    def abandon(self) -> None:
+        """Closes what an error has left open: a file that is removed takes its space until it is closed."""
+        while self._open:
+            with suppress(OSError):  # what is in memory may not fit on the disk
+                self._open.popitem()[1].close()
+
     def records(self) -> dict[str, FileRecord]:
         assert not self._open, f"still open: {', '.join(self._open)}"
         return dict(sorted(self._records.items()))
@@ -107,7 +113,12 @@ class FileRecords:
 @contextmanager
 def file_records(folder: Path) -> Iterator[FileRecords]:
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum") as pool:
-        yield FileRecords(folder, pool)
+        records = FileRecords(folder, pool)
+        try:
+            yield records
+        except BaseException:
+            records.abandon()
+            raise
 
 
 def record_file(path: Path) -> FileRecord:

@@ -364,8 +364,8 @@ def test_folders_of_something_else_and_full_disks_are_refused(tmp_path: Path, mo
         ValueError, match=r"num_experts = 3, but the Hugging Face config.json says 4; convert that model"
     ):
         to_hf(tmp_path / "megatron", tmp_path / "back", Watch(), other)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(ValueError, match=r"--output = .*/again: 0.0 GB free, 0.0 GB needed; free some space"):
+    monkeypatch.setattr(convert, "free_bytes", lambda _: 10)
+    with pytest.raises(ValueError, match=r"--output = .*/again: 0.0 kB free on .*, \d+\.\d kB needed; free some space"):
         to_megatron(hf, tmp_path / "again", Watch())
 
 
