@@ -14,6 +14,7 @@ from minpro_megatron.launch.problems import Problem, passes
 from minpro_megatron.launch.resume import foreign_entries, holds_a_run, obstacles
 from minpro_megatron.launch.reward_check import reward_problems
 from minpro_megatron.launch.roles import gpus_needed, roles_of
+from minpro_megatron.launch.stop_tokens import stop_token_warnings
 from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.planning.workload import Workload, batch_of
 from minpro_megatron.records import Prompt
@@ -54,7 +55,7 @@ def run_problems(config: RunConfig) -> list[str]:
 
 def warnings(config: RunConfig) -> list[str]:
     """One line for each thing that does not stop a run and probably is a mistake. Without `run_problems`."""
-    return list(_shared_prompts(config)) if "collect" in roles_of(config) else []
+    return [*_shared_prompts(config), *stop_token_warnings(config)] if "collect" in roles_of(config) else []
 
 
 def _shared_prompts(config: RunConfig) -> Iterator[str]:

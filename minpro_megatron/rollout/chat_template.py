@@ -38,11 +38,23 @@ class ChatTemplate:
         The text holds the begin token if the template writes one: it is to be tokenized without adding any.
         Raises ValueError naming the file if the template fails, or exceeds its limits of time and memory.
         """
+        return self._render(questions, None, time_limit_s)
+
+    def after_response(self) -> str:
+        """What the template writes behind the assistant's response, from the token that ends its turn on; empty if the
+        template changes the response. Raises ValueError as render_all does."""
+        response = "a response"
+        (text,) = self._render(["a question"], response, TIME_LIMIT_S)
+        before, _, after = text.rpartition(response)
+        return after if before else ""
+
+    def _render(self, questions: Sequence[str], response: str | None, time_limit_s: float) -> list[str]:
         limit_s = time_limit_s + TIME_LIMIT_PER_PROMPT_S * len(questions)
         request = {
             "template": self._template,
             "variables": self._variables,
             "questions": list(questions),
+            "answer": response,
             "memory_bytes": MEMORY_LIMIT_BYTES,
             "cpu_s": int(limit_s) + 1,
         }

@@ -1,8 +1,8 @@
 """Renders chat templates in a process of its own: a template comes with a model and is a program like any other.
 
 Run as a file, isolated from this package. Reads from standard input a JSON object `{"template", "variables",
-"questions", "memory_bytes", "cpu_s"}` and writes `{"texts"}` or `{"error"}`. The environment is the one of transformers
-(utils/chat_template_utils.py), from which the tests check that it does not differ.
+"questions", "answer", "memory_bytes", "cpu_s"}` and writes `{"texts"}` or `{"error"}`. The environment is the one of
+transformers (utils/chat_template_utils.py), from which the tests check that it does not differ.
 """
 
 import json
@@ -49,11 +49,13 @@ def make_environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def render_all(template: str, variables: dict[str, Any], questions: list[str]) -> list[str]:
-    """Each question as the user's only turn, up to where the assistant begins. Raises jinja2.TemplateError."""
+def render_all(template: str, variables: dict[str, Any], questions: list[str], answer: str | None = None) -> list[str]:
+    """Each question as the user's only turn, up to where the assistant begins; with an `answer` also the assistant's
+    turn, to its end. Raises jinja2.TemplateError."""
     compiled = make_environment().from_string(template)
-    given = {"tools": None, "documents": None, "add_generation_prompt": True} | variables
-    return [compiled.render(messages=[{"role": "user", "content": text}], **given) for text in questions]
+    given = {"tools": None, "documents": None, "add_generation_prompt": answer is None} | variables
+    turn = [] if answer is None else [{"role": "assistant", "content": answer}]
+    return [compiled.render(messages=[{"role": "user", "content": text}, *turn], **given) for text in questions]
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (request["memory_bytes"], request["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_s"], request["cpu_s"]))
     try:
-        answer = {"texts": render_all(request["template"], request["variables"], request["questions"])}
+        answer = {"texts": render_all(*(request[name] for name in ("template", "variables", "questions", "answer")))}
     except Exception as error:  # a template's mistakes surface as any kind
         answer = {"error": f"{type(error).__name__}: {error}"}
     json.dump(answer, sys.stdout)

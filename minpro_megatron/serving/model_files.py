@@ -133,12 +133,18 @@ def lfs_problem(path: Path) -> str:
     return f"{path}: this is a Git LFS pointer and not the file; run 'git lfs pull' there, or download it again"
 
 
+def added_tokens(hf_path: str) -> dict[str, int]:
+    """The ids of the special tokens in tokenizer.json by their text."""
+    added = read_json_object(model_file(hf_path, "tokenizer.json")).get("added_tokens")
+    entries = [entry for entry in added or [] if isinstance(entry, dict)]
+    known = {entry.get("content"): entry.get("id") for entry in entries}
+    return {text: token for text, token in known.items() if isinstance(text, str) and isinstance(token, int)}
+
+
 def _added_token_id(hf_path: str, token: str) -> int:
-    path = model_file(hf_path, "tokenizer.json")
-    added = read_json_object(path).get("added_tokens")
-    known = {entry.get("content"): entry.get("id") for entry in added or [] if isinstance(entry, dict)}
+    known, path = added_tokens(hf_path), model_file(hf_path, "tokenizer.json")
     token_id = known.get(token)
-    if not isinstance(token_id, int):
+    if token_id is None:
         shown = ", ".join(repr(content) for content in list(known)[:8])
         raise UserError(f"sampling.extra_stop_tokens: {token!r} is no special token of {path}; some of them: {shown}")
     return token_id
