@@ -118,6 +118,7 @@ async def _serve(run_dir: Path, indices: Sequence[int], max_tokens: int) -> None
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        run_dir.mkdir(parents=True, exist_ok=True)
         write_server_address(run_dir, ServerAddress(index=index, url=url, tensor_parallel=1), incarnation=0)
     await asyncio.Event().wait()
 

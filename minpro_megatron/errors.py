@@ -42,6 +42,13 @@ class RunFailed(ProjectError):
     """The run itself cannot go on: its numbers are not what they must be."""
 
 
+class RunBlocked(RunFailed):
+    """The run cannot go on until a person has acted: a job does not start it again, for that would end in the same
+    way."""
+
+    exit_status = WRONG_INPUT
+
+
 class TryAgainError(ProjectError):
     """A machine cannot do its part now, but another start, perhaps on other machines, may succeed."""
 

@@ -141,7 +141,7 @@ class EvaluationResult(Record, frozen=True, kw_only=True):
 
 
 class ServerAddress(Record, frozen=True, kw_only=True):
-    """A ready rollout server, as `run_dir/endpoints/server-<index>.json` states it."""
+    """A ready rollout server, as `run_dir/endpoints/server-<index>-start-<incarnation>.json` states it."""
 
     index: int
     url: str

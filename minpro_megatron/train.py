@@ -49,6 +49,7 @@ class RankZero:
     report: StepReport
     save_schedule: SaveSchedule | None = None
     before_early_end: Callable[[int, str], None] = lambda version, reason: None  # it saves for the last time
+    may_write: Callable[[], None] = lambda: None  # raises RunBlocked once the run folder is not this start's
 
 
 class Trainer:
@@ -71,6 +72,7 @@ class Trainer:
         self._publisher, self._checkpoints, self._resumed_from = publisher, checkpoints, resumed_from
         self._feed = rank_zero.feed if rank_zero else None
         self._report = rank_zero.report if rank_zero else None
+        self._may_write = rank_zero.may_write if rank_zero else lambda: None
         self._tracer = tracer or NoTracer()
         self._clock = PhaseClock(PHASES, self._tracer, watchdog)
         self._versions = KeptVersions(policy, config.staleness)
@@ -178,6 +180,7 @@ class Trainer:
 
     def _publish(self, version: int, changed: bool) -> None:
         """The weights in place go to the servers as `version`; `changed`: by updates, since the version before."""
+        self._may_write()
         with self._clock.phase("publish"):
             lease = lease_for(
                 version,

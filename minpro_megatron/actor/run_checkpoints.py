@@ -62,9 +62,13 @@ class _Save:
 class RunCheckpoints:
     """Every method is collective, but for `note_score`, in which only rank 0 does something."""
 
-    def __init__(self, path: Path, settings: CheckpointConfig, mesh: Mesh) -> None:
-        """`path` is the run's folder for checkpoints; what a killed run left unfinished in it is removed. Raises
-        ValueError if the checkpoint that `latest` names is damaged, SaveError if the folder cannot be used."""
+    def __init__(
+        self, path: Path, settings: CheckpointConfig, mesh: Mesh, may_write: Callable[[], None] = lambda: None
+    ) -> None:
+        """`path` is the run's folder for checkpoints; what a killed run left unfinished in it is removed. `may_write`
+        is rank 0's and called before each change of the folder: it raises RunFailed once this process may make none.
+
+        Raises UserError if the checkpoint that `latest` names is damaged, SaveError if the folder cannot be used."""
         self._path = path
         self._settings = settings
         self._mesh = mesh
@@ -75,7 +79,7 @@ class RunCheckpoints:
         self.last_save_s = 0.0  # rank 0's: seconds from the beginning of the last complete save until it was written
 
         def open_folder() -> None:
-            self._folder = CheckpointFolder(path, settings)
+            self._folder = CheckpointFolder(path, settings, may_write)
 
         on_rank_0(mesh, open_folder)
 

@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from minpro_megatron.actor.host_blocks import host_tensors
 from minpro_megatron.actor.shard_coverage import incompleteness
-from minpro_megatron.errors import ProjectError, UserError
+from minpro_megatron.errors import ProjectError, RunFailed, UserError
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.rollout.resume_point import SavedFile
 from minpro_megatron.weights.manifest import METADATA, record_file
@@ -55,16 +55,16 @@ class SaveError(ProjectError):
 
 
 def on_rank_0[T](mesh: Mesh, action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on all ranks. Collective. Raises on all ranks what it raised there: UserError,
-    or SaveError for an OSError."""
+    """What `action` returns on rank 0, on all ranks. Collective. Raises on all ranks what it raised there: UserError or
+    RunFailed, or SaveError for an OSError."""
     value: T | None = None
-    error: UserError | SaveError | None = None
+    error: UserError | RunFailed | SaveError | None = None
     if mesh.rank == 0:
         try:
             value = action()
         except OSError as found:
             error = SaveError(str(found))
-        except UserError as found:
+        except (UserError, RunFailed) as found:
             error = found
     value, error = mesh.from_rank_0((value, error))
     if error is not None:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,7 @@ from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.logs import explanation, shortened
 from minpro_megatron.monitor.progress import Progress, duration
 from minpro_megatron.monitor.server_use import ServerUse
+from minpro_megatron.monitor.start_fence import StartFence, state_end
 from minpro_megatron.monitor.summary import RunSummary, read_summary
 
 
@@ -38,15 +40,29 @@ def launch(recipe: str, overrides: list[str]) -> int:
     with ExitStack() as held:
         with naming_full_disk(config.run_dir, f"runs_dir = {config.runs_dir}", "choose another runs_dir=..."):
             held.enter_context(claimed(config.run_dir))
-            config_file, goes_on = prepare(config)
             incarnation = begin_start(config.run_dir).incarnation
+            config_file, goes_on = prepare(config, incarnation)
+        fence = StartFence(config.run_dir, incarnation)
         print("\n".join(first_lines(config, incarnation, goes_on)))
         limit = save_by(config, os.environ, time.time())
         commands = role_commands(config, config_file, incarnation, save_by=limit)
         supervisor = Supervisor(commands, config.run_dir / "logs", Stopping(config, incarnation))
-        with Progress(config, roles_of(config)) as progress:
-            outcome = supervisor.run(progress.tick)
-        return _conclude(config, outcome)
+        with fence.explaining(), Progress(config, roles_of(config)) as progress:
+            outcome = supervisor.run(guarded_tick(fence, progress.tick))
+        fence.check()  # before it, a role may have failed for the same reason
+        status = _conclude(config, outcome)
+        state_end(config.run_dir, incarnation)
+        return status
+
+
+def guarded_tick(fence: StartFence, tick: Callable[[], None]) -> Callable[[], None]:
+    """`tick`, and a look whether the run folder is still this start's. It raises RunBlocked."""
+
+    def both() -> None:
+        tick()
+        fence.look()
+
+    return both
 
 
 def _conclude(config: RunConfig, outcome: Outcome) -> int:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import TRY_AGAIN, WRONG_INPUT, TryAgainError, UserError
-from minpro_megatron.launch.launcher import closing_lines, finish
+from minpro_megatron.launch.launcher import closing_lines, finish, guarded_tick
 from minpro_megatron.launch.node_checks import all_problems, free_ports, node_name, node_problems, routable_address
 from minpro_megatron.launch.node_roles import LOOPBACK, NodePlace, fabric_environment, node_commands, node_torchrun
 from minpro_megatron.launch.preflight import run_problems, warnings
@@ -51,6 +51,7 @@ from minpro_megatron.launch.supervisor import (
 from minpro_megatron.launch.topology import Topology, read_topology
 from minpro_megatron.monitor.disk_space import naming_full_disk
 from minpro_megatron.monitor.progress import Progress
+from minpro_megatron.monitor.start_fence import StartFence, state_end
 from minpro_megatron.rollout.resume_point import read_latest
 
 # From one node's start to another's: a container image may have to be unpacked on each.
@@ -173,7 +174,7 @@ class _Node:
         except OSError as error:
             found = [Problem(f"{self._name}: {error}", passes(error))]
         if not found:
-            _, goes_on = prepare(self._config)
+            _, goes_on = prepare(self._config, start.incarnation, self._say)
             told = (f"warning: {warning}" for warning in warnings(self._config))
             self._say(*first_lines(self._config, start.incarnation, goes_on), *told)
         plan = Plan(
@@ -259,6 +260,7 @@ class _Node:
             for port in plan.rendezvous_ports
         ]
         watch = _Watch(start, self._index, num_nodes, self._topology.deciding_nodes)
+        fence = StartFence(config.run_dir, start.incarnation)
         try:
             if self._share.ranks and len(self._topology.training_nodes) > 1:
                 outcome = self._all_reduce(places[0], watch)
@@ -271,16 +273,22 @@ class _Node:
             stopping = Stopping(config, start.incarnation, self._end_early_s)
             supervisor = Supervisor(commands, config.run_dir / "logs", stopping)
             with ExitStack() as stack:
+                stack.enter_context(fence.explaining())
                 show = _nothing
                 if self._is_first:
                     console = Console(force_terminal=False, highlight=False)  # the job's log
                     show = stack.enter_context(Progress(config, roles_of(config), console)).tick
                 only_serves = not (self._share.ranks or self._share.collects)
-                outcome = supervisor.run(watch.also(show), watch.others_are_done if only_serves else _always)
+                tick = guarded_tick(fence, watch.also(show))
+                outcome = supervisor.run(tick, watch.others_are_done if only_serves else _always)
         except _OthersFailed as error:
             self._say(f"stopped because {error}", file=sys.stderr)
             return FAILED
-        return self._conclude(start, outcome)
+        fence.check()  # before it, a role may have failed for the same reason
+        status = self._conclude(start, outcome)
+        if self._is_first:
+            state_end(config.run_dir, start.incarnation)
+        return status
 
     def _all_reduce(self, place: NodePlace, watch: "_Watch") -> Outcome:
         """A sum over all ranks, before they load anything."""

@@ -3,7 +3,8 @@
 import errno
 import fcntl
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.launch.inputs import record_inputs
 from minpro_megatron.launch.resume import CONFIG_FILE, LOCK_FILE, holds_a_run
 from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.start_fence import former_start_at_work, take_over
 from minpro_megatron.rollout.resume_point import RunManifest, read_latest
 from minpro_megatron.rollout.staleness import beginning_after
 
@@ -24,6 +26,8 @@ _LEFTOVERS = (
     "journal.sqlite-wal", "logs", "metrics.jsonl", "profiles", "published", "routes", "samples.jsonl",
     "tensorboard", "trace", "trace.json",
 )  # fmt: skip
+# For the processes of an older start on another machine, which look for a newer one every second.
+TAKE_OVER_S = 5.0
 _LOCK_IS_HELD = (errno.EAGAIN, errno.EACCES)
 
 
@@ -31,7 +35,8 @@ _LOCK_IS_HELD = (errno.EAGAIN, errno.EACCES)
 def claimed(run_dir: Path) -> Iterator[None]:
     """Holds the run folder against a second launcher. The lock ends with this process, however it ends.
 
-    A file system without locks (some parallel ones, mounted so) does not hinder the run."""
+    A file system without locks (some parallel ones, mounted so) does not hinder the run: there the newer of two starts
+    ends the older one (monitor/start_fence.py)."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK_FILE).open("w") as lock:
         try:
@@ -44,9 +49,18 @@ def claimed(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def prepare(config: RunConfig) -> tuple[Path, bool]:
-    """Removes what earlier incarnations said and writes the settings: returns their file, and whether a run goes on."""
+def prepare(config: RunConfig, incarnation: int, say: Callable[[str], None] = print) -> tuple[Path, bool]:
+    """Takes the run folder over for this start, removes what earlier incarnations said and writes the settings: returns
+    their file, and whether a run goes on."""
     run_dir = config.run_dir
+    take_over(run_dir, incarnation)
+    if former := former_start_at_work(run_dir, incarnation):
+        number, owner = former
+        say(
+            f"start {number + 1} of the run (on {owner.host}) has not ended as far as can be seen here: "
+            f"{TAKE_OVER_S:.0f} s for its processes to see that this one takes over"
+        )
+        time.sleep(TAKE_OVER_S)
     goes_on = holds_a_run(run_dir)
     _remove(run_dir, _OF_ONE_INCARNATION if goes_on else _OF_ONE_INCARNATION + _LEFTOVERS)
     config_file = run_dir.absolute() / CONFIG_FILE

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.files import replace_file_in
 
 STARTS = "starts"
 _STOP_REQUEST, _EARLY_END = "stop_request.json", "early_end.json"
@@ -45,7 +45,7 @@ def read_early_end(run_dir: Path, incarnation: int) -> EarlyEnd | None:
 
 
 def _write(run_dir: Path, incarnation: int, name: str, content: msgspec.Struct) -> None:
-    replace_file(_folder(run_dir, incarnation) / name, msgspec.json.encode(content).decode() + "\n")
+    replace_file_in(Path(run_dir), f"{STARTS}/{incarnation}/{name}", msgspec.json.encode(content).decode() + "\n")
 
 
 def _read[T](run_dir: Path, incarnation: int, name: str, kind: type[T]) -> T | None:

@@ -19,6 +19,20 @@ _SHOWN = 3  # names of an error message
 def replace_file(path: Path, text: str) -> None:
     """Writes `text` to `path` so that a reader sees the old content or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, text)
+
+
+def replace_file_in(folder: Path, name: str, text: str) -> None:
+    """replace_file of `folder/name`, for a folder that is there: it makes a folder below it, but not `folder` itself.
+
+    Raises FileNotFoundError where `folder` is gone: a process that outlives its run folder makes no half of one."""
+    path = Path(folder) / name
+    for parent in [*reversed(path.relative_to(folder).parents)][1:]:
+        (Path(folder) / parent).mkdir(exist_ok=True)
+    _write(path, text)
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.files import replace_file_in
 
 FOLDER = "memory"
 EVERY_S = 5.0
@@ -41,7 +41,8 @@ class MemoryStatement:
 
     def __init__(self, run_dir: Path, name: str) -> None:
         """`name` is the role's, or the role's and a share of it: serve, or serve-4."""
-        self._path = Path(run_dir) / FOLDER / f"{name}@{socket.gethostname()}.json"
+        self._run_dir = Path(run_dir)
+        self._name = f"{FOLDER}/{name}@{socket.gethostname()}.json"
         self._next = 0.0
 
     def tick(self) -> None:
@@ -49,7 +50,7 @@ class MemoryStatement:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + EVERY_S
             with suppress(OSError):
-                replace_file(self._path, json.dumps({"host_bytes": host_bytes()}) + "\n")
+                replace_file_in(self._run_dir, self._name, json.dumps({"host_bytes": host_bytes()}) + "\n")
 
 
 def stated_host_bytes(run_dir: Path) -> dict[str, float]:

@@ -24,7 +24,7 @@ from minpro_megatron.monitor.alarm_log import FILE_NAME as ALARMS_FILE
 from minpro_megatron.monitor.alarm_log import decode_alarm
 from minpro_megatron.monitor.alarms import Alarm
 from minpro_megatron.monitor.history import Entry, HistoryTail, LineTail
-from minpro_megatron.monitor.status import Status, read_statuses
+from minpro_megatron.monitor.status import NO_SERVER, SERVERS, Status, read_statuses
 
 _RECENT_STEPS = 10  # that the time per step is averaged over
 _LINE_EVERY_STEPS = 10  # without a terminal
@@ -210,6 +210,9 @@ class Progress:
             trend = sparkline(state.rewards, _width(self._console) - len("reward ") - 4)  # inside the frame
             parts.append(Text(f"reward {trend}", style="cyan", no_wrap=True))
         parts += [Text(f"alarm: {alarm}", style="yellow") for alarm in self._alarms[-_SHOWN_ALARMS:]]
+        servers = statuses.get(SERVERS)
+        if servers is not None and servers.phase.startswith(NO_SERVER):
+            parts.append(Text(servers.phase, style="yellow"))
         if not self._is_training:  # start and end are the times when one wonders what it is doing
             parts.append(_phases_table(self._roles, statuses, self._started))
         elapsed = duration(time.time() - self._started)
@@ -223,11 +226,11 @@ class Progress:
 
     def _print_news(self, statuses: Mapping[str, Status]) -> None:
         state = self._state
-        if not self._is_training:
-            for role, status in statuses.items():
-                if self._printed_phases.get(role) != status.phase:
-                    self._printed_phases[role] = status.phase
-                    self._print(f"{role}: {status.phase}")
+        for role, status in statuses.items():
+            is_shown = not self._is_training or role == SERVERS
+            if is_shown and self._printed_phases.get(role) != status.phase:
+                self._printed_phases[role] = status.phase
+                self._print(f"{role}: {status.phase}")
         for alarm in self._alarms[self._printed_alarms :]:
             self._print(f"alarm: {alarm}")
         self._printed_alarms = len(self._alarms)

@@ -8,15 +8,16 @@ import os
 import socket
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from minpro_megatron.errors import ProjectError
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.files import replace_file_in
 from minpro_megatron.monitor.logs import is_consequence
 
-# Environment variable of a role: the folder for its ranks' files.
+# Environment variable of a role: the folder for its ranks' files, logs/failures/<log>. Of it the logs must be there.
 FOLDER_VARIABLE = "MINPRO_RANK_FAILURES"
 
 
@@ -44,7 +45,9 @@ def write_rank_failure(error: BaseException, rank: int) -> None:
         message=str(error) if is_own else f"{type(error).__name__}: {error}",
         traceback=[] if is_own else lines,
     )
-    replace_file(Path(folder) / f"rank-{rank}.json", msgspec.json.encode(failure).decode())
+    with suppress(FileNotFoundError):  # the run folder may be gone, which must not hide the rank's own error
+        logs, where = Path(folder).parents[1], "/".join(Path(folder).parts[-2:])
+        replace_file_in(logs, f"{where}/rank-{rank}.json", msgspec.json.encode(failure).decode())
 
 
 def first_rank_failure(folder: Path) -> RankFailure | None:

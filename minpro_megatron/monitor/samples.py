@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.files import replace_file_in
 from minpro_megatron.monitor.json_files import read_json_lines
 
 FILE_NAME = "samples.jsonl"
@@ -15,7 +15,7 @@ MAX_TOKENS = 1000  # of one response
 
 def write_samples(run_dir: Path, samples: Sequence[Mapping[str, Any]]) -> None:
     """These are the run's last samples."""
-    replace_file(Path(run_dir) / FILE_NAME, "".join(f"{json.dumps(sample)}\n" for sample in samples))
+    replace_file_in(Path(run_dir), FILE_NAME, "".join(f"{json.dumps(sample)}\n" for sample in samples))
 
 
 def read_samples(run_dir: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.files import replace_file_in
+
+# The name under which the collector states that no server answers, and how such a phase begins: shown at any time.
+SERVERS, NO_SERVER = "servers", "no server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +20,9 @@ class Status:
 
 
 def write_status(run_dir: Path, role: str, phase: str) -> None:
-    """States that `role` has just entered `phase`."""
+    """States that `role` has just entered `phase`. Raises FileNotFoundError where the run folder is gone."""
     content = json.dumps({"phase": phase, "time": time.time()})
-    replace_file(Path(run_dir) / "status" / f"{role}.json", content + "\n")
+    replace_file_in(Path(run_dir), f"status/{role}.json", content + "\n")
 
 
 def read_statuses(run_dir: Path) -> dict[str, Status]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.files import replace_file_in
 from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.records import CollectorTotals
 
@@ -109,7 +109,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def write_summary(run_dir: Path, summary: RunSummary) -> None:
-    replace_file(Path(run_dir) / FILE_NAME, summary.model_dump_json(indent=2) + "\n")
+    replace_file_in(Path(run_dir), FILE_NAME, summary.model_dump_json(indent=2) + "\n")
 
 
 def read_summary(run_dir: Path) -> RunSummary | None:

@@ -8,9 +8,10 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, report, report_unexpected
+from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, RunBlocked, report, report_unexpected
 from minpro_megatron.monitor.memory import MemoryStatement
 from minpro_megatron.monitor.repeated_lines import limit_repeated_lines
+from minpro_megatron.monitor.start_fence import LOOK_EVERY_S, StartFence
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.rewards.pool import RewardPool
@@ -32,6 +33,7 @@ from minpro_megatron.rollout.prompts import (
     tokenize,
 )
 from minpro_megatron.rollout.resume_point import read_latest
+from minpro_megatron.rollout.server_status import ServerStatus
 from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.rollout.tracing import TracedCollector, collector_recorder, traced_clients
 from minpro_megatron.serving.model_files import read_model_facts
@@ -50,15 +52,21 @@ STATUS_TERMINATED = 128 + signal.SIGTERM
 
 
 def run(config: RunConfig, incarnation: int) -> int:
-    """Collects until the trainer has finished (exit status 0), something fails (1) or SIGTERM comes (143)."""
+    """Collects until the trainer has finished (exit status 0), something fails (1), SIGTERM comes (143), or the run
+    folder is no longer this start's (2)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s collect %(levelname)s %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     limit_repeated_lines("asyncio", "aiohttp.server")  # about connections of whoever finds the port
     raise_file_limit(config)
+    fence = StartFence(config.run_dir, incarnation)
     try:
-        asyncio.run(_until_terminated(config, incarnation))
+        with fence.explaining():
+            asyncio.run(_until_terminated(config, incarnation, fence))
+        fence.check()
     except asyncio.CancelledError:
         return STATUS_TERMINATED
+    except RunBlocked as error:  # the status is another start's now
+        return report(error, "collect")
     except ProjectError as error:
         report(error, "collect")
     except Exception:
@@ -71,17 +79,34 @@ def run(config: RunConfig, incarnation: int) -> int:
     return FAILED
 
 
-async def _until_terminated(config: RunConfig, incarnation: int) -> None:
-    task = asyncio.current_task()
-    assert task is not None
+async def _until_terminated(config: RunConfig, incarnation: int, fence: StartFence) -> None:
+    """Raises RunBlocked once the fence does."""
+    work = asyncio.create_task(_collect(config, incarnation, fence))
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, work.cancel)
+    watch = asyncio.create_task(_watch_start(fence))
+    await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+    if watch.done():
+        work.cancel()
+        await asyncio.wait({work})
+        watch.result()
+    watch.cancel()
+    await work
+
+
+async def _watch_start(fence: StartFence) -> None:
+    while True:
+        await asyncio.to_thread(fence.check)
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def _collect(config: RunConfig, incarnation: int, fence: StartFence) -> None:
     write_status(config.run_dir, "collect", "starting")
     async with AsyncExitStack() as stack:
         watchdog = Watchdog(config.run_dir / "logs" / "stacks-collect.txt", config.debug.hang_timeout_s)
         memory = MemoryStatement(config.run_dir, "collect")
         stack.callback(asyncio.create_task(_show_life(watchdog, memory)).cancel)
-        journal = await Journal.open(config.run_dir)
+        journal = await Journal.open(config.run_dir, fence.check)
         stack.push_async_callback(journal.close)
         api = CollectorApi(config.run_dir, config.collector.host, config.collector.port, incarnation)
         await stack.enter_async_context(api)
@@ -134,7 +159,15 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
         await collector.restore(0)
     write_status(config.run_dir, "collect", "waiting for the servers")
     await fleet.wait_until_ready(config.server.start_timeout_s + START_MARGIN_S)
+    stack.callback(asyncio.create_task(_show_servers(config, fleet)).cancel)
     return collector
+
+
+async def _show_servers(config: RunConfig, fleet: Fleet) -> None:
+    status = ServerStatus(config.run_dir)
+    while True:
+        await asyncio.to_thread(status.tick, len(fleet.members()))
+        await asyncio.sleep(1)
 
 
 def _read_prompts(

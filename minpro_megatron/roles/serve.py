@@ -6,12 +6,13 @@ Of servers that somebody else has started (server.urls) it only says where they 
 import logging
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import FAILED, ProjectError, report, report_unexpected
+from minpro_megatron.errors import FAILED, ProjectError, RunBlocked, report, report_unexpected
 from minpro_megatron.monitor.memory import MemoryStatement
+from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.serving.endpoints import num_servers, remove_server_address
 from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, stop_servers
@@ -41,7 +42,8 @@ class _StopRequest:
 
 
 def run(config: RunConfig, incarnation: int, servers: range | None = None) -> int:
-    """Serves until SIGTERM (exit status 0), or until a first start fails or no server of the run is left (status 1).
+    """Serves until SIGTERM (exit status 0), until a first start fails or no server of the run is left (status 1), or
+    until the run folder is no longer this start's (status 2).
 
     `servers`: the indices of those that this machine has, all of them unless said otherwise."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s")
@@ -49,45 +51,59 @@ def run(config: RunConfig, incarnation: int, servers: range | None = None) -> in
     indices = range(num_servers(config.server)) if servers is None else servers
     # of one share of several, the name tells which
     status = "serve" if len(indices) == num_servers(config.server) else f"serve-{indices.start}"
-    _remove_addresses(config, indices)
+    _remove_addresses(config, indices, incarnation)
+    fence, still_ours = StartFence(config.run_dir, incarnation), True
     processes: list[ServerProcess] = []
     try:
+        watched: Sequence[WatchedServer]
         if config.server.urls:
-            _watch(config, status, _external_servers(config, incarnation), stop_requested)
+            watched = _external_servers(config, incarnation)
         else:
             processes += [ServerProcess(config, index, index - indices.start) for index in indices]
-            own = [OwnServer(process, config, incarnation) for process in processes]
-            _watch(config, status, own, stop_requested)
+            watched = [OwnServer(process, config, incarnation) for process in processes]
+        with fence.explaining():
+            _watch(config, status, watched, stop_requested, fence.look)
         return 0
+    except RunBlocked as error:
+        still_ours = False
+        return report(error, "serve")
     except ProjectError as error:
         report(error, "serve")
         return FAILED
     except Exception:
         return report_unexpected("serve")
     finally:
-        _remove_addresses(config, indices)
+        _remove_addresses(config, indices, incarnation)
         started = [process for process in processes if process.is_started]
         stop_servers(started)
         log.info("%d servers stopped", len(started))
-        with suppress(OSError):
-            write_status(config.run_dir, status, "stopped")
+        if still_ours:
+            with suppress(OSError):
+                write_status(config.run_dir, status, "stopped")
 
 
-def _remove_addresses(config: RunConfig, indices: range) -> None:
+def _remove_addresses(config: RunConfig, indices: range, incarnation: int) -> None:
     for index in indices:
-        remove_server_address(config.run_dir, index)
+        remove_server_address(config.run_dir, index, incarnation)
 
 
 def _external_servers(config: RunConfig, incarnation: int) -> list[ExternalServer]:
     return [ExternalServer(index, url, config, incarnation) for index, url in enumerate(external_urls(config.server))]
 
 
-def _watch(config: RunConfig, status: str, servers: Sequence[WatchedServer], stop_requested: _StopRequest) -> None:
+def _watch(
+    config: RunConfig,
+    status: str,
+    servers: Sequence[WatchedServer],
+    stop_requested: _StopRequest,
+    look_at_start: Callable[[], None] = lambda: None,
+) -> None:
     """Returns once it is to stop. Raises ServerStartError if a server's first start fails, and once the run has no
-    server that could come back."""
+    server that could come back; and what `look_at_start` raises."""
     shown, memory = "", MemoryStatement(config.run_dir, status)
     last_seen = last_complete = time.monotonic()
     while not stop_requested():
+        look_at_start()
         for server in servers:
             server.tick()
         memory.tick()

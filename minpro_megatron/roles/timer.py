@@ -16,6 +16,7 @@ from minpro_megatron.monitor.metrics import values
 from minpro_megatron.monitor.phases import PhaseClock
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.server_use import ServerMeter, ServerUse
+from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.step_report import StepReport, batch_metrics
 from minpro_megatron.monitor.summary import summarize, write_summary
@@ -40,8 +41,10 @@ PROBE_S = 5.0  # for a server that did not take a version to say that it is aliv
 def run(config: RunConfig, incarnation: int) -> int:
     """Takes all batches of the run. Returns 0 when it is finished, 1 after an error that was reported."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s timer %(levelname)s %(message)s")
+    fence = StartFence(config.run_dir, incarnation)
     try:
-        _measure(config, incarnation)
+        with fence.explaining():
+            _measure(config, incarnation, fence)
     except ProjectError as error:
         report(error, "timer")
         return FAILED
@@ -50,7 +53,7 @@ def run(config: RunConfig, incarnation: int) -> int:
     return SUCCEEDED
 
 
-def _measure(config: RunConfig, incarnation: int) -> None:
+def _measure(config: RunConfig, incarnation: int, fence: StartFence) -> None:
     started = time.monotonic()
     write_status(config.run_dir, "timer", "waiting for the first batch")
     tokenizer = TextTokenizer(config.model.hf_path, read_model_facts(config.model.hf_path))
@@ -63,6 +66,7 @@ def _measure(config: RunConfig, incarnation: int) -> None:
     with RunWriter(config.run_dir) as writer:
         timer = Timer(config, feed, StepReport(writer, tokenizer.response_text), Announcer(config))
         totals = timer.run()
+    fence.check()
     summary = summarize(
         config,
         totals,

@@ -20,6 +20,7 @@ from minpro_megatron.monitor.dashboard import hyperparameters
 from minpro_megatron.monitor.early_end import EarlyEnd, read_stop_request, write_early_end
 from minpro_megatron.monitor.environment import write_environment
 from minpro_megatron.monitor.report import write_report
+from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.summary import summarize, write_summary
@@ -55,9 +56,13 @@ def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> in
 
     def train() -> None:
         hang_timeout_s = config.debug.hang_timeout_s
-        with open_mesh(config.parallel, config.device, config.seed, hang_timeout_s=hang_timeout_s) as mesh:
+        fence = StartFence(config.run_dir, incarnation)
+        with (
+            fence.explaining(),
+            open_mesh(config.parallel, config.device, config.seed, hang_timeout_s=hang_timeout_s) as mesh,
+        ):
             try:
-                _train(config, incarnation, save_by, mesh)
+                _train(config, incarnation, save_by, mesh, fence)
             except EndedEarly as end:
                 if mesh.rank == 0:
                     _announce_early_end(config, incarnation, True, end.version, end.reason)
@@ -72,7 +77,7 @@ def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> in
     return SUCCEEDED
 
 
-def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mesh) -> None:
+def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mesh, fence: StartFence) -> None:
     started = time.monotonic()
     if config.device == "cpu":
         torch.set_num_threads(1)  # the ranks are the parallelism
@@ -81,7 +86,7 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
     policy, architecture = load_policy(config, mesh)
     gatherer = WeightGatherer(policy.modules, architecture, mesh)
     publisher = Publisher(config, gatherer, mesh, policy.score_canaries)
-    checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh)
+    checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh, fence.check)
     resumed_from = mesh.from_rank_0(read_latest(config.run_dir) if first else None)
     first_step = resumed_from.policy_version if resumed_from else 0
     tracer = open_tracer(config, incarnation, mesh.rank, policy.modules, first_step)
@@ -106,11 +111,13 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
         compute, alarms = _compute(config, architecture, mesh), AlarmLog(config, first_step)
         step_report = StepReport(writer, tokenizer.response_text, first_step, compute, alarms)
         announce = partial(_announce_early_end, config, incarnation, False)
-        trainer = make_trainer(RankZero(feed, step_report, schedule, announce))
+        trainer = make_trainer(RankZero(feed, step_report, schedule, announce, fence.check))
         totals = trainer.run()
     assert totals is not None, "rank 0 has a feed"
+    fence.check()
     _say(config, mesh, "exporting the trained weights")
     _export(config, gatherer, mesh)
+    fence.check()
     _conclude(config, trainer, totals, time.monotonic() - started)
     _say(config, mesh, "finished")
 

@@ -26,8 +26,8 @@ import msgspec
 from aiohttp import web
 
 from minpro_megatron import records
-from minpro_megatron.errors import UserError
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.errors import RunBlocked, UserError
+from minpro_megatron.monitor.files import replace_file_in
 from minpro_megatron.records import BehaviorLogProbs, CollectorTotals, PublishLease, Record, TrainedStep
 from minpro_megatron.rollout.collector import Collector, CollectorFailed
 from minpro_megatron.rollout.journal_file import JournalError
@@ -71,6 +71,7 @@ class CollectorApi:
         self._incarnation = incarnation
         self._long_poll_s = long_poll_s
         self._token = b""
+        self._endpoint = ""
         self._collector: asyncio.Future[Collector] | None = None
         self._runner: web.AppRunner | None = None
         self._strangers: Strangers | None = None
@@ -99,12 +100,16 @@ class CollectorApi:
         await web.TCPSite(self._runner, self._host, self._port).start()
         host, port = self._runner.addresses[0][:2]
         endpoint = CollectorEndpoint(url=url_here(host, port), incarnation=self._incarnation)
-        replace_file(self._run_dir / COLLECTOR_ENDPOINT, msgspec.json.encode(endpoint).decode() + "\n")
+        self._endpoint = msgspec.json.encode(endpoint).decode() + "\n"
+        replace_file_in(self._run_dir, COLLECTOR_ENDPOINT, self._endpoint)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for file in (COLLECTOR_ENDPOINT, COLLECTOR_TOKEN):
-            (self._run_dir / file).unlink(missing_ok=True)
+        # only what this collector has written: by now the files may be those of a newer start
+        for file, written in ((COLLECTOR_ENDPOINT, self._endpoint), (COLLECTOR_TOKEN, self._token.decode())):
+            with suppress(OSError):
+                if (self._run_dir / file).read_text(encoding="utf-8") == written:
+                    (self._run_dir / file).unlink()
         if self._sweeping is not None:
             self._sweeping.cancel()
         if self._runner is not None:
@@ -149,7 +154,7 @@ class CollectorApi:
         except CollectorFailed as error:
             self._failure_told.set()
             return _refusal(500, str(error))
-        except JournalError as error:
+        except (JournalError, RunBlocked) as error:
             return _refusal(500, str(error))
 
     async def _start(self, request: web.Request) -> web.Response:

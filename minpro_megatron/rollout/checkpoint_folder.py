@@ -10,12 +10,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 
 from minpro_megatron.config.checkpoint import CheckpointConfig
+from minpro_megatron.errors import RunFailed
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.records import EvaluationResult
 from minpro_megatron.rollout.resume_point import (
@@ -50,10 +51,14 @@ def score_of(result: EvaluationResult, settings: CheckpointConfig) -> float:
 
 
 class CheckpointFolder:
-    """Used by one process of the run at a time. Methods raise OSError where the file system does."""
+    """Used by one process of the run at a time. Methods raise OSError where the file system does, and what `may_write`
+    raises before anything in the folder changes."""
 
-    def __init__(self, path: Path, settings: CheckpointConfig) -> None:
-        """Removes what a killed process left unfinished. Raises ValueError as read_latest does."""
+    def __init__(self, path: Path, settings: CheckpointConfig, may_write: Callable[[], None] = lambda: None) -> None:
+        """Removes what a killed process left unfinished. Raises UserError as read_latest does. `may_write` raises once
+        another process has the folder."""
+        self._may_write = may_write
+        may_write()
         path.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._settings = settings
@@ -79,6 +84,7 @@ class CheckpointFolder:
 
     def publish(self, partial: Path, manifest: RunManifest) -> None:
         """`partial`, whose files are written, becomes the checkpoint that the run goes on from; old ones go."""
+        self._may_write()
         version = manifest.policy_version
         if version in self._scores:
             manifest = msgspec.structs.replace(manifest, score=self._scores[version])
@@ -88,11 +94,13 @@ class CheckpointFolder:
         self._remove(version)
         partial.rename(final)
         _sync_folder(self._path)
+        self._may_write()
         replace_file(self._path / LATEST, final.name + "\n")
         self._latest = version
         self._kept[version] = manifest
         try:
             _sync_folder(self._path)
+            self._may_write()
             self._remove_superseded()
         except OSError as error:  # no reason to call this checkpoint failed: it is there
             log.warning("%s: %s", self._path, error)
@@ -104,14 +112,16 @@ class CheckpointFolder:
         assert version is not None, partial
         try:
             _remove(partial)
+            self._may_write()
             self._remove(version)
-        except OSError as error:
+        except (OSError, RunFailed) as error:
             log.warning("%s: %s", partial, error)
 
     def note_score(self, version: int, score: float) -> None:
         """Keep the score with the checkpoint of that version, if there is or will be one."""
         self._scores[version] = score
         if version in self._kept and self._kept[version].score != score:  # told again after every publication
+            self._may_write()
             manifest = msgspec.structs.replace(self._kept[version], score=score)
             replace_file(self._path / folder_name(version) / MANIFEST, to_json(manifest))
             self._kept[version] = manifest

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import ProjectError, UserError
+from minpro_megatron.errors import ProjectError, RunBlocked, UserError
 from minpro_megatron.evaluation.sampling import append_result, write_results
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.records import (
@@ -229,8 +229,8 @@ class Collector:
         result = await self._evaluations.evaluate(chosen, version)
         if result is None:
             return
+        await self._journal.evaluate(result)  # first: it refuses what an older start than the newest one writes
         append_result(self._config.run_dir, result)
-        await self._journal.evaluate(result)
         log.info(
             "version %d evaluated%s: pass@1 %.4f +- %.4f, mean reward %.4f over %d prompts x %d samples in %.2f s",
             version, f" on {chosen.name}" if chosen.name else "", result.pass_at_1, result.standard_error,
@@ -395,7 +395,7 @@ class Collector:
         try:
             for what, before_step in due.items():
                 await self._journal.prune(before_step, what)
-        except JournalError as error:
+        except (JournalError, RunBlocked) as error:
             await self.fail(str(error))
 
     async def finish(self, timeout_s: float) -> CollectorTotals | PublishLease | None:

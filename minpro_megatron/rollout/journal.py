@@ -8,7 +8,7 @@ not be graded. A change of state is one transaction and is committed when the ca
 import asyncio
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,9 +43,10 @@ class Journal:
         self._closing = False
 
     @classmethod
-    async def open(cls, run_dir: Path) -> "Journal":
-        """Raises JournalError if the file is damaged, of another format, or cannot be made."""
-        return cls(await JournalFile.open(run_dir), RouteFiles(run_dir))
+    async def open(cls, run_dir: Path, may_write: Callable[[], None] = lambda: None) -> "Journal":
+        """Raises JournalError if the file is damaged, of another format, or cannot be made. `may_write` is called
+        before each change and raises where this process may make none any more."""
+        return cls(await JournalFile.open(run_dir, may_write), RouteFiles(run_dir))
 
     async def close(self) -> None:
         self._closing = True

@@ -87,14 +87,18 @@ class JournalFile:
     """An open journal file. One thread owns the connection and works in order of call: callers never wait for the
     disk in the event loop."""
 
-    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor, path: Path) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, thread: ThreadPoolExecutor, path: Path, may_write: Callable[[], None]
+    ) -> None:
         self._connection = connection
         self._thread = thread
+        self._may_write = may_write
         self.path = path
 
     @classmethod
-    async def open(cls, run_dir: Path) -> "JournalFile":
-        """The run folder's journal, made if there is none. Raises JournalError if that is not possible."""
+    async def open(cls, run_dir: Path, may_write: Callable[[], None] = lambda: None) -> "JournalFile":
+        """The run folder's journal, made if there is none. Raises JournalError if that is not possible. `may_write` is
+        called in the journal's thread before each transaction; what it raises ends that."""
         path = Path(run_dir) / FILE_NAME
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         try:
@@ -103,7 +107,7 @@ class JournalFile:
             thread.shutdown()
             problem = space_problem(path, error) if is_full(error) else str(error)
             raise JournalError(f"{path}: cannot be opened ({problem})") from None
-        return cls(connection, thread, path)
+        return cls(connection, thread, path, may_write)
 
     async def close(self) -> None:
         """Waits for what was called before it."""
@@ -114,6 +118,7 @@ class JournalFile:
         """What `write` returns, once its changes are committed; if it raises, nothing has changed."""
 
         def work(connection: sqlite3.Connection) -> Result:
+            self._may_write()
             connection.execute("BEGIN IMMEDIATE")
             try:
                 result = write(connection)

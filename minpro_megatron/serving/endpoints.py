@@ -1,7 +1,9 @@
 """What serve and collect tell each other about the rollout servers, in files of `run_dir/endpoints`.
 
-`server-<index>.json`, from serve to collect: where a server listens. `restart-<index>.json`, from collect to serve: a
-server answers but does no work, which only those see who give it work.
+`server-<index>-start-<incarnation>.json`, from serve to collect: where a server listens.
+`restart-<index>-start-<incarnation>.json`, from collect to serve: a server answers but does no work, which only those
+see who give it work. The names hold the incarnation of the run, so that an older start cannot change the files of a
+newer one.
 """
 
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from minpro_megatron.config.rollout import ServerConfig
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.monitor.files import replace_file_in
 from minpro_megatron.records import ServerAddress
 
 
@@ -36,35 +38,48 @@ def num_servers(server: ServerConfig) -> int:
     return len(server.urls) or server.count
 
 
-def endpoint_file(run_dir: Path, index: int) -> Path:
-    return Path(run_dir) / "endpoints" / f"server-{index}.json"
+def endpoint_file(run_dir: Path, index: int, incarnation: int) -> Path:
+    return Path(run_dir) / _endpoint_name(index, incarnation)
+
+
+def _endpoint_name(index: int, incarnation: int) -> str:
+    return f"endpoints/server-{index}-start-{incarnation}.json"
 
 
 def write_server_address(run_dir: Path, address: ServerAddress, incarnation: int) -> None:
-    """States that the server is ready for requests."""
+    """States that the server is ready for requests. Raises OSError, FileNotFoundError where the run folder is gone."""
     endpoint = _Endpoint(**msgspec.structs.asdict(address), incarnation=incarnation)
-    replace_file(endpoint_file(run_dir, address.index), msgspec.json.encode(endpoint).decode() + "\n")
+    name = _endpoint_name(address.index, incarnation)
+    replace_file_in(Path(run_dir), name, msgspec.json.encode(endpoint).decode() + "\n")
 
 
-def remove_server_address(run_dir: Path, index: int) -> None:
+def remove_server_address(run_dir: Path, index: int, incarnation: int) -> None:
     """Withdraws one server's address: whoever works with it moves its work elsewhere."""
-    endpoint_file(run_dir, index).unlink(missing_ok=True)
+    endpoint_file(run_dir, index, incarnation).unlink(missing_ok=True)
 
 
-def _restart_file(run_dir: Path, index: int) -> Path:
-    return Path(run_dir) / "endpoints" / f"restart-{index}.json"
+def address_is_stated(run_dir: Path, index: int, incarnation: int) -> bool:
+    """Whether the file with the server's address is there: somebody may have removed it by hand."""
+    return endpoint_file(run_dir, index, incarnation).exists()
+
+
+def _restart_name(index: int, incarnation: int) -> str:
+    return f"endpoints/restart-{index}-start-{incarnation}.json"
 
 
 def request_restart(run_dir: Path, address: ServerAddress, incarnation: int, reason: str) -> None:
     """Asks serve to start the server of this address again."""
     request = _RestartRequest(start=address.start, incarnation=incarnation, reason=reason)
-    replace_file(_restart_file(run_dir, address.index), msgspec.json.encode(request).decode() + "\n")
+    name = _restart_name(address.index, incarnation)
+    replace_file_in(Path(run_dir), name, msgspec.json.encode(request).decode() + "\n")
 
 
 def restart_requested(run_dir: Path, index: int, start: int, incarnation: int) -> str | None:
     """The reason for which start `start` of the server is to be followed by another one; None if there is none."""
     try:
-        request = msgspec.json.decode(_restart_file(run_dir, index).read_bytes(), type=_RestartRequest)
+        request = msgspec.json.decode(
+            (Path(run_dir) / _restart_name(index, incarnation)).read_bytes(), type=_RestartRequest
+        )
     except FileNotFoundError:
         return None
     return request.reason if (request.start, request.incarnation) == (start, incarnation) else None
@@ -75,7 +90,7 @@ def read_server_addresses(run_dir: Path, count: int, incarnation: int) -> list[S
     addresses = []
     for index in range(count):
         try:
-            endpoint = msgspec.json.decode(endpoint_file(run_dir, index).read_bytes(), type=_Endpoint)
+            endpoint = msgspec.json.decode(endpoint_file(run_dir, index, incarnation).read_bytes(), type=_Endpoint)
         except FileNotFoundError:
             continue
         if endpoint.incarnation == incarnation:

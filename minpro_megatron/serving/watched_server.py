@@ -16,7 +16,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.api_key import authorization
-from minpro_megatron.serving.endpoints import remove_server_address, restart_requested, write_server_address
+from minpro_megatron.serving.endpoint_watch import RestartRequests, StatedAddress
 from minpro_megatron.serving.health import Health, Question, ask, ask_to_generate, overlaps_scheduling
 from minpro_megatron.serving.server_command import needs_synchronous_scheduling
 from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, stop_servers
@@ -75,26 +75,6 @@ class _Silence:
         return self._num_silences >= FEWEST_SILENCES and time.monotonic() - self._answered_at > self._limit_s
 
 
-class _RestartRequests:
-    """Looks every server.health_interval_s whether the collector has asked for a restart of a server."""
-
-    def __init__(self, config: RunConfig, index: int, incarnation: int) -> None:
-        self._config, self._index, self._incarnation = config, index, incarnation
-        self._looked_at = time.monotonic()
-
-    def look(self, start: int) -> str | None:
-        """The reason, if it is start `start` of the server that it is about."""
-        now = time.monotonic()
-        if now - self._looked_at < self._config.server.health_interval_s:
-            return None
-        self._looked_at = now
-        try:
-            return restart_requested(self._config.run_dir, self._index, start, self._incarnation)
-        except OSError as error:  # a network file system may fail for a moment
-            log.warning("whether server %d is to be started again cannot be read: %s", self._index, error)
-            return None
-
-
 class OwnServer:
     """A server of this machine: started, stated once it generates, and started again when it ends or hangs.
 
@@ -107,13 +87,13 @@ class OwnServer:
         self.given_up: str | None = None
         self._server = server
         self._config = config
-        self._incarnation = incarnation
         self._headers = authorization(config.server)
         self._phase = self._start
         self._started_at = self._restart_at = 0.0
         self._readiness: Question[bool] | None = None
         self._silence = _Silence(config.server, self._ask)
-        self._restart_requests = _RestartRequests(config, server.index, incarnation)
+        self._restart_requests = RestartRequests(config, server.index, incarnation)
+        self._statement = StatedAddress(config, incarnation)
         self._was_ready = False
         self._restarted_at: deque[float] = deque()  # within the last server.restart_window_s
 
@@ -139,7 +119,7 @@ class OwnServer:
         if server.exit_status is not None:
             self._failed(server.describe_end())
         elif is_over and self._readiness is not None and self._readiness.answer:
-            write_server_address(self._config.run_dir, server.address, self._incarnation)
+            self._statement.make(server.address)
             self.address_is_stated = self._was_ready = True
             self._silence = _Silence(self._config.server, self._ask)
             self._phase = self._check
@@ -151,6 +131,7 @@ class OwnServer:
 
     def _check(self) -> None:
         self._silence.look()
+        self._statement.keep()
         requested = self._restart_requests.look(self._server.address.start)
         if self._server.exit_status is not None:
             self._failed(self._server.describe_end())
@@ -165,7 +146,7 @@ class OwnServer:
 
     def _failed(self, why: str) -> None:
         # withdrawn first: its groups move to other servers while this one is being ended
-        remove_server_address(self._config.run_dir, self._server.index)
+        self._statement.withdraw(self._server.index)
         self.address_is_stated = False
         if not self._was_ready:
             raise ServerStartError(why)
@@ -206,20 +187,21 @@ class ExternalServer:
         self.url = url
         self._index = index
         self._config = config
-        self._incarnation = incarnation
         self._num_absences = 0
         self._is_reported = False
         self._headers = authorization(config.server)
         self._ask_scheduling = partial(overlaps_scheduling, url, self._headers, config.server.health_interval_s)
         self._scheduling: Question[bool | None] | None = None
         self._hangs = False
-        self._restart_requests = _RestartRequests(config, index, incarnation)
+        self._restart_requests = RestartRequests(config, index, incarnation)
+        self._statement = StatedAddress(config, incarnation)
         self._silence = _Silence(config.server, self._ask)
 
     def tick(self) -> None:
         """States or withdraws its address. Raises ServerStartError if it refuses the API key, or schedules with overlap
         where the run cannot have that."""
         health = self._silence.look()
+        self._statement.keep()
         requested = self._restart_requests.look(self._num_absences) if self.address_is_stated else None
         if health is Health.FORBIDDEN:
             variable = self._config.server.api_key_variable
@@ -236,7 +218,7 @@ class ExternalServer:
                 tensor_parallel=self._config.server.tensor_parallel,
                 start=self._num_absences,
             )
-            write_server_address(self._config.run_dir, address, self._incarnation)
+            self._statement.make(address)
             self.address_is_stated, self._hangs = True, False
             log.info("server %d answers at %s", self._index, self.url)
         elif not self.address_is_stated and health is not None and not self._is_reported:
@@ -251,7 +233,7 @@ class ExternalServer:
             self._withdraw()
 
     def _withdraw(self) -> None:
-        remove_server_address(self._config.run_dir, self._index)
+        self._statement.withdraw(self._index)
         self.address_is_stated = False
         self._num_absences += 1
         self._silence = _Silence(self._config.server, self._ask)  # what it answered before does not count

@@ -400,6 +400,7 @@ async def fleet_behind_a_proxy(
         FaultyProxy(running.server.address.url) as proxy,
         Fleet(config, read_model_facts(str(running.folder)), 0) as fleet,
     ):
+        config.run_dir.mkdir(parents=True, exist_ok=True)
         write_server_address(config.run_dir, ServerAddress(index=0, url=proxy.url, tensor_parallel=1), 0)
         await fleet.wait_until_ready(60)
         fleet.set_version(1, [0])

@@ -33,7 +33,10 @@ PASS(fcntl64)
 
 
 @cache
-def _library(folder: Path) -> Path:
+def library_without_locks(folder: Path) -> Path:
+    """For LD_PRELOAD, made in `folder`. Skips without a C compiler."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
     source, library = folder / "no_locks.c", folder / "no_locks.so"
     source.write_text(_SOURCE)
     subprocess.run(["cc", "-shared", "-fPIC", "-w", str(source), "-o", str(library), "-ldl"], check=True)
@@ -42,11 +45,9 @@ def _library(folder: Path) -> Path:
 
 def run_without_locks(folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs the Python program where no file can be locked. `folder`: for the library. Skips without a C compiler."""
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler")
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
-        env=os.environ | {"LD_PRELOAD": str(_library(folder))},
+        env=os.environ | {"LD_PRELOAD": str(library_without_locks(folder))},
         capture_output=True,
         text=True,
         timeout=60,

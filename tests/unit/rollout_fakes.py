@@ -40,9 +40,9 @@ def run_config(
     over_sampling: float = 1.0,
     keep_steps: int = 50,
 ) -> RunConfig:
-    """Delay mode, or bounded mode where `max_staleness` is given."""
+    """Delay mode, or bounded mode where `max_staleness` is given. The run folder is made, as a launcher makes it."""
     bounded = {"mode": "bounded", "max_staleness": max_staleness} if max_staleness else {}
-    return RunConfig.model_validate(
+    config = RunConfig.model_validate(
         {
             "name": "test",
             "runs_dir": str(runs_dir),
@@ -65,6 +65,8 @@ def run_config(
             "evaluation": {"num_prompts": 2, "samples_per_prompt": 2, "every_steps": evaluate_every},
         }
     )
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    return config
 
 
 def tokenized_prompts(count: int) -> list[TokenizedPrompt]:

@@ -141,7 +141,7 @@ def test_a_failed_evaluation_does_not_end_the_run(tmp_path: Path, caplog: pytest
 def test_a_failed_evaluation_raises_an_alarm(tmp_path: Path) -> None:
     """At the step whose metrics count it; after the last step there is none, but an alarm all the same."""
     config = run_config(tmp_path)
-    config.run_dir.mkdir(parents=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     totals = CollectorTotals(
         groups_issued=0, groups_consumed=0, groups_dropped=0, smallest_staleness=0, largest_staleness=0,
         groups_not_graded=0, versions_published=0, evaluations=[RESULT], failed_evaluations=3,

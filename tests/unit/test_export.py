@@ -57,7 +57,7 @@ def run_dir(tmp_path: Path) -> Path:
     """A run that began with tmp_path/hf."""
     make_model(tmp_path / "hf", MIXTURE | {"dtype": "float32"}, num_files=3)
     config = example_config(tmp_path, model={"hf_path": str(tmp_path / "hf"), "megatron_path": "", "dtype": "float32"})
-    config.run_dir.mkdir(parents=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "run.json").write_text(config.to_json())
     return config.run_dir
 

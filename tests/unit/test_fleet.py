@@ -86,7 +86,7 @@ class Running:
         write_server_address(self.settings.run_dir, address, INCARNATION)
 
     def withdraw(self, index: int) -> None:
-        remove_server_address(self.settings.run_dir, index)
+        remove_server_address(self.settings.run_dir, index, INCARNATION)
 
     async def collect(self, count: int = 1, version: int = 0, first: int = 0) -> list[CollectedGroup]:
         """Groups, each checked: every token with its version and a sound log-prob."""

@@ -9,6 +9,7 @@ import pytest
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.launch.preflight import problems
 from minpro_megatron.launch.run_folder import prepare
+from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.monitor.report import write_report
 from minpro_megatron.monitor.run_inputs import InputChange, read_inputs
 from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST
@@ -20,7 +21,7 @@ def begun_run(folder: Path) -> RunConfig:
     """A run with a checkpoint after global step 2."""
     write_example_files(folder)
     config = example_config(folder)
-    prepare(config)
+    prepare(config, begin_start(config.run_dir).incarnation)
     save_checkpoint(config, 2)
     return config
 
@@ -65,7 +66,7 @@ def test_a_change_that_is_accepted_is_in_the_report(tmp_path: Path) -> None:
     CHANGES["data.heldout_file"](tmp_path)
     accepting = with_overrides(config, ["data.accept_changed_inputs=true"])
     assert problems(accepting) == []
-    prepare(accepting)
+    prepare(accepting, begin_start(accepting.run_dir).incarnation)
     recorded = read_inputs(config.run_dir)
     assert recorded is not None
     assert recorded.changes == [InputChange(global_step=2, names=["data.heldout_file"])]
@@ -78,10 +79,10 @@ def test_a_change_that_is_accepted_is_in_the_report(tmp_path: Path) -> None:
 def test_a_start_after_one_that_failed_records_what_it_reads(tmp_path: Path) -> None:
     write_example_files(tmp_path)
     config = example_config(tmp_path)
-    prepare(config)
+    prepare(config, begin_start(config.run_dir).incarnation)
     CHANGES["data.train_file"](tmp_path)
     assert problems(config) == []  # nothing was computed with the former rows
-    prepare(config)
+    prepare(config, begin_start(config.run_dir).incarnation)
     save_checkpoint(config, 2)
     assert problems(config) == []
 
@@ -101,7 +102,7 @@ def test_a_renamed_run_continues_under_its_new_name(tmp_path: Path) -> None:
     config.run_dir.rename(tmp_path / "runs" / "renamed")
     renamed = with_overrides(config, ["name=renamed", "num_global_steps=8"])
     assert problems(renamed) == []
-    config_file, goes_on = prepare(renamed)
+    config_file, goes_on = prepare(renamed, begin_start(renamed.run_dir).incarnation)
     assert goes_on
     assert RunConfig.from_json(config_file.read_text()).name == "renamed"
 

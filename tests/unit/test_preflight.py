@@ -147,7 +147,7 @@ def test_a_broken_template_is_named(folder):
 
 
 def make_journal(config, *, groups: int) -> None:
-    config.run_dir.mkdir(parents=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(config.run_dir / "journal.sqlite")) as journal:
         journal.execute("CREATE TABLE groups (group_id INTEGER)")
         journal.executemany("INSERT INTO groups VALUES (?)", [(group,) for group in range(groups)])
@@ -173,7 +173,7 @@ def test_a_run_with_the_same_settings_goes_on(folder):
 
 def test_a_damaged_journal_is_not_overwritten_either(folder):
     config = example_config(folder)
-    config.run_dir.mkdir(parents=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "journal.sqlite").write_text("this is no database, but somebody may still want it")
     assert "holds a run of unknown settings" in only_problem(config)
 
@@ -201,7 +201,7 @@ def test_a_folder_of_another_program_is_refused(folder, entry):
 
 def test_a_run_json_of_another_program_does_not_make_the_folder_ours(folder):
     config = example_config(folder)
-    config.run_dir.mkdir(parents=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "run.json").write_text('{"name": "example", "lr": 0.1}')
     assert "it holds files that no run of this program wrote (run.json)" in only_problem(config)
 

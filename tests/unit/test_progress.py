@@ -3,6 +3,7 @@
 import io
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.console import Console
 from minpro_megatron.monitor.history import Entry, encode_entry
 from minpro_megatron.monitor.progress import Progress, TrainingState, duration, sparkline
 from minpro_megatron.monitor.status import read_statuses, write_status
+from minpro_megatron.rollout import server_status
 from tests.unit.run_examples import example_config
 
 ROLES = ("serve", "collect", "train")
@@ -79,7 +81,7 @@ def test_statuses_survive_a_damaged_file(tmp_path):
 
 def shown(config, *, terminal: bool, steps: int) -> str:
     """What the display has printed after `steps` steps that came one by one."""
-    config.run_dir.mkdir(parents=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     output = io.StringIO()
     with Progress(config, ROLES, Console(file=output, force_terminal=terminal, width=90)) as progress:
         write_status(config.run_dir, "serve", "starting [1] server")
@@ -105,6 +107,32 @@ def test_on_a_terminal_it_shows_phases_and_then_a_bar(tmp_path):
     assert "starting [1] server" in output
     assert "step 3/25" in output
     assert "━" in output
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_it_says_while_it_trains_that_no_server_answers(tmp_path, monkeypatch, terminal):
+    config, clock = example_config(tmp_path, num_global_steps=25), [100.0]
+    monkeypatch.setattr(server_status, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    shown(config, terminal=terminal, steps=3)
+    servers, output = server_status.ServerStatus(config.run_dir), io.StringIO()
+    with Progress(config, ROLES, Console(file=output, force_terminal=terminal, width=120)) as progress:
+
+        def pass_time(seconds: float, number: int) -> str:
+            before = len(output.getvalue())
+            for _ in range(round(seconds)):
+                clock[0] += 1
+                servers.tick(number)
+            progress._next_refresh = 0.0
+            progress.tick()
+            return output.getvalue()[before:]
+
+        assert "server" not in pass_time(50, 2)
+        assert "no server" not in pass_time(50, 0)
+        assert "no server has answered for 2 min: nothing is sampled; see the log of serve" in pass_time(80, 0)
+        back = pass_time(5, 1)
+        assert "no server" not in back
+        assert ("servers: 1 server again" in back) == (not terminal)
+        assert "server" not in pass_time(50, 2)
 
 
 def test_a_display_that_fails_does_not_end_the_run(tmp_path, capsys, monkeypatch):

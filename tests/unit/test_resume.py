@@ -19,7 +19,7 @@ from tests.unit.test_journal import collect, in_journal, nothing
 def begin(folder: Path, **changes: object) -> RunConfig:
     """A run that was launched with these settings."""
     config = example_config(folder, **changes)
-    config.run_dir.mkdir(parents=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / CONFIG_FILE).write_text(config.to_json())
     return config
 

@@ -80,7 +80,7 @@ def test_the_run_goes_on_without_a_server_that_was_given_up(
     tmp_path: Path, count: int, given_up: list[str | None], phase: str
 ) -> None:
     settings = config(tmp_path, count=count)
-    settings.run_dir.mkdir(parents=True)
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
     looks = iter([False] * 3 + [True])
     serve._watch(settings, "serve", [StubServer(why) for why in given_up], lambda: next(looks))  # type: ignore[arg-type]
     assert f'"phase": "{phase}"' in next((settings.run_dir / "status").glob("serve*")).read_text()
@@ -88,7 +88,7 @@ def test_the_run_goes_on_without_a_server_that_was_given_up(
 
 def test_it_ends_once_the_run_has_no_server_left(tmp_path: Path) -> None:
     settings = config(tmp_path, count=2)
-    settings.run_dir.mkdir(parents=True)
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
     with pytest.raises(ServerStartError, match="the first of them"):
         serve._watch(settings, "serve", [StubServer("the first of them"), StubServer("x")], lambda: False)  # type: ignore[arg-type]
 

@@ -268,6 +268,6 @@ def test_addresses_of_another_incarnation_do_not_count(tmp_path: Path) -> None:
     assert read_server_addresses(tmp_path, 2, incarnation=2) == [addresses[1]]
     write_server_address(tmp_path, addresses[0], incarnation=2)
     assert read_server_addresses(tmp_path, 2, incarnation=2) == addresses
-    assert os.listdir(endpoint_file(tmp_path, 0).parent) != []
-    remove_server_address(tmp_path, 0)
+    assert os.listdir(endpoint_file(tmp_path, 0, 2).parent) != []
+    remove_server_address(tmp_path, 0, incarnation=2)
     assert read_server_addresses(tmp_path, 2, incarnation=2) == addresses[1:]

@@ -17,7 +17,9 @@ SAVING = EarlyEnd(policy_version=3, reason="the time limit", saved=False)
 
 
 def config_of(folder: Path, *changes: str) -> RunConfig:
-    return with_overrides(example_config(folder), [f"checkpoint.{change}" for change in changes])
+    config = with_overrides(example_config(folder), [f"checkpoint.{change}" for change in changes])
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    return config
 
 
 @pytest.mark.parametrize(

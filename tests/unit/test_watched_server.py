@@ -10,8 +10,8 @@ import pytest
 from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.records import ServerAddress
-from minpro_megatron.serving import watched_server
-from minpro_megatron.serving.endpoints import read_server_addresses, request_restart
+from minpro_megatron.serving import endpoint_watch, watched_server
+from minpro_megatron.serving.endpoints import endpoint_file, read_server_addresses, request_restart
 from minpro_megatron.serving.health import Health, Question, ask, overlaps_scheduling
 from minpro_megatron.serving.server_process import ServerStartError
 from minpro_megatron.serving.watched_server import ExternalServer, OwnServer, external_urls
@@ -78,12 +78,14 @@ class Setting:
         values = run_config(tmp_path).model_dump()
         values["server"] |= SERVER | server
         self.config = RunConfig.model_validate(values)
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
         self.health: Health | None = Health.ANSWERS
         self.overlaps: bool | None = None
         self.generates: Health | None = Health.ANSWERS
         self.process = FakeProcess()
         Clock.now = 1000.0
-        monkeypatch.setattr(watched_server, "time", SimpleNamespace(monotonic=lambda: Clock.now))
+        for module in (watched_server, endpoint_watch):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: Clock.now))
         monkeypatch.setattr(watched_server, "Question", Immediate)
         monkeypatch.setattr(watched_server, "ask", lambda *_: self.health)
         monkeypatch.setattr(watched_server, "overlaps_scheduling", lambda *_: self.overlaps)
@@ -121,6 +123,24 @@ def test_a_server_is_stated_once_it_generates(tmp_path: Path, monkeypatch: pytes
     setting.process.ready = True
     pass_time(server, 0.75)
     assert (setting.stated(), server.address_is_stated, setting.process.num_starts) == ([0], True, 1)
+
+
+@pytest.mark.parametrize("kind", ["own", "external"])
+def test_an_address_that_is_gone_from_the_run_folder_is_stated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    setting = Setting(tmp_path, monkeypatch)
+    server = setting.own() if kind == "own" else setting.external()
+    pass_time(server, 10)
+    assert setting.stated() == [0]
+    endpoint_file(setting.config.run_dir, 0, INCARNATION).unlink()
+    pass_time(server, 5.25)
+    assert (setting.stated(), setting.process.num_ends) == ([0], 0)
+    assert "the address of server 0 was gone from the run folder: stated again" in caplog.text
+    setting.config.run_dir.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError):
+        pass_time(server, 10)
+    assert not setting.config.run_dir.exists()
 
 
 @pytest.mark.parametrize("how", ["ends", "is too slow", "is silent", "has no port"])

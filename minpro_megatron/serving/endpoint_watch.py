@@ -1,0 +1,70 @@
+"""What serve does with the files of run_dir/endpoints for each of its servers, every server.health_interval_s."""
+
+import logging
+import time
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.records import ServerAddress
+from minpro_megatron.serving.endpoints import (
+    address_is_stated,
+    remove_server_address,
+    restart_requested,
+    write_server_address,
+)
+
+log = logging.getLogger(__name__)
+
+
+class RestartRequests:
+    """Looks every server.health_interval_s whether the collector has asked for a restart of a server."""
+
+    def __init__(self, config: RunConfig, index: int, incarnation: int) -> None:
+        self._config, self._index, self._incarnation = config, index, incarnation
+        self._looked_at = time.monotonic()
+
+    def look(self, start: int) -> str | None:
+        """The reason, if it is start `start` of the server that it is about."""
+        now = time.monotonic()
+        if now - self._looked_at < self._config.server.health_interval_s:
+            return None
+        self._looked_at = now
+        try:
+            return restart_requested(self._config.run_dir, self._index, start, self._incarnation)
+        except OSError as error:  # a network file system may fail for a moment
+            log.warning("whether server %d is to be started again cannot be read: %s", self._index, error)
+            return None
+
+
+class StatedAddress:
+    """One server's address in the run folder. Every server.health_interval_s it is looked whether it is still there."""
+
+    def __init__(self, config: RunConfig, incarnation: int) -> None:
+        self._run_dir, self._incarnation = config.run_dir, incarnation
+        self._interval_s = config.server.health_interval_s
+        self._address: ServerAddress | None = None
+        self._looked_at = 0.0
+
+    def make(self, address: ServerAddress) -> None:
+        write_server_address(self._run_dir, address, self._incarnation)
+        self._address, self._looked_at = address, time.monotonic()
+
+    def withdraw(self, index: int) -> None:
+        remove_server_address(self._run_dir, index, self._incarnation)
+        self._address = None
+
+    def keep(self) -> None:
+        """States the address again where its file is gone, for without it the server gets no work."""
+        address, now = self._address, time.monotonic()
+        if address is None or now - self._looked_at < self._interval_s:
+            return
+        self._looked_at = now
+        if address_is_stated(self._run_dir, address.index, self._incarnation):
+            return
+        try:
+            write_server_address(self._run_dir, address, self._incarnation)
+        except OSError as error:
+            if not self._run_dir.is_dir():  # the run's end, not the server's
+                raise
+            log.warning("the address of server %d is gone and cannot be stated again: %s", address.index, error)
+        else:
+            log.warning("the address of server %d was gone from the run folder: stated again", address.index)
