@@ -118,7 +118,9 @@ class ServerConfig(Section):
         description="servers started by somebody else, such as http://10.0.0.7:30000; `serve` then starts none",
     )
     api_key_variable: str = Field(
-        default="", description="name of the environment variable that holds the servers' API key; empty: no key"
+        default="",
+        description="name of the environment variable that holds the servers' API key; empty: a random one in the run "
+        "folder for servers that the run starts, none for those of urls",
     )
     placement: Literal["disaggregated"] = Field(
         default="disaggregated", description="the servers have GPUs of their own, none of the trainer's"

@@ -38,7 +38,7 @@ from minpro_megatron.monitor.sampling_progress import SamplingProgress
 from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
 from minpro_megatron.rollout.open_files import raise_file_limit
-from minpro_megatron.serving.api_key import api_key
+from minpro_megatron.serving.api_key import given_api_key, make_api_key
 from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.serving.watched_server import external_urls
 
@@ -82,7 +82,7 @@ def evaluate(options: EvaluationOptions) -> int:
 def _check(options: EvaluationOptions, config: RunConfig) -> None:
     """Raises UserError for what would fail only once servers are running."""
     looks = [
-        lambda: api_key(config.server),
+        lambda: given_api_key(config.server),
         lambda: external_urls(config.server),
         lambda: check_reward_name(options.reward, "--reward"),
     ]
@@ -160,6 +160,7 @@ async def serving(config: RunConfig, incarnation: int) -> AsyncIterator["asyncio
     """The role `serve` as a process; the task ends with it."""
     config_file, log_file = config.run_dir / "run.json", _serve_log(config)
     replace_file(config_file, config.to_json())
+    make_api_key(config)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "minpro_megatron", "serve"]
     command += ["--config", str(config_file), "--incarnation", str(incarnation)]

@@ -6,6 +6,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
@@ -22,7 +23,8 @@ from minpro_megatron.rollout.evaluations import load_benchmarks
 from minpro_megatron.rollout.journal_feed import journal_problems
 from minpro_megatron.rollout.open_files import limit_problem
 from minpro_megatron.rollout.prompts import load_prompts, make_rendering, refuse_too_few, select_prompts
-from minpro_megatron.serving.api_key import api_key
+from minpro_megatron.serving.addresses import is_loopback
+from minpro_megatron.serving.api_key import given_api_key
 from minpro_megatron.serving.watched_server import external_urls
 from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 from minpro_megatron.weights.run_checkpoint import is_exported_from, is_run_checkpoint
@@ -55,7 +57,21 @@ def run_problems(config: RunConfig) -> list[str]:
 
 def warnings(config: RunConfig) -> list[str]:
     """One line for each thing that does not stop a run and probably is a mistake. Without `run_problems`."""
-    return [*_shared_prompts(config), *stop_token_warnings(config)] if "collect" in roles_of(config) else []
+    if "collect" not in roles_of(config):
+        return []
+    return [*_shared_prompts(config), *stop_token_warnings(config), *_open_servers(config)]
+
+
+def _open_servers(config: RunConfig) -> Iterator[str]:
+    """Servers of somebody else that whoever reaches their port can use, and change the weights of."""
+    server = config.server
+    hosts = [urlsplit(url).hostname or "" for url in server.urls]
+    if not server.api_key_variable and (others := [host for host in hosts if not is_loopback(host)]):
+        yield (
+            f"server.urls: {', '.join(others)} without an API key: whoever reaches such a server's port can use it and "
+            "replace its weights; start it with --api-key and name the environment variable that holds the key in "
+            "server.api_key_variable"
+        )
 
 
 def _shared_prompts(config: RunConfig) -> Iterator[str]:
@@ -181,7 +197,7 @@ def _run_folder(config: RunConfig) -> Iterator[str]:
 
 
 def _servers(config: RunConfig) -> Iterator[str]:
-    for look in (api_key, external_urls):
+    for look in (given_api_key, external_urls):
         try:
             look(config.server)
         except UserError as error:

@@ -17,6 +17,7 @@ from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.start_fence import former_start_at_work, take_over
 from minpro_megatron.rollout.resume_point import RunManifest, read_latest
 from minpro_megatron.rollout.staleness import beginning_after
+from minpro_megatron.serving.api_key import make_api_key
 
 # What an earlier incarnation says of itself: it would mislead this one's roles and display.
 _OF_ONE_INCARNATION = ("endpoints", "memory", "report.html", "status", "summary.json")
@@ -63,6 +64,7 @@ def prepare(config: RunConfig, incarnation: int, say: Callable[[str], None] = pr
         time.sleep(TAKE_OVER_S)
     goes_on = holds_a_run(run_dir)
     _remove(run_dir, _OF_ONE_INCARNATION if goes_on else _OF_ONE_INCARNATION + _LEFTOVERS)
+    make_api_key(config)
     config_file = run_dir.absolute() / CONFIG_FILE
     record_inputs(config, goes_on)  # before the settings: a folder with settings has both
     replace_file(config_file, config.to_json())

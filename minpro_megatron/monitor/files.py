@@ -5,6 +5,7 @@ to make room for a new folder, so that a wrong path costs nobody anything.
 """
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,20 @@ def replace_file_in(folder: Path, name: str, text: str) -> None:
     for parent in [*reversed(path.relative_to(folder).parents)][1:]:
         (Path(folder) / parent).mkdir(exist_ok=True)
     _write(path, text)
+
+
+def write_secret(path: Path) -> str:
+    """A new random text of 256 bits, in a file that only this user may read; a former one is replaced. The folder of
+    `path` is made, but not the folder above that."""
+    secret = secrets.token_urlsafe(32)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # with its mode, whatever that was
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secret)
+    temporary.replace(path)
+    return secret
 
 
 def _write(path: Path, text: str) -> None:

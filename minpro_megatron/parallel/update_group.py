@@ -5,6 +5,7 @@ groups wait for such a member for half an hour; these can be closed at once, for
 """
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -28,8 +29,15 @@ class UpdateGroup:
         """`address` is one of this machine's that the others can reach."""
         self._timeout = timedelta(seconds=timeout_s)
         # A store of its own beside the one it joins through: only so can it be ended under those who wait in it.
+        # It listens on `address` alone; torch's own listener would be on all interfaces.
+        listener = _listener(address)
         self._store: TCPStore | None = TCPStore(
-            address, 0, is_master=True, wait_for_workers=False, timeout=self._timeout
+            address,
+            listener.getsockname()[1],
+            is_master=True,
+            wait_for_workers=False,
+            timeout=self._timeout,
+            master_listen_fd=listener.detach(),
         )
         self.where: dict[str, Any] = {
             "master_address": address,
@@ -63,6 +71,12 @@ class UpdateGroup:
             _end_connections(self._group)
         distributed_c10d._abort_process_group(self._group)
         self._group = None
+
+
+def _listener(address: str) -> socket.socket:
+    """A socket that listens on `address` at a free port. Raises OSError."""
+    family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(where[:2], family=family)
 
 
 def _end_connections(group: dist.ProcessGroup) -> None:

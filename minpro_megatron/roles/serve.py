@@ -14,6 +14,8 @@ from minpro_megatron.errors import FAILED, ProjectError, RunBlocked, report, rep
 from minpro_megatron.monitor.memory import MemoryStatement
 from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.monitor.status import write_status
+from minpro_megatron.serving.addresses import is_loopback
+from minpro_megatron.serving.api_key import has_key
 from minpro_megatron.serving.endpoints import num_servers, remove_server_address
 from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, stop_servers
 from minpro_megatron.serving.watched_server import ExternalServer, OwnServer, WatchedServer, external_urls
@@ -50,6 +52,7 @@ def run(config: RunConfig, incarnation: int, servers: range | None = None) -> in
     stop_requested = _StopRequest()
     indices = range(num_servers(config.server)) if servers is None else servers
     # of one share of several, the name tells which
+    _warn_of_open_servers(config)
     status = "serve" if len(indices) == num_servers(config.server) else f"serve-{indices.start}"
     _remove_addresses(config, indices, incarnation)
     fence, still_ours = StartFence(config.run_dir, incarnation), True
@@ -80,6 +83,16 @@ def run(config: RunConfig, incarnation: int, servers: range | None = None) -> in
         if still_ours:
             with suppress(OSError):
                 write_status(config.run_dir, status, "stopped")
+
+
+def _warn_of_open_servers(config: RunConfig) -> None:
+    """Without a launcher nobody makes a key."""
+    host = config.server.host
+    if not config.server.urls and not is_loopback(host) and not config.server.api_key_variable and not has_key(config):
+        log.warning(
+            "server.host = %s: the servers have no API key, so whoever reaches their ports can use them and replace "
+            "their weights; set server.api_key_variable, or start the run with launch or node, which make a key", host
+        )  # fmt: skip
 
 
 def _remove_addresses(config: RunConfig, indices: range, incarnation: int) -> None:

@@ -88,7 +88,7 @@ class Announcer:
     def __init__(self, config: RunConfig) -> None:
         self._timeout_s = config.publish.timeout_s
         self._flush = config.publish.flush_cache
-        self._headers = authorization(config.server)
+        self._headers = authorization(config)
 
     def __call__(self, lease: PublishLease) -> list[int]:
         """The servers, by index, that state the lease's version. Raises ControlError if none does although one is

@@ -210,7 +210,7 @@ class Member:
 def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddress], Client]:
     """Makes the clients of the run's servers. Raises ValueError if the API key is missing, or routes will be asked of a
     model without experts."""
-    headers = authorization(config.server)
+    headers = authorization(config)
     if config.model.routing_replay == "rollout" and not facts.num_experts:
         raise UserError(
             f"model.routing_replay = 'rollout': model.hf_path = {config.model.hf_path!r} has no experts "

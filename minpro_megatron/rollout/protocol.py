@@ -1,10 +1,10 @@
 """What the collector's HTTP interface and the trainer's feed agree on."""
 
-import os
-import secrets
 from pathlib import Path
 
 import msgspec
+
+from minpro_megatron.monitor.files import write_secret
 
 # Relative to the run folder.
 COLLECTOR_ENDPOINT = "endpoints/collector.json"
@@ -26,15 +26,7 @@ class CollectorEndpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 def write_token(run_dir: Path) -> str:
     """A new random token, in a file that only this user may read; a former one is replaced."""
-    token, path = secrets.token_urlsafe(32), Path(run_dir) / COLLECTOR_TOKEN
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # with its mode, whatever that was
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(token)
-    temporary.replace(path)
-    return token
+    return write_secret(Path(run_dir) / COLLECTOR_TOKEN)
 
 
 def read_token(run_dir: Path) -> str:

@@ -1,16 +1,55 @@
-"""The servers' API key: from the environment into every request, and never into a command line, a file or a log."""
+"""The servers' API key: into every request, and never into a command line or a log.
+
+Servers that a run starts get a random key, in a file of the run folder that only this user may read. A key that the
+user gives in an environment variable comes first, and servers of somebody else (server.urls) have that or none.
+"""
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from minpro_megatron.config.rollout import ServerConfig
+from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
+from minpro_megatron.monitor.files import write_secret
+
+KEY_FILE = "endpoints/server.key"
 
 
-def api_key(server: ServerConfig, environment: Mapping[str, str] = os.environ) -> str | None:
+def make_api_key(config: RunConfig) -> None:
+    """A new key for the servers that this start of the run will start, unless the user gives one. Once a start, before
+    its roles."""
+    if not config.server.api_key_variable and not config.server.urls:
+        write_secret(config.run_dir / KEY_FILE)
+
+
+def has_key(config: RunConfig) -> bool:
+    """Whether this start of the run has a key of its own."""
+    return (config.run_dir / KEY_FILE).exists()
+
+
+def api_key(config: RunConfig, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The key that the run's servers ask for; None if they ask for none: those of server.urls without
+    server.api_key_variable, and those of a role that was started by hand in a folder without a key.
+
+    Raises UserError as `given_api_key` does, and where the key's file cannot be read.
+    """
+    key = given_api_key(config.server, environment)
+    if key is not None or config.server.urls:
+        return key
+    path = Path(config.run_dir) / KEY_FILE
+    try:
+        return path.read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; all roles of the run must be started by one user") from None
+
+
+def given_api_key(server: ServerConfig, environment: Mapping[str, str] = os.environ) -> str | None:
     """The key in the environment variable that server.api_key_variable names; None if it names none.
 
-    Raises ValueError if the variable is not set, or holds what no HTTP header can carry.
+    Raises UserError if the variable is not set, or holds what no HTTP header can carry.
     """
     variable = server.api_key_variable
     if not variable:
@@ -19,7 +58,7 @@ def api_key(server: ServerConfig, environment: Mapping[str, str] = os.environ) -
     if not key:
         raise UserError(
             f"server.api_key_variable = {variable!r}: this environment variable is not set; export it for every role, "
-            "or set server.api_key_variable to '' for servers without a key"
+            "or set server.api_key_variable to '' for servers without a key of yours"
         )
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise UserError(
@@ -29,7 +68,7 @@ def api_key(server: ServerConfig, environment: Mapping[str, str] = os.environ) -
     return key
 
 
-def authorization(server: ServerConfig, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The headers that every request to a server needs, empty without a key. Raises ValueError as `api_key` does."""
-    key = api_key(server, environment)
+def authorization(config: RunConfig, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The headers that every request to a server needs, empty without a key. Raises UserError as `api_key` does."""
+    key = api_key(config, environment)
     return {} if key is None else {"Authorization": f"Bearer {key}"}

@@ -152,6 +152,6 @@ def server_environment(config: RunConfig, environment: Mapping[str, str]) -> dic
         # When a member of the trainer's update group dies, torch would by default end the processes of all others. The
         # trainer looks after them (weights/delivery.py). SGLang's own watchdog ends a server whose forward hangs.
         changes |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-    if (key := api_key(config.server, environment)) is not None:
+    if (key := api_key(config, environment)) is not None:
         changes |= {API_KEY_VARIABLE: key}
     return dict(environment) | changes

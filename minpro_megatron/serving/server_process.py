@@ -92,7 +92,7 @@ class ServerProcess:
         self._address: ServerAddress | None = None
         self._num_starts = 0
         self._log_start = 0  # where the log of this start begins
-        self._headers = authorization(config.server)
+        self._headers = authorization(config)
 
     def start(self) -> None:
         """Starts the process and returns at once. It ends with the thread that started it: use the main one.

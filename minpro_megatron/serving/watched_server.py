@@ -87,7 +87,7 @@ class OwnServer:
         self.given_up: str | None = None
         self._server = server
         self._config = config
-        self._headers = authorization(config.server)
+        self._headers = authorization(config)
         self._phase = self._start
         self._started_at = self._restart_at = 0.0
         self._readiness: Question[bool] | None = None
@@ -189,7 +189,7 @@ class ExternalServer:
         self._config = config
         self._num_absences = 0
         self._is_reported = False
-        self._headers = authorization(config.server)
+        self._headers = authorization(config)
         self._ask_scheduling = partial(overlaps_scheduling, url, self._headers, config.server.health_interval_s)
         self._scheduling: Question[bool | None] | None = None
         self._hangs = False

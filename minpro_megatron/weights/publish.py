@@ -37,7 +37,7 @@ class Publisher:
         self._mesh = mesh
         self._score_canaries = score_canaries
         self._broadcaster = Broadcaster(mesh.device, config.publish.timeout_s)
-        self._headers = authorization(config.server) if mesh.rank == 0 else {}
+        self._headers = authorization(config) if mesh.rank == 0 else {}
         # what the servers held after the last publication: its version, and checksums by tensor-parallel size
         self._published: tuple[int, dict[int, str]] | None = None
 

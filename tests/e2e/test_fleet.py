@@ -188,7 +188,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def ask(config: RunConfig, address: ServerAddress, path: str, **body: Any) -> requests.Response:
-    return requests.post(f"{address.url}/{path}", json=body, headers=authorization(config.server), timeout=60)
+    return requests.post(f"{address.url}/{path}", json=body, headers=authorization(config), timeout=60)
 
 
 def has_begun(config: RunConfig, address: ServerAddress) -> bool:
@@ -323,7 +323,7 @@ def test_a_server_whose_scheduler_stands_still_is_started_again(serving: Serving
             pending = asyncio.create_task(work.collect(4, 0))
             await until(lambda: starts(fleet.members()) == [(1, 0)])
             answer = await asyncio.to_thread(
-                requests.get, f"{first.url}/model_info", headers=authorization(config.server), timeout=5
+                requests.get, f"{first.url}/model_info", headers=authorization(config), timeout=5
             )
             assert answer.status_code == 200
             assert scheduler.status() == psutil.STATUS_STOPPED  # and not ended by SGLang's own watchdog

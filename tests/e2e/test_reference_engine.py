@@ -7,6 +7,7 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
+import psutil
 import pytest
 import requests
 import torch
@@ -18,6 +19,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.update_group import join_update_group
 from minpro_megatron.reference_engine.model import KeyValueCache, Model
 from minpro_megatron.reference_engine.sampling import Sampler, SamplingParameters
+from minpro_megatron.serving.api_key import api_key, authorization, make_api_key
 from minpro_megatron.serving.calls import start_for_all
 from minpro_megatron.serving.control import ControlError, ServerControl
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
@@ -93,6 +95,8 @@ def server(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
             "server": {"engine": "reference", "device": "cpu", "dtype": "float32"},
         }
     )
+    config.run_dir.mkdir()
+    make_api_key(config)
     server = ServerProcess(config, 0)
     server.start()
     try:
@@ -105,10 +109,26 @@ def server(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.fixture
 def control(server: ServerProcess, folders: list[Path]) -> Iterator[ServerControl]:
     """Of the server with the first model's weights as version 0."""
-    control = ServerControl(server.address, timeout_s=120, vocabulary_size=64)
+    control = ServerControl(server.address, timeout_s=120, vocabulary_size=64, headers=authorization(server._config))
     control.update_weights_from_disk(model_path=str(folders[0]), weight_version=0)
     yield control
     control.close()
+
+
+def test_without_the_runs_key_nothing_but_health_is_answered(server: ServerProcess) -> None:
+    """And the key shows in no command line and no log."""
+    url, key = server.address.url, api_key(server._config)
+    assert key
+    assert requests.get(f"{url}/health", timeout=30).status_code == 200
+    for headers in ({}, {"Authorization": "Bearer other"}):
+        assert requests.get(f"{url}/model_info", headers=headers, timeout=30).status_code == 401
+        for path in ("generate", "update_weights_from_disk", "init_weights_update_group", "pause_generation"):
+            answer = requests.post(f"{url}/{path}", json={}, headers=headers, timeout=30)
+            assert answer.status_code == 401, path
+    assert requests.get(f"{url}/model_info", headers=authorization(server._config), timeout=30).status_code == 200
+    assert server._process is not None
+    assert key not in " ".join(psutil.Process(server._process.pid).cmdline())
+    assert key not in server.log_file.read_text()
 
 
 class UpdateGroup:
@@ -184,7 +204,7 @@ def test_versions_change_within_responses_across_a_pause(
     async def main() -> list[dict]:
         parameters = [{"max_new_tokens": 80, "ignore_eos": True, "sampling_seed": seed} for seed in range(30)]
         request = {"input_ids": [PROMPT] * 30, "sampling_params": parameters, "return_logprob": True}
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(headers=authorization(server._config)) as session:
             answer = asyncio.create_task(session.post(f"{server.address.url}/generate", json=request))
             while (await session.post(f"{server.address.url}/flush_cache")).status == 200:  # until they have begun
                 await asyncio.sleep(0.01)
@@ -208,12 +228,12 @@ def test_versions_change_within_responses_across_a_pause(
 
 
 def test_a_response_whose_client_has_gone_is_dropped(server: ServerProcess, control: ServerControl) -> None:
-    url = f"{server.address.url}/generate"
+    url, headers = f"{server.address.url}/generate", authorization(server._config)
     request = {"rid": "gone", "input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}}
     control.pause_generation("in_place")
     with pytest.raises(requests.ReadTimeout):
-        requests.post(url, json=request, timeout=(60, 0.3))
+        requests.post(url, json=request, headers=headers, timeout=(60, 0.3))
     with pytest.raises(requests.ReadTimeout):  # its id would be refused if the first were still waiting
-        requests.post(url, json=request, timeout=(60, 0.3))
+        requests.post(url, json=request, headers=headers, timeout=(60, 0.3))
     control.continue_generation()
-    assert requests.post(url, json=request, timeout=60).status_code == 200
+    assert requests.post(url, json=request, headers=headers, timeout=60).status_code == 200

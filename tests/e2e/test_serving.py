@@ -102,10 +102,10 @@ class Running:
 
     def client(self, **options: Any) -> ServerClient:
         facts = read_model_facts(str(self.folder))
-        return ServerClient(self.server.address, facts, 120, headers=authorization(self.config.server), **options)
+        return ServerClient(self.server.address, facts, 120, headers=authorization(self.config), **options)
 
     def control(self) -> ServerControl:
-        headers = authorization(self.config.server)
+        headers = authorization(self.config)
         return ServerControl(self.server.address, timeout_s=120, vocabulary_size=64, headers=headers)
 
     def generate(self, version: int, *, temperature: float = 1.0) -> list[list[SampledSequence]]:

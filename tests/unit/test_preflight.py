@@ -105,6 +105,22 @@ def test_prompts_that_are_trained_on_and_evaluated_are_counted(folder):
     assert warnings(example_config(folder)) == []
 
 
+@pytest.mark.parametrize(
+    ("server", "is_told"),
+    [
+        ({"urls": ["http://127.0.0.1:1", "http://10.0.0.7:30000"]}, True),
+        ({"urls": ["http://10.0.0.7:30000"], "api_key_variable": "KEY"}, False),
+        ({"urls": ["http://localhost:1", "http://[::1]:2"]}, False),
+        ({"host": "0.0.0.0"}, False),  # the run makes a key for its own
+    ],
+)
+def test_servers_of_others_that_ask_for_no_key_are_warned_of(folder, server, is_told):
+    told = warnings(with_overrides(example_config(folder), [f"server.{k}={json.dumps(v)}" for k, v in server.items()]))
+    assert len(told) == is_told
+    if is_told:
+        assert told[0].startswith("server.urls: 10.0.0.7 without an API key: whoever reaches such a server's port")
+
+
 ROWS = [
     {"id": "1", "source": "a", "prompt": "1+1=", "answer": "2", "pass_rate": 0.5},
     {"id": "2", "source": "b", "prompt": "1+2=", "answer": "3"},

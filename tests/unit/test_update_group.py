@@ -2,10 +2,25 @@
 
 import os
 
+import psutil
 import pytest
 from torch.distributed import distributed_c10d
 
 from minpro_megatron.parallel.update_group import UpdateGroup
+
+
+def test_its_store_listens_on_the_given_address_alone() -> None:
+    """torch's own listener is on all interfaces, and its store asks for no key."""
+    group = UpdateGroup(address="127.0.0.1", world_size=2, name="test", backend="gloo", timeout_s=5)
+    port = group.where["master_port"]
+    listening = {
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+    group.close()
+    assert listening == {"127.0.0.1"}
+
 
 VARIABLE = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
