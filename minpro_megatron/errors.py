@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
+from minpro_megatron.terminal_text import visible
+
 log = logging.getLogger(__name__)
 
 SUCCEEDED, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -72,7 +74,7 @@ def run_reporting(command: Callable[[], int], prefix: str = "error", *, reads_gi
     except OSError as error:
         if not reads_given_files or error.filename is None:
             return report_unexpected(prefix)
-        print(f"{prefix}: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"{prefix}: {visible(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
         return WRONG_INPUT
     except Exception:
         return report_unexpected(prefix)
@@ -81,7 +83,7 @@ def run_reporting(command: Callable[[], int], prefix: str = "error", *, reads_gi
 def report(error: ProjectError, prefix: str) -> int:
     """Prints the error's lines; returns its exit status."""
     for line in error.problems:
-        print(f"{prefix}: {line}", file=sys.stderr)
+        print(f"{prefix}: {visible(line)}", file=sys.stderr)
     return error.exit_status
 
 

@@ -1,6 +1,5 @@
 """Groups and their tokens on a terminal. What comes from outside is escaped, and never taken for markup."""
 
-import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -12,26 +11,7 @@ from rich.text import Text
 
 from minpro_megatron.rollout.journal_reader import GroupRow, StoredGroup, StoredResponse
 from minpro_megatron.rollout.tokenizer import TextTokenizer
-
-# Control and format characters (the bidirectional ones among them), surrogates, private use, unassigned; line and
-# paragraph separators: what a terminal acts on, or does not show.
-_NOT_SHOWN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def visible(text: str) -> str:
-    """`text` with every character that is not printed as itself spelt out.
-
-    >>> visible("a\\x1b[2J")
-    'a\\\\x1b[2J'
-    """
-    return "".join(_spelt_out(c) if unicodedata.category(c) in _NOT_SHOWN else c for c in text)
-
-
-def _spelt_out(character: str) -> str:
-    code = ord(character)
-    wide = f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
-    return _SHORT.get(character) or (f"\\x{code:02x}" if code <= 0xFF else wide)
+from minpro_megatron.terminal_text import visible
 
 
 def print_list(console: Console, rows: Sequence[GroupRow], num_found: int) -> None:

@@ -53,6 +53,7 @@ from minpro_megatron.monitor.disk_space import naming_full_disk
 from minpro_megatron.monitor.progress import Progress
 from minpro_megatron.monitor.start_fence import StartFence, state_end
 from minpro_megatron.rollout.resume_point import read_latest
+from minpro_megatron.terminal_text import visible
 
 # From one node's start to another's: a container image may have to be unpacked on each.
 PLAN_LIMIT_S = REPORT_LIMIT_S = 600.0
@@ -242,7 +243,7 @@ class _Node:
         if not self._is_first:
             return 0
         for problem in problems:
-            print(f"error: {problem.line}", file=sys.stderr, flush=True)
+            print(f"error: {visible(problem.line)}", file=sys.stderr, flush=True)
         if len(self._topology.nodes) > 1:
             time.sleep(REFUSAL_S)
         return TRY_AGAIN if all(problem.is_transient for problem in problems) else WRONG_INPUT
@@ -324,6 +325,8 @@ class _Node:
             why = "; ".join(_described(failure) for failure in outcome.failures)
             start.write_failed(self._index, self._host, why)
         self._say(*closing_lines(outcome), file=sys.stderr)
+        if outcome.status == WRONG_INPUT and len(self._topology.nodes) > 1:
+            time.sleep(REFUSAL_S)  # the others end by themselves meanwhile: an end by srun would hide this status
         return outcome.status
 
     def _end_early(self, start: Start, outcome: Outcome) -> int:
@@ -344,7 +347,7 @@ class _Node:
         """Prints the lines, from several nodes each with the node's name."""
         prefix = f"{self._name}: " if len(self._topology.nodes) > 1 else ""
         for line in lines:
-            print(f"{prefix}{line}", file=file or sys.stdout, flush=True)  # type: ignore[call-overload]
+            print(f"{prefix}{visible(line)}", file=file or sys.stdout, flush=True)  # type: ignore[call-overload]
 
 
 class _Watch:

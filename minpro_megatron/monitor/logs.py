@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from minpro_megatron.terminal_text import visible
+
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\s*$")
 _RANK = re.compile(r"^\[rank\d+\]:\s?")  # torch puts it before each line of a rank's traceback
 _COMPLAINT = re.compile(r"\b(ERROR|CRITICAL|FATAL|[A-Z]\w*Error|[Ee]rror:|[Ss]egmentation fault)\b")
@@ -45,7 +47,12 @@ def explanation(log_file: Path, max_lines: int = 20, start: int = 0, role: str =
     """About `max_lines` lines of the log: what `role` itself gave as the reason for its end ("serve: ..."); without
     that the last traceback that is a cause and not a consequence, with the end of the log where the role outlived it;
     else the end of the log, with the last error before it. Empty if the log says nothing but warnings and what
-    followed from another role's end. `start`: the byte at which this start of the role began to write."""
+    followed from another role's end. `start`: the byte at which this start of the role began to write. What a terminal
+    would act on is spelt out."""
+    return list(map(visible, _explanation(log_file, max_lines, start, role)))
+
+
+def _explanation(log_file: Path, max_lines: int, start: int, role: str) -> list[str]:
     lines = _without_torchrun(_tail(log_file, start))
     if role and (reasons := [line for line in lines if line.startswith(f"{role}: ")]):
         return list(dict.fromkeys(reasons))[:max_lines]  # each once: a trainer's ranks may all give the same
@@ -61,9 +68,10 @@ def explanation(log_file: Path, max_lines: int = 20, start: int = 0, role: str =
 
 
 def shortened(lines: list[str], max_lines: int = 20) -> list[str]:
-    """Of a formatted exception the last traceback, in at most about `max_lines` lines."""
+    """Of a formatted exception the last traceback, in at most about `max_lines` lines, fit for a terminal."""
     starts = [index for index, line in enumerate(lines) if _TRACEBACK.search(line)]
-    return _shortened(_traceback(lines, starts[-1]), max_lines) if starts else lines[-max_lines:]
+    shown = _shortened(_traceback(lines, starts[-1]), max_lines) if starts else lines[-max_lines:]
+    return list(map(visible, shown))
 
 
 def _tail(log_file: Path, start: int) -> list[str]:

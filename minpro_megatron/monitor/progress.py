@@ -25,6 +25,7 @@ from minpro_megatron.monitor.alarm_log import decode_alarm
 from minpro_megatron.monitor.alarms import Alarm
 from minpro_megatron.monitor.history import Entry, HistoryTail, LineTail
 from minpro_megatron.monitor.status import NO_SERVER, SERVERS, Status, read_statuses
+from minpro_megatron.terminal_text import visible
 
 _RECENT_STEPS = 10  # that the time per step is averaged over
 _LINE_EVERY_STEPS = 10  # without a terminal
@@ -209,10 +210,10 @@ class Progress:
             parts.append(_figures_line(state))
             trend = sparkline(state.rewards, _width(self._console) - len("reward ") - 4)  # inside the frame
             parts.append(Text(f"reward {trend}", style="cyan", no_wrap=True))
-        parts += [Text(f"alarm: {alarm}", style="yellow") for alarm in self._alarms[-_SHOWN_ALARMS:]]
+        parts += [_line(f"alarm: {alarm}", style="yellow") for alarm in self._alarms[-_SHOWN_ALARMS:]]
         servers = statuses.get(SERVERS)
         if servers is not None and servers.phase.startswith(NO_SERVER):
-            parts.append(Text(servers.phase, style="yellow"))
+            parts.append(_line(servers.phase, style="yellow"))
         if not self._is_training:  # start and end are the times when one wonders what it is doing
             parts.append(_phases_table(self._roles, statuses, self._started))
         elapsed = duration(time.time() - self._started)
@@ -244,7 +245,12 @@ class Progress:
     def _print(self, line: str) -> None:
         elapsed = duration(time.time() - self._started)
         # soft_wrap: a log file has no width. markup off: a phase may hold brackets.
-        self._console.print(f"[{elapsed:>11}] {line}", soft_wrap=True, markup=False, highlight=False)
+        self._console.print(f"[{elapsed:>11}] {visible(line)}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _line(text: str, style: str = "") -> Text:
+    """Text of a role or an alarm, which may quote what comes from outside."""
+    return Text(visible(text), style=style)
 
 
 def _width(console: Console) -> int:
@@ -265,7 +271,7 @@ def _phases_table(roles: Sequence[str], statuses: Mapping[str, Status], started:
         status = statuses.get(role, Status("starting", started))
         table.add_row(
             Text(role, style="bold"),
-            Text(status.phase),
+            _line(status.phase),
             Text(duration(time.time() - status.time), style="dim"),
         )
     return table

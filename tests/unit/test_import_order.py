@@ -12,6 +12,7 @@ PACKAGE = "minpro_megatron"
 
 # Folders (and files) of the package. Each may import those of earlier lines, and itself.
 ORDER = [
+    ["terminal_text"],
     ["errors"],
     ["config", "records"],
     ["monitor"],
@@ -38,6 +39,7 @@ ONLY_IN = {
     "megatron": ["parallel", "weights", "actor"],
 }
 NO_TORCH = [
+    "terminal_text",
     "errors",
     "config",
     "records",

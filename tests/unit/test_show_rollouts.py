@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models
 from minpro_megatron.records import CollectedGroup
 from minpro_megatron.replay.rollouts import read_rollouts
 from minpro_megatron.rollout.journal import Journal
+from minpro_megatron.terminal_text import visible
 from tests.unit.rollout_fakes import NUM_PROMPTS, RESPONSES
 from tests.unit.stored_runs import StoredRun, behavior, with_versions, write_run
-from tools.rollout_tables import visible
 from tools.show_rollouts import main
 
 HOSTILE = "\x1b[2J[bold red]x[/] :smile: \u202e\x07\r\n\x85fake line"
