@@ -27,6 +27,7 @@ from minpro_megatron.rollout.resume_point import (
     RunManifest,
     SavedFile,
     TrainerState,
+    complete_manifests,
     folder_name,
     refuse_other_run,
 )
@@ -125,11 +126,14 @@ class RunCheckpoints:
     def load(self, policy: Trainable, manifest: RunManifest) -> None:
         """Fill weights and optimizer state from that checkpoint; `manifest` is the same on all ranks.
 
-        Raises ValueError on all ranks if it is another run's, or a file is not as it was written.
+        Raises UserError on all ranks if it is another run's, or a file is not as it was written; then it names the
+        newest older checkpoint all of whose files are. The run does not go on from that by itself: collect has taken
+        the journal back to this one already, and steps would be trained again.
         """
         folder = self._path / manifest.folder_name
         refuse_other_run(folder, manifest.run, policy.identity)
-        self._verify(folder, manifest)
+        if damage := self._damage_in(manifest):
+            raise UserError(f"{damage}; {self._remedy(manifest.policy_version)}")
         refuse_code_on_all_ranks(folder, self._mesh)
         policy.load(folder)
 
@@ -165,12 +169,24 @@ class RunCheckpoints:
         if self._mesh.rank == 0:
             log.warning("%s; training will wait for the next one to be written", what)
 
-    def _verify(self, folder: Path, manifest: RunManifest) -> None:
-        """Every rank reads its share of the files, as many bytes as it will about load."""
+    def _damage_in(self, manifest: RunManifest) -> str | None:
+        """What is wrong with the first file that is not as it was written; None if all are. Every rank reads its share
+        of the files, as many bytes as it will about load."""
+        folder = self._path / manifest.folder_name
         own = sorted(manifest.files)[self._mesh.rank :: self._mesh.control.size()]
         errors = self._mesh.from_all_ranks([_damage(folder / name, manifest.files[name]) for name in own])
-        for error in (error for of_rank in errors for error in of_rank if error):
-            raise UserError(f"{error}; take another checkpoint: write its name into {self._path / LATEST}")
+        return next((error for of_rank in errors for error in of_rank if error), None)
+
+    def _remedy(self, damaged_version: int) -> str:
+        """How to go on in place of that checkpoint: reads the older ones in full, newest first, until one is intact."""
+        older = [m for m in complete_manifests(self._path) if m.policy_version < damaged_version]
+        older.sort(key=lambda manifest: -manifest.policy_version)
+        for manifest in self._mesh.from_rank_0(older if self._mesh.rank == 0 else None):
+            if self._damage_in(manifest) is None:
+                return (
+                    f"{manifest.folder_name} is intact: write this name into {self._path / LATEST} to go on from there"
+                )
+        return f"there is no other intact checkpoint in {self._path}: give another run name, or restore the file"
 
 
 def _manifest(save: _Save, files: dict[str, SavedFile]) -> RunManifest:

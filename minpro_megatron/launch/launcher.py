@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import WRONG_INPUT, UserError
 from minpro_megatron.launch.preflight import problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.roles import role_commands, roles_of
@@ -70,7 +70,8 @@ def _conclude(config: RunConfig, outcome: Outcome) -> int:
     if lines := closing_lines(outcome):
         measures = config.debug.trainer == "timer"
         remedy = "measure again under a new name=..." if measures else "launch the same command again to go on"
-        print("\n".join([*lines, remedy]), file=sys.stderr)
+        first = "correct that; then " if outcome.status == WRONG_INPUT else ""
+        print("\n".join([*lines, first + remedy]), file=sys.stderr)
     if outcome.status == FINISHED:
         return finish(config)
     if outcome.early_end and outcome.interrupted_by:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from minpro_megatron.errors import FAILED, WRONG_INPUT
 from minpro_megatron.launch.prctl import adopt_orphans, ending_with_this_process
 from minpro_megatron.launch.processes import descendants, kill_all, reap_orphans
 from minpro_megatron.launch.stopping import Stopping
@@ -18,7 +19,7 @@ from minpro_megatron.monitor.early_end import EarlyEnd
 from minpro_megatron.monitor.rank_failures import FOLDER_VARIABLE, RankFailure, first_rank_failure
 
 # To be continued (EX_TEMPFAIL): the run has saved and goes on when it is started again.
-FINISHED, FAILED, INTERRUPTED, TO_BE_CONTINUED = 0, 1, 130, 75
+FINISHED, INTERRUPTED, TO_BE_CONTINUED = 0, 130, 75
 
 _POLL_S = 0.1
 _REAP_EVERY_S = 5.0
@@ -49,6 +50,7 @@ class Failure:
     log_file: Path
     log_start: int = 0  # bytes of earlier starts in it
     first_rank: RankFailure | None = None  # of a role with ranks: the rank that failed first, if it could say so
+    needs_a_person: bool = False  # another start would fail in the same way
 
 
 @dataclass(slots=True)
@@ -148,7 +150,8 @@ class Supervisor:
                     return ended
                 # One failure makes others fail at once. Which one is seen first is chance: name them all.
                 time.sleep(_FAILURES_TOGETHER_S)
-                return Outcome(FAILED, self._failures(), interrupted_by=self._interrupted_by)
+                failures = self._failures()
+                return Outcome(_status_of(failures), failures, interrupted_by=self._interrupted_by)
             own_are_done = all(r.process.returncode == 0 for r in self._running if not r.command.stays)
             if own_are_done and others_are_done():
                 return Outcome(FINISHED)
@@ -212,6 +215,11 @@ class Supervisor:
         return {running.process.pid for running in self._running}
 
 
+def _status_of(failures: Sequence[Failure]) -> int:
+    """A job is not started again for WRONG_INPUT."""
+    return WRONG_INPUT if any(failure.needs_a_person for failure in failures) else FAILED
+
+
 def _failure_of(running: _Running) -> Failure | None:
     status = running.process.poll()
     if status is None or (status == 0 and not running.command.stays):
@@ -224,7 +232,8 @@ def _failure_of(running: _Running) -> Failure | None:
     else:
         how = f"failed with exit status {status}"
     first_rank = first_rank_failure(running.rank_failures)
-    return Failure(running.command.role, how, running.log_file, running.log_start, first_rank)
+    needs_a_person = WRONG_INPUT in (status, first_rank.exit_status if first_rank else None)
+    return Failure(running.command.role, how, running.log_file, running.log_start, first_rank, needs_a_person)
 
 
 def _signal_name(number: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from minpro_megatron.errors import ProjectError
+from minpro_megatron.errors import FAILED, ProjectError
 from minpro_megatron.monitor.files import replace_file_in
 from minpro_megatron.monitor.logs import is_consequence
 
@@ -29,6 +29,7 @@ class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
     time_ns: int
     message: str
     traceback: list[str] = []
+    exit_status: int = FAILED  # WRONG_INPUT: another start would fail as well until a person has acted
 
 
 def write_rank_failure(error: BaseException, rank: int) -> None:
@@ -44,6 +45,7 @@ def write_rank_failure(error: BaseException, rank: int) -> None:
         time_ns=time.time_ns(),
         message=str(error) if is_own else f"{type(error).__name__}: {error}",
         traceback=[] if is_own else lines,
+        exit_status=error.exit_status if isinstance(error, ProjectError) else FAILED,
     )
     with suppress(FileNotFoundError):  # the run folder may be gone, which must not hide the rank's own error
         logs, where = Path(folder).parents[1], "/".join(Path(folder).parts[-2:])

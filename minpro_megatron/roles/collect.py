@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, RunBlocked, report, report_unexpected
+from minpro_megatron.errors import SUCCEEDED, ProjectError, RunBlocked, report, report_unexpected
 from minpro_megatron.monitor.memory import MemoryStatement
 from minpro_megatron.monitor.repeated_lines import limit_repeated_lines
 from minpro_megatron.monitor.start_fence import LOOK_EVERY_S, StartFence
@@ -52,8 +52,8 @@ STATUS_TERMINATED = 128 + signal.SIGTERM
 
 
 def run(config: RunConfig, incarnation: int) -> int:
-    """Collects until the trainer has finished (exit status 0), something fails (1), SIGTERM comes (143), or the run
-    folder is no longer this start's (2)."""
+    """Collects until the trainer has finished (exit status 0), something fails (1; 2 for what a person has to
+    correct), SIGTERM comes (143), or the run folder is no longer this start's (2)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s collect %(levelname)s %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     limit_repeated_lines("asyncio", "aiohttp.server")  # about connections of whoever finds the port
@@ -68,15 +68,15 @@ def run(config: RunConfig, incarnation: int) -> int:
     except RunBlocked as error:  # the status is another start's now
         return report(error, "collect")
     except ProjectError as error:
-        report(error, "collect")
+        status = report(error, "collect")
     except Exception:
-        report_unexpected("collect")
+        status = report_unexpected("collect")
     else:
         write_status(config.run_dir, "collect", "finished")
         return SUCCEEDED
     with suppress(OSError):
         write_status(config.run_dir, "collect", "failed")
-    return FAILED
+    return status
 
 
 async def _until_terminated(config: RunConfig, incarnation: int, fence: StartFence) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import FAILED, ProjectError, RunBlocked, report, report_unexpected
+from minpro_megatron.errors import ProjectError, RunBlocked, report, report_unexpected
 from minpro_megatron.monitor.memory import MemoryStatement
 from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.monitor.status import write_status
@@ -71,8 +71,7 @@ def run(config: RunConfig, incarnation: int, servers: range | None = None) -> in
         still_ours = False
         return report(error, "serve")
     except ProjectError as error:
-        report(error, "serve")
-        return FAILED
+        return report(error, "serve")
     except Exception:
         return report_unexpected("serve")
     finally:

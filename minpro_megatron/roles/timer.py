@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, report, report_unexpected
+from minpro_megatron.errors import SUCCEEDED, ProjectError, report, report_unexpected
 from minpro_megatron.monitor.metrics import values
 from minpro_megatron.monitor.phases import PhaseClock
 from minpro_megatron.monitor.report import write_report
@@ -46,8 +46,7 @@ def run(config: RunConfig, incarnation: int) -> int:
         with fence.explaining():
             _measure(config, incarnation, fence)
     except ProjectError as error:
-        report(error, "timer")
-        return FAILED
+        return report(error, "timer")
     except Exception:
         return report_unexpected("timer")
     return SUCCEEDED

@@ -9,6 +9,8 @@ policy version and updates say where each stream goes on, and no generator's sta
 consumed by a version, and which prompt comes next, is in the journal.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from datetime import datetime
@@ -22,6 +24,7 @@ from minpro_megatron.errors import UserError
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 MANIFEST = "manifest.json"
+_DIGEST = "digest"
 _FOLDER_NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -75,14 +78,36 @@ def version_of(name: str) -> int | None:
 
 
 def to_json(manifest: RunManifest) -> str:
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode() + "\n"
+    """The manifest as a file holds it: with a digest of its own, for nothing else would tell a damaged number in it."""
+    content = msgspec.to_builtins(manifest)
+    return json.dumps({_DIGEST: _digest(content), **content}, indent=2) + "\n"
+
+
+def from_json(text: bytes) -> RunManifest:
+    """The manifest in a file. Raises UserError if it is none of this version, or damaged."""
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise UserError("a manifest is a JSON object")
+        digest = content.pop(_DIGEST, None)  # earlier versions wrote none
+        manifest = msgspec.convert(content, RunManifest)
+    except (ValueError, msgspec.ValidationError) as error:  # ValueError: no JSON, or no text
+        raise UserError(str(error)) from None
+    if digest is not None and digest != _digest(content):
+        raise UserError("its content is not that of its digest, so it is damaged")
+    return manifest
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_latest(run_dir: Path | str) -> RunManifest | None:
     """The manifest of the checkpoint that the run goes on from; None if it has none yet.
 
-    Raises UserError if that checkpoint is missing or damaged, as far as the sizes of its files tell; it names the
-    newest whole one.
+    Raises UserError if that checkpoint is missing or damaged, as far as its manifest and the sizes of its files tell;
+    it names the newest whole one. The bytes of the files are checked by the ranks that load them, each a share
+    (actor/run_checkpoints.py).
     """
     return read_latest_in(Path(run_dir) / CHECKPOINTS)
 
@@ -108,10 +133,12 @@ def read_manifest(folder: Path) -> RunManifest:
     """Raises UserError if the folder has no manifest, or one that is no manifest of this version."""
     path = folder / MANIFEST
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=RunManifest)
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}, so the checkpoint is not complete") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    try:
+        manifest = from_json(text)
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if manifest.folder_name != folder.name:
         raise UserError(f"{path}: policy_version = {manifest.policy_version} belongs into {manifest.folder_name}")

@@ -15,7 +15,7 @@ import msgspec
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.files import replace_file
-from minpro_megatron.rollout.resume_point import MANIFEST, RunManifest
+from minpro_megatron.rollout.resume_point import MANIFEST, RunManifest, from_json
 
 RUN_SETTINGS = "run.json"
 EXPORTED_FROM = "exported_from.json"
@@ -41,10 +41,10 @@ def is_run_checkpoint(folder: Path) -> bool:
 def read_run_manifest(folder: Path) -> RunManifest:
     """The manifest of a run's checkpoint, under whatever name the folder is now. Raises UserError."""
     try:
-        return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=RunManifest)
+        return from_json((folder / MANIFEST).read_bytes())
     except OSError as error:
         raise UserError(f"{folder / MANIFEST}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except UserError as error:
         raise UserError(f"{folder / MANIFEST}: {error}; use the version of this project that wrote it") from None
 
 

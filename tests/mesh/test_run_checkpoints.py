@@ -349,7 +349,42 @@ def test_what_does_not_fit_is_refused_on_all_ranks(start: tuple, model: tuple[st
     shard.write_bytes(damaged)
     for refusal in run_mesh(_load, start, CONFIG, **TWO):
         assert refusal
-        assert "__1_0.distcp: its SHA-256 is not the one in manifest.json; take another" in refusal
+        assert "__1_0.distcp: its SHA-256 is not the one in manifest.json; there is no other intact" in refusal
+
+
+def _save_three(mesh: Mesh, start: tuple) -> None:
+    rank = Rank(mesh, start, keep_last=3)
+    for version in (10, 20, 30):
+        rank.checkpoints.save(rank.policy, state(version))
+        rank.checkpoints.finish()
+
+
+@pytest.mark.parametrize("also_damaged", [False, True])
+def test_a_flipped_bit_in_any_file_is_refused_with_the_newest_intact_checkpoint(
+    start: tuple, tmp_path: Path, also_damaged: bool
+) -> None:
+    run_mesh(_save_three, start, **TWO)
+    folder = tmp_path / CHECKPOINTS / "step-000030"
+    names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")  # read before the ranks load
+    assert names == [".metadata", "__0_0.distcp", "__1_0.distcp", "metadata.json"]
+    if also_damaged:
+        flip(tmp_path / CHECKPOINTS / "step-000020" / "__0_0.distcp")
+    intact = "step-000010" if also_damaged else "step-000020"
+    for name in names[: 1 if also_damaged else None]:
+        flip(folder / name)
+        for error in run_mesh(_load, start, CONFIG, **TWO):
+            assert error == (
+                f"{folder / name}: its SHA-256 is not the one in manifest.json; {intact} is intact: write this name "
+                f"into {tmp_path / CHECKPOINTS / 'latest'} to go on from there"
+            )
+        flip(folder / name)
+    assert run_mesh(_load, start, CONFIG, **TWO) == [None, None]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def _save_other_weights(mesh: Mesh, start: tuple) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from minpro_megatron.__main__ import main
@@ -15,7 +16,7 @@ from minpro_megatron.launch.evaluation_model import with_hf_model
 from minpro_megatron.launch.evaluation_options import EvaluationOptions
 from minpro_megatron.launch.export import chosen
 from minpro_megatron.launch.preflight import problems
-from minpro_megatron.rollout.resume_point import RunIdentity, RunManifest, SavedFile, to_json
+from minpro_megatron.rollout.resume_point import RunIdentity, RunManifest, SavedFile, from_json, to_json
 from minpro_megatron.weights.architecture import read_architecture
 from minpro_megatron.weights.convert import to_hf, to_megatron
 from minpro_megatron.weights.manifest import read_manifest
@@ -124,9 +125,8 @@ def test_a_run_begins_with_a_checkpoint_and_its_export(tmp_path: Path, run_dir: 
     folder = saved(run_dir, 10, tmp_path / "hf")
     to_hf(folder, tmp_path / "out", Watch())
     assert is_exported_from(tmp_path / "out", folder)
-    (folder / "manifest.json").write_text(
-        (folder / "manifest.json").read_text().replace('"score": null', '"score": 0.5')
-    )  # its score
+    scored = msgspec.structs.replace(from_json((folder / "manifest.json").read_bytes()), score=0.5)
+    (folder / "manifest.json").write_text(to_json(scored))
 
     def found(hf: Path) -> list[str]:
         model = {"hf_path": str(hf), "megatron_path": str(folder), "dtype": "float32"}

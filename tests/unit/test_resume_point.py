@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 
 from minpro_megatron.config.checkpoint import CheckpointConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.records import EvaluationResult
 from minpro_megatron.rollout.checkpoint_folder import CheckpointFolder, score_of, superseded
 from minpro_megatron.rollout.resume_point import (
@@ -139,7 +141,7 @@ DAMAGES: dict[Any, str] = {
     _lose_the_manifest: "No such file",
     _cut_the_manifest: "manifest.json: ",
     _other_format: "format_version",
-    _other_version: "step-000021",
+    _other_version: "its content is not that of its digest",
 }
 
 
@@ -160,6 +162,39 @@ def test_without_another_whole_checkpoint_it_says_how_to_start_anew(tmp_path):
     _truncate(tmp_path / CHECKPOINTS / "step-000010")
     with pytest.raises(ValueError, match="there is no other checkpoint: remove"):
         read_latest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["step-000020/manifest.json", "latest"])
+def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, name):
+    """Of the files that are read before a run starts; a byte of the others is noticed when they are loaded."""
+    folder = opened(tmp_path, keep_last=3)
+    for version in (10, 20):
+        add(folder, version)
+    path = tmp_path / CHECKPOINTS / name
+    written = path.read_bytes()
+    expected = read_latest(tmp_path)
+    refused = 0
+    for place, bit in itertools.product(range(len(written)), (0, 3, 5)):
+        flipped = bytearray(written)
+        flipped[place] ^= 1 << bit
+        path.write_bytes(flipped)
+        found: RunManifest | list[str] | None
+        try:
+            found = read_latest(tmp_path)
+        except UserError as error:
+            found = error.problems
+            refused += 1
+        assert found == expected or (isinstance(found, list) and len(found) == 1), (place, bit)
+    assert refused > 2 * len(written)  # all but white space and the digits of equal numbers
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digest(tmp_path):
+    add(opened(tmp_path), 10)
+    path = tmp_path / CHECKPOINTS / "step-000010" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["digest"]
+    path.write_text(json.dumps(content))
+    assert read_latest(tmp_path) == manifest_of(10)
 
 
 @pytest.mark.parametrize("text", ["", "../../etc\n", "step-10\n", "\udcff"])

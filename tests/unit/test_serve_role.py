@@ -45,7 +45,7 @@ def test_wrong_settings_end_it_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: dict, message: str
 ) -> None:
     monkeypatch.delenv("THE_KEY", raising=False)
-    assert serve.run(config(tmp_path, **server), 0) == 1
+    assert serve.run(config(tmp_path, **server), 0) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("serve: ")] == lines[:1]
     assert lines[0].startswith(message)

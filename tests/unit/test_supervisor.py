@@ -127,9 +127,19 @@ def test_a_failed_role_stops_the_others(launched, tmp_path):
     log_file = tmp_path / "logs" / "train.log"
     assert outcome["status"] == 1
     expected = {"role": "train", "how": "failed with exit status 3", "log_file": str(log_file), "log_start": 0}
-    assert outcome["failures"] == [expected | {"first_rank": None}]
+    assert outcome["failures"] == [expected | {"first_rank": None, "needs_a_person": False}]
     assert log_file.read_text() == "why\n"
     assert running(run.pids()) == []
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_what_a_person_has_to_correct_ends_it_with_2_so_that_no_job_starts_it_again(launched, stated):
+    """torchrun ends with 1 whatever its ranks end with: the failure's file says it."""
+    failure = {"rank": 0, "host": "h", "time_ns": 1, "message": "its SHA-256 is not", "exit_status": 2}
+    write = f"""echo '{json.dumps(failure)}' > "$MINPRO_RANK_FAILURES/rank-0.json" """
+    state = f'mkdir -p "$MINPRO_RANK_FAILURES"; {write}; exit 1'
+    run = launched({"serve": STAY, "collect": STAY, "train": state if stated else "exit 2"})
+    assert run.outcome()["status"] == 2
 
 
 def test_a_server_that_ends_before_the_others_is_a_failure(launched):
