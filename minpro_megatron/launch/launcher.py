@@ -5,13 +5,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
-from statistics import median
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import WRONG_INPUT, UserError
+from minpro_megatron.launch.finished import finish, finish_again, finish_despite_failure, report_of
 from minpro_megatron.launch.preflight import problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
+from minpro_megatron.launch.resume import finished_summary
 from minpro_megatron.launch.roles import role_commands, roles_of
 from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
 from minpro_megatron.launch.starts import begin_start
@@ -20,18 +20,20 @@ from minpro_megatron.launch.supervisor import FAILED, FINISHED, INTERRUPTED, Fai
 from minpro_megatron.monitor.disk_space import naming_full_disk
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.logs import explanation, shortened
-from minpro_megatron.monitor.progress import Progress, duration
-from minpro_megatron.monitor.server_use import ServerUse
+from minpro_megatron.monitor.progress import Progress
 from minpro_megatron.monitor.start_fence import StartFence, state_end
-from minpro_megatron.monitor.summary import RunSummary, read_summary
 
 
 def launch(recipe: str, overrides: list[str]) -> int:
-    """Runs `recipe` with `overrides` to its end and returns the status code (see supervisor).
+    """Runs `recipe` with `overrides` to its end and returns the status code (see supervisor). Of a run that has
+    finished it writes what is missing (see finished).
 
     Raises UserError, with one line a problem, before anything has started.
     """
     config = apply_overrides(load_recipe(recipe), overrides)
+    if (summary := finished_summary(config)) is not None:
+        with claimed(config.run_dir):
+            return finish_again(config, summary)
     found = problems(config)
     if found:
         raise UserError(found)
@@ -67,6 +69,8 @@ def guarded_tick(fence: StartFence, tick: Callable[[], None]) -> Callable[[], No
 
 def _conclude(config: RunConfig, outcome: Outcome) -> int:
     """Says how the run ended and returns its status code."""
+    if outcome.status == FAILED and finished_summary(config) is not None:
+        return finish_despite_failure(config, closing_lines(outcome))
     if lines := closing_lines(outcome):
         measures = config.debug.trainer == "timer"
         remedy = "measure again under a new name=..." if measures else "launch the same command again to go on"
@@ -76,7 +80,7 @@ def _conclude(config: RunConfig, outcome: Outcome) -> int:
         return finish(config)
     if outcome.early_end and outcome.interrupted_by:
         return INTERRUPTED
-    if outcome.interrupted_by is None and (config.run_dir / HISTORY_FILE).exists() and (report := _report(config)):
+    if outcome.interrupted_by is None and (config.run_dir / HISTORY_FILE).exists() and (report := report_of(config)):
         print(f"report       {report}", file=sys.stderr)
     return outcome.status
 
@@ -104,65 +108,3 @@ def _cause(failure: Failure) -> list[str]:
     if first is not None and first.traceback:
         return [f"rank {first.rank} on {first.host} failed first:", *shortened(first.traceback)]
     return explanation(failure.log_file, start=failure.log_start, role=failure.role)
-
-
-def finish(config: RunConfig) -> int:
-    """Says what a run has come to whose roles have all finished. Returns its status code."""
-    summary = read_summary(config.run_dir)
-    if summary is None:
-        print(f"error: all roles exited with 0 but wrote no {config.run_dir / 'summary.json'}", file=sys.stderr)
-        return FAILED
-    for line in finished_lines(config, summary, _report(config)):
-        print(line)
-    return FINISHED
-
-
-def _report(config: RunConfig) -> Path | None:
-    """The report, written if the trainer has not; a run does not fail over its pictures."""
-    try:
-        if (written := config.run_dir / "report.html").exists():
-            return written
-        from minpro_megatron.monitor.report import write_report
-
-        return write_report(config.run_dir)
-    except Exception as error:
-        print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
-        return None
-
-
-def finished_lines(config: RunConfig, summary: RunSummary, report: Path | None) -> list[str]:
-    """What a finished run prints: accuracy and mean reward before and after, and where everything is."""
-    lines = [
-        f"finished {summary.steps} global steps ({summary.updates} updates) in "
-        f"{duration(summary.wall_time_s)}, staleness {summary.smallest_staleness}-{summary.largest_staleness}"
-    ]
-    before, after = summary.pass_at_1_before, summary.pass_at_1_after
-    if before is not None and after is not None and summary.servers is None:  # a timer trains nothing
-        lines.append(
-            f"pass@1       {100 * before:.1f} % +- {100 * (summary.standard_error_before or 0):.1f} before, "
-            f"{100 * after:.1f} % +- {100 * (summary.standard_error_after or 0):.1f} after "
-            f"({summary.num_evaluation_samples} samples, standard errors)"
-        )
-        rewards = summary.mean_reward_before, summary.mean_reward_after
-        lines += [f"mean reward  {rewards[0]:.3f} before, {rewards[1]:.3f} after"] if None not in rewards else []
-    if summary.servers is not None:
-        lines += server_lines(summary.servers)
-    if report is not None:
-        lines.append(f"report       {report}")
-    lines.append(f"TensorBoard  tensorboard --logdir {config.run_dir / 'tensorboard'}")
-    if summary.hf_export is not None:
-        lines.append(f"HF weights   {summary.hf_export}")
-    return lines
-
-
-def server_lines(use: ServerUse) -> list[str]:
-    """What a timer found out about the servers."""
-    line = f"servers      {use.tokens_per_s:,.0f} tokens/s together ({use.num_servers:.3g} of them)"
-    if use.idle_share is not None:
-        line += f", idle for {100 * use.idle_share:.0f} % of the time"
-    if use.tokens_per_s_if_never_idle is not None:
-        line += f"; {use.tokens_per_s_if_never_idle:,.0f} tokens/s without that"
-    return [
-        line,
-        f"batches      {median(use.batch_seconds):.1f} s each (median), {max(use.batch_seconds):.1f} s at most",
-    ]

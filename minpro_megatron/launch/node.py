@@ -18,13 +18,14 @@ from rich.console import Console
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import TRY_AGAIN, WRONG_INPUT, TryAgainError, UserError
-from minpro_megatron.launch.launcher import closing_lines, finish, guarded_tick
+from minpro_megatron.launch.finished import finish, finish_again, finish_despite_failure
+from minpro_megatron.launch.launcher import closing_lines, guarded_tick
 from minpro_megatron.launch.node_checks import all_problems, free_ports, node_name, node_problems, routable_address
 from minpro_megatron.launch.node_roles import LOOPBACK, NodePlace, fabric_environment, node_commands, node_torchrun
 from minpro_megatron.launch.preflight import run_problems, warnings
 from minpro_megatron.launch.problems import Problem, passes
 from minpro_megatron.launch.recipe import read_config
-from minpro_megatron.launch.resume import CONFIG_FILE
+from minpro_megatron.launch.resume import CONFIG_FILE, finished_summary
 from minpro_megatron.launch.roles import NCCL_MEMORY, roles_of, trainer_environment
 from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
 from minpro_megatron.launch.starts import (
@@ -148,6 +149,8 @@ class _Node:
                 start, plan = self._make_plan(held) if self._is_first else self._find_plan()
             if plan.problems:
                 return self._refuse(plan.problems)
+            if plan.is_finished:
+                return self._finish_again()
             verdict = self._check(start)
             if verdict.problems:
                 return self._refuse(verdict.problems)
@@ -164,6 +167,10 @@ class _Node:
         version = 0
         try:
             held.enter_context(claimed(self._config.run_dir))
+            if finished_summary(self._config) is not None:
+                plan = Plan(key=self._key, is_finished=True)
+                start.write_plan(plan)
+                return start, plan
             found = [Problem(line) for line in run_problems(self._config)]
             if not found:
                 manifest = read_latest(self._config.run_dir)
@@ -183,6 +190,11 @@ class _Node:
         )
         start.write_plan(plan)
         return start, plan
+
+    def _finish_again(self) -> int:
+        """All nodes succeed; the first one writes what is missing and prints what the run has come to."""
+        summary = finished_summary(self._config) if self._is_first else None
+        return FINISHED if summary is None else finish_again(self._config, summary)
 
     def _stalled(self, version: int) -> list[str]:
         """Whether the two starts of this job before this one have both ended without a new checkpoint: a third one
@@ -317,6 +329,9 @@ class _Node:
             return finish(self._config) if self._is_first else FINISHED
         if outcome.status == TO_BE_CONTINUED:
             return self._end_early(start, outcome)
+        if outcome.status == FAILED and finished_summary(self._config) is not None:
+            start.write_done(self._index, self._host)
+            return finish_despite_failure(self._config, closing_lines(outcome)) if self._is_first else FINISHED
         others = start.failed(len(self._topology.nodes))
         if outcome.interrupted_by and others:  # srun ends the nodes that have not failed
             self._say(f"stopped because {_told(others)}", file=sys.stderr)

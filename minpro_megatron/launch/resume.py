@@ -14,7 +14,8 @@ from minpro_megatron.launch.starts import STARTS
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.run_inputs import FILE_NAME as INPUTS_FILE
 from minpro_megatron.monitor.run_inputs import read_inputs
-from minpro_megatron.monitor.summary import read_summary
+from minpro_megatron.monitor.summary import FILE_NAME as SUMMARY_FILE
+from minpro_megatron.monitor.summary import RunSummary, read_summary
 from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
 from minpro_megatron.rollout.journal_file import JournalError, has_locks
 from minpro_megatron.rollout.journal_reader import JournalReader
@@ -90,6 +91,17 @@ def obstacles(config: RunConfig) -> Iterator[str]:
         shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         yield f"{field}: {run_dir} holds a run with other settings ({shown}); give a new name=..., or the same settings"
         return
+    try:
+        summary = read_summary(run_dir)
+    except ValueError:
+        yield (
+            f"{field}: {run_dir / SUMMARY_FILE} is not a summary of this version; remove it to finish the run again "
+            "from its last checkpoint, or give a new name=..."
+        )
+        return
+    if summary is not None and summary.steps >= config.num_global_steps:
+        yield from _shorter(config, summary.steps)
+        return  # finished: nothing else is needed any more
     if config.debug.trainer == "timer":  # it writes no checkpoints, and its times are those of one start
         yield (
             f"{field}: debug.trainer = timer: {run_dir} holds a measurement, which cannot be taken up again; give a "
@@ -97,12 +109,6 @@ def obstacles(config: RunConfig) -> Iterator[str]:
         )
         return
     yield from input_obstacles(config)
-    summary = read_summary(run_dir)
-    if summary is not None and summary.steps >= config.num_global_steps:
-        yield (
-            f"{field}: the run in {run_dir} has finished its {summary.steps} global steps; give a new name=..., or "
-            "raise num_global_steps to go on"
-        )
     try:
         latest = read_latest(run_dir)
     except UserError as error:
@@ -116,6 +122,27 @@ def obstacles(config: RunConfig) -> Iterator[str]:
         )
     if latest is not None:
         yield from _wrong_length(config, begun.num_global_steps, latest)
+
+
+def finished_summary(config: RunConfig) -> RunSummary | None:
+    """The summary of the run in `config.run_dir` if it has finished with these settings, its length included; else
+    None."""
+    try:
+        summary = read_summary(config.run_dir)
+    except (OSError, ValueError):
+        return None  # preflight names it
+    if summary is None or summary.steps != config.num_global_steps or any(obstacles(config)):
+        return None
+    return summary
+
+
+def _shorter(config: RunConfig, steps: int) -> Iterator[str]:
+    """Why a run that has finished `steps` global steps cannot be launched with fewer."""
+    if steps > config.num_global_steps:
+        yield (
+            f"num_global_steps = {config.num_global_steps}: the run in {config.run_dir} has finished its {steps} "
+            f"global steps; give {steps} to report its end again, or more to continue it"
+        )
 
 
 def _is_readable(config_file: Path) -> bool:

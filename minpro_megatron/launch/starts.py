@@ -29,6 +29,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     key: str
     problems: list[Problem] = []
+    is_finished: bool = False  # the run has finished before: nothing starts, and that is no failure
     policy_version: int = 0  # of the checkpoint from which this start goes on; 0: it begins the run
     address: str = ""  # of the first node
     rendezvous_ports: list[int] = []  # where the trainer's nodes meet, on the first: for the check, for training

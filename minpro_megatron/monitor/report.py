@@ -23,11 +23,11 @@ ALARMS_FILE = "alarms.jsonl"
 MAX_ALARMS = 200
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, summary: RunSummary | None = None) -> Path:
     """Writes `run_dir/report.html` and returns its path.
 
     It is made from run.json, metrics.jsonl, alarms.jsonl, samples.jsonl, environment.json and, for a finished run,
-    summary.json; what is missing is left out.
+    `summary`, by default that of summary.json; what is missing is left out.
     """
     # matplotlib: every trainer rank imports this file
     from minpro_megatron.monitor.run_charts import charts
@@ -36,7 +36,7 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     config = read_json(run_dir / "run.json")
     history = valid_history(run_dir)
-    summary = _summary(run_dir)
+    summary = summary or _summary(run_dir)
     sections = described(config)
     found = charts(history)
     page = render(

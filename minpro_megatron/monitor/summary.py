@@ -10,6 +10,7 @@ from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.records import CollectorTotals
 
 FILE_NAME = "summary.json"
+HF_EXPORT = "hf_export"  # the trained weights, beside it
 MAIN_PACKAGES = (
     "minpro-megatron",
     "torch",

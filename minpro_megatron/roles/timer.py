@@ -14,12 +14,12 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import SUCCEEDED, ProjectError, report, report_unexpected
 from minpro_megatron.monitor.metrics import values
 from minpro_megatron.monitor.phases import PhaseClock
-from minpro_megatron.monitor.report import write_report
+from minpro_megatron.monitor.run_end import record_end
 from minpro_megatron.monitor.server_use import ServerMeter, ServerUse
 from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.step_report import StepReport, batch_metrics
-from minpro_megatron.monitor.summary import summarize, write_summary
+from minpro_megatron.monitor.summary import summarize
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease, ServerAddress, TrainedStep
 from minpro_megatron.rollout.answers import answer_to, lease_for
@@ -76,8 +76,7 @@ def _measure(config: RunConfig, incarnation: int, fence: StartFence) -> None:
         hf_export=None,
         servers=timer.server_use(),
     )
-    write_summary(config.run_dir, summary)
-    write_report(config.run_dir)
+    record_end(config.run_dir, summary)
     write_status(config.run_dir, "timer", "finished")
 
 

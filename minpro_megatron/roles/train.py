@@ -19,11 +19,11 @@ from minpro_megatron.monitor.alarm_log import AlarmLog
 from minpro_megatron.monitor.dashboard import hyperparameters
 from minpro_megatron.monitor.early_end import EarlyEnd, read_stop_request, write_early_end
 from minpro_megatron.monitor.environment import write_environment
-from minpro_megatron.monitor.report import write_report
+from minpro_megatron.monitor.run_end import record_end
 from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.step_report import StepReport
-from minpro_megatron.monitor.summary import summarize, write_summary
+from minpro_megatron.monitor.summary import HF_EXPORT, summarize
 from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.trace import TracedWatchdog
 from minpro_megatron.monitor.writer import RunWriter
@@ -41,8 +41,6 @@ from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.gather import WeightGatherer
 from minpro_megatron.weights.hf_files import write_hf
 from minpro_megatron.weights.publish import Publisher
-
-HF_EXPORT = "hf_export"
 
 
 def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> int:
@@ -172,8 +170,7 @@ def _conclude(config: RunConfig, trainer: Trainer, totals: CollectorTotals, wall
         wall_time_by_phase_s=trainer.seconds,
         hf_export=config.run_dir / HF_EXPORT,
     )
-    write_summary(config.run_dir, summary)
-    write_report(config.run_dir)
+    record_end(config.run_dir, summary)
 
 
 def _say(config: RunConfig, mesh: Mesh, phase: str) -> None:

@@ -20,6 +20,9 @@ JOURNAL = "minpro_megatron.rollout.journal:Journal"
 IN_TRANSACTION = "minpro_megatron.rollout.journal:_expect_rows"
 GENERATE = "minpro_megatron.rollout.member:Member.generate"
 FEED = "minpro_megatron.rollout.feed:Feed"
+WRITE_REPORT = "minpro_megatron.monitor.run_end:write_report"
+WRITE_SUMMARY = "minpro_megatron.monitor.run_end:write_summary"
+BOUNDED_MODE = ("staleness.mode=bounded", "staleness.max_staleness=2")
 
 # A checkpoint is there as soon as its step has ended, and not some time in the next one.
 AT_ONCE = ("checkpoint.asynchronous=false",)
@@ -46,6 +49,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     torn: float | None = None  # the share of the journal's write-ahead log that is left of it
     pruned: bool = False  # the journal forgets tokens: they cannot be compared
+    finished: bool = False  # the run has finished when it is crashed: another launch starts nothing
 
     @property
     def bounded(self) -> bool:
@@ -101,9 +105,22 @@ def in_train() -> list[Case]:
         "rank 0 killed, checkpoint named, not told": CrashPoint("train", NAME_FILE, 2, "after", **whole_folder),
         "rank 0 killed before the first checkpoint": CrashPoint("train", FORWARD, 2, within=UPDATE, within_call=3),
         "rank 0 killed, before the export": CrashPoint("train", "minpro_megatron.roles.train:write_hf"),
-        "rank 0 killed, exported, no summary": CrashPoint("train", "minpro_megatron.roles.train:write_summary"),
+        "rank 0 killed, exported, no report": CrashPoint("train", WRITE_REPORT),
+        "rank 0 killed, exported and reported, no summary": CrashPoint("train", WRITE_SUMMARY),
     }
     return [Case(name, (point,)) for name, point in points.items()]
+
+
+def after_the_end() -> list[Case]:
+    """The summary is written: the run has finished, whatever becomes of its processes."""
+    written = CrashPoint("train", WRITE_SUMMARY, moment="after")
+    launcher = replace(written, victim="launcher")
+    return [
+        Case("rank 0 killed, summary written", (written,), GOES_ON, finished=True),
+        Case("serve killed, summary written", (replace(written, victim="serve"),), GOES_ON, finished=True),
+        Case("launcher killed, summary written", (launcher,), LAUNCHER_KILLED, finished=True),
+        Case("bounded: launcher killed, summary written", (launcher,), LAUNCHER_KILLED, BOUNDED_MODE, finished=True),
+    ]
 
 
 def again() -> list[Case]:
@@ -157,7 +174,6 @@ TORN = (0.02, 0.37, 0.71, 0.99)
 
 def bounded() -> list[Case]:
     """In bounded mode a resumed run is another one, and a whole one."""
-    mode = ("staleness.mode=bounded", "staleness.max_staleness=2")
     crashed = {
         "rank 0 killed, mid-update": (PHASES["mid-update"], KILLED),
         "collect killed, journal write": (PHASES["journal write"], KILLED),
@@ -165,7 +181,7 @@ def bounded() -> list[Case]:
         "a server killed, generating": (replace(PHASES["generating"], victim="server"), GOES_ON),
         "a server killed, publishing": (replace(PHASES["publishing"], victim="server"), GOES_ON),
     }
-    return [Case(f"bounded: {name}", (point,), status, mode) for name, (point, status) in crashed.items()]
+    return [Case(f"bounded: {name}", (point,), status, BOUNDED_MODE) for name, (point, status) in crashed.items()]
 
 
 def of_sglang() -> list[Case]:
@@ -183,6 +199,7 @@ def all_cases() -> list[Case]:
         *each_role_in_each_phase(),
         *in_collect(),
         *in_train(),
+        *after_the_end(),
         *again(),
         *without_restart(),
         *from_outside(),

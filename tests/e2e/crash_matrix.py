@@ -6,18 +6,20 @@ crash_matrix_result.md case by case, so an interrupted run can be taken up again
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from minpro_megatron.monitor.environment import git_commit
 from tests.e2e.conftest import ROOT, TinyModel
 from tests.e2e.crash_cases import GOES_ON, Case, all_cases
 from tests.e2e.crash_table import Row, read_rows, write_rows
-from tests.e2e.crashes import STEPS, CrashRun, Results, differing
+from tests.e2e.crashes import STEPS, CrashRun, Launched, Results, differing
 from tests.e2e.test_crashes import check_bounded, model, undisturbed
 
 __all__ = ["model", "undisturbed"]  # fixtures
@@ -52,12 +54,14 @@ def _tried(case: Case, run: CrashRun, undisturbed: Results) -> Row:
             _make_room_again(run, point.file, told)
     if case.torn is not None:
         run.tear_journal(case.torn)
-    if case.status != GOES_ON or not case.points:
+    if case.finished:
+        launches.append(_launched_after_the_end(run))
+    elif case.status != GOES_ON or not case.points:
         launches.append(run.launch(timeout_s=LAUNCH_LIMIT_S))
         assert launches[-1].status == 0, f"{launches[-1].output}\n{run.logs()}"
-    assert run.num_launches == len(launches)
+    assert run.num_launches == len(launches) - case.finished
     resumed = re.search(r"it goes on from its (?:checkpoint after global step (\d+)|beginning)", launches[-1].output)
-    assert (resumed is None) == (len(launches) == 1)
+    assert (resumed is None) == (len(launches) == 1 or case.finished)
     return Row(
         case=case.name,
         ended_with=", ".join(str(launched.status) for launched in launches),
@@ -66,6 +70,26 @@ def _tried(case: Case, run: CrashRun, undisturbed: Results) -> Row:
         seconds=f"{sum(launched.seconds for launched in launches):.0f}",
         commit=git_commit(ROOT)[:7],
     )
+
+
+def _launched_after_the_end(run: CrashRun) -> Launched:
+    """A launch of a finished run, and another one after report and exported weights were lost."""
+    launched = run.finish()
+    assert f"all of its {STEPS} global steps were finished before" in launched.output
+    export, kept = run.run_dir / "hf_export", run.run_dir.parent / "kept"
+    (run.run_dir / "report.html").unlink()
+    export.rename(kept)
+    run.finish()
+    assert (run.run_dir / "report.html").is_file()
+    assert _tensors(export) == _tensors(kept)
+    shutil.rmtree(export)
+    kept.rename(export)  # the same weights, in files whose bytes are compared below
+    return launched
+
+
+def _tensors(export: Path) -> dict[str, bytes]:
+    files = [load_file(path) for path in export.glob("*.safetensors")]
+    return {name: array.tobytes() for file in files for name, array in file.items()}
 
 
 def _compared(case: Case, run: CrashRun, undisturbed: Results) -> str:

@@ -17,7 +17,8 @@ exported files), every consumed group's step, prompt, seeds, versions and stalen
 scores and reward, the evaluations, and the metrics that do not tell of the clock. `equal` means all of it, bit for bit;
 `bounded` that every group was consumed once, with the prompt and the seeds of its id, and no token too old or too new;
 `same order` (SGLang, whose tokens differ from run to run) that groups, steps, prompts and seeds are the same. After
-every launch no process of it is left."""
+every launch no process of it is left. Once the summary is written the run has finished: the last launch starts nothing,
+and writes the report and the exported weights again after they were removed."""
 
 
 @dataclass(frozen=True)

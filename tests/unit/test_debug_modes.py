@@ -8,9 +8,10 @@ import pytest
 
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.launch import preflight
-from minpro_megatron.launch.launcher import _conclude, finished_lines
+from minpro_megatron.launch.finished import finished_lines
+from minpro_megatron.launch.launcher import _conclude
 from minpro_megatron.launch.preflight import problems
-from minpro_megatron.launch.resume import holds_a_run, obstacles
+from minpro_megatron.launch.resume import finished_summary, holds_a_run, obstacles
 from minpro_megatron.launch.roles import gpus_needed, role_commands, roles_of
 from minpro_megatron.launch.supervisor import Outcome
 from minpro_megatron.monitor.server_use import ServerUse
@@ -131,7 +132,8 @@ def test_a_run_on_a_journal_is_not_begun_anew_by_accident(tmp_path: Path) -> Non
     assert holds_a_run(run_dir)
     assert list(obstacles(config)) == []
     write_summary(run_dir, finished(config))
-    assert "has finished its 2 global steps" in problems(config)[0]
+    assert list(obstacles(config)) == []
+    assert finished_summary(config) == finished(config)
     assert "other settings (debug.journal" in problems(with_overrides(config, ["debug.journal="]))[-1]
 
 

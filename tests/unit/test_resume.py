@@ -24,15 +24,18 @@ def begin(folder: Path, **changes: object) -> RunConfig:
     return config
 
 
-def finish(config: RunConfig, steps: int) -> None:
-    summary = RunSummary(
+def summary_of(config: RunConfig, steps: int, hf_export: str | None = None) -> RunSummary:
+    return RunSummary(
         name=config.name, objective="minpro", seed=0, steps=steps, updates=2 * steps, wall_time_s=1.0,
         wall_time_by_phase_s={}, pass_at_1_before=None, pass_at_1_after=None, standard_error_before=None,
         standard_error_after=None, num_evaluation_samples=0, smallest_staleness=0, largest_staleness=0,
-        versions_published=steps, groups_issued=0, groups_consumed=0, groups_dropped=0, hf_export=None,
+        versions_published=steps, groups_issued=0, groups_consumed=0, groups_dropped=0, hf_export=hf_export,
         package_versions={},
     )  # fmt: skip
-    write_summary(config.run_dir, summary)
+
+
+def finish(config: RunConfig, steps: int) -> None:
+    write_summary(config.run_dir, summary_of(config, steps))
 
 
 def only_obstacle(config: RunConfig) -> str:
@@ -81,7 +84,7 @@ def test_another_experiment_is_refused_and_its_settings_are_named(tmp_path: Path
     assert found.endswith("; give a new name=..., or the same settings")
 
 
-@pytest.mark.parametrize("steps", [None, 2, 4], ids=["ended early", "may be made longer", "finished"])
+@pytest.mark.parametrize("steps", [None, 2], ids=["ended early", "may be made longer"])
 def test_a_measurement_is_not_taken_up_again(tmp_path: Path, steps: int | None) -> None:
     """Its times are of one start, and a timer would ask for batch 0 again."""
     config = begin(tmp_path, debug={"trainer": "timer"})
@@ -116,10 +119,10 @@ def test_a_run_of_unknown_settings_is_refused(tmp_path: Path, content: str | Non
     assert "holds a run of unknown settings (run.json cannot be read); give a new name" in only_obstacle(config)
 
 
-def test_a_finished_run_is_told_to_be_finished(tmp_path: Path) -> None:
+def test_a_finished_run_can_be_launched_again_and_made_longer(tmp_path: Path) -> None:
     config = begin(tmp_path)
     finish(config, 4)
-    assert "has finished its 4 global steps; give a new name=..., or raise num_global_steps" in only_obstacle(config)
+    assert list(obstacles(config)) == []
     longer = with_overrides(config, ["num_global_steps=6"])
     assert list(obstacles(longer)) == []
     save_checkpoint(config, 2)  # batches 2 and 3 are there, version 2 samples batch 4
