@@ -33,7 +33,7 @@ from minpro_megatron.records import Batch, CollectorTotals, EvaluationResult, Pu
 from minpro_megatron.rollout.answers import answer_to, lease_for
 from minpro_megatron.rollout.batch_source import BatchSource
 from minpro_megatron.rollout.checkpoint_folder import score_of
-from minpro_megatron.rollout.resume_point import RunManifest
+from minpro_megatron.rollout.resume_point import RunManifest, TrainerState
 from minpro_megatron.rollout.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.weights.publish import Publisher
 from minpro_megatron.weights.publish_report import PublishReport, publication_metrics
@@ -117,8 +117,8 @@ class Trainer:
         manifest = self._resumed_from
         if manifest is not None:
             with self._clock.guard("loading the checkpoint"):
-                self._checkpoints.load(self._policy, manifest)
-            self._updates.count = manifest.updates
+                applied = self._checkpoints.load(self._policy, manifest)
+            self._updates.resume(manifest.updates, applied)
             self._versions.in_place = manifest.policy_version
         if self._feed:
             self._feed.start(self._versions.in_place)
@@ -142,7 +142,15 @@ class Trainer:
                     assert batch is not None
                     assert trained is not None
                     alarms = self._write(step, batch, trained)
-                    self._saving.after_step(version, self._updates.count, alarms)
+                    self._saving.after_step(self._state(version), alarms)
+
+    def _state(self, version: int) -> TrainerState:
+        return TrainerState(
+            policy_version=version,
+            updates=self._updates.count,
+            skipped_updates=self._updates.skipped,
+            num_global_steps=self._config.num_global_steps,
+        )
 
     def _fetch_and_score(self, fetch: Fetch) -> None:
         """The batch, and its behavior log-probs: those of the very weights that sampled its tokens."""

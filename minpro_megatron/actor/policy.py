@@ -230,10 +230,11 @@ class Policy:
         self._snapshots.refuse_while_swapped("save")
         return save_training_state(self.modules, self._optimizer, folder, self._mesh, in_background)
 
-    def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote. Raises ValueError if the optimizer's state is not restored entirely."""
+    def load(self, folder: Path) -> int:
+        """Continue from what `save` wrote. Returns the number of updates that the optimizer has made. Raises ValueError
+        if the optimizer's state is not restored entirely."""
         self._snapshots.refuse_while_swapped("load")
-        load_training_state(self.modules, self._optimizer, folder, self._mesh)
+        return load_training_state(self.modules, self._optimizer, folder, self._mesh)
 
     def keep_weights(self, name: str) -> None:
         """Remember the current weights in host memory as `name`."""

@@ -46,7 +46,7 @@ class Trainable(Protocol):
 
     def save(self, folder: Path, in_background: bool = False) -> ShardWrite: ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -123,19 +123,23 @@ class RunCheckpoints:
         except OSError as error:
             log.warning("the score of %s is not kept with it: %s", folder_name(version), error)
 
-    def load(self, policy: Trainable, manifest: RunManifest) -> None:
-        """Fill weights and optimizer state from that checkpoint; `manifest` is the same on all ranks.
+    def load(self, policy: Trainable, manifest: RunManifest) -> int:
+        """Fill weights and optimizer state from that checkpoint; `manifest` is the same on all ranks. Returns how many
+        of its updates the optimizer has made; the others were skipped.
 
-        Raises UserError on all ranks if it is another run's, or a file is not as it was written; then it names the
-        newest older checkpoint all of whose files are. The run does not go on from that by itself: collect has taken
-        the journal back to this one already, and steps would be trained again.
+        Raises UserError on all ranks if it is another run's, if the manifest does not belong to the state beside it, or
+        if a file is not as it was written; then it names the newest older checkpoint all of whose files are. The run
+        does not continue from that by itself: the collector has already taken the journal back to this one, and steps
+        would be trained again.
         """
         folder = self._path / manifest.folder_name
         refuse_other_run(folder, manifest.run, policy.identity)
         if damage := self._damage_in(manifest):
             raise UserError(f"{damage}; {self._remedy(manifest.policy_version)}")
         refuse_code_on_all_ranks(folder, self._mesh)
-        policy.load(folder)
+        steps = policy.load(folder)
+        _refuse_other_updates(folder / MANIFEST, manifest, steps)
+        return steps
 
     def _settle(self, wait: bool) -> None:
         save = self._under_way
@@ -187,6 +191,20 @@ class RunCheckpoints:
                     f"{manifest.folder_name} is intact: write this name into {self._path / LATEST} to go on from there"
                 )
         return f"there is no other intact checkpoint in {self._path}: give another run name, or restore the file"
+
+
+def _refuse_other_updates(path: Path, manifest: RunManifest, steps: int) -> None:
+    """Raises UserError if the manifest's updates are not those that the optimizer's state has made: seeds and counts
+    of the run would go on from the wrong update."""
+    skipped = manifest.skipped_updates
+    if steps == manifest.updates - skipped if skipped is not None else steps <= manifest.updates:
+        return
+    less = f" (skipped_updates = {skipped} of them)" if skipped else ""
+    raise UserError(
+        f"{path}: updates = {manifest.updates}{less}, but the optimizer's state in this checkpoint has made {steps}: "
+        "the manifest was changed, or is that of another checkpoint; put it back, or write the name of another "
+        f"checkpoint into {path.parent.parent / LATEST}"
+    )
 
 
 def _manifest(save: _Save, files: dict[str, SavedFile]) -> RunManifest:

@@ -44,15 +44,15 @@ class Saving:
         if self._schedule:
             self._schedule.begin()
 
-    def after_step(self, version: int, updates: int, alarms: Sequence[Alarm]) -> None:
-        """Begins a checkpoint of `version`, which `updates` updates have made, if one is due, and completes earlier
-        ones. `alarms` are those of the global step, on rank 0.
+    def after_step(self, state: TrainerState, alarms: Sequence[Alarm]) -> None:
+        """Begins a checkpoint of `state` if one is due, and completes earlier ones. `alarms` are those of the global
+        step, on rank 0.
 
         Raises AlarmStop or EndedEarly, once the checkpoint is complete, where this start ends. After the run's last
         step its checkpoint is complete too; raises SaveError if it cannot be written.
         """
+        version = state.policy_version
         last = version == self._config.num_global_steps
-        state = TrainerState(policy_version=version, updates=updates, num_global_steps=self._config.num_global_steps)
         alarm = None if last else self._alarm_to_stop_on(alarms)
         decision = self._mesh.from_rank_0(self._schedule.after_step(version) if self._schedule else None)
         end = decision.end if decision and alarm is None else ""

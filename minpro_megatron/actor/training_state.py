@@ -61,8 +61,9 @@ def save_training_state(
         return ShardWrite(state, folder, mesh, in_background)
 
 
-def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path, mesh: Mesh) -> None:
-    """Fill weights and optimizer state from `folder`, whatever mesh saved it. Collective.
+def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path, mesh: Mesh) -> int:
+    """Fill weights and optimizer state from `folder`, whatever mesh saved it. Returns the number of updates that the
+    optimizer has made. Collective.
 
     Raises ValueError if any number was not restored: a part that the folder's files leave out is passed over in
     silence when they are read, and a run resumed with zero moments looks healthy and is not. After any error the
@@ -78,8 +79,9 @@ def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path
             _data(one).fill_(torch.nan)
         # the data are views of the parameters and of the optimizer's tensors: they are filled in place
         loaded = dist_checkpointing.load(_numbered(wanted), str(folder), validate_access_integrity=False)
+        steps = int(cast(dict[str, Any], loaded)["optimizer_step"])
         for one in optimizers:
-            _set_steps(one, cast(dict[str, Any], loaded)["optimizer_step"])
+            _set_steps(one, steps)
         unrestored = {one.key for one in wanted if not _is_finite(_data(one))}
     found = sorted({name for names in mesh.from_all_ranks(unrestored) for name in names})
     if found:
@@ -87,6 +89,7 @@ def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path
             f"{folder}: {len(found)} tensors were not restored or are not finite, among them {found[0]}; the "
             "checkpoint is incomplete: take an earlier one"
         )
+    return steps
 
 
 def _sharded(chunks: Sequence[GPTModel], mesh: Mesh) -> Iterator[ShardedBase]:

@@ -32,15 +32,21 @@ class TrainedBatch:
 
 
 class Updates:
-    """`count` is the number of updates since the beginning of the run."""
+    """`count` is the number of updates since the beginning of the run, `skipped` those of them that left the optimizer
+    as it was."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, policy: Policy) -> None:
         self.count = 0
+        self.skipped = 0
         self._config = config
         self._mesh = mesh
         self._policy = policy
         self._broken_in_a_row = 0
         self._start_is_checked = False
+
+    def resume(self, count: int, applied: int) -> None:
+        """Continue after `count` updates, `applied` of which the optimizer has made."""
+        self.count, self.skipped = count, count - applied
 
     def of_step(
         self,
@@ -62,6 +68,7 @@ class Updates:
                 result = self._policy.update(mini_batch, learning_rate, seed, routes[index] if routes else None)
             self._refuse_an_unequal_start(result, step)
             self.count += 1
+            self.skipped += not result.applied
             self.refuse_a_diverged_run(result, step)
             results.append(result)
         return self._merged(results)

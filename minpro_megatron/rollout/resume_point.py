@@ -51,6 +51,9 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
 
     policy_version: int  # completed global steps
     updates: int  # optimizer updates so far: their seeds derive from it
+    # those of them that left the optimizer as it was (no trained token, a gradient that is not finite); None in
+    # checkpoints of earlier versions
+    skipped_updates: int | None = None
     # the run's length when this was saved: no later batch had been sampled; None in checkpoints of earlier versions
     num_global_steps: int | None = None
 

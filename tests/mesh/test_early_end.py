@@ -7,6 +7,7 @@ import pytest
 
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.rollout.resume_point import TrainerState
 from tests.mesh.harness import run_mesh
 from tests.mesh.test_run_checkpoints import CONFIG, TWO, Rank, _fill_the_disk, model, start
 
@@ -33,8 +34,8 @@ def _train(mesh: Mesh, start: tuple, every: int, stop_at: int | None, failing: i
 
         identity = rank.policy.identity
 
-        def load(self, folder: Path) -> None:
-            rank.policy.load(folder)
+        def load(self, folder: Path) -> int:
+            return rank.policy.load(folder)
 
         def save(self, folder: Path, in_background: bool = False) -> Any:
             if version != failing or tried:
@@ -54,7 +55,7 @@ def _train(mesh: Mesh, start: tuple, every: int, stop_at: int | None, failing: i
     try:
         saving.begin()
         for version in range(1, 5):
-            saving.after_step(version, updates=0, alarms=[])
+            saving.after_step(TrainerState(policy_version=version, updates=0, skipped_updates=0), alarms=[])
     except EndedEarly as end:
         ended = (end.version, end.reason)
     finally:

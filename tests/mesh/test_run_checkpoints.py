@@ -1,5 +1,6 @@
 """A run's checkpoints on real ranks: what is saved is what was, whatever happens while it is written."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -17,6 +18,7 @@ import pytest
 
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.rollout.resume_point import CHECKPOINTS, TrainerState, read_latest
 from tests.mesh.harness import run_mesh
@@ -396,3 +398,39 @@ def _save_other_weights(mesh: Mesh, start: tuple) -> None:
 
 def test_other_weights_than_the_current_ones_are_not_saved(start: tuple) -> None:
     run_mesh(_save_other_weights, start, **TWO)
+
+
+def _load_edited(mesh: Mesh, start: tuple, edits: list[dict[str, int | None]]) -> list[str]:
+    """What each edit of the manifest makes of its checkpoint, which was saved after three updates, one of them
+    skipped: an error, or the number of updates that the optimizer has made."""
+    rank = Rank(mesh, start)
+    rank.update(2)
+    saved = TrainerState(policy_version=1, updates=3, skipped_updates=1)
+    rank.checkpoints.save(rank.policy, saved)
+    rank.checkpoints.finish()
+    path = rank.run_dir / CHECKPOINTS / "step-000001" / "manifest.json"
+    whole, found = rank.on_rank_0(path.read_text), []
+    for edit in edits:
+        rank.on_rank_0(lambda edit=edit: path.write_text(json.dumps(json.loads(whole) | edit)))
+        manifest = rank.on_rank_0(lambda: read_latest(rank.run_dir))
+        assert manifest is not None
+        try:
+            found.append(str(rank.checkpoints.load(rank.policy, manifest)))
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_manifest_whose_updates_are_not_the_optimizers_is_refused(start: tuple) -> None:
+    edits = [{}, {"updates": 4}, {"updates": 2}, {"skipped_updates": 0}]
+    of_an_earlier_version = [{"skipped_updates": None}, {"skipped_updates": None, "updates": 1}]
+    found = run_mesh(_load_edited, start, [*edits, *of_an_earlier_version], **TWO)
+    path = f"{start[1]}/checkpoints/step-000001/manifest.json"
+    for whole, more, fewer, none_skipped, unknown, too_few in found:
+        assert (whole, unknown) == ("2", "2")
+        stated = "but the optimizer's state in this checkpoint has made 2: the manifest was changed"
+        assert more.startswith(f"{path}: updates = 4 (skipped_updates = 1 of them), {stated}")
+        assert fewer.startswith(f"{path}: updates = 2 (skipped_updates = 1 of them), {stated}")
+        assert none_skipped.startswith(f"{path}: updates = 3, {stated}")
+        assert too_few.startswith(f"{path}: updates = 1, {stated}")
+        assert more.endswith(f"or write the name of another checkpoint into {start[1]}/checkpoints/latest")
