@@ -16,8 +16,9 @@ from minpro_megatron.monitor.run_inputs import FILE_NAME as INPUTS_FILE
 from minpro_megatron.monitor.run_inputs import read_inputs
 from minpro_megatron.monitor.summary import FILE_NAME as SUMMARY_FILE
 from minpro_megatron.monitor.summary import RunSummary, read_summary
+from minpro_megatron.rollout.journal_errors import JournalError
 from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
-from minpro_megatron.rollout.journal_file import JournalError, has_locks
+from minpro_megatron.rollout.journal_file import has_locks
 from minpro_megatron.rollout.journal_reader import JournalReader
 from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, RunManifest, newest_complete, read_latest
 
@@ -54,7 +55,7 @@ def holds_a_run(run_dir: Path) -> bool:
     try:
         with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=rw", uri=True, timeout=0.1)) as database:
             return database.execute("SELECT EXISTS (SELECT 1 FROM groups)").fetchone()[0] == 1
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeDecodeError):
         return True  # in use, or damaged: in any case not ours to throw away
 
 

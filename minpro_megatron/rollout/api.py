@@ -30,7 +30,7 @@ from minpro_megatron.errors import RunBlocked, UserError
 from minpro_megatron.monitor.files import replace_file_in
 from minpro_megatron.records import BehaviorLogProbs, CollectorTotals, PublishLease, Record, TrainedStep
 from minpro_megatron.rollout.collector import Collector, CollectorFailed
-from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.journal_errors import JournalError
 from minpro_megatron.rollout.leases import Conflict
 from minpro_megatron.rollout.protocol import (
     COLLECTOR_ENDPOINT,

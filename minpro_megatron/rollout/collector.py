@@ -27,7 +27,7 @@ from minpro_megatron.records import (
 from minpro_megatron.rollout.evaluations import CollectGroup, Evaluations, EvaluationSet, heldout_set
 from minpro_megatron.rollout.grading_watch import GradingWatch
 from minpro_megatron.rollout.journal import Journal
-from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.journal_errors import JournalError
 from minpro_megatron.rollout.journal_pruning import Pruned
 from minpro_megatron.rollout.journal_restore import RestoredGroup
 from minpro_megatron.rollout.leases import Conflict, Leases, Servers
@@ -143,7 +143,7 @@ class Collector:
 
     def _restore_group(self, group: RestoredGroup) -> None:
         issued = self._stream.group(group.group_id, group.batch_index, group.issued_version)
-        if issued.prompt.id != group.prompt_id:
+        if group.prompt_id and issued.prompt.id != group.prompt_id:
             raise UserError(
                 f"data.train_file = {self._config.data.train_file}: group {group.group_id} had the prompt "
                 f"{group.prompt_id!r}, now it is {issued.prompt.id!r}; put the file back with which the run began"

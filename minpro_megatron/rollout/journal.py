@@ -6,6 +6,7 @@ not be graded. A change of state is one transaction and is committed when the ca
 """
 
 import asyncio
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,15 @@ from minpro_megatron.records import (
     EvaluationResult,
     IssuedGroup,
 )
-from minpro_megatron.rollout.journal_file import JournalError, JournalFile
+from minpro_megatron.rollout.journal_checksums import (
+    RESPONSE_COLUMNS,
+    ResponseRow,
+    checksum,
+    seal_group_ids,
+    seal_groups,
+)
+from minpro_megatron.rollout.journal_errors import JournalError
+from minpro_megatron.rollout.journal_file import JournalFile
 from minpro_megatron.rollout.journal_pruning import Pruned, give_pages_back, prune_groups
 from minpro_megatron.rollout.journal_restore import (
     RestoredGroup,
@@ -29,8 +38,13 @@ from minpro_megatron.rollout.journal_restore import (
     restore_groups,
     roll_back,
 )
+from minpro_megatron.rollout.journal_rows import log_prob_rows, response_row
 from minpro_megatron.rollout.route_files import RouteFiles
 from minpro_megatron.rollout.staleness import RUN_START, Beginning
+
+log = logging.getLogger(__name__)
+
+MAX_DAMAGE_LINES = 20
 
 
 class Journal:
@@ -60,20 +74,29 @@ class Journal:
 
         Returns the groups that are not consumed by then, in order of id, and the first id that was never used. Groups
         that hold tokens of later versions are to be sampled again: those weights are gone. So are groups whose routes
-        have been removed, where the run `needs_routes`. Raises JournalError if the journal lacks what the checkpoint
-        includes.
+        have been removed, where the run `needs_routes`, and damaged ones, with a warning. Raises JournalError if the
+        journal lacks what the checkpoint includes, or that is damaged and cannot be sampled again.
         """
-        await self._file.transaction(
-            lambda connection: roll_back(connection, version, num_prompts, delay_mode, needs_routes)
-        )
+
+        def work(connection: sqlite3.Connection) -> list[str]:
+            try:
+                return roll_back(connection, version, num_prompts, delay_mode, needs_routes)
+            except JournalError as error:
+                raise JournalError(f"{self._file.path}: {error}") from None
+
+        damaged = await self._file.transaction(work)
+        for line in damaged[:MAX_DAMAGE_LINES]:
+            log.warning("%s: %s", self._file.path, line)
+        if len(damaged) > MAX_DAMAGE_LINES:
+            log.warning("%s: %d more groups are damaged", self._file.path, len(damaged) - MAX_DAMAGE_LINES)
         with_routes = await self._file.run(groups_with_routes)
         await asyncio.to_thread(self._routes.remove_others, with_routes)
         return await self._file.run(lambda connection: restore_groups(connection, self._routes))
 
     async def begin(self, beginning: Beginning) -> None:
         """Records from which batch on the run was made longer; recorded again, it changes nothing."""
-        insert = "INSERT OR REPLACE INTO beginnings VALUES (?, ?)"
-        await self._file.transaction(lambda connection: connection.execute(insert, beginning))
+        insert, row = "INSERT OR REPLACE INTO beginnings VALUES (?, ?, ?)", (*beginning, checksum(*beginning))
+        await self._file.transaction(lambda connection: connection.execute(insert, row))
 
     async def beginnings(self) -> list[Beginning]:
         """RUN_START and all later beginnings, in order."""
@@ -99,9 +122,11 @@ class Journal:
             insert = (
                 "INSERT INTO groups (group_id, issued_version, batch_index, prompt_id, source, prompt_token_ids, state)"
                 " VALUES (?, ?, ?, ?, ?, ?, 'issued') ON CONFLICT (group_id)"
-                " DO UPDATE SET issued_version = excluded.issued_version WHERE state = 'issued'"
+                " DO UPDATE SET issued_version = excluded.issued_version, prompt_id = excluded.prompt_id,"
+                " source = excluded.source, prompt_token_ids = excluded.prompt_token_ids WHERE state = 'issued'"
             )
             _expect_rows(connection.executemany(insert, rows), len(rows), "a group was issued twice")
+            seal_group_ids(connection, (row[0] for row in rows))
 
         await self._file.transaction(write)
 
@@ -112,35 +137,20 @@ class Journal:
         routes = [None] * len(group.responses)
         if accepted:
             routes = await asyncio.to_thread(self._routes.write, group)
-        rows = [
-            (
-                group_id,
-                place,
-                group.issued.sampling_seeds[place],
-                len(response.token_ids),
-                response.token_ids.tobytes(),
-                response.rollout_log_probs.tobytes(),
-                _spans(response.policy_versions).tobytes(),
-                response.finish_reason,
-                response.reward if response.is_graded else None,
-                routes[place],
-            )
-            for place, response in enumerate(group.responses)
-        ]
-        state = ("collected" if accepted else "dropped", group.oldest_version, group.newest_version, group_id)
+        rows = [response_row(group, place, of_response) for place, of_response in enumerate(routes)]
+        versions = group.oldest_version, group.newest_version
+        state = ("collected" if accepted else "dropped", *versions, len(rows), group_id)
 
         def write(connection: sqlite3.Connection) -> None:
             changed = connection.execute(
-                "UPDATE groups SET state = ?, oldest_version = ?, newest_version = ?"
+                "UPDATE groups SET state = ?, oldest_version = ?, newest_version = ?, group_size = ?"
                 " WHERE group_id = ? AND state = 'issued'",
                 state,
             )
             _expect_rows(changed, 1, f"group {group_id} was not issued, or is collected already")
-            insert = (
-                "INSERT INTO responses (group_id, place, sampling_seed, num_tokens, token_ids, rollout_log_probs,"
-                " policy_versions, finish_reason, reward, routes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            )
-            connection.executemany(insert, rows)
+            places = ", ".join("?" * len(ResponseRow._fields))
+            connection.executemany(f"INSERT INTO responses ({RESPONSE_COLUMNS}) VALUES ({places})", rows)
+            seal_group_ids(connection, [group_id])
 
         await self._file.transaction(write)
         return self._routes.without_arrays(group, routes)
@@ -149,18 +159,17 @@ class Journal:
         """Records behavior log-probs of groups of batch `index`: for each group its responses' arrays."""
 
         def write(connection: sqlite3.Connection) -> None:
-            rows = [
-                (log_probs.tobytes(), group.issued.group_id, place)
-                for group, responses in scored
-                for place, log_probs in enumerate(responses)
-            ]
-            update = "UPDATE responses SET behavior_log_probs = ? WHERE group_id = ? AND place = ?"
+            rows = list(log_prob_rows("behavior", scored))
+            update = (
+                "UPDATE responses SET behavior_log_probs = ?, behavior_checksum = ? WHERE group_id = ? AND place = ?"
+            )
             _expect_rows(connection.executemany(update, rows), len(rows), f"batch {index} lacks responses")
             ids = [(group.issued.group_id,) for group, _ in scored]
             changed = connection.executemany(
                 "UPDATE groups SET state = 'scored' WHERE group_id = ? AND state = 'collected'", ids
             )
             _expect_rows(changed, len(ids), f"batch {index} is not collected, or scored already")
+            seal_groups(connection, "group_id = ?", ids)
 
         await self._file.transaction(write)
 
@@ -185,16 +194,14 @@ class Journal:
                 rows,
             )
             _expect_rows(changed, len(rows), f"batch {step} is not scored, or consumed already")
-            trained = [
-                (values.tobytes(), group.issued.group_id, place)
-                for group, of_group in zip(batch.groups, log_probs or [[]] * len(batch.groups), strict=True)
-                for place, values in enumerate(of_group)
-            ]
+            trained = zip(batch.groups, log_probs or [[]] * len(batch.groups), strict=True)
             connection.executemany(
-                "UPDATE responses SET trained_log_probs = ? WHERE group_id = ? AND place = ?", trained
+                "UPDATE responses SET trained_log_probs = ?, trained_checksum = ? WHERE group_id = ? AND place = ?",
+                list(log_prob_rows("trained", trained)),
             )
             dropped = [(group_id,) for group_id in surplus]
             connection.executemany("UPDATE groups SET state = 'dropped' WHERE group_id = ?", dropped)
+            seal_group_ids(connection, (row[-1] for row in [*rows, *dropped]))
 
         await self._file.transaction(write)
 
@@ -243,13 +250,6 @@ class Journal:
 def _expect_rows(cursor: sqlite3.Cursor, num_rows: int, problem: str) -> None:
     if cursor.rowcount != num_rows:
         raise JournalError(f"journal: {problem} ({cursor.rowcount} of {num_rows} rows)")
-
-
-def _spans(policy_versions: np.ndarray) -> np.ndarray:
-    """Run lengths: (version, tokens) pairs, int32. Nearly all responses have one version from end to end."""
-    starts = np.flatnonzero(np.diff(policy_versions, prepend=policy_versions[0] - 1))
-    lengths = np.diff(starts, append=len(policy_versions))
-    return np.stack([policy_versions[starts], lengths], axis=1).astype(np.int32)
 
 
 def _evaluations(connection: sqlite3.Connection) -> list[EvaluationResult]:

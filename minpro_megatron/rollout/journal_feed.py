@@ -18,7 +18,7 @@ from minpro_megatron.records import (
     Response,
     TrainedStep,
 )
-from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.journal_errors import JournalError
 from minpro_megatron.rollout.journal_reader import JournalReader, StoredGroup, StoredResponse, StoredStep
 from minpro_megatron.serving.model_files import read_model_facts
 
@@ -105,6 +105,7 @@ class JournalFeed:
         self._vocabulary_size = read_model_facts(config.model.hf_path).vocabulary_size
         self._routes = config.model.routing_replay == "rollout"
         self._num_steps = config.num_global_steps
+        self._num_prompts = config.batch.num_prompts
 
     def start(self, version: int) -> None:
         """Any version will do: a resumed run asks for later steps."""
@@ -114,6 +115,12 @@ class JournalFeed:
         this run does not have its tokens."""
         with JournalReader(self._path) as reader:
             stored = list(reader.groups("state = 'consumed' AND consumed_step = ?", (index,)))
+            steps = [group.consumed_step for group in stored]
+            if steps != [index] * self._num_prompts:  # by a damaged index of the file
+                raise JournalError(
+                    f"{reader.path}: it has {steps.count(index)} of the {self._num_prompts} groups of global step "
+                    f"{index}: the file is damaged, or was changed; give a copy of it that is whole"
+                )
             # the collector's order; in delay mode that of the ids
             stored.sort(key=lambda group: (group.issued_version, group.group_id))
             return Batch(index=index, groups=[self._group(reader, group, index) for group in stored])

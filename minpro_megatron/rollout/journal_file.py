@@ -11,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from minpro_megatron.errors import ProjectError
-from minpro_megatron.monitor.disk_space import is_full, no_space
+from minpro_megatron.rollout.journal_errors import JournalError, explained, problem
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 FILE_NAME = "journal.sqlite"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # A response's arrays are 100 KB where responses are long: with SQLite's 4 KiB a page, writing them takes half as long
 # again (benchmarks/collector_load.md).
 PAGE_BYTES = 16384
@@ -26,7 +25,8 @@ PAGE_BYTES = 16384
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 # Arrays are little-endian bytes: token ids int32, log-probs float32, versions as int32 pairs (version, tokens). Those
-# of a pruned response are NULL. So is the reward of a response that was not graded; its group is dropped.
+# of a pruned response are NULL, and so are their checksums (journal_checksums.py). So is the reward of a response that
+# was not graded; its group is dropped.
 _SCHEMA = """
 CREATE TABLE groups (
     group_id INTEGER PRIMARY KEY,
@@ -39,7 +39,9 @@ CREATE TABLE groups (
     oldest_version INTEGER,
     newest_version INTEGER,
     consumed_step INTEGER,
-    staleness INTEGER
+    staleness INTEGER,
+    group_size INTEGER,
+    checksum INTEGER
 ) STRICT;
 CREATE INDEX groups_by_step ON groups (consumed_step);
 CREATE INDEX groups_by_state ON groups (state);
@@ -56,6 +58,11 @@ CREATE TABLE responses (
     behavior_log_probs BLOB,
     trained_log_probs BLOB,
     routes TEXT,
+    checksum INTEGER NOT NULL,
+    arrays_checksum INTEGER,
+    behavior_checksum INTEGER,
+    trained_checksum INTEGER,
+    routes_checksum INTEGER,
     PRIMARY KEY (group_id, place)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE versions (version INTEGER PRIMARY KEY, published_at REAL NOT NULL) STRICT;
@@ -74,13 +81,10 @@ CREATE TABLE evaluations (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE beginnings (
     first_batch INTEGER PRIMARY KEY,
-    version INTEGER NOT NULL
+    version INTEGER NOT NULL,
+    checksum INTEGER NOT NULL
 ) STRICT;
 """
-
-
-class JournalError(ProjectError):
-    """The journal cannot be opened or written, or a change of state does not fit what it holds."""
 
 
 class JournalFile:
@@ -103,10 +107,12 @@ class JournalFile:
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         try:
             connection = await asyncio.get_running_loop().run_in_executor(thread, _open, path)
-        except (sqlite3.Error, OSError, JournalError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             thread.shutdown()
-            problem = space_problem(path, error) if is_full(error) else str(error)
-            raise JournalError(f"{path}: cannot be opened ({problem})") from None
+            raise JournalError(f"{path}: cannot be opened ({problem(path, error)})") from None
+        except JournalError:
+            thread.shutdown()
+            raise
         return cls(connection, thread, path, may_write)
 
     async def close(self) -> None:
@@ -134,15 +140,8 @@ class JournalFile:
     async def run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._connection)
-        except sqlite3.Error as error:
-            raise JournalError(f"{self.path}: {space_problem(self.path, error)}") from error
-
-
-def space_problem(path: Path, error: Exception) -> str:
-    """What an error in writing `path` says, and the remedy for a full disk."""
-    if is_full(error):
-        return f"{no_space(path)}; free some space"
-    return f"{getattr(error, 'strerror', None) or error}; free some space if the disk is full"
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise JournalError(explained(self.path, error)) from error
 
 
 def has_locks(folder: Path) -> bool:
@@ -187,5 +186,6 @@ def _make_ready(connection: sqlite3.Connection) -> None:
         connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     elif found != SCHEMA_VERSION:
         raise JournalError(
-            f"it has format {found}, this version reads {SCHEMA_VERSION}; go on with the version that began the run"
+            f"{path}: cannot be opened (it has format {found}, this version reads {SCHEMA_VERSION}; go on with the "
+            "version that began the run)"
         )

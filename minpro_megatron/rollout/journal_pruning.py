@@ -28,8 +28,12 @@ class Pruned(Enum):
         "behavior_log_probs",
         "trained_log_probs",
         "routes",
+        "arrays_checksum",
+        "behavior_checksum",
+        "trained_checksum",
+        "routes_checksum",
     )
-    ROUTES = ("routes",)
+    ROUTES = ("routes", "routes_checksum")
 
 
 class PrunedPiece(NamedTuple):

@@ -7,13 +7,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minpro_megatron.errors import UserError
 from minpro_megatron.records import EvaluationResult, StoredRoutes
-from minpro_megatron.rollout.journal_file import FILE_NAME, SCHEMA_VERSION, JournalError, has_locks
+from minpro_megatron.rollout.journal_checksums import GROUP_COLUMNS, Damage, group_damage, responses_of
+from minpro_megatron.rollout.journal_errors import JournalError
+from minpro_megatron.rollout.journal_file import FILE_NAME, SCHEMA_VERSION, has_locks
 from minpro_megatron.rollout.route_files import RouteFiles
 
 LARGEST_SNAPSHOT_BYTES = 2 << 30
@@ -140,6 +142,7 @@ class JournalReader:
         self._log = self.path.with_name(f"{self.path.name}-wal")
         self._stack = ExitStack()
         self.is_live = False
+        self._may_change = False  # while it is read
         self._connection = self._open()
         try:
             with self._reading():
@@ -159,11 +162,12 @@ class JournalReader:
             try:
                 connection.execute("PRAGMA user_version").fetchone()
                 return connection
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:
                 self.is_live = "locked" in str(error)
             if not self.is_live:
                 return connection  # damaged, as the next request will say
         if self.path.stat().st_size + self._log.stat().st_size > LARGEST_SNAPSHOT_BYTES:
+            self._may_change = True
             return self._connect(self.path, "mode=ro&immutable=1")
         connection = self._connect(self._snapshot(), "mode=rw&vfs=unix-none")  # nobody else knows the copy: no locks
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # and no memory shared with others for its log
@@ -213,16 +217,21 @@ class JournalReader:
         return [GroupRow(*row) for row in found]
 
     def groups(self, condition: str = "1", values: tuple[object, ...] = ()) -> Iterator[StoredGroup]:
-        """The groups that fulfil `condition` (SQL over StoredGroup's fields but `responses`), in order of id."""
-        names = ", ".join(StoredGroup._fields[:-1])
-        query = f"SELECT {names} FROM groups WHERE {condition} ORDER BY group_id"
+        """The groups that fulfil `condition` (SQL over StoredGroup's fields but `responses`), in order of id. Raises
+        JournalError at one that is not as it was recorded."""
+        query = f"SELECT {GROUP_COLUMNS}, checksum FROM groups WHERE {condition} ORDER BY group_id"
         with self._reading():
             rows = self._connection.execute(query, values).fetchall()
         for row in rows:
             with self._reading():
-                fields = dict(zip(StoredGroup._fields, row, strict=False))
+                if damage := group_damage(row):
+                    raise self._damaged(damage)
+                *recorded, size, _ = row
+                fields: dict[str, Any] = dict(
+                    zip(StoredGroup._fields[:-1], recorded, strict=True)
+                )  # the columns' order
                 fields["prompt_token_ids"] = _array(fields["prompt_token_ids"], "<i4")
-                group = StoredGroup(**fields, responses=self._responses(fields["group_id"]))
+                group = StoredGroup(**fields, responses=self._responses(fields["group_id"], size))
             yield group
 
     def steps(self) -> dict[int, StoredStep]:
@@ -246,12 +255,13 @@ class JournalReader:
         with self._reading():
             return RouteFiles(self.path.parent).verified(group_id, json.loads(response.routes))
 
-    def _responses(self, group_id: int) -> list[StoredResponse]:
-        names = ", ".join(StoredResponse._fields)
-        rows = self._connection.execute(f"SELECT {names} FROM responses WHERE group_id = ? ORDER BY place", (group_id,))
+    def _responses(self, group_id: int, size: int | None) -> list[StoredResponse]:
+        rows, damage = responses_of(self._connection, group_id, size)
+        if damage is not None:
+            raise self._damaged(damage)
         found = []
         for row in rows:
-            fields = dict(zip(StoredResponse._fields, row, strict=True))
+            fields: dict[str, Any] = {name: getattr(row, name) for name in StoredResponse._fields}
             fields["token_ids"] = _array(fields["token_ids"], "<i4")
             for name in ("rollout_log_probs", "behavior_log_probs", "trained_log_probs"):
                 fields[name] = _array(fields[name], "<f4")
@@ -261,6 +271,10 @@ class JournalReader:
                 fields["policy_versions"] = np.repeat(versions, lengths)
             found.append(StoredResponse(**fields))
         return found
+
+    def _damaged(self, damage: Damage) -> JournalError:
+        changing = ", or its run has changed it meanwhile: try again" if self._may_change else ""
+        return JournalError(f"{self.path}: {damage}; the file is damaged: give a copy of it that is whole{changing}")
 
 
 def _array(data: bytes | None, dtype: str) -> np.ndarray | None:

@@ -8,7 +8,8 @@ that steps before s have not consumed
 - those of a batch that is scored without them are surplus, and dropped (delay mode);
 - those whose tokens or (where the run needs them) routes have been pruned are void as well;
 - those whose behavior log-probs are known are ready: their scores were computed once and stay;
-- those without scores are ready if all their tokens are of version s, which the trainer can still score; else void.
+- those without scores are ready if all their tokens are of version s, which the trainer can still score; else void;
+- those that are damaged (journal_checksums.py) are void, as far as they can be sampled again (journal_damage.py).
 """
 
 import json
@@ -18,12 +19,15 @@ from typing import NamedTuple
 import numpy as np
 
 from minpro_megatron.records import NOT_GRADED, Response
-from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.journal_checksums import seal_groups
+from minpro_megatron.rollout.journal_damage import make_void, refuse_needed_rows, void_damaged_responses
+from minpro_megatron.rollout.journal_errors import REPLACE, JournalError
 from minpro_megatron.rollout.route_files import RouteFiles
 
 
 class RestoredGroup(NamedTuple):
-    """A group that no step has consumed. `responses` is empty for one that is to be sampled (again)."""
+    """A group that no step has consumed. `responses` is empty for one that is to be sampled (again), and `prompt_id` is
+    for one whose row was damaged."""
 
     group_id: int
     issued_version: int
@@ -45,13 +49,13 @@ _SURPLUS = (
 
 def roll_back(
     connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool, needs_routes: bool = False
-) -> None:
-    """Changes the journal's states as above, inside the caller's transaction. Raises JournalError if the journal does
-    not hold what the checkpoint of `version` includes."""
+) -> list[str]:
+    """Changes the journal's states as above, inside the caller's transaction. Returns a line for everything that is
+    damaged and not needed. Raises JournalError if the journal does not hold what the checkpoint of `version` includes,
+    or what is needed of it is damaged."""
     values = {"version": version, "needs_routes": needs_routes}
-    # Ids below the last one that stays were issued before: above s only because an earlier restore repeated them.
-    last = "SELECT coalesce(max(group_id), -1) FROM groups WHERE issued_version <= :version"
-    connection.execute(f"DELETE FROM groups WHERE issued_version > :version AND group_id > ({last})", values)
+    connection.execute("REINDEX groups")  # a damaged index chooses other rows, and nothing reports it
+    damaged = refuse_needed_rows(connection, version, num_prompts, delay_mode)
     for table, column in (("versions", "version"), ("evaluations", "policy_version"), ("beginnings", "version")):
         connection.execute(f"DELETE FROM {table} WHERE {column} > :version", values)
     connection.execute(
@@ -69,11 +73,14 @@ def roll_back(
         " OR (state = 'collected' AND oldest_version < :version))",
         values,
     ).fetchall()
-    connection.executemany("DELETE FROM responses WHERE group_id = ?", void)
-    connection.executemany(
-        "UPDATE groups SET state = 'issued', oldest_version = NULL, newest_version = NULL WHERE group_id = ?", void
-    )
-    _check(connection, version, num_prompts, delay_mode)
+    make_void(connection, (group_id for (group_id,) in void))
+    damaged += void_damaged_responses(connection, version, delay_mode)
+    seal_groups(connection, "consumed_step IS NULL")
+    try:
+        _check(connection, version, num_prompts, delay_mode)
+    except JournalError as error:
+        raise JournalError(f"{error} (damaged: {damaged[0]})" if damaged else str(error)) from None
+    return damaged
 
 
 def _check(connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool) -> None:
@@ -83,6 +90,15 @@ def _check(connection: sqlite3.Connection, version: int, num_prompts: int, delay
             f"the checkpoint of version {version} has consumed {version * num_prompts} groups, the journal {consumed}: "
             "they do not belong together; put both back from the same copy, or start under a new name"
         )
+    counts = dict(connection.execute("SELECT consumed_step, count(*) FROM groups GROUP BY consumed_step"))
+    for step in (step for step in range(version) if counts.get(step, 0) != num_prompts):
+        raise JournalError(
+            f"global step {step} has consumed {num_prompts} groups, by the journal {counts.get(step, 0)}: it is "
+            f"damaged; {REPLACE}"
+        )
+    last, found = connection.execute("SELECT coalesce(max(group_id), -1), count(*) FROM groups").fetchone()
+    if found != last + 1:
+        raise JournalError(f"it has {found} of the groups 0 to {last}: it is damaged; {REPLACE}")
     lost = connection.execute(
         "SELECT count(*) FROM groups WHERE state = 'issued' AND issued_version < ?", (version,)
     ).fetchone()[0]

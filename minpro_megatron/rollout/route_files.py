@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from minpro_megatron.batching.stored_routes import read_routes
 from minpro_megatron.records import CollectedGroup, StoredRoutes
-from minpro_megatron.rollout.journal_file import JournalError, space_problem
+from minpro_megatron.rollout.journal_errors import JournalError, explained
 
 FOLDER = "routes"
 
@@ -37,7 +37,7 @@ class RouteFiles:
             self._folder.mkdir(exist_ok=True)
             places = _write(path, arrays)
         except OSError as error:
-            raise JournalError(f"{path}: {space_problem(path, error)}") from error
+            raise JournalError(explained(path, error)) from error
         return places
 
     def without_arrays(self, group: CollectedGroup, places: Sequence[str | None]) -> CollectedGroup:

@@ -19,7 +19,7 @@ from minpro_megatron.monitor.environment import git_commit
 from tests.e2e.conftest import ROOT, TinyModel
 from tests.e2e.crash_cases import GOES_ON, Case, all_cases
 from tests.e2e.crash_table import Row, read_rows, write_rows
-from tests.e2e.crashes import STEPS, CrashRun, Launched, Results, differing
+from tests.e2e.crashes import STEPS, CrashPoint, CrashRun, Launched, Results, differing
 from tests.e2e.test_crashes import check_bounded, model, undisturbed
 
 __all__ = ["model", "undisturbed"]  # fixtures
@@ -51,7 +51,7 @@ def _tried(case: Case, run: CrashRun, undisturbed: Results) -> Row:
         assert launched.reached, told
         assert launched.status == case.status, told
         if point.action != "kill":
-            _make_room_again(run, point.file, told)
+            _make_room_again(run, point, told)
     if case.torn is not None:
         run.tear_journal(case.torn)
     if case.finished:
@@ -113,11 +113,14 @@ def _compared(case: Case, run: CrashRun, undisturbed: Results) -> str:
     return "equal"
 
 
-def _make_room_again(run: CrashRun, file: str, told: str) -> None:
-    assert "free some space if the disk is full" in told, told
-    filler = run.run_dir / file
-    if filler.name == "filler":
-        filler.unlink()
+def _make_room_again(run: CrashRun, point: CrashPoint, told: str) -> None:
+    remedy = {
+        "limit": "though the disk is not full; look for a quota",
+        "fill": "full; free some space, then launch again",
+    }
+    assert remedy[point.action] in told, told
+    if point.action == "fill":
+        (run.run_dir / point.file).unlink()
 
 
 @contextmanager

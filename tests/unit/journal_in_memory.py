@@ -23,7 +23,7 @@ class InMemoryFile(JournalFile):
         connection = sqlite3.connect(":memory:", isolation_level=None)
         connection.executescript(_SCHEMA)
         connection.execute("PRAGMA foreign_keys = ON")
-        super().__init__(connection, Inline(1), Path(":memory:"))
+        super().__init__(connection, Inline(1), Path(":memory:"), may_write=lambda: None)
 
     async def run(self, work):
         return work(self._connection)

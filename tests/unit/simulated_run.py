@@ -16,7 +16,7 @@ from typing import NamedTuple
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import Batch, CollectedGroup
 from minpro_megatron.rollout.journal import Journal
-from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.journal_errors import JournalError
 from minpro_megatron.rollout.route_files import RouteFiles
 from minpro_megatron.rollout.schedule import Restored, ScheduleError, Slot, make_schedule
 from minpro_megatron.rollout.staleness import RUN_START, Beginning, beginning_after

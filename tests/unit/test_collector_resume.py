@@ -14,7 +14,8 @@ from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.evaluation.sampling import FILE_NAME as EVALUATIONS
 from minpro_megatron.records import Batch, CollectorTotals
 from minpro_megatron.rollout.journal import Journal
-from minpro_megatron.rollout.journal_file import FILE_NAME, JournalError
+from minpro_megatron.rollout.journal_errors import JournalError
+from minpro_megatron.rollout.journal_file import FILE_NAME
 from minpro_megatron.rollout.leases import Conflict
 from tests.unit.collector_rig import Crash, FakeTrainer, collecting, contents
 from tests.unit.rollout_fakes import (

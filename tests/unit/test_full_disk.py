@@ -14,7 +14,7 @@ from minpro_megatron.launch import launcher, preflight
 from minpro_megatron.monitor.disk_space import DiskFullError, as_size, is_full, naming_full_disk
 from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.rollout.journal import Journal
-from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.journal_errors import JournalError
 from minpro_megatron.weights.convert import to_hf, to_megatron
 from tests.unit.run_examples import example_config, write_example_files
 from tests.unit.small_disk import fill, make_room, small_disk

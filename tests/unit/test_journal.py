@@ -6,8 +6,8 @@ import resource
 import shutil
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,10 @@ import pytest
 
 from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
 from minpro_megatron.rollout import journal_file, journal_pruning
-from minpro_megatron.rollout.journal import Journal, _spans
-from minpro_megatron.rollout.journal_file import FILE_NAME, JournalError
+from minpro_megatron.rollout.journal import Journal
+from minpro_megatron.rollout.journal_errors import JournalError
+from minpro_megatron.rollout.journal_file import FILE_NAME
+from minpro_megatron.rollout.journal_rows import version_spans
 from minpro_megatron.rollout.route_files import RouteFiles
 from tests.unit.rollout_fakes import (
     NUM_PROMPTS,
@@ -175,7 +177,7 @@ def test_dropped_groups_and_surplus_are_counted(tmp_path: Path) -> None:
     [([3, 3, 3, 4, 5, 5], [[3, 3], [4, 1], [5, 2]]), ([0], [[0, 1]]), ([2, 2], [[2, 2]]), ([1, 0], [[1, 1], [0, 1]])],
 )
 def test_versions_are_kept_as_spans(versions: list[int], spans: list[list[int]]) -> None:
-    assert _spans(np.asarray(versions, dtype=np.int32)).tolist() == spans
+    assert version_spans(np.asarray(versions, dtype=np.int32)).tolist() == spans
 
 
 def test_a_journal_goes_on_where_it_was_closed(tmp_path: Path) -> None:
@@ -196,11 +198,14 @@ def test_a_journal_goes_on_where_it_was_closed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda path: path.write_bytes(b"this is no database" * 100), "cannot be opened .*not a database"),
+        (
+            lambda path: path.write_bytes(b"this is no database" * 100),
+            "cannot be opened .*not a database.: the file is damaged; put back",
+        ),
         (lambda path: path.mkdir(), "cannot be opened .*unable to open"),
         (
             lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 1").connection.close(),
-            "cannot be opened .*format 1, this version reads 4; go on with the version that began",
+            "cannot be opened .*format 1, this version reads 5; go on with the version that began",
         ),
     ],
 )
@@ -336,11 +341,34 @@ def test_a_pruning_that_is_cut_short_is_ended_by_the_next_one(tmp_path: Path, mo
     assert last == (1, 0)
 
 
-def test_a_full_disk_is_named_and_costs_nothing_that_was_recorded(tmp_path: Path) -> None:
-    """The kernel refuses a file that grows above a limit, as it does where the disk is full."""
+@contextmanager
+def small_files(journal: Journal) -> Iterator[None]:
+    """Within: the kernel refuses a file that grows above a limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def full_disk(journal: Journal) -> Iterator[None]:
+    """Within: SQLite finds no room for more pages, which it reports as it does a full disk."""
+    connection, thread = journal._file._connection, journal._file._thread
+    thread.submit(connection.execute, "PRAGMA max_page_count = 20").result()
+    yield
+    thread.submit(connection.execute, "PRAGMA max_page_count = 1000000").result()
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "told"),
+    [
+        (small_files, r"disk I/O error, though the disk is not full; look for a quota, a limit on the size of files"),
+        (full_disk, r"database or disk is full; free some space, then launch again$"),
+    ],
+)
+def test_a_journal_that_cannot_grow_costs_nothing_that_was_recorded(tmp_path: Path, obstacle, told: str) -> None:
     groups = [collected(group, [0] * 5_000) for group in issued_groups(range(20))]
     recorded = 0
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     async def use(journal: Journal) -> None:
         async def collect_all() -> None:
@@ -350,12 +378,8 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_recorded(tmp_path: Path
                 recorded += 1
 
         await journal.issue([group.issued for group in groups])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
-        try:
-            with pytest.raises(JournalError, match=r"journal.sqlite: .*; free some space if the disk is full$"):
-                await collect_all()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with obstacle(journal), pytest.raises(JournalError, match=f"journal.sqlite: {told}"):
+            await collect_all()
         await journal.collect(groups[recorded], True)  # there is space again
 
     in_journal(tmp_path, use)

@@ -14,8 +14,9 @@ from minpro_megatron.batching.stored_routes import read_routes
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.records import BehaviorLogProbs, CollectedGroup, CollectorTotals, TrainedStep
 from minpro_megatron.rollout.journal import Journal
+from minpro_megatron.rollout.journal_checksums import seal_groups
+from minpro_megatron.rollout.journal_errors import JournalError
 from minpro_megatron.rollout.journal_feed import JournalFeed, journal_problems
-from minpro_megatron.rollout.journal_file import JournalError
 from tests.unit.rollout_fakes import NUM_PROMPTS, run_config
 from tests.unit.stored_runs import StoredRun, behavior, with_versions, write_run
 
@@ -71,6 +72,7 @@ def test_groups_keep_the_order_in_which_they_were_issued(tmp_path: Path) -> None
     write_run(tmp_path / "stored", NUM_STEPS)
     with sqlite3.connect(tmp_path / "stored" / "journal.sqlite") as journal:
         journal.execute("UPDATE groups SET issued_version = 1 WHERE group_id = 3")  # issued again after a crash
+        seal_groups(journal)
     ids = [group.issued.group_id for group in make_feed(tmp_path).batch(1).groups]
     assert ids == [4, 5, 3]
 

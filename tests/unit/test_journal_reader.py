@@ -18,7 +18,7 @@ from minpro_megatron.batching.stored_routes import read_routes
 from minpro_megatron.records import CollectedGroup, EvaluationResult
 from minpro_megatron.rollout import journal_reader
 from minpro_megatron.rollout.journal import Journal
-from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.journal_errors import JournalError
 from minpro_megatron.rollout.journal_reader import JournalReader, StoredGroup
 from tests.unit.rollout_fakes import NUM_PROMPTS, RESPONSES, collected, issued_groups
 from tests.unit.stored_runs import StoredRun, behavior, trained, with_versions, write_run
@@ -260,7 +260,7 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 1")
-    with pytest.raises(JournalError, match="format 1; this version reads 4"):
+    with pytest.raises(JournalError, match="format 1; this version reads 5"):
         JournalReader(tmp_path)
 
 

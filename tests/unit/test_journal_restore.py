@@ -14,7 +14,7 @@ import pytest
 from minpro_megatron.batching.stored_routes import read_routes
 from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
 from minpro_megatron.rollout.journal import Journal
-from minpro_megatron.rollout.journal_file import JournalError
+from minpro_megatron.rollout.journal_errors import JournalError
 from minpro_megatron.rollout.journal_pruning import Pruned
 from minpro_megatron.rollout.journal_restore import RestoredGroup, roll_back
 from minpro_megatron.rollout.route_files import FOLDER, RouteFiles
@@ -349,7 +349,7 @@ def test_routes_of_dropped_groups_and_what_a_crash_left_of_others_go(tmp_path: P
     in_memory(use, tmp_path)
 
 
-def test_a_full_disk_is_named_where_routes_do_not_fit(tmp_path: Path) -> None:
+def test_routes_that_do_not_fit_are_named_and_a_full_disk_as_such(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     async def use(journal: Journal, file: InMemoryFile) -> None:
@@ -358,10 +358,17 @@ def test_a_full_disk_is_named_where_routes_do_not_fit(tmp_path: Path) -> None:
         group = collected(issued[0], routes=[np.zeros(10_000, np.uint8)] * 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
         try:
-            with pytest.raises(JournalError, match=f"{FOLDER}/0.bin: .*; free some space if the disk is full"):
+            with pytest.raises(JournalError, match=f"{FOLDER}/0.bin: File too large$"):
                 await journal.collect(group, accepted=True)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        (tmp_path / FOLDER / "0.bin").unlink()
+        (tmp_path / FOLDER / "0.bin").symlink_to("/dev/full")
+        with pytest.raises(
+            JournalError, match=f"{FOLDER}/0.bin: No space left on device; free some space, then launch"
+        ):
+            await journal.collect(group, accepted=True)
+        (tmp_path / FOLDER / "0.bin").unlink()
         assert file.rows("SELECT state FROM groups") == [("issued",)]
         await journal.collect(group, accepted=True)
         assert (await journal.restore(0, NUM_PROMPTS, True))[0][0].responses[1].stored_routes is not None

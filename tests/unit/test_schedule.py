@@ -60,11 +60,12 @@ def early_batches(version: int, delay: int, num_steps: int, beginnings: Iterable
     return range(min(version and version + delay, num_steps), min(version + delay + 2, num_steps))
 
 
-def forgetful_roll_back(connection, *arguments: object) -> None:
+def forgetful_roll_back(connection, *arguments: object) -> list[str]:
     """Keeps what later weights have sampled."""
-    roll_back(connection, *arguments)  # type: ignore[arg-type]
+    damaged = roll_back(connection, *arguments)  # type: ignore[arg-type]
     connection.execute("UPDATE groups SET consumed_step = NULL WHERE state = 'scored'")
     connection.execute("DELETE FROM groups WHERE state = 'issued'")
+    return damaged
 
 
 @pytest.mark.parametrize(

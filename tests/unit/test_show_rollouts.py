@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from minpro_megatron.records import CollectedGroup
 from minpro_megatron.replay.rollouts import read_rollouts
 from minpro_megatron.rollout.journal import Journal
+from minpro_megatron.rollout.journal_checksums import seal_groups
 from minpro_megatron.terminal_text import visible
 from tests.unit.rollout_fakes import NUM_PROMPTS, RESPONSES
 from tests.unit.stored_runs import StoredRun, behavior, with_versions, write_run
@@ -141,6 +142,7 @@ def test_rollout_text_cannot_act_on_the_terminal(tmp_path: Path, capsys: pytest.
     (run_dir / "run.json").write_text(json.dumps({"model": {"hf_path": hostile_model(tmp_path / "model")}}))
     with sqlite3.connect(run_dir / "journal.sqlite") as connection:
         connection.execute("UPDATE groups SET prompt_id = ?, source = ?", (HOSTILE, HOSTILE))
+        seal_groups(connection)
     table, text = show(run_dir)[1], show(run_dir, "--group", "0")[1]
     for printed in (table, text):
         assert {c for c in printed if not c.isprintable()} == {"\n"}

@@ -1,0 +1,175 @@
+"""Checksums of the journal: training reads what was written, or it is reported which row differs.
+
+Each is a CRC-32, which notices every change within 32 adjacent bits and misses one in 2**32 of all others, over the
+row's key as well as its values, so that values in a wrong row are noticed too:
+
+    groups.checksum               the whole row; written again with each change of it
+    responses.checksum            what a response is besides its arrays; it outlives their pruning
+    responses.arrays_checksum     its token ids, rollout log-probs and versions
+    responses.behavior_checksum   its behavior log-probs; trained_checksum and routes_checksum likewise
+    beginnings.checksum           the whole row
+
+The tables `versions` and `evaluations` have none: training does not read them. Checksums cost a tenth of the journal's
+CPU time (benchmarks/collector_load.md).
+"""
+
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+_GROUP = (
+    "group_id", "issued_version", "batch_index", "prompt_id", "source", "prompt_token_ids", "state", "oldest_version",
+    "newest_version", "consumed_step", "staleness", "group_size",
+)  # fmt: skip
+GROUP_COLUMNS = ", ".join(_GROUP)
+
+
+class ResponseRow(NamedTuple):
+    """A row of `responses`, as SQLite has it."""
+
+    group_id: int
+    place: int
+    sampling_seed: int
+    num_tokens: int
+    token_ids: bytes | None
+    rollout_log_probs: bytes | None
+    policy_versions: bytes | None
+    finish_reason: str
+    reward: float | None
+    behavior_log_probs: bytes | None
+    trained_log_probs: bytes | None
+    routes: str | None
+    checksum: int
+    arrays_checksum: int | None
+    behavior_checksum: int | None
+    trained_checksum: int | None
+    routes_checksum: int | None
+
+
+RESPONSE_COLUMNS = ", ".join(ResponseRow._fields)
+
+
+class Damage(NamedTuple):
+    """What of a group, or of its response `place`, is not as it was recorded."""
+
+    group_id: int
+    place: int | None
+    what: str
+
+    def __str__(self) -> str:
+        where = f"group {self.group_id}" if self.place is None else f"group {self.group_id}, response {self.place}"
+        return f"{where}: {self.what}"
+
+
+def checksum(*values: int | float | str | bytes | None) -> int:
+    """CRC-32 of the values. Floats count as SQLite returns them: it keeps no sign of a zero. In a damaged row a column
+    may have a value of any type."""
+    crc = 0
+    for value in values:
+        if isinstance(value, bytes):
+            crc = zlib.crc32(value, zlib.crc32(f"{len(value)} bytes".encode(), crc))
+        else:
+            plain = value + 0.0 if isinstance(value, float) else value
+            crc = zlib.crc32(f"{plain!r};".encode(), crc)
+    return crc
+
+
+def response_checksum(
+    group_id: int, place: int, sampling_seed: int, num_tokens: int, finish_reason: str, reward: float | None
+) -> int:
+    """responses.checksum"""
+    return checksum(group_id, place, sampling_seed, num_tokens, finish_reason, reward)
+
+
+def part_checksum(group_id: int, place: int, part: str, *values: bytes | str | None) -> int | None:
+    """The checksum of some of a response's columns, which are there together or not at all; `part` names them."""
+    return None if values[0] is None else checksum(group_id, place, part, *values)
+
+
+def seal_groups(connection: sqlite3.Connection, condition: str = "1", values: Iterable[tuple] = ((),)) -> None:
+    """Writes the checksums of the groups that fulfil the SQL condition, once for each of its `values`. Part of every
+    transaction that changes groups."""
+    query = f"SELECT {GROUP_COLUMNS} FROM groups WHERE {condition}"
+    rows = [row for one in values for row in connection.execute(query, one)]
+    sealed = [(checksum(*row), row[0]) for row in rows]
+    connection.executemany("UPDATE groups SET checksum = ? WHERE group_id = ?", sealed)
+
+
+def seal_group_ids(connection: sqlite3.Connection, group_ids: Iterable[int]) -> None:
+    """`seal_groups` of these."""
+    seal_groups(connection, "group_id = ?", [(group_id,) for group_id in group_ids])
+
+
+def damaged_group_rows(connection: sqlite3.Connection) -> Iterator[Damage]:
+    """The groups whose rows are not as they were recorded."""
+    for row in connection.execute(f"SELECT {GROUP_COLUMNS}, checksum FROM groups"):
+        if damage := group_damage(row):
+            yield damage
+
+
+def group_damage(row: tuple) -> Damage | None:
+    """Whether the values of GROUP_COLUMNS and the checksum after them are as they were recorded. It has to be the very
+    row that is used: a damaged page may hold a group twice, and another query find the other row."""
+    *values, recorded = row
+    if checksum(*values) == recorded:
+        return None
+    return Damage(row[0], None, "its prompt, state, versions or global step differ from their checksum")
+
+
+def responses_of(
+    connection: sqlite3.Connection, group_id: int, size: int | None, *, with_trained: bool = True
+) -> tuple[list[ResponseRow], Damage | None]:
+    """The responses of a group of that size, in order, and the first thing about them that is not as it was recorded.
+    `with_trained`: their log-probs at the update are looked at as well."""
+    query = f"SELECT {RESPONSE_COLUMNS} FROM responses WHERE group_id = ? ORDER BY place"
+    rows = [ResponseRow(*row) for row in connection.execute(query, (group_id,))]
+    expected = list(range(size or 0))
+    if [row.place for row in rows] != expected:
+        found = ", ".join(str(row.place) for row in rows) or "none"
+        return rows, Damage(group_id, None, f"of its responses 0 to {len(expected) - 1} there are {found}")
+    for row in rows:
+        if what := _damage(row if with_trained else row._replace(trained_log_probs=None, trained_checksum=None)):
+            return rows, Damage(group_id, row.place, what)
+    return rows, None
+
+
+def _damage(row: ResponseRow) -> str:
+    """What of the response is not as it was recorded; "" if all of it is."""
+    key = row.group_id, row.place
+    scalars = row.sampling_seed, row.num_tokens, row.finish_reason, row.reward
+    if response_checksum(*key, *scalars) != row.checksum:
+        return "its seed, length, stop reason or reward differ from their checksum"
+    arrays = row.token_ids, row.rollout_log_probs, row.policy_versions
+    if part_checksum(*key, "arrays", *arrays) != row.arrays_checksum:
+        return "its tokens, rollout log-probs or versions differ from their checksum"
+    if part_checksum(*key, "behavior", row.behavior_log_probs) != row.behavior_checksum:
+        return "its behavior log-probs differ from their checksum"
+    if part_checksum(*key, "trained", row.trained_log_probs) != row.trained_checksum:
+        return "its log-probs at the update differ from their checksum"
+    if part_checksum(*key, "routes", row.routes) != row.routes_checksum:
+        return "the place of its routes differs from its checksum"
+    return _disagreement(row)
+
+
+def _disagreement(row: ResponseRow) -> str:
+    """What was wrong already when it was recorded; "" for a response that can be trained on."""
+    names = ("token_ids", "rollout_log_probs", "behavior_log_probs", "trained_log_probs")
+    for name in names:
+        data = getattr(row, name)
+        if data is not None and len(data) != 4 * row.num_tokens:
+            return f"{name} has {len(data) / 4:g} values for {row.num_tokens} tokens"
+    if row.token_ids is None or row.policy_versions is None:
+        return ""
+    lengths = np.frombuffer(row.policy_versions, "<i4").reshape(-1, 2)[:, 1]
+    if (lengths < 1).any() or lengths.sum() != row.num_tokens:
+        return f"its versions are of {lengths.sum()} tokens, of which it has {row.num_tokens}"
+    if np.frombuffer(row.token_ids, "<i4").min(initial=0) < 0:
+        return "a token id is negative"
+    for name in ("rollout_log_probs", "behavior_log_probs"):
+        data = getattr(row, name)
+        if data is not None and not np.isfinite(np.frombuffer(data, "<f4")).all():
+            return f"{name} has a value that is not finite"
+    return ""
