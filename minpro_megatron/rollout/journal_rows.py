@@ -17,9 +17,8 @@ def response_row(group: CollectedGroup, place: int, routes: str | None) -> Respo
         "finish_reason": response.finish_reason,
         "reward": float(response.reward) if response.is_graded else None,
     }
-    arrays = (
-        response.token_ids.tobytes(), response.rollout_log_probs.tobytes(), version_spans(response.policy_versions).tobytes()
-    )  # fmt: skip
+    versions = version_spans(response.policy_versions)
+    arrays = response.token_ids.tobytes(), response.rollout_log_probs.tobytes(), versions.tobytes()
     return ResponseRow(
         *key,
         **scalars,

@@ -159,7 +159,7 @@ def test_a_launch_that_finishes(recipes):
         mean reward  -0.750 before, 0.000 after
         report       {run_dir}/report.html
         TensorBoard  tensorboard --logdir {run_dir}/tensorboard
-        HF weights   somewhere/hf_export
+        HF weights   {run_dir}/hf_export
         """)
         in ended.stdout
     )
