@@ -116,7 +116,7 @@ def _compared(case: Case, run: CrashRun, undisturbed: Results) -> str:
 def _make_room_again(run: CrashRun, point: CrashPoint, told: str) -> None:
     remedy = {
         "limit": "though the disk is not full; look for a quota",
-        "fill": "full; free some space, then launch again",
+        "fill": "free some space, then launch again",
     }
     assert remedy[point.action] in told, told
     if point.action == "fill":
