@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.roles import collect
 
 HEARTBEAT_S = 0.005
@@ -50,7 +51,7 @@ def run_collector(config: RunConfig, result: Path) -> None:
     async def main() -> None:
         watching = [asyncio.create_task(heartbeat(stalls)), asyncio.create_task(sample_threads())]
         try:
-            await collect._until_terminated(config, 0)
+            await collect._until_terminated(config, 0, StartFence(config.run_dir, 0))
         finally:
             for task in watching:
                 task.cancel()

@@ -163,14 +163,14 @@ def _open(path: Path) -> sqlite3.Connection:
         uri += "&vfs=unix-none"  # SQLite takes no locks then; any other way every request ends with "disk I/O error"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None)
     try:
-        _make_ready(connection)
+        _make_ready(connection, path)
     except BaseException:
         connection.close()  # it holds the lock
         raise
     return connection
 
 
-def _make_ready(connection: sqlite3.Connection) -> None:
+def _make_ready(connection: sqlite3.Connection, path: Path) -> None:
     """Settings, and the tables of a new file. Raises JournalError for a file of another format."""
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file; an older one keeps its own
     # Exclusive: WAL then needs no memory shared between processes, which network filesystems do not have.
