@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from minpro_megatron.config.run import parse_run_config
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.architecture import Architecture
 from tests.mesh.harness import run_mesh
 
 SAMPLE_S = 0.02

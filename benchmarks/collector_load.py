@@ -28,10 +28,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from benchmarks.collector_process import peak_bytes, run_bare_loop, run_collector, watch_peak
 from benchmarks.collector_stages import measure_stages
 from benchmarks.synthetic_servers import STOP_TOKEN, VOCABULARY_SIZE, response_lengths, synthetic_servers
+from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.feed.feed import Feed
 from minpro_megatron.records import Batch, BehaviorLogProbs, PublishLease, ServerAddress, TrainedStep
-from minpro_megatron.rollout.feed import Feed
-from minpro_megatron.rollout.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 
 RESPONSES_PER_PROMPT = 8
 # Tokens a second of 64 H100 that generate rollouts of Qwen3-30B-A3B; the derivation is in collector_load.md.

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.roles import collect
+from minpro_megatron.run_folder.start_fence import StartFence
 
 HEARTBEAT_S = 0.005
 

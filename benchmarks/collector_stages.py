@@ -18,14 +18,14 @@ from rich.table import Table
 
 from benchmarks.synthetic_servers import response_lengths, synthetic_servers
 from minpro_megatron import records
+from minpro_megatron.buffer.journal import Journal
+from minpro_megatron.buffer.journal_file import PAGE_BYTES
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.models.model_files import ModelFacts, read_model_facts
+from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Batch, CollectedGroup, IssuedGroup, Prompt, Response, ServerAddress
-from minpro_megatron.rollout.journal import Journal
-from minpro_megatron.rollout.journal_file import PAGE_BYTES
-from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.answers import AnswerChecker, SampledSequence, SentRequest
 from minpro_megatron.serving.client import SamplingParameters, ServerClient, _Response
-from minpro_megatron.serving.model_files import ModelFacts, read_model_facts
 
 # SQLite's wal_autocheckpoint is 1000 pages: what it syncs after so many bytes, the plain append does too.
 SYNC_EVERY_BYTES = 1000 * PAGE_BYTES

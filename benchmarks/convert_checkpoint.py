@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from minpro_megatron.weights.architecture import read_architecture
+from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.weights.table import entries
 
 ROOT = Path(__file__).resolve().parents[1]

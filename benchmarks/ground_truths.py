@@ -1,6 +1,6 @@
 """The true answers of the mathematics benchmarks, other spellings of each, and wrong ones.
 
-    python -m benchmarks.ground_truths --data DIR --output tests/unit/grading_truths.jsonl
+    python -m benchmarks.ground_truths --data DIR --output tests/unit/rewards/grading_truths.jsonl
 
 writes each different answer once, as `{"data_source": ..., "ground_truth": ...}`. The seven files are aime24.jsonl,
 aime25.parquet, amc23.jsonl, gsm8k_test.jsonl, minerva_math.jsonl, olympiadbench.jsonl and aime24_dapo_schema.parquet;

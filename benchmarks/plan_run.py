@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minpro_megatron.config.run import RunConfig, parse_run_config
+from minpro_megatron.models.known_models.find import find_architecture
 from minpro_megatron.planning.parameters import active_parameters, model_parameters
 from minpro_megatron.planning.plan import ClusterSize, Plan, plan_run
 from minpro_megatron.planning.workload import Workload
-from minpro_megatron.weights.known_models.find import find_architecture
 
 NEMO = "NeMo RL docs/about/performance-summary.md, {}; settings from examples/configs/recipes/llm/performance/{}.yaml"
 VERL = (

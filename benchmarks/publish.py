@@ -29,10 +29,10 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.records import PublishLease, ServerAddress
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
-from minpro_megatron.weights.architecture import read_architecture
 from minpro_megatron.weights.table import entries
 from tests.mesh.harness import run_mesh
 
@@ -119,7 +119,7 @@ class Rank:
     """A trainer rank that publishes the same weights, slightly changed, again and again."""
 
     def __init__(self, mesh: Mesh, root: Path, split: str, server: ServerAddress) -> None:
-        from minpro_megatron.weights.gather import WeightGatherer
+        from minpro_megatron.publishing.gather import WeightGatherer
         from tests.mesh.steps import loaded_model
 
         self._mesh, self._root, self._split, self._server = mesh, root, split, server
@@ -129,7 +129,7 @@ class Rank:
         self._version = 0
 
     def publisher(self, bucket_bytes: int, pause_mode: str = "retract") -> Any:
-        from minpro_megatron.weights.publish import Publisher
+        from minpro_megatron.publishing.publish import Publisher
 
         config = make_config(self._root, self._split, bucket_bytes, pause_mode)
         return Publisher(config, self.gatherer, self._mesh, score_canaries=None)  # type: ignore[arg-type]  never asked

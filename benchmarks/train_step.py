@@ -24,9 +24,9 @@ from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.run import RunConfig, parse_run_config
+from minpro_megatron.models.architecture import Architecture
+from minpro_megatron.models.known_models.find import find_architecture
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
-from minpro_megatron.weights.architecture import Architecture
-from minpro_megatron.weights.known_models.find import find_architecture
 
 PROMPT_TOKENS = 64
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 512}

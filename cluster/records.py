@@ -7,7 +7,7 @@ import msgspec
 
 from cluster.profile import SshSettings
 from minpro_megatron.errors import UserError
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.files.replacement import replace_file
 
 
 def records_folder() -> Path:

@@ -22,7 +22,7 @@ from cluster.shell import shell_of
 from cluster.slurm_job import JobError, JobState, active_jobs, job_name
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError, run_reporting
-from minpro_megatron.launch.preflight import run_problems, warnings
+from minpro_megatron.launch.preflight.run_checks import run_problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.topology import Topology, lay_out
 

@@ -182,9 +182,9 @@ def _json_object(text: str) -> dict[str, object]:
 
 
 def _run_eval(given: dict[str, object]) -> int:
+    from minpro_megatron.files.disk_space import naming_full_disk
     from minpro_megatron.launch.evaluation import evaluate
     from minpro_megatron.launch.evaluation_options import EvaluationOptions
-    from minpro_megatron.monitor.disk_space import naming_full_disk
 
     said = {name: value for name, value in given.items() if value is not None and name != "command"}
     said["benchmark_files"] = dict(said.get("benchmark_files", []))  # type: ignore[call-overload]
@@ -222,7 +222,7 @@ def _run_role(options: argparse.Namespace) -> int:
         config = config.model_copy(update={section: changed})
     run = importlib.import_module(f"minpro_megatron.roles.{role}").run
     own = {"serve": ("servers",), "train": ("save_by",)}.get(role, ())
-    from minpro_megatron.monitor.disk_space import naming_full_disk
+    from minpro_megatron.files.disk_space import naming_full_disk
 
     with naming_full_disk(config.run_dir, f"runs_dir = {config.runs_dir}", "choose another runs_dir=..."):
         return run(config, options.incarnation, *(getattr(options, name) for name in own))

@@ -14,29 +14,29 @@ from dataclasses import dataclass
 from minpro_megatron.actor.behavior import flat
 from minpro_megatron.actor.kept_versions import KeptVersions
 from minpro_megatron.actor.policy import Policy
-from minpro_megatron.actor.run_checkpoints import RunCheckpoints
-from minpro_megatron.actor.save_schedule import SaveSchedule
-from minpro_megatron.actor.saving import Saving
 from minpro_megatron.actor.scoring import BatchScoring, ScoredBatch
 from minpro_megatron.actor.start_gate import refuse_broken_scores, refuse_different_models
 from minpro_megatron.actor.updates import TrainedBatch, Updates
 from minpro_megatron.batching.sequences import behavior_record, trained_step
+from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
+from minpro_megatron.checkpoints.checkpoint_folder import score_of
+from minpro_megatron.checkpoints.resume_point import RunManifest, TrainerState
+from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints
+from minpro_megatron.checkpoints.save_schedule import SaveSchedule
+from minpro_megatron.checkpoints.saving import Saving
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.feed.answers import answer_to, lease_for
+from minpro_megatron.feed.batch_source import BatchSource
+from minpro_megatron.metrics.metric import values
 from minpro_megatron.monitor.alarms import Alarm
-from minpro_megatron.monitor.metrics import values
 from minpro_megatron.monitor.phases import PhaseClock
 from minpro_megatron.monitor.step_report import StepReport, batch_metrics
 from minpro_megatron.monitor.trace import NoTracer, Tracer
 from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.publishing.publish import Publisher
+from minpro_megatron.publishing.publish_report import PublishReport, publication_metrics
 from minpro_megatron.records import Batch, CollectorTotals, EvaluationResult, PublishLease
-from minpro_megatron.rollout.answers import answer_to, lease_for
-from minpro_megatron.rollout.batch_source import BatchSource
-from minpro_megatron.rollout.checkpoint_folder import score_of
-from minpro_megatron.rollout.resume_point import RunManifest, TrainerState
-from minpro_megatron.rollout.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
-from minpro_megatron.weights.publish import Publisher
-from minpro_megatron.weights.publish_report import PublishReport, publication_metrics
 
 PHASES = ("wait_for_batch", "score", "train", "publish", "checkpoint", "monitor")
 

@@ -31,6 +31,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import FAILED, ProjectError, UserError, report, run_reporting
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
+from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.launch.evaluation import serving
 from minpro_megatron.launch.evaluation_options import (
     EvaluationOptions,
@@ -38,13 +39,12 @@ from minpro_megatron.launch.evaluation_options import (
     run_config,
     sampling_settings,
 )
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.models.model_files import read_model_facts
+from minpro_megatron.prompts.prompts import TokenizedPrompt
+from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
 from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
-from minpro_megatron.rollout.prompts import TokenizedPrompt
-from minpro_megatron.rollout.tokenizer import TextTokenizer
-from minpro_megatron.serving.model_files import read_model_facts
 
 PROMPTS = "prompts"  # what the samples' file calls them
 FIRST_SAMPLES = 8  # of every prompt; then twice as many of those without a right one, and so on

@@ -32,19 +32,19 @@ from safetensors.numpy import load_file, save_file
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
 
-from minpro_megatron.actor.checkpoint import load_weights
 from minpro_megatron.actor.logits import sequence_logits
 from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
+from minpro_megatron.checkpoints.converted_model import load_weights
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import ProjectError, UserError, run_reporting
 from minpro_megatron.launch.launcher import closing_lines
-from minpro_megatron.launch.preflight import count_gpus
+from minpro_megatron.launch.preflight.run_checks import count_gpus
 from minpro_megatron.launch.roles import torchrun, trainer_environment
 from minpro_megatron.launch.supervisor import FINISHED, RoleCommand, Supervisor
+from minpro_megatron.models.architecture import read_architecture, refuse_uneven_cuts
+from minpro_megatron.models.model_files import max_positions
 from minpro_megatron.parallel.mesh import open_mesh
 from minpro_megatron.replay.settings import parse_parallel
-from minpro_megatron.serving.model_files import max_positions
-from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.local import load_hf_tensors
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from minpro_megatron.errors import run_reporting
-from minpro_megatron.monitor.comparison import USUAL_METRICS, read_runs, write_comparison
+from minpro_megatron.report.comparison import USUAL_METRICS, read_runs, write_comparison
 
 
 class _Parser(argparse.ArgumentParser):

@@ -24,11 +24,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.conversion.convert import to_hf, to_megatron
 from minpro_megatron.errors import UserError, run_reporting
+from minpro_megatron.models.text_files import other_files
 from minpro_megatron.monitor.byte_progress import byte_progress
-from minpro_megatron.weights.convert import to_hf, to_megatron
 from minpro_megatron.weights.plan import Plan, RankKind, make_plan
-from minpro_megatron.weights.text_files import other_files
 
 AXES = tuple(ParallelConfig.model_fields)
 DEGREES = tuple(axis for axis in AXES if axis not in ("data", "pipeline_layers"))

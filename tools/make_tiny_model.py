@@ -28,7 +28,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConf
 from transformers.utils import logging as transformers_logging
 
 from minpro_megatron.errors import run_reporting
-from minpro_megatron.monitor.files import check_replaceable, new_folder
+from minpro_megatron.files.replacement import check_replaceable, new_folder
 from minpro_megatron.rewards import calculator
 from tools.prompt_sets import calculator_steps, rows
 from tools.prompt_sets.calculator import HELDOUT_FILE

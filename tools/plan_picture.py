@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from minpro_megatron.monitor.figures import STYLE
 from minpro_megatron.planning.plan import Plan
+from minpro_megatron.report.figures import STYLE
 
 PHASES = {
     "wait": ("waits for rollouts", "#e2e8f0"),

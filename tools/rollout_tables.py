@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minpro_megatron.rollout.journal_reader import GroupRow, StoredGroup, StoredResponse
-from minpro_megatron.rollout.tokenizer import TextTokenizer
+from minpro_megatron.buffer.journal_reader import GroupRow, StoredGroup, StoredResponse
+from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.terminal_text import visible
 
 

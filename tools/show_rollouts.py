@@ -24,10 +24,10 @@ from typing import Any, NoReturn
 import numpy as np
 from rich.console import Console
 
+from minpro_megatron.buffer.journal_reader import GroupRow, JournalReader, StoredGroup, StoredResponse
 from minpro_megatron.errors import UserError, run_reporting
-from minpro_megatron.rollout.journal_reader import GroupRow, JournalReader, StoredGroup, StoredResponse
-from minpro_megatron.rollout.tokenizer import TextTokenizer
-from minpro_megatron.serving.model_files import read_model_facts
+from minpro_megatron.models.model_files import read_model_facts
+from minpro_megatron.prompts.tokenizer import TextTokenizer
 from tools.rollout_tables import print_group, print_list
 
 DEFAULT_LIMIT = 40

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
-from minpro_megatron.monitor.report import write_report
+from minpro_megatron.report.report import write_report
 
 
 class _Parser(argparse.ArgumentParser):

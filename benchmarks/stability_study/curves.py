@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.stability_study.grid import RunKey
 from minpro_megatron.evaluation.sampling import FILE_NAME as EVALUATIONS
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.monitor.history import read_history
 
 FORMAT = 1

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks.stability_study.analysis import final_accuracy, mean_curve
 from benchmarks.stability_study.curves import StoredRun
 from benchmarks.stability_study.grid import DELAYS, OBJECTIVES
-from minpro_megatron.monitor.figures import STYLE
+from minpro_megatron.report.figures import STYLE
 
 WINDOW = 5  # global steps of the running mean in noisy curves
 # MinPRO with its controls and relatives, and with the objectives of other papers.

@@ -11,18 +11,18 @@ from benchmarks.stability_study.curves import read_run, write_stored
 from benchmarks.stability_study.grid import RunKey
 from benchmarks.stability_study.source import GroupSampler, SamplerPublisher, SamplerSource
 from minpro_megatron.actor.loading import load_policy
-from minpro_megatron.actor.run_checkpoints import RunCheckpoints
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS
+from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import RunFailed
+from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
-from minpro_megatron.rollout.resume_point import CHECKPOINTS
-from minpro_megatron.rollout.tokenizer import TextTokenizer
-from minpro_megatron.serving.model_files import read_model_facts
+from minpro_megatron.prompts.tokenizer import TextTokenizer
+from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.train import RankZero, Trainer
-from minpro_megatron.weights.gather import WeightGatherer
 
 
 def train(config: RunConfig) -> str | None:

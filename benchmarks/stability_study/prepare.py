@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
-from minpro_megatron.monitor.files import new_folder
+from minpro_megatron.files.replacement import new_folder
 from minpro_megatron.rewards.calculator_steps import worked
 from recipes import stability_study
 from tools.prompt_sets import calculator_steps, rows

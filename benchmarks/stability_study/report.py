@@ -28,7 +28,7 @@ from benchmarks.stability_study.grid import (
     sweep_table,
 )
 from benchmarks.stability_study.work import stored
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.files.replacement import replace_file
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 PICTURES = {

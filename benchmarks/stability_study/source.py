@@ -1,6 +1,6 @@
 """Servers and collector of a run in the trainer's own process: the same schedule, prompts, seeds, checks and rewards.
 
-What is sampled, with which version, and when weights may be replaced is decided by rollout.schedule, as in the
+What is sampled, with which version, and when weights may be replaced is decided by buffer.schedule, as in the
 collector; only HTTP, the journal and waiting are left out.
 """
 
@@ -13,10 +13,19 @@ from torch import Tensor
 
 from benchmarks.stability_study.batched_model import BatchedModel
 from benchmarks.stability_study.curves import append_responses
+from minpro_megatron.buffer.schedule import make_schedule
+from minpro_megatron.buffer.scores import check_scores, with_scores
+from minpro_megatron.buffer.staleness import evaluated_versions, expected_staleness, staleness
 from minpro_megatron.config.rollout import SamplingConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.evaluation.sampling import append_result, evaluate, evaluation_groups
+from minpro_megatron.models.architecture import read_architecture
+from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.prompts.prompts import PromptStream, TokenizedPrompt, load_prompts, tokenize
+from minpro_megatron.prompts.tokenizer import TextTokenizer
+from minpro_megatron.publishing.gather import WeightGatherer
+from minpro_megatron.publishing.publish import Publisher, PublishReport, ScoreCanaries
 from minpro_megatron.records import (
     Batch,
     BehaviorLogProbs,
@@ -30,15 +39,6 @@ from minpro_megatron.records import (
 )
 from minpro_megatron.reference_engine.model import Model
 from minpro_megatron.rewards.registry import Grade, load_reward
-from minpro_megatron.rollout.prompts import PromptStream, TokenizedPrompt, load_prompts, tokenize
-from minpro_megatron.rollout.schedule import make_schedule
-from minpro_megatron.rollout.scores import check_scores, with_scores
-from minpro_megatron.rollout.staleness import evaluated_versions, expected_staleness, staleness
-from minpro_megatron.rollout.tokenizer import TextTokenizer
-from minpro_megatron.serving.model_files import read_model_facts
-from minpro_megatron.weights.architecture import read_architecture
-from minpro_megatron.weights.gather import WeightGatherer
-from minpro_megatron.weights.publish import Publisher, PublishReport, ScoreCanaries
 
 
 class GroupSampler:
@@ -123,7 +123,7 @@ class SamplerPublisher(Publisher):
 
 
 class SamplerSource:
-    """A BatchSource (minpro_megatron.rollout.batch_source) over a GroupSampler, for runs in delay mode."""
+    """A BatchSource (minpro_megatron.feed.batch_source) over a GroupSampler, for runs in delay mode."""
 
     def __init__(self, config: RunConfig, sampler: GroupSampler, tokenizer: TextTokenizer) -> None:
         if config.staleness.mode != "delay" or config.batch.dynamic_sampling:

@@ -3,7 +3,7 @@
 import re
 
 from minpro_megatron.batching.packing import SequenceCost
-from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.models.architecture import Architecture
 
 # Dense bfloat16 tensor-core operations a second, by words of the name that CUDA gives the GPU; the first that fit
 # count. From NVIDIA's data sheets, whose bold figures are twice as large where they assume structured sparsity.

@@ -1,11 +1,11 @@
 """A run's policy as its settings say, with the weights it begins with."""
 
-from minpro_megatron.actor.checkpoint import load_weights
 from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
+from minpro_megatron.checkpoints.converted_model import load_weights
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.models.architecture import Architecture, read_architecture
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.architecture import Architecture, read_architecture
 
 
 def load_policy(config: RunConfig, mesh: Mesh) -> tuple[Policy, Architecture]:

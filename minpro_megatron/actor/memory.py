@@ -2,8 +2,8 @@
 
 import torch
 
+from minpro_megatron.metrics.metric import Metric, largest, total
 from minpro_megatron.monitor.memory import own_host_bytes
-from minpro_megatron.monitor.metrics import Metric, largest, total
 
 
 def rank_memory(device: torch.device) -> dict[str, Metric]:

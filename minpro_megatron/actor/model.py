@@ -9,10 +9,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from minpro_megatron.actor.layer_backend import LayerBackend, select_backend
+from minpro_megatron.actor.backends.select import LayerBackend, select_backend
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

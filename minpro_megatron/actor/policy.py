@@ -20,7 +20,6 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from minpro_megatron.actor import cpu_offload
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.actor.forward import ForwardStep, LossFunction, MicroBatch
 from minpro_megatron.actor.loss import PolicyLoss, score, with_survey
@@ -33,20 +32,21 @@ from minpro_megatron.actor.routing import (
     Routes,
     Routing,
 )
-from minpro_megatron.actor.shard_writing import ShardWrite
-from minpro_megatron.actor.snapshots import WeightSnapshots
-from minpro_megatron.actor.training_state import load_training_state, run_identity, save_training_state
 from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_length, row_length, shard_row
 from minpro_megatron.batching.packing import imbalance, pack_rows, share_rows
+from minpro_megatron.checkpoints.shard_writing import ShardWrite
+from minpro_megatron.checkpoints.training_state import load_training_state, run_identity, save_training_state
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import OptimizerConfig
-from minpro_megatron.monitor.metrics import Metric, mean
+from minpro_megatron.host_memory import cpu_offload
+from minpro_megatron.host_memory.snapshots import WeightSnapshots
+from minpro_megatron.metrics.metric import Metric, mean
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.objective.diagnostics import as_metrics
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import MiniBatch
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.parallel.ranks import GroupRanks
-from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.local import global_parameters
 
 Skipped = Literal["no trained token", "gradient not finite"]
@@ -60,7 +60,7 @@ class UpdateResult:
     learning_rate: float
     skipped: Skipped | None = None  # why the weights are as before, if they are
     metrics: dict[str, Metric] = field(default_factory=dict)
-    histograms: dict[str, np.ndarray] = field(default_factory=dict)  # monitor.histograms
+    histograms: dict[str, np.ndarray] = field(default_factory=dict)  # metrics.histograms
     # of the policy before the update, float32 [response tokens of the mini-batch]; on every rank, if they are recorded
     log_probs: np.ndarray | None = None
 

@@ -25,8 +25,8 @@ from minpro_megatron.batching.collate import RowShard, TokenSequence
 from minpro_megatron.batching.routes import refuse_other_routes, shard_routes, wrong_choice
 from minpro_megatron.batching.stored_routes import with_routes_read
 from minpro_megatron.errors import UserError
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.architecture import Architecture
 
 
 class Routing(Protocol):

@@ -7,7 +7,7 @@ import numpy as np
 
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.errors import RunFailed
-from minpro_megatron.monitor.histograms import bin_edges
+from minpro_megatron.metrics.histograms import bin_edges
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def refuse_broken_scores(index: int, log_probs: np.ndarray) -> None:
 def refuse_unequal_start(metrics: Mapping[str, float], log_ratios: np.ndarray, dtype: str) -> None:
     """Raises ValueError if the first mini-batch, of staleness 0 and before any update, has ratios other than 1.
 
-    `metrics` are its merged metrics, `log_ratios` the merged histogram "ratio/log" (monitor.histograms). The trainer
+    `metrics` are its merged metrics, `log_ratios` the merged histogram "ratio/log" (metrics.histograms). The trainer
     then disagrees with itself: nothing that follows would be right. A single token that is far off is a warning.
     """
     limit, rms = MAX_START_RMS[dtype], metrics["ratio/log_second_moment"] ** 0.5

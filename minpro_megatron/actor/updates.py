@@ -14,8 +14,8 @@ from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import RunFailed
-from minpro_megatron.monitor.histograms import merge_histograms
-from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, total, values
+from minpro_megatron.metrics.histograms import merge_histograms
+from minpro_megatron.metrics.metric import Metric, largest, mean, merge, total, values
 from minpro_megatron.parallel.mesh import Mesh
 
 MAX_BROKEN_UPDATES = 3  # in a row

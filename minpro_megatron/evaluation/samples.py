@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from minpro_megatron.errors import UserError
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.files.replacement import replace_file
 
 SETTINGS_FILE, SAMPLES_FILE = "settings.json", "samples.jsonl"
 MAX_COMPARED_CHARS = 200

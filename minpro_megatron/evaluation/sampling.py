@@ -13,7 +13,7 @@ import numpy as np
 from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.evaluation.pass_at_k import mean_pass_at_k
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.records import CollectedGroup, EvaluationResult, IssuedGroup, Prompt
 
 FILE_NAME = "evaluations.jsonl"

@@ -23,7 +23,7 @@ def markdown(results: Sequence[Scores]) -> str:
 
 
 def scalars(result: Scores) -> dict[str, float]:
-    """What TensorBoard shows; the names are declared in monitor/metrics.py."""
+    """What TensorBoard shows; the names are declared in metrics/metric.py."""
     values = {"evaluation/accuracy/average": result.average.value}
     for scores in result.benchmarks:
         values[f"evaluation/accuracy/{scores.name}"] = scores.accuracy.value

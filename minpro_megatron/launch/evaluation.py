@@ -22,6 +22,8 @@ from minpro_megatron.evaluation.benchmarks import title_of
 from minpro_megatron.evaluation.samples import SampledGroup, SampleFile, text_to_compare
 from minpro_megatron.evaluation.scores import Scores, score_all
 from minpro_megatron.evaluation.tables import markdown, scalars
+from minpro_megatron.files.replacement import replace_file
+from minpro_megatron.fleet.open_files import raise_file_limit
 from minpro_megatron.launch.evaluation_model import with_hf_model
 from minpro_megatron.launch.evaluation_options import (
     EvaluationOptions,
@@ -30,14 +32,12 @@ from minpro_megatron.launch.evaluation_options import (
     samples_per_prompt,
     sampling_settings,
 )
-from minpro_megatron.launch.reward_check import grader_problems
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.launch.preflight.reward_check import grader_problems
 from minpro_megatron.monitor.logs import explanation
-from minpro_megatron.monitor.pass_at_k_chart import Curve, pass_at_k_png
 from minpro_megatron.monitor.sampling_progress import SamplingProgress
+from minpro_megatron.report.pass_at_k_chart import Curve, pass_at_k_png
 from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
-from minpro_megatron.rollout.open_files import raise_file_limit
 from minpro_megatron.serving.api_key import given_api_key, make_api_key
 from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.serving.watched_server import external_urls

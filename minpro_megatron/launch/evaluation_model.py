@@ -3,10 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+from minpro_megatron.checkpoints.run_checkpoint import EXPORTED_FROM, is_exported_from, is_run_checkpoint, texts_of_run
 from minpro_megatron.errors import UserError
 from minpro_megatron.launch.evaluation_options import EvaluationOptions
 from minpro_megatron.monitor.byte_progress import byte_progress
-from minpro_megatron.weights.run_checkpoint import EXPORTED_FROM, is_exported_from, is_run_checkpoint, texts_of_run
 
 MODEL_FOLDER = "model"
 
@@ -29,7 +29,7 @@ def with_hf_model(options: EvaluationOptions) -> EvaluationOptions:
                 f"--output {options.output}: it holds the evaluation of another checkpoint (see "
                 f"{folder / EXPORTED_FROM}); give another --output"
             )
-        from minpro_megatron.weights.convert import to_hf  # imports torch: seconds that only a checkpoint pays
+        from minpro_megatron.conversion.convert import to_hf  # imports torch: seconds that only a checkpoint pays
 
         to_hf(checkpoint, folder, byte_progress)
     return replace(options, model=str(folder))

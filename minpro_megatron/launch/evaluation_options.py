@@ -10,12 +10,12 @@ from minpro_megatron.config.rewards import RIGHT_REWARD
 from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.benchmarks import BENCHMARKS, samples_of
-from minpro_megatron.launch.preflight import count_gpus
+from minpro_megatron.launch.preflight.run_checks import count_gpus
+from minpro_megatron.models.model_files import read_model_facts
+from minpro_megatron.prompts.prompts import TokenizedPrompt, load_prompts, make_rendering, tokenize
+from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
 from minpro_megatron.roles.evaluate import SAMPLES_PER_REQUEST
-from minpro_megatron.rollout.prompts import TokenizedPrompt, load_prompts, make_rendering, tokenize
-from minpro_megatron.rollout.tokenizer import TextTokenizer
-from minpro_megatron.serving.model_files import read_model_facts
 
 SERVERS_FOLDER = "servers"
 

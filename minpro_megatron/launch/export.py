@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, RunManifest, complete_manifests, read_latest
 from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.byte_progress import byte_progress
-from minpro_megatron.rollout.resume_point import CHECKPOINTS, RunManifest, complete_manifests, read_latest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,9 @@ class ExportOptions:
 def export(options: ExportOptions) -> int:
     """Writes the Hugging Face folder. Raises UserError if the run has no such checkpoint, or a damaged one."""
     manifest = chosen(options.run, options.version)
-    from minpro_megatron.weights.convert import to_hf  # imports torch: seconds that a wrong command line need not pay
+    from minpro_megatron.conversion.convert import (
+        to_hf,  # imports torch: seconds that a wrong command line need not pay
+    )
 
     folder = options.run / CHECKPOINTS / manifest.folder_name
     to_hf(folder, options.output, byte_progress, verify=options.verify)

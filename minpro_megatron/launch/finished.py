@@ -1,6 +1,6 @@
 """The end of a run: what it prints, and what is left to do for a run that is launched again after it has finished.
 
-A run has finished when its summary is there, which is written last (monitor/run_end.py). Whatever ends a process after
+A run has finished when its summary is there, which is written last (report/run_end.py). Whatever ends a process after
 that takes nothing away, so the same launch again succeeds: it writes what is missing and starts nothing.
 """
 
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, complete_manifests
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import FAILED, SUCCEEDED, UserError
 from minpro_megatron.monitor.progress import duration
 from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.monitor.summary import HF_EXPORT, RunSummary, read_summary
-from minpro_megatron.rollout.resume_point import CHECKPOINTS, complete_manifests
 
 
 def finish_again(config: RunConfig, summary: RunSummary) -> int:
@@ -39,8 +39,8 @@ def _export_again(config: RunConfig, summary: RunSummary, output: Path) -> None:
             f"name = {config.name}: {output} is missing, and there is no checkpoint of version {summary.steps} to "
             "write it from; put either back, or repeat the run under a new name=..."
         )
+    from minpro_megatron.conversion.convert import to_hf  # imports torch: seconds, and rarely needed
     from minpro_megatron.monitor.byte_progress import byte_progress
-    from minpro_megatron.weights.convert import to_hf  # imports torch: seconds, and rarely needed
 
     to_hf(checkpoints / found.folder_name, output, byte_progress)
 
@@ -67,7 +67,7 @@ def report_of(config: RunConfig) -> Path | None:
     try:
         if (written := config.run_dir / "report.html").exists():
             return written
-        from minpro_megatron.monitor.report import write_report
+        from minpro_megatron.report.report import write_report
 
         return write_report(config.run_dir)
     except Exception as error:

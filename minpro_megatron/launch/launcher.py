@@ -8,8 +8,9 @@ from contextlib import ExitStack
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import WRONG_INPUT, UserError
+from minpro_megatron.files.disk_space import naming_full_disk
 from minpro_megatron.launch.finished import finish, finish_again, finish_despite_failure, report_of
-from minpro_megatron.launch.preflight import problems, warnings
+from minpro_megatron.launch.preflight.run_checks import problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.resume import finished_summary
 from minpro_megatron.launch.roles import role_commands, roles_of
@@ -17,11 +18,10 @@ from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
 from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.launch.stopping import Stopping, save_by
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, INTERRUPTED, Failure, Outcome, Supervisor
-from minpro_megatron.monitor.disk_space import naming_full_disk
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.logs import explanation, shortened
 from minpro_megatron.monitor.progress import Progress
-from minpro_megatron.monitor.start_fence import StartFence, state_end
+from minpro_megatron.run_folder.start_fence import StartFence, state_end
 
 
 def launch(recipe: str, overrides: list[str]) -> int:

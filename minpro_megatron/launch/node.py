@@ -16,14 +16,22 @@ from pathlib import Path
 
 from rich.console import Console
 
+from minpro_megatron.checkpoints.resume_point import read_latest
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import TRY_AGAIN, WRONG_INPUT, TryAgainError, UserError
+from minpro_megatron.files.disk_space import naming_full_disk
 from minpro_megatron.launch.finished import finish, finish_again, finish_despite_failure
 from minpro_megatron.launch.launcher import closing_lines, guarded_tick
-from minpro_megatron.launch.node_checks import all_problems, free_ports, node_name, node_problems, routable_address
 from minpro_megatron.launch.node_roles import LOOPBACK, NodePlace, fabric_environment, node_commands, node_torchrun
-from minpro_megatron.launch.preflight import run_problems, warnings
-from minpro_megatron.launch.problems import Problem, passes
+from minpro_megatron.launch.preflight.node_checks import (
+    all_problems,
+    free_ports,
+    node_name,
+    node_problems,
+    routable_address,
+)
+from minpro_megatron.launch.preflight.problems import Problem, passes
+from minpro_megatron.launch.preflight.run_checks import run_problems, warnings
 from minpro_megatron.launch.recipe import read_config
 from minpro_megatron.launch.resume import CONFIG_FILE, finished_summary
 from minpro_megatron.launch.roles import NCCL_MEMORY, roles_of, trainer_environment
@@ -50,10 +58,8 @@ from minpro_megatron.launch.supervisor import (
     Supervisor,
 )
 from minpro_megatron.launch.topology import Topology, read_topology
-from minpro_megatron.monitor.disk_space import naming_full_disk
 from minpro_megatron.monitor.progress import Progress
-from minpro_megatron.monitor.start_fence import StartFence, state_end
-from minpro_megatron.rollout.resume_point import read_latest
+from minpro_megatron.run_folder.start_fence import StartFence, state_end
 from minpro_megatron.terminal_text import visible
 
 # From one node's start to another's: a container image may have to be unpacked on each.

@@ -7,20 +7,20 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from minpro_megatron.buffer.journal_errors import JournalError
+from minpro_megatron.buffer.journal_file import FILE_NAME as JOURNAL_FILE
+from minpro_megatron.buffer.journal_file import has_locks
+from minpro_megatron.buffer.journal_reader import JournalReader
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, LATEST, RunManifest, newest_complete, read_latest
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
-from minpro_megatron.launch.inputs import INPUT_PATHS, input_obstacles
+from minpro_megatron.launch.preflight.inputs import INPUT_PATHS, input_obstacles
 from minpro_megatron.launch.starts import STARTS
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
-from minpro_megatron.monitor.run_inputs import FILE_NAME as INPUTS_FILE
-from minpro_megatron.monitor.run_inputs import read_inputs
 from minpro_megatron.monitor.summary import FILE_NAME as SUMMARY_FILE
 from minpro_megatron.monitor.summary import RunSummary, read_summary
-from minpro_megatron.rollout.journal_errors import JournalError
-from minpro_megatron.rollout.journal_file import FILE_NAME as JOURNAL_FILE
-from minpro_megatron.rollout.journal_file import has_locks
-from minpro_megatron.rollout.journal_reader import JournalReader
-from minpro_megatron.rollout.resume_point import CHECKPOINTS, LATEST, RunManifest, newest_complete, read_latest
+from minpro_megatron.run_folder.run_inputs import FILE_NAME as INPUTS_FILE
+from minpro_megatron.run_folder.run_inputs import read_inputs
 
 CONFIG_FILE = "run.json"
 LOCK_FILE = "launch.lock"

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minpro_megatron.buffer.staleness import beginning_after
+from minpro_megatron.checkpoints.resume_point import RunManifest, read_latest
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import layer_backend_of
 from minpro_megatron.errors import UserError
-from minpro_megatron.launch.inputs import record_inputs
+from minpro_megatron.files.replacement import replace_file
+from minpro_megatron.launch.preflight.inputs import record_inputs
 from minpro_megatron.launch.resume import CONFIG_FILE, LOCK_FILE, holds_a_run
-from minpro_megatron.monitor.files import replace_file
-from minpro_megatron.monitor.start_fence import former_start_at_work, take_over
-from minpro_megatron.rollout.resume_point import RunManifest, read_latest
-from minpro_megatron.rollout.staleness import beginning_after
+from minpro_megatron.run_folder.start_fence import former_start_at_work, take_over
 from minpro_megatron.serving.api_key import make_api_key
 
 # What an earlier incarnation says of itself: it would mislead this one's roles and display.
@@ -37,7 +37,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
     """Holds the run folder against a second launcher. The lock ends with this process, however it ends.
 
     A file system without locks (some parallel ones, mounted so) does not hinder the run: there the newer of two starts
-    ends the older one (monitor/start_fence.py)."""
+    ends the older one (run_folder/start_fence.py)."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK_FILE).open("w") as lock:
         try:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from minpro_megatron.launch.problems import Problem
-from minpro_megatron.monitor.early_end import STARTS
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.files.replacement import replace_file
+from minpro_megatron.launch.preflight.problems import Problem
+from minpro_megatron.run_folder.early_end import STARTS
 
 POLL_S = 0.2
 _PLAN, _REPORT, _VERDICT, _DONE, _FAILED = (

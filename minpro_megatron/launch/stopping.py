@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.monitor.early_end import EarlyEnd, StopRequest, read_early_end, request_stop
+from minpro_megatron.run_folder.early_end import EarlyEnd, StopRequest, read_early_end, request_stop
 
 # From the trainer's last checkpoint to the end of all processes.
 ENDING_S = 15.0

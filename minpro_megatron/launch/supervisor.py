@@ -15,8 +15,8 @@ from minpro_megatron.errors import FAILED, WRONG_INPUT
 from minpro_megatron.launch.prctl import adopt_orphans, ending_with_this_process
 from minpro_megatron.launch.processes import descendants, kill_all, reap_orphans
 from minpro_megatron.launch.stopping import Stopping
-from minpro_megatron.monitor.early_end import EarlyEnd
 from minpro_megatron.monitor.rank_failures import FOLDER_VARIABLE, RankFailure, first_rank_failure
+from minpro_megatron.run_folder.early_end import EarlyEnd
 
 # To be continued (EX_TEMPFAIL): the run has saved and goes on when it is started again.
 FINISHED, INTERRUPTED, TO_BE_CONTINUED = 0, 130, 75

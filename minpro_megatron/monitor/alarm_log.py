@@ -9,8 +9,8 @@ from pathlib import Path
 
 from minpro_megatron.config.alarms import AlarmName
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.monitor.alarms import CHECKS, Alarm, AlarmWatch, Limits, describe_failed_evaluations
-from minpro_megatron.monitor.files import replace_file
 from minpro_megatron.monitor.history import LineTail, read_history
 
 FILE_NAME = "alarms.jsonl"

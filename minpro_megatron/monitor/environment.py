@@ -8,8 +8,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from minpro_megatron.monitor.files import replace_file
-from minpro_megatron.monitor.json_files import read_json
+from minpro_megatron.files.json_files import read_json
+from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.monitor.summary import installed_versions
 
 FILE_NAME = "environment.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from minpro_megatron.monitor.files import replace_file_in
+from minpro_megatron.files.replacement import replace_file_in
 
 FOLDER = "memory"
 EVERY_S = 5.0

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from minpro_megatron.errors import FAILED, ProjectError
-from minpro_megatron.monitor.files import replace_file_in
+from minpro_megatron.files.replacement import replace_file_in
 from minpro_megatron.monitor.logs import is_consequence
 
 # Environment variable of a role: the folder for its ranks' files, logs/failures/<log>. Of it the logs must be there.

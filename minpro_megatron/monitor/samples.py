@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minpro_megatron.monitor.files import replace_file_in
-from minpro_megatron.monitor.json_files import read_json_lines
+from minpro_megatron.files.json_files import read_json_lines
+from minpro_megatron.files.replacement import replace_file_in
 
 FILE_NAME = "samples.jsonl"
 MAX_SAMPLES = 40

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minpro_megatron.monitor.files import replace_file_in
+from minpro_megatron.files.replacement import replace_file_in
 
 # The name under which the collector states that no server answers, and how such a phase begins: shown at any time.
 SERVERS, NO_SERVER = "servers", "no server"

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from minpro_megatron.config.rewards import is_right
+from minpro_megatron.metrics.histograms import bin_edges, histogram_quantile
+from minpro_megatron.metrics.metric import Metric, largest, mean, merge, smallest, total
 from minpro_megatron.monitor.alarm_log import AlarmLog
 from minpro_megatron.monitor.alarms import Alarm
-from minpro_megatron.monitor.histograms import bin_edges, histogram_quantile
 from minpro_megatron.monitor.memory import stated_host_bytes
-from minpro_megatron.monitor.metrics import Metric, largest, mean, merge, smallest, total
 from minpro_megatron.monitor.samples import MAX_TOKENS, write_samples
 from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.writer import RunWriter

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.monitor.files import replace_file_in
+from minpro_megatron.files.replacement import replace_file_in
 from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.records import CollectorTotals
 

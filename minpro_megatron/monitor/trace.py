@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.monitor.watchdog import Watchdog
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from tensorboard.compat.proto import summary_pb2
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from minpro_megatron.metrics.declared import check_declared
 from minpro_megatron.monitor.dashboard import HEADLINES, LAYOUT
 from minpro_megatron.monitor.history import FILE_NAME, Entry, encode_entry
-from minpro_megatron.monitor.metrics import check_declared
 
 _PROTOCOL: Any = summary_pb2  # generated at import: no type checker knows its classes
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minpro_megatron.monitor.histograms import BINS_PER_SIDE, NUM_BINS, SCALE, STEP
-from minpro_megatron.monitor.metrics import Metric, Reduction, merge
+from minpro_megatron.metrics.histograms import BINS_PER_SIDE, NUM_BINS, SCALE, STEP
+from minpro_megatron.metrics.metric import Metric, Reduction, merge
 from minpro_megatron.objective.corrections import OtherLogProbs, kl_estimate
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, position_bucket
 
@@ -47,7 +47,7 @@ class Statistics:
     """What a micro-batch's local slots amount to. It stays on the device until the mini-batch's end."""
 
     numbers: Tensor  # float64, as `_layout` says
-    histograms: Tensor  # int64 [histograms, NUM_BINS]: logs in the bins of monitor.histograms
+    histograms: Tensor  # int64 [histograms, NUM_BINS]: logs in the bins of metrics.histograms
 
 
 class _Entry(NamedTuple):
@@ -68,7 +68,7 @@ def token_statistics(
     staleness_L: Tensor,
     loss: tuple[Tensor, int],
 ) -> Statistics:
-    """The statistics of the trained slots (see monitor.metrics.METRICS for their meaning). `loss` is the sum of the
+    """The statistics of the trained slots (see metrics.metric.METRICS for their meaning). `loss` is the sum of the
     local slots' values and this rank's part of the denominator."""
     mask, log_ratio = tokens.is_trained_L, tokens.log_ratio_L
     log_prefix_min = torch.where(tokens.log_prefix_minimum_L == torch.inf, 0.0, tokens.log_prefix_minimum_L)

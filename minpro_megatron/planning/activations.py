@@ -11,7 +11,7 @@ Engine's part follows its modules' save_for_backward and has not been measured.
 from dataclasses import dataclass
 
 from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.models.architecture import Architecture
 
 # (gathered tokens, vocabulary columns) of a block of logits, as in parallel/log_probs.py.
 LOGIT_BLOCKS = {"cpu": (1024, 2048), "cuda": (8192, 8192)}

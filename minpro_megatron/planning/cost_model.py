@@ -12,10 +12,10 @@ from functools import cached_property
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.planning.gpus import GpuKind
 from minpro_megatron.planning.memory import ELEMENT_BYTES, ServerMemory, checkpoint_bytes, state_bytes
 from minpro_megatron.planning.parameters import active_parameters, optimizer_degrees, stage_parameters
-from minpro_megatron.weights.architecture import Architecture
 
 
 @dataclass(frozen=True)

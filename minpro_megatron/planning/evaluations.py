@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minpro_megatron.buffer.staleness import evaluated_versions
 from minpro_megatron.config.rollout import BenchmarkConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.evaluation.benchmarks import BENCHMARKS
 from minpro_megatron.evaluation.sampling import HELDOUT
 from minpro_megatron.planning.simulator import Lengths, Timeline
 from minpro_megatron.planning.workload import GroupLengths, Workload
-from minpro_megatron.rollout.prompts import load_prompts
-from minpro_megatron.rollout.staleness import evaluated_versions
+from minpro_megatron.prompts.prompts import load_prompts
 
 # Of a benchmark of one's own whose file is not here.
 ASSUMED_PROMPTS = 500

@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from minpro_megatron.buffer.staleness import evaluated_versions
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.planning.plan import Plan
-from minpro_megatron.rollout.staleness import evaluated_versions
 
 # Assumed from the start of a job to the first sampled token: containers, weights, servers that compile and warm up.
 START_UP_S = 900.0

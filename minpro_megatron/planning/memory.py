@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import layer_backend_of
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.planning.activations import Compute, Row, StageActivations, stage_activations
 from minpro_megatron.planning.gpus import GIB, GpuKind
 from minpro_megatron.planning.parameters import model_parameters, optimizer_degrees, stage_parameters
 from minpro_megatron.planning.routes import route_host_bytes
-from minpro_megatron.weights.architecture import Architecture
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 GRADIENT_BYTES = 4  # float32

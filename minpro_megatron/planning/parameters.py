@@ -1,14 +1,14 @@
 """How many parameters every rank of a mesh holds, by arithmetic alone.
 
 The same figures as weights/plan.py, which counts them in the table that conversion follows and needs torch for it; a
-submitting machine may have none. tests/unit/test_planning_memory.py compares the two.
+submitting machine may have none. tests/unit/planning/test_planning_memory.py compares the two.
 """
 
 import math
 from dataclasses import dataclass
 
 from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.models.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
+from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
+from minpro_megatron.models.known_models.find import find_architecture
 from minpro_megatron.planning.cluster_size import ClusterSize, model_ranks, size_problems
 from minpro_megatron.planning.cluster_size import splits as splits_of
 from minpro_megatron.planning.cost_model import Calibration, DecodingServer, StepCost, TrainerCost
@@ -22,8 +24,6 @@ from minpro_megatron.planning.problems import (
 from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.planning.simulator import Lengths, Phases, Simulation, Timeline
 from minpro_megatron.planning.workload import GroupLengths, Workload, batch_of
-from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
-from minpro_megatron.weights.known_models.find import find_architecture
 
 STEADY_STEPS = 4  # that shares and durations are averaged over
 SEARCH_STEPS = 2  # the same while splits are compared

@@ -6,11 +6,11 @@ from typing import Any
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
+from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
 from minpro_megatron.planning.activations import Row
 from minpro_megatron.planning.gpus import GpuKind
 from minpro_megatron.planning.memory import EXPERT_IMBALANCE, HostMemory, RankMemory, ServerMemory, rank_memory
 from minpro_megatron.planning.simulator import Timeline
-from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
 
 MOST_REMEDIES = 3  # that are told
 

@@ -3,7 +3,7 @@
 import math
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.models.architecture import Architecture
 
 
 def route_bytes(config: RunConfig, a: Architecture, batch_tokens: float) -> float:
@@ -22,7 +22,7 @@ def route_host_bytes(config: RunConfig, a: Architecture, batch_tokens: float, ra
 
 
 def route_file_bytes(config: RunConfig, a: Architecture, batch_tokens: float) -> int:
-    """Of the files in the run folder at any one time (rollout/collector.py says when they are removed)."""
+    """Of the files in the run folder at any one time (collector/collector.py says when they are removed)."""
     if config.model.routing_replay != "rollout":
         return 0
     return math.ceil(batches_with_routes(config) * route_bytes(config, a, batch_tokens))

@@ -1,9 +1,9 @@
 """Who waits for whom: trainer and servers of a run as a discrete-event simulation.
 
 The trainer keeps the order of a run (`StepOrder`); which groups start, are consumed, and when weights may be published
-is decided by the collector's own schedules (rollout/schedule.py). A server gives all responses that run on it one token
+is decided by the collector's own schedules (buffer/schedule.py). A server gives all responses that run on it one token
 an iteration; how long that takes depends on how many run and how long they are. Evaluations are sampled as in a run
-(rollout/evaluations.py): behind the training groups, and a version is not replaced before its evaluation has ended.
+(evaluation/in_run.py): behind the training groups, and a version is not replaced before its evaluation has ended.
 """
 
 import heapq
@@ -13,9 +13,9 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from minpro_megatron.buffer.schedule import make_schedule
+from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.rollout.schedule import make_schedule
-from minpro_megatron.rollout.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 
 LONGEST_STRETCH = 512  # tokens of every response after which an iteration's duration is looked at again
 

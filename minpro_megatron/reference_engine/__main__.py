@@ -12,12 +12,12 @@ import os
 import torch
 from aiohttp import web
 
+from minpro_megatron.models.architecture import read_architecture
+from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.reference_engine.engine import Engine
 from minpro_megatron.reference_engine.model import Model
 from minpro_megatron.reference_engine.server import Server
-from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.serving.sglang_main import API_KEY_VARIABLE, end_with_parent
-from minpro_megatron.weights.architecture import read_architecture
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from minpro_megatron.errors import UserError
-from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.weights.hf_files import HfReader
 
 

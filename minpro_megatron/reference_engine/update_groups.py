@@ -1,4 +1,4 @@
-"""Receiving weights over process groups: this process's side of parallel/update_group.py. Everything here blocks."""
+"""Receiving weights over process groups: this process's side of publishing/update_group.py. Everything here blocks."""
 
 import math
 import threading
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minpro_megatron.parallel.update_group import join_update_group
+from minpro_megatron.publishing.update_group import join_update_group
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

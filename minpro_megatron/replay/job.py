@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.records import Record, decode, encode
 from minpro_megatron.replay.rollouts import Rollout
 

@@ -17,11 +17,14 @@ from minpro_megatron.batching.sequences import with_log_probs
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import ProjectError
+from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.launch.prctl import end_with_parent
-from minpro_megatron.monitor.files import replace_file
-from minpro_megatron.monitor.metrics import merge
+from minpro_megatron.metrics.metric import merge
+from minpro_megatron.models.architecture import read_architecture
+from minpro_megatron.models.text_files import state_dtype
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
 from minpro_megatron.parallel.rank_errors import recorded
+from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.replay.batches import ReplayBatch, replay_batches
 from minpro_megatron.replay.job import (
     MODEL,
@@ -34,11 +37,8 @@ from minpro_megatron.replay.job import (
     state_error,
     write_progress,
 )
-from minpro_megatron.weights.architecture import read_architecture
-from minpro_megatron.weights.gather import WeightGatherer
 from minpro_megatron.weights.hf_files import HfReader, dtype_name, write_hf
 from minpro_megatron.weights.local import load_hf_tensors
-from minpro_megatron.weights.text_files import state_dtype
 
 BUCKET_BYTES = 512 << 20
 PER_TOKEN = ("log_probs", "coefficients", "prefix_min")

@@ -16,11 +16,15 @@ from rich.text import Text
 from minpro_megatron.batching.shards import sequence_multiple
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
+from minpro_megatron.files.replacement import check_replaceable
 from minpro_megatron.launch.launcher import closing_lines
-from minpro_megatron.launch.preflight import count_gpus
+from minpro_megatron.launch.preflight.run_checks import count_gpus
 from minpro_megatron.launch.roles import torchrun, trainer_environment
 from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
-from minpro_megatron.monitor.files import check_replaceable
+from minpro_megatron.models.architecture import read_architecture, refuse_uneven_cuts
+from minpro_megatron.models.model_files import max_positions
+from minpro_megatron.models.text_files import CONFIG
+from minpro_megatron.models.weight_files import weight_problem
 from minpro_megatron.replay.batches import replay_batches
 from minpro_megatron.replay.job import (
     MODEL,
@@ -34,10 +38,6 @@ from minpro_megatron.replay.job import (
 )
 from minpro_megatron.replay.rollouts import Rollout, read_rollouts
 from minpro_megatron.replay.settings import ReplayOptions, replay_config, sized_for
-from minpro_megatron.serving.model_files import max_positions
-from minpro_megatron.weights.architecture import read_architecture, refuse_uneven_cuts
-from minpro_megatron.weights.text_files import CONFIG
-from minpro_megatron.weights.weight_files import weight_problem
 
 LARGEST_LOG_PROB = 1e-3  # float32 sums of exponentials round a little above 0
 _ROLE = "replay"

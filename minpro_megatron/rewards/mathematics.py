@@ -1,7 +1,8 @@
 """The reward `math`: 1 if the last `Answer:` line or box, whichever is later, has the true answer; else 0.
 
 The cheap comparisons come first: as text in one spelling, as exact numbers, part by part for lists, tuples, sets and
-matrices; symbolic algebra only for what is left. What counts as equal is shown by `tests/unit/grading_golden.jsonl`.
+matrices; symbolic algebra only for what is left. What counts as equal is shown by grading_golden.jsonl in
+tests/unit/rewards/.
 """
 
 import itertools

@@ -210,7 +210,7 @@ class RewardPool:
         await asyncio.gather(*(worker.kill() for worker in self._workers))
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the start, under the names that monitor.metrics declares."""
+        """Counts since the start, under the names that metrics.metric declares."""
         return {
             "reward/grader_failed": float(self.num_failed),
             "reward/grader_timed_out": float(self.num_timed_out),

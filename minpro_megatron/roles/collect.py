@@ -7,23 +7,25 @@ import sys
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 
+from minpro_megatron.buffer.journal import Journal
+from minpro_megatron.checkpoints.resume_point import read_latest
+from minpro_megatron.collector.api import CollectorApi
+from minpro_megatron.collector.collector import Collector
+from minpro_megatron.collector.tracing import TracedCollector, collector_recorder, traced_clients
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import SUCCEEDED, ProjectError, RunBlocked, report, report_unexpected
+from minpro_megatron.evaluation.in_run import EvaluationSet, benchmark_sets
+from minpro_megatron.fleet.fleet import Fleet
+from minpro_megatron.fleet.generation import GroupCollector
+from minpro_megatron.fleet.member import client_maker
+from minpro_megatron.fleet.open_files import raise_file_limit
+from minpro_megatron.fleet.server_status import ServerStatus
+from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.monitor.memory import MemoryStatement
 from minpro_megatron.monitor.repeated_lines import limit_repeated_lines
-from minpro_megatron.monitor.start_fence import LOOK_EVERY_S, StartFence
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.watchdog import Watchdog
-from minpro_megatron.rewards.pool import RewardPool
-from minpro_megatron.rollout.api import CollectorApi
-from minpro_megatron.rollout.collector import Collector
-from minpro_megatron.rollout.evaluations import EvaluationSet, benchmark_sets
-from minpro_megatron.rollout.fleet import Fleet
-from minpro_megatron.rollout.generation import GroupCollector
-from minpro_megatron.rollout.journal import Journal
-from minpro_megatron.rollout.member import client_maker
-from minpro_megatron.rollout.open_files import raise_file_limit
-from minpro_megatron.rollout.prompts import (
+from minpro_megatron.prompts.prompts import (
     PromptStream,
     TokenizedPrompt,
     load_prompts,
@@ -32,11 +34,9 @@ from minpro_megatron.rollout.prompts import (
     select_prompts,
     tokenize,
 )
-from minpro_megatron.rollout.resume_point import read_latest
-from minpro_megatron.rollout.server_status import ServerStatus
-from minpro_megatron.rollout.tokenizer import TextTokenizer
-from minpro_megatron.rollout.tracing import TracedCollector, collector_recorder, traced_clients
-from minpro_megatron.serving.model_files import read_model_facts
+from minpro_megatron.prompts.tokenizer import TextTokenizer
+from minpro_megatron.rewards.pool import RewardPool
+from minpro_megatron.run_folder.start_fence import LOOK_EVERY_S, StartFence
 
 log = logging.getLogger(__name__)
 

@@ -12,16 +12,16 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import ProjectError
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
+from minpro_megatron.fleet.fleet import Fleet
+from minpro_megatron.fleet.generation import GroupCollector, graded_texts
+from minpro_megatron.fleet.member import client_maker
+from minpro_megatron.models.model_files import read_model_facts
+from minpro_megatron.prompts.prompts import TokenizedPrompt
+from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import IssuedGroup
 from minpro_megatron.rewards.pool import RewardPool
-from minpro_megatron.rollout.fleet import Fleet
-from minpro_megatron.rollout.generation import GroupCollector, graded_texts
-from minpro_megatron.rollout.member import client_maker
-from minpro_megatron.rollout.prompts import TokenizedPrompt
-from minpro_megatron.rollout.tokenizer import TextTokenizer
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.errors import ServerError
-from minpro_megatron.serving.model_files import read_model_facts
 
 log = logging.getLogger(__name__)
 

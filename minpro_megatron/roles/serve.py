@@ -12,8 +12,8 @@ from contextlib import suppress
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import ProjectError, RunBlocked, report, report_unexpected
 from minpro_megatron.monitor.memory import MemoryStatement
-from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.monitor.status import write_status
+from minpro_megatron.run_folder.start_fence import StartFence
 from minpro_megatron.serving.addresses import is_loopback
 from minpro_megatron.serving.api_key import has_key
 from minpro_megatron.serving.endpoints import num_servers, remove_server_address

@@ -10,27 +10,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import SUCCEEDED, ProjectError, report, report_unexpected
-from minpro_megatron.monitor.metrics import values
+from minpro_megatron.feed.answers import answer_to, lease_for
+from minpro_megatron.feed.batch_source import BatchSource
+from minpro_megatron.feed.feed import Feed
+from minpro_megatron.metrics.metric import values
+from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.monitor.phases import PhaseClock
-from minpro_megatron.monitor.run_end import record_end
 from minpro_megatron.monitor.server_use import ServerMeter, ServerUse
-from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.step_report import StepReport, batch_metrics
 from minpro_megatron.monitor.summary import summarize
 from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease, ServerAddress, TrainedStep
-from minpro_megatron.rollout.answers import answer_to, lease_for
-from minpro_megatron.rollout.batch_source import BatchSource
-from minpro_megatron.rollout.feed import Feed
-from minpro_megatron.rollout.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
-from minpro_megatron.rollout.tokenizer import TextTokenizer
+from minpro_megatron.report.run_end import record_end
+from minpro_megatron.run_folder.start_fence import StartFence
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.calls import start_for_all
 from minpro_megatron.serving.control import ControlError, ServerControl
-from minpro_megatron.serving.model_files import read_model_facts
 
 log = logging.getLogger(__name__)
 

@@ -11,16 +11,19 @@ import torch
 from minpro_megatron.actor.flops import peak_flops, training_flops
 from minpro_megatron.actor.loading import load_policy
 from minpro_megatron.actor.profiles import open_tracer
-from minpro_megatron.actor.run_checkpoints import RunCheckpoints
-from minpro_megatron.actor.save_schedule import EndedEarly, SaveSchedule
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, read_latest
+from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints
+from minpro_megatron.checkpoints.save_schedule import EndedEarly, SaveSchedule
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, report, report_unexpected
+from minpro_megatron.feed.batch_source import BatchSource
+from minpro_megatron.feed.feed import Feed
+from minpro_megatron.feed.journal_feed import JournalFeed
+from minpro_megatron.models.architecture import Architecture
+from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.monitor.alarm_log import AlarmLog
 from minpro_megatron.monitor.dashboard import hyperparameters
-from minpro_megatron.monitor.early_end import EarlyEnd, read_stop_request, write_early_end
 from minpro_megatron.monitor.environment import write_environment
-from minpro_megatron.monitor.run_end import record_end
-from minpro_megatron.monitor.start_fence import StartFence
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.summary import HF_EXPORT, summarize
@@ -29,18 +32,15 @@ from minpro_megatron.monitor.trace import TracedWatchdog
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
 from minpro_megatron.parallel.rank_errors import recorded
+from minpro_megatron.prompts.tokenizer import TextTokenizer
+from minpro_megatron.publishing.gather import WeightGatherer
+from minpro_megatron.publishing.publish import Publisher
 from minpro_megatron.records import CollectorTotals
-from minpro_megatron.rollout.batch_source import BatchSource
-from minpro_megatron.rollout.feed import Feed
-from minpro_megatron.rollout.journal_feed import JournalFeed
-from minpro_megatron.rollout.resume_point import CHECKPOINTS, read_latest
-from minpro_megatron.rollout.tokenizer import TextTokenizer
-from minpro_megatron.serving.model_files import read_model_facts
+from minpro_megatron.report.run_end import record_end
+from minpro_megatron.run_folder.early_end import EarlyEnd, read_stop_request, write_early_end
+from minpro_megatron.run_folder.start_fence import StartFence
 from minpro_megatron.train import RankZero, Trainer
-from minpro_megatron.weights.architecture import Architecture
-from minpro_megatron.weights.gather import WeightGatherer
 from minpro_megatron.weights.hf_files import write_hf
-from minpro_megatron.weights.publish import Publisher
 
 
 def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> int:

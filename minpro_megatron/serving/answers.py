@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.serving.errors import InvalidAnswer, WrongPolicyVersion
-from minpro_megatron.serving.model_files import ModelFacts
 
 # Rounding may lift the log-prob of a certain token above 0 by a few units in the last place.
 LARGEST_LOG_PROB = 1e-5

@@ -11,7 +11,7 @@ from pathlib import Path
 from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
-from minpro_megatron.monitor.files import write_secret
+from minpro_megatron.files.replacement import write_secret
 
 KEY_FILE = "endpoints/server.key"
 

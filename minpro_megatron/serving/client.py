@@ -13,6 +13,7 @@ import numpy as np
 
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import UserError
+from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answer_limits import MAX_INFO_BYTES
 from minpro_megatron.serving.answers import ABORTED, AnswerChecker, SampledSequence, SentRequest, joined
@@ -25,7 +26,6 @@ from minpro_megatron.serving.errors import (
     connection_error,
     named,
 )
-from minpro_megatron.serving.model_files import ModelFacts
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import UserError
+from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.serving.api_key import api_key
-from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.serving.sglang_main import API_KEY_VARIABLE
 
 # SGLang's scheduler silently shortens a response that would end at the context length or the KV pool's
@@ -150,7 +150,7 @@ def server_environment(config: RunConfig, environment: Mapping[str, str]) -> dic
         changes |= {"GLOO_SOCKET_IFNAME": environment.get("GLOO_SOCKET_IFNAME", loopback)}
     else:
         # When a member of the trainer's update group dies, torch would by default end the processes of all others. The
-        # trainer looks after them (weights/delivery.py). SGLang's own watchdog ends a server whose forward hangs.
+        # trainer looks after them (publishing/delivery.py). SGLang's own watchdog ends a server whose forward hangs.
         changes |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     if (key := api_key(config, environment)) is not None:
         changes |= {API_KEY_VARIABLE: key}

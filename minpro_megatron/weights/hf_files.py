@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minpro_megatron.errors import UserError
-from minpro_megatron.monitor.files import new_folder
-from minpro_megatron.serving.model_files import is_lfs_pointer, lfs_problem
-from minpro_megatron.weights.architecture import MAX_EXPERTS
-from minpro_megatron.weights.text_files import copy_texts
-from minpro_megatron.weights.weight_files import (
+from minpro_megatron.files.replacement import new_folder
+from minpro_megatron.models.architecture import MAX_EXPERTS
+from minpro_megatron.models.model_files import is_lfs_pointer, lfs_problem
+from minpro_megatron.models.text_files import copy_texts
+from minpro_megatron.models.weight_files import (
     FUSED_EXPERTS,
     INDEX,
     SINGLE_FILE,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from minpro_megatron.errors import UserError
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.architecture import Architecture
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.table import Entry, check_names, entries, table_name
 

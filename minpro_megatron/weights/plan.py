@@ -12,11 +12,11 @@ from itertools import accumulate
 from pathlib import Path
 
 from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.weights.architecture import Architecture, read_architecture, refuse_uneven_cuts
+from minpro_megatron.models.architecture import Architecture, read_architecture, refuse_uneven_cuts
+from minpro_megatron.models.weight_files import INDEX, SINGLE_FILE
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.splits import Split
 from minpro_megatron.weights.table import Entry, Shape, coverage, entries
-from minpro_megatron.weights.weight_files import INDEX, SINGLE_FILE
 
 WEIGHT_BYTES = 2  # bfloat16
 GRADIENT_BYTES = 4  # float32

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minpro_megatron.errors import UserError
-from minpro_megatron.weights.architecture import Architecture
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.weights.splits import Along, GatedPair, QueryGroups, Split, Vocabulary, Whole
 
 type Axis = Literal["tensor", "expert_tensor"]

@@ -10,18 +10,18 @@ LAUNCHER_KILLED, LAUNCHER_TERMINATED, GOES_ON = -9, 130, 0
 UPDATE = "minpro_megatron.actor.policy:Policy.update"
 SCORE = "minpro_megatron.actor.policy:Policy.score"
 FORWARD = "minpro_megatron.actor.forward:ForwardStep.__call__"
-PUBLISH = "minpro_megatron.weights.publish:Publisher.publish"
-SEND = "minpro_megatron.weights.broadcast:Broadcaster.send"
-SHARDS = "minpro_megatron.actor.shard_writing:ShardWrite.__init__"
-WRITE_SHARDS = "minpro_megatron.actor.shard_writing:_write"
-FOLDER = "minpro_megatron.rollout.checkpoint_folder:CheckpointFolder.publish"
-NAME_FILE = "minpro_megatron.rollout.checkpoint_folder:replace_file"
-JOURNAL = "minpro_megatron.rollout.journal:Journal"
-IN_TRANSACTION = "minpro_megatron.rollout.journal:_expect_rows"
-GENERATE = "minpro_megatron.rollout.member:Member.generate"
-FEED = "minpro_megatron.rollout.feed:Feed"
-WRITE_REPORT = "minpro_megatron.monitor.run_end:write_report"
-WRITE_SUMMARY = "minpro_megatron.monitor.run_end:write_summary"
+PUBLISH = "minpro_megatron.publishing.publish:Publisher.publish"
+SEND = "minpro_megatron.publishing.broadcast:Broadcaster.send"
+SHARDS = "minpro_megatron.checkpoints.shard_writing:ShardWrite.__init__"
+WRITE_SHARDS = "minpro_megatron.checkpoints.shard_writing:_write"
+FOLDER = "minpro_megatron.checkpoints.checkpoint_folder:CheckpointFolder.publish"
+NAME_FILE = "minpro_megatron.checkpoints.checkpoint_folder:replace_file"
+JOURNAL = "minpro_megatron.buffer.journal:Journal"
+IN_TRANSACTION = "minpro_megatron.buffer.journal:_expect_rows"
+GENERATE = "minpro_megatron.fleet.member:Member.generate"
+FEED = "minpro_megatron.feed.feed:Feed"
+WRITE_REPORT = "minpro_megatron.report.run_end:write_report"
+WRITE_SUMMARY = "minpro_megatron.report.run_end:write_summary"
 BOUNDED_MODE = ("staleness.mode=bounded", "staleness.max_staleness=2")
 
 # A checkpoint is there as soon as its step has ended, and not some time in the next one.
@@ -85,7 +85,7 @@ def in_collect() -> list[Case]:
     ] + [
         Case(
             "collect killed, tokens pruned, pages not given back",
-            (CrashPoint("collect", "minpro_megatron.rollout.route_files:RouteFiles.remove", call=2),),
+            (CrashPoint("collect", "minpro_megatron.buffer.route_files:RouteFiles.remove", call=2),),
             overrides=("collector.journal_keep_steps=1",),
             pruned=True,
         )
@@ -126,7 +126,7 @@ def after_the_end() -> list[Case]:
 def again() -> list[Case]:
     """A second crash while the run is being taken up."""
     first = replace(PHASES["mid-update"], victim="self")
-    restoring = CrashPoint("collect", "minpro_megatron.rollout.journal_restore:_check", moment="after")
+    restoring = CrashPoint("collect", "minpro_megatron.buffer.journal_restore:_check", moment="after")
     loading = CrashPoint("train", "minpro_megatron.actor.policy:Policy.load", moment="after", rank=1)
     publishing = CrashPoint("train", SEND, moment="after")
     # whatever the second crash has left to sample

@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from minpro_megatron.buffer.journal_reader import StoredGroup, StoredResponse
 from minpro_megatron.records import EvaluationResult
-from minpro_megatron.rollout.journal_reader import StoredGroup, StoredResponse
 
 LARGEST_WEIGHT = 5.0  # MinPRO's clip of the demo: 1 - 1 to 1 + 4
 UNSOURCED = (

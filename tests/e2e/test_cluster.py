@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from minpro_megatron.rollout.resume_point import read_latest
+from minpro_megatron.checkpoints.resume_point import read_latest
 from tests.e2e.conftest import ROOT, TinyModel
 from tests.e2e.local_slurm import LocalSlurm, missing_programs
 

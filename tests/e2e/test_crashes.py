@@ -67,9 +67,9 @@ def test_a_run_that_is_killed_twice_and_loses_its_journals_end_and_its_server_eq
     run = CrashRun(model, tmp_path, "killed")
     in_transaction = CrashPoint(
         "collect",
-        "minpro_megatron.rollout.journal:_expect_rows",
+        "minpro_megatron.buffer.journal:_expect_rows",
         moment="after",
-        within="minpro_megatron.rollout.journal:Journal.consume",
+        within="minpro_megatron.buffer.journal:Journal.consume",
         within_call=4,
     )
     launched = run.launch(in_transaction)
@@ -88,7 +88,7 @@ def test_a_run_that_is_killed_twice_and_loses_its_journals_end_and_its_server_eq
     launched = run.launch(in_update)
     assert (launched.status, launched.reached) == (1, True), launched.output
     assert "error: the role train failed" in launched.output
-    while_generating = CrashPoint("collect", "minpro_megatron.rollout.member:Member.generate", call=6, victim="server")
+    while_generating = CrashPoint("collect", "minpro_megatron.fleet.member:Member.generate", call=6, victim="server")
     launched = run.launch(while_generating)  # not of the launch: serve starts another one
     assert (launched.status, launched.reached) == (0, True), f"{launched.output}\n{run.logs()}"
     assert run.num_launches == 3
@@ -103,9 +103,9 @@ def test_a_bounded_run_whose_launcher_is_killed_while_a_checkpoint_is_named_lose
     run = CrashRun(model, tmp_path, "bounded", "staleness.mode=bounded", "staleness.max_staleness=2")
     renamed_and_not_named = CrashPoint(
         "train",
-        "minpro_megatron.rollout.checkpoint_folder:replace_file",
+        "minpro_megatron.checkpoints.checkpoint_folder:replace_file",
         call=2,
-        within="minpro_megatron.rollout.checkpoint_folder:CheckpointFolder.publish",
+        within="minpro_megatron.checkpoints.checkpoint_folder:CheckpointFolder.publish",
         within_call=2,
         victim="launcher",
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minpro_megatron.rollout.resume_point import read_latest
+from minpro_megatron.checkpoints.resume_point import read_latest
 from tests.e2e.conftest import SMALL_RUN, Launcher
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(480)]

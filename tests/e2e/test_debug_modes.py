@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minpro_megatron.buffer.journal_reader import JournalReader
 from minpro_megatron.monitor.summary import RunSummary
-from minpro_megatron.rollout.journal_reader import JournalReader
 from tests.e2e.conftest import ROOT, SMALL_RUN, Launcher
 
 pytestmark = pytest.mark.e2e

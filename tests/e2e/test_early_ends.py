@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minpro_megatron.rollout.resume_point import read_latest
+from minpro_megatron.checkpoints.resume_point import read_latest
 from tests.e2e.conftest import ROOT, TinyModel
 from tests.e2e.crashes import DELAY, PROMPTS, STEPS, CrashRun, Results, differing, make_model
 

@@ -19,15 +19,15 @@ import pytest
 import requests
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.fleet.fleet import Fleet
+from minpro_megatron.fleet.generation import GroupCollector
+from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, ServerAddress
-from minpro_megatron.rollout.fleet import Fleet
-from minpro_megatron.rollout.generation import GroupCollector
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.client import SamplingParameters
-from minpro_megatron.serving.model_files import read_model_facts
 from tests.e2e.conftest import ROOT
 from tests.e2e.test_serving import save_random_model
-from tests.unit.test_fleet import FakeRewards, FakeTokenizer
+from tests.unit.fleet.test_fleet import FakeRewards, FakeTokenizer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

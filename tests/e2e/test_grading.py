@@ -2,9 +2,9 @@
 
 import pytest
 
+from minpro_megatron.buffer.journal_reader import JournalReader
 from minpro_megatron.monitor.history import read_history
 from minpro_megatron.monitor.summary import read_summary
-from minpro_megatron.rollout.journal_reader import JournalReader
 from tests.e2e.conftest import SMALL_RUN, Launcher
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minpro_megatron.rollout.journal_reader import JournalReader
-from minpro_megatron.rollout.prompts import load_prompts
-from minpro_megatron.rollout.tokenizer import TextTokenizer
-from minpro_megatron.serving.model_files import read_model_facts
+from minpro_megatron.buffer.journal_reader import JournalReader
+from minpro_megatron.models.model_files import read_model_facts
+from minpro_megatron.prompts.prompts import load_prompts
+from minpro_megatron.prompts.tokenizer import TextTokenizer
 from tests.e2e import digits_reward
 from tests.e2e.conftest import ROOT, Launcher, TinyModel
 

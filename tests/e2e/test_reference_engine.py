@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.parallel.update_group import join_update_group
+from minpro_megatron.models.architecture import read_architecture
+from minpro_megatron.publishing.update_group import join_update_group
 from minpro_megatron.reference_engine.model import KeyValueCache, Model
 from minpro_megatron.reference_engine.sampling import Sampler, SamplingParameters
 from minpro_megatron.serving.api_key import api_key, authorization, make_api_key
 from minpro_megatron.serving.calls import start_for_all
 from minpro_megatron.serving.control import ControlError, ServerControl
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
-from minpro_megatron.weights.architecture import read_architecture
 from tests.e2e.test_serving import log_probs_by_transformers, save_random_model
 
 pytestmark = pytest.mark.e2e

@@ -12,8 +12,8 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minpro_megatron.monitor.metrics import METRICS
-from minpro_megatron.rollout.journal_reader import JournalReader, StoredGroup
+from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup
+from minpro_megatron.metrics.declared import METRICS
 from tests.e2e.conftest import ROOT, SMALL_RUN, Launch, Launcher
 from tests.e2e.recomputed import (
     UNSOURCED,

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.fleet import member as member_module
+from minpro_megatron.fleet.fleet import Fleet
+from minpro_megatron.fleet.generation import GroupCollector
+from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, ServerAddress
-from minpro_megatron.rollout import member as member_module
-from minpro_megatron.rollout.fleet import Fleet
-from minpro_megatron.rollout.generation import GroupCollector
 from minpro_megatron.serving import client as client_module
 from minpro_megatron.serving.answers import AnswerChecker, SampledSequence
 from minpro_megatron.serving.api_key import authorization
@@ -28,10 +29,9 @@ from minpro_megatron.serving.client import MAX_ATTEMPTS, SamplingParameters, Ser
 from minpro_megatron.serving.control import ControlError, ServerControl
 from minpro_megatron.serving.endpoints import write_server_address
 from minpro_megatron.serving.errors import WrongPolicyVersion
-from minpro_megatron.serving.model_files import read_model_facts
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
-from tests.unit.faulty_proxy import FaultyProxy
-from tests.unit.test_fleet import FAULTS, FakeRewards, FakeTokenizer, until
+from tests.support.faulty_proxy import FaultyProxy
+from tests.unit.fleet.test_fleet import FAULTS, FakeRewards, FakeTokenizer, until
 
 pytestmark = [
     pytest.mark.e2e,

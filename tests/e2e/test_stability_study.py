@@ -15,10 +15,10 @@ from benchmarks.stability_study.curves import read_stored, responses_digest
 from benchmarks.stability_study.grid import DELAYS, RunKey
 from benchmarks.stability_study.report import BEGIN, END, PICTURES, write_report
 from benchmarks.stability_study.work import run_missing, stored_path
-from minpro_megatron.rollout.journal_reader import JournalReader
+from minpro_megatron.buffer.journal_reader import JournalReader
 from tests.e2e import digits_reward
 from tests.e2e.conftest import ROOT, TinyModel
-from tests.unit.test_stability_study import made_run
+from tests.unit.benchmarks.test_stability_study import made_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.unit.trace_format import checked_events
+from tests.support.trace_format import checked_events
 
 
 def check_trace(run_dir: Path, num_ranks: int, steps: range, groups_of_a_step: int) -> None:

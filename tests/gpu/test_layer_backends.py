@@ -15,8 +15,8 @@ import torch
 from minpro_megatron.actor.model import ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
-from minpro_megatron.weights.architecture import read_architecture
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.local import load_hf_tensors
 from tests.mesh.reference import make_model, make_sequences, model_architecture

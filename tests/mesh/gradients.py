@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minpro_megatron.actor.policy import Policy
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.architecture import Architecture
-from minpro_megatron.weights.gather import WeightGatherer
+from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.weights.local import axis_rank_and_size, global_parameters
 from minpro_megatron.weights.splits import Whole
 from minpro_megatron.weights.table import entries

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.weights.architecture import Architecture, refuse_uneven_cuts
+from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
 
 MOST_RANKS = 8
 ATTEMPTS = 25

@@ -20,7 +20,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.trainer import OptimizerConfig
-from minpro_megatron.weights.architecture import Architecture, read_architecture
+from minpro_megatron.models.architecture import Architecture, read_architecture
 
 COMMON = {
     "vocab_size": 77,  # not a multiple of anything: the padding columns must stay out of the softmax

@@ -63,7 +63,7 @@ class MeshStep:
 
 def take_steps(mesh: Mesh, hf_path: str, layouts: Sequence[LaidOut], backend: str = "auto") -> list[MeshStep]:
     """One update of a fresh policy with each of the layouts."""
-    from minpro_megatron.monitor.metrics import merge
+    from minpro_megatron.metrics.metric import merge
     from tests.mesh.gradients import whole_gradients, whole_tensors
 
     steps = []
@@ -89,7 +89,7 @@ def loaded_policy(mesh: Mesh, config: RunConfig, hf_path: str, backend: str = "a
 def loaded_model(mesh: Mesh, hf_path: str, backend: str = "auto") -> tuple[Any, list]:
     """(architecture, this rank's chunks of a new model with the weights of `hf_path`)."""
     from minpro_megatron.actor.model import ModelFeatures, build_model
-    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.models.architecture import read_architecture
     from minpro_megatron.weights.hf_files import HfReader
     from minpro_megatron.weights.local import load_hf_tensors
 

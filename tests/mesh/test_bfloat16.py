@@ -24,7 +24,7 @@ SMALL = 1e-6  # the paper's learning rate, at which a bfloat16 weight moves only
 def _policy(mesh: Mesh, config: RunConfig, hf_path: str, dtype: torch.dtype) -> Any:
     from minpro_megatron.actor.model import ModelFeatures, build_model
     from minpro_megatron.actor.policy import Policy
-    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.models.architecture import read_architecture
     from minpro_megatron.weights.hf_files import HfReader
     from minpro_megatron.weights.local import load_hf_tensors
 
@@ -36,7 +36,7 @@ def _policy(mesh: Mesh, config: RunConfig, hf_path: str, dtype: torch.dtype) -> 
 
 def _steps(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list[TokenSequence]) -> dict[str, Any]:
     """A small update in either precision, with the same routes: a token on the edge of two experts proves nothing."""
-    from minpro_megatron.monitor.metrics import merge
+    from minpro_megatron.metrics.metric import merge
 
     exact, rounded = (_policy(mesh, config, hf_path, dtype) for dtype in (torch.float32, torch.bfloat16))
     routers = [module for module in rounded.modules[0].modules() if type(module).__name__ == "TopKRouter"]
@@ -135,7 +135,7 @@ def _start_ratios(mesh: Mesh, config: RunConfig, hf_path: str, groups: Groups) -
 
     from minpro_megatron.actor.behavior import mini_batches_of, score_by_version
     from minpro_megatron.batching.sequences import with_log_probs
-    from minpro_megatron.monitor.metrics import merge, values
+    from minpro_megatron.metrics.metric import merge, values
 
     policy, rows = _policy(mesh, config, hf_path, torch.bfloat16), []
     policy.modules[0].register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].tolist()))

@@ -67,7 +67,7 @@ def _offload_works_here() -> None:
 def _policy(mesh: Mesh, config: RunConfig, hf_path: str, fraction: float) -> tuple[Any, Any]:
     from minpro_megatron.actor.model import build_model
     from minpro_megatron.actor.policy import Policy
-    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.models.architecture import read_architecture
     from minpro_megatron.weights.hf_files import HfReader
     from minpro_megatron.weights.local import load_hf_tensors
 
@@ -135,7 +135,7 @@ def _fraction_on_host(policy: Any) -> float:
 
 
 def _weights(mesh: Mesh, architecture: Any, policy: Any) -> dict[str, np.ndarray]:
-    from minpro_megatron.weights.gather import WeightGatherer
+    from minpro_megatron.publishing.gather import WeightGatherer
 
     buckets = WeightGatherer(policy.modules, architecture, mesh).buckets(bucket_bytes=1 << 20)
     return {name: tensor.float().numpy().copy() for bucket in buckets for name, tensor in bucket}

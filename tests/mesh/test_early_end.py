@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from minpro_megatron.checkpoints.resume_point import TrainerState
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.rollout.resume_point import TrainerState
 from tests.mesh.harness import run_mesh
 from tests.mesh.test_run_checkpoints import CONFIG, TWO, Rank, _fill_the_disk, model, start
 
@@ -18,8 +18,8 @@ __all__ = ["model", "start"]  # fixtures
 def _train(mesh: Mesh, start: tuple, every: int, stop_at: int | None, failing: int | None) -> dict[str, Any]:
     """A run of four global steps that change nothing; it saves after each `every`-th. Rank 0 is asked to stop after
     step `stop_at`. The first save of version `failing` finds no room on rank 1."""
-    from minpro_megatron.actor.save_schedule import EndedEarly, SaveSchedule
-    from minpro_megatron.actor.saving import Saving
+    from minpro_megatron.checkpoints.save_schedule import EndedEarly, SaveSchedule
+    from minpro_megatron.checkpoints.saving import Saving
     from minpro_megatron.monitor.phases import PhaseClock
     from minpro_megatron.monitor.watchdog import Watchdog
 

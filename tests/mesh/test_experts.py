@@ -37,7 +37,7 @@ def differences_of_experts(model: Any, counts: list[int], device: torch.device) 
     """Of the output and of every gradient, between the two ways to compute one layer's experts."""
     from megatron.core.transformer.moe.experts import SequentialMLP
 
-    from minpro_megatron.actor.torch_backend import GroupedExperts
+    from minpro_megatron.actor.backends.torch_backend import GroupedExperts
 
     experts = _experts(model)
     assert type(experts) is GroupedExperts
@@ -105,7 +105,7 @@ def test_matrices_that_the_grouped_product_refuses_get_the_loop() -> None:
 
 
 def test_the_rule_is_what_torch_takes() -> None:
-    from minpro_megatron.actor.torch_backend import grouped_product_works
+    from minpro_megatron.actor.backends.torch_backend import grouped_product_works
 
     cpu = torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -123,7 +123,7 @@ def test_an_expert_without_tokens_has_no_gradient_whatever_the_kernel_leaves_the
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On sm_100 grouped_mm leaves what was in memory where a group of a weight gradient is empty."""
-    from minpro_megatron.actor.torch_backend import _GroupedLinear
+    from minpro_megatron.actor.backends.torch_backend import _GroupedLinear
 
     right = torch.nn.functional.grouped_mm
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, TrainerState
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.launch.export import ExportOptions, export
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.rollout.resume_point import CHECKPOINTS, TrainerState
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, make_sequences
 from tests.mesh.steps import loaded_model, loaded_policy, step_config
@@ -25,14 +25,14 @@ CONFIG = step_config(SAVED_ON, row_tokens=128)
 
 def _hf_tensors(chunks: list, architecture: Any, mesh: Mesh) -> dict[str, np.ndarray]:
     """What would be published, on rank 0."""
-    from minpro_megatron.weights.gather import WeightGatherer
+    from minpro_megatron.publishing.gather import WeightGatherer
 
     gatherer = WeightGatherer(chunks, architecture, mesh)
     return {name: tensor.numpy().copy() for bucket in gatherer.buckets(BUCKET_BYTES) for name, tensor in bucket}
 
 
 def _train_and_save(mesh: Mesh, hf_path: str, run_dir: str) -> dict[str, np.ndarray]:
-    from minpro_megatron.actor.run_checkpoints import RunCheckpoints
+    from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints
 
     architecture, policy = loaded_policy(mesh, CONFIG, hf_path)
     checkpoints = RunCheckpoints(Path(run_dir) / CHECKPOINTS, CheckpointConfig(), mesh)
@@ -44,7 +44,7 @@ def _train_and_save(mesh: Mesh, hf_path: str, run_dir: str) -> dict[str, np.ndar
 
 
 def _load(mesh: Mesh, hf_path: str, checkpoint: str) -> dict[str, np.ndarray]:
-    from minpro_megatron.actor.checkpoint import load_weights
+    from minpro_megatron.checkpoints.converted_model import load_weights
 
     architecture, chunks = loaded_model(mesh, hf_path)
     load_weights(chunks, architecture, checkpoint, mesh)

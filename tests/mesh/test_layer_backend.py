@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from minpro_megatron.actor.layer_backend import select_backend
-from minpro_megatron.actor.torch_backend import TorchLayers
+from minpro_megatron.actor.backends.select import select_backend
+from minpro_megatron.actor.backends.torch_backend import TorchLayers
 
 pytestmark = pytest.mark.mesh
 

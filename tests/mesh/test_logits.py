@@ -36,7 +36,7 @@ CASES = [
 def _logits(mesh: Mesh, hf_path: str, sequences: list[np.ndarray]) -> list[np.ndarray]:
     from minpro_megatron.actor.logits import sequence_logits
     from minpro_megatron.actor.model import build_model
-    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.models.architecture import read_architecture
     from minpro_megatron.weights.hf_files import HfReader
     from minpro_megatron.weights.local import load_hf_tensors
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from minpro_megatron.checkpoints.sharded_files import place
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.models.architecture import Architecture, read_architecture
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.architecture import Architecture, read_architecture
 from minpro_megatron.weights.plan import RankKind, make_plan, rank_kinds
-from minpro_megatron.weights.sharded_files import place
 from minpro_megatron.weights.table import entries
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model
-from tests.unit.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
+from tests.support.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
 
 pytestmark = pytest.mark.mesh
 

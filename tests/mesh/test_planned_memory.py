@@ -9,10 +9,10 @@ import torch
 
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.run import RunConfig, parse_run_config
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.planning.activations import Row
 from minpro_megatron.planning.memory import rank_memory
-from minpro_megatron.weights.architecture import Architecture
 from tests.mesh.harness import run_mesh
 from tests.mesh.live_bytes import LiveBytes
 

@@ -13,7 +13,7 @@ from minpro_megatron.errors import FAILED, RunFailed
 from minpro_megatron.monitor.rank_failures import FOLDER_VARIABLE, first_rank_failure
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
-from tests.unit.rollout_fakes import run_config
+from tests.support.rollout_fakes import run_config
 
 pytestmark = pytest.mark.mesh
 

@@ -97,7 +97,7 @@ class Followed:
 def _policy(mesh: Mesh, config: RunConfig, hf_path: str) -> Any:
     from minpro_megatron.actor.model import ModelFeatures, build_model
     from minpro_megatron.actor.policy import Policy
-    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.models.architecture import read_architecture
     from minpro_megatron.weights.hf_files import HfReader
     from minpro_megatron.weights.local import load_hf_tensors
 
@@ -109,7 +109,7 @@ def _policy(mesh: Mesh, config: RunConfig, hf_path: str) -> Any:
 
 
 def _follow(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list[TokenSequence]) -> Followed:
-    from minpro_megatron.monitor.metrics import merge
+    from minpro_megatron.metrics.metric import merge
     from tests.mesh.gradients import whole_gradients, whole_tensors
 
     architecture, policy = _policy(mesh, config, hf_path)

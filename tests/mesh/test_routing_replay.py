@@ -57,7 +57,7 @@ def _same(one: list[list[np.ndarray]], other: list[list[np.ndarray]], passes: in
 def _replay(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> dict[str, Any]:
     from minpro_megatron.actor.model import ModelFeatures, build_model
     from minpro_megatron.actor.policy import Policy
-    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.models.architecture import read_architecture
     from minpro_megatron.weights.hf_files import HfReader
     from minpro_megatron.weights.local import load_hf_tensors
 
@@ -108,7 +108,7 @@ def _misused(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> li
     from minpro_megatron.actor.model import ModelFeatures, build_model
     from minpro_megatron.actor.policy import Policy
     from minpro_megatron.actor.routing import Routes
-    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.models.architecture import read_architecture
 
     architecture = read_architecture(hf_path)
     chunks = build_model(architecture, mesh, torch.float32, ModelFeatures(routing_replay=True))

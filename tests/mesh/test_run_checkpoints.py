@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, TrainerState, read_latest
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.rollout.resume_point import CHECKPOINTS, TrainerState, read_latest
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, make_sequences
 from tests.mesh.steps import loaded_policy, step_config
@@ -40,7 +40,7 @@ class Rank:
     """A policy and its checkpoints on one rank, as train.py has them."""
 
     def __init__(self, mesh: Mesh, start: tuple[str, str, list], config: RunConfig = CONFIG, **settings: Any) -> None:
-        from minpro_megatron.actor.run_checkpoints import RunCheckpoints
+        from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints
 
         self.mesh = mesh
         self.hf_path, folder, self.sequences = start
@@ -298,7 +298,7 @@ def test_a_save_that_fails_leaves_the_former_one_and_the_next_succeeds(start: tu
 
 
 def _save_on_a_full_disk(mesh: Mesh, start: tuple) -> tuple[str, int | None]:
-    from minpro_megatron.actor.shard_writing import SaveError
+    from minpro_megatron.checkpoints.shard_writing import SaveError
 
     rank = Rank(mesh, start)
     rank.checkpoints.save(rank.policy, state(10))

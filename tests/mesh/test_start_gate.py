@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minpro_megatron.errors import RunFailed
-from minpro_megatron.monitor.histograms import bin_edges
+from minpro_megatron.metrics.histograms import bin_edges
 from tests.mesh.reference import make_sequences
 
 pytestmark = pytest.mark.mesh  # what is tested imports megatron

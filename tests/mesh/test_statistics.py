@@ -8,7 +8,7 @@ import pytest
 
 from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.monitor.metrics import Metric
+from minpro_megatron.metrics.metric import Metric
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.conftest import Start
 from tests.mesh.harness import run_mesh
@@ -25,8 +25,8 @@ OF_THE_MESH = ("batch/padding_fraction", "batch/imbalance")
 
 def _statistics(mesh: Mesh, config: RunConfig, hf_path: str, sequences: Sequence[TokenSequence]) -> Found:
     from minpro_megatron.actor.memory import rank_memory
-    from minpro_megatron.monitor.histograms import merge_histograms
-    from minpro_megatron.monitor.metrics import merge
+    from minpro_megatron.metrics.histograms import merge_histograms
+    from minpro_megatron.metrics.metric import merge
 
     _, policy = loaded_policy(mesh, config, hf_path)
     metrics, histograms, _ = policy.accumulate_gradient(sequences)

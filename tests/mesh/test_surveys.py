@@ -15,7 +15,7 @@ from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.parallel.prefix_scan import ShardedScan
 from minpro_megatron.parallel.ranks import GroupRanks
 from tests.mesh.harness import run_mesh
-from tests.unit.ragged_tokens import DEFAULTS, Tokens, random_tokens, surveyed
+from tests.support.ragged_tokens import DEFAULTS, Tokens, random_tokens, surveyed
 
 pytestmark = pytest.mark.mesh
 

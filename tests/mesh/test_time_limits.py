@@ -11,7 +11,7 @@ from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import RunFailed
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
-from tests.unit.run_examples import example_config
+from tests.support.run_examples import example_config
 
 pytestmark = pytest.mark.mesh
 

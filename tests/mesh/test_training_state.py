@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from minpro_megatron.checkpoints.sharded_files import ShardedReader, place, read_metadata
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.architecture import read_architecture
 from minpro_megatron.weights.hf_files import HfReader
-from minpro_megatron.weights.sharded_files import ShardedReader, place, read_metadata
 from minpro_megatron.weights.table import entries
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, make_sequences
@@ -49,8 +49,8 @@ def _resume(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences:
 
 
 def _continued(mesh: Mesh, architecture: Any, policy: Any, sequences: list) -> dict[str, Any]:
-    from minpro_megatron.monitor.metrics import merge
-    from minpro_megatron.weights.gather import WeightGatherer
+    from minpro_megatron.metrics.metric import merge
+    from minpro_megatron.publishing.gather import WeightGatherer
 
     results = [policy.update(sequences, LEARNING_RATE) for _ in range(2)]
     losses = [merge(mesh.from_all_ranks(result.metrics))["objective/loss"].value for result in results]
@@ -92,9 +92,9 @@ def test_weights_that_three_ranks_wrote_are_read_whole_by_the_converter(saved: t
 
 def _memory(mesh: Mesh, folder: str) -> dict[str, float]:
     """{what was done: how much more memory its tensors took than the rank's own states do}, relative to these."""
-    from minpro_megatron.actor import state_pieces
     from minpro_megatron.actor.model import build_model
     from minpro_megatron.actor.policy import Policy
+    from minpro_megatron.checkpoints import state_pieces
     from tests.mesh.live_bytes import LiveBytes
 
     state_pieces.PIECE_BYTES = 1 << 17

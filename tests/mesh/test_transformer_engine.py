@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from minpro_megatron.checkpoints.sharded_files import read_metadata
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.conversion.convert import to_megatron
+from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.architecture import read_architecture
-from minpro_megatron.weights.convert import to_megatron
-from minpro_megatron.weights.sharded_files import read_metadata
 from minpro_megatron.weights.table import entries
 from tests.mesh.conftest import Start
 from tests.mesh.harness import run_mesh
@@ -70,7 +70,7 @@ def _chosen() -> dict[str, Any]:
     """What is chosen and switched on, with the stand-in's few functions and with those that kernels come with."""
     from megatron.core.extensions import transformer_engine as extension
 
-    from minpro_megatron.actor.layer_backend import select_backend
+    from minpro_megatron.actor.backends.select import select_backend
 
     def chosen(name: str, device: str, dtype: torch.dtype) -> str:
         return type(select_backend(name, torch.device(device), dtype)).__name__
@@ -107,7 +107,7 @@ def _recomputed(mesh: Mesh, hf_path: str, config: RunConfig, sequences: list) ->
 
 
 def _save(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list) -> dict[str, Any]:
-    from minpro_megatron.actor.checkpoint import save_weights
+    from minpro_megatron.checkpoints.converted_model import save_weights
     from minpro_megatron.weights.local import global_parameters
 
     found = {}
@@ -130,7 +130,7 @@ def _save(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: l
 
 def _load(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list) -> dict[tuple[str, str], Any]:
     """{(who saved, who loads): how training goes on}, and under ("converted", ...) the weights as converted."""
-    from minpro_megatron.actor.checkpoint import load_weights
+    from minpro_megatron.checkpoints.converted_model import load_weights
 
     found = {}
     for loader in BACKENDS:
@@ -151,7 +151,7 @@ def _load(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: l
 
 
 def _continued(mesh: Mesh, architecture: Any, policy: Any, sequences: list) -> dict[str, Any]:
-    from minpro_megatron.monitor.metrics import merge
+    from minpro_megatron.metrics.metric import merge
 
     before = _weights(mesh, architecture, policy)
     results = [policy.update(sequences, LEARNING_RATE) for _ in range(2)]
@@ -160,7 +160,7 @@ def _continued(mesh: Mesh, architecture: Any, policy: Any, sequences: list) -> d
 
 
 def _weights(mesh: Mesh, architecture: Any, policy: Any) -> dict[str, np.ndarray]:
-    from minpro_megatron.weights.gather import WeightGatherer
+    from minpro_megatron.publishing.gather import WeightGatherer
 
     buckets = WeightGatherer(policy.modules, architecture, mesh).buckets(bucket_bytes=1 << 20)
     return {name: tensor.numpy().copy() for bucket in buckets for name, tensor in bucket}

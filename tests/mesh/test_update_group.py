@@ -26,7 +26,7 @@ def _waited_s(function: Any) -> float:
 
 
 def _host(mesh: Mesh) -> Any:
-    from minpro_megatron.parallel.update_group import UpdateGroup
+    from minpro_megatron.publishing.update_group import UpdateGroup
 
     if mesh.rank == 0:
         group = UpdateGroup(
@@ -38,7 +38,7 @@ def _host(mesh: Mesh) -> Any:
 
 
 def _broadcast_then_hang(mesh: Mesh) -> float:
-    from minpro_megatron.parallel.update_group import join_update_group
+    from minpro_megatron.publishing.update_group import join_update_group
     from minpro_megatron.serving.calls import in_thread
 
     hosted = _host(mesh)
@@ -73,7 +73,7 @@ def test_closing_frees_those_who_wait_beside_a_hung_member() -> None:
 
 
 def _join_without_rank_1(mesh: Mesh) -> float:
-    from minpro_megatron.parallel.update_group import join_update_group
+    from minpro_megatron.publishing.update_group import join_update_group
 
     hosted = _host(mesh)
     found = 0.0

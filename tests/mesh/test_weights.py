@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from minpro_megatron.monitor.files import begin_folder
+from minpro_megatron.checkpoints.sharded_files import read_metadata
+from minpro_megatron.conversion.convert import to_hf, to_megatron
+from minpro_megatron.files.replacement import begin_folder
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.weights.convert import to_hf, to_megatron
-from minpro_megatron.weights.sharded_files import read_metadata
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, saved_tensors
 
@@ -67,10 +67,10 @@ def _through_the_mesh(
     mesh: Mesh, hf_path: Path, sources: list[Path | None], save_to: Path | None
 ) -> list[dict[str, Any]]:
     """For each source (a checkpoint, or None: Hugging Face): load, save if told to, gather to rank 0."""
-    from minpro_megatron.actor.checkpoint import load_weights, save_weights
     from minpro_megatron.actor.model import build_model
-    from minpro_megatron.weights.architecture import read_architecture
-    from minpro_megatron.weights.gather import WeightGatherer
+    from minpro_megatron.checkpoints.converted_model import load_weights, save_weights
+    from minpro_megatron.models.architecture import read_architecture
+    from minpro_megatron.publishing.gather import WeightGatherer
     from minpro_megatron.weights.hf_files import HfReader
     from minpro_megatron.weights.local import global_parameters, load_hf_tensors
 
@@ -183,9 +183,9 @@ def test_the_files_come_back_byte_for_byte_from_what_a_mesh_saved(
 
 
 def _refusals_on_rank(mesh: Mesh, hf_path: Path, checkpoint: Path) -> None:
-    from minpro_megatron.actor.checkpoint import load_weights
     from minpro_megatron.actor.model import build_model
-    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.checkpoints.converted_model import load_weights
+    from minpro_megatron.models.architecture import read_architecture
     from minpro_megatron.weights.hf_files import HfReader
     from minpro_megatron.weights.local import load_hf_tensors
 
@@ -221,7 +221,7 @@ def test_weights_that_do_not_belong_to_the_config_are_refused(models: dict, tmp_
 
 def _cuts_on_rank(mesh: Mesh, hf_path: Path, changes: list[tuple[dict[str, Any], str]]) -> None:
     from minpro_megatron.actor.model import build_model
-    from minpro_megatron.weights.architecture import read_architecture
+    from minpro_megatron.models.architecture import read_architecture
 
     for changed, message in changes:
         with pytest.raises(ValueError, match=message):

@@ -257,7 +257,7 @@ class DotProductAttention(_Module):
         cp_comm_type: str = "p2p",
         softmax_scale: float | None = None,
     ) -> None:
-        from minpro_megatron.actor.torch_backend import TorchAttention
+        from minpro_megatron.actor.backends.torch_backend import TorchAttention
 
         super().__init__()
         assert num_gqa_groups is not None

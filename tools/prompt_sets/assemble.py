@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minpro_megatron.errors import UserError
-from minpro_megatron.monitor.files import replace_file
+from minpro_megatron.files.replacement import replace_file
 from tools.prompt_sets import data_files, rows
 from tools.prompt_sets.instructions import shared_ends
 from tools.prompt_sets.self_check import Refusal, grader_check

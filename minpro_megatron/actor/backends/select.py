@@ -1,0 +1,46 @@
+"""Which modules a model's layers are made of: Transformer Engine's, or plain torch's."""
+
+from typing import Any, Protocol
+
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from minpro_megatron.actor.backends.torch_backend import TorchLayers
+from minpro_megatron.config.trainer import layer_backend_of
+from minpro_megatron.errors import UserError
+
+
+class LayerBackend(Protocol):
+    """The modules of a layer. Both backends compute the same function of the same weights."""
+
+    @property
+    def final_norm(self) -> Any:
+        """The builder of the norm after the last layer."""
+        ...
+
+    def settings(self, mixture: bool) -> dict[str, Any]:
+        """What the backend needs of TransformerConfig, by field; `mixture`: the layers have experts."""
+        ...
+
+    def layer(self, config: TransformerConfig) -> ModuleSpec:
+        """One decoder layer of a Qwen3 model."""
+        ...
+
+
+def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> LayerBackend:
+    """The backend for the setting `model.backend`, as config.trainer.layer_backend_of decides.
+
+    Raises ValueError with the import's own error where that is Transformer Engine and it cannot be imported.
+    """
+    if layer_backend_of(name, device.type, str(dtype).removeprefix("torch.")) == "torch":
+        return TorchLayers(device)
+    try:
+        # late: the package exists on GPU machines only
+        from minpro_megatron.actor.backends.transformer_engine_backend import TransformerEngineLayers
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # a library or a part of it does not load
+        raise UserError(
+            f"model.backend = {name}: Transformer Engine cannot be imported ({error}); install it, or set "
+            "model.backend to torch"
+        ) from error
+    return TransformerEngineLayers(device)

@@ -1,0 +1,113 @@
+"""What becomes of damaged rows when a journal is taken back to a checkpoint: sampled again where that is possible.
+
+Bounded mode samples any group again, with the weights of now. In delay mode a group belongs to the version that it was
+issued at, so only those of the checkpoint's version can be sampled again, and which version that is must be known: a
+group whose own row is damaged is needed unless it was consumed before the checkpoint or issued after it.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+
+from minpro_megatron.buffer.journal_checksums import Damage, checksum, damaged_group_rows, responses_of
+from minpro_megatron.buffer.journal_errors import JournalError
+
+_NEEDED = (
+    "the run needs it and cannot sample it again: put back a copy of the journal that belongs to the checkpoint, go on "
+    "from an earlier checkpoint (write its name into checkpoints/latest), or give a new name=..."
+)
+_AGAIN = "it is sampled again"
+
+
+def refuse_needed_rows(connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool) -> list[str]:
+    """Forgets the groups that were issued after `version`, and looks at the rows of the others. Returns a line for each
+    damaged one that is not needed; those of them that are not consumed are to be sampled again. Raises JournalError
+    for one that is needed."""
+    for *beginning, recorded in connection.execute("SELECT first_batch, version, checksum FROM beginnings"):
+        if delay_mode and checksum(*beginning) != recorded:
+            raise JournalError(
+                f"where the run was made longer, its row of beginnings differs from its checksum; {_NEEDED}"
+            )
+    damaged = {one.group_id: one for one in damaged_group_rows(connection)}
+    consumed = _consumed(connection, version, num_prompts, damaged)
+    forgotten = _issued_later(connection, version, delay_mode, damaged, consumed)
+    connection.executemany("DELETE FROM groups WHERE group_id = ?", [(group_id,) for group_id in forgotten])
+    repeated = damaged.keys() - consumed - forgotten
+    for group_id in sorted(repeated) if delay_mode else ():
+        raise JournalError(f"{damaged[group_id]}; {_NEEDED}")
+    connection.executemany(
+        "UPDATE groups SET state = 'consumed' WHERE group_id = ?", [(group_id,) for group_id in consumed]
+    )
+    make_void(connection, repeated)
+    connection.executemany(
+        "UPDATE groups SET prompt_id = '', issued_version = ?, batch_index = -1, consumed_step = NULL, staleness = NULL"
+        " WHERE group_id = ?",
+        [(version, group_id) for group_id in repeated],
+    )
+    kept = "it was consumed before the checkpoint, so nothing needs it"
+    return [f"{one}; {kept if group_id in consumed else _AGAIN}" for group_id, one in damaged.items()]
+
+
+def _consumed(connection: sqlite3.Connection, version: int, num_prompts: int, damaged: dict[int, Damage]) -> set[int]:
+    """Of the damaged groups those that a step before `version` has consumed: those that say so, if the step lacks
+    them."""
+    by_step: dict[int, list[int]] = {}
+    query = "SELECT consumed_step, group_id FROM groups WHERE consumed_step < ?"
+    for step, group_id in connection.execute(query, (version,)):
+        by_step.setdefault(step, []).append(group_id)
+    whole = (group_ids for group_ids in by_step.values() if len(group_ids) <= num_prompts)
+    return {group_id for group_ids in whole for group_id in group_ids} & damaged.keys()
+
+
+def _issued_later(
+    connection: sqlite3.Connection, version: int, delay_mode: bool, damaged: dict[int, Damage], consumed: set[int]
+) -> set[int]:
+    """The groups that were issued after `version`. Ids are issued in order, so the intact rows tell it of damaged ones;
+    below the last intact id that stays, only an earlier restore has issued one again."""
+    rows = connection.execute("SELECT group_id, issued_version FROM groups ORDER BY group_id").fetchall()
+    # a damaged value may be of any type
+    rows = [(group_id, issued if isinstance(issued, int) else -1) for group_id, issued in rows]
+    intact = [(group_id, issued) for group_id, issued in rows if group_id not in damaged]
+    last = max((group_id for group_id, issued in intact if issued <= version), default=-1)
+    first_later = min((group_id for group_id, _ in intact if group_id > last), default=float("inf"))
+    return {
+        group_id
+        for group_id, issued in rows
+        if group_id > last
+        and group_id not in consumed
+        and (issued > version or group_id > first_later or not delay_mode)
+    }
+
+
+def void_damaged_responses(connection: sqlite3.Connection, version: int, delay_mode: bool) -> list[str]:
+    """Makes void what of the groups that are ready is damaged. Returns a line for each such group. Raises JournalError
+    for one that cannot be sampled again."""
+    found = list(_damaged_responses(connection))
+    for damage, issued_version in found:
+        if delay_mode and issued_version < version:
+            raise JournalError(f"{damage}; {_NEEDED}")
+    make_void(connection, (damage.group_id for damage, _ in found))
+    return [f"{damage}; {_AGAIN}" for damage, _ in found]
+
+
+def _damaged_responses(connection: sqlite3.Connection) -> Iterator[tuple[Damage, int]]:
+    ready = connection.execute(
+        "SELECT group_id, issued_version, state, group_size FROM groups WHERE consumed_step IS NULL"
+        " AND state IN ('collected', 'scored') ORDER BY group_id"
+    ).fetchall()
+    for group_id, issued_version, state, size in ready:
+        rows, damage = responses_of(connection, group_id, size, with_trained=False)
+        if damage is None and state == "scored" and any(row.behavior_log_probs is None for row in rows):
+            damage = Damage(group_id, None, "it is scored, but has no behavior log-probs")
+        if damage is not None:
+            yield damage, issued_version
+
+
+def make_void(connection: sqlite3.Connection, group_ids: Iterable[int]) -> None:
+    """The groups' responses are forgotten: they are to be sampled again."""
+    values = [(group_id,) for group_id in group_ids]
+    connection.executemany("DELETE FROM responses WHERE group_id = ?", values)
+    connection.executemany(
+        "UPDATE groups SET state = 'issued', oldest_version = NULL, newest_version = NULL, group_size = NULL"
+        " WHERE group_id = ?",
+        values,
+    )

@@ -1,0 +1,93 @@
+"""A run's checkpoint (`run_dir/checkpoints/step-N`) as weights: the trainer wrote it, so it holds the optimizer's state
+besides, and has the manifest of a run instead of that of a converted model.
+
+Config, tokenizer and the names of the weight files are those of the model that the run began with, which its settings
+name. A Hugging Face folder that was exported from a checkpoint says so in a file, for runs that begin with both.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from minpro_megatron.checkpoints.resume_point import MANIFEST, RunManifest, from_json
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
+from minpro_megatron.files.replacement import replace_file
+
+RUN_SETTINGS = "run.json"
+EXPORTED_FROM = "exported_from.json"
+
+
+class ExportedFrom(msgspec.Struct, frozen=True, kw_only=True):
+    """Which checkpoint a Hugging Face folder holds. `files_digest` is the same for the same files, in any folder."""
+
+    checkpoint: str
+    policy_version: int
+    files_digest: str
+
+
+def is_run_checkpoint(folder: Path) -> bool:
+    """Whether the folder's manifest is that of a run's checkpoint."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "policy_version" in content
+
+
+def read_run_manifest(folder: Path) -> RunManifest:
+    """The manifest of a run's checkpoint, under whatever name the folder is now. Raises UserError."""
+    try:
+        return from_json((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise UserError(f"{folder / MANIFEST}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{folder / MANIFEST}: {error}; use the version of this project that wrote it") from None
+
+
+def texts_of_run(folder: Path) -> Path:
+    """The Hugging Face folder of the model with which the checkpoint's run began. Raises UserError if the run's
+    settings are not beside the checkpoint, or the folder is not there."""
+    settings = folder.absolute().parent.parent / RUN_SETTINGS
+    remedy = "give --hf-reference, a folder with config and tokenizer"
+    try:
+        config = RunConfig.from_json(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no settings of this version
+        raise UserError(
+            f"{settings}: the settings of the checkpoint's run are not readable ({error}); {remedy}"
+        ) from None
+    texts = Path(config.model.hf_path)
+    if not (texts / "config.json").is_file():
+        raise UserError(f"{settings}: model.hf_path = {texts}: there is no config.json here; {remedy}")
+    return texts
+
+
+def write_exported_from(output: Path, checkpoint: Path) -> str:
+    """States in `output` what it was exported from. Returns the file's name."""
+    manifest = read_run_manifest(checkpoint)
+    stated = ExportedFrom(
+        checkpoint=str(checkpoint.absolute()),
+        policy_version=manifest.policy_version,
+        files_digest=_digest(manifest),
+    )
+    text = msgspec.json.format(msgspec.json.encode(stated), indent=2).decode()
+    replace_file(output / EXPORTED_FROM, text + "\n")
+    return EXPORTED_FROM
+
+
+def is_exported_from(hf_path: Path, checkpoint: Path) -> bool:
+    """Whether the Hugging Face folder says that it holds the weights of this checkpoint."""
+    try:
+        stated = msgspec.json.decode((hf_path / EXPORTED_FROM).read_bytes(), type=ExportedFrom)
+    except (OSError, msgspec.DecodeError):
+        return False
+    return stated.files_digest == _digest(read_run_manifest(checkpoint))
+
+
+def _digest(manifest: RunManifest) -> str:
+    """Of the files, not of the manifest: a score is added to it later."""
+    lines: list[Any] = [f"{name} {file.sha256}\n" for name, file in sorted(manifest.files.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

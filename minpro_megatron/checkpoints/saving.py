@@ -1,0 +1,102 @@
+"""Checkpoints at the end of global steps, and starts that end there before the run does."""
+
+from collections.abc import Callable, Sequence
+
+from minpro_megatron.checkpoints.resume_point import TrainerState
+from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints, Trainable
+from minpro_megatron.checkpoints.save_schedule import EndedEarly, SaveSchedule
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.feed.batch_source import BatchSource
+from minpro_megatron.monitor.alarms import Alarm, AlarmStop
+from minpro_megatron.monitor.phases import PhaseClock
+from minpro_megatron.parallel.mesh import Mesh
+
+
+class Saving:
+    """Every method but `decide_with` is collective; `feed` is rank 0's. Without a schedule nothing is saved."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        policy: Trainable,
+        checkpoints: RunCheckpoints,
+        clock: PhaseClock,
+        feed: BatchSource | None = None,
+    ) -> None:
+        self._config = config
+        self._mesh = mesh
+        self._policy = policy
+        self._checkpoints = checkpoints
+        self._clock = clock
+        self._feed = feed
+        self._schedule: SaveSchedule | None = None
+        self._before_early_end: Callable[[int, str], None] = lambda version, reason: None
+        self._saved_version: int | None = None  # by this start
+
+    def decide_with(self, schedule: SaveSchedule | None, before_early_end: Callable[[int, str], None]) -> None:
+        """On rank 0: what decides for all ranks. `before_early_end` is called with the version and the reason before
+        the last save of a start that ends early."""
+        self._schedule, self._before_early_end = schedule, before_early_end
+
+    def begin(self) -> None:
+        """The first global step of this start begins."""
+        if self._schedule:
+            self._schedule.begin()
+
+    def after_step(self, state: TrainerState, alarms: Sequence[Alarm]) -> None:
+        """Begins a checkpoint of `state` if one is due, and completes earlier ones. `alarms` are those of the global
+        step, on rank 0.
+
+        Raises AlarmStop or EndedEarly, once the checkpoint is complete, where this start ends. After the run's last
+        step its checkpoint is complete too; raises SaveError if it cannot be written.
+        """
+        version = state.policy_version
+        last = version == self._config.num_global_steps
+        alarm = None if last else self._alarm_to_stop_on(alarms)
+        decision = self._mesh.from_rank_0(self._schedule.after_step(version) if self._schedule else None)
+        end = decision.end if decision and alarm is None else ""
+        if end and self._schedule:
+            self._before_early_end(version, end)
+        saves = alarm is not None or (decision is not None and decision.save)
+        with self._clock.phase("checkpoint", guarded=f"the checkpoint of version {version}"):
+            if saves:
+                self._begin_save(state)
+            self._complete(self._checkpoints.poll())
+        if last or alarm is not None or end:
+            self._finish(state if saves else None)
+        if alarm is not None:
+            raise AlarmStop(f"alarms.stop_on: {alarm}")
+        if end:
+            raise EndedEarly(version, end)
+
+    def _begin_save(self, state: TrainerState) -> None:
+        if self._feed:
+            self._feed.checkpoint_begin(state.policy_version)
+        self._checkpoints.save(self._policy, state)
+
+    def _complete(self, versions: Sequence[int]) -> None:
+        """These versions' checkpoints have become complete."""
+        for version in versions if self._feed else []:
+            assert self._feed is not None
+            self._feed.checkpoint_end(version)
+        if versions:
+            self._saved_version = versions[-1]
+            if self._schedule:
+                self._schedule.saved(self._checkpoints.last_save_s)
+
+    def _finish(self, last: TrainerState | None) -> None:
+        """Completes the save under way. The checkpoint of `last` is tried a second time if it has failed, for there is
+        no later one."""
+        with self._clock.guard("the last checkpoint"):
+            self._complete(self._checkpoints.finish())
+            if last is not None and self._saved_version != last.policy_version:
+                self._begin_save(last)
+                self._complete(self._checkpoints.finish())
+
+    def _alarm_to_stop_on(self, alarms: Sequence[Alarm]) -> Alarm | None:
+        """Of the alarms that rank 0 has raised, the first one that ends the run."""
+        stop_on = self._config.alarms.stop_on
+        if not stop_on:
+            return None
+        return self._mesh.from_rank_0(next((alarm for alarm in alarms if alarm.name in stop_on), None))

@@ -1,0 +1,459 @@
+"""The state of a run between the servers and the trainer: what is sampled, what is consumed, when weights change.
+
+What may happen when is decided by a schedule (buffer/schedule.py); the collector starts what may start, records it in
+the journal, and answers the trainer. Evaluations run beside the groups; the weights are not replaced under one.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from minpro_megatron.buffer.journal import Journal
+from minpro_megatron.buffer.journal_errors import JournalError
+from minpro_megatron.buffer.journal_pruning import Pruned
+from minpro_megatron.buffer.journal_restore import RestoredGroup
+from minpro_megatron.buffer.schedule import Restored, Slot, make_schedule
+from minpro_megatron.buffer.scores import check_scores, check_trained, with_scores
+from minpro_megatron.buffer.staleness import RUN_START, Beginning, beginning_after, expected_staleness, staleness
+from minpro_megatron.collector.grading_watch import GradingWatch
+from minpro_megatron.collector.leases import Conflict, Leases, Servers
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import ProjectError, RunBlocked, UserError
+from minpro_megatron.evaluation.in_run import CollectGroup, Evaluations, EvaluationSet, heldout_set
+from minpro_megatron.evaluation.sampling import append_result, write_results
+from minpro_megatron.monitor.status import write_status
+from minpro_megatron.prompts.prompts import PromptStream, TokenizedPrompt
+from minpro_megatron.records import (
+    Batch,
+    BehaviorLogProbs,
+    CollectedGroup,
+    CollectorTotals,
+    IssuedGroup,
+    PublishLease,
+    TrainedStep,
+)
+from minpro_megatron.serving.client import SamplingParameters
+
+log = logging.getLogger(__name__)
+
+# How often a waiting request looks whether a server has come back without the weights of now.
+LOOK_AT_SERVERS_S = 0.5
+# A run without a server that holds the current weights is given up after this many times what a start may take.
+SERVERLESS_FACTOR = 3
+NUM_CANARY_PROMPTS = 4  # of the held-out ones: one alone may have a continuation that is certain for any weights
+
+
+class CollectorFailed(ProjectError):
+    """The collector has failed; the message is the failure's."""
+
+
+class Collector:
+    """`run` is the work; the other coroutines are what the trainer asks for. Each of those raises Conflict for a
+    request out of order and CollectorFailed once `run` has failed, also while it waits."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        journal: Journal,
+        stream: PromptStream,
+        heldout: Sequence[TokenizedPrompt],
+        collect_group: CollectGroup,
+        servers: Servers,
+        benchmarks: Sequence[EvaluationSet] = (),
+        grading_metrics: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self._config = config
+        self._journal = journal
+        self._stream = stream
+        self._collect_group = collect_group
+        self._grading = GradingWatch(config.batch.num_prompts)
+        self._grading_metrics = grading_metrics
+        sampling = config.sampling
+        # evaluations get no routes: nothing is trained on them, and routes are many times larger than tokens
+        self._training = SamplingParameters(
+            sampling.temperature, sampling.max_response_tokens, with_routes=config.model.routing_replay == "rollout"
+        )
+        self._evaluations = Evaluations(config, [heldout_set(config, heldout), *benchmarks], collect_group)
+        canaries = [prompt.token_ids.tolist() for prompt in heldout[:NUM_CANARY_PROMPTS]]
+        self._leases = Leases(servers, canaries, self._evaluations, self._metrics)
+        self._changed = asyncio.Condition()
+        self._num_changes = 0
+        self._writing_status = asyncio.Lock()
+        self._beginnings: Sequence[Beginning] = (RUN_START,)
+        self._schedule = make_schedule(config)
+        self._serving = True  # servers hold the schedule's version
+        self._next_step = 0
+        self._groups: dict[int, CollectedGroup] = {}  # accepted and not yet consumed, by id
+        self._writes_checkpoints = config.checkpoint.saves_before_end and config.debug.trainer == "megatron"
+        self._resumed_from = 0
+        self._pruning: asyncio.Task[None] | None = None
+        self._checkpoints_begun: set[int] = set()  # by this trainer
+        self._failure: str | None = None
+        self._finished = False
+
+    @property
+    def _num_steps(self) -> int:
+        return self._config.num_global_steps
+
+    @property
+    def _version(self) -> int:
+        return self._schedule.version
+
+    async def restore(self, version: int, former_end: int | None = None) -> None:
+        """Goes on from the checkpoint of `version` (0: the start), with what the journal holds. Before `run`.
+        `former_end`: how many global steps the run had when that checkpoint was saved.
+
+        Raises JournalError if journal and checkpoint do not belong together, ValueError if the prompts have changed.
+        """
+        delay_mode = self._config.staleness.mode == "delay"
+        groups, next_group = await self._journal.restore(
+            version, self._config.batch.num_prompts, delay_mode, self._training.with_routes
+        )
+        await self._restore_beginnings(version, former_end)
+        for group in groups:
+            self._restore_group(group)
+        restored = [
+            Restored(
+                Slot(group.group_id, group.batch_index, group.issued_version), bool(group.responses), group.dropped
+            )
+            for group in groups
+        ]
+        self._schedule = make_schedule(self._config, version, restored, next_group, self._beginnings)
+        self._next_step = self._resumed_from = version
+        self._serving = version == 0  # the servers start from the initial weights
+        self._evaluations.results = await self._journal.evaluations()
+        write_results(self._config.run_dir, self._evaluations.results)
+        if groups or version:
+            ready = len(self._groups)
+            log.info("goes on at global step %d: %d groups ready, %d to repeat", version, ready, len(groups) - ready)
+
+    async def _restore_beginnings(self, version: int, former_end: int | None) -> None:
+        """Delay mode: where the run was made longer, now or before, and which version samples the batches there."""
+        settings = self._config.staleness
+        if settings.mode != "delay":
+            return
+        added = beginning_after(former_end, version, self._num_steps, settings.delay_steps)
+        if added is not None:
+            await self._journal.begin(added)
+            log.info("the run is made longer: version %d samples the batches from %d on", version, added.first_batch)
+        self._beginnings = await self._journal.beginnings()
+
+    def _restore_group(self, group: RestoredGroup) -> None:
+        issued = self._stream.group(group.group_id, group.batch_index, group.issued_version)
+        if group.prompt_id and issued.prompt.id != group.prompt_id:
+            raise UserError(
+                f"data.train_file = {self._config.data.train_file}: group {group.group_id} had the prompt "
+                f"{group.prompt_id!r}, now it is {issued.prompt.id!r}; put the file back with which the run began"
+            )
+        if group.responses:
+            self._groups[group.group_id] = CollectedGroup(issued=issued, responses=group.responses)
+
+    async def run(self) -> None:
+        """All sampling and evaluation of the run; returns once the trainer has been told the totals.
+
+        Raises what a group's sampling raised.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while not self._finished:
+                    seen = self._num_changes
+                    if self._serving:
+                        await self._start_what_may_start(tasks)
+                    async with self._changed:
+                        await self._changed.wait_for(lambda seen=seen: self._num_changes != seen)
+        except ExceptionGroup as group:
+            # Tasks fail together, most of them by being cancelled: one cause is enough.
+            raise _first_error(group) from None
+
+    async def fail(self, message: str) -> None:
+        """Tells whoever waits, now or later, that there will be nothing more."""
+        async with self._changed:
+            self._failure = message
+            self._notify()
+
+    async def _start_what_may_start(self, tasks: asyncio.TaskGroup) -> None:
+        version = self._version
+        slots = self._schedule.to_issue()
+        if not self._evaluations.under_way and (due := self._evaluations.due(version)):
+            self._evaluations.under_way = True
+            tasks.create_task(self._evaluate_all(due, version))
+        if slots:
+            issued = [self._stream.group(*slot) for slot in slots]
+            await self._journal.issue(issued)
+            # Tasks start in the order in which they are made, so groups queue for the servers in order of issue.
+            for group in issued:
+                tasks.create_task(self._sample(group))
+            phase = f"version {version}: groups {slots[0].group_id} to {slots[-1].group_id}"
+            tasks.create_task(self._write_status(phase))
+
+    async def _write_status(self, phase: str) -> None:
+        """In a thread, for it waits for the disk; one after the other, for all write the same file."""
+        async with self._writing_status:
+            try:
+                await asyncio.to_thread(write_status, self._config.run_dir, "collect", phase)
+            except OSError as error:  # only the display reads it
+                log.warning("the status cannot be written: %s", error)
+
+    async def _sample(self, issued: IssuedGroup) -> None:
+        group = await self._collect_group(issued, self._training)
+        accepted = self._accepts(group)
+        group = await self._journal.collect(group, accepted)
+        self._grading.collected(group)
+        async with self._changed:
+            self._schedule.collected(issued.group_id, accepted)
+            if accepted:
+                self._groups[issued.group_id] = group
+            self._notify()
+
+    def _accepts(self, group: CollectedGroup) -> bool:
+        """Whether a step may train on the group; where not, another one is sampled in its place."""
+        if group.grading_problem:
+            return False
+        return not self._config.batch.dynamic_sampling or len({response.reward for response in group.responses}) > 1
+
+    def _metrics(self) -> dict[str, float]:
+        return {**self._grading_metrics(), "reward/groups_not_graded": float(self._grading.num_groups)}
+
+    async def _evaluate_all(self, due: Sequence[EvaluationSet], version: int) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for chosen in due:
+                tasks.create_task(self._evaluate(chosen, version))
+        async with self._changed:
+            self._evaluations.under_way = False
+            self._notify()
+
+    async def _evaluate(self, chosen: EvaluationSet, version: int) -> None:
+        result = await self._evaluations.evaluate(chosen, version)
+        if result is None:
+            return
+        await self._journal.evaluate(result)  # first: it refuses what an older start than the newest one writes
+        append_result(self._config.run_dir, result)
+        log.info(
+            "version %d evaluated%s: pass@1 %.4f +- %.4f, mean reward %.4f over %d prompts x %d samples in %.2f s",
+            version, f" on {chosen.name}" if chosen.name else "", result.pass_at_1, result.standard_error,
+            result.mean_reward, result.num_prompts, result.samples_per_prompt, result.wall_time_s,
+        )  # fmt: skip
+        self._evaluations.results.append(result)
+
+    def start(self, version: int) -> None:
+        """The trainer begins with the weights of `version`: both must go on from the same checkpoint."""
+        self._raise_failure()
+        if version != self._next_step:
+            raise Conflict(f"the trainer goes on from version {version}, the collector from {self._next_step}")
+
+    async def batch(self, index: int, timeout_s: float) -> Batch | PublishLease | None:
+        """Batch `index`; None if it is not there within `timeout_s` seconds. A lease: a server has come back without
+        the weights of now; publish them to it and ask again."""
+        if not 0 <= index < self._num_steps:
+            raise Conflict(f"batch {index}: the run has batches 0 .. {self._num_steps - 1}")
+        if index < self._next_step:
+            raise Conflict(f"batch {index}: it is consumed already")
+        if not self._schedule.is_sampled_by_now(index):  # the trainer that would wait is the one to publish
+            raise Conflict(f"batch {index}: later weights sample it; the servers hold version {self._version}")
+        if not await self._wait_until(lambda: self._schedule.batch(index) is not None, timeout_s):
+            return self._leases.current
+        return self._batch(index)
+
+    def _batch(self, index: int) -> Batch:
+        chosen = self._schedule.batch(index)
+        assert chosen is not None
+        return Batch(index=index, groups=[self._groups[group_id] for group_id in chosen.group_ids])
+
+    async def scored(self, scores: BehaviorLogProbs) -> None:
+        """Stores a batch's behavior log-probs. Raises ValueError if they do not fit the batch."""
+        self._raise_failure()
+        index = scores.index
+        if index < self._next_step or not self._schedule.is_sampled_by_now(index) or not self._schedule.batch(index):
+            raise Conflict(f"scores of batch {index}: it is not sampled yet, or consumed already")
+        batch = self._batch(index)
+        await asyncio.to_thread(check_scores, batch, scores)  # it looks at every token
+        # some may have been scored before a crash: scores never change
+        pairs = [pair for pair in zip(batch.groups, scores.log_probs, strict=True) if not pair[0].is_scored]
+        if not pairs:
+            raise Conflict(f"scores of batch {index}: it is scored already, and scores never change")
+        await self._journal.score(index, pairs)
+        for group, log_probs in pairs:
+            self._groups[group.issued.group_id] = with_scores(group, log_probs)
+
+    async def consumed(self, trained: TrainedStep) -> None:
+        """A step has trained on its batch. Checks its staleness again."""
+        self._raise_failure()
+        step, policy_version = trained.step, trained.policy_version
+        chosen = self._schedule.batch(step)
+        if step != self._next_step or chosen is None:
+            raise Conflict(f"step {step}: the next step to consume its batch is {self._next_step}")
+        batch = self._batch(step)
+        if not all(group.is_scored for group in batch.groups):
+            raise Conflict(f"step {step}: its batch has no behavior log-probs; hand them in first")
+        check_trained(batch, trained)
+        found = [staleness(policy_version, group.oldest_version) for group in batch.groups]
+        for group, value in zip(batch.groups, found, strict=True):
+            self._refuse_wrong_staleness(step, group, policy_version, value)
+        await self._journal.consume(batch, found, chosen.surplus, trained.log_probs)
+        for group_id in [*chosen.group_ids, *chosen.surplus]:
+            del self._groups[group_id]
+        self._log_batch(batch)
+        async with self._changed:
+            self._schedule.consumed(step)
+            self._next_step = step + 1
+            self._notify()
+        if not self._writes_checkpoints:  # after a crash it samples again, from the start or from where it came from
+            self._start_pruning(self._resumed_from or self._next_step)
+
+    def _refuse_wrong_staleness(self, step: int, group: CollectedGroup, policy_version: int, value: int) -> None:
+        settings = self._config.staleness
+        expected = expected_staleness(step, settings.delay_steps, self._beginnings)
+        exact = settings.mode == "delay"
+        if value == expected if exact else 0 <= value <= settings.max_staleness:
+            return
+        rule = f"instead of {expected}" if exact else f"above staleness.max_staleness = {settings.max_staleness}"
+        raise Conflict(
+            f"step {step}: group {group.issued.group_id}, sampled with version {group.oldest_version} and consumed "
+            f"with version {policy_version}: staleness {value} {rule}"
+        )
+
+    def _log_batch(self, batch: Batch) -> None:
+        responses = [response for group in batch.groups for response in group.responses]
+        log.info(
+            "step %d consumed %d groups, %d responses, %d tokens, mean reward %.4f",
+            batch.index, len(batch.groups), len(responses), sum(len(response.token_ids) for response in responses),
+            float(np.mean([response.reward for response in responses])),
+        )  # fmt: skip
+
+    async def publish_begin(self, version: int, timeout_s: float) -> PublishLease | None:
+        """Permission to publish `version`; None if work under the one before it goes on past `timeout_s`. A lease of
+        the version before it: publish that one to servers that have come back, and ask again."""
+        expected = self._version + 1 if self._serving else self._version
+        if version != expected or version > self._num_steps:
+            raise Conflict(f"publish version {version}: the next one is {expected} of {self._num_steps}")
+        if self._next_step != version:
+            raise Conflict(f"publish version {version}: step {version - 1} has not consumed its batch")
+        # after a restart the servers hold the initial weights, and nothing is under way on them
+        if await self._wait_until(self._may_publish if self._serving else self._leases.can_grant, timeout_s):
+            in_flight = self._serving and self._config.staleness.mode == "bounded"
+            self._leases.grant(version, in_flight)
+        return self._leases.current
+
+    def _may_publish(self) -> bool:
+        return not self._evaluations.under_way and self._schedule.may_publish() and self._leases.can_grant()
+
+    async def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
+        """The servers of the indices `held_by` hold `version`. The others get no work until they hold it too; those
+        that were `late` with an answer are started again."""
+        self._raise_failure()
+        self._leases.check_end(version)
+        first_time = version != self._version or not self._serving
+        if first_time:
+            await self._journal.publish(version)
+        self._leases.end(held_by, first_time, late)
+        async with self._changed:
+            if version != self._version:
+                self._schedule.published()
+            self._serving = True
+            self._notify()
+
+    def _republish_due(self) -> bool:
+        """Whether a server waits for the weights of now; if so, there is a lease for it."""
+        # bounded mode: a server that was silent for a moment may have kept its requests
+        in_flight = self._config.staleness.mode == "bounded"
+        return self._serving and self._leases.grant_again(self._version, in_flight)
+
+    async def checkpoint_begin(self, version: int) -> None:
+        """Returns when the journal would survive a power cut: the checkpoint of `version` will rely on it."""
+        self._raise_failure()
+        if version != self._next_step:
+            raise Conflict(f"checkpoint of version {version}: {self._next_step} steps have consumed their batches")
+        self._checkpoints_begun.add(version)
+        await self._journal.flush()
+
+    async def checkpoint_end(self, version: int) -> None:
+        """The checkpoint of `version` is complete: what steps before it consumed is not needed to go on."""
+        self._raise_failure()
+        if version not in self._checkpoints_begun:  # what it makes the journal forget may be needed
+            raise Conflict(f"checkpoint of version {version}: it was not begun")
+        self._start_pruning(version)
+
+    def _start_pruning(self, needed_from: int) -> None:
+        """The journal forgets what steps before `needed_from` consumed: the routes at once, the rest when it is
+        journal_keep_steps old."""
+        settings = self._config.collector
+        keep = settings.journal_keep_steps
+        due = {Pruned.EVERYTHING: min(needed_from, self._next_step - keep) if keep else 0}
+        if self._training.with_routes and not settings.journal_keep_routes:
+            due[Pruned.ROUTES] = needed_from
+        due = {what: before_step for what, before_step in due.items() if before_step > 0}
+        if due:
+            # beside the trainer's next step: gigabytes take minutes, and what is recorded meanwhile waits for a piece
+            self._pruning = asyncio.create_task(self._prune(due, self._pruning))
+
+    async def _prune(self, due: Mapping[Pruned, int], earlier: "asyncio.Task[None] | None") -> None:
+        if earlier is not None:
+            await earlier
+        try:
+            for what, before_step in due.items():
+                await self._journal.prune(before_step, what)
+        except (JournalError, RunBlocked) as error:
+            await self.fail(str(error))
+
+    async def finish(self, timeout_s: float) -> CollectorTotals | PublishLease | None:
+        """The totals once the last version's evaluation has ended; None if that exceeds `timeout_s`. A lease as from
+        `batch`."""
+        if self._version != self._num_steps or not self._serving:
+            raise Conflict(f"finish: version {self._version} of {self._num_steps} is published")
+
+        def evaluated() -> bool:
+            return not self._evaluations.due(self._num_steps)
+
+        if not await self._wait_until(evaluated, timeout_s):
+            return self._leases.current
+        totals = await self._journal.totals()
+        return msgspec.structs.replace(totals, failed_evaluations=self._evaluations.num_failed)
+
+    async def totals_delivered(self) -> None:
+        """Lets `run` return: the trainer has its answer."""
+        async with self._changed:
+            self._finished = True
+            self._notify()
+
+    async def _wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        """True once `ready`; False after `timeout_s`, or when the current lease says what has to be published first."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            self._raise_failure()
+            if ready():
+                return True
+            self._refuse_to_wait_for_ever()
+            left_s = deadline - asyncio.get_running_loop().time()
+            if self._republish_due() or left_s <= 0:
+                return False
+            try:
+                async with asyncio.timeout(min(left_s, LOOK_AT_SERVERS_S)), self._changed:
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    def _refuse_to_wait_for_ever(self) -> None:
+        limit_s = SERVERLESS_FACTOR * self._config.server.start_timeout_s
+        if self._serving and self._leases.serverless_s() > limit_s:
+            raise CollectorFailed(
+                f"no server has held version {self._version} for {limit_s:g} s ({SERVERLESS_FACTOR} x "
+                "server.start_timeout_s), so nothing can be sampled; see the logs of serve and train"
+            )
+
+    def _notify(self) -> None:
+        self._num_changes += 1
+        self._changed.notify_all()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise CollectorFailed(self._failure)
+
+
+def _first_error(group: ExceptionGroup) -> Exception:
+    error: Exception = group
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

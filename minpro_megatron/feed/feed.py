@@ -1,0 +1,151 @@
+"""The trainer's side of the collector's HTTP interface, blocking; only the trainer's rank 0 uses it."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import requests
+
+from minpro_megatron import records
+from minpro_megatron.errors import ProjectError
+from minpro_megatron.feed.protocol import (
+    COLLECTOR_ENDPOINT,
+    INCARNATION_HEADER,
+    LONG_POLL_S,
+    TOKEN_HEADER,
+    CollectorEndpoint,
+    read_token,
+)
+from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease, TrainedStep
+
+# The collector's watchdog ends a collector that hangs, which this side then sees at once; this side's own limit comes
+# after it.
+WATCHDOG_MARGIN_S = 120.0
+
+
+class FeedError(ProjectError):
+    """The collector refused a request, failed, or is gone; the message is one line with the reason."""
+
+
+class Feed:
+    """What the trainer asks of the collector. `start(v)` comes first; a global step with version v, under delay n, is:
+
+        batch(v + n), scored(...), consumed(...), publish_begin(v + 1), [publish], publish_end(v + 1, servers)
+
+    Every method blocks until it has its answer and raises FeedError if there will be none. Where a PublishLease comes
+    instead of what was asked for, servers have lost the version of now: publish it to them, `publish_end` it, ask
+    again.
+    """
+
+    def __init__(
+        self, run_dir: Path | str, incarnation: int, start_timeout_s: float = 120.0, hang_timeout_s: float = 1800.0
+    ) -> None:
+        """Waits until the collector has written its address, at most `start_timeout_s` seconds.
+
+        A collector that does not answer a request within `hang_timeout_s` (debug.hang_timeout_s, and a margin beside
+        the time that a request may wait for its result) is taken to be gone.
+        """
+        self._run_dir = Path(run_dir)
+        self._answer_timeout_s = LONG_POLL_S + hang_timeout_s + WATCHDOG_MARGIN_S
+        self._session = requests.Session()
+        self._session.trust_env = False
+        self._session.headers[INCARNATION_HEADER] = str(incarnation)
+        # A step takes minutes: a kept connection would often be closed under the next request, and a
+        # request that changes the collector's state cannot be sent again without knowing whether the first
+        # one arrived.
+        self._session.headers["Connection"] = "close"
+        self._url = self._wait_for_endpoint(incarnation, start_timeout_s)
+        self._session.headers[TOKEN_HEADER] = self._token()
+
+    def _wait_for_endpoint(self, incarnation: int, timeout_s: float) -> str:
+        path = self._run_dir / COLLECTOR_ENDPOINT
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                endpoint = msgspec.json.decode(path.read_bytes(), type=CollectorEndpoint)
+                if endpoint.incarnation == incarnation:
+                    return endpoint.url
+            except FileNotFoundError:
+                pass
+            if time.monotonic() > deadline:
+                raise FeedError(
+                    f"{path}: no collector of incarnation {incarnation} within {timeout_s:g} s; "
+                    f"see its log under {self._run_dir / 'logs'}"
+                )
+            time.sleep(0.1)
+
+    def _token(self) -> str:
+        try:
+            return read_token(self._run_dir)
+        except OSError as error:
+            raise FeedError(f"{error.filename}: {error.strerror}; trainer and collector must run as one user") from None
+
+    def start(self, version: int) -> None:
+        """States that the trainer goes on with the weights of `version`; waits until the collector is ready."""
+        self._poll("POST", f"start/{version}")
+
+    def batch(self, index: int) -> Batch | PublishLease:
+        """The groups that global step `index` consumes, sampled and rewarded; with their behavior log-probs if a
+        former incarnation of the run has scored them."""
+        return self._record("GET", f"batch/{index}", Batch)
+
+    def scored(self, scores: BehaviorLogProbs) -> None:
+        """Hands in a batch's behavior log-probs, once; without them the batch cannot be consumed."""
+        self._send("POST", "scored", records.encode(scores))
+
+    def consumed(self, trained: TrainedStep) -> None:
+        """States that a step has trained on its batch."""
+        self._send("POST", "consumed", records.encode(trained))
+
+    def publish_begin(self, version: int) -> PublishLease:
+        """Waits until the servers may get new weights; then they are the trainer's. The lease of an earlier version
+        comes first where servers have lost it."""
+        return self._record("POST", f"publish_begin/{version}", PublishLease)
+
+    def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
+        """States which servers hold `version` now, so that they generate again, and which were late with an answer, so
+        that they are started again."""
+        body = msgspec.json.encode({"held_by": list(held_by), "late": list(late)})
+        self._send("POST", f"publish_end/{version}", body)
+
+    def checkpoint_begin(self, version: int) -> None:
+        """Returns when all that the checkpoint of `version` relies on would survive a power cut."""
+        self._send("POST", f"checkpoint_begin/{version}")
+
+    def checkpoint_end(self, version: int) -> None:
+        """States that the run can go on from the checkpoint of `version`."""
+        self._send("POST", f"checkpoint_end/{version}")
+
+    def finish(self) -> CollectorTotals | PublishLease:
+        """Waits for the last evaluation; the collector ends after its answer."""
+        return self._record("POST", "finish", CollectorTotals)
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _record[RecordType](self, method: str, path: str, kind: type[RecordType]) -> RecordType | PublishLease:
+        response = self._poll(method, path)
+        return records.decode(PublishLease if response.status_code == 202 else kind, response.content)
+
+    def _poll(self, method: str, path: str) -> requests.Response:
+        while True:
+            response = self._send(method, path)
+            if response.status_code != 204:  # 204: not ready yet, ask again
+                return response
+
+    def _send(self, method: str, path: str, body: bytes | None = None) -> requests.Response:
+        try:
+            # the first of two limits would be the one for sending the body too: a batch's scores are hundreds of MB
+            response = self._session.request(
+                method, f"{self._url}/v1/{path}", data=body, timeout=self._answer_timeout_s
+            )
+        except requests.RequestException as error:
+            self._fail(path, f"the collector at {self._url} does not answer ({type(error).__name__})", error)
+        if response.status_code >= 300:
+            self._fail(path, response.text.strip() or f"status {response.status_code}", None)
+        return response
+
+    def _fail(self, path: str, reason: str, cause: BaseException | None) -> NoReturn:
+        raise FeedError(f"{path}: {reason}; see the log of collect under {self._run_dir / 'logs'}") from cause

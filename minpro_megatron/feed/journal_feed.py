@@ -1,0 +1,203 @@
+"""Training on what another run has sampled and scored: its journal in the collector's place (debug.journal)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from minpro_megatron.buffer.journal_errors import JournalError
+from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup, StoredResponse, StoredStep
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
+from minpro_megatron.models.model_files import read_model_facts
+from minpro_megatron.records import (
+    Batch,
+    BehaviorLogProbs,
+    CollectedGroup,
+    CollectorTotals,
+    IssuedGroup,
+    Prompt,
+    PublishLease,
+    Response,
+    TrainedStep,
+)
+
+
+def journal_problems(config: RunConfig) -> list[str]:
+    """One line for each reason why the run cannot train on the journal `config.debug.journal`."""
+    field = f"debug.journal = {config.debug.journal}"
+    try:
+        with JournalReader(Path(config.debug.journal)) as reader:
+            steps = reader.steps()
+    except JournalError as error:
+        return [f"{field}: {error}"]
+    if missing := [step for step in range(config.num_global_steps) if step not in steps]:
+        held = f"it holds {_ranges(sorted(steps))}" if steps else "it holds none"
+        return [
+            f"{field}: global steps {_ranges(missing)} of num_global_steps = {config.num_global_steps} are not in it "
+            f"({held}); lower num_global_steps, or give another journal"
+        ]
+    wanted = [steps[step] for step in range(config.num_global_steps)]
+    return [f"{field}: {problem}" for problem in _misfits(config, wanted)]
+
+
+def _misfits(config: RunConfig, steps: Sequence[StoredStep]) -> Iterator[str]:
+    if pruned := [step.step for step in steps if step.num_whole < step.num_responses]:
+        yield (
+            f"the tokens of global steps {_ranges(pruned)} are no longer in it; give the journal of a run with "
+            "collector.journal_keep_steps=0"
+        )
+    batch = config.batch
+    for step in steps:
+        sizes = step.num_groups, step.smallest_group, step.largest_group
+        if sizes != (batch.num_prompts, batch.responses_per_prompt, batch.responses_per_prompt):
+            yield (
+                f"global step {step.step} consumed {step.num_groups} groups of {_from_to(*sizes[1:])} responses, this "
+                f"run's have batch.num_prompts = {batch.num_prompts} of batch.responses_per_prompt = "
+                f"{batch.responses_per_prompt}; set them as in the run that wrote it"
+            )
+            break
+    for name, found in (
+        ("prompt", max(step.longest_prompt for step in steps)),
+        ("response", max(step.longest_response for step in steps)),
+    ):
+        limit = getattr(config.sampling, f"max_{name}_tokens")
+        if found > limit:
+            yield f"it has {name}s of up to {found} tokens; raise sampling.max_{name}_tokens = {limit}"
+    replay = config.model.routing_replay
+    if replay == "scored":
+        yield "it holds no routes of scoring for model.routing_replay = scored; set that to none, or rollout"
+    if replay == "rollout" and any(step.num_routes < step.num_responses for step in steps):
+        yield (
+            "it lacks the servers' routes for model.routing_replay = rollout; give the journal of a run with this "
+            "setting and collector.journal_keep_routes=true, or set it to none"
+        )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in few words.
+
+    >>> _ranges([0, 1, 2, 5])
+    '0 to 2, 5'
+    """
+    starts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
+    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
+    return ", ".join(_from_to(start, end) for start, end in zip(starts, ends, strict=True))
+
+
+def _from_to(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
+
+
+class JournalFeed:
+    """A BatchSource without servers: batch k is what step k of the stored run consumed, with its behavior log-probs.
+
+    Nothing is published or evaluated. The journal is open only while a batch is read, so its run may go on meanwhile.
+    """
+
+    def __init__(self, config: RunConfig, prompt_text: Callable[[np.ndarray], str]) -> None:
+        """`prompt_text` turns a prompt's token ids into text, for the samples that are shown. Raises ValueError, one
+        line a problem, if the journal does not fit the settings."""
+        if problems := journal_problems(config):
+            raise UserError(problems)
+        self._path = Path(config.debug.journal)
+        self._prompt_text = prompt_text
+        self._vocabulary_size = read_model_facts(config.model.hf_path).vocabulary_size
+        self._routes = config.model.routing_replay == "rollout"
+        self._num_steps = config.num_global_steps
+        self._num_prompts = config.batch.num_prompts
+
+    def start(self, version: int) -> None:
+        """Any version will do: a resumed run asks for later steps."""
+
+    def batch(self, index: int) -> Batch:
+        """What global step `index` consumed. Raises JournalError if it is no longer there, ValueError if the model of
+        this run does not have its tokens."""
+        with JournalReader(self._path) as reader:
+            stored = list(reader.groups("state = 'consumed' AND consumed_step = ?", (index,)))
+            steps = [group.consumed_step for group in stored]
+            if steps != [index] * self._num_prompts:  # by a damaged index of the file
+                raise JournalError(
+                    f"{reader.path}: it has {steps.count(index)} of the {self._num_prompts} groups of global step "
+                    f"{index}: the file is damaged, or was changed; give a copy of it that is whole"
+                )
+            # the collector's order; in delay mode that of the ids
+            stored.sort(key=lambda group: (group.issued_version, group.group_id))
+            return Batch(index=index, groups=[self._group(reader, group, index) for group in stored])
+
+    def scored(self, scores: BehaviorLogProbs) -> None:
+        raise AssertionError("a journal's groups are scored")
+
+    def consumed(self, trained: TrainedStep) -> None:
+        """The journal stays as the other run left it."""
+
+    def publish_begin(self, version: int) -> PublishLease:
+        """A lease without servers: there is nobody to publish to."""
+        return PublishLease(version=version, servers=[], evaluations=[])
+
+    def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
+        assert not held_by, "a journal has no servers"
+
+    def checkpoint_begin(self, version: int) -> None:
+        """The checkpoint relies on a journal that does not change."""
+
+    def checkpoint_end(self, version: int) -> None:
+        """Nothing is pruned."""
+
+    def finish(self) -> CollectorTotals:
+        """The totals of what was trained on."""
+        with JournalReader(self._path) as reader:
+            steps = [step for step in reader.steps().values() if step.step < self._num_steps]
+        num_groups = sum(step.num_groups for step in steps)
+        return CollectorTotals(
+            groups_issued=num_groups,
+            groups_consumed=num_groups,
+            groups_dropped=0,
+            groups_not_graded=0,
+            smallest_staleness=min(step.smallest_staleness for step in steps),
+            largest_staleness=max(step.largest_staleness for step in steps),
+            versions_published=0,
+            evaluations=[],
+        )
+
+    def close(self) -> None:
+        """The journal is open only while it is read."""
+
+    def _group(self, reader: JournalReader, group: StoredGroup, index: int) -> CollectedGroup:
+        text = self._prompt_text(group.prompt_token_ids)
+        issued = IssuedGroup(
+            group_id=group.group_id,
+            batch_index=index,
+            policy_version=group.issued_version,
+            prompt=Prompt(id=group.prompt_id, source=group.source, text=text, answer=""),  # the journal has no answers
+            prompt_token_ids=group.prompt_token_ids,
+            sampling_seeds=[response.sampling_seed for response in group.responses],
+        )
+        responses = [self._response(reader, group, response) for response in group.responses]
+        self._refuse_unknown_tokens([group.prompt_token_ids, *(response.token_ids for response in responses)], group)
+        return CollectedGroup(issued=issued, responses=responses)
+
+    def _response(self, reader: JournalReader, group: StoredGroup, stored: StoredResponse) -> Response:
+        tokens, versions, rollout = stored.token_ids, stored.policy_versions, stored.rollout_log_probs
+        if tokens is None or versions is None or rollout is None or stored.behavior_log_probs is None:
+            raise JournalError(f"{reader.path}: the tokens of group {group.group_id} are no longer in it")
+        if stored.reward is None:
+            raise JournalError(f"{reader.path}: group {group.group_id} was consumed without a reward: it is damaged")
+        return Response(
+            token_ids=tokens,
+            rollout_log_probs=rollout,
+            policy_versions=versions,
+            finish_reason=stored.finish_reason,
+            reward=stored.reward,
+            stored_routes=reader.stored_routes(group.group_id, stored) if self._routes else None,
+            behavior_log_probs=stored.behavior_log_probs,
+        )
+
+    def _refuse_unknown_tokens(self, token_ids: Sequence[np.ndarray], group: StoredGroup) -> None:
+        ids = np.concatenate(token_ids)
+        if ids.min() < 0 or ids.max() >= self._vocabulary_size:
+            wrong = int(ids.max() if ids.min() >= 0 else ids.min())
+            raise UserError(
+                f"debug.journal = {self._path}: group {group.group_id} has the token id {wrong}, which model.hf_path "
+                f"with its {self._vocabulary_size} does not know; give the model whose rollouts these are"
+            )

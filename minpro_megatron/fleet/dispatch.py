@@ -1,0 +1,130 @@
+"""Which server gets the next group: groups wait in line until a server that may take one has room.
+
+Room is counted in requests, which are what a server runs at the same time: a group has one for each of its responses.
+"""
+
+import asyncio
+import heapq
+import logging
+import statistics
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from minpro_megatron.fleet.member import Key, Member
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Ticket:
+    """A group's place in the line. All training groups come before all evaluation groups: the trainer waits for
+    them."""
+
+    is_evaluation: bool
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    future: asyncio.Future[Member]
+    num_requests: int
+    tried: Collection[Key]
+
+
+class Dispatcher:
+    """Gives each waiting group the least loaded of the servers that `current` returns.
+
+    At most `max_requests` requests are under way on a server, or one group that has more. A server whose responses
+    grow `slow_factor` times slower than the servers' median gets work only when the others are full. `max_groups`: over
+    all servers.
+    """
+
+    def __init__(
+        self,
+        current: Callable[[], Iterable[Member]],
+        max_requests: int,
+        slow_factor: float,
+        max_groups: int | None = None,
+    ) -> None:
+        self._current = current
+        self._max_requests = max_requests
+        self._max_groups = max_groups
+        self._num_groups = 0  # under way
+        self._slow_factor = slow_factor
+        self._waiting: list[tuple[Ticket, int, _Waiting]] = []
+        self._num_waits = 0  # breaks ties in the heap above
+        self._slow: set[Key] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(not group.future.done() for _, _, group in self._waiting)
+
+    @property
+    def num_slow(self) -> int:
+        return len(self._slow)
+
+    async def acquire(self, ticket: Ticket, num_requests: int, tried: Collection[Key]) -> Member:
+        """A server with room for a group of so many requests; `release` it. The waiting are served by ticket, lowest
+        first.
+
+        Servers in `tried` are taken only where there is no other. Raises what `fail` was given.
+        """
+        future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (ticket, self._num_waits, _Waiting(future, num_requests, tried)))
+        self._num_waits += 1
+        self.dispatch()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not future.cancelled() and future.exception() is None:
+                self.release(future.result(), num_requests)  # it was given one in the same moment
+            raise
+
+    def release(self, member: Member, num_requests: int) -> None:
+        """The group that `acquire` returned this server for has ended there."""
+        self._num_groups -= 1
+        member.release(num_requests)
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Gives out what can be given out now; to be called whenever a server may take more than before."""
+        while self._waiting:
+            _, _, group = self._waiting[0]
+            if not group.future.done():
+                member = self._choose(group)
+                if member is None:
+                    return
+                self._num_groups += 1
+                member.take(group.num_requests)
+                group.future.set_result(member)
+            heapq.heappop(self._waiting)
+
+    def fail(self, error: Exception) -> None:
+        """Raises `error` where a group waits."""
+        for _, _, group in self._waiting:
+            if not group.future.done():
+                group.future.set_exception(error)
+        self._waiting.clear()
+
+    def judge_rates(self) -> None:
+        """Looks again for servers that are far slower than the others, and names new ones in the log."""
+        members = {member.key: member for member in self._current()}
+        rates = {key: rate for key, member in members.items() if (rate := member.rate) is not None}
+        median = statistics.median_high(rates.values()) if rates else 0.0
+        slow = {key for key, rate in rates.items() if rate < median / self._slow_factor}
+        for key in slow - self._slow:
+            log.warning(
+                "%s: %.1f tokens/s a response, the median is %.1f (server.slow_factor = %g): it gets work last",
+                members[key].name, rates[key], median, self._slow_factor,
+            )  # fmt: skip
+        self._slow = slow
+
+    def _choose(self, group: _Waiting) -> Member | None:
+        if self._max_groups is not None and self._num_groups >= self._max_groups:
+            return None
+        free = [m for m in self._current() if not m.is_suspended and self._has_room(m, group.num_requests)]
+        return min(free, key=lambda m: (m.key in group.tried, m.key in self._slow, m.num_requests, m.key), default=None)
+
+    def _has_room(self, member: Member, num_requests: int) -> bool:
+        # a group larger than a whole server still has to be sampled somewhere
+        return member.num_requests == 0 or member.num_requests + num_requests <= self._max_requests

@@ -1,0 +1,122 @@
+"""Groups through the servers: one group on one server, failures moved and repeated, every response rewarded."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from minpro_megatron.errors import ProjectError
+from minpro_megatron.fleet.dispatch import Ticket
+from minpro_megatron.fleet.fleet import Fleet
+from minpro_megatron.fleet.member import Key, MemberGone
+from minpro_megatron.records import NOT_GRADED, CollectedGroup, IssuedGroup, Prompt, Response
+from minpro_megatron.rewards.pool import RewardPool
+from minpro_megatron.serving.answers import SampledSequence
+from minpro_megatron.serving.client import SamplingParameters
+from minpro_megatron.serving.errors import OutOfFiles, ServerError
+
+log = logging.getLogger(__name__)
+
+# Failures of a group that no server's end explains, on another server each time where there is one. The client
+# itself repeats a request over dropped connections and 5xx, so this many mean a fault that will not pass.
+MAX_GROUP_FAILURES = 3
+# Other groups' connections are closed meanwhile.
+OUT_OF_FILES_PAUSE_S = 1.0
+
+
+class ResponseDecoder(Protocol):
+    def response_texts(self, responses: Sequence[np.ndarray]) -> list[str]: ...
+
+
+def graded_texts(prompt: Prompt, texts: Sequence[str]) -> list[str]:
+    """What is graded of responses to the prompt: a given prefix is their beginning, and may hold part of the answer."""
+    return [prompt.prefix + text for text in texts]
+
+
+class GenerationError(ProjectError):
+    """A group could not be sampled on servers that are well, also after repeating it."""
+
+
+class GroupCollector:
+    """Samples and rewards groups.
+
+    Groups start in the order in which `collect` is called, so that earlier batches are not held up by later ones;
+    evaluation groups start once no training group waits.
+    """
+
+    def __init__(self, fleet: Fleet, rewards: RewardPool, tokenizer: ResponseDecoder) -> None:
+        self._fleet = fleet
+        self._rewards = rewards
+        self._tokenizer = tokenizer
+        self._tickets = itertools.count()
+
+    async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
+        """The group, sampled and rewarded; waits while no server can take it, a training group at most
+        `server.queue_timeout_s` at a time. Raises GenerationError and FleetError.
+
+        A group for training has no use for further rewards once one is missing.
+        """
+        sequences = await self.sample(issued, sampling)
+        prompt = issued.prompt
+        texts = graded_texts(prompt, await self.response_texts(sequences))
+        judged = await self._rewards.judge_all(
+            texts, prompt.answer, prompt.source, stop_at_failure=not issued.is_evaluation
+        )
+        rewards = [NOT_GRADED if found.reward is None else found.reward for found in judged]
+        rewards += [NOT_GRADED] * (len(texts) - len(rewards))
+        responses = [
+            Response(
+                token_ids=sequence.token_ids,
+                rollout_log_probs=sequence.log_probs,
+                policy_versions=sequence.policy_versions,
+                finish_reason=sequence.finish_reason,
+                reward=reward,
+                routed_experts=sequence.routed_experts,
+            )
+            for sequence, reward in zip(sequences, rewards, strict=True)
+        ]
+        problem = next((found.problem for found in judged if found.problem is not None), "")
+        return CollectedGroup(issued=issued, responses=responses, grading_problem=problem)
+
+    async def response_texts(self, sequences: Sequence[SampledSequence]) -> list[str]:
+        """The text of each, as rewards read it; a given prefix is not in it."""
+        # In a thread: a group may have 150,000 tokens, and other answers should not wait for its text.
+        ids = [sequence.token_ids for sequence in sequences]
+        return await asyncio.to_thread(self._tokenizer.response_texts, ids)
+
+    async def sample(self, issued: IssuedGroup, sampling: SamplingParameters) -> list[SampledSequence]:
+        """The group's sequences alone; otherwise as `collect`."""
+        fleet, ticket = self._fleet, Ticket(issued.is_evaluation, next(self._tickets))
+        num_requests = len(issued.sampling_seeds)
+        tried: set[Key] = set()
+        num_failures = 0
+        while True:
+            member = await fleet.acquire(ticket, num_requests, tried)
+            tried.add(member.key)
+            try:
+                sequences = await member.generate(
+                    issued.prompt_token_ids, issued.sampling_seeds, sampling, issued.policy_version
+                )
+                fleet.count("groups")
+                return sequences
+            except MemberGone as error:
+                fleet.count("moved_groups")
+                log.warning("group %d moves: %s", issued.group_id, error)
+            except OutOfFiles as error:
+                tried.discard(member.key)
+                fleet.out_of_files(error)
+                await asyncio.sleep(OUT_OF_FILES_PAUSE_S)
+            except ServerError as error:
+                num_failures += await fleet.failed(member, error)
+                fleet.count("retries")
+                log.warning("group %d, failure %d: %s", issued.group_id, num_failures, error)
+                if num_failures == MAX_GROUP_FAILURES:
+                    raise GenerationError(
+                        f"group {issued.group_id} (prompt {issued.prompt.id!r}): {num_failures} attempts failed on "
+                        f"servers that answer; the last one: {error}"
+                    ) from None
+            finally:
+                fleet.release(member, num_requests)

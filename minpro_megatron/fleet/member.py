@@ -1,0 +1,232 @@
+"""One rollout server as the collector sees it: does it answer, what does it hold, how much is under way on it."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
+from minpro_megatron.fleet.generation_watch import GenerationWatch
+from minpro_megatron.models.model_files import ModelFacts
+from minpro_megatron.records import ServerAddress
+from minpro_megatron.serving.answers import SampledSequence
+from minpro_megatron.serving.api_key import authorization
+from minpro_megatron.serving.client import SamplingParameters, ServerClient, answer_thread
+
+# The pause after a failure: doubled from one failure to the next until a group succeeds.
+FIRST_SUSPENSION_S = 0.5
+LONGEST_SUSPENSION_S = 60.0
+# A server's rate is an average over about this many groups; one that old says nothing about the server any more.
+RATE_GROUPS = 8
+RATE_LIFETIME_S = 300.0
+
+
+Key = tuple[int, int]  # (index, start) of a server
+
+
+class Client(Protocol):
+    """What a server's client offers; `minpro_megatron.serving.client.ServerClient` is one."""
+
+    name: str
+
+    async def __aenter__(self) -> "Client": ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def policy_version(self, timeout_s: float) -> int: ...
+
+    async def generates(self, timeout_s: float) -> bool: ...
+
+    async def generate(
+        self,
+        prompt_token_ids: np.ndarray,
+        seeds: Sequence[int],
+        sampling: SamplingParameters,
+        policy_version: int,
+        before_continuing: Callable[[], Awaitable[object]],
+    ) -> list[SampledSequence]: ...
+
+
+class MemberGone(RuntimeError):
+    """The server ended, or stopped answering, while it worked on a group: the group moves."""
+
+
+class Member:
+    """A server from the moment its address is read until it is withdrawn: (index, start) names it."""
+
+    def __init__(self, address: ServerAddress, client: Client) -> None:
+        self.address = address
+        self.client = client
+        self.name = client.name
+        self.held_version: int | None = None  # None: not known to hold the weights of any version
+        self.named_version: int | None = None  # said to have been sent there, not yet confirmed by the server
+        self.has_joined = False  # it has answered once
+        self.answers = False  # it answered when it was last asked
+        self.is_to_restart = False  # `serve` was asked to start it again
+        self.answered_at = time.monotonic()
+        self.probed_at = -float("inf")
+        self.probe: asyncio.Task[None] | None = None
+        self.generation = GenerationWatch()
+        self.num_groups = 0  # under way
+        self.num_requests = 0  # of these groups
+        self.num_tokens = 0
+        self._requests: set[asyncio.Task[list[SampledSequence]]] = set()
+        self._is_back = asyncio.Event()  # cleared while the trainer may change its weights
+        self._is_back.set()
+        self._num_failures = 0
+        self._suspended_until = 0.0
+        self._rate = 0.0
+        self._num_rated = 0
+        self._rated_at = 0.0
+        self._idle_since: float | None = time.monotonic()
+        self._idle_s = 0.0
+
+    @property
+    def key(self) -> Key:
+        return self.address.index, self.address.start
+
+    async def generate(
+        self, prompt_token_ids: np.ndarray, seeds: Sequence[int], sampling: SamplingParameters, policy_version: int
+    ) -> list[SampledSequence]:
+        """The client's answer. Raises MemberGone if the server leaves the fleet before it has answered, or is lent
+        meanwhile and comes back without the weights that it was lent for."""
+        request = asyncio.create_task(self._answer(prompt_token_ids, seeds, sampling, policy_version))
+        self._requests.add(request)
+        request.add_done_callback(self._requests.discard)
+        try:
+            await asyncio.wait({request})
+        finally:
+            request.cancel()  # no effect on one that has ended
+        if request.cancelled():
+            raise MemberGone(f"{self.name} went away")
+        return request.result()
+
+    async def _answer(
+        self, prompt_token_ids: np.ndarray, seeds: Sequence[int], sampling: SamplingParameters, policy_version: int
+    ) -> list[SampledSequence]:
+        start = time.monotonic()
+        sequences = await self.client.generate(prompt_token_ids, seeds, sampling, policy_version, self._is_back.wait)
+        wall_time_s = time.monotonic() - start
+        # Which weights sampled the last tokens is known only then: what a server calls them may be wrong.
+        await self._is_back.wait()
+        self.succeeded(sequences, wall_time_s)
+        return sequences
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the server can be given work or weights, as far as it is known."""
+        return self.has_joined and self.answers and self.generation.is_well and not self.is_to_restart
+
+    def lend(self) -> None:
+        """The trainer may change the weights from now on: answers and continuations wait until `take_back`."""
+        self._is_back.clear()
+        self.generation.suspend()
+
+    def take_back(self, with_the_weights: bool) -> None:
+        """The trainer is done. Without the weights it should have got, nobody vouches for those that went on with what
+        is under way: that moves."""
+        if not with_the_weights:
+            self.move_groups()
+        self._is_back.set()
+        self.generation.resume()
+
+    def move_groups(self) -> None:
+        """Ends all requests under way: each raises MemberGone where it is awaited."""
+        for request in self._requests:
+            request.cancel()
+
+    async def close(self) -> None:
+        """Ends what is under way, then the client."""
+        self.move_groups()
+        probes = [probe for probe in (self.probe, self.generation.probe) if probe is not None]
+        for probe in probes:
+            probe.cancel()
+        pending = [*self._requests, *probes]
+        if pending:
+            await asyncio.wait(pending)
+        await self.client.__aexit__(None, None, None)
+
+    def take(self, num_requests: int) -> None:
+        """One more group is under way, of so many requests."""
+        self._count_idleness()
+        self.num_groups += 1
+        self.num_requests += num_requests
+        self._idle_since = None
+
+    def release(self, num_requests: int) -> None:
+        """One group fewer is under way."""
+        self.num_groups -= 1
+        self.num_requests -= num_requests
+        if self.num_groups == 0:
+            self._idle_since = time.monotonic()
+
+    def idle_s(self) -> float:
+        """Seconds without any group, so far."""
+        self._count_idleness()
+        return self._idle_s
+
+    def _count_idleness(self) -> None:
+        if self._idle_since is not None:
+            now = time.monotonic()
+            self._idle_s += now - self._idle_since
+            self._idle_since = now
+
+    def suspend(self) -> float:
+        """No new group for a while, after a failure; returns the seconds. Failures that come together count once."""
+        if (left_s := self._suspended_until - time.monotonic()) > 0:
+            return left_s
+        pause_s = min(LONGEST_SUSPENSION_S, FIRST_SUSPENSION_S * 2**self._num_failures)
+        self._num_failures += 1
+        self._suspended_until = time.monotonic() + pause_s
+        return pause_s
+
+    @property
+    def is_suspended(self) -> bool:
+        return time.monotonic() < self._suspended_until
+
+    def succeeded(self, sequences: Sequence[SampledSequence], wall_time_s: float) -> None:
+        """Takes note of a group's tokens and of how fast they came."""
+        self._num_failures = 0
+        self.generation.seen()
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        self.num_tokens += sum(lengths)
+        # the longest response ran all the time
+        rate = max(lengths) / max(wall_time_s, 1e-6)
+        self._num_rated += 1
+        weight = 1 / min(self._num_rated, RATE_GROUPS)
+        self._rate += weight * (rate - self._rate)
+        self._rated_at = time.monotonic()
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second of one response; None until there are enough groups, and again when they are long ago."""
+        known = self._num_rated >= RATE_GROUPS and time.monotonic() - self._rated_at < RATE_LIFETIME_S
+        return self._rate if known else None
+
+
+def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddress], Client]:
+    """Makes the clients of the run's servers. Raises ValueError if the API key is missing, or routes will be asked of a
+    model without experts."""
+    headers = authorization(config)
+    if config.model.routing_replay == "rollout" and not facts.num_experts:
+        raise UserError(
+            f"model.routing_replay = 'rollout': model.hf_path = {config.model.hf_path!r} has no experts "
+            "(num_experts in config.json); set model.routing_replay to 'none'"
+        )
+
+    thread = answer_thread()
+
+    def make(address: ServerAddress) -> Client:
+        return ServerClient(
+            address,
+            facts,
+            config.server.request_timeout_s,
+            headers=headers,
+            exact_versions=config.staleness.mode == "delay",
+            thread=thread,
+        )
+
+    return make

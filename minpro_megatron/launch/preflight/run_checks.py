@@ -1,0 +1,319 @@
+"""Everything that can be known to be wrong before a process starts, all of it at once."""
+
+import ctypes
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from minpro_megatron.checkpoints.run_checkpoint import is_exported_from, is_run_checkpoint
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
+from minpro_megatron.evaluation.in_run import load_benchmarks
+from minpro_megatron.feed.journal_feed import journal_problems
+from minpro_megatron.fleet.open_files import limit_problem
+from minpro_megatron.launch.preflight.backend_check import layer_backend_problems
+from minpro_megatron.launch.preflight.problems import Problem, passes
+from minpro_megatron.launch.preflight.reward_check import reward_problems
+from minpro_megatron.launch.preflight.stop_tokens import stop_token_warnings
+from minpro_megatron.launch.resume import foreign_entries, holds_a_run, obstacles
+from minpro_megatron.launch.roles import gpus_needed, roles_of
+from minpro_megatron.models.architecture import read_architecture, refuse_uneven_cuts
+from minpro_megatron.models.text_files import text_files
+from minpro_megatron.models.weight_files import weight_problem
+from minpro_megatron.planning.routes import route_file_bytes
+from minpro_megatron.planning.workload import Workload, batch_of
+from minpro_megatron.prompts.prompts import load_prompts, make_rendering, refuse_too_few, select_prompts
+from minpro_megatron.records import Prompt
+from minpro_megatron.serving.addresses import is_loopback
+from minpro_megatron.serving.api_key import given_api_key
+from minpro_megatron.serving.watched_server import external_urls
+
+_SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a short run
+
+
+Check = Callable[[RunConfig], Iterable[str]]
+
+
+def problems(config: RunConfig) -> list[str]:
+    """One line for each thing that would stop this run on this machine: the setting, its value, rule and remedy."""
+    return [*run_problems(config), *_ports(config), *_gpus(config), *_open_files(config)]
+
+
+def run_problems(config: RunConfig) -> list[str]:
+    """Of `problems` those that are the same on every machine that sees the run's files."""
+    roles = roles_of(config)
+    checks: list[Check] = [_hf_model]
+    if "train" in roles:
+        checks += [_mesh_fits_model, _megatron_model, layer_backend_problems]
+    checks += [_data_files] if "collect" in roles else [journal_problems]
+    checks += [reward_problems] if "collect" in roles else []
+    checks += [_servers] if "serve" in roles else []
+    checks += [_run_folder, _disk_space]
+    return [problem for check in checks for problem in check(config)]
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """One line for each thing that does not stop a run and probably is a mistake. Without `run_problems`."""
+    if "collect" not in roles_of(config):
+        return []
+    return [*_shared_prompts(config), *stop_token_warnings(config), *_open_servers(config)]
+
+
+def _open_servers(config: RunConfig) -> Iterator[str]:
+    """Servers of somebody else that whoever reaches their port can use, and change the weights of."""
+    server = config.server
+    hosts = [urlsplit(url).hostname or "" for url in server.urls]
+    if not server.api_key_variable and (others := [host for host in hosts if not is_loopback(host)]):
+        yield (
+            f"server.urls: {', '.join(others)} without an API key: whoever reaches such a server's port can use it and "
+            "replace its weights; start it with --api-key and name the environment variable that holds the key in "
+            "server.api_key_variable"
+        )
+
+
+def _shared_prompts(config: RunConfig) -> Iterator[str]:
+    """Evaluated prompts that are trained on."""
+    data = config.data
+    training = select_prompts(load_prompts(data.train_file, "data.train_file"), data)
+    trained = {_question(prompt) for prompt in training}
+    heldout = load_prompts(data.heldout_file, "data.heldout_file")[: config.evaluation.num_prompts]
+    evaluated = {f"data.heldout_file = {data.heldout_file}": heldout}
+    for benchmark, prompts in zip(config.evaluation.benchmarks, load_benchmarks(config), strict=True):
+        evaluated[f"evaluation.benchmarks {benchmark.name}, file {benchmark.file}"] = prompts
+    for field, prompts in evaluated.items():
+        if shared := sum(_question(prompt) in trained for prompt in prompts):
+            yield (
+                f"{field}: {shared} of its {len(prompts)} prompts are also in data.train_file = {data.train_file}: "
+                "what is measured on them is not held out; remove them from one of the two files"
+            )
+
+
+def _question(prompt: Prompt) -> str:
+    """Equal for prompts that differ in white space only."""
+    return " ".join(prompt.text.split())
+
+
+def _hf_model(config: RunConfig) -> Iterator[str]:
+    folder, field = Path(config.model.hf_path), f"model.hf_path = {config.model.hf_path}"
+    if not folder.is_dir():
+        yield f"{field}: no such folder; give a Hugging Face model folder (a hub id has to be downloaded first)"
+        return
+    if not (folder / "config.json").is_file():
+        yield f"{field}: config.json is missing; give a folder in Hugging Face format"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        yield f"{field}: the tokenizer is missing; copy tokenizer.json and tokenizer_config.json into it"
+    if problem := weight_problem(folder):
+        yield f"{field}: {problem}"
+    try:
+        text_files(folder)  # they are copied beside the trained weights, when the run ends
+    except UserError as error:
+        yield f"{field}: {error}"
+
+
+def _mesh_fits_model(config: RunConfig) -> Iterator[str]:
+    if not (Path(config.model.hf_path) / "config.json").is_file():
+        return  # said already
+    try:
+        refuse_uneven_cuts(read_architecture(config.model.hf_path), config.parallel)
+    except UserError as error:
+        yield str(error)
+
+
+def _megatron_model(config: RunConfig) -> Iterator[str]:
+    folder, field = Path(config.model.megatron_path), f"model.megatron_path = {config.model.megatron_path}"
+    if not folder.is_dir():
+        yield f"{field}: there is no such folder; make it from model.hf_path with tools/convert_checkpoint.py"
+    elif not (folder / "manifest.json").is_file():
+        yield f"{field}: manifest.json is missing; run tools/convert_checkpoint.py to its end"
+    elif is_run_checkpoint(folder):
+        if not is_exported_from(Path(config.model.hf_path), folder):
+            yield (
+                f"{field}: a run's checkpoint, and model.hf_path = {config.model.hf_path} was not exported from it, so "
+                "trainer and servers would begin with different weights; write it with `python -m minpro_megatron "
+                "export` and give its output as model.hf_path"
+            )
+    elif _newest(Path(config.model.hf_path)) > (folder / "manifest.json").stat().st_mtime:
+        # The trainer starts from one and the servers from the other: every ratio of the first steps would be wrong.
+        yield (
+            f"{field}: older than the weights in model.hf_path = {config.model.hf_path}; run "
+            f"tools/convert_checkpoint.py again, or touch {folder / 'manifest.json'} if they are the same weights"
+        )
+
+
+def _newest(folder: Path) -> float:
+    """The time of the last change to a weight file, 0 without one."""
+    return max((path.stat().st_mtime for path in folder.glob("*.safetensors")), default=0.0)
+
+
+def _data_files(config: RunConfig) -> Iterator[str]:
+    found = list(_file_problems(config))
+    yield from found or _prompt_problems(config)
+
+
+def _prompt_problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong with rows, their selection and their prompting, once the files are there."""
+    data, wanted = config.data, config.evaluation.num_prompts
+    reads: list[Callable[[], object]] = [
+        lambda: select_prompts(load_prompts(data.train_file, "data.train_file"), data),
+        lambda: refuse_too_few(load_prompts(data.heldout_file, "data.heldout_file"), data.heldout_file, wanted),
+        lambda: load_benchmarks(config),
+    ]
+    if Path(config.model.hf_path).is_dir():
+        reads.append(lambda: make_rendering(data, config.model.hf_path)(["a question"]))
+    for read in reads:
+        try:
+            read()
+        except (UserError, OSError) as error:
+            yield str(error)
+
+
+def _file_problems(config: RunConfig) -> Iterator[str]:
+    for name in ("train_file", "heldout_file"):
+        path = Path(getattr(config.data, name))
+        field = f"data.{name} = {path}"
+        if not path.is_file():
+            yield f"{field}: there is no such file; give a JSON Lines file of id, source, prompt and answer"
+        elif path.stat().st_size == 0:
+            yield f"{field}: the file is empty; it needs one prompt a line"
+
+
+def _run_folder(config: RunConfig) -> Iterator[str]:
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        yield f"runs_dir/name = {config.run_dir}: this is a file; choose another name=..."
+    elif holds_a_run(config.run_dir):
+        yield from obstacles(config)
+    elif found := foreign_entries(config.run_dir):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        yield (
+            f"runs_dir/name = {config.run_dir}: it holds files that no run of this program wrote "
+            f"({', '.join(found[:3])}{more}); choose another name=..., or move them elsewhere"
+        )
+    parent = _existing_parent(config.run_dir)
+    if not os.access(parent, os.W_OK):
+        yield f"runs_dir = {config.runs_dir}: {parent} cannot be written to; choose another runs_dir=..."
+
+
+def _servers(config: RunConfig) -> Iterator[str]:
+    for look in (given_api_key, external_urls):
+        try:
+            look(config.server)
+        except UserError as error:
+            yield str(error)
+
+
+def _ports(config: RunConfig) -> Iterator[str]:
+    """Without a trainer's collector and servers there are no ports."""
+    if "collect" in roles_of(config):
+        servers = range(0 if config.server.urls else config.server.count)
+        found = port_problems(config, servers, config.server.host, config.collector.host)
+        yield from (problem.line for problem in found)
+
+
+def port_problems(config: RunConfig, servers: range, server_host: str, collector_host: str) -> Iterator[Problem]:
+    """A problem for each port that the settings give to one of these servers, or to the collector ("": not on this
+    machine), and that cannot be listened on here."""
+    server, collector = config.server, config.collector
+    wanted = {}
+    if server.first_port:
+        for index in servers:
+            wanted[server.first_port + index] = (server_host, f"server.first_port = {server.first_port}")
+    if collector_host and collector.port in wanted:
+        yield Problem(f"collector.port = {collector.port}: a server has it; choose another, or 0 for any free port")
+    elif collector_host and collector.port:
+        wanted[collector.port] = (collector_host, f"collector.port = {collector.port}")
+    for port, (host, field) in wanted.items():
+        if error := listening_error(host, port):
+            why = error.strerror or error
+            line = f"{field}: cannot listen on {host}:{port} ({why}); choose another, or 0 for any free one"
+            yield Problem(line, passes(error))
+
+
+def listening_error(host: str, port: int) -> OSError | None:
+    """Why nothing can listen there; None if something can."""
+    if port > 65535:
+        return OSError("ports end at 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed port in TIME_WAIT is free
+            listener.bind(address)
+            listener.listen()
+    except OSError as error:
+        return error
+    return None
+
+
+def _open_files(config: RunConfig) -> Iterator[str]:
+    if "collect" in roles_of(config) and (problem := limit_problem(config)):
+        yield problem
+
+
+def _gpus(config: RunConfig) -> Iterator[str]:
+    trainer, servers = gpus_needed(config)
+    if trainer + servers == 0:
+        return
+    present = count_gpus()
+    if present == 0:
+        fields = [name for name, count in (("device", trainer), ("server.device", servers)) if count]
+        remedy = " ".join(f"{field}=cpu" for field in fields)
+        yield f"{' and '.join(fields)} = cuda: no usable NVIDIA GPU on this machine; set {remedy}"
+    elif present < trainer + servers:
+        yield (
+            f"parallel's world size {trainer} + server.count x server.tensor_parallel {servers} = "
+            f"{trainer + servers} GPUs: {present} visible; trainer and servers share none: lower one of them"
+        )
+
+
+def count_gpus() -> int:
+    """The number of GPUs the driver shows, CUDA_VISIBLE_DEVICES considered; 0 without a working driver.
+
+    It asks the driver itself: importing torch for this would take seconds.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _disk_space(config: RunConfig) -> Iterator[str]:
+    model = Path(config.model.hf_path)
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors")) if model.is_dir() else 0
+    needed = 2 * weights + _SPARE_BYTES  # the trained weights, written once beside a temporary copy
+    settings = config.checkpoint
+    if (
+        settings.saves_before_end or settings.at_end
+    ):  # each holds float32 weights and two moments besides; one is being written
+        float32_bytes = weights * (2 if config.model.dtype == "bfloat16" else 1)
+        needed += (settings.keep_last + settings.keep_best + 1) * (weights + 3 * float32_bytes)
+    routes, of_it = _route_files(config), ""
+    if routes:
+        needed += routes
+        of_it = f", {routes / 1e9:.1f} GB of it for the servers' routes (model.routing_replay = rollout)"
+    free = shutil.disk_usage(_existing_parent(config.run_dir)).free
+    if free < needed:
+        yield (
+            f"runs_dir = {config.runs_dir}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed{of_it}; "
+            "free some space or choose another runs_dir=..."
+        )
+
+
+def _route_files(config: RunConfig) -> int:
+    """Bytes of the servers' routes, with the planner's assumption about the length of responses."""
+    if "collect" not in roles_of(config):
+        return 0
+    try:
+        architecture = read_architecture(config.model.hf_path)
+    except ValueError:  # said already
+        return 0
+    return route_file_bytes(config, architecture, batch_of(config, Workload.of(config)).tokens)
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

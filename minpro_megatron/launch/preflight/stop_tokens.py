@@ -1,0 +1,39 @@
+"""Whether a response can end where the chat template ends the assistant's turn."""
+
+from collections.abc import Iterator
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
+from minpro_megatron.models.model_files import added_tokens, read_model_facts
+from minpro_megatron.prompts.chat_template import ChatTemplate
+
+
+def stop_token_warnings(config: RunConfig) -> Iterator[str]:
+    """One line if the run uses a chat template whose end token is none of the stop tokens, as with most base models:
+    responses would go on with further turns up to their limit."""
+    if not config.data.chat_template:
+        return
+    model, chosen = config.model.hf_path, config.sampling.extra_stop_tokens
+    try:
+        end = _end_token(model, config)
+        stop_token_ids = read_model_facts(model, chosen).stop_token_ids
+    except (UserError, OSError):  # the checks of the run say what is wrong with the model's files
+        return
+    if end is None or end[1] in stop_token_ids:
+        return
+    text, token_id = end
+    shown = ",".join(f'"{token}"' for token in (*chosen, text))
+    yield (
+        f"data.chat_template = true: the template of model.hf_path = {model} ends the assistant's turn with {text} "
+        f"(token {token_id}), which is none of the stop tokens ({', '.join(map(str, stop_token_ids))}: eos_token_id in "
+        "config.json and generation_config.json, and sampling.extra_stop_tokens), so responses may go on to "
+        f"sampling.max_response_tokens = {config.sampling.max_response_tokens}; set "
+        f"'sampling.extra_stop_tokens=[{shown}]'"
+    )
+
+
+def _end_token(model: str, config: RunConfig) -> tuple[str, int] | None:
+    """The special token that the template writes behind a response, and its id; None if it writes another text."""
+    after = ChatTemplate(model, config.data.chat_template_arguments).after_response().lstrip()
+    found = [(text, token_id) for text, token_id in added_tokens(model).items() if text and after.startswith(text)]
+    return max(found, key=lambda pair: len(pair[0]), default=None)

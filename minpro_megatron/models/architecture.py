@@ -1,0 +1,228 @@
+"""What a Hugging Face config.json says about the model, in one frozen record, for the architectures we know."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.errors import UserError
+from minpro_megatron.models.model_files import read_json_object
+
+VOCABULARY_MULTIPLE = 128  # fixed whatever the mesh, so that a checkpoint fits every tensor degree up to 128
+# Far above any model's: a damaged config.json must not make the table of its tensors fill the memory.
+MAX_LAYERS, MAX_EXPERTS = 4096, 65536
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a Qwen3 dense or Qwen3-MoE model. `num_experts` is 0 for a dense one."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    num_experts: int
+    num_experts_per_token: int
+    expert_ffn_hidden_size: int
+    vocab_size: int
+    rope_theta: float
+    norm_epsilon: float
+    tied_embeddings: bool
+    normalized_routing: bool = True  # the weights of a token's chosen experts add up to 1
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def read_architecture(hf_path: str | Path) -> Architecture:
+    """The architecture of the Hugging Face folder `hf_path`.
+
+    Raises ValueError if it is not one we know, or uses a feature that would silently compute something else.
+    """
+    path = Path(hf_path) / "config.json"
+    if not path.is_file():
+        raise UserError(f"model.hf_path = {hf_path}: there is no config.json; give a Hugging Face model folder")
+    return parse_architecture(read_json_object(path), str(path))
+
+
+def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
+    """The architecture that a config.json describes; errors as of `read_architecture`, told of `where`."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "none"
+    if not isinstance(name, str) or name not in _READERS:
+        raise UserError(f"{where}: architectures = {name!r} is not known; known: {', '.join(_READERS)}")
+    _refuse_quantised(where, config)
+    _refuse_unsupported(where, config)
+    try:
+        return _READERS[name](_Fields(config, where))
+    except KeyError as error:
+        raise UserError(f"{where}: {error.args[0]} is missing; take the config.json of the released model") from None
+
+
+class _Fields:
+    """A config.json's values, each of the kind that it has to be. KeyError for one that is missing, ValueError with
+    the file's name for one of another kind, or far from any model's."""
+
+    def __init__(self, config: dict[str, Any], where: str) -> None:
+        self._config, self._where = config, where
+
+    def has(self, field: str) -> bool:
+        return self._config.get(field) is not None
+
+    def size(self, field: str, largest: int = 1 << 24) -> int:
+        """A count: an integer from 1 to `largest`. Sizes decide how much is made, so damage must not get further."""
+        value = self._config[field]
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise UserError(f"{self._where}: {field} = {value!r} must be an integer from 1 to {largest}")
+        return value
+
+    def number(self, field: str, within: dict[str, Any] | None = None) -> float:
+        """A finite number above 0, of the config or of one of its objects."""
+        value = (self._config if within is None else within)[field]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise UserError(f"{self._where}: {field} = {value!r} must be a number above 0")
+        return float(value)
+
+    def switch(self, field: str) -> bool:
+        """true or false; absent is false, as in transformers."""
+        value = self._config.get(field)
+        if not isinstance(value, bool | None):
+            raise UserError(f"{self._where}: {field} = {value!r} must be true or false")
+        return bool(value)
+
+    def inner(self, field: str) -> dict[str, Any]:
+        return self._config.get(field) or {}
+
+
+def _refuse_quantised(where: str, config: dict[str, Any]) -> None:
+    quantisation = config.get("quantization_config") or config.get("compression_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise UserError(
+            f"{where}: quantization_config.quant_method = {method!r}: these are quantised weights, and training needs "
+            "the bfloat16 ones; take the release without quantisation"
+        )
+
+
+# field -> (what transformers takes where it is absent, the only value supported)
+_DENSE_ONLY = {
+    "attention_bias": (False, False),
+    "use_sliding_window": (False, False),
+    "hidden_act": ("silu", "silu"),
+}
+_MIXTURE_ONLY = {
+    "decoder_sparse_step": (1, 1),  # every layer is an MoE layer
+    "mlp_only_layers": ([], []),
+}
+
+
+def _refuse_unsupported(where: str, config: dict[str, Any]) -> None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters = {rope!r} must be an object")
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"{where}: rope type {rope!r} is not supported; only the default rotary embedding is")
+    mixture = config["architectures"][0] == "Qwen3MoeForCausalLM"
+    for field, (absent, supported) in (_DENSE_ONLY | (_MIXTURE_ONLY if mixture else {})).items():
+        value = absent if config.get(field) is None else config[field]
+        if value != supported:
+            raise UserError(f"{where}: {field} = {value!r} is not supported; only {supported!r} is")
+
+
+def _qwen3(fields: _Fields) -> Architecture:
+    return _transformer(fields, "Qwen3ForCausalLM", fields.size("intermediate_size"))
+
+
+def _transformer(fields: _Fields, name: str, ffn_hidden_size: int) -> Architecture:
+    """What both architectures have, without experts."""
+    rope, heads = fields.inner("rope_parameters"), fields.size("num_attention_heads")
+    hidden_size = fields.size("hidden_size")
+    return Architecture(
+        name=name,
+        num_layers=fields.size("num_hidden_layers", MAX_LAYERS),
+        hidden_size=hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=fields.size("num_key_value_heads"),
+        head_dim=fields.size("head_dim") if fields.has("head_dim") else hidden_size // heads,
+        ffn_hidden_size=ffn_hidden_size,
+        num_experts=0,
+        num_experts_per_token=0,
+        expert_ffn_hidden_size=0,
+        vocab_size=fields.size("vocab_size"),
+        # required: the default differs between versions of transformers, and a wrong one is wrong everywhere
+        rope_theta=fields.number("rope_theta", rope if rope.get("rope_theta") else None),
+        norm_epsilon=fields.number("rms_norm_eps"),
+        tied_embeddings=fields.switch("tie_word_embeddings"),
+    )
+
+
+def _qwen3_moe(fields: _Fields) -> Architecture:
+    width = fields.size("moe_intermediate_size")
+    # a model of experts alone need not state the width of a dense layer
+    dense_width = fields.size("intermediate_size") if fields.has("intermediate_size") else width
+    # transformers 5 writes num_local_experts where the released checkpoints say num_experts
+    num_experts = fields.size("num_local_experts" if fields.has("num_local_experts") else "num_experts", MAX_EXPERTS)
+    return replace(
+        _transformer(fields, "Qwen3MoeForCausalLM", dense_width),
+        num_experts=num_experts,
+        num_experts_per_token=fields.size("num_experts_per_tok", num_experts),
+        expert_ffn_hidden_size=width,
+        normalized_routing=fields.switch("norm_topk_prob"),
+    )
+
+
+_READERS = {"Qwen3ForCausalLM": _qwen3, "Qwen3MoeForCausalLM": _qwen3_moe}
+
+
+def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """Raises ValueError where the mesh's degrees do not divide the model's sizes, or its layers are not the model's."""
+    rules = [
+        ("tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
+        ("tensor", parallel.tensor, "padded vocabulary", architecture.padded_vocab_size),
+    ]
+    if architecture.num_experts:
+        rules.append(("expert", parallel.expert, "num_experts", architecture.num_experts))
+        rules.append(
+            (
+                "expert_tensor",
+                parallel.expert_tensor,
+                "moe_intermediate_size",
+                architecture.expert_ffn_hidden_size,
+            )
+        )
+    elif parallel.expert > 1:
+        raise UserError(f"parallel.expert = {parallel.expert}: {architecture.name} has no experts; set it to 1")
+    else:
+        rules.append(("tensor", parallel.tensor, "intermediate_size", architecture.ffn_hidden_size))
+    _refuse_other_layers(architecture.num_layers, parallel)
+    for axis, degree, what, size in rules:
+        if size % degree:
+            raise UserError(f"parallel.{axis} = {degree} must divide the model's {what} = {size}")
+    groups = architecture.num_query_groups
+    if groups % parallel.tensor and parallel.tensor % groups:  # a head of fewer is computed by several ranks
+        raise UserError(
+            f"parallel.tensor = {parallel.tensor} must divide the model's num_key_value_heads = {groups}, or be a "
+            "multiple of it"
+        )
+
+
+def _refuse_other_layers(num_layers: int, parallel: ParallelConfig) -> None:
+    layers, chunks = parallel.pipeline_layers, parallel.pipeline * parallel.virtual_pipeline
+    if layers and sum(layers) != num_layers:
+        raise UserError(
+            f"parallel.pipeline_layers = {'+'.join(map(str, layers))} adds up to {sum(layers)}, but the model's layers "
+            f"= {num_layers}: give numbers that add up to that"
+        )
+    if layers or not num_layers % chunks:
+        return
+    problem = f"parallel.pipeline x virtual_pipeline = {chunks} must divide the model's layers = {num_layers}"
+    if num_layers < chunks:
+        raise UserError(f"{problem}; lower pipeline or virtual_pipeline")
+    least, more = divmod(num_layers, chunks)
+    example = "+".join(str(least + (chunk < more)) for chunk in range(chunks))
+    raise UserError(f"{problem}, or parallel.pipeline_layers say how many each has, such as {example}")

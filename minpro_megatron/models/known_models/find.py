@@ -1,0 +1,52 @@
+"""The config.json of models that runs are planned for before their files are at hand: one JSON file a model, here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minpro_megatron.errors import UserError
+from minpro_megatron.models.architecture import Architecture, parse_architecture, read_architecture
+
+FOLDER = Path(__file__).resolve().parent
+# What releases add to the name of a model with the same sizes.
+_VARIANTS = ("-base", "-instruct-2507", "-thinking-2507")
+
+
+def known_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def known_config(name: str) -> dict[str, Any]:
+    """The config.json published with the model `name`, such as qwen3-30b-a3b."""
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def known_name(hf_path: str) -> str | None:
+    """The known model that a hub id or a path names in one of its parts; None if there is none.
+
+    >>> known_name("Qwen/Qwen3-30B-A3B-Base"), known_name("/models/qwen3-8b/hf"), known_name("/models/mine")
+    ('qwen3-30b-a3b', 'qwen3-8b', None)
+    """
+    names = set(known_names())
+    for part in reversed(hf_path.lower().split("/")):
+        for variant in _VARIANTS:
+            part = part.removesuffix(variant)
+        if part in names:
+            return part
+    return None
+
+
+def find_architecture(hf_path: str) -> Architecture:
+    """The architecture of the folder `hf_path`, or of the known model that it names where no such folder is here.
+
+    Raises ValueError if neither is there, or the architecture is not supported.
+    """
+    if (Path(hf_path) / "config.json").is_file():
+        return read_architecture(hf_path)
+    name = known_name(hf_path)
+    if name is None:
+        raise UserError(
+            f"model.hf_path = {hf_path}: there is no config.json here, and no part of it names a known model; known: "
+            f"{', '.join(known_names())}; give a folder with the model's config.json"
+        )
+    return parse_architecture(known_config(name), name)

@@ -1,0 +1,105 @@
+"""A model's chat template, rendered as transformers does, without it (its tokenizers import torch)."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from minpro_megatron.errors import UserError
+from minpro_megatron.models.model_files import model_file, read_json_object
+
+# For rendering. A template renders thousands of prompts a second; far more than that is no template.
+TIME_LIMIT_S = 60.0
+TIME_LIMIT_PER_PROMPT_S = 0.01
+MEMORY_LIMIT_BYTES = 2 * 1024**3
+
+_PROGRAM = Path(__file__).with_name("template_process.py")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """The template of a Hugging Face checkpoint: chat_template.jinja, or the one in tokenizer_config.json.
+
+    Templates see the special tokens that tokenizer_config.json or special_tokens_map.json name. Raises ValueError or
+    FileNotFoundError naming file, rule and remedy if there is no template.
+    """
+
+    def __init__(self, hf_path: str, arguments: Mapping[str, Any]) -> None:
+        settings = read_json_object(model_file(hf_path, "tokenizer_config.json"))
+        self._path, self._template = _find_template(hf_path, settings)
+        self._variables = _special_tokens(hf_path, settings) | dict(arguments)
+
+    def render_all(self, questions: Sequence[str], time_limit_s: float = TIME_LIMIT_S) -> list[str]:
+        """Each question as the user's only turn, followed by the beginning of the assistant's.
+
+        The text holds the begin token if the template writes one: it is to be tokenized without adding any.
+        Raises ValueError naming the file if the template fails, or exceeds its limits of time and memory.
+        """
+        return self._render(questions, None, time_limit_s)
+
+    def after_response(self) -> str:
+        """What the template writes behind the assistant's response, from the token that ends its turn on; empty if the
+        template changes the response. Raises ValueError as render_all does."""
+        response = "a response"
+        (text,) = self._render(["a question"], response, TIME_LIMIT_S)
+        before, _, after = text.rpartition(response)
+        return after if before else ""
+
+    def _render(self, questions: Sequence[str], response: str | None, time_limit_s: float) -> list[str]:
+        limit_s = time_limit_s + TIME_LIMIT_PER_PROMPT_S * len(questions)
+        request = {
+            "template": self._template,
+            "variables": self._variables,
+            "questions": list(questions),
+            "answer": response,
+            "memory_bytes": MEMORY_LIMIT_BYTES,
+            "cpu_s": int(limit_s) + 1,
+        }
+        command = [sys.executable, "-I", str(_PROGRAM)]
+        try:
+            run = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            raise self._error(f"rendering {len(questions)} prompts took more than {limit_s:.3g} s") from None
+        if run.returncode:
+            last = run.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise self._error(f"rendering ended with status {run.returncode} ({last or 'nothing said'})")
+        answer = json.loads(run.stdout)
+        if "error" in answer:
+            raise self._error(answer["error"])
+        return answer["texts"]
+
+    def _error(self, problem: str) -> UserError:
+        return UserError(
+            f"data.chat_template = true: the template in {self._path} failed ({problem}); correct it, or set "
+            "data.chat_template to false"
+        )
+
+
+def _find_template(hf_path: str, settings: dict[str, Any]) -> tuple[Path, str]:
+    """The file with the default template, and the template. As in transformers, chat_template.jinja comes first."""
+    try:
+        path = model_file(hf_path, "chat_template.jinja")
+        return path, path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        path = model_file(hf_path, "tokenizer_config.json")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several templates, one of which is the default
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if not isinstance(template, str) or not template:
+        raise UserError(
+            f"data.chat_template = true: neither {path} nor a file chat_template.jinja beside it holds a (default) "
+            "chat template; set data.chat_template to false for a base model"
+        )
+    return path, template
+
+
+def _special_tokens(hf_path: str, settings: dict[str, Any]) -> dict[str, str]:
+    tokens = {name: settings.get(name) for name in _SPECIAL_TOKENS}
+    if "added_tokens_decoder" not in settings:  # where it is, transformers does not read the older file
+        with suppress(FileNotFoundError):
+            tokens |= read_json_object(model_file(hf_path, "special_tokens_map.json"))
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: text for name, text in texts.items() if name in _SPECIAL_TOKENS and isinstance(text, str)}

@@ -1,0 +1,50 @@
+"""Text to token ids and back with the `tokenizers` library alone: transformers' tokenizers import torch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minpro_megatron.errors import UserError
+from minpro_megatron.models.model_files import ModelFacts, model_file
+
+
+class TextTokenizer:
+    """The tokenizer of a Hugging Face checkpoint. Raises FileNotFoundError or ValueError if there is none."""
+
+    def __init__(self, hf_path: str, facts: ModelFacts) -> None:
+        path = model_file(hf_path, "tokenizer.json")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
+            raise UserError(f"{path}: not a tokenizer ({error})") from None
+        # Truncation or padding left in the file would silently change every prompt.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if self._tokenizer.get_vocab_size() > facts.vocabulary_size:
+            raise UserError(
+                f"{path}: {self._tokenizer.get_vocab_size()} tokens exceed the model's vocab_size = "
+                f"{facts.vocabulary_size}; tokenizer and model do not belong together"
+            )
+        self._stop_token_ids = frozenset(facts.stop_token_ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids of each text, int32, without begin or end tokens: the text is the whole prompt."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def response_text(self, token_ids: np.ndarray) -> str:
+        """What the reward reads: the response without its stop token and other special tokens."""
+        return self.response_texts([token_ids])[0]
+
+    def response_texts(self, responses: Sequence[np.ndarray]) -> list[str]:
+        """The same for several. In a thread it leaves the interpreter to others, as the library's `decode` does not."""
+        ids = [response.tolist() for response in responses]
+        for of_response in ids:
+            if of_response and of_response[-1] in self._stop_token_ids:
+                of_response.pop()
+        return self._tokenizer.decode_batch(ids, skip_special_tokens=True)
+
+    def text(self, token_ids: np.ndarray) -> str:
+        """Every one of these tokens as text, special ones too. A part of a character becomes U+FFFD."""
+        return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=False)

@@ -1,0 +1,155 @@
+"""Rank 0's broadcasts to the servers: one process group, kept from one publication to the next, and what ends it."""
+
+import socket
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from minpro_megatron.parallel.device import process_group_backend
+from minpro_megatron.publishing.update_group import UpdateGroup
+from minpro_megatron.records import ServerAddress
+from minpro_megatron.serving.addresses import is_loopback
+from minpro_megatron.serving.calls import PendingCalls, ServersFailed, in_thread, start_for_all
+from minpro_megatron.serving.control import ServerControl
+from minpro_megatron.weights.hf_files import dtype_name
+
+# How long the servers may take to notice that the group was closed under them, and to answer a farewell.
+GRACE_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Sending:
+    """A bucket that is under way."""
+
+    flat: Tensor  # held until all have it
+    receiving: PendingCalls
+    sent: Future[object]
+
+
+class Broadcaster:
+    """Sends buckets to a set of servers. Only rank 0 has one. What fails at any server closes the group for all."""
+
+    def __init__(self, device: torch.device, timeout_s: float) -> None:
+        self._backend = process_group_backend(device)
+        self._timeout_s = timeout_s
+        self._controls: dict[int, ServerControl] = {}
+        self._members: frozenset[ServerAddress] = frozenset()
+        self._group: UpdateGroup | None = None
+        self._sending: _Sending | None = None
+        # Memory for two buckets, kept until all are sent: new memory would be zeroed by the kernel page by page.
+        self._memory: list[Tensor] = []
+
+    def connect(self, controls: Mapping[int, ServerControl]) -> None:
+        """Makes the group of rank 0 and these servers unless it is there. Raises ServersFailed."""
+        members = frozenset(control.address for control in controls.values())
+        if self._group is not None and members == self._members:
+            self._controls = dict(controls)
+            return
+        self.close()
+        self._controls, self._members = dict(controls), members
+        offsets, world_size = [], 1
+        for control in controls.values():
+            offsets.append({"rank_offset": world_size})
+            world_size += control.address.tensor_parallel
+        self._group = UpdateGroup(
+            address=own_address(members),
+            world_size=world_size,
+            name=f"minpro-{uuid.uuid4().hex[:12]}",  # a server may still have a group of a trainer that died
+            backend=self._backend,
+            timeout_s=self._timeout_s,
+        )
+        joining = start_for_all(controls.values(), "init_weights_update_group", per_server=offsets, **self._group.where)
+        self._finish(joining, in_thread(self._group.join))
+
+    def send(self, bucket: Sequence[tuple[str, Tensor]], weight_version: int | str) -> None:
+        """Starts sending the tensors when the former bucket has arrived: meanwhile the caller may collect the next.
+        Raises ServersFailed, about either."""
+        flat = self._flatten([tensor for _, tensor in bucket])
+        self._wait()
+        assert self._group is not None, "connect comes first"
+        receiving = start_for_all(
+            self._controls.values(),
+            "update_weights_from_distributed",
+            names=[name for name, _ in bucket],
+            dtypes=[dtype_name(tensor.dtype) for _, tensor in bucket],
+            shapes=[list(tensor.shape) for _, tensor in bucket],
+            group_name=self._group.where["group_name"],
+            weight_version=weight_version,
+            load_format="flattened_bucket",
+        )
+        self._sending = _Sending(flat, receiving, in_thread(self._group.broadcast, flat))
+
+    def finish(self) -> None:
+        """Returns when every server has loaded what was sent. Raises ServersFailed."""
+        self._wait()
+        self._memory.clear()
+
+    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensors' bytes one after the other, beside what is under way."""
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        memory = self._memory.pop(0) if len(self._memory) > 1 else None
+        if memory is None or len(memory) < num_bytes:
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device=tensors[0].device)
+        self._memory.append(memory)
+        parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+        return torch.cat(parts, out=memory[:num_bytes])
+
+    def _wait(self) -> None:
+        if self._sending is not None:
+            sending, self._sending = self._sending, None
+            self._finish(sending.receiving, sending.sent)
+
+    def close(self) -> None:
+        """Ends the group, also at those servers that still answer."""
+        if self._group is None:
+            return
+        group, self._group = self._group, None
+        self._sending = None
+        self._memory.clear()
+        group.close()
+        controls = [control.within(GRACE_S) for control in self._controls.values()]
+        farewell = start_for_all(controls, "destroy_weights_update_group", group_name=group.where["group_name"])
+        farewell.results()  # whether they succeed or not: nobody needs the group any more
+
+    def _finish(self, calls: PendingCalls, own: Future) -> None:
+        """Waits for the servers' answers and this process's own part. The first failure ends the group: the others
+        would wait for the one that failed, with gloo for half an hour."""
+        everything = [*calls.futures, own]
+        done, _ = wait(everything, return_when=FIRST_EXCEPTION)
+        if all(future.exception() is None for future in done):
+            return
+        culprits = calls.failures()
+        if self._group is not None:
+            self._group.close()
+        wait(everything, timeout=GRACE_S)
+        failures = calls.failures()
+        failures |= {
+            index: f"{self._name(index)}: no answer {GRACE_S:g} s after the group was closed"
+            for index in calls.unfinished()
+        }
+        if not failures:  # every server says that it has it, and rank 0 could not have sent it
+            failures = {index: f"{self._name(index)}: {own.exception()}" for index in self._controls}
+        self.close()
+        raise ServersFailed(failures | culprits)
+
+    def _name(self, index: int) -> str:
+        address = self._controls[index].address
+        return f"server {index} at {address.url}"
+
+
+def own_address(servers: Iterable[ServerAddress]) -> str:
+    """An address of this machine that the servers can reach: loopback if they all are on it, else the one from which
+    this machine reaches them."""
+    hosts = [urlsplit(server.url) for server in servers]
+    others = [host for host in hosts if not is_loopback(host.hostname or "")]
+    if not others:
+        return "127.0.0.1"
+    family, kind, _, _, where = socket.getaddrinfo(others[0].hostname, others[0].port or 80, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:  # a datagram socket that is connected sends nothing
+        probe.connect(where)
+        return probe.getsockname()[0]

@@ -1,0 +1,319 @@
+"""One version's way to the servers of a lease, as rank 0 sees it: who is paused, who has got it, who is left out, why.
+
+A server may die, hang or refuse at any request. It is then left out, with a line that says why, and the others go on:
+who granted the lease gives no work to servers that have not got the version.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from minpro_megatron.config.publish import PublishConfig
+from minpro_megatron.publishing.broadcast import Broadcaster
+from minpro_megatron.publishing.canary import Difference
+from minpro_megatron.records import PublishLease
+from minpro_megatron.serving.calls import PendingCalls, ServersFailed, for_all, start_for_all
+from minpro_megatron.serving.control import ControlError, GreedyAnswer, ServerControl, WeightsChecksum
+
+log = logging.getLogger(__name__)
+
+Transport = Literal["broadcast", "disk"]
+MOST_BROADCASTS = 3  # before the disk is tried
+PROBE_S = 5.0  # for a server to say that it is alive
+CLEAN_UP_S = 10.0
+# For a server to compute its weights' checksum after a broken broadcast: seconds for the largest models.
+PROOF_S = 120.0
+# For a request that moves no weights. A server takes a fraction of a second for it; one that takes this long hangs, and
+# with publish.timeout_s the trainer would wait for it as long as for a large model.
+QUICK_REQUEST_S = 60.0
+# With requests in flight a canary waits behind them. A server that is that busy has shown its checksum and version.
+CANARY_PATIENCE_S = 20.0
+# A mean difference that is written to the log with its server's name: engines in bfloat16 differ by about 0.01.
+NOTED_CANARY_NATS = 0.1
+# What a server calls its weights until the last bucket has come. Policy versions have nine digits at most (see
+# serving/answers.py): tokens sampled with such weights, if a broken publication leaves any, are refused wherever they
+# turn up. And it is above them all: to who asks meanwhile the server has not lost its weights, it is on to others.
+INCOMPLETE = 9_999_999_999
+
+
+class PublishError(ControlError):
+    """New weights did not arrive, and no other server would have taken them: the fault is on this side."""
+
+
+@dataclass
+class Delivery:
+    """See the module."""
+
+    settings: PublishConfig
+    lease: PublishLease
+    controls: dict[int, ServerControl]  # of the servers that are in order so far, by index
+    broadcaster: Broadcaster
+    # what other servers hold of this very version, by tensor-parallel size; None: it is new. A fault at a version that
+    # others have taken is the server's own: it is left out, and the run goes on.
+    published: dict[int, str] | None = None
+    failures: dict[int, str] = field(default_factory=dict)  # a line for each server that was left out
+    late: set[int] = field(default_factory=set)  # of these, the servers that hang or are broken: they are restarted
+    num_bytes: int = 0
+    transfer_s: float = 0.0
+    paused_s: float = 0.0
+    checksums: dict[int, str] = field(default_factory=dict)  # by tensor-parallel size: other shards, another sum
+    canaries: dict[int, list[GreedyAnswer]] = field(default_factory=dict)  # of each prompt of the lease, by server
+    transport: Transport | None = None  # of the next transfer; None: there is none to make
+    used: Transport | None = None
+    _broadcasts: int = 0
+    _paused_at: float | None = None
+    _left_out: list[ServerControl] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.transport = self.settings.transport if self.controls else None
+
+    def versions_and_checksums(self) -> tuple[int, dict[int, str]] | None:
+        """(oldest version that a server states, what those of that version hold: checksums by tensor-parallel size);
+        None if no server states one. Nobody is left out for it."""
+        calls = start_for_all(self.controls.values(), "policy_version")
+        versions = calls.results()
+        if not versions:
+            return None
+        oldest = min(versions.values())
+        asked = [self.controls[index] for index, version in versions.items() if version == oldest]
+        found = start_for_all(asked, "weights_checksum").results()
+        return oldest, {self._tensor_parallel(index): checksum.engine for index, checksum in found.items()}
+
+    def by_broadcast(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], num_buckets: int) -> None:
+        """Sends the buckets to all servers. Where one fails the transfer has failed for all of them, and is to be
+        repeated with those that are alive: see `transport`."""
+        self._broadcasts += 1
+        try:
+            self._pause()
+            self._begin()
+            self.broadcaster.connect(self.controls)
+            start, num_bytes = time.monotonic(), 0
+            for number, bucket in enumerate(buckets, start=1):
+                is_last = number == num_buckets
+                self.broadcaster.send(bucket, self.lease.version if is_last else INCOMPLETE)
+                num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            self.broadcaster.finish()
+            self.num_bytes, self.transfer_s = num_bytes, time.monotonic() - start
+            for_all(self.controls.values(), "end_weight_update")
+        except ServersFailed as error:
+            self._broken_off(error)
+        else:
+            self._conclude("broadcast")
+
+    def from_disk(self, folder: Path, num_bytes: int, written_s: float) -> None:
+        """Tells all servers to load the Hugging Face folder, which took `written_s` to write. A server that does not
+        is left out. Raises PublishError if all that are alive refuse a new version."""
+        start = time.monotonic()
+        asked = list(self.controls)
+        if self._must_pause():
+            self._each("pause_generation", quick=True, mode=self.settings.pause_mode)
+        what = {"model_path": str(folder), "weight_version": self.lease.version, "flush_cache": False}
+        self._each("update_weights_from_disk", **what)
+        self.num_bytes, self.transfer_s = num_bytes, written_s + time.monotonic() - start
+        if not self.controls and self.published is None and self._anybody_alive():
+            raise PublishError(
+                f"publishing version {self.lease.version}: no server loads {folder}: {self._lines(asked)}. Do they see "
+                "this folder, and is it a model of theirs?"
+            )
+        self._conclude("disk")
+
+    def compare(self, differences: Mapping[int, Difference]) -> None:
+        """Excludes the servers whose canaries are clearly broken. Raises PublishError if all are, of a new version.
+
+        Smaller differences are the engines' and their dtypes': whether they have grown is for the alarm "canary".
+        """
+        tolerance = self.settings.canary_tolerance
+        off = {index: found for index, found in differences.items() if not found.mean <= tolerance}
+        for index, found in differences.items():
+            line = (
+                f"canary log-probs differ from the trainer's by {found.mean:.3g} nats a token, {found.max:.3g} at most"
+            )
+            if index in off:
+                self._leave_out(index, f"{line} (publish.canary_tolerance = {tolerance:g})")
+            elif found.mean > NOTED_CANARY_NATS:
+                log.warning("version %d: server %d: %s", self.lease.version, index, line)
+        if off and len(off) == len(differences) and self.published is None:
+            raise PublishError(
+                f"publishing version {self.lease.version}: {self._lines(off)}. Every server's checksum has been "
+                "compared, so all hold the same weights and compute something else with them than the trainer: compare "
+                "the model's config.json, sampling.temperature and the two dtypes, or raise publish.canary_tolerance"
+            )
+
+    def ask_canaries(self, num_tokens: int, temperature: float) -> None:
+        """`canaries`: each server's continuations of the lease's prompts, of `num_tokens` each. All are asked for at
+        once; a server that does not answer to all of them has none."""
+        self.canaries = {}
+        if not (num_tokens and self.lease.canary_prompts):
+            return
+        patience_s = CANARY_PATIENCE_S if self.lease.requests_in_flight else self.settings.timeout_s
+        controls = _within(patience_s, self.controls.values())
+        asked = {"num_tokens": num_tokens, "temperature": temperature}
+        prompts = self.lease.canary_prompts
+        calls = [start_for_all(controls, "generate_greedy", token_ids=prompt, **asked) for prompt in prompts]
+        answers = [call.results() for call in calls]
+        complete = set.intersection(*(set(of_prompt) for of_prompt in answers))
+        self.canaries = {index: [of_prompt[index] for of_prompt in answers] for index in sorted(complete)}
+        failures = {index: line for call in reversed(calls) for index, line in call.failures().items()}
+        late = {index for call in calls for index in call.late()}
+        for index, line in failures.items():
+            if not (self.lease.requests_in_flight and index in late):
+                self._leave_out(index, line, is_late=index in late)
+
+    def close(self) -> None:
+        """What servers that were left out still do under weights that nobody vouches for is ended; nobody stays paused.
+        Best effort: they may be dead."""
+        if self.lease.requests_in_flight:
+            left_out = _within(CLEAN_UP_S, self._left_out)
+            start_for_all(left_out, "abort_all_requests").results()
+            paused = [] if self._paused_at is None else _within(CLEAN_UP_S, self.controls.values())
+            start_for_all([*left_out, *paused], "continue_generation").results()
+
+    # Everything below is part of a transfer.
+
+    def _must_pause(self) -> bool:
+        if not self.lease.requests_in_flight or self._paused_at is not None:
+            return False
+        self._paused_at = time.monotonic()
+        return True
+
+    def _pause(self) -> None:
+        if self._must_pause():
+            calls = start_for_all(self._quick(), "pause_generation", mode=self.settings.pause_mode)
+            self._leave_out_late(calls)
+            if failed := {index: line for index, line in calls.failures().items() if index in self.controls}:
+                raise ServersFailed(failed)
+
+    def _quick(self) -> list[ServerControl]:
+        return [control.at_most(QUICK_REQUEST_S) for control in self.controls.values()]
+
+    def _leave_out_late(self, calls: PendingCalls) -> None:
+        """Leaves out the servers that were late: they would be as late with everything that follows."""
+        calls.results()
+        failed = calls.failures()
+        for index in calls.late():
+            self._leave_out(index, failed[index], is_late=True)
+        if not self.controls:
+            raise ServersFailed(failed)
+
+    def _begin(self) -> None:
+        calls = start_for_all(self._quick(), "begin_weight_update")
+        self._leave_out_late(calls)
+        failed, late = calls.failures(), calls.late()
+        # a publication that broke off, perhaps under another trainer, leaves its session open
+        again = [self.controls[index] for index in failed if index not in late]
+        start_for_all(again, "end_weight_update").results()
+        for_all(again, "begin_weight_update")
+
+    def _conclude(self, used: Transport) -> None:
+        """The weights are loaded: flush, continue, and verify what each server holds."""
+        self.used, self.transport = used, None
+        settings, in_flight = self.settings, self.lease.requests_in_flight
+        if settings.flush_cache and not (in_flight and settings.pause_mode == "in_place"):
+            self._each("flush_cache", quick=True)
+        if self._paused_at is not None:
+            self._each("continue_generation", quick=True)
+            self.paused_s += time.monotonic() - self._paused_at
+            self._paused_at = None
+        for index, version in self._each("policy_version", quick=True).items():
+            if version != self.lease.version:
+                self._leave_out(index, f"it states version {version} after loading version {self.lease.version}")
+        self._compare_checksums(self._each("weights_checksum"))
+
+    def _compare_checksums(self, found: Mapping[int, WeightsChecksum]) -> None:
+        sums = {index: found[index].engine for index in self.controls}
+        right = self._right_checksums(sums)
+        wrong = [index for index in sums if right.get(self._tensor_parallel(index)) != sums[index]]
+        shown = ", ".join(f"server {index}: {checksum[:12]}" for index, checksum in sums.items())
+        if wrong and self.used != "disk":
+            log.warning("version %d: wrong weights (checksums %s); once more, by disk", self.lease.version, shown)
+            self.transport = "disk"
+            return
+        if len(right) < len({self._tensor_parallel(index) for index in sums}):
+            raise PublishError(
+                f"publishing version {self.lease.version}: after a repetition the servers still hold different "
+                f"weights (checksums {shown}): are they of one SGLang version, dtype and model?"
+            )
+        for index in wrong:
+            self._leave_out(index, f"after a repetition it holds other weights than the others (checksums {shown})")
+        self.checksums = right
+
+    def _right_checksums(self, sums: Mapping[int, str]) -> dict[int, str]:
+        """By tensor-parallel size: what servers hold of this version already, or what more than half of those of that
+        size hold now; a size without such a sum is missing."""
+        by_size: dict[int, list[str]] = {}
+        for index, checksum in sums.items():
+            by_size.setdefault(self._tensor_parallel(index), []).append(checksum)
+        right = {}
+        for size, found in by_size.items():
+            checksum, count = Counter(found).most_common(1)[0]
+            if count > len(found) / 2:
+                right[size] = checksum
+        return right | {size: known for size, known in (self.published or {}).items() if size in by_size}
+
+    def _each(self, method: str, *, quick: bool = False, **arguments: Any) -> dict[int, Any]:
+        """The results by server; those that fail are left out. `quick`: see QUICK_REQUEST_S."""
+        calls = start_for_all(self._quick() if quick else self.controls.values(), method, **arguments)
+        results, late = calls.results(), calls.late()
+        for index, line in calls.failures().items():
+            self._leave_out(index, line, is_late=index in late)
+        return results
+
+    def _leave_out(self, index: int, line: str, is_late: bool = False) -> None:
+        control = self.controls.pop(index)
+        self._left_out.append(control)
+        if is_late:
+            self.late.add(index)
+        at = f"server {index} at {control.address.url}"
+        self.failures[index] = line if line.startswith(at) else f"{at}: {line}"
+        log.warning("version %d: left out: %s", self.lease.version, self.failures[index])
+
+    def _broken_off(self, error: ServersFailed) -> None:
+        """Brings the servers that can go on back to where a transfer may start, and decides how it is repeated."""
+        self.broadcaster.close()
+        dead = self._failing("model_info", PROBE_S)
+        for index in dead:
+            self._leave_out(index, error.failures.get(index, dead[index]))
+        calls = start_for_all(_within(CLEAN_UP_S, self.controls.values()), "end_weight_update")
+        calls.results()
+        failed = calls.failures()
+        # One that refuses has no session open. A server answers /model_info also while the process that holds its
+        # weights waits for a broadcast that will never come; and only a checksum waits for the GPU.
+        stuck = {index: failed[index] for index in calls.late()}
+        stuck |= self._failing("weights_checksum", PROOF_S, but=stuck)
+        for index, line in stuck.items():
+            self._leave_out(index, f"{line}, after a broadcast broke off; it is restarted", is_late=True)
+        lines = "; ".join(error.failures.values())
+        if not self.controls:
+            self.transport = None
+        elif (dead or stuck) and self._broadcasts < MOST_BROADCASTS:
+            log.warning("version %d: broadcast again without server %s", self.lease.version, sorted(dead | stuck))
+        else:
+            log.warning("version %d: broadcast failed, servers load from disk: %s", self.lease.version, lines)
+            self.transport = "disk"
+
+    def _failing(self, method: str, limit_s: float, but: Container[int] = ()) -> dict[int, str]:
+        """The servers that fail at `method`, or are late for it, except those in `but`."""
+        asked = [control for index, control in self.controls.items() if index not in but]
+        calls = start_for_all(_within(limit_s, asked), method)
+        calls.results()
+        return calls.failures()
+
+    def _anybody_alive(self) -> bool:
+        calls = start_for_all(_within(PROBE_S, self._left_out), "model_info")
+        return bool(calls.results())
+
+    def _tensor_parallel(self, index: int) -> int:
+        return self.controls[index].address.tensor_parallel
+
+    def _lines(self, indices: Iterable[int]) -> str:
+        return "; ".join(self.failures[index] for index in indices)
+
+
+def _within(timeout_s: float, controls: Iterable[ServerControl]) -> list[ServerControl]:
+    return [control.within(timeout_s) for control in controls]

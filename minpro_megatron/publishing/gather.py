@@ -1,0 +1,119 @@
+"""The whole model on rank 0, a bucket at a time, from the shards that the ranks hold."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minpro_megatron.models.architecture import Architecture
+from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.weights.local import axis_rank_and_size, global_parameters
+from minpro_megatron.weights.splits import Whole
+from minpro_megatron.weights.table import Entry, entries
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One entry's shard as a rank announces it: which of its axis's pieces, and its shape."""
+
+    piece: int
+    shape: tuple[int, ...]
+
+
+class WeightGatherer:
+    """Gathers parameters to rank 0. Which rank sends what is agreed once, when it is made (collective)."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], architecture: Architecture, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._parameters = global_parameters(chunks, architecture.num_experts, mesh)
+        self._entries = entries(architecture)
+        announced = mesh.from_all_ranks(self._held_here())
+        # for every entry, piece -> the lowest rank that holds it
+        self._senders: dict[str, dict[int, int]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for rank, held in enumerate(announced):
+            for name, shard in held.items():
+                self._senders.setdefault(name, {}).setdefault(shard.piece, rank)
+                self._shapes[name] = shard.shape
+        absent = [entry.megatron for entry in self._entries if entry.megatron not in self._senders]
+        assert not absent, f"no rank holds {absent[:3]}"
+
+    def buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """HF names and tensors on rank 0, in buckets of about `bucket_bytes`; empty lists elsewhere. Collective."""
+        for bucket in self._plan(bucket_bytes):
+            yield self._collect(bucket)
+
+    def num_buckets(self, bucket_bytes: int) -> int:
+        """How many buckets `buckets` gives."""
+        return sum(1 for _ in self._plan(bucket_bytes))
+
+    def _held_here(self) -> dict[str, _Held]:
+        held = {}
+        for entry in self._entries:
+            parameter = self._parameters.get(entry.megatron)
+            if parameter is not None:
+                piece = 0 if isinstance(entry.split, Whole) else axis_rank_and_size(entry, self._mesh)[0]
+                held[entry.megatron] = _Held(piece, tuple(parameter.shape))
+        return held
+
+    def _plan(self, bucket_bytes: int) -> Iterator[list[Entry]]:
+        element = next(iter(self._parameters.values())).element_size()
+        bucket: list[Entry] = []
+        size = 0
+        for entry in self._entries:
+            bucket.append(entry)
+            size += _numel(self._shapes[entry.megatron]) * len(self._senders[entry.megatron]) * element
+            if size >= bucket_bytes:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket
+
+    def _collect(self, bucket: Sequence[Entry]) -> list[tuple[str, Tensor]]:
+        """Each sender sends its pieces of the bucket as one flat tensor; rank 0 merges them."""
+        with torch.no_grad():
+            if self._mesh.rank != 0:
+                pieces = self._pieces_of(self._mesh.rank, bucket)
+                if pieces:
+                    dist.send(torch.cat([self._parameters[name].detach().flatten() for name, _ in pieces]), dst=0)
+                return []
+            shards: dict[tuple[str, int], Tensor] = {}
+            for rank in sorted({rank for entry in bucket for rank in self._senders[entry.megatron].values()}):
+                shards.update(self._receive(rank, bucket))
+            return [pair for entry in bucket for pair in self._merge(entry, shards)]
+
+    def _pieces_of(self, rank: int, bucket: Sequence[Entry]) -> list[tuple[str, int]]:
+        return [
+            (entry.megatron, piece)
+            for entry in bucket
+            for piece, sender in self._senders[entry.megatron].items()
+            if sender == rank
+        ]
+
+    def _receive(self, rank: int, bucket: Sequence[Entry]) -> dict[tuple[str, int], Tensor]:
+        pieces = self._pieces_of(rank, bucket)
+        if rank == 0:
+            return {(name, piece): self._parameters[name].detach() for name, piece in pieces}
+        sizes = [_numel(self._shapes[name]) for name, _ in pieces]
+        like = next(iter(self._parameters.values()))
+        flat = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
+        dist.recv(flat, src=rank)
+        parts = flat.split(sizes)
+        return {key: part.view(self._shapes[key[0]]) for key, part in zip(pieces, parts, strict=True)}
+
+    def _merge(self, entry: Entry, shards: dict[tuple[str, int], Tensor]) -> list[tuple[str, Tensor]]:
+        pieces = sorted(self._senders[entry.megatron])
+        if len(pieces) == 1:
+            full = shards[entry.megatron, pieces[0]]
+        else:
+            full = entry.split.merge([shards[entry.megatron, piece] for piece in pieces])
+        return list(zip(entry.hf, entry.part(full), strict=True))
+
+
+def _numel(shape: Sequence[int]) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel

@@ -1,0 +1,176 @@
+"""Publishing: the trainer's weights become a new policy version on every rollout server that is alive."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+
+from minpro_megatron.config.run import RunConfig
+from minpro_megatron.models.model_files import read_model_facts
+from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.publishing.broadcast import Broadcaster
+from minpro_megatron.publishing.canary import Continuation, differences, distinct_continuations
+from minpro_megatron.publishing.delivery import Delivery, PublishError, Transport
+from minpro_megatron.publishing.gather import WeightGatherer
+from minpro_megatron.publishing.publish_report import PublishReport
+from minpro_megatron.records import PublishLease
+from minpro_megatron.serving.api_key import authorization
+from minpro_megatron.serving.control import ServerControl
+from minpro_megatron.weights.hf_files import write_hf
+
+PUBLISHED = "published"  # the folder of run_dir for transport "disk"
+
+# The trainer's log-probs of the tokens of each (prompt, response), under its current weights. Collective.
+ScoreCanaries = Callable[[list[tuple[list[int], list[int]]]], list[np.ndarray]]
+
+
+class Publisher:
+    """Sends the model to the servers, a bucket at a time. All ranks take part; rank 0 talks to the servers."""
+
+    def __init__(self, config: RunConfig, gatherer: WeightGatherer, mesh: Mesh, score_canaries: ScoreCanaries) -> None:
+        self._config = config
+        self._gatherer = gatherer
+        self._mesh = mesh
+        self._score_canaries = score_canaries
+        self._broadcaster = Broadcaster(mesh.device, config.publish.timeout_s)
+        self._headers = authorization(config) if mesh.rank == 0 else {}
+        # what the servers held after the last publication: its version, and checksums by tensor-parallel size
+        self._published: tuple[int, dict[int, str]] | None = None
+
+    def publish(self, lease: PublishLease | None, changed: bool) -> PublishReport | None:
+        """Sends the weights as the lease's version to its servers. Collective: `lease` on rank 0, None elsewhere;
+        the report on rank 0. `changed`: the weights must differ from those of the version published before.
+
+        A server that fails is left out, and `held_by` does not name it. Raises PublishError on all ranks where the
+        fault is this side's: no server takes the weights or changes by them, or all compute something else with them.
+        """
+        start = time.monotonic()
+        delivery = None if lease is None else self._delivery(lease)
+        try:
+            transport = self._on_rank_0(delivery, lambda own: self._first_transport(own, changed))
+            while transport is not None:
+                buckets = self._gatherer.buckets(self._config.publish.bucket_bytes)
+                if delivery is None:
+                    _drain(buckets)
+                transport = self._on_rank_0(delivery, partial(self._transfer, buckets=buckets))
+            self._on_rank_0(delivery, lambda own: self._check_change(own, changed))
+            prompts, continuations = self._on_rank_0(delivery, self._ask_canaries)
+            pairs = [(prompts[prompt], list(response)) for prompt, response in continuations]
+            log_probs = self._score_canaries(pairs) if pairs else []
+            report = self._on_rank_0(delivery, lambda own: self._report(own, continuations, log_probs, start))
+        finally:
+            if delivery:
+                delivery.close()
+        return report if delivery else None
+
+    def close(self) -> None:
+        """Ends the servers' update group: they would wait in it, and this process for them at its end."""
+        self._broadcaster.close()
+
+    def _on_rank_0[Result](self, delivery: Delivery | None, function: Callable[[Delivery], Result]) -> Result:
+        """What `function` makes of rank 0's delivery, on all ranks. Collective; a PublishError is raised on all."""
+        outcome: Result | PublishError | None = None
+        if delivery is not None:
+            try:
+                outcome = function(delivery)
+            except PublishError as error:
+                outcome = error
+        outcome = self._mesh.from_rank_0(outcome)
+        if isinstance(outcome, PublishError):
+            raise outcome
+        return cast(Result, outcome)
+
+    def _delivery(self, lease: PublishLease) -> Delivery:
+        size = read_model_facts(self._config.model.hf_path).vocabulary_size
+        timeout_s = self._config.publish.timeout_s
+        controls = {server.index: ServerControl(server, timeout_s, size, self._headers) for server in lease.servers}
+        published = None
+        if self._published is not None and self._published[0] == lease.version:
+            published = self._published[1]
+        return Delivery(self._config.publish, lease, controls, self._broadcaster, published)
+
+    def _first_transport(self, delivery: Delivery, changed: bool) -> Transport | None:
+        if changed and self._published is None:  # the change to look for is from what the servers start with
+            self._published = delivery.versions_and_checksums()
+        return delivery.transport
+
+    def _transfer(self, delivery: Delivery, buckets: Iterator[list[tuple[str, Tensor]]]) -> Transport | None:
+        """Rank 0's part of one transfer; the transport of the next one, if one is needed."""
+        try:
+            if delivery.transport == "disk":
+                self._through_files(delivery, buckets)
+            else:
+                delivery.by_broadcast(buckets, self._gatherer.num_buckets(self._config.publish.bucket_bytes))
+        finally:
+            _drain(buckets)  # what was not taken because a server failed: the other ranks send it all the same
+        return delivery.transport
+
+    def _through_files(self, delivery: Delivery, buckets: Iterator[list[tuple[str, Tensor]]]) -> None:
+        start, num_bytes = time.monotonic(), 0
+
+        def count(tensor_bytes: int) -> None:
+            nonlocal num_bytes
+            num_bytes += tensor_bytes
+
+        folder = (self._config.run_dir / PUBLISHED).resolve() / f"version-{delivery.lease.version}"
+        tensors = (pair for bucket in buckets for pair in bucket)
+        try:
+            write_hf(tensors, self._config.model.hf_path, folder, announce=count)
+        except OSError as error:
+            raise PublishError(
+                f"publishing version {delivery.lease.version}: {folder} is not written: {error}"
+            ) from None
+        delivery.from_disk(folder, num_bytes, time.monotonic() - start)
+        for former in folder.parent.iterdir():
+            if former != folder:
+                shutil.rmtree(former, ignore_errors=True)
+
+    def _check_change(self, delivery: Delivery, changed: bool) -> None:
+        """Raises PublishError if the servers agree on weights that cannot be this version's."""
+        version, checksums = delivery.lease.version, delivery.checksums
+        before, known = self._published or (version, {})
+        same = [size for size, checksum in checksums.items() if known.get(size) == checksum]
+        if changed and version > before and same:
+            raise PublishError(
+                f"publishing version {version} changed no weight on the servers (checksum {checksums[same[0]]}): do "
+                "the tensor names fit the servers' model? SGLang takes unknown ones without a word"
+            )
+        if checksums:
+            self._published = (version, (known if version == before else {}) | checksums)
+
+    def _ask_canaries(self, delivery: Delivery) -> tuple[list[list[int]], list[Continuation]]:
+        """The prompts and what the servers made of them: for the trainer's log-probs."""
+        prompts = delivery.lease.canary_prompts
+        sampling = self._config.sampling
+        # no longer than any other response: servers and rows have room for that
+        each = -(-self._config.publish.canary_tokens // max(1, len(prompts)))
+        delivery.ask_canaries(min(each, sampling.max_response_tokens), sampling.temperature)
+        return prompts, distinct_continuations(delivery.canaries)
+
+    def _report(
+        self, delivery: Delivery, continuations: list[Continuation], log_probs: list[np.ndarray], start: float
+    ) -> PublishReport:
+        canaries = differences(delivery.canaries, continuations, log_probs)
+        delivery.compare(canaries)
+        return PublishReport(
+            version=delivery.lease.version,
+            held_by=sorted(delivery.controls),
+            failures=delivery.failures,
+            transport=delivery.used,
+            total_s=time.monotonic() - start,
+            paused_s=delivery.paused_s,
+            transfer_s=delivery.transfer_s,
+            num_bytes=delivery.num_bytes,
+            checksum=next(iter(delivery.checksums.values()), ""),
+            canaries=canaries,
+            late=sorted(delivery.late),
+        )
+
+
+def _drain(buckets: Iterator[object]) -> None:
+    for _ in buckets:
+        pass

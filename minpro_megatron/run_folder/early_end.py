@@ -1,0 +1,59 @@
+"""How a start of a run ends before the run does: two files that the launcher and the trainer's rank 0 leave each other.
+
+run_dir/starts/<incarnation>/stop_request.json  the launcher was told to stop and lets the trainer save first
+run_dir/starts/<incarnation>/early_end.json     the trainer has saved, or is about to, and ends
+"""
+
+from pathlib import Path
+
+import msgspec
+
+from minpro_megatron.files.replacement import replace_file_in
+
+STARTS = "starts"
+_STOP_REQUEST, _EARLY_END = "stop_request.json", "early_end.json"
+
+
+class StopRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the run is to stop, such as "SIGTERM"."""
+
+    reason: str
+
+
+class EarlyEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """After which global step the start ends, and why; `saved`: the checkpoint of that step is complete."""
+
+    policy_version: int
+    reason: str
+    saved: bool
+
+
+def request_stop(run_dir: Path, incarnation: int, request: StopRequest) -> None:
+    _write(run_dir, incarnation, _STOP_REQUEST, request)
+
+
+def read_stop_request(run_dir: Path, incarnation: int) -> StopRequest | None:
+    return _read(run_dir, incarnation, _STOP_REQUEST, StopRequest)
+
+
+def write_early_end(run_dir: Path, incarnation: int, end: EarlyEnd) -> None:
+    _write(run_dir, incarnation, _EARLY_END, end)
+
+
+def read_early_end(run_dir: Path, incarnation: int) -> EarlyEnd | None:
+    return _read(run_dir, incarnation, _EARLY_END, EarlyEnd)
+
+
+def _write(run_dir: Path, incarnation: int, name: str, content: msgspec.Struct) -> None:
+    replace_file_in(Path(run_dir), f"{STARTS}/{incarnation}/{name}", msgspec.json.encode(content).decode() + "\n")
+
+
+def _read[T](run_dir: Path, incarnation: int, name: str, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode((_folder(run_dir, incarnation) / name).read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+
+
+def _folder(run_dir: Path, incarnation: int) -> Path:
+    return Path(run_dir) / STARTS / str(incarnation)

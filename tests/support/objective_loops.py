@@ -1,0 +1,284 @@
+"""The objectives and what can be switched on around them as float64 loops, written from the papers.
+
+They share nothing with the code they check but the definitions: plain Python numbers, a token at a time. Where an
+objective is differentiated through a clip, its surrogate is written down and torch's autograd differentiates it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minpro_megatron.config.loss import LossConfig
+from minpro_megatron.config.objective import (
+    CtpoConfig,
+    GrpoConfig,
+    GspoConfig,
+    M2poConfig,
+    M2poWinsorizedConfig,
+    PrefixFilterConfig,
+)
+from tests.support.ragged_tokens import Tokens, prefix_minima
+
+Surrogate = Callable[[torch.Tensor], torch.Tensor]  # log-ratios of a sequence's trained tokens -> each one's objective
+
+
+@dataclass
+class Expected:
+    """The loss is the sum of the trained tokens' values; d loss / d log pi_t = -coefficient_t. Lists [tokens]."""
+
+    coefficients: list[float]
+    values: list[float]
+
+
+# ---- objectives of the form -stop_gradient(weight) * A * log pi
+
+
+def minpro_weights(tokens: Tokens) -> list[float]:
+    """arXiv:2601.22718: m_t rho_t, before the clip."""
+    return [m * rho for m, rho in zip(prefix_minima(tokens), tokens.ratios, strict=True)]
+
+
+def prefix_ratio_weights(tokens: Tokens) -> list[float]:
+    """arXiv:2601.22718, the first failed attempt: rho_1 ... rho_t, before the clip."""
+    return [math.exp(min(log_product, 700.0)) for log_product in log_products(tokens)]  # a float64 holds exp(709)
+
+
+def weighted(tokens: Tokens, weights: Sequence[float], clip_low: float, clip_high: float) -> Expected:
+    """arXiv:2506.13585 with the ratios as weights."""
+    coefficients, values = [], []
+    for weight, advantage, log_prob in zip(weights, tokens.advantages, tokens.log_probs, strict=True):
+        clipped = clip(weight, 1 - clip_low, 1 + clip_high)
+        coefficients.append(clipped * float(advantage))
+        values.append(-clipped * float(advantage) * float(log_prob))
+    return Expected(coefficients, values)
+
+
+def clip(value: float, low: float, high: float) -> float:
+    return low if value < low else high if value > high else value
+
+
+def log_products(tokens: Tokens) -> list[float]:
+    """log(rho_1 ... rho_t) over the trained tokens of the sequence up to t; 0 for masked tokens."""
+    logs, result = tokens.log_ratios, [0.0] * len(tokens.mask)
+    for trained in tokens.trained_of_sequences():
+        of_sequence = [logs[place] for place in trained]
+        for count, place in enumerate(trained, start=1):
+            result[place] = math.fsum(of_sequence[:count])
+    return result
+
+
+# ---- objectives with PPO's clip
+
+
+def grpo(tokens: Tokens, settings: GrpoConfig) -> Expected:
+    """arXiv:2402.03300 with the bounds of 2503.14476, equation 10, and the dual clip of 1912.09729, equation 5."""
+    low, high = 1 - settings.clip_low, 1 + settings.clip_high
+
+    def surrogate(place: list[int]) -> Surrogate:
+        return lambda log_ratios: ppo(log_ratios.exp(), advantages(tokens, place), low, high, settings.dual_clip)
+
+    return differentiated(tokens, surrogate)
+
+
+def gspo(tokens: Tokens, settings: GspoConfig) -> Expected:
+    """arXiv:2507.18071, equations 5 to 7. A sequence's objective stands at each of its n tokens, and sequence-mean
+    divides their sum by n: of the gradient of one such objective, a token has n times its share to give."""
+    low, high = 1 - settings.clip_low, 1 + settings.clip_high
+
+    def surrogate(place: list[int]) -> Surrogate:
+        return lambda log_ratios: ppo(
+            (log_ratios.sum() / len(place)).exp().expand(len(place)), advantages(tokens, place), low, high
+        )
+
+    return differentiated(tokens, surrogate)
+
+
+def ctpo(tokens: Tokens, settings: CtpoConfig) -> Expected:
+    """arXiv:2605.07331: PPO's clip on stop_gradient(rho_1 ... rho_t-1) rho_t, bounds growing with sqrt(t)."""
+    products = log_products(tokens)
+
+    def surrogate(place: list[int]) -> Surrogate:
+        root = torch.arange(1, len(place) + 1, dtype=torch.float64) ** 0.5
+        limit = 700.0 if settings.log_clamp is None else settings.log_clamp
+        product = torch.tensor([clip(products[one], -limit, limit) for one in place], dtype=torch.float64)
+
+        def objective(log_ratios: torch.Tensor) -> torch.Tensor:
+            this_factor = (log_ratios - log_ratios.detach()).exp()  # 1, with the gradient of rho_t / rho_t
+            return ppo(
+                product.exp() * this_factor,
+                advantages(tokens, place),
+                (-settings.log_clip_low * root).exp(),
+                (settings.log_clip_high * root).exp(),
+                (settings.log_dual_clip * root).exp(),
+            )
+
+        return objective
+
+    return differentiated(tokens, surrogate)
+
+
+def m2po_winsorized(tokens: Tokens, settings: M2poWinsorizedConfig) -> Expected:
+    """The code of arXiv:2510.01161's authors: one clip for the mini-batch, no dual clip."""
+    tau = winsorizing_log_ratio(tokens, settings.second_moment)
+    bound = torch.tensor(math.inf if tau is None else tau, dtype=torch.float64)
+    # torch's exponential: the token that tau is taken from lies on the bound, exactly
+    low, high = min(float((-bound).exp()), 1 - settings.clip_low), max(float(bound.exp()), 1 + settings.clip_high)
+
+    def surrogate(place: list[int]) -> Surrogate:
+        return lambda log_ratios: ppo(log_ratios.exp(), advantages(tokens, place), low, high)
+
+    return differentiated(tokens, surrogate)
+
+
+def ppo(
+    ratio: torch.Tensor,
+    advantage: torch.Tensor,
+    low: float | torch.Tensor,
+    high: float | torch.Tensor,
+    dual: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """min(ratio A, clip(ratio) A); with a dual clip, for A < 0, max(that, dual A). Spelled out, because on a bound the
+    token still has its gradient: torch.minimum and torch.clamp would halve it."""
+    bounded = torch.where(ratio < low, low, torch.where(ratio > high, high, ratio))
+    objective = torch.where(bounded * advantage < ratio * advantage, bounded * advantage, ratio * advantage)
+    if dual is None:
+        return objective
+    return torch.where((advantage < 0) & (objective < dual * advantage), dual * advantage, objective)
+
+
+def advantages(tokens: Tokens, place: list[int]) -> torch.Tensor:
+    return torch.tensor(tokens.advantages[place], dtype=torch.float64)
+
+
+def differentiated(tokens: Tokens, surrogate: Callable[[list[int]], Surrogate]) -> Expected:
+    """Values and gradients of the sum of a sequence's objectives, at the log-ratios kept within +-20."""
+    coefficients, values = np.zeros(len(tokens.mask)), np.zeros(len(tokens.mask))
+    logs = tokens.log_ratios
+    for place in tokens.trained_of_sequences():
+        log_ratios = torch.tensor([logs[one] for one in place], dtype=torch.float64, requires_grad=True)
+        objective = surrogate(place)(log_ratios)
+        (gradient,) = torch.autograd.grad(objective.sum(), log_ratios)
+        values[place], coefficients[place] = -objective.detach().numpy(), gradient.numpy()
+    return Expected(coefficients.tolist(), values.tolist())
+
+
+# ---- what M2PO and the prefix filter choose from a whole mini-batch
+
+
+def harmful_tokens(tokens: Tokens) -> list[int]:
+    """Trained tokens with A > 0 and rho > 1, or A < 0 and rho < 1."""
+    found = []
+    for place, (advantage, log_ratio) in enumerate(zip(tokens.advantages, tokens.log_ratios, strict=True)):
+        pushes_further = (advantage > 0 and log_ratio > 0) or (advantage < 0 and log_ratio < 0)
+        if tokens.mask[place] and pushes_further:
+            found.append(place)
+    return found
+
+
+def m2po_left_out(tokens: Tokens, budget: float) -> set[int]:
+    """arXiv:2510.01161, Algorithm 1: one harmful token after the other is masked, the largest square first, until the
+    mean square of the others is at most the budget. Of equal squares the last token goes first."""
+    logs, left_out = tokens.log_ratios, set()
+    remaining = sorted(harmful_tokens(tokens), key=lambda place: (logs[place] ** 2, place))
+    while remaining and math.fsum(logs[place] ** 2 for place in remaining) / len(remaining) > budget:
+        left_out.add(remaining.pop())
+    return left_out
+
+
+def m2po(tokens: Tokens, settings: M2poConfig) -> Expected:
+    left_out = m2po_left_out(tokens, settings.second_moment)
+    kept = [0.0 if place in left_out else rho for place, rho in enumerate(tokens.ratios)]
+    coefficients = [rho * float(advantage) for rho, advantage in zip(kept, tokens.advantages, strict=True)]
+    return Expected(coefficients, [-c for c in coefficients])
+
+
+def winsorizing_log_ratio(tokens: Tokens, budget: float) -> float | None:
+    """tau of the code of arXiv:2510.01161's authors; None: no clipping."""
+    logs = tokens.log_ratios
+    squares = sorted(logs[place] ** 2 for place in harmful_tokens(tokens))
+    count = len(squares)
+    if not count or math.fsum(squares) / count <= budget:
+        return None
+    for k, square in enumerate(squares):
+        if square * (count - k - 1) + math.fsum(squares[: k + 1]) >= count * budget:
+            return 0.0 if k == 0 else math.sqrt(squares[k - 1])
+    raise AssertionError("the last k gives the plain sum, which is beyond the budget")
+
+
+def prefix_filter_left_out(tokens: Tokens, share: float) -> set[int]:
+    """arXiv:2601.22718, the second failed attempt: products of ratios strictly below their quantile."""
+    trained = [place for of in tokens.trained_of_sequences() for place in of]
+    logs = log_products(tokens)
+    products = np.array([math.exp(logs[place]) for place in trained])
+    limit = np.quantile(products, share)
+    return {place for place, product in zip(trained, products, strict=True) if product < limit}
+
+
+def prefix_filter(tokens: Tokens, settings: PrefixFilterConfig) -> Expected:
+    kept = weighted(tokens, tokens.ratios, settings.clip_low, settings.clip_high)
+    for place in prefix_filter_left_out(tokens, settings.quantile):
+        kept.coefficients[place] = kept.values[place] = 0.0
+    return kept
+
+
+# ---- what can be switched on around an objective
+
+
+@dataclass(frozen=True)
+class OtherNumbers:
+    """Log-probs of the same tokens from elsewhere, arrays [tokens]; the behavior's are those of `Tokens`."""
+
+    rollout: np.ndarray
+    proximal: np.ndarray
+    reference: np.ndarray
+
+
+def corrected(expected: Expected, tokens: Tokens, others: OtherNumbers, loss: LossConfig) -> Expected:
+    """`expected` is the objective's, with its ratios against `others.proximal` where `loss` decouples them."""
+    result = Expected([], [])
+    estimates, slopes = kl(tokens.log_probs, others.reference, loss.kl.estimator)
+    for place, behavior in enumerate(tokens.behavior):
+        factor = token_factor(
+            ratio=between(behavior, others.rollout[place]),
+            proximal_ratio=between(others.proximal[place], behavior),
+            loss=loss,
+        )
+        coefficient, value = expected.coefficients[place] * factor, expected.values[place] * factor
+        if loss.kl.enabled:
+            coefficient -= loss.kl.coefficient * slopes[place]
+            value += loss.kl.coefficient * estimates[place]
+        result.coefficients.append(coefficient)
+        result.values.append(value)
+    return result
+
+
+def token_factor(ratio: float, proximal_ratio: float, loss: LossConfig) -> float:
+    """Truncated importance; IcePop (arXiv:2510.18855: the ratio inside the bounds, else 0); decoupled PPO
+    (arXiv:2505.24298: pi_proximal / pi_behavior), without tokens beyond its largest weight."""
+    factor = 1.0
+    if loss.truncated_importance.enabled:
+        factor *= min(ratio, loss.truncated_importance.cap)
+    elif loss.icepop.enabled:
+        factor *= ratio
+    if loss.icepop.enabled and not loss.icepop.low <= ratio <= loss.icepop.high:
+        factor = 0.0
+    if loss.decoupled.enabled:
+        factor *= proximal_ratio if proximal_ratio <= loss.decoupled.largest_weight else 0.0
+    return factor
+
+
+def between(log_numerator: float, log_denominator: float) -> float:
+    return math.exp(clip(float(log_numerator) - float(log_denominator), -20.0, 20.0))
+
+
+def kl(log_probs: np.ndarray, reference: np.ndarray, estimator: str) -> tuple[list[float], list[float]]:
+    """(each token's estimate, its derivative by log pi): Schulman's k1 = d, k2 = d^2 / 2, k3 = r - 1 - log r with
+    d = log(pi / pi_ref) = -log r, kept within +-20 (arXiv:2402.03300, equation 4, has k3)."""
+    kept = [clip(float(new) - float(old), -20.0, 20.0) for new, old in zip(log_probs, reference, strict=True)]
+    d = torch.tensor(kept, dtype=torch.float64, requires_grad=True)
+    estimate = {"k1": d * 1, "k2": d * d / 2, "k3": torch.expm1(-d) + d}[estimator]
+    (slope,) = torch.autograd.grad(estimate.sum(), d)
+    return estimate.tolist(), slope.tolist()

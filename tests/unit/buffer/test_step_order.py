@@ -1,0 +1,39 @@
+"""The order of a run: whatever the delay and the first step, every batch is fetched once and early enough."""
+
+from itertools import product
+
+import pytest
+
+from minpro_megatron.buffer.staleness import sampling_version
+from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train
+
+CASES = [(n, ahead, first) for n, ahead, first in product(range(6), range(5), range(6)) if first <= n]
+
+
+def events_of(order: StepOrder) -> list:
+    return [*order.before_first_step(), *(event for step in order.steps for event in order.of_step(step))]
+
+
+@pytest.mark.parametrize(("num_steps", "ahead", "first"), CASES)
+def test_every_batch_is_fetched_once_and_before_it_is_trained_on(num_steps: int, ahead: int, first: int) -> None:
+    events = events_of(StepOrder(num_steps, ahead, first))
+    left = list(range(first, num_steps))
+    assert [event.batch for event in events if isinstance(event, Fetch)] == left
+    assert [event.step for event in events if isinstance(event, Train)] == left
+    for kind in (Publish, Save):
+        assert [event.version for event in events if isinstance(event, kind)] == [step + 1 for step in left]
+    for step in left:
+        fetched = next(i for i, event in enumerate(events) if isinstance(event, Fetch) and event.batch == step)
+        trained, published, saved = (events.index(event) for event in (Train(step), Publish(step + 1), Save(step + 1)))
+        assert fetched < trained < published < saved
+
+
+@pytest.mark.parametrize(("num_steps", "ahead", "first"), [case for case in CASES if case[2] == 0])
+def test_a_batch_is_scored_with_the_version_that_sampled_it(num_steps: int, ahead: int, first: int) -> None:
+    """And that version is still on the servers, whose next one is published later."""
+    published = 0
+    for event in events_of(StepOrder(num_steps, ahead, first)):
+        if isinstance(event, Publish):
+            published = event.version
+        if isinstance(event, Fetch):
+            assert event.version == published == sampling_version(event.batch, ahead)

@@ -1,0 +1,181 @@
+"""Another run's journal in the collector's place: its batches as they were consumed, or all that is wrong with it."""
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from minpro_megatron.batching.stored_routes import read_routes
+from minpro_megatron.buffer.journal import Journal
+from minpro_megatron.buffer.journal_checksums import seal_groups
+from minpro_megatron.buffer.journal_errors import JournalError
+from minpro_megatron.config.run import RunConfig, with_overrides
+from minpro_megatron.feed.journal_feed import JournalFeed, journal_problems
+from minpro_megatron.records import BehaviorLogProbs, CollectedGroup, CollectorTotals, TrainedStep
+from tests.support.rollout_fakes import NUM_PROMPTS, run_config
+from tests.support.stored_runs import StoredRun, behavior, with_versions, write_run
+
+NUM_STEPS = 3
+
+
+def config_for(folder: Path, *overrides: str, vocabulary: int = 24) -> RunConfig:
+    """A run that trains on the journal in `folder`/stored."""
+    (folder / "model").mkdir(exist_ok=True)
+    facts = {"vocab_size": vocabulary, "eos_token_id": 0, "max_position_embeddings": 64}
+    (folder / "model" / "config.json").write_text(json.dumps(facts))
+    settings = [f"debug.journal={folder / 'stored'}", f"model.hf_path={folder / 'model'}"]
+    return with_overrides(run_config(folder / "runs", steps=NUM_STEPS), [*settings, *overrides])
+
+
+def make_feed(folder: Path, *overrides: str, **model: Any) -> JournalFeed:
+    return JournalFeed(config_for(folder, *overrides, **model), lambda ids: f"text of {ids.tolist()}")
+
+
+def test_every_batch_is_what_its_step_consumed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "stored", NUM_STEPS, change=lambda group: with_versions(group, [0, 0, 1, 2, 2]))
+    feed = make_feed(tmp_path)
+    feed.start(0)
+    for step, stored in enumerate(run.steps):
+        batch = feed.batch(step)
+        assert batch.index == step
+        for found, group in zip(batch.groups, stored.groups, strict=True):
+            assert found.is_scored
+            expected, issued = group.issued, found.issued
+            assert (issued.group_id, issued.batch_index, issued.policy_version) == (expected.group_id, step, 0)
+            assert issued.sampling_seeds == expected.sampling_seeds
+            assert issued.prompt_token_ids.tolist() == expected.prompt_token_ids.tolist()
+            assert (issued.prompt.id, issued.prompt.source) == (expected.prompt.id, expected.prompt.source)
+            assert issued.prompt.text == f"text of {expected.prompt_token_ids.tolist()}"
+            for response, wanted, scores in zip(found.responses, group.responses, behavior(group), strict=True):
+                for name in ("token_ids", "policy_versions", "rollout_log_probs"):
+                    np.testing.assert_array_equal(getattr(response, name), getattr(wanted, name), strict=True)
+                np.testing.assert_array_equal(response.behavior_log_probs, scores, strict=True)
+                assert (response.reward, response.finish_reason) == (wanted.reward, wanted.finish_reason)
+                assert response.routed_experts is None
+        feed.consumed(TrainedStep(step=step, policy_version=step))
+        lease = feed.publish_begin(step + 1)
+        assert (lease.version, lease.servers, lease.evaluations) == (step + 1, [], [])
+        feed.publish_end(step + 1, [])
+    assert feed.finish() == CollectorTotals(
+        groups_issued=NUM_STEPS * NUM_PROMPTS, groups_consumed=NUM_STEPS * NUM_PROMPTS, groups_dropped=0,
+        groups_not_graded=0, smallest_staleness=0, largest_staleness=NUM_STEPS - 1, versions_published=0,
+        evaluations=[],
+    )  # fmt: skip
+
+
+def test_groups_keep_the_order_in_which_they_were_issued(tmp_path: Path) -> None:
+    write_run(tmp_path / "stored", NUM_STEPS)
+    with sqlite3.connect(tmp_path / "stored" / "journal.sqlite") as journal:
+        journal.execute("UPDATE groups SET issued_version = 1 WHERE group_id = 3")  # issued again after a crash
+        seal_groups(journal)
+    ids = [group.issued.group_id for group in make_feed(tmp_path).batch(1).groups]
+    assert ids == [4, 5, 3]
+
+
+def test_fewer_steps_than_the_journal_has(tmp_path: Path) -> None:
+    write_run(tmp_path / "stored", NUM_STEPS)
+    totals = make_feed(tmp_path, "num_global_steps=2").finish()
+    assert (totals.groups_consumed, totals.largest_staleness) == (2 * NUM_PROMPTS, 1)
+
+
+def test_routes_come_along_where_they_are_replayed(tmp_path: Path) -> None:
+    def with_routes(group: CollectedGroup) -> CollectedGroup:
+        routes = np.full((3, 2, 1), group.issued.group_id, np.uint8)
+        responses = [msgspec.structs.replace(response, routed_experts=routes) for response in group.responses]
+        return msgspec.structs.replace(group, responses=responses)
+
+    write_run(tmp_path / "stored", NUM_STEPS, change=with_routes)
+    for group in make_feed(tmp_path, "model.routing_replay=rollout").batch(1).groups:
+        for response in group.responses:
+            assert response.stored_routes is not None
+            assert read_routes(response.stored_routes).tolist() == [[[group.issued.group_id]] * 2] * 3
+    assert make_feed(tmp_path).batch(1).groups[0].responses[0].stored_routes is None
+
+
+def other_sizes(group: CollectedGroup) -> CollectedGroup:
+    return msgspec.structs.replace(group, responses=group.responses[:1])
+
+
+async def prune(journal: Journal, run: StoredRun) -> None:
+    await journal.prune(before_step=2)
+
+
+@pytest.mark.parametrize(
+    ("written", "overrides", "problem"),
+    [
+        ({"num_steps": 1}, [], "global steps 1 to 2 of num_global_steps = 3 are not in it (it holds 0); lower num_"),
+        ({"scored": False}, [], "global steps 0 to 2 of num_global_steps = 3 are not in it (it holds none)"),
+        ({"while_open": prune}, [], "the tokens of global steps 0 to 1 are no longer in it; give the journal of a run"),
+        (
+            {"change": other_sizes},
+            [],
+            "global step 0 consumed 3 groups of 1 responses, this run's have batch.num_prompts = 3 of "
+            "batch.responses_per_prompt = 2; set them",
+        ),
+        ({}, ["batch.num_prompts=6"], "global step 0 consumed 3 groups of 2 responses, this run's have batch.num_pr"),
+        (
+            {},
+            ["sampling.max_prompt_tokens=1"],
+            "it has prompts of up to 2 tokens; raise sampling.max_prompt_tokens = 1",
+        ),
+        (
+            {"change": lambda group: with_versions(group, [0] * 7)},
+            [],
+            "it has responses of up to 7 tokens; raise sampling.max_response_tokens = 6",
+        ),
+        (
+            {},
+            ["model.routing_replay=scored", "checkpoint.every_steps=0"],
+            "it holds no routes of scoring for model.routing_replay = scored",
+        ),
+        ({}, ["model.routing_replay=rollout"], "it lacks the servers' routes for model.routing_replay = rollout"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_training(
+    tmp_path: Path, written: dict[str, Any], overrides: list[str], problem: str
+) -> None:
+    how: dict[str, Any] = {"num_steps": NUM_STEPS} | written
+    write_run(tmp_path / "stored", **how)
+    config = config_for(tmp_path, *overrides)
+    (found,) = journal_problems(config)
+    assert found.startswith(f"debug.journal = {tmp_path / 'stored'}: {problem}")
+    with pytest.raises(ValueError, match=r"^debug\.journal = "):
+        JournalFeed(config, str)
+
+
+def test_a_journal_that_is_not_there(tmp_path: Path) -> None:
+    assert "there is no such file; give a run folder" in journal_problems(config_for(tmp_path))[0]
+
+
+def test_tokens_of_another_model_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "stored", NUM_STEPS)
+    feed = make_feed(tmp_path, vocabulary=20)
+    with pytest.raises(
+        ValueError, match=r"group 0 has the token id 2\d, which model.hf_path with its 20 does not know"
+    ):
+        feed.batch(0)
+
+
+def test_tokens_that_are_pruned_while_training_goes_on(tmp_path: Path) -> None:
+    steps: list[Callable[[], object]] = []
+
+    async def prune_later(journal: Journal, run: StoredRun) -> None:
+        feed = make_feed(tmp_path)
+        assert len(feed.batch(0).groups) == NUM_PROMPTS
+        await journal.prune(before_step=1)
+        steps.append(lambda: feed.batch(0))
+
+    write_run(tmp_path / "stored", NUM_STEPS, while_open=prune_later)
+    with pytest.raises(JournalError, match="the tokens of group 0 are no longer in it"):
+        steps[0]()
+
+
+def test_a_score_is_never_asked_for_again(tmp_path: Path) -> None:
+    write_run(tmp_path / "stored", NUM_STEPS)
+    with pytest.raises(AssertionError, match="are scored"):
+        make_feed(tmp_path).scored(BehaviorLogProbs(index=0, policy_version=0, log_probs=[]))

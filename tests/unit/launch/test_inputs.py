@@ -1,0 +1,120 @@
+"""A run continues with the data and the model that it was begun with, wherever they are."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minpro_megatron.checkpoints.manifest import Manifest, read_manifest, record_file, write_manifest
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, LATEST
+from minpro_megatron.config.run import RunConfig, with_overrides
+from minpro_megatron.launch.preflight.run_checks import problems
+from minpro_megatron.launch.run_folder import prepare
+from minpro_megatron.launch.starts import begin_start
+from minpro_megatron.report.report import write_report
+from minpro_megatron.run_folder.run_inputs import InputChange, read_inputs
+from tests.support.run_examples import PROMPT, example_config, save_checkpoint, write_example_files
+
+
+def begun_run(folder: Path) -> RunConfig:
+    """A run with a checkpoint after global step 2."""
+    write_example_files(folder)
+    config = example_config(folder)
+    prepare(config, begin_start(config.run_dir).incarnation)
+    save_checkpoint(config, 2)
+    return config
+
+
+def replace_rows(path: Path, **changes: str) -> None:
+    path.write_text(json.dumps(json.loads(PROMPT) | changes) + "\n")
+
+
+def convert_other_weights(folder: Path) -> None:
+    """A Megatron folder of other weights."""
+    weights = folder / "megatron" / "weights.distcp"
+    weights.write_text("[]")
+    former = read_manifest(folder / "megatron")
+    files = {"weights.distcp": record_file(weights)}
+    write_manifest(
+        folder / "megatron", Manifest(source="hf", dtype="float32", architecture=former.architecture, files=files)
+    )
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "data.train_file": lambda folder: replace_rows(folder / "train.jsonl", prompt="1+3="),
+    "data.heldout_file": lambda folder: replace_rows(folder / "heldout.jsonl", answer="3"),
+    "model.hf_path/tokenizer.json": lambda folder: (folder / "hf" / "tokenizer.json").write_text('{"a": 1}'),
+    "model.hf_path/chat_template.jinja": lambda folder: (folder / "hf" / "chat_template.jinja").write_text("{{ x }}"),
+    "model.megatron_path": convert_other_weights,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_content_under_the_same_name_is_refused(tmp_path: Path, name: str) -> None:
+    config = begun_run(tmp_path)
+    longer = with_overrides(config, ["num_global_steps=8"])
+    assert problems(longer) == []
+    CHANGES[name](tmp_path)
+    (problem,) = problems(longer)
+    assert f"the content of {name} is not that with which the run in {config.run_dir} was begun" in problem
+    assert "data.accept_changed_inputs=true" in problem
+
+
+def test_a_change_that_is_accepted_is_in_the_report(tmp_path: Path) -> None:
+    config = begun_run(tmp_path)
+    CHANGES["data.heldout_file"](tmp_path)
+    accepting = with_overrides(config, ["data.accept_changed_inputs=true"])
+    assert problems(accepting) == []
+    prepare(accepting, begin_start(accepting.run_dir).incarnation)
+    recorded = read_inputs(config.run_dir)
+    assert recorded is not None
+    assert recorded.changes == [InputChange(global_step=2, names=["data.heldout_file"])]
+    assert problems(config) == []  # the accepted content is what the next start compares with
+    page = write_report(config.run_dir).read_text()
+    assert "From global step 2 on" in page
+    assert "<strong>data.heldout_file</strong>" in page
+
+
+def test_a_start_after_one_that_failed_records_what_it_reads(tmp_path: Path) -> None:
+    write_example_files(tmp_path)
+    config = example_config(tmp_path)
+    prepare(config, begin_start(config.run_dir).incarnation)
+    CHANGES["data.train_file"](tmp_path)
+    assert problems(config) == []  # nothing was computed with the former rows
+    prepare(config, begin_start(config.run_dir).incarnation)
+    save_checkpoint(config, 2)
+    assert problems(config) == []
+
+
+def test_the_same_contents_may_be_in_another_place(tmp_path: Path) -> None:
+    config = begun_run(tmp_path)
+    moved = [f"model.hf_path={tmp_path / 'moved'}"]
+    (tmp_path / "hf").rename(tmp_path / "moved")
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.jsonl").rename(tmp_path / f"{name}-2.jsonl")
+        moved.append(f"data.{name}_file={tmp_path / f'{name}-2.jsonl'}")
+    assert problems(with_overrides(config, moved)) == []
+
+
+def test_a_renamed_run_continues_under_its_new_name(tmp_path: Path) -> None:
+    config = begun_run(tmp_path)
+    config.run_dir.rename(tmp_path / "runs" / "renamed")
+    renamed = with_overrides(config, ["name=renamed", "num_global_steps=8"])
+    assert problems(renamed) == []
+    config_file, goes_on = prepare(renamed, begin_start(renamed.run_dir).incarnation)
+    assert goes_on
+    assert RunConfig.from_json(config_file.read_text()).name == "renamed"
+
+
+def test_checkpoints_without_latest_are_refused_with_the_name_to_write_into_it(tmp_path: Path) -> None:
+    config = begun_run(tmp_path)
+    save_checkpoint(config, 4)
+    latest = config.run_dir / CHECKPOINTS / LATEST
+    latest.unlink()
+    (config.run_dir / "metrics.jsonl").write_text("{}\n")  # the folder holds a run, even without its journal
+    (problem,) = problems(config)
+    assert f"{latest} is missing" in problem
+    assert "write step-000004, the newest complete checkpoint, into it" in problem
+    latest.write_text("step-000004")
+    assert problems(config) == []
