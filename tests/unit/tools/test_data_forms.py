@@ -158,11 +158,11 @@ FORMS: dict[str, bytes] = {
     "lines.txt": LINES.encode(),
     "quoted.csv": b'note,question,answer\n"a\nb",1+1?,2\n"x, y",2+2?,"4"\n',
     "table.tsv": CSV.replace(",", "\t").encode(),
-    "rows.jsonl.gz": gzip.compress(LINES.encode()),
-    "rows.csv.gz": gzip.compress(CSV.encode()),
+    "rows.jsonl.gz": gzip.compress(LINES.encode(), mtime=0),
+    "rows.csv.gz": gzip.compress(CSV.encode(), mtime=0),
     "array.json.bz2": bz2.compress(json.dumps(ROWS).encode()),
     "rows.jsonl.xz": lzma.compress(LINES.encode()),
-    "without_its_suffix": gzip.compress(b"\xef\xbb\xbf" + LINES.encode()),
+    "without_its_suffix": gzip.compress(b"\xef\xbb\xbf" + LINES.encode(), mtime=0),
 }
 
 
@@ -184,10 +184,10 @@ def test_text_files_are_read(tmp_path: Path, name: str) -> None:
         (b"<!DOCTYPE html>\n<html>", "in.jsonl", "a web page instead of the file"),
         (b"ARROW1\x00\x00", "in.feather", "an Arrow file; write it as parquet"),
         (b"\x80\x04\x95\x00", "in.pkl", "a Python pickle"),
-        (gzip.compress(LINES.encode() * 100)[:-20], "in.jsonl.gz", "cannot be decompressed"),
+        (gzip.compress(LINES.encode() * 100, mtime=0)[:-20], "in.jsonl.gz", "cannot be decompressed"),
         (b"BZh9" + b"0" * 99, "in.jsonl.bz2", "cannot be decompressed"),
         (lzma.compress(LINES.encode())[:-9], "in.jsonl.xz", "cannot be decompressed"),
-        (gzip.compress(b"PAR1"), "in.parquet.gz", "is a compressed parquet file; decompress it"),
+        (gzip.compress(b"PAR1", mtime=0), "in.parquet.gz", "is a compressed parquet file; decompress it"),
         (json.dumps({"data": ROWS}, indent=1).encode(), "in.json", "is one JSON object with 'data', not one object"),
         (b'[{"question": "1+1?", "answer": "2"}, 5]', "in.json", "row 2, field (whole row): must be one JSON object"),
         (b'[{"question": "1+1?",\n "answer": }]', "in.json", "{path}, line 2: must be a JSON array of objects"),
