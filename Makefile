@@ -12,7 +12,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 SHELL_SCRIPTS := environment/setup.sh .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-mesh test-matrix test-crashes test-e2e test-gpu test-long lint format constraints clean
+.PHONY: help setup demo test test-unit test-mesh test-matrix test-crashes test-chaos test-e2e test-gpu test-long lint format constraints clean
 # A model whose writing was interrupted is made again.
 .DELETE_ON_ERROR:
 
@@ -53,6 +53,9 @@ test-gpu: setup ## what needs a GPU (skipped without one)
 
 test-crashes: setup ## every role killed in every phase, into tests/e2e/crash_matrix_result.md; RESUME=1 goes on (1-2 h)
 	CRASHES_RESUME=$(RESUME) $(PYTHON) -m pytest tests/e2e/crash_matrix.py $(ARGS)
+
+test-chaos: setup ## 100 runs with processes killed at random moments, into tests/e2e/chaos_result.md; RESUME=1 continues (2-4 h)
+	CHAOS_RESUME=$(RESUME) $(PYTHON) -m pytest tests/e2e/chaos.py $(ARGS)
 
 test-e2e: setup ## trainer ranks, collector and an SGLang server
 	$(PYTHON) -m pytest tests/e2e $(ARGS)

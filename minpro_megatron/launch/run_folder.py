@@ -64,10 +64,10 @@ def prepare(config: RunConfig, incarnation: int, say: Callable[[str], None] = pr
         time.sleep(TAKE_OVER_S)
     goes_on = holds_a_run(run_dir)
     _remove(run_dir, _OF_ONE_INCARNATION if goes_on else _OF_ONE_INCARNATION + _LEFTOVERS)
-    make_api_key(config)
     config_file = run_dir.absolute() / CONFIG_FILE
     record_inputs(config, goes_on)  # before the settings: a folder with settings has both
     replace_file(config_file, config.to_json())
+    make_api_key(config)  # after the settings, by which a later start knows the folder as one of this program
     return config_file, goes_on
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from minpro_megatron.monitor.environment import git_commit
 from tests.e2e.conftest import ROOT, TinyModel
 from tests.e2e.crash_cases import GOES_ON, Case, all_cases
-from tests.e2e.crash_table import Row, read_rows, write_rows
+from tests.e2e.crash_table import Row, Table
 from tests.e2e.crashes import STEPS, CrashPoint, CrashRun, Launched, Results, differing
 from tests.e2e.test_crashes import check_bounded, model, undisturbed
 
@@ -26,20 +26,36 @@ __all__ = ["model", "undisturbed"]  # fixtures
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-RESULT = Path(__file__).with_name("crash_matrix_result.md")
 CASES = all_cases()
+TABLE = Table(
+    path=Path(__file__).with_name("crash_matrix_result.md"),
+    title="# Runs that were killed at every point, against one that was not",
+    text=f"""\
+Written by `make test-crashes` (tests/e2e/crash_matrix.py). Each case is a run of the whole system: serve, collect, two
+Megatron ranks (tensor 2, expert 2), {STEPS} global steps of two updates, a checkpoint every second. It is crashed at
+the point that its name says, by SIGKILL unless it says otherwise, and launched again with the same command until it
+finishes. `ended with` are the statuses of the launches (-9: the launcher itself was killed), `went on from` the global
+step whose checkpoint the last launch found. What is compared with an undisturbed run: the weights (SHA-256 of the
+exported files), every consumed group's step, prompt, seeds, versions and staleness, every response's tokens, log-probs,
+scores and reward, the evaluations, and the metrics that do not tell of the clock. `equal` means all of it, bit for bit;
+`bounded` that every group was consumed once, with the prompt and the seeds of its id, and no token too old or too new;
+`same order` (SGLang, whose tokens differ from run to run) that groups, steps, prompts and seeds are the same. After
+every launch no process of it is left. Once the summary is written the run has finished: the last launch starts nothing,
+and writes the report and the exported weights again after they were removed.""",
+    columns=("case", "ended with", "went on from", "result", "seconds", "commit"),
+)
 DISK_BYTES = 640 << 20  # a launch wants to see half a GiB of room
 LAUNCH_LIMIT_S = 500
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 def test_run_goes_on(case: Case, model: TinyModel, undisturbed: Results, tmp_path: Path) -> None:
-    recorded = read_rows(RESULT)
+    recorded = TABLE.read()
     if os.environ.get("CRASHES_RESUME") and case.name in recorded:
         pytest.skip("recorded")
     with _disk_of_its_own(case, tmp_path):
         row = _tried(case, CrashRun(model, tmp_path, "run", *case.overrides), undisturbed)
-    write_rows(RESULT, recorded | {case.name: row}, [one.name for one in CASES], STEPS)
+    TABLE.write(recorded | {case.name: row}, [one.name for one in CASES])
 
 
 def _tried(case: Case, run: CrashRun, undisturbed: Results) -> Row:
@@ -62,14 +78,14 @@ def _tried(case: Case, run: CrashRun, undisturbed: Results) -> Row:
     assert run.num_launches == len(launches) - case.finished
     resumed = re.search(r"it goes on from its (?:checkpoint after global step (\d+)|beginning)", launches[-1].output)
     assert (resumed is None) == (len(launches) == 1 or case.finished)
-    return Row(
-        case=case.name,
-        ended_with=", ".join(str(launched.status) for launched in launches),
-        went_on_from="" if resumed is None else f"step {resumed[1]}" if resumed[1] else "the beginning",
-        result=_compared(case, run, undisturbed),
-        seconds=f"{sum(launched.seconds for launched in launches):.0f}",
-        commit=git_commit(ROOT)[:7],
-    )
+    return {
+        "case": case.name,
+        "ended with": ", ".join(str(launched.status) for launched in launches),
+        "went on from": "" if resumed is None else f"step {resumed[1]}" if resumed[1] else "the beginning",
+        "result": _compared(case, run, undisturbed),
+        "seconds": f"{sum(launched.seconds for launched in launches):.0f}",
+        "commit": git_commit(ROOT)[:7],
+    }
 
 
 def _launched_after_the_end(run: CrashRun) -> Launched:

@@ -1,60 +1,41 @@
-"""The record of what `make test-crashes` found: a Markdown table that is read back, so that runs add to it."""
+"""The record of runs that were killed: a Markdown table that is read back, so that runs add to it."""
 
 import os
 import platform
-from dataclasses import astuple, dataclass, fields
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-TITLE = "# Runs that were killed at every point, against one that was not"
-TEXT = """\
-Written by `make test-crashes` (tests/e2e/crash_matrix.py). Each case is a run of the whole system: serve, collect, two
-Megatron ranks (tensor 2, expert 2), {steps} global steps of two updates, a checkpoint every second. It is crashed at
-the point that its name says, by SIGKILL unless it says otherwise, and launched again with the same command until it
-finishes. `ended with` are the statuses of the launches (-9: the launcher itself was killed), `went on from` the global
-step whose checkpoint the last launch found. What is compared with an undisturbed run: the weights (SHA-256 of the
-exported files), every consumed group's step, prompt, seeds, versions and staleness, every response's tokens, log-probs,
-scores and reward, the evaluations, and the metrics that do not tell of the clock. `equal` means all of it, bit for bit;
-`bounded` that every group was consumed once, with the prompt and the seeds of its id, and no token too old or too new;
-`same order` (SGLang, whose tokens differ from run to run) that groups, steps, prompts and seeds are the same. After
-every launch no process of it is left. Once the summary is written the run has finished: the last launch starts nothing,
-and writes the report and the exported weights again after they were removed."""
+Row = Mapping[str, str]  # by column
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table, as text."""
+class Table:
+    """A title, a text and a table. The first column names the row; one column is `result`."""
 
-    case: str
-    ended_with: str
-    went_on_from: str
-    result: str
-    seconds: str
-    commit: str = ""
+    path: Path
+    title: str
+    text: str
+    columns: tuple[str, ...]
 
+    def read(self) -> dict[str, Row]:
+        """The rows by their names; none if there is no file."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+        return {one[0]: dict(zip(self.columns, one, strict=True)) for one in cells[2:]}
 
-def read_rows(path: Path) -> dict[str, Row]:
-    """The rows of the table at `path` by their case; none if there is no file."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    rows = [Row(*one) for one in cells[2:]]
-    return {row.case: row for row in rows}
-
-
-def write_rows(path: Path, rows: dict[str, Row], cases: list[str], num_steps: int) -> None:
-    """The whole file anew, rows in the order of `cases`; a half-written file never takes the place of the last one."""
-    ordered = [rows[case] for case in cases if case in rows]
-    results: dict[str, int] = {}
-    for row in ordered:
-        results[row.result] = results.get(row.result, 0) + 1
-    counts = ", ".join(f"{count} {result}" for result, count in results.items())
-    names = [field.name.replace("_", " ") for field in fields(Row)]
-    table = [names, ["---"] * len(names), *(astuple(row) for row in ordered)]
-    parts = [TITLE, TEXT.format(steps=num_steps), f"{len(ordered)} of {len(cases)} cases: {counts}.", _machine()]
-    text = "\n\n".join([*parts, "\n".join(f"| {' | '.join(cells)} |" for cells in table)])
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
-    partial.replace(path)
+    def write(self, rows: Mapping[str, Row], names: Sequence[str]) -> None:
+        """Replaces the whole file, with the rows in the order of `names`. A reader never sees half of it."""
+        ordered = [rows[name] for name in names if name in rows]
+        counts = ", ".join(f"{count} {result}" for result, count in Counter(row["result"] for row in ordered).items())
+        table = [self.columns, ["---"] * len(self.columns), *([row[name] for name in self.columns] for row in ordered)]
+        parts = [self.title, self.text, f"{len(ordered)} of {len(names)} cases: {counts}.", _machine()]
+        text = "\n\n".join([*parts, "\n".join(f"| {' | '.join(cells)} |" for cells in table)])
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        partial.replace(self.path)
 
 
 def _machine() -> str:

@@ -11,10 +11,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 import psutil
@@ -100,8 +101,14 @@ class CrashRun:
         self._command += overrides
         self._num_points = 0
 
-    def launch(self, point: CrashPoint | None = None, timeout_s: float = 300) -> Launched:
-        """The command once, to its end; no process may be left after it."""
+    def launch(
+        self,
+        point: CrashPoint | None = None,
+        timeout_s: float = 300,
+        meanwhile: Callable[[psutil.Process, str], None] | None = None,
+    ) -> Launched:
+        """The command once, to its end; no process may be left after it. `meanwhile` is called in a thread with the
+        launcher and the mark of the launch's processes (`processes_of`)."""
         mark = f"{self.run_dir}#{os.getpid()}"  # in the environment of every process that the launch starts
         environment = dict(os.environ) | {"CRASH_TEST": mark}
         marker = self.run_dir.parent / f"{self.run_dir.name}.reached-{self._num_points}"
@@ -113,6 +120,8 @@ class CrashRun:
         process = subprocess.Popen(
             self._command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        if meanwhile is not None:
+            Thread(target=meanwhile, args=(psutil.Process(process.pid), mark), daemon=True).start()
         try:
             output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -150,16 +159,22 @@ def left_over(mark: str) -> list[str]:
     """Command lines of the launch's processes that have not ended NO_PROCESS_WITHIN_S after it."""
     deadline = time.monotonic() + NO_PROCESS_WITHIN_S
     while True:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("CRASH_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(" ".join(process.cmdline()))
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
+        found = processes_of(mark)
         if not found or time.monotonic() > deadline:
-            return found
+            return [f"{process.pid} {process.name()}" for process in found]
         time.sleep(0.2)
+
+
+def processes_of(mark: str) -> list[psutil.Process]:
+    """The processes of a launch that have not ended."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("CRASH_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
 
 
 @dataclass(frozen=True)

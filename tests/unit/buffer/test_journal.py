@@ -200,7 +200,7 @@ def test_a_journal_goes_on_where_it_was_closed(tmp_path: Path) -> None:
     [
         (
             lambda path: path.write_bytes(b"this is no database" * 100),
-            "cannot be opened .*not a database.: the file is damaged; put back",
+            "cannot be opened .*not a database: the file is damaged; put back",
         ),
         (lambda path: path.mkdir(), "cannot be opened .*unable to open"),
         (
@@ -363,7 +363,7 @@ def full_disk(journal: Journal) -> Iterator[None]:
     ("obstacle", "told"),
     [
         (small_files, r"disk I/O error, though the disk is not full; look for a quota, a limit on the size of files"),
-        (full_disk, r"database or disk is full; free some space, then launch again$"),
+        (full_disk, r"no space is left on the file system of .*; free some space, then launch again$"),
     ],
 )
 def test_a_journal_that_cannot_grow_costs_nothing_that_was_recorded(tmp_path: Path, obstacle, told: str) -> None:

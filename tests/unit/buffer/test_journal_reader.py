@@ -162,7 +162,7 @@ def test_routes_and_evaluations(tmp_path: Path) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_a_journal_at_rest_is_left_as_it_is(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_journal_that_does_not_fit_is_named_and_can_be_opened_later(disk: Path
     assert f"{disk}/run/journal.sqlite: cannot be opened (no space is left on the file system of {disk}/run" in str(
         caught.value
     )
-    assert "0.0 kB free; free some space)" in str(caught.value)
+    assert "0.0 kB free; free some space, then launch again)" in str(caught.value)
     make_room(disk)
 
     async def open_and_close() -> None:

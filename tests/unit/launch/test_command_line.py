@@ -174,7 +174,7 @@ def test_a_launch_that_fails_says_which_role_and_why(recipes):
     (run_dir / "run.json").write_text(example_config(recipes, name="other").to_json())
     ended = launch(recipes, 'ls "$RUN/endpoints"; echo "train: no batch came" >&2; exit 1')
     assert ended.returncode == 1
-    assert "ls: cannot access" in (run_dir / "logs" / "train.log").read_text()  # the start removed the folder
+    assert "collector.json" not in (run_dir / "logs" / "train.log").read_text()  # the start removed it
     assert ended.stderr.splitlines() == [
         f"error: the role train failed with exit status 1; its log: {run_dir}/logs/train.log",
         "  | train: no batch came",
@@ -211,11 +211,12 @@ def interrupted(recipes):
 
 def test_a_second_launch_goes_on(recipes, interrupted):
     """It keeps the rollouts, but not what the first one said of itself."""
-    ended = launch(recipes, 'ls "$RUN"; exit 1')
+    ended = launch(recipes, 'ls "$RUN" "$RUN/endpoints"; exit 1')
     assert "it goes on from its beginning (start 2 of this run)" in ended.stdout
     left = (interrupted / "logs" / "train.log").read_text().split()
     assert "journal.sqlite" in left
-    assert not {"status", "report.html", "endpoints"} & {*left}
+    assert not {"status", "report.html", "collector.json"} & {*left}
+    assert "server.key" in left  # a new one
     assert sorted(path.name for path in (interrupted / "starts").iterdir()) == ["0", "1"]
 
 
