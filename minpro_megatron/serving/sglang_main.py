@@ -45,7 +45,7 @@ def _take_api_key() -> None:
     key = os.environ.pop(API_KEY_VARIABLE, None)
     if key is None:
         return
-    sys.argv += ["--api-key", key]
+    sys.argv.append(f"--api-key={key}")  # one argument: a key that begins with "-" would be taken for an option
     make_record = logging.getLogRecordFactory()
 
     def make_record_without_key(*args: object, **kwargs: object) -> logging.LogRecord:

@@ -1,5 +1,6 @@
 """The servers' API key: where it comes from, and where it must not show."""
 
+import argparse
 import logging
 import stat
 import sys
@@ -61,18 +62,21 @@ def test_a_key_that_is_missing_or_damaged_is_named_but_not_shown(value: str, pro
     assert "a b" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["k-secret", "-k_secret", "--secret=1"])
 def test_the_server_takes_it_from_the_environment_and_no_log_line_shows_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, key: str
 ) -> None:
     make_record = logging.getLogRecordFactory()
-    monkeypatch.setenv(sglang_main.API_KEY_VARIABLE, "k-secret")
+    monkeypatch.setenv(sglang_main.API_KEY_VARIABLE, key)
     monkeypatch.setattr(sys, "argv", ["server"])
     try:
         sglang_main._take_api_key()
-        logging.getLogger("any").warning("args=%s %d", {"api_key": "k-secret"}, 7)
+        logging.getLogger("any").warning("args=%s %d", {"api_key": key}, 7)
         logging.getLogger("any").warning("other %s", "text")
     finally:
         logging.setLogRecordFactory(make_record)
-    assert sys.argv == ["server", "--api-key", "k-secret"]
+    parser = argparse.ArgumentParser()  # as SGLang's own
+    parser.add_argument("--api-key")
+    assert parser.parse_args(sys.argv[1:]).api_key == key
     assert [record.getMessage() for record in caplog.records] == ["args={'api_key': '<API key>'} 7", "other text"]
     assert sglang_main.API_KEY_VARIABLE not in sglang_main.os.environ
