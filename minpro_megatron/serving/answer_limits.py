@@ -4,6 +4,8 @@ import requests
 
 # A description of the model is about a kilobyte.
 MAX_INFO_BYTES = 64 * 1024
+# All settings of a server, and what its schedulers say of themselves: some ten kilobytes for each of them.
+MAX_SETTINGS_BYTES = 8 * 1024**2
 # The largest other answer to a control request has a checksum for each tensor of each of a server's ranks: megabytes.
 MAX_CONTROL_BYTES = 256 * 1024**2
 _PIECE_BYTES = 64 * 1024

@@ -1,5 +1,6 @@
 """Whether a server answers, asked in a thread so that a silent server holds up nothing else."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -7,7 +8,7 @@ from enum import Enum
 
 import requests
 
-from minpro_megatron.serving.answer_limits import MAX_INFO_BYTES, BodyTooLarge, read_body
+from minpro_megatron.serving.answer_limits import MAX_INFO_BYTES, MAX_SETTINGS_BYTES, BodyTooLarge, read_body
 
 # SGLang gives up after 20 s itself.
 GENERATION_TIMEOUT_S = 30.0
@@ -65,9 +66,10 @@ def overlaps_scheduling(url: str, headers: Mapping[str, str], timeout_s: float) 
     with requests.Session() as session:
         session.trust_env = False
         try:
-            answer = session.get(f"{url}/server_info", headers=dict(headers), timeout=timeout_s)
-            return not answer.json()["disable_overlap_schedule"]
-        except (requests.RequestException, ValueError, KeyError, TypeError):  # ValueError: no JSON
+            with session.get(f"{url}/server_info", headers=dict(headers), timeout=timeout_s, stream=True) as answer:
+                body = read_body(answer, MAX_SETTINGS_BYTES)
+            return not json.loads(body)["disable_overlap_schedule"]
+        except (requests.RequestException, ValueError, KeyError, TypeError, RecursionError):  # ValueError: no JSON
             return None
 
 

@@ -35,3 +35,10 @@ def named_paths() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "path"), named_paths())
 def test_every_path_it_names_exists(page: str, path: str) -> None:
     assert any(ROOT.glob(path)) or any((ROOT / PACKAGE).glob(path))
+
+
+def test_the_tests_that_the_table_of_damage_names_exist() -> None:
+    text = (ROOT / "docs" / "damage_and_attacks.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(\w+\.py)\b", text))
+    assert len(named) > 20
+    assert named <= {path.name for path in (ROOT / "tests").rglob("*.py")}
