@@ -6,10 +6,10 @@ python -m cluster.cancel NAME     (the run's name or the job's number)
 import argparse
 import sys
 
-from cluster.command_line import Parser
 from cluster.records import recall, records_folder
 from cluster.shell import shell_of
 from cluster.slurm_job import JobError, cancel, look_up
+from minpro_megatron.command_line import Parser
 from minpro_megatron.errors import UserError, run_reporting
 
 

@@ -6,12 +6,12 @@ python -m cluster.logs NAME [--follow]
 import argparse
 import sys
 
-from cluster.command_line import Parser
 from cluster.follow import LogTail, follow
 from cluster.records import recall, records_folder
 from cluster.shell import shell_of
 from cluster.slurm_job import JobError
 from cluster.submit import conclude
+from minpro_megatron.command_line import Parser
 from minpro_megatron.errors import UserError, run_reporting
 
 

@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import PurePosixPath
 
-from cluster.command_line import Parser
 from cluster.records import JobRecord, all_records, recall, records_folder
 from cluster.shell import Shell, shell_of
 from cluster.slurm_job import JobError, JobState, look_up
+from minpro_megatron.command_line import Parser
 from minpro_megatron.errors import UserError, run_reporting
 
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.command_line import Parser
 from cluster.follow import follow
 from cluster.paths import in_workspace
 from cluster.planning import plan_problems
@@ -20,6 +19,7 @@ from cluster.profile import Profile, read_profile
 from cluster.records import JobRecord, records_folder, remember
 from cluster.shell import shell_of
 from cluster.slurm_job import JobError, JobState, active_jobs, job_name
+from minpro_megatron.command_line import Parser
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.launch.preflight.run_checks import run_problems, warnings

@@ -6,7 +6,8 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+
+from minpro_megatron.command_line import Parser
 
 ROLES = {
     "serve": "start and watch the SGLang rollout servers",
@@ -16,13 +17,8 @@ ROLES = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m minpro_megatron", description="RL post-training under off-policy drift.")
+    parser = Parser(prog="python -m minpro_megatron", description="RL post-training under off-policy drift.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     launch = commands.add_parser("launch", help="run a recipe on this machine, all roles")
     launch.add_argument("recipe", metavar="RECIPE", help="module:function, such as recipes.demo:tiny_moe")

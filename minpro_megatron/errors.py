@@ -91,3 +91,11 @@ def report_unexpected(what: str) -> int:
     """Logs the exception that is being handled, with its traceback; returns the exit status of a failure."""
     log.exception("%s: unexpected error", what)
     return FAILED
+
+
+def first_error(group: ExceptionGroup) -> Exception:
+    """The first error in the group that is no group itself: what its tasks failed of."""
+    error: Exception = group
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -22,10 +22,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from minpro_megatron.command_line import CommandParser
 from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
@@ -233,13 +234,8 @@ def _evaluation_options(options: argparse.Namespace, folder: Path) -> Evaluation
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="HF_DIR", help="the base model that samples")
     add("--prompts", required=True, type=Path, metavar="FILE.jsonl", help="hard prompts, without prefixes")

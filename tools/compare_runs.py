@@ -11,15 +11,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from minpro_megatron.command_line import CommandParser
 from minpro_megatron.errors import run_reporting
 from minpro_megatron.report.comparison import USUAL_METRICS, read_runs, write_comparison
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def _page(text: str) -> Path:
@@ -42,7 +37,7 @@ def _window(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--output", type=_page, default=Path("comparison.html"), metavar="FILE.html")
     parser.add_argument(

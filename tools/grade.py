@@ -20,8 +20,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from minpro_megatron.command_line import CommandParser
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.rewards.pool import Judged, RewardPool
 
@@ -33,11 +34,6 @@ BLOCK_ROWS = 256
 PROGRESS_INTERVAL_S = 5.0
 
 Row = dict[str, Any]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def _positive(number: type[int] | type[float]) -> Any:
@@ -54,7 +50,7 @@ def _positive(number: type[int] | type[float]) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--input", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--reward", metavar="NAME", help="one for all rows: a known reward, or package.module:function")
     parser.add_argument("--workers", type=_positive(int), default=os.cpu_count() or 1, metavar="N")

@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from minpro_megatron.command_line import Parser
 from minpro_megatron.errors import run_reporting
 from minpro_megatron.files.replacement import check_replaceable, new_folder
 from minpro_megatron.rewards import calculator
@@ -300,9 +301,7 @@ def accuracy(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, pai
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Make a tiny Qwen3-MoE checkpoint, warm-started on calculator prompts."
-    )
+    parser = Parser(description="Make a tiny Qwen3-MoE checkpoint, warm-started on calculator prompts.")
     parser.add_argument(
         "--output", type=Path, required=True, help="folder of the checkpoint; a former result of this tool is replaced"
     )

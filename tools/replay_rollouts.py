@@ -29,16 +29,11 @@ Written to DIR when all is complete, summary.json last; what else DIR holds stay
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from minpro_megatron.command_line import CommandParser
 from minpro_megatron.errors import run_reporting
 from minpro_megatron.replay.run import run_replay
 from minpro_megatron.replay.settings import SETTINGS, ReplayOptions
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def _count(text: str) -> int:
@@ -48,7 +43,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="config.json and safetensors")
     files.add_argument("--rollouts", type=Path, required=True, metavar="FILE.jsonl")

@@ -19,12 +19,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from minpro_megatron.buffer.journal_reader import GroupRow, JournalReader, StoredGroup, StoredResponse
+from minpro_megatron.command_line import CommandParser
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.prompts.tokenizer import TextTokenizer
@@ -32,11 +33,6 @@ from tools.rollout_tables import print_group, print_list
 
 DEFAULT_LIMIT = 40
 STATES = ("issued", "collected", "scored", "consumed", "dropped")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def _range(number: Callable[[str], float]) -> Callable[[str], tuple[float | None, float | None]]:
@@ -61,7 +57,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder, or its journal.sqlite")
     choose = parser.add_argument_group("which groups")
     choose.add_argument("--step", type=_range(int), metavar="N[:M]", help="consumed at these global steps")

@@ -5,19 +5,13 @@
 A finished run has its report already; it is written anew.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from minpro_megatron.command_line import CommandParser
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.report.report import write_report
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def _checked(run_dir: Path) -> Path:
@@ -28,7 +22,7 @@ def _checked(run_dir: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder")
     options = parser.parse_args(arguments)
 

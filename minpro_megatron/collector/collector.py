@@ -21,7 +21,7 @@ from minpro_megatron.buffer.staleness import RUN_START, Beginning, beginning_aft
 from minpro_megatron.collector.grading_watch import GradingWatch
 from minpro_megatron.collector.leases import Conflict, Leases, Servers
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import ProjectError, RunBlocked, UserError
+from minpro_megatron.errors import ProjectError, RunBlocked, UserError, first_error
 from minpro_megatron.evaluation.in_run import CollectGroup, Evaluations, EvaluationSet, heldout_set
 from minpro_megatron.evaluation.sampling import append_result, write_results
 from minpro_megatron.monitor.status import write_status
@@ -166,7 +166,7 @@ class Collector:
                         await self._changed.wait_for(lambda seen=seen: self._num_changes != seen)
         except ExceptionGroup as group:
             # Tasks fail together, most of them by being cancelled: one cause is enough.
-            raise _first_error(group) from None
+            raise first_error(group) from None
 
     async def fail(self, message: str) -> None:
         """Tells whoever waits, now or later, that there will be nothing more."""
@@ -450,10 +450,3 @@ class Collector:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise CollectorFailed(self._failure)
-
-
-def _first_error(group: ExceptionGroup) -> Exception:
-    error: Exception = group
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error

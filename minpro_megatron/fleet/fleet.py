@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
+from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import ProjectError
 from minpro_megatron.fleet.dispatch import Dispatcher, Ticket
@@ -38,6 +39,13 @@ LONGEST_PROBE_S = 30.0
 GENERATION_PROBE_S = 30.0
 # That the process can open no more files is logged once in so many seconds.
 OUT_OF_FILES_LOG_S = 60.0
+START_MARGIN_S = 60.0
+
+
+def start_limit_s(server: ServerConfig) -> float:
+    """How long to wait for all servers: `serve` reports one that does not start after server.start_timeout_s, and whoever
+    waits for it gives it a little longer."""
+    return server.start_timeout_s + START_MARGIN_S
 
 
 class FleetError(ProjectError):

@@ -12,6 +12,7 @@ import os
 import torch
 from aiohttp import web
 
+from minpro_megatron.command_line import Parser
 from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.reference_engine.engine import Engine
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minpro_megatron.reference_engine", description=__doc__)
+    parser = Parser(prog="python -m minpro_megatron.reference_engine", description=__doc__)
     parser.add_argument("--model-path", required=True, help="Hugging Face folder of a Qwen3 or Qwen3-MoE")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=30000)

@@ -15,7 +15,7 @@ from minpro_megatron.collector.tracing import TracedCollector, collector_recorde
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import SUCCEEDED, ProjectError, RunBlocked, report, report_unexpected
 from minpro_megatron.evaluation.in_run import EvaluationSet, benchmark_sets
-from minpro_megatron.fleet.fleet import Fleet
+from minpro_megatron.fleet.fleet import Fleet, start_limit_s
 from minpro_megatron.fleet.generation import GroupCollector
 from minpro_megatron.fleet.member import client_maker
 from minpro_megatron.fleet.open_files import raise_file_limit
@@ -40,9 +40,6 @@ from minpro_megatron.run_folder.start_fence import LOOK_EVERY_S, StartFence
 
 log = logging.getLogger(__name__)
 
-# serve reports a server that does not start after server.start_timeout_s; collect waits a little longer
-# than that.
-START_MARGIN_S = 60.0
 # How long a thread that decodes an answer may keep the interpreter while the event loop, which gives it away at each
 # look at a socket, waits for it. With Python's 5 ms answers would come in at 64 KiB every 5 ms.
 SWITCH_INTERVAL_S = 0.0005
@@ -158,7 +155,7 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     else:
         await collector.restore(0)
     write_status(config.run_dir, "collect", "waiting for the servers")
-    await fleet.wait_until_ready(config.server.start_timeout_s + START_MARGIN_S)
+    await fleet.wait_until_ready(start_limit_s(config.server))
     stack.callback(asyncio.create_task(_show_servers(config, fleet)).cancel)
     return collector
 

@@ -10,9 +10,9 @@ import msgspec
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
-from minpro_megatron.errors import ProjectError
+from minpro_megatron.errors import ProjectError, first_error
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
-from minpro_megatron.fleet.fleet import Fleet
+from minpro_megatron.fleet.fleet import Fleet, start_limit_s
 from minpro_megatron.fleet.generation import GroupCollector, graded_texts
 from minpro_megatron.fleet.member import client_maker
 from minpro_megatron.models.model_files import read_model_facts
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 SAMPLES_PER_REQUEST = 2
 # How often a server that came back is taken in again, and the longest time without any server.
 READMIT_INTERVAL_S = 2.0
-# `serve` reports a server that does not start after server.start_timeout_s; this waits a little longer.
-START_MARGIN_S = 60.0
 
 Key = tuple[str, str, int]
 
@@ -112,7 +110,7 @@ class Sampler:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(rewards)
             fleet = await stack.enter_async_context(Fleet(self._config, self._facts, self._incarnation))
-            await fleet.wait_until_ready(self._config.server.start_timeout_s + START_MARGIN_S)
+            await fleet.wait_until_ready(start_limit_s(self._config.server))
             version = await self._served_version(fleet)
             if sampled_version not in (None, version):
                 raise EvaluationError(
@@ -128,7 +126,7 @@ class Sampler:
                     await asyncio.gather(*pending)
                     readmitting.cancel()
             except ExceptionGroup as failures:  # they fail together: one cause is enough
-                raise _first_error(failures) from None
+                raise first_error(failures) from None
 
     async def _served_version(self, fleet: Fleet) -> int:
         """The version that all servers hold; `fleet` gives out work for it from now on."""
@@ -190,10 +188,3 @@ class Sampler:
         )
         self._file.append(group)
         self._sampled(group)
-
-
-def _first_error(group: ExceptionGroup) -> Exception:
-    error: Exception = group
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -5,11 +5,11 @@
 The task itself is `minpro_megatron.rewards.calculator_steps`.
 """
 
-import argparse
 import random
 from collections.abc import Iterable
 from pathlib import Path
 
+from minpro_megatron.command_line import Parser
 from minpro_megatron.rewards import calculator_steps
 from tools.prompt_sets import rows
 from tools.prompt_sets.calculator import is_held_out
@@ -71,6 +71,6 @@ def prepare(output_folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the prompts of the calculator's long task.")
+    parser = Parser(description="Make the prompts of the calculator's long task.")
     parser.add_argument("output", type=Path, help="folder for the two prompt files")
     prepare(parser.parse_args().output)

@@ -17,7 +17,7 @@ PACKAGE = "minpro_megatron"
 
 # Folders (and files) of the package. Each may import those of earlier lines, and itself.
 ORDER = [
-    ["terminal_text"],
+    ["terminal_text", "command_line"],
     ["errors", "records"],
     ["files", "config"],
     ["run_folder"],
@@ -55,6 +55,7 @@ ONLY_IN = {
 }
 NO_TORCH = [
     "terminal_text",
+    "command_line",
     "errors",
     "records",
     "run_folder",
