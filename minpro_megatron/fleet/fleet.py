@@ -43,8 +43,8 @@ START_MARGIN_S = 60.0
 
 
 def start_limit_s(server: ServerConfig) -> float:
-    """How long to wait for all servers: `serve` reports one that does not start after server.start_timeout_s, and whoever
-    waits for it gives it a little longer."""
+    """How long to wait for all servers: a little longer than server.start_timeout_s, after which `serve` reports a server
+    that does not start."""
     return server.start_timeout_s + START_MARGIN_S
 
 
