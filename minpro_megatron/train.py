@@ -178,7 +178,7 @@ class Trainer:
             self._versions.keep()
             with self._clock.guard(f"scoring for global step {step}"):
                 mini_batches = self._scoring.complete(scored)
-            trained = self._updates.of_step(step, mini_batches, scored.routes, self._clock.guard)
+            trained = self._updates.run_step(step, mini_batches, scored.routes, self._clock.guard)
             self._versions.in_place = step + 1
         if self._feed:
             self._feed.consumed(trained_step(scored.batch, step, trained.log_probs))

@@ -1,4 +1,4 @@
-"""Behavior log-probs: the denominator of the ratio, computed once, under the very weights that sampled the token."""
+"""Behavior log-probs: the denominator of the ratio, computed once, under the same weights that sampled the token."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -9,7 +9,7 @@ from minpro_megatron.actor.policy import Policy
 from minpro_megatron.actor.routing import Routes
 from minpro_megatron.batching.collate import TokenSequence
 
-# A context manager within which the weights of a policy version are in place.
+# Returns a context manager inside which the model has the weights of a policy version.
 WeightsOf = Callable[[int], AbstractContextManager[None]]
 
 
@@ -18,7 +18,7 @@ def flat[Item](groups: Sequence[Sequence[Item]]) -> list[Item]:
 
 
 def mini_batches_of[Item](groups: Sequence[Sequence[Item]], num_groups: int) -> list[list[Item]]:
-    """The sequences of each `num_groups` groups in turn."""
+    """The mini-batches: the sequences of each `num_groups` consecutive groups."""
     return [flat(groups[first : first + num_groups]) for first in range(0, len(groups), num_groups)]
 
 
@@ -31,9 +31,9 @@ def score_by_version(
     """Log-probs of response tokens, float32 [tokens], each under the version that sampled it. Collective.
 
     `versions` has an int32 array [response tokens] for each sequence of each mini-batch, or None for a sequence that is
-    not to be scored: the result leaves it out. Rows are packed as the updates will pack them: other neighbors in a row
-    round differently, and in a mixture of experts then choose other experts now and then. A batch of one version costs
-    a pass; with several, each version costs a pass over the rows that hold a sequence with tokens of it.
+    not to be scored: the result excludes it. Rows are packed as the updates will pack them: with other neighbors in a
+    row the rounding differs, and a mixture of experts then sometimes chooses other experts. A batch of one version
+    costs one pass; with several versions, each costs a pass over the rows that have a sequence with tokens of it.
     """
     found = [[None if one is None else np.empty(len(one), np.float32) for one in own] for own in versions]
     for version in sorted({int(one) for own in flat(versions) if own is not None for one in np.unique(own)}):
@@ -51,7 +51,7 @@ def _score_version(
     version: int,
     into: Sequence[np.ndarray | None],
 ) -> None:
-    """Fills `into`, one array for each sequence, where a token is of `version`, whose weights are in place."""
+    """Fills `into`, one array per sequence, at the tokens of `version`, whose weights are in the model."""
     wanted = [own is not None and bool((own == version).any()) for own in versions]
     if not any(wanted):
         return
@@ -66,7 +66,7 @@ def _score_version(
 def score_and_record(
     policy: Policy, mini_batches: Sequence[Sequence[TokenSequence]]
 ) -> tuple[np.ndarray, list[Routes]]:
-    """Log-probs under the weights in place, and each mini-batch's routes: packed as the updates will pack them, so
-    that every route stays on the rank that needs it again. Collective."""
+    """Log-probs under the current weights, and each mini-batch's routes. Rows are packed as the updates will pack them,
+    so that every route stays on the rank that needs it again. Collective."""
     scored = [policy.score_and_record(mini_batch) for mini_batch in mini_batches]
     return np.concatenate([log_probs for log_probs, _ in scored]), [routes for _, routes in scored]

@@ -1,12 +1,12 @@
-"""How much computation a model's forward pass takes, and how much a GPU can do."""
+"""The number of floating-point operations of a model's forward pass, and the peak rate of a GPU."""
 
 import re
 
 from minpro_megatron.batching.packing import SequenceCost
 from minpro_megatron.models.architecture import Architecture
 
-# Dense bfloat16 tensor-core operations a second, by words of the name that CUDA gives the GPU; the first that fit
-# count. From NVIDIA's data sheets, whose bold figures are twice as large where they assume structured sparsity.
+# Dense bfloat16 tensor-core operations per second, by words of the name that CUDA gives the GPU; the first match
+# counts. From NVIDIA's data sheets, whose bold figures are twice as large where they assume structured sparsity.
 PEAK_BFLOAT16_FLOPS = {
     "GB300": 2.5e15,  # GB300 NVL72: 180 PFLOPS dense for 72
     "B300": 2.25e15,  # HGX B300: 18 PFLOPS dense for 8
@@ -30,18 +30,19 @@ PEAK_BFLOAT16_FLOPS = {
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Operations a second of a GPU of that name (torch.cuda.get_device_name); None where they are not known, or where
-    the model is not bfloat16."""
+    """Peak operations per second of a GPU of that name (torch.cuda.get_device_name); None if they are not known or the
+    model is not bfloat16."""
     if dtype != "bfloat16":
         return None
     return next((peak for name, peak in PEAK_BFLOAT16_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def forward_flops(architecture: Architecture) -> SequenceCost:
-    """Floating-point operations (a multiplication and an addition are two) for one sequence; backward takes twice that.
+    """Floating-point operations of forward for one sequence (a multiplication and an addition count as two); backward
+    takes twice as many.
 
-    Matrix products only: projections, the chosen experts or the dense layer, router, output layer, and causal
-    attention's two products, which touch half of the n^2 pairs.
+    Counts matrix products only: projections, the chosen experts or the dense layer, router, output layer, and the two
+    products of causal attention, which use half of the n^2 pairs.
     """
     heads = architecture.num_attention_heads * architecture.head_dim
     groups = architecture.num_query_groups * architecture.head_dim
@@ -57,5 +58,5 @@ def forward_flops(architecture: Architecture) -> SequenceCost:
 
 
 def training_flops(architecture: Architecture, num_tokens: int) -> float:
-    """Of forward and backward of one sequence: backward has two products for each of forward's."""
+    """Operations of forward and backward of one sequence: backward has two products for each product of forward."""
     return 3 * forward_flops(architecture).of(num_tokens)

@@ -1,4 +1,4 @@
-"""One micro-batch through the model: tensors of a row shard in, log-probs and entropies of its tokens out."""
+"""The forward pass of one micro-batch: from the tensors of a row shard to the log-probs and entropies of its tokens."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class MicroBatch:
     """A row shard on the rank's device."""
 
     row: RowShard
-    index: int  # its place in the mini-batch on this data-parallel rank
+    index: int  # its index in the mini-batch on this data-parallel rank
     device: torch.device
-    surveyed_L: Tensor | None = None  # what the objective's survey of the mini-batch said of each slot
+    surveyed_L: Tensor | None = None  # result of the objective's survey of the mini-batch, per slot
 
     def tensor(self, name: str) -> Tensor:
         return torch.from_numpy(getattr(self.row, name)).to(self.device, non_blocking=True)
@@ -40,30 +40,30 @@ class MicroBatch:
             cu_seqlens_kv=cu_seqlens,
             cu_seqlens_q_padded=cu_seqlens,
             cu_seqlens_kv_padded=cu_seqlens,
-            # megatron takes rotary positions from the whole row, not from each sequence's start, if this equals the
-            # row's length: it does only when the row is one sequence, where both are the same
+            # Megatron counts rotary positions from the start of the row instead of each sequence's start if this equals
+            # the row's length. That happens only if the row is one sequence, where both are the same.
             max_seqlen_q=max(lengths),
             max_seqlen_kv=max(lengths),
-            pad_between_seqs=False,  # padding is part of its sequence; left open, every layer would look on the device
+            pad_between_seqs=False,  # padding is part of its sequence; with None every layer would synchronize to check
         )
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The model's word on the slots of a micro-batch. float32 [L]; only the log-probs carry a gradient."""
+    """The model's results for the slots of a micro-batch. float32 [L]; only the log-probs carry a gradient."""
 
     log_probs_L: Tensor
     entropies_L: Tensor
 
 
-# What the last pipeline stage makes of a micro-batch's scores, in the form that megatron's schedules want:
-# (scalar to differentiate, int count that the gradients are divided by, anything to be handed back).
+# Computed by the last pipeline stage from a micro-batch's scores, in the form that Megatron's schedules require:
+# (scalar to differentiate, int count that the gradients are divided by, any value to return).
 LossFunction = Callable[[TokenScores, MicroBatch], tuple[Tensor, Tensor, Any]]
 
 
 @dataclass(frozen=True)
 class ForwardStep:
-    """Megatron's forward_step_func. Made anew for every pass over the micro-batches: they differ in `loss`."""
+    """Megatron's forward_step_func. A new one is made for every pass over the micro-batches: they differ in `loss`."""
 
     mesh: Mesh
     vocab_size: int

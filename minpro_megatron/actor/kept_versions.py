@@ -1,4 +1,4 @@
-"""Which policy version's weights are in place on the trainer, and the earlier ones that may still be asked for."""
+"""The policy version of the trainer's current weights, and the earlier versions that may still be requested."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from minpro_megatron.config.rollout import StalenessConfig
 
 
 class KeptVersions:
-    """`in_place` is the version of the weights in place."""
+    """Snapshots of earlier policy versions. `in_place` is the version of the weights that are in the model now."""
 
     def __init__(self, policy: Policy, staleness: StalenessConfig) -> None:
         self._policy = policy
@@ -16,22 +16,23 @@ class KeptVersions:
         self.in_place = 0
 
     def keep(self) -> None:
-        """Keep the weights in place, which an update is about to change: batches are still to be scored with them, and
-        servers that come back meanwhile get them."""
-        self._policy.keep_weights(self._name(self.in_place))
+        """Save a snapshot of the current weights, which an update is about to change: later batches are scored with
+        them, and servers that restart meanwhile receive them."""
+        self._policy.take_snapshot(self._name(self.in_place))
 
     @contextmanager
     def of(self, version: int) -> Iterator[None]:
-        """Within: the weights of `version` are in place."""
+        """Context manager: inside it the model has the weights of `version`."""
         if version == self.in_place:
             yield
             return
         before, self.in_place = self.in_place, version
-        with self._policy.kept_weights(self._name(version)):
+        with self._policy.use_snapshot(self._name(version)):
             yield
         self.in_place = before
 
     def _name(self, version: int) -> str:
-        """There are as many snapshots as versions that may still be asked for: one in delay mode, the servers'."""
+        """The name of the version's snapshot. There is one for each version that may still be requested: in delay mode
+        only the version of the servers."""
         settings = self._settings
         return "sampling" if settings.mode == "delay" else f"sampling {version % (settings.max_staleness + 1)}"

@@ -1,4 +1,4 @@
-"""A run's policy as its settings say, with the weights it begins with."""
+"""Builds a run's policy from its settings and loads its initial weights."""
 
 from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
@@ -10,7 +10,7 @@ from minpro_megatron.parallel.mesh import Mesh
 
 def load_policy(config: RunConfig, mesh: Mesh) -> tuple[Policy, Architecture]:
     """This rank's share of the model of `config.model`. Collective. Raises ValueError for a model that cannot be read,
-    that the mesh cannot cut, or that its converted weights do not fit."""
+    that the mesh cannot divide, or whose converted weights do not match it."""
     architecture = read_architecture(config.model.hf_path)
     features = ModelFeatures(
         config.model.recompute, routing_replay=config.model.routing_replay != "none", backend=config.model.backend

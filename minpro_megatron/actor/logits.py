@@ -1,6 +1,6 @@
-"""The whole logits of a few sequences on any mesh: for comparing a model with another implementation of it.
+"""The full logits of a few sequences on any mesh, to compare a model with another implementation of it.
 
-Training never holds them (parallel.log_probs); here every rank does, so sequences have to be short.
+Training never materializes them (parallel.log_probs). Here every rank holds all of them, so sequences must be short.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +23,13 @@ from minpro_megatron.parallel.mesh import Mesh
 def sequence_logits(chunks: Sequence[GPTModel], mesh: Mesh, vocab_size: int, token_ids: np.ndarray) -> np.ndarray:
     """float32 [tokens, vocab_size] of one sequence of at least two tokens, on every rank. Collective.
 
-    Logits are float32 products whatever the model's dtype, as in training.
+    Logits are float32 products for every dtype of the model, as in training.
     """
     place = RankSlice(mesh.context.size(), mesh.context.rank(), mesh.tensor.size(), mesh.tensor.rank())
     sequence = _as_sequence(token_ids)
     lengths = [padded_length(sequence, place.context_size)]
     row_tokens = row_length([[0]], lengths, place.context_size, place.tensor_size)
-    # the interleaved schedule wants whole rounds of stages: the same row again and again
+    # the interleaved schedule needs a multiple of the number of stages: the same row is repeated
     repeats = mesh.pipeline.size() if len(chunks) > 1 else 1
     micro_batches = [MicroBatch(shard_row([sequence], row_tokens, place), 0, mesh.device)] * repeats
     iterators = [iter(micro_batches) for _ in chunks]
@@ -46,7 +46,7 @@ def sequence_logits(chunks: Sequence[GPTModel], mesh: Mesh, vocab_size: int, tok
     if outputs and mesh.tensor.rank() == 0 and mesh.data.rank() == 0:
         held = context_shard([row_tokens], place.context_size, place.context_rank)
         whole[torch.from_numpy(held).to(whole.device)] = outputs[0]
-    dist.all_reduce(whole)  # every token has one owner; the others add zero
+    dist.all_reduce(whole)  # every token belongs to one rank; the others add zero
     return whole[: len(token_ids)].cpu().numpy()
 
 

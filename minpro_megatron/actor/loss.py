@@ -1,4 +1,4 @@
-"""What the last pipeline stage makes of a micro-batch's log-probs: the loss, a survey's tokens, or plain scores."""
+"""What the last pipeline stage computes from a micro-batch's log-probs: the loss, a survey's tokens, or scores."""
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from minpro_megatron.parallel.prefix_scan import ShardedScan
 
 
 class TrainedTokens(NamedTuple):
-    """What a micro-batch's training leaves behind."""
+    """The results of training on a micro-batch."""
 
     statistics: Statistics
     by_slot: dict[str, Any]
@@ -26,7 +26,7 @@ class TrainedTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The loss of a run. The methods are megatron loss functions (actor.forward.LossFunction)."""
+    """The loss of a run. The methods are Megatron loss functions (actor.forward.LossFunction)."""
 
     mesh: Mesh
     objective: Objective
@@ -34,13 +34,13 @@ class PolicyLoss:
     settings: LossConfig
 
     def train(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, TrainedTokens]:
-        """The loss summed over the local slots, and what is to be known of them."""
+        """The loss summed over the local slots, their number of trained tokens, and their results."""
         row = micro_batch.row
         tokens, terms, others = self._terms(scores, micro_batch)
         by_sequence = self.objective_settings.aggregation == "sequence_mean"
         weight = micro_batch.tensor("sequence_weight_L") if by_sequence else tokens.mask_L
-        # megatron divides the gradients by the sum of these counts over micro-batches, data and context ranks, but
-        # not over tensor ranks, which all give the count of the whole context shard
+        # Megatron divides the gradients by the sum of these counts over micro-batches, data and context ranks, but
+        # not over tensor ranks, each of which returns the count of the whole context shard
         count = row.num_sequences if by_sequence else row.num_tokens
         own_count = count if self.mesh.tensor.rank() == 0 else 0
         loss = summed_value(terms, weight), own_count
@@ -53,12 +53,12 @@ class PolicyLoss:
         )
 
     def survey(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, PolicyTokens]:
-        """The tokens as the objective sees them, for its survey of the mini-batch."""
+        """The tokens in the form that the objective takes, for its survey of the mini-batch."""
         nothing = scores.log_probs_L.new_zeros(())
         return nothing, nothing.int(), self._tokens(scores, micro_batch, self._others(micro_batch))
 
     def inspect(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Per-token results by name, each [L], and the `slots` they belong to."""
+        """Per-token results by name, each [L], and the `slots` that they belong to."""
         nothing = scores.log_probs_L.new_zeros(())
         tokens, terms, _ = self._terms(scores, micro_batch)
         found = {
@@ -114,7 +114,7 @@ def score(scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor,
 
 
 def by_slot(micro_batch: MicroBatch, values: dict[str, Tensor]) -> dict[str, Any]:
-    """Per-token `values` by name, each [L], and the `slots` of the mini-batch they belong to."""
+    """Per-token `values` by name, each [L], and the `slots` of the mini-batch that they belong to."""
     return {"slots": micro_batch.row.flat_slot_L, "values": values}
 
 

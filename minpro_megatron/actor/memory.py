@@ -1,4 +1,4 @@
-"""What a rank holds in memory."""
+"""The memory metrics of a rank."""
 
 import torch
 
@@ -7,7 +7,7 @@ from minpro_megatron.monitor.memory import own_host_bytes
 
 
 def rank_memory(device: torch.device) -> dict[str, Metric]:
-    """This rank's part of the memory metrics; of its GPU the peaks since the last call."""
+    """This rank's part of the memory metrics; for its GPU, the peaks since the last call."""
     found = {"memory/host_bytes/train": total(own_host_bytes())}
     if device.type == "cuda":
         found["memory/gpu_allocated_bytes"] = largest(torch.cuda.max_memory_allocated(device))

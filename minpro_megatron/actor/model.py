@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ModelFeatures:
-    """What a model is built with beside its architecture; it changes no global name and no value of the weights."""
+    """Options of a model besides its architecture. They change no global name and no value of the weights."""
 
     recompute: str = "none"  # as in config.trainer.ModelConfig
     routing_replay: bool = False
@@ -34,7 +34,7 @@ def build_model(
 ) -> list[GPTModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), with uninitialised weights: load some before use.
 
-    Raises ValueError where the architecture cannot be cut as the mesh says, or the backend is not installed.
+    Raises ValueError if the mesh cannot divide the architecture, or the backend is not installed.
     """
     refuse_uneven_cuts(architecture, mesh.config)
     backend = select_backend(features.backend, mesh.device, dtype)
@@ -74,10 +74,10 @@ def transformer_config(
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         perform_initialization=False,  # weights always come from a checkpoint
-        calculate_per_token_loss=True,  # gradients are divided by the mini-batch's token count, once
-        masked_softmax_fusion=False,  # of an attention that neither backend uses
-        # Two interleaved stages exchange activations and gradients between the same pair of ranks, and batched
-        # messages of one pair are matched by order: they would be swapped. Overlapped ones go over two groups.
+        calculate_per_token_loss=True,  # gradients are divided once, by the mini-batch's token count
+        masked_softmax_fusion=False,  # belongs to an attention that neither backend uses
+        # Two interleaved stages exchange activations and gradients between the same pair of ranks. Batched messages of
+        # one pair are matched by their order and would be swapped; overlapped messages use two process groups.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         **_RECOMPUTE[features.recompute],
@@ -86,8 +86,8 @@ def transformer_config(
     )
 
 
-def _pipeline_layout(parallel: ParallelConfig) -> Any:  # a list, which megatron makes into an object of its own
-    """What each run of layers holds, in megatron's words and order; None where all have as many layers."""
+def _pipeline_layout(parallel: ParallelConfig) -> Any:  # a list, which Megatron converts into an object of its own
+    """The content of each pipeline stage in Megatron's format; None if all stages have the same number of layers."""
     if not parallel.pipeline_layers:
         return None
     layout = [["decoder"] * layers for layers in parallel.pipeline_layers]
@@ -110,10 +110,10 @@ def _mixture_settings(architecture: Architecture, features: ModelFeatures) -> di
         "num_moe_experts": architecture.num_experts,
         "moe_router_topk": architecture.num_experts_per_token,
         "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
-        # before the choice: softmax over all experts; after it: over the chosen ones, so that they add up to 1
+        # before the choice: softmax over all experts; after it: over the chosen experts, so that they add up to 1
         "moe_router_pre_softmax": not architecture.normalized_routing,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",  # no auxiliary loss beside the policy objective
+        "moe_router_load_balancing_type": "none",  # no auxiliary loss in addition to the policy objective
         "moe_token_dispatcher_type": "alltoall",
         "moe_enable_routing_replay": features.routing_replay,
     }
@@ -124,7 +124,7 @@ def _build_chunk(
 ) -> GPTModel:
     last_chunk = chunk is None or chunk == mesh.config.virtual_pipeline - 1
     with warnings.catch_warnings():
-        # GPTModel announces a successor (HybridModel) that does not build Qwen3 in this release
+        # GPTModel warns of its successor (HybridModel), which cannot build Qwen3 in this release
         warnings.simplefilter("ignore")
         model = GPTModel(
             config=config,
@@ -144,6 +144,6 @@ def _build_chunk(
 
 
 def _block_spec(config: TransformerConfig, mesh: Mesh, backend: LayerBackend, chunk: int | None) -> Any:
-    # Any: GPTModel's own annotation leaves this form out
+    # Any: GPTModel's own annotation lacks this type
     num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=mesh.pipeline.rank())
     return TransformerBlockSubmodules(layer_specs=[backend.layer(config)] * num_layers, layer_norm=backend.final_norm)

@@ -58,10 +58,10 @@ class UpdateResult:
 
     grad_norm: float  # before clipping, over the whole model
     learning_rate: float
-    skipped: Skipped | None = None  # why the weights are as before, if they are
+    skipped: Skipped | None = None  # why the update did not change the weights, if so
     metrics: dict[str, Metric] = field(default_factory=dict)
     histograms: dict[str, np.ndarray] = field(default_factory=dict)  # metrics.histograms
-    # of the policy before the update, float32 [response tokens of the mini-batch]; on every rank, if they are recorded
+    # under the policy before the update, float32 [response tokens of the mini-batch]; on every rank, if recorded
     log_probs: np.ndarray | None = None
 
     @property
@@ -70,12 +70,12 @@ class UpdateResult:
 
 
 class Policy:
-    """The trainer's side of the policy on one rank. Every method is collective: all ranks call it together with the
-    same sequences, and each works on its own share."""
+    """The policy on one rank of the trainer. Every method is collective: all ranks call it together with the same
+    sequences, and each rank works on its own share."""
 
     def __init__(self, config: RunConfig, architecture: Architecture, chunks: list[GPTModel], mesh: Mesh) -> None:
         """`chunks` are this rank's model chunks with their weights loaded. With model.routing_replay = rollout every
-        pass follows the routes that the sequences carry. Raises ValueError if the model then has no experts."""
+        pass follows the routes of the sequences. Raises ValueError if the model then has no experts."""
         self._config = config
         self._mesh = mesh
         self.modules = chunks
@@ -108,18 +108,18 @@ class Policy:
     ) -> np.ndarray:
         """Log-probs of the response tokens under the current weights, float32 [all response tokens], on every rank.
 
-        For log-probs that are to equal those of an update, `sequences` are the update's whole mini-batch: then the rows
-        are the same. `wanted` says of each sequence whether it is asked for: rows without such a sequence are skipped,
-        and what is returned for sequences that were not asked for has no meaning. Raises ValueError, on every rank and
-        before any forward, if routes of rollouts are to be followed and are missing or do not fit the model.
+        To get the same log-probs as an update, pass the update's whole mini-batch as `sequences`: then the rows are the
+        same. `wanted` selects the sequences to score: rows without a selected sequence are skipped, and the values
+        returned for sequences that are not selected have no meaning. Raises ValueError, on every rank and before any
+        forward, if the servers' routes are replayed and are missing or do not match the model.
         """
         micro_batches, row_tokens, _ = self._micro_batches(sequences, wanted)
         routing = self._routing(sequences, micro_batches, routes)
         return self._score(sequences, micro_batches, row_tokens, routing)
 
     def score_canaries(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
-        """Log-probs of each (prompt, response)'s response tokens, float32, with experts as the routers choose them now:
-        what the servers should say of them. Rollouts' routes have no part in that."""
+        """Log-probs of the response tokens of each (prompt, response), float32, which the servers should return too.
+        The routers choose the experts; routes of rollouts are not used."""
         canaries, first_slot = [], 0
         for prompt, response in pairs:
             nothing = np.zeros(len(response), np.float32)
@@ -139,8 +139,8 @@ class Policy:
         return np.split(log_probs, [canary.first_slot for canary in canaries[1:]])
 
     def score_and_record(self, sequences: Sequence[TokenSequence]) -> tuple[np.ndarray, Routes]:
-        """`score`, and which experts were chosen: for replay with the very same sequences."""
-        assert self._rollout_routes is None, "the servers' routes are followed: there are none to record"
+        """`score`, and the experts that were chosen, for replay with the same sequences."""
+        assert self._rollout_routes is None, "the servers' routes are replayed: there are none to record"
         recorded = RecordedRouting(self._routers)
         micro_batches, row_tokens, _ = self._micro_batches(sequences)
         return self._score(sequences, micro_batches, row_tokens, recorded), recorded.routes
@@ -154,17 +154,18 @@ class Policy:
     def _routing(
         self, sequences: Sequence[TokenSequence], micro_batches: list[MicroBatch], recorded: Routes | None = None
     ) -> Routing:
-        """The routing of a pass over the mini-batch: the servers', or that `recorded` by an earlier pass, or free."""
+        """The routing of a pass over the mini-batch: the servers' routes, those that an earlier pass `recorded`, or the
+        routers' own choice."""
         if self._rollout_routes is not None:
-            assert recorded is None, "two routes for each token: the servers' and recorded ones"
+            assert recorded is None, "each token has two routes: the servers' and recorded ones"
             routes = self._rollout_routes.of(sequences, [micro_batch.row for micro_batch in micro_batches])
             return ReplayedRouting(self._routers, routes)
         return FreeRouting() if recorded is None else ReplayedRouting(self._routers, recorded)
 
     def inspect(self, sequences: Sequence[TokenSequence], seed: int = 0) -> dict[str, np.ndarray]:
-        """What an update on the mini-batch `sequences` would see, float32 [all response tokens] by name, on every rank:
-        log_probs, coefficients (-d loss / d log-prob, times what the aggregation divides by; 0 where masked) and
-        prefix_min."""
+        """The per-token values that an update on the mini-batch `sequences` would compute, float32 [all response
+        tokens] by name, on every rank: log_probs, coefficients (-d loss / d log-prob, times the divisor of the
+        aggregation; 0 where masked) and prefix_min."""
         micro_batches, row_tokens, _ = self._micro_batches(sequences)
         routing = self._routing(sequences, micro_batches)
         micro_batches = self._surveyed(micro_batches, row_tokens, seed, routing)
@@ -176,8 +177,8 @@ class Policy:
     ) -> UpdateResult:
         """One optimizer update on the mini-batch `sequences`; the loss is divided by its global token count.
 
-        `seed` is for objectives that draw random numbers: another one for every update, the same on all ranks.
-        `routes`, recorded with the very same sequences, are followed where given. Raises ValueError as `score` does.
+        `seed` is for objectives that draw random numbers: different for every update, the same on all ranks.
+        `routes`, recorded with the same sequences, are replayed if given. Raises ValueError as `score` does.
         """
         if not any(sequence.num_trained_tokens for sequence in sequences):
             num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
@@ -188,7 +189,7 @@ class Policy:
             learning_rate *= self._global_mean(metrics, self._objective.learning_rate_factor)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        # megatron's step() would write a NaN gradient into the weights: it looks for one only under fp16's scaler
+        # Megatron's step() would apply a NaN gradient to the weights: it checks for NaN only with fp16's loss scaler
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())  # over the whole model, the same on every rank
         if not math.isfinite(grad_norm):
@@ -197,7 +198,7 @@ class Policy:
         return UpdateResult(grad_norm, learning_rate, None, metrics, histograms, log_probs)
 
     def parameters_with_broken_gradient(self) -> list[str]:
-        """Global names of the parameters whose last gradient is not finite somewhere, sorted, on every rank."""
+        """Global names of the parameters whose last gradient has a value that is not finite, sorted, on every rank."""
         named = global_parameters(self.modules, self._num_experts, self._mesh)
         mine = [name for name, parameter in named.items() if not bool(_gradient(parameter).isfinite().all())]
         return sorted({name for names in self._mesh.from_all_ranks(mine) for name in names})
@@ -205,13 +206,13 @@ class Policy:
     def accumulate_gradient(
         self, sequences: Sequence[TokenSequence], seed: int = 0, routes: Routes | None = None
     ) -> tuple[dict[str, Metric], dict[str, np.ndarray], np.ndarray | None]:
-        """Forward and backward of the mini-batch: its gradient replaces what is in the gradient buffers.
+        """Forward and backward of the mini-batch: its gradient replaces the content of the gradient buffers.
 
         Returns this rank's part of the metrics and of the histograms, and the tokens' log-probs if they are recorded.
-        `update` is this and the optimizer's step.
+        `update` calls this and then the optimizer's step.
         """
         self._snapshots.refuse_while_swapped("the gradient would be that of other weights")
-        micro_batches, row_tokens, filling = self._micro_batches(sequences)
+        micro_batches, row_tokens, row_metrics = self._micro_batches(sequences)
         routing = self._routing(sequences, micro_batches, routes)
         micro_batches = self._surveyed(micro_batches, row_tokens, seed, routing)
         for chunk in self._chunks:
@@ -222,32 +223,32 @@ class Policy:
         log_probs = None
         if self._config.collector.journal_ratios:
             log_probs = self._by_token([one.by_slot for one in trained], ["log_probs"], sequences)["log_probs"]
-        return metrics | filling, histograms, log_probs
+        return metrics | row_metrics, histograms, log_probs
 
     def save(self, folder: Path, in_background: bool = False) -> ShardWrite:
-        """Begin to write weights and optimizer state into the empty `folder`, in a form that any mesh can load.
-        Updates may follow at once; `complete` of what is returned ends it."""
+        """Start to write weights and optimizer state into the empty `folder`, in a form that any mesh can load. The
+        next update may start at once; `complete` of the returned ShardWrite finishes the write."""
         self._snapshots.refuse_while_swapped("save")
         return save_training_state(self.modules, self._optimizer, folder, self._mesh, in_background)
 
     def load(self, folder: Path) -> int:
-        """Continue from what `save` wrote. Returns the number of updates that the optimizer has made. Raises ValueError
-        if the optimizer's state is not restored entirely."""
+        """Restore what `save` wrote. Returns the number of updates that the optimizer has made. Raises ValueError if
+        the optimizer's state is not restored completely."""
         self._snapshots.refuse_while_swapped("load")
         return load_training_state(self.modules, self._optimizer, folder, self._mesh)
 
-    def keep_weights(self, name: str) -> None:
-        """Remember the current weights in host memory as `name`."""
+    def take_snapshot(self, name: str) -> None:
+        """Save a snapshot of the current weights in host memory as `name`."""
         self._snapshots.keep(name)
 
-    def kept_weights(self, name: str) -> AbstractContextManager[None]:
-        """Within: the weights kept as `name` are in place, for scoring. Updating is refused meanwhile."""
+    def use_snapshot(self, name: str) -> AbstractContextManager[None]:
+        """Context manager: inside it the model has the weights of snapshot `name`, for scoring. Updates are refused."""
         return self._snapshots.swapped_in(name)
 
     def _surveyed(
         self, micro_batches: list[MicroBatch], row_tokens: int, seed: int, routing: Routing
     ) -> list[MicroBatch]:
-        """The micro-batches with what the objective's survey says of them; costs a forward pass if there is one."""
+        """The micro-batches with the results of the objective's survey; costs a forward pass if it has a survey."""
         if self._objective.survey is None:
             return micro_batches
         tokens = self._run_forward(self._loss.survey, micro_batches, row_tokens, routing)
@@ -259,7 +260,7 @@ class Policy:
     def _by_token(
         self, outputs: list[dict[str, Any]], names: Sequence[str], sequences: Sequence[TokenSequence]
     ) -> dict[str, np.ndarray]:
-        """The values of all ranks' slots in the order of `sequences`, [all response tokens]; all ranks get all."""
+        """The values of all ranks' slots in the order of `sequences`, [all response tokens], on every rank."""
         first = min((sequence.first_slot for sequence in sequences), default=0)
         ends = [sequence.first_slot - first + len(sequence.response_ids) for sequence in sequences]
         flat = torch.zeros(len(names), max(ends, default=0), device=self._mesh.device)
@@ -267,7 +268,7 @@ class Policy:
             slots = torch.from_numpy(output["slots"]).to(flat.device)
             for row, name in enumerate(names):
                 flat[row, slots[slots >= 0] - first] = output["values"][name][slots >= 0].float()
-        # Every token has one owner among last-stage ranks; the others add zero, so the sum is exact.
+        # Every token belongs to one rank of the last stage; the others add zero, so the sum is exact.
         dist.all_reduce(flat)
         found = flat.cpu().numpy()
         spans = [slice(end - len(sequence.response_ids), end) for sequence, end in zip(sequences, ends, strict=True)]
@@ -286,14 +287,14 @@ class Policy:
     def _micro_batches(
         self, sequences: Sequence[TokenSequence], wanted: Sequence[bool] | None = None
     ) -> tuple[list[MicroBatch], int, dict[str, Metric]]:
-        """(this rank's micro-batches, tokens of a row, how well the rows are filled and shared). Rows without a
-        `wanted` sequence are left out; the others are as they would be without `wanted`."""
+        """(this rank's micro-batches, tokens per row, metrics of how well the rows are filled and balanced). Rows
+        without a `wanted` sequence are skipped; the other rows are the same as without `wanted`."""
         place, batch, data = self._place, self._config.batch, self._mesh.data
         lengths = [padded_length(sequence, place.context_size) for sequence in sequences]
         costs = [self._cost.of(length) for length in lengths]
         multiple = data.size()
         if self._mesh.config.virtual_pipeline > 1:
-            multiple *= self._mesh.pipeline.size()  # the interleaved schedule wants whole rounds of stages
+            multiple *= self._mesh.pipeline.size()  # the interleaved schedule needs a multiple of the stages
         if batch.packing:
             rows = pack_rows(lengths, costs, batch.max_tokens_per_row, multiple)
         else:
@@ -308,12 +309,12 @@ class Policy:
             shard_row([sequences[index] for index in rows[row]], row_tokens, place) for row in shares[data.rank()]
         ]
         real = sum(sequence.num_tokens for sequence in sequences)
-        filling = {
+        row_metrics = {
             "batch/padding_fraction": mean(len(rows) * row_tokens - real, len(rows) * row_tokens),
             "batch/imbalance": mean(imbalance(row_costs, shares), 1),
         }
         micro_batches = [MicroBatch(shard, index, self._mesh.device) for index, shard in enumerate(shards)]
-        return micro_batches, row_tokens, filling
+        return micro_batches, row_tokens, row_metrics
 
     def _run_forward(
         self, loss: LossFunction, micro_batches: list[MicroBatch], row_tokens: int, routing: Routing
@@ -329,7 +330,7 @@ class Policy:
         routing: Routing,
         forward_only: bool,
     ) -> list[Any]:
-        """What the loss function gave for each micro-batch; nothing where there is no last pipeline stage."""
+        """The loss function's value for each micro-batch; empty on ranks without the last pipeline stage."""
         iterators = [iter(micro_batches) for _ in self._chunks]
         temperature = self._config.sampling.temperature
         try:
@@ -343,7 +344,7 @@ class Policy:
                 forward_only=forward_only,
             )
         finally:
-            self._routers.forget()
+            self._routers.reset()
         return results or []
 
 
@@ -369,13 +370,13 @@ def _offload_settings(config: OptimizerConfig) -> dict[str, Any]:
         "optimizer_cpu_offload": True,
         "optimizer_offload_fraction": config.cpu_offload,
         "overlap_cpu_optimizer_d2h_h2d": True,
-        # otherwise the float32 weights would stay on the GPU beside their copies on the host
+        # otherwise the float32 weights would stay on the GPU in addition to their copies on the host
         "use_precision_aware_optimizer": True,
     }
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return cast(torch.Tensor, getattr(parameter, "main_grad"))  # noqa: B009 (megatron's own attribute)
+    return cast(torch.Tensor, getattr(parameter, "main_grad"))  # noqa: B009 (Megatron's own attribute)
 
 
 def learning_rate_at(config: OptimizerConfig, step: int) -> float:

@@ -1,4 +1,4 @@
-"""Where a rank's time goes: its part of the run's trace, and torch.profiler's traces of chosen global steps."""
+"""Time measurements of a rank: its part of the run's trace, and torch.profiler's traces of chosen global steps."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ FOLDER = "profiles"
 
 
 def open_tracer(config: RunConfig, incarnation: int, rank: int, chunks: Sequence[Any], first_step: int) -> Tracer:
-    """What rank `rank` tells its phases to, as config.debug wants it, with global step `first_step` begun. `chunks` are
-    the rank's Megatron modules, whose schedules then tell theirs too."""
+    """The tracer of rank `rank` that config.debug selects, with global step `first_step` started. `chunks` are the
+    rank's Megatron modules; if the rank is traced, their schedules record spans too."""
     debug = config.debug
     tracer: Tracer = NoTracer()
     if debug.traced:
@@ -38,14 +38,14 @@ def open_tracer(config: RunConfig, incarnation: int, rank: int, chunks: Sequence
 
 
 class Profiler:
-    """A tracer that also runs torch.profiler during `steps` and writes what it saw, gzipped, to `path`."""
+    """A tracer that also runs torch.profiler during `steps` and writes its trace, gzipped, to `path`."""
 
     def __init__(self, tracer: Tracer, steps: range, path: Path) -> None:
         self._tracer = tracer
         self._steps = steps
         self._path = path
         self._profile: profile | None = None
-        with profile():  # the first one loads for seconds, which should not be part of a step
+        with profile():  # the first profile takes seconds to load, which should not be part of a step
             pass
 
     def step(self, step: int) -> None:
@@ -53,7 +53,7 @@ class Profiler:
         if step not in self._steps:
             self._end()
         elif self._profile is None:
-            self._profile = profile()  # of the CPU, and of the GPU where there is one
+            self._profile = profile()  # of the CPU, and of the GPU if there is one
             self._profile.start()
 
     @contextmanager
@@ -68,7 +68,7 @@ class Profiler:
     def _end(self) -> None:
         if self._profile is None:
             return
-        with self._tracer.span("writing the profile"):  # seconds, for which the other ranks wait
+        with self._tracer.span("writing the profile"):  # takes seconds; the other ranks wait
             self._profile.stop()
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +79,9 @@ class Profiler:
 
 
 class MegatronTimers:
-    """In the place of megatron.core.timers.Timers: what Megatron's schedules time (each micro-batch's forward and
-    backward, the waits between pipeline stages, the reduction of gradients) become spans. There are no barriers: they
-    would change the times."""
+    """Replaces megatron.core.timers.Timers: what Megatron's schedules time (each micro-batch's forward and backward,
+    the waits between pipeline stages, the reduction of gradients) becomes spans. There are no barriers: they would
+    change the times."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer

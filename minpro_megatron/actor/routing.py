@@ -1,14 +1,14 @@
-"""Routing replay: a forward pass chooses the same experts as an earlier one, of the trainer or of a server.
+"""Routing replay: a forward pass chooses the same experts as an earlier pass of the trainer or of a server.
 
-Between scoring and updating the weights change, and a router on the edge between two experts may choose the other one:
-the ratio then compares two different networks. With R2 (arXiv:2512.01374) the updates use the experts chosen while the
-behavior log-probs were computed. With R3 (arXiv:2510.11370) scoring and updates use those that the server chose when it
-sampled, which also takes the differences of the two engines' routers out of the ratio. Either way the router's weights
-still get a gradient, through the probabilities of those experts.
+Between scoring and updating the weights change, and a router with almost equal scores for two experts may then choose
+the other one: the ratio would compare two different networks. With R2 (arXiv:2512.01374) the updates use the experts
+chosen while the behavior log-probs were computed. With R3 (arXiv:2510.11370) scoring and updates use the experts that
+the server chose when it sampled, which also removes the differences between the two engines' routers from the ratio.
+In both cases the router's weights still get a gradient, through the probabilities of those experts.
 
-Megatron's RouterReplay holds one action and one list for each router of the process, so both are set around every
-forward of a micro-batch: between two of them the schedule may run other micro-batches and other model chunks, and a
-backward pass that recomputes a layer asks its router again, in the order of the forwards.
+Megatron's RouterReplay has one action and one list for each router of the process, so both are set around every
+forward of a micro-batch: between two forwards the schedule may run other micro-batches and other model chunks, and a
+backward pass that recomputes a layer calls its router again, in the order of the forwards.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,15 +30,15 @@ from minpro_megatron.parallel.mesh import Mesh
 
 
 class Routing(Protocol):
-    """What is done about the routers around the forward of one micro-batch through one model chunk."""
+    """Sets up the routers around the forward of one micro-batch through one model chunk."""
 
     def around(self, chunk: int, micro_batch: int, num_slots: int) -> Any:
-        """A context manager. `num_slots`: the tokens that this rank's routers see."""
+        """A context manager. `num_slots`: the number of tokens that this rank's routers process."""
         ...
 
 
 class FreeRouting:
-    """The routers choose."""
+    """The routers choose the experts."""
 
     @contextmanager
     def around(self, chunk: int, micro_batch: int, num_slots: int) -> Iterator[None]:
@@ -49,14 +49,14 @@ class FreeRouting:
 class Routes:
     """The experts chosen for this rank's slots of a mini-batch, by (chunk, micro-batch), in host memory.
 
-    uint8 or int16 [layers of the chunk, L, experts a token]; valid for the packing they were made with.
+    uint8 or int16 [layers of the chunk, L, experts per token]; valid for the packing that they were made with.
     """
 
     chosen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 class RecordedRouting:
-    """The routers choose, and what they choose is kept in `routes`."""
+    """The routers choose the experts, and their choices are stored in `routes`."""
 
     def __init__(self, routers: "ChunkRouters") -> None:
         self._routers = routers
@@ -92,7 +92,7 @@ class ReplayedRouting:
             chosen = self._routes.chosen[chunk, micro_batch]
             assert len(chosen) == len(routers), f"routes of {len(chosen)} layers for {len(routers)}"
             assert chosen.shape[1] == num_slots, f"routes of {chosen.shape[1]} tokens for {num_slots}"
-            # moved as bytes and at once: eight times less than as indices, and one copy instead of one a layer
+            # copied as bytes: an eighth of the size of int64 indices, and one copy instead of one per layer
             for router, indices in zip(routers, chosen.to(self._routers.device).long(), strict=True):
                 router.set_target_indices(indices)
                 router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
@@ -101,11 +101,11 @@ class ReplayedRouting:
             if self._routers.recomputed:
                 router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
             else:
-                router.clear_indices()  # else they would pile up until the end of the mini-batch
+                router.clear_indices()  # otherwise they would accumulate until the end of the mini-batch
 
 
 class RolloutRoutes:
-    """Makes the routes of a mini-batch from those that its sequences carry from the servers (R3)."""
+    """Makes the routes of a mini-batch from the servers' routes in its sequences (R3)."""
 
     def __init__(self, routers: "ChunkRouters", architecture: Architecture, mesh: Mesh) -> None:
         """Raises ValueError for a model without experts."""
@@ -120,20 +120,20 @@ class RolloutRoutes:
     def of(self, sequences: Sequence[TokenSequence], rows: Sequence[RowShard]) -> Routes:
         """The routes for `rows`, this rank's share of the mini-batch `sequences`. Collective.
 
-        Raises ValueError, on every rank the same, where routes are missing, damaged or no routes of this model.
+        Raises the same ValueError on every rank if routes are missing, damaged or do not match the model.
         """
         model = self._architecture
         refuse_other_routes(sequences, model.num_layers, model.num_experts, model.num_experts_per_token)
         routes, problem = Routes(), None
         for micro_batch, row in enumerate(rows):
             try:
-                row = with_routes_read(row)  # a rank reads its rows alone, and has one of them in memory at a time
+                row = with_routes_read(row)  # a rank reads only its rows and has one of them in memory at a time
             except UserError as error:
                 problem = problem or f"model.routing_replay = rollout: {error}"
                 break
             for chunk, layers in enumerate(self._routers.layers):
                 chosen = shard_routes(row, layers, model.num_experts, model.num_experts_per_token)
-                # every rank looks at what it holds: together that is every route, in a fraction of the time
+                # every rank checks its own part: together they check every route, in a fraction of the time
                 problem = problem or wrong_choice(chosen, layers.start, model.num_experts)
                 routes.chosen[chunk, micro_batch] = torch.from_numpy(chosen)
         for found in self._mesh.from_all_ranks(problem):
@@ -147,23 +147,23 @@ class ChunkRouters:
 
     def __init__(self, chunks: Sequence[GPTModel], num_experts: int) -> None:
         self.device = next(chunks[0].parameters()).device
-        self.recomputed = chunks[0].config.recompute_granularity == "full"  # routers are asked again in backward
+        self.recomputed = chunks[0].config.recompute_granularity == "full"  # backward calls the routers again
         self.dtype = torch.uint8 if num_experts <= 256 else torch.int16
         layers: list[list[Any]] = [list(chunk.decoder.layers) if num_experts else [] for chunk in chunks]
-        self._of_chunk = [[layer.mlp.router.router_replay for layer in of_chunk] for of_chunk in layers]
-        # which of the model's layers they belong to, counted from 0; megatron counts from 1
+        self._by_chunk = [[layer.mlp.router.router_replay for layer in own_layers] for own_layers in layers]
+        # the model's layers that they belong to, counted from 0; Megatron counts from 1
         self.layers = [
-            slice(of_chunk[0].layer_number - 1, of_chunk[-1].layer_number) if of_chunk else slice(0, 0)
-            for of_chunk in layers
+            slice(own_layers[0].layer_number - 1, own_layers[-1].layer_number) if own_layers else slice(0, 0)
+            for own_layers in layers
         ]
 
     def of(self, chunk: int) -> list[RouterReplay]:
-        assert None not in self._of_chunk[chunk], "the model was built without routing_replay"
-        return self._of_chunk[chunk]
+        assert None not in self._by_chunk[chunk], "the model was built without routing_replay"
+        return self._by_chunk[chunk]
 
-    def forget(self) -> None:
-        """After a pass over a mini-batch: no router follows or remembers anything."""
-        for router in (router for routers in self._of_chunk for router in routers):
+    def reset(self) -> None:
+        """Reset the routers after a pass over a mini-batch: they replay nothing and store nothing."""
+        for router in (router for routers in self._by_chunk for router in routers):
             if router is None:  # built without routing replay
                 continue
             router.clear_router_replay_action()
@@ -172,5 +172,5 @@ class ChunkRouters:
 
 def _recorded(router: RouterReplay) -> Tensor:
     indices = router.get_recorded_indices()
-    assert indices is not None, "the router was not asked"
+    assert indices is not None, "the router was not called"
     return indices

@@ -1,4 +1,4 @@
-"""The log-probs that a batch needs before it is trained on, each computed under the weights that it belongs to."""
+"""Computes the log-probs that a batch needs before training: behavior, proximal and reference log-probs."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from minpro_megatron.batching.sequences import token_sequences, with_known_score
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import Batch
 
-REFERENCE = "reference"  # name of the kept initial weights
+REFERENCE = "reference"  # name of the snapshot of the initial weights
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ScoredBatch:
     batch: Batch
     groups: list[list[TokenSequence]]
     log_probs: np.ndarray
-    routes: list[Routes] | None  # of each mini-batch, if they are replayed
+    routes: list[Routes] | None  # of each mini-batch, if routes are replayed
 
 
 class BatchScoring:
@@ -35,9 +35,9 @@ class BatchScoring:
         self._versions = versions
 
     def keep_reference(self) -> None:
-        """The weights in place are those that the KL term compares with, if it is used."""
+        """Save a snapshot of the current weights as the reference of the KL term, if that is enabled."""
         if self._config.loss.kl.enabled:
-            self._policy.keep_weights(REFERENCE)
+            self._policy.take_snapshot(REFERENCE)
 
     def behavior(self, batch: Batch) -> ScoredBatch:
         """The batch with its behavior log-probs. A group that was scored before the run was interrupted keeps its
@@ -57,15 +57,15 @@ class BatchScoring:
         return ScoredBatch(batch, groups, with_known_scores(batch, fresh), None)
 
     def complete(self, scored: ScoredBatch) -> list[list[TokenSequence]]:
-        """The mini-batches of the batch, with all log-probs that the loss needs: besides the behavior log-probs those
-        of the weights in place (loss.decoupled) and of the reference (loss.kl), for a scoring pass each."""
+        """The mini-batches of the batch, with all log-probs that the loss needs: besides the behavior log-probs, those
+        of the current weights (loss.decoupled) and of the reference (loss.kl). Each costs a scoring pass."""
         found, mini_batches = {"behavior_log_probs": scored.log_probs}, self.mini_batches(scored.groups)
         if self._config.loss.decoupled.enabled:
             routes = scored.routes or [None] * len(mini_batches)
             parts = [self._policy.score(*pair) for pair in zip(mini_batches, routes, strict=True)]
             found["proximal_log_probs"] = np.concatenate(parts)
         if self._config.loss.kl.enabled:
-            with self._policy.kept_weights(REFERENCE):
+            with self._policy.use_snapshot(REFERENCE):
                 parts = [self._policy.score(mini_batch) for mini_batch in mini_batches]
             found["reference_log_probs"] = np.concatenate(parts)
         return self.mini_batches(with_log_probs(scored.groups, **found))

@@ -1,4 +1,4 @@
-"""What must hold before the first update: trainer and servers have the same weights, and every ratio is 1."""
+"""Checks before the first update: trainer and servers have the same weights, and every ratio is 1."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,42 +11,43 @@ from minpro_megatron.metrics.histograms import bin_edges
 
 log = logging.getLogger(__name__)
 
-LARGEST_START_MISMATCH = 0.1  # nats, mean over tokens; float32 engines differ by 1e-7, bfloat16 ones by about 1e-2
-# Of the first mini-batch's log-ratios. Scoring packs its rows as the update does, so both compute the same numbers up
-# to what kernels add up in no fixed order. Where a token stands between two experts that is enough for the other one to
-# be chosen, so single tokens may be far off among millions: what counts is how far they are off together.
+MAX_START_MISMATCH = 0.1  # nats, mean over tokens; float32 engines differ by 1e-7, bfloat16 ones by about 1e-2
+# For the first mini-batch's log-ratios. Scoring packs its rows as the update does, so both compute the same numbers
+# except for kernels that add in no fixed order. If a router's scores of two experts are almost equal, that difference
+# can change the chosen expert. Single tokens among millions may therefore differ much; the limit is on their mean.
 MAX_START_RMS = {"float32": 1e-4, "bfloat16": 0.05}
 FAR_NATS = 0.5
 MAX_START_FAR_SHARE = 1e-3
-WARN_NATS = {"float32": 1e-2, "bfloat16": 2.0}  # of one token
+WARN_NATS = {"float32": 1e-2, "bfloat16": 2.0}  # for one token
 
 
 def refuse_different_models(sequences: Sequence[TokenSequence], log_probs: np.ndarray) -> None:
-    """Raises ValueError if the servers sampled the first batch with other weights than the trainer's initial ones."""
+    """Raises RunFailed if the servers sampled the first batch with weights other than the trainer's initial ones."""
     rollout = np.concatenate([sequence.rollout_log_probs for sequence in sequences])
     mismatch = float(np.abs(rollout - log_probs).mean())
-    if not mismatch <= LARGEST_START_MISMATCH:
+    if not mismatch <= MAX_START_MISMATCH:
         raise RunFailed(
-            f"batch 0: the servers' log-probs differ from the trainer's by {mismatch:.3g} nats a token (limit "
-            f"{LARGEST_START_MISMATCH}): model.megatron_path and model.hf_path hold different weights; convert again"
+            f"batch 0: the servers' log-probs differ from the trainer's by {mismatch:.3g} nats per token (limit "
+            f"{MAX_START_MISMATCH}): model.megatron_path and model.hf_path hold different weights; convert again"
         )
 
 
 def refuse_broken_scores(index: int, log_probs: np.ndarray) -> None:
-    """Raises ValueError if a log-prob is NaN or infinite: ratios against it would be no numbers either."""
+    """Raises RunFailed if a log-prob is NaN or infinite: its ratios would not be finite either."""
     broken = int(np.count_nonzero(~np.isfinite(log_probs)))
     if broken:
         raise RunFailed(
-            f"batch {index}: {broken} of {len(log_probs)} behavior log-probs are not finite: the weights hold NaN or "
-            "infinity; look for a diverging loss or gradient norm before it, and start again from earlier weights"
+            f"batch {index}: {broken} of {len(log_probs)} behavior log-probs are not finite: the weights contain NaN "
+            "or infinity; look for a diverging loss or gradient norm in earlier steps, and restart from earlier weights"
         )
 
 
 def refuse_unequal_start(metrics: Mapping[str, float], log_ratios: np.ndarray, dtype: str) -> None:
-    """Raises ValueError if the first mini-batch, of staleness 0 and before any update, has ratios other than 1.
+    """Raises RunFailed if the first mini-batch, of staleness 0 and before any update, has ratios other than 1.
 
-    `metrics` are its merged metrics, `log_ratios` the merged histogram "ratio/log" (metrics.histograms). The trainer
-    then disagrees with itself: nothing that follows would be right. A single token that is far off is a warning.
+    `metrics` are its merged metrics, `log_ratios` the merged histogram "ratio/log" (metrics.histograms). Ratios other
+    than 1 mean that scoring and training disagree: no later result would be correct. A single token that differs much
+    is only a warning.
     """
     limit, rms = MAX_START_RMS[dtype], metrics["ratio/log_second_moment"] ** 0.5
     share = _share_beyond(log_ratios, FAR_NATS)
@@ -68,7 +69,7 @@ def refuse_unequal_start(metrics: Mapping[str, float], log_ratios: np.ndarray, d
 
 
 def _share_beyond(counts: np.ndarray, nats: float) -> float:
-    """Of the observations of a histogram, those further from 0 than the first bin edge that is not below `nats`."""
+    """The share of a histogram's observations further from 0 than the first bin edge that is not below `nats`."""
     middle = len(counts) // 2
     place = int(np.searchsorted(bin_edges()[middle:], nats))
     return 1 - float(counts[middle - place : middle + place].sum() / counts.sum())

@@ -1,4 +1,4 @@
-"""The updates of one global step, and what ends a run that cannot learn any more."""
+"""The updates of one global step, and the checks that end a diverged run."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,7 +23,7 @@ MAX_BROKEN_UPDATES = 3  # in a row
 
 @dataclass(frozen=True)
 class TrainedBatch:
-    """What the updates of a global step found, merged over all ranks."""
+    """The results of the updates of a global step, merged over all ranks."""
 
     metrics: dict[str, Metric]
     histograms: dict[str, np.ndarray]
@@ -32,8 +32,8 @@ class TrainedBatch:
 
 
 class Updates:
-    """`count` is the number of updates since the beginning of the run, `skipped` those of them that left the optimizer
-    as it was."""
+    """Runs the updates. `count` is the number of updates since the start of the run; `skipped` of them did not change
+    the optimizer."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, policy: Policy) -> None:
         self.count = 0
@@ -48,7 +48,7 @@ class Updates:
         """Continue after `count` updates, `applied` of which the optimizer has made."""
         self.count, self.skipped = count, count - applied
 
-    def of_step(
+    def run_step(
         self,
         step: int,
         mini_batches: list[list[TokenSequence]],
@@ -57,7 +57,7 @@ class Updates:
     ) -> TrainedBatch:
         """One update for each mini-batch of global step `step`. Collective. `guard` limits the time of each.
 
-        Raises RunFailed if the first mini-batch of the run shows that scoring and training differ, and if the gradient
+        Raises RunFailed if the first mini-batch of the run shows that scoring and training differ, or if the gradient
         was not finite MAX_BROKEN_UPDATES times in a row.
         """
         learning_rate = learning_rate_at(self._config.optimizer, step)
@@ -75,28 +75,30 @@ class Updates:
 
     def _merged(self, results: list[UpdateResult]) -> TrainedBatch:
         parts = [result.metrics for result in results]
-        if self._mesh.rank == 0:  # these are the same on all ranks, so one rank states them
+        if self._mesh.rank == 0:  # these are the same on all ranks, so one rank reports them
             parts += [_optimizer_metrics(result) for result in results]
         parts.append(rank_memory(self._mesh.device))
-        of_ranks = self._mesh.from_all_ranks((merge(parts), merge_histograms([one.histograms for one in results])))
+        by_rank = self._mesh.from_all_ranks((merge(parts), merge_histograms([one.histograms for one in results])))
         return TrainedBatch(
-            metrics=merge([metrics for metrics, _ in of_ranks]),
-            histograms=merge_histograms([histograms for _, histograms in of_ranks]),
+            metrics=merge([metrics for metrics, _ in by_rank]),
+            histograms=merge_histograms([histograms for _, histograms in by_rank]),
             log_probs=[result.log_probs for result in results if result.log_probs is not None],
             changed=any(result.applied and result.grad_norm * result.learning_rate > 0 for result in results),
         )
 
     def _refuse_an_unequal_start(self, result: UpdateResult, step: int) -> None:
-        """Looks at the first mini-batch of global step 0 that has anything to train on."""
-        if self._config.staleness.behavior_log_probs == "rollout":  # those differ by what the servers' engine rounds
+        """Checks the first mini-batch of global step 0 that has a token to train on."""
+        if (
+            self._config.staleness.behavior_log_probs == "rollout"
+        ):  # those differ by the rounding of the servers' engine
             return
         if self._start_is_checked or result.skipped == "no trained token":
             return
         self._start_is_checked = True
         if step == 0:
-            of_ranks = self._mesh.from_all_ranks((result.metrics, result.histograms))
-            metrics = values(merge([metrics for metrics, _ in of_ranks]))
-            log_ratios = merge_histograms([histograms for _, histograms in of_ranks])["ratio/log"]
+            by_rank = self._mesh.from_all_ranks((result.metrics, result.histograms))
+            metrics = values(merge([metrics for metrics, _ in by_rank]))
+            log_ratios = merge_histograms([histograms for _, histograms in by_rank])["ratio/log"]
             refuse_unequal_start(metrics, log_ratios, self._config.model.dtype)
 
     def refuse_a_diverged_run(self, result: UpdateResult, step: int) -> None:
@@ -110,8 +112,8 @@ class Updates:
             f"global step {step}, update {self.count}: the gradient was not finite {self._broken_in_a_row} times in "
             f"a row. Loss {metrics['objective/loss']:.4g}, largest ratio {metrics['ratio/max']:.4g}, entropy "
             f"{metrics['policy/entropy']:.4g}; {len(names)} parameters have such gradients, first {names[:3]}. "
-            "If the loss is not finite either, the weights or the log-probs are broken: go back to earlier weights and "
-            "lower optimizer.learning_rate; if it is, the backward pass overflowed: look at those parameters"
+            "If the loss is not finite either, the weights or the log-probs are broken: restart from earlier weights "
+            "and lower optimizer.learning_rate; if it is, the backward pass overflowed: inspect those parameters"
         )
 
 

@@ -1,7 +1,7 @@
-"""From token sequences to what one rank holds of a packed row.
+"""Collates token sequences into one rank's shard of a packed row.
 
-Everything about a token is put into the slot of the token *before* it, the one whose hidden state predicts it,
-while the row is still whole: shifting after sharding would lose the tokens at the cuts.
+Everything about a token is put into the slot of the token *before* it, whose hidden state predicts it. This is done
+before the row is sharded: a shift after sharding would lose the tokens at the shard boundaries.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "proximal_log_probs", "r
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One prompt with one response, and what the objective needs of it. Arrays cover the response's tokens."""
+    """One prompt with one response, and the values that the objective needs. Arrays cover the response's tokens."""
 
     prompt_ids: np.ndarray  # int32 [prompt tokens]
     response_ids: np.ndarray  # int32 [response tokens]
@@ -32,10 +32,10 @@ class TokenSequence:
     rollout_log_probs: np.ndarray  # float32 [response tokens]
     advantage: float
     first_slot: int  # where the response's tokens start in the batch's flat token array
-    proximal_log_probs: np.ndarray | None = None  # float32 [response tokens]; None where the loss has no use for them
+    proximal_log_probs: np.ndarray | None = None  # float32 [response tokens]; None if the loss does not use them
     reference_log_probs: np.ndarray | None = None
     staleness: np.ndarray | None = None  # int32 [response tokens], in global steps; None: 0
-    # the experts that the server chose, uint8 or int16 [all tokens but the last, layers, experts a token]
+    # the experts that the server chose, uint8 or int16 [all tokens but the last, layers, experts per token]
     routed_experts: np.ndarray | StoredRoutes | None = None
 
     @property
@@ -49,7 +49,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class RankSlice:
-    """Where a rank stands in the axes along which a row is cut."""
+    """A rank's coordinates on the axes along which a row is sharded."""
 
     context_size: int
     context_rank: int
@@ -59,14 +59,14 @@ class RankSlice:
 
 @dataclass(frozen=True)
 class RowShard:
-    """A rank's share of one packed row. S: tokens of the context shard; L: of its sequence-parallel piece."""
+    """A rank's share of one packed row. S: tokens of the context shard; L: tokens of its sequence-parallel piece."""
 
     padded_lengths: list[int]  # of the whole row's sequences
     input_ids_S: np.ndarray  # int64
     position_ids_S: np.ndarray  # int64
     label_ids_S: np.ndarray  # int64: the next token (0 in a sequence's last slot, where the mask is 0)
-    num_tokens: int  # trained tokens of the context shard: the same on all its tensor ranks
-    num_sequences: int  # sequences whose first trained token is in the context shard
+    num_tokens: int  # number of trained tokens of the context shard: the same on all its tensor ranks
+    num_sequences: int  # number of sequences whose first trained token is in the context shard
     behavior_log_probs_L: np.ndarray  # float32
     rollout_log_probs_L: np.ndarray  # float32
     proximal_log_probs_L: np.ndarray  # float32
@@ -74,22 +74,22 @@ class RowShard:
     advantages_L: np.ndarray  # float32
     mask_L: np.ndarray  # float32: 1 where the label is a trained response token
     sequence_weight_L: np.ndarray  # float32: mask / trained tokens of the sequence
-    sequence_L: np.ndarray  # int64: which sequence of the row a slot belongs to
+    sequence_L: np.ndarray  # int64: index in the row of the sequence that a slot belongs to
     half_L: np.ndarray  # int64: 0 in the sequence's front chunk, 1 in its back chunk
-    flat_slot_L: np.ndarray  # int64: the label's place in the batch's flat response-token array, -1 for none
+    flat_slot_L: np.ndarray  # int64: the label's index in the batch's flat response-token array, -1 for none
     staleness_L: np.ndarray  # int64: global steps
-    position_L: np.ndarray  # int64: the slot's place in its sequence, padding included
+    position_L: np.ndarray  # int64: the slot's position in its sequence, padding included
     routed_experts: Sequence[np.ndarray | StoredRoutes | None]  # of the whole row's sequences, as in TokenSequence
 
 
 def padded_length(sequence: TokenSequence, context_size: int) -> int:
-    """The tokens that a sequence takes in a row."""
+    """The number of tokens that a sequence takes in a row, padding included."""
     multiple = sequence_multiple(context_size)
     return -(-sequence.num_tokens // multiple) * multiple
 
 
 def row_length(rows: Sequence[Sequence[int]], lengths: Sequence[int], context_size: int, tensor_size: int) -> int:
-    """The one length to which all `rows` are padded: pipeline stages exchange tensors of one shape."""
+    """The common length to which all `rows` are padded: pipeline stages exchange tensors of one shape."""
     multiple = row_multiple(context_size, tensor_size)
     longest = max(sum(lengths[index] for index in row) for row in rows)
     return -(-max(longest, multiple) // multiple) * multiple
@@ -98,7 +98,7 @@ def row_length(rows: Sequence[Sequence[int]], lengths: Sequence[int], context_si
 def shard_row(sequences: Sequence[TokenSequence], row_tokens: int, place: RankSlice) -> RowShard:
     """This rank's share of the packed row that holds `sequences` and is padded to `row_tokens`.
 
-    The row's padding belongs to its last sequence; a row without sequences holds one that is all padding.
+    The row's padding belongs to its last sequence; a row without sequences has one sequence that is all padding.
     """
     lengths = [padded_length(sequence, place.context_size) for sequence in sequences] or [0]
     lengths[-1] += row_tokens - sum(lengths)
@@ -153,7 +153,7 @@ def _whole_row(sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> di
         row[name] = np.zeros(total, np.float32)
     start = 0
     for sequence, length in zip(sequences, lengths, strict=False):
-        assert len(sequence.prompt_ids), "a response with no prompt: its first token has no slot before it"
+        assert len(sequence.prompt_ids), "a response without a prompt: its first token has no slot before it"
         ids = np.concatenate([sequence.prompt_ids, sequence.response_ids])
         row["input_ids"][start : start + len(ids)] = ids
         row["label_ids"][start : start + len(ids) - 1] = ids[1:]

@@ -1,4 +1,4 @@
-"""Which sequences share a packed row, and which data-parallel rank trains on which rows."""
+"""Assigns sequences to packed rows, and rows to data-parallel ranks."""
 
 import heapq
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from minpro_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class SequenceCost:
-    """The computation for a sequence of n tokens, linear * n + quadratic * n^2, in any unit: attention makes one long
-    sequence dearer than two of half its length."""
+    """The computation for a sequence of n tokens, linear * n + quadratic * n^2, in any unit. Because of attention one
+    long sequence costs more than two sequences of half its length."""
 
     linear: float
     quadratic: float
@@ -20,11 +20,13 @@ class SequenceCost:
 
 
 def pack_rows(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, multiple: int) -> list[list[int]]:
-    """Sequence indices of each row: at most `max_tokens` a row, the number of rows a multiple of `multiple`.
+    """Sequence indices of each row: at most `max_tokens` per row, and a number of rows that is a multiple of
+    `multiple`.
 
-    Dearest first, each into the cheapest row that still has room, with the fewest rows for which that works: the
-    rows come out alike in cost, so no rank waits long for another. Deterministic; inside a row indices ascend. A row is
-    empty only if there are fewer sequences than rows. Raises ValueError for a sequence longer than a row.
+    The sequences are placed in descending order of cost, each into the cheapest row that still has room, with the
+    smallest number of rows for which that works: the rows have similar costs, so no rank waits long for another.
+    Deterministic; inside a row indices ascend. A row is empty only if there are fewer sequences than rows. Raises
+    ValueError for a sequence longer than a row.
 
     >>> pack_rows([5, 1, 3, 4], [5, 1, 3, 4], max_tokens=8, multiple=2)
     [[0, 1], [2, 3]]
@@ -66,15 +68,15 @@ def _fill(
 
 
 def share_rows(row_costs: Sequence[float], data_size: int) -> list[list[int]]:
-    """The rows of each data-parallel rank, as many for each, in the order in which the rank works on them.
+    """The rows of each data-parallel rank, the same number for each, in the order in which the rank processes them.
 
-    Rows of like cost come at the same time on all ranks, because expert parallelism makes the ranks wait for each other
-    in every layer; of those, the dearest goes to the rank that has had least to do so far.
+    Rows of similar cost are processed at the same time on all ranks, because with expert parallelism the ranks wait for
+    each other in every layer. Of the rows of one time, the most expensive goes to the rank with the least work so far.
 
     >>> share_rows([1.0, 4.0, 2.0, 3.0], data_size=2)
     [[1, 0], [3, 2]]
     """
-    assert len(row_costs) % data_size == 0, f"{len(row_costs)} rows cannot be shared by {data_size} ranks"
+    assert len(row_costs) % data_size == 0, f"{len(row_costs)} rows cannot be divided among {data_size} ranks"
     dearest_first = sorted(range(len(row_costs)), key=lambda row: (-row_costs[row], row))
     shares: list[list[int]] = [[] for _ in range(data_size)]
     spent = [0.0] * data_size
@@ -87,7 +89,7 @@ def share_rows(row_costs: Sequence[float], data_size: int) -> list[list[int]]:
 
 
 def imbalance(row_costs: Sequence[float], shares: Sequence[Sequence[int]]) -> float:
-    """How much longer the busiest rank works than the mean one: 0 for equal shares, 0.1 for 10 % more."""
+    """How much longer the busiest rank works than the mean: 0 for equal shares, 0.1 for 10 % more."""
     spent = [sum(row_costs[row] for row in share) for share in shares]
     mean = sum(spent) / len(spent)
     return max(spent) / mean - 1 if mean else 0.0

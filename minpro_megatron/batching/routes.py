@@ -1,6 +1,6 @@
-"""The servers' routes (R3) on their way to the routers of one rank: checked, and put into its slots.
+"""Checks the servers' routes (R3) and puts them into the slots of one rank, for its routers.
 
-A server names the experts of every token but the last one it sampled, which never went through its model.
+A server returns the experts of every token except the last sampled one, which never went through its model.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from minpro_megatron.batching.collate import RowShard, TokenSequence
 from minpro_megatron.errors import UserError
 
 _ASK_SERVERS = (
-    "start the servers with --enable-return-routed-experts and request them from each server itself: a router in "
+    "start the servers with --enable-return-routed-experts and connect to each server directly: a router in "
     "between may drop the field"
 )
 
@@ -20,9 +20,9 @@ _ASK_SERVERS = (
 def refuse_other_routes(
     sequences: Sequence[TokenSequence], num_layers: int, num_experts: int, experts_per_token: int
 ) -> None:
-    """Raises ValueError if routes are missing, or are not [tokens - 1, layers, experts a token] of this model.
+    """Raises ValueError if routes are missing, or are not [tokens - 1, layers, experts per token] of this model.
 
-    Looks at shapes alone; `wrong_choice` looks at the experts.
+    Checks only shapes; `wrong_choice` checks the experts.
     """
     missing = sum(sequence.routed_experts is None for sequence in sequences)
     if missing:
@@ -35,18 +35,18 @@ def refuse_other_routes(
         if found != needed:
             raise UserError(
                 f"model.routing_replay = rollout: the routes of a response have the shape {found}, but [prompt + "
-                f"response tokens - 1, layers, experts a token] is {needed} for the model of {num_experts} experts; "
+                f"response tokens - 1, layers, experts per token] is {needed} for the model of {num_experts} experts; "
                 "serve the model of model.hf_path, with all of the prompt's routes"
             )
 
 
 def shard_routes(shard: RowShard, layers: slice, num_experts: int, experts_per_token: int) -> np.ndarray:
-    """The experts of this rank's slots, uint8 or int16 [layers, L, experts a token], for the model's `layers`. Stored
-    routes have been read.
+    """The experts of this rank's slots, uint8 or int16 [layers, L, experts per token], for the model's `layers`. Stored
+    routes must have been read.
 
-    Padding and each sequence's last token have no routes, and no loss depends on what is chosen for them: nothing
-    attends to the first, and nothing follows the last. They take the experts in turn, so that every expert, wherever
-    it is, gets as many of them: a fixed choice would send all padding to one expert rank.
+    Padding and each sequence's last token have no routes, and no loss depends on their experts: no token attends to
+    padding, and no token follows the last one. They are assigned to the experts in turn, so that every expert gets the
+    same number of them: a fixed choice would send all padding to one expert rank.
     """
     given = [routes for routes in shard.routed_experts if isinstance(routes, np.ndarray)]
     assert len(given) == len(shard.routed_experts), "sequences without routes, or with routes that have not been read"
@@ -54,20 +54,20 @@ def shard_routes(shard: RowShard, layers: slice, num_experts: int, experts_per_t
     chosen = np.empty((layers.stop - layers.start, len(shard.position_L), experts_per_token), dtype)
     unrouted = np.ones(len(shard.position_L), bool)
     for place, routes in enumerate(given):
-        # a rank holds its slots sequence by sequence
+        # a rank's slots are ordered by sequence
         first, end = np.searchsorted(shard.sequence_L, [place, place + 1])
         positions = shard.position_L[first:end]
         slots = first + np.flatnonzero(positions < len(routes))
         chosen[:, slots] = routes[shard.position_L[slots], layers].transpose(1, 0, 2)
         unrouted[slots] = False
     free = np.flatnonzero(unrouted)
-    turns = free[:1] + np.arange(len(free))  # rows with one such slot must not all begin with the same expert
+    turns = free[:1] + np.arange(len(free))  # rows with one such slot must not all start with the same expert
     chosen[:, free] = (turns[:, None] * experts_per_token + np.arange(experts_per_token)) % num_experts
     return chosen
 
 
 def wrong_choice(chosen: np.ndarray, first_layer: int, num_experts: int) -> str | None:
-    """What is wrong with the experts `chosen` [layers, tokens, experts a token], or None."""
+    """The error in the experts `chosen` [layers, tokens, experts per token], or None."""
     for layer, of_layer in enumerate(chosen, start=first_layer):
         outside = (of_layer < 0) | (of_layer >= num_experts)
         if outside.any():

@@ -1,4 +1,4 @@
-"""From a batch of collected groups to the sequences that the trainer packs."""
+"""Converts a batch of collected groups to the sequences that the trainer packs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from minpro_megatron.records import Batch, BehaviorLogProbs, TrainedStep
 def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) -> list[list[TokenSequence]]:
     """[group][response] of `batch`, in canonical order, as global step `batch.index` consumes it; not scored yet.
 
-    Rewards are shaped and equal-reward groups treated as `loss` says.
+    `loss` sets how rewards are shaped and how groups with equal rewards are treated.
     """
     groups, first_slot = [], 0
     for group in batch.groups:
@@ -45,9 +45,10 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
 def advantages_and_trained(
     rewards: Sequence[float], lengths: Sequence[int], loss: LossConfig, max_response_tokens: int
 ) -> tuple[np.ndarray, bool]:
-    """(float32 [responses], whether the group's tokens count) of one group, from rewards and numbers of tokens.
+    """(advantages, float32 [responses]; whether the group's tokens are trained on) of one group, from rewards and
+    numbers of tokens.
 
-    `loss` says how long responses are punished and whether a group with equal rewards is left out.
+    `loss` sets the penalty for long responses and whether a group with equal rewards is excluded.
     """
     penalty = loss.overlong_penalty
     if penalty.enabled:
@@ -82,8 +83,8 @@ def with_log_probs(groups: list[list[TokenSequence]], **log_probs: np.ndarray) -
 
 
 def with_known_scores(batch: Batch, fresh: np.ndarray) -> np.ndarray:
-    """Behavior log-probs of all response tokens of `batch` in canonical order, float32: those that its groups carry,
-    and `fresh` for the groups that carry none."""
+    """Behavior log-probs of all response tokens of `batch` in canonical order, float32: those stored in its groups,
+    and `fresh` for the groups that have none."""
     pieces, first = [], 0
     for response in (response for group in batch.groups for response in group.responses):
         known = response.behavior_log_probs
@@ -96,19 +97,19 @@ def with_known_scores(batch: Batch, fresh: np.ndarray) -> np.ndarray:
 
 
 def behavior_record(batch: Batch, policy_version: int, log_probs: np.ndarray) -> BehaviorLogProbs:
-    """The scores of `batch` as they go back to the collector; `log_probs` as in with_log_probs."""
+    """The scores of `batch` in the form that is sent to the collector; `log_probs` as in with_log_probs."""
     return BehaviorLogProbs(index=batch.index, policy_version=policy_version, log_probs=_by_response(batch, log_probs))
 
 
 def trained_step(batch: Batch, policy_version: int, log_probs: Sequence[np.ndarray]) -> TrainedStep:
-    """What the collector is told once the batch is trained on. `log_probs`: those of its mini-batches in order, float32
-    [response tokens]; none where they are not recorded."""
+    """The report to the collector after training on the batch. `log_probs`: those of its mini-batches in order, float32
+    [response tokens]; none if they are not recorded."""
     recorded = _by_response(batch, np.concatenate(log_probs)) if log_probs else []
     return TrainedStep(step=batch.index, policy_version=policy_version, log_probs=recorded)
 
 
 def _by_response(batch: Batch, values: np.ndarray) -> list[list[np.ndarray]]:
-    """[group][response] of one value for each response token of the batch in canonical order."""
+    """Splits one value per response token of the batch, in canonical order, into [group][response]."""
     ends = np.cumsum([len(response.token_ids) for group in batch.groups for response in group.responses])
     assert len(values) == ends[-1], "values of another batch"
     pieces = iter(np.split(values, ends[:-1]))

@@ -1,4 +1,4 @@
-"""The servers' routes (R3) where they lie in files: mapped into memory, so that the ranks of a node share one copy."""
+"""Reads the servers' routes (R3) from files: mapped into memory, so that the ranks of a node share one copy."""
 
 import hashlib
 from dataclasses import replace
@@ -13,8 +13,8 @@ _DTYPES = ("|u1", "<i2")
 
 
 def read_routes(stored: StoredRoutes) -> np.ndarray:
-    """The array [prompt + response tokens - 1, layers, experts a token], read only. Raises ValueError if the file is
-    missing or has other bytes."""
+    """The array [prompt + response tokens - 1, layers, experts per token], read-only. Raises ValueError if the file is
+    missing or its bytes have changed."""
     if stored.dtype not in _DTYPES:
         raise UserError(f"{stored.path}: routes of dtype {stored.dtype!r}; known: {', '.join(_DTYPES)}")
     dtype = np.dtype(stored.dtype)
@@ -23,7 +23,7 @@ def read_routes(stored: StoredRoutes) -> np.ndarray:
         data = np.memmap(stored.path, np.uint8, "r")[stored.offset : stored.offset + size]
     except OSError as error:
         raise UserError(f"{stored.path}: these routes cannot be read ({error.strerror})") from None
-    except ValueError:  # nothing can be mapped of a file that has been emptied
+    except ValueError:  # an empty file cannot be mapped
         data = np.empty(0, np.uint8)
     if hashlib.sha256(data).hexdigest() != stored.sha256:
         raise UserError(
@@ -34,6 +34,6 @@ def read_routes(stored: StoredRoutes) -> np.ndarray:
 
 
 def with_routes_read(row: RowShard) -> RowShard:
-    """The row with arrays in the place of stored routes. Raises ValueError as read_routes does."""
+    """The row with its stored routes replaced by arrays. Raises ValueError as read_routes does."""
     read = [read_routes(routes) if isinstance(routes, StoredRoutes) else routes for routes in row.routed_experts]
     return replace(row, routed_experts=read)

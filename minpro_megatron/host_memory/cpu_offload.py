@@ -1,6 +1,7 @@
-"""What megatron's optimizer in host memory (optimizer.cpu_offload) needs around it.
+"""Buffers and initial state for Megatron's optimizer in host memory (optimizer.cpu_offload).
 
-Its HybridDeviceOptimizer is several optimizers: one for each parameter kept on the host, one for what stays on the GPU.
+Its HybridDeviceOptimizer consists of several optimizers: one for each parameter in host memory, one for all parameters
+that stay on the GPU.
 """
 
 import torch
@@ -10,8 +11,8 @@ from minpro_megatron.host_memory.host_blocks import host_tensors
 
 
 def make_gradients(optimizer: HybridDeviceOptimizer) -> None:
-    """Host memory for the gradients, in a few blocks. megatron pins each gradient by itself at the first update, which
-    torch rounds up to a power of two: a third more for the experts of Qwen3-30B-A3B."""
+    """Allocates host memory for the gradients in a few blocks. Megatron would pin each gradient separately at the first
+    update, and torch rounds each up to a power of two: a third more memory for the experts of Qwen3-30B-A3B."""
     copies = list(optimizer.cpu_copys_map_gpu_param)
     for copy, gradient in zip(copies, host_tensors(copies, pinned=True), strict=True):
         optimizer.cpu_copy_map_grad[copy] = gradient.zero_()
@@ -19,8 +20,8 @@ def make_gradients(optimizer: HybridDeviceOptimizer) -> None:
 
 
 def make_state(optimizer: HybridDeviceOptimizer) -> None:
-    """Moments of zero where no update has made any. megatron's own way, an update with random gradients, would also
-    change the weights."""
+    """Sets Adam's moments to zero where no update has made any. Megatron does this by an update with random gradients,
+    which would also change the weights."""
     for part in optimizer.sub_optimizers:
         for parameter in (parameter for group in part.param_groups for parameter in group["params"]):
             state = part.state[parameter]

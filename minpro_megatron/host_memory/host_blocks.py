@@ -1,17 +1,17 @@
-"""Host memory for a list of tensors in a few large blocks: of pinned memory torch allocates powers of two."""
+"""Host memory for a list of tensors in a few large blocks: torch rounds pinned memory up to powers of two."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# What is left below this is not worth another block.
-_SMALLEST_BLOCK_BYTES = 16 * 2**20
+# A remainder below this size is not divided into smaller blocks.
+_MIN_BLOCK_BYTES = 16 * 2**20
 
 
 def host_tensors(like: Sequence[Tensor], pinned: bool = False) -> list[Tensor]:
-    """Uninitialised contiguous tensors in host memory, of the shapes and dtypes of `like`; pinned for those on a GPU,
-    with which copies are several times faster, and with `pinned` for all."""
+    """Uninitialized contiguous tensors in host memory, with the shapes and dtypes of `like`. They are pinned for
+    tensors on a GPU, because copies are then several times faster, and with `pinned` for all tensors."""
     made: dict[int, Tensor] = {}
     kinds = [(tensor.dtype, pinned or tensor.is_cuda) for tensor in like]
     for dtype, is_pinned in dict.fromkeys(kinds):
@@ -26,16 +26,17 @@ def host_tensors(like: Sequence[Tensor], pinned: bool = False) -> list[Tensor]:
 
 
 def pack(sizes: Sequence[int]) -> list[list[int]]:
-    """Puts everything into blocks that are close to full powers of two; each lists its places in `sizes`.
+    """Packs all `sizes` into blocks whose sizes are slightly below powers of two; each block lists its indices in
+    `sizes`.
 
-    Torch's pinned allocator rounds every request up to a power of two (ATen/core/CachingHostAllocator.h): one for each
-    tensor, or a single one for all, may take almost twice its bytes.
+    Torch's pinned allocator rounds every request up to a power of two (ATen/core/CachingHostAllocator.h): one block per
+    tensor, or a single block for all, may take almost twice the bytes.
     """
     left = sorted(range(len(sizes)), key=lambda place: -sizes[place])
     blocks = []
     while left:
         total = sum(sizes[place] for place in left)
-        room = total if total <= _SMALLEST_BLOCK_BYTES else 1 << (total.bit_length() - 1)
+        room = total if total <= _MIN_BLOCK_BYTES else 1 << (total.bit_length() - 1)
         largest = sizes[left[0]]
         room = room if largest <= room else 1 << (largest - 1).bit_length()
         block, others = [], []

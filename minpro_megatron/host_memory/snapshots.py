@@ -1,4 +1,4 @@
-"""Earlier weights of the local shard, kept in host memory and swapped in for scoring."""
+"""Snapshots of earlier weights of the local shard, stored in host memory and swapped in for scoring."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from minpro_megatron.host_memory.host_blocks import host_tensors
 
 
 class WeightSnapshots:
-    """Named copies of `parameters`. While one is swapped in, the current weights wait in host memory too."""
+    """Named copies of `parameters`. While one is swapped in, the current weights are stored in host memory too."""
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self._parameters = parameters
         self._kept: dict[str, list[Tensor]] = {}
-        self._current: list[Tensor] | None = None  # what waits while another is swapped in
+        self._current: list[Tensor] | None = None  # the current weights while a snapshot is swapped in
         self._swapped_in: str | None = None
 
     def refuse_while_swapped(self, what: str) -> None:
@@ -24,7 +24,7 @@ class WeightSnapshots:
 
     @torch.no_grad()
     def keep(self, name: str) -> None:
-        """Remember the current weights as `name`, in place of what was kept under it."""
+        """Copy the current weights to the snapshot `name`, which may exist already."""
         self.refuse_while_swapped(f"keep({name!r})")
         if name not in self._kept:
             self._kept[name] = host_tensors(self._parameters)
@@ -32,7 +32,7 @@ class WeightSnapshots:
 
     @contextmanager
     def swapped_in(self, name: str) -> Iterator[None]:
-        """Within: the weights kept as `name` are in place. Nothing may change them meanwhile."""
+        """Context manager: inside it the parameters have the values of snapshot `name` and must not be changed."""
         assert name in self._kept, f"there are no {name!r} weights: keep({name!r}) comes first"
         self.refuse_while_swapped(f"swapped_in({name!r})")
         self._current = self._current or host_tensors(self._parameters)
@@ -42,7 +42,7 @@ class WeightSnapshots:
         try:
             yield
         finally:
-            # in place: the float32 optimizer's master weights are views of the same memory
+            # copied in place: the float32 optimizer's master weights are views of the same memory
             self._copy_in(self._current)
             self._swapped_in = None
 

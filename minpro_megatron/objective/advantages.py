@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SMALLEST_DEVIATION = 1e-6
+MIN_DEVIATION = 1e-6
 
 
 def group_advantages(rewards: Sequence[float]) -> np.ndarray:
     """(R - mean) / (std with Bessel's correction + 1e-6), float32 [responses]; zeros for equal rewards.
 
-    A group of one has nothing to compare with: its advantage is 0, like that of equal rewards.
-    arXiv:2402.03300, section 4.1.2. Raises ValueError for no rewards or one that is not finite.
+    A group of one response has no other response to compare with: its advantage is 0, as for equal rewards.
+    arXiv:2402.03300, section 4.1.2. Raises ValueError if there are no rewards or one is not finite.
 
     >>> group_advantages([1.0, 0.0]).round(4).tolist()
     [0.7071, -0.7071]
@@ -22,12 +22,12 @@ def group_advantages(rewards: Sequence[float]) -> np.ndarray:
     centred = values - values.mean()
     if np.ptp(values) == 0:
         return np.zeros(len(values), np.float32)
-    return (centred / (values.std(ddof=1) + SMALLEST_DEVIATION)).astype(np.float32)
+    return (centred / (values.std(ddof=1) + MIN_DEVIATION)).astype(np.float32)
 
 
 def overlong_penalty(num_tokens: int, limit: int, buffer_tokens: int, scale: float) -> float:
-    """What a response of `num_tokens` adds to its reward: 0 up to limit - buffer_tokens, then falling linearly to
-    -scale at the limit. arXiv:2503.14476, equation 13.
+    """The penalty added to the reward of a response of `num_tokens`: 0 up to limit - buffer_tokens, then decreasing
+    linearly to -scale at the limit. arXiv:2503.14476, equation 13.
 
     >>> overlong_penalty(90, limit=100, buffer_tokens=20, scale=1.0)
     -0.5

@@ -10,7 +10,7 @@ from torch import Tensor
 from minpro_megatron.config.objective import PrefixFilterConfig, PrefixRatioConfig, ShuffledMinproConfig
 from minpro_megatron.objective.clipped_weight import clipped_weight_terms
 from minpro_megatron.objective.ranking import quantile
-from minpro_megatron.objective.survey import collected, spread_out
+from minpro_megatron.objective.survey import gather_selected, scatter_selected
 from minpro_megatron.objective.terms import MAX_LOG_RATIO, MiniBatch, ObjectiveTerms, PolicyTokens, position_bucket
 
 
@@ -27,18 +27,18 @@ def prefix_filter(tokens: PolicyTokens, settings: PrefixFilterConfig) -> Objecti
 
 
 def small_prefix_ratios(mini_batch: MiniBatch, settings: PrefixFilterConfig) -> list[Tensor]:
-    """1 for each token whose product of ratios up to it is strictly below the mini-batch's `quantile` of them.
+    """1 for each token whose product of ratios up to it is strictly below the mini-batch's `quantile` of the products.
 
-    The quantile interpolates linearly, as numpy.quantile does; tokens equal to it stay. It is taken of the products'
-    logarithms, which order the tokens in the same way and do not underflow.
+    The quantile interpolates linearly, as numpy.quantile does; tokens equal to it are kept. It is computed on the
+    logarithms of the products, which have the same order and do not underflow.
     """
     trained = [tokens.is_trained_L for tokens in mini_batch.micro_batches]
-    sums = collected([tokens.prefix_log_ratio_L for tokens in mini_batch.micro_batches], trained)
-    return spread_out(sums < quantile(sums, settings.quantile, mini_batch.ranks), trained, mini_batch)
+    sums = gather_selected([tokens.prefix_log_ratio_L for tokens in mini_batch.micro_batches], trained)
+    return scatter_selected(sums < quantile(sums, settings.quantile, mini_batch.ranks), trained, mini_batch)
 
 
 def shuffled_minpro(tokens: PolicyTokens, settings: ShuffledMinproConfig) -> ObjectiveTerms:
-    """MinPRO with the prefix minima that `shuffled_prefix_minima` dealt out."""
+    """MinPRO with the prefix minima that `shuffled_prefix_minima` assigned."""
     assert tokens.surveyed_L is not None, "shuffled_minpro needs its survey"
     return clipped_weight_terms(tokens, tokens.surveyed_L * tokens.log_ratio_L.exp(), settings)
 
@@ -46,19 +46,19 @@ def shuffled_minpro(tokens: PolicyTokens, settings: ShuffledMinproConfig) -> Obj
 def shuffled_prefix_minima(mini_batch: MiniBatch, settings: ShuffledMinproConfig) -> list[Tensor]:
     """For each token the prefix minimum of a random token of the mini-batch from the same position bucket.
 
-    Buckets hold positions 1, 2-3, 4-7, 8-15, ... of trained tokens; within one the minima are permuted, so that their
-    distribution by position stays what it was. As a control experiment it may exchange a number for every token.
+    Buckets contain positions 1, 2-3, 4-7, 8-15, ... of trained tokens. The minima are permuted within a bucket, so that
+    their distribution by position does not change. As a control experiment it may change the minimum of every token.
     """
     trained = [tokens.is_trained_L for tokens in mini_batch.micro_batches]
-    minima = collected([tokens.prefix_minimum_L for tokens in mini_batch.micro_batches], trained)
-    buckets = collected([position_bucket(tokens) for tokens in mini_batch.micro_batches], trained)
-    ids = collected([tokens.ids_L for tokens in mini_batch.micro_batches], trained)
+    minima = gather_selected([tokens.prefix_minimum_L for tokens in mini_batch.micro_batches], trained)
+    buckets = gather_selected([position_bucket(tokens) for tokens in mini_batch.micro_batches], trained)
+    ids = gather_selected([tokens.ids_L for tokens in mini_batch.micro_batches], trained)
     rows = torch.stack([ids.double(), buckets.double(), minima.double()], dim=1)
     rows = mini_batch.ranks.gather(rows.reshape(-1)).view(-1, 3).cpu().numpy()
-    rows = rows[np.argsort(rows[:, 0])]  # the tokens' own order: the shuffle must not depend on who held them
+    rows = rows[np.argsort(rows[:, 0])]  # ordered by token: the shuffle must not depend on the ranks of the tokens
     random, dealt = np.random.default_rng(mini_batch.seed), rows[:, 2].copy()
     for bucket in np.unique(rows[:, 1]):
         members = np.flatnonzero(rows[:, 1] == bucket)
         dealt[members] = rows[random.permutation(members), 2]
     mine = dealt[np.searchsorted(rows[:, 0], ids.cpu().numpy())]
-    return spread_out(torch.from_numpy(mine).to(minima), trained, mini_batch)
+    return scatter_selected(torch.from_numpy(mine).to(minima), trained, mini_batch)

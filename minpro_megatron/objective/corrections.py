@@ -11,7 +11,7 @@ from minpro_megatron.objective.terms import ObjectiveTerms, log_difference
 
 @dataclass(frozen=True)
 class OtherLogProbs:
-    """Log-probs of the same tokens from elsewhere than the current weights, float32 [L]; zeros where not in use."""
+    """Log-probs of the same tokens from other sources than the current weights, float32 [L]; zeros if not used."""
 
     behavior_L: Tensor  # trainer, sampling weights
     rollout_L: Tensor  # server, sampling weights
@@ -19,18 +19,18 @@ class OtherLogProbs:
     reference_L: Tensor  # trainer, initial weights
 
     def denominator(self, settings: LossConfig) -> Tensor:
-        """What the objective's ratio is taken against."""
+        """The log-probs in the denominator of the objective's ratio."""
         return self.proximal_L if settings.decoupled.enabled else self.behavior_L
 
 
 def corrected(
     terms: ObjectiveTerms, log_probs_L: Tensor, others: OtherLogProbs, settings: LossConfig
 ) -> ObjectiveTerms:
-    """The objective's terms with whatever `settings` switches on; the same object if that is nothing.
+    """The objective's terms with the corrections that `settings` enables; the same object if none is enabled.
 
-    As in the ratio, infinite differences of a trained token's log-probs count as +-20 and NaN stays NaN; what is
-    switched off is not looked at. A token that is left out has no part in the objective, whatever its numbers, but
-    still pays the KL penalty.
+    As in the ratio, infinite differences of a trained token's log-probs count as +-20 and NaN stays NaN. Log-probs of
+    disabled corrections are not read. An excluded token has no part in the objective, whatever its values, but still
+    has the KL penalty.
     """
     if settings.truncated_importance.enabled or settings.icepop.enabled:
         terms = _for_mismatch(terms, log_difference(others.behavior_L, others.rollout_L).exp(), settings)

@@ -6,10 +6,10 @@ from minpro_megatron.objective.terms import MAX_LOG_RATIO, ObjectiveTerms, Polic
 
 
 def ctpo(tokens: PolicyTokens, settings: CtpoConfig) -> ObjectiveTerms:
-    """CTPO, arXiv:2605.07331: PPO's clip on r_t = rho_1 * ... * rho_t, the gradient flowing through rho_t alone.
+    """CTPO, arXiv:2605.07331: PPO's clip on r_t = rho_1 * ... * rho_t; the gradient flows only through rho_t.
 
     Log bounds are -log_clip_low * sqrt(t) and log_clip_high * sqrt(t), the dual clip for A < 0 log_dual_clip * sqrt(t);
-    t counts the sequence's trained tokens from 1, this one included, whoever holds them.
+    t counts the sequence's trained tokens on all ranks from 1, up to and including this one.
     """
     log_ratio = tokens.prefix_log_ratio_L
     if settings.log_clamp is not None:

@@ -1,7 +1,6 @@
-"""Off-policyness and objective statistics of the local slots, in forms that merge exactly over ranks.
+"""Off-policyness and objective statistics of the local slots, in a form that merges exactly over ranks.
 
-A micro-batch's statistics are one vector: small operations cost more than the numbers they work on, and the host needs
-one copy for all.
+A micro-batch's statistics are one vector: this needs fewer small operations, and one copy to the host for all values.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,10 @@ from minpro_megatron.objective.corrections import OtherLogProbs, kl_estimate
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, position_bucket
 
 POSITION_BUCKETS = [str(2**b) for b in range(18)]  # named by their first position: 1, 2-3, 4-7, ... 131072 and beyond
-STALENESS_BUCKETS = [str(steps) for steps in range(17)]  # the last holds whatever is staler
+STALENESS_BUCKETS = [str(steps) for steps in range(17)]  # the last contains all larger values
 DIVISIONS = {"position": POSITION_BUCKETS, "staleness": STALENESS_BUCKETS}
 
-# Means over the trained slots in the order of `_rows`. The first ones are also told by bucket, under these names.
+# Means over the trained slots in the order of `_rows`. The first ones are also reported by bucket, under these names.
 _BY_BUCKET = {
     "prefix_ratio/log": "prefix_ratio/log_mean",
     "prefix_ratio/surrogate_log": "prefix_ratio/surrogate_log_mean",
@@ -44,20 +43,20 @@ _HISTOGRAMS = ("ratio/log", "prefix_min/log", "prefix_ratio/gap")
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a micro-batch's local slots amount to. It stays on the device until the mini-batch's end."""
+    """The statistics of a micro-batch's local slots. They stay on the device until the end of the mini-batch."""
 
-    numbers: Tensor  # float64, as `_layout` says
+    numbers: Tensor  # float64, in the order of `_layout`
     histograms: Tensor  # int64 [histograms, NUM_BINS]: logs in the bins of metrics.histograms
 
 
 class _Entry(NamedTuple):
-    """Where in `Statistics.numbers` a metric's total (a sum, or an extreme) and its count stand."""
+    """The indices in `Statistics.numbers` of a metric's total (a sum, or an extreme) and of its count."""
 
     name: str
     total: int
     count: int
     reduction: Reduction
-    is_bucket: bool = False  # a bucket is a metric only if it holds anything
+    is_bucket: bool = False  # a bucket is reported only if it is not empty
 
 
 def token_statistics(
@@ -68,11 +67,11 @@ def token_statistics(
     staleness_L: Tensor,
     loss: tuple[Tensor, int],
 ) -> Statistics:
-    """The statistics of the trained slots (see metrics.metric.METRICS for their meaning). `loss` is the sum of the
-    local slots' values and this rank's part of the denominator."""
+    """The statistics of the trained slots (metrics.metric.METRICS describes them). `loss` is the sum of the local
+    slots' values and this rank's part of the denominator."""
     mask, log_ratio = tokens.is_trained_L, tokens.log_ratio_L
     log_prefix_min = torch.where(tokens.log_prefix_minimum_L == torch.inf, 0.0, tokens.log_prefix_minimum_L)
-    # m_t rho_t stands for rho_1 ... rho_t: what of the product's log is lost, or made up
+    # m_t rho_t replaces rho_1 ... rho_t; the gap is the difference of their logarithms
     log_surrogate = log_prefix_min + log_ratio
     gap = log_surrogate - tokens.prefix_log_ratio_L
     rows = torch.stack(_rows(tokens, terms, entropies_L, others, log_surrogate, gap))
@@ -113,12 +112,12 @@ def _rows(
     tokens: PolicyTokens, terms: ObjectiveTerms, entropies_L: Tensor, others: OtherLogProbs, log_surrogate_L: Tensor,
     gap_L: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """float64 [L] each: 1 for every slot, the values of _MEANS, the place of each response's smallest ratio where that
-    is, and 1 where that is."""
+    """float64 [L] each: 1 for every slot, the values of _MEANS, and, at the slot of each response's smallest ratio, its
+    relative position and 1."""
     log_ratio, weight, prefix_min = tokens.log_ratio_L, terms.weight_L.double(), tokens.prefix_minimum_L
     ratio, log_ratio_square = log_ratio.exp(), log_ratio**2
     mismatch = others.rollout_L - others.behavior_L  # log of (engine / trainer) under the same weights
-    is_smallest, place = _place_of_the_minimum(tokens)
+    is_smallest, place = _position_of_minimum(tokens)
     return [
         torch.ones_like(log_ratio),
         tokens.prefix_log_ratio_L,
@@ -132,13 +131,13 @@ def _rows(
         ratio**2,
         log_ratio_square,
         entropies_L.double(),
-        # the tokens were drawn from the old policy: estimates of KL(old || current), as kl_estimate's
+        # the tokens were sampled from the old policy: estimates of KL(old || current), as in kl_estimate
         -log_ratio,
         log_ratio_square / 2,
         ratio - 1 - log_ratio,
         (prefix_min < 1).double(),
         terms.clipped_L.double(),
-        terms.left_out_L.double(),
+        terms.excluded_L.double(),
         kl_estimate(mismatch, torch.zeros_like(mismatch), "k3")[0].double(),
         place,
         is_smallest.double(),
@@ -155,7 +154,7 @@ def _layout() -> list[_Entry]:
 
 
 def _places() -> Iterator[_Entry]:
-    """What token_statistics writes one after another."""
+    """The entries in the order in which token_statistics writes them."""
     for row, name in enumerate((*_MEANS, _PLACE), start=1):
         yield _Entry(name, row, 0 if name != _PLACE else row + 1, "mean")
     start = len(_MEANS) + 3
@@ -174,16 +173,16 @@ def _places() -> Iterator[_Entry]:
 
 
 def _histograms(values_HL: Tensor, mask_L: Tensor) -> Tensor:
-    """int64 [H, NUM_BINS]; NaN is in no bin."""
+    """int64 [H, NUM_BINS]; NaN is not counted."""
     place = torch.floor(torch.asinh(values_HL / SCALE) / STEP).clamp(-BINS_PER_SIDE, BINS_PER_SIDE - 1) + BINS_PER_SIDE
     place = torch.where(mask_L & ~values_HL.isnan(), place, NUM_BINS).long()
     counts = place.new_zeros(len(values_HL), NUM_BINS + 1).scatter_add_(1, place, torch.ones_like(place))
     return counts[:, :NUM_BINS]
 
 
-def _place_of_the_minimum(tokens: PolicyTokens) -> tuple[Tensor, Tensor]:
-    """(bool [L]: each response's smallest ratio is here first, float64 [L]: where in the response that is: 0 the first
-    trained token, 1 the last or the only one; 0 in other slots)."""
+def _position_of_minimum(tokens: PolicyTokens) -> tuple[Tensor, Tensor]:
+    """(bool [L]: this slot is the first with its response's smallest ratio; float64 [L]: its relative position in the
+    response, 0 for the first trained token, 1 for the last or the only one; 0 in other slots)."""
     is_smallest = tokens.log_ratio_L == tokens.log_minimum_L
     is_it = tokens.is_trained_L & is_smallest & (tokens.log_ratio_L < tokens.log_prefix_minimum_L)
     last = (tokens.trained_L - 1).clamp(min=1)

@@ -10,8 +10,8 @@ from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
 def gspo(tokens: PolicyTokens, settings: GspoConfig) -> ObjectiveTerms:
     """GSPO, arXiv:2507.18071: PPO's clip on s = exp(mean of log rho over the sequence's trained tokens).
 
-    Every token of a sequence has the sequence's value; with sequence-mean aggregation the gradient is that of
-    min(s A, clip(s) A) summed over sequences, for d s / d log pi_t = s / trained tokens.
+    Every token of a sequence has the sequence's value. With sequence-mean aggregation the gradient is that of
+    min(s A, clip(s) A) summed over sequences, because d s / d log pi_t = s / trained tokens.
     """
     total = tokens.scan.whole(tokens.log_ratio_L, "sum")
     count = tokens.scan.whole(tokens.mask_L, "sum").clamp(min=1)

@@ -1,8 +1,9 @@
-"""Exact order statistics of values that are spread over ranks, exchanging a few thousand numbers and no value.
+"""Exact order statistics of values that are distributed over ranks. The ranks exchange a few thousand counts, never the
+values.
 
-A value's 64 bits are looked at eight at a time, the highest first. In each of the eight rounds every rank counts its
-values in 256 buckets, the counts are summed over the ranks, and the bucket in which the searched place lies is
-searched in the next round. The result does not depend on how the values are spread.
+The 64 bits of a value are examined eight at a time, the highest first. In each of the eight rounds every rank counts
+its values in 256 buckets, the counts are summed over the ranks, and the next round searches the bucket that contains
+the requested position. The result does not depend on how the values are distributed.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ _REST = torch.iinfo(torch.int64).max
 
 
 class Ranks(Protocol):
-    """What the ranks that share the tokens of a mini-batch can do together; all of them call it in the same order."""
+    """Collectives over the ranks that share the tokens of a mini-batch; all ranks call them in the same order."""
 
     def sum(self, values: Tensor) -> Tensor:
         """The elementwise sum over the ranks."""
@@ -28,12 +29,12 @@ class Ranks(Protocol):
         ...
 
     def gather(self, values: Tensor) -> Tensor:
-        """All ranks' `values` [any length] one after another, in rank order."""
+        """The concatenation of all ranks' `values` [any length], in rank order."""
         ...
 
 
 class OneRank:
-    """`Ranks` where one process holds everything."""
+    """`Ranks` of a single process."""
 
     def sum(self, values: Tensor) -> Tensor:
         return values
@@ -47,18 +48,18 @@ class OneRank:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where a condition on the sorted values stops to hold."""
+    """The point in the sorted values from which a condition is false."""
 
-    value: float  # the smallest value with which it does not hold
+    value: float  # the smallest value for which it is false
     count_below: int  # values strictly below
     total_below: float  # their sum
 
 
 def boundary(values_N: Tensor, holds: Callable[[Tensor, Tensor, Tensor], Tensor], ranks: Ranks) -> Boundary | None:
-    """The smallest value x for which `holds(count, total, x)` is false; None if it holds for all values there are.
+    """The smallest value x for which `holds(count, total, x)` is false; None if it is true for all values.
 
-    `holds` gets float64 tensors: x, and the number and the sum of all values <= x; it must be true up to some x and
-    false from there on. x need not be one of the values. Values are finite; the work is done in float64.
+    `holds` takes float64 tensors: the number and the sum of all values <= x, and x. It must be true up to some x and
+    false from there on. x need not be one of the values. Values must be finite; computed in float64.
     """
     values_N = values_N.double()
     keys_N = _ordered_bits(values_N)
@@ -76,7 +77,7 @@ def boundary(values_N: Tensor, holds: Callable[[Tensor, Tensor, Tensor], Tensor]
         running = below + ranks.sum(buckets).cumsum(0)
         edges = _from_ordered_bits(prefix + (torch.arange(256, device=keys_N.device) << shift) + ((1 << shift) - 1))
         fits = holds(running[:, 0], running[:, 1], edges)
-        # rounding may let the last bucket of a later round hold although the bucket it came from did not
+        # by rounding, the condition may be true for the last bucket of a later round but false for its parent bucket
         first = min(int((~fits).int().argmax()) if not bool(fits.all()) else 255, 255)
         below = running[first - 1] if first else below
         prefix = _signed(prefix + (first << shift))
@@ -85,9 +86,10 @@ def boundary(values_N: Tensor, holds: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def order_statistic(values_N: Tensor, place: int, ranks: Ranks) -> float:
-    """The value at `place` (from 0) of all ranks' values in ascending order, NaN beyond the infinity of its sign.
+    """The value at index `place` (from 0) of all ranks' values in ascending order; NaN sorts beyond the infinity of its
+    sign.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is no such index.
     """
     found = boundary(values_N, lambda count, total, edge: count <= place, ranks)
     if place < 0 or found is None:
@@ -96,7 +98,7 @@ def order_statistic(values_N: Tensor, place: int, ranks: Ranks) -> float:
 
 
 def quantile(values_N: Tensor, share: float, ranks: Ranks) -> float:
-    """The `share` quantile over all ranks with linear interpolation, as numpy.quantile has it; NaN of no values."""
+    """The `share` quantile over all ranks with linear interpolation, as in numpy.quantile; NaN without values."""
     count = int(ranks.sum(torch.tensor(len(values_N), device=values_N.device)))
     if count == 0:
         return float("nan")
@@ -106,12 +108,13 @@ def quantile(values_N: Tensor, share: float, ranks: Ranks) -> float:
     if fraction == 0:
         return lower
     upper = order_statistic(values_N, int(place) + 1, ranks)
-    # from the nearer end, as numpy does it: rounding cannot carry the result beyond the other
+    # from the nearer end, as numpy does: rounding cannot move the result beyond the other end
     return lower + fraction * (upper - lower) if fraction < 0.5 else upper - (1 - fraction) * (upper - lower)
 
 
 def smallest(values_N: Tensor, ids_N: Tensor, how_many: int, ranks: Ranks) -> Tensor:
-    """bool [N]: which of the local values are among the `how_many` smallest of all; equal values go by smaller id."""
+    """bool [N]: the local values that are among the `how_many` smallest of all ranks. Of equal values, those with the
+    smaller id are chosen first."""
     if how_many <= 0:
         return torch.zeros_like(ids_N, dtype=torch.bool)
     edge = boundary(values_N, lambda count, total, edge: count < how_many, ranks)

@@ -1,6 +1,6 @@
-"""The objectives by name; chosen once, when the policy is built.
+"""The objectives by name. A run selects one when the policy is built.
 
-A new objective is one function in a file of its own, one line here, and its settings in config/objective.py.
+A new objective needs one function in a file of its own, one line here, and its settings in config/objective.py.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, PolicyTok
 
 @dataclass(frozen=True)
 class Objective:
-    """`terms` gives each token's part of the loss. Optional: a `survey` of the whole mini-batch that comes before it
+    """`terms` computes each token's part of the loss. Optional: a `survey` of the whole mini-batch that runs before it
     (objective.survey), and the name of a metric whose mean over the mini-batch multiplies the learning rate."""
 
     terms: Callable[[PolicyTokens, Any], ObjectiveTerms]
@@ -45,7 +45,7 @@ OBJECTIVES: dict[str, Objective] = {
     "ctpo": Objective(ctpo),
     "prefix_ratio": Objective(prefix_ratio),
     "prefix_filter": Objective(prefix_filter, survey=small_prefix_ratios),
-    # the learning rate and not the gradient: Adam divides a factor on the gradient out again
+    # it multiplies the learning rate and not the gradient: Adam's normalization would cancel a factor on the gradient
     "scaled_cispo": Objective(cispo, learning_rate_factor="prefix_min/mean"),
     "shuffled_minpro": Objective(shuffled_minpro, survey=shuffled_prefix_minima),
 }

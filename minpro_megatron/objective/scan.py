@@ -1,10 +1,10 @@
-"""Scans along a sequence's response tokens: what an objective asks for, whoever holds which tokens.
+"""Scans along a sequence's response tokens, independent of how the tokens are distributed over ranks.
 
-An objective never knows how sequences are cut. It asks a `PrefixScan`; `WholeSequenceScan` answers where one
-process holds whole sequences, `minpro_megatron.parallel.prefix_scan.ShardedScan` where ranks hold pieces of them.
+An objective does not know how sequences are sharded. It calls a `PrefixScan`: `WholeSequenceScan` if one process has
+whole sequences, `minpro_megatron.parallel.prefix_scan.ShardedScan` if ranks have pieces of them.
 
-Sums are accumulated and returned in float64: a float32 sum over 20,000 log-ratios would be off by more than the
-1e-6 that coefficients are exact to.
+Sums are accumulated and returned in float64: the error of a float32 sum over 20,000 log-ratios would exceed 1e-6, the
+accuracy of the coefficients.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ IDENTITY: dict[Operator, float] = {"min": float("inf"), "sum": 0.0}
 
 
 class PrefixScan(Protocol):
-    """Scans over the local slots [L] of the sequences; masked slots are transparent (they hold the identity).
+    """Scans over the local slots [L] of the sequences; masked slots are ignored (they have the identity).
 
     Results are float64 for "sum", of the values' type for "min".
     """
@@ -36,7 +36,7 @@ class PrefixScan(Protocol):
         ...
 
     def exclusive_and_whole(self, values_L: Tensor, operator: Operator) -> tuple[Tensor, Tensor]:
-        """Both, for little more than one of them costs."""
+        """Both results, at little more than the cost of one."""
         ...
 
 
@@ -45,19 +45,19 @@ def combined(first: Tensor, second: Tensor, operator: Operator) -> Tensor:
 
 
 def unmasked(values_L: Tensor, mask_L: Tensor, operator: Operator) -> Tensor:
-    """The values with the identity in masked slots, in the type the scan works in."""
+    """The values with the identity in masked slots, in the dtype of the scan."""
     values = values_L.detach()
     return torch.where(mask_L, values.double() if operator == "sum" else values, IDENTITY[operator])
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of neighbouring slots with the same key: the pieces of sequences that lie together."""
+    """Runs of adjacent slots with the same key: contiguous pieces of sequences."""
 
     key_L: Tensor  # int64
-    column_L: Tensor  # int64: the slot's place in its run, from 0
+    column_L: Tensor  # int64: the slot's index in its run, from 0
     is_last_L: Tensor  # bool: the last slot of its run
-    longest: int  # no run has more slots
+    longest: int  # the number of slots of the longest run
 
     @staticmethod
     def of(key_L: Tensor, longest: int | None = None) -> "Runs":
@@ -69,7 +69,7 @@ class Runs:
         return Runs(key_L, column, is_last, len(key_L) if longest is None else min(longest, len(key_L)))
 
     def running(self, values_L: Tensor, operator: Operator) -> Tensor:
-        """Inclusive scan within each run, in log2(longest) passes of O(L): no run is padded to the longest."""
+        """Inclusive scan within each run, in log2(longest) passes of O(L); runs are not padded to the longest."""
         result, step = values_L.clone(), 1
         while step < self.longest:
             earlier = torch.where(self.column_L[step:] >= step, result[:-step], IDENTITY[operator])
@@ -78,19 +78,19 @@ class Runs:
         return result
 
     def shifted(self, running_L: Tensor, operator: Operator) -> Tensor:
-        """What `running` holds one slot earlier in the run; the identity in its first slot."""
+        """The value of `running` one slot earlier in the run; the identity in its first slot."""
         return torch.where(self.column_L == 0, IDENTITY[operator], running_L.roll(1))
 
     def totals(self, running_L: Tensor, num_keys: int, operator: Operator) -> Tensor:
         """[num_keys] reduction of each key's run, the identity for keys that have none."""
-        # the other slots all write to one place more, which is dropped: no copy to the host to count runs
+        # all other slots write to one extra element, which is dropped: runs are not counted on the host
         place = torch.where(self.is_last_L, self.key_L, num_keys)
         totals = running_L.new_full((num_keys + 1,), IDENTITY[operator])
         return totals.scatter_(0, place, running_L)[:num_keys]
 
 
 class WholeSequenceScan:
-    """Scans where every sequence lies whole in the local slots, one after another.
+    """Scans over local slots that contain whole sequences, one after another.
 
     >>> scan = WholeSequenceScan(torch.tensor([0, 0, 0]), torch.tensor([1.0, 0.0, 1.0]))
     >>> scan.exclusive(torch.tensor([3.0, -9.0, 5.0]), "min").tolist()
@@ -98,7 +98,7 @@ class WholeSequenceScan:
     """
 
     def __init__(self, sequence_L: Tensor, mask_L: Tensor) -> None:
-        """A sequence is a run of equal neighbours in `sequence_L`."""
+        """A sequence is a run of equal adjacent values in `sequence_L`."""
         self._mask_L = mask_L.bool()
         names, sequence_L = torch.unique_consecutive(sequence_L, return_inverse=True)
         self._num_sequences = len(names)

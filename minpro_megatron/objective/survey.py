@@ -1,13 +1,13 @@
-"""What some objectives must know of the whole optimizer mini-batch before its gradient can be computed.
+"""Surveys: statistics of the whole optimizer mini-batch that some objectives need before the gradient is computed.
 
-A survey runs after a forward-only pass over the mini-batch under the current weights, on every rank that holds
-tokens, and says one number for each of the rank's own tokens, which the objective then finds in `surveyed_L`. The
-selections are exact over all ranks and micro-batches (`objective.ranking`); only histograms are exchanged. A token
-whose ratio is NaN is never among those to leave out: it shows in the loss. No trained token at all is no error.
+A survey runs after a forward-only pass over the mini-batch under the current weights, on every rank that has tokens.
+It returns one number for each of the rank's own tokens, which the objective reads in `surveyed_L`. The selections are
+exact over all ranks and micro-batches (`objective.ranking`); only histograms are exchanged. A token whose ratio is NaN
+is never excluded, so that the loss shows it. A mini-batch without trained tokens is not an error.
 
-The extra pass is paid for by these objectives alone, in every update: one forward on top of forward and backward,
-so about a third more computation (a quarter more where activations are recomputed). It cannot be saved by using the
-behavior log-probs: the selection depends on the current weights, which each update changes.
+Only these objectives need the extra pass, in every update: one forward in addition to forward and backward, so about a
+third more computation (a quarter more if activations are recomputed). The behavior log-probs cannot replace it: the
+selection depends on the current weights, which each update changes.
 """
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 from minpro_megatron.objective.terms import MiniBatch
 
 
-def collected(values: list[Tensor], where: list[Tensor]) -> Tensor:
-    """The chosen slots' values of all micro-batches, one after another."""
+def gather_selected(values: list[Tensor], where: list[Tensor]) -> Tensor:
+    """The values of the selected slots of all micro-batches, one after another."""
     return torch.cat([value[chosen] for value, chosen in zip(values, where, strict=True)])
 
 
-def spread_out(found: Tensor, where: list[Tensor], mini_batch: MiniBatch) -> list[Tensor]:
-    """The inverse of `collected`: each micro-batch's slots, 0 where not chosen."""
+def scatter_selected(found: Tensor, where: list[Tensor], mini_batch: MiniBatch) -> list[Tensor]:
+    """The inverse of `gather_selected`: the slots of each micro-batch, 0 where not selected."""
     parts = iter(found.split([int(chosen.sum()) for chosen in where]))
     result = []
     for tokens, chosen in zip(mini_batch.micro_batches, where, strict=True):

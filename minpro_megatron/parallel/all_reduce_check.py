@@ -1,4 +1,4 @@
-"""Do the trainer's ranks reach each other? One sum over all of them, under a time limit.
+"""Checks that the trainer's ranks reach each other: one sum over all ranks, with a time limit.
 
 torchrun ... -m minpro_megatron.parallel.all_reduce_check cpu|cuda LIMIT_S
 """
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 def main() -> int:
-    """Exit status 0 if this rank has got the right sum, else 1 with a line on stderr."""
+    """Exit status 0 if this rank received the right sum, else 1 with a line on stderr."""
     device, limit_s = sys.argv[1], float(sys.argv[2])
     rank, began = int(os.environ["RANK"]), time.monotonic()
     try:
@@ -21,7 +21,7 @@ def main() -> int:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=limit_s))
-        # large enough to take the path of real gradients, not only that of small messages
+        # large enough to use the same algorithm as real gradients, not that of small messages
         ones = torch.ones(2**20, device=device)
         dist.all_reduce(ones)
         total = ones.max().item()

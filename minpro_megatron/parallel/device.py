@@ -1,8 +1,8 @@
-"""Where a rank computes: the CUDA device it was given, or the CPU, on which Megatron-Core must first be told so.
+"""The device of a rank: its CUDA device, or the CPU, for which Megatron-Core's calls must be redirected.
 
-Megatron-Core writes `device="cuda"` and `torch.cuda.current_device()` all over. On a machine without a GPU those
-places are redirected to the CPU, once per process, by replacing the named functions of torch. Nothing is replaced
-where the run's device is CUDA.
+Megatron-Core uses `device="cuda"` and `torch.cuda.current_device()` in many places. On a machine without a GPU those
+calls are redirected to the CPU, once per process, by replacing functions of torch. Nothing is replaced if the run's
+device is CUDA.
 """
 
 import functools
@@ -44,7 +44,7 @@ def process_group_backend(device: torch.device) -> str:
 
 
 def install_cpu_device() -> None:
-    """Make the calls that Megatron-Core aims at CUDA act on the CPU in this process. Safe to call twice."""
+    """Redirect Megatron-Core's CUDA calls to the CPU in this process. Safe to call twice."""
     global _installed
     if _installed:
         return
@@ -78,7 +78,7 @@ def _redirect_tensor_methods() -> None:
     tensor_type = torch.Tensor.type
 
     def cuda_type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Megatron's optimizers sort parameters by "torch.cuda.FloatTensor" and refuse any other name.
+        # Megatron's optimizers sort parameters by "torch.cuda.FloatTensor" and reject any other name.
         name = tensor_type(self, *args, **kwargs)
         return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) and not args and not kwargs else name
 
@@ -90,7 +90,7 @@ def _redirect_tensor_methods() -> None:
 
 
 class _NoStream:
-    """A stream or event on a device that runs everything in order: there is nothing to wait for."""
+    """A stream or event on a device that runs all operations in order: there is nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -111,7 +111,7 @@ class _NoStream:
 
 
 class _DefaultGenerators:
-    """Indexed by a device (torch.cuda.default_generators[i]), always the CPU's generator."""
+    """Replaces torch.cuda.default_generators: every index returns the CPU's generator."""
 
     def __getitem__(self, index: Any) -> torch.Generator:
         return torch.default_generator
@@ -135,7 +135,7 @@ def _redirect_cuda_module() -> None:
 
 
 def _all_to_all_with_list_splits(all_to_all_single: Callable) -> Callable:
-    """Megatron's token dispatcher passes split sizes as tensors, which NCCL's wrapper takes and gloo's does not."""
+    """Megatron's token dispatcher passes split sizes as tensors, which NCCL's wrapper accepts and gloo's does not."""
 
     @functools.wraps(all_to_all_single)
     def call(
@@ -150,9 +150,9 @@ def _all_to_all_with_list_splits(all_to_all_single: Callable) -> Callable:
 
 
 def _all_gather_of_uneven_sizes(all_gather: Callable) -> Callable:
-    """Megatron's token dispatcher gathers what each expert tensor rank has; gloo gathers equal shapes only.
+    """Megatron's token dispatcher gathers tensors of different sizes; gloo gathers only equal shapes.
 
-    Tensors that differ in their first dimension travel padded to the longest.
+    Tensors that differ in their first dimension are padded to the longest for the transfer.
     """
 
     @functools.wraps(all_gather)
@@ -164,7 +164,7 @@ def _all_gather_of_uneven_sizes(all_gather: Callable) -> Callable:
         padded[: len(tensor)] = tensor
         gathered = [torch.empty_like(padded) for _ in tensor_list]
         work = all_gather(gathered, padded, *args, **kwargs)
-        assert work is None, "an asynchronous gather of uneven sizes would have to be waited for here"
+        assert work is None, "an asynchronous gather of uneven sizes is not supported"
         for one, rows in zip(tensor_list, gathered, strict=True):
             one.copy_(rows[: len(one)])
         return None

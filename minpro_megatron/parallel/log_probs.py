@@ -1,12 +1,12 @@
-"""Log-probs of the labels from sequence-sharded hidden states, without ever holding the row's logits.
+"""Log-probs of the labels from sequence-sharded hidden states, without materializing the row's logits.
 
 Shapes: L tokens of this tensor rank's sequence piece, P tensor ranks, C gathered tokens of a chunk, V vocabulary
 columns of this rank, B columns of a block, H hidden size.
 
-A chunk of tokens is gathered over the tensor ranks; its logits are made block of columns by block of columns, and of
-each block only a few numbers a token are kept. Ranks exchange those once a chunk. Backward makes each block's logits
-again. Blocks in both directions keep all traffic small: a block of logits is read where it was just written, gradients
-of the weight are visited once a chunk, those of the hidden states once a block.
+A chunk of tokens is gathered over the tensor ranks. Its logits are computed in blocks of columns, and only a few
+numbers per token are kept of each block. Ranks exchange those once per chunk. Backward recomputes each block's logits.
+Blocks in both directions keep memory traffic small: a block of logits is read from where it was just written, and the
+gradients of the weight are accessed once per chunk, those of the hidden states once per block.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-# (gathered tokens, vocabulary columns) of a block of float32 logits. On a CPU 8 MiB, which stay in the cache; measured
-# (benchmarks/log_probs.md). On a GPU 256 MiB: the gradients' float32 accumulators, read and written once a block, then
-# move a fifth of the bytes that the logits do; with 2,048 x 2,048 it would be as many. Calculated, not measured.
+# (gathered tokens, vocabulary columns) of a block of float32 logits. On a CPU 8 MiB, which fits in the cache; measured
+# (benchmarks/log_probs.md). On a GPU 256 MiB: the traffic of the gradients' float32 accumulators, read and written once
+# per block, is then a fifth of that of the logits; with 2,048 x 2,048 it would be equal. Calculated, not measured.
 CPU_BLOCK = (1024, 2048)
 CUDA_BLOCK = (8192, 8192)
 
@@ -38,10 +38,10 @@ def vocab_parallel_log_probs(
     """(log-probs, entropies) of the own tokens in nats, float32 [L]; the entropies carry no gradient.
 
     `label_ids_S` are the labels of all P x L tokens of the context shard, in tensor-rank order. Columns at and past
-    `vocab_size` (padding) are outside the softmax and get no gradient. Logits are divided by `temperature`; they, the
-    softmax and the sums behind both gradients are float32 whatever the inputs' dtype. A token gets NaN if one of its
-    logits is NaN or infinite or its label is outside the vocabulary. `chunk_tokens` own tokens are gathered at once.
-    With one rank in `group` nothing is communicated.
+    `vocab_size` (padding) are outside the softmax and get no gradient. Logits are divided by `temperature`. Logits,
+    softmax and the sums for both gradients are float32 for every input dtype. A token's result is NaN if one of its
+    logits is NaN or infinite or its label is outside the vocabulary. Each rank gathers `chunk_tokens` of its tokens at
+    a time. With one rank in `group` nothing is communicated.
     """
     tokens, columns = CUDA_BLOCK if hidden_LH.is_cuda else CPU_BLOCK
     chunk = chunk_tokens or max(1, tokens // group.size())
@@ -114,13 +114,13 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
 
 class _Sums(NamedTuple):
-    """Of every gathered token, over some of the vocabulary's columns; float32 [C] each. z are the logits."""
+    """Sums for every gathered token over some of the vocabulary's columns; float32 [C] each. z are the logits."""
 
     largest: Tensor  # max z; -inf over no columns
     total: Tensor  # sum of exp(z - largest)
     weighted: Tensor  # sum of exp(z - largest) (z - largest)
-    label: Tensor  # z of the label, 0 where it is not among the columns
-    found: Tensor  # 1 where the label is among the columns, else 0
+    label: Tensor  # z of the label, 0 if it is not among the columns
+    found: Tensor  # 1 if the label is among the columns, else 0
 
 
 def _sums_over_columns(hidden_CH: Tensor, weight_VH: Tensor, labels: Tensor, settings: _Settings) -> _Sums:
@@ -142,7 +142,7 @@ def _over_ranks(sums: _Sums, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, 
     """(log-prob of the label, entropy, log-sum-exp) of every gathered token, the same on all ranks of `group`."""
     largest = sums.largest.clone()
     if group.size() > 1:
-        # the maximum of gloo and NCCL may drop a NaN, but the rank that has it also has it in its sums
+        # the maximum of gloo and NCCL may drop a NaN, but a rank that has a NaN also has it in its sums
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     total, weighted = _relative_to(largest, sums.largest, sums.total, sums.weighted)
     summed = torch.stack([total, weighted, sums.label, sums.found])
@@ -150,16 +150,16 @@ def _over_ranks(sums: _Sums, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, 
         dist.all_reduce(summed, group=group)
     total, weighted, label, found = summed
     log_total = total.log()
-    # A logit of -inf would only drop out of `total`, but makes `weighted` NaN: pass that on
+    # A logit of -inf adds only 0 to `total` but makes `weighted` NaN: propagate the NaN
     valid = torch.where((found > 0) & ~weighted.isnan(), 0.0, torch.nan)
     return label - largest - log_total + valid, log_total - weighted / total + valid, largest + log_total + valid
 
 
-# The next two visit every logit. Written to be compiled into one kernel each; on a CPU they run as they stand.
+# The next two functions process every logit. On a GPU each is compiled into one kernel; on a CPU they run eagerly.
 
 
 def _add_block(logits_CB: Tensor, largest: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`largest`, `total` and `weighted` (see _Sums) over the former columns and the block's."""
+    """`largest`, `total` and `weighted` (see _Sums) over the previous columns and those of the block."""
     former, largest = largest, torch.maximum(largest, logits_CB.amax(dim=1))
     total, weighted = _relative_to(largest, former, total, weighted)
     shifted = logits_CB - largest[:, None]
@@ -185,18 +185,18 @@ def _relative_to(largest: Tensor, former: Tensor, total: Tensor, weighted: Tenso
 
 @cache
 def _elementwise(function: Callable, device_type: str) -> Callable:
-    # Eager kernels would read and write a GPU's block of logits ten times over, as long as its matrix products take.
-    # A CPU's block stays in the cache, and compiling there needs a C++ compiler.
+    # On a GPU eager kernels would read and write a block of logits ten times, which takes as long as its matrix
+    # products. On a CPU the block stays in the cache, and compilation needs a C++ compiler.
     return torch.compile(function, dynamic=True) if device_type == "cuda" else function
 
 
 def _operand(matrix: Tensor) -> Tensor:
-    """What the products below take: on a CPU they give float32 only for float32."""
+    """The matrix in the dtype that the products below need: on a CPU the result is float32 only for float32."""
     return matrix if matrix.is_cuda else matrix.float()
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left @ right in float32, summed in float32, also of bfloat16 operands."""
+    """scale * left @ right in float32, accumulated in float32, also for bfloat16 operands."""
     if left.is_cuda:
         out = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
         return _addmm(out, left, right, scale, beta=0)
@@ -221,13 +221,13 @@ def _addmm(out: Tensor, left: Tensor, right: Tensor, scale: float, beta: int) ->
 def _cpu_product(left: Tensor, right: Tensor) -> Tensor:
     if not torch.backends.mkldnn.is_available():
         return left @ right
-    # torch.mm takes MKL, which leaves AVX-512 unused on AMD: 180 GFLOP/s where oneDNN gives 400 (Zen 5, 2 cores).
-    # Asking for oneDNN's layout is how a float32 product gets there.
+    # torch.mm uses MKL, which does not use AVX-512 on AMD: 180 GFLOP/s instead of 400 with oneDNN (Zen 5, 2 cores).
+    # A tensor in oneDNN's layout makes torch compute a float32 product with oneDNN.
     return functional.linear(left.to_mkldnn(), right.t()).to_dense()
 
 
 def _local_labels(labels_PC: Tensor, weight_VH: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Columns of the chunk's labels on this rank, [C]; outside 0 .. V-1 where another rank has them."""
+    """Columns of the chunk's labels on this rank, [C]; outside 0 .. V-1 if another rank has the label's column."""
     return labels_PC.reshape(-1) - group.rank() * weight_VH.shape[0]
 
 

@@ -1,6 +1,6 @@
-"""The mesh of trainer ranks: process groups by axis, as Megatron-Core made them.
+"""The mesh of trainer ranks: Megatron-Core's process groups by axis.
 
-This is the only place that reads megatron's global `parallel_state`; everything else takes a Mesh or a group.
+Only this file reads Megatron's global `parallel_state`; everything else takes a Mesh or a group.
 """
 
 import math
@@ -21,17 +21,17 @@ from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.device import process_group_backend, select_device
 
-# Whoever really hangs is found by the watchdog of each rank (monitor/watchdog.py).
-LONGEST_WAIT = timedelta(days=30)
-# The limits of NCCL and gloo come after the watchdog's: it writes where each rank stands, and they end the process
-# without a word about the others. What no watchdog guards, such as loading the model, may take the minimum.
+# The watchdog of each rank (monitor/watchdog.py) detects a real hang.
+MAX_WAIT = timedelta(days=30)
+# The time limits of NCCL and gloo are longer than the watchdog's: it reports what each rank is doing, while they end
+# the process without a report on the other ranks. The minimum limits what no watchdog guards, such as loading a model.
 MIN_GROUP_TIMEOUT_S = 1800.0
 WATCHDOG_MARGIN_S = 120.0
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the mesh. Groups carry their own size and rank: `mesh.tensor.size()`."""
+    """This rank's process groups. A group knows its size and this rank's index in it: `mesh.tensor.size()`."""
 
     config: ParallelConfig
     device: torch.device
@@ -81,10 +81,10 @@ def open_mesh(
     rank: int = -1,
     world_size: int = -1,
 ) -> Iterator[Mesh]:
-    """Join the process group and lay the mesh over it; leaves both at the end.
+    """Context manager: initializes the process group and the mesh, and destroys both at the end.
 
-    `rank` and `world_size` are given where the environment does not tell them. `seed` fixes Megatron's random state.
-    No group's own time limit is shorter than `hang_timeout_s`, that of the run's watchdogs (debug.hang_timeout_s).
+    `rank` and `world_size` are needed if the environment does not set them. `seed` sets Megatron's random state.
+    The time limit of every group is longer than `hang_timeout_s`, that of the run's watchdogs (debug.hang_timeout_s).
     Raises ValueError if the number of processes is not `config.world_size`.
     """
     device = select_device(device_name)
@@ -102,7 +102,7 @@ def open_mesh(
                 f"parallel: tensor x pipeline x context x data = {config.world_size} ranks are needed, "
                 f"{dist.get_world_size()} were started"
             )
-        yield _lay_mesh(config, device, seed, timeout)
+        yield _build_mesh(config, device, seed, timeout)
     except BaseException:
         _leave(aborted=device.type == "cuda")
         raise
@@ -110,8 +110,8 @@ def open_mesh(
 
 
 def _leave(aborted: bool = False) -> None:
-    """`aborted`: without the others. NCCL's groups end together: a rank that fails alone would wait for those that wait
-    for it."""
+    """`aborted`: without waiting for the other ranks. Destroying an NCCL group is collective: a rank that fails alone
+    would wait for ranks that wait for it."""
     parallel_state.destroy_model_parallel()
     if aborted:
         distributed_c10d._abort_process_group()
@@ -120,11 +120,11 @@ def _leave(aborted: bool = False) -> None:
 
 
 def _group_timeout(hang_timeout_s: float) -> timedelta:
-    """In whole minutes: Megatron takes no others."""
+    """The time limit of groups in whole minutes, as Megatron requires."""
     return timedelta(minutes=math.ceil(max(MIN_GROUP_TIMEOUT_S, hang_timeout_s + WATCHDOG_MARGIN_S) / 60))
 
 
-def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int, timeout: timedelta) -> Mesh:
+def _build_mesh(config: ParallelConfig, device: torch.device, seed: int, timeout: timedelta) -> Mesh:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -134,7 +134,7 @@ def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int, timeout: 
         expert_tensor_parallel_size=config.expert_tensor,
         distributed_timeout_minutes=round(timeout.total_seconds() / 60),
     )
-    # megatron-core 0.19.2 makes one without it, the experts' data-parallel group over gloo
+    # megatron-core 0.19.2 makes one group without the time limit: the experts' data-parallel group over gloo
     for group in list(distributed_c10d._world.pg_map):
         dist.set_timeout(timeout, group)
     model_parallel_cuda_manual_seed(seed)
@@ -151,6 +151,6 @@ def _lay_mesh(config: ParallelConfig, device: torch.device, seed: int, timeout: 
         data=groups.dp,
         expert=groups.ep,
         expert_tensor=groups.expt_tp,
-        # the other ranks wait here for what rank 0 waits for: rollouts, evaluations, servers
-        control=cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=LONGEST_WAIT)),
+        # in this group the other ranks wait while rank 0 waits for rollouts, evaluations and servers
+        control=cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=MAX_WAIT)),
     )

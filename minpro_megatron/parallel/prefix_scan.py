@@ -1,9 +1,9 @@
-"""Prefix scans over sequences that context and sequence parallelism have cut into pieces.
+"""Prefix scans over sequences that context and sequence parallelism have sharded.
 
-A scan needs one number a piece: each rank reduces its pieces, all ranks exchange the [sequences, 2] results (2: front
+A scan needs one number per piece: each rank reduces its pieces, all ranks exchange the [sequences, 2] results (2: front
 and back chunk), and every rank combines the pieces that come before its own with its local scan. The order along a
 sequence is front chunks by (context rank, tensor rank), then back chunks by (context rank descending, tensor rank).
-Nothing here is differentiated: objectives use scans in stop-gradient coefficients only.
+Nothing here is differentiated: objectives use scans only in stop-gradient coefficients.
 """
 
 from functools import cache
@@ -15,9 +15,9 @@ from torch import Tensor
 from minpro_megatron.objective.scan import IDENTITY, Operator, Runs, combined, unmasked
 
 
-@cache  # a copy to a GPU waits for what runs there: once a mesh, not once a micro-batch
+@cache  # a copy to a GPU waits for running kernels: once per mesh instead of once per micro-batch
 def _order_of_pieces(num_ranks: int, tensor_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """([2 * ranks] pieces 2 * rank + half in the order of the sequence, [2 * ranks] where in it each piece stands)."""
+    """([2 * ranks] pieces 2 * rank + half in the order of the sequence, [2 * ranks] position of each piece in it)."""
     front = [(rank, 0) for rank in range(num_ranks)]
     back = [
         (context * tensor_size + tensor, 1)
@@ -42,8 +42,8 @@ class ShardedScan:
         tensor_size: int,
         longest: int | None = None,
     ) -> None:
-        """`group` holds the tensor x context ranks, tensor ranks fastest; `num_sequences` is the whole row's, and so is
-        `longest`: no sequence has more slots."""
+        """`group` has the tensor x context ranks, tensor ranks fastest. `num_sequences` is the number of sequences of
+        the whole row, and `longest` the number of slots of its longest sequence."""
         self._mask_L = mask_L.bool()
         self._runs = Runs.of(sequence_L * 2 + half_L, longest)
         self._num_sequences = num_sequences
@@ -77,7 +77,7 @@ class ShardedScan:
         return by_sequence[torch.div(self._runs.key_L, 2, rounding_mode="floor")]
 
     def _carried(self, pieces: Tensor, operator: Operator) -> Tensor:
-        """The reduction of all pieces before the slot's own, for every slot; `pieces` as `_exchange` gives them."""
+        """The reduction of all pieces before the slot's own, for every slot; `pieces` as returned by `_exchange`."""
         pieces = pieces[self._order]
         running = pieces.cummin(0).values if operator == "min" else pieces.cumsum(0)
         before = torch.cat([torch.full_like(pieces[:1], IDENTITY[operator]), running[:-1]])  # [2 * ranks, sequences]
@@ -85,7 +85,7 @@ class ShardedScan:
         return mine.t().reshape(-1)[self._runs.key_L]
 
     def _exchange(self, running_L: Tensor, operator: Operator) -> Tensor:
-        """Every rank's piece totals, [2 * ranks, sequences]; row 2 * rank + half, the identity where it holds none."""
+        """Every rank's piece totals, [2 * ranks, sequences]; row 2 * rank + half, the identity without slots."""
         totals = self._runs.totals(running_L, 2 * self._num_sequences, operator)
         gathered = totals.new_empty(self._group.size() * len(totals))
         if self._group.size() == 1:

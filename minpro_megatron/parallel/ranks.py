@@ -1,4 +1,4 @@
-"""What the ranks of a group can find out together about tensors of theirs: `objective.ranking.Ranks` on a group."""
+"""Collectives on tensors over the ranks of a group: implements `objective.ranking.Ranks`."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GroupRanks:
-    """The ranks of `group`; all of them call the methods in the same order."""
+    """The ranks of `group`; all ranks call the methods in the same order."""
 
     group: dist.ProcessGroup
 
@@ -24,7 +24,7 @@ class GroupRanks:
         lengths = [torch.empty_like(length) for _ in range(self.group.size())]
         dist.all_gather(lengths, length, group=self.group)
         counts = [int(count) for count in lengths]
-        padded = values.new_zeros(max(counts))  # gloo and NCCL gather equal shapes only
+        padded = values.new_zeros(max(counts))  # gloo and NCCL gather only equal shapes
         padded[: len(values)] = values
         gathered = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(gathered, padded, group=self.group)

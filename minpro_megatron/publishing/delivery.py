@@ -24,7 +24,7 @@ from minpro_megatron.serving.control import ControlError, GreedyAnswer, ServerCo
 log = logging.getLogger(__name__)
 
 Transport = Literal["broadcast", "disk"]
-MOST_BROADCASTS = 3  # before the disk is tried
+MAX_BROADCASTS = 3  # before the disk is tried
 PROBE_S = 5.0  # for a server to say that it is alive
 CLEAN_UP_S = 10.0
 # For a server to compute its weights' checksum after a broken broadcast: seconds for the largest models.
@@ -291,7 +291,7 @@ class Delivery:
         lines = "; ".join(error.failures.values())
         if not self.controls:
             self.transport = None
-        elif (dead or stuck) and self._broadcasts < MOST_BROADCASTS:
+        elif (dead or stuck) and self._broadcasts < MAX_BROADCASTS:
             log.warning("version %d: broadcast again without server %s", self.lease.version, sorted(dead | stuck))
         else:
             log.warning("version %d: broadcast failed, servers load from disk: %s", self.lease.version, lines)

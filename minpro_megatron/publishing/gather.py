@@ -10,7 +10,7 @@ from torch import Tensor
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.local import axis_rank_and_size, global_parameters
-from minpro_megatron.weights.splits import Whole
+from minpro_megatron.weights.splits import Replicated
 from minpro_megatron.weights.table import Entry, entries
 
 
@@ -54,7 +54,7 @@ class WeightGatherer:
         for entry in self._entries:
             parameter = self._parameters.get(entry.megatron)
             if parameter is not None:
-                piece = 0 if isinstance(entry.split, Whole) else axis_rank_and_size(entry, self._mesh)[0]
+                piece = 0 if isinstance(entry.split, Replicated) else axis_rank_and_size(entry, self._mesh)[0]
                 held[entry.megatron] = _Held(piece, tuple(parameter.shape))
         return held
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 DEFAULT_SEED = 42  # SGLang's, for requests that give none while it samples deterministically
 # Below it SGLang samples greedily (sampling_params.py, _SAMPLING_EPS).
-SMALLEST_TEMPERATURE = 1e-6
+MIN_TEMPERATURE = 1e-6
 
 
 class SamplingParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,7 +41,7 @@ class Sampler:
         seed = parameters.sampling_seed
         self._generator = torch.Generator().manual_seed(DEFAULT_SEED if seed is None else seed % 2**63)
         self._parameters = parameters
-        self._is_greedy = parameters.temperature < SMALLEST_TEMPERATURE
+        self._is_greedy = parameters.temperature < MIN_TEMPERATURE
         self._choose = self._among_the_likeliest if parameters.is_truncated else self._among_all
 
     def __call__(self, logits_V: Tensor) -> tuple[int, float]:

@@ -23,7 +23,7 @@ from minpro_megatron.metrics.metric import merge
 from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.models.text_files import state_dtype
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
-from minpro_megatron.parallel.rank_errors import recorded
+from minpro_megatron.parallel.rank_errors import record_errors
 from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.replay.batches import ReplayBatch, replay_batches
 from minpro_megatron.replay.job import (
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
             replay(folder, config, rows, mesh)
 
     try:
-        recorded(work)
+        record_errors(work)
     except ProjectError as error:
         state_error(folder, error)
         return 1

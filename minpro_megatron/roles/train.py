@@ -31,7 +31,7 @@ from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.trace import TracedWatchdog
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
-from minpro_megatron.parallel.rank_errors import recorded
+from minpro_megatron.parallel.rank_errors import record_errors
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.publishing.publish import Publisher
@@ -66,7 +66,7 @@ def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> in
                     _announce_early_end(config, incarnation, True, end.version, end.reason)
 
     try:
-        recorded(train)
+        record_errors(train)
     except ProjectError as error:
         report(error, "train")
         return FAILED

@@ -28,9 +28,9 @@ SHARD_BYTES = 4 << 30
 _DTYPES: dict[str, torch.dtype | str] = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
-}  # as models can be built
-CASTABLE = ("F16", "F64")  # what else can be cast to one of them
-# Files are mapped into memory, and what was read of a mapping stays resident: it is renewed after so many bytes.
+}  # dtypes that models can be built with
+CASTABLE = ("F16", "F64")  # other dtypes that can be cast to one of them
+# Files are mapped into memory, and the pages that were read stay resident: a file is mapped again after this size.
 _MAPPED_BYTES = 256 << 20
 
 
@@ -45,7 +45,7 @@ class ExpertRows:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is, and what. A dtype that no model can be built with stays the file's word for it."""
+    """The location, dtype and shape of a tensor. A dtype that no model can be built with is the file's name for it."""
 
     file: str
     dtype: torch.dtype | str
@@ -56,8 +56,8 @@ class StoredTensor:
 class HfReader:
     """The tensors of a Hugging Face folder by name, read one at a time or by rows, in bounded memory.
 
-    Raises ValueError naming the file for a folder without safetensors, a missing or cut off file, or an index that
-    does not fit its files.
+    Raises ValueError that names the file for a folder without safetensors, a missing or truncated file, or an index
+    that does not match its files.
     """
 
     def __init__(self, hf_path: str | Path) -> None:
@@ -78,7 +78,7 @@ class HfReader:
         return list(self.tensors)
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor; its memory is the file's, so it must not be written to."""
+        """The whole tensor. Its memory is a mapping of the file and must not be written to."""
         if name in self.tensors and self.tensors[name].within:
             return self.read_rows(name, 0, self.tensors[name].shape[0])
         tensor = self._mapped(name).get_tensor(name)
@@ -110,7 +110,7 @@ class HfReader:
     def _read_header(self, file: str) -> None:
         try:
             with safe_open(self.path / file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  it is no dict
+                for name in opened.keys():  # noqa: SIM118  it is not a dict
                     found = opened.get_slice(name)
                     word: str = found.get_dtype()
                     self.tensors[name] = StoredTensor(file, _DTYPES.get(word, word), tuple(found.get_shape()))
@@ -121,7 +121,7 @@ class HfReader:
 
 
 def _separate_experts(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
-    """The tensors under the names of the original format, in which each expert has tensors of its own."""
+    """The tensors under the names of the original format, in which each expert has its own tensors."""
     for name, tensor in stored.items():
         fused = FUSED_EXPERTS.fullmatch(name)
         if not fused or len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
@@ -144,8 +144,8 @@ def write_hf(
     announce: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write a Hugging Face folder: `tensors` in files of at most `shard_bytes` (each gathered in memory first), and
-    config, tokenizer and the other text files of `reference`. Appears under `output` only when complete.
-    `announce(bytes)` is called a tensor.
+    config, tokenizer and the other text files of `reference`. The folder appears at `output` only when complete.
+    `announce(bytes)` is called for each tensor.
     """
     with new_folder(Path(output)) as folder:
         shard_of, pending, size, files, total = {}, {}, 0, 0, 0
@@ -170,7 +170,7 @@ def _flush(folder: Path, files: int, pending: dict[str, Tensor], shard_of: dict[
         return files
     file = folder / f"part-{files}.safetensors"
     save_file(pending, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors makes it readable for its owner alone
+    file.chmod(0o644)  # safetensors makes it readable only for its owner
     shard_of.update(dict.fromkeys(pending, files))
     return files + 1
 

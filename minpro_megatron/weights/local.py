@@ -18,7 +18,7 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 def global_parameters(chunks: Sequence[torch.nn.Module], num_experts: int, mesh: Mesh) -> dict[str, torch.nn.Parameter]:
     """{global Megatron name: this rank's shard} over its model chunks (unwrapped GPTModels), whatever their backend.
 
-    A stage numbers its layers, and a rank its experts, from 0; here both count over the whole model.
+    A stage numbers its layers, and a rank its experts, from 0; in global names both are numbered over the whole model.
     """
     first_expert = mesh.expert.rank() * (num_experts // mesh.expert.size())
     named = {}
@@ -33,7 +33,7 @@ def _with_global_layer(name: str, chunk: torch.nn.Module) -> str:
     if match is None:
         return name
     layer: Any = chunk.get_submodule(match[0].rstrip("."))
-    return _LAYER.sub(f"decoder.layers.{layer.layer_number - 1}.", name)  # megatron counts layer_number from 1
+    return _LAYER.sub(f"decoder.layers.{layer.layer_number - 1}.", name)  # Megatron counts layer_number from 1
 
 
 def axis_rank_and_size(entry: Entry, mesh: Mesh) -> tuple[int, int]:
@@ -47,8 +47,8 @@ def load_hf_tensors(
 ) -> None:
     """Fill this rank's parameters from a Hugging Face folder.
 
-    Raises ValueError if the folder has other tensors than the table names, or of other shapes, or if a parameter stays
-    without a value: no weight is left out and none is left random.
+    Raises ValueError if the names or shapes of the folder's tensors differ from the table, or if a parameter has no
+    tensor: no weight is skipped, and no parameter stays uninitialized.
     """
     check_names(architecture, reader.names(), str(reader.path))
     parameters = global_parameters(chunks, architecture.num_experts, mesh)
@@ -69,5 +69,5 @@ def load_hf_tensors(
 
 
 def _tied_output(parameters: dict[str, torch.nn.Parameter], entry: Entry) -> torch.nn.Parameter | None:
-    """On a last pipeline stage apart from the first, a tied model keeps its own copy of the embedding."""
+    """The copy of the embedding that a tied model has on the last pipeline stage, if that is not also the first."""
     return parameters.get("output_layer.weight") if entry.megatron.startswith("embedding.") else None

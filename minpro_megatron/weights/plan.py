@@ -1,7 +1,7 @@
-"""What a model costs every rank of a mesh, from its config.json alone.
+"""The parameters and memory of a model on every rank of a mesh, from its config.json alone.
 
-The sizes come from the table that conversion follows, cut by the same splits: a plan is what a conversion would load.
-Layers are dealt to pipeline stages as megatron-core deals them. Everything is counted, nothing is built.
+The sizes come from the table and the splits that conversion uses: a plan counts what a conversion would load. Layers
+are distributed over pipeline stages as in megatron-core. No model is built.
 """
 
 import json
@@ -25,17 +25,18 @@ OPTIMIZER_BYTES = 12  # float32: main weight and Adam's two moments
 
 @dataclass(frozen=True)
 class RankKind:
-    """What each of `num_ranks` like ranks holds: those of the pipeline stages `stages`, counted from 0.
+    """The memory of each of `num_ranks` identical ranks: those of the pipeline stages `stages`, counted from 0.
 
-    The distributed optimizer cuts the states of a rank's parameters over the ranks that hold the same ones: `data` x
-    `context` ranks for most, fewer for experts. Megatron pads its buffers; that is less than a megabyte and left out.
+    The distributed optimizer shards the states of a rank's parameters over the ranks that have the same parameters:
+    `data` x `context` ranks for most, fewer for experts. The padding of Megatron's buffers is less than a megabyte and
+    is ignored.
     """
 
     stages: tuple[int, ...]
     num_ranks: int
     layers: int
     parameters: int
-    expert_parameters: int  # of them
+    expert_parameters: int  # included in `parameters`
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -50,10 +51,10 @@ class Plan:
     architecture: Architecture
     parallel: ParallelConfig
     hf_tensors_covered: int
-    hf_tensors_missed: list[str]  # the model has them, the table does not
-    hf_tensors_absent: list[str]  # the table has them, the model does not
-    parameters: int  # of the model as Hugging Face stores it
-    optimizer_ranks: int  # over how many ranks the optimizer's states are cut
+    hf_tensors_missed: list[str]  # in the model but not in the table
+    hf_tensors_absent: list[str]  # in the table but not in the model
+    parameters: int  # of the model in Hugging Face's format
+    optimizer_ranks: int  # the number of ranks over which the optimizer's states are sharded
     expert_optimizer_ranks: int
     rank_kinds: list[RankKind]
 
@@ -71,7 +72,7 @@ class Plan:
 def make_plan(hf: Path, parallel: ParallelConfig) -> Plan:
     """The plan of the model in the folder `hf`, of which only config.json is needed.
 
-    Its tensors are those of the weight files where there are any, else those that transformers would write.
+    Its tensors are those of the weight files if there are any, else those that transformers would write.
     Raises ValueError for an unknown architecture, or a mesh that does not divide the model."""
     architecture = read_architecture(hf)
     refuse_uneven_cuts(architecture, parallel)
@@ -96,27 +97,27 @@ def make_plan(hf: Path, parallel: ParallelConfig) -> Plan:
 
 def transformers_tensors(hf: Path) -> dict[str, Shape]:
     """Names and shapes of the tensors that transformers writes for the folder's config.json, without making any."""
-    # late: transformers takes seconds to import, and only a folder without weights needs it
+    # imported here: the import takes seconds, and only a folder without weights needs it
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hf))
-    tied = set(getattr(model, "all_tied_weights_keys", ()))  # written once, under the other name
+    tied = set(getattr(model, "all_tied_weights_keys", ()))  # saved only once, under the other name
     named = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     # in memory transformers fuses the experts of a layer
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, named).items()}
 
 
 def optimizer_degrees(parallel: ParallelConfig) -> tuple[int, int]:
-    """Over how many ranks the optimizer's states are cut: of most parameters, of experts."""
+    """The numbers of ranks over which the optimizer's states are sharded: for most parameters, for experts."""
     dense = parallel.data_size * parallel.context
     return dense, parallel.tensor * dense // (parallel.expert * parallel.expert_tensor)
 
 
 def stage_of_layer(layer: int, num_layers: int, parallel: ParallelConfig) -> int:
-    """The pipeline stage that holds the layer. Each stage has `virtual_pipeline` runs of consecutive layers."""
+    """The pipeline stage of the layer. Each stage has `virtual_pipeline` chunks of consecutive layers."""
     ends = accumulate(parallel.chunk_layers(num_layers))
     return next(chunk for chunk, end in enumerate(ends) if layer < end) % parallel.pipeline
 
@@ -148,7 +149,7 @@ def _stages(entry: Entry, architecture: Architecture, parallel: ParallelConfig) 
 
 
 def rank_kinds(architecture: Architecture, parallel: ParallelConfig) -> list[RankKind]:
-    """One RankKind for each group of pipeline stages whose ranks hold the same."""
+    """One RankKind for each set of pipeline stages whose ranks are identical."""
     dense_ranks, expert_ranks = optimizer_degrees(parallel)
     layers_of_chunks = parallel.chunk_layers(architecture.num_layers)
     stages_with: dict[tuple[int, int, int], list[int]] = {}

@@ -1,8 +1,8 @@
-"""A safetensors file written piece by piece: the safetensors package itself needs a file's tensors in memory at once.
+"""Writes a safetensors file piece by piece: the safetensors package needs all tensors of a file in memory.
 
 The format (github.com/huggingface/safetensors): the header's length as 8 bytes, little endian; the header, JSON padded
-with spaces to a multiple of 8; the tensors' bytes. Tensors stand in the order of their names, as the package writes
-them, so that a model file that came from it comes back byte for byte.
+with spaces to a multiple of 8; the tensors' bytes. Tensors are in the order of their names, as the package writes them,
+so that a model file written by it is reproduced byte for byte.
 """
 
 import json
@@ -39,8 +39,8 @@ def write_safetensors(
     pieces: Callable[[str], Iterable[Tensor]],
     announce: Callable[[int], None],
 ) -> None:
-    """Write the tensors of `headers` (all of one dtype) to the empty `file`. `pieces(name)` gives a tensor's rows, in
-    order; `announce(bytes)` is called for each."""
+    """Write the tensors of `headers` (all of one dtype) to the empty `file`. `pieces(name)` yields a tensor's rows, in
+    order; `announce(bytes)` is called for each piece."""
     names = sorted(headers)
     file.write(_encoded({name: headers[name] for name in names}))
     for name in names:
@@ -48,7 +48,7 @@ def write_safetensors(
         for rows in pieces(name):
             file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
             announce(rows.nbytes)
-        assert file.tell() - before == headers[name].num_bytes, f"{name}: not the bytes that its header says"
+        assert file.tell() - before == headers[name].num_bytes, f"{name}: its size differs from its header"
 
 
 def _encoded(headers: Mapping[str, TensorHeader]) -> bytes:

@@ -1,8 +1,8 @@
-"""How one Megatron parameter is made from Hugging Face tensors, and cut into tensor-parallel shards.
+"""How one Megatron parameter is made from Hugging Face tensors and split into tensor-parallel shards.
 
-Along its first dimension a full parameter is a sequence of row ranges of Hugging Face tensors. A split states that
-sequence once (`blocks`); joining, taking apart and streaming all follow it. `shard` cuts the full parameter into the
-piece of one rank and `merge` is its inverse. Nothing is computed, so round trips are bit-exact.
+Along its first dimension a full parameter is a sequence of row ranges of Hugging Face tensors. A split defines that
+sequence once (`blocks`), for joining, separating and streaming. `shard` returns the part of the full parameter of one
+rank, and `merge` is its inverse. Nothing is computed, so round trips are bit-exact.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Run:
-    """Rows `first` .. `first + count` of HF tensor number `source`; zeros where `source` is None."""
+    """Rows `first` .. `first + count` of HF tensor number `source`; zeros if `source` is None."""
 
     source: int | None
     first: int
@@ -22,22 +22,22 @@ class Run:
 
 
 class Split:
-    """The rule of one parameter. `rows` are always the first dimensions of its HF tensors, in the table's order."""
+    """The split of one parameter. `rows` are always the first dimensions of its HF tensors, in the table's order."""
 
     def blocks(self, rows: Sequence[int]) -> list[list[Run]]:
-        """The rows of the full parameter, in order, in the blocks that Megatron shards apart."""
+        """The rows of the full parameter, in order, grouped into the blocks that Megatron shards separately."""
         raise NotImplementedError
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
-        """The piece of rank `rank` of `size`."""
+        """The shard of rank `rank` of `size` ranks."""
         raise NotImplementedError
 
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
-        """The full parameter of all ranks' pieces, in rank order."""
+        """The full parameter from the shards of all ranks, in rank order."""
         raise NotImplementedError
 
     def runs(self, rows: Sequence[int]) -> list[Run]:
-        """The blocks one after the other."""
+        """The runs of all blocks, in order."""
         return [run for block in self.blocks(rows) for run in block]
 
     def full_rows(self, rows: Sequence[int]) -> int:
@@ -55,7 +55,7 @@ class Split:
         return torch.cat([_rows_of(tensors, run) for run in runs])
 
     def part(self, full: Tensor, rows: Sequence[int]) -> list[Tensor]:
-        """The HF tensors of a full parameter; views of it where a tensor's rows are together."""
+        """The HF tensors of a full parameter; a tensor whose rows are contiguous is a view of it."""
         pieces: list[list[Tensor]] = [[] for _ in rows]
         start = 0
         for run in self.runs(rows):
@@ -72,7 +72,7 @@ def _rows_of(tensors: Sequence[Tensor], run: Run) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Whole(Split):
+class Replicated(Split):
     """One HF tensor, replicated on every tensor rank."""
 
     def blocks(self, rows: Sequence[int]) -> list[list[Run]]:
@@ -86,8 +86,8 @@ class Whole(Split):
 
 
 @dataclass(frozen=True)
-class Along(Split):
-    """One HF tensor, cut into equal pieces along `dim` (0: output features, 1: input features)."""
+class ShardedAlong(Split):
+    """One HF tensor, split into equal parts along `dim` (0: output features, 1: input features)."""
 
     dim: int
 
@@ -103,7 +103,7 @@ class Along(Split):
 
 @dataclass(frozen=True)
 class Vocabulary(Split):
-    """Embedding rows padded with zeros to `padded_size`, cut along the vocabulary."""
+    """Embedding rows padded with zeros to `padded_size`, sharded along the vocabulary."""
 
     padded_size: int
 
@@ -120,7 +120,7 @@ class Vocabulary(Split):
 
 @dataclass(frozen=True)
 class GatedPair(Split):
-    """Gate and up projections stacked; every rank holds its part of the gate above its part of the up projection."""
+    """Gate and up projections stacked; every rank has its part of the gate before its part of the up projection."""
 
     def blocks(self, rows: Sequence[int]) -> list[list[Run]]:
         return [[Run(0, 0, rows[0])], [Run(1, 0, rows[1])]]

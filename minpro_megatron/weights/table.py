@@ -1,7 +1,7 @@
 """The table that maps Hugging Face tensor names to Megatron parameter names, one per architecture.
 
-Conversion, planning, publishing and export all read this table; names carry global layer and expert numbers. Adding
-an architecture is adding its rows here and its reader in architecture.py.
+Conversion, planning, publishing and export all read this table; names contain global layer and expert numbers. To add
+an architecture, add its rows here and its reader in architecture.py.
 """
 
 import re
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.architecture import Architecture
-from minpro_megatron.weights.splits import Along, GatedPair, QueryGroups, Split, Vocabulary, Whole
+from minpro_megatron.weights.splits import GatedPair, QueryGroups, Replicated, ShardedAlong, Split, Vocabulary
 
 type Axis = Literal["tensor", "expert_tensor"]
 type Shape = tuple[int, ...]
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
-# What old exports carry along and every implementation computes itself.
+# Tensors in old exports that every implementation computes itself.
 _NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
-# Transformer Engine's names for what the table calls otherwise: a norm's weight is part of the projection that it is
-# fused with, and the experts of a rank are numbered weights of one module.
+# Transformer Engine's names of parameters with other names in the table: a norm's weight is part of the projection that
+# it is fused with, and the experts of a rank are numbered weights of one module.
 _FUSED = [
     (re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$"), ".input_layernorm.weight"),
     (re.compile(r"\.mlp\.linear_fc1\.layer_norm_weight$"), ".pre_mlp_layernorm.weight"),
@@ -35,7 +35,7 @@ _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron parameter and the HF tensors it is made of: name templates of {layer} and {expert}, and shapes."""
+    """One Megatron parameter and its HF tensors: name templates with {layer} and {expert}, and shapes."""
 
     megatron: str
     hf: dict[str, Shape]
@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Entry:
-    """A Row filled in for one layer and one expert: the whole parameter, whichever ranks hold it."""
+    """A Row for one layer and one expert: the whole parameter, independent of how ranks shard it."""
 
     megatron: str
     hf: tuple[str, ...]
@@ -65,7 +65,7 @@ class Entry:
         return (self.split.full_rows(self.rows), *self.shapes[0][1:])
 
     def join(self, tensors: list[Tensor]) -> Tensor:
-        """The whole parameter. Raises ValueError naming a tensor whose shape is not the table's."""
+        """The whole parameter. Raises ValueError that names a tensor whose shape differs from the table."""
         for name, shape, tensor in zip(self.hf, self.shapes, tensors, strict=True):
             check_shape(name, tuple(tensor.shape), shape)
         return self.split.join(tensors)
@@ -75,14 +75,14 @@ class Entry:
         return self.split.part(full, self.rows)
 
     def shard_shape(self, size: int) -> Shape:
-        """The shape of one rank's piece on an axis of `size` ranks."""
+        """The shape of one rank's shard on an axis of `size` ranks."""
         return tuple(self.split.shard(torch.empty(self.full_shape, device="meta"), 0, size).shape)
 
 
 def check_shape(name: str, found: Shape, expected: Shape) -> None:
     if found != expected:
         raise UserError(
-            f"{name}: shape {found}, but config.json makes it {expected}; does config.json belong to these weights?"
+            f"{name}: shape {found}, but config.json requires {expected}; does config.json belong to these weights?"
         )
 
 
@@ -100,13 +100,17 @@ def _qwen3_rows(a: Architecture) -> list[Row]:
     groups = QueryGroups(a.num_attention_heads, a.num_query_groups, a.head_dim)
     rows = [
         Row("embedding.word_embeddings.weight", {EMBEDDING: embedding}, vocabulary),
-        Row(layer + "input_layernorm.weight", {hf + "input_layernorm.weight": hidden}, Whole()),
+        Row(layer + "input_layernorm.weight", {hf + "input_layernorm.weight": hidden}, Replicated()),
         Row(attention + "linear_qkv.weight", projections, groups),
-        Row(attention + "q_layernorm.weight", {hf_attention + "q_norm.weight": head}, Whole()),
-        Row(attention + "k_layernorm.weight", {hf_attention + "k_norm.weight": head}, Whole()),
-        Row(attention + "linear_proj.weight", {hf_attention + "o_proj.weight": (a.hidden_size, queries)}, Along(1)),
-        Row(layer + "pre_mlp_layernorm.weight", {hf + "post_attention_layernorm.weight": hidden}, Whole()),
-        Row("decoder.final_layernorm.weight", {"model.norm.weight": hidden}, Whole()),
+        Row(attention + "q_layernorm.weight", {hf_attention + "q_norm.weight": head}, Replicated()),
+        Row(attention + "k_layernorm.weight", {hf_attention + "k_norm.weight": head}, Replicated()),
+        Row(
+            attention + "linear_proj.weight",
+            {hf_attention + "o_proj.weight": (a.hidden_size, queries)},
+            ShardedAlong(1),
+        ),
+        Row(layer + "pre_mlp_layernorm.weight", {hf + "post_attention_layernorm.weight": hidden}, Replicated()),
+        Row("decoder.final_layernorm.weight", {"model.norm.weight": hidden}, Replicated()),
     ]
     if not a.tied_embeddings:
         rows.append(Row("output_layer.weight", {OUTPUT: embedding}, vocabulary))
@@ -117,7 +121,7 @@ def _mlp_rows(megatron: str, hf: str, hidden: int, width: int, axis: Axis) -> li
     gate_and_up = {hf + "gate_proj.weight": (width, hidden), hf + "up_proj.weight": (width, hidden)}
     return [
         Row(megatron + "linear_fc1.weight", gate_and_up, GatedPair(), axis),
-        Row(megatron + "linear_fc2.weight", {hf + "down_proj.weight": (hidden, width)}, Along(1), axis),
+        Row(megatron + "linear_fc2.weight", {hf + "down_proj.weight": (hidden, width)}, ShardedAlong(1), axis),
     ]
 
 
@@ -129,7 +133,7 @@ def _dense_mlp_rows(a: Architecture) -> list[Row]:
 def _expert_rows(a: Architecture) -> list[Row]:
     mlp, hf = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
     expert, hf_expert = mlp + "experts.local_experts.{expert}.", hf + "experts.{expert}."
-    router = Row(mlp + "router.weight", {hf + "gate.weight": (a.num_experts, a.hidden_size)}, Whole())
+    router = Row(mlp + "router.weight", {hf + "gate.weight": (a.num_experts, a.hidden_size)}, Replicated())
     return [router, *_mlp_rows(expert, hf_expert, a.hidden_size, a.expert_ffn_hidden_size, "expert_tensor")]
 
 
@@ -140,7 +144,7 @@ _TABLES: dict[str, list[Callable[[Architecture], list[Row]]]] = {
 
 
 def entries(architecture: Architecture) -> list[Entry]:
-    """Every parameter of the model, in the one order that all ranks and tools use: layer by layer."""
+    """Every parameter of the model, layer by layer, in the order that all ranks and tools use."""
     rows = [row for part in _TABLES[architecture.name] for row in part(architecture)]
     before = [row for row in rows if "{layer}" not in row.megatron and row.megatron.startswith("embedding")]
     after = [row for row in rows if "{layer}" not in row.megatron and not row.megatron.startswith("embedding")]
@@ -169,9 +173,9 @@ def _fill(row: Row, layer: int | None, expert: int | None) -> Entry:
 
 
 def table_name(live_name: str, first_expert: int) -> str:
-    """The table's name of a parameter that a model of either layer backend calls `live_name`; its layer stays as it is.
+    """The table's name of a parameter named `live_name` in a model of either layer backend; the layer is unchanged.
 
-    `first_expert`: which of the model's experts is the rank's first.
+    `first_expert`: the number in the model of the rank's first expert.
 
     >>> table_name("decoder.layers.3.mlp.experts.linear_fc1.weight1", first_expert=4)
     'decoder.layers.3.mlp.experts.local_experts.5.linear_fc1.weight'
@@ -183,16 +187,16 @@ def table_name(live_name: str, first_expert: int) -> str:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How a set of HF tensor names and the table compare."""
+    """The differences between a set of HF tensor names and the table."""
 
     covered: list[str]
-    missed: list[str]  # in the folder, unknown to the table: they would be lost
-    absent: list[str]  # in the table, not in the folder: parameters would stay without a value
+    missed: list[str]  # in the folder but not in the table: they would be lost
+    absent: list[str]  # in the table but not in the folder: parameters would stay uninitialized
 
 
 def coverage(architecture: Architecture, hf_names: Collection[str]) -> Coverage:
-    """Which of the HF names the table covers. Names that are no weights, and the output layer that some tied models
-    write a second time, count as neither covered nor missed."""
+    """Compares the HF names with the table. Names that are not weights, and the output layer that some tied models
+    save a second time, are ignored."""
     table = [name for entry in entries(architecture) for name in entry.hf]
     known, given = set(table), set(hf_names)
     assert len(known) == len(table), "the table names a tensor twice"
@@ -202,7 +206,7 @@ def coverage(architecture: Architecture, hf_names: Collection[str]) -> Coverage:
 
 
 def check_names(architecture: Architecture, hf_names: Collection[str], where: str) -> None:
-    """Raises ValueError naming the tensors that only the folder `where`, or only the table, knows."""
+    """Raises ValueError that names the tensors that are only in the folder `where`, or only in the table."""
     found = coverage(architecture, hf_names)
     for names, what in ((found.missed, "not in the table of"), (found.absent, "missing for")):
         if names:

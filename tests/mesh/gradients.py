@@ -14,7 +14,7 @@ from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.weights.local import axis_rank_and_size, global_parameters
-from minpro_megatron.weights.splits import Whole
+from minpro_megatron.weights.splits import Replicated
 from minpro_megatron.weights.table import entries
 
 
@@ -69,7 +69,7 @@ def _digests(policy: Policy, architecture: Architecture, mesh: Mesh) -> Iterator
         names = [entry.megatron]
         if architecture.tied_embeddings and entry.megatron.startswith("embedding."):
             names.append("output_layer.weight")  # the last stage's own copy
-        piece = 0 if isinstance(entry.split, Whole) else axis_rank_and_size(entry, mesh)[0]
+        piece = 0 if isinstance(entry.split, Replicated) else axis_rank_and_size(entry, mesh)[0]
         for name in names:
             if name in parameters:
                 data = parameters[name].detach().cpu().contiguous()

@@ -28,7 +28,7 @@ def _scores(mesh: Mesh, hf_path: str, versions: list[np.ndarray], axes: dict[str
     sequences = make_sequences(len(versions), 12)
     whole = []
     for version in range(3):
-        policy.keep_weights(f"kept {version}")
+        policy.take_snapshot(f"kept {version}")
         whole.append(policy.score(sequences))
         if version < 2:
             with torch.no_grad():
@@ -36,7 +36,7 @@ def _scores(mesh: Mesh, hf_path: str, versions: list[np.ndarray], axes: dict[str
                     parameter.mul_(1.05)
 
     def weights_of(version: int) -> AbstractContextManager[None]:
-        return nullcontext() if version == 2 else policy.kept_weights(f"kept {version}")
+        return nullcontext() if version == 2 else policy.use_snapshot(f"kept {version}")
 
     sampled_with = [of_sequence[: len(s.response_ids)] for of_sequence, s in zip(versions, sequences, strict=True)]
     mini_batches = [sequences[:3], sequences[3:]]

@@ -28,9 +28,9 @@ MESHES = [
 def _scores(mesh: Mesh, config: RunConfig, hf_path: str, sequences: Sequence[TokenSequence]) -> dict[str, np.ndarray]:
     _, policy = loaded_policy(mesh, config, hf_path)
     before = policy.score(sequences)
-    policy.keep_weights("sampling")
+    policy.take_snapshot("sampling")
     policy.update(sequences, LEARNING_RATE)
-    with policy.kept_weights("sampling"):
+    with policy.use_snapshot("sampling"):
         kept = policy.score(sequences)
     return {"before": before, "kept": kept, "after": policy.score(sequences)}
 
@@ -71,22 +71,22 @@ def test_update_with_nan_gradient_is_skipped_on_every_rank(starts: dict[str, Sta
 
 def _misuse_while_swapped(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list[TokenSequence]) -> None:
     _, policy = loaded_policy(mesh, config, hf_path)
-    with pytest.raises(AssertionError, match="comes first"), policy.kept_weights("sampling"):
+    with pytest.raises(AssertionError, match="comes first"), policy.use_snapshot("sampling"):
         pass
-    policy.keep_weights("sampling")
+    policy.take_snapshot("sampling")
     policy.update(sequences, LEARNING_RATE)
     trained = [parameter.detach().clone() for chunk in policy.modules for parameter in chunk.parameters()]
-    with policy.kept_weights("sampling"):
-        for misuse in (lambda: policy.keep_weights("other"), policy.kept_weights("sampling").__enter__):
+    with policy.use_snapshot("sampling"):
+        for misuse in (lambda: policy.take_snapshot("other"), policy.use_snapshot("sampling").__enter__):
             with pytest.raises(AssertionError, match="swapped in"):
                 misuse()
         with pytest.raises(AssertionError, match="swapped in"):
             policy.update(sequences, LEARNING_RATE)
-    with pytest.raises(KeyError), policy.kept_weights("sampling"):
+    with pytest.raises(KeyError), policy.use_snapshot("sampling"):
         raise KeyError("scoring failed")
     after = [parameter for chunk in policy.modules for parameter in chunk.parameters()]
     assert all(torch.equal(old, new) for old, new in zip(trained, after, strict=True))
-    policy.keep_weights("sampling")  # allowed again
+    policy.take_snapshot("sampling")  # allowed again
 
 
 def test_nothing_but_scoring_is_allowed_with_the_sampling_weights_swapped_in(starts: dict[str, Start]) -> None:

@@ -208,7 +208,7 @@ def _refusals_on_rank(mesh: Mesh, hf_path: Path, checkpoint: Path) -> None:
     shorter = replace(architecture, num_layers=3)
     with pytest.raises(ValueError, match=r"33 tensors are not in the table of Qwen3MoeForCausalLM: model.layers.3"):
         load_hf_tensors(build_model(shorter, mesh, torch.float32), shorter, mesh, reader)
-    with pytest.raises(ValueError, match=r"q_proj.weight: shape \(64, 32\), but config.json makes it \(\d+, 32\)"):
+    with pytest.raises(ValueError, match=r"q_proj.weight: shape \(64, 32\), but config.json requires \(\d+, 32\)"):
         load_hf_tensors(chunks, replace(architecture, num_attention_heads=2), mesh, reader)
     with pytest.raises(ValueError, match=r"no Hugging Face tensor maps to decoder.layers.4"):
         load_hf_tensors(larger_model, architecture, mesh, reader)

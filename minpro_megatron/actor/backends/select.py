@@ -1,4 +1,4 @@
-"""Which modules a model's layers are made of: Transformer Engine's, or plain torch's."""
+"""Selects the modules that a model's layers are built of: Transformer Engine's, or plain torch's."""
 
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ class LayerBackend(Protocol):
         ...
 
     def settings(self, mixture: bool) -> dict[str, Any]:
-        """What the backend needs of TransformerConfig, by field; `mixture`: the layers have experts."""
+        """The fields of TransformerConfig that the backend sets; `mixture`: the layers have experts."""
         ...
 
     def layer(self, config: TransformerConfig) -> ModuleSpec:
@@ -31,14 +31,14 @@ class LayerBackend(Protocol):
 def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> LayerBackend:
     """The backend for the setting `model.backend`, as config.trainer.layer_backend_of decides.
 
-    Raises ValueError with the import's own error where that is Transformer Engine and it cannot be imported.
+    Raises UserError with the import's own error if the backend is Transformer Engine and it cannot be imported.
     """
     if layer_backend_of(name, device.type, str(dtype).removeprefix("torch.")) == "torch":
         return TorchLayers(device)
     try:
-        # late: the package exists on GPU machines only
+        # imported here because the package exists on GPU machines only
         from minpro_megatron.actor.backends.transformer_engine_backend import TransformerEngineLayers
-    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # a library or a part of it does not load
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # a library, or a part of it, fails to load
         raise UserError(
             f"model.backend = {name}: Transformer Engine cannot be imported ({error}); install it, or set "
             "model.backend to torch"

@@ -1,7 +1,7 @@
 """Megatron layers in plain torch: what Transformer Engine provides on GPUs, for machines without it.
 
-Shapes: T tokens this rank holds of a packed row, H query heads, G query groups (key/value heads), D head dim,
-N sequences in the row, Q and K the longest padded query and key runs of a sequence.
+Shapes: T tokens of a packed row on this rank, H query heads, G query groups (key/value heads), D head dim,
+N sequences in the row, Q and K the largest number of padded queries and keys of a sequence.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ from minpro_megatron.batching.shards import context_shard
 
 
 class TorchRMSNorm(torch.nn.Module):
-    """RMSNorm computed in float32. Marks its weight for megatron's gradient sum over sequence-parallel ranks,
-    which torch's own module cannot do (megatron's wrapper of it refuses sequence parallelism)."""
+    """RMSNorm computed in float32. It marks its weight for Megatron's sum of gradients over sequence-parallel ranks.
+    Torch's own module cannot do this: Megatron's wrapper of it refuses sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
@@ -50,24 +50,24 @@ class TorchRMSNorm(torch.nn.Module):
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """Index tensors between a packed row's tokens and [sequence, position] blocks; -1 never occurs: padding points
-    at token 0, and what attention computes there is dropped (queries) or masked (keys)."""
+    """Index tensors between a packed row's tokens and [sequence, position] blocks. No index is -1: padding points
+    at token 0, and the result of attention there is dropped (queries) or masked (keys)."""
 
     query_index_NQ: Tensor  # into this rank's T tokens
     query_slot_T: Tensor  # into the flattened [N * Q] block
-    key_index_NK: Tensor  # into the C * T tokens gathered from the context ranks, rank after rank
+    key_index_NK: Tensor  # into the C * T tokens gathered from the C context ranks, in the order of the ranks
     mask_N1QK: Tensor | None  # None: plain causal attention
 
 
 def padded_layout(lengths: list[int], context_size: int, context_rank: int, device: torch.device) -> PaddedLayout:
-    """The layout of a packed row with sequences of `lengths` (padded), as context rank `context_rank` holds it."""
+    """The layout, on context rank `context_rank`, of a packed row whose sequences have the padded `lengths`."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
     held = [context_shard(lengths, context_size, rank) for rank in range(context_size)]
     mine = held[context_rank]
     sequence = np.searchsorted(starts, mine, side="right") - 1
     counts = np.asarray(lengths) // context_size
     first = np.concatenate([[0], np.cumsum(counts)])[:-1]
-    slot = np.arange(len(mine)) - first[sequence]  # place among this rank's tokens of the sequence
+    slot = np.arange(len(mine)) - first[sequence]  # index among this rank's tokens of the sequence
     num_sequences, width = len(lengths), int(counts.max())
     query_index = np.zeros((num_sequences, width), dtype=np.int64)
     query_index[sequence, slot] = np.arange(len(mine))
@@ -92,7 +92,8 @@ def padded_layout(lengths: list[int], context_size: int, context_rank: int, devi
 
 
 class _GatherAcrossRanks(torch.autograd.Function):
-    """[T, ...] on every rank -> [ranks * T, ...], rank after rank; backward sums each rank's part over the ranks."""
+    """[T, ...] on every rank -> [ranks * T, ...] in the order of the ranks; backward sums each rank's part over the
+    ranks."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -112,8 +113,8 @@ class _GatherAcrossRanks(torch.autograd.Function):
 class TorchAttention(MegatronModule):
     """Causal attention inside each sequence of a packed row, with context parallelism by gathering keys and values.
 
-    Sequences are laid out in a padded block for torch's scaled_dot_product_attention. Right padding needs no mask:
-    under causality no real token sees it.
+    Sequences are arranged in a padded block for torch's scaled_dot_product_attention. Padding on the right needs no
+    mask: with causal attention no real token attends to it.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class TorchAttention(MegatronModule):
         **unused: Any,
     ) -> Tensor:
         assert packed_seq_params is not None, "rows are always packed (thd)"
-        assert attention_mask is None, "causality inside each sequence is the only mask there is"
+        assert attention_mask is None, "the only mask is causality inside each sequence"
         layout = self._layout(packed_seq_params)
         key_value = torch.stack([key_TGD, value_TGD], dim=1)
         if self.context_group.size() > 1:
@@ -156,7 +157,7 @@ class TorchAttention(MegatronModule):
         return out_NHQD.transpose(1, 2).flatten(0, 1)[layout.query_slot_T].flatten(1)
 
     def _layout(self, packed: PackedSeqParams) -> PaddedLayout:
-        """Computed by the first layer that sees the row, kept with the row for the others."""
+        """The layout of the row. The first layer computes it; it is stored with the row for the other layers."""
         layout = getattr(packed, "padded_layout", None)
         if layout is None:
             lengths = torch.diff(packed.cu_seqlens_q_padded).tolist()
@@ -167,10 +168,10 @@ class TorchAttention(MegatronModule):
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """Rows [T, in], grouped by expert, each times its expert's weights [out, in] -> [T, out].
+    """Rows [T, in], grouped by expert, each multiplied by the weights [out, in] of its expert -> [T, out].
 
-    `ends` int32 [E]: where each expert's rows end. The weights stay a parameter an expert; they are put together for
-    the product in forward and again in backward, which costs a copy and keeps none between the two.
+    `ends` int32 [E]: where each expert's rows end. Each expert keeps its own weight parameter. The weights are stacked
+    for the product in forward and again in backward: this costs a copy each time, and no copy is kept in between.
     """
 
     @staticmethod
@@ -188,20 +189,20 @@ class _GroupedLinear(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         to_rows = F.grouped_mm(gradient, torch.stack(weights), offs=ends)
         to_weights = F.grouped_mm(gradient.t(), rows, offs=ends)
-        # On sm_100 the product of an expert without rows is whatever was in memory, where elsewhere it is 0 (pytorch
-        # issue 172439): the zeros are written here, whatever the device.
+        # On sm_100 the product of an expert without rows is uninitialized memory; on other devices it is 0 (pytorch
+        # issue 172439). The zeros are therefore written here on every device.
         has_no_rows = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
         to_weights.masked_fill_(has_no_rows[:, None, None], 0)
         return to_rows, None, *to_weights.unbind()
 
 
 class GroupedExperts(SequentialMLP):
-    """Megatron's experts with the same parameters, all experts of a rank in one grouped product a projection."""
+    """Megatron's experts with the same parameters: one grouped product per projection for all experts of a rank."""
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
-        """[T, hidden] grouped by expert, int [experts], [T] -> [T, hidden], each token times its probability."""
+        """[T, hidden] grouped by expert, int [experts], [T] -> [T, hidden], each token scaled by its probability."""
         rows = permuted_local_hidden_states.contiguous()
         ends = tokens_per_expert.cumsum(0).to(torch.int32).to(rows.device, non_blocking=True)
         experts: Any = self.local_experts
@@ -212,9 +213,9 @@ class GroupedExperts(SequentialMLP):
 
 
 def grouped_product_works(device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> bool:
-    """Whether torch.nn.functional.grouped_mm takes matrices whose rows have `sizes` elements.
+    """Whether torch.nn.functional.grouped_mm accepts matrices whose rows have `sizes` elements.
 
-    Rows have to begin at multiples of 16 bytes; on GPUs it is made for bfloat16 from compute capability 8.0 on.
+    Rows must start at multiples of 16 bytes. On GPUs it supports bfloat16 from compute capability 8.0 on.
     """
     if not hasattr(F, "grouped_mm") or any(size * dtype.itemsize % 16 for size in sizes):
         return False
@@ -224,7 +225,7 @@ def grouped_product_works(device: torch.device, dtype: torch.dtype, sizes: Seque
 
 
 class _Modules(LocalSpecProvider):
-    """The layer modules of this backend, for megatron's spec builders."""
+    """The layer modules of this backend, for Megatron's spec builders."""
 
     def __init__(self, grouped: bool) -> None:
         self._experts = GroupedExperts if grouped else SequentialMLP
@@ -249,7 +250,7 @@ class TorchLayers:
         self._device = device
 
     def settings(self, mixture: bool) -> dict[str, Any]:
-        return {}  # megatron's own: nothing is fused
+        return {}  # Megatron's defaults: nothing is fused
 
     def layer(self, config: TransformerConfig) -> ModuleSpec:
         modules = _Modules(grouped=self._grouped(config))

@@ -1,9 +1,9 @@
 """Megatron layers of Transformer Engine: norms fused with projections, its attention, grouped experts.
 
-Importing this file imports Transformer Engine; where it is missing or broken that raises ImportError or OSError.
-What was checked where no GPU is: megatron's own classes around Transformer Engine, their parameters, checkpoints and
-collectives, over a stand-in with the same modules in plain torch (tests/mesh/transformer_engine_stand_in.py). The
-kernels themselves have not been run by these tests.
+Importing this file imports Transformer Engine; if it is missing or broken, the import raises ImportError or OSError.
+The tests without a GPU check Megatron's own classes around Transformer Engine, their parameters, checkpoints and
+collectives, with a stand-in that has the same modules in plain torch (tests/mesh/transformer_engine_stand_in.py).
+These tests do not run the kernels.
 """
 
 from importlib.util import find_spec
@@ -23,8 +23,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-# Transformer Engine calls a norm's weights after the projection that it fused it with. In checkpoints they keep the
-# names that they have where nothing is fused, so that either backend loads what the other saved.
+# Transformer Engine names a norm's weights after the projection that the norm is fused with. In checkpoints they keep
+# the names that they have without fusion, so that either backend loads what the other saved.
 _CHECKPOINT_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -32,9 +32,9 @@ _CHECKPOINT_NAMES = {
 
 
 class TransformerEngineRMSNorm(te.RMSNorm):
-    """RMSNorm; its weight is marked for megatron's gradient sum over sequence-parallel ranks."""
+    """RMSNorm; its weight is marked for Megatron's sum of gradients over sequence-parallel ranks."""
 
-    # A module's float8 state would go into checkpoints, where the torch backend has one for projections only.
+    # A module's float8 state would be saved in checkpoints; the torch backend has such a state for projections only.
     get_extra_state = torch.nn.Module.get_extra_state
     set_extra_state = torch.nn.Module.set_extra_state
 
@@ -49,7 +49,7 @@ class TransformerEngineRMSNorm(te.RMSNorm):
 
 
 class TransformerEngineAttention(TEDotProductAttention):
-    """Flash or cuDNN attention inside each sequence of a packed row; context ranks pass keys and values around."""
+    """Flash or cuDNN attention inside each sequence of a packed row; context ranks exchange keys and values."""
 
     get_extra_state = torch.nn.Module.get_extra_state
     set_extra_state = torch.nn.Module.set_extra_state
@@ -69,7 +69,7 @@ class TransformerEngineLayers:
     final_norm = TransformerEngineRMSNorm
 
     def __init__(self, device: torch.device) -> None:
-        self._compiles = device.type == "cuda"  # megatron's fusions are compiled for the GPU
+        self._compiles = device.type == "cuda"  # Megatron's fusions are compiled for the GPU
 
     def settings(self, mixture: bool) -> dict[str, Any]:
         experts = {
@@ -80,7 +80,7 @@ class TransformerEngineLayers:
             "apply_rope_fusion": self._compiles and hasattr(extension, "fused_apply_rotary_pos_emb_thd"),
             "bias_activation_fusion": self._compiles,
             "bias_dropout_fusion": self._compiles,
-            # part of NVIDIA Apex; megatron's embedding and output layer need it even where Transformer Engine's do not
+            # part of NVIDIA Apex; Megatron's embedding and output layer need it, Transformer Engine's layers do not
             "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,
             "cp_comm_type": "p2p",
         } | (experts if mixture else {})
@@ -104,7 +104,7 @@ class TransformerEngineLayers:
                     ),
                 ),
                 self_attn_bda=add_residual,
-                # a dense layer's is fused with its first projection; in a mixture the router needs it too
+                # a dense layer's norm is fused with its first projection; in a mixture the router needs its output too
                 pre_mlp_layernorm=TransformerEngineRMSNorm if mixture else IdentityOp,
                 mlp=get_mlp_module_spec_for_backend(
                     backend=modules, num_experts=config.num_moe_experts, moe_grouped_gemm=mixture

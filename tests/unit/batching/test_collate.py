@@ -154,5 +154,5 @@ def test_a_sequence_without_prompt_is_a_bug() -> None:
         0.0,
         0,
     )
-    with pytest.raises(AssertionError, match="no prompt"):
+    with pytest.raises(AssertionError, match="without a prompt"):
         shard_row([sequence, empty], 40, RankSlice(1, 0, 1, 0))

@@ -68,7 +68,7 @@ def test_tensor_pieces_follow_one_another() -> None:
 
 
 def test_lengths_that_cannot_be_cut_are_bugs() -> None:
-    with pytest.raises(AssertionError, match="6 tokens cannot be cut into 4 chunks"):
+    with pytest.raises(AssertionError, match="6 tokens cannot be divided into 4 chunks"):
         context_shard([8, 6], 2, 0)
-    with pytest.raises(AssertionError, match="7 tokens cannot be cut into 2"):
+    with pytest.raises(AssertionError, match="7 tokens cannot be divided into 2"):
         tensor_shard(7, 2, 0)

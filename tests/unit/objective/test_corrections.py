@@ -116,9 +116,9 @@ def test_left_out_tokens_are_those_beyond_the_limits(switches: str) -> None:
         weight = loops.between(float(others.proximal[place]), float(tokens.behavior[place]))
         outside = loss.icepop.enabled and not loss.icepop.low <= ratio <= loss.icepop.high
         too_heavy = loss.decoupled.enabled and weight > loss.decoupled.largest_weight
-        assert bool(terms.left_out_L[place]) == (outside or too_heavy)
-        assert not terms.left_out_L[place] or not terms.clipped_L[place]
-        assert terms.weight_L[place] == (0 if terms.left_out_L[place] else plain.weight_L[place])  # the objective's own
+        assert bool(terms.excluded_L[place]) == (outside or too_heavy)
+        assert not terms.excluded_L[place] or not terms.clipped_L[place]
+        assert terms.weight_L[place] == (0 if terms.excluded_L[place] else plain.weight_L[place])  # the objective's own
 
 
 def test_nothing_switched_on_is_the_objective_itself() -> None:
@@ -235,7 +235,7 @@ def test_tokens_that_are_left_out_still_pay_the_kl_penalty() -> None:
     tokens = random_tokens(65)
     others, loss = others_of(tokens, 66, drift=3.0), LossConfig(**(ICEPOP | KL["kl k2"]))
     terms = found_terms("minpro", tokens, others, loss)
-    left_out = tokens.trained & terms.left_out_L.numpy()
+    left_out = tokens.trained & terms.excluded_L.numpy()
     assert left_out.sum() > 10
     slope = 0.3 * (tokens.log_probs.astype(np.float64) - others.reference)
     np.testing.assert_allclose(terms.coefficients_L.numpy()[left_out], -slope[left_out], rtol=1e-12)

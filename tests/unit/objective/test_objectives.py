@@ -102,7 +102,7 @@ def test_what_a_token_weighs_and_whether_it_was_clipped_or_left_out(name: str) -
         weighed = terms.weight_L.numpy() * tokens.advantages
         assert_trained_equal(terms.coefficients_L, weighed, tokens)
         unclipped = weighted_by(name, tokens, OTHERS[name])
-        left_out = terms.left_out_L.numpy()
+        left_out = terms.excluded_L.numpy()
         assert left_out[~tokens.trained].all()
         changed = np.abs(terms.weight_L.numpy() - unclipped) > 1e-12
         assert (terms.clipped_L.numpy() == changed)[tokens.trained & ~left_out].all()
@@ -248,7 +248,7 @@ def test_prefix_filter_is_cispo_where_it_leaves_nothing_out_and_scaled_cispo_eve
     tokens = random_tokens(14)
     cispo = terms_of("cispo", tokens, DEFAULTS["cispo"])
     filtered = terms_of("prefix_filter", tokens, DEFAULTS["prefix_filter"])
-    kept = ~filtered.left_out_L
+    kept = ~filtered.excluded_L
     assert 0 < int((~kept)[tokens.trained].sum()) < 5
     assert torch.equal(filtered.coefficients_L[kept], cispo.coefficients_L[kept])
     scaled = terms_of("scaled_cispo", tokens, DEFAULTS["scaled_cispo"])

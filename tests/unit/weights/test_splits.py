@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minpro_megatron.weights.splits import Along, GatedPair, QueryGroups, Split, Vocabulary, Whole
+from minpro_megatron.weights.splits import GatedPair, QueryGroups, Replicated, ShardedAlong, Split, Vocabulary
 
 
 def random_bits(*shape: int) -> Tensor:
@@ -18,9 +18,9 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 
 
 CASES: list[tuple[str, Split, list[tuple[int, ...]], list[int]]] = [
-    ("whole", Whole(), [(17,)], [1, 3]),
-    ("rows", Along(0), [(12, 5)], [1, 2, 3]),
-    ("columns", Along(1), [(5, 12)], [1, 2, 4]),
+    ("whole", Replicated(), [(17,)], [1, 3]),
+    ("rows", ShardedAlong(0), [(12, 5)], [1, 2, 3]),
+    ("columns", ShardedAlong(1), [(5, 12)], [1, 2, 4]),
     ("vocabulary", Vocabulary(128), [(77, 3)], [1, 2, 4, 8]),
     ("full vocabulary", Vocabulary(128), [(128, 1)], [1, 2]),
     ("gated pair", GatedPair(), [(6, 5), (6, 5)], [1, 2, 3]),

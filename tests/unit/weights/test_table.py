@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minpro_megatron.models.architecture import Architecture, read_architecture
-from minpro_megatron.weights.splits import Along, GatedPair, QueryGroups, Vocabulary, Whole
+from minpro_megatron.weights.splits import GatedPair, QueryGroups, Replicated, ShardedAlong, Vocabulary
 from minpro_megatron.weights.table import check_names, coverage, entries, table_name
 from tests.mesh.reference import COMMON, saved_tensors
 from tests.support.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
@@ -98,12 +98,12 @@ def test_every_tensor_is_split_as_megatron_cuts_its_layer() -> None:
         "word_embeddings": Vocabulary(128),
         "output_layer": Vocabulary(128),
         "linear_qkv": QueryGroups(4, 2, 16),
-        "linear_proj": Along(1),  # row parallel: input features
+        "linear_proj": ShardedAlong(1),  # row parallel: input features
         "linear_fc1": GatedPair(),
-        "linear_fc2": Along(1),
-        "router": Whole(),
-        **dict.fromkeys(("input_layernorm", "pre_mlp_layernorm", "final_layernorm"), Whole()),
-        **dict.fromkeys(("q_layernorm", "k_layernorm"), Whole()),
+        "linear_fc2": ShardedAlong(1),
+        "router": Replicated(),
+        **dict.fromkeys(("input_layernorm", "pre_mlp_layernorm", "final_layernorm"), Replicated()),
+        **dict.fromkeys(("q_layernorm", "k_layernorm"), Replicated()),
     }
     for ours in (TINY, architecture(**DENSE)):
         for entry in entries(ours):
@@ -136,7 +136,7 @@ def test_known_names_that_carry_no_weight_of_their_own_are_passed_over() -> None
 
 def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
     embedding = entries(TINY)[0]
-    with pytest.raises(ValueError, match=r"^model.embed_tokens.weight: shape \(76, 32\), .* makes it \(77, 32\); does"):
+    with pytest.raises(ValueError, match=r"^model.embed_tokens.weight: shape \(76, 32\), .* requires \(77, 32\); does"):
         embedding.join([torch.zeros(76, 32)])
 
 
