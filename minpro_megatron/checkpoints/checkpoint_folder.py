@@ -1,8 +1,8 @@
-"""The folder of a run's checkpoints, as one process keeps it: what appears in it is complete, what leaves it is whole
-until it is gone.
+"""The folder of a run's checkpoints, written by one process. Checkpoints appear in it, and are removed from it,
+atomically.
 
-A checkpoint is written under a hidden name of its own, renamed when it is complete, and only then named by `latest`.
-Whatever moment the process dies at, `latest` names a complete checkpoint: the former or the new one.
+A checkpoint is written under a unique hidden name, renamed when it is complete, and only then named by `latest`. If
+the process dies at any moment, `latest` names a complete checkpoint: the previous or the new one.
 """
 
 import logging
@@ -37,8 +37,8 @@ _OURS_HIDDEN = re.compile(r"\.(step-\d{6,}\.[0-9a-f]{8}\.(partial|removed)|lates
 
 
 def superseded(scores: Mapping[int, float | None], keep_last: int, keep_best: int) -> set[int]:
-    """Which of the checkpoints `{version: its score, if known}` need not be kept: all but the newest and the best (of
-    equal scores the newer)."""
+    """The checkpoints of `{version: its score, if known}` that need not be kept: all except the newest and the best (of
+    equal scores, the newer)."""
     newest = sorted(scores)[-keep_last:]
     by_score = sorted((score, version) for version, score in scores.items() if score is not None)
     best = [version for _, version in by_score[-keep_best:]] if keep_best else []
@@ -46,17 +46,17 @@ def superseded(scores: Mapping[int, float | None], keep_last: int, keep_best: in
 
 
 def score_of(result: EvaluationResult, settings: CheckpointConfig) -> float:
-    """What decides whether the checkpoint of the evaluated version is one of the best: more is better."""
+    """The score that ranks the checkpoint of the evaluated version: higher is better."""
     return result.pass_at_1 if settings.keep_best_by == "accuracy" else result.mean_reward
 
 
 class CheckpointFolder:
-    """Used by one process of the run at a time. Methods raise OSError where the file system does, and what `may_write`
-    raises before anything in the folder changes."""
+    """Used by one process of the run at a time. Methods raise OSError for errors of the file system, and what
+    `may_write` raises before they change the folder."""
 
     def __init__(self, path: Path, settings: CheckpointConfig, may_write: Callable[[], None] = lambda: None) -> None:
-        """Removes what a killed process left unfinished. Raises UserError as read_latest does. `may_write` raises once
-        another process has the folder."""
+        """Removes the unfinished checkpoints of a killed process. Raises UserError as read_latest does. `may_write`
+        raises once another process owns the folder."""
         self._may_write = may_write
         may_write()
         path.mkdir(parents=True, exist_ok=True)
@@ -68,22 +68,22 @@ class CheckpointFolder:
         latest = read_latest_in(path)
         self._latest = latest.policy_version if latest else None
         found = {manifest.policy_version: manifest for manifest in complete_manifests(path)}
-        # Newer ones than the run goes on from are of a line that is given up. They stay until this line has a
-        # checkpoint of its own.
+        # Checkpoints newer than the one that the run resumes from belong to an abandoned continuation. They are removed
+        # once this continuation has saved a checkpoint.
         self._given_up = {version for version in found if self._latest is None or version > self._latest}
         self._kept = {version: found[version] for version in found.keys() - self._given_up}
         self._scores: dict[int, float] = {}
 
     def new_partial(self, version: int) -> Path:
-        """A new empty folder to write a checkpoint into. No other attempt has ever had its name: a writer that
-        survived its killed rank may still be at work in its own."""
+        """A new empty folder to write a checkpoint into. Its name is unique: a writer that survived its killed rank may
+        still be writing into an older one."""
         assert self._latest is None or version > self._latest, f"version {version} after {self._latest}"
         partial = self._hidden(version, "partial")
         partial.mkdir()
         return partial
 
     def publish(self, partial: Path, manifest: RunManifest) -> None:
-        """`partial`, whose files are written, becomes the checkpoint that the run goes on from; old ones go."""
+        """Makes `partial`, whose files are written, the checkpoint that the run resumes from; removes old ones."""
         self._may_write()
         version = manifest.policy_version
         if version in self._scores:
@@ -102,12 +102,12 @@ class CheckpointFolder:
             _sync_folder(self._path)
             self._may_write()
             self._remove_superseded()
-        except OSError as error:  # no reason to call this checkpoint failed: it is there
+        except OSError as error:  # not a failure of this checkpoint, which is complete
             log.warning("%s: %s", self._path, error)
 
     def discard(self, partial: Path) -> None:
-        """Remove a checkpoint that failed, under its hidden name or under the one it had just got. Raises nothing:
-        what cannot be removed now is at the next start."""
+        """Remove a checkpoint that failed, under its hidden or its final name. Raises nothing: what cannot be removed
+        now is removed at the next start."""
         version = version_of(partial.name.split(".")[1])
         assert version is not None, partial
         try:
@@ -118,9 +118,9 @@ class CheckpointFolder:
             log.warning("%s: %s", partial, error)
 
     def note_score(self, version: int, score: float) -> None:
-        """Keep the score with the checkpoint of that version, if there is or will be one."""
+        """Store the score with the checkpoint of that version, if there is or will be one."""
         self._scores[version] = score
-        if version in self._kept and self._kept[version].score != score:  # told again after every publication
+        if version in self._kept and self._kept[version].score != score:  # reported again after every publication
             self._may_write()
             manifest = msgspec.structs.replace(self._kept[version], score=score)
             replace_file(self._path / folder_name(version) / MANIFEST, to_json(manifest))
@@ -128,7 +128,9 @@ class CheckpointFolder:
 
     def _remove_superseded(self) -> None:
         for version in sorted(self._given_up - self._kept.keys()):
-            log.warning("%s: removed, for the run went on from an earlier one", self._path / folder_name(version))
+            log.warning(
+                "%s: removed, because the run was resumed from an earlier one", self._path / folder_name(version)
+            )
             self._remove(version)
         self._given_up = set()
         scores = {version: manifest.score for version, manifest in self._kept.items()}
@@ -139,7 +141,7 @@ class CheckpointFolder:
     def _remove(self, version: int) -> None:
         folder, hidden = self._path / folder_name(version), self._hidden(version, "removed")
         if folder.exists():
-            folder.rename(hidden)  # first, so that no half of it is ever seen
+            folder.rename(hidden)  # first, so that no partly removed checkpoint is visible
             _remove(hidden)
 
     def _hidden(self, version: int, state: str) -> Path:
@@ -154,7 +156,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """The names in the folder survive a loss of power."""
+    """Syncs the folder, so that the names in it survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -32,9 +32,9 @@ from minpro_megatron.weights.hf_files import dtype_name
 def save_weights(
     chunks: Sequence[GPTModel], architecture: Architecture, path: str | Path, mesh: Mesh, hf_path: str | Path
 ) -> None:
-    """Write the model to the folder `path`. Collective. It appears under its name only when complete; with it go the
-    texts (config, tokenizer) of `hf_path`, the model that it started from. Raises ValueError rather than replace files
-    that this program did not write."""
+    """Write the model to the folder `path`, with the texts (config, tokenizer) of `hf_path`, the initial model.
+    Collective. The folder appears under its name only when complete. Raises ValueError if it would replace files that
+    this program did not write."""
     path, hf_path = Path(path), Path(hf_path)
     check_replaceable(path)  # on all ranks, so that all raise
     temporary = mesh.from_rank_0(begin_folder(path) if mesh.rank == 0 else None)
@@ -59,7 +59,7 @@ def save_weights(
 
 
 def _records(folder: Path, mesh: Mesh) -> dict[str, FileRecord]:
-    """The files that this rank wrote, rank 0 with those of all."""
+    """The files that this rank wrote; on rank 0 also those written for all ranks."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != LIST_OF_FILES]
     own = [path for path in files if path.name.startswith(f"__{mesh.rank}_")]
     common = [path for path in files if not path.name.startswith("__")] if mesh.rank == 0 else []
@@ -67,16 +67,16 @@ def _records(folder: Path, mesh: Mesh) -> dict[str, FileRecord]:
 
 
 def load_weights(chunks: Sequence[GPTModel], architecture: Architecture, path: str | Path, mesh: Mesh) -> None:
-    """Fill the model from the folder `path`, whatever mesh or tool wrote it. Collective.
+    """Load the model from the folder `path`, which any mesh or tool may have written. Collective.
 
-    Raises ValueError if the folder is not a finished, undamaged checkpoint of this architecture.
+    Raises ValueError if the folder is not a complete, undamaged checkpoint of this architecture.
     """
     manifest = read_manifest(path)
     check_architecture(path, manifest, architecture)
     verify_files(path, manifest)
     refuse_code_on_all_ranks(
         Path(path), mesh
-    )  # before megatron's loader, which unpickles the same files without a list of classes
+    )  # before Megatron's loader, which unpickles the same files without a list of allowed classes
     state = _sharded_state(chunks, mesh)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -86,8 +86,8 @@ def load_weights(chunks: Sequence[GPTModel], architecture: Architecture, path: s
 
 
 def refuse_code_on_all_ranks(path: Path, mesh: Mesh) -> None:
-    """Raises ValueError on all ranks if the folder's pickles are more than data. Rank 0 reads its objects, of which a
-    large model has thousands."""
+    """Raises ValueError on all ranks if the folder's pickles contain more than data. Only rank 0 reads the objects: a
+    large model has thousands of them."""
     problem = ""
     if mesh.rank == 0:
         try:

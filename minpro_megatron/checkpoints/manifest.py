@@ -1,9 +1,9 @@
-"""The manifest of a Megatron weight folder: what the weights are, and the checksum of every file beside it.
+"""The manifest of a Megatron weight folder: what the weights are, and the checksum of every other file in the folder.
 
-It is written last, so a folder with a manifest is complete. The format of Megatron's distributed checkpoints has two
-places for pickles: `.metadata`, and the objects among the tensors. Checksums tell a damaged or mixed up folder from
-the one that was written; they cannot tell who wrote it. sharded_files.py therefore also refuses to unpickle anything
-but the classes that metadata is made of.
+It is written last, so a folder with a manifest is complete. Megatron's distributed checkpoints contain pickles in two
+places: in `.metadata`, and as objects among the tensors. Checksums detect a folder that is damaged or has files of
+another one; they cannot show who wrote it. sharded_files.py therefore also refuses to unpickle any class that metadata
+does not need.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ MANIFEST = "manifest.json"
 METADATA = ".metadata"
 FORMAT_VERSION = 2
 HF_TEXTS = "hf"  # config, tokenizer and index of the model that the weights came from
-# Files of at most this size are verified whenever the folder is opened; of larger ones only the size, for speed.
+# Files of at most this size are verified whenever the folder is opened; for larger files only the size, for speed.
 _ALWAYS_VERIFIED_BYTES = 64 << 20
-_SMALL_WRITE = 1 << 16  # bytes; handing less to a thread costs more than it saves
+_SMALL_WRITE = 1 << 16  # bytes; for smaller writes a thread costs more time than it saves
 
 
 class FileRecord(Section):
@@ -45,11 +45,11 @@ class Manifest(Section):
     source: str = Field(description="the name of the folder that the weights came from")
     dtype: Literal["float32", "bfloat16"]
     architecture: Architecture
-    files: dict[str, FileRecord] = Field(description="by path below the folder; all but the manifest")
+    files: dict[str, FileRecord] = Field(description="by path relative to the folder; all files except the manifest")
 
 
 class RecordedFile:
-    """A file being written. Large writes are hashed in a thread at the same time: both let go of Python's lock."""
+    """A file being written. Large writes are hashed in a thread at the same time: both release Python's GIL."""
 
     def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
         self._file = path.open("wb")
@@ -79,7 +79,7 @@ class RecordedFile:
 
 
 class FileRecords:
-    """What was written into a folder, with checksums, without reading any large file again."""
+    """The files written into a folder, with checksums, without reading any large file again."""
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
         self._folder = folder
@@ -88,7 +88,7 @@ class FileRecords:
         self._records: dict[str, FileRecord] = {}
 
     def create(self, name: str) -> RecordedFile:
-        """A new file of the folder; `close` it here."""
+        """A new file of the folder; close it with the `close` of this object."""
         self._open[name] = RecordedFile(self._folder / name, self._pool)
         return self._open[name]
 
@@ -96,13 +96,13 @@ class FileRecords:
         self._records[name] = self._open.pop(name).close()
 
     def add(self, name: str) -> None:
-        """A small file of the folder that something else wrote."""
+        """Records a small file of the folder that other code wrote."""
         self._records[name] = record_file(self._folder / name)
 
     def abandon(self) -> None:
-        """Closes what an error has left open: a file that is removed takes its space until it is closed."""
+        """Closes files that an error left open: a removed file uses disk space until it is closed."""
         while self._open:
-            with suppress(OSError):  # what is in memory may not fit on the disk
+            with suppress(OSError):  # the buffered data may not fit on the disk
                 self._open.popitem()[1].close()
 
     def records(self) -> dict[str, FileRecord]:
@@ -133,11 +133,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of the folder, which is a converted model or a run's checkpoint. Raises UserError if there is none,
-    or it is not a finished one of this version."""
+    or it is not a complete manifest of this version."""
     file = Path(folder) / MANIFEST
     if not file.is_file():
         raise UserError(
-            f"{folder}: there is no {MANIFEST}, so this is no finished Megatron checkpoint; "
+            f"{folder}: there is no {MANIFEST}, so this is not a complete Megatron checkpoint; "
             "run tools/convert_checkpoint.py"
         )
     if is_run_checkpoint(file.parent):
@@ -152,7 +152,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def _as_weights(manifest: RunManifest) -> Manifest:
-    """What a run's checkpoint says of its weights; among its files are those of the optimizer's state."""
+    """The manifest of the weights in a run's checkpoint; its files include those of the optimizer's state."""
     content = {
         "source": manifest.folder_name,
         "dtype": manifest.run.dtype,
@@ -163,7 +163,7 @@ def _as_weights(manifest: RunManifest) -> Manifest:
 
 
 def check_architecture(folder: str | Path, manifest: Manifest, architecture: Architecture) -> None:
-    """Raises ValueError naming the first size in which the weights differ from `architecture`."""
+    """Raises ValueError that names the first size in which the weights differ from `architecture`."""
     wanted = asdict(architecture)
     for field, value in asdict(manifest.architecture).items():
         if wanted[field] != value:
@@ -179,8 +179,9 @@ def verify_files(
     thoroughly: bool = False,
     announce: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Raises ValueError naming the first file that is not as written: by size, and the metadata and small files, which
-    hold the pickles of a converted folder, by checksum too. `thoroughly`: all by checksum. `announce(bytes)` a file."""
+    """Raises ValueError that names the first file that has changed since it was written. Sizes are compared, and also
+    the checksums of the metadata and of small files, which contain the pickles of a converted folder. `thoroughly`:
+    the checksums of all files. `announce(bytes)` is called for each file."""
     for name, record in manifest.files.items():
         path = Path(folder) / name
         if not path.is_file() or path.stat().st_size != record.bytes:

@@ -1,12 +1,12 @@
-"""What a run goes on from: a checkpoint's manifest, and the file `latest` that names the checkpoint to take.
+"""The point that a run resumes from: a checkpoint's manifest, and the file `latest` that names the checkpoint.
 
     run_dir/checkpoints/latest                     "step-000010"
     run_dir/checkpoints/step-000010/manifest.json  written last: a folder with one is complete
-    run_dir/checkpoints/step-000010/...            megatron's distributed checkpoint
+    run_dir/checkpoints/step-000010/...            Megatron's distributed checkpoint
 
-The manifest is the whole of it: every random number of a run derives from (seed, purpose, step, group or update), so
-policy version and updates say where each stream goes on, and no generator's state has to be kept. Which groups are
-consumed by a version, and which prompt comes next, is in the journal.
+The manifest is sufficient: every random number of a run derives from (seed, purpose, step, group or update), so policy
+version and updates determine where each stream continues, and no generator's state is saved. The journal stores which
+groups are consumed by a version, and which prompt is next.
 """
 
 import hashlib
@@ -36,25 +36,25 @@ class SavedFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """Whose checkpoint it is; what JSON has for settings. Seed and architecture must be those of the run that loads it,
-    the rest informs."""
+    """The run that wrote the checkpoint, with settings as JSON values. Seed and architecture must be equal in the run
+    that loads it; the other fields are information."""
 
     seed: int
     objective: str
     dtype: str
-    parallel: dict[str, Any]  # the mesh that saved it: any other may load it
+    parallel: dict[str, Any]  # the mesh that saved it; any mesh can load it
     architecture: dict[str, Any]
 
 
 class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the trainer stands between two global steps."""
+    """The state of the trainer between two global steps."""
 
     policy_version: int  # completed global steps
-    updates: int  # optimizer updates so far: their seeds derive from it
-    # those of them that left the optimizer as it was (no trained token, a gradient that is not finite); None in
+    updates: int  # optimizer updates so far; their seeds derive from it
+    # the updates that did not change the optimizer (no trained token, or a gradient that is not finite); None in
     # checkpoints of earlier versions
     skipped_updates: int | None = None
-    # the run's length when this was saved: no later batch had been sampled; None in checkpoints of earlier versions
+    # the run's length when this was saved: no later batch was sampled; None in checkpoints of earlier versions
     num_global_steps: int | None = None
 
 
@@ -62,8 +62,8 @@ class RunManifest(TrainerState, frozen=True, kw_only=True, forbid_unknown_fields
     format_version: Literal[2] = 2
     run: RunIdentity
     created: datetime
-    score: float | None = None  # evaluation of policy_version, once it is known
-    files: dict[str, SavedFile]  # by name; all but the manifest
+    score: float | None = None  # from the evaluation of policy_version, once known
+    files: dict[str, SavedFile]  # by name; all files except the manifest
 
     @property
     def folder_name(self) -> str:
@@ -81,23 +81,23 @@ def version_of(name: str) -> int | None:
 
 
 def to_json(manifest: RunManifest) -> str:
-    """The manifest as a file holds it: with a digest of its own, for nothing else would tell a damaged number in it."""
+    """The manifest as JSON with a digest of its content, which is the only way to detect a damaged number in it."""
     content = msgspec.to_builtins(manifest)
     return json.dumps({_DIGEST: _digest(content), **content}, indent=2) + "\n"
 
 
 def from_json(text: bytes) -> RunManifest:
-    """The manifest in a file. Raises UserError if it is none of this version, or damaged."""
+    """The manifest in a file. Raises UserError if it is damaged or not a manifest of this version."""
     try:
         content = json.loads(text)
         if not isinstance(content, dict):
-            raise UserError("a manifest is a JSON object")
-        digest = content.pop(_DIGEST, None)  # earlier versions wrote none
+            raise UserError("a manifest must be a JSON object")
+        digest = content.pop(_DIGEST, None)  # earlier versions did not write one
         manifest = msgspec.convert(content, RunManifest)
-    except (ValueError, msgspec.ValidationError) as error:  # ValueError: no JSON, or no text
+    except (ValueError, msgspec.ValidationError) as error:  # ValueError: not JSON, or not text
         raise UserError(str(error)) from None
     if digest is not None and digest != _digest(content):
-        raise UserError("its content is not that of its digest, so it is damaged")
+        raise UserError("its content does not match its digest, so it is damaged")
     return manifest
 
 
@@ -106,17 +106,17 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def read_latest(run_dir: Path | str) -> RunManifest | None:
-    """The manifest of the checkpoint that the run goes on from; None if it has none yet.
+    """The manifest of the checkpoint that the run resumes from; None if the run has no checkpoint yet.
 
-    Raises UserError if that checkpoint is missing or damaged, as far as its manifest and the sizes of its files tell;
-    it names the newest whole one. The bytes of the files are checked by the ranks that load them, each a share
+    Raises UserError, which names the newest complete checkpoint, if the checkpoint is missing or damaged. This checks
+    its manifest and the sizes of its files. The ranks that load the files check their bytes, each rank a share of them
     (checkpoints/run_checkpoints.py).
     """
     return read_latest_in(Path(run_dir) / CHECKPOINTS)
 
 
 def read_latest_in(checkpoints: Path) -> RunManifest | None:
-    """read_latest, given the folder of the checkpoints."""
+    """`read_latest` for the folder of the checkpoints."""
     latest = checkpoints / LATEST
     if not latest.exists():
         return None
@@ -125,7 +125,7 @@ def read_latest_in(checkpoints: Path) -> RunManifest | None:
     except UserError as error:
         newest = newest_complete(checkpoints)
         remedy = (
-            f"{newest.folder_name} is whole: write this name into {latest} to go on from there"
+            f"{newest.folder_name} is complete: write this name into {latest} to resume from it"
             if newest
             else f"there is no other checkpoint: remove {checkpoints} and the journal, or give another run name"
         )
@@ -133,7 +133,7 @@ def read_latest_in(checkpoints: Path) -> RunManifest | None:
 
 
 def read_manifest(folder: Path) -> RunManifest:
-    """Raises UserError if the folder has no manifest, or one that is no manifest of this version."""
+    """Raises UserError if the folder has no manifest of this version."""
     path = folder / MANIFEST
     try:
         text = path.read_bytes()
@@ -144,12 +144,12 @@ def read_manifest(folder: Path) -> RunManifest:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if manifest.folder_name != folder.name:
-        raise UserError(f"{path}: policy_version = {manifest.policy_version} belongs into {manifest.folder_name}")
+        raise UserError(f"{path}: policy_version = {manifest.policy_version} belongs in {manifest.folder_name}")
     return manifest
 
 
 def complete_manifests(checkpoints: Path) -> Iterator[RunManifest]:
-    """The manifests of all whole checkpoints in the folder, in no order."""
+    """The manifests of all complete checkpoints in the folder, in no particular order."""
     for folder in checkpoints.iterdir():
         if version_of(folder.name) is not None:
             try:
@@ -159,7 +159,7 @@ def complete_manifests(checkpoints: Path) -> Iterator[RunManifest]:
 
 
 def newest_complete(checkpoints: Path) -> RunManifest | None:
-    """The manifest of the complete checkpoint of the highest version; None without one."""
+    """The manifest of the complete checkpoint of the highest version; None if there is none."""
     if not checkpoints.is_dir():
         return None
     return max(complete_manifests(checkpoints), key=lambda manifest: manifest.policy_version, default=None)
@@ -173,8 +173,8 @@ def refuse_other_run(folder: Path, saved: RunIdentity, own: RunIdentity) -> None
     for field, there, here in pairs:
         if there != here:
             raise UserError(
-                f"{folder / MANIFEST}: {field} = {there}, but this run has {here}; give the run's former settings, "
-                "or another run name to start anew"
+                f"{folder / MANIFEST}: {field} = {there}, but this run has {here}; give the run's previous "
+                "settings, or another run name to start a new run"
             )
 
 

@@ -1,8 +1,8 @@
-"""A run's checkpoint (`run_dir/checkpoints/step-N`) as weights: the trainer wrote it, so it holds the optimizer's state
-besides, and has the manifest of a run instead of that of a converted model.
+"""Reads a run's checkpoint (`run_dir/checkpoints/step-N`) as weights. The trainer wrote it, so it also contains the
+optimizer's state, and its manifest is that of a run instead of that of a converted model.
 
-Config, tokenizer and the names of the weight files are those of the model that the run began with, which its settings
-name. A Hugging Face folder that was exported from a checkpoint says so in a file, for runs that begin with both.
+Config, tokenizer and the names of the weight files are those of the run's initial model, which its settings name. A
+Hugging Face folder that was exported from a checkpoint records this in a file, for runs that start from both.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ EXPORTED_FROM = "exported_from.json"
 
 
 class ExportedFrom(msgspec.Struct, frozen=True, kw_only=True):
-    """Which checkpoint a Hugging Face folder holds. `files_digest` is the same for the same files, in any folder."""
+    """The checkpoint that a Hugging Face folder was exported from. `files_digest` is equal for equal files in any
+    folder."""
 
     checkpoint: str
     policy_version: int
@@ -39,7 +40,7 @@ def is_run_checkpoint(folder: Path) -> bool:
 
 
 def read_run_manifest(folder: Path) -> RunManifest:
-    """The manifest of a run's checkpoint, under whatever name the folder is now. Raises UserError."""
+    """The manifest of a run's checkpoint, whose folder may have been renamed. Raises UserError."""
     try:
         return from_json((folder / MANIFEST).read_bytes())
     except OSError as error:
@@ -49,15 +50,15 @@ def read_run_manifest(folder: Path) -> RunManifest:
 
 
 def texts_of_run(folder: Path) -> Path:
-    """The Hugging Face folder of the model with which the checkpoint's run began. Raises UserError if the run's
-    settings are not beside the checkpoint, or the folder is not there."""
+    """The Hugging Face folder of the initial model of the checkpoint's run. Raises UserError if the run's settings are
+    not in its folder, or if the Hugging Face folder does not exist."""
     settings = folder.absolute().parent.parent / RUN_SETTINGS
     remedy = "give --hf-reference, a folder with config and tokenizer"
     try:
         config = RunConfig.from_json(settings.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: no JSON, or no settings of this version
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not settings of this version
         raise UserError(
-            f"{settings}: the settings of the checkpoint's run are not readable ({error}); {remedy}"
+            f"{settings}: the settings of the checkpoint's run cannot be read ({error}); {remedy}"
         ) from None
     texts = Path(config.model.hf_path)
     if not (texts / "config.json").is_file():
@@ -66,7 +67,7 @@ def texts_of_run(folder: Path) -> Path:
 
 
 def write_exported_from(output: Path, checkpoint: Path) -> str:
-    """States in `output` what it was exported from. Returns the file's name."""
+    """Records in `output` what it was exported from. Returns the file's name."""
     manifest = read_run_manifest(checkpoint)
     stated = ExportedFrom(
         checkpoint=str(checkpoint.absolute()),
@@ -79,7 +80,7 @@ def write_exported_from(output: Path, checkpoint: Path) -> str:
 
 
 def is_exported_from(hf_path: Path, checkpoint: Path) -> bool:
-    """Whether the Hugging Face folder says that it holds the weights of this checkpoint."""
+    """Whether the Hugging Face folder was exported from this checkpoint, according to its record."""
     try:
         stated = msgspec.json.decode((hf_path / EXPORTED_FROM).read_bytes(), type=ExportedFrom)
     except (OSError, msgspec.DecodeError):
@@ -88,6 +89,6 @@ def is_exported_from(hf_path: Path, checkpoint: Path) -> bool:
 
 
 def _digest(manifest: RunManifest) -> str:
-    """Of the files, not of the manifest: a score is added to it later."""
+    """The digest of the files, not of the manifest, to which a score is added later."""
     lines: list[Any] = [f"{name} {file.sha256}\n" for name, file in sorted(manifest.files.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

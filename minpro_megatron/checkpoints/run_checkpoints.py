@@ -1,7 +1,8 @@
-"""The run's checkpoints: begun between two global steps, finished while training goes on, loaded on any mesh.
+"""The run's checkpoints: a save starts between two global steps and finishes while training continues; any mesh can
+load it.
 
-A save that fails takes nothing away: the former checkpoint stays the one to go on from, the failure is logged, and the
-next save is not left to the background. If that fails too, the run ends.
+If a save fails, the run can still be resumed from the previous checkpoint. The failure is logged, and the next save is
+not made in the background. If that fails too, the run ends.
 """
 
 import logging
@@ -35,11 +36,11 @@ from minpro_megatron.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-MOST_FAILED_SAVES = 2  # in a row
+MAX_FAILED_SAVES = 2  # in a row
 
 
 class Trainable(Protocol):
-    """What a checkpoint is taken of: the trainer's policy."""
+    """The object that a checkpoint saves: the trainer's policy."""
 
     @property
     def identity(self) -> RunIdentity: ...
@@ -51,7 +52,7 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class _Save:
-    """One that has not ended yet."""
+    """A save that has not ended yet."""
 
     write: ShardWrite
     partial: Path
@@ -61,23 +62,24 @@ class _Save:
 
 
 class RunCheckpoints:
-    """Every method is collective, but for `note_score`, in which only rank 0 does something."""
+    """Every method is collective except `note_score`, in which only rank 0 does something."""
 
     def __init__(
         self, path: Path, settings: CheckpointConfig, mesh: Mesh, may_write: Callable[[], None] = lambda: None
     ) -> None:
-        """`path` is the run's folder for checkpoints; what a killed run left unfinished in it is removed. `may_write`
-        is rank 0's and called before each change of the folder: it raises RunFailed once this process may make none.
+        """`path` is the run's folder for checkpoints; unfinished checkpoints of a killed run are removed from it.
+        Rank 0 calls `may_write` before each change of the folder: it raises RunFailed once this process may not change
+        it.
 
         Raises UserError if the checkpoint that `latest` names is damaged, SaveError if the folder cannot be used."""
         self._path = path
         self._settings = settings
         self._mesh = mesh
-        self._folder: CheckpointFolder | None = None  # rank 0's
+        self._folder: CheckpointFolder | None = None  # on rank 0
         self._under_way: _Save | None = None
-        self._completed: list[int] = []  # and not yet told
+        self._completed: list[int] = []  # and not yet returned by `poll`
         self._failed_in_a_row = 0
-        self.last_save_s = 0.0  # rank 0's: seconds from the beginning of the last complete save until it was written
+        self.last_save_s = 0.0  # on rank 0: seconds from the start of the last complete save until it was written
 
         def open_folder() -> None:
             self._folder = CheckpointFolder(path, settings, may_write)
@@ -85,9 +87,9 @@ class RunCheckpoints:
         on_rank_0(mesh, open_folder)
 
     def save(self, policy: Trainable, state: TrainerState) -> None:
-        """Begin to save; when it returns the weights may change again. A save under way is waited for first.
+        """Start a save; the weights may change again once this returns. Waits first for a save in progress.
 
-        Raises SaveError on all ranks at the second save in a row that failed.
+        Raises SaveError on all ranks when two saves in a row have failed.
         """
         self._settle(wait=True)
         began = time.time()
@@ -103,34 +105,34 @@ class RunCheckpoints:
             self._settle(wait=True)
 
     def poll(self) -> list[int]:
-        """Complete the save under way if all ranks have written. Returns the policy versions whose checkpoints became
+        """Complete the save in progress if all ranks have written. Returns the policy versions whose checkpoints became
         the latest since the last call. Raises as `save` does."""
         self._settle(wait=False)
         completed, self._completed = self._completed, []
         return completed
 
     def finish(self) -> list[int]:
-        """`poll`, after waiting for the save under way."""
+        """`poll`, after waiting for the save in progress."""
         self._settle(wait=True)
         return self.poll()
 
     def note_score(self, version: int, score: float) -> None:
-        """The evaluation of a version: decides which checkpoints are kept as the best from the next save on."""
+        """Records the evaluation of a version, which decides from the next save on which checkpoints are the best."""
         if self._folder is None:
             return
         try:
             self._folder.note_score(version, score)
         except OSError as error:
-            log.warning("the score of %s is not kept with it: %s", folder_name(version), error)
+            log.warning("the score of %s is not stored with it: %s", folder_name(version), error)
 
     def load(self, policy: Trainable, manifest: RunManifest) -> int:
-        """Fill weights and optimizer state from that checkpoint; `manifest` is the same on all ranks. Returns how many
-        of its updates the optimizer has made; the others were skipped.
+        """Load weights and optimizer state from the checkpoint of `manifest`, which is the same on all ranks. Returns
+        how many of its updates the optimizer has made; the others were skipped.
 
-        Raises UserError on all ranks if it is another run's, if the manifest does not belong to the state beside it, or
-        if a file is not as it was written; then it names the newest older checkpoint all of whose files are. The run
-        does not continue from that by itself: the collector has already taken the journal back to this one, and steps
-        would be trained again.
+        Raises UserError on all ranks if the checkpoint belongs to another run, if the manifest does not match the
+        optimizer's state, or if a file has changed since it was written. In the last case the error names the newest
+        older checkpoint without such a file. The run does not resume from that automatically: the collector has already
+        restored the journal to this checkpoint, and steps would be trained again.
         """
         folder = self._path / manifest.folder_name
         refuse_other_run(folder, manifest.run, policy.identity)
@@ -168,41 +170,42 @@ class RunCheckpoints:
     def _count_failure(self, version: int, error: SaveError) -> None:
         self._failed_in_a_row += 1
         what = f"the checkpoint of policy version {version} was not written: {error}. The one before it is intact"
-        if self._failed_in_a_row >= MOST_FAILED_SAVES:
-            raise SaveError(f"{what}. {self._failed_in_a_row} in a row: make room in {self._path} and launch again")
+        if self._failed_in_a_row >= MAX_FAILED_SAVES:
+            raise SaveError(
+                f"{what}. {self._failed_in_a_row} in a row: free some space in {self._path} and launch again"
+            )
         if self._mesh.rank == 0:
             log.warning("%s; training will wait for the next one to be written", what)
 
     def _damage_in(self, manifest: RunManifest) -> str | None:
-        """What is wrong with the first file that is not as it was written; None if all are. Every rank reads its share
-        of the files, as many bytes as it will about load."""
+        """The error of the first file that has changed since it was written; None if no file has. Every rank reads its
+        share of the files, about as many bytes as it will load."""
         folder = self._path / manifest.folder_name
         own = sorted(manifest.files)[self._mesh.rank :: self._mesh.control.size()]
         errors = self._mesh.from_all_ranks([_damage(folder / name, manifest.files[name]) for name in own])
         return next((error for of_rank in errors for error in of_rank if error), None)
 
     def _remedy(self, damaged_version: int) -> str:
-        """How to go on in place of that checkpoint: reads the older ones in full, newest first, until one is intact."""
+        """What the user can do instead of resuming from the damaged checkpoint. Reads the older checkpoints completely,
+        newest first, until one is intact."""
         older = [m for m in complete_manifests(self._path) if m.policy_version < damaged_version]
         older.sort(key=lambda manifest: -manifest.policy_version)
         for manifest in self._mesh.from_rank_0(older if self._mesh.rank == 0 else None):
             if self._damage_in(manifest) is None:
-                return (
-                    f"{manifest.folder_name} is intact: write this name into {self._path / LATEST} to go on from there"
-                )
+                return f"{manifest.folder_name} is intact: write this name into {self._path / LATEST} to resume from it"
         return f"there is no other intact checkpoint in {self._path}: give another run name, or restore the file"
 
 
 def _refuse_other_updates(path: Path, manifest: RunManifest, steps: int) -> None:
-    """Raises UserError if the manifest's updates are not those that the optimizer's state has made: seeds and counts
-    of the run would go on from the wrong update."""
+    """Raises UserError if the updates in the manifest differ from those of the optimizer's state: seeds and counts of
+    the run would continue from the wrong update."""
     skipped = manifest.skipped_updates
     if steps == manifest.updates - skipped if skipped is not None else steps <= manifest.updates:
         return
     less = f" (skipped_updates = {skipped} of them)" if skipped else ""
     raise UserError(
         f"{path}: updates = {manifest.updates}{less}, but the optimizer's state in this checkpoint has made {steps}: "
-        "the manifest was changed, or is that of another checkpoint; put it back, or write the name of another "
+        "the manifest was changed or belongs to another checkpoint; restore it, or write the name of another "
         f"checkpoint into {path.parent.parent / LATEST}"
     )
 
@@ -217,8 +220,8 @@ def _manifest(save: _Save, files: dict[str, SavedFile]) -> RunManifest:
 
 
 def _seconds(save: _Save) -> float:
-    """From the beginning of the save until its last shard was written. The trainer looks only between two steps: the
-    time at which it notices says less."""
+    """From the start of the save until its last shard was written. The trainer polls only between two steps, which is
+    often later."""
     written = max((path.stat().st_mtime for path in save.partial.rglob("*")), default=save.began)
     return max(0.0, written - save.began)
 

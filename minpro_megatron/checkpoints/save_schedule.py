@@ -1,4 +1,5 @@
-"""When the run saves, and when a start of it ends before the run does. Rank 0 decides it at the end of global steps."""
+"""Decides when the run saves, and when a start of the run ends before the run is complete. Rank 0 decides this at the
+end of global steps."""
 
 import time
 from collections import deque
@@ -8,13 +9,13 @@ from dataclasses import dataclass, field
 from minpro_megatron.buffer.staleness import evaluated_versions
 from minpro_megatron.config.run import RunConfig
 
-# The next global step and its checkpoint are expected to take this many times what the slowest recent ones took.
+# The expected time of the next global step and its checkpoint is this factor times the slowest recent one.
 MARGIN = 1.25
 NUM_RECENT = 8
 
 
 class EndedEarly(Exception):
-    """The start ends although the run is not complete: its checkpoint is saved, and the next start goes on from it."""
+    """The start ends although the run is not complete: its checkpoint is saved, and the next start resumes from it."""
 
     def __init__(self, version: int, reason: str) -> None:
         super().__init__(f"ends after global step {version}: {reason}")
@@ -23,7 +24,7 @@ class EndedEarly(Exception):
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens after a global step. `end`: why this start ends now; "" if it goes on."""
+    """What happens after a global step. `end`: why this start ends now; "" if it continues."""
 
     save: bool
     end: str = ""
@@ -32,7 +33,7 @@ class Decision:
 @dataclass
 class SaveSchedule:
     """`save_by`: Unix time by which the last checkpoint of this start must be complete, None without a time limit.
-    `stop_request`: why the run was asked to stop, None if it was not. `clock`: Unix time in seconds."""
+    `stop_request`: the reason of a request to stop, None without a request. `clock`: Unix time in seconds."""
 
     config: RunConfig
     save_by: float | None = None
@@ -40,7 +41,7 @@ class SaveSchedule:
     clock: Callable[[], float] = time.time
     _last_save: float = 0.0
     _step_began: float = 0.0
-    # seconds of recent steps, of those that wait for an evaluation and of the others
+    # seconds of recent steps: those that wait for an evaluation, and the others
     _steps: dict[bool, deque[float]] = field(
         default_factory=lambda: {waits: deque(maxlen=NUM_RECENT) for waits in (False, True)}
     )
@@ -51,17 +52,17 @@ class SaveSchedule:
         self._evaluated = frozenset(evaluated_versions(num_steps, every_steps))
 
     def begin(self) -> None:
-        """The first global step of this start begins."""
+        """Called when the first global step of this start begins."""
         self._last_save = self._step_began = self.clock()
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint has become complete, so long after its save began."""
+        """Called when a checkpoint is complete, `seconds` after the start of its save."""
         self._saves.append(seconds)
 
     def after_step(self, version: int) -> Decision:
-        """What to do now that global step `version` - 1 has ended."""
+        """What to do after global step `version` - 1."""
         now, settings = self.clock(), self.config.checkpoint
-        # a version is published once the evaluation of the one before it has ended
+        # a version is published once the evaluation of the previous version has ended
         self._steps[version - 1 in self._evaluated].append(now - self._step_began)
         self._step_began = now
         if version == self.config.num_global_steps:
@@ -86,7 +87,7 @@ class SaveSchedule:
         if self.save_by is None:
             return ""
         step_s = self._expected_step_s(version)
-        save_s = max(self._saves) if self._saves else step_s  # not measured yet: as long as a step
+        save_s = max(self._saves) if self._saves else step_s  # not measured yet: estimated as the time of a step
         left_s = self.save_by - now
         if left_s >= MARGIN * (step_s + save_s):
             return ""
@@ -96,6 +97,7 @@ class SaveSchedule:
         )
 
     def _expected_step_s(self, version: int) -> float:
-        """Of the global step that begins with `version`: the longest of its kind, or of all while none is known."""
+        """The expected time of the global step that starts at `version`: the longest of its kind, or of all steps if no
+        step of its kind is known."""
         of_kind = self._steps[version in self._evaluated] or [*self._steps[False], *self._steps[True]]
         return max(of_kind)

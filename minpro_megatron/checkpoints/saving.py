@@ -1,4 +1,4 @@
-"""Checkpoints at the end of global steps, and starts that end there before the run does."""
+"""Saves checkpoints at the end of global steps, and ends starts there before the run is complete."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ from minpro_megatron.parallel.mesh import Mesh
 
 
 class Saving:
-    """Every method but `decide_with` is collective; `feed` is rank 0's. Without a schedule nothing is saved."""
+    """Every method except `decide_with` is collective; only rank 0 has `feed`. Without a schedule nothing is saved."""
 
     def __init__(
         self,
@@ -35,20 +35,20 @@ class Saving:
         self._saved_version: int | None = None  # by this start
 
     def decide_with(self, schedule: SaveSchedule | None, before_early_end: Callable[[int, str], None]) -> None:
-        """On rank 0: what decides for all ranks. `before_early_end` is called with the version and the reason before
-        the last save of a start that ends early."""
+        """On rank 0: sets the schedule that decides for all ranks. `before_early_end` is called with the version and
+        the reason before the last save of a start that ends early."""
         self._schedule, self._before_early_end = schedule, before_early_end
 
     def begin(self) -> None:
-        """The first global step of this start begins."""
+        """Called when the first global step of this start begins."""
         if self._schedule:
             self._schedule.begin()
 
     def after_step(self, state: TrainerState, alarms: Sequence[Alarm]) -> None:
-        """Begins a checkpoint of `state` if one is due, and completes earlier ones. `alarms` are those of the global
+        """Starts a checkpoint of `state` if one is due, and completes earlier ones. `alarms` are those of the global
         step, on rank 0.
 
-        Raises AlarmStop or EndedEarly, once the checkpoint is complete, where this start ends. After the run's last
+        If this start ends now, raises AlarmStop or EndedEarly once the checkpoint is complete. After the run's last
         step its checkpoint is complete too; raises SaveError if it cannot be written.
         """
         version = state.policy_version
@@ -76,7 +76,7 @@ class Saving:
         self._checkpoints.save(self._policy, state)
 
     def _complete(self, versions: Sequence[int]) -> None:
-        """These versions' checkpoints have become complete."""
+        """Called when the checkpoints of these versions are complete."""
         for version in versions if self._feed else []:
             assert self._feed is not None
             self._feed.checkpoint_end(version)
@@ -86,8 +86,8 @@ class Saving:
                 self._schedule.saved(self._checkpoints.last_save_s)
 
     def _finish(self, last: TrainerState | None) -> None:
-        """Completes the save under way. The checkpoint of `last` is tried a second time if it has failed, for there is
-        no later one."""
+        """Completes the save in progress. If the checkpoint of `last` failed, it is tried a second time, because there
+        is no later one."""
         with self._clock.guard("the last checkpoint"):
             self._complete(self._checkpoints.finish())
             if last is not None and self._saved_version != last.policy_version:
@@ -95,7 +95,7 @@ class Saving:
                 self._complete(self._checkpoints.finish())
 
     def _alarm_to_stop_on(self, alarms: Sequence[Alarm]) -> Alarm | None:
-        """Of the alarms that rank 0 has raised, the first one that ends the run."""
+        """The first alarm on rank 0 that ends the run."""
         stop_on = self._config.alarms.stop_on
         if not stop_on:
             return None

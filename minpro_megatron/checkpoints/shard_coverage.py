@@ -1,4 +1,4 @@
-"""Whether the parts of a tensor that all ranks write are all of it, each element once."""
+"""Checks that the parts of a tensor that all ranks write cover each element of it exactly once."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Part(Protocol):
-    """As torch.distributed.checkpoint's ChunkStorageMetadata."""
+    """The interface of torch.distributed.checkpoint's ChunkStorageMetadata."""
 
     @property
     def offsets(self) -> Sequence[int]: ...
@@ -17,8 +17,8 @@ class Part(Protocol):
 
 
 def incompleteness(size: Sequence[int], parts: Sequence[Part]) -> str | None:
-    """What is wrong with `parts` of a tensor of that size, None if they are whole. Takes n log n time for n parts as
-    they are here: of different layers, experts, rows or columns."""
+    """The error in `parts` of a tensor of that size; None if they cover it. Takes n log n time for n parts that differ
+    in layer, expert, rows or columns, as here."""
     for part in parts:
         ends = [offset + length for offset, length in zip(part.offsets, part.sizes, strict=True)]
         if min(part.offsets, default=0) < 0 or any(end > limit for end, limit in zip(ends, size, strict=True)):
@@ -27,12 +27,12 @@ def incompleteness(size: Sequence[int], parts: Sequence[Part]) -> str | None:
         return f"the parts at {tuple(one.offsets)} and {tuple(other.offsets)} overlap"
     elements = sum(math.prod(part.sizes) for part in parts)
     if elements != math.prod(size):
-        return f"its parts hold {elements:,} of {math.prod(size):,} elements"
+        return f"its parts contain {elements:,} of {math.prod(size):,} elements"
     return None
 
 
 def _overlaps(parts: list[Part], dim: int) -> Iterator[tuple[Part, Part]]:
-    """Pairs with common elements. Parts that some dimension separates are not compared."""
+    """Pairs with common elements. Parts that are separate in some dimension are not compared."""
     if len(parts) < 2:
         return
     if dim == len(parts[0].sizes):

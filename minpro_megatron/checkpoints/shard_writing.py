@@ -1,13 +1,14 @@
-"""Writing a sharded state into megatron's distributed checkpoint format, with checksums, at once or in the background.
+"""Writes a sharded state in Megatron's distributed checkpoint format, with checksums, synchronously or in the
+background.
 
-megatron plans which rank writes what and forks a process to write it (`TemporalAsyncCaller`). Between the two stands a
-manager process of its own for the results, which takes seconds to start and outlives a killed rank, and after them a
-finalisation in which a full disk on rank 0 leaves the other ranks waiting. Both are done here: results come back
-through an unnamed file, and every step that one rank can fail at ends with all ranks knowing.
+Megatron plans which rank writes what, and forks a process to write it (`TemporalAsyncCaller`). In between it starts a
+manager process for the results, which takes seconds and outlives a killed rank. In its finalization a full disk on
+rank 0 leaves the other ranks waiting. This file replaces both: results are returned through an unnamed file, and after
+every operation that can fail on one rank all ranks know whether it failed.
 
-Memory: a save in the background copies what the rank writes to host memory, once, in a few large blocks. At once, what
-is in host memory is written from where it is, and what is on a GPU is copied one tensor at a time. megatron's own
-writer copies every view while it plans.
+Memory: a background save copies what the rank writes to host memory once, in a few large blocks. A synchronous save
+writes host memory directly and copies GPU memory one tensor at a time. Megatron's own writer copies every view while it
+plans.
 """
 
 import gc
@@ -47,16 +48,16 @@ from minpro_megatron.host_memory.host_blocks import host_tensors
 from minpro_megatron.parallel.mesh import Mesh
 
 _BACKEND_FILE = "metadata.json"
-_NICENESS = 10  # of the writing process: training comes first
+_NICENESS = 10  # of the writing process: training has priority
 
 
 class SaveError(ProjectError):
-    """A checkpoint could not be written. Raised on all ranks alike."""
+    """A checkpoint could not be written. Raised on all ranks."""
 
 
 def on_rank_0[T](mesh: Mesh, action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on all ranks. Collective. Raises on all ranks what it raised there: UserError or
-    RunFailed, or SaveError for an OSError."""
+    """Calls `action` on rank 0 and returns its result on all ranks. Collective. An error of `action` is raised on all
+    ranks: UserError or RunFailed, or SaveError for an OSError."""
     value: T | None = None
     error: UserError | RunFailed | SaveError | None = None
     if mesh.rank == 0:
@@ -74,7 +75,7 @@ def on_rank_0[T](mesh: Mesh, action: Callable[[], T]) -> T:
 
 @dataclass
 class _Written:
-    """What a rank wrote, or why it could not."""
+    """What a rank wrote, or the error."""
 
     results: list[Any] = field(default_factory=list)  # torch's WriteResult of every tensor and object
     files: dict[str, SavedFile] = field(default_factory=dict)
@@ -82,8 +83,8 @@ class _Written:
 
 
 class _Tensors:
-    """The tensors of a file, contiguous, with what the plan says of each. Iterating yields them on the host, one at a
-    time where they have to be copied there."""
+    """The tensors of a file, contiguous, each with its item of the plan. Iteration yields them in host memory; tensors
+    on a GPU are copied one at a time."""
 
     def __init__(self, items: Sequence[WriteItem], tensors: Sequence[Tensor]) -> None:
         self._items = items
@@ -94,7 +95,7 @@ class _Tensors:
             yield item, _alone(tensor.cpu())
 
     def on_host(self) -> "_Tensors":
-        """A copy, as they are now."""
+        """A copy of the current values in host memory."""
         copies = host_tensors(self._tensors)
         for copy, tensor in zip(copies, self._tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
@@ -103,7 +104,7 @@ class _Tensors:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor that has no other: torch.save writes all of the storage that a view is part of."""
+    """The same memory as a tensor with its own storage: torch.save writes the whole storage of a view."""
     start = tensor.storage_offset() * tensor.element_size()
     storage = tensor.untyped_storage()[start : start + tensor.nbytes]
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
@@ -111,7 +112,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _File:
-    """What a rank writes."""
+    """The content of a rank's file."""
 
     path: Path
     objects: list[tuple[WriteItem, Any]]  # and their bytes
@@ -119,7 +120,7 @@ class _File:
 
 
 class _Writer(FileSystemWriterAsync):
-    """megatron's writer, without the copies that it makes while it plans."""
+    """Megatron's writer, without the copies that it makes while it plans."""
 
     file: _File | None = None  # nothing to write
 
@@ -136,8 +137,8 @@ class _Writer(FileSystemWriterAsync):
 
 
 class _Planner(MCoreSavePlanner):
-    """megatron's planner. That of torch compares every two parts of a tensor with each other: minutes at each save,
-    for all experts' weights of all layers are one tensor."""
+    """Megatron's planner with another check. Torch's check compares every two parts of a tensor: this would take
+    minutes per save, because all experts' weights of all layers are one tensor."""
 
     def _create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = create_default_global_save_plan(all_plans)
@@ -148,10 +149,10 @@ class _Planner(MCoreSavePlanner):
 
 
 class _Planned(TorchDistSaveShardedStrategy):
-    """megatron's strategy up to the point where every rank knows what to write."""
+    """Megatron's strategy up to the point where every rank knows what to write."""
 
     writer: _Writer
-    metadata: Any  # rank 0's: where every part of every tensor will be
+    metadata: Any  # on rank 0: the location of every part of every tensor
 
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, async_strategy: str = "mcore") -> Any:
         own, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
@@ -166,13 +167,13 @@ class ShardWrite:
     """One save of a sharded state. Every method is collective."""
 
     def __init__(self, state: dict[str, Any], folder: Path, mesh: Mesh, in_background: bool) -> None:
-        """Starts to write `state` into the empty `folder`; in the background, as it is now."""
+        """Starts to write `state` into the empty `folder`; a background save writes its current values."""
         self._folder = folder
         self._mesh = mesh
         self._plan = _Planned()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # the planner checks that the parts make up every tensor; megatron's own check expects equal parts
+            # the planner checks that the parts cover every tensor; Megatron's own check expects equal parts
             dist_checkpointing.save(
                 state,
                 str(folder),
@@ -184,8 +185,8 @@ class ShardWrite:
         self._caller = TemporalAsyncCaller()
         self._process: Any = None
         self._report: IO[bytes] | None = None
-        self._written = _Written()  # until the background says otherwise
-        self._copied: _File | None = None  # what the background writes
+        self._written = _Written()  # until the background process reports
+        self._copied: _File | None = None  # what the background process writes
         file, self._plan.writer.file = self._plan.writer.file, None
         if file is not None and in_background:
             self._start_process(self._plan.writer, file)
@@ -193,21 +194,21 @@ class ShardWrite:
             self._written = _write(self._plan.writer, file)
 
     def _start_process(self, writer: _Writer, file: _File) -> None:
-        # Training goes on to change the tensors, so the process writes a copy. This process keeps the copy until all
+        # Training continues and changes the tensors, so the process writes a copy. This process keeps the copy until all
         # is written: pinned memory that it gives back could be used again at once.
         try:
             self._report = tempfile.TemporaryFile()  # noqa: SIM115  `_result` closes it
             self._copied = _File(file.path, file.objects, file.tensors.on_host())
             request = AsyncRequest(_write_and_report, (writer, self._copied, self._report), [])
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of threads that the child will not have; it only writes
+                warnings.simplefilter("ignore")  # warnings of threads that the child does not have; it only writes
                 self._caller.schedule_async_call(request)
         except (
             OSError,
             RuntimeError,
-        ) as error:  # no memory, for torch a RuntimeError; others learn of it in `complete`
-            self._caller = TemporalAsyncCaller()  # the former would wait for a process that never was
-            self._report, self._written = None, _Written(error=f"no process to write in: {error}")
+        ) as error:  # out of memory, a RuntimeError in torch; `complete` reports it to the other ranks
+            self._caller = TemporalAsyncCaller()  # the previous one would wait for a process that was never started
+            self._report, self._written = None, _Written(error=f"the process that writes cannot be started: {error}")
             self._copied = None
         self._process = self._caller.process
 
@@ -216,7 +217,7 @@ class ShardWrite:
         return self._caller.is_current_async_call_done(blocking=wait)
 
     def complete(self) -> dict[str, SavedFile]:
-        """After `is_done`: write the metadata. Returns the folder's files on rank 0, nothing elsewhere.
+        """After `is_done`: write the metadata. Returns the folder's files on rank 0, an empty dict on other ranks.
 
         Raises SaveError on all ranks if any of them could not write.
         """
@@ -245,7 +246,7 @@ class ShardWrite:
             data = file.read()
         if data:
             try:
-                return pickle.loads(data)  # written by this process's own fork into a file without a name
+                return pickle.loads(data)  # written by a fork of this process into an unnamed file
             except (pickle.UnpicklingError, EOFError) as error:
                 return _Written(error=f"the process that wrote did not finish its report ({error})")
         code = self._process.exitcode if self._process else None
@@ -253,8 +254,8 @@ class ShardWrite:
 
 
 def _write_and_report(writer: _Writer, file: _File, report: IO[bytes]) -> None:
-    """What the forked process does."""
-    gc.disable()  # a collection writes into every object, and so takes a copy of the page it is on
+    """Runs in the forked process."""
+    gc.disable()  # a garbage collection writes into every object, which copies the object's memory page
     os.nice(_NICENESS)
     pickle.dump(_write(writer, file), report)
     report.flush()
@@ -274,7 +275,7 @@ def _write(writer: _Writer, file: _File) -> _Written:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The system's error where there is one: torch says of a full disk only that its position is unexpected."""
+    """The operating system's error if there is one: for a full disk torch reports only an unexpected position."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

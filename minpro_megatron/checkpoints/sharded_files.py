@@ -1,13 +1,13 @@
-"""Megatron's distributed checkpoint format (`torch_dist`), written and read a piece at a time in bounded memory.
+"""Writes and reads Megatron's distributed checkpoint format (`torch_dist`) one piece at a time, in bounded memory.
 
-megatron-core saves what its ranks hold, so converting with it needs the whole model in memory. The format itself is
-torch.distributed.checkpoint's: `.distcp` files of tensors, each as torch.save writes it, and `.metadata`, a pickle that
-says which part of which global tensor stands where. All layers' parameters of one kind are one global tensor, with the
+megatron-core saves what its ranks hold, so conversion with it needs the whole model in memory. The format itself is
+torch.distributed.checkpoint's: `.distcp` files of tensors, each as torch.save writes it, and `.metadata`, a pickle with
+the location of every part of every global tensor. All layers' parameters of one kind are one global tensor, with the
 layer, and for experts the expert too, as leading dimensions.
 
-Trust: reading unpickles `.metadata`, but only the classes listed here, and everything else with `weights_only`. The
-loader of torch.distributed.checkpoint, which megatron calls, unpickles objects without such a list
-(DefaultLoadPlanner.load_bytes): it gets to see a folder only after manifest.py's checks and after refuse_code.
+Trust: `.metadata` is unpickled with only the classes listed here, and everything else with `weights_only`. The loader
+of torch.distributed.checkpoint, which Megatron calls, unpickles objects without such a list
+(DefaultLoadPlanner.load_bytes). It is called for a folder only after manifest.py's checks and refuse_code.
 """
 
 import itertools
@@ -41,7 +41,7 @@ from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.weights.table import Entry, Shape
 
 _BACKEND = (
-    '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'  # metadata.json, as megatron 0.19 writes it
+    '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'  # metadata.json, as Megatron 0.19 writes it
 )
 _FILE_BYTES = 1 << 30  # a file that has reached this size is closed
 _CACHE_BYTES = 256 << 20
@@ -49,7 +49,7 @@ _CACHE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Place:
-    """Which part of which global tensor a parameter is: `index` in the leading dimensions of `sizes`."""
+    """The part of a global tensor that a parameter is: `index` in the leading dimensions of `sizes`."""
 
     key: str
     index: tuple[int, ...]
@@ -57,7 +57,7 @@ class Place:
 
     @property
     def state_object(self) -> str | None:
-        """The key of the (empty) extra state that megatron expects beside every linear layer's weight."""
+        """The key of the (empty) extra state that Megatron expects for every linear layer's weight."""
         if not self.key.rsplit(".", 2)[-2].startswith("linear_"):
             return None
         at, of = (".".join(map(str, numbers)) for numbers in (self.index, self.sizes))
@@ -65,7 +65,7 @@ class Place:
 
 
 def place(entry: Entry, architecture: Architecture) -> Place:
-    """Where megatron-core keeps the entry's parameter."""
+    """The place of the entry's parameter in megatron-core's checkpoints."""
     if entry.layer is None:
         return Place(entry.megatron, (), ())
     key = re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.", entry.megatron)
@@ -76,7 +76,7 @@ def place(entry: Entry, architecture: Architecture) -> Place:
 
 
 class ShardedWriter:
-    """Writes parameters into a folder, in any order and in any rows, and its metadata at the end."""
+    """Writes parameters into a folder, in any order and by any ranges of rows, and the metadata at the end."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, records: FileRecords) -> None:
         self._folder = folder
@@ -94,7 +94,7 @@ class ShardedWriter:
         self._next_file()
 
     def write(self, where: Place, full_shape: Shape, first_row: int, rows: Tensor) -> None:
-        """Rows `first_row` .. of the parameter at `where`, which as a whole has `full_shape`."""
+        """Write `rows`, which start at row `first_row` of the parameter at `where` with shape `full_shape`."""
         if self._stream.tell() >= _FILE_BYTES:
             self._next_file()
         offsets = torch.Size((*where.index, first_row, *(0 for _ in full_shape[1:])))
@@ -105,14 +105,14 @@ class ShardedWriter:
             tensor = self._tensors[where.key] = TensorStorageMetadata(self._properties, size, [])
         place_in_tensor = MetadataIndex(where.key, offsets, len(tensor.chunks))
         tensor.chunks.append(ChunkStorageMetadata(offsets, sizes))
-        # torch.save writes whole storages: rows of a larger one are copied first
+        # torch.save writes whole storages: rows of a larger storage are copied first
         alone = rows if rows.untyped_storage().nbytes() == rows.nbytes else rows.clone()
         self._stored[place_in_tensor] = self._save(alone.view(sizes))
         if where.state_object and first_row == 0:
             self._object(where.state_object, self._no_state)
 
     def finish(self) -> None:
-        """Write the metadata; the folder can be loaded from here on."""
+        """Write the metadata, after which the folder can be loaded."""
         self._close()
         metadata = Metadata(
             state_dict_metadata={**self._tensors, **self._objects},
@@ -149,7 +149,7 @@ class ShardedWriter:
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """The manifest has a stronger checksum of the whole file, and torch does not look at this one when loading."""
+    """The manifest has a stronger checksum of the whole file, and torch does not check this one when loading."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -160,15 +160,15 @@ def _without_crc32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Chunk:
-    first: int  # row, of the parameter
-    offsets: tuple[int, ...]  # of the parameter's other dimensions
-    lead: tuple[int, ...]  # place in the chunk's leading dimensions
+    first: int  # first row in the parameter
+    offsets: tuple[int, ...]  # in the parameter's other dimensions
+    lead: tuple[int, ...]  # index in the chunk's leading dimensions
     sizes: tuple[int, ...]  # the chunk's own, without leading dimensions
     stored: _StorageInfo
 
 
 class ShardedReader:
-    """Reads parameters out of a folder, by rows, whatever mesh saved it. Keeps at most 256 MB of what it read last."""
+    """Reads parameters from a folder by rows, for any mesh that saved it. Caches at most 256 MB of the last reads."""
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
@@ -186,14 +186,14 @@ class ShardedReader:
         expected = (*where.sizes, *full_shape)
         if tuple(found.size) != expected or found.properties.dtype != dtype:
             raise UserError(
-                f"{self._folder}: {where.key} is {found.properties.dtype} {tuple(found.size)}, but the manifest makes "
-                f"it {dtype} {expected}; convert again"
+                f"{self._folder}: {where.key} is {found.properties.dtype} {tuple(found.size)}, but the manifest "
+                f"requires {dtype} {expected}; convert again"
             )
 
     def read_rows(self, where: Place, full_shape: Shape, first: int, count: int) -> Tensor:
-        """Rows `first` .. `first + count` of the parameter; not to be written to. [count, ...]
+        """Rows `first` .. `first + count` of the parameter, [count, ...]; must not be written to.
 
-        Raises ValueError if the folder's files leave a part of them out.
+        Raises ValueError if a part of them is missing in the folder's files.
         """
         end = first + count
         chunks = [chunk for chunk in self._of(where) if chunk.first < end and first < chunk.first + chunk.sizes[0]]
@@ -211,7 +211,7 @@ class ShardedReader:
             target.copy_(data[begin - chunk.first : stop - chunk.first])
             filled += target.numel()
         if rows is None or filled != rows.numel():
-            raise UserError(f"{self._folder}: {where.key} {where.index} is not whole; convert again")
+            raise UserError(f"{self._folder}: {where.key} {where.index} is not complete; convert again")
         return rows
 
     def _of(self, where: Place) -> Sequence[_Chunk]:
@@ -221,7 +221,7 @@ class ShardedReader:
         return self._chunks.get((where.key, where.index), ())
 
     def _index(self, key: str, num_leading: int) -> None:
-        """List the tensor's chunks by the layer (and expert) they belong to."""
+        """List the tensor's chunks by the layer (and expert) that they belong to."""
         for chunk in self._metadata.state_dict_metadata[key].chunks:  # type: ignore[union-attr]
             stored = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             for lead in itertools.product(*(range(size) for size in chunk.sizes[:num_leading])):
@@ -246,9 +246,9 @@ class ShardedReader:
 
 
 def refuse_code(folder: Path) -> None:
-    """Raises ValueError if unpickling the folder's metadata or any of its objects would do more than make data.
+    """Raises ValueError if unpickling the folder's metadata or any of its objects would do more than create data.
 
-    Every object is read once, as numbers, texts, containers and tensors alone; tensors are not read.
+    Every object is read once, and only numbers, texts, containers and tensors are allowed; tensors are not read.
     """
     metadata, checked = read_metadata(folder), set[tuple[str, int]]()
     for place, stored in metadata.storage_data.items():
@@ -265,12 +265,12 @@ def refuse_code(folder: Path) -> None:
                 view: Any = _create_file_view(opened, stored.offset, stored.length)
                 torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:  # what a damaged pickle raises can be anything
-            # of torch's advice, which includes to load it all the same, only the name that is not allowed
+            # from torch's message take only the name that is not allowed: torch also advises to load the file anyway
             named = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it names {named[1]}" if named else type(error).__name__
             raise UserError(
-                f"{file}: the object {place.fqn!r} is more than data, or damaged, and is not loaded ({reason}); give a "
-                "folder made by tools/convert_checkpoint.py or by a run"
+                f"{file}: the object {place.fqn!r} contains more than data, or is damaged, and is refused ({reason}); "
+                "give a folder made by tools/convert_checkpoint.py or by a run"
             ) from None
 
 
@@ -297,7 +297,7 @@ _METADATA_CLASSES = {
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if global_name not in _METADATA_CLASSES.get(module_name, ()):
-            raise ValueError(f"it names {module_name}.{global_name}, which no checkpoint's metadata does")
+            raise ValueError(f"it names {module_name}.{global_name}, which checkpoint metadata never contains")
         return super().find_class(module_name, global_name)
 
 
@@ -310,5 +310,5 @@ def read_metadata(folder: Path) -> Metadata:
     except Exception as error:  # what a damaged pickle raises can be anything
         raise UserError(f"{path}: {error}; give a folder made by tools/convert_checkpoint.py") from None
     if not isinstance(metadata, Metadata):
-        raise UserError(f"{path}: this is not a checkpoint's metadata; give a folder made by this tool")
+        raise UserError(f"{path}: this is not the metadata of a checkpoint; give a folder made by this tool")
     return metadata

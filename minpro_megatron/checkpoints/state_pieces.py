@@ -1,8 +1,9 @@
-"""Which part of the checkpoint's tensors each element of a rank's parameters is.
+"""Maps the elements of a rank's parameters to parts of the checkpoint's tensors.
 
-A distributed optimizer gives every data-parallel rank a contiguous range of elements of some parameters, wherever a
-cut falls. The checkpoint's tensors are the whole model's, with one dimension each for layers, experts, rows and
-columns, and their parts are boxes. A range is a few boxes: the end of a row, whole rows, the start of another row.
+A distributed optimizer gives every data-parallel rank a contiguous range of elements of some parameters, which may
+start and end anywhere. The checkpoint's tensors are those of the whole model, with one dimension each for layers,
+experts, rows and columns, and their parts are boxes. A range consists of a few boxes: the end of a row, whole rows, and
+the start of another row.
 """
 
 import math
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from minpro_megatron.errors import UserError
 
-# A writer copies one piece at a time, and a reader holds one: this is what saving and loading need beside the states.
+# A writer copies one piece at a time, and a reader holds one: saving and loading need this memory besides the states.
 PIECE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a tensor: its place and size in every dimension, and which element comes first in memory."""
+    """A part of a tensor: its offset and size in every dimension, and its first element in memory."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -34,7 +35,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a parameter that is contiguous in it and a box of one of the checkpoint's tensors."""
+    """A contiguous part of a parameter that is a box of one of the checkpoint's tensors."""
 
     sharded: ShardedTensor  # its data is a view of the parameter
     first: int  # element of the parameter
@@ -45,7 +46,7 @@ class Block:
 
 
 def boxes(shape: Sequence[int], first: int, end: int, max_elements: int) -> Iterator[Box]:
-    """A contiguous tensor's elements from `first` to before `end`, in order. No box has more than `max_elements`."""
+    """The elements [first, end) of a contiguous tensor, in order. No box has more than `max_elements`."""
     if first >= end:
         return
     if not shape:
@@ -66,10 +67,10 @@ def boxes(shape: Sequence[int], first: int, end: int, max_elements: int) -> Iter
 
 
 def blocks_of(sharding: ShardedTensor | ShardedTensorFactory) -> list[Block]:
-    """The blocks that a parameter consists of. `sharding`: what megatron's sharded_state_dict has for it, which for a
-    joined projection is a factory of one tensor for each of its halves.
+    """The blocks that a parameter consists of. `sharding`: its entry in Megatron's sharded_state_dict, which for a
+    joined projection is a factory of one tensor for each half.
 
-    Raises ValueError if they are not all of the parameter.
+    Raises ValueError if they do not cover the parameter.
     """
     parameter = sharding.data
     assert parameter is not None
@@ -86,11 +87,11 @@ def blocks_of(sharding: ShardedTensor | ShardedTensorFactory) -> list[Block]:
 
 
 def pieces(blocks: Sequence[Block], prefix: str, values: Tensor, first: int) -> Iterator[ShardedTensor]:
-    """The parts of the checkpoint's tensors that hold `values`: elements of the parameter from `first` on, flat.
+    """The parts of the checkpoint's tensors for `values`: flat elements of the parameter from `first` on.
 
     Their data are views of `values`, of at most PIECE_BYTES. `prefix` is put before the tensor's name. Of the ranks
-    that hold the same elements only one is marked as the main one, provided that of the data-parallel ranks only one
-    asks for them.
+    that have the same elements only one is marked as the main replica, provided that only one of the data-parallel
+    ranks calls this for them.
     """
     end = first + values.numel()
     limit = PIECE_BYTES // values.element_size()
@@ -114,7 +115,7 @@ def pieces(blocks: Sequence[Block], prefix: str, values: Tensor, first: int) -> 
 
 
 def _model_parallel_replica(sharded: ShardedTensor) -> tuple[int, int]:
-    """Which copy it is over pipeline stages and tensor-parallel ranks; megatron's third number is of data."""
+    """The replica number over pipeline stages and tensor-parallel ranks; Megatron's third number is for data ranks."""
     assert isinstance(sharded.replica_id, tuple)
     assert len(sharded.replica_id) == 3, f"{sharded.key}: (pipeline, tensor, data) expected, got {sharded.replica_id}"
     return sharded.replica_id[0], sharded.replica_id[1]

@@ -1,9 +1,9 @@
 """Weights and optimizer state in Megatron's distributed checkpoint format: saved on one mesh, resumed on any other.
 
-Every rank writes what its optimizer owns: of the weights, the float32 weights and the moments, the range of elements
-that its data-parallel rank updates. All of them are parts of tensors that do not depend on the mesh, under the
-parameter's own name and shape. Nothing is gathered: a rank reads and writes its own memory only, a piece at a time.
-megatron's "fully_reshardable" has the same tensors, but gathers a data-parallel group's states on one rank.
+Every rank writes what its optimizer owns: the range of elements that its data-parallel rank updates, of the weights,
+the float32 weights and the moments. They are parts of tensors that do not depend on the mesh, under the parameter's own
+name and shape. Nothing is gathered: a rank reads and writes only its own memory, one piece at a time. Megatron's
+"fully_reshardable" has the same tensors, but gathers a data-parallel group's states on one rank.
 """
 
 import warnings
@@ -30,7 +30,7 @@ from minpro_megatron.host_memory import cpu_offload
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh
 
-# The name of each of the optimizer's tensors stands before the parameter's own. megatron calls the first one "param".
+# The prefixes of the optimizer's tensors before the parameter's name. Megatron calls the first one "param".
 _PREFIX = "optimizer.state."
 _STATES = {"param": "fp32_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
@@ -48,8 +48,8 @@ def run_identity(config: RunConfig, architecture: Architecture) -> RunIdentity:
 def save_training_state(
     chunks: Sequence[GPTModel], optimizer: Any, folder: Path, mesh: Mesh, in_background: bool
 ) -> ShardWrite:
-    """Begin to write weights and optimizer state into the empty `folder`; both may change once this returns.
-    Collective; `optimizer` is megatron's."""
+    """Start to write weights and optimizer state into the empty `folder`; both may change once this returns.
+    Collective; `optimizer` is Megatron's."""
     optimizers = _distributed_optimizers(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,12 +62,11 @@ def save_training_state(
 
 
 def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path, mesh: Mesh) -> int:
-    """Fill weights and optimizer state from `folder`, whatever mesh saved it. Returns the number of updates that the
-    optimizer has made. Collective.
+    """Load weights and optimizer state from `folder`, which any mesh may have saved. Returns the number of updates that
+    the optimizer has made. Collective.
 
-    Raises ValueError if any number was not restored: a part that the folder's files leave out is passed over in
-    silence when they are read, and a run resumed with zero moments looks healthy and is not. After any error the
-    weights are unusable.
+    Raises ValueError if any value was not restored: torch's loader skips missing parts silently, and a run that is
+    resumed with zero moments looks healthy but is not. After any error the weights are unusable.
     """
     optimizers = _distributed_optimizers(optimizer)
     with warnings.catch_warnings(), torch.no_grad():
@@ -77,7 +76,7 @@ def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path
         wanted = [*_whole_weights(shardings), *_owned_states(optimizers, shardings)]
         for one in wanted:
             _data(one).fill_(torch.nan)
-        # the data are views of the parameters and of the optimizer's tensors: they are filled in place
+        # the data are views of the parameters and of the optimizer's tensors, which are thus loaded in place
         loaded = dist_checkpointing.load(_numbered(wanted), str(folder), validate_access_integrity=False)
         steps = int(cast(dict[str, Any], loaded)["optimizer_step"])
         for one in optimizers:
@@ -93,17 +92,17 @@ def load_training_state(chunks: Sequence[GPTModel], optimizer: Any, folder: Path
 
 
 def _sharded(chunks: Sequence[GPTModel], mesh: Mesh) -> Iterator[ShardedBase]:
-    """What megatron saves of the model, parameters and others."""
+    """Megatron's sharded state of the model: parameters and other objects."""
     for chunk in chunks:
         yield from chunk.sharded_state_dict(metadata={"dp_cp_group": mesh.groups.dp_cp}).values()
 
 
 def _shardings(chunks: Sequence[GPTModel], mesh: Mesh) -> dict[Parameter, ShardedTensor | ShardedTensorFactory]:
-    """Where each parameter of this rank is in the checkpoint's tensors."""
+    """The place of each parameter of this rank in the checkpoint's tensors."""
     found = {}
     for one in _sharded(chunks, mesh):
         if isinstance(one, ShardedTensor | ShardedTensorFactory):
-            assert isinstance(one.data, Parameter), f"{one.key}: only parameters are saved, and this is none"
+            assert isinstance(one.data, Parameter), f"{one.key}: only parameters are saved, and this is not one"
             found[one.data] = one
     return found
 
@@ -129,7 +128,7 @@ def _owned_states(optimizers: Sequence[Any], shardings: dict[Parameter, Any]) ->
 
 
 def _owned_ranges(one: Any) -> Iterator[tuple[Parameter, int, int]]:
-    """(parameter, first element, end) of what this rank's shards of the optimizer's buffers hold."""
+    """(parameter, first element, end) for this rank's shards of the optimizer's buffers."""
     for buffer in one.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
@@ -138,7 +137,7 @@ def _owned_ranges(one: Any) -> Iterator[tuple[Parameter, int, int]]:
 
 
 def _numbered(items: Any) -> dict[str, Any]:
-    """megatron wants a tree of names. Those of the files are the items' own."""
+    """The items in a dict, as Megatron requires. The names in the files are those of the items."""
     return {str(number): item for number, item in enumerate(items)}
 
 
@@ -148,12 +147,12 @@ def _data(one: ShardedTensor) -> Tensor:
 
 
 def _is_finite(values: Tensor) -> bool:
-    """Without a temporary tensor: the smallest and the largest of values with a NaN among them are NaN."""
+    """Whether all values are finite, without a temporary tensor: minimum and maximum are NaN if a value is NaN."""
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))
 
 
 def _make_moments(optimizers: Sequence[Any]) -> None:
-    """Moments and step counts of zero where no update has made any: there is nothing to save or to fill without."""
+    """Creates moments and step counts of zero if no update has created them, so that they can be saved or loaded."""
     for one in optimizers:
         if isinstance(one.optimizer, HybridDeviceOptimizer):
             cpu_offload.make_state(one.optimizer)
@@ -165,13 +164,13 @@ def _make_moments(optimizers: Sequence[Any]) -> None:
 
 
 def _parts(one: Any) -> list[Any]:
-    """The torch optimizers that make the updates."""
+    """The torch optimizers that apply the updates."""
     return one.optimizer.sub_optimizers if isinstance(one.optimizer, HybridDeviceOptimizer) else [one.optimizer]
 
 
 def _steps_done(one: Any) -> int:
-    """Updates so far; 0 on a rank that has no shard of this optimizer's parameters. torch counts them for every
-    parameter, fused optimizers for every group."""
+    """Updates so far; 0 on a rank that has no shard of this optimizer's parameters. Torch counts them per parameter,
+    fused optimizers per group."""
     holders = [holder for part in _parts(one) for holder in (*part.state.values(), *part.param_groups)]
     return max((int(holder["step"]) for holder in holders if "step" in holder), default=0)
 
@@ -179,7 +178,9 @@ def _steps_done(one: Any) -> int:
 def _set_steps(one: Any, step: int) -> None:
     for part in _parts(one):
         if isinstance(part, torch.optim.AdamW):
-            for state in part.state.values():  # a tensor for each: a shared one would count every parameter's update
+            for (
+                state
+            ) in part.state.values():  # one tensor each: a shared tensor would count the updates of all parameters
                 state["step"] = torch.tensor(float(step))
         else:
             for group in part.param_groups:

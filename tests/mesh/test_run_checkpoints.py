@@ -259,7 +259,7 @@ FAILURES = {
     _kill_the_writer: "rank 1: the process that wrote ended with status -9 before it was done",
     _fill_the_disk: "__1_0.distcp: [Errno 27] File too large",
     _fill_the_disk_for_metadata: "[Errno 27] File too large",
-    _refuse_processes: "rank 1: no process to write in: [Errno 12] Cannot allocate memory",
+    _refuse_processes: "rank 1: the process that writes cannot be started: [Errno 12] Cannot allocate memory",
 }
 
 
@@ -314,7 +314,7 @@ def _save_on_a_full_disk(mesh: Mesh, start: tuple) -> tuple[str, int | None]:
 def test_the_second_failure_in_a_row_ends_the_run_on_all_ranks(start: tuple) -> None:
     for message, latest in run_mesh(_save_on_a_full_disk, start, **TWO):
         assert message.startswith("the checkpoint of policy version 30 was not written: rank 1: ")
-        assert message.endswith(f"2 in a row: make room in {start[1]}/checkpoints and launch again")
+        assert message.endswith(f"2 in a row: free some space in {start[1]}/checkpoints and launch again")
         assert latest == 10
 
 
@@ -377,7 +377,7 @@ def test_a_flipped_bit_in_any_file_is_refused_with_the_newest_intact_checkpoint(
         for error in run_mesh(_load, start, CONFIG, **TWO):
             assert error == (
                 f"{folder / name}: its SHA-256 is not the one in manifest.json; {intact} is intact: write this name "
-                f"into {tmp_path / CHECKPOINTS / 'latest'} to go on from there"
+                f"into {tmp_path / CHECKPOINTS / 'latest'} to resume from it"
             )
         flip(folder / name)
     assert run_mesh(_load, start, CONFIG, **TWO) == [None, None]
@@ -391,8 +391,8 @@ def flip(path: Path) -> None:
 
 def _save_other_weights(mesh: Mesh, start: tuple) -> None:
     rank = Rank(mesh, start)
-    rank.policy.keep_weights("sampling")
-    with rank.policy.kept_weights("sampling"), pytest.raises(AssertionError, match="'sampling' weights are swapped in"):
+    rank.policy.take_snapshot("sampling")
+    with rank.policy.use_snapshot("sampling"), pytest.raises(AssertionError, match="'sampling' weights are swapped in"):
         rank.checkpoints.save(rank.policy, state(10))
 
 

@@ -141,7 +141,7 @@ DAMAGES: dict[Any, str] = {
     _lose_the_manifest: "No such file",
     _cut_the_manifest: "manifest.json: ",
     _other_format: "format_version",
-    _other_version: "its content is not that of its digest",
+    _other_version: "its content does not match its digest",
 }
 
 
@@ -151,7 +151,9 @@ def test_a_damaged_latest_is_refused_and_the_newest_whole_one_named(tmp_path, da
     for version in (5, 10, 20):
         add(folder, version)
     damage(tmp_path / CHECKPOINTS / "step-000020")
-    with pytest.raises(ValueError, match=rf"step-000020.*{DAMAGES[damage]}.*; step-000010 is whole: write this name"):
+    with pytest.raises(
+        ValueError, match=rf"step-000020.*{DAMAGES[damage]}.*; step-000010 is complete: write this name"
+    ):
         read_latest(tmp_path)
     (tmp_path / CHECKPOINTS / "latest").write_text("step-000010\n")
     assert read_latest(tmp_path) == manifest_of(10)
@@ -201,7 +203,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_digest(tmp_path):
 def test_latest_names_a_checkpoint_or_is_refused(tmp_path, text):
     add(opened(tmp_path), 10)
     (tmp_path / CHECKPOINTS / "latest").write_text(text, errors="surrogateescape")
-    with pytest.raises(ValueError, match=r"is not the name of a checkpoint.*step-000010 is whole"):
+    with pytest.raises(ValueError, match=r"is not the name of a checkpoint.*step-000010 is complete"):
         read_latest(tmp_path)
 
 
@@ -264,7 +266,7 @@ def test_a_line_that_was_given_up_stays_until_the_new_one_has_a_checkpoint(tmp_p
     assert versions(tmp_path) == [10, 20, 25, 30]
     add(folder, 20)
     assert versions(tmp_path) == [10, 20]
-    assert "went on from an earlier one" in caplog.text
+    assert "was resumed from an earlier one" in caplog.text
     assert read_latest(tmp_path) == manifest_of(20)
 
 
@@ -293,7 +295,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
         ("num_layers", msgspec.structs.replace(RUN, architecture=RUN.architecture | {"num_layers": 6})),
         ("num_experts", msgspec.structs.replace(RUN, architecture=RUN.architecture | {"num_experts": 8})),
     ):
-        with pytest.raises(ValueError, match=f"{field} = .* but this run has .*; give the run's former settings"):
+        with pytest.raises(ValueError, match=f"{field} = .* but this run has .*; give the run's previous settings"):
             refuse_other_run(tmp_path, RUN, other)
 
 

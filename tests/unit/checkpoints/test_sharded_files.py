@@ -96,12 +96,12 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     tensors = parameters()
     short = {key: tensor[:4] for key, tensor in tensors.items()}
     reader = written(tmp_path, short, (4,))
-    with pytest.raises(ValueError, match=r"linear_fc1.weight \(1, 2\) is not whole; convert again"):
+    with pytest.raises(ValueError, match=r"linear_fc1.weight \(1, 2\) is not complete; convert again"):
         reader.read_rows(where(1, 2), SHAPE, 3, 3)
     with pytest.raises(ValueError, match=r"there is no decoder.other.weight; convert again"):
         reader.check(Place("decoder.other.weight", (), ()), SHAPE, torch.bfloat16)
     for shape, dtype in ((SHAPE, torch.float32), ((7, 4), torch.bfloat16)):
-        with pytest.raises(ValueError, match=r"is torch.bfloat16 \(2, 3, 6, 4\), but the manifest makes it"):
+        with pytest.raises(ValueError, match=r"is torch.bfloat16 \(2, 3, 6, 4\), but the manifest requires"):
             reader.check(where(0, 0), shape, dtype)
     reader.check(where(0, 0), SHAPE, torch.bfloat16)
 
@@ -114,8 +114,8 @@ class Harmful:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps(Harmful()), "it names builtins.print, which no checkpoint's metadata does; give a folder"),
-        (pickle.dumps(torch.Size([1])), "this is not a checkpoint's metadata"),
+        (pickle.dumps(Harmful()), "it names builtins.print, which checkpoint metadata never contains; give a folder"),
+        (pickle.dumps(torch.Size([1])), "this is not the metadata of a checkpoint"),
         (b"damaged", "give a folder made by tools/convert_checkpoint.py"),
         (None, "No such file"),
     ],
@@ -159,7 +159,9 @@ def test_an_object_that_would_run_code_is_refused_before_torchs_reader_runs_it(
     )
     written(tmp_path, parameters())
     key = f"{KEY.removesuffix('weight')}_extra_state/shard_0.0_2.3"
-    with pytest.raises(ValueError, match=rf"__0_0.distcp: the object '{key}' is more than data, .*it names print"):
+    with pytest.raises(
+        ValueError, match=rf"__0_0.distcp: the object '{key}' contains more than data, .*it names print"
+    ):
         refuse_code(tmp_path)
     assert capsys.readouterr().out == ""
     # what makes the check necessary: the loader that megatron calls runs it

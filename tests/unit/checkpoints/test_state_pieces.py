@@ -164,4 +164,4 @@ def test_the_experts_of_a_mixture_are_not_compared_one_by_one(monkeypatch: pytes
         for offsets, sizes in [((0, 0), (700, 20)), ((700, 0), (1, 7)), ((700, 7), (1, 13)), ((701, 0), (67, 20))]
     ]
     assert incompleteness((12, 16, 768, 20), parts) is None
-    assert incompleteness((12, 16, 768, 20), parts[1:]) == "its parts hold 2,935,120 of 2,949,120 elements"
+    assert incompleteness((12, 16, 768, 20), parts[1:]) == "its parts contain 2,935,120 of 2,949,120 elements"

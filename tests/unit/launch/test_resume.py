@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_named_with_the_one_to_take(tmp_path: Path) -> N
     (checkpoints / "step-000002" / "weights").write_bytes(b"ab")
     found = only_obstacle(config)
     assert found.startswith(f"name = example: {checkpoints}/step-000002/weights: 2 bytes, but manifest.json says 3")
-    assert found.endswith(f"; step-000001 is whole: write this name into {checkpoints / LATEST} to go on from there")
+    assert found.endswith(f"; step-000001 is complete: write this name into {checkpoints / LATEST} to resume from it")
     (checkpoints / LATEST).write_text("step-000001\n")
     assert list(obstacles(config)) == []
 
