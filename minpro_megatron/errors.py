@@ -1,8 +1,7 @@
 """The project's own errors, and how a command that ends with an error reports it.
 
-A `ProjectError` has a known cause and says it in its message, so its traceback is of no use to the reader: commands
-print the message only. Every other exception is unexpected, a ValueError from a library included, and is logged with
-its traceback.
+The message of a `ProjectError` states its cause, so its traceback does not help the user: commands print only the
+message. Every other exception, including a ValueError from a library, is unexpected and is logged with its traceback.
 """
 
 import logging
@@ -19,8 +18,8 @@ TRY_AGAIN = 69  # EX_UNAVAILABLE of sysexits.h; 75 is the end of a start that ha
 
 
 class ProjectError(Exception):
-    """Base of the project's errors. `problems` has one line for each problem, of which there is usually one;
-    `exit_status` is that of a command which ends with the error."""
+    """Base of the project's errors. `problems` has one line per problem, usually one; `exit_status` is the exit status
+    of a command that ends with the error."""
 
     exit_status: ClassVar[int] = FAILED
 
@@ -34,34 +33,34 @@ class ProjectError(Exception):
 
 
 class UserError(ProjectError, ValueError):
-    """Something that was given is wrong: a setting, an argument, a file. Each problem names field, value, rule and
-    remedy. It is a ValueError as well, so that settings classes report it as they report their own."""
+    """An input is wrong: a setting, an argument or a file. Each problem names field, value, rule and remedy. It is also
+    a ValueError, so that settings classes report it like their own errors."""
 
     exit_status = WRONG_INPUT
 
 
 class RunFailed(ProjectError):
-    """The run itself cannot go on: its numbers are not what they must be."""
+    """The run cannot continue: its numerical results are invalid."""
 
 
 class RunBlocked(RunFailed):
-    """The run cannot go on until a person has acted: a job does not start it again, for that would end in the same
-    way."""
+    """The run cannot continue without action by the user: a job does not restart it, because the restart would fail in
+    the same way."""
 
     exit_status = WRONG_INPUT
 
 
 class TryAgainError(ProjectError):
-    """A machine cannot do its part now, but another start, perhaps on other machines, may succeed."""
+    """A machine cannot run its part now, but another start, perhaps on other machines, may succeed."""
 
     exit_status = TRY_AGAIN
 
 
 def run_reporting(command: Callable[[], int], prefix: str = "error", *, reads_given_files: bool = False) -> int:
-    """The exit status of `command`; of one that raises, after the error was reported on standard error: a ProjectError
-    in one line a problem after `prefix`, anything else in full.
+    """Calls `command` and returns its exit status. If it raises, the error is reported on standard error: a
+    ProjectError with one line per problem after `prefix`, any other exception with its traceback.
 
-    `reads_given_files`: the command opens files that its user names, so an OSError that names a file is reported in one
+    `reads_given_files`: the command opens files that the user names, so an OSError that names a file is reported in one
     line.
     """
     try:
@@ -88,7 +87,7 @@ def report(error: ProjectError, prefix: str) -> int:
 
 
 def report_unexpected(what: str) -> int:
-    """Logs the exception that is being handled, with its traceback; returns the exit status of a failure."""
+    """Logs the current exception with its traceback; returns the exit status of a failure."""
     log.exception("%s: unexpected error", what)
     return FAILED
 

@@ -1,8 +1,8 @@
-"""What travels between the stages: one frozen record per stage, and their binary form.
+"""The data that is passed between the stages: one frozen record per stage, and their binary format.
 
 Path: Prompt -> IssuedGroup (given to the servers) -> CollectedGroup (sampled and rewarded) -> Batch (one global
 step's groups, sent to the trainer) -> BehaviorLogProbs (the trainer's scores, sent back and stored).
-Arrays are numpy arrays; the binary form is MessagePack.
+Arrays are numpy arrays; the binary format is MessagePack.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-NOT_GRADED = math.nan  # in place of a reward
+NOT_GRADED = math.nan  # replaces a missing reward
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,9 +19,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prompt(Record, frozen=True, kw_only=True):
-    """A task: `text` is the question, before instruction and chat template; `answer` is what the reward compares with.
+    """A task: `text` is the question, without instruction and chat template; the reward compares with `answer`.
 
-    `prefix` is the beginning of a response that is given: context that the policy goes on from (arXiv:2601.18795).
+    `prefix` is a given beginning of the response, which the policy continues (arXiv:2601.18795).
     """
 
     id: str
@@ -29,28 +29,28 @@ class Prompt(Record, frozen=True, kw_only=True):
     text: str
     answer: str
     prefix: str = ""
-    pass_rate: float | None = None  # share of right responses of some model, where it is known
+    pass_rate: float | None = None  # fraction of right responses of some model, if known
 
 
 class IssuedGroup(Record, frozen=True, kw_only=True):
-    """A prompt with everything that decides its sampling: at most `responses_per_prompt` responses, one seed each.
+    """A prompt with everything that determines its sampling: at most `responses_per_prompt` responses, one seed each.
 
-    An evaluation that wants more samples of a prompt has several groups of it, of one `group_id`.
+    An evaluation that needs more samples of a prompt has several groups of it with the same `group_id`.
     """
 
     group_id: int  # counts all groups of the run in the order of issue
     batch_index: int  # the global step that consumes it; -1: not decided yet (bounded mode)
-    policy_version: int  # what its tokens are sampled with (delay mode), or newer (bounded mode)
+    policy_version: int  # its tokens are sampled with this version (delay mode), or a newer one (bounded mode)
     prompt: Prompt
     prompt_token_ids: np.ndarray  # int32
     sampling_seeds: list[int]
-    is_evaluation: bool = False  # measured and forgotten; training groups go before it
+    is_evaluation: bool = False  # measured and not stored; training groups have priority
 
 
 class StoredRoutes(Record, frozen=True, kw_only=True):
-    """Where the routes of a response lie: an array within a file that all ranks see. Read by batching/stored_routes.py.
+    """The location of a response's routes: an array in a file that all ranks can read (batching/stored_routes.py).
 
-    A batch of long responses has tens of gigabytes of routes, of which a rank needs those of its own rows and layers.
+    A batch of long responses has tens of gigabytes of routes; a rank needs only those of its own rows and layers.
     """
 
     path: str
@@ -67,11 +67,11 @@ class Response(Record, frozen=True, kw_only=True):
     rollout_log_probs: np.ndarray  # float32 [response tokens], as SGLang reported them
     policy_versions: np.ndarray  # int32 [response tokens]: the version that sampled each token
     finish_reason: str  # "stop" or "length"
-    reward: float  # NOT_GRADED: it could not be graded, and its group is not trained on
-    # the experts the server chose, uint8 or int16 [prompt + response tokens - 1, layers, experts a token]: the last
-    # token was sampled but never went through the model (routing replay R3)
+    reward: float  # NOT_GRADED: it could not be graded, and its group is excluded from training
+    # the experts that the server chose, uint8 or int16 [prompt + response tokens - 1, layers, experts per token]: the
+    # last token was sampled but never went through the model (routing replay R3)
     routed_experts: np.ndarray | None = None
-    stored_routes: StoredRoutes | None = None  # the same in a file, once the journal has them; then the array is gone
+    stored_routes: StoredRoutes | None = None  # replaces the array once the journal has stored the routes in a file
     behavior_log_probs: np.ndarray | None = None  # float32 [response tokens], once the trainer has scored it
 
     @property
@@ -80,7 +80,7 @@ class Response(Record, frozen=True, kw_only=True):
 
 
 class CollectedGroup(Record, frozen=True, kw_only=True):
-    """A group whose responses are all sampled, and rewarded unless there is a `grading_problem`."""
+    """A group whose responses are all sampled, and graded unless there is a `grading_problem`."""
 
     issued: IssuedGroup
     responses: list[Response]
@@ -110,17 +110,17 @@ class BehaviorLogProbs(Record, frozen=True, kw_only=True):
     """The trainer's log-probs of batch `index` under its sampling weights: [group][response], float32 [tokens]."""
 
     index: int
-    policy_version: int  # the weights that computed them; -1: every token under its own version (bounded mode)
+    policy_version: int  # of the weights that computed them; -1: each token under its own version (bounded mode)
     log_probs: list[list[np.ndarray]]
 
 
 class TrainedStep(Record, frozen=True, kw_only=True):
-    """Global step `step`, begun with the weights of `policy_version`, has trained on its batch."""
+    """Global step `step`, which started with the weights of `policy_version`, has trained on its batch."""
 
     step: int
     policy_version: int
-    # the policy's at the update that trained on the token: [group][response], float32 [tokens]; NaN where no update
-    # did; empty if not recorded
+    # under the policy at the update that trained on the token: [group][response], float32 [tokens]; NaN for tokens
+    # without an update; empty if not recorded
     log_probs: list[list[np.ndarray]] = []
 
 
@@ -130,10 +130,10 @@ class EvaluationResult(Record, frozen=True, kw_only=True):
 
     policy_version: int
     benchmark: str = ""  # one of evaluation.benchmarks; "": the held-out prompts
-    pass_at_1: float  # share of right responses (config.rewards.is_right)
+    pass_at_1: float  # fraction of right responses (config.rewards.is_right)
     standard_error: float
     mean_reward: float
-    not_graded: int  # responses; they count as not right, and in the mean reward as 0 or the lowest
+    not_graded: int  # number of responses; they count as wrong, and in the mean reward as 0 or the lowest reward
     num_prompts: int
     samples_per_prompt: int
     mean_response_tokens: float
@@ -141,12 +141,12 @@ class EvaluationResult(Record, frozen=True, kw_only=True):
 
 
 class ServerAddress(Record, frozen=True, kw_only=True):
-    """A ready rollout server, as `run_dir/endpoints/server-<index>-start-<incarnation>.json` states it."""
+    """A ready rollout server, as recorded in `run_dir/endpoints/server-<index>-start-<incarnation>.json`."""
 
     index: int
     url: str
     tensor_parallel: int
-    start: int = 0  # how often this server was started before: a restarted one holds the initial weights
+    start: int = 0  # how often this server was started before: after a restart it has the initial weights
 
 
 class PublishLease(Record, frozen=True, kw_only=True):
@@ -155,23 +155,23 @@ class PublishLease(Record, frozen=True, kw_only=True):
     version: int
     servers: list[ServerAddress]
     evaluations: list[EvaluationResult]  # all evaluations finished so far
-    requests_in_flight: bool = False  # bounded mode: pause the servers first, let them go on after
+    requests_in_flight: bool = False  # bounded mode: pause the servers before the transfer, continue after it
     canary_prompts: list[list[int]] = []  # token ids whose greedy continuations show that the weights have arrived
-    metrics: dict[str, float] = {}  # of servers and collector since the last lease
+    metrics: dict[str, float] = {}  # from servers and collector since the last lease
 
 
 class CollectorTotals(Record, frozen=True, kw_only=True):
-    """What the collector's journal holds at the end of the run."""
+    """The content of the collector's journal at the end of the run, as counts."""
 
     groups_issued: int
     groups_consumed: int
     groups_dropped: int
-    groups_not_graded: int  # of the dropped ones
+    groups_not_graded: int  # included in the dropped groups
     smallest_staleness: int
     largest_staleness: int
     versions_published: int
     evaluations: list[EvaluationResult]
-    failed_evaluations: int = 0  # since the collector started, which a restart of the run does as well
+    failed_evaluations: int = 0  # since the last start of the collector; a restart of the run also resets it
 
 
 _DTYPES = ("<i4", "<f4", "|u1", "<i2")

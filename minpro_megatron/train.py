@@ -1,7 +1,7 @@
-"""The trainer, as the algorithm reads: fetch a batch, score it, train on it, publish the weights, save.
+"""The training loop: fetch a batch, score it, train on it, publish the weights, save.
 
-The order of these is that of `StepOrder`. All ranks follow it together; only rank 0 asks the collector, and what it
-receives goes to the other ranks:
+`StepOrder` defines the order. All ranks follow it together; only rank 0 sends requests to the collector and passes the
+answers to the other ranks:
 
     collector --batch--> BatchScoring --behavior log-probs--> Updates --weights--> Publisher --version--> servers
                  |                                               |
@@ -43,13 +43,13 @@ PHASES = ("wait_for_batch", "score", "train", "publish", "checkpoint", "monitor"
 
 @dataclass(frozen=True)
 class RankZero:
-    """What only rank 0 of the trainer has."""
+    """The objects that only rank 0 of the trainer has."""
 
     feed: BatchSource
     report: StepReport
     save_schedule: SaveSchedule | None = None
-    before_early_end: Callable[[int, str], None] = lambda version, reason: None  # it saves for the last time
-    may_write: Callable[[], None] = lambda: None  # raises RunBlocked once the run folder is not this start's
+    before_early_end: Callable[[int, str], None] = lambda version, reason: None  # called before the last save
+    may_write: Callable[[], None] = lambda: None  # raises RunBlocked once this start does not own the run folder
 
 
 class Trainer:
@@ -67,7 +67,7 @@ class Trainer:
         resumed_from: RunManifest | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        """`resumed_from` is the checkpoint that this start goes on from. `rank_zero` is given on rank 0 alone."""
+        """`resumed_from` is the checkpoint that this start resumes from. `rank_zero` is given only on rank 0."""
         self._config, self._mesh, self._policy = config, mesh, policy
         self._publisher, self._checkpoints, self._resumed_from = publisher, checkpoints, resumed_from
         self._feed = rank_zero.feed if rank_zero else None
@@ -81,24 +81,24 @@ class Trainer:
         self._saving = Saving(config, mesh, policy, checkpoints, self._clock, self._feed)
         if rank_zero:
             self._saving.decide_with(rank_zero.save_schedule, rank_zero.before_early_end)
-        self._scored: dict[int, ScoredBatch] = {}  # by batch: fetched, and not trained on yet
+        self._scored: dict[int, ScoredBatch] = {}  # by batch: fetched but not trained on yet
         self._publications: list[PublishReport] = []  # of this step so far
         self._fleet: dict[str, float] = {}  # metrics of the last lease
 
     @property
     def updates(self) -> int:
-        """Optimizer updates since the beginning of the run."""
+        """Optimizer updates since the start of the run."""
         return self._updates.count
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long this start has spent in each phase."""
+        """Seconds that this start has spent in each phase."""
         return self._clock.seconds
 
     def run(self) -> CollectorTotals | None:
-        """Trains through all global steps that are left. Returns the collector's totals on rank 0, None elsewhere.
+        """Trains all remaining global steps. Returns the collector's totals on rank 0, None on other ranks.
 
-        Raises AlarmStop or EndedEarly on all ranks, after a last checkpoint, where this start ends before the run.
+        If this start ends before the run, raises AlarmStop or EndedEarly on all ranks after a last checkpoint.
         """
         first = self._begin()
         order = StepOrder(self._config.num_global_steps, steps_ahead(self._config.staleness), first)
@@ -112,8 +112,8 @@ class Trainer:
         return self._finish()
 
     def _begin(self) -> int:
-        """The first global step: 0, or that of the checkpoint, whose weights are then in place and on the servers."""
-        self._scoring.keep_reference()  # the initial weights, also when the run continues from a checkpoint
+        """Returns the first global step: 0, or that of the checkpoint, after its weights are loaded and published."""
+        self._scoring.keep_reference()  # the initial weights, also if the run resumes from a checkpoint
         manifest = self._resumed_from
         if manifest is not None:
             with self._clock.guard("loading the checkpoint"):
@@ -127,7 +127,7 @@ class Trainer:
         return self._versions.in_place
 
     def _step(self, order: StepOrder, step: int) -> None:
-        """One global step. The time that writing its metrics and its checkpoint takes counts for the next one."""
+        """One global step. The time to write its metrics and its checkpoint counts for the next step."""
         batch = trained = None
         for event in order.of_step(step):
             match event:
@@ -153,14 +153,14 @@ class Trainer:
         )
 
     def _fetch_and_score(self, fetch: Fetch) -> None:
-        """The batch, and its behavior log-probs: those of the very weights that sampled its tokens."""
+        """Fetches the batch and computes its behavior log-probs under the same weights that sampled its tokens."""
         index = fetch.batch
         with self._clock.phase("wait_for_batch"):
             batch = answer_to(
                 lambda: self._mesh.from_rank_0(self._feed.batch(index) if self._feed else None), self._send
             )
         with (
-            self._versions.of(fetch.version),
+            self._versions.weights_of(fetch.version),
             self._clock.phase("score", guarded=f"scoring batch {index}"),
         ):
             scored = self._scoring.behavior(batch)
@@ -187,7 +187,7 @@ class Trainer:
         return scored.batch, trained
 
     def _publish(self, version: int, changed: bool) -> None:
-        """The weights in place go to the servers as `version`; `changed`: by updates, since the version before."""
+        """Publishes the current weights as `version`; `changed`: updates have changed them since the last version."""
         self._may_write()
         with self._clock.phase("publish"):
             lease = lease_for(
@@ -201,23 +201,23 @@ class Trainer:
                 self._report.evaluations(lease.evaluations)
 
     def _send(self, lease: PublishLease, changed: bool = False) -> None:
-        """The lease's version goes to the lease's servers."""
-        with self._clock.guard(f"publishing version {lease.version}"), self._versions.of(lease.version):
+        """Sends the lease's version to the lease's servers."""
+        with self._clock.guard(f"publishing version {lease.version}"), self._versions.weights_of(lease.version):
             report = self._publisher.publish(lease if self._mesh.rank == 0 else None, changed)
         if self._feed and report:
             self._feed.publish_end(lease.version, report.held_by, report.late)
-            if lease.servers:  # training on a journal, there are none
+            if lease.servers:  # empty when training on a journal
                 self._publications.append(report)
                 self._fleet = lease.metrics
 
     def _note_scores(self, results: Sequence[EvaluationResult]) -> None:
-        """Held-out evaluations decide which checkpoints are the best."""
+        """Stores the scores of held-out evaluations, which decide which checkpoints are the best."""
         for result in results:
             if not result.benchmark:
                 self._checkpoints.note_score(result.policy_version, score_of(result, self._config.checkpoint))
 
     def _write(self, step: int, batch: Batch, trained: TrainedBatch) -> list[Alarm]:
-        """Returns the alarms that the step raises, on rank 0."""
+        """Writes the metrics of the step. Returns the alarms that the step raises, on rank 0."""
         lap = self._clock.lap()
         if self._report is None:
             return []

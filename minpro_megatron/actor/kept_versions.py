@@ -21,7 +21,7 @@ class KeptVersions:
         self._policy.take_snapshot(self._name(self.in_place))
 
     @contextmanager
-    def of(self, version: int) -> Iterator[None]:
+    def weights_of(self, version: int) -> Iterator[None]:
         """Context manager: inside it the model has the weights of `version`."""
         if version == self.in_place:
             yield

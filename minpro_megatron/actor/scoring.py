@@ -53,7 +53,7 @@ class BatchScoring:
             [None if group.is_scored else response.policy_versions for response in group.responses]
             for group in batch.groups
         ]
-        fresh = score_by_version(self._policy, mini_batches, self.mini_batches(versions), self._versions.of)
+        fresh = score_by_version(self._policy, mini_batches, self.mini_batches(versions), self._versions.weights_of)
         return ScoredBatch(batch, groups, with_known_scores(batch, fresh), None)
 
     def complete(self, scored: ScoredBatch) -> list[list[TokenSequence]]:

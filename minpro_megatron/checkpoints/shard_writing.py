@@ -194,8 +194,8 @@ class ShardWrite:
             self._written = _write(self._plan.writer, file)
 
     def _start_process(self, writer: _Writer, file: _File) -> None:
-        # Training continues and changes the tensors, so the process writes a copy. This process keeps the copy until all
-        # is written: pinned memory that it gives back could be used again at once.
+        # Training continues and changes the tensors, so the process writes a copy. This process keeps the copy until
+        # everything is written: pinned memory that it frees could be reused at once.
         try:
             self._report = tempfile.TemporaryFile()  # noqa: SIM115  `_result` closes it
             self._copied = _File(file.path, file.objects, file.tensors.on_host())

@@ -1,9 +1,9 @@
-"""Whole checkpoints from Hugging Face's format to Megatron's and back, a few rows of one tensor at a time.
+"""Converts checkpoints from Hugging Face's format to Megatron's and back, a few rows of one tensor at a time.
 
-Nothing is computed, and nothing is cast unless a dtype is asked for, so both ways are bit-exact. Memory stays the
-same whatever the model's size: no more than a piece of a tensor is held, and the files that are read are mapped a part
-at a time. A result gets its name only when it is complete; what a killed conversion leaves has no manifest (or another
-name) and loads nowhere.
+Nothing is computed, and nothing is cast unless a dtype is requested, so both directions are bit-exact. Memory use does
+not depend on the model's size: only a piece of one tensor is in memory, and the files that are read are mapped one part
+at a time. A result gets its name only when it is complete; the output of a killed conversion has no manifest (or
+another name), and no program loads it.
 """
 
 import math
@@ -39,21 +39,21 @@ from minpro_megatron.weights.hf_files import CASTABLE, SHARD_BYTES, HfReader, dt
 from minpro_megatron.weights.safetensors_stream import TensorHeader, write_safetensors
 from minpro_megatron.weights.table import EMBEDDING, OUTPUT, Entry, check_names, check_shape, entries
 
-# Small enough for malloc to reuse the memory of the last piece: larger ones are mapped, and zeroed, anew each time.
+# Small enough for malloc to reuse the memory of the last piece: larger blocks are mapped and zeroed again each time.
 PIECE_BYTES = 16 << 20
 SHA256_FILE = "SHA256SUMS"
 
-# Opens a progress display for a job of so many bytes; the callback takes the bytes of each piece done.
+# Opens a progress display for a job of the given number of bytes; the callback takes the bytes of each finished piece.
 type Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False, cast_to: torch.dtype | None = None) -> None:
     """Write the Megatron checkpoint of the Hugging Face folder `hf` to `output`, in the dtype of its weights, with
     copies of its config and tokenizer. `verify`: read the result back and compare every bit before it gets its name.
-    `cast_to`: every tensor is rounded to this dtype, so the weights may be of several.
+    `cast_to`: every tensor is rounded to this dtype, so the weights may have different dtypes.
 
-    Raises ValueError for a model that the table does not describe tensor by tensor, or an `output` that holds
-    files which this program did not write."""
+    Raises ValueError for a model whose tensors differ from the table, or an `output` that contains files which this
+    program did not write."""
     architecture = read_architecture(hf)
     reader = HfReader(hf)
     dtype = _check_tensors(reader, architecture, cast_to)
@@ -87,10 +87,10 @@ def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False, cast
 def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = None, verify: bool = False) -> None:
     """Write the Hugging Face folder of the Megatron checkpoint `megatron`, a converted model or a run's checkpoint, to
     `output`. Config, tokenizer and the names of the weight files are those of `reference`, or else of the model that
-    the checkpoint was converted from or its run began with.
+    the checkpoint was converted from or its run started from.
 
-    Raises UserError for a checkpoint that is damaged or of another model, or an `output` that holds
-    files which this program did not write."""
+    Raises UserError for a checkpoint that is damaged or of another model, or an `output` that contains files which this
+    program did not write."""
     manifest = read_manifest(megatron)
     of_run = is_run_checkpoint(megatron)
     texts = reference or (texts_of_run(megatron) if of_run else megatron / HF_TEXTS)
@@ -118,7 +118,7 @@ def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = N
             _write_index(texts, folder, {name: file for file, names in files.items() for name in names}, num_bytes)
             records.add(INDEX)
         names = copy_texts(texts, folder)
-        if of_run:  # the run may train in another dtype than that of the model it began with
+        if of_run:  # the run may train in another dtype than that of its initial model
             state_dtype(folder / CONFIG, manifest.dtype)
             names.append(write_exported_from(folder, megatron))
         for name in names:
@@ -136,14 +136,14 @@ def compare(
     announce: Callable[[int], None],
     dtype: torch.dtype,
 ) -> None:
-    """Raises ValueError naming the first tensor that is not the same in both forms, bit by bit in `dtype`."""
+    """Raises ValueError that names the first tensor that differs in any bit between both formats, in `dtype`."""
     tensors = _hf_tensors(architecture)
     for name in reader.names():
         first, tensor = 0, tensors.get(name)
         for found in tensor.pieces(sharded) if tensor else ():
             expected = reader.read_rows(name, first, len(found)).to(dtype)
             if found.dtype != expected.dtype or not torch.equal(_bits(found), _bits(expected)):
-                raise UserError(f"{name}: rows {first} to {first + len(found)} differ between the two forms")
+                raise UserError(f"{name}: rows {first} to {first + len(found)} differ between the two formats")
             first += len(found)
             announce(found.nbytes)
 
@@ -176,12 +176,12 @@ def _hf_tensors(architecture: Architecture) -> dict[str, _HfTensor]:
         for source, name in enumerate(entry.hf)
     }
     if architecture.tied_embeddings:
-        tensors[OUTPUT] = tensors[EMBEDDING]  # in case the model's files state it a second time
+        tensors[OUTPUT] = tensors[EMBEDDING]  # in case the model's files contain it a second time
     return tensors
 
 
 def _pieces(entry: Entry, reader: HfReader, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """The parameter's first row and rows of each part that is stored as one: never more than PIECE_BYTES."""
+    """(first row, rows) of each part of the parameter that is stored contiguously, at most PIECE_BYTES each."""
     start = 0
     for block in entry.split.blocks(entry.rows):
         pieces = [
@@ -202,7 +202,7 @@ def _pieces(entry: Entry, reader: HfReader, dtype: torch.dtype) -> Iterator[tupl
 
 
 def _check_tensors(reader: HfReader, architecture: Architecture, cast_to: torch.dtype | None) -> torch.dtype:
-    """The dtype to write, if the folder holds the tensors that the table describes, and no others."""
+    """The dtype to write. Raises UserError unless the folder's tensors are exactly those of the table."""
     check_names(architecture, reader.names(), str(reader.path))
     for entry in entries(architecture):
         for name, shape in zip(entry.hf, entry.shapes, strict=True):
@@ -214,17 +214,17 @@ def _check_tensors(reader: HfReader, architecture: Architecture, cast_to: torch.
         found = reader.tensors[name].dtype
         if not isinstance(found, torch.dtype) and found not in CASTABLE:
             raise UserError(
-                f"{reader.path}: {name} is {found}: these are quantised or unknown weights; take the bfloat16 release"
+                f"{reader.path}: {name} is {found}: these are quantized or unknown weights; use the bfloat16 release"
             )
         if cast_to is None and not isinstance(dtype, torch.dtype):
             raise UserError(
-                f"{reader.path}: {EMBEDDING} is {dtype}, and a model is float32 or bfloat16; give --dtype bfloat16 or "
-                "--dtype float32 to cast every tensor"
+                f"{reader.path}: {EMBEDDING} is {dtype}, but a model must be float32 or bfloat16; give --dtype "
+                "bfloat16 or --dtype float32 to cast every tensor"
             )
         if cast_to is None and found != dtype:
             raise UserError(
-                f"{reader.path}: {name} is {found} and {EMBEDDING} is {dtype}, and nothing is cast without being asked "
-                "for; give --dtype bfloat16 or --dtype float32 to cast every tensor"
+                f"{reader.path}: {name} is {found} and {EMBEDDING} is {dtype}, and nothing is cast unless it is "
+                "requested; give --dtype bfloat16 or --dtype float32 to cast every tensor"
             )
     assert isinstance(dtype, torch.dtype)
     if architecture.tied_embeddings and OUTPUT in reader.tensors:
@@ -233,20 +233,20 @@ def _check_tensors(reader: HfReader, architecture: Architecture, cast_to: torch.
 
 
 def _refuse_another_output(reader: HfReader) -> None:
-    """Some tied models state their output layer a second time; it must be the embedding then."""
+    """Some tied models contain their output layer a second time; it must then equal the embedding."""
     shape = reader.tensors[EMBEDDING].shape
     check_shape(OUTPUT, reader.tensors[OUTPUT].shape, shape)
     for first, count in _cut(shape[0], shape):
         embedding, output = (_bits(reader.read_rows(name, first, count)) for name in (EMBEDDING, OUTPUT))
         if not torch.equal(embedding, output):
             raise UserError(
-                f"{reader.path}: config.json says tie_word_embeddings, but {OUTPUT} differs from {EMBEDDING}; "
+                f"{reader.path}: config.json sets tie_word_embeddings, but {OUTPUT} differs from {EMBEDDING}; "
                 "set tie_word_embeddings to false if the model has an output layer of its own"
             )
 
 
 def _keep_texts(reader: HfReader, dtype: torch.dtype, folder: Path) -> list[str]:
-    """What to_hf needs of the model besides its weights: the texts, and which tensor stood in which file."""
+    """Writes what to_hf needs besides the weights: the texts, and the file of each tensor."""
     folder.mkdir()
     weight_map = {name: tensor.file for name, tensor in reader.tensors.items()}
     _write_index(reader.path, folder, weight_map, sum(_hf_bytes(reader, dtype).values()))
@@ -254,23 +254,23 @@ def _keep_texts(reader: HfReader, dtype: torch.dtype, folder: Path) -> list[str]
 
 
 def _hf_bytes(reader: HfReader, dtype: torch.dtype) -> dict[str, int]:
-    """The bytes of each tensor of the Hugging Face folder when it is stored in `dtype`."""
+    """The number of bytes of each tensor of the Hugging Face folder in `dtype`."""
     return {name: TensorHeader(dtype, tensor.shape).num_bytes for name, tensor in reader.tensors.items()}
 
 
 def _write_index(texts: Path, folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
-    """The index as the model's folder has it, word for word, if it says the same; otherwise a new one."""
-    former = texts / INDEX
-    if former.is_file() and read_weight_map(texts) == weight_map:
-        stated = read_json_object(former).get("metadata")
+    """Copies the index of the model's folder byte for byte if its content is the same; otherwise writes a new one."""
+    old_index = texts / INDEX
+    if old_index.is_file() and read_weight_map(texts) == weight_map:
+        stated = read_json_object(old_index).get("metadata")
         if isinstance(stated, dict) and stated.get("total_size") == total_bytes:
-            shutil.copyfile(former, folder / INDEX)
+            shutil.copyfile(old_index, folder / INDEX)
             return
     write_index(folder, weight_map, total_bytes)
 
 
 def _files(texts: Path, architecture: Architecture, dtype: torch.dtype) -> dict[str, list[str]]:
-    """{file name: tensor names}: as in the folder `texts`, or where that has no weights, files of SHARD_BYTES."""
+    """{file name: tensor names}: as in the folder `texts`, or files of SHARD_BYTES if that has no weights."""
     files: dict[str, list[str]] = {}
     known = _hf_tensors(architecture)
     if (texts / INDEX).is_file() or (texts / SINGLE_FILE).is_file():
@@ -295,7 +295,7 @@ def _files(texts: Path, architecture: Architecture, dtype: torch.dtype) -> dict[
 
 @contextmanager
 def _new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
-    """A folder that becomes `output` if the block ends well, and is removed if not."""
+    """Context manager: a folder that becomes `output` if the block succeeds, and is removed otherwise."""
     check_replaceable(output)
     parent, remedy = existing_parent(output.absolute().parent), "choose another folder"
     free = free_bytes(parent)
@@ -324,4 +324,4 @@ def _row_bytes(shape: tuple[int, ...]) -> int:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)  # NaNs are equal where their bits are
+    return tensor.contiguous().view(torch.uint8)  # NaNs with equal bits are equal

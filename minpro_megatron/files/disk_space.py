@@ -1,4 +1,4 @@
-"""Full file systems: what the error says is where, how many bytes are needed and how many are free."""
+"""Errors for full file systems: they state the location, the bytes needed and the bytes free."""
 
 import errno
 import shutil
@@ -23,12 +23,12 @@ def existing_parent(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """What is free on the file system that holds `path`, or will hold it."""
+    """The free bytes of the file system of `path`, which need not exist."""
     return shutil.disk_usage(existing_parent(path)).free
 
 
 def as_size(num_bytes: int) -> str:
-    """`1.5 GB`, `12.0 MB` or `3.1 kB`, of powers of 1000."""
+    """`1.5 GB`, `12.0 MB` or `3.1 kB`, in powers of 1000."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if num_bytes >= size / 10:
             return f"{num_bytes / size:.1f} {unit}"
@@ -36,7 +36,7 @@ def as_size(num_bytes: int) -> str:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether the error, or one that it came from, says that a file system is full or a quota used up."""
+    """Whether the error, or one of its causes, means that a file system is full or a quota is used up."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
@@ -47,7 +47,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def no_space(path: Path, num_bytes: int | None = None) -> str:
-    """The file system of `path` by its folder, what is free on it, and the bytes that are needed, where known."""
+    """A message with the file system of `path`, its free bytes, and the bytes needed if they are known."""
     needed = "" if num_bytes is None else f", {as_size(num_bytes)} needed"
     return (
         f"no space is left on the file system of {existing_parent(path)}, or a quota is used up: "
@@ -57,8 +57,8 @@ def no_space(path: Path, num_bytes: int | None = None) -> str:
 
 @contextmanager
 def naming_full_disk(path: Path, what: str, remedy: str, num_bytes: int | None = None) -> Iterator[None]:
-    """Where the block fails because the file system of `path` is full, DiskFullError is raised in one line: `what` was
-    written there, and the remedy. Of bytes that are free again what the block has removed counts."""
+    """Context manager: if the block fails because the file system of `path` is full, raises a DiskFullError with one
+    line that names `what` was written and the remedy. Space that the block has freed again counts as free."""
     try:
         yield
     except ProjectError:

@@ -1,4 +1,4 @@
-"""JSON files of a run as far as they can be read: a killed process may have left half a line, or no file at all."""
+"""Reads JSON files of a run that may be incomplete: a killed process may have left half a line, or no file."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file; an empty one if there is none, or something else is in it."""
+    """The object in the file; empty if the file does not exist or contains anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError, RecursionError):
@@ -15,7 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in the file's lines; what is none (half a line of a killed process) is left out."""
+    """The objects in the file's lines; a line that is not an object (half a line of a killed process) is skipped."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

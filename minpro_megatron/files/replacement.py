@@ -1,7 +1,7 @@
-"""Files and folders that are replaced whole: a reader sees the old content or the new one, never a part of it.
+"""Replaces files and folders atomically: a reader sees the old content or the new one, never a part of it.
 
-A folder that is written here holds a list of its files (`.minpro_files`). Only what such a list names is ever removed
-to make room for a new folder, so that a wrong path costs nobody anything.
+A folder that is written here contains a list of its files (`.minpro_files`). Only files in such a list are removed to
+make room for a new folder, so that a wrong path cannot delete other files.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from minpro_megatron.errors import UserError
 
 LIST_OF_FILES = ".minpro_files"
-_SHOWN = 3  # names of an error message
+_SHOWN = 3  # number of names in an error message
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -24,9 +24,9 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def replace_file_in(folder: Path, name: str, text: str) -> None:
-    """replace_file of `folder/name`, for a folder that is there: it makes a folder below it, but not `folder` itself.
+    """`replace_file` of `folder/name`, where `folder` must exist; a folder below it is created.
 
-    Raises FileNotFoundError where `folder` is gone: a process that outlives its run folder makes no half of one."""
+    Raises FileNotFoundError if `folder` does not exist: a process that outlives its run folder must not recreate it."""
     path = Path(folder) / name
     for parent in [*reversed(path.relative_to(folder).parents)][1:]:
         (Path(folder) / parent).mkdir(exist_ok=True)
@@ -34,8 +34,8 @@ def replace_file_in(folder: Path, name: str, text: str) -> None:
 
 
 def write_secret(path: Path) -> str:
-    """A new random text of 256 bits, in a file that only this user may read; a former one is replaced. The folder of
-    `path` is made, but not the folder above that."""
+    """A new random text of 256 bits, in a file that only this user may read; an existing file is replaced. The folder
+    of `path` is created, but not the folder above that."""
     secret = secrets.token_urlsafe(32)
     path.parent.mkdir(exist_ok=True)
     _write(path, secret, mode=0o600)
@@ -54,13 +54,13 @@ def _write(path: Path, text: str, mode: int = 0o666) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)  # of a full disk it would take the space that is left
+        temporary.unlink(missing_ok=True)  # it would use the last space of a full disk
         raise
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `folder` if the block ends without an error, and is removed otherwise.
+    """Context manager: a temporary folder that becomes `folder` if the block succeeds, and is removed otherwise.
 
     Raises ValueError as check_replaceable does, before the block and again at its end.
     """
@@ -74,17 +74,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def begin_folder(folder: Path) -> Path:
-    """Makes the temporary folder in which the content of `folder` is written; finish_folder gives it its name. What an
-    interrupted writer left under the temporary name is removed.
+    """Creates the temporary folder in which the content of `folder` is written; finish_folder renames it. A temporary
+    folder of an interrupted writer is removed.
 
     Raises ValueError as check_replaceable does, for both names.
     """
     check_replaceable(folder)
     temporary = folder.with_name(f".{folder.name}.partial")
     if temporary.exists():
-        # The list is made first, and gets its content last.
+        # The list is created first and written last.
         if not (temporary / LIST_OF_FILES).is_file() and any(temporary.iterdir()):
-            raise UserError(f"{temporary}: this program did not write it, and needs the name; move it elsewhere")
+            raise UserError(f"{temporary}: this program did not write it but needs the name; move it elsewhere")
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     (temporary / LIST_OF_FILES).touch()
@@ -92,7 +92,7 @@ def begin_folder(folder: Path) -> Path:
 
 
 def finish_folder(temporary: Path, folder: Path) -> None:
-    """`temporary`, made by begin_folder, becomes `folder`; a former `folder` is removed only after that."""
+    """Renames `temporary`, made by begin_folder, to `folder`; an existing `folder` is removed only after that."""
     check_replaceable(folder)
     replace_file(temporary / LIST_OF_FILES, "".join(f"{name}\n" for name in sorted(_files_in(temporary))))
     former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
@@ -103,7 +103,7 @@ def finish_folder(temporary: Path, folder: Path) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises ValueError if `folder` exists and holds anything that this program did not write as a part of it.
+    """Raises ValueError if `folder` exists and contains anything that this program did not write as a part of it.
 
     An empty folder may be replaced. The error names the first files that are in the way.
     """
@@ -123,6 +123,6 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _files_in(folder: Path) -> set[str]:
-    """The paths below `folder` of all that is no folder, but for the list itself."""
+    """The paths below `folder` of everything that is not a folder, except the list itself."""
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return {str(path.relative_to(folder)) for path in found} - {LIST_OF_FILES}

@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says about the model, in one frozen record, for the architectures we know."""
+"""The architecture that a Hugging Face config.json describes, as one frozen record, for the supported models."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,8 +9,8 @@ from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import read_json_object
 
-VOCABULARY_MULTIPLE = 128  # fixed whatever the mesh, so that a checkpoint fits every tensor degree up to 128
-# Far above any model's: a damaged config.json must not make the table of its tensors fill the memory.
+VOCABULARY_MULTIPLE = 128  # fixed for every mesh, so that a checkpoint fits every tensor degree up to 128
+# Far above any model's: with a damaged config.json the table of tensors must not fill the memory.
 MAX_LAYERS, MAX_EXPERTS = 4096, 65536
 
 
@@ -32,7 +32,7 @@ class Architecture:
     rope_theta: float
     norm_epsilon: float
     tied_embeddings: bool
-    normalized_routing: bool = True  # the weights of a token's chosen experts add up to 1
+    normalized_routing: bool = True  # the router's weights of a token's chosen experts add up to 1
 
     @property
     def padded_vocab_size(self) -> int:
@@ -42,7 +42,7 @@ class Architecture:
 def read_architecture(hf_path: str | Path) -> Architecture:
     """The architecture of the Hugging Face folder `hf_path`.
 
-    Raises ValueError if it is not one we know, or uses a feature that would silently compute something else.
+    Raises ValueError if it is not supported, or uses a feature with which the results would silently be wrong.
     """
     path = Path(hf_path) / "config.json"
     if not path.is_file():
@@ -51,22 +51,22 @@ def read_architecture(hf_path: str | Path) -> Architecture:
 
 
 def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
-    """The architecture that a config.json describes; errors as of `read_architecture`, told of `where`."""
+    """The architecture that a config.json describes; errors as in `read_architecture`, which name `where`."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else "none"
     if not isinstance(name, str) or name not in _READERS:
         raise UserError(f"{where}: architectures = {name!r} is not known; known: {', '.join(_READERS)}")
-    _refuse_quantised(where, config)
+    _refuse_quantized(where, config)
     _refuse_unsupported(where, config)
     try:
         return _READERS[name](_Fields(config, where))
     except KeyError as error:
-        raise UserError(f"{where}: {error.args[0]} is missing; take the config.json of the released model") from None
+        raise UserError(f"{where}: {error.args[0]} is missing; use the config.json of the released model") from None
 
 
 class _Fields:
-    """A config.json's values, each of the kind that it has to be. KeyError for one that is missing, ValueError with
-    the file's name for one of another kind, or far from any model's."""
+    """The values of a config.json, with their types checked. Raises KeyError for a missing value, and ValueError with
+    the file's name for a value of another type or far outside any model's range."""
 
     def __init__(self, config: dict[str, Any], where: str) -> None:
         self._config, self._where = config, where
@@ -75,14 +75,14 @@ class _Fields:
         return self._config.get(field) is not None
 
     def size(self, field: str, largest: int = 1 << 24) -> int:
-        """A count: an integer from 1 to `largest`. Sizes decide how much is made, so damage must not get further."""
+        """A count: an integer from 1 to `largest`. Sizes decide how much is allocated, so damage must be found here."""
         value = self._config[field]
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
             raise UserError(f"{self._where}: {field} = {value!r} must be an integer from 1 to {largest}")
         return value
 
     def number(self, field: str, within: dict[str, Any] | None = None) -> float:
-        """A finite number above 0, of the config or of one of its objects."""
+        """A finite number above 0, from the config or one of its objects."""
         value = (self._config if within is None else within)[field]
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise UserError(f"{self._where}: {field} = {value!r} must be a number above 0")
@@ -99,17 +99,17 @@ class _Fields:
         return self._config.get(field) or {}
 
 
-def _refuse_quantised(where: str, config: dict[str, Any]) -> None:
+def _refuse_quantized(where: str, config: dict[str, Any]) -> None:
     quantisation = config.get("quantization_config") or config.get("compression_config")
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise UserError(
-            f"{where}: quantization_config.quant_method = {method!r}: these are quantised weights, and training needs "
-            "the bfloat16 ones; take the release without quantisation"
+            f"{where}: quantization_config.quant_method = {method!r}: these are quantized weights, and training needs "
+            "bfloat16 weights; use the release without quantization"
         )
 
 
-# field -> (what transformers takes where it is absent, the only value supported)
+# field -> (transformers' default, the only supported value)
 _DENSE_ONLY = {
     "attention_bias": (False, False),
     "use_sliding_window": (False, False),
@@ -139,7 +139,7 @@ def _qwen3(fields: _Fields) -> Architecture:
 
 
 def _transformer(fields: _Fields, name: str, ffn_hidden_size: int) -> Architecture:
-    """What both architectures have, without experts."""
+    """The fields that both architectures have, without experts."""
     rope, heads = fields.inner("rope_parameters"), fields.size("num_attention_heads")
     hidden_size = fields.size("hidden_size")
     return Architecture(
@@ -154,7 +154,7 @@ def _transformer(fields: _Fields, name: str, ffn_hidden_size: int) -> Architectu
         num_experts_per_token=0,
         expert_ffn_hidden_size=0,
         vocab_size=fields.size("vocab_size"),
-        # required: the default differs between versions of transformers, and a wrong one is wrong everywhere
+        # required: the default differs between versions of transformers, and a wrong value makes every result wrong
         rope_theta=fields.number("rope_theta", rope if rope.get("rope_theta") else None),
         norm_epsilon=fields.number("rms_norm_eps"),
         tied_embeddings=fields.switch("tie_word_embeddings"),
@@ -163,7 +163,7 @@ def _transformer(fields: _Fields, name: str, ffn_hidden_size: int) -> Architectu
 
 def _qwen3_moe(fields: _Fields) -> Architecture:
     width = fields.size("moe_intermediate_size")
-    # a model of experts alone need not state the width of a dense layer
+    # a model without dense layers need not state their width
     dense_width = fields.size("intermediate_size") if fields.has("intermediate_size") else width
     # transformers 5 writes num_local_experts where the released checkpoints say num_experts
     num_experts = fields.size("num_local_experts" if fields.has("num_local_experts") else "num_experts", MAX_EXPERTS)
@@ -180,7 +180,7 @@ _READERS = {"Qwen3ForCausalLM": _qwen3, "Qwen3MoeForCausalLM": _qwen3_moe}
 
 
 def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raises ValueError where the mesh's degrees do not divide the model's sizes, or its layers are not the model's."""
+    """Raises ValueError if the mesh's degrees do not divide the model's sizes, or its layers are not the model's."""
     rules = [
         ("tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
         ("tensor", parallel.tensor, "padded vocabulary", architecture.padded_vocab_size),
@@ -204,7 +204,7 @@ def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> 
         if size % degree:
             raise UserError(f"parallel.{axis} = {degree} must divide the model's {what} = {size}")
     groups = architecture.num_query_groups
-    if groups % parallel.tensor and parallel.tensor % groups:  # a head of fewer is computed by several ranks
+    if groups % parallel.tensor and parallel.tensor % groups:  # with fewer heads, several ranks compute the same head
         raise UserError(
             f"parallel.tensor = {parallel.tensor} must divide the model's num_key_value_heads = {groups}, or be a "
             "multiple of it"

@@ -1,4 +1,4 @@
-"""What a rollout server and its clients must know about a Hugging Face checkpoint, read without torch."""
+"""Facts about a Hugging Face checkpoint that a rollout server and its clients need, read without torch."""
 
 import json
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from typing import Any
 
 from minpro_megatron.errors import UserError
 
-MAX_JSON_BYTES = 256 << 20  # tokenizer.json, the largest of them, has some 10 MB
+MAX_JSON_BYTES = 256 << 20  # tokenizer.json, the largest of these files, has about 10 MB
 _LFS_BEGINS = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """`vocabulary_size` counts embedding rows: a larger token id in a prompt would end the server.
+    """`vocabulary_size` is the number of embedding rows: a larger token id in a prompt would crash the server.
 
     A dense model has `num_experts` = `experts_per_token` = 0.
     """
@@ -28,9 +28,9 @@ class ModelFacts:
 
 
 def model_file(hf_path: str, name: str) -> Path:
-    """The file `name` of a checkpoint folder, or of a hub id (downloaded if the cache does not hold it).
+    """The file `name` of a checkpoint folder, or of a hub id (downloaded if it is not in the cache).
 
-    Raises FileNotFoundError naming the setting if there is no such file.
+    Raises FileNotFoundError that names the setting if there is no such file.
     """
     folder = Path(hf_path)
     if folder.is_dir():
@@ -43,7 +43,7 @@ def model_file(hf_path: str, name: str) -> Path:
             path = Path(hf_hub_download(hf_path, name))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
-                f"model.hf_path = {hf_path!r}: no folder, and {name} did not come from the hub ({error}); "
+                f"model.hf_path = {hf_path!r}: not a folder, and {name} cannot be downloaded from the hub ({error}); "
                 "give an existing folder or a hub id"
             ) from None
     if not path.is_file():
@@ -52,10 +52,10 @@ def model_file(hf_path: str, name: str) -> Path:
 
 
 def read_model_facts(hf_path: str, extra_stop_tokens: Sequence[str] = ()) -> ModelFacts:
-    """The facts in config.json and, where there is one, generation_config.json.
+    """The facts in config.json and, if it exists, generation_config.json.
 
-    The stop tokens are those of both files, as in SGLang: a server would stop at either; and `extra_stop_tokens`, by
-    their text in tokenizer.json. Raises ValueError naming file and field for a value that is missing or damaged.
+    The stop tokens are those of both files, because an SGLang server stops at either, and `extra_stop_tokens`, given by
+    their text in tokenizer.json. Raises ValueError that names file and field for a value that is missing or damaged.
     """
     config_path = model_file(hf_path, "config.json")
     config = read_json_object(config_path)
@@ -67,7 +67,7 @@ def read_model_facts(hf_path: str, extra_stop_tokens: Sequence[str] = ()) -> Mod
     extra = [_added_token_id(hf_path, token) for token in extra_stop_tokens]
     stop_token_ids = sorted({*_token_ids(config, config_path), *_token_ids(generation, config_path), *extra})
     if not stop_token_ids:
-        raise UserError(f"{config_path}: eos_token_id is missing: without a stop token no response could end")
+        raise UserError(f"{config_path}: eos_token_id is missing: without a stop token no response can end")
     if stop_token_ids[0] < 0 or stop_token_ids[-1] >= vocabulary_size:
         raise UserError(
             f"{config_path}: eos_token_id = {stop_token_ids} must lie within vocab_size = {vocabulary_size}"
@@ -81,7 +81,7 @@ def read_model_facts(hf_path: str, extra_stop_tokens: Sequence[str] = ()) -> Mod
 
 
 def max_positions(folder: Path) -> int | None:
-    """max_position_embeddings of the folder's config.json; None where it does not say."""
+    """max_position_embeddings of the folder's config.json; None if it is not given."""
     path = folder / "config.json"
     config = read_json_object(path)
     return _positive(config, "max_position_embeddings", path) if "max_position_embeddings" in config else None
@@ -101,11 +101,12 @@ def _expert_facts(config: dict[str, Any], path: Path) -> dict[str, int]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object. Raises ValueError that names the file if it holds anything else, or is no regular file."""
+    """A JSON file's object. Raises ValueError that names the file if it contains anything else, or is not a regular
+    file."""
     if not path.is_file():  # opening a pipe would wait for its other end
         raise UserError(f"{path}: this is not a regular file; download the folder again")
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise UserError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} of any model's; download it again")
+        raise UserError(f"{path}: {size} bytes, more than the limit of {MAX_JSON_BYTES}; download it again")
     if is_lfs_pointer(path):
         raise UserError(lfs_problem(path))
     if not size:
@@ -122,7 +123,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether the file is what Git leaves of a large file when Git LFS is not installed: a few lines about it."""
+    """Whether the file is a Git LFS pointer: the few lines that Git stores for a large file without Git LFS."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -146,7 +147,9 @@ def _added_token_id(hf_path: str, token: str) -> int:
     token_id = known.get(token)
     if token_id is None:
         shown = ", ".join(repr(content) for content in list(known)[:8])
-        raise UserError(f"sampling.extra_stop_tokens: {token!r} is no special token of {path}; some of them: {shown}")
+        raise UserError(
+            f"sampling.extra_stop_tokens: {token!r} is not a special token of {path}; some of them: {shown}"
+        )
     return token_id
 
 

@@ -23,9 +23,9 @@ def copy_texts(source: Path, folder: Path) -> list[str]:
 def text_files(source: Path) -> list[str]:
     """The names of a model folder's text files: config, tokenizer and so on, without indexes of weight files.
 
-    Raises ValueError for one that is no regular file, and for a symbolic link out of the folder: in a downloaded folder
-    such a link can name any file of this machine, which would then be copied with the model. The links of the Hugging
-    Face cache, from `snapshots/` to the same model's `blobs/`, are followed.
+    Raises ValueError for a file that is not a regular file, and for a symbolic link out of the folder: in a downloaded
+    folder such a link can name any file of this machine, which would then be copied with the model. The links of the
+    Hugging Face cache, from `snapshots/` to the same model's `blobs/`, are followed.
     """
     inside = [source.resolve()]
     if source.resolve().parent.name == "snapshots":
@@ -38,14 +38,14 @@ def text_files(source: Path) -> list[str]:
             raise UserError(f"{path}: this is not a regular file; remove it, or download the folder again")
         if not any(path.resolve().is_relative_to(folder) for folder in inside):
             raise UserError(
-                f"{path}: this leads by a symbolic link to {path.resolve()}, outside of the model's folder, so it is "
-                "not copied with the model; put a copy of the file in its place"
+                f"{path}: this is a symbolic link to {path.resolve()}, outside the model's folder, so it is "
+                "not copied with the model; replace it by a copy of the file"
             )
     return names
 
 
 def other_files(source: Path) -> list[str]:
-    """The names of what a model folder has besides text files and weights: a conversion leaves it out."""
+    """The names of the other files and folders of a model folder, which a conversion does not copy."""
     texts = set(text_files(source))
     weights = (".safetensors", ".safetensors.index.json")
     names = (path.name for path in source.iterdir() if not path.name.startswith("."))
@@ -54,7 +54,7 @@ def other_files(source: Path) -> list[str]:
 
 
 def state_dtype(config_file: Path, dtype: str) -> None:
-    """Makes config.json name the dtype of the weights beside it: transformers would round them to the one it names."""
+    """Sets the dtype in config.json to that of the weights: transformers would round them to the dtype in the file."""
     settings = json.loads(config_file.read_text(encoding="utf-8"))
     for name in {"dtype", "torch_dtype"} & settings.keys():
         settings[name] = dtype

@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder hold the weights, and which tensor is in which: read without torch."""
+"""The weight files of a Hugging Face folder, and the file of each tensor, read without torch."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from minpro_megatron.models.model_files import is_lfs_pointer, lfs_problem, read
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-# transformers 5 keeps the experts of a layer in two tensors, and writes them so with save_original_format=False:
+# transformers 5 stores the experts of a layer in two tensors, and saves them like this with save_original_format=False:
 # [experts, 2 * width, hidden], the gate's rows first, and [experts, hidden, width].
 FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
@@ -21,7 +21,7 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     """{tensor name: file name} of the folder's index, empty for a model in one file.
 
     Raises ValueError if there is neither, if there are two sets of weights, or if the index is damaged or names files
-    elsewhere.
+    outside the folder.
     """
     index, single = folder / INDEX, folder / SINGLE_FILE
     if not index.is_file():
@@ -33,7 +33,7 @@ def read_weight_map(folder: Path) -> dict[str, str]:
                 )
             return {}
         raise UserError(
-            f"{folder}: neither {SINGLE_FILE} nor {INDEX} is there; pickled weights are refused, "
+            f"{folder}: there is neither {SINGLE_FILE} nor {INDEX}; pickled weights are refused, "
             "convert them to safetensors first"
         )
     weight_map = read_json_object(index).get("weight_map")
@@ -41,7 +41,9 @@ def read_weight_map(folder: Path) -> dict[str, str]:
         raise UserError(f"{index}: it has no weight_map; download the folder again")
     for file in weight_map.values():
         if not (isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file):
-            raise UserError(f"{index}: {file!r} is not the name of a safetensors file beside it; pickles are refused")
+            raise UserError(
+                f"{index}: {file!r} is not the name of a safetensors file in the same folder; pickles are refused"
+            )
     if single.is_file() and SINGLE_FILE not in weight_map.values():
         raise UserError(
             f"{folder}: it holds two sets of weights, {SINGLE_FILE} and the files that {INDEX} names, and programs "
@@ -63,7 +65,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -
 def weight_problem(folder: Path, for_servers: bool = True) -> str:
     """Why the weights of a Hugging Face folder cannot be loaded, with the remedy; empty if nothing is wrong with them.
 
-    Only names and headers are read. `for_servers`: SGLang loads a layer's experts from the original format alone.
+    Only names and headers are read. `for_servers`: SGLang loads a layer's experts only from the original format.
     """
     try:
         if not any(folder.glob("*.safetensors")):
@@ -79,15 +81,15 @@ def weight_problem(folder: Path, for_servers: bool = True) -> str:
             return lfs_problem(folder / name)
     if for_servers and any(FUSED_EXPERTS.fullmatch(name) for name in weight_map or _names_in(folder / SINGLE_FILE)):
         return (
-            "the experts of a layer are fused into one tensor, as transformers 5 writes them with "
-            "save_original_format=False, and the servers do not load this form; convert it with "
+            "the experts of a layer are fused into one tensor, as transformers 5 saves them with "
+            "save_original_format=False, and the servers cannot load this format; convert it with "
             "tools/convert_checkpoint.py to-megatron and to-hf, and give the result"
         )
     return ""
 
 
 def _names_in(file: Path) -> list[str]:
-    """The names of the tensors in a safetensors file; none for a file that is none, which its reader reports."""
+    """The names of the tensors in a safetensors file; empty for any other file, which its reader reports."""
     try:
         with safe_open(file, framework="numpy") as opened:
             return list(opened.keys())

@@ -56,9 +56,9 @@ def shuffled_prefix_minima(mini_batch: MiniBatch, settings: ShuffledMinproConfig
     rows = torch.stack([ids.double(), buckets.double(), minima.double()], dim=1)
     rows = mini_batch.ranks.gather(rows.reshape(-1)).view(-1, 3).cpu().numpy()
     rows = rows[np.argsort(rows[:, 0])]  # ordered by token: the shuffle must not depend on the ranks of the tokens
-    random, dealt = np.random.default_rng(mini_batch.seed), rows[:, 2].copy()
+    random, shuffled = np.random.default_rng(mini_batch.seed), rows[:, 2].copy()
     for bucket in np.unique(rows[:, 1]):
         members = np.flatnonzero(rows[:, 1] == bucket)
-        dealt[members] = rows[random.permutation(members), 2]
-    mine = dealt[np.searchsorted(rows[:, 0], ids.cpu().numpy())]
+        shuffled[members] = rows[random.permutation(members), 2]
+    mine = shuffled[np.searchsorted(rows[:, 0], ids.cpu().numpy())]
     return scatter_selected(torch.from_numpy(mine).to(minima), trained, mini_batch)

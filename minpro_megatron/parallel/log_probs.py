@@ -160,8 +160,8 @@ def _over_ranks(sums: _Sums, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, 
 
 def _add_block(logits_CB: Tensor, largest: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`largest`, `total` and `weighted` (see _Sums) over the previous columns and those of the block."""
-    former, largest = largest, torch.maximum(largest, logits_CB.amax(dim=1))
-    total, weighted = _relative_to(largest, former, total, weighted)
+    previous, largest = largest, torch.maximum(largest, logits_CB.amax(dim=1))
+    total, weighted = _relative_to(largest, previous, total, weighted)
     shifted = logits_CB - largest[:, None]
     exponentials = shifted.exp()
     return largest, total + exponentials.sum(dim=1), weighted + (exponentials * shifted).sum(dim=1)
@@ -177,9 +177,9 @@ def _logit_gradient(
     return negative.mul_(-gradient[:, None]).to(dtype)
 
 
-def _relative_to(largest: Tensor, former: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
-    """(total, weighted) of _Sums when the exponents are taken relative to `largest` instead of `former`."""
-    shift = former - largest
+def _relative_to(largest: Tensor, previous: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
+    """(total, weighted) of _Sums when the exponents are taken relative to `largest` instead of `previous`."""
+    shift = previous - largest
     return total * shift.exp(), (weighted + torch.where(total == 0, 0.0, shift * total)) * shift.exp()
 
 

@@ -1,4 +1,4 @@
-"""Rank 0's broadcasts to the servers: one process group, kept from one publication to the next, and what ends it."""
+"""Rank 0's broadcasts to the servers, over one process group that is kept for later publications."""
 
 import socket
 import uuid
@@ -18,21 +18,21 @@ from minpro_megatron.serving.calls import PendingCalls, ServersFailed, in_thread
 from minpro_megatron.serving.control import ServerControl
 from minpro_megatron.weights.hf_files import dtype_name
 
-# How long the servers may take to notice that the group was closed under them, and to answer a farewell.
+# Time limit for the servers to notice that the group was closed, and to answer the request to leave it.
 GRACE_S = 10.0
 
 
 @dataclass(frozen=True)
 class _Sending:
-    """A bucket that is under way."""
+    """A bucket that is being sent."""
 
-    flat: Tensor  # held until all have it
+    flat: Tensor  # kept until all servers have it
     receiving: PendingCalls
     sent: Future[object]
 
 
 class Broadcaster:
-    """Sends buckets to a set of servers. Only rank 0 has one. What fails at any server closes the group for all."""
+    """Sends buckets to a set of servers. Only rank 0 has one. A failure at any server closes the group for all."""
 
     def __init__(self, device: torch.device, timeout_s: float) -> None:
         self._backend = process_group_backend(device)
@@ -41,11 +41,11 @@ class Broadcaster:
         self._members: frozenset[ServerAddress] = frozenset()
         self._group: UpdateGroup | None = None
         self._sending: _Sending | None = None
-        # Memory for two buckets, kept until all are sent: new memory would be zeroed by the kernel page by page.
+        # Memory for two buckets, kept until all are sent: the kernel would zero new memory page by page.
         self._memory: list[Tensor] = []
 
     def connect(self, controls: Mapping[int, ServerControl]) -> None:
-        """Makes the group of rank 0 and these servers unless it is there. Raises ServersFailed."""
+        """Makes the group of rank 0 and these servers if it does not exist. Raises ServersFailed."""
         members = frozenset(control.address for control in controls.values())
         if self._group is not None and members == self._members:
             self._controls = dict(controls)
@@ -59,7 +59,7 @@ class Broadcaster:
         self._group = UpdateGroup(
             address=own_address(members),
             world_size=world_size,
-            name=f"minpro-{uuid.uuid4().hex[:12]}",  # a server may still have a group of a trainer that died
+            name=f"minpro-{uuid.uuid4().hex[:12]}",  # unique: a server may still have a group of a dead trainer
             backend=self._backend,
             timeout_s=self._timeout_s,
         )
@@ -67,8 +67,8 @@ class Broadcaster:
         self._finish(joining, in_thread(self._group.join))
 
     def send(self, bucket: Sequence[tuple[str, Tensor]], weight_version: int | str) -> None:
-        """Starts sending the tensors when the former bucket has arrived: meanwhile the caller may collect the next.
-        Raises ServersFailed, about either."""
+        """Starts to send the tensors once the previous bucket has arrived; meanwhile the caller may gather the next.
+        Raises ServersFailed for either bucket."""
         flat = self._flatten([tensor for _, tensor in bucket])
         self._wait()
         assert self._group is not None, "connect comes first"
@@ -85,12 +85,12 @@ class Broadcaster:
         self._sending = _Sending(flat, receiving, in_thread(self._group.broadcast, flat))
 
     def finish(self) -> None:
-        """Returns when every server has loaded what was sent. Raises ServersFailed."""
+        """Waits until every server has loaded what was sent. Raises ServersFailed."""
         self._wait()
         self._memory.clear()
 
     def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensors' bytes one after the other, beside what is under way."""
+        """The concatenated bytes of the tensors, in the buffer that is not being sent."""
         num_bytes = sum(tensor.nbytes for tensor in tensors)
         memory = self._memory.pop(0) if len(self._memory) > 1 else None
         if memory is None or len(memory) < num_bytes:
@@ -105,7 +105,7 @@ class Broadcaster:
             self._finish(sending.receiving, sending.sent)
 
     def close(self) -> None:
-        """Ends the group, also at those servers that still answer."""
+        """Closes the group, also at the servers that still answer."""
         if self._group is None:
             return
         group, self._group = self._group, None
@@ -114,11 +114,11 @@ class Broadcaster:
         group.close()
         controls = [control.within(GRACE_S) for control in self._controls.values()]
         farewell = start_for_all(controls, "destroy_weights_update_group", group_name=group.where["group_name"])
-        farewell.results()  # whether they succeed or not: nobody needs the group any more
+        farewell.results()  # errors are ignored: the group is not needed any more
 
     def _finish(self, calls: PendingCalls, own: Future) -> None:
-        """Waits for the servers' answers and this process's own part. The first failure ends the group: the others
-        would wait for the one that failed, with gloo for half an hour."""
+        """Waits for the servers' answers and for this process's own part. The first failure closes the group: the other
+        servers would wait for the failed one, with gloo for half an hour."""
         everything = [*calls.futures, own]
         done, _ = wait(everything, return_when=FIRST_EXCEPTION)
         if all(future.exception() is None for future in done):
@@ -132,7 +132,7 @@ class Broadcaster:
             index: f"{self._name(index)}: no answer {GRACE_S:g} s after the group was closed"
             for index in calls.unfinished()
         }
-        if not failures:  # every server says that it has it, and rank 0 could not have sent it
+        if not failures:  # every server reports success although rank 0 failed to send
             failures = {index: f"{self._name(index)}: {own.exception()}" for index in self._controls}
         self.close()
         raise ServersFailed(failures | culprits)
@@ -143,13 +143,13 @@ class Broadcaster:
 
 
 def own_address(servers: Iterable[ServerAddress]) -> str:
-    """An address of this machine that the servers can reach: loopback if they all are on it, else the one from which
-    this machine reaches them."""
+    """An address of this machine that the servers can reach: loopback if all servers are on this machine, else the
+    address from which this machine reaches them."""
     hosts = [urlsplit(server.url) for server in servers]
     others = [host for host in hosts if not is_loopback(host.hostname or "")]
     if not others:
         return "127.0.0.1"
     family, kind, _, _, where = socket.getaddrinfo(others[0].hostname, others[0].port or 80, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:  # a datagram socket that is connected sends nothing
+    with socket.socket(family, kind) as probe:  # connecting a datagram socket sends nothing
         probe.connect(where)
         return probe.getsockname()[0]

@@ -1,7 +1,7 @@
-"""The canaries: after new weights, each server continues a few prompts greedily, and the trainer computes the log-probs
-that its own weights give to the same tokens.
+"""The canaries: after a publication each server continues a few prompts greedily, and the trainer computes the
+log-probs of the same tokens under its own weights.
 
-Equal checksums show that the weights have arrived; this shows that the server computes the same function with them.
+Equal checksums show that the weights have arrived; canaries show that the server computes the same function with them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ class Difference:
     max: float
 
 
-# A prompt, by its place among the lease's prompts, and a continuation.
+# (index of a prompt among the lease's prompts, a continuation of it).
 Continuation = tuple[int, tuple[int, ...]]
 
 
 def distinct_continuations(answers: Mapping[int, Sequence[GreedyAnswer]]) -> list[Continuation]:
-    """The different continuations that the servers gave, in a fixed order. `answers` holds one for each prompt, by the
-    server's index. Mostly there is one a prompt, where engines round alike."""
+    """The distinct continuations from the servers, in a fixed order. `answers` has one answer per prompt, by server
+    index. If the engines round identically, there is usually one continuation per prompt."""
     return sorted({pair for own in answers.values() for pair in _continuations(own)})
 
 
@@ -35,8 +35,8 @@ def differences(
     continuations: Sequence[Continuation],
     log_probs: Sequence[np.ndarray],
 ) -> dict[int, Difference]:
-    """How far each server is off over the tokens of all its continuations, by its index. `log_probs` are the trainer's
-    of each of `continuations`. NaN stays NaN."""
+    """The difference of each server over the tokens of all its continuations, by server index. `log_probs` are the
+    trainer's for each of `continuations`. NaN stays NaN."""
     of_continuation = dict(zip(continuations, log_probs, strict=True))
     found = {}
     for index, own in answers.items():

@@ -1,7 +1,9 @@
-"""One version's way to the servers of a lease, as rank 0 sees it: who is paused, who has got it, who is left out, why.
+"""The publication of one version to the servers of a lease, on rank 0: which servers are paused, have the version, or
+are excluded and why.
 
-A server may die, hang or refuse at any request. It is then left out, with a line that says why, and the others go on:
-who granted the lease gives no work to servers that have not got the version.
+A server may die, hang or refuse at any request. It is then excluded, with a line that states the reason, and the
+publication continues with the others: the collector, which granted the lease, sends no requests to servers that do not
+have the version.
 """
 
 import logging
@@ -24,58 +26,62 @@ from minpro_megatron.serving.control import ControlError, GreedyAnswer, ServerCo
 log = logging.getLogger(__name__)
 
 Transport = Literal["broadcast", "disk"]
-MAX_BROADCASTS = 3  # before the disk is tried
-PROBE_S = 5.0  # for a server to say that it is alive
+MAX_BROADCASTS = 3  # before the transport "disk" is used
+PROBE_S = 5.0  # for a server to answer that it is alive
 CLEAN_UP_S = 10.0
-# For a server to compute its weights' checksum after a broken broadcast: seconds for the largest models.
+# For a server to compute the checksum of its weights after a failed broadcast: seconds for the largest models.
 PROOF_S = 120.0
-# For a request that moves no weights. A server takes a fraction of a second for it; one that takes this long hangs, and
-# with publish.timeout_s the trainer would wait for it as long as for a large model.
+# For a request that transfers no weights. A server needs a fraction of a second for it; one that takes this long hangs,
+# and with publish.timeout_s the trainer would wait for it as long as for the transfer of a large model.
 QUICK_REQUEST_S = 60.0
-# With requests in flight a canary waits behind them. A server that is that busy has shown its checksum and version.
+# With requests in flight a canary waits behind them. The checksum and version of such a busy server are known already.
 CANARY_PATIENCE_S = 20.0
-# A mean difference that is written to the log with its server's name: engines in bfloat16 differ by about 0.01.
+# A larger mean difference is logged with the server's name: engines in bfloat16 differ by about 0.01.
 NOTED_CANARY_NATS = 0.1
-# What a server calls its weights until the last bucket has come. Policy versions have nine digits at most (see
-# serving/answers.py): tokens sampled with such weights, if a broken publication leaves any, are refused wherever they
-# turn up. And it is above them all: to who asks meanwhile the server has not lost its weights, it is on to others.
+# The version of a server's weights until the last bucket has arrived. Policy versions have at most nine digits (see
+# serving/answers.py), so tokens that are sampled with such weights after a failed publication are refused everywhere.
+# It is greater than every policy version: to other clients the server seems newer, not to have lost its weights.
 INCOMPLETE = 9_999_999_999
 
 
 class PublishError(ControlError):
-    """New weights did not arrive, and no other server would have taken them: the fault is on this side."""
+    """New weights did not arrive at any server: the fault is in the trainer or its settings."""
 
 
 @dataclass
 class Delivery:
-    """See the module."""
+    """The state of the publication of one version; see the module."""
 
     settings: PublishConfig
     lease: PublishLease
-    controls: dict[int, ServerControl]  # of the servers that are in order so far, by index
+    controls: dict[int, ServerControl]  # of the servers without a failure so far, by index
     broadcaster: Broadcaster
-    # what other servers hold of this very version, by tensor-parallel size; None: it is new. A fault at a version that
-    # others have taken is the server's own: it is left out, and the run goes on.
+    # the checksums of this version on other servers, by tensor-parallel size; None: the version is new. If others have
+    # the version already, a fault is the server's own: it is excluded, and the run continues.
     published: dict[int, str] | None = None
-    failures: dict[int, str] = field(default_factory=dict)  # a line for each server that was left out
-    late: set[int] = field(default_factory=set)  # of these, the servers that hang or are broken: they are restarted
+    failures: dict[int, str] = field(default_factory=dict)  # one line per excluded server
+    late: set[int] = field(default_factory=set)  # the excluded servers that hang or are broken: they are restarted
     num_bytes: int = 0
     transfer_s: float = 0.0
     paused_s: float = 0.0
-    checksums: dict[int, str] = field(default_factory=dict)  # by tensor-parallel size: other shards, another sum
-    canaries: dict[int, list[GreedyAnswer]] = field(default_factory=dict)  # of each prompt of the lease, by server
-    transport: Transport | None = None  # of the next transfer; None: there is none to make
+    checksums: dict[int, str] = field(
+        default_factory=dict
+    )  # by tensor-parallel size: different shards have different checksums
+    canaries: dict[int, list[GreedyAnswer]] = field(
+        default_factory=dict
+    )  # one answer per prompt of the lease, by server
+    transport: Transport | None = None  # of the next transfer; None: no transfer is needed
     used: Transport | None = None
     _broadcasts: int = 0
     _paused_at: float | None = None
-    _left_out: list[ServerControl] = field(default_factory=list)
+    _excluded: list[ServerControl] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.transport = self.settings.transport if self.controls else None
 
     def versions_and_checksums(self) -> tuple[int, dict[int, str]] | None:
-        """(oldest version that a server states, what those of that version hold: checksums by tensor-parallel size);
-        None if no server states one. Nobody is left out for it."""
+        """(oldest version that a server reports, checksums by tensor-parallel size of the servers with that version);
+        None if no server reports a version. No server is excluded."""
         calls = start_for_all(self.controls.values(), "policy_version")
         versions = calls.results()
         if not versions:
@@ -86,8 +92,8 @@ class Delivery:
         return oldest, {self._tensor_parallel(index): checksum.engine for index, checksum in found.items()}
 
     def by_broadcast(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], num_buckets: int) -> None:
-        """Sends the buckets to all servers. Where one fails the transfer has failed for all of them, and is to be
-        repeated with those that are alive: see `transport`."""
+        """Sends the buckets to all servers. If one server fails, the transfer has failed for all and must be repeated
+        with those that are alive: see `transport`."""
         self._broadcasts += 1
         try:
             self._pause()
@@ -102,13 +108,13 @@ class Delivery:
             self.num_bytes, self.transfer_s = num_bytes, time.monotonic() - start
             for_all(self.controls.values(), "end_weight_update")
         except ServersFailed as error:
-            self._broken_off(error)
+            self._after_failed_broadcast(error)
         else:
             self._conclude("broadcast")
 
     def from_disk(self, folder: Path, num_bytes: int, written_s: float) -> None:
-        """Tells all servers to load the Hugging Face folder, which took `written_s` to write. A server that does not
-        is left out. Raises PublishError if all that are alive refuse a new version."""
+        """Requests all servers to load the Hugging Face folder, which took `written_s` to write. A server that fails is
+        excluded. Raises PublishError if all servers that are alive refuse a new version."""
         start = time.monotonic()
         asked = list(self.controls)
         if self._must_pause():
@@ -116,38 +122,39 @@ class Delivery:
         what = {"model_path": str(folder), "weight_version": self.lease.version, "flush_cache": False}
         self._each("update_weights_from_disk", **what)
         self.num_bytes, self.transfer_s = num_bytes, written_s + time.monotonic() - start
-        if not self.controls and self.published is None and self._anybody_alive():
+        if not self.controls and self.published is None and self._any_alive():
             raise PublishError(
-                f"publishing version {self.lease.version}: no server loads {folder}: {self._lines(asked)}. Do they see "
-                "this folder, and is it a model of theirs?"
+                f"publishing version {self.lease.version}: no server loads {folder}: {self._lines(asked)}. Can they "
+                "read this folder, and does it contain their model?"
             )
         self._conclude("disk")
 
     def compare(self, differences: Mapping[int, Difference]) -> None:
-        """Excludes the servers whose canaries are clearly broken. Raises PublishError if all are, of a new version.
+        """Excludes the servers whose canaries are clearly wrong. Raises PublishError if all are, for a new version.
 
-        Smaller differences are the engines' and their dtypes': whether they have grown is for the alarm "canary".
+        Smaller differences come from the engines and their dtypes; the alarm "canary" detects if they grow.
         """
         tolerance = self.settings.canary_tolerance
         off = {index: found for index, found in differences.items() if not found.mean <= tolerance}
         for index, found in differences.items():
             line = (
-                f"canary log-probs differ from the trainer's by {found.mean:.3g} nats a token, {found.max:.3g} at most"
+                f"canary log-probs differ from the trainer's by {found.mean:.3g} nats per token, "
+                f"{found.max:.3g} at most"
             )
             if index in off:
-                self._leave_out(index, f"{line} (publish.canary_tolerance = {tolerance:g})")
+                self._exclude(index, f"{line} (publish.canary_tolerance = {tolerance:g})")
             elif found.mean > NOTED_CANARY_NATS:
                 log.warning("version %d: server %d: %s", self.lease.version, index, line)
         if off and len(off) == len(differences) and self.published is None:
             raise PublishError(
-                f"publishing version {self.lease.version}: {self._lines(off)}. Every server's checksum has been "
-                "compared, so all hold the same weights and compute something else with them than the trainer: compare "
+                f"publishing version {self.lease.version}: {self._lines(off)}. All checksums are equal, so "
+                "the servers have the same weights but compute other log-probs from them than the trainer: compare "
                 "the model's config.json, sampling.temperature and the two dtypes, or raise publish.canary_tolerance"
             )
 
     def ask_canaries(self, num_tokens: int, temperature: float) -> None:
-        """`canaries`: each server's continuations of the lease's prompts, of `num_tokens` each. All are asked for at
-        once; a server that does not answer to all of them has none."""
+        """Sets `canaries`: each server's continuations of the lease's prompts, `num_tokens` tokens each. All are
+        requested at once; a server that does not answer all of them is not included."""
         self.canaries = {}
         if not (num_tokens and self.lease.canary_prompts):
             return
@@ -163,13 +170,13 @@ class Delivery:
         late = {index for call in calls for index in call.late()}
         for index, line in failures.items():
             if not (self.lease.requests_in_flight and index in late):
-                self._leave_out(index, line, is_late=index in late)
+                self._exclude(index, line, is_late=index in late)
 
     def close(self) -> None:
-        """What servers that were left out still do under weights that nobody vouches for is ended; nobody stays paused.
-        Best effort: they may be dead."""
+        """Aborts the requests of excluded servers, whose weights are not verified, and leaves no server paused. Best
+        effort: excluded servers may be dead."""
         if self.lease.requests_in_flight:
-            left_out = _within(CLEAN_UP_S, self._left_out)
+            left_out = _within(CLEAN_UP_S, self._excluded)
             start_for_all(left_out, "abort_all_requests").results()
             paused = [] if self._paused_at is None else _within(CLEAN_UP_S, self.controls.values())
             start_for_all([*left_out, *paused], "continue_generation").results()
@@ -185,33 +192,33 @@ class Delivery:
     def _pause(self) -> None:
         if self._must_pause():
             calls = start_for_all(self._quick(), "pause_generation", mode=self.settings.pause_mode)
-            self._leave_out_late(calls)
+            self._exclude_late(calls)
             if failed := {index: line for index, line in calls.failures().items() if index in self.controls}:
                 raise ServersFailed(failed)
 
     def _quick(self) -> list[ServerControl]:
         return [control.at_most(QUICK_REQUEST_S) for control in self.controls.values()]
 
-    def _leave_out_late(self, calls: PendingCalls) -> None:
-        """Leaves out the servers that were late: they would be as late with everything that follows."""
+    def _exclude_late(self, calls: PendingCalls) -> None:
+        """Excludes the servers that did not answer in time: every later request would wait as long for them."""
         calls.results()
         failed = calls.failures()
         for index in calls.late():
-            self._leave_out(index, failed[index], is_late=True)
+            self._exclude(index, failed[index], is_late=True)
         if not self.controls:
             raise ServersFailed(failed)
 
     def _begin(self) -> None:
         calls = start_for_all(self._quick(), "begin_weight_update")
-        self._leave_out_late(calls)
+        self._exclude_late(calls)
         failed, late = calls.failures(), calls.late()
-        # a publication that broke off, perhaps under another trainer, leaves its session open
+        # a publication that was interrupted, perhaps of another trainer, leaves its session open
         again = [self.controls[index] for index in failed if index not in late]
         start_for_all(again, "end_weight_update").results()
         for_all(again, "begin_weight_update")
 
     def _conclude(self, used: Transport) -> None:
-        """The weights are loaded: flush, continue, and verify what each server holds."""
+        """After the weights are loaded: flush, continue, and verify the weights of each server."""
         self.used, self.transport = used, None
         settings, in_flight = self.settings, self.lease.requests_in_flight
         if settings.flush_cache and not (in_flight and settings.pause_mode == "in_place"):
@@ -222,7 +229,7 @@ class Delivery:
             self._paused_at = None
         for index, version in self._each("policy_version", quick=True).items():
             if version != self.lease.version:
-                self._leave_out(index, f"it states version {version} after loading version {self.lease.version}")
+                self._exclude(index, f"it reports version {version} after loading version {self.lease.version}")
         self._compare_checksums(self._each("weights_checksum"))
 
     def _compare_checksums(self, found: Mapping[int, WeightsChecksum]) -> None:
@@ -231,21 +238,21 @@ class Delivery:
         wrong = [index for index in sums if right.get(self._tensor_parallel(index)) != sums[index]]
         shown = ", ".join(f"server {index}: {checksum[:12]}" for index, checksum in sums.items())
         if wrong and self.used != "disk":
-            log.warning("version %d: wrong weights (checksums %s); once more, by disk", self.lease.version, shown)
+            log.warning("version %d: wrong weights (checksums %s); sending again, by disk", self.lease.version, shown)
             self.transport = "disk"
             return
         if len(right) < len({self._tensor_parallel(index) for index in sums}):
             raise PublishError(
-                f"publishing version {self.lease.version}: after a repetition the servers still hold different "
-                f"weights (checksums {shown}): are they of one SGLang version, dtype and model?"
+                f"publishing version {self.lease.version}: after a second transfer the servers still have different "
+                f"weights (checksums {shown}): do they have the same SGLang version, dtype and model?"
             )
         for index in wrong:
-            self._leave_out(index, f"after a repetition it holds other weights than the others (checksums {shown})")
+            self._exclude(index, f"after a second transfer its weights differ from the others (checksums {shown})")
         self.checksums = right
 
     def _right_checksums(self, sums: Mapping[int, str]) -> dict[int, str]:
-        """By tensor-parallel size: what servers hold of this version already, or what more than half of those of that
-        size hold now; a size without such a sum is missing."""
+        """By tensor-parallel size: the checksum of servers that have this version already, or else that of more than
+        half of the servers of that size; a size without such a checksum is not included."""
         by_size: dict[int, list[str]] = {}
         for index, checksum in sums.items():
             by_size.setdefault(self._tensor_parallel(index), []).append(checksum)
@@ -257,37 +264,37 @@ class Delivery:
         return right | {size: known for size, known in (self.published or {}).items() if size in by_size}
 
     def _each(self, method: str, *, quick: bool = False, **arguments: Any) -> dict[int, Any]:
-        """The results by server; those that fail are left out. `quick`: see QUICK_REQUEST_S."""
+        """The results by server; servers that fail are excluded. `quick`: see QUICK_REQUEST_S."""
         calls = start_for_all(self._quick() if quick else self.controls.values(), method, **arguments)
         results, late = calls.results(), calls.late()
         for index, line in calls.failures().items():
-            self._leave_out(index, line, is_late=index in late)
+            self._exclude(index, line, is_late=index in late)
         return results
 
-    def _leave_out(self, index: int, line: str, is_late: bool = False) -> None:
+    def _exclude(self, index: int, line: str, is_late: bool = False) -> None:
         control = self.controls.pop(index)
-        self._left_out.append(control)
+        self._excluded.append(control)
         if is_late:
             self.late.add(index)
         at = f"server {index} at {control.address.url}"
         self.failures[index] = line if line.startswith(at) else f"{at}: {line}"
-        log.warning("version %d: left out: %s", self.lease.version, self.failures[index])
+        log.warning("version %d: excluded: %s", self.lease.version, self.failures[index])
 
-    def _broken_off(self, error: ServersFailed) -> None:
-        """Brings the servers that can go on back to where a transfer may start, and decides how it is repeated."""
+    def _after_failed_broadcast(self, error: ServersFailed) -> None:
+        """Resets the servers that can continue, so that a transfer may start, and decides how it is repeated."""
         self.broadcaster.close()
         dead = self._failing("model_info", PROBE_S)
         for index in dead:
-            self._leave_out(index, error.failures.get(index, dead[index]))
+            self._exclude(index, error.failures.get(index, dead[index]))
         calls = start_for_all(_within(CLEAN_UP_S, self.controls.values()), "end_weight_update")
         calls.results()
         failed = calls.failures()
-        # One that refuses has no session open. A server answers /model_info also while the process that holds its
-        # weights waits for a broadcast that will never come; and only a checksum waits for the GPU.
+        # A server that refuses has no session open. A server answers /model_info even while its weight process waits
+        # for a broadcast that will never arrive; only a checksum request waits for the GPU.
         stuck = {index: failed[index] for index in calls.late()}
         stuck |= self._failing("weights_checksum", PROOF_S, but=stuck)
         for index, line in stuck.items():
-            self._leave_out(index, f"{line}, after a broadcast broke off; it is restarted", is_late=True)
+            self._exclude(index, f"{line}, after a failed broadcast; it is restarted", is_late=True)
         lines = "; ".join(error.failures.values())
         if not self.controls:
             self.transport = None
@@ -298,14 +305,14 @@ class Delivery:
             self.transport = "disk"
 
     def _failing(self, method: str, limit_s: float, but: Container[int] = ()) -> dict[int, str]:
-        """The servers that fail at `method`, or are late for it, except those in `but`."""
+        """The servers that fail at `method` or do not answer it in time, except those in `but`."""
         asked = [control for index, control in self.controls.items() if index not in but]
         calls = start_for_all(_within(limit_s, asked), method)
         calls.results()
         return calls.failures()
 
-    def _anybody_alive(self) -> bool:
-        calls = start_for_all(_within(PROBE_S, self._left_out), "model_info")
+    def _any_alive(self) -> bool:
+        calls = start_for_all(_within(PROBE_S, self._excluded), "model_info")
         return bool(calls.results())
 
     def _tensor_parallel(self, index: int) -> int:

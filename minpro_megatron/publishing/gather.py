@@ -1,4 +1,4 @@
-"""The whole model on rank 0, a bucket at a time, from the shards that the ranks hold."""
+"""Gathers the whole model on rank 0, one bucket at a time, from the shards of all ranks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from minpro_megatron.weights.table import Entry, entries
 
 @dataclass(frozen=True)
 class _Held:
-    """One entry's shard as a rank announces it: which of its axis's pieces, and its shape."""
+    """One entry's shard on a rank: its index on the entry's axis, and its shape."""
 
     piece: int
     shape: tuple[int, ...]
 
 
 class WeightGatherer:
-    """Gathers parameters to rank 0. Which rank sends what is agreed once, when it is made (collective)."""
+    """Gathers parameters on rank 0. The constructor decides once which rank sends which shard (collective)."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], architecture: Architecture, mesh: Mesh) -> None:
         self._mesh = mesh
         self._parameters = global_parameters(chunks, architecture.num_experts, mesh)
         self._entries = entries(architecture)
         announced = mesh.from_all_ranks(self._held_here())
-        # for every entry, piece -> the lowest rank that holds it
+        # for every entry: shard index -> the lowest rank that has it
         self._senders: dict[str, dict[int, int]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for rank, held in enumerate(announced):
@@ -38,7 +38,7 @@ class WeightGatherer:
                 self._senders.setdefault(name, {}).setdefault(shard.piece, rank)
                 self._shapes[name] = shard.shape
         absent = [entry.megatron for entry in self._entries if entry.megatron not in self._senders]
-        assert not absent, f"no rank holds {absent[:3]}"
+        assert not absent, f"no rank has {absent[:3]}"
 
     def buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """HF names and tensors on rank 0, in buckets of about `bucket_bytes`; empty lists elsewhere. Collective."""
@@ -46,7 +46,7 @@ class WeightGatherer:
             yield self._collect(bucket)
 
     def num_buckets(self, bucket_bytes: int) -> int:
-        """How many buckets `buckets` gives."""
+        """The number of buckets that `buckets` yields."""
         return sum(1 for _ in self._plan(bucket_bytes))
 
     def _held_here(self) -> dict[str, _Held]:
@@ -72,7 +72,7 @@ class WeightGatherer:
             yield bucket
 
     def _collect(self, bucket: Sequence[Entry]) -> list[tuple[str, Tensor]]:
-        """Each sender sends its pieces of the bucket as one flat tensor; rank 0 merges them."""
+        """Each sender sends its shards of the bucket as one flat tensor; rank 0 merges them."""
         with torch.no_grad():
             if self._mesh.rank != 0:
                 pieces = self._pieces_of(self._mesh.rank, bucket)

@@ -1,4 +1,4 @@
-"""Publishing: the trainer's weights become a new policy version on every rollout server that is alive."""
+"""Publishing: sends the trainer's weights as a new policy version to every rollout server that is alive."""
 
 import shutil
 import time
@@ -29,7 +29,7 @@ ScoreCanaries = Callable[[list[tuple[list[int], list[int]]]], list[np.ndarray]]
 
 
 class Publisher:
-    """Sends the model to the servers, a bucket at a time. All ranks take part; rank 0 talks to the servers."""
+    """Sends the model to the servers, one bucket at a time. All ranks take part; rank 0 sends to the servers."""
 
     def __init__(self, config: RunConfig, gatherer: WeightGatherer, mesh: Mesh, score_canaries: ScoreCanaries) -> None:
         self._config = config
@@ -38,15 +38,15 @@ class Publisher:
         self._score_canaries = score_canaries
         self._broadcaster = Broadcaster(mesh.device, config.publish.timeout_s)
         self._headers = authorization(config) if mesh.rank == 0 else {}
-        # what the servers held after the last publication: its version, and checksums by tensor-parallel size
+        # the servers' state after the last publication: its version, and checksums by tensor-parallel size
         self._published: tuple[int, dict[int, str]] | None = None
 
     def publish(self, lease: PublishLease | None, changed: bool) -> PublishReport | None:
         """Sends the weights as the lease's version to its servers. Collective: `lease` on rank 0, None elsewhere;
         the report on rank 0. `changed`: the weights must differ from those of the version published before.
 
-        A server that fails is left out, and `held_by` does not name it. Raises PublishError on all ranks where the
-        fault is this side's: no server takes the weights or changes by them, or all compute something else with them.
+        A server that fails is excluded, and `held_by` does not name it. Raises PublishError on all ranks if the fault
+        is the trainer's: no server accepts the weights or is changed by them, or all compute other log-probs from them.
         """
         start = time.monotonic()
         delivery = None if lease is None else self._delivery(lease)
@@ -68,11 +68,12 @@ class Publisher:
         return report if delivery else None
 
     def close(self) -> None:
-        """Ends the servers' update group: they would wait in it, and this process for them at its end."""
+        """Closes the servers' update group: otherwise they would wait in it, and this process for them at exit."""
         self._broadcaster.close()
 
     def _on_rank_0[Result](self, delivery: Delivery | None, function: Callable[[Delivery], Result]) -> Result:
-        """What `function` makes of rank 0's delivery, on all ranks. Collective; a PublishError is raised on all."""
+        """Calls `function` with rank 0's delivery and returns the result on all ranks. Collective; a PublishError is
+        raised on all ranks."""
         outcome: Result | PublishError | None = None
         if delivery is not None:
             try:
@@ -94,7 +95,7 @@ class Publisher:
         return Delivery(self._config.publish, lease, controls, self._broadcaster, published)
 
     def _first_transport(self, delivery: Delivery, changed: bool) -> Transport | None:
-        if changed and self._published is None:  # the change to look for is from what the servers start with
+        if changed and self._published is None:  # the weights must differ from the servers' initial ones
             self._published = delivery.versions_and_checksums()
         return delivery.transport
 
@@ -106,7 +107,7 @@ class Publisher:
             else:
                 delivery.by_broadcast(buckets, self._gatherer.num_buckets(self._config.publish.bucket_bytes))
         finally:
-            _drain(buckets)  # what was not taken because a server failed: the other ranks send it all the same
+            _drain(buckets)  # buckets not sent because a server failed: the other ranks still gather them
         return delivery.transport
 
     def _through_files(self, delivery: Delivery, buckets: Iterator[list[tuple[str, Tensor]]]) -> None:
@@ -122,12 +123,12 @@ class Publisher:
             write_hf(tensors, self._config.model.hf_path, folder, announce=count)
         except OSError as error:
             raise PublishError(
-                f"publishing version {delivery.lease.version}: {folder} is not written: {error}"
+                f"publishing version {delivery.lease.version}: {folder} cannot be written: {error}"
             ) from None
         delivery.from_disk(folder, num_bytes, time.monotonic() - start)
-        for former in folder.parent.iterdir():
-            if former != folder:
-                shutil.rmtree(former, ignore_errors=True)
+        for previous in folder.parent.iterdir():
+            if previous != folder:
+                shutil.rmtree(previous, ignore_errors=True)
 
     def _check_change(self, delivery: Delivery, changed: bool) -> None:
         """Raises PublishError if the servers agree on weights that cannot be this version's."""
@@ -137,16 +138,16 @@ class Publisher:
         if changed and version > before and same:
             raise PublishError(
                 f"publishing version {version} changed no weight on the servers (checksum {checksums[same[0]]}): do "
-                "the tensor names fit the servers' model? SGLang takes unknown ones without a word"
+                "the tensor names match the servers' model? SGLang ignores unknown names silently"
             )
         if checksums:
             self._published = (version, (known if version == before else {}) | checksums)
 
     def _ask_canaries(self, delivery: Delivery) -> tuple[list[list[int]], list[Continuation]]:
-        """The prompts and what the servers made of them: for the trainer's log-probs."""
+        """The prompts and the servers' continuations of them, for the trainer's log-probs."""
         prompts = delivery.lease.canary_prompts
         sampling = self._config.sampling
-        # no longer than any other response: servers and rows have room for that
+        # not longer than other responses, for which servers and rows have room
         each = -(-self._config.publish.canary_tokens // max(1, len(prompts)))
         delivery.ask_canaries(min(each, sampling.max_response_tokens), sampling.temperature)
         return prompts, distinct_continuations(delivery.canaries)

@@ -1,4 +1,4 @@
-"""How publications went, for the collector and as metrics."""
+"""Reports on publications, for the collector and as metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,15 +10,15 @@ from minpro_megatron.publishing.delivery import Transport
 
 @dataclass(frozen=True)
 class PublishReport:
-    """How a publication went."""
+    """The result of a publication."""
 
     version: int
-    held_by: list[int]  # indices of the servers that hold the version, verified
-    failures: dict[int, str]  # why the lease's other servers do not, a line each
-    transport: Transport | None  # None: there was no server left to send to
+    held_by: list[int]  # indices of the servers that have the version, verified
+    failures: dict[int, str]  # the reason for each of the lease's other servers, one line each
+    transport: Transport | None  # None: no server was left to send to
     total_s: float
-    paused_s: float  # servers paused because requests were in flight
-    transfer_s: float  # from the first byte to the last server's last
+    paused_s: float  # time for which servers were paused because requests were in flight
+    transfer_s: float  # from the first byte to the last byte at the last server
     num_bytes: int
     checksum: str  # of the weights on the servers; empty if there are none
     canaries: dict[int, Difference]  # by server
@@ -38,8 +38,8 @@ class PublishReport:
 
 
 def publication_metrics(reports: Sequence[PublishReport]) -> dict[str, float]:
-    """Scalars of all publications of a step: its own, the last, and before it those of the version before, to servers
-    that had lost it. Only the number of servers is of the last alone."""
+    """Scalars over all publications of a step: the last is its own; those before it are of the previous version, to
+    servers that had lost it. The number of servers is that of the last publication."""
     if not reports:
         return {}
     found = values(merge([report.metrics() for report in reports]))

@@ -1,7 +1,7 @@
 """The process group over which rank 0 broadcasts new weights to the rollout servers.
 
-Its members are this process (rank 0) and other programs' processes, which may die or hang at any moment. torch's own
-groups wait for such a member for half an hour; these can be closed at once, for all their members.
+Its members are this process (rank 0) and processes of other programs, which may die or hang at any moment. Torch's own
+groups wait half an hour for such a member; an UpdateGroup can be closed at once for all its members.
 """
 
 import os
@@ -23,13 +23,14 @@ _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read once, when a group i
 
 
 class UpdateGroup:
-    """Rank 0's end of a group of `world_size`. Made first; then the others are told `where`, while this one joins."""
+    """Rank 0's side of a group of `world_size` members. It is made first; then `where` is sent to the other members
+    while this process joins."""
 
     def __init__(self, *, address: str, world_size: int, name: str, backend: str, timeout_s: float) -> None:
-        """`address` is one of this machine's that the others can reach."""
+        """`address` is an address of this machine that the other members can reach."""
         self._timeout = timedelta(seconds=timeout_s)
-        # A store of its own beside the one it joins through: only so can it be ended under those who wait in it.
-        # It listens on `address` alone; torch's own listener would be on all interfaces.
+        # A second store besides the one that it joins through: only then can it be closed while members wait in it.
+        # It listens only on `address`; torch's own listener would listen on all interfaces.
         listener = _listener(address)
         self._store: TCPStore | None = TCPStore(
             address,
@@ -49,21 +50,22 @@ class UpdateGroup:
         self._group: dist.ProcessGroup | None = None
 
     def join(self) -> None:
-        """Returns when all members have come. Raises RuntimeError if the group is closed before that."""
+        """Waits until all members have joined. Raises RuntimeError if the group is closed before that."""
         address, port = self.where["master_address"], self.where["master_port"]
         store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=self._timeout)
         fields = {name: self.where[name] for name in ("world_size", "group_name", "backend")}
         self._group = _join(store, 0, timeout=self._timeout, **fields)
 
     def broadcast(self, flat: Tensor) -> None:
-        """Sends `flat` to all others, who must ask for as much. Returns when it is under way (NCCL) or gone (gloo);
-        whether they all have it is theirs to say. Raises RuntimeError if a member has died or the group is closed, but
-        may wait for a dead one until then: NCCL connects its members at the first broadcast."""
+        """Sends `flat` to all other members, which must receive a tensor of the same size. Returns when the broadcast
+        is started (NCCL) or sent (gloo); only the members know whether they have received it. Raises RuntimeError if a
+        member has died or the group is closed, but may wait for a dead member until it is closed: NCCL connects its
+        members at the first broadcast."""
         assert self._group is not None, "the group has been joined"
         dist.broadcast(flat, src=0, group=self._group)
 
     def close(self) -> None:
-        """Leaves the group; whoever waits in it, here or elsewhere, fails at once."""
+        """Closes the group; calls that wait in it, in any member, fail at once."""
         self._store = None
         if self._group is None:
             return
@@ -80,8 +82,8 @@ def _listener(address: str) -> socket.socket:
 
 
 def _end_connections(group: dist.ProcessGroup) -> None:
-    """gloo has nothing to abort with (torch's abort does nothing for it), but an operation that exceeds its time limit
-    ends all connections of its group, and everything that waits for one of them."""
+    """Aborts a gloo group. Torch's abort does nothing for gloo, but an operation that exceeds its time limit ends all
+    connections of its group, and every operation that waits for one of them."""
     for peer in range(1, group.size()):
         with suppress(RuntimeError):
             group.recv([torch.empty(1)], peer, _UNUSED_TAG).wait(timedelta(milliseconds=1))
@@ -97,8 +99,8 @@ def join_update_group(
     backend: str,
     timeout_s: float = 300,
 ) -> dist.ProcessGroup:
-    """Join the group of an UpdateGroup elsewhere, as SGLang's servers do on `/init_weights_update_group`: for a server
-    of our own. Blocks until all members have come."""
+    """Join the group of an UpdateGroup of another process, as SGLang's servers do on `/init_weights_update_group`; used
+    by the reference engine. Blocks until all members have joined."""
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(
         rendezvous(f"tcp://{master_address}:{master_port}", rank, world_size=world_size, timeout=timeout)
@@ -109,8 +111,8 @@ def join_update_group(
 
 @contextmanager
 def _failures_are_handled_here() -> Iterator[None]:
-    """An NCCL group that is made within does not end this process when a member dies or takes too long, as torch has it
-    by default and torchrun asks for: the group is closed, and made anew with the others."""
+    """Context manager: an NCCL group that is made inside does not end this process when a member dies or exceeds the
+    time limit, which is torch's default and torchrun's setting. The group is closed, and a new one is made."""
     before = os.environ.get(_ERROR_HANDLING)
     os.environ[_ERROR_HANDLING] = "0"
     try:
@@ -125,8 +127,8 @@ def _failures_are_handled_here() -> Iterator[None]:
 def _join(
     store: Store, rank: int, *, world_size: int, group_name: str, backend: str, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """The group lies beside this process's default group, with members outside it, which no public function of torch
-    makes. Store prefix and group name must be those of SGLang 0.5.23 (`init_custom_process_group` in
+    """Makes a group in addition to this process's default group, with members outside it; torch has no public function
+    for this. Store prefix and group name must be those of SGLang 0.5.23 (`init_custom_process_group` in
     sglang/srt/utils/common.py), or the members wait for each other under different keys.
     """
     with _failures_are_handled_here():

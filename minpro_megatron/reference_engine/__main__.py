@@ -1,8 +1,8 @@
-"""A rollout server for tests and small studies: on the CPU, and with the same tokens for the same seed.
+"""A rollout server for tests and small studies: it runs on the CPU and samples the same tokens for the same seed.
 
     python -m minpro_megatron.reference_engine --model-path HF_DIR --port 30000
 
-It speaks the part of SGLang's HTTP that this project uses. It ends with its parent, whatever ends the parent.
+It implements the part of SGLang's HTTP interface that this project uses. It ends when its parent ends.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from minpro_megatron.serving.sglang_main import API_KEY_VARIABLE, end_with_paren
 
 log = logging.getLogger(__name__)
 
-# As long as the trainer may train between two requests on a connection; SGLang's 5 s are raised to the same.
+# The trainer may train for this long between two requests on a connection; SGLang's 5 s are raised to the same limit.
 KEEP_ALIVE_S = 600
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         access_log=None,
         keepalive_timeout=KEEP_ALIVE_S,
         handle_signals=False,
-        handler_cancellation=True,  # a response nobody waits for any more is not sampled to its end
+        handler_cancellation=True,  # a response is not sampled further once its client has disconnected
     )
 
 
@@ -57,9 +57,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model-path", required=True, help="Hugging Face folder of a Qwen3 or Qwen3-MoE")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=30000)
-    parser.add_argument("--weight-version", default="0", help="the version that the folder's weights are")
-    parser.add_argument("--context-length", type=int, help="tokens of a sequence; the model's own limit if not given")
-    parser.add_argument("--max-running-requests", type=int, default=256, help="responses that take turns")
+    parser.add_argument("--weight-version", default="0", help="the policy version of the folder's weights")
+    parser.add_argument("--context-length", type=int, help="max. tokens of a sequence (default: the model's limit)")
+    parser.add_argument("--max-running-requests", type=int, default=256, help="max. responses sampled in turn")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Sampling in one thread, token by token; whatever else is asked of the engine happens between two tokens."""
+"""Samples in one thread, token by token; all other requests to the engine are executed between two tokens."""
 
 import logging
 import threading
@@ -15,20 +15,20 @@ from minpro_megatron.reference_engine.responses import Response
 
 log = logging.getLogger(__name__)
 
-# Prompts whose keys and values are kept for the other responses of their groups.
+# Number of prompts whose keys and values are kept for the other responses of their groups.
 MAX_PREFIXES = 64
 
 type _Call = tuple[Future[Any], Callable[[], Any]]
 
 
 class CacheInUse(Exception):
-    """The cache cannot be emptied: responses under way need it."""
+    """The cache cannot be flushed: running responses need it."""
 
 
 class Engine:
-    """Responses take turns, a token each; each is computed alone, so what it samples does not depend on the others.
+    """Samples one token of each response in turn. Each is computed alone, so its tokens do not depend on the others.
 
-    `call` and `update` may be used from any thread; the other public methods only as what they run.
+    `call` and `update` may be called from any thread, and the other public methods only in the functions they run.
     """
 
     def __init__(self, model: Model, weight_version: str, max_running: int) -> None:
@@ -36,11 +36,11 @@ class Engine:
         self.weight_version = weight_version
         self._max_running = max_running
         self._is_paused = False
-        self._arriving: deque[Response] = deque()  # until generation goes on and no update waits
+        self._arriving: deque[Response] = deque()  # waits until generation continues and no update is pending
         self._waiting: deque[Response] = deque()
         self._running: deque[Response] = deque()
         self._updates: deque[_Call] = deque()
-        # Prompt -> the cache of all its tokens but the last, which the responses to it fill together and then copy.
+        # Prompt -> the cache of all its tokens except the last; its responses fill it together and then copy it.
         self._prefixes: dict[tuple[int, ...], KeyValueCache] = {}
         self._calls: SimpleQueue[_Call] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
@@ -55,16 +55,16 @@ class Engine:
         return future
 
     def update[Result](self, function: Callable[[], Result]) -> Future[Result]:
-        """Runs `function`, which changes weights: at once where generation is paused, otherwise when all responses
-        under way have ended, while those that arrive wait. This is what SGLang does."""
+        """Runs `function`, which changes weights: at once if generation is paused, otherwise after all running
+        responses have ended, while new ones wait. SGLang does the same."""
         future: Future[Result] = Future()
         self._calls.put((Future(), lambda: self._updates.append((future, function))))
         return future
 
-    # What follows runs in the sampling thread.
+    # The following methods run in the sampling thread.
 
     def add(self, responses: list[Response]) -> None:
-        """Raises ValueError if a request of the same id is under way."""
+        """Raises ValueError if a request with the same id is running."""
         live = {response.request_id for response in self._under_way()}
         for response in responses:
             if response.request_id in live:
@@ -73,7 +73,7 @@ class Engine:
         self._arriving.extend(responses)
 
     def pause(self, mode: str) -> None:
-        """`in_place` keeps the caches, `retract` gives them up, `abort` ends the responses."""
+        """`in_place` keeps the caches, `retract` frees them, `abort` ends the responses."""
         self._is_paused = True
         if mode == "abort":
             self.abort("")
@@ -87,12 +87,12 @@ class Engine:
         self._is_paused = False
 
     def abort_request(self, request_id: str) -> None:
-        """Ends the response of this id and, as SGLang does, every one whose id begins with it."""
+        """Ends the response with this id and, as SGLang does, every response whose id begins with it."""
         if any(response.request_id == request_id for response in self._under_way()):
             self.abort(request_id)
 
     def abort(self, prefix: str) -> None:
-        """Ends every response whose request id begins with `prefix`, with what it has."""
+        """Ends every response whose request id begins with `prefix`, with its tokens so far."""
         for queue in (self._arriving, self._waiting, self._running):
             kept = [response for response in queue if not response.request_id.startswith(prefix)]
             for response in queue:
@@ -102,20 +102,20 @@ class Engine:
             queue.extend(kept)
 
     def flush_cache(self) -> None:
-        """Raises CacheInUse if a response holds keys and values."""
+        """Raises CacheInUse if a response has keys and values."""
         if any(response.cache is not None for response in self._under_way()):
             raise CacheInUse
         self._prefixes.clear()
 
     def load_weights(self, tensors: list[tuple[str, torch.Tensor]], version: str | None) -> None:
-        """Raises ValueError for a wrong shape. Responses under way keep their caches, prompts do not."""
+        """Raises ValueError for a wrong shape. Running responses keep their caches, prompts do not."""
         self.model.load(tensors)
         self._prefixes.clear()
         if version is not None:
             self.weight_version = version
 
     def rename_weights(self, version: str) -> None:
-        """Tokens sampled from now on are of `version`; the weights stay what they are."""
+        """Sets the version of the tokens sampled from now on; the weights do not change."""
         self.weight_version = version
 
     def _under_way(self) -> list[Response]:
@@ -123,7 +123,7 @@ class Engine:
         return [response for queue in queues for response in queue if not response.answer.cancelled()]
 
     def _run(self) -> None:
-        torch.set_num_threads(1)  # of this thread: the order of a sum depends on their number
+        torch.set_num_threads(1)  # in this thread: the order of a sum depends on the number of threads
         with torch.inference_mode():
             while True:
                 self._answer_calls(wait=self._is_paused or not (self._running or self._waiting))
@@ -148,8 +148,8 @@ class Engine:
             self._running.append(self._waiting.popleft())
 
     def _advance(self, response: Response) -> None:
-        """One token of the response through the model, which then stands behind the others unless it has ended."""
-        if response.answer.cancelled():  # nobody waits for it any more
+        """Computes one token of the response, which then goes to the end of the queue unless it has ended."""
+        if response.answer.cancelled():  # its client has disconnected
             return
         try:
             reason = self._step(response)
@@ -160,7 +160,7 @@ class Engine:
             log.exception("request %s", response.request_id)
             response.fail(error)
             return
-        if response.cache is None:  # its prompt first: few prompts are kept, and one that is begun must not be lost
+        if response.cache is None:  # the prompt first: few prompts are kept, and a started one must not be dropped
             self._running.appendleft(response)
         else:
             self._running.append(response)
@@ -174,7 +174,7 @@ class Engine:
                 return None
             cache = response.cache = prefix.copy(response.capacity)
         hidden_H = self.model.step(response.tokens[cache.num_tokens], cache)
-        if cache.num_tokens < len(response.tokens):  # after a retraction: tokens that have been sampled before
+        if cache.num_tokens < len(response.tokens):  # after a retraction: tokens that were sampled before
             return None
         return response.sample(self.model.logits(hidden_H), self.weight_version)
 

@@ -1,9 +1,9 @@
 """Qwen3 and Qwen3-MoE in float32, one token of one sequence at a time.
 
-The arithmetic on a token depends on the weights and on the tokens before it, on nothing else: no batch, no other
-sequence, no shape that varies with what else runs. On one thread the same tokens therefore give the same bits. The
-formulas are those of transformers 5.19 (models/qwen3_moe/modeling_qwen3_moe.py), of which this is four times as fast on
-a tiny model: there a token is all overhead.
+The arithmetic for a token depends only on the weights and on the tokens before it: not on a batch, other sequences, or
+shapes that vary with other requests. On one thread the same tokens therefore give the same bits. The formulas are those
+of transformers 5.19 (models/qwen3_moe/modeling_qwen3_moe.py). On a tiny model, where the time per token is mostly
+overhead, this implementation is four times as fast.
 
 Shapes: V vocabulary, H hidden, Q query heads, G key/value heads, D head, T tokens so far, F feed-forward, E experts,
 K experts of a token.
@@ -23,18 +23,18 @@ from minpro_megatron.weights.hf_files import HfReader
 
 
 class KeyValueCache:
-    """Keys and values of the first `num_tokens` tokens of a sequence, and the experts that each chose in each layer."""
+    """Keys and values of the first `num_tokens` tokens of a sequence, and the chosen experts per token and layer."""
 
     def __init__(self, architecture: Architecture, capacity: int) -> None:
         self._architecture = architecture
-        # Positions come first: where the numbers of a token lie is then the same in a cache of any capacity.
+        # Positions are the first dimension: a token's values then have the same offset in a cache of any capacity.
         shape = (max(capacity, 1), 2, architecture.num_query_groups, architecture.head_dim)
         self.layers = [torch.empty(shape) for _ in range(architecture.num_layers)]  # [capacity, 2, G, D]
         self.num_tokens = 0
         self.routes_K: list[Tensor] = []  # by token, then by layer; empty for a dense model
 
     def copy(self, capacity: int) -> "KeyValueCache":
-        """A cache for `capacity` tokens that begins with the same bits."""
+        """A cache for `capacity` tokens that starts with the same values."""
         copied = KeyValueCache(self._architecture, capacity)
         for ours, theirs in zip(self.layers, copied.layers, strict=True):
             theirs[: self.num_tokens] = ours[: self.num_tokens]
@@ -136,7 +136,7 @@ class Model:
     """The weights by their Hugging Face names, and the forward pass over one token."""
 
     def __init__(self, architecture: Architecture, max_tokens: int) -> None:
-        """`max_tokens` of a sequence at most. The weights hold nothing yet: `load` them."""
+        """`max_tokens`: the maximum length of a sequence. The weights are uninitialized until `load`."""
         self.architecture = architecture
         self._embedding_VH = torch.empty(architecture.vocab_size, architecture.hidden_size)
         self._layers = [_Layer(architecture) for _ in range(architecture.num_layers)]
@@ -147,7 +147,7 @@ class Model:
 
     @classmethod
     def from_hf(cls, architecture: Architecture, hf_path: str, max_tokens: int) -> Self:
-        """The model of a Hugging Face folder. Raises ValueError for files that do not fit config.json."""
+        """The model of a Hugging Face folder. Raises ValueError for files that do not match config.json."""
         model = cls(architecture, max_tokens)
         model.load(model.read(hf_path))
         return model
@@ -162,7 +162,7 @@ class Model:
             yield "lm_head.weight", self._head_VH
 
     def read(self, hf_path: str) -> list[tuple[str, Tensor]]:
-        """This model's tensors out of a folder, mapped into memory. Raises ValueError if one is missing."""
+        """This model's tensors in a folder, mapped into memory. Raises ValueError if one is missing."""
         reader = HfReader(hf_path)
         missing = sorted(self.weights.keys() - set(reader.names()))
         if missing:
@@ -170,14 +170,14 @@ class Model:
         return [(name, reader.read(name)) for name in self.weights]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over the values, in place. Unknown names are passed over, as SGLang does.
+        """Copies the values into the weights. Unknown names are ignored, as in SGLang.
 
-        Raises ValueError for a wrong shape, and then has changed nothing.
+        Raises ValueError for a wrong shape before anything is changed.
         """
         known = [(self.weights[name], tensor, name) for name, tensor in tensors if name in self.weights]
         for weight, tensor, name in known:
             if weight.shape != tensor.shape:
-                raise UserError(f"{name}: shape {tuple(tensor.shape)} does not fit the model's {tuple(weight.shape)}")
+                raise UserError(f"{name}: shape {tuple(tensor.shape)} does not match the model's {tuple(weight.shape)}")
         for weight, tensor, _ in known:
             weight.copy_(tensor)
 
@@ -189,7 +189,7 @@ class Model:
         }
 
     def step(self, token: int, cache: KeyValueCache) -> Tensor:
-        """The last layer's output [H] for `token`, which follows those in the cache and joins them."""
+        """The last layer's output [H] for `token`, which follows the tokens in the cache and is added to it."""
         hidden_H, position = self._embedding_VH[token], cache.num_tokens
         size, epsilon = hidden_H.shape, self.architecture.norm_epsilon
         rotation = self._cosines[position], self._sines[position]
@@ -202,13 +202,13 @@ class Model:
         return hidden_H
 
     def logits(self, hidden_H: Tensor) -> Tensor:
-        """[V]: of the token that follows."""
+        """The logits [V] of the next token."""
         normed_H = functional.rms_norm(hidden_H, hidden_H.shape, self._norm_H, self.architecture.norm_epsilon)
         return self._head_VH @ normed_H
 
 
 def _rotations(model: Architecture, max_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Cosines and sines [D] by position; the sines with the signs of rotate_half, so that a roll takes its place."""
+    """Cosines and sines [D] by position; the sines have the signs of rotate_half, so that a roll can replace it."""
     frequencies = 1.0 / (model.rope_theta ** (torch.arange(0, model.head_dim, 2, dtype=torch.float) / model.head_dim))
     angles = torch.arange(max_tokens, dtype=torch.float).unsqueeze(1) * frequencies
     cosines, sines = angles.cos(), angles.sin()

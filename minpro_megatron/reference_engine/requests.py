@@ -1,4 +1,4 @@
-"""The bodies of the requests, with SGLang's names and defaults, and the responses that one asks for."""
+"""The bodies of requests, with SGLang's names and defaults, and the responses that a request needs."""
 
 import uuid
 from typing import Literal
@@ -71,7 +71,7 @@ class CheckWeights(msgspec.Struct):
 
 
 class ResponseMaker:
-    """Makes the responses that a request asks for, or refuses what the model cannot do."""
+    """Makes the responses of a request, or refuses what the model cannot do."""
 
     def __init__(self, vocabulary_size: int, stop_token_ids: frozenset[int], context_length: int) -> None:
         self._vocabulary_size = vocabulary_size
@@ -79,7 +79,7 @@ class ResponseMaker:
         self._context_length = context_length
 
     def __call__(self, asked: Generate) -> list[Response]:
-        """One for each prompt. Raises Refused."""
+        """One response per prompt. Raises Refused."""
         prompts = [prompt for prompt in asked.input_ids if isinstance(prompt, list)]
         if not prompts:
             prompts = [[token for token in asked.input_ids if isinstance(token, int)]]
@@ -111,7 +111,7 @@ class ResponseMaker:
         if not prompt:
             raise Refused("input_ids cannot be empty.")
         if min(prompt) < 0 or max(prompt) >= size:
-            raise Refused(f"input_ids hold a token id outside the vocabulary of {size}.")
+            raise Refused(f"input_ids contain a token id outside the vocabulary of {size}.")
         total = len(prompt) + parameters.max_new_tokens
         if total > limit:
             raise Refused(

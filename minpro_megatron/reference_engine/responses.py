@@ -1,4 +1,4 @@
-"""One response under way, and the answer it ends with in SGLang's words."""
+"""A running response, and its final answer in SGLang's format."""
 
 import base64
 import time
@@ -14,7 +14,7 @@ from minpro_megatron.reference_engine.sampling import Sampler, SamplingParameter
 
 
 class Response:
-    """Prompt and sampled tokens. `answer` gets the JSON object for the client, or is cancelled by who waits for it."""
+    """Prompt and sampled tokens. `answer` gets the JSON object for the client; the waiting handler may cancel it."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Response:
         with_log_probs: bool = False,
         routes_from: int | None = None,
     ) -> None:
-        """`routes_from`: the experts of the tokens from this place on are wanted; None: of none."""
+        """`routes_from`: return the experts of the tokens from this index on; None: of no token."""
         self.request_id = request_id
         self.answer: Future[dict[str, Any]] = Future()
         self.tokens = list(prompt)
@@ -48,21 +48,21 @@ class Response:
 
     @property
     def capacity(self) -> int:
-        """Tokens that the cache must hold: the last one sampled never goes through the model."""
+        """The number of tokens that the cache must hold: the last sampled token never goes through the model."""
         return self._max_tokens - 1
 
     def sample(self, logits_V: torch.Tensor, version: str) -> dict[str, Any] | None:
-        """Adds a token that weights of `version` gave; the finish reason if it was the last one."""
+        """Adds a token sampled with weights of `version`. Returns the finish reason if it was the last token."""
         token, log_prob = self._sampler(logits_V)
         self.tokens.append(token)
         self._log_probs.append(log_prob)
         self._versions.append(version)
-        if len(self.tokens) == self._max_tokens:  # first, as in SGLang: also where a stop token takes the last place
+        if len(self.tokens) == self._max_tokens:  # first, as in SGLang: also if the last token is a stop token
             return {"type": "length", "length": len(self._log_probs)}
         return {"type": "stop", "matched": token} if token in self._stops else None
 
     def retract(self) -> None:
-        """Forgets keys and values: they are computed again, with the weights of then."""
+        """Frees keys and values: they are computed again later, with the weights of that time."""
         self._num_retractions += self.cache is not None
         self.cache = None
 
@@ -72,8 +72,8 @@ class Response:
             self.answer.set_result(answer)
 
     def abort(self, version: str) -> None:
-        """Ends it with what it has. One that waits for its turn, as after a retraction, gives nothing: the experts of
-        its tokens are gone with the cache."""
+        """Ends the response with its tokens so far. A response that is waiting, as after a retraction, returns no
+        tokens: the experts of its tokens are lost with the cache."""
         if self.cache is not None and self.cache.num_tokens == len(self.tokens) - 1:
             self.finish({"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}, version)
             return
@@ -106,13 +106,13 @@ class Response:
 
 
 def _spans(versions: list[str]) -> list[dict[str, Any]]:
-    """[{version, start, end}]: a span for each run of equal versions."""
+    """[{version, start, end}]: one span for each run of equal versions."""
     changes = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
     bounds = pairwise([*changes, len(versions)])
     return [{"version": versions[start], "start": start, "end": end} for start, end in bounds]
 
 
 def _encoded_routes(cache: KeyValueCache, first: int) -> str:
-    """Base64 of int32, little endian, [tokens, layers, K], from the token `first` on; the last one sampled has none."""
+    """Base64 of int32, little endian, [tokens, layers, K], from token `first` on; the last sampled token has none."""
     routes = torch.stack(cache.routes_K).view(cache.num_tokens, len(cache.layers), -1)[first:]
     return base64.b64encode(routes.numpy().astype(np.dtype("<i4")).tobytes()).decode("ascii")

@@ -1,4 +1,4 @@
-"""What a request may ask of the sampler, and the choice of a token. Shape: V vocabulary."""
+"""The sampling parameters of a request, and the sampler. Shape: V vocabulary."""
 
 from typing import Annotated
 
@@ -7,13 +7,13 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-DEFAULT_SEED = 42  # SGLang's, for requests that give none while it samples deterministically
-# Below it SGLang samples greedily (sampling_params.py, _SAMPLING_EPS).
+DEFAULT_SEED = 42  # SGLang's default in deterministic sampling, for requests without a seed
+# Below this SGLang samples greedily (sampling_params.py, _SAMPLING_EPS).
 MIN_TEMPERATURE = 1e-6
 
 
 class SamplingParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """SGLang's `sampling_params` with its defaults, as far as they are served here."""
+    """SGLang's `sampling_params` with its defaults, limited to what this engine supports."""
 
     max_new_tokens: Annotated[int, Meta(ge=1)] = 128
     temperature: Annotated[float, Meta(ge=0)] = 1.0
@@ -35,7 +35,7 @@ class SamplingParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
 
 class Sampler:
-    """Chooses the tokens of one response: the n-th token takes the n-th random number of the request's seed."""
+    """Samples the tokens of one response: the n-th token uses the n-th random number of the request's seed."""
 
     def __init__(self, parameters: SamplingParameters) -> None:
         seed = parameters.sampling_seed
@@ -58,7 +58,7 @@ class Sampler:
         return self._draw(probs_V)
 
     def _among_the_likeliest(self, probs_V: Tensor) -> int:
-        """Top-k, then the likeliest tokens until those before one have more than top_p together, as SGLang does
+        """Top-k, then the most probable tokens as long as the sum of the tokens before is at most top_p, as in SGLang
         (layers/sampler.py, top_k_top_p_min_p_sampling_from_probs_torch)."""
         sorted_V, tokens_V = probs_V.sort(descending=True, stable=True)
         before_V = sorted_V.cumsum(0) - sorted_V

@@ -1,7 +1,7 @@
 """SGLang's HTTP over the reference engine: the endpoints that serving/client.py and serving/control.py use.
 
-Fields, statuses and answers are those recorded of SGLang 0.5.23. What it would not survive is refused here with
-status 400: a token id outside the vocabulary.
+Fields, statuses and answers are those recorded from SGLang 0.5.23. A token id outside the vocabulary, which would crash
+SGLang, is refused here with status 400.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ type _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
-    """One handler a request kind. The event loop only waits: sampling and receiving weights have their threads."""
+    """One handler per kind of request. The event loop only waits: sampling and receiving weights run in threads."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Server:
         return web.Response()
 
     async def _health_generate(self, _: web.Request) -> web.Response:
-        await self._between_tokens(lambda: None)  # no answer where the sampling thread stands still
+        await self._between_tokens(lambda: None)  # no answer if the sampling thread hangs
         return web.Response()
 
     async def _model_info(self, _: web.Request) -> web.Response:
@@ -114,7 +114,7 @@ class Server:
         )
 
     async def _server_info(self, _: web.Request) -> web.Response:
-        # an update happens between two tokens, so each is counted as the version's that sampled it
+        # an update happens between two tokens, so each token is counted for the version that sampled it
         return _json({"disable_overlap_schedule": True})
 
     async def _generate(self, request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""Receiving weights over process groups: this process's side of publishing/update_group.py. Everything here blocks."""
+"""Receives weights over process groups: the server's side of publishing/update_group.py. All calls block."""
 
 import math
 import threading
@@ -14,11 +14,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class UpdateRefused(Exception):
-    """The request cannot be carried out; the message is the answer's."""
+    """The request cannot be executed; the message is sent as the answer."""
 
 
 class UpdateGroups:
-    """The groups that this process is in, by name. Threads take turns: a group must not end under a message."""
+    """The groups of this process, by name. A lock orders the threads: a group must not be destroyed while it
+    receives."""
 
     def __init__(self) -> None:
         self._groups: dict[str, dist.ProcessGroup] = {}
@@ -27,7 +28,7 @@ class UpdateGroups:
     def join(
         self, *, master_address: str, master_port: int, rank: int, world_size: int, group_name: str, backend: str
     ) -> None:
-        """Returns when all `world_size` members have come."""
+        """Waits until all `world_size` members have joined."""
         with self._turn:
             self._join(master_address, master_port, rank, world_size, group_name, backend)
 
@@ -35,7 +36,7 @@ class UpdateGroups:
         self, master_address: str, master_port: int, rank: int, world_size: int, group_name: str, backend: str
     ) -> None:
         if backend != "gloo":
-            raise UpdateRefused(f"backend = {backend!r}: weights come to a server on the CPU by gloo")
+            raise UpdateRefused(f"backend = {backend!r}: a server on the CPU receives weights only over gloo")
         if group_name in self._groups:
             raise UpdateRefused(f"Group {group_name} already exists. Please call `destroy_weights_update_group` first.")
         self._groups[group_name] = join_update_group(
@@ -57,7 +58,7 @@ class UpdateGroups:
     def receive(
         self, group_name: str, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], flat: bool
     ) -> list[tuple[str, Tensor]]:
-        """The named tensors as rank 0 sends them: each by itself, or all bytes in one message where `flat`."""
+        """The named tensors from rank 0: one message per tensor, or all bytes in one message if `flat`."""
         with self._turn:
             return self._receive(group_name, names, dtypes, shapes, flat)
 
@@ -92,4 +93,4 @@ def _receive_flat(
     message = torch.empty(sum(sizes), dtype=torch.uint8)
     dist.broadcast(message, src=0, group=group)
     for part, kind, shape in zip(message.split(sizes), kinds, shapes, strict=True):
-        yield part.clone().view(kind).view(*shape)  # a copy, because a view of another dtype must begin at its multiple
+        yield part.clone().view(kind).view(*shape)  # copied, because a view of another dtype must be aligned to it

@@ -1,7 +1,7 @@
-"""How a start of a run ends before the run does: two files that the launcher and the trainer's rank 0 leave each other.
+"""Ends a start of a run before the run is complete: two files between the launcher and the trainer's rank 0.
 
-run_dir/starts/<incarnation>/stop_request.json  the launcher was told to stop and lets the trainer save first
-run_dir/starts/<incarnation>/early_end.json     the trainer has saved, or is about to, and ends
+run_dir/starts/<incarnation>/stop_request.json  the launcher was asked to stop and lets the trainer save first
+run_dir/starts/<incarnation>/early_end.json     the trainer has saved, or is about to save, and ends
 """
 
 from pathlib import Path
@@ -15,13 +15,13 @@ _STOP_REQUEST, _EARLY_END = "stop_request.json", "early_end.json"
 
 
 class StopRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the run is to stop, such as "SIGTERM"."""
+    """The reason to stop the run, such as "SIGTERM"."""
 
     reason: str
 
 
 class EarlyEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """After which global step the start ends, and why; `saved`: the checkpoint of that step is complete."""
+    """The global step after which the start ends, and the reason; `saved`: the checkpoint of that step is complete."""
 
     policy_version: int
     reason: str

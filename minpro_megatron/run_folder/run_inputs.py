@@ -1,4 +1,4 @@
-"""What a run was begun with: digests of its data and model files, and which of them were replaced later."""
+"""The inputs that a run was started with: digests of its data and model files, and which files were replaced later."""
 
 from pathlib import Path
 
@@ -11,21 +11,21 @@ FILE_NAME = "inputs.json"
 
 
 class InputChange(msgspec.Struct, frozen=True):
-    """Files that had another content when the run continued, with the user's consent."""
+    """Files whose content had changed when the run was resumed, with the user's consent."""
 
-    global_step: int  # from which the run continued
+    global_step: int  # at which the run was resumed
     names: list[str]
 
 
 class RunInputs(msgspec.Struct, frozen=True):
-    """SHA-256 of each input by name, such as `data.train_file` or `model.hf_path/config.json`, as of the last start."""
+    """SHA-256 of each input by name, such as `data.train_file` or `model.hf_path/config.json`, at the last start."""
 
     digests: dict[str, str]
     changes: list[InputChange] = []
 
 
 def read_inputs(run_dir: Path) -> RunInputs | None:
-    """None for a run without a record. Raises ValueError for a damaged one."""
+    """The record of the run's inputs; None if there is none. Raises ValueError if it is damaged."""
     path = run_dir / FILE_NAME
     try:
         return msgspec.json.decode(path.read_bytes(), type=RunInputs)

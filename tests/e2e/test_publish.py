@@ -229,7 +229,7 @@ def test_faults_of_this_side_are_told(fleet: Fleet, trainer: Trainer) -> None:
     message = trainer.publish(fleet.step(bias=1.5))
     assert "server 0 at" in message
     assert "server 1 at" in message
-    assert "differ from the trainer's by 1.5 nats a token" in message
+    assert "differ from the trainer's by 1.5 nats per token" in message
     report = trainer.publish(Step(fleet.version, fleet.addresses, factor=1.0, changed=False))
     assert report.held_by == [0, 1]
     # other weights under the same version

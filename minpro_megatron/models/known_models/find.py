@@ -1,4 +1,4 @@
-"""The config.json of models that runs are planned for before their files are at hand: one JSON file a model, here."""
+"""The config.json of models for which runs are planned before the models are downloaded: one JSON file per model."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.models.architecture import Architecture, parse_architecture, read_architecture
 
 FOLDER = Path(__file__).resolve().parent
-# What releases add to the name of a model with the same sizes.
+# Suffixes of releases of a model with the same sizes.
 _VARIANTS = ("-base", "-instruct-2507", "-thinking-2507")
 
 
@@ -22,7 +22,7 @@ def known_config(name: str) -> dict[str, Any]:
 
 
 def known_name(hf_path: str) -> str | None:
-    """The known model that a hub id or a path names in one of its parts; None if there is none.
+    """The known model that is named in a part of a hub id or a path; None if there is none.
 
     >>> known_name("Qwen/Qwen3-30B-A3B-Base"), known_name("/models/qwen3-8b/hf"), known_name("/models/mine")
     ('qwen3-30b-a3b', 'qwen3-8b', None)
@@ -37,9 +37,9 @@ def known_name(hf_path: str) -> str | None:
 
 
 def find_architecture(hf_path: str) -> Architecture:
-    """The architecture of the folder `hf_path`, or of the known model that it names where no such folder is here.
+    """The architecture of the folder `hf_path`, or of the known model that it names if the folder does not exist.
 
-    Raises ValueError if neither is there, or the architecture is not supported.
+    Raises ValueError if there is neither, or the architecture is not supported.
     """
     if (Path(hf_path) / "config.json").is_file():
         return read_architecture(hf_path)

@@ -201,7 +201,7 @@ def read_tensors(hf: Path) -> dict[str, Tensor]:
     [
         (lambda t: t.pop("model.norm.weight"), r"1 tensors are missing for Qwen3Moe.*: model.norm.weight; does"),
         (lambda t: t.update(extra=torch.zeros(1)), r"1 tensors are not in the table of Qwen3Moe.*: extra; does"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(9)}), r"model.norm.weight: shape \(9,\), .* it \(8,\)"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(9)}), r"model.norm.weight: shape \(9,\), .* requires \(8,\)"),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(8)}),
             r"norm.weight is torch.float32 and model.*; give --dtype bfloat16",
@@ -337,7 +337,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardedWriter, "write", flip)
-        with pytest.raises(ValueError, match=r"model.norm.weight: rows 0 to 8 differ between the two forms"):
+        with pytest.raises(ValueError, match=r"model.norm.weight: rows 0 to 8 differ between the two formats"):
             to_megatron(hf, tmp_path / "megatron", Watch(), verify=True)
     assert not (tmp_path / "megatron").exists()
     to_megatron(hf, tmp_path / "megatron", Watch())

@@ -246,7 +246,7 @@ def test_text_files_of_a_model_that_are_no_files_are_refused(folder, kind):
         path.mkdir()
     else:
         os.mkfifo(path)
-    expected = "this leads by a symbolic link to /etc/hostname" if kind == "link" else "this is not a regular file"
+    expected = "this is a symbolic link to /etc/hostname" if kind == "link" else "this is not a regular file"
     assert f"model.hf_path = {folder / 'hf'}: {path}: {expected}" in only_problem(example_config(folder))
 
 

@@ -82,8 +82,8 @@ def test_the_older_of_two_starts_ends_with_one_line_and_writes_nothing_more(fold
     newer = launch(folder, "sleep 2.5", "exit 0")
     status, lines = result(older)
     assert lines == [
-        f"error: name = other: start 2 of the run (on one) has taken {run_dir} over from this one (start 1), which "
-        "writes nothing more; if both were meant to run, give one of them another name=..."
+        f"error: name = other: start 2 of the run (on one) has taken over {run_dir} from this one (start 1), which "
+        "stops writing; if both should run, give one of them another name=..."
     ]
     assert status == 2  # a job is not started again for it: the two would take turns
     assert not (run_dir / "report.html").exists()

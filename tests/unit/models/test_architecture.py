@@ -220,8 +220,8 @@ def test_a_config_that_is_no_file_is_refused(make: Callable[[Path], None], tmp_p
         ("rope_parameters", "default", "rope_parameters = 'default' must be an object"),
         ("architectures", "Qwen3MoeForCausalLM", "architectures = 'none' is not known"),
         ("architectures", [["Qwen3"]], r"architectures = \['Qwen3'\] is not known"),
-        ("quantization_config", {"quant_method": "fp8"}, "quant_method = 'fp8': these are quantised weights"),
-        ("compression_config", {"quant_method": "awq"}, "quant_method = 'awq': these are quantised weights"),
+        ("quantization_config", {"quant_method": "fp8"}, "quant_method = 'fp8': these are quantized weights"),
+        ("compression_config", {"quant_method": "awq"}, "quant_method = 'awq': these are quantized weights"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_with_file_and_field(

@@ -186,8 +186,8 @@ def test_a_server_must_state_the_version(servers: list[RecordedServer], deliver:
     delivery = deliver()
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
     assert delivery.controls == {}
-    assert "it states version 3 after loading version 4" in delivery.failures[0]
-    assert "it states version 9999999999" in delivery.failures[1]
+    assert "it reports version 3 after loading version 4" in delivery.failures[0]
+    assert "it reports version 9999999999" in delivery.failures[1]
 
 
 def test_checksums_must_agree(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
@@ -257,7 +257,7 @@ def test_a_server_that_a_broken_broadcast_leaves_stuck_is_left_out(
     delivery = deliver(transport="broadcast")
     delivery.by_broadcast([], num_buckets=1)
     assert (sorted(delivery.controls), delivery.transport) == ([0], "broadcast")
-    assert f"{path}: no answer within 0.1 s, after a broadcast broke off; it is restarted" in delivery.failures[1]
+    assert f"{path}: no answer within 0.1 s, after a failed broadcast; it is restarted" in delivery.failures[1]
     assert delivery.late == {1}
     servers[0].answers["weights_checker"] = (400, "CUDA error")
     delivery.by_broadcast([], num_buckets=1)
@@ -298,7 +298,7 @@ def test_the_fault_is_the_servers_own_where_others_hold_the_version(
     delivery.published = {1: "6f"}
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
     assert list(delivery.controls) == [1]
-    assert "other weights than the others" in delivery.failures[0]
+    assert "its weights differ from the others" in delivery.failures[0]
 
 
 def test_the_majority_of_checksums_counts(deliver: MakeDelivery) -> None:
@@ -312,7 +312,7 @@ def test_a_canary_that_is_off_leaves_its_server_out_and_all_of_them_are_an_error
     delivery = deliver(canary_tolerance=0.1)
     delivery.compare({0: Difference(0.1, 0.3), 1: Difference(float("nan"), float("nan"))})
     assert list(delivery.controls) == [0]
-    assert "canary log-probs differ from the trainer's by nan nats a token" in delivery.failures[1]
+    assert "canary log-probs differ from the trainer's by nan nats per token" in delivery.failures[1]
     with pytest.raises(PublishError, match=r"server 0 .* 1.2 nats.*server 1 .*sampling.temperature"):
         deliver().compare({0: Difference(1.2, 1.3), 1: Difference(1.1, 2)})
     deliver().compare({})
@@ -326,7 +326,7 @@ def test_servers_that_are_not_clearly_broken_stay_and_are_named(
     delivery.compare({0: Difference(0.9, 4.0), 1: Difference(0.01, 0.3)})
     assert (sorted(delivery.controls), delivery.failures) == ([0, 1], {})
     assert [record.getMessage() for record in caplog.records] == [
-        "version 4: server 0: canary log-probs differ from the trainer's by 0.9 nats a token, 4 at most"
+        "version 4: server 0: canary log-probs differ from the trainer's by 0.9 nats per token, 4 at most"
     ]
 
 

@@ -191,7 +191,7 @@ def test_updates_do_not_block_responses_that_wait_for_a_turn():
 def test_a_wrong_shape_changes_nothing(engine: Engine):
     before = engine.model.checksums()
     tensors = [*random_tensors(1)[:3], ("model.norm.weight", torch.zeros(17))]
-    with pytest.raises(ValueError, match=r"model.norm.weight: shape \(17,\) does not fit the model's \(16,\)"):
+    with pytest.raises(ValueError, match=r"model.norm.weight: shape \(17,\) does not match the model's \(16,\)"):
         engine.update(lambda: engine.load_weights(tensors, "1")).result(WAIT_S)
     assert (engine.model.checksums(), engine.weight_version) == (before, "0")
     engine.update(lambda: engine.load_weights([("model.unknown", torch.zeros(1))], "1")).result(WAIT_S)

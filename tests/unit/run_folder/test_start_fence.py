@@ -29,9 +29,7 @@ from tests.unit.checkpoints.test_resume_point import manifest_of, write_shards
 from tests.unit.fleet.test_fleet import run, until
 from tests.unit.roles.test_serve_role import config as serve_config
 
-TAKEN = (
-    r"name = \S+: start 2 of the run \(on \S+\) has taken .* over from this one \(start 1\), which writes nothing more"
-)
+TAKEN = r"name = \S+: start 2 of the run \(on \S+\) has taken over .* from this one \(start 1\), which stops writing"
 
 
 def make_start(run_dir: Path) -> int:

@@ -104,7 +104,7 @@ def test_other_special_tokens_can_end_a_response_too(hf_path: Path) -> None:
     added = [{"id": 5, "content": "<|im_end|>"}, {"id": 6, "content": "<|im_start|>"}]
     (hf_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
     assert read_model_facts(str(hf_path), ["<|im_end|>"]).stop_token_ids == (1, 5)
-    with pytest.raises(ValueError, match=r"extra_stop_tokens: '<eot>' is no special token of .* '<|im_end|>'"):
+    with pytest.raises(ValueError, match=r"extra_stop_tokens: '<eot>' is not a special token of .* '<|im_end|>'"):
         read_model_facts(str(hf_path), ["<eot>"])
 
 

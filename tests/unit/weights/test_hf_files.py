@@ -147,7 +147,7 @@ def test_rows_of_a_tensor_are_read_alone(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ({"a": "a.safetensors", "b": "a.safetensors"}, "index.json: b is not in a.safetensors; download"),
         ({"a": "c.safetensors"}, "c.safetensors: .*[Nn]o such file.*; download the folder again"),
-        ({"a": "../a.safetensors"}, "'../a.safetensors' is not the name of a safetensors file beside it"),
+        ({"a": "../a.safetensors"}, "'../a.safetensors' is not the name of a safetensors file in the same folder"),
         ({"a": "pytorch_model.bin"}, "'pytorch_model.bin' is not .*; pickles are refused"),
         (None, "it has no weight_map; download the folder again"),
     ],
