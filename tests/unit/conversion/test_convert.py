@@ -201,7 +201,10 @@ def read_tensors(hf: Path) -> dict[str, Tensor]:
     [
         (lambda t: t.pop("model.norm.weight"), r"1 tensors are missing for Qwen3Moe.*: model.norm.weight; does"),
         (lambda t: t.update(extra=torch.zeros(1)), r"1 tensors are not in the table of Qwen3Moe.*: extra; does"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(9)}), r"model.norm.weight: shape \(9,\), .* requires \(8,\)"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(9)}),
+            r"model.norm.weight: shape \(9,\), .* requires \(8,\)",
+        ),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(8)}),
             r"norm.weight is torch.float32 and model.*; give --dtype bfloat16",
