@@ -43,8 +43,8 @@ START_MARGIN_S = 60.0
 
 
 def start_limit_s(server: ServerConfig) -> float:
-    """How long to wait for all servers: a little longer than server.start_timeout_s, after which `serve` reports a server
-    that does not start."""
+    """How long to wait for all servers: longer than server.start_timeout_s, after which `serve` reports a server that
+    does not start."""
     return server.start_timeout_s + START_MARGIN_S
 
 
