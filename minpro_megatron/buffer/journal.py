@@ -1,8 +1,8 @@
-"""The collector's durable record of every group, in `run_dir/journal.sqlite`; only collect opens it.
+"""The collector's durable record of every group, in `run_dir/journal.sqlite`. Only the role `collect` opens it.
 
-States of a group: issued -> collected -> scored -> consumed (at a step); or dropped, by a filter or because it could
-not be graded. A change of state is one transaction and is committed when the call returns.
-`buffer/journal_restore.py` takes a journal back to a checkpoint.
+The states of a group are issued -> collected -> scored -> consumed (at a step), or dropped (by a filter, or because it
+could not be graded). Each change of state is one transaction, committed when the call returns.
+`buffer/journal_restore.py` rolls a journal back to a checkpoint.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from minpro_megatron.buffer.journal_checksums import (
 )
 from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.journal_file import JournalFile
-from minpro_megatron.buffer.journal_pruning import Pruned, give_pages_back, prune_groups
+from minpro_megatron.buffer.journal_pruning import Pruned, prune_groups, release_free_pages
 from minpro_megatron.buffer.journal_restore import (
     RestoredGroup,
     groups_with_routes,
@@ -48,7 +48,7 @@ MAX_DAMAGE_LINES = 20
 
 
 class Journal:
-    """An open journal. `open` makes one, or goes on with the one that is there; `close` waits for what was called."""
+    """An open journal. `open` creates or opens one; `close` waits for the calls made before it."""
 
     def __init__(self, file: JournalFile, routes: RouteFiles) -> None:
         self._file = file
@@ -58,8 +58,8 @@ class Journal:
 
     @classmethod
     async def open(cls, run_dir: Path, may_write: Callable[[], None] = lambda: None) -> "Journal":
-        """Raises JournalError if the file is damaged, of another format, or cannot be made. `may_write` is called
-        before each change and raises where this process may make none any more."""
+        """Raises JournalError if the file is damaged, has another format, or cannot be created. `may_write` is called
+        before each change and raises if this process may no longer make changes."""
         return cls(await JournalFile.open(run_dir, may_write), RouteFiles(run_dir))
 
     async def close(self) -> None:
@@ -70,12 +70,12 @@ class Journal:
     async def restore(
         self, version: int, num_prompts: int, delay_mode: bool, needs_routes: bool = False
     ) -> tuple[list[RestoredGroup], int]:
-        """Takes the journal back to the checkpoint of `version` (0: the run's start).
+        """Rolls the journal back to the checkpoint of `version` (0: the run's start).
 
-        Returns the groups that are not consumed by then, in order of id, and the first id that was never used. Groups
-        that hold tokens of later versions are to be sampled again: those weights are gone. So are groups whose routes
-        have been removed, where the run `needs_routes`, and damaged ones, with a warning. Raises JournalError if the
-        journal lacks what the checkpoint includes, or that is damaged and cannot be sampled again.
+        Returns the groups that are not consumed at that point, in order of id, and the first id that was never used.
+        Groups with tokens of later versions are sampled again, because those weights no longer exist. So are groups
+        whose routes have been removed, if the run `needs_routes`, and damaged groups, with a warning. Raises
+        JournalError if something that the checkpoint includes is missing, or is damaged and cannot be sampled again.
         """
 
         def work(connection: sqlite3.Connection) -> list[str]:
@@ -94,7 +94,7 @@ class Journal:
         return await self._file.run(lambda connection: restore_groups(connection, self._routes))
 
     async def begin(self, beginning: Beginning) -> None:
-        """Records from which batch on the run was made longer; recorded again, it changes nothing."""
+        """Records the batch from which on the run was extended. Recording it again changes nothing."""
         insert, row = "INSERT OR REPLACE INTO beginnings VALUES (?, ?, ?)", (*beginning, checksum(*beginning))
         await self._file.transaction(lambda connection: connection.execute(insert, row))
 
@@ -105,7 +105,7 @@ class Journal:
         return [RUN_START, *(Beginning(*row) for row in rows)]
 
     async def issue(self, groups: Sequence[IssuedGroup]) -> None:
-        """Records groups that are about to be sampled; one that was recorded before a crash may come again."""
+        """Records groups that are about to be sampled. A group recorded before a crash may be recorded again."""
         rows = [
             (
                 group.group_id,
@@ -131,8 +131,8 @@ class Journal:
         await self._file.transaction(write)
 
     async def collect(self, group: CollectedGroup, accepted: bool) -> CollectedGroup:
-        """Records a group's responses; `accepted` is False for one that is dropped: its routes are not kept.
-        Returns the group without its routes in memory: they are in files now."""
+        """Records a group's responses. `accepted` is False for a group that is dropped; its routes are not kept.
+        Returns the group without its routes in memory: they are now in files."""
         group_id = group.issued.group_id
         routes = [None] * len(group.responses)
         if accepted:
@@ -156,7 +156,7 @@ class Journal:
         return self._routes.without_arrays(group, routes)
 
     async def score(self, index: int, scored: Sequence[tuple[CollectedGroup, list[np.ndarray]]]) -> None:
-        """Records behavior log-probs of groups of batch `index`: for each group its responses' arrays."""
+        """Records the behavior log-probs of groups of batch `index`: for each group, one array per response."""
 
         def write(connection: sqlite3.Connection) -> None:
             rows = list(log_prob_rows("behavior", scored))
@@ -180,8 +180,9 @@ class Journal:
         surplus: Sequence[int] = (),
         log_probs: Sequence[Sequence[np.ndarray]] = (),
     ) -> None:
-        """Records that global step `batch.index` has trained on the batch; `staleness` has one value a group. The
-        groups `surplus` were sampled for it and are not used. `log_probs`: the policy's then, or nothing."""
+        """Records that global step `batch.index` has trained on the batch. `staleness` has one value per group. The
+        groups `surplus` were sampled for this batch and are not used. `log_probs` are the policy's log-probs at that
+        step, or empty."""
         step = batch.index
         rows = [
             (step, step, value, group.issued.group_id) for group, value in zip(batch.groups, staleness, strict=True)
@@ -206,7 +207,7 @@ class Journal:
         await self._file.transaction(write)
 
     async def publish(self, version: int) -> None:
-        """Records that servers hold `version`; a version published again after a restart keeps its first time."""
+        """Records that the servers hold `version`. A version published again after a restart keeps its first time."""
         values = (version, time.time())
         insert = "INSERT OR IGNORE INTO versions VALUES (?, ?)"
         await self._file.transaction(lambda connection: connection.execute(insert, values))
@@ -222,15 +223,15 @@ class Journal:
         return await self._file.run(_evaluations)
 
     async def flush(self) -> None:
-        """Returns when everything recorded so far would survive a power cut: before a checkpoint relies on it."""
+        """Returns when all records so far would survive a power cut. Called before a checkpoint relies on them."""
         await self._file.run(lambda connection: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
 
     async def prune(self, before_step: int, what: Pruned = Pruned.EVERYTHING) -> None:
-        """Removes the tokens, log-probs and routes of groups consumed before `before_step`, and of dropped groups as
-        old, or the routes alone; what they were, their rewards and lengths stay.
+        """Removes the tokens, log-probs and routes, or only the routes, of groups consumed before `before_step` and of
+        dropped groups of the same age. Their prompts, states, rewards and lengths stay.
 
-        In pieces: what else is called meanwhile waits for one of them at most. `close` ends it after a piece, as a
-        crash may; the next one prunes the rest.
+        Pruning runs in pieces, so that other calls wait for at most one piece. `close` stops it after a piece, and so
+        may a crash; the next pruning removes the rest.
         """
         async with self._pruning:
             looked_at: int | None = -1
@@ -239,11 +240,11 @@ class Journal:
                 group_ids, looked_at = await self._file.transaction(work)
                 if group_ids:
                     await asyncio.to_thread(self._routes.remove, group_ids)
-            while not self._closing and await self._file.run(give_pages_back):
+            while not self._closing and await self._file.run(release_free_pages):
                 continue
 
     async def totals(self) -> CollectorTotals:
-        """What the journal holds by now; a staleness is 0 if nothing was consumed."""
+        """Totals of the journal so far. The staleness values are 0 if nothing was consumed."""
         return await self._file.run(_totals)
 
 

@@ -1,16 +1,16 @@
-"""Checksums of the journal: training reads what was written, or it is reported which row differs.
+"""Checksums of the journal: training reads what was written, or an error reports the row that differs.
 
-Each is a CRC-32, which notices every change within 32 adjacent bits and misses one in 2**32 of all others, over the
-row's key as well as its values, so that values in a wrong row are noticed too:
+Each checksum is a CRC-32, which detects every change within 32 adjacent bits and misses one in 2**32 of all others. It
+covers the row's key as well as its values, so values in the wrong row are detected too:
 
-    groups.checksum               the whole row; written again with each change of it
-    responses.checksum            what a response is besides its arrays; it outlives their pruning
-    responses.arrays_checksum     its token ids, rollout log-probs and versions
-    responses.behavior_checksum   its behavior log-probs; trained_checksum and routes_checksum likewise
+    groups.checksum               the whole row; written again with each change of the row
+    responses.checksum            the response without its arrays; stays after the arrays are pruned
+    responses.arrays_checksum     token ids, rollout log-probs and versions
+    responses.behavior_checksum   behavior log-probs; trained_checksum and routes_checksum likewise
     beginnings.checksum           the whole row
 
-The tables `versions` and `evaluations` have none: training does not read them. Checksums cost a tenth of the journal's
-CPU time (benchmarks/collector_load.md).
+The tables `versions` and `evaluations` have none, because training does not read them. Checksums take a tenth of the
+journal's CPU time (benchmarks/collector_load.md).
 """
 
 import sqlite3
@@ -28,7 +28,7 @@ GROUP_COLUMNS = ", ".join(_GROUP)
 
 
 class ResponseRow(NamedTuple):
-    """A row of `responses`, as SQLite has it."""
+    """A row of `responses`, as SQLite returns it."""
 
     group_id: int
     place: int
@@ -53,7 +53,7 @@ RESPONSE_COLUMNS = ", ".join(ResponseRow._fields)
 
 
 class Damage(NamedTuple):
-    """What of a group, or of its response `place`, is not as it was recorded."""
+    """The part of a group, or of its response `place`, that differs from what was recorded."""
 
     group_id: int
     place: int | None
@@ -65,7 +65,7 @@ class Damage(NamedTuple):
 
 
 def checksum(*values: int | float | str | bytes | None) -> int:
-    """CRC-32 of the values. Floats count as SQLite returns them: it keeps no sign of a zero. In a damaged row a column
+    """CRC-32 of the values. Floats count as SQLite returns them, without the sign of a zero. In a damaged row a column
     may have a value of any type."""
     crc = 0
     for value in values:
@@ -85,12 +85,12 @@ def response_checksum(
 
 
 def part_checksum(group_id: int, place: int, part: str, *values: bytes | str | None) -> int | None:
-    """The checksum of some of a response's columns, which are there together or not at all; `part` names them."""
+    """The checksum of columns of a response that are either all present or all missing; `part` names them."""
     return None if values[0] is None else checksum(group_id, place, part, *values)
 
 
 def seal_groups(connection: sqlite3.Connection, condition: str = "1", values: Iterable[tuple] = ((),)) -> None:
-    """Writes the checksums of the groups that fulfil the SQL condition, once for each of its `values`. Part of every
+    """Writes the checksums of the groups that fulfil the SQL condition, once for each item of `values`. Part of every
     transaction that changes groups."""
     query = f"SELECT {GROUP_COLUMNS} FROM groups WHERE {condition}"
     rows = [row for one in values for row in connection.execute(query, one)]
@@ -99,20 +99,20 @@ def seal_groups(connection: sqlite3.Connection, condition: str = "1", values: It
 
 
 def seal_group_ids(connection: sqlite3.Connection, group_ids: Iterable[int]) -> None:
-    """`seal_groups` of these."""
+    """`seal_groups` for these groups."""
     seal_groups(connection, "group_id = ?", [(group_id,) for group_id in group_ids])
 
 
 def damaged_group_rows(connection: sqlite3.Connection) -> Iterator[Damage]:
-    """The groups whose rows are not as they were recorded."""
+    """The groups whose rows differ from what was recorded."""
     for row in connection.execute(f"SELECT {GROUP_COLUMNS}, checksum FROM groups"):
         if damage := group_damage(row):
             yield damage
 
 
 def group_damage(row: tuple) -> Damage | None:
-    """Whether the values of GROUP_COLUMNS and the checksum after them are as they were recorded. It has to be the very
-    row that is used: a damaged page may hold a group twice, and another query find the other row."""
+    """The damage if the values of GROUP_COLUMNS differ from the checksum after them, else None. Pass the same row that
+    is used: a damaged page may hold a group twice, and another query may find the other row."""
     *values, recorded = row
     if checksum(*values) == recorded:
         return None
@@ -122,14 +122,14 @@ def group_damage(row: tuple) -> Damage | None:
 def responses_of(
     connection: sqlite3.Connection, group_id: int, size: int | None, *, with_trained: bool = True
 ) -> tuple[list[ResponseRow], Damage | None]:
-    """The responses of a group of that size, in order, and the first thing about them that is not as it was recorded.
-    `with_trained`: their log-probs at the update are looked at as well."""
+    """The responses of a group of `size` responses, in order, and the first damage found in them. `with_trained` also
+    checks their log-probs at the update."""
     query = f"SELECT {RESPONSE_COLUMNS} FROM responses WHERE group_id = ? ORDER BY place"
     rows = [ResponseRow(*row) for row in connection.execute(query, (group_id,))]
     expected = list(range(size or 0))
     if [row.place for row in rows] != expected:
         found = ", ".join(str(row.place) for row in rows) or "none"
-        return rows, Damage(group_id, None, f"of its responses 0 to {len(expected) - 1} there are {found}")
+        return rows, Damage(group_id, None, f"it should have responses 0 to {len(expected) - 1}, but has {found}")
     for row in rows:
         if what := _damage(row if with_trained else row._replace(trained_log_probs=None, trained_checksum=None)):
             return rows, Damage(group_id, row.place, what)
@@ -137,7 +137,7 @@ def responses_of(
 
 
 def _damage(row: ResponseRow) -> str:
-    """What of the response is not as it was recorded; "" if all of it is."""
+    """The part of the response that differs from what was recorded; "" if there is none."""
     key = row.group_id, row.place
     scalars = row.sampling_seed, row.num_tokens, row.finish_reason, row.reward
     if response_checksum(*key, *scalars) != row.checksum:
@@ -150,12 +150,12 @@ def _damage(row: ResponseRow) -> str:
     if part_checksum(*key, "trained", row.trained_log_probs) != row.trained_checksum:
         return "its log-probs at the update differ from their checksum"
     if part_checksum(*key, "routes", row.routes) != row.routes_checksum:
-        return "the place of its routes differs from its checksum"
+        return "the location of its routes differs from its checksum"
     return _disagreement(row)
 
 
 def _disagreement(row: ResponseRow) -> str:
-    """What was wrong already when it was recorded; "" for a response that can be trained on."""
+    """A fault that was recorded with the response; "" if it can be trained on."""
     names = ("token_ids", "rollout_log_probs", "behavior_log_probs", "trained_log_probs")
     for name in names:
         data = getattr(row, name)
@@ -165,7 +165,7 @@ def _disagreement(row: ResponseRow) -> str:
         return ""
     lengths = np.frombuffer(row.policy_versions, "<i4").reshape(-1, 2)[:, 1]
     if (lengths < 1).any() or lengths.sum() != row.num_tokens:
-        return f"its versions are of {lengths.sum()} tokens, of which it has {row.num_tokens}"
+        return f"its versions cover {lengths.sum()} tokens, but it has {row.num_tokens}"
     if np.frombuffer(row.token_ids, "<i4").min(initial=0) < 0:
         return "a token id is negative"
     for name in ("rollout_log_probs", "behavior_log_probs"):

@@ -1,8 +1,8 @@
-"""What becomes of damaged rows when a journal is taken back to a checkpoint: sampled again where that is possible.
+"""Handling of damaged rows when a journal is rolled back to a checkpoint: they are sampled again where possible.
 
-Bounded mode samples any group again, with the weights of now. In delay mode a group belongs to the version that it was
-issued at, so only those of the checkpoint's version can be sampled again, and which version that is must be known: a
-group whose own row is damaged is needed unless it was consumed before the checkpoint or issued after it.
+Bounded mode can sample any group again, with the current weights. In delay mode a group belongs to the version at which
+it was issued, so only groups of the checkpoint's version can be sampled again, and that version must be known. A group
+whose own row is damaged is therefore needed unless it was consumed before the checkpoint or issued after it.
 """
 
 import sqlite3
@@ -12,20 +12,20 @@ from minpro_megatron.buffer.journal_checksums import Damage, checksum, damaged_g
 from minpro_megatron.buffer.journal_errors import JournalError
 
 _NEEDED = (
-    "the run needs it and cannot sample it again: put back a copy of the journal that belongs to the checkpoint, go on "
+    "the run needs it and cannot sample it again: restore a copy of the journal that belongs to the checkpoint, resume "
     "from an earlier checkpoint (write its name into checkpoints/latest), or give a new name=..."
 )
 _AGAIN = "it is sampled again"
 
 
 def refuse_needed_rows(connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool) -> list[str]:
-    """Forgets the groups that were issued after `version`, and looks at the rows of the others. Returns a line for each
-    damaged one that is not needed; those of them that are not consumed are to be sampled again. Raises JournalError
-    for one that is needed."""
+    """Deletes the groups that were issued after `version` and checks the rows of the others. Returns a line for each
+    damaged row that is not needed; the unconsumed ones among them are sampled again. Raises JournalError for a damaged
+    row that is needed."""
     for *beginning, recorded in connection.execute("SELECT first_batch, version, checksum FROM beginnings"):
         if delay_mode and checksum(*beginning) != recorded:
             raise JournalError(
-                f"where the run was made longer, its row of beginnings differs from its checksum; {_NEEDED}"
+                f"the row of beginnings for an extension of the run differs from its checksum; {_NEEDED}"
             )
     damaged = {one.group_id: one for one in damaged_group_rows(connection)}
     consumed = _consumed(connection, version, num_prompts, damaged)
@@ -37,19 +37,19 @@ def refuse_needed_rows(connection: sqlite3.Connection, version: int, num_prompts
     connection.executemany(
         "UPDATE groups SET state = 'consumed' WHERE group_id = ?", [(group_id,) for group_id in consumed]
     )
-    make_void(connection, repeated)
+    discard_responses(connection, repeated)
     connection.executemany(
         "UPDATE groups SET prompt_id = '', issued_version = ?, batch_index = -1, consumed_step = NULL, staleness = NULL"
         " WHERE group_id = ?",
         [(version, group_id) for group_id in repeated],
     )
-    kept = "it was consumed before the checkpoint, so nothing needs it"
+    kept = "it was consumed before the checkpoint, so it is not needed"
     return [f"{one}; {kept if group_id in consumed else _AGAIN}" for group_id, one in damaged.items()]
 
 
 def _consumed(connection: sqlite3.Connection, version: int, num_prompts: int, damaged: dict[int, Damage]) -> set[int]:
-    """Of the damaged groups those that a step before `version` has consumed: those that say so, if the step lacks
-    them."""
+    """The damaged groups that a step before `version` has consumed: those whose row names such a step, if that step
+    lacks groups without them."""
     by_step: dict[int, list[int]] = {}
     query = "SELECT consumed_step, group_id FROM groups WHERE consumed_step < ?"
     for step, group_id in connection.execute(query, (version,)):
@@ -61,8 +61,8 @@ def _consumed(connection: sqlite3.Connection, version: int, num_prompts: int, da
 def _issued_later(
     connection: sqlite3.Connection, version: int, delay_mode: bool, damaged: dict[int, Damage], consumed: set[int]
 ) -> set[int]:
-    """The groups that were issued after `version`. Ids are issued in order, so the intact rows tell it of damaged ones;
-    below the last intact id that stays, only an earlier restore has issued one again."""
+    """The groups that were issued after `version`. Ids are issued in order, so the intact rows decide this for damaged
+    ones. Below the last intact id that stays, only an earlier restore can have issued a group again."""
     rows = connection.execute("SELECT group_id, issued_version FROM groups ORDER BY group_id").fetchall()
     # a damaged value may be of any type
     rows = [(group_id, issued if isinstance(issued, int) else -1) for group_id, issued in rows]
@@ -78,14 +78,14 @@ def _issued_later(
     }
 
 
-def void_damaged_responses(connection: sqlite3.Connection, version: int, delay_mode: bool) -> list[str]:
-    """Makes void what of the groups that are ready is damaged. Returns a line for each such group. Raises JournalError
-    for one that cannot be sampled again."""
+def discard_damaged_responses(connection: sqlite3.Connection, version: int, delay_mode: bool) -> list[str]:
+    """Discards the responses of damaged groups that are ready. Returns a line for each such group. Raises JournalError
+    for a group that cannot be sampled again."""
     found = list(_damaged_responses(connection))
     for damage, issued_version in found:
         if delay_mode and issued_version < version:
             raise JournalError(f"{damage}; {_NEEDED}")
-    make_void(connection, (damage.group_id for damage, _ in found))
+    discard_responses(connection, (damage.group_id for damage, _ in found))
     return [f"{damage}; {_AGAIN}" for damage, _ in found]
 
 
@@ -102,8 +102,8 @@ def _damaged_responses(connection: sqlite3.Connection) -> Iterator[tuple[Damage,
             yield damage, issued_version
 
 
-def make_void(connection: sqlite3.Connection, group_ids: Iterable[int]) -> None:
-    """The groups' responses are forgotten: they are to be sampled again."""
+def discard_responses(connection: sqlite3.Connection, group_ids: Iterable[int]) -> None:
+    """Deletes the groups' responses, so that the groups are sampled again."""
     values = [(group_id,) for group_id in group_ids]
     connection.executemany("DELETE FROM responses WHERE group_id = ?", values)
     connection.executemany(

@@ -1,4 +1,4 @@
-"""The journal's SQLite file: its tables, how it is opened, and the transactions that run in its one thread."""
+"""The journal's SQLite file: its tables, how it is opened, and the transactions, which run in a single thread."""
 
 import asyncio
 import errno
@@ -18,15 +18,15 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "journal.sqlite"
 SCHEMA_VERSION = 5
-# A response's arrays are 100 KB where responses are long: with SQLite's 4 KiB a page, writing them takes half as long
-# again (benchmarks/collector_load.md).
+# Arrays of long responses have about 100 KB. With SQLite's default of 4 KiB per page, writing them takes 1.5 times as
+# long (benchmarks/collector_load.md).
 PAGE_BYTES = 16384
-# What locking a file ends with where the file system has no locks.
+# Errors of a lock request on a file system without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
-# Arrays are little-endian bytes: token ids int32, log-probs float32, versions as int32 pairs (version, tokens). Those
-# of a pruned response are NULL, and so are their checksums (journal_checksums.py). So is the reward of a response that
-# was not graded; its group is dropped.
+# Arrays are little-endian bytes: token ids int32, log-probs float32, versions as int32 pairs (version, tokens). The
+# arrays of a pruned response and their checksums (journal_checksums.py) are NULL. The reward of a response that was not
+# graded is NULL too; its group is dropped.
 _SCHEMA = """
 CREATE TABLE groups (
     group_id INTEGER PRIMARY KEY,
@@ -88,8 +88,8 @@ CREATE TABLE beginnings (
 
 
 class JournalFile:
-    """An open journal file. One thread owns the connection and works in order of call: callers never wait for the
-    disk in the event loop."""
+    """An open journal file. One thread owns the connection and works in the order of the calls, so that callers never
+    block the event loop on the disk."""
 
     def __init__(
         self, connection: sqlite3.Connection, thread: ThreadPoolExecutor, path: Path, may_write: Callable[[], None]
@@ -101,8 +101,8 @@ class JournalFile:
 
     @classmethod
     async def open(cls, run_dir: Path, may_write: Callable[[], None] = lambda: None) -> "JournalFile":
-        """The run folder's journal, made if there is none. Raises JournalError if that is not possible. `may_write` is
-        called in the journal's thread before each transaction; what it raises ends that."""
+        """Opens the run folder's journal, or creates it. Raises JournalError if that is not possible. `may_write` is
+        called in the journal's thread before each transaction; an error that it raises ends the transaction."""
         path = Path(run_dir) / FILE_NAME
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         try:
@@ -116,12 +116,12 @@ class JournalFile:
         return cls(connection, thread, path, may_write)
 
     async def close(self) -> None:
-        """Waits for what was called before it."""
+        """Waits for the calls made before it."""
         await self.run(lambda connection: connection.close())
         self._thread.shutdown()
 
     async def transaction(self, write: Callable[[sqlite3.Connection], Result]) -> Result:
-        """What `write` returns, once its changes are committed; if it raises, nothing has changed."""
+        """Returns the result of `write` once its changes are committed. If `write` raises, nothing has changed."""
 
         def work(connection: sqlite3.Connection) -> Result:
             self._may_write()
@@ -145,8 +145,8 @@ class JournalFile:
 
 
 def has_locks(folder: Path) -> bool:
-    """Whether the folder's file system has the POSIX locks that SQLite takes: some parallel ones, as they are mounted,
-    have none. Where no file can be made to try it with, it is taken to have them."""
+    """Whether the folder's file system supports the POSIX locks that SQLite uses. Some parallel file systems are
+    mounted without them. If no file can be created for the check, locks are assumed."""
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             fcntl.lockf(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,8 +159,8 @@ def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     uri = f"{path.absolute().as_uri()}?mode=rwc"
     if not has_locks(path.parent):
-        log.warning("%s: no locks on this file system; nothing keeps a second start of the run away from it", path)
-        uri += "&vfs=unix-none"  # SQLite takes no locks then; any other way every request ends with "disk I/O error"
+        log.warning("%s: no locks on this file system; nothing keeps a second start of the run from opening it", path)
+        uri += "&vfs=unix-none"  # SQLite then takes no locks; otherwise every request ends with "disk I/O error"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None)
     try:
         _make_ready(connection, path)
@@ -171,14 +171,14 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _make_ready(connection: sqlite3.Connection, path: Path) -> None:
-    """Settings, and the tables of a new file. Raises JournalError for a file of another format."""
-    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file; an older one keeps its own
-    # Exclusive: WAL then needs no memory shared between processes, which network filesystems do not have.
+    """Applies the settings and creates the tables of a new file. Raises JournalError for a file of another format."""
+    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # for a new file; an existing one keeps its page size
+    # With an exclusive lock, WAL needs no memory shared between processes, which network file systems do not have.
     connection.execute("PRAGMA locking_mode = EXCLUSIVE")
     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # pruned pages go back to the disk
     connection.execute("PRAGMA journal_mode = WAL")
-    # A commit survives the end of the process; after a power cut the last ones may be missing, never torn. `flush` is
-    # for what must survive that too.
+    # A commit survives the end of the process. After a power cut the last commits may be missing, but never partially.
+    # `flush` is for what must survive a power cut too.
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
     found = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -186,6 +186,6 @@ def _make_ready(connection: sqlite3.Connection, path: Path) -> None:
         connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     elif found != SCHEMA_VERSION:
         raise JournalError(
-            f"{path}: cannot be opened (it has format {found}, this version reads {SCHEMA_VERSION}; go on with the "
-            "version that began the run)"
+            f"{path}: cannot be opened (it has format {found}, this version reads {SCHEMA_VERSION}; continue with the "
+            "version that started the run)"
         )

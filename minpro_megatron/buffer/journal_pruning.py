@@ -1,14 +1,14 @@
-"""A journal's pruning, in pieces between which its other users get their turn: gigabytes take minutes."""
+"""Pruning of the journal, in pieces, so that other calls run in between: pruning gigabytes takes minutes."""
 
 import sqlite3
 from enum import Enum
 from typing import NamedTuple
 
-# A piece is tens of milliseconds of the journal's one thread: four groups of 16 responses of 5,000 tokens, 1000 groups
-# that are looked at, 4 MiB of pages.
-GROUPS_PRUNED = 4
-GROUPS_LOOKED_AT = 1000
-PAGES_GIVEN_BACK = 256
+# A piece takes tens of milliseconds of the journal's thread: four groups of 16 responses of 5,000 tokens, or 1000
+# groups that are scanned, or 4 MiB of pages.
+GROUPS_PER_PIECE = 4
+GROUPS_SCANNED_PER_PIECE = 1000
+PAGES_PER_PIECE = 256
 
 _LOOK = (
     "SELECT group_id, (consumed_step < :before_step OR (state = 'dropped' AND newest_version < :before_step))"
@@ -19,7 +19,7 @@ _FORGET = "UPDATE responses SET {changes} WHERE group_id = ?"
 
 
 class Pruned(Enum):
-    """What is forgotten of a response: columns, of which the first says whether the rest is still there."""
+    """The columns of a response that are set to NULL. The first one shows whether the others are still present."""
 
     EVERYTHING = (
         "token_ids",
@@ -37,34 +37,34 @@ class Pruned(Enum):
 
 
 class PrunedPiece(NamedTuple):
-    """`looked_at`: the last group of this piece; None if there were no more."""
+    """`looked_at` is the last group of this piece; None if there were no more groups."""
 
     group_ids: list[int]
     looked_at: int | None
 
 
 def prune_groups(connection: sqlite3.Connection, what: Pruned, before_step: int, after: int) -> PrunedPiece:
-    """Forgets `what` of the first few groups with an id above `after` that are old enough, inside the caller's
-    transaction."""
+    """Removes the columns `what` of the first few groups with an id above `after` that are old enough. Runs inside the
+    caller's transaction."""
     group_ids, looked_at = [], None
-    values = {"before_step": before_step, "after": after, "limit": GROUPS_LOOKED_AT}
+    values = {"before_step": before_step, "after": after, "limit": GROUPS_SCANNED_PER_PIECE}
     for group_id, is_due in connection.execute(_LOOK.format(first=what.value[0]), values):
         looked_at = group_id
         if is_due:
             group_ids.append(group_id)
-        if len(group_ids) == GROUPS_PRUNED:
+        if len(group_ids) == GROUPS_PER_PIECE:
             break
     changes = ", ".join(f"{column} = NULL" for column in what.value)
     connection.executemany(_FORGET.format(changes=changes), [(group_id,) for group_id in group_ids])
     return PrunedPiece(group_ids, looked_at)
 
 
-def give_pages_back(connection: sqlite3.Connection) -> bool:
-    """Gives some free pages at the file's end back to the disk. Returns whether there are more, those included that an
-    interrupted pruning has left."""
+def release_free_pages(connection: sqlite3.Connection) -> bool:
+    """Returns some free pages at the file's end to the disk. Returns whether there are more, including those that an
+    interrupted pruning left."""
     free = _free_pages(connection)
-    connection.execute(f"PRAGMA incremental_vacuum({PAGES_GIVEN_BACK})").fetchall()
-    return 0 < _free_pages(connection) < free  # a file that was made without auto_vacuum keeps them
+    connection.execute(f"PRAGMA incremental_vacuum({PAGES_PER_PIECE})").fetchall()
+    return 0 < _free_pages(connection) < free  # a file created without auto_vacuum keeps its free pages
 
 
 def _free_pages(connection: sqlite3.Connection) -> int:

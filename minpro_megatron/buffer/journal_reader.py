@@ -1,4 +1,4 @@
-"""Reads a run's journal without changing it: for tools, and to train again on what it holds."""
+"""Reads a run's journal without changing it, for tools and for training again on its rollouts."""
 
 import json
 import shutil
@@ -18,17 +18,17 @@ from minpro_megatron.buffer.route_files import RouteFiles
 from minpro_megatron.errors import UserError
 from minpro_megatron.records import EvaluationResult, StoredRoutes
 
-LARGEST_SNAPSHOT_BYTES = 2 << 30
+MAX_SNAPSHOT_BYTES = 2 << 30
 _SNAPSHOT_ATTEMPTS = 5
-_WAL_HEADER_BYTES = 32  # holds two numbers that change whenever the log is begun anew
+_WAL_HEADER_BYTES = 32  # contains two numbers that change whenever the log is restarted
 
 
 class NoJournal(JournalError, UserError):
-    """There is no journal at the path that was given."""
+    """There is no journal at the given path."""
 
 
 class StoredResponse(NamedTuple):
-    """A response as the journal has it; the arrays, over its tokens, are None once they are pruned or not yet known."""
+    """A response as stored in the journal. Arrays have a value per token, and are None if pruned or not yet known."""
 
     place: int
     sampling_seed: int
@@ -40,7 +40,7 @@ class StoredResponse(NamedTuple):
     rollout_log_probs: np.ndarray | None  # float32
     behavior_log_probs: np.ndarray | None  # float32, once scored
     trained_log_probs: np.ndarray | None  # float32, of the policy at the update that trained on it, once consumed
-    routes: str | None  # where its routes lie in the run's route files; None: none were kept
+    routes: str | None  # the location of its routes in the run's route files; None: none were kept
 
     @property
     def ratios(self) -> np.ndarray | None:
@@ -51,7 +51,7 @@ class StoredResponse(NamedTuple):
 
 
 class StoredGroup(NamedTuple):
-    """A group as the journal has it; `responses` is empty before it is collected."""
+    """A group as stored in the journal; `responses` is empty before it is collected."""
 
     group_id: int
     issued_version: int
@@ -68,13 +68,13 @@ class StoredGroup(NamedTuple):
 
     @property
     def mean_reward(self) -> float | None:
-        """Of the responses that were graded; None if none was."""
+        """The mean over the graded responses; None if none was graded."""
         rewards = [response.reward for response in self.responses if response.reward is not None]
         return float(np.mean(rewards)) if rewards else None
 
 
 class GroupRow(NamedTuple):
-    """A group without its tokens; None for what is not known yet."""
+    """A group without its tokens; values that are not known yet are None."""
 
     group_id: int
     state: str
@@ -100,8 +100,8 @@ class StoredStep(NamedTuple):
     longest_prompt: int  # tokens
     longest_response: int
     num_responses: int
-    num_whole: int  # of them with tokens and behavior log-probs: neither pruned nor unscored
-    num_routes: int  # of them with routes
+    num_whole: int  # responses that have tokens and behavior log-probs: neither pruned nor unscored
+    num_routes: int  # responses that have routes
     smallest_staleness: int
     largest_staleness: int
 
@@ -126,12 +126,12 @@ FROM groups JOIN (
 
 
 class JournalReader:
-    """A journal opened for reading; use inside `with`. Raises NoJournal if there is none, and JournalError if it is of
-    another format or what is read turns out to be damaged.
+    """A journal opened for reading; use inside `with`. Raises NoJournal if there is none, and JournalError if it has
+    another format or the data read is damaged.
 
-    While the run goes on (`is_live`; also where the file system has no locks, so that nothing tells) its collector
-    keeps the journal to itself. Then a copy is read, the state of the moment of opening; or, above
-    LARGEST_SNAPSHOT_BYTES, the file as it is, which lacks the last few transactions and may change while it is read.
+    While the run is active (`is_live`; also assumed on a file system without locks, where it cannot be checked), its
+    collector has the journal locked. Then a copy is read, which has the state at the time of opening. Above
+    MAX_SNAPSHOT_BYTES the file itself is read instead; it lacks the last few transactions and may change meanwhile.
     """
 
     def __init__(self, path: Path) -> None:
@@ -154,9 +154,9 @@ class JournalReader:
             raise
 
     def _open(self) -> sqlite3.Connection:
-        if not self._log.exists():  # closed in order, so nobody has it open: SQLite needs no lock and no other file
+        if not self._log.exists():  # closed in order, so no process has it open: SQLite needs no lock and no other file
             return self._connect(self.path, "mode=ro&immutable=1")
-        self.is_live = not has_locks(self.path.parent)  # then nothing tells whether it is
+        self.is_live = not has_locks(self.path.parent)  # without locks this cannot be checked
         if not self.is_live:
             connection = self._connect(self.path, "mode=ro")
             try:
@@ -165,12 +165,12 @@ class JournalReader:
             except (sqlite3.Error, UnicodeDecodeError) as error:
                 self.is_live = "locked" in str(error)
             if not self.is_live:
-                return connection  # damaged, as the next request will say
-        if self.path.stat().st_size + self._log.stat().st_size > LARGEST_SNAPSHOT_BYTES:
+                return connection  # damaged: the next request reports it
+        if self.path.stat().st_size + self._log.stat().st_size > MAX_SNAPSHOT_BYTES:
             self._may_change = True
             return self._connect(self.path, "mode=ro&immutable=1")
-        connection = self._connect(self._snapshot(), "mode=rw&vfs=unix-none")  # nobody else knows the copy: no locks
-        connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # and no memory shared with others for its log
+        connection = self._connect(self._snapshot(), "mode=rw&vfs=unix-none")  # the copy is private: no locks needed
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # and no shared memory for its log
         return connection
 
     def _connect(self, path: Path, options: str) -> sqlite3.Connection:
@@ -179,8 +179,8 @@ class JournalReader:
         return connection
 
     def _snapshot(self) -> Path:
-        """A copy of file and log. The log only grows: it fits the file as long as it was not written into the file
-        and begun anew meanwhile."""
+        """A copy of the file and its log. The log only grows, so it fits the file as long as it was not written into
+        the file and restarted meanwhile."""
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="journal-")))
         copy = folder / FILE_NAME
         for _ in range(_SNAPSHOT_ATTEMPTS):
@@ -200,7 +200,7 @@ class JournalReader:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, ValueError) as error:  # ValueError: bytes that are no array
+        except (sqlite3.Error, ValueError) as error:  # ValueError: bytes that are not an array
             raise JournalError(f"{self.path}: it cannot be read, or is damaged ({error})") from None
 
     def __enter__(self) -> "JournalReader":
@@ -217,8 +217,8 @@ class JournalReader:
         return [GroupRow(*row) for row in found]
 
     def groups(self, condition: str = "1", values: tuple[object, ...] = ()) -> Iterator[StoredGroup]:
-        """The groups that fulfil `condition` (SQL over StoredGroup's fields but `responses`), in order of id. Raises
-        JournalError at one that is not as it was recorded."""
+        """The groups that fulfil `condition` (SQL over StoredGroup's fields except `responses`), in order of id. Raises
+        JournalError at a group that differs from what was recorded."""
         query = f"SELECT {GROUP_COLUMNS}, checksum FROM groups WHERE {condition} ORDER BY group_id"
         with self._reading():
             rows = self._connection.execute(query, values).fetchall()
@@ -248,8 +248,8 @@ class JournalReader:
             return [EvaluationResult(**dict(zip(names, row, strict=True))) for row in rows]
 
     def stored_routes(self, group_id: int, response: StoredResponse) -> StoredRoutes | None:
-        """Where the experts lie that the server chose; None if none were kept. Raises JournalError if the run's file
-        with them is missing or damaged."""
+        """The location of the experts that the server chose; None if none were kept. Raises JournalError if the run's
+        route file is missing or damaged."""
         if response.routes is None:
             return None
         with self._reading():
@@ -274,7 +274,7 @@ class JournalReader:
 
     def _damaged(self, damage: Damage) -> JournalError:
         changing = ", or its run has changed it meanwhile: try again" if self._may_change else ""
-        return JournalError(f"{self.path}: {damage}; the file is damaged: give a copy of it that is whole{changing}")
+        return JournalError(f"{self.path}: {damage}; the file is damaged: give an undamaged copy of it{changing}")
 
 
 def _array(data: bytes | None, dtype: str) -> np.ndarray | None:

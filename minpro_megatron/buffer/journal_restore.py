@@ -1,15 +1,16 @@
-"""A journal taken back to a checkpoint: what was consumed since is ready again, what later weights sampled is void.
+"""Rolls a journal back to a checkpoint: groups consumed since are ready again, groups sampled by later weights are not.
 
-The checkpoint of version s holds the weights theta_s, and nothing of other weights survives a crash. So of the groups
-that steps before s have not consumed
+The checkpoint of version s contains the weights theta_s; no later weights survive a crash. The groups that steps
+before s have not consumed are therefore treated as follows:
 
-- those with a token of a version above s are void: they are sampled again, with the same prompt and seeds;
-- those issued at a version above s are forgotten: they will be issued again under the same id;
-- those of a batch that is scored without them are surplus, and dropped (delay mode);
-- those whose tokens or (where the run needs them) routes have been pruned are void as well;
-- those whose behavior log-probs are known are ready: their scores were computed once and stay;
-- those without scores are ready if all their tokens are of version s, which the trainer can still score; else void;
-- those that are damaged (journal_checksums.py) are void, as far as they can be sampled again (journal_damage.py).
+- a group with a token of a version above s is sampled again, with the same prompt and seeds;
+- a group issued at a version above s is deleted; it will be issued again under the same id;
+- a group of a batch that is completely scored without it is surplus, and dropped (delay mode);
+- a group whose tokens or (if the run needs them) routes have been pruned is sampled again;
+- a group whose behavior log-probs are known is ready: scores are computed once and never change;
+- a group without scores is ready if all its tokens are of version s, which the trainer can still score; otherwise it is
+  sampled again;
+- a damaged group (journal_checksums.py) is sampled again, as far as that is possible (journal_damage.py).
 """
 
 import json
@@ -19,15 +20,15 @@ from typing import NamedTuple
 import numpy as np
 
 from minpro_megatron.buffer.journal_checksums import seal_groups
-from minpro_megatron.buffer.journal_damage import make_void, refuse_needed_rows, void_damaged_responses
+from minpro_megatron.buffer.journal_damage import discard_damaged_responses, discard_responses, refuse_needed_rows
 from minpro_megatron.buffer.journal_errors import REPLACE, JournalError
 from minpro_megatron.buffer.route_files import RouteFiles
 from minpro_megatron.records import NOT_GRADED, Response
 
 
 class RestoredGroup(NamedTuple):
-    """A group that no step has consumed. `responses` is empty for one that is to be sampled (again), and `prompt_id` is
-    for one whose row was damaged."""
+    """A group that no step has consumed. `responses` is empty if the group is to be sampled (again); `prompt_id` is
+    empty if its row was damaged."""
 
     group_id: int
     issued_version: int
@@ -50,11 +51,11 @@ _SURPLUS = (
 def roll_back(
     connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool, needs_routes: bool = False
 ) -> list[str]:
-    """Changes the journal's states as above, inside the caller's transaction. Returns a line for everything that is
-    damaged and not needed. Raises JournalError if the journal does not hold what the checkpoint of `version` includes,
-    or what is needed of it is damaged."""
+    """Changes the journal's states as described above, inside the caller's transaction. Returns a line for each damaged
+    group that is not needed. Raises JournalError if the journal lacks something that the checkpoint of `version`
+    includes, or if something needed is damaged."""
     values = {"version": version, "needs_routes": needs_routes}
-    connection.execute("REINDEX groups")  # a damaged index chooses other rows, and nothing reports it
+    connection.execute("REINDEX groups")  # a damaged index selects wrong rows without any error
     damaged = refuse_needed_rows(connection, version, num_prompts, delay_mode)
     for table, column in (("versions", "version"), ("evaluations", "policy_version"), ("beginnings", "version")):
         connection.execute(f"DELETE FROM {table} WHERE {column} > :version", values)
@@ -73,8 +74,8 @@ def roll_back(
         " OR (state = 'collected' AND oldest_version < :version))",
         values,
     ).fetchall()
-    make_void(connection, (group_id for (group_id,) in void))
-    damaged += void_damaged_responses(connection, version, delay_mode)
+    discard_responses(connection, (group_id for (group_id,) in void))
+    damaged += discard_damaged_responses(connection, version, delay_mode)
     seal_groups(connection, "consumed_step IS NULL")
     try:
         _check(connection, version, num_prompts, delay_mode)
@@ -88,12 +89,12 @@ def _check(connection: sqlite3.Connection, version: int, num_prompts: int, delay
     if consumed != version * num_prompts:
         raise JournalError(
             f"the checkpoint of version {version} has consumed {version * num_prompts} groups, the journal {consumed}: "
-            "they do not belong together; put both back from the same copy, or start under a new name"
+            "they do not belong together; restore both from the same backup, or start under a new name"
         )
     counts = dict(connection.execute("SELECT consumed_step, count(*) FROM groups GROUP BY consumed_step"))
     for step in (step for step in range(version) if counts.get(step, 0) != num_prompts):
         raise JournalError(
-            f"global step {step} has consumed {num_prompts} groups, by the journal {counts.get(step, 0)}: it is "
+            f"global step {step} has consumed {num_prompts} groups, but the journal has {counts.get(step, 0)}: it is "
             f"damaged; {REPLACE}"
         )
     last, found = connection.execute("SELECT coalesce(max(group_id), -1), count(*) FROM groups").fetchone()
@@ -104,9 +105,9 @@ def _check(connection: sqlite3.Connection, version: int, num_prompts: int, delay
     ).fetchone()[0]
     if lost and delay_mode:
         raise JournalError(
-            f"{lost} groups sampled with versions before {version} are lost, which the checkpoint includes: the "
-            "journal is older than the checkpoint, or has forgotten their tokens (collector.journal_keep_steps) or "
-            "routes (collector.journal_keep_routes); put back the journal that belongs to it, or resume from another "
+            f"{lost} groups sampled with versions before {version} are lost, but the checkpoint includes them: the "
+            "journal is older than the checkpoint, or has pruned their tokens (collector.journal_keep_steps) or "
+            "routes (collector.journal_keep_routes); restore the journal that belongs to it, or resume from another "
             "checkpoint"
         )
 
@@ -117,7 +118,7 @@ def groups_with_routes(connection: sqlite3.Connection) -> list[int]:
 
 
 def restore_groups(connection: sqlite3.Connection, routes: RouteFiles) -> tuple[list[RestoredGroup], int]:
-    """The groups that are not consumed, in order of id, and the id after the last one that was used."""
+    """The groups that are not consumed, in order of id, and the id after the last used one."""
     rows = connection.execute(
         "SELECT group_id, issued_version, batch_index, prompt_id, state FROM groups"
         " WHERE state <> 'consumed' ORDER BY group_id"

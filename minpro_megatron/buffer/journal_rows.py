@@ -1,4 +1,4 @@
-"""What the journal records of responses: their rows, with checksums."""
+"""The rows that the journal records for responses, with checksums."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -9,7 +9,7 @@ from minpro_megatron.records import CollectedGroup
 
 
 def response_row(group: CollectedGroup, place: int, routes: str | None) -> ResponseRow:
-    """The response as it is recorded; `routes`: where they are."""
+    """The row of response `place`; `routes` is the location of its routes."""
     key, response = (group.issued.group_id, place), group.responses[place]
     scalars = {
         "sampling_seed": int(group.issued.sampling_seeds[place]),
@@ -47,7 +47,7 @@ def log_prob_rows(
 
 
 def version_spans(policy_versions: np.ndarray) -> np.ndarray:
-    """Run lengths: (version, tokens) pairs, int32. Nearly all responses have one version from end to end."""
+    """Run lengths: (version, tokens) pairs, int32. Nearly all responses have a single version."""
     starts = np.flatnonzero(np.diff(policy_versions, prepend=policy_versions[0] - 1))
     lengths = np.diff(starts, append=len(policy_versions))
     return np.stack([policy_versions[starts], lengths], axis=1).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The servers' routes (R3) of each group, as files beside the journal: they are many times larger than the tokens."""
+"""The servers' routes (R3) of each group, stored as files next to the journal because they far exceed the tokens."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ class RouteFiles:
         return self._folder / f"{group_id}.bin"
 
     def write(self, group: CollectedGroup) -> list[str | None]:
-        """Writes the group's routes. Returns for each response where its array lies, as JSON for the journal. Raises
+        """Writes the group's routes. Returns the location of each response's array, as JSON for the journal. Raises
         JournalError."""
         arrays = [response.routed_experts for response in group.responses]
         if all(array is None for array in arrays):
@@ -52,18 +52,18 @@ class RouteFiles:
         return replace(group, responses=responses)
 
     def read(self, group_id: int, place: Mapping[str, Any]) -> np.ndarray:
-        """The array at `place`. Raises JournalError if the file is missing or has other bytes."""
+        """The array at `place`. Raises JournalError if the file is missing or its bytes differ."""
         try:
             return read_routes(self.stored(group_id, place))
         except ValueError as error:
             raise JournalError(str(error)) from None
 
     def stored(self, group_id: int, place: Mapping[str, Any]) -> StoredRoutes:
-        """`place` as the trainer's ranks are told it."""
+        """`place` as a record for the trainer's ranks."""
         return StoredRoutes(**{**place, "path": str(self._path(group_id)), "shape": tuple(place["shape"])})
 
     def verified(self, group_id: int, place: Mapping[str, Any]) -> StoredRoutes:
-        """As `stored`, once the array has been read. Raises JournalError as `read` does."""
+        """As `stored`, after the array has been read and checked. Raises JournalError as `read` does."""
         self.read(group_id, place)
         return self.stored(group_id, place)
 
@@ -72,7 +72,7 @@ class RouteFiles:
             self._path(group_id).unlink(missing_ok=True)
 
     def remove_others(self, group_ids: Iterable[int]) -> None:
-        """Removes the files of all groups but these: what a crash has left."""
+        """Removes the files of all other groups, which a crash may have left."""
         kept = {self._path(group_id).name for group_id in group_ids}
         for path in self._folder.glob("*.bin"):
             if path.name not in kept:
@@ -91,5 +91,5 @@ def _write(path: Path, arrays: Sequence[np.ndarray | None]) -> list[str | None]:
             places.append(json.dumps(place | {"sha256": hashlib.sha256(data).hexdigest()}))
             file.write(data)
         file.flush()
-        os.fsync(file.fileno())  # before the journal says that they are there
+        os.fsync(file.fileno())  # before the journal records the files
     return places

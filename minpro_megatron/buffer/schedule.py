@@ -1,8 +1,8 @@
-"""Which groups start when, which of them a step consumes, when new weights may be published. No input or output.
+"""Decides which groups start when, which ones a step consumes, and when new weights may be published. No input/output.
 
-A schedule holds the state of every group that is not yet consumed; the collector tells it what has happened and asks it
-what may happen. Both modes (buffer/staleness.py has the arithmetic) offer the same: `to_issue`, `collected`, `batch`,
-`consumed`, `may_publish`, `published`. Group ids count in the order in which groups are first issued.
+A schedule keeps the state of every group that is not yet consumed. The collector reports events to it and asks it what
+may happen. Both modes (buffer/staleness.py has the arithmetic) offer the same methods: `to_issue`, `collected`,
+`batch`, `consumed`, `may_publish`, `published`. Group ids follow the order in which groups are first issued.
 """
 
 import math
@@ -22,12 +22,12 @@ from minpro_megatron.buffer.staleness import (
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import ProjectError
 
-# Groups that may be dropped for one batch, as a multiple of the batch: more means that the prompts teach nothing.
+# Limit on dropped groups for one batch, as a multiple of the batch: beyond it the prompts give no training signal.
 MAX_DROPPED_FACTOR = 20
 
 
 class Slot(NamedTuple):
-    """A group to be sampled: `batch_index` is -1 where the step that will consume it is not decided yet."""
+    """A group to be sampled. `batch_index` is -1 if the step that will consume it is not decided yet."""
 
     group_id: int
     batch_index: int
@@ -35,7 +35,7 @@ class Slot(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """A group of an interrupted run that is not consumed: sampled already (`ready`), or to be sampled again."""
+    """An unconsumed group of an interrupted run: already sampled (`ready`), or to be sampled again."""
 
     slot: Slot
     ready: bool
@@ -43,31 +43,32 @@ class Restored(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The groups of a step, in canonical order, and those that were sampled for it and are not used."""
+    """The groups of a step, in canonical order, and the groups that were sampled for it but are not used."""
 
     group_ids: list[int]
     surplus: list[int]
 
 
 class ScheduleError(ProjectError):
-    """The run cannot go on; the message is one line with the reason and a remedy."""
+    """The run cannot continue; the message is one line with the reason and a remedy."""
 
 
 class Schedule(Protocol):
-    """What the collector asks of either mode. `version` is what the servers hold."""
+    """What the collector needs from either mode. `version` is the version that the servers hold."""
 
     version: int
 
     def to_issue(self) -> list[Slot]:
-        """The groups that may start now, each named once."""
+        """The groups that may start now; each is returned once."""
         ...
 
     def collected(self, group_id: int, accepted: bool) -> None:
-        """A group has ended; `accepted` is False where it is dropped. Raises ScheduleError if too many are."""
+        """Records that a group has ended; `accepted` is False if it is dropped. Raises ScheduleError if too many are
+        dropped."""
         ...
 
     def batch(self, step: int) -> Chosen | None:
-        """The groups that step `step` consumes; None while it has to wait. Asked again, it gives the same."""
+        """The groups that step `step` consumes; None while it has to wait. Repeated calls return the same groups."""
         ...
 
     def is_sampled_by_now(self, step: int) -> bool:
@@ -81,7 +82,7 @@ class Schedule(Protocol):
         ...
 
     def published(self) -> None:
-        """The servers hold version + 1."""
+        """Records that the servers hold version + 1."""
         ...
 
 
@@ -93,13 +94,13 @@ class _DelayBatch:
 
 
 class DelaySchedule:
-    """Batch k is sampled wholly with version max(0, k - n), and a version is published when its batches are complete.
+    """Batch k is sampled entirely with version max(0, k - n), and a version is published when its batches are complete.
 
-    The batches of a version are issued in waves: each has as many groups as they still want, times `over_sampling`
-    where batch.dynamic_sampling drops some of them, and a batch is its first accepted groups once a wave has ended with
-    enough of them. Without that filter one wave is enough, unless a group could not be graded. A wave begins when the
-    one before it has ended for all batches of the version: which prompt replaces a dropped one then does not depend on
-    which group ends first.
+    The batches of a version are issued in waves. Each wave has as many groups as the batches still need, times
+    `over_sampling` where batch.dynamic_sampling drops some of them. A batch consists of its first accepted groups once
+    a wave has ended with enough of them. Without that filter one wave is enough, unless a group could not be graded. A
+    wave starts when the previous one has ended for all batches of the version, so that the prompt that replaces a
+    dropped one does not depend on which group ends first.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class DelaySchedule:
             if sampled_by < self.version and not self._is_complete(self._batches.get(index)):
                 raise ScheduleError(
                     f"batch {index}, which version {sampled_by} was to sample, is not in the journal: the journal is "
-                    "older than the checkpoint; put back the journal that belongs to the checkpoint, go on from an "
+                    "older than the checkpoint; restore the journal that belongs to the checkpoint, resume from an "
                     "earlier checkpoint, or start under a new name"
                 )
 
@@ -220,7 +221,7 @@ class BoundedSchedule:
             slot = group.slot
             if group.ready:
                 self._ready[slot.group_id] = IssuedAt(slot.version, slot.group_id)
-            elif not group.dropped:  # it starts anew, with the weights of now
+            elif not group.dropped:  # it is sampled again, with the current weights
                 self._in_flight[slot.group_id] = IssuedAt(version, slot.group_id)
                 self._to_repeat.append(Slot(slot.group_id, -1, version))
 
@@ -245,7 +246,7 @@ class BoundedSchedule:
     def batch(self, step: int) -> Chosen | None:
         if step not in self._taken:
             if step != self.version:
-                return None  # what it may consume depends on the version that the step begins with
+                return None  # the groups that it may consume depend on the version at which the step starts
             taken = take_batch(
                 step, self._max_staleness, self._num_prompts, self._ready.values(), self._in_flight.values()
             )
@@ -277,8 +278,8 @@ def make_schedule(
     next_group: int = 0,
     beginnings: Sequence[Beginning] = (RUN_START,),
 ) -> Schedule:
-    """The schedule of the run's mode at `version`, with the groups of an interrupted run that are not consumed.
-    `next_group`: ids below it have been used. `beginnings` matter in delay mode only."""
+    """The schedule of the run's mode at `version`, with the unconsumed groups of an interrupted run.
+    `next_group` is the first id that has not been used. `beginnings` are used in delay mode only."""
     if config.staleness.mode == "delay":
         return DelaySchedule(config, version, restored, next_group, beginnings)
     return BoundedSchedule(config, version, restored, next_group)
@@ -290,5 +291,5 @@ def _refuse_hopeless_filter(num_dropped: int, num_prompts: int) -> None:
             f"{num_dropped} groups were dropped for a batch of batch.num_prompts = {num_prompts}, either because their "
             "rewards were equal (batch.dynamic_sampling) or because they could not be graded "
             "(reward/groups_not_graded). In the first case the prompts are all too easy or all too hard for this "
-            "policy: choose others, or set batch.dynamic_sampling to false; in the second one correct the grader"
+            "policy: choose others, or set batch.dynamic_sampling to false; in the second case correct the grader"
         )

@@ -1,4 +1,4 @@
-"""Log-probs that the trainer hands in: whether they fit the batch they are for."""
+"""Checks that log-probs sent by the trainer fit their batch."""
 
 from collections.abc import Iterator
 
@@ -7,28 +7,28 @@ import numpy as np
 
 from minpro_megatron.errors import ProjectError
 from minpro_megatron.records import Batch, BehaviorLogProbs, CollectedGroup, Response, TrainedStep
-from minpro_megatron.serving.answers import LARGEST_LOG_PROB
+from minpro_megatron.serving.answers import MAX_LOG_PROB
 
 
 class WrongScores(ProjectError, ValueError):
-    """What the trainer handed in does not fit the batch."""
+    """The log-probs sent by the trainer do not fit the batch."""
 
 
 def check_scores(batch: Batch, scores: BehaviorLogProbs) -> None:
-    """Raises WrongScores unless the scores are one finite log-prob for each response token of the batch."""
+    """Raises WrongScores unless the scores are one finite log-prob per response token of the batch."""
     where = f"scores of batch {batch.index}"
     sampled_with = [response.policy_versions for group in batch.groups for response in group.responses]
     if scores.policy_version >= 0 and any((versions != scores.policy_version).any() for versions in sampled_with):
         found = sorted({int(version) for versions in sampled_with for version in np.unique(versions)})
         raise WrongScores(f"{where}: computed with version {scores.policy_version}, sampled with {found}")
     for name, _, log_probs in _by_response(where, batch, scores.log_probs):
-        if not np.isfinite(log_probs).all() or (log_probs > LARGEST_LOG_PROB).any():
+        if not np.isfinite(log_probs).all() or (log_probs > MAX_LOG_PROB).any():
             raise WrongScores(f"{name}: a value is not finite, or above 0")
 
 
 def check_trained(batch: Batch, trained: TrainedStep) -> None:
-    """Raises WrongScores unless the step's log-probs are one for each response token of the batch, or none at all. NaN
-    is allowed: no update trained on that token, or one that diverged did."""
+    """Raises WrongScores unless the step has one log-prob per response token of the batch, or none at all. NaN is
+    allowed: either no update trained on that token, or the update diverged."""
     if trained.log_probs:
         for _ in _by_response(f"log-probs of step {trained.step}", batch, trained.log_probs):
             pass
@@ -45,7 +45,7 @@ def with_scores(group: CollectedGroup, log_probs: list[np.ndarray]) -> Collected
 def _by_response(
     where: str, batch: Batch, log_probs: list[list[np.ndarray]]
 ) -> Iterator[tuple[str, Response, np.ndarray]]:
-    """(its name for a message, the response, its values). Raises ValueError where number, shape or dtype is wrong."""
+    """(name for a message, response, values) per response. Raises WrongScores if number, shape or dtype is wrong."""
     if len(log_probs) != len(batch.groups):
         raise WrongScores(f"{where}: {len(log_probs)} groups instead of {len(batch.groups)}")
     for group, of_group in zip(batch.groups, log_probs, strict=True):

@@ -1,30 +1,32 @@
-"""The arithmetic of staleness: which version samples a group, how many groups may start, which ones a step consumes.
+"""The arithmetic of staleness: which version samples a group, how many groups may start, which groups a step consumes.
 
 Global steps count from 0, and step k consumes batch k. Policy version v exists once v steps are complete, so at step k
 the trainer holds version k. A group's staleness at step k is k - (oldest version among its tokens).
 
-**Delay mode**, delay n: batch k is sampled wholly with version max(0, k - n), so its staleness is min(k, n).
+**Delay mode**, delay n: batch k is sampled entirely with version max(0, k - n), so its staleness is min(k, n).
 
-A run of N steps samples only the batches 0 .. N - 1. When it is made longer from a checkpoint of version s > N - n, the
+A run of N steps samples only the batches 0 .. N - 1. If it is extended from a checkpoint of version s > N - n, the
 batches N .. s + n - 1 are missing, and the weights k - n < s that should have sampled them no longer exist. Version s
-samples them instead, as version 0 samples the first batches of a run: from batch N on, batch k is sampled with version
-max(s, k - n), and its staleness grows from N - s back to n. Such a place is called a beginning (`Beginning`).
+samples them instead, just as version 0 samples the first batches of a run: from batch N on, batch k is sampled with
+version max(s, k - n), and its staleness grows from N - s back to n. Such a point is called a beginning (`Beginning`).
 
-**Bounded mode**, bound eta: servers never wait and weights change under the responses. Let U(u) be the number of groups
-issued at version u or before that are neither consumed nor dropped. Two rules keep every group's staleness at or
-below eta:
+**Bounded mode**, bound eta: servers never wait, and weights change while responses are generated. Let U(u) be the
+number of groups issued at version u or earlier that are neither consumed nor dropped. Two rules keep every group's
+staleness at or below eta:
 
 1. Admission: at version v groups start only while consumed + ready + in flight < (eta + v + 1) * batch. Groups that a
-   filter dropped, or that a failure sends back, are in none of the three and so give their place back.
-2. Consumption: step v takes the first `batch` ready groups in the order of issue, once these leave
-   U(u) <= (u + eta - v) * batch for every u <= v: what is that old can still be consumed in time. Until then it waits.
+   filter dropped, or that a failure returned, are in none of the three and so free their place.
+2. Consumption: step v takes the first `batch` ready groups in the order of issue, once the remaining groups satisfy
+   U(u) <= (u + eta - v) * batch for every u <= v, so that old groups can still be consumed in time. Until then it
+   waits.
 
-Why that is enough: before step v, U(u) <= (u + eta - v + 1) * batch holds for every u <= v. For u < v this is rule 2 of
-step v - 1. For u = v it is rule 1: v * batch groups are consumed, so U(v) <= (eta + v + 1) * batch - v * batch.
+Why this is sufficient: before step v, U(u) <= (u + eta - v + 1) * batch holds for every u <= v. For u < v this is rule
+2 of step v - 1. For u = v it is rule 1: v * batch groups are consumed, so U(v) <= (eta + v + 1) * batch - v * batch.
 Rule 2 for u = v - eta leaves no group of that age after step v, and a group's tokens are of the version at which it
-was issued or newer: staleness <= eta. There is no deadlock: when all groups under way have ended, the first `batch` of
-them reduce every U(u) by `batch` or to 0, which fulfils rule 2; and rule 1 allows (v + 1) * batch groups by then,
-enough for a batch. Groups pass each other only where nobody is late for it, and none is given up for being long.
+was issued or newer: staleness <= eta. There is no deadlock: when all groups in flight have ended, the first `batch` of
+them reduce every U(u) by `batch` or to 0, which satisfies rule 2; and rule 1 allows (v + 1) * batch groups by then,
+enough for a batch. A group overtakes another only if the other is still in time, and no group is abandoned for its
+length.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,7 +45,7 @@ RUN_START = Beginning(first_batch=0, version=0)
 
 def beginning_after(former_end: int | None, version: int, num_steps: int, delay: int) -> Beginning | None:
     """The beginning that a run of `num_steps` steps needs at the checkpoint of `version` in delay mode, if it had
-    `former_end` steps when that checkpoint was saved; None if all batches that earlier weights sample were sampled.
+    `former_end` steps when that checkpoint was saved. None if all batches of earlier weights were sampled.
 
     >>> beginning_after(former_end=6, version=6, num_steps=9, delay=2)
     Beginning(first_batch=6, version=6)
@@ -56,9 +58,9 @@ def beginning_after(former_end: int | None, version: int, num_steps: int, delay:
 
 
 def sampling_version(batch_index: int, delay: int, beginnings: Sequence[Beginning] = (RUN_START,)) -> int:
-    """The policy version that samples batch `batch_index` in delay mode. `beginnings` has RUN_START as its first.
+    """The policy version that samples batch `batch_index` in delay mode. The first of `beginnings` is RUN_START.
 
-    Version k - n is the newest that exists while step k - n runs, which is when batch k is generated: n steps before it
+    Version k - n is the newest version that exists while step k - n runs. Batch k is generated then, n steps before it
     is consumed. Before step 0 there are only the initial weights, so batches 0 .. n share version 0.
 
     >>> [sampling_version(k, 2) for k in range(5)]
@@ -74,8 +76,8 @@ def batches_of_version(
 ) -> list[int]:
     """The batches that version `version` samples in delay mode, in order; empty near the end of the run.
 
-    The inverse of `sampling_version`: version 0 has batches 0 .. n, every later one has batch v + n alone, as long as
-    the run of `num_steps` steps consumes it. The last n + 1 versions (num_steps - n .. num_steps) have none.
+    The inverse of `sampling_version`: version 0 has batches 0 .. n, and every later one has batch v + n alone, as long
+    as the run of `num_steps` steps consumes it. The last n + 1 versions (num_steps - n .. num_steps) have none.
 
     >>> [batches_of_version(v, 2, 5) for v in range(6)]
     [[0, 1, 2], [3], [4], [], [], []]

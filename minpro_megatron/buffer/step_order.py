@@ -1,7 +1,7 @@
 """The order of a run as the trainer sees it: when it fetches a batch, trains, publishes and saves.
 
-This is the only place that states the order. The trainer follows it, and so does everything that takes the trainer's
-place: the timer, the planner's simulation, the load benchmark and the tests' trainers.
+This is the only place that states the order. The trainer follows it, and so does everything that replaces the trainer:
+the timer, the planner's simulation, the load benchmark and the trainers of the tests.
 
 In delay mode with n = 2, a run of four global steps is:
 
@@ -11,9 +11,9 @@ In delay mode with n = 2, a run of four global steps is:
     step 2: train 2, publish 3, save 3
     step 3: train 3, publish 4, save 4
 
-A batch is fetched n steps before its own, right after step k - n: the weights that sampled it are then the trainer's
-last but one, and they are still on the servers. With n = 0, and in bounded mode, whose batches hold tokens up to the
-current version, a batch is fetched right before its step.
+A batch is fetched n steps before its own step, right after step k - n. The weights that sampled it are then the
+trainer's last but one, and the servers still hold them. With n = 0, and in bounded mode, whose batches contain tokens
+up to the current version, a batch is fetched right before its step.
 """
 
 from collections.abc import Iterator
@@ -39,14 +39,14 @@ class Train:
 
 @dataclass(frozen=True)
 class Publish:
-    """The weights go to the servers as `version`."""
+    """The weights are sent to the servers as `version`."""
 
     version: int
 
 
 @dataclass(frozen=True)
 class Save:
-    """The step is reported, and a checkpoint of `version` may begin."""
+    """The step is reported, and saving a checkpoint of `version` may start."""
 
     version: int
 
@@ -55,7 +55,7 @@ Event = Fetch | Train | Publish | Save
 
 
 def steps_ahead(staleness: StalenessConfig) -> int:
-    """How many steps before its own a batch is fetched."""
+    """The number of steps by which a batch is fetched before its own step."""
     return staleness.delay_steps if staleness.mode == "delay" else 0
 
 

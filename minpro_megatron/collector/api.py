@@ -30,7 +30,7 @@ from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.scores import WrongScores
 from minpro_megatron.collector.collector import Collector, CollectorFailed
 from minpro_megatron.collector.leases import Conflict
-from minpro_megatron.collector.strangers import Strangers
+from minpro_megatron.collector.strangers import UnauthenticatedConnections
 from minpro_megatron.errors import RunBlocked, UserError
 from minpro_megatron.feed.protocol import (
     COLLECTOR_ENDPOINT,
@@ -74,7 +74,7 @@ class CollectorApi:
         self._endpoint = ""
         self._collector: asyncio.Future[Collector] | None = None
         self._runner: web.AppRunner | None = None
-        self._strangers: Strangers | None = None
+        self._strangers: UnauthenticatedConnections | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._failure_told = asyncio.Event()
 
@@ -95,7 +95,7 @@ class CollectorApi:
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
         assert self._runner.server is not None
-        self._strangers = Strangers(self._runner.server)
+        self._strangers = UnauthenticatedConnections(self._runner.server)
         self._sweeping = asyncio.create_task(self._strangers.sweep())
         await web.TCPSite(self._runner, self._host, self._port).start()
         host, port = self._runner.addresses[0][:2]
@@ -127,7 +127,7 @@ class CollectorApi:
             self._collector.set_exception(CollectorFailed(message))
             self._collector.exception()  # retrieved: a run without a waiting trainer must not warn about it
 
-    async def wait_until_failure_is_told(self, timeout_s: float) -> None:
+    async def wait_until_failure_is_reported(self, timeout_s: float) -> None:
         """Returns once a request was answered with the collector's failure, or after `timeout_s` seconds.
 
         A trainer between two requests would otherwise find nobody there, and not learn why.

@@ -40,7 +40,7 @@ from minpro_megatron.serving.client import SamplingParameters
 log = logging.getLogger(__name__)
 
 # How often a waiting request looks whether a server has come back without the weights of now.
-LOOK_AT_SERVERS_S = 0.5
+SERVER_CHECK_INTERVAL_S = 0.5
 # A run without a server that holds the current weights is given up after this many times what a start may take.
 SERVERLESS_FACTOR = 3
 NUM_CANARY_PROMPTS = 4  # of the held-out ones: one alone may have a continuation that is certain for any weights
@@ -430,7 +430,7 @@ class Collector:
             if self._republish_due() or left_s <= 0:
                 return False
             try:
-                async with asyncio.timeout(min(left_s, LOOK_AT_SERVERS_S)), self._changed:
+                async with asyncio.timeout(min(left_s, SERVER_CHECK_INTERVAL_S)), self._changed:
                     await self._changed.wait()
             except TimeoutError:
                 continue

@@ -10,7 +10,7 @@ from minpro_megatron.records import PublishLease, ServerAddress
 
 # A server that did not take the weights gets another chance after this long.
 REPUBLISH_PAUSE_S = 15.0
-LONGEST_UNASKED_S = 60.0
+MAX_UNASKED_S = 60.0
 
 
 class Conflict(RuntimeError):
@@ -90,7 +90,7 @@ class Leases:
         """For how long no server has held the version of now, as far as it was asked at least once a minute."""
         now = asyncio.get_running_loop().time()
         asked_at, self._asked_at = self._asked_at, now
-        if now - asked_at > LONGEST_UNASKED_S or len(self._servers.members()) > len(self._servers.outdated()):
+        if now - asked_at > MAX_UNASKED_S or len(self._servers.members()) > len(self._servers.outdated()):
             self._serverless_since = now
         return now - self._serverless_since
 

@@ -16,7 +16,7 @@ MAX_PER_PEER = 32
 SWEEP_INTERVAL_S = 0.25
 
 
-class Strangers:
+class UnauthenticatedConnections:
     """Closes connections of `server` that have not shown the token in time, and the oldest of a peer's that are too
     many. Run `sweep` as a task, and name those that have shown it with `has_token`."""
 

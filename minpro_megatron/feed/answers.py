@@ -1,14 +1,14 @@
-"""What the trainer asks of the collector, which may want weights first, for servers that have returned without them."""
+"""Requests of the trainer to the collector, which may first ask for weights for servers that restarted without them."""
 
 from collections.abc import Callable
 
 from minpro_megatron.records import PublishLease
 
-Send = Callable[[PublishLease], None]  # the lease's version to the lease's servers
+Send = Callable[[PublishLease], None]  # sends the lease's version to the lease's servers
 
 
 def answer_to[Answer](ask: Callable[[], Answer | PublishLease], send: Send) -> Answer:
-    """The answer to `ask`, which is asked again after every lease that came instead was fulfilled by `send`."""
+    """The answer to `ask`. While a lease is returned instead, `send` fulfils it and `ask` is called again."""
     while True:
         answer = ask()
         if not isinstance(answer, PublishLease):
@@ -17,7 +17,7 @@ def answer_to[Answer](ask: Callable[[], Answer | PublishLease], send: Send) -> A
 
 
 def lease_for(version: int, ask: Callable[[], PublishLease], send: Send) -> PublishLease:
-    """The lease of `version`; leases of other versions that come before it are fulfilled by `send`."""
+    """The lease of `version`. Leases of other versions that are returned before it are fulfilled by `send`."""
     while (lease := ask()).version != version:
         send(lease)
     return lease

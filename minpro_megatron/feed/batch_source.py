@@ -1,4 +1,4 @@
-"""Where a trainer's batches come from, and what it states in return."""
+"""The source of a trainer's batches, and the reports that the trainer sends to it."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,7 +9,7 @@ from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, Pu
 class BatchSource(Protocol):
     """The collector (feed.feed.Feed), or the journal of another run (feed.journal_feed.JournalFeed).
 
-    Feed describes the methods and their order; each blocks until it has its answer.
+    The docstrings of Feed describe the methods and their order; each method blocks until it has its answer.
     """
 
     def start(self, version: int) -> None: ...

@@ -1,4 +1,4 @@
-"""The trainer's side of the collector's HTTP interface, blocking; only the trainer's rank 0 uses it."""
+"""The trainer's side of the collector's HTTP interface. Blocking; only the trainer's rank 0 uses it."""
 
 import time
 from collections.abc import Sequence
@@ -20,23 +20,23 @@ from minpro_megatron.feed.protocol import (
 )
 from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, PublishLease, TrainedStep
 
-# The collector's watchdog ends a collector that hangs, which this side then sees at once; this side's own limit comes
-# after it.
+# The collector's own watchdog ends a collector that hangs, and the trainer detects that at once. The trainer's own
+# limit is longer by this margin.
 WATCHDOG_MARGIN_S = 120.0
 
 
 class FeedError(ProjectError):
-    """The collector refused a request, failed, or is gone; the message is one line with the reason."""
+    """The collector refused a request, failed, or has ended; the message is one line with the reason."""
 
 
 class Feed:
-    """What the trainer asks of the collector. `start(v)` comes first; a global step with version v, under delay n, is:
+    """The trainer's requests to the collector. `start(v)` is called first. A global step with version v and delay n is:
 
         batch(v + n), scored(...), consumed(...), publish_begin(v + 1), [publish], publish_end(v + 1, servers)
 
-    Every method blocks until it has its answer and raises FeedError if there will be none. Where a PublishLease comes
-    instead of what was asked for, servers have lost the version of now: publish it to them, `publish_end` it, ask
-    again.
+    Every method blocks until it has its answer, and raises FeedError if there will be none. If a method returns a
+    PublishLease instead of the requested record, servers have lost the current version: publish it to them, call
+    `publish_end`, and repeat the request.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class Feed:
     ) -> None:
         """Waits until the collector has written its address, at most `start_timeout_s` seconds.
 
-        A collector that does not answer a request within `hang_timeout_s` (debug.hang_timeout_s, and a margin beside
-        the time that a request may wait for its result) is taken to be gone.
+        A collector that does not answer a request within `hang_timeout_s` (debug.hang_timeout_s plus a margin, in
+        addition to the time that a request may wait for its result) is considered to have failed.
         """
         self._run_dir = Path(run_dir)
         self._answer_timeout_s = LONG_POLL_S + hang_timeout_s + WATCHDOG_MARGIN_S
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.headers[INCARNATION_HEADER] = str(incarnation)
-        # A step takes minutes: a kept connection would often be closed under the next request, and a
-        # request that changes the collector's state cannot be sent again without knowing whether the first
+        # A step takes minutes: a connection kept open would often be closed during the next request, and a
+        # request that changes the collector's state cannot be repeated without knowing whether the first
         # one arrived.
         self._session.headers["Connection"] = "close"
         self._url = self._wait_for_endpoint(incarnation, start_timeout_s)
@@ -83,39 +83,39 @@ class Feed:
             raise FeedError(f"{error.filename}: {error.strerror}; trainer and collector must run as one user") from None
 
     def start(self, version: int) -> None:
-        """States that the trainer goes on with the weights of `version`; waits until the collector is ready."""
+        """Reports that the trainer starts from the weights of `version`; waits until the collector is ready."""
         self._poll("POST", f"start/{version}")
 
     def batch(self, index: int) -> Batch | PublishLease:
-        """The groups that global step `index` consumes, sampled and rewarded; with their behavior log-probs if a
-        former incarnation of the run has scored them."""
+        """The groups that global step `index` consumes, sampled and rewarded. They include their behavior log-probs if
+        an earlier incarnation of the run has scored them."""
         return self._record("GET", f"batch/{index}", Batch)
 
     def scored(self, scores: BehaviorLogProbs) -> None:
-        """Hands in a batch's behavior log-probs, once; without them the batch cannot be consumed."""
+        """Sends a batch's behavior log-probs, once; without them the batch cannot be consumed."""
         self._send("POST", "scored", records.encode(scores))
 
     def consumed(self, trained: TrainedStep) -> None:
-        """States that a step has trained on its batch."""
+        """Reports that a step has trained on its batch."""
         self._send("POST", "consumed", records.encode(trained))
 
     def publish_begin(self, version: int) -> PublishLease:
-        """Waits until the servers may get new weights; then they are the trainer's. The lease of an earlier version
-        comes first where servers have lost it."""
+        """Waits until the servers may receive new weights, and returns the lease for them. If servers have lost an
+        earlier version, the lease of that version is returned first."""
         return self._record("POST", f"publish_begin/{version}", PublishLease)
 
     def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
-        """States which servers hold `version` now, so that they generate again, and which were late with an answer, so
-        that they are started again."""
+        """Reports which servers now hold `version`, so that they generate again, and which answered late, so that they
+        are restarted."""
         body = msgspec.json.encode({"held_by": list(held_by), "late": list(late)})
         self._send("POST", f"publish_end/{version}", body)
 
     def checkpoint_begin(self, version: int) -> None:
-        """Returns when all that the checkpoint of `version` relies on would survive a power cut."""
+        """Returns when everything that the checkpoint of `version` relies on would survive a power cut."""
         self._send("POST", f"checkpoint_begin/{version}")
 
     def checkpoint_end(self, version: int) -> None:
-        """States that the run can go on from the checkpoint of `version`."""
+        """Reports that the run can resume from the checkpoint of `version`."""
         self._send("POST", f"checkpoint_end/{version}")
 
     def finish(self) -> CollectorTotals | PublishLease:
@@ -137,7 +137,7 @@ class Feed:
 
     def _send(self, method: str, path: str, body: bytes | None = None) -> requests.Response:
         try:
-            # the first of two limits would be the one for sending the body too: a batch's scores are hundreds of MB
+            # A separate connect limit would also apply to sending the body, and a batch's scores are hundreds of MB.
             response = self._session.request(
                 method, f"{self._url}/v1/{path}", data=body, timeout=self._answer_timeout_s
             )

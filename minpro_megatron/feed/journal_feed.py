@@ -1,4 +1,4 @@
-"""Training on what another run has sampled and scored: its journal in the collector's place (debug.journal)."""
+"""Training on the rollouts and scores of another run: its journal replaces the collector (debug.journal)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,10 +38,10 @@ def journal_problems(config: RunConfig) -> list[str]:
             f"({held}); lower num_global_steps, or give another journal"
         ]
     wanted = [steps[step] for step in range(config.num_global_steps)]
-    return [f"{field}: {problem}" for problem in _misfits(config, wanted)]
+    return [f"{field}: {problem}" for problem in _mismatches(config, wanted)]
 
 
-def _misfits(config: RunConfig, steps: Sequence[StoredStep]) -> Iterator[str]:
+def _mismatches(config: RunConfig, steps: Sequence[StoredStep]) -> Iterator[str]:
     if pruned := [step.step for step in steps if step.num_whole < step.num_responses]:
         yield (
             f"the tokens of global steps {_ranges(pruned)} are no longer in it; give the journal of a run with "
@@ -52,8 +52,8 @@ def _misfits(config: RunConfig, steps: Sequence[StoredStep]) -> Iterator[str]:
         sizes = step.num_groups, step.smallest_group, step.largest_group
         if sizes != (batch.num_prompts, batch.responses_per_prompt, batch.responses_per_prompt):
             yield (
-                f"global step {step.step} consumed {step.num_groups} groups of {_from_to(*sizes[1:])} responses, this "
-                f"run's have batch.num_prompts = {batch.num_prompts} of batch.responses_per_prompt = "
+                f"global step {step.step} consumed {step.num_groups} groups of {_from_to(*sizes[1:])} responses, but "
+                f"this run has batch.num_prompts = {batch.num_prompts} and batch.responses_per_prompt = "
                 f"{batch.responses_per_prompt}; set them as in the run that wrote it"
             )
             break
@@ -75,7 +75,7 @@ def _misfits(config: RunConfig, steps: Sequence[StoredStep]) -> Iterator[str]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in few words.
+    """Ascending numbers, with consecutive ones joined.
 
     >>> _ranges([0, 1, 2, 5])
     '0 to 2, 5'
@@ -90,14 +90,15 @@ def _from_to(first: int, last: int) -> str:
 
 
 class JournalFeed:
-    """A BatchSource without servers: batch k is what step k of the stored run consumed, with its behavior log-probs.
+    """A BatchSource without servers: batch k is the one that step k of the stored run consumed, with its behavior
+    log-probs.
 
-    Nothing is published or evaluated. The journal is open only while a batch is read, so its run may go on meanwhile.
+    Nothing is published or evaluated. The journal is open only while a batch is read, so its run may continue.
     """
 
     def __init__(self, config: RunConfig, prompt_text: Callable[[np.ndarray], str]) -> None:
-        """`prompt_text` turns a prompt's token ids into text, for the samples that are shown. Raises ValueError, one
-        line a problem, if the journal does not fit the settings."""
+        """`prompt_text` converts a prompt's token ids to text, for the displayed samples. Raises UserError, with one
+        line per problem, if the journal does not fit the settings."""
         if problems := journal_problems(config):
             raise UserError(problems)
         self._path = Path(config.debug.journal)
@@ -108,20 +109,20 @@ class JournalFeed:
         self._num_prompts = config.batch.num_prompts
 
     def start(self, version: int) -> None:
-        """Any version will do: a resumed run asks for later steps."""
+        """Does nothing: a resumed run asks for later steps."""
 
     def batch(self, index: int) -> Batch:
-        """What global step `index` consumed. Raises JournalError if it is no longer there, ValueError if the model of
-        this run does not have its tokens."""
+        """The batch that global step `index` consumed. Raises JournalError if it is no longer there, UserError if it
+        has tokens that this run's model does not know."""
         with JournalReader(self._path) as reader:
             stored = list(reader.groups("state = 'consumed' AND consumed_step = ?", (index,)))
             steps = [group.consumed_step for group in stored]
-            if steps != [index] * self._num_prompts:  # by a damaged index of the file
+            if steps != [index] * self._num_prompts:  # because of a damaged index of the file
                 raise JournalError(
                     f"{reader.path}: it has {steps.count(index)} of the {self._num_prompts} groups of global step "
-                    f"{index}: the file is damaged, or was changed; give a copy of it that is whole"
+                    f"{index}: the file is damaged, or was changed; give an undamaged copy of it"
                 )
-            # the collector's order; in delay mode that of the ids
+            # the collector's order; in delay mode it is the order of the ids
             stored.sort(key=lambda group: (group.issued_version, group.group_id))
             return Batch(index=index, groups=[self._group(reader, group, index) for group in stored])
 
@@ -129,23 +130,23 @@ class JournalFeed:
         raise AssertionError("a journal's groups are scored")
 
     def consumed(self, trained: TrainedStep) -> None:
-        """The journal stays as the other run left it."""
+        """Does nothing: the journal does not change."""
 
     def publish_begin(self, version: int) -> PublishLease:
-        """A lease without servers: there is nobody to publish to."""
+        """A lease without servers, because there are none to publish to."""
         return PublishLease(version=version, servers=[], evaluations=[])
 
     def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
         assert not held_by, "a journal has no servers"
 
     def checkpoint_begin(self, version: int) -> None:
-        """The checkpoint relies on a journal that does not change."""
+        """Does nothing: the checkpoint relies on a journal that does not change."""
 
     def checkpoint_end(self, version: int) -> None:
-        """Nothing is pruned."""
+        """Does nothing: nothing is pruned."""
 
     def finish(self) -> CollectorTotals:
-        """The totals of what was trained on."""
+        """The totals of the groups that were trained on."""
         with JournalReader(self._path) as reader:
             steps = [step for step in reader.steps().values() if step.step < self._num_steps]
         num_groups = sum(step.num_groups for step in steps)
@@ -161,7 +162,7 @@ class JournalFeed:
         )
 
     def close(self) -> None:
-        """The journal is open only while it is read."""
+        """Does nothing: the journal is open only while it is read."""
 
     def _group(self, reader: JournalReader, group: StoredGroup, index: int) -> CollectedGroup:
         text = self._prompt_text(group.prompt_token_ids)
@@ -198,6 +199,6 @@ class JournalFeed:
         if ids.min() < 0 or ids.max() >= self._vocabulary_size:
             wrong = int(ids.max() if ids.min() >= 0 else ids.min())
             raise UserError(
-                f"debug.journal = {self._path}: group {group.group_id} has the token id {wrong}, which model.hf_path "
-                f"with its {self._vocabulary_size} does not know; give the model whose rollouts these are"
+                f"debug.journal = {self._path}: group {group.group_id} has the token id {wrong}, but the vocabulary of "
+                f"model.hf_path has {self._vocabulary_size} tokens; give the model that sampled these rollouts"
             )

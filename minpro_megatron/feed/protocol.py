@@ -1,4 +1,4 @@
-"""What the collector's HTTP interface and the trainer's feed agree on."""
+"""Definitions shared by the collector's HTTP interface and the trainer's feed."""
 
 from pathlib import Path
 
@@ -9,9 +9,10 @@ from minpro_megatron.files.replacement import write_secret
 # Relative to the run folder.
 COLLECTOR_ENDPOINT = "endpoints/collector.json"
 COLLECTOR_TOKEN = "endpoints/collector.token"
-# Every request names the incarnation of the run it belongs to: a left-over trainer must not consume batches.
+# Every request names its incarnation of the run: a trainer left over from an earlier one must not consume batches.
 INCARNATION_HEADER = "X-Run-Incarnation"
-# And a secret of this collector's: other users' processes reach its port, but not a file of mode 0600.
+# Every request also carries this collector's token: processes of other users reach its port, but not a file of mode
+# 0600.
 TOKEN_HEADER = "X-Collector-Token"
 # A request that has to wait is answered with status 204 after this many seconds and sent again.
 LONG_POLL_S = 20.0
@@ -25,10 +26,10 @@ class CollectorEndpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_token(run_dir: Path) -> str:
-    """A new random token, in a file that only this user may read; a former one is replaced."""
+    """Writes a new random token into a file that only this user may read, and returns it. Replaces an earlier token."""
     return write_secret(Path(run_dir) / COLLECTOR_TOKEN)
 
 
 def read_token(run_dir: Path) -> str:
-    """The token of the collector whose endpoint has been read. Raises OSError where this user may not."""
+    """The token of the collector whose endpoint has been read. Raises OSError if this user may not read it."""
     return (Path(run_dir) / COLLECTOR_TOKEN).read_text(encoding="ascii")

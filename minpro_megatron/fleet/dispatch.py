@@ -1,6 +1,6 @@
-"""Which server gets the next group: groups wait in line until a server that may take one has room.
+"""Chooses the server for the next group: groups wait in a queue until a suitable server has capacity.
 
-Room is counted in requests, which are what a server runs at the same time: a group has one for each of its responses.
+Capacity is counted in requests, which a server runs concurrently. A group has one request per response.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True, slots=True)
 class Ticket:
-    """A group's place in the line. All training groups come before all evaluation groups: the trainer waits for
-    them."""
+    """A group's position in the queue. All training groups come before all evaluation groups, because the trainer waits
+    for them."""
 
     is_evaluation: bool
     number: int
@@ -34,9 +34,9 @@ class _Waiting:
 class Dispatcher:
     """Gives each waiting group the least loaded of the servers that `current` returns.
 
-    At most `max_requests` requests are under way on a server, or one group that has more. A server whose responses
-    grow `slow_factor` times slower than the servers' median gets work only when the others are full. `max_groups`: over
-    all servers.
+    At most `max_requests` requests are in flight on a server, or one group if it has more. A server whose responses
+    grow `slow_factor` times slower than the servers' median gets work only when the others are full. `max_groups` is
+    the limit over all servers.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Dispatcher:
         self._current = current
         self._max_requests = max_requests
         self._max_groups = max_groups
-        self._num_groups = 0  # under way
+        self._num_groups = 0  # in flight
         self._slow_factor = slow_factor
         self._waiting: list[tuple[Ticket, int, _Waiting]] = []
         self._num_waits = 0  # breaks ties in the heap above
@@ -64,10 +64,10 @@ class Dispatcher:
         return len(self._slow)
 
     async def acquire(self, ticket: Ticket, num_requests: int, tried: Collection[Key]) -> Member:
-        """A server with room for a group of so many requests; `release` it. The waiting are served by ticket, lowest
-        first.
+        """A server with capacity for a group of `num_requests` requests; call `release` afterwards. Waiting groups are
+        served in the order of their tickets, lowest first.
 
-        Servers in `tried` are taken only where there is no other. Raises what `fail` was given.
+        Servers in `tried` are used only if there is no other. Raises the error that was passed to `fail`.
         """
         future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (ticket, self._num_waits, _Waiting(future, num_requests, tried)))
@@ -77,17 +77,17 @@ class Dispatcher:
             return await future
         except asyncio.CancelledError:
             if not future.cancelled() and future.exception() is None:
-                self.release(future.result(), num_requests)  # it was given one in the same moment
+                self.release(future.result(), num_requests)  # a server was assigned at the same moment
             raise
 
     def release(self, member: Member, num_requests: int) -> None:
-        """The group that `acquire` returned this server for has ended there."""
+        """Records that the group for which `acquire` returned this server has ended there."""
         self._num_groups -= 1
         member.release(num_requests)
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Gives out what can be given out now; to be called whenever a server may take more than before."""
+        """Assigns servers to waiting groups. Call it whenever a server may accept more work than before."""
         while self._waiting:
             _, _, group = self._waiting[0]
             if not group.future.done():
@@ -100,21 +100,21 @@ class Dispatcher:
             heapq.heappop(self._waiting)
 
     def fail(self, error: Exception) -> None:
-        """Raises `error` where a group waits."""
+        """Raises `error` in all waiting `acquire` calls, now or later."""
         for _, _, group in self._waiting:
             if not group.future.done():
                 group.future.set_exception(error)
         self._waiting.clear()
 
     def judge_rates(self) -> None:
-        """Looks again for servers that are far slower than the others, and names new ones in the log."""
+        """Checks again which servers are far slower than the others, and logs newly slow ones."""
         members = {member.key: member for member in self._current()}
         rates = {key: rate for key, member in members.items() if (rate := member.rate) is not None}
         median = statistics.median_high(rates.values()) if rates else 0.0
         slow = {key for key, rate in rates.items() if rate < median / self._slow_factor}
         for key in slow - self._slow:
             log.warning(
-                "%s: %.1f tokens/s a response, the median is %.1f (server.slow_factor = %g): it gets work last",
+                "%s: %.1f tokens/s per response, the median is %.1f (server.slow_factor = %g): it gets work last",
                 members[key].name, rates[key], median, self._slow_factor,
             )  # fmt: skip
         self._slow = slow
@@ -126,5 +126,5 @@ class Dispatcher:
         return min(free, key=lambda m: (m.key in group.tried, m.key in self._slow, m.num_requests, m.key), default=None)
 
     def _has_room(self, member: Member, num_requests: int) -> bool:
-        # a group larger than a whole server still has to be sampled somewhere
+        # a group with more requests than a server may have still has to be sampled somewhere
         return member.num_requests == 0 or member.num_requests + num_requests <= self._max_requests

@@ -1,7 +1,7 @@
-"""The rollout servers together: who is there, who holds the current weights, who gets the next group.
+"""The rollout servers of a run: which ones answer, which hold the current weights, which one gets the next group.
 
-Servers come and go: `serve` states and withdraws their addresses, and each is asked every few seconds whether it
-answers. A group waits until a server is free that holds the current version: for as long as it takes, or for
+Servers may appear and disappear: `serve` announces and withdraws their addresses, and each server is checked every few
+seconds. A group waits until a server that holds the current version has capacity: without a limit, or for
 `server.queue_timeout_s`.
 """
 
@@ -33,12 +33,12 @@ from minpro_megatron.serving.errors import (
 log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.5
-# An answer to /model_info needs none of the server's computing, but its process may be busy with a large answer.
-LONGEST_PROBE_S = 30.0
-# For one token. SGLang gives up after 20 s itself.
+# An answer to /model_info needs no computation, but the server's process may be busy with a large answer.
+MAX_PROBE_S = 30.0
+# For one token. SGLang itself gives up after 20 s.
 GENERATION_PROBE_S = 30.0
-# That the process can open no more files is logged once in so many seconds.
-OUT_OF_FILES_LOG_S = 60.0
+# The minimum time between two log lines that the process can open no more files.
+OUT_OF_FILES_LOG_INTERVAL_S = 60.0
 START_MARGIN_S = 60.0
 
 
@@ -49,15 +49,15 @@ def start_limit_s(server: ServerConfig) -> float:
 
 
 class FleetError(ProjectError):
-    """The servers cannot be worked with; the message is one line with the reason."""
+    """The run cannot continue with its servers; the message is one line with the reason."""
 
 
 class Fleet:
-    """The servers of a run, watched; use inside `async with`, in one event loop.
+    """The monitored servers of a run; use inside `async with`, in one event loop.
 
-    `version` is the policy version that work is sampled with. A server is *current* if it answers and holds that
-    version: a started server holds version 0, and any other only once `set_version` says so. Raises ValueError if the
-    API key is missing, or routes are asked of a model without experts.
+    `version` is the policy version that groups are sampled with. A server is *current* if it answers and holds that
+    version: a server that the run started holds version 0, and any other version only after `set_version` lists the
+    server. Raises ValueError if the API key is missing, or if routes are requested from a model without experts.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Fleet:
         await asyncio.gather(*self._closing)
 
     async def wait_until_ready(self, timeout_s: float) -> None:
-        """Until all servers of the run answer. Raises FleetError if that takes more than `timeout_s` seconds."""
+        """Waits until all servers of the run answer. Raises FleetError if that takes more than `timeout_s` seconds."""
         try:
             async with asyncio.timeout(timeout_s):
                 while len(self.members()) < self._num_expected:
@@ -131,16 +131,16 @@ class Fleet:
         ]
 
     def lend(self, servers: Sequence[ServerAddress]) -> None:
-        """Until `set_version` the trainer may change these servers' weights: what they answer meanwhile counts only if
-        they come back with the version, and what they give back unfinished waits for that."""
+        """Lets the trainer change these servers' weights until `set_version` is called. Their answers meanwhile count
+        only if they have the new version afterwards; requests that they return unfinished wait until then."""
         for address in servers:
             if member := self._members.get((address.index, address.start)):
                 member.lend()
 
     def set_version(self, version: int, held_by: Sequence[int]) -> None:
-        """From now on work is sampled with `version`, which the servers of these indices hold, and no others.
+        """From now on groups are sampled with `version`, which only the servers with the indices `held_by` hold.
 
-        Each is asked once more before it gets work: it may have been restarted since it got the weights.
+        Each of them is checked once more before it gets work: it may have restarted since it received the weights.
         """
         self.version = version
         self._publications += 1
@@ -153,20 +153,20 @@ class Fleet:
             log.warning("version %d: servers %s do not hold it and get no work", version, outdated)
 
     def request_restart(self, servers: Sequence[ServerAddress], reason: str) -> None:
-        """Asks `serve` to start these servers again; until then they get neither work nor weights."""
+        """Asks `serve` to restart these servers; until then they get neither work nor weights."""
         for address in servers:
             member = self._members.get((address.index, address.start))
-            if member is None or member.is_to_restart:
+            if member is None or member.restart_requested:
                 continue
-            log.warning("%s is to be started again: %s", member.name, reason)
+            log.warning("%s is to be restarted: %s", member.name, reason)
             self._counts["hung"] += 1
-            member.is_to_restart = True
+            member.restart_requested = True
             member.move_groups()
             try:
                 request_restart(self._run_dir, address, self._incarnation, reason)
-            except OSError as error:  # a network file system may fail for a moment: asked again at its next failure
+            except OSError as error:  # a network file system may fail briefly: requested again at the next failure
                 log.warning("the restart of %s cannot be requested yet: %s", member.name, error)
-                member.is_to_restart = False
+                member.restart_requested = False
 
     def _alive(self) -> list[Member]:
         return sorted((m for m in self._members.values() if m.is_well), key=lambda m: m.key)
@@ -175,7 +175,7 @@ class Fleet:
         return [member for member in self._alive() if member.held_version == self.version]
 
     async def acquire(self, ticket: Ticket, num_requests: int, tried: Collection[Key] = ()) -> Member:
-        """A current server with room for a group of so many requests; `release` it. See Dispatcher.acquire.
+        """A current server with capacity for a group of `num_requests` requests; `release` it. See Dispatcher.acquire.
 
         Raises FleetError, also once a training group has waited for `server.queue_timeout_s`.
         """
@@ -189,36 +189,36 @@ class Fleet:
             raise FleetError(self._describe_full_queue()) from None
 
     def release(self, member: Member, num_requests: int) -> None:
-        """The group that `acquire` returned this server for has ended there."""
+        """Records that the group for which `acquire` returned this server has ended there."""
         self._dispatcher.release(member, num_requests)
 
     async def failed(self, member: Member, error: ServerError) -> bool:
-        """Takes note of a group's failure on a server; True if it counts against the group.
+        """Records a group's failure on a server. Returns True if the failure counts against the group.
 
-        It does not where the server explains it: gone, not answering, or without the version it should hold.
+        It does not if the server explains it: the server has gone, does not answer, or does not hold its version.
         """
         area = "invalid_answers" if isinstance(error, InvalidAnswer) else "failures"
         self._counts[f"{area}/{error.kind}"] += 1
-        member.suspend()  # the next look after its end gives out what waits
+        member.suspend()  # the next check after the suspension dispatches the waiting groups
         if isinstance(error, ServerUnavailable | WrongPolicyVersion):
             await self._ask(member)
         is_current = member.answers and member.held_version == self.version
         return is_current and self._members.get(member.key) is member
 
     def out_of_files(self, error: OutOfFiles) -> None:
-        """Takes note that this process can open no more connections. The servers are as well as before."""
+        """Records that this process can open no more connections, which is not a fault of the servers."""
         self._counts["out_of_files"] += 1
         now = time.monotonic()
-        if now - self._out_of_files_at > OUT_OF_FILES_LOG_S:
+        if now - self._out_of_files_at > OUT_OF_FILES_LOG_INTERVAL_S:
             self._out_of_files_at = now
-            log.error("no more files can be opened (ulimit -n), what needs one waits: %s", error)
+            log.error("no more files can be opened (ulimit -n), so some requests have to wait: %s", error)
 
     def count(self, name: str) -> None:
         """Adds one to the metric fleet/<name>."""
         self._counts[name] += 1
 
     def metrics(self) -> dict[str, float]:
-        """Totals since the start, and rates of now; the names begin with fleet/."""
+        """Totals since the start, and current rates; the names begin with fleet/."""
         alive = self._alive()
         tokens = Counter(self._tokens_of)
         tokens.update({member.address.index: member.num_tokens for member in self._members.values()})
@@ -245,10 +245,10 @@ class Fleet:
         current = self._current()
         under_way = sum(member.num_groups for member in current)
         return (
-            f"a group has waited for server.queue_timeout_s = {self._server.queue_timeout_s:g} s for a place at a "
-            f"server that holds version {self.version}: {len(current)} of {self._num_expected} servers do, with "
-            f"{under_way} groups under way, and {self._dispatcher.num_waiting} more groups wait; see the logs of "
-            "serve, and if the servers are well raise server.queue_timeout_s or start more of them"
+            f"a group has waited for server.queue_timeout_s = {self._server.queue_timeout_s:g} s for capacity at a "
+            f"server that holds version {self.version}: {len(current)} of {self._num_expected} servers hold it, with "
+            f"{under_way} groups in flight, and {self._dispatcher.num_waiting} more groups wait; see the logs of "
+            "serve, and if the servers are healthy raise server.queue_timeout_s or start more servers"
         )
 
     def _raise_failure(self) -> None:
@@ -257,7 +257,7 @@ class Fleet:
 
     def _fail(self, error: BaseException) -> None:
         if not isinstance(error, ProjectError):
-            log.error("watching the servers failed: unexpected error", exc_info=error)
+            log.error("monitoring the servers failed: unexpected error", exc_info=error)
         self._failure = FleetError(str(error) if isinstance(error, ServerError) else named(error))
         self._failure.__cause__ = error
         self._changed.set()
@@ -268,7 +268,7 @@ class Fleet:
             while True:
                 await self._look()
                 await asyncio.sleep(WATCH_INTERVAL_S)
-        except Exception as error:  # told to whoever waits, now or later
+        except Exception as error:  # raised in all waiting calls, now or later
             self._fail(error)
 
     async def _look(self) -> None:
@@ -276,7 +276,7 @@ class Fleet:
             addresses = await asyncio.to_thread(
                 read_server_addresses, self._run_dir, self._num_expected, self._incarnation
             )
-        except OSError as error:  # a network file system may fail for a moment
+        except OSError as error:  # a network file system may fail briefly
             log.warning("the servers' addresses cannot be read: %s", error)
             return
         stated = {(address.index, address.start): address for address in addresses}
@@ -303,10 +303,10 @@ class Fleet:
     async def _probe(self, member: Member) -> None:
         try:
             await self._ask(member)
-        except Exception as error:  # a fault of this program must not pass for one of the server
+        except Exception as error:  # an error in this program must not be taken for a server's
             self._fail(error)
         member.probe = None
-        if member.probed_at < 0:  # a publication has ended meanwhile: its answer was too old
+        if member.probed_at < 0:  # a publication has ended meanwhile: the answer is from before it
             self._probe_members()
 
     async def _probe_generation(self, member: Member) -> None:
@@ -316,7 +316,7 @@ class Fleet:
         except OutOfFiles as error:
             self.out_of_files(error)
             return
-        except Exception as error:  # a fault of this program must not pass for one of the server
+        except Exception as error:  # an error in this program must not be taken for a server's
             self._fail(error)
             return
         finally:
@@ -335,16 +335,16 @@ class Fleet:
         self._dispatcher.dispatch()
 
     async def _ask(self, member: Member) -> None:
-        """Asks the server for its version, and takes note whether it answers."""
+        """Asks the server for its version, and records whether it answers."""
         publications = self._publications
         member.probed_at = time.monotonic()
         try:
-            version = await member.client.policy_version(min(LONGEST_PROBE_S, self._server.unhealthy_after_s))
+            version = await member.client.policy_version(min(MAX_PROBE_S, self._server.unhealthy_after_s))
         except RequestRefused as error:
-            if not member.has_joined:  # wrong API key, or no rollout server at all
+            if not member.has_joined:  # wrong API key, or not a rollout server
                 self._fail(error)
             self._unanswered(member, str(error))
-        except InvalidAnswer as error:  # it answers, with a version that is none
+        except InvalidAnswer as error:  # it answers, but with an invalid version
             self._answered(member, None, str(error), publications)
         except ServerUnavailable as error:
             self._unanswered(member, str(error))
@@ -360,13 +360,13 @@ class Fleet:
         member.answers = True
         if not member.has_joined:
             member.has_joined, member.named_version = True, None
-            member.generation.seen()  # serve has seen it generate before it stated the address
+            member.generation.seen()  # serve has seen it generate before it announced the address
             self._counts["restarts"] += member.address.start > 0
-            # Only the initial weights are known by their version: what else a server calls its weights may be left
-            # from another run, or from a publication that broke off.
+            # Only the initial weights are recognized by the version that the server reports: any other weights may be
+            # left from another run, or from a publication that was interrupted.
             member.held_version = version if version == self.version == 0 else None
             log.info("%s has joined (start %d): %s", member.name, member.address.start, described)
-        elif publications == self._publications:  # else the answer may be older than the last publication
+        elif publications == self._publications:  # otherwise the answer may be older than the last publication
             self._compare_version(member, version, described)
         self._changed.set()
         self._dispatcher.dispatch()
@@ -378,7 +378,7 @@ class Fleet:
             else:
                 log.warning("%s should hold version %d, but %s", member.name, member.named_version, described)
             member.named_version = None
-        # A publication under way has raised the version already; a lower one means that the weights are lost.
+        # During a publication the version may be higher already; a lower one means that the weights are lost.
         elif member.held_version is not None and (version is None or version < member.held_version):
             log.warning("%s has lost version %d: %s", member.name, member.held_version, described)
             self._counts["restarts"] += 1
@@ -392,7 +392,7 @@ class Fleet:
             member.move_groups()
 
     def _remove(self, member: Member) -> None:
-        """Takes a server out whose address is withdrawn; its groups move."""
+        """Removes a server whose address was withdrawn; its groups move to other servers."""
         del self._members[member.key]
         member.answers = False
         if member.num_groups:

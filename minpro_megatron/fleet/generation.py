@@ -1,4 +1,4 @@
-"""Groups through the servers: one group on one server, failures moved and repeated, every response rewarded."""
+"""Generation of groups: one group per server, failed groups moved and retried, every response rewarded."""
 
 import asyncio
 import itertools
@@ -20,10 +20,10 @@ from minpro_megatron.serving.errors import OutOfFiles, ServerError
 
 log = logging.getLogger(__name__)
 
-# Failures of a group that no server's end explains, on another server each time where there is one. The client
-# itself repeats a request over dropped connections and 5xx, so this many mean a fault that will not pass.
+# Failures of a group that are not explained by the end of a server, each on a different server if there is one. The
+# client itself retries after dropped connections and 5xx, so this number of failures means a permanent fault.
 MAX_GROUP_FAILURES = 3
-# Other groups' connections are closed meanwhile.
+# Meanwhile connections of other groups close.
 OUT_OF_FILES_PAUSE_S = 1.0
 
 
@@ -32,19 +32,19 @@ class ResponseDecoder(Protocol):
 
 
 def graded_texts(prompt: Prompt, texts: Sequence[str]) -> list[str]:
-    """What is graded of responses to the prompt: a given prefix is their beginning, and may hold part of the answer."""
+    """The texts to grade for responses to the prompt. A given prefix comes first; it may hold part of the answer."""
     return [prompt.prefix + text for text in texts]
 
 
 class GenerationError(ProjectError):
-    """A group could not be sampled on servers that are well, also after repeating it."""
+    """A group could not be sampled on healthy servers, even after retries."""
 
 
 class GroupCollector:
     """Samples and rewards groups.
 
-    Groups start in the order in which `collect` is called, so that earlier batches are not held up by later ones;
-    evaluation groups start once no training group waits.
+    Groups start in the order in which `collect` is called, so that later batches do not delay earlier ones.
+    Evaluation groups start once no training group waits.
     """
 
     def __init__(self, fleet: Fleet, rewards: RewardPool, tokenizer: ResponseDecoder) -> None:
@@ -54,10 +54,10 @@ class GroupCollector:
         self._tickets = itertools.count()
 
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
-        """The group, sampled and rewarded; waits while no server can take it, a training group at most
-        `server.queue_timeout_s` at a time. Raises GenerationError and FleetError.
+        """The group, sampled and rewarded. Waits while no server has capacity, a training group for at most
+        `server.queue_timeout_s` each time. Raises GenerationError and FleetError.
 
-        A group for training has no use for further rewards once one is missing.
+        The remaining rewards of a training group are cancelled once one of its responses could not be graded.
         """
         sequences = await self.sample(issued, sampling)
         prompt = issued.prompt
@@ -82,13 +82,13 @@ class GroupCollector:
         return CollectedGroup(issued=issued, responses=responses, grading_problem=problem)
 
     async def response_texts(self, sequences: Sequence[SampledSequence]) -> list[str]:
-        """The text of each, as rewards read it; a given prefix is not in it."""
-        # In a thread: a group may have 150,000 tokens, and other answers should not wait for its text.
+        """The text of each sequence as the grader receives it; a given prefix is not in it."""
+        # In a thread: a group may have 150,000 tokens, and other answers should not wait while they are decoded.
         ids = [sequence.token_ids for sequence in sequences]
         return await asyncio.to_thread(self._tokenizer.response_texts, ids)
 
     async def sample(self, issued: IssuedGroup, sampling: SamplingParameters) -> list[SampledSequence]:
-        """The group's sequences alone; otherwise as `collect`."""
+        """Only the group's sequences; otherwise as `collect`."""
         fleet, ticket = self._fleet, Ticket(issued.is_evaluation, next(self._tickets))
         num_requests = len(issued.sampling_seeds)
         tried: set[Key] = set()

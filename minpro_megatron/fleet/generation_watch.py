@@ -1,17 +1,17 @@
-"""Does a server that answers also work? SGLang's /model_info answers while its scheduler hangs."""
+"""Detects a server that answers but does not generate: SGLang's /model_info answers even while its scheduler hangs."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-# Silence counts only if a server was asked more than once: the collector itself may have been held up.
+# Silence counts only after more than one request without an answer: the collector itself may have been delayed.
 MIN_SILENCES = 2
 
 
 class GenerationWatch:
-    """For how long a server has generated nothing although it was asked.
+    """The time for which a server has generated nothing although it was asked to.
 
-    Suspended while the trainer may have it paused: then it rightly generates nothing.
+    Suspended while the trainer may have paused the server, which then does not generate.
     """
 
     def __init__(self) -> None:
@@ -33,12 +33,12 @@ class GenerationWatch:
             self._seen_at, self._num_silences = time.monotonic(), 0
 
     def is_due(self, interval_s: float) -> bool:
-        """Whether the server is to be asked, `interval_s` after the last question or sign of life."""
+        """Whether to ask the server now, `interval_s` after the last request or the last sign of life."""
         asked_at = max(self.probed_at, self._seen_at)
         return self.probe is None and not self._is_suspended and time.monotonic() - asked_at >= interval_s
 
     async def ask(self, generates: Callable[[], Awaitable[bool]]) -> bool | None:
-        """What `generates` says; None if the watch was suspended meanwhile, and the answer says nothing."""
+        """The result of `generates`; None if the watch was suspended meanwhile, so that the result means nothing."""
         self.probed_at, suspensions = time.monotonic(), self._num_suspensions
         answer = await generates()
         if self._num_suspensions != suspensions:
@@ -51,10 +51,10 @@ class GenerationWatch:
         return answer
 
     def seen(self) -> None:
-        """The server has generated something."""
+        """Records that the server has generated something."""
         self.is_well = True
         self._seen_at, self._num_silences = time.monotonic(), 0
 
     def is_silent_for(self, limit_s: float) -> bool:
-        """Whether it was asked more than once in vain, and has shown no sign of life for longer than `limit_s`."""
+        """Whether more than one request had no result, and there was no sign of life for longer than `limit_s`."""
         return self._num_silences >= MIN_SILENCES and time.monotonic() - self._seen_at > limit_s

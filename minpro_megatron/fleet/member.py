@@ -1,4 +1,4 @@
-"""One rollout server as the collector sees it: does it answer, what does it hold, how much is under way on it."""
+"""One rollout server as the collector sees it: whether it answers, which version it holds, how much is in flight."""
 
 import asyncio
 import time
@@ -16,10 +16,10 @@ from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.client import SamplingParameters, ServerClient, answer_thread
 
-# The pause after a failure: doubled from one failure to the next until a group succeeds.
+# The pause after a failure. It doubles with each further failure until a group succeeds.
 FIRST_SUSPENSION_S = 0.5
-LONGEST_SUSPENSION_S = 60.0
-# A server's rate is an average over about this many groups; one that old says nothing about the server any more.
+MAX_SUSPENSION_S = 60.0
+# A server's rate is an average over about this number of groups. An average of this age is no longer used.
 RATE_GROUPS = 8
 RATE_LIFETIME_S = 300.0
 
@@ -28,7 +28,7 @@ Key = tuple[int, int]  # (index, start) of a server
 
 
 class Client(Protocol):
-    """What a server's client offers; `minpro_megatron.serving.client.ServerClient` is one."""
+    """The methods of a server's client; implemented by `minpro_megatron.serving.client.ServerClient`."""
 
     name: str
 
@@ -51,26 +51,26 @@ class Client(Protocol):
 
 
 class MemberGone(RuntimeError):
-    """The server ended, or stopped answering, while it worked on a group: the group moves."""
+    """The server ended or stopped answering while it worked on a group. The group moves to another server."""
 
 
 class Member:
-    """A server from the moment its address is read until it is withdrawn: (index, start) names it."""
+    """A server from the time its address is read until it is withdrawn, identified by (index, start)."""
 
     def __init__(self, address: ServerAddress, client: Client) -> None:
         self.address = address
         self.client = client
         self.name = client.name
         self.held_version: int | None = None  # None: not known to hold the weights of any version
-        self.named_version: int | None = None  # said to have been sent there, not yet confirmed by the server
+        self.named_version: int | None = None  # reported by the trainer as sent, not yet confirmed by the server
         self.has_joined = False  # it has answered once
-        self.answers = False  # it answered when it was last asked
-        self.is_to_restart = False  # `serve` was asked to start it again
+        self.answers = False  # whether it answered the last check
+        self.restart_requested = False  # `serve` was asked to restart it
         self.answered_at = time.monotonic()
         self.probed_at = -float("inf")
         self.probe: asyncio.Task[None] | None = None
         self.generation = GenerationWatch()
-        self.num_groups = 0  # under way
+        self.num_groups = 0  # in flight
         self.num_requests = 0  # of these groups
         self.num_tokens = 0
         self._requests: set[asyncio.Task[list[SampledSequence]]] = set()
@@ -91,8 +91,8 @@ class Member:
     async def generate(
         self, prompt_token_ids: np.ndarray, seeds: Sequence[int], sampling: SamplingParameters, policy_version: int
     ) -> list[SampledSequence]:
-        """The client's answer. Raises MemberGone if the server leaves the fleet before it has answered, or is lent
-        meanwhile and comes back without the weights that it was lent for."""
+        """The client's answer. Raises MemberGone if the server leaves the fleet before it has answered, or is leased
+        meanwhile and does not hold the lease's weights afterwards."""
         request = asyncio.create_task(self._answer(prompt_token_ids, seeds, sampling, policy_version))
         self._requests.add(request)
         request.add_done_callback(self._requests.discard)
@@ -110,15 +110,15 @@ class Member:
         start = time.monotonic()
         sequences = await self.client.generate(prompt_token_ids, seeds, sampling, policy_version, self._is_back.wait)
         wall_time_s = time.monotonic() - start
-        # Which weights sampled the last tokens is known only then: what a server calls them may be wrong.
+        # Which weights sampled the last tokens is known only then: the version that a server reports may be wrong.
         await self._is_back.wait()
         self.succeeded(sequences, wall_time_s)
         return sequences
 
     @property
     def is_well(self) -> bool:
-        """Whether the server can be given work or weights, as far as it is known."""
-        return self.has_joined and self.answers and self.generation.is_well and not self.is_to_restart
+        """Whether the server can be given work or weights, as far as is known."""
+        return self.has_joined and self.answers and self.generation.is_well and not self.restart_requested
 
     def lend(self) -> None:
         """The trainer may change the weights from now on: answers and continuations wait until `take_back`."""
@@ -126,20 +126,20 @@ class Member:
         self.generation.suspend()
 
     def take_back(self, with_the_weights: bool) -> None:
-        """The trainer is done. Without the weights it should have got, nobody vouches for those that went on with what
-        is under way: that moves."""
+        """The trainer has finished. If the server did not receive the weights, its requests in flight may have
+        continued with unknown weights, so their groups move to other servers."""
         if not with_the_weights:
             self.move_groups()
         self._is_back.set()
         self.generation.resume()
 
     def move_groups(self) -> None:
-        """Ends all requests under way: each raises MemberGone where it is awaited."""
+        """Cancels all requests in flight; each raises MemberGone where it is awaited."""
         for request in self._requests:
             request.cancel()
 
     async def close(self) -> None:
-        """Ends what is under way, then the client."""
+        """Cancels the requests in flight, then closes the client."""
         self.move_groups()
         probes = [probe for probe in (self.probe, self.generation.probe) if probe is not None]
         for probe in probes:
@@ -150,21 +150,21 @@ class Member:
         await self.client.__aexit__(None, None, None)
 
     def take(self, num_requests: int) -> None:
-        """One more group is under way, of so many requests."""
+        """Records one more group in flight, with `num_requests` requests."""
         self._count_idleness()
         self.num_groups += 1
         self.num_requests += num_requests
         self._idle_since = None
 
     def release(self, num_requests: int) -> None:
-        """One group fewer is under way."""
+        """Records the end of a group."""
         self.num_groups -= 1
         self.num_requests -= num_requests
         if self.num_groups == 0:
             self._idle_since = time.monotonic()
 
     def idle_s(self) -> float:
-        """Seconds without any group, so far."""
+        """The total time without any group, in seconds."""
         self._count_idleness()
         return self._idle_s
 
@@ -175,10 +175,10 @@ class Member:
             self._idle_since = now
 
     def suspend(self) -> float:
-        """No new group for a while, after a failure; returns the seconds. Failures that come together count once."""
+        """Pauses new groups after a failure and returns the seconds. Simultaneous failures count once."""
         if (left_s := self._suspended_until - time.monotonic()) > 0:
             return left_s
-        pause_s = min(LONGEST_SUSPENSION_S, FIRST_SUSPENSION_S * 2**self._num_failures)
+        pause_s = min(MAX_SUSPENSION_S, FIRST_SUSPENSION_S * 2**self._num_failures)
         self._num_failures += 1
         self._suspended_until = time.monotonic() + pause_s
         return pause_s
@@ -188,12 +188,12 @@ class Member:
         return time.monotonic() < self._suspended_until
 
     def succeeded(self, sequences: Sequence[SampledSequence], wall_time_s: float) -> None:
-        """Takes note of a group's tokens and of how fast they came."""
+        """Records a group's tokens and their rate."""
         self._num_failures = 0
         self.generation.seen()
         lengths = [len(sequence.token_ids) for sequence in sequences]
         self.num_tokens += sum(lengths)
-        # the longest response ran all the time
+        # the longest response was running for the whole time
         rate = max(lengths) / max(wall_time_s, 1e-6)
         self._num_rated += 1
         weight = 1 / min(self._num_rated, RATE_GROUPS)
@@ -202,14 +202,14 @@ class Member:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second of one response; None until there are enough groups, and again when they are long ago."""
+        """Tokens per second of one response; None while there are too few groups, or if the last ones are too old."""
         known = self._num_rated >= RATE_GROUPS and time.monotonic() - self._rated_at < RATE_LIFETIME_S
         return self._rate if known else None
 
 
 def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddress], Client]:
-    """Makes the clients of the run's servers. Raises ValueError if the API key is missing, or routes will be asked of a
-    model without experts."""
+    """A function that creates clients of the run's servers. Raises ValueError if the API key is missing, or if routes
+    are requested from a model without experts."""
     headers = authorization(config)
     if config.model.routing_replay == "rollout" and not facts.num_experts:
         raise UserError(

@@ -1,6 +1,6 @@
 """How many files and connections the collector may have open at a time, and how many it needs.
 
-Every group under way is a connection, so that 32 servers want more of them than the usual soft limit of 1,024 allows.
+Every group in flight is a connection, so 32 servers need more of them than the usual soft limit of 1,024.
 """
 
 import resource
@@ -8,24 +8,24 @@ import resource
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.serving.endpoints import num_servers
 
-# Journal, logs, the collector's own interface, libraries, route files that are being written.
+# Journal, logs, the collector's own interface, libraries, route files being written.
 BASE_FILES = 256
-FILES_OF_A_REWARD_WORKER = 4
-# Questions after a server's version and health, and aborts.
-OTHER_CONNECTIONS_OF_A_SERVER = 4
-# What the limit is raised to at least, where the hard limit allows: as SGLang's servers do.
+FILES_PER_REWARD_WORKER = 4
+# Checks of a server's version and health, and aborts.
+OTHER_CONNECTIONS_PER_SERVER = 4
+# The soft limit is raised at least to this value, if the hard limit allows it, as SGLang's servers do.
 GENEROUS_FILES = 65536
 
 
 def files_needed(config: RunConfig) -> int:
-    """Open files of a collector, or of the command `eval`, at its busiest."""
+    """The maximum number of open files of a collector, or of the command `eval`."""
     smallest = min(_group_sizes(config))
     groups = max(1, config.server.max_requests_under_way // smallest)
     return _other_files(config) + num_servers(config.server) * groups
 
 
 def _group_sizes(config: RunConfig) -> list[int]:
-    """Responses of the groups that are requested: training groups, and those that evaluations are cut into."""
+    """The sizes of the requested groups: training groups, and the groups into which evaluations are split."""
     size, evaluation = config.batch.responses_per_prompt, config.evaluation
     samples = [evaluation.samples_per_prompt, *(one.samples_per_prompt for one in evaluation.benchmarks)]
     return [size, *(count % size or size for count in samples)]
@@ -34,8 +34,8 @@ def _group_sizes(config: RunConfig) -> list[int]:
 def _other_files(config: RunConfig) -> int:
     return (
         BASE_FILES
-        + FILES_OF_A_REWARD_WORKER * config.collector.reward_workers
-        + OTHER_CONNECTIONS_OF_A_SERVER * num_servers(config.server)
+        + FILES_PER_REWARD_WORKER * config.collector.reward_workers
+        + OTHER_CONNECTIONS_PER_SERVER * num_servers(config.server)
     )
 
 
@@ -45,7 +45,7 @@ def file_limits() -> tuple[int, int]:
 
 
 def raise_file_limit(config: RunConfig) -> None:
-    """Raises this process's soft limit to what `config` needs and more, or as far as the hard limit allows."""
+    """Raises this process's soft limit to what `config` needs or more, or as far as the hard limit allows."""
     soft, hard = file_limits()
     wanted = min(max(files_needed(config), GENEROUS_FILES), hard)
     if soft < wanted:
@@ -53,16 +53,17 @@ def raise_file_limit(config: RunConfig) -> None:
 
 
 def max_groups_under_way(config: RunConfig) -> int | None:
-    """Groups for which this process's soft limit is enough, over all servers; None: for as many as servers take."""
+    """The number of groups in flight, over all servers, for which this process's soft limit is enough. None means that
+    the servers' own limits apply."""
     soft, _ = file_limits()
     if soft >= files_needed(config):
         return None
-    # A connection stays open for seconds after its answer: those of former groups count beside those under way.
+    # A connection stays open for seconds after its answer, so connections of finished groups count too.
     return max(1, (soft - _other_files(config)) // 2)
 
 
 def limit_problem(config: RunConfig) -> str | None:
-    """The line of a check before the start; None if the hard limit is enough."""
+    """The message of a preflight check; None if the hard limit is high enough."""
     needed, (_, hard) = files_needed(config), file_limits()
     if hard >= needed:
         return None

@@ -1,6 +1,6 @@
-"""The status `servers` of a run: that none has answered for a minute or more, which nobody else sees as it is.
+"""The status `servers` of a run: that no server has answered for a minute or more.
 
-serve may run on other nodes and be well itself: what the collector can reach decides.
+Only the collector can report it: serve may run on other nodes and be healthy while the collector reaches no server.
 """
 
 import logging
@@ -11,11 +11,11 @@ from minpro_megatron.monitor.status import NO_SERVER, SERVERS, write_status
 
 log = logging.getLogger(__name__)
 
-STATED_AFTER_S = 60.0
+REPORTED_AFTER_S = 60.0
 
 
 class ServerStatus:
-    """Call `tick` about once a second."""
+    """Call `tick` about once per second."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -23,8 +23,8 @@ class ServerStatus:
         self._stated = ""
 
     def tick(self, num_members: int) -> None:
-        """States a change: each minute in which none of the servers answers, and the end of that. `num_members`: how
-        many answer now."""
+        """Reports a change: each minute in which no server answers, and the end of such a time. `num_members` is the
+        number of servers that answer now."""
         now = time.monotonic()
         if num_members:
             self._last_seen = now
@@ -33,7 +33,7 @@ class ServerStatus:
                 if self._stated.startswith(NO_SERVER)
                 else self._stated
             )
-        elif now - self._last_seen >= STATED_AFTER_S:
+        elif now - self._last_seen >= REPORTED_AFTER_S:
             minutes = int((now - self._last_seen) // 60)
             phase = f"{NO_SERVER} has answered for {minutes} min: nothing is sampled; see the log of serve"
         else:

@@ -111,14 +111,14 @@ async def _collect(config: RunConfig, incarnation: int, fence: StartFence) -> No
             collector = await _make_collector(config, incarnation, journal, stack)
         except Exception as error:
             api.fail(_one_line(error))
-            await api.wait_until_failure_is_told(FAILURE_DELIVERY_S)
+            await api.wait_until_failure_is_reported(FAILURE_DELIVERY_S)
             raise
         api.serve(collector)
         try:
             await collector.run()
         except Exception as error:
             await collector.fail(_one_line(error))
-            await api.wait_until_failure_is_told(FAILURE_DELIVERY_S)
+            await api.wait_until_failure_is_reported(FAILURE_DELIVERY_S)
             raise
 
 

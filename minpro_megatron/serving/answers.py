@@ -14,7 +14,7 @@ from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.serving.errors import InvalidAnswer, WrongPolicyVersion
 
 # Rounding may lift the log-prob of a certain token above 0 by a few units in the last place.
-LARGEST_LOG_PROB = 1e-5
+MAX_LOG_PROB = 1e-5
 ABORTED = "abort"
 
 
@@ -185,7 +185,7 @@ class AnswerChecker:
         require([entry.token_id for entry in entries] == answer.output_ids, field, "they do not name the output_ids")
         with np.errstate(over="ignore"):  # to -inf, which is refused
             log_probs = np.array([entry.log_prob for entry in entries]).astype(np.float32)
-        wrong = log_probs[~(np.isfinite(log_probs) & (log_probs <= LARGEST_LOG_PROB))]
+        wrong = log_probs[~(np.isfinite(log_probs) & (log_probs <= MAX_LOG_PROB))]
         require(not wrong.size, field, f"{wrong[:3].tolist()} are no log-probs")
         return tokens.astype(np.int32), log_probs
 

@@ -131,7 +131,7 @@ def _compared(case: Case, run: CrashRun, undisturbed: Results) -> str:
 
 def _make_room_again(run: CrashRun, point: CrashPoint, told: str) -> None:
     remedy = {
-        "limit": "though the disk is not full; look for a quota",
+        "limit": "though the disk is not full; check for a quota",
         "fill": "free some space, then launch again",
     }
     assert remedy[point.action] in told, told

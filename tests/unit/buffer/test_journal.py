@@ -200,12 +200,12 @@ def test_a_journal_goes_on_where_it_was_closed(tmp_path: Path) -> None:
     [
         (
             lambda path: path.write_bytes(b"this is no database" * 100),
-            "cannot be opened .*not a database: the file is damaged; put back",
+            "cannot be opened .*not a database: the file is damaged; restore",
         ),
         (lambda path: path.mkdir(), "cannot be opened .*unable to open"),
         (
             lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 1").connection.close(),
-            "cannot be opened .*format 1, this version reads 5; go on with the version that began",
+            "cannot be opened .*format 1, this version reads 5; continue with the version that started",
         ),
     ],
 )
@@ -272,9 +272,9 @@ async def left_to_prune(journal: Journal) -> tuple[int, int]:
 
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_pruning, "GROUPS_PRUNED", 1)
-    monkeypatch.setattr(journal_pruning, "GROUPS_LOOKED_AT", 3)
-    monkeypatch.setattr(journal_pruning, "PAGES_GIVEN_BACK", 4)
+    monkeypatch.setattr(journal_pruning, "GROUPS_PER_PIECE", 1)
+    monkeypatch.setattr(journal_pruning, "GROUPS_SCANNED_PER_PIECE", 3)
+    monkeypatch.setattr(journal_pruning, "PAGES_PER_PIECE", 4)
 
 
 def test_others_do_not_wait_until_a_pruning_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +362,7 @@ def full_disk(journal: Journal) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("obstacle", "told"),
     [
-        (small_files, r"disk I/O error, though the disk is not full; look for a quota, a limit on the size of files"),
+        (small_files, r"disk I/O error, though the disk is not full; check for a quota, a limit on the size of files"),
         (full_disk, r"no space is left on the file system of .*; free some space, then launch again$"),
     ],
 )
@@ -442,7 +442,7 @@ def test_of_a_torn_wal_whole_transactions_stay(tmp_path: Path, torn: tuple[Path,
         found = await journal._file.run(lambda connection: connection.execute(STATE).fetchall())
         assert found in history[:-1]
         consumed = {step for _, _, step, *_ in found if step is not None}
-        with pytest.raises(JournalError, match=r"the checkpoint of version 2 .* do not belong together; put both back"):
+        with pytest.raises(JournalError, match=r"the checkpoint of version 2 .* do not belong together; restore both"):
             await journal.restore(2, NUM_PROMPTS, True)
         if consumed != {0}:
             with pytest.raises(JournalError, match=r"the checkpoint of version 1 .* the journal 0"):

@@ -169,7 +169,7 @@ def test_versions_and_evaluations_after_the_checkpoint_are_forgotten() -> None:
 @pytest.mark.parametrize(
     ("version", "rows", "reason"),
     [
-        (1, [], "version 1 has consumed 2 groups, the journal 0: .* put both back from the same copy, or start"),
+        (1, [], "version 1 has consumed 2 groups, the journal 0: .* restore both from the same backup, or start"),
         (2, CONSUMED_0, "version 2 has consumed 4 groups, the journal 2"),
         (1, [*CONSUMED_0, (0, [], "issued")], "1 groups sampled with versions before 1 are lost.* older than the"),
         (1, [*CONSUMED_0, (0, [0], "collected")], "1 groups sampled with versions before 1 are lost"),

@@ -47,4 +47,4 @@ def test_a_journal_is_written_and_read_where_nothing_can_be_locked(tmp_path: Pat
     assert ended.stdout.splitlines() == [
         "plain SQLite: disk I/O error", *begun, "closed: True 2", *begun, "crashed: True 2"
     ]  # fmt: skip
-    assert ended.stderr.count("nothing keeps a second start of the run away from it") == 2
+    assert ended.stderr.count("nothing keeps a second start of the run from opening it") == 2

@@ -31,7 +31,7 @@ async def collect(config: RunConfig, servers: FakeServers, long_poll_s: float) -
             api.serve(collector)
             while not (collector._finished or collector._failure):
                 await asyncio.sleep(0.005)
-        await api.wait_until_failure_is_told(5)
+        await api.wait_until_failure_is_reported(5)
 
 
 def run_trainer(
@@ -230,7 +230,7 @@ class HeldEvaluations(FakeServers):
 def test_leases_for_servers_that_came_back_are_told_from_what_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collector_module, "LOOK_AT_SERVERS_S", 0.005)
+    monkeypatch.setattr(collector_module, "SERVER_CHECK_INTERVAL_S", 0.005)
     config, servers = run_config(tmp_path, steps=2, delay=0, evaluate_every=1), HeldEvaluations()
 
     def trainer(feed: Feed) -> None:
@@ -289,7 +289,7 @@ def test_a_trainer_that_is_early_waits_for_the_collector_or_for_its_failure(tmp_
             api.fail("no server\nis there")
             with pytest.raises(FeedError, match="start/0: no server is there; see the log of collect"):
                 await waiting
-            await api.wait_until_failure_is_told(0.01)
+            await api.wait_until_failure_is_reported(0.01)
         assert not (tmp_path / COLLECTOR_ENDPOINT).exists()
 
     asyncio.run(main())

@@ -55,7 +55,7 @@ async def first_publication(collector: Collector, held_by: list[int]) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks at the servers every few milliseconds; the pause ends when a test says so."""
-    monkeypatch.setattr(collector_module, "LOOK_AT_SERVERS_S", 0.005)
+    monkeypatch.setattr(collector_module, "SERVER_CHECK_INTERVAL_S", 0.005)
     monkeypatch.setattr(leases_module, "REPUBLISH_PAUSE_S", PAUSE_S)
 
 

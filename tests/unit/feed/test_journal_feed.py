@@ -114,10 +114,10 @@ async def prune(journal: Journal, run: StoredRun) -> None:
         (
             {"change": other_sizes},
             [],
-            "global step 0 consumed 3 groups of 1 responses, this run's have batch.num_prompts = 3 of "
+            "global step 0 consumed 3 groups of 1 responses, but this run has batch.num_prompts = 3 and "
             "batch.responses_per_prompt = 2; set them",
         ),
-        ({}, ["batch.num_prompts=6"], "global step 0 consumed 3 groups of 2 responses, this run's have batch.num_pr"),
+        ({}, ["batch.num_prompts=6"], "global step 0 consumed 3 groups of 2 responses, but this run has batch.num_p"),
         (
             {},
             ["sampling.max_prompt_tokens=1"],
@@ -156,7 +156,7 @@ def test_tokens_of_another_model_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "stored", NUM_STEPS)
     feed = make_feed(tmp_path, vocabulary=20)
     with pytest.raises(
-        ValueError, match=r"group 0 has the token id 2\d, which model.hf_path with its 20 does not know"
+        ValueError, match=r"group 0 has the token id 2\d, but the vocabulary of model.hf_path has 20 tokens"
     ):
         feed.batch(0)
 

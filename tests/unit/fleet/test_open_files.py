@@ -41,9 +41,9 @@ class Limits:
 
 def test_every_group_under_way_is_a_connection() -> None:
     """320 requests a server: 40 groups of 8, or 160 of an evaluation with 10 samples, the last two of which are one."""
-    others = open_files.BASE_FILES + open_files.FILES_OF_A_REWARD_WORKER
+    others = open_files.BASE_FILES + open_files.FILES_PER_REWARD_WORKER
     for samples, groups in ((8, 40), (16, 40), (10, 160), (3, 106)):
-        of_server = groups + open_files.OTHER_CONNECTIONS_OF_A_SERVER
+        of_server = groups + open_files.OTHER_CONNECTIONS_PER_SERVER
         assert files_needed(config(samples_per_prompt=samples)) == others + 32 * of_server
 
 
