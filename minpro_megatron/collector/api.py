@@ -10,9 +10,10 @@
     POST /v1/checkpoint_end/{version}
     POST /v1/finish                      CollectorTotals, or 202, or 204
 
-204: not yet, ask again. 202: a PublishLease of the version that the servers hold already, for servers that have lost
-it: publish it, then ask again. Records travel as MessagePack. 400: damaged request; 409: out of order or of another
-incarnation; 403: without the run's token; 500: the collector has failed. The body of these is one line of text.
+204: not ready yet, ask again. 202: a PublishLease of the version that the servers already hold, for servers that have
+lost it: publish it, then ask again. Records travel as MessagePack. 400: damaged request; 409: out of order or of
+another incarnation; 403: without the run's token; 500: the collector has failed. The body of an error is one line of
+text.
 """
 
 import asyncio
@@ -61,7 +62,7 @@ class _Published(msgspec.Struct):
 class CollectorApi:
     """Serves a collector, once there is one, to trainers of one incarnation; use inside `async with`.
 
-    It listens before the collector exists, so that a trainer which starts earlier waits and learns of
+    It listens before the collector exists, so that a trainer that starts earlier waits for it and receives its
     failures.
     """
 
@@ -105,7 +106,7 @@ class CollectorApi:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # only what this collector has written: by now the files may be those of a newer start
+        # only the files of this collector: by now the files may be those of a newer start
         for file, written in ((COLLECTOR_ENDPOINT, self._endpoint), (COLLECTOR_TOKEN, self._token.decode())):
             with suppress(OSError):
                 if (self._run_dir / file).read_text(encoding="utf-8") == written:
@@ -116,21 +117,21 @@ class CollectorApi:
             await self._runner.cleanup()
 
     def serve(self, collector: Collector) -> None:
-        """From now on requests are answered."""
+        """Starts answering requests from `collector`."""
         assert self._collector is not None
         self._collector.set_result(collector)
 
     def fail(self, message: str) -> None:
-        """There will be no collector: tells whoever waits for it."""
+        """Reports to all waiting requests that there will be no collector."""
         assert self._collector is not None
         if not self._collector.done():
             self._collector.set_exception(CollectorFailed(message))
-            self._collector.exception()  # retrieved: a run without a waiting trainer must not warn about it
+            self._collector.exception()  # retrieved, so that asyncio does not warn if no trainer waits
 
     async def wait_until_failure_is_reported(self, timeout_s: float) -> None:
         """Returns once a request was answered with the collector's failure, or after `timeout_s` seconds.
 
-        A trainer between two requests would otherwise find nobody there, and not learn why.
+        Otherwise a trainer between two requests would find no collector, and not the reason.
         """
         with suppress(TimeoutError):
             await asyncio.wait_for(self._failure_told.wait(), timeout_s)
@@ -222,7 +223,7 @@ class CollectorApi:
 
 
 async def _answer(record: Record | None, wanted: bool | None = None) -> web.Response:
-    """The record; status 202 if it is not what was `wanted` but a lease that comes before it."""
+    """The record. With status 202 if it is not the kind that was `wanted` but a lease that must be fulfilled first."""
     if record is None:
         return web.Response(status=204)
     if wanted is None:

@@ -1,7 +1,7 @@
 """The state of a run between the servers and the trainer: what is sampled, what is consumed, when weights change.
 
-What may happen when is decided by a schedule (buffer/schedule.py); the collector starts what may start, records it in
-the journal, and answers the trainer. Evaluations run beside the groups; the weights are not replaced under one.
+A schedule (buffer/schedule.py) decides what may happen when. The collector starts what may start, records it in the
+journal, and answers the trainer. Evaluations run concurrently with the groups; weights do not change during one.
 """
 
 import asyncio
@@ -39,11 +39,11 @@ from minpro_megatron.serving.client import SamplingParameters
 
 log = logging.getLogger(__name__)
 
-# How often a waiting request looks whether a server has come back without the weights of now.
+# How often a waiting request checks whether a server has restarted without the current weights.
 SERVER_CHECK_INTERVAL_S = 0.5
-# A run without a server that holds the current weights is given up after this many times what a start may take.
+# The run ends if for this multiple of server.start_timeout_s no server has held the current weights.
 SERVERLESS_FACTOR = 3
-NUM_CANARY_PROMPTS = 4  # of the held-out ones: one alone may have a continuation that is certain for any weights
+NUM_CANARY_PROMPTS = 4  # of the held-out prompts: a single one may have a continuation that is certain for any weights
 
 
 class CollectorFailed(ProjectError):
@@ -51,8 +51,8 @@ class CollectorFailed(ProjectError):
 
 
 class Collector:
-    """`run` is the work; the other coroutines are what the trainer asks for. Each of those raises Conflict for a
-    request out of order and CollectorFailed once `run` has failed, also while it waits."""
+    """`run` does the work; the other coroutines serve the trainer's requests. Each of those raises Conflict for a
+    request out of order, and CollectorFailed once `run` has failed, also while it waits."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Collector:
         self._grading = GradingWatch(config.batch.num_prompts)
         self._grading_metrics = grading_metrics
         sampling = config.sampling
-        # evaluations get no routes: nothing is trained on them, and routes are many times larger than tokens
+        # evaluations get no routes: they are not trained on, and routes are many times larger than tokens
         self._training = SamplingParameters(
             sampling.temperature, sampling.max_response_tokens, with_routes=config.model.routing_replay == "rollout"
         )
@@ -103,10 +103,10 @@ class Collector:
         return self._schedule.version
 
     async def restore(self, version: int, former_end: int | None = None) -> None:
-        """Goes on from the checkpoint of `version` (0: the start), with what the journal holds. Before `run`.
-        `former_end`: how many global steps the run had when that checkpoint was saved.
+        """Resumes from the checkpoint of `version` (0: the start) with the contents of the journal. Call it before
+        `run`. `former_end` is the number of global steps that the run had when that checkpoint was saved.
 
-        Raises JournalError if journal and checkpoint do not belong together, ValueError if the prompts have changed.
+        Raises JournalError if journal and checkpoint do not belong together, UserError if the prompts have changed.
         """
         delay_mode = self._config.staleness.mode == "delay"
         groups, next_group = await self._journal.restore(
@@ -128,17 +128,17 @@ class Collector:
         write_results(self._config.run_dir, self._evaluations.results)
         if groups or version:
             ready = len(self._groups)
-            log.info("goes on at global step %d: %d groups ready, %d to repeat", version, ready, len(groups) - ready)
+            log.info("resumes at global step %d: %d groups ready, %d to repeat", version, ready, len(groups) - ready)
 
     async def _restore_beginnings(self, version: int, former_end: int | None) -> None:
-        """Delay mode: where the run was made longer, now or before, and which version samples the batches there."""
+        """Delay mode: sets where the run was extended, now or before, and which version samples the batches there."""
         settings = self._config.staleness
         if settings.mode != "delay":
             return
         added = beginning_after(former_end, version, self._num_steps, settings.delay_steps)
         if added is not None:
             await self._journal.begin(added)
-            log.info("the run is made longer: version %d samples the batches from %d on", version, added.first_batch)
+            log.info("the run is extended: version %d samples the batches from %d on", version, added.first_batch)
         self._beginnings = await self._journal.beginnings()
 
     def _restore_group(self, group: RestoredGroup) -> None:
@@ -146,15 +146,15 @@ class Collector:
         if group.prompt_id and issued.prompt.id != group.prompt_id:
             raise UserError(
                 f"data.train_file = {self._config.data.train_file}: group {group.group_id} had the prompt "
-                f"{group.prompt_id!r}, now it is {issued.prompt.id!r}; put the file back with which the run began"
+                f"{group.prompt_id!r}, now it is {issued.prompt.id!r}; restore the file with which the run started"
             )
         if group.responses:
             self._groups[group.group_id] = CollectedGroup(issued=issued, responses=group.responses)
 
     async def run(self) -> None:
-        """All sampling and evaluation of the run; returns once the trainer has been told the totals.
+        """All sampling and evaluation of the run. Returns once the trainer has received the totals.
 
-        Raises what a group's sampling raised.
+        Raises the error of a group's sampling.
         """
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -165,11 +165,11 @@ class Collector:
                     async with self._changed:
                         await self._changed.wait_for(lambda seen=seen: self._num_changes != seen)
         except ExceptionGroup as group:
-            # Tasks fail together, most of them by being cancelled: one cause is enough.
+            # Tasks fail together, most of them because they are cancelled: one cause is enough.
             raise first_error(group) from None
 
     async def fail(self, message: str) -> None:
-        """Tells whoever waits, now or later, that there will be nothing more."""
+        """Reports the failure to all waiting requests, now and later."""
         async with self._changed:
             self._failure = message
             self._notify()
@@ -183,14 +183,14 @@ class Collector:
         if slots:
             issued = [self._stream.group(*slot) for slot in slots]
             await self._journal.issue(issued)
-            # Tasks start in the order in which they are made, so groups queue for the servers in order of issue.
+            # Tasks start in the order in which they are created, so groups queue for the servers in order of issue.
             for group in issued:
                 tasks.create_task(self._sample(group))
             phase = f"version {version}: groups {slots[0].group_id} to {slots[-1].group_id}"
             tasks.create_task(self._write_status(phase))
 
     async def _write_status(self, phase: str) -> None:
-        """In a thread, for it waits for the disk; one after the other, for all write the same file."""
+        """In a thread, because it waits for the disk, and one at a time, because all write the same file."""
         async with self._writing_status:
             try:
                 await asyncio.to_thread(write_status, self._config.run_dir, "collect", phase)
@@ -209,7 +209,7 @@ class Collector:
             self._notify()
 
     def _accepts(self, group: CollectedGroup) -> bool:
-        """Whether a step may train on the group; where not, another one is sampled in its place."""
+        """Whether a step may train on the group; if not, another one is sampled in its place."""
         if group.grading_problem:
             return False
         return not self._config.batch.dynamic_sampling or len({response.reward for response in group.responses}) > 1
@@ -229,7 +229,7 @@ class Collector:
         result = await self._evaluations.evaluate(chosen, version)
         if result is None:
             return
-        await self._journal.evaluate(result)  # first: it refuses what an older start than the newest one writes
+        await self._journal.evaluate(result)  # first: it rejects what a start other than the newest one writes
         append_result(self._config.run_dir, result)
         log.info(
             "version %d evaluated%s: pass@1 %.4f +- %.4f, mean reward %.4f over %d prompts x %d samples in %.2f s",
@@ -239,19 +239,19 @@ class Collector:
         self._evaluations.results.append(result)
 
     def start(self, version: int) -> None:
-        """The trainer begins with the weights of `version`: both must go on from the same checkpoint."""
+        """The trainer starts with the weights of `version`; both must resume from the same checkpoint."""
         self._raise_failure()
         if version != self._next_step:
-            raise Conflict(f"the trainer goes on from version {version}, the collector from {self._next_step}")
+            raise Conflict(f"the trainer resumes from version {version}, the collector from {self._next_step}")
 
     async def batch(self, index: int, timeout_s: float) -> Batch | PublishLease | None:
-        """Batch `index`; None if it is not there within `timeout_s` seconds. A lease: a server has come back without
-        the weights of now; publish them to it and ask again."""
+        """Batch `index`; None if it is not ready within `timeout_s` seconds. A lease is returned if a server has
+        restarted without the current weights; publish them to it and ask again."""
         if not 0 <= index < self._num_steps:
             raise Conflict(f"batch {index}: the run has batches 0 .. {self._num_steps - 1}")
         if index < self._next_step:
             raise Conflict(f"batch {index}: it is consumed already")
-        if not self._schedule.is_sampled_by_now(index):  # the trainer that would wait is the one to publish
+        if not self._schedule.is_sampled_by_now(index):  # the trainer would wait for its own publication
             raise Conflict(f"batch {index}: later weights sample it; the servers hold version {self._version}")
         if not await self._wait_until(lambda: self._schedule.batch(index) is not None, timeout_s):
             return self._leases.current
@@ -263,13 +263,13 @@ class Collector:
         return Batch(index=index, groups=[self._groups[group_id] for group_id in chosen.group_ids])
 
     async def scored(self, scores: BehaviorLogProbs) -> None:
-        """Stores a batch's behavior log-probs. Raises ValueError if they do not fit the batch."""
+        """Stores a batch's behavior log-probs. Raises WrongScores if they do not fit the batch."""
         self._raise_failure()
         index = scores.index
         if index < self._next_step or not self._schedule.is_sampled_by_now(index) or not self._schedule.batch(index):
             raise Conflict(f"scores of batch {index}: it is not sampled yet, or consumed already")
         batch = self._batch(index)
-        await asyncio.to_thread(check_scores, batch, scores)  # it looks at every token
+        await asyncio.to_thread(check_scores, batch, scores)  # it checks every token
         # some may have been scored before a crash: scores never change
         pairs = [pair for pair in zip(batch.groups, scores.log_probs, strict=True) if not pair[0].is_scored]
         if not pairs:
@@ -279,7 +279,7 @@ class Collector:
             self._groups[group.issued.group_id] = with_scores(group, log_probs)
 
     async def consumed(self, trained: TrainedStep) -> None:
-        """A step has trained on its batch. Checks its staleness again."""
+        """Records that a step has trained on its batch. Checks the batch's staleness again."""
         self._raise_failure()
         step, policy_version = trained.step, trained.policy_version
         chosen = self._schedule.batch(step)
@@ -287,7 +287,7 @@ class Collector:
             raise Conflict(f"step {step}: the next step to consume its batch is {self._next_step}")
         batch = self._batch(step)
         if not all(group.is_scored for group in batch.groups):
-            raise Conflict(f"step {step}: its batch has no behavior log-probs; hand them in first")
+            raise Conflict(f"step {step}: its batch has no behavior log-probs; send them first")
         check_trained(batch, trained)
         found = [staleness(policy_version, group.oldest_version) for group in batch.groups]
         for group, value in zip(batch.groups, found, strict=True):
@@ -300,7 +300,7 @@ class Collector:
             self._schedule.consumed(step)
             self._next_step = step + 1
             self._notify()
-        if not self._writes_checkpoints:  # after a crash it samples again, from the start or from where it came from
+        if not self._writes_checkpoints:  # after a crash it samples again, from the start or its initial checkpoint
             self._start_pruning(self._resumed_from or self._next_step)
 
     def _refuse_wrong_staleness(self, step: int, group: CollectedGroup, policy_version: int, value: int) -> None:
@@ -324,14 +324,14 @@ class Collector:
         )  # fmt: skip
 
     async def publish_begin(self, version: int, timeout_s: float) -> PublishLease | None:
-        """Permission to publish `version`; None if work under the one before it goes on past `timeout_s`. A lease of
-        the version before it: publish that one to servers that have come back, and ask again."""
+        """Permission to publish `version`; None if work under the previous version continues past `timeout_s`. A lease
+        of the previous version may be returned first: publish that one to restarted servers, and ask again."""
         expected = self._version + 1 if self._serving else self._version
         if version != expected or version > self._num_steps:
             raise Conflict(f"publish version {version}: the next one is {expected} of {self._num_steps}")
         if self._next_step != version:
             raise Conflict(f"publish version {version}: step {version - 1} has not consumed its batch")
-        # after a restart the servers hold the initial weights, and nothing is under way on them
+        # after a restart the servers hold the initial weights, and nothing is in flight on them
         if await self._wait_until(self._may_publish if self._serving else self._leases.can_grant, timeout_s):
             in_flight = self._serving and self._config.staleness.mode == "bounded"
             self._leases.grant(version, in_flight)
@@ -341,8 +341,8 @@ class Collector:
         return not self._evaluations.under_way and self._schedule.may_publish() and self._leases.can_grant()
 
     async def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
-        """The servers of the indices `held_by` hold `version`. The others get no work until they hold it too; those
-        that were `late` with an answer are started again."""
+        """The servers of the indices `held_by` hold `version`. The others get no work until they hold it too. Servers
+        that were `late` with an answer are restarted."""
         self._raise_failure()
         self._leases.check_end(version)
         first_time = version != self._version or not self._serving
@@ -356,13 +356,13 @@ class Collector:
             self._notify()
 
     def _republish_due(self) -> bool:
-        """Whether a server waits for the weights of now; if so, there is a lease for it."""
+        """Whether a server waits for the current weights; if so, there is a lease for it."""
         # bounded mode: a server that was silent for a moment may have kept its requests
         in_flight = self._config.staleness.mode == "bounded"
         return self._serving and self._leases.grant_again(self._version, in_flight)
 
     async def checkpoint_begin(self, version: int) -> None:
-        """Returns when the journal would survive a power cut: the checkpoint of `version` will rely on it."""
+        """Returns when the journal would survive a power cut, because the checkpoint of `version` will rely on it."""
         self._raise_failure()
         if version != self._next_step:
             raise Conflict(f"checkpoint of version {version}: {self._next_step} steps have consumed their batches")
@@ -370,15 +370,15 @@ class Collector:
         await self._journal.flush()
 
     async def checkpoint_end(self, version: int) -> None:
-        """The checkpoint of `version` is complete: what steps before it consumed is not needed to go on."""
+        """The checkpoint of `version` is complete: groups that earlier steps consumed are not needed to resume."""
         self._raise_failure()
-        if version not in self._checkpoints_begun:  # what it makes the journal forget may be needed
-            raise Conflict(f"checkpoint of version {version}: it was not begun")
+        if version not in self._checkpoints_begun:  # pruning may remove something that is still needed
+            raise Conflict(f"checkpoint of version {version}: it was not started")
         self._start_pruning(version)
 
     def _start_pruning(self, needed_from: int) -> None:
-        """The journal forgets what steps before `needed_from` consumed: the routes at once, the rest when it is
-        journal_keep_steps old."""
+        """Prunes from the journal what steps before `needed_from` consumed: the routes at once, the rest after
+        journal_keep_steps steps."""
         settings = self._config.collector
         keep = settings.journal_keep_steps
         due = {Pruned.EVERYTHING: min(needed_from, self._next_step - keep) if keep else 0}
@@ -386,7 +386,7 @@ class Collector:
             due[Pruned.ROUTES] = needed_from
         due = {what: before_step for what, before_step in due.items() if before_step > 0}
         if due:
-            # beside the trainer's next step: gigabytes take minutes, and what is recorded meanwhile waits for a piece
+            # During the trainer's next step: gigabytes take minutes, and new records meanwhile wait for one piece.
             self._pruning = asyncio.create_task(self._prune(due, self._pruning))
 
     async def _prune(self, due: Mapping[Pruned, int], earlier: "asyncio.Task[None] | None") -> None:
@@ -399,8 +399,8 @@ class Collector:
             await self.fail(str(error))
 
     async def finish(self, timeout_s: float) -> CollectorTotals | PublishLease | None:
-        """The totals once the last version's evaluation has ended; None if that exceeds `timeout_s`. A lease as from
-        `batch`."""
+        """The totals once the last version's evaluation has ended; None if that takes longer than `timeout_s`. A lease
+        may be returned first, as from `batch`."""
         if self._version != self._num_steps or not self._serving:
             raise Conflict(f"finish: version {self._version} of {self._num_steps} is published")
 
@@ -419,7 +419,7 @@ class Collector:
             self._notify()
 
     async def _wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
-        """True once `ready`; False after `timeout_s`, or when the current lease says what has to be published first."""
+        """True once `ready`; False after `timeout_s`, or when a current lease must be published first."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             self._raise_failure()

@@ -1,7 +1,7 @@
-"""Groups that could not be graded: how many there are, and when the grader is given up.
+"""Groups that could not be graded: how many there are, and when the run ends because of them.
 
-Such a group is dropped as one of equal rewards is under batch.dynamic_sampling: the journal has it as dropped, with
-NULL in place of the missing rewards, and another prompt is sampled in its place.
+Such a group is dropped, like a group of equal rewards under batch.dynamic_sampling: the journal marks it as dropped,
+with NULL for the missing rewards, and another prompt is sampled in its place.
 """
 
 from minpro_megatron.records import CollectedGroup
@@ -10,21 +10,21 @@ MAX_GROUPS_IN_A_ROW = 32
 
 
 class GradingError(RuntimeError):
-    """The grader fails for everything; the message is one line with its last failure and a remedy."""
+    """The grader fails for every response; the message is one line with its last failure and a remedy."""
 
 
 class GradingWatch:
-    """`num_groups` counts the groups without all their rewards since the start."""
+    """`num_groups` counts the groups with missing rewards since the start."""
 
     def __init__(self, num_prompts: int) -> None:
-        """`num_prompts`: groups that a global step consumes."""
+        """`num_prompts` is the number of groups that a global step consumes."""
         self._limit = min(num_prompts, MAX_GROUPS_IN_A_ROW)
         self._in_a_row = 0
         self.num_groups = 0
 
     def collected(self, group: CollectedGroup) -> None:
-        """Counts a group that was sampled for training. Raises GradingError if neither it nor those before it, a step's
-        worth or MAX_GROUPS_IN_A_ROW, could be graded."""
+        """Counts a group that was sampled for training. Raises GradingError if neither this group nor those before it
+        could be graded, over one step's groups or MAX_GROUPS_IN_A_ROW, whichever is smaller."""
         if not group.grading_problem:
             self._in_a_row = 0
             return

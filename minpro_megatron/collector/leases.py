@@ -1,4 +1,4 @@
-"""The trainer's permissions to send weights to servers, one at a time: a new version, or to servers that lost it."""
+"""The trainer's permissions to send weights to servers, one at a time: a new version, or one that servers have lost."""
 
 import asyncio
 import math
@@ -8,43 +8,43 @@ from typing import Protocol
 from minpro_megatron.evaluation.in_run import Evaluations
 from minpro_megatron.records import PublishLease, ServerAddress
 
-# A server that did not take the weights gets another chance after this long.
+# A server that did not take the weights gets them offered again after this time.
 REPUBLISH_PAUSE_S = 15.0
 MAX_UNASKED_S = 60.0
 
 
 class Conflict(RuntimeError):
-    """The trainer asked for something that the state of the run does not allow."""
+    """The trainer requested something that the state of the run does not allow."""
 
 
 class Servers(Protocol):
-    """What is asked of the fleet; `minpro_megatron.fleet.fleet.Fleet` is one."""
+    """The methods of the fleet that leases use; implemented by `minpro_megatron.fleet.fleet.Fleet`."""
 
     def members(self) -> list[ServerAddress]:
         """The servers that answer."""
         ...
 
     def outdated(self) -> list[ServerAddress]:
-        """Those of them that do not hold the version of now, and so get no work."""
+        """The servers that answer but do not hold the current version, and so get no work."""
         ...
 
     def lend(self, servers: Sequence[ServerAddress]) -> None:
-        """Until `set_version` the trainer may change the weights of these."""
+        """Lets the trainer change the weights of these servers until `set_version`."""
         ...
 
     def set_version(self, version: int, held_by: Sequence[int]) -> None:
-        """From now on `version` is the version of now; the servers of these indices hold it."""
+        """Makes `version` the current version; the servers of these indices hold it."""
         ...
 
     def request_restart(self, servers: Sequence[ServerAddress], reason: str) -> None:
-        """These servers do no work and are to be started again."""
+        """Stops giving work to these servers and requests their restart."""
         ...
 
     def metrics(self) -> dict[str, float]: ...
 
 
 class Leases:
-    """Use in the collector's event loop. `current` is the lease that has not been ended yet."""
+    """Use in the collector's event loop. `current` is the lease that has not ended yet."""
 
     def __init__(
         self,
@@ -53,14 +53,14 @@ class Leases:
         evaluations: Evaluations,
         more_metrics: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        """`more_metrics`: what a lease tells the trainer beside the metrics of servers and evaluations."""
+        """`more_metrics`: metrics that a lease reports to the trainer besides those of servers and evaluations."""
         self._servers = servers
         self._more_metrics = more_metrics
         self._canary_prompts = canary_prompts
         self._evaluations = evaluations  # the trainer reports those that have ended
         self._not_before: dict[tuple[int, int], float] = {}  # by (index, start) of a server that failed
         self._idle_before = (0.0, 0.0)  # (time, idle seconds) when the last new version was granted
-        self._asked_at = -math.inf  # of serverless_s
+        self._asked_at = -math.inf  # the last call of serverless_s
         self._serverless_since = 0.0
         self.current: PublishLease | None = None
 
@@ -68,12 +68,12 @@ class Leases:
         return bool(self._servers.members())
 
     def grant(self, version: int, requests_in_flight: bool) -> None:
-        """For `version`, new to the servers: all that answer."""
+        """Grants a lease of `version`, which is new to the servers, for all servers that answer."""
         self.current = self._make(version, self._servers.members(), requests_in_flight)
         self._idle_before = self._idle_now(self.current.metrics)
 
     def grant_again(self, version: int, requests_in_flight: bool) -> bool:
-        """For `version`, which others hold already: the servers that lost it. False if there are none to try now."""
+        """Grants a lease of `version` for the servers that lost it. False if there are none to try now."""
         if self.current is None:
             now = asyncio.get_running_loop().time()
             behind = [
@@ -87,7 +87,7 @@ class Leases:
         return self.current.version == version
 
     def serverless_s(self) -> float:
-        """For how long no server has held the version of now, as far as it was asked at least once a minute."""
+        """The time for which no server has held the current version. Correct if called at least once a minute."""
         now = asyncio.get_running_loop().time()
         asked_at, self._asked_at = self._asked_at, now
         if now - asked_at > MAX_UNASKED_S or len(self._servers.members()) > len(self._servers.outdated()):
@@ -95,13 +95,13 @@ class Leases:
         return now - self._serverless_since
 
     def check_end(self, version: int) -> None:
-        """Raises Conflict unless the lease under way is for `version`."""
+        """Raises Conflict unless the current lease is for `version`."""
         if self.current is None or version != self.current.version:
             raise Conflict(f"publish_end of version {version}: there is no lease for it")
 
     def end(self, held_by: Sequence[int], first_time: bool, late: Sequence[int] = ()) -> None:
-        """The servers of these indices hold the lease's version. `first_time`: no others do. Those that were `late`
-        with an answer to the trainer hang: they are started again, or the next publication would wait for them too."""
+        """Ends the lease: the servers of these indices hold its version. `first_time`: no other servers do. Servers
+        that answered the trainer `late` hang: they are restarted, or the next publication would wait for them too."""
         assert self.current is not None, "check_end comes first"
         lease, self.current = self.current, None
         now = asyncio.get_running_loop().time()
@@ -127,7 +127,7 @@ class Leases:
         )
 
     def _metrics(self) -> dict[str, float]:
-        """The fleet's and the evaluations', and the share of the servers' time that was idle since the last new version
+        """Metrics of the fleet and the evaluations, and the idle share of the servers' time since the last new version
         was granted."""
         metrics = self._servers.metrics() | self._evaluations.metrics()
         asked_at, idle_before = self._idle_before

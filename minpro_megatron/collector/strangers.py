@@ -1,6 +1,6 @@
-"""Connections to the collector that have not shown the run's token: how long they stay, and how many of them.
+"""Unauthenticated connections to the collector, which have not sent the run's token: limits on their age and number.
 
-Every connection is an open file, and a program that connects and says nothing would keep it for ever.
+Every connection is an open file, and a program that connects and sends nothing would keep it open forever.
 """
 
 import asyncio
@@ -11,14 +11,14 @@ from aiohttp import web
 
 # For the head of the first request. The trainer sends it at once.
 TOKEN_TIMEOUT_S = 10.0
-# The trainer has one connection at a time, and shows the token before it would be among the oldest.
+# The trainer has one connection at a time, and sends the token before it could be among the oldest.
 MAX_PER_PEER = 32
 SWEEP_INTERVAL_S = 0.25
 
 
 class UnauthenticatedConnections:
-    """Closes connections of `server` that have not shown the token in time, and the oldest of a peer's that are too
-    many. Run `sweep` as a task, and name those that have shown it with `has_token`."""
+    """Closes connections of `server` that have not sent the token in time, and the oldest ones of a peer that has too
+    many. Run `sweep` as a task, and call `has_token` for each connection that has sent the token."""
 
     def __init__(self, server: web.Server) -> None:
         self._server = server

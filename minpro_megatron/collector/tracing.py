@@ -1,6 +1,6 @@
 """The collector's part of a trace (monitor/trace.py): groups on their servers, grading, publications, evaluations.
 
-All of it stands around the collector and its clients and is put there only for a run that is traced.
+All of it wraps the collector and its clients, and is installed only for a traced run.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,11 +26,11 @@ PROCESS = "collector"
 
 @dataclass
 class _Work:
-    """The group that a task collects."""
+    """The group that a task samples."""
 
     name: str
     began: int
-    generated: int | None = None  # when its last response had come
+    generated: int | None = None  # the time when its last response had arrived
 
 
 _work: ContextVar[_Work] = ContextVar("work")
@@ -44,7 +44,7 @@ def collector_recorder(config: RunConfig, incarnation: int) -> Recorder | None:
 
 
 class TracedClient:
-    """A server's client; every group is a span of that server."""
+    """A server's client that records every group as a span of that server."""
 
     def __init__(self, client: Client, recorder: Recorder, server: int) -> None:
         self.name = client.name
@@ -96,11 +96,11 @@ def traced_clients(
 
 
 def traced_groups(collect_group: CollectGroup, recorder: Recorder, kind: str) -> CollectGroup:
-    """`collect_group`, of groups that the trace calls `kind` and their number."""
+    """Wraps `collect_group`; in the trace a group is named by `kind` and its number."""
 
     async def collect(issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
         work = _Work(f"{kind} {issued.group_id}", recorder.now())
-        _work.set(work)  # seen by the tasks that this one starts, and by no other
+        _work.set(work)  # seen only by the tasks that this one starts
         group = await collect_group(issued, sampling)
         if work.generated is not None:
             recorder.add(work.name, work.generated, recorder.now(), track="decoding and grading", parallel=True)
@@ -110,7 +110,7 @@ def traced_groups(collect_group: CollectGroup, recorder: Recorder, kind: str) ->
 
 
 class TracedCollector(Collector):
-    """A collector that records its publications, its evaluations and which weights were being served."""
+    """A collector that records its publications, its evaluations and the version being served."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class TracedCollector(Collector):
         super().__init__(config, journal, stream, heldout, evaluated, servers, benchmarks, grading_metrics)
         self._collect_group = traced_groups(collect_group, recorder, "group")
         self._recorder = recorder
-        self._asked: dict[int, int] = {}  # by version: when the trainer first asked for its lease
+        self._asked: dict[int, int] = {}  # by version: when the trainer first requested its lease
         self._granted: dict[int, int] = {}
 
     async def restore(self, version: int, former_end: int | None = None) -> None:
@@ -140,7 +140,7 @@ class TracedCollector(Collector):
         lease = await super().publish_begin(version, timeout_s)
         if lease is not None and lease.version == version and version not in self._granted:
             self._granted[version] = self._recorder.now()
-            name = f"version {version} waits for work under way"
+            name = f"version {version} waits for work in flight"
             self._recorder.add(name, asked, self._granted[version], track="publication")
         return lease
 

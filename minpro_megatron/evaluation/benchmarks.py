@@ -1,8 +1,8 @@
-"""The seven benchmarks of arXiv:2601.22718 and how many samples of each prompt its protocol takes."""
+"""The seven benchmarks of arXiv:2601.22718, with the number of samples per prompt of its protocol."""
 
 from dataclasses import dataclass
 
-# temperature 1.0, top-p 0.7, at most 20,480 tokens a response
+# temperature 1.0, top-p 0.7, at most 20,480 tokens per response
 TEMPERATURE, TOP_P, MAX_RESPONSE_TOKENS = 1.0, 0.7, 20480
 
 
@@ -25,7 +25,7 @@ BENCHMARKS = {
     "minerva": Benchmark("Minerva", 272, 2),
     "gsm8k": Benchmark("GSM8K", 1319, 2),
 }
-# Of a benchmark from a file of one's own.
+# For a benchmark from the user's own file.
 OTHER_SAMPLES_PER_PROMPT = 2
 
 

@@ -1,6 +1,6 @@
-"""Evaluations inside a run: which prompts at which versions, what is there and what is still due.
+"""Evaluations during a run: which prompts at which versions, which results exist and which are still due.
 
-An evaluation that fails is reported and left out. It measures the run, which goes on without it.
+An evaluation that fails is reported and skipped. It only measures the run, which continues without it.
 """
 
 import logging
@@ -24,7 +24,7 @@ CollectGroup = Callable[[IssuedGroup, SamplingParameters], Awaitable[CollectedGr
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSet:
-    """Prompts that are evaluated together; `name` is a benchmark's, or HELDOUT."""
+    """Prompts that are evaluated together; `name` is a benchmark's name, or HELDOUT."""
 
     name: str
     prompts: Sequence[TokenizedPrompt]
@@ -32,7 +32,7 @@ class EvaluationSet:
 
 
 def load_benchmarks(config: RunConfig) -> list[list[Prompt]]:
-    """The prompts of each of evaluation.benchmarks. Raises ValueError for a file that does not hold them."""
+    """The prompts of each of evaluation.benchmarks. Raises UserError if a file does not have them."""
     found = []
     for place, benchmark in enumerate(config.evaluation.benchmarks):
         prompts = load_prompts(benchmark.file, f"evaluation.benchmarks[{place}].file")
@@ -46,7 +46,7 @@ def load_benchmarks(config: RunConfig) -> list[list[Prompt]]:
 
 
 def benchmark_sets(config: RunConfig, tokenizer: TextTokenizer, rendering: Rendering) -> list[EvaluationSet]:
-    """The benchmarks as tokens. Raises ValueError as `load_benchmarks` does."""
+    """The benchmarks as tokens. Raises UserError as `load_benchmarks` does."""
     longest = config.sampling.max_prompt_tokens
     return [
         EvaluationSet(
@@ -59,8 +59,8 @@ def benchmark_sets(config: RunConfig, tokenizer: TextTokenizer, rendering: Rende
 
 
 class Evaluations:
-    """The run's evaluations; `results` are those that have succeeded. While one is `under_way`, weights must not
-    change."""
+    """The run's evaluations; `results` holds the successful ones. While an evaluation is `under_way`, the weights must
+    not change."""
 
     def __init__(self, config: RunConfig, sets: Sequence[EvaluationSet], collect_group: CollectGroup) -> None:
         self.results: list[EvaluationResult] = []
@@ -77,15 +77,15 @@ class Evaluations:
         self._right_reward = config.collector.right_reward
 
     def due(self, version: int) -> list[EvaluationSet]:
-        """What is to be evaluated with `version`, has no result yet and has not failed."""
+        """The sets to be evaluated with `version` that have no result yet and have not failed."""
         if version not in self._versions:
             return []
         done = {(result.policy_version, result.benchmark) for result in self.results} | self._failed
         return [chosen for chosen in self._sets if (version, chosen.name) not in done]
 
     async def evaluate(self, chosen: EvaluationSet, version: int) -> EvaluationResult | None:
-        """pass@1 and mean reward of the set under the current weights, which are those of `version`; None if some of
-        its samples could not be obtained, or none of them graded. It is then not due any more."""
+        """pass@1 and mean reward of the set under the current weights, which are those of `version`. None if some of
+        its samples could not be obtained, or none of them could be graded; the set is then no longer due."""
         prompts = [(tokenized.prompt, tokenized.token_ids) for tokenized in chosen.prompts]
         groups = evaluation_groups(
             prompts, chosen.samples_per_prompt, self._seed, version, chosen.name, max_group_size=self._group_size
@@ -95,10 +95,10 @@ class Evaluations:
                 groups, lambda group: self._collect_group(group, self._sampling), chosen.name, self._right_reward
             )
         except (GenerationError, EvaluationNotGraded) as error:
-            # A score over the prompts that did succeed would be one of the easier ones.
+            # A score over only the prompts that succeeded would be biased towards easy ones.
             self._failed.add((version, chosen.name))
             log.error(
-                "version %d: the evaluation on %s failed, the run goes on without it: %s",
+                "version %d: the evaluation on %s failed, the run continues without it: %s",
                 version, chosen.name or "the held-out prompts", error,
             )  # fmt: skip
             return None

@@ -1,4 +1,4 @@
-"""Means over prompts with bootstrap intervals: prompts are drawn anew, their samples stay together."""
+"""Means over prompts with bootstrap intervals: prompts are resampled, and each prompt keeps its samples."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ COVERAGE = 0.95
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """A mean and its 95 % bootstrap interval. Of a single prompt nothing is known but the value: then all are equal."""
+    """A mean and its 95 % bootstrap interval. With a single prompt both limits equal the value."""
 
     value: float
     low: float
@@ -27,7 +27,7 @@ def resampled_means(values_PK: np.ndarray, seed: int, num_resamples: int = NUM_R
 
 
 def intervals(means_K: np.ndarray, resampled_BK: np.ndarray) -> list[Estimate]:
-    """Each mean with the middle 95 % of its resampled ones (the percentile bootstrap)."""
+    """Each mean with the middle 95 % of its resampled means (the percentile bootstrap)."""
     outside = (1 - COVERAGE) / 2
     low, high = np.quantile(resampled_BK, [outside, 1 - outside], axis=0)
     return [Estimate(float(m), float(a), float(b)) for m, a, b in zip(means_K, low, high, strict=True)]
@@ -39,6 +39,6 @@ def estimates(values_PK: np.ndarray, seed: int) -> list[Estimate]:
 
 
 def average(resampled: Sequence[np.ndarray], means: Sequence[float]) -> Estimate:
-    """The mean of several benchmarks' means, each benchmark counting the same and being resampled by itself."""
+    """The mean of several benchmarks' means, with equal weights; each benchmark is resampled separately."""
     (estimate,) = intervals(np.asarray([np.mean(means)]), np.mean(resampled, axis=0)[:, None])
     return estimate

@@ -1,4 +1,4 @@
-"""maj@k: how often the most frequent answer among k of a prompt's n samples is the right one."""
+"""maj@k: how often the most frequent answer among k of a prompt's n samples is correct."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 def normalised(answer: str) -> str:
-    """A spelling that equal plain numbers share; what is no number loses only white space and LaTeX's spacing.
+    """A spelling shared by equal plain numbers. Other text loses only white space and LaTeX's spacing commands.
 
     >>> normalised(r"\\dfrac{1}{2}"), normalised("0.50"), normalised("1,000"), normalised("x + 1 .")
     ('1/2', '1/2', '1000', 'x+1')
@@ -33,8 +33,8 @@ def normalised(answer: str) -> str:
 def votes(answers: Sequence[str | None], is_right: Sequence[bool]) -> np.ndarray:
     """The samples' answers as classes, int64 [samples]: RIGHT, NO_ANSWER, or a number for each other answer.
 
-    Right answers are equal whatever their spelling, because the grader found each equal to the reference. Wrong ones
-    are compared as text: where one value has several spellings that `normalised` does not know, its votes are split.
+    Right answers are equal whatever their spelling, because the grader found each equal to the reference. Wrong answers
+    are compared as text: if one value has several spellings that `normalised` does not unify, its votes are split.
     """
     known: dict[str, int] = {}
     return np.asarray(
@@ -48,8 +48,8 @@ def votes(answers: Sequence[str | None], is_right: Sequence[bool]) -> np.ndarray
 def majority_at_k(votes_PN: np.ndarray, ks: Sequence[int], seed: int, num_draws: int = NUM_DRAWS) -> np.ndarray:
     """maj@k of every prompt, float64 [prompts, ks]: the mean over `num_draws` draws of k samples without replacement.
 
-    Exact for k = 1 and k = n. Of m answers that are equally frequent each is taken 1 / m of the time; samples without
-    an answer have no vote, and a draw of nothing else is wrong.
+    Exact for k = 1 and k = n. Each of m equally frequent answers counts 1 / m. Samples without an answer have no vote,
+    and a draw without any answer is wrong.
     """
     generator = np.random.default_rng(seed)
     num_samples = votes_PN.shape[1]
@@ -58,7 +58,7 @@ def majority_at_k(votes_PN: np.ndarray, ks: Sequence[int], seed: int, num_draws:
 
 
 def _of_prompt(votes_N: np.ndarray, ks: Sequence[int], draws_DN: np.ndarray) -> np.ndarray:
-    # NO_ANSWER becomes a last class, which is then cut off
+    # NO_ANSWER becomes a last class, which is then removed
     classes = np.where(votes_N == NO_ANSWER, votes_N.max(initial=RIGHT) + 1, votes_N)
     one_hot = np.eye(int(classes.max()) + 1, dtype=np.int16)[:, : int(votes_N.max(initial=RIGHT)) + 1][classes]
     counts = one_hot[draws_DN].cumsum(axis=1)[:, np.asarray(ks) - 1]  # [draws, ks, classes]

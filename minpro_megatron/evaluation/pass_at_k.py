@@ -1,4 +1,4 @@
-"""pass@k: the chance that at least one of k samples is right, estimated from n samples a prompt."""
+"""pass@k: the probability that at least one of k samples is correct, estimated from n samples per prompt."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class PassAtK:
-    """The mean over prompts and its standard error, clustered by prompt; with a single prompt that is 0."""
+    """The mean over prompts and its standard error, clustered by prompt; the error of a single prompt is 0."""
 
     mean: float
     standard_error: float
@@ -35,7 +35,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(num_samples: int, num_correct: Sequence[int], k: int) -> PassAtK:
-    """pass@k over prompts; `num_correct` has one count a prompt, each out of `num_samples`.
+    """pass@k over prompts; `num_correct` has one count per prompt, each out of `num_samples`.
 
     The samples of one prompt depend on each other through the prompt, so the standard error is that of the
     mean of the prompts' values (arXiv:2411.00640, section 2.2, with equal clusters). Raises ValueError
@@ -43,7 +43,7 @@ def mean_pass_at_k(num_samples: int, num_correct: Sequence[int], k: int) -> Pass
     """
     values = [pass_at_k(num_samples, count, k) for count in num_correct]
     if not values:
-        raise ValueError("num_correct is empty: pass@k needs one prompt at least")
+        raise ValueError("num_correct is empty: pass@k needs at least one prompt")
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return PassAtK(mean, 0.0)
@@ -63,7 +63,7 @@ def pass_at_k_values(num_samples: int, num_correct: Sequence[int] | np.ndarray, 
             f"largest_k = {largest_k}: 0 <= num_correct <= num_samples and 1 <= largest_k <= num_samples must hold"
         )
     drawn = np.arange(largest_k)
-    # That one more draw is wrong where all before it were: the factors of C(n - c, k) / C(n, k). Once the wrong ones
-    # are used up a factor is 0, and with it all that follow.
+    # The probability that one more draw is wrong if all before it were: the factors of C(n - c, k) / C(n, k). Once all
+    # wrong samples are used a factor is 0, and so is every later product.
     still_wrong = (num_samples - counts[:, None] - drawn) / (num_samples - drawn)
     return 1.0 - np.cumprod(still_wrong, axis=1)

@@ -1,4 +1,4 @@
-"""The samples of an evaluation on disk: one line a group of responses, so that an interrupted evaluation goes on."""
+"""The samples of an evaluation on disk, one line per group, so that an interrupted evaluation can be resumed."""
 
 import fcntl
 import json
@@ -18,7 +18,7 @@ MAX_COMPARED_CHARS = 200
 
 
 class SampledResponse(msgspec.Struct, frozen=True):
-    """One response as it was graded: `extracted` is what of it was compared, `problem` why it could not be graded."""
+    """A graded response: `extracted` is the part that was compared, `problem` is why it could not be graded."""
 
     text: str
     num_tokens: int
@@ -47,7 +47,7 @@ def whole_text(response: SampledResponse) -> str:
 
 
 def text_to_compare(response: SampledResponse) -> str:
-    """As much as figures need: nothing where an answer was extracted, of a long text a digest that equal ones share."""
+    """The text needed for scores: empty if an answer was extracted; for a long text a digest, equal for equal texts."""
     if response.extracted is not None:
         return ""
     if len(response.text) <= MAX_COMPARED_CHARS:
@@ -56,10 +56,10 @@ def text_to_compare(response: SampledResponse) -> str:
 
 
 class SampleFile:
-    """`folder/samples.jsonl`, held by one process at a time; use inside `with`.
+    """`folder/samples.jsonl`, opened by one process at a time; use inside `with`.
 
-    The folder belongs to the settings it was begun with. Raises ValueError if they differ, if another process writes,
-    and for a folder with files of something else.
+    The folder belongs to the settings with which it was created. Raises UserError if they differ, if another process
+    writes to it, and if the folder has files of something else.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -79,7 +79,7 @@ class SampleFile:
             raise
 
     def _drop_torn_line(self) -> None:
-        """A process that was killed in a write leaves a line without an end."""
+        """Removes a line without an end, which a process leaves that was killed during a write."""
         self._file.seek(0)
         end = 0
         for line in self._file:
@@ -94,16 +94,17 @@ class SampleFile:
         self._file.close()
 
     def append(self, group: SampledGroup) -> None:
-        """Adds a line in one write: what is there after a crash is whole lines and at most one torn at the end."""
+        """Adds a line in one write: a crash leaves complete lines and at most one incomplete line at the end."""
         line = msgspec.json.encode(group) + b"\n"
         written = os.write(self._file.fileno(), line)
         if written != len(line):
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written; is the disk full?")
 
     def groups(self, text_of: Callable[[SampledResponse], str]) -> Iterator[SampledGroup]:
-        """Everything sampled so far, a group sampled twice once. Raises ValueError for a damaged line.
+        """All groups sampled so far; a group that was sampled twice is returned once. Raises UserError for a damaged
+        line.
 
-        `text_of` gives what is kept of a response's text: all texts of an evaluation are gigabytes.
+        `text_of` returns the text to keep of a response, because all texts of an evaluation take gigabytes.
         """
         seen = set()
         self._file.seek(0)
@@ -119,7 +120,7 @@ class SampleFile:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """An evaluation begins with both files; everything that it writes later replaces files of the same name."""
+    """Raises UserError for other files: an evaluation starts with both files, and later replaces files it wrote."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -143,12 +144,12 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], is_empty: bool) -
         raise UserError(f"{path}: not JSON ({error}); give another --output") from None
     if (found is not None and not isinstance(found, dict)) or (is_empty and found and found.keys() != wanted.keys()):
         raise UserError(f"{path}: these are not the settings of an evaluation; give another --output")
-    if is_empty:  # nothing is lost
+    if is_empty:  # no samples would be lost
         replace_file(path, json.dumps(wanted, indent=2) + "\n")
     elif found != wanted:
         raise UserError(
             f"{folder} holds samples of other settings ({'; '.join(_differences(found or {}, wanted))}): "
-            "give the settings of then, or another --output"
+            "use the settings of those samples, or another --output"
         )
 
 

@@ -1,4 +1,4 @@
-"""Evaluation inside a run: pass@1 of one policy version, sampled the way the training groups are."""
+"""Evaluation during a run: pass@1 of one policy version, sampled in the same way as the training groups."""
 
 import asyncio
 import math
@@ -17,19 +17,19 @@ from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.records import CollectedGroup, EvaluationResult, IssuedGroup, Prompt
 
 FILE_NAME = "evaluations.jsonl"
-# In place of a benchmark's name: the run's own held-out prompts.
+# The name of the run's own held-out prompts, in place of a benchmark's name.
 HELDOUT = ""
 
 CollectGroup = Callable[[IssuedGroup], Awaitable[CollectedGroup]]
 
 
 class EvaluationNotGraded(RuntimeError):
-    """An evaluation has no result, because the grader failed for all of it."""
+    """An evaluation has no result because the grader failed for all of its responses."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """What an evaluation keeps of a response; `problem`: of its group, why one of its responses has no reward."""
+    """What an evaluation keeps of a response; `problem` is why a response of its group has no reward."""
 
     reward: float
     num_tokens: int
@@ -45,11 +45,11 @@ def evaluation_groups(
     *,
     max_group_size: int,
 ) -> list[IssuedGroup]:
-    """Each prompt's samples in groups of at most `max_group_size`, with sampling seeds of their own for every policy
-    version. `group_id` is the prompt's place, the same for all its groups; `batch_index` is -1.
+    """Each prompt's samples in groups of at most `max_group_size`, with different sampling seeds for every policy
+    version. `group_id` is the prompt's position, the same for all its groups; `batch_index` is -1.
 
-    A group is one request to a server: with all samples of a prompt in it, 128 responses would have to end within
-    server.request_timeout_s, which is meant for a training group.
+    A group is one request to a server. With all samples of a prompt in one group, 128 responses would have to end
+    within server.request_timeout_s, which is meant for a training group.
     """
     purpose = f"evaluation/{benchmark}" if benchmark else "evaluation"
     return [
@@ -76,11 +76,11 @@ async def evaluate(
     benchmark: str = HELDOUT,
     right_reward: float = RIGHT_REWARD,
 ) -> EvaluationResult:
-    """pass@1 and mean reward over the prompts of the groups, which have equally many samples each. The time includes
-    waiting for servers that are busy with training groups.
+    """pass@1 and mean reward over the prompts of the groups, which have the same number of samples each. The time
+    includes waiting for servers that are busy with training groups.
 
-    Raises EvaluationNotGraded if no response could be graded, and what `collect_group` raised first; the other groups
-    are then given up.
+    Raises EvaluationNotGraded if no response could be graded, and the first error of `collect_group`; the other groups
+    are then cancelled.
     """
     start = time.monotonic()
     try:
@@ -118,14 +118,14 @@ async def evaluate(
 
 
 def with_lowest(rewards: np.ndarray) -> np.ndarray:
-    """`rewards`, float64, with 0 or the lowest of them, whichever is lower, in place of NaN: a response that could not
-    be graded must not count for more than a wrong one, or it would pay to hang the grader. 0 because all wrong ones may
-    be among those."""
+    """`rewards` as float64, with NaN replaced by 0 or the lowest reward, whichever is lower: a response that could not
+    be graded must not count for more than a wrong one, or hanging the grader would pay off. 0 is included because all
+    wrong responses may be among the ungraded ones."""
     return np.where(np.isnan(rewards), min(0.0, np.nanmin(rewards, initial=0.0)), rewards)
 
 
 async def _collect(collect_group: CollectGroup, group: IssuedGroup) -> list[_Sample]:
-    # The tokens are dropped at once: those of all samples together are gigabytes.
+    # The tokens are dropped at once: those of all samples together take gigabytes.
     collected = await collect_group(group)
     return [
         _Sample(response.reward, len(response.token_ids), collected.grading_problem) for response in collected.responses
@@ -139,5 +139,5 @@ def append_result(run_dir: Path, result: EvaluationResult) -> None:
 
 
 def write_results(run_dir: Path, results: Sequence[EvaluationResult]) -> None:
-    """`run_dir/evaluations.jsonl` holds these results and no others."""
+    """Replaces the content of `run_dir/evaluations.jsonl` by these results."""
     replace_file(Path(run_dir) / FILE_NAME, "".join(msgspec.json.encode(result).decode() + "\n" for result in results))

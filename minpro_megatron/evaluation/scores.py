@@ -1,4 +1,4 @@
-"""From a benchmark's samples to its figures: accuracy, pass@k, maj@k, lengths."""
+"""Computes a benchmark's scores from its samples: accuracy, pass@k, maj@k, lengths."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,31 +17,31 @@ from minpro_megatron.records import NOT_GRADED
 
 
 class BenchmarkScores(msgspec.Struct, frozen=True):
-    """A benchmark's figures; shares are of 1, intervals are over prompts. `pass_at_k` has every k from 1 to n."""
+    """A benchmark's scores. Fractions are between 0 and 1; intervals are over prompts. `pass_at_k` has k = 1 to n."""
 
     name: str
     num_prompts: int
     samples_per_prompt: int
-    accuracy: Estimate  # avg@n: of all samples
-    standard_error: float  # of the accuracy, over prompts; 0 for a single one
+    accuracy: Estimate  # avg@n: over all samples
+    standard_error: float  # of the accuracy, over prompts; 0 for a single prompt
     pass_at_k: dict[int, Estimate]
     majority_at_k: dict[int, Estimate]
     mean_response_tokens: float
     truncated_fraction: float  # cut at the length limit
-    no_answer_fraction: float  # the grader found nothing to compare
-    ungraded_responses: int  # the grader failed: not right, and 0 or the lowest reward in the mean
-    mean_reward: Estimate | None = None  # None: written by a version that did not know it
+    no_answer_fraction: float  # the grader found no answer to compare
+    ungraded_responses: int  # the grader failed: counted as wrong, and as 0 or the lowest reward in the mean
+    mean_reward: Estimate | None = None  # None: written by a version without this field
 
 
 class Scores(msgspec.Struct, frozen=True):
-    """One model's figures on its benchmarks; `average` is the mean of their accuracies, each counting the same."""
+    """One model's scores on its benchmarks; `average` is the mean of their accuracies with equal weights."""
 
     model: str
     policy_version: int
     settings: dict
     benchmarks: list[BenchmarkScores]
     average: Estimate
-    right_reward: float = RIGHT_REWARD  # a response counts as right from this reward on
+    right_reward: float = RIGHT_REWARD  # a response counts as correct from this reward on
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,8 @@ def powers_of_two(largest: int) -> list[int]:
 def answers_of(
     benchmark: str, groups: Iterable[SampledGroup], samples_per_prompt: int, right_reward: float = RIGHT_REWARD
 ) -> Answers:
-    """The benchmark's samples in `groups`. Raises ValueError unless there are as many of every prompt, and if none of
-    them could be graded."""
+    """The benchmark's samples in `groups`. Raises ValueError unless every prompt has the same number of samples, and if
+    none of them could be graded."""
     responses: dict[str, dict[int, SampledResponse]] = {}
     for group in groups:
         if group.benchmark == benchmark:
@@ -85,7 +85,7 @@ def answers_of(
     if np.isnan(rewards).all():
         raise ValueError(f"{benchmark}: none of its responses could be graded: {table[0][0].problem}")
     right = np.asarray([[is_right(reward, right_reward) for reward in row] for row in rewards.tolist()])
-    # A grader that finds right answers and never says what it compared compares whole responses.
+    # If a grader finds correct answers but never reports what it compared, it compares whole responses.
     whole = right.any() and all(response.extracted is None for row in table for response in row)
     answers = [[response.text if whole else response.extracted for response in row] for row in table]
     return Answers(
@@ -100,12 +100,12 @@ def answers_of(
 
 
 def _reward(response: SampledResponse) -> float:
-    """NaN where it could not be graded, which earlier versions wrote as a reward of 0 with a problem."""
+    """NaN if it could not be graded, which earlier versions wrote as a reward of 0 with a problem."""
     return NOT_GRADED if response.reward is None or response.problem is not None else response.reward
 
 
 def score_benchmark(name: str, answers: Answers, seed: int) -> BenchmarkScores:
-    """The figures; `seed` is of the bootstrap and of maj@k's draws."""
+    """The scores; `seed` is used by the bootstrap and by maj@k's draws."""
     num_prompts, num_samples = answers.is_right.shape
     passes = pass_at_k_values(num_samples, answers.is_right.sum(axis=1), num_samples)
     ks = powers_of_two(num_samples)
@@ -143,7 +143,8 @@ def score_all(
     groups: Sequence[SampledGroup],
     right_reward: float = RIGHT_REWARD,
 ) -> Scores:
-    """Everything about one model. `samples` has the samples a prompt of each benchmark; settings["seed"] is used.
+    """The scores of one model. `samples` has the number of samples per prompt of each benchmark; settings["seed"] is
+    used.
 
     Raises ValueError as `answers_of` does.
     """

@@ -1,4 +1,4 @@
-"""The figures for people (Markdown) and for TensorBoard (name and value); results.json is the Scores themselves."""
+"""The scores as Markdown tables and as TensorBoard scalars (name and value); results.json has the Scores themselves."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,10 +8,10 @@ from minpro_megatron.evaluation.scores import BenchmarkScores, Scores, powers_of
 
 
 def markdown(results: Sequence[Scores]) -> str:
-    """One row a model in every table: accuracy, then pass@k and maj@k of each benchmark, then the responses.
+    """Every table has one row per model: accuracy, then pass@k and maj@k of each benchmark, then the responses.
 
     The tables are laid out as in arXiv:2601.22718: accuracies of all benchmarks side by side with their average
-    (Tables 1 and 4), pass@k over k (Table 2). All figures in percent, with 95 % bootstrap intervals over prompts.
+    (Tables 1 and 4), pass@k over k (Table 2). Scores are in percent, with 95 % bootstrap intervals over prompts.
     """
     names = list(dict.fromkeys(scores.name for result in results for scores in result.benchmarks))
     parts = [_protocol(results[0]), _accuracies(results, names)]
@@ -23,7 +23,7 @@ def markdown(results: Sequence[Scores]) -> str:
 
 
 def scalars(result: Scores) -> dict[str, float]:
-    """What TensorBoard shows; the names are declared in metrics/metric.py."""
+    """The TensorBoard scalars; the names are declared in metrics/metric.py."""
     values = {"evaluation/accuracy/average": result.average.value}
     for scores in result.benchmarks:
         values[f"evaluation/accuracy/{scores.name}"] = scores.accuracy.value
@@ -43,9 +43,9 @@ def _protocol(result: Scores) -> str:
     sampling = result.settings
     return (
         f"Sampled at temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}, at most "
-        f"{sampling['max_response_tokens']:,} tokens a response. Figures in percent with 95 % bootstrap intervals over "
-        f"prompts. A response is right from a reward of {result.right_reward:g} on. One that could not be graded "
-        "counts as not right, and in the mean reward as 0 or the lowest reward."
+        f"{sampling['max_response_tokens']:,} tokens per response. In percent with 95 % bootstrap intervals over "
+        f"prompts. A response is correct from a reward of {result.right_reward:g} on. One that could not be graded "
+        "counts as wrong, and in the mean reward as 0 or the lowest reward."
     )
 
 

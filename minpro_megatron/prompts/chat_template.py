@@ -1,4 +1,4 @@
-"""A model's chat template, rendered as transformers does, without it (its tokenizers import torch)."""
+"""A model's chat template, rendered as transformers does, but without its tokenizers, which import torch."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from typing import Any
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import model_file, read_json_object
 
-# For rendering. A template renders thousands of prompts a second; far more than that is no template.
+# For rendering. A template renders thousands of prompts per second; one that takes far longer is broken or malicious.
 TIME_LIMIT_S = 60.0
 TIME_LIMIT_PER_PROMPT_S = 0.01
 MEMORY_LIMIT_BYTES = 2 * 1024**3
@@ -23,7 +23,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 class ChatTemplate:
     """The template of a Hugging Face checkpoint: chat_template.jinja, or the one in tokenizer_config.json.
 
-    Templates see the special tokens that tokenizer_config.json or special_tokens_map.json name. Raises ValueError or
+    Templates see the special tokens that tokenizer_config.json or special_tokens_map.json name. Raises UserError or
     FileNotFoundError naming file, rule and remedy if there is no template.
     """
 
@@ -33,16 +33,16 @@ class ChatTemplate:
         self._variables = _special_tokens(hf_path, settings) | dict(arguments)
 
     def render_all(self, questions: Sequence[str], time_limit_s: float = TIME_LIMIT_S) -> list[str]:
-        """Each question as the user's only turn, followed by the beginning of the assistant's.
+        """Each question as the user's only turn, followed by the beginning of the assistant's turn.
 
-        The text holds the begin token if the template writes one: it is to be tokenized without adding any.
-        Raises ValueError naming the file if the template fails, or exceeds its limits of time and memory.
+        The text includes the begin token if the template writes one, so tokenize it without adding any. Raises
+        UserError naming the file if the template fails, or exceeds its limits of time and memory.
         """
         return self._render(questions, None, time_limit_s)
 
     def after_response(self) -> str:
-        """What the template writes behind the assistant's response, from the token that ends its turn on; empty if the
-        template changes the response. Raises ValueError as render_all does."""
+        """The text that the template writes after the assistant's response, starting with the token that ends its turn;
+        empty if the template changes the response. Raises UserError as render_all does."""
         response = "a response"
         (text,) = self._render(["a question"], response, TIME_LIMIT_S)
         before, _, after = text.rpartition(response)
@@ -65,7 +65,7 @@ class ChatTemplate:
             raise self._error(f"rendering {len(questions)} prompts took more than {limit_s:.3g} s") from None
         if run.returncode:
             last = run.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-            raise self._error(f"rendering ended with status {run.returncode} ({last or 'nothing said'})")
+            raise self._error(f"rendering ended with status {run.returncode} ({last or 'no message'})")
         answer = json.loads(run.stdout)
         if "error" in answer:
             raise self._error(answer["error"])
@@ -79,7 +79,7 @@ class ChatTemplate:
 
 
 def _find_template(hf_path: str, settings: dict[str, Any]) -> tuple[Path, str]:
-    """The file with the default template, and the template. As in transformers, chat_template.jinja comes first."""
+    """The file with the default template, and the template. As in transformers, chat_template.jinja has precedence."""
     try:
         path = model_file(hf_path, "chat_template.jinja")
         return path, path.read_text(encoding="utf-8")
@@ -90,7 +90,7 @@ def _find_template(hf_path: str, settings: dict[str, Any]) -> tuple[Path, str]:
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     if not isinstance(template, str) or not template:
         raise UserError(
-            f"data.chat_template = true: neither {path} nor a file chat_template.jinja beside it holds a (default) "
+            f"data.chat_template = true: neither {path} nor a file chat_template.jinja next to it has a (default) "
             "chat template; set data.chat_template to false for a base model"
         )
     return path, template
@@ -98,7 +98,7 @@ def _find_template(hf_path: str, settings: dict[str, Any]) -> tuple[Path, str]:
 
 def _special_tokens(hf_path: str, settings: dict[str, Any]) -> dict[str, str]:
     tokens = {name: settings.get(name) for name in _SPECIAL_TOKENS}
-    if "added_tokens_decoder" not in settings:  # where it is, transformers does not read the older file
+    if "added_tokens_decoder" not in settings:  # if it is present, transformers does not read the older file
         with suppress(FileNotFoundError):
             tokens |= read_json_object(model_file(hf_path, "special_tokens_map.json"))
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}

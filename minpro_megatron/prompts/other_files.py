@@ -1,4 +1,4 @@
-"""What a file is that was given as a prompt file and is none, and the command that makes one of it."""
+"""Recognizes files that were given as prompt files but have another format, and names the command to convert them."""
 
 import codecs
 from pathlib import Path
@@ -26,18 +26,18 @@ def prepare_command(path: Path) -> str:
 
 
 def problem_of_kind(path: Path, head: bytes) -> str | None:
-    """What the file that begins with `head` is, and the remedy; None for one that may be JSON Lines."""
+    """The kind of the file that starts with `head`, and the remedy; None if it may be JSON Lines."""
     if head.startswith(_GIT_LFS):
-        return "it is a pointer of Git LFS instead of the file; fetch it with: git lfs pull"
+        return "it is a Git LFS pointer instead of the file; fetch it with: git lfs pull"
     kind = next((name for start, name in _KINDS.items() if head.startswith(start)), _TABLES.get(path.suffix))
     if kind is None and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
         kind = "a JSON array"
-    return None if kind is None else f"it is {kind}, a prompt file is JSON Lines; {prepare_command(path)}"
+    return None if kind is None else f"it is {kind}, but a prompt file is JSON Lines; {prepare_command(path)}"
 
 
 def problem_of_schema(path: Path, line: bytes) -> str | None:
-    """What a row of another schema lacks, and the remedy; None for a row that has all fields as texts, or is no
-    object."""
+    """What is wrong with a row of another schema, and the remedy. None for a row that has all fields as texts, or is
+    not an object."""
     try:
         row: Any = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Which prompt a group gets: a function of the run's seed and the group's id alone, whatever was asked before."""
+"""Assigns prompts to groups: a function of the run's seed and the group's id only, independent of earlier calls."""
 
 import random
 from bisect import bisect_right
@@ -8,10 +8,10 @@ from itertools import accumulate
 
 from minpro_megatron.config.seeds import derive_seed
 
-# A batch touches at most a few epochs or blocks; older ones are not kept.
+# A batch uses at most a few epochs or blocks; older ones are not kept.
 MAX_CACHED = 4
-# Groups whose sources are drawn together. The first group of a distant block costs the draws of all blocks before it
-# once: about a second a million groups.
+# Groups whose sources are drawn together. The first group of a distant block costs the draws of all earlier blocks
+# once: about a second per million groups.
 BLOCK_GROUPS = 4096
 
 
@@ -31,10 +31,10 @@ class _Cache[Value]:
 
 
 class EpochOrder:
-    """Deals `count` prompts epoch after epoch, each in an order of its own.
+    """Distributes `count` prompts epoch after epoch, each epoch in its own order.
 
-    `first_keys`, a number for each prompt, puts the first epoch into their ascending order; equal ones are shuffled.
-    `name` tells apart the orders of one seed.
+    `first_keys` has a number per prompt; the first epoch is in ascending order of these numbers, and prompts with equal
+    numbers are shuffled. `name` distinguishes the orders of one seed.
     """
 
     def __init__(self, count: int, seed: int, name: str, first_keys: Sequence[float] | None = None) -> None:
@@ -43,13 +43,13 @@ class EpochOrder:
         self._epochs = _Cache(self._epoch)
 
     def __getitem__(self, position: int) -> int:
-        """The prompt (0 .. count - 1) that is dealt at `position` of all positions."""
+        """The prompt (0 .. count - 1) at `position`, counted over all epochs."""
         epoch, place = divmod(position, self._count)
         return self._epochs[epoch][place]
 
     def _epoch(self, epoch: int) -> list[int]:
-        # Sorting by random() and not shuffle(): of the two only random() is promised to give the same
-        # numbers in every version of Python.
+        # Sorted by random() instead of shuffle(): only random() is guaranteed to return the same numbers in
+        # every version of Python.
         generator = random.Random(derive_seed(self._seed, self._name, epoch))
         keys = [generator.random() for _ in range(self._count)]
         order = sorted(range(self._count), key=keys.__getitem__)
@@ -61,8 +61,8 @@ class EpochOrder:
 class SourceDraw:
     """Draws each group's source with probability proportional to its weight, independently.
 
-    A group's place among the groups of its source follows from the draws of all groups before it; they are
-    drawn again where they are needed, so there is no position to keep.
+    A group's position among the groups of its source follows from the draws of all groups before it. They are
+    drawn again where needed, so there is no position to store.
     """
 
     def __init__(self, weights: Mapping[str, float], seed: int) -> None:
@@ -73,7 +73,7 @@ class SourceDraw:
         self._before: list[Counter[str]] = [Counter()]  # [block]: groups of each source in all earlier blocks
 
     def place(self, group_id: int) -> tuple[str, int]:
-        """The group's source, and how many groups before it have the same one."""
+        """The group's source, and the number of earlier groups of the same source."""
         number, offset = divmod(group_id, BLOCK_GROUPS)
         while len(self._before) <= number:
             last = len(self._before) - 1
@@ -87,7 +87,7 @@ class SourceDraw:
         drawn = []
         for _ in range(BLOCK_GROUPS):
             source = bisect_right(self._cumulative, generator.random() * self._cumulative[-1])
-            name = self._names[min(source, len(self._names) - 1)]  # rounding can put a point on the upper end
+            name = self._names[min(source, len(self._names) - 1)]  # rounding can place a point on the upper end
             drawn.append((name, seen[name]))
             seen[name] += 1
         return drawn

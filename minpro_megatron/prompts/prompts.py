@@ -1,4 +1,4 @@
-"""The run's prompts: read, selected and tokenized once, then dealt to the groups in an order that the seed decides."""
+"""The run's prompts: read, selected and tokenized once, then distributed to groups in an order set by the seed."""
 
 import codecs
 import logging
@@ -35,11 +35,10 @@ class _Row(msgspec.Struct):
 
 def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
     """The prompts of a JSON Lines file of `{"id", "source", "prompt", "answer"}` and optionally `"pass_rate"` and
-    `"prefix"`; empty lines and a byte order mark do not count.
+    `"prefix"`. Empty lines and a byte order mark are ignored.
 
-    `setting` is the name of the setting that holds the path. Raises ValueError naming file, line and field
-    for a row that is damaged, a prompt that is empty, or an id that comes twice; and if there are no rows
-    at all.
+    `setting` is the name of the setting that holds the path. Raises UserError naming file, line and field if a row
+    is damaged, a prompt is empty, or an id is not unique, and if there are no rows.
     """
     path = Path(path)
     lines = _read_lines(path, setting)
@@ -93,10 +92,10 @@ def _read_row(path: Path, number: int, line: bytes) -> _Row:
 
 
 def select_prompts(prompts: list[Prompt], data: DataConfig) -> list[Prompt]:
-    """The training prompts that `data`'s weights and pass rates leave; those they leave out are counted in the log.
+    """The training prompts selected by the weights and pass rates of `data`; excluded ones are counted in the log.
 
-    Raises ValueError naming setting, value, rule and remedy for weights that do not name exactly the file's sources,
-    for a curriculum without pass rates, and if no prompt is left.
+    Raises UserError naming setting, value, rule and remedy if the weights do not name exactly the file's sources, if
+    a curriculum has no pass rates, and if no prompt is left.
     """
     _refuse_other_sources(prompts, data)
     if data.curriculum == "easy_first" and all(prompt.pass_rate is None for prompt in prompts):
@@ -111,7 +110,7 @@ def select_prompts(prompts: list[Prompt], data: DataConfig) -> list[Prompt]:
         kept = [prompt for prompt in weighted if prompt.pass_rate is not None and low <= prompt.pass_rate <= high]
         unknown = sum(prompt.pass_rate is None for prompt in weighted)
         log.info(
-            "data.train_file: left out %d of %d prompts by data.min_pass_rate = %g and data.max_pass_rate = %g, "
+            "data.train_file: excluded %d of %d prompts by data.min_pass_rate = %g and data.max_pass_rate = %g, "
             "%d of them without a pass_rate",
             len(weighted) - len(kept), len(weighted), low, high, unknown,
         )  # fmt: skip
@@ -121,13 +120,13 @@ def select_prompts(prompts: list[Prompt], data: DataConfig) -> list[Prompt]:
                 f"lies between them ({unknown} have no pass_rate); widen the bounds, or add pass_rate to the rows"
             )
     if len(weighted) < len(prompts):
-        log.info("data.train_file: left out %d of %d prompts of sources of weight 0", len(prompts) - len(weighted),
+        log.info("data.train_file: excluded %d of %d prompts of sources of weight 0", len(prompts) - len(weighted),
                  len(prompts))  # fmt: skip
     return kept
 
 
 def refuse_too_few(heldout: list[Prompt], path: str, wanted: int) -> None:
-    """Raises ValueError if the held-out file has fewer rows than the evaluation is to use."""
+    """Raises UserError if the held-out file has fewer rows than the evaluation needs."""
     if len(heldout) < wanted:
         raise UserError(
             f"evaluation.num_prompts = {wanted}: data.heldout_file = {path!r} has only {len(heldout)} rows; lower "
@@ -141,13 +140,13 @@ def _refuse_other_sources(prompts: Iterable[Prompt], data: DataConfig) -> None:
     present, named = {prompt.source for prompt in prompts}, set(data.source_weights)
     if unknown := sorted(named - present):
         raise UserError(
-            f"data.source_weights: {unknown[0]!r} is no source of data.train_file = {data.train_file!r}; its sources: "
+            f"data.source_weights: {unknown[0]!r} is not a source of data.train_file = {data.train_file!r}; sources: "
             f"{', '.join(sorted(present))}"
         )
     if unnamed := sorted(present - named):
         raise UserError(
             f"data.source_weights = {data.source_weights} lacks the source {unnamed[0]!r} of data.train_file = "
-            f"{data.train_file!r}: name every source, with 0 for those to leave out"
+            f"{data.train_file!r}: name every source, with weight 0 for those to exclude"
         )
 
 
@@ -161,9 +160,9 @@ Rendering = Callable[[list[str]], list[str]]
 
 
 def make_rendering(data: DataConfig, hf_path: str) -> Rendering:
-    """What turns questions into the texts that the policy goes on from: instruction, then chat template.
+    """A function that converts questions to the texts that the policy continues: instruction, then chat template.
 
-    Raises ValueError or FileNotFoundError if the model has no chat template where one is wanted.
+    Raises UserError or FileNotFoundError if a chat template is wanted and the model has none.
     """
     text = instruction_text(data.instruction)
     if not data.chat_template:
@@ -184,11 +183,11 @@ def tokenize(
     setting: str,
     rendering: Rendering = as_they_are,
 ) -> list[TokenizedPrompt]:
-    """The prompts of at most `max_tokens` tokens, prefix included; longer ones are dropped with a warning that
+    """The prompts of at most `max_tokens` tokens, including the prefix. Longer ones are dropped, with a warning that
     counts them.
 
-    A prefix is tokenized apart from what stands before it, so the cut lies between the same tokens for every prefix.
-    Raises ValueError if no prompt is left.
+    A prefix is tokenized separately from the text before it, so the boundary lies between the same tokens for every
+    prefix. Raises UserError if no prompt is left.
     """
     encoded = tokenizer.encode_all(rendering([prompt.text for prompt in prompts]))
     prefixes = tokenizer.encode_all([prompt.prefix for prompt in prompts])
@@ -208,12 +207,12 @@ def tokenize(
 
 
 class PromptStream:
-    """Deals the prompts to the groups: epoch after epoch, each in an order of its own; with `data.source_weights`
-    first a source is drawn for each group, and each source has its own epochs.
+    """Distributes the prompts to the groups, epoch after epoch, each epoch in its own order. With `data.source_weights`
+    a source is drawn for each group first, and each source has its own epochs.
 
-    There is no hidden position: a group's prompt and sampling seeds depend on (run seed, group id) alone, and ids count
-    in the order of issue, so a run can continue at any group, and the next id is the whole cursor.
-    Raises ValueError if a source that has a weight has no prompt.
+    There is no hidden position: a group's prompt and sampling seeds depend only on (run seed, group id), and ids follow
+    the order of issue, so a run can continue at any group, and the next id is the complete state.
+    Raises UserError if a source with a positive weight has no prompt.
     """
 
     def __init__(self, prompts: list[TokenizedPrompt], config: RunConfig) -> None:
@@ -255,8 +254,8 @@ def _by_source(
     for name, members in of_source.items():
         if not members:
             raise UserError(
-                f"data.source_weights: the source {name!r} has weight {weights[name]:g}, but none of its prompts is "
-                "left by the pass rates and sampling.max_prompt_tokens; relax those, or give it weight 0"
+                f"data.source_weights: the source {name!r} has weight {weights[name]:g}, but the pass rates and "
+                "sampling.max_prompt_tokens leave none of its prompts; relax those, or give it weight 0"
             )
     draw = SourceDraw(weights, seed)
     orders = {name: _order(members, seed, f"prompt order of {name}", easy_first) for name, members in of_source.items()}

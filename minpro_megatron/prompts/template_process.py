@@ -1,8 +1,8 @@
-"""Renders chat templates in a process of its own: a template comes with a model and is a program like any other.
+"""Renders chat templates in a separate process: a template comes with a model and is untrusted code.
 
 Run as a file, isolated from this package. Reads from standard input a JSON object `{"template", "variables",
-"questions", "answer", "memory_bytes", "cpu_s"}` and writes `{"texts"}` or `{"error"}`. The environment is the one of
-transformers (utils/chat_template_utils.py), from which the tests check that it does not differ.
+"questions", "answer", "memory_bytes", "cpu_s"}` and writes `{"texts"}` or `{"error"}`. The environment is the same as
+in transformers (utils/chat_template_utils.py); the tests check that it does not differ.
 """
 
 import json
@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks what a model wrote, for losses on chats; what is in it is rendered as it stands."""
+    """`{% generation %}` marks text written by a model, for losses on chats; its content is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -39,11 +39,11 @@ def _to_json(
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
-    """Where a template can reach neither Python's attributes nor change what it is given."""
+    """An environment in which a template cannot access Python's attributes or change its variables."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json  # jinja2's own escapes for HTML
+    environment.filters["tojson"] = _to_json  # jinja2's own filter escapes for HTML
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
@@ -51,7 +51,7 @@ def make_environment() -> ImmutableSandboxedEnvironment:
 
 def render_all(template: str, variables: dict[str, Any], questions: list[str], answer: str | None = None) -> list[str]:
     """Each question as the user's only turn, up to where the assistant begins; with an `answer` also the assistant's
-    turn, to its end. Raises jinja2.TemplateError."""
+    complete turn. Raises jinja2.TemplateError."""
     compiled = make_environment().from_string(template)
     given = {"tools": None, "documents": None, "add_generation_prompt": answer is None} | variables
     turn = [] if answer is None else [{"role": "assistant", "content": answer}]
@@ -64,7 +64,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_s"], request["cpu_s"]))
     try:
         answer = {"texts": render_all(*(request[name] for name in ("template", "variables", "questions", "answer")))}
-    except Exception as error:  # a template's mistakes surface as any kind
+    except Exception as error:  # a template's errors may be of any type
         answer = {"error": f"{type(error).__name__}: {error}"}
     json.dump(answer, sys.stdout)
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back with the `tokenizers` library alone: transformers' tokenizers import torch."""
+"""Conversion between text and token ids with only the `tokenizers` library: transformers' tokenizers import torch."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ class TextTokenizer:
         path = model_file(hf_path, "tokenizer.json")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
+        except Exception as error:  # the library raises plain Exception for any fault of the file
             raise UserError(f"{path}: not a tokenizer ({error})") from None
         # Truncation or padding left in the file would silently change every prompt.
         self._tokenizer.no_truncation()
@@ -34,11 +34,12 @@ class TextTokenizer:
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def response_text(self, token_ids: np.ndarray) -> str:
-        """What the reward reads: the response without its stop token and other special tokens."""
+        """The text that is graded: the response without its stop token and other special tokens."""
         return self.response_texts([token_ids])[0]
 
     def response_texts(self, responses: Sequence[np.ndarray]) -> list[str]:
-        """The same for several. In a thread it leaves the interpreter to others, as the library's `decode` does not."""
+        """The same for several responses. Unlike the library's `decode` it releases the GIL, so it can run in a
+        thread."""
         ids = [response.tolist() for response in responses]
         for of_response in ids:
             if of_response and of_response[-1] in self._stop_token_ids:
@@ -46,5 +47,5 @@ class TextTokenizer:
         return self._tokenizer.decode_batch(ids, skip_special_tokens=True)
 
     def text(self, token_ids: np.ndarray) -> str:
-        """Every one of these tokens as text, special ones too. A part of a character becomes U+FFFD."""
+        """The text of all these tokens, including special ones. An incomplete character becomes U+FFFD."""
         return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=False)

@@ -1,6 +1,6 @@
-"""True answers of which any one is right, as one text: a JSON list of texts, `["\\frac{1}{2}", "0.5"]`.
+"""Several correct answers, any of which is accepted, as one text: a JSON list of texts, `["\\frac{1}{2}", "0.5"]`.
 
-No answer in mathematics begins with a bracket and a quotation mark, so such a text is never one answer.
+No answer in mathematics begins with a bracket and a quotation mark, so such a text is never a single answer.
 """
 
 import json
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def alternatives(answer: str) -> list[str]:
-    """The answers that `answer` holds: those of a JSON list of texts, or `answer` alone.
+    """The answers in `answer`: the elements of a JSON list of texts, or `answer` alone.
 
     >>> alternatives('["1/2", "0.5"]'), alternatives("[1, 2]")
     (['1/2', '0.5'], ['[1, 2]'])
@@ -25,5 +25,5 @@ def alternatives(answer: str) -> list[str]:
 
 
 def as_one_text(answers: Sequence[str]) -> str:
-    """What `alternatives` reads again; one answer stays as it is."""
+    """The text from which `alternatives` reads the answers; a single answer is unchanged."""
     return answers[0] if len(answers) == 1 else json.dumps(list(answers), ensure_ascii=False)

@@ -1,7 +1,8 @@
 """The calculator task: one two-operand expression (`48/2=`), answered with an integer (`24`).
 
-Which expressions belong to the task, what their answers are, and what a response is worth. The limits keep the
-task small enough for a tiny model to learn most of it in minutes and leave room for reinforcement learning.
+This file defines which expressions belong to the task, what their answers are, and how a response is graded. The
+limits keep the task small enough for a tiny model to learn most of it in minutes and leave room for reinforcement
+learning.
 """
 
 import re
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 OPERATORS = "+-*/"
 MAX_OPERAND = 30
 MAX_ANSWER = 30
-# Longer responses cannot be answers of this task; refusing them early bounds the work per response.
+# Longer responses cannot be answers of this task; rejecting them early bounds the work per response.
 MAX_RESPONSE_CHARS = 12
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")

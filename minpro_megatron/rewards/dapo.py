@@ -1,8 +1,9 @@
 """DAPO's rule for mathematics: the last `Answer:` line, normalised, compared as text; +1 or -1.
 
-The rule of the DAPO runs, with their normalisation step for step (`reward_score/math_dapo.py` in verl, after
+The rule of the DAPO runs, with every step of their normalisation (`reward_score/math_dapo.py` in verl, based on
 lm-evaluation-harness' Minerva task; arXiv:2503.14476), because results are comparable only under the same rule. It
-knows no numbers: `25` is not `025`, `27` not `27.0`, `1/2` not `\\frac{1}{2}`. For such answers take the reward `math`.
+does not compare numbers: `25` differs from `025`, `27` from `27.0`, `1/2` from `\\frac{1}{2}`. For such answers use the
+reward `math`.
 """
 
 import re
@@ -10,12 +11,12 @@ import re
 from minpro_megatron.rewards.alternatives import alternatives
 from minpro_megatron.rewards.registry import Grade
 
-# Characters at the end of a response that are looked at.
+# The number of characters at the end of a response that are searched.
 ANSWER_TAIL_CHARS = 300
 BOXED_TAIL_CHARS = 100
 
 _ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
-# In this order: later ones see the result of earlier ones, and both lists cut into words, as DAPO's do.
+# In this order: later replacements see the result of earlier ones. Both lists also match inside words, as DAPO's do.
 _REPLACED = [
     ("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text"),
     (",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}"),
@@ -38,7 +39,7 @@ _REWRITTEN = [
 
 
 def normalise(answer: str) -> str:
-    """What is compared. Example: `normalise("x = \\\\frac12 units") == "\\\\frac{1}{2}"`."""
+    """The compared text. Example: `normalise("x = \\\\frac12 units") == "\\\\frac{1}{2}"`."""
     text = answer.rpartition("=")[2]
     for before, after in _REPLACED:
         text = text.replace(before, after)
@@ -61,13 +62,13 @@ def grade(response_text: str, answer: str) -> Grade:
 
 
 def grade_boxed(response_text: str, answer: str) -> Grade:
-    """DAPO's strict variant: +1 if the last `\\boxed{}` in the last 100 characters holds exactly `answer`, else -1."""
+    """DAPO's strict variant: +1 if the last `\\boxed{}` in the last 100 characters is exactly `answer`, else -1."""
     extracted = _last_boxed(response_text[-BOXED_TAIL_CHARS:])
     return Grade(1.0 if extracted in alternatives(answer) else -1.0, extracted)
 
 
 def _last_boxed(text: str) -> str | None:
-    """What the last `\\boxed{}` holds. Every brace counts, also one behind a backslash, as in the field's rule."""
+    """The content of the last `\\boxed{}`. Every brace counts, even after a backslash, as in DAPO's rule."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

@@ -1,7 +1,7 @@
-"""The value of a sympy expression at a point: exact where it is rational, else with a given number of digits.
+"""The value of a sympy expression at a point: exact if it is rational, otherwise with a given number of digits.
 
-An expression is compiled once into a list of steps, each different subexpression once, so that an evaluation takes time
-linear in the expression's size, whatever its nesting.
+An expression is compiled once into a list of steps, with each distinct subexpression once, so that an evaluation takes
+time linear in the expression's size, whatever its nesting.
 """
 
 import math
@@ -17,8 +17,8 @@ MAX_EXACT_BITS = 100_000  # of a rational result; larger ones become floating-po
 MAX_EXPONENT_BITS = 1e8  # of a floating-point result: reducing larger arguments of exp takes too long
 MAX_ANGLE_BITS = 2000  # the same for sin and cos
 MAX_EXACT_FACTORIAL = 2000
-# Of the gamma function: at 3,000 digits one value takes minutes. Digits beyond these are no longer right, so two values
-# that agree in more are called different.
+# For the gamma function: at 3,000 digits one value takes minutes. Digits beyond this number are no longer correct, so
+# two values that agree in more digits are considered different.
 MAX_GAMMA_DIGITS = 200
 
 Value = Any  # Fraction, mpf or mpc
@@ -26,11 +26,11 @@ Step = tuple[Callable[..., Value], tuple[int, ...]]
 
 
 class UndefinedError(ArithmeticError):
-    """The expression has no (real, where that is asked for) value at this point, or one too large to compute."""
+    """The expression has no value at this point (no real one if that is required), or one too large to compute."""
 
 
 class UnknownFunctionError(ValueError):
-    """The expression holds something that this module does not evaluate."""
+    """The expression contains something that this module does not evaluate."""
 
 
 _MP_FUNCTIONS = {
@@ -46,7 +46,7 @@ _METHODS = {
     sympy.gamma: "_gamma", sympy.binomial: "_binomial", sympy.UnevaluatedExpr: "_same",
 }  # fmt: skip
 _CONSTANTS = {sympy.pi: "pi", sympy.E: "e", sympy.EulerGamma: "euler", sympy.GoldenRatio: "phi"}
-# Evaluated by sympy itself, at a cost without a bound: at few points only.
+# Evaluated by sympy itself, with unbounded cost: at few points only.
 SLOW = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit)
 
 
@@ -65,7 +65,7 @@ class Program:
         self._compile(expression)
 
     def value(self, at: Mapping[Any, Fraction], is_real: bool) -> Value:
-        """The value with the symbols at `at`; `is_real`: no root, logarithm or arc of a real number may be complex.
+        """The value with the symbols at `at`. `is_real`: no root, logarithm or arc of a real number may be complex.
 
         Raises UndefinedError.
         """
@@ -262,7 +262,7 @@ class Program:
         return value
 
     def _opaque(self, name: str, *arguments: Value) -> Value:
-        """Any function without a known value, such as f(x): the same one for the same name, smooth, of no identity."""
+        """A function without a known value, such as f(x): the same for the same name, smooth, without identities."""
         seed = zlib.crc32(f"{name}/{len(arguments)}".encode())
         total = self._mp.mpf(1 + seed % 89) / 97
         for index, argument in enumerate(arguments, 1):
@@ -283,7 +283,7 @@ class Program:
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction | None:
-    """The square or cube root of a rational number that is not negative, if it is rational."""
+    """The square or cube root of a non-negative rational number, if it is rational."""
     if value.numerator.bit_length() + value.denominator.bit_length() > MAX_EXACT_BITS:
         return None
     numerator, exact = sympy.integer_nthroot(value.numerator, degree)

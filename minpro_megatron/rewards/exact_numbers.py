@@ -1,4 +1,4 @@
-"""Numbers as answers write them, as exact fractions: most answers are one, and need no symbolic algebra."""
+"""Numbers in answers as exact fractions: most answers are a number, and need no symbolic algebra."""
 
 import re
 from fractions import Fraction
@@ -23,7 +23,7 @@ def _sign(text: str) -> int:
 
 
 def exact_number(text: str) -> Fraction | None:
-    """The number that `text` (canonical LaTeX) writes; None if it is none, or one of more than MAX_DIGITS digits.
+    """The number written in `text` (canonical LaTeX); None if it is not a number, or has more than MAX_DIGITS digits.
 
     Example: `exact_number("\\\\frac{1}{4}") == exact_number("0.25") == Fraction(1, 4)`; `3\\frac{1}{2}` is 3.5, and
     `0.\\overline{3}` is 1/3.
@@ -58,12 +58,12 @@ def _repeating(whole: str, fixed: str, period: str) -> Fraction:
     return int(whole or "0") + Fraction(int(fixed or "0"), scale) + repeated
 
 
-# A decimal counts as a spelling of a number without a finite one (1/3, sqrt(2)) from this many digits on.
+# From this number of digits on, a decimal is accepted for a number without a finite decimal form (1/3, sqrt(2)).
 MIN_ROUNDED_DIGITS = 6
 
 
 def decimal_places(text: str) -> int | None:
-    """Places after the point of a decimal of at least MIN_ROUNDED_DIGITS significant digits; None for any other."""
+    """Places after the point of a decimal of at least MIN_ROUNDED_DIGITS significant digits; None for other texts."""
     match = _DECIMAL.fullmatch(text)
     if not match or "." not in match[2]:
         return None
@@ -72,7 +72,7 @@ def decimal_places(text: str) -> int | None:
 
 
 def same_number(answer: Fraction, given: Fraction, given_text: str) -> bool:
-    """Equal, or `given_text` is the correctly rounded decimal of an `answer` that no decimal spells."""
+    """Equal, or `given_text` is the correctly rounded decimal of an `answer` without a finite decimal form."""
     if answer == given:
         return True
     denominator = answer.denominator

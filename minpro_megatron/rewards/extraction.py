@@ -1,4 +1,4 @@
-"""Where a response says its answer: on its last `Answer:` line or in its last `\\boxed{}`, whichever comes last.
+"""Finds a response's answer: on its last `Answer:` line or in its last `\\boxed{}`, whichever comes last.
 
 Nothing inside a think block counts. Every function takes time linear in its text, which is model output of any length.
 """
@@ -12,7 +12,7 @@ _THINK_TAG = re.compile(
 )
 _THINK_MARKS = ("think", "THINK", "Think", "thought", "reasoning>", "scratchpad>", "<|channel|>")
 _SPACES = re.compile(r"[^\S\n]{2,}|[^\S\n ]")
-# An answer line begins a line; every quantifier is bounded, and runs of spaces are one space.
+# An answer line starts at the beginning of a line; every quantifier is bounded, and runs of spaces are one space.
 _ANSWER = ("answer", "Answer", "ANSWER")
 _LEADING_WORD = (
     r"(?:so|thus|hence|therefore|then|finally|the|my|our|final|correct|short|numerical|numeric|exact|overall)"
@@ -27,12 +27,12 @@ _DISPLAYS = (("$$", "$$"), ("\\[", "\\]"))
 _END_OF_FORMULA = re.compile(r"\$|\n|\Z")
 MAX_DISPLAY_CHARS = 2000
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s{0,3}")
-# Without braces a box holds all of its formula, or outside of one a number or a command with its arguments.
+# Without braces a box contains the rest of its formula, or outside a formula a number or a command with its arguments.
 _BARE_BOX = re.compile(
     r"[+-]?\d(?:[\d.,/]{0,30}\d)?|\\[a-zA-Z]{1,20}(?:\{[^{}\n]{0,200}\}){1,3}|\\[a-zA-Z]{1,20}|[a-zA-Z](?![a-zA-Z])"
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-# What may stand between two boxes that are one answer: \boxed{1} and \boxed{2}, x=\boxed{1} or x=\boxed{2}.
+# Text allowed between two boxes that are one answer: \boxed{1} and \boxed{2}, x=\boxed{1} or x=\boxed{2}.
 _BETWEEN_BOXES = re.compile(
     r"[\s$,;]{0,12}(?:(?:and|or|\\text\{ ?(?:and|or) ?\})[\s$]{0,6})?(?:[a-zA-Z](?:_\w)? ?= ?)?(?:\\q?quad ?)?"
 )
@@ -40,7 +40,7 @@ _BETWEEN_BOXES = re.compile(
 
 @dataclass(frozen=True)
 class _Box:
-    """Its place in the text; `content` is None for one that is not closed."""
+    """Its position in the text; `content` is None if the box is not closed."""
 
     start: int
     end: int
@@ -48,7 +48,7 @@ class _Box:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last box holds; None if there is none, or if its brace is not closed."""
+    """The content of the last box; None if there is none, or if its brace is not closed."""
     boxes = _boxes(text)
     return boxes[-1].content if boxes else None
 
@@ -65,7 +65,7 @@ def _closing_braces(text: str, start: int) -> dict[int, int]:
 
 
 def _boxes(text: str) -> list[_Box]:
-    """All boxes that are in no other box, those on a line behind an unclosed box counting as inside of it."""
+    """All boxes that are not inside another box. Boxes after an unclosed box on the same line count as inside it."""
     first = _BOX.search(text)
     if first is None:
         return []
@@ -83,7 +83,7 @@ def _boxes(text: str) -> list[_Box]:
 
 
 def _box_at(text: str, match: re.Match[str], closing: dict[int, int]) -> _Box | None:
-    """None for a mention of the command, which boxes nothing."""
+    """None if the command is only mentioned, without content."""
     start, opening = match.start(), match.end()
     if text[opening : opening + 1] == "{":
         end = closing.get(opening)
@@ -120,9 +120,9 @@ def _without_inner_boxes(content: str) -> str:
 
 
 def _enumerated(text: str, boxes: list[_Box]) -> str | None:
-    """The last box, joined with those before it on its line as far as they are one enumeration; None: not closed.
+    """The last box, joined with earlier boxes on its line as far as they form one enumeration. None if not closed.
 
-    The same box over again is one answer.
+    Repetitions of the same box count as one answer.
     """
     last = boxes[-1]
     if last.content is None:
@@ -147,7 +147,7 @@ def _with_single_spaces(text: str) -> str:
 
 
 def _outside_of_thoughts(response: str) -> str:
-    """The response without its think blocks, closed or not; a block may have begun in the prompt."""
+    """The response without its think blocks, closed or not; a block may have started in the prompt."""
     if not any(mark in response for mark in _THINK_MARKS):
         return response
     pieces: list[str] = []
@@ -168,9 +168,9 @@ def _outside_of_thoughts(response: str) -> str:
 
 
 def _answer_text(text: str, start: int) -> str:
-    """What an answer line says from `start` on: the rest of the line, what follows a heading, or all of a display."""
+    """The text of an answer line from `start` on: the rest of the line, the text after a heading, or a display."""
     is_fenced = False
-    while (end := text.find("\n", start)) >= 0:  # lines of which nothing is left without rules, fences and emphasis
+    while (end := text.find("\n", start)) >= 0:  # skip lines that consist only of rules, fences and emphasis
         line = text[start:end]
         is_fenced = is_fenced or _FENCE.fullmatch(line) is not None
         if line.strip(_DECORATION) and not _FENCE.fullmatch(line):
@@ -199,7 +199,7 @@ def _last_answer_line(text: str) -> re.Match[str] | None:
 
 
 def extract_answer(response: str) -> str | None:
-    """The answer that a response gives, as it stands there; None if it gives none, or if it ends inside its last box.
+    """The answer in a response, unchanged; None if there is none, or if the response ends inside its last box.
 
     Example: `extract_answer("So it is 3.\\nAnswer: $3$") == "$3$"`.
     """

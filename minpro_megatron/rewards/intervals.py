@@ -51,7 +51,7 @@ def read_intervals(tokens: Tokens) -> Intervals | None:
 
 
 def same_intervals(left: Intervals, right: Intervals, equal: Callable[[Tokens, Tokens], bool]) -> bool:
-    """Of the same variable, where both name one; parts in any order."""
+    """Whether they have the same variable, if both name one, and the same parts in any order."""
     if (left.name and right.name and left.name != right.name) or len(left.parts) != len(right.parts):
         return False
     remaining = list(right.parts)

@@ -1,4 +1,4 @@
-"""The tokens of a mathematical answer, in one spelling, and its parts: lists, tuples, sets, matrices.
+"""Splits a mathematical answer into tokens with a unique spelling, and into parts: lists, tuples, sets, matrices.
 
 The result can be joined to LaTeX again, so that a symbolic parser can read it.
 """
@@ -9,7 +9,7 @@ import re
 MAX_DEPTH = 12
 MAX_BARS = 16
 MAX_PARTS = 64
-# Between digits that white space keeps apart: 2 5 is no number.
+# Separates digits that had white space between them: 2 5 is not a number.
 GAP = " "
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+\*?|\\.|\S")
@@ -21,7 +21,7 @@ _SAME_COMMAND = {
     "\\rvert": "|", "\\varnothing": "\\emptyset", "\\operatorname*": "\\operatorname", "\\simeq": "\\approx",
     "\\vee": "\\lor", "\\mod": "\\bmod", "\\pod": "\\pmod", "\\doteq": "\\approx",
 }  # fmt: skip
-# Spacing, sizes and emphasis mean nothing.
+# Spacing, sizes and emphasis have no meaning.
 _IGNORED = frozenset({
     "$", "\\$", "\\!", "\\,", "\\;", "\\:", "\\>", "\\ ", "~", "\\(", "\\)", "\\[", "\\]", "\\left", "\\right",
     "\\quad", "\\qquad", "\\displaystyle", "\\textstyle", "\\scriptstyle", "\\big", "\\Big", "\\bigl", "\\bigr",
@@ -29,7 +29,7 @@ _IGNORED = frozenset({
     "\\large", "\\Large", "\\LARGE", "\\huge", "\\small", "\\normalsize", "\\middle", "\\hfill", "\\degree", "`",
     "\\bfseries", "\\underline", "\\uline", "\\ensuremath", "\\mathop", "\\mathord", "\\pmb", "\\smash", "\\boxed",
 })  # fmt: skip
-# Commands of which so many arguments mean nothing.
+# The number of arguments without meaning of these commands.
 _IGNORED_ARGUMENTS = {
     "\\color": 1, "\\textcolor": 1, "\\colorbox": 1, "\\fcolorbox": 2, "\\hspace": 1, "\\vspace": 1, "\\phantom": 1,
     "\\hphantom": 1, "\\vphantom": 1, "\\label": 1, "\\tag": 1,
@@ -40,7 +40,7 @@ _CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 
 
 def tokens_of(text: str) -> list[str]:
-    """LaTeX tokens with one name for each command, without those that mean nothing, and braces round every argument."""
+    """LaTeX tokens with one name per command, without meaningless commands, and with braces around every argument."""
     tokens: list[str] = []
     end = -1
     is_apart = False
@@ -102,7 +102,7 @@ def _prefixed(group: list[str]) -> list[str]:
 
 
 def _argument(tokens: list[str], position: int, is_power: bool) -> int:
-    """Where the argument that begins at `position` ends: a group, digits with their sign (powers), or one token."""
+    """The end of the argument that begins at `position`: a group, digits with their sign (powers), or one token."""
     if position >= len(tokens):
         return position
     if tokens[position] in ("{", "["):
@@ -115,7 +115,7 @@ def _argument(tokens: list[str], position: int, is_power: bool) -> int:
 
 
 def group_end(tokens: list[str], opening: int) -> int:
-    """The position after the bracket that closes the one at `opening`, of whatever kind (intervals mix them)."""
+    """The position after the bracket that closes the one at `opening`, of any kind (intervals mix them)."""
     depth = 0
     for position in range(opening, len(tokens)):
         if tokens[position] in _CLOSING:
@@ -128,7 +128,7 @@ def group_end(tokens: list[str], opening: int) -> int:
 
 
 def _braced(tokens: list[str]) -> list[str]:
-    """The tokens with braces round every argument of a power, an index, a fraction and a root."""
+    """The tokens with braces around every argument of a power, an index, a fraction and a root."""
     result: list[str] = []
     position = 0
     while position < len(tokens):
@@ -152,11 +152,11 @@ def _braced(tokens: list[str]) -> list[str]:
 
 
 def _without_gaps(tokens: list[str]) -> list[str]:
-    """White space between digits read as what it may be: thousands (12 000), mixed numbers (2 3/4); else a GAP."""
+    """Interprets white space between digits as thousands (12 000) or mixed numbers (2 3/4); otherwise as a GAP."""
     if GAP not in tokens:
         return tokens
     runs: list[str] = []
-    for token in tokens:  # digits as one token each run
+    for token in tokens:  # joins each run of digits into one token
         if token.isdecimal() and runs and runs[-1].isdecimal():
             runs[-1] += token
         else:
@@ -171,10 +171,10 @@ def _without_gaps(tokens: list[str]) -> list[str]:
 
 
 def _spaced_number(runs: list[str], position: int, before: list[str]) -> tuple[int, list[str]]:
-    """(where it ends, its tokens) of what begins at `position`."""
+    """(end position, tokens) of the number that begins at `position`."""
     first = runs[position]
     if first == GAP and not (before and before[0].isdecimal()):
-        return position + 1, []  # behind an argument: \frac 1 2
+        return position + 1, []  # after an argument: \frac 1 2
     if not first.isdecimal() or before in (["."], [GAP], ["/"]):
         return position + 1, list(first) if first.isdecimal() else [first]
     end = position + 1
@@ -193,7 +193,7 @@ def _spaced_number(runs: list[str], position: int, before: list[str]) -> tuple[i
 
 
 def joined(tokens: list[str]) -> str:
-    """LaTeX again: a space only where a command's name would run into a letter."""
+    """The tokens as LaTeX, with a space only where a command's name would run into a letter."""
     pieces = [
         token + " " if token[0] == "\\" and token[-1:].isalpha() and following[:1].isalpha() else token
         for token, following in itertools.zip_longest(tokens, tokens[1:], fillvalue="")
@@ -202,17 +202,17 @@ def joined(tokens: list[str]) -> str:
 
 
 def is_too_deep(tokens: list[str]) -> bool:
-    """True for brackets nested deeper than in any answer: parsers take exponential time for them."""
+    """True if brackets are nested deeper than in any answer: parsers take exponential time for them."""
     depth = deepest = 0
     for token in tokens:
         depth += (token in _CLOSING or token.startswith("\\begin")) - (token in _CLOSING.values())
         deepest = max(deepest, depth)
-    # bars open or close, which only parsing tells: many are the worst of all
+    # Whether a bar opens or closes is known only after parsing, so many bars are the worst case.
     return deepest > MAX_DEPTH or tokens.count("|") > MAX_BARS
 
 
 def split(tokens: list[str], separators: tuple[str, ...]) -> list[list[str]]:
-    """The parts between separators that stand in no brackets; empty parts are left out."""
+    """The parts between separators outside of brackets; empty parts are skipped."""
     parts: list[list[str]] = [[]]
     depth = 0
     for token in tokens:
@@ -225,14 +225,14 @@ def split(tokens: list[str], separators: tuple[str, ...]) -> list[list[str]]:
 
 
 def unwrapped(tokens: list[str]) -> tuple[str, str, list[str]] | None:
-    """(opening, closing, content) if one pair of brackets holds all of the tokens."""
+    """(opening, closing, content) if one pair of brackets encloses all tokens."""
     if len(tokens) < 2 or tokens[0] not in _CLOSING or group_end(tokens, 0) != len(tokens):
         return None
     return (tokens[0], tokens[-1], tokens[1:-1]) if tokens[-1] in _CLOSING.values() else None
 
 
 def rows_of_matrix(tokens: list[str]) -> list[list[list[str]]] | None:
-    """The elements of a matrix, row by row, if the tokens are one and nothing else."""
+    """The elements of a matrix, row by row, if the tokens are exactly one matrix."""
     text = "".join(tokens)
     found = re.fullmatch(r"\\begin\{([a-zA-Z]{0,20}matrix|array)\}(?:\{[lcr|]*\})?.*\\end\{\1\}", text)
     if not found or tokens.count("\\begin") != 1:
@@ -244,7 +244,7 @@ def rows_of_matrix(tokens: list[str]) -> list[list[list[str]]] | None:
 
 
 def without_brackets(tokens: list[str]) -> list[str]:
-    """The tokens without parentheses round a single element."""
+    """The tokens without parentheses around a single element."""
     while (wrapped := unwrapped(tokens)) and wrapped[:2] in (("(", ")"), ("{", "}")):
         if len(split(wrapped[2], (",", ";"))) != 1:
             break

@@ -1,12 +1,12 @@
-"""An answer as text in one spelling: wrappers, emphasis and other characters replaced by what they mean in LaTeX.
+"""An answer as text with a unique spelling: wrappers, emphasis and other characters become LaTeX.
 
-Text in, text out; nothing is evaluated. `latex_forms` goes on with its tokens.
+Text in, text out; nothing is evaluated. `latex_forms` continues with its tokens.
 """
 
 import re
 from decimal import Decimal
 
-# Longer answers are no answers; the longest of the benchmarks has 300 characters.
+# Longer texts are not answers; the longest answer of the benchmarks has 300 characters.
 MAX_ANSWER_CHARS = 1000
 
 _CHARACTERS = str.maketrans({
@@ -21,14 +21,14 @@ _TEXT_COMMANDS = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|boldsymbol"
     r"|bm|emph|operatorname|rm)\s?\{([^{}]*)\}"
 )
-# Names that programmers and hurried writers use for commands.
+# Plain names that are often written in place of commands.
 _BARE_NAME = re.compile(
     r"(?<![\\a-zA-Z])(?:np\.|math\.|sp\.)?(sqrt|pi|infty|arcsin|arccos|arctan|sin|cos|tan|ln|log|exp|floor|ceil)(?![a-zA-Z])"
 )
 _ROOT_CALL = re.compile(r"\\sqrt\s?\(([^()]*)\)")
 _ROUNDING_CALL = re.compile(r"\\(floor|ceil)\s?\(([^()]*)\)")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
-_DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]")  # of a formula; the brackets in them are none
+_DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]")  # of a formula; these are not mathematical brackets
 _DEGREES = re.compile(r"\^\s?(?:\{\s?\\(?:circ|degree)\s?\}|\\(?:circ|degree)(?![a-zA-Z]))|\\degrees?(?![a-zA-Z])")
 _LETTER = re.compile(r"[a-zA-Z]")
 _BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.(\\])")  # 1./3, but not 0.(3) and 0.\overline{3}
@@ -47,9 +47,9 @@ _SCALED = re.compile(
 
 
 def one_line(text: str) -> str:
-    """With single spaces, and without text commands and what ends a model's turn.
+    """The text with single spaces, and without text commands and tokens that end a model's turn.
 
-    It comes before any limit is measured, and keeps white space of any length from the patterns that follow.
+    It runs before any limit is checked, and prevents the later patterns from seeing long white space.
     """
     text = " ".join(_SPECIAL_TOKEN.sub(" ", text).split())
     if "\\" not in text:
@@ -60,7 +60,7 @@ def one_line(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """The answer, as `one_line` gives it, without emphasis and characters that LaTeX has commands for."""
+    """The answer, as returned by `one_line`, without emphasis and characters that LaTeX has commands for."""
     text = text.translate(_CHARACTERS).replace("**", "^").replace("{,}", ",")
     if "\\" in text:
         text = _ROW_SPACING.sub(r"\\\\ ", _EMPTY_DELIMITER.sub(" ", text))
@@ -81,17 +81,17 @@ def clean(text: str) -> str:
 
 
 def _scaled(match: re.Match[str]) -> str:
-    """`12 million` as the number that it is."""
+    """`12 million` as a number."""
     return f"{Decimal(match[1].replace(',', '')) * _SCALES[match[2]]:f} "
 
 
 def without_thousands(text: str) -> str:
-    """`1,080` as `1080`; not within brackets, where commas separate elements."""
+    """`1,080` as `1080`; not inside brackets, where commas separate elements."""
     if any(bracket in text for bracket in "([{"):
         return text
     return _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
 
 
 def has_thousands_only(text: str) -> bool:
-    """True for `1,080` and `2,000`: of a list no element would begin with a zero."""
+    """True for `1,080` and `2,000`: no element of a list would begin with a zero."""
     return without_thousands(text) != text and re.search(r",0\d\d", text) is not None

@@ -1,8 +1,8 @@
-"""The reward `math`: 1 if the last `Answer:` line or box, whichever is later, has the true answer; else 0.
+"""The reward `math`: 1 if the last `Answer:` line or box, whichever is later, has the correct answer; else 0.
 
-The cheap comparisons come first: as text in one spelling, as exact numbers, part by part for lists, tuples, sets and
-matrices; symbolic algebra only for what is left. What counts as equal is shown by grading_golden.jsonl in
-tests/unit/rewards/.
+Cheap comparisons come first: as text with a unique spelling, as exact numbers, part by part for lists, tuples, sets
+and matrices. Symbolic algebra is used only for the rest. grading_golden.jsonl in tests/unit/rewards/ shows what counts
+as equal.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from minpro_megatron.rewards.registry import Grade
 from minpro_megatron.rewards.sentences import without_words
 
 _SEPARATORS = (",", ";", "\\lor")
-# Beyond these, what an answer may hold the true one must hold too: sums, integrals, limits and matrix functions can be
-# given work without end.
+# Other commands in a given answer must also be in the correct one: sums, integrals, limits and matrix functions can
+# require unlimited work.
 _PLAIN_COMMANDS = frozenset({
     "\\frac", "\\sqrt", "\\cdot", "\\pi", "\\infty", "\\sin", "\\cos", "\\tan", "\\cot", "\\sec", "\\csc", "\\arcsin",
     "\\arccos", "\\arctan", "\\sinh", "\\cosh", "\\tanh", "\\ln", "\\log", "\\exp", "\\binom", "\\lfloor", "\\rfloor",
@@ -34,9 +34,9 @@ _NAME = re.compile(
     r"(?!\\(?:pi|infty)(?![a-zA-Z]))(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_\{[^{}]*\})?(?:\([a-zA-Z\d](?:,[a-zA-Z\d])*\))?"
 )
 _WORD = re.compile(r"[A-Za-z]{2,}")
-_PLAIN_NUMBER = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?")  # most answers: nothing else need be looked at
+_PLAIN_NUMBER = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?")  # most answers: no further analysis needed
 _MODULO = ("\\pmod", "\\bmod")
-# Longer formulas, and words of more letters than products have, cost the parser seconds and equal nothing.
+# Longer formulas, and words of more letters than products have, cost the parser seconds and are never equal.
 MAX_ALGEBRA_TOKENS = 500
 MAX_LETTERS_IN_A_ROW = 7
 
@@ -46,7 +46,7 @@ Tokens = list[str]
 def grade(response_text: str, answer: str) -> Grade:
     """1.0 if the response's answer equals `answer`, or one of several (`rewards.alternatives`), else 0.0.
 
-    Raises ValueError for an `answer` that is empty.
+    Raises ValueError if `answer` is empty.
     """
     if not answer.strip():
         raise ValueError("answer: it is empty, nothing can equal it; correct the row in the data file")
@@ -57,7 +57,7 @@ def grade(response_text: str, answer: str) -> Grade:
 
 
 def equal(answer: str, given: str) -> bool:
-    """True if `given` is a spelling of `answer`. Both as a response or a data file has them, with `$` and units."""
+    """True if `given` is a spelling of `answer`. Both as in a response or a data file, with `$` and units."""
     answer, given = latex_text.one_line(answer), latex_text.one_line(given)
     if len(given) > latex_text.MAX_ANSWER_CHARS:
         return False
@@ -65,7 +65,7 @@ def equal(answer: str, given: str) -> bool:
         return Fraction(answer) == Fraction(given)
     left, right = (latex_text.clean(units.with_marked_compounds(without_words(text))) for text in (answer, given))
     try:
-        # 1,280 may be a number or a list, 1,080 only a number: both sides are read in the same way
+        # 1,280 may be a number or a list, 1,080 only a number: both sides are interpreted in the same way
         numbers = latex_text.without_thousands(left), latex_text.without_thousands(right)
         if not latex_text.has_thousands_only(left) and _equal_readings(left, right):
             return True
@@ -108,7 +108,7 @@ def _equal_parts(expected: Tokens, found: Tokens) -> bool:
 
 
 def _equal_as_intervals(expected: Tokens, found: Tokens) -> bool | None:
-    """None unless both are sets of real numbers, of which one at least is no single interval."""
+    """None unless both are sets of real numbers, and at least one is not a single interval."""
     left, right = read_intervals(expected), read_intervals(found)
     if left is None or right is None:
         return None
@@ -118,7 +118,7 @@ def _equal_as_intervals(expected: Tokens, found: Tokens) -> bool | None:
 
 
 def _parts(tokens: Tokens) -> list[Tokens]:
-    """The elements of a list, or of a set; both signs of a +-; the values of `(x,y)=(1,2)` as `x=1, y=2`."""
+    """The elements of a list or a set; both signs of a +-; the values of `(x,y)=(1,2)` as `x=1, y=2`."""
     wrapped = forms.unwrapped(tokens)
     if wrapped and wrapped[:2] == ("\\{", "\\}"):
         tokens = wrapped[2]
@@ -147,7 +147,7 @@ def _named_elements(tokens: Tokens) -> list[Tokens] | None:
 
 
 def _same_elements(left: list[Tokens], right: list[Tokens], expected: Tokens, found: Tokens) -> bool:
-    """As lists in any order; a tuple is also matched by its elements without brackets, in its order."""
+    """Compares lists in any order; a tuple also matches its elements without brackets, in the tuple's order."""
     wrapped = forms.unwrapped(expected) if len(left) == 1 else forms.unwrapped(found) if len(right) == 1 else None
     if wrapped and wrapped[0] == "(" and wrapped[1] == ")":
         inside = forms.split(wrapped[2], _SEPARATORS)
@@ -165,7 +165,7 @@ def _same_elements(left: list[Tokens], right: list[Tokens], expected: Tokens, fo
 
 
 def _in_order_of_names(parts: list[Tokens]) -> list[Tokens]:
-    """`y=2, x=1` is the point (1,2); of other names than coordinates the order is not known."""
+    """`y=2, x=1` is the point (1,2); the order of names other than coordinates is not known."""
     names = [_assignment(part)[0] for part in parts]
     if not set(names) <= {"x", "y", "z"}:
         return parts
@@ -173,7 +173,7 @@ def _in_order_of_names(parts: list[Tokens]) -> list[Tokens]:
 
 
 def _equal_brackets(left: tuple[str, str, Tokens], right: tuple[str, str, Tokens]) -> bool:
-    """Tuples and intervals: the same brackets round the same elements in the same order."""
+    """Tuples and intervals: the same brackets around the same elements in the same order."""
     if left[:2] != right[:2]:
         return False
     pairs = forms.split(left[2], _SEPARATORS), forms.split(right[2], _SEPARATORS)
@@ -183,7 +183,7 @@ def _equal_brackets(left: tuple[str, str, Tokens], right: tuple[str, str, Tokens
 def _equal_atoms(expected: Tokens, found: Tokens) -> bool:
     """Single values: `x = 3` equals `3`, but not `y = 3`."""
     if forms.GAP in expected or forms.GAP in found:
-        return False  # 2 5 equals nothing but itself
+        return False  # 2 5 is equal only to itself
     if "\\approx" in expected or "\\approx" in found:
         return _equal_approximations(expected, found)
     if any(token in _MODULO for token in (*expected, *found)):
@@ -192,7 +192,7 @@ def _equal_atoms(expected: Tokens, found: Tokens) -> bool:
     if name and given_name and name != given_name:
         return False
     if name and not given_name and "=" in found and not _has_variables(value):
-        return False  # 2x + 1 = 7 is no spelling of its solution x = 3
+        return False  # 2x + 1 = 7 is not a spelling of its solution x = 3
     if (name or given_name) and "=" not in (given if name else value):
         return _equal_parts(value, given)
     if "=" in found and "=" not in expected:
@@ -206,7 +206,7 @@ def _equal_atoms(expected: Tokens, found: Tokens) -> bool:
 
 
 def _assignment(tokens: Tokens) -> tuple[str, Tokens]:
-    """(`f(x)`, the value) of `f(x) = ...`, of which a true chain's last value counts; ("", the tokens) of others."""
+    """(`f(x)`, the value) of `f(x) = ...`, where a true chain counts with its last value; ("", tokens) otherwise."""
     if "=" in tokens:
         position = tokens.index("=")
         name = "".join(tokens[:position])
@@ -227,7 +227,7 @@ def _has_variables(tokens: Tokens) -> bool:
 
 
 def _equal_approximations(expected: Tokens, found: Tokens) -> bool:
-    """`\\sqrt{10} \\approx 3.162` says both; but only if one is the other, rounded."""
+    """`\\sqrt{10} \\approx 3.162` matches either value, but only if one is the other, rounded."""
     true_sides, sides = forms.split(expected, ("\\approx",)), forms.split(found, ("\\approx",))
     if len(sides) > 1 and _NAME.fullmatch("".join(sides[0])):
         sides = sides[1:]
@@ -250,7 +250,7 @@ def _is_rounded(exact: Tokens, rounded: Tokens) -> bool:
 
 
 def _equal_residues(expected: Tokens, found: Tokens) -> bool:
-    """`3 \\pmod 7` says 3 where no modulus is asked for, and 10 of the same modulus is the same."""
+    """`3 \\pmod 7` means 3 if no modulus is asked for, and equals 10 with the same modulus."""
     (value, modulus), (given, given_modulus) = _residue(expected), _residue(found)
     if modulus and given_modulus:
         if not _equal_parts(modulus, given_modulus):
@@ -264,12 +264,12 @@ def _equal_residues(expected: Tokens, found: Tokens) -> bool:
     if is_operator and (number is None or size is None) and not (modulus and given_modulus):
         return False  # n mod 3 is not n
     if number is not None and size is not None and not 0 <= number < size:
-        return False  # 10 mod 7 may also be a way to write 3
+        return False  # 10 mod 7 may also be a spelling of 3
     return _equal_parts(value, given)
 
 
 def _residue(tokens: Tokens) -> tuple[Tokens, Tokens]:
-    """(value, modulus) of `x \\equiv 3 \\pmod{7}`; the modulus is empty where there is none."""
+    """(value, modulus) of `x \\equiv 3 \\pmod{7}`; the modulus is empty if there is none."""
     position = next((index for index, token in enumerate(tokens) if token in _MODULO), len(tokens))
     value, modulus = tokens[:position], forms.without_brackets(tokens[position + 1 :])
     for sign in ("\\equiv", "="):
@@ -284,10 +284,10 @@ def _equal_values(left: str, right: str, expected: Tokens, found: Tokens) -> boo
     if number is not None and given is not None:
         if same_number(number, given, right.rstrip("\\%")):
             return True
-        # 8 % is 8 to some and 0.08 to others
+        # 8 % may mean 8 or 0.08
         return left_percent != right_percent and (number == given * 100 if left_percent else number * 100 == given)
     if number is not None and _has_variables(found):
-        return False  # 0 squared is no 0, whatever the letters stand for
+        return False  # 0 squared is not a spelling of 0, whatever the letters mean
     if _has_huge_numeral(right) or not _may_be_read(expected, found):
         return False
     if number is None and given is not None:
@@ -305,9 +305,9 @@ def _has_huge_numeral(text: str) -> bool:
 
 
 def _may_be_read(expected: Tokens, found: Tokens) -> bool:
-    """Whether algebra may compare them: the response's commands are plain ones or those of the true answer.
+    """Whether algebra may compare them: the response's commands are plain ones or occur in the correct answer.
 
-    Not for numbers in another base (4210_5), whose index Math-Verify drops, nor for an equation with a value, nor for
+    Not for numbers in another base (4210_5), whose index Math-Verify drops, nor for an equation and a value, nor for
     4\\frac{10}{3}, which is neither a mixed number nor clearly a product, nor for sentences.
     """
     commands = {token for token in found if token[0] == "\\" and token[1:].isalpha()}

@@ -1,10 +1,10 @@
-"""Grading in worker processes under hard limits of time and memory: model output is untrusted, graders hang on it.
+"""Grading in worker processes with hard limits of time and memory: model output is untrusted, and graders may hang.
 
-A grade fails where the grader raises, returns no finite number, dies, or exceeds its time. It is then tried once more,
-alone in a new process; if that fails as well, the response has no reward. It is never given one in place of it: with
-rewards of -1 and +1 a failure's 0 would be worth more than a wrong answer, and a policy would learn to hang the grader.
+A grade fails if the grader raises, does not return a finite number, dies, or exceeds its time. It is then retried once,
+alone in a new process. If that fails as well, the response has no reward. The failure is not replaced by a reward: with
+rewards of -1 and +1 a 0 would be worth more than a wrong answer, and a policy would learn to hang the grader.
 
-The limit of time is one of processor time, so a busy machine makes no grade fail. Wall time has a limit WALL_FACTOR
+The time limit is one of processor time, so grades do not fail on a busy machine. Wall time has a limit WALL_FACTOR
 times as long, for a grader that waits.
 """
 
@@ -27,19 +27,19 @@ log = logging.getLogger(__name__)
 
 WORKER_MODULE = "minpro_megatron.rewards.worker"
 START_TIMEOUT_S = 120.0
-# Wall time that a grade may take, as a multiple of its processor time.
+# The wall time limit of a grade, as a multiple of its processor time limit.
 WALL_FACTOR = 10.0
-# A worker ends itself after this multiple of that, if there is nobody left to end it.
+# A worker ends itself after this multiple of the wall time limit if its parent no longer exists.
 ORPHAN_FACTOR = 3.0
-# For an answer that came in time while the event loop was busy with something else: it is there, and not read yet.
+# For an answer that arrived in time while the event loop was busy, so that it has not been read yet.
 GRACE_S = 0.05
-# A symbolic checker can be led into expanding an expression without end; its process ends before the
-# machine does. With its libraries a worker needs 0.2 GiB.
+# A symbolic checker can be made to expand an expression without end; this limit ends its process before memory
+# runs out. With its libraries a worker needs 0.2 GiB.
 MEMORY_LIMIT_BYTES = 4 * 2**30
-# After so many responses in a row that could not be graded the grader is broken: a new process for each would only
-# cost time. One grade that succeeds ends it.
+# After this number of consecutive responses that could not be graded the grader is considered broken: a new process for
+# each would only cost time. One successful grade resets the count.
 MAX_RETRIES_IN_A_ROW = 8
-# Failures that are logged one by one; later ones are only counted.
+# The number of failures that are logged individually; later ones are only counted.
 MAX_LOGGED_FAILURES = 5
 _TIME_SIGNALS = (-signal.SIGPROF, -signal.SIGALRM)
 
@@ -50,7 +50,7 @@ class RewardWorkerError(ProjectError):
 
 @dataclass(frozen=True)
 class Judged:
-    """A response's reward, what of it was compared and the grader's time; or, without a reward, what went wrong."""
+    """A response's reward, the part that was compared and the grader's time; or, without a reward, the problem."""
 
     reward: float | None
     extracted: str | None = None
@@ -64,14 +64,14 @@ class _Failure(NamedTuple):
 
 
 def worker_command(names: Sequence[str], timeout_s: float, wall_s: float) -> list[str]:
-    """The command line of a process that grades with the rewards `names`; a response that needs more than `timeout_s`
-    of processor time or `wall_s` of wall time ends it."""
+    """The command line of a process that grades with the rewards `names`. A response that needs more than `timeout_s`
+    of processor time or `wall_s` of wall time ends the process."""
     limits = [MEMORY_LIMIT_BYTES, timeout_s, wall_s]
     return [sys.executable, "-m", WORKER_MODULE, *map(str, limits), *names]
 
 
 class _Worker:
-    """One grading process; started when it is first needed, and again after it was killed."""
+    """One grading process; started when it is first needed, and restarted after it was killed."""
 
     def __init__(self, command: Sequence[str], timeout_s: float, wall_s: float) -> None:
         self._command = command
@@ -90,24 +90,24 @@ class _Worker:
         except (TimeoutError, asyncio.IncompleteReadError):
             await self.kill()
             raise RewardWorkerError(
-                f"the grading process did not start: {' '.join(self._command)}; its error stands above"
+                f"the grading process did not start: {' '.join(self._command)}; see its error above"
             ) from None
         except asyncio.CancelledError:
-            await self.kill()  # what it says first would be taken for an answer
+            await self.kill()  # its first output would be taken for an answer
             raise
         if refusal:
             await self.kill()
             raise UserError(refusal.decode())
 
     async def grade_some(self, reward: str, texts: Sequence[str], answer: str) -> list[Judgement | _Failure]:
-        """The results of `texts` up to the first that hangs or kills the grader, which is the last. The limits hold for
-        each response."""
+        """The results of `texts` up to the first one that hangs or kills the grader, which is the last result. The
+        limits apply to each response."""
         await self.start()
         assert self._process is not None
         assert self._process.stdin is not None
         results: list[Judgement | _Failure] = []
         try:
-            # All at once: a round trip between two processes for each response would cost more than most
+            # All at once: a round trip between two processes per response would cost more than most
             # graders.
             for text in texts:
                 request = msgspec.msgpack.encode((reward, text, answer))
@@ -134,7 +134,7 @@ class _Worker:
         return _Failure(f"grader died with exit status {exit_status}", False)
 
     async def _read_within(self, timeout_s: float) -> bytes:
-        """Raises TimeoutError if the grader is late; not if only this process is, and the answer is there."""
+        """Raises TimeoutError if the grader is late, but not if only this process is late and the answer is there."""
         reading = asyncio.create_task(self._read())
         try:
             done, _ = await asyncio.wait({reading}, timeout=timeout_s)
@@ -153,7 +153,7 @@ class _Worker:
         return await self._process.stdout.readexactly(length)
 
     async def kill(self) -> int:
-        """Ends the process, if there is one. Returns its exit status, which is its own if it has ended by itself."""
+        """Ends the process, if there is one. Returns its exit status, which is its own if it had already ended."""
         process, self._process = self._process, None
         if process is None:
             return 0
@@ -165,8 +165,8 @@ class _Worker:
 class RewardPool:
     """`num_workers` grading processes; use inside `async with`.
 
-    `num_failed` counts responses without a reward because their grader raised, returned no finite number or died,
-    `num_timed_out` those whose grader exceeded its time.
+    `num_failed` counts responses without a reward because their grader raised, returned no finite number or died;
+    `num_timed_out` counts those whose grader exceeded its time.
     """
 
     def __init__(
@@ -178,18 +178,18 @@ class RewardPool:
         command: Sequence[str] | None = None,
         wall_factor: float = WALL_FACTOR,
     ) -> None:
-        """`reward` grades the prompts of all sources that `by_source` does not give another one. `timeout_s` is the
-        processor time for one response.
+        """`reward` grades the prompts of all sources that are not in `by_source`. `timeout_s` is the processor time
+        for one response.
 
-        `command` replaces the worker's command line and `wall_factor` WALL_FACTOR, in tests. Raises ValueError for an
-        unknown reward; one that cannot be imported raises it on entering.
+        `command` replaces the worker's command line and `wall_factor` WALL_FACTOR, in tests. Raises UserError for an
+        unknown reward. One that cannot be imported raises it on entering.
         """
         self._default, self._by_source = reward, dict(by_source or {})
         check_reward_name(reward)
         for source, name in self._by_source.items():
             check_reward_name(name, f"collector.reward_by_source[{source!r}]")
         wall_s = wall_factor * timeout_s
-        # The pool ends a worker that is late in wall time; by itself one ends only whose collector has been killed.
+        # The pool ends a worker that exceeds its wall time; a worker ends itself only if its collector has been killed.
         command = command or worker_command(
             sorted({reward, *self._by_source.values()}), timeout_s, ORPHAN_FACTOR * wall_s
         )
@@ -200,7 +200,7 @@ class RewardPool:
         self.num_timed_out = 0
 
     async def __aenter__(self) -> "RewardPool":
-        # The first one is started now: a worker that cannot start should be known before anything is sampled.
+        # The first worker is started now: a failing start should be known before anything is sampled.
         await self._workers[0].start()
         for worker in self._workers:
             self._idle.put_nowait(worker)
@@ -219,8 +219,8 @@ class RewardPool:
     async def judge_all(
         self, texts: Sequence[str], answer: str, source: str, stop_at_failure: bool = False
     ) -> list[Judged]:
-        """The responses to one prompt of `source`, graded, in order. `stop_at_failure`: the first one that cannot be
-        graded is the last of the list."""
+        """The judged responses to one prompt of `source`, in order. With `stop_at_failure` the list ends at the first
+        response that cannot be graded."""
         reward = self._by_source.get(source, self._default)
         worker = await self._idle.get()
         judged: list[Judged] = []

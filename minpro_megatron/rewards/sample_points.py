@@ -1,4 +1,4 @@
-"""Points at which two formulas are compared: of all signs, sizes and residues that tell formulas apart."""
+"""Points at which two formulas are compared, with the signs, sizes and residues that distinguish formulas."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,14 +9,14 @@ import sympy
 
 MAX_SYMBOLS = 12
 _INDEX_NAMES = frozenset("ijklmnpqKMN")
-# Lengths, masses and other quantities of which nobody gives a negative value: \sqrt{L^2} may be L, \sqrt{x^2} not x.
+# Lengths, masses and other quantities that are never negative: \sqrt{L^2} may be L, \sqrt{x^2} not x.
 _POSITIVE_NAME = re.compile(
     r"[A-W](?:_.*)?|(?:lambda|mu|nu|rho|sigma|tau|omega|epsilon|varepsilon|kappa|hbar)(?:_.*)?|[^_xyzuvwabc]_.*"
 )
 _STEPWISE = (sympy.floor, sympy.ceiling, sympy.Mod)
 _OF_INTEGERS = (sympy.factorial, sympy.binomial)
 _WITH_BRANCHES = (*_STEPWISE, sympy.Abs, sympy.Max, sympy.Min, sympy.sign)
-# One different value for each symbol; the first two are also taken as they are.
+# A different value for each symbol; the first two points are also used unchanged.
 _SMALL = [(3, 2, 5, 4, 7, 6, 8, 9, 11, 10, 13, 12), (5, 7, 3, 8, 2, 9, 4, 6, 13, 11, 10, 12)]
 _SIGNS = [(-1, 1, 1), (1, -1, 1), (1, 1, -1), (-1, -1, 1), (-1, 1, -1)]
 _NUM_INDEX_POINTS = 36
@@ -24,7 +24,7 @@ _LARGE_INDICES = (97, 210, 1001)
 
 
 def has_branches(*expressions: sympy.Expr) -> bool:
-    """Whether the formulas are put together of pieces: agreeing on one says nothing of the others."""
+    """Whether the formulas are piecewise: agreement on one piece proves nothing for the others."""
     return any(expression.has(*_WITH_BRANCHES) or bool(_even_roots(expression)) for expression in expressions)
 
 
@@ -37,7 +37,7 @@ def _even_roots(expression: sympy.Expr) -> list[Any]:
 
 
 def index_symbols(*expressions: sympy.Expr) -> set[Any]:
-    """The symbols that stand for positive integers: in factorials, in exponents of -1, n in floor(n / 2)."""
+    """The symbols that are positive integers: in factorials, in exponents of -1, n in floor(n / 2)."""
     found: set[Any] = set()
     for expression in expressions:
         for node in expression.atoms(*_OF_INTEGERS):

@@ -1,7 +1,7 @@
-"""The formula of a sentence such as `the speed is $3$ m/s`, unless its words change what the formula says.
+"""Extracts the formula of a sentence such as `the speed is $3$ m/s`, unless its words change the formula's meaning.
 
-Words are taken away only if they are known to add nothing: `not $5$`, `more than $5$` and `$5$ or six` stay as they
-are, and equal no number.
+Only words that are known to add nothing are removed: `not $5$`, `more than $5$` and `$5$ or six` are unchanged, and
+equal no number.
 """
 
 import re
@@ -19,7 +19,7 @@ _CONNECTIVES = frozenset({
     "a", "also", "an", "and", "by", "equal", "exactly", "finally", "given", "hence", "indeed", "just", "namely", "now",
     "number", "of", "precisely", "simply", "so", "the", "then", "therefore", "thus", "to", "total", "value",
 })  # fmt: skip
-# May also stand before a formula that no verb introduces.
+# May also precede a formula that no verb introduces.
 _OPENINGS = _CONNECTIVES | {
     "answer", "are", "conclude", "final", "find", "gets", "get", "gives", "give", "has", "have", "he", "her",
     "his", "i", "in", "is", "it", "its", "me", "must", "my", "needs", "obtain", "our", "result", "she",
@@ -32,7 +32,7 @@ _NEGATIONS = frozenset({
     "isn't", "aren't", "can't", "won't", "doesn't", "don't", "couldn't", "shouldn't", "wasn't", "opposite", "twice",
     "double", "except", "unless", "nothing", "nobody", "impossible", "if", "unknown", "undefined", "reciprocal",
 })  # fmt: skip
-# Words behind a formula that change it, or may.
+# Words after a formula that may change its meaning.
 _CHANGING = _NEGATIONS | frozenset({
     "or", "and", "but", "plus", "minus", "times", "less", "more", "least", "most", "above", "below", "over",
     "under", "up", "to", "from", "than", "other", "others", "exceeds", "besides", "as", "is", "was", "does",
@@ -51,7 +51,7 @@ _CLOSINGS = frozenset({
 
 
 def without_words(text: str) -> str:
-    """The formula of `text` (one line) with its unit; `text` itself if it has other words than those of a sentence."""
+    """The formula of `text` (one line) with its unit; `text` unchanged if it has other words than a sentence has."""
     text = text.strip("*_` ")
     sentence = _VARIABLE.sub(r"\1", _DELIMITER.sub("$", text))
     rest = _behind_clause(sentence)
@@ -70,7 +70,7 @@ def without_words(text: str) -> str:
 
 
 def _behind_clause(text: str) -> str | None:
-    """What follows `the answer is`; `text` itself if it has no such clause, None if the clause negates it."""
+    """The text after `the answer is`; `text` unchanged if it has no such clause, None if the clause negates it."""
     before = _BEFORE_FORMULA.match(text)
     end = before.end() if before else 0
     verbs = list(_VERB.finditer(text, 0, end))

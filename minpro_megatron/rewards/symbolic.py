@@ -1,8 +1,8 @@
-"""Are two LaTeX expressions equal? By value at many points, else by Math-Verify.
+"""Decides whether two LaTeX expressions are equal: by value at many points, otherwise with Math-Verify.
 
-Used in grading processes only: what an expression from outside may cost is bounded by their limits. Expressions that
-would certainly exceed them are refused first. Nothing is evaluated as Python: where sympy would use `eval` to make a
-number of a numeral, `_make_number` does it.
+Used only in grading processes, whose limits bound the cost of an untrusted expression. Expressions that would certainly
+exceed them are rejected first. Nothing is evaluated as Python: `_make_number` replaces sympy's `eval`, which would
+convert numerals to numbers.
 """
 
 import logging
@@ -24,22 +24,22 @@ from minpro_megatron.rewards.sample_points import MAX_SYMBOLS, has_branches, poi
 
 Point = Mapping[Any, Fraction]
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of missing time limits: the process has one
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of missing time limits: the process has its own
 
 MAX_RESULT_DIGITS = 20_000
-PRECISION = 50  # digits; for numbers that have more, so many that neighbouring integers differ
+PRECISION = 50  # digits; numbers with more digits get enough for neighbouring integers to differ
 MAX_PRECISION = 3000
-# So many of these digits need not agree: far more than rounding errors reach, and few enough that a small term beside a
+# The last digits that need not agree: far more than rounding errors affect, and few enough that a small term next to a
 # large one still counts.
 UNCERTAIN_DIGITS = 15
-# Values below this may be rounding errors of a difference that is zero.
+# Smaller values may be rounding errors of a difference that is zero.
 CANCELLED = 1e-25
-# So many points at least, at which both are defined, tell that two formulas are equal.
+# The minimum number of points at which both formulas are defined and agree.
 MIN_AGREEING = 4
 
-_I = sympy.Symbol("i", real=True)  # as the parser names it; in answers it is the imaginary unit
-# What the grammar takes for something else: \gamma for a function or Euler's constant, E_1 for a power of ten, and
-# 2(1/3) for the mixed number 2 1/3.
+_I = sympy.Symbol("i", real=True)  # the parser's name; in answers it is the imaginary unit
+# Expressions that the grammar misreads: \gamma as a function or Euler's constant, E_1 as a power of ten, and 2(1/3) as
+# the mixed number 2 1/3.
 _MISREAD = [
     (re.compile(r"\\gamma(?![a-zA-Z])"), r"\\mathcal{G}"),
     (re.compile(r"(?<![a-zA-Z\\])E(?=_)"), r"\\mathcal{E}"),
@@ -55,10 +55,10 @@ _NUMBER_CODE = re.compile(r"\s*(?:Integer\s*\((\d+)\s*\)|Float\s*\('([\d.eE+-]+)
 
 
 def _make_number(code: str, _locals: Any, _globals: Any) -> sympy.Number:
-    """In the place of `sympy_parser.eval_expr`, which sympy calls to make a number of the digits of a numeral."""
+    """Replaces `sympy_parser.eval_expr`, which sympy calls to convert the digits of a numeral to a number."""
     match = _NUMBER_CODE.fullmatch(code) if isinstance(code, str) else None
     if match is None:
-        raise ValueError("text that is no number may not be evaluated")
+        raise ValueError("text that is not a number may not be evaluated")
     return sympy.Integer(int(match[1])) if match[1] else sympy.Float(match[2], PRECISION)
 
 
@@ -69,7 +69,7 @@ class RefusedError(ValueError):
     """An expression whose value would be too large to compute."""
 
 
-@lru_cache(maxsize=64)  # the true answer comes with every response to its prompt
+@lru_cache(maxsize=64)  # the correct answer is compared with every response to its prompt
 def parse(latex: str) -> sympy.Basic | sympy.MatrixBase | None:
     """The expression, not evaluated; None if it cannot be read. Raises RefusedError."""
     if _UNREADABLE.search(latex):
@@ -82,7 +82,7 @@ def parse(latex: str) -> sympy.Basic | sympy.MatrixBase | None:
         )
     except MemoryError:
         raise
-    except Exception:  # the grammar's listener raises Exception itself
+    except Exception:  # the grammar's listener raises plain Exception
         return None
     if isinstance(expression, sympy.Expr):
         if _digits(expression) > MAX_RESULT_DIGITS:
@@ -92,7 +92,7 @@ def parse(latex: str) -> sympy.Basic | sympy.MatrixBase | None:
 
 
 def _digits(expression: sympy.Basic) -> float:
-    """An upper bound for the digits of the integers that evaluating the expression exactly could make."""
+    """An upper bound for the digits of the integers that exact evaluation of the expression could produce."""
     if isinstance(expression, sympy.Float):
         return abs(float(sympy.log(abs(expression), 10))) if expression else 0.0
     if isinstance(expression, sympy.Rational):
@@ -102,7 +102,7 @@ def _digits(expression: sympy.Basic) -> float:
         base, exponent = expression.args
         if inside[1] > 6:
             return float("inf")
-        # a symbolic power is expanded at worst: (x + 1)^1000 has a thousand terms
+        # in the worst case a symbolic power is expanded: (x + 1)^1000 has a thousand terms
         return max(inside[0], 1.0) * max(1.0, _bound(exponent, inside[1])) + inside[1] * (not base.is_number)
     if isinstance(expression, sympy.factorial | sympy.binomial) or "amma" in type(expression).__name__:
         largest = max(map(_bound, expression.args, inside), default=0.0)
@@ -111,13 +111,13 @@ def _digits(expression: sympy.Basic) -> float:
 
 
 def _bound(expression: Any, digits: float) -> float:
-    """An upper bound for the absolute value of an expression whose numbers have at most so many digits."""
+    """An upper bound for the absolute value of an expression whose numbers have at most `digits` digits."""
     if isinstance(expression, sympy.Number):
         return abs(float(expression))
     return 10.0 ** min(digits, 300.0)
 
 
-@lru_cache(maxsize=256)  # the true answer comes with every response to its prompt
+@lru_cache(maxsize=256)  # the correct answer is compared with every response to its prompt
 def _program(expression: sympy.Expr, digits: int) -> Program | None:
     """None for an expression that cannot be evaluated."""
     try:
@@ -143,7 +143,7 @@ def equal(answer: str, given: str) -> bool:
 
 
 def approximates(answer: str, given: Fraction, places: int, tolerance: float = 0.5000001) -> bool:
-    """True if the value of `answer` is `given`, up to `tolerance` units of the last of `places` after the point."""
+    """True if the value of `answer` equals `given` up to `tolerance` units of the last of `places` decimal places."""
     expected = parse(answer)
     if not isinstance(expected, sympy.Expr) or expected.free_symbols:
         return False
@@ -171,7 +171,7 @@ def _differ(left: Value, right: Value, programs: tuple[Program, Program], digits
 
 
 class _Comparison:
-    """Two expressions at points. Raises UnknownFunctionError if one of them cannot be evaluated."""
+    """Compares two expressions at points. Raises UnknownFunctionError if one of them cannot be evaluated."""
 
     def __init__(self, expected: sympy.Expr, found: sympy.Expr, digits: int) -> None:
         self._expressions, self._digits = (expected, found), digits
@@ -188,7 +188,7 @@ class _Comparison:
         return _defined(self._programs[0], at, is_real), _defined(self._programs[1], at, is_real)
 
     def are_equal(self, left: Value, right: Value, at: Point, is_real: bool) -> bool:
-        """Of values at one point. What may be a rounding error is computed again with more digits."""
+        """Compares values at one point. A possible rounding error is computed again with more digits."""
         if isinstance(left, Fraction) and isinstance(right, Fraction):
             return left == right
         size = max(abs(self._programs[0].number(value)) for value in (left, right))
@@ -202,12 +202,12 @@ class _Comparison:
         if left is None or right is None:
             return False
         exact_size = max(abs(programs[0].number(value)) for value in (left, right))
-        # a difference that goes on shrinking with the precision is zero
+        # a difference that keeps shrinking with higher precision is zero
         return exact_size < size * CANCELLED or not _differ(left, right, programs, digits)
 
 
 def _equal_by_value(expected: sympy.Expr, found: sympy.Expr) -> bool | None:
-    """None if the values do not say: one of the expressions cannot be evaluated."""
+    """None if the values do not decide it: one of the expressions cannot be evaluated."""
     symbols = sorted(expected.free_symbols | found.free_symbols, key=str)
     if len(symbols) > MAX_SYMBOLS:
         return None
@@ -232,7 +232,7 @@ def _equal_constants(comparison: _Comparison, is_real: bool) -> bool | None:
 def _equal_functions(
     comparison: _Comparison, expected: sympy.Expr, found: sympy.Expr, symbols: Sequence[Any], is_real: bool
 ) -> bool | None:
-    """At all points where both are defined; formulas with branches wherever `expected` is defined."""
+    """At all points where both are defined; for piecewise formulas wherever `expected` is defined."""
     rows = list(points((expected, found), symbols))
     if comparison.is_slow:
         rows = rows[:4]
@@ -251,7 +251,7 @@ def _equal_functions(
         return True
     if not is_real:
         return None
-    for at in rows[:4]:  # where both are complex: nothing else is left of \sqrt{-x^2-1}
+    for at in rows[:4]:  # where both are complex: the only points of \sqrt{-x^2-1}
         left, right = comparison.values(at, False)
         if left is None or right is None:
             return None
@@ -261,7 +261,7 @@ def _equal_functions(
 
 
 def _are_proportional(expected: sympy.Eq, found: sympy.Eq) -> bool | None:
-    """Whether two equations are one up to a constant factor; None if the values do not say."""
+    """Whether two equations are equal up to a constant factor; None if the values do not decide it."""
     if not all(isinstance(part, sympy.Expr) for part in (*expected.args, *found.args)):
         return None
     left, right = (_difference(*equation.args) for equation in (expected, found))

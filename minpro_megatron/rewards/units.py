@@ -1,4 +1,4 @@
-"""Units behind numbers: a response may add them or leave those of the true answer out, but not give other ones."""
+"""Units of numbers: a response may add them or omit those of the correct answer, but not give different ones."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from itertools import pairwise
 from minpro_megatron.rewards.exact_numbers import exact_number
 from minpro_megatron.rewards.latex_forms import joined
 
-# dimension -> pattern of the name -> how many of the dimension's first unit it is
+# dimension -> pattern of the name -> its size in the dimension's first unit
 _TABLE: dict[str, dict[str, int | str]] = {
     "metre": {
         "m|met(?:er|re)s?": 1, "cm|centimet(?:er|re)s?": "1/100", "mm|millimet(?:er|re)s?": "1/1000",
@@ -40,7 +40,7 @@ _TABLE: dict[str, dict[str, int | str]] = {
     "watt": {"watts?|W": 1}, "volt": {"volts?|V": 1}, "ampere": {"amperes?|amps?|A": 1}, "tesla": {"teslas?|T": 1},
     "person": {"people|persons?": 1}, "child": {"child(?:ren)?": 1},
 }  # fmt: skip
-# What is counted: each its own dimension.
+# Counted things: each is its own dimension.
 _COUNTED = (
     "students?", "points?", "ways", "times", "integers?", "eggs?", "apples?", "books?", "items?", "solutions?",
     "values?", "numbers?", "pairs?", "triples?", "elements?", "sets?", "coins?", "marbles?", "cards?", "boxes",
@@ -49,9 +49,9 @@ _COUNTED = (
     "primes?", "roots?", "terms?", "factors?", "divisors?", "subsets?", "functions?", "steps?", "moves?", "laps?",
     "rows?", "columns?",
 )  # fmt: skip
-# Units in the response only: \frac{37}{4} m as a true answer may hold a mass.
+# Units only in the response: \frac{37}{4} m as a correct answer may contain a mass m.
 _LETTERS = frozenset("msghlLKJNWVACFT")
-_NO_UNIT = r"(?:(?:square|cubic|sq\.?) )?units?(?![a-zA-Z])"  # of whatever kind
+_NO_UNIT = r"(?:(?:square|cubic|sq\.?) )?units?(?![a-zA-Z])"  # of any kind
 
 _BASE_UNITS = [
     (pattern, dimension, Fraction(factor)) for dimension, units in _TABLE.items() for pattern, factor in units.items()
@@ -62,7 +62,7 @@ _NAMES: dict[str, int] = {
     for name in re.split(r"\|(?![^(]*\))", pattern)
 }  # fmt: skip
 _NAME_PATTERNS = {name: re.compile(name, re.IGNORECASE if len(name) > 3 and name[0] != "\\" else 0) for name in _NAMES}
-_LONGEST_FIRST = sorted(_NAMES, key=len, reverse=True)
+_NAMES_BY_LENGTH = sorted(_NAMES, key=len, reverse=True)
 _LINK = r"(?P<link>/ ?|(?<![a-zA-Z])(?:per|an?|each) |\\cdot ?)?"
 _PART = (
     rf"{_LINK}(?<![a-zA-Z\\])(?P<power>square |sq\.? |cubic |cu\.? )?(?P<name>NAMES)\.?(?![a-zA-Z(_])"
@@ -71,12 +71,12 @@ _PART = (
 
 
 def _part_pattern(with_letters: bool) -> re.Pattern[str]:
-    names = [name for name in _LONGEST_FIRST if with_letters or name not in _LETTERS]
+    names = [name for name in _NAMES_BY_LENGTH if with_letters or name not in _LETTERS]
     marked = [f"(?i:{name})" if len(name) > 3 and name[0] != "\\" else name for name in names]
     return re.compile(_PART.replace("NAMES", "|".join(marked)))
 
 
-_COMPOUND_NAMES = "|".join(f"(?i:{name})" for name in _LONGEST_FIRST if name not in _LETTERS and name not in _COUNTED)
+_COMPOUND_NAMES = "|".join(f"(?i:{name})" for name in _NAMES_BY_LENGTH if name not in _LETTERS and name not in _COUNTED)
 _COMPOUND = re.compile(rf"(?<=\d )({_COMPOUND_NAMES}),?(?: and)? (?=\d[\d.]* ({_COMPOUND_NAMES})(?![a-zA-Z]))")
 _WORD_PART, _LETTER_PART = _part_pattern(False), _part_pattern(True)
 _SPEEDS = {"mph": "miles/hour", "kph": "km/hour", "kmh": "km/hour"}
@@ -95,7 +95,7 @@ _NUMERIC = frozenset({
 
 @dataclass(frozen=True)
 class Unit:
-    """Of a quantity: what it measures, with exponents, and its size in the first unit of each dimension."""
+    """The unit of a quantity: its dimensions with exponents, and its size in the first unit of each dimension."""
 
     dimensions: frozenset[tuple[str, int]]
     factor: Fraction
@@ -105,7 +105,7 @@ Quantity = tuple[list[str], Unit | None]
 
 
 def with_marked_compounds(text: str) -> str:
-    """`2 hours and 30 minutes` without its `and`; a dollar sign that is none of LaTeX's as a mark before its number."""
+    """`2 hours and 30 minutes` without its `and`; a dollar sign outside LaTeX becomes a mark before its number."""
     if _ANY_LETTER.search(text):
         text = _COMPOUND.sub(lambda match: f"{match[1]} " if _is_larger(match[1], match[2]) else match[0], text)
     text = _MONEY.sub(r"\\money ", text)
@@ -118,11 +118,11 @@ def _is_larger(name: str, other: str) -> bool:
 
 
 def _index(text: str) -> int:
-    return _NAMES[next(name for name in _LONGEST_FIRST if _NAME_PATTERNS[name].fullmatch(text))]
+    return _NAMES[next(name for name in _NAMES_BY_LENGTH if _NAME_PATTERNS[name].fullmatch(text))]
 
 
 def with_marked_units(expected: str, found: str) -> tuple[str, str]:
-    """Both texts with a mark in the place of every unit, if the true answer is else a number; if not, as they are."""
+    """Both texts with a mark in place of every unit, if the correct answer is otherwise a number; else unchanged."""
     left = _marked(expected, _WORD_PART)
     if not _is_numeric(left):
         return expected, found
@@ -133,7 +133,7 @@ def with_marked_units(expected: str, found: str) -> tuple[str, str]:
 
 
 def _is_numeric(text: str) -> bool:
-    """Numbers, roots, fractions and constants: no letter is left that could be a variable."""
+    """Numbers, roots, fractions and constants: no remaining letter could be a variable."""
     rest = _MARK.sub(" ", text)
     return any(map(str.isdecimal, rest)) and set(_COMMAND_OR_LETTER.findall(rest)) <= _NUMERIC
 
@@ -192,7 +192,7 @@ def has_units(tokens: Sequence[str]) -> bool:
 
 
 def _quantities(tokens: Sequence[str]) -> list[Quantity]:
-    """Number and unit by turns: `5 feet 6 inches`; a last number may be without one."""
+    """Numbers and units in alternation: `5 feet 6 inches`; the last number may have no unit."""
     parts: list[Quantity] = []
     value: list[str] = []
     money = tokens[:1] == [_DOLLARS]
@@ -210,7 +210,7 @@ def _quantities(tokens: Sequence[str]) -> list[Quantity]:
 
 
 def _total(parts: Sequence[Quantity]) -> tuple[Fraction, Unit] | None:
-    """The sum of parts of falling size that measure the same, in its dimension's first unit."""
+    """The sum of parts of decreasing size of the same dimension, in its first unit."""
     numbers = [exact_number(joined(value)) for value, _ in parts]
     units = [unit for _, unit in parts]
     total = Fraction(0)
@@ -226,7 +226,7 @@ def _total(parts: Sequence[Quantity]) -> tuple[Fraction, Unit] | None:
 def equal_quantities(
     expected: Sequence[str], found: Sequence[str], equal_values: Callable[[list[str], list[str]], bool]
 ) -> bool:
-    """Of numbers with units, at least one of which has one; a number without a unit may be in any single one."""
+    """Compares numbers with units, at least one of which has one; a number without a unit may be in any single unit."""
     left, right = _quantities(expected), _quantities(found)
     if len(left) == 1 and len(right) == 1:
         (value, unit), (given, given_unit) = left[0], right[0]

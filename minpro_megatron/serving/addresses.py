@@ -1,4 +1,4 @@
-"""Listening addresses: whether other machines can be told them, and the URL that leads there."""
+"""Listening addresses: whether other machines can reach them, and the URL for requests from this machine."""
 
 import ipaddress
 import socket
@@ -11,13 +11,13 @@ def is_loopback(host: str) -> bool:
 
 
 def is_all_interfaces(host: str) -> bool:
-    """Something can listen there; for a request it is no address, or that of the machine that sends it."""
+    """Whether the host means all interfaces: valid for listening, but not as the address of a request."""
     address = _parsed(host)
     return address is not None and address.is_unspecified
 
 
 def url_here(host: str, port: int) -> str:
-    """The URL, on this machine, of what listens on `host`."""
+    """The URL for requests from this machine to a program that listens on `host`."""
     address = _parsed(host)
     if address is not None and address.is_unspecified:
         host = "127.0.0.1" if address.version == 4 else "::1"
@@ -27,6 +27,6 @@ def url_here(host: str, port: int) -> str:
 def _parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     with suppress(ValueError):
         return ipaddress.ip_address(host)
-    with suppress(OSError):  # 0 and 127.1, which getaddrinfo takes too
+    with suppress(OSError):  # for 0 and 127.1, which getaddrinfo also accepts
         return ipaddress.IPv4Address(socket.inet_aton(host))
     return None  # a name

@@ -1,6 +1,6 @@
-"""A server's answer to a group's requests: decoded and checked in every field before anything else sees it.
+"""A server's answer to a group's requests: decoded, with every field checked before it is used.
 
-Nothing here waits, so a large answer can be checked in a thread.
+Nothing here blocks on input or output, so a large answer can be checked in a thread.
 """
 
 import math
@@ -13,27 +13,27 @@ import numpy as np
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.serving.errors import InvalidAnswer, WrongPolicyVersion
 
-# Rounding may lift the log-prob of a certain token above 0 by a few units in the last place.
+# Rounding may raise the log-prob of a certain token above 0 by a few units in the last place.
 MAX_LOG_PROB = 1e-5
 ABORTED = "abort"
 
 
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
-    """One sampled continuation: arrays over its tokens, the stop token included if there was one."""
+    """One sampled continuation: arrays over its tokens, including the stop token if there was one."""
 
     token_ids: np.ndarray  # int32
     log_probs: np.ndarray  # float32, of the untruncated distribution at the sampling temperature
     policy_versions: np.ndarray  # int32
-    finish_reason: str  # "stop", "length", or "abort" for a part that the server gave back unfinished
-    # uint8 or int16 [prompt tokens + tokens - 1, layers, experts a token]; None where they were not asked for
+    finish_reason: str  # "stop", "length", or "abort" for a part that the server returned unfinished
+    # uint8 or int16 [prompt tokens + tokens - 1, layers, experts per token]; None if they were not requested
     routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SentRequest:
-    """What an answer must fit: its id, the tokens sent, how many more there may be, the oldest version allowed, and
-    whether it must name the experts of its tokens."""
+    """The properties that an answer must fit: its id, the tokens sent, the maximum number of new tokens, the oldest
+    version allowed, and whether it must include the experts of its tokens."""
 
     request_id: str
     num_prompt_tokens: int
@@ -52,7 +52,7 @@ class _VersionSpan(msgspec.Struct):
     end: int
 
 
-# There are millions of these in a step. gc=False: each would otherwise bring the next garbage collection nearer.
+# There are millions of these per step. gc=False: otherwise each would bring the next garbage collection closer.
 class _TokenLogProb(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
     log_prob: float
     token_id: int
@@ -76,7 +76,7 @@ class _Answer(msgspec.Struct):
     meta_info: _MetaInfo
 
 
-# The list first, then each answer alone: a thread that decodes lets go of the interpreter only between two calls.
+# First the list, then each answer separately: a decoding thread releases the GIL only between two calls.
 _LIST_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
 _DECODER = msgspec.json.Decoder(_Answer)
 
@@ -84,8 +84,8 @@ _DECODER = msgspec.json.Decoder(_Answer)
 class AnswerChecker:
     """Checks the answers of one server.
 
-    `exact_versions`: every token must have exactly the version asked for (delay mode); otherwise versions may rise
-    above it within a response (bounded mode).
+    `exact_versions`: every token must have exactly the requested version (delay mode); otherwise versions may increase
+    within a response (bounded mode).
     """
 
     def __init__(self, server: str, facts: ModelFacts, exact_versions: bool) -> None:
@@ -95,7 +95,7 @@ class AnswerChecker:
         self._route_bytes = 6 * facts.num_layers * facts.experts_per_token  # per token, in base64
 
     def largest_body(self, requests: Sequence[SentRequest]) -> int:
-        """More bytes than any sound answer to the requests has."""
+        """An upper bound for the bytes of a valid answer to the requests."""
         return sum(self._largest_answer(request) for request in requests)
 
     def _largest_answer(self, request: SentRequest) -> int:
@@ -103,7 +103,7 @@ class AnswerChecker:
         return 16384 + 256 * request.max_tokens + (route_bytes if request.with_routes else 0)
 
     def check(self, body: bytes, requests: Sequence[SentRequest]) -> list[SampledSequence]:
-        """The answers in the order of the requests. Raises InvalidAnswer naming the first field that is wrong."""
+        """The answers in the order of the requests. Raises InvalidAnswer naming the first wrong field."""
         try:
             parts = _LIST_DECODER.decode(body)
         except msgspec.DecodeError as error:
@@ -120,7 +120,7 @@ class AnswerChecker:
         try:
             return _DECODER.decode(part)
         except msgspec.DecodeError as error:
-            # msgspec's message ends with the place, such as "at `$.meta_info.finish_reason`".
+            # msgspec's message ends with the location, such as "at `$.meta_info.finish_reason`".
             path = str(error).rpartition("`$")[2].rstrip("`") if "`$" in str(error) else ""
             raise InvalidAnswer(self._server, request.request_id, f"[{place}]{path}", str(error)) from None
 
@@ -134,7 +134,7 @@ class AnswerChecker:
             "meta_info.finish_reason",
             f"{reason!r} is neither stop nor length nor abort",
         )
-        if reason == ABORTED and not num_tokens:  # taken from the queue: most fields are missing
+        if reason == ABORTED and not num_tokens:  # aborted in the queue: most fields are missing
             return _nothing_sampled()
         self._check_lengths(meta, num_tokens, request, require)
         tokens, log_probs = self._arrays(answer, require)
@@ -149,7 +149,7 @@ class AnswerChecker:
     @staticmethod
     def _routes_are_lost(meta: _MetaInfo, versions: np.ndarray) -> bool:
         """A server that runs out of KV cache retracts a response and computes it again. If its weights have changed
-        since it began, the experts of its first tokens are gone: it has to be sampled again."""
+        since the start of the response, the experts of its first tokens are lost, and it must be sampled again."""
         return meta.num_retractions > 0 and versions[0] != versions[-1]
 
     def _check_lengths(self, meta: _MetaInfo, num_tokens: int, request: SentRequest, require: "_Requirement") -> None:
@@ -173,7 +173,7 @@ class AnswerChecker:
         )
 
     def _arrays(self, answer: _Answer, require: "_Requirement") -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and log-probs. Whole arrays, not token by token: a group may have 300,000 of them."""
+        """Token ids and log-probs. As whole arrays, not token by token: a group may have 300,000 tokens."""
         field, size = "meta_info.output_token_logprobs", self._facts.vocabulary_size
         tokens = np.asarray(answer.output_ids)
         require(
@@ -182,21 +182,21 @@ class AnswerChecker:
             f"a token id outside the vocabulary of {size}",
         )
         entries = answer.meta_info.output_token_logprobs
-        require([entry.token_id for entry in entries] == answer.output_ids, field, "they do not name the output_ids")
-        with np.errstate(over="ignore"):  # to -inf, which is refused
+        require([entry.token_id for entry in entries] == answer.output_ids, field, "they do not match the output_ids")
+        with np.errstate(over="ignore"):  # to -inf, which is rejected
             log_probs = np.array([entry.log_prob for entry in entries]).astype(np.float32)
         wrong = log_probs[~(np.isfinite(log_probs) & (log_probs <= MAX_LOG_PROB))]
-        require(not wrong.size, field, f"{wrong[:3].tolist()} are no log-probs")
+        require(not wrong.size, field, f"{wrong[:3].tolist()} are not log-probs")
         return tokens.astype(np.int32), log_probs
 
     def _finish_reason(self, tokens: np.ndarray, reason: str, limit: int, require: "_Requirement") -> str:
         is_stop = np.isin(tokens, self._facts.stop_token_ids)
         require(not is_stop[:-1].any(), "output_ids", "tokens follow a stop token")
-        # A stop token in the last allowed place ends the response just as well, but SGLang reports "length"
-        # there; and a response may be complete in the moment in which it is aborted.
+        # A stop token in the last allowed position ends the response too, although SGLang then reports "length";
+        # and a response may be complete at the moment in which it is aborted.
         if is_stop[-1]:
             return "stop"
-        require(reason != "stop", "meta_info.finish_reason", "stop, but the last token is no stop token")
+        require(reason != "stop", "meta_info.finish_reason", "stop, but the last token is not a stop token")
         if len(tokens) == limit:
             return "length"
         require(
@@ -213,7 +213,7 @@ class AnswerChecker:
         covered = 0
         for span in spans:
             is_version = span.version.isascii() and span.version.isdigit() and len(span.version) < 10
-            require(is_version, field, f"{span.version!r} is no policy version")
+            require(is_version, field, f"{span.version!r} is not a policy version")
             if span.start != covered or not span.start < span.end <= num_tokens:
                 break
             versions[span.start : span.end] = int(span.version)
@@ -254,7 +254,7 @@ class AnswerChecker:
 
 
 class _Requirement:
-    """Raises InvalidAnswer for the first thing that does not hold."""
+    """Raises InvalidAnswer for the first requirement that does not hold."""
 
     def __init__(self, server: str, request_id: str) -> None:
         self._server, self._request_id = server, request_id
@@ -274,9 +274,9 @@ def _nothing_sampled() -> SampledSequence:
 
 
 def joined(parts: Sequence[SampledSequence]) -> SampledSequence:
-    """One sequence from its parts, each but the last aborted and continued by the next.
+    """Joins the parts of a sequence, each of which except the last was aborted and continued by the next.
 
-    A position's routes are those of the request that processed it first: later ones, with other weights, only
+    A position's routes are those of the request that processed it first: later requests, with other weights, only
     recompute it.
     """
     sampled = [part for part in parts if len(part.token_ids)]

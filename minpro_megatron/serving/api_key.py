@@ -1,7 +1,7 @@
-"""The servers' API key: into every request, and never into a command line or a log.
+"""The servers' API key: sent with every request, and never in a command line or a log.
 
-Servers that a run starts get a random key, in a file of the run folder that only this user may read. A key that the
-user gives in an environment variable comes first, and servers of somebody else (server.urls) have that or none.
+Servers started by the run get a random key, in a file of the run folder that only this user may read. A key that the
+user gives in an environment variable has precedence. External servers (server.urls) have the user's key or none.
 """
 
 import os
@@ -17,22 +17,22 @@ KEY_FILE = "endpoints/server.key"
 
 
 def make_api_key(config: RunConfig) -> None:
-    """A new key for the servers that this start of the run will start, unless the user gives one. Once a start, before
-    its roles."""
+    """Creates a new key for the servers that this start of the run will start, unless the user gives one. Called once
+    per start, before its roles."""
     if not config.server.api_key_variable and not config.server.urls:
         write_secret(config.run_dir / KEY_FILE)
 
 
 def has_key(config: RunConfig) -> bool:
-    """Whether this start of the run has a key of its own."""
+    """Whether this start of the run has created a key."""
     return (config.run_dir / KEY_FILE).exists()
 
 
 def api_key(config: RunConfig, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The key that the run's servers ask for; None if they ask for none: those of server.urls without
-    server.api_key_variable, and those of a role that was started by hand in a folder without a key.
+    """The key that the run's servers require. None if they require none: external servers without
+    server.api_key_variable, and servers of a role that was started by hand in a folder without a key.
 
-    Raises UserError as `given_api_key` does, and where the key's file cannot be read.
+    Raises UserError as `given_api_key` does, and if the key's file cannot be read.
     """
     key = given_api_key(config.server, environment)
     if key is not None or config.server.urls:
@@ -49,7 +49,7 @@ def api_key(config: RunConfig, environment: Mapping[str, str] = os.environ) -> s
 def given_api_key(server: ServerConfig, environment: Mapping[str, str] = os.environ) -> str | None:
     """The key in the environment variable that server.api_key_variable names; None if it names none.
 
-    Raises UserError if the variable is not set, or holds what no HTTP header can carry.
+    Raises UserError if the variable is not set, or if its value cannot be sent in an HTTP header.
     """
     variable = server.api_key_variable
     if not variable:

@@ -10,7 +10,7 @@ from minpro_megatron.serving.control import ControlError, NoAnswerInTime, Server
 
 
 class ServersFailed(ControlError):
-    """Requests to several servers, of which some failed: `failures` holds a line for each of those, by index."""
+    """Some of the requests to several servers failed; `failures` has a line for each failed one, by server index."""
 
     def __init__(self, failures: Mapping[int, str]) -> None:
         self.failures = dict(failures)
@@ -18,14 +18,14 @@ class ServersFailed(ControlError):
 
 
 class PendingCalls:
-    """Control requests that are under way, one for each server."""
+    """Control requests in flight, one per server."""
 
     def __init__(self, indices: Sequence[int], futures: Sequence[Future[Any]]) -> None:
         self._indices = list(indices)
         self.futures = list(futures)
 
     def failures(self) -> dict[int, str]:
-        """The messages of the requests that have failed by now, by the server's index."""
+        """The messages of the requests that have failed so far, by server index."""
         errors = {
             index: future.exception()
             for index, future in zip(self._indices, self.futures, strict=True)
@@ -37,23 +37,23 @@ class PendingCalls:
         return {index: str(error) for index, error in errors.items() if error is not None}
 
     def late(self) -> list[int]:
-        """The servers, by index, whose answer did not come within the request's time limit."""
+        """The indices of servers whose answer did not arrive within the request's time limit."""
         found = zip(self._indices, self.futures, strict=True)
         return [index for index, future in found if future.done() and isinstance(future.exception(), NoAnswerInTime)]
 
     def unfinished(self) -> list[int]:
-        """The servers, by index, that have not answered yet."""
+        """The indices of servers that have not answered yet."""
         return [index for index, future in zip(self._indices, self.futures, strict=True) if not future.done()]
 
     def results(self) -> dict[int, Any]:
-        """Waits for all; what the requests that succeeded returned, by the server's index."""
+        """Waits for all requests; returns the results of the successful ones, by server index."""
         wait_for_futures(self.futures)
         failed = self.failures()
         found = zip(self._indices, self.futures, strict=True)
         return {index: future.result() for index, future in found if index not in failed}
 
     def wait(self) -> list[Any]:
-        """The results in the servers' order. Raises ServersFailed with the message of every failure."""
+        """Waits for all requests and returns the results in the servers' order. Raises ServersFailed."""
         results = self.results()
         failed = self.failures()
         if failed:
@@ -62,7 +62,7 @@ class PendingCalls:
 
 
 def in_thread[Result](function: Callable[..., Result], *arguments: Any, **named: Any) -> Future[Result]:
-    """`function` in a thread of its own, which does not keep the process from ending if it waits for a hung server."""
+    """Runs `function` in its own thread, which does not keep the process alive if it waits for a hung server."""
     future: Future[Result] = Future()
 
     def run() -> None:
@@ -84,7 +84,7 @@ def start_for_all(
 ) -> PendingCalls:
     """Calls `method` on every server in threads; `per_server` holds arguments that differ between servers.
 
-    For requests that the trainer must take part in: start, broadcast, then `wait()`.
+    For requests that the trainer must take part in: start them, broadcast, then call `wait()`.
     """
     controls = list(controls)
     own = [{} for _ in controls] if per_server is None else list(per_server)
@@ -103,7 +103,7 @@ def for_all(
     per_server: Sequence[Mapping[str, Any]] | None = None,
     **arguments: Any,
 ) -> list[Any]:
-    """`method` of every server at once; the results in the servers' order. Raises ServersFailed.
+    """Calls `method` on every server at once; the results are in the servers' order. Raises ServersFailed.
 
     >>> for_all(controls, "pause_generation", mode="retract")  # doctest: +SKIP
     """

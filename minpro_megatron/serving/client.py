@@ -1,4 +1,4 @@
-"""The data plane: token ids in; sampled tokens, log-probs and policy versions out, every answer checked."""
+"""The data plane: sends token ids; returns sampled tokens, log-probs and policy versions, with every answer checked."""
 
 import asyncio
 import logging
@@ -30,27 +30,27 @@ from minpro_megatron.serving.errors import (
 log = logging.getLogger(__name__)
 
 # Attempts at one request while its server drops connections or answers 5xx, and the first pause between them.
-# Few: whoever dispatches the groups has other servers, and looks after this one.
+# The number is small because the caller has other servers and monitors this one.
 MAX_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.2
-# Answers in a row that add no token to a response before its server counts as unavailable. One is normal: an update
-# in pause mode `abort` returns also what still waits in the server's queue.
+# Consecutive answers that add no token to a response before its server counts as unavailable. One is normal: an update
+# in pause mode `abort` also returns requests that still wait in the server's queue.
 MAX_EMPTY_ANSWERS = 20
-# A server sends an answer when it has all of it: a body that takes longer is not on its way.
+# A server sends an answer once it is complete, so a body that takes longer than this will not arrive.
 BODY_TIMEOUT_S = 120.0
-# Larger answers are checked in a thread: this many bytes take about half a millisecond.
+# Larger answers are checked in a thread: checking this number of bytes takes about half a millisecond.
 LARGE_ANSWER_BYTES = 64 * 1024
-# Answers of one server that are read or checked at a time: the others wait on the server, not in this memory.
+# Answers of one server that are read or checked at a time: the others stay on the server, not in this process's memory.
 MAX_ANSWERS_AT_ONCE = 2
 CONNECT_TIMEOUT_S = 10.0
-# Servers that somebody else has started close idle connections after SGLang's 5 s.
+# External servers close idle connections after SGLang's 5 s.
 KEEP_ALIVE_S = 4.0
 ABORT_TIMEOUT_S = 2.0
 
 
 def answer_thread() -> ThreadPoolExecutor:
-    """Where large answers are checked, for all servers of a process: with several such threads the event loop, which
-    gives the interpreter away at each look at a socket, would wait for all of them to get it back."""
+    """The thread that checks large answers, for all servers of a process. With several such threads the event loop,
+    which releases the GIL at each poll of its sockets, would wait for all of them to get it back."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
 
 
@@ -58,7 +58,7 @@ def answer_thread() -> ThreadPoolExecutor:
 class SamplingParameters:
     """How the tokens of a request are sampled. Training requests keep top_p at 1.
 
-    `with_routes`: the answer must name the experts that the model chose for each token (routing replay R3).
+    `with_routes`: the answer must include the experts that the model chose for each token (routing replay R3).
     """
 
     temperature: float
@@ -70,9 +70,9 @@ class SamplingParameters:
 class ServerClient:
     """Generation requests to one server; use inside `async with`.
 
-    `request_timeout_s` counts from sending a request to the last byte of its answer, so it includes the time in the
-    server's own queue. `headers` go with every request (see serving/api_key.py); `exact_versions` is AnswerChecker's.
-    `thread` checks large answers.
+    `request_timeout_s` is measured from sending a request to the last byte of its answer, so it includes the time in
+    the server's own queue. `headers` are sent with every request (see serving/api_key.py); `exact_versions` is
+    AnswerChecker's. `thread` checks large answers.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class ServerClient:
         self._aborts: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "ServerClient":
-        # No limit on connections here: whoever dispatches the groups decides how many requests are under way.
+        # No limit on connections here: the dispatcher of groups limits the requests in flight.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector, headers=self._headers)
         return self
@@ -116,18 +116,18 @@ class ServerClient:
         policy_version: int,
         before_continuing: Callable[[], Awaitable[object]] | None = None,
     ) -> list[SampledSequence]:
-        """One continuation of the prompt for each seed, sampled with the weights of `policy_version`, or of it and
-        later ones where the client was made for that.
+        """One continuation of the prompt per seed, sampled with the weights of `policy_version`, or of it and later
+        versions if the client was created for that.
 
-        Responses that the server gives back unfinished are continued once `before_continuing` has returned, with new
-        requests that hold what there is so far. Dropped connections and 5xx are tried again up to MAX_ATTEMPTS times.
+        Responses that the server returns unfinished are continued once `before_continuing` has returned, with new
+        requests that include the tokens so far. Dropped connections and 5xx are retried up to MAX_ATTEMPTS times.
         Raises a ServerError otherwise, and ValueError for a prompt that must not be sent: a token id outside the
         vocabulary would end the server.
         """
         prompt = [int(token) for token in prompt_token_ids]
         if not prompt or min(prompt) < 0 or max(prompt) >= self._facts.vocabulary_size:
             raise UserError(
-                f"prompt token ids {prompt[:20]}: there must be one at least, all within the model's "
+                f"prompt token ids {prompt[:20]}: there must be at least one, all within the model's "
                 f"vocabulary of {self._facts.vocabulary_size}; tokenizer and model do not belong together"
             )
         responses = [_Response(prompt, seed, sampling.max_response_tokens, policy_version) for seed in seeds]
@@ -142,7 +142,7 @@ class ServerClient:
         return [joined(response.parts) for response in responses]
 
     async def policy_version(self, timeout_s: float = 60.0) -> int:
-        """The version of the weights the server holds, by its own account. Raises ServerError."""
+        """The version of the weights that the server reports. Raises ServerError."""
         assert self._session is not None, "use `async with` around the client"
         limit = aiohttp.ClientTimeout(total=timeout_s)
         try:
@@ -159,15 +159,15 @@ class ServerClient:
             raise InvalidAnswer(self.name, "model_info", "weight_version", named(error)) from error
 
     async def generates(self, timeout_s: float) -> bool:
-        """Whether the server's scheduler does its work: it has sent something, or one token of a request of its own,
-        within `timeout_s`. Says no while generation is paused or weights are loaded. Raises OutOfFiles."""
+        """Whether the server's scheduler works: it has sent something, or one token of a request of its own, within
+        `timeout_s`. False while generation is paused or weights are loaded. Raises OutOfFiles."""
         assert self._session is not None, "use `async with` around the client"
         limit = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            # Behind a full queue a request of ours would wait for minutes. SGLang counts whatever it has sent since,
-            # and generates the token only where nothing else is under way.
+            # Behind a full queue our own request would wait for minutes. SGLang counts everything it has sent since,
+            # and generates the token only if nothing else is in flight.
             async with self._session.get(f"{self.address.url}/health_generate", timeout=limit) as response:
-                return response.status in (200, 404)  # 404: it cannot be asked
+                return response.status in (200, 404)  # 404: it does not have this request
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             found = connection_error(self.name, "health_generate", error)
             if isinstance(found, OutOfFiles):
@@ -177,8 +177,8 @@ class ServerClient:
     async def _ask(self, responses: Sequence["_Response"], sampling: SamplingParameters) -> list[SampledSequence]:
         pause_s = FIRST_PAUSE_S
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            # Fresh ids each time: the server may still hold the request whose connection broke, and refuses an id
-            # that it holds. All have one length, because SGLang aborts every request whose id starts with the given
+            # New ids each time: the server may still have the request whose connection broke, and refuses an id that
+            # is in use. All have the same length, because SGLang aborts every request whose id starts with the given
             # one.
             sent = [response.request(uuid.uuid4().hex, sampling.with_routes) for response in responses]
             try:
@@ -188,7 +188,7 @@ class ServerClient:
             except ServerUnavailable as error:
                 if attempt == MAX_ATTEMPTS:
                     raise
-                log.warning("%s; attempt %d of %d failed, trying again", error, attempt, MAX_ATTEMPTS)
+                log.warning("%s; attempt %d of %d failed, retrying", error, attempt, MAX_ATTEMPTS)
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
         raise AssertionError("the last attempt returns or raises")
@@ -196,7 +196,7 @@ class ServerClient:
     def _encoded(
         self, responses: Sequence["_Response"], sent: Sequence[SentRequest], sampling: SamplingParameters
     ) -> bytes:
-        # One request with a list of prompts, not n > 1: only so each response has a seed of its own.
+        # One request with a list of prompts instead of n > 1: only then has each response its own seed.
         shared = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -207,9 +207,9 @@ class ServerClient:
         return msgspec.json.encode(
             {
                 "rid": [request.request_id for request in sent],
-                # The prefix cache may be of earlier weights: where publish.flush_cache is off, and with pause mode
-                # in_place, which cannot empty it. So a cached prefix serves requests of the same version only; where
-                # weights change under requests, those of the same group.
+                # The prefix cache may be from earlier weights, if publish.flush_cache is off, and with pause mode
+                # in_place, which cannot empty it. So a cached prefix serves only requests of the same version; if
+                # weights change during requests, only requests of the same group.
                 "extra_key": f"version {sent[0].policy_version}" if self._exact_versions else sent[0].request_id,
                 "input_ids": [response.token_ids for response in responses],
                 "sampling_params": [
@@ -241,7 +241,7 @@ class ServerClient:
         except (aiohttp.ClientError, OSError) as error:
             raise connection_error(self.name, first, error) from error
         finally:
-            if not answered:  # also when this request was cancelled: its group has moved to another server
+            if not answered:  # also if this request was cancelled because its group has moved to another server
                 self._abandon(sent)
 
     async def _body(self, response: aiohttp.ClientResponse, sent: Sequence[SentRequest]) -> bytes:
@@ -288,7 +288,7 @@ class ServerClient:
         task.add_done_callback(self._aborts.discard)
 
     async def _abort(self, request_ids: Sequence[str]) -> None:
-        """Frees the server of requests nobody waits for any more; best effort."""
+        """Frees the server from requests whose answers are no longer needed; best effort."""
         assert self._session is not None
         limit = aiohttp.ClientTimeout(total=ABORT_TIMEOUT_S)
         url = f"{self.address.url}/abort_request"
@@ -297,11 +297,11 @@ class ServerClient:
                 async with self._session.post(url, json={"rid": request_id}, timeout=limit):
                     pass
             except (aiohttp.ClientError, TimeoutError, OSError):
-                return  # the server is gone, and the requests with it
+                return  # the server has ended, and its requests with it
 
 
 class _Response:
-    """What there is of one response, and the request for the rest of it."""
+    """The tokens of one response so far, and the request for its remainder."""
 
     def __init__(self, prompt: list[int], seed: int, max_tokens: int, policy_version: int) -> None:
         self.parts: list[SampledSequence] = []
@@ -329,5 +329,5 @@ class _Response:
         self.token_ids = self.token_ids + part.token_ids.tolist()
         self._left -= num_tokens
         self._policy_version = int(part.policy_versions[-1])
-        # the same seed could draw the same numbers once more
+        # the same seed could draw the same numbers again
         self.seed = derive_seed(self._first_seed, "continued", len(self.token_ids))

@@ -1,4 +1,4 @@
-"""The control plane of rollout servers, blocking: what the trainer's rank 0 does to publish weights."""
+"""The control plane of rollout servers, blocking: the requests of the trainer's rank 0 that publish weights."""
 
 import json
 import uuid
@@ -13,8 +13,8 @@ from minpro_megatron.errors import ProjectError
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answer_limits import MAX_CONTROL_BYTES, MAX_INFO_BYTES, read_body
 
-# SGLang keeps the likeliest token whatever top_p is. Unlike top_k = 1 or temperature 0 this does not make a request
-# greedy in its eyes: where all requests of a batch are, it returns log-probs of temperature 1.
+# SGLang always keeps the most likely token, whatever top_p is. Unlike top_k = 1 or temperature 0, this value does not
+# make SGLang treat the request as greedy: a batch of only greedy requests returns log-probs of temperature 1.
 GREEDY_TOP_P = 1e-9
 
 
@@ -23,18 +23,18 @@ class ControlError(ProjectError):
 
 
 class NoAnswerInTime(ControlError):
-    """The server took the request and has not answered within the time limit."""
+    """The server accepted the request but has not answered within the time limit."""
 
 
 class WeightsChecksum(msgspec.Struct, frozen=True, kw_only=True):
-    """Checksums of the weights a server holds: one for the whole server, one for each tensor of each rank."""
+    """Checksums of the weights on a server: one for the whole server, and one per tensor of each rank."""
 
     engine: str
     tensors: list[dict[str, str]]
 
 
 class GreedyAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """A greedy continuation with its tokens' log-probs over the whole vocabulary at the temperature asked for."""
+    """A greedy continuation with its tokens' log-probs over the whole vocabulary at the requested temperature."""
 
     token_ids: list[int]
     log_probs: list[float]
@@ -45,7 +45,7 @@ class ServerControl:
     """Control requests to one server. Each raises ControlError unless the server reports success.
 
     With `vocabulary_size` given, prompts are checked against it: a larger token id would end the server.
-    `headers` go with every request (see serving/api_key.py). One thread at a time may use an object.
+    `headers` are sent with every request (see serving/api_key.py). An object must be used by one thread at a time.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class ServerControl:
         self._vocabulary_size = vocabulary_size
         self._headers = dict(headers or {})
         self._session = requests.Session()
-        self._session.trust_env = False  # a proxy has no business between trainer and server
-        # Minutes pass between two publications; a kept connection might be closed under a request, and most
+        self._session.trust_env = False  # no proxy between trainer and server
+        # Minutes pass between two publications; a connection kept open might be closed during a request, and most
         # of these requests cannot be sent twice.
         self._session.headers["Connection"] = "close"
         self._session.headers.update(self._headers)
@@ -70,11 +70,11 @@ class ServerControl:
         self._session.close()
 
     def within(self, timeout_s: float) -> "ServerControl":
-        """The same server with another time limit for each request."""
+        """A copy for the same server with another time limit per request."""
         return ServerControl(self.address, timeout_s, self._vocabulary_size, self._headers)
 
     def at_most(self, timeout_s: float) -> "ServerControl":
-        """The same server with a time limit that is no longer than this one."""
+        """A copy for the same server with a time limit of at most `timeout_s`."""
         return self.within(min(timeout_s, self._timeout_s))
 
     def pause_generation(self, mode: Literal["in_place", "retract", "abort"]) -> None:
@@ -85,7 +85,7 @@ class ServerControl:
         self._post("continue_generation", {})
 
     def abort_all_requests(self) -> None:
-        """Running and waiting requests end with what they have: those that wait at once, others after their next
+        """Ends running and waiting requests with the tokens they have: waiting ones at once, others after their next
         token."""
         self._post("abort_request", {"abort_all": True})
 
@@ -105,7 +105,7 @@ class ServerControl:
     ) -> None:
         """Joins the group as ranks rank_offset .. rank_offset + tensor_parallel - 1.
 
-        Blocks until all `world_size` members have come: call it on all servers at once (`start_for_all`)
+        Blocks until all `world_size` members have joined: call it on all servers at once (`start_for_all`)
         while the trainer joins as rank 0.
         """
         fields = {"master_address": master_address, "master_port": master_port, "rank_offset": rank_offset}
@@ -129,9 +129,9 @@ class ServerControl:
         load_format: Literal["flattened_bucket"] | None = None,
         flush_cache: bool = False,
     ) -> None:
-        """Receives the named tensors by broadcast from rank 0 of the group; blocks until they have come.
+        """Receives the named tensors by broadcast from rank 0 of the group; blocks until they have arrived.
 
-        Names are Hugging Face's. An unknown name is accepted without effect: compare `weights_checksum`.
+        Names are those of Hugging Face. An unknown name is accepted without effect: compare `weights_checksum`.
         """
         if not len(names) == len(dtypes) == len(shapes):
             raise ValueError(f"names, dtypes, shapes: lengths {len(names)}, {len(dtypes)}, {len(shapes)} must agree")
@@ -149,16 +149,16 @@ class ServerControl:
         self._post("end_weight_update", {})
 
     def update_weights_from_disk(self, *, model_path: str, weight_version: int, flush_cache: bool = True) -> None:
-        """Loads a Hugging Face folder that the server can read; needs no begin and end around it."""
+        """Loads a Hugging Face folder that the server can read; needs no begin and end calls."""
         fields = {"model_path": model_path, "weight_version": str(weight_version), "flush_cache": flush_cache}
         self._post("update_weights_from_disk", fields)
 
     def update_weight_version(self, *, weight_version: int) -> None:
-        """From now on the server calls its weights this version; they stay what they are."""
+        """Changes the version that the server reports for its weights; the weights do not change."""
         self._post("update_weight_version", {"new_version": str(weight_version), "abort_all_requests": False})
 
     def weights_checksum(self) -> WeightsChecksum:
-        """What the server computes over the weights it holds now."""
+        """The checksums that the server computes over its current weights."""
         answer = self._post("weights_checker", {"action": "checksum"})
         try:
             tensors = [rank["checksums"] for rank in answer["ranks"]]
@@ -172,20 +172,20 @@ class ServerControl:
         return self._request("GET", "model_info", None)
 
     def policy_version(self) -> int:
-        """The version of the weights the server holds, by its own account."""
+        """The version of the weights that the server reports."""
         version = self.model_info().get("weight_version")
         try:
             return int(str(version))
         except ValueError:
-            raise self._error("model_info", f"weight_version = {version!r} is no policy version") from None
+            raise self._error("model_info", f"weight_version = {version!r} is not a policy version") from None
 
     def generate_greedy(self, token_ids: Sequence[int], num_tokens: int, temperature: float = 1.0) -> GreedyAnswer:
-        """Exactly `num_tokens` greedy tokens after the prompt. Waits for as long as generation is paused, and behind
-        the requests that came before; the server is told to give up what raises NoAnswerInTime."""
+        """Exactly `num_tokens` greedy tokens after the prompt. Waits while generation is paused, and for earlier
+        requests. The server is asked to abort a request that raises NoAnswerInTime."""
         size = self._vocabulary_size
         wrong = [token for token in token_ids if token < 0 or (size is not None and token >= size)]
         if wrong or not token_ids:
-            raise ValueError(f"prompt token ids {wrong or 'are none'}: they must lie within the vocabulary of {size}")
+            raise ValueError(f"prompt token ids {wrong or 'are missing'}: they must be within the vocabulary of {size}")
         request_id = uuid.uuid4().hex
         request = {
             "rid": request_id,
@@ -197,7 +197,7 @@ class ServerControl:
                 "ignore_eos": True,
             },
             "return_logprob": True,
-            # a prefix cache of its own: the common one may hold keys and values of former weights
+            # a separate prefix cache: the shared one may hold keys and values of earlier weights
             "extra_key": request_id,
         }
         try:

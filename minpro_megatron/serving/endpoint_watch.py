@@ -1,4 +1,4 @@
-"""What serve does with the files of run_dir/endpoints for each of its servers, every server.health_interval_s."""
+"""How serve watches the files of run_dir/endpoints for each of its servers, every server.health_interval_s."""
 
 import logging
 import time
@@ -16,27 +16,27 @@ log = logging.getLogger(__name__)
 
 
 class RestartRequests:
-    """Looks every server.health_interval_s whether the collector has asked for a restart of a server."""
+    """Checks every server.health_interval_s whether the collector has requested a restart of a server."""
 
     def __init__(self, config: RunConfig, index: int, incarnation: int) -> None:
         self._config, self._index, self._incarnation = config, index, incarnation
         self._looked_at = time.monotonic()
 
     def look(self, start: int) -> str | None:
-        """The reason, if it is start `start` of the server that it is about."""
+        """The reason for a restart, if one was requested for start `start` of the server."""
         now = time.monotonic()
         if now - self._looked_at < self._config.server.health_interval_s:
             return None
         self._looked_at = now
         try:
             return restart_requested(self._config.run_dir, self._index, start, self._incarnation)
-        except OSError as error:  # a network file system may fail for a moment
-            log.warning("whether server %d is to be started again cannot be read: %s", self._index, error)
+        except OSError as error:  # a network file system may fail briefly
+            log.warning("restart requests for server %d cannot be read: %s", self._index, error)
             return None
 
 
 class StatedAddress:
-    """One server's address in the run folder. Every server.health_interval_s it is looked whether it is still there."""
+    """One server's address in the run folder. Checks every server.health_interval_s whether it is still there."""
 
     def __init__(self, config: RunConfig, incarnation: int) -> None:
         self._run_dir, self._incarnation = config.run_dir, incarnation
@@ -53,7 +53,7 @@ class StatedAddress:
         self._address = None
 
     def keep(self) -> None:
-        """States the address again where its file is gone, for without it the server gets no work."""
+        """Writes the address again if its file is missing, because without it the server gets no work."""
         address, now = self._address, time.monotonic()
         if address is None or now - self._looked_at < self._interval_s:
             return
@@ -63,8 +63,8 @@ class StatedAddress:
         try:
             write_server_address(self._run_dir, address, self._incarnation)
         except OSError as error:
-            if not self._run_dir.is_dir():  # the run's end, not the server's
+            if not self._run_dir.is_dir():  # the run has ended, not the server
                 raise
-            log.warning("the address of server %d is gone and cannot be stated again: %s", address.index, error)
+            log.warning("the address of server %d is missing and cannot be written again: %s", address.index, error)
         else:
-            log.warning("the address of server %d was gone from the run folder: stated again", address.index)
+            log.warning("the address of server %d was missing from the run folder: written again", address.index)

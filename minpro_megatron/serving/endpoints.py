@@ -1,8 +1,8 @@
-"""What serve and collect tell each other about the rollout servers, in files of `run_dir/endpoints`.
+"""Messages between serve and collect about the rollout servers, in files of `run_dir/endpoints`.
 
-`server-<index>-start-<incarnation>.json`, from serve to collect: where a server listens.
-`restart-<index>-start-<incarnation>.json`, from collect to serve: a server answers but does no work, which only those
-see who give it work. The names hold the incarnation of the run, so that an older start cannot change the files of a
+`server-<index>-start-<incarnation>.json`, from serve to collect: the address of a server.
+`restart-<index>-start-<incarnation>.json`, from collect to serve: a server answers but does not work, which only the
+collector can detect. The names contain the incarnation of the run, so that an older start cannot change the files of a
 newer one.
 """
 
@@ -16,7 +16,7 @@ from minpro_megatron.records import ServerAddress
 
 
 class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A ServerAddress, and the incarnation of the run that started the server: older files do not count."""
+    """A ServerAddress, and the incarnation of the run that started the server; files of older ones are ignored."""
 
     index: int
     url: str
@@ -26,7 +26,7 @@ class _Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _RestartRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """`start`: which start of the server it is about; a later one has nothing to do with it."""
+    """`start` is the start of the server that is to be restarted; the request does not apply to a later one."""
 
     start: int
     incarnation: int
@@ -34,7 +34,7 @@ class _RestartRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def num_servers(server: ServerConfig) -> int:
-    """How many servers the run has, started by it or not."""
+    """The number of the run's servers, whether started by it or external."""
     return len(server.urls) or server.count
 
 
@@ -47,19 +47,19 @@ def _endpoint_name(index: int, incarnation: int) -> str:
 
 
 def write_server_address(run_dir: Path, address: ServerAddress, incarnation: int) -> None:
-    """States that the server is ready for requests. Raises OSError, FileNotFoundError where the run folder is gone."""
+    """Announces that the server is ready for requests. Raises OSError, or FileNotFoundError without a run folder."""
     endpoint = _Endpoint(**msgspec.structs.asdict(address), incarnation=incarnation)
     name = _endpoint_name(address.index, incarnation)
     replace_file_in(Path(run_dir), name, msgspec.json.encode(endpoint).decode() + "\n")
 
 
 def remove_server_address(run_dir: Path, index: int, incarnation: int) -> None:
-    """Withdraws one server's address: whoever works with it moves its work elsewhere."""
+    """Withdraws one server's address; its work moves to other servers."""
     endpoint_file(run_dir, index, incarnation).unlink(missing_ok=True)
 
 
 def address_is_stated(run_dir: Path, index: int, incarnation: int) -> bool:
-    """Whether the file with the server's address is there: somebody may have removed it by hand."""
+    """Whether the file with the server's address exists: it may have been removed by hand."""
     return endpoint_file(run_dir, index, incarnation).exists()
 
 
@@ -68,14 +68,14 @@ def _restart_name(index: int, incarnation: int) -> str:
 
 
 def request_restart(run_dir: Path, address: ServerAddress, incarnation: int, reason: str) -> None:
-    """Asks serve to start the server of this address again."""
+    """Asks serve to restart the server of this address."""
     request = _RestartRequest(start=address.start, incarnation=incarnation, reason=reason)
     name = _restart_name(address.index, incarnation)
     replace_file_in(Path(run_dir), name, msgspec.json.encode(request).decode() + "\n")
 
 
 def restart_requested(run_dir: Path, index: int, start: int, incarnation: int) -> str | None:
-    """The reason for which start `start` of the server is to be followed by another one; None if there is none."""
+    """The reason why start `start` of the server is to be restarted; None if there is none."""
     try:
         request = msgspec.json.decode(
             (Path(run_dir) / _restart_name(index, incarnation)).read_bytes(), type=_RestartRequest
@@ -86,7 +86,7 @@ def restart_requested(run_dir: Path, index: int, start: int, incarnation: int) -
 
 
 def read_server_addresses(run_dir: Path, count: int, incarnation: int) -> list[ServerAddress]:
-    """The addresses of this incarnation's servers 0 .. count-1 that are ready by now, in order of index."""
+    """The addresses of this incarnation's servers 0 .. count-1 that are ready now, in order of index."""
     addresses = []
     for index in range(count):
         try:

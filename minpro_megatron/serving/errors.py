@@ -1,4 +1,4 @@
-"""What can go wrong between a request and the tokens it asked for."""
+"""Errors between a request and the tokens it asked for."""
 
 import errno
 import re
@@ -15,21 +15,21 @@ class ServerError(ProjectError):
 
     @property
     def kind(self) -> str:
-        """The field's last name, to count failures by: `output_ids` of `[1].output_ids[3]`."""
+        """The last name of the field, by which failures are counted: `output_ids` of `[1].output_ids[3]`."""
         names = re.findall(r"[a-z_]+", self.field)
         return names[-1] if names else "body"
 
 
 class ServerUnavailable(ServerError):
-    """No answer, also after retries: connection refused or dropped, status 5xx."""
+    """No answer, even after retries: connection refused or dropped, or status 5xx."""
 
 
 class AnswerTimeout(ServerUnavailable):
-    """No answer, or no whole one, within the time limit."""
+    """No answer, or no complete one, within the time limit."""
 
 
 class RequestRefused(ServerError):
-    """The server called the request wrong (status 4xx): sending it again cannot help."""
+    """The server rejected the request (status 4xx); a retry cannot help."""
 
 
 class InvalidAnswer(ServerError):
@@ -37,15 +37,15 @@ class InvalidAnswer(ServerError):
 
 
 class OutOfFiles(ServerError):
-    """This process, or its machine, can open no more connections: no server is to blame."""
+    """This process or its machine can open no more connections; this is not a fault of the server."""
 
 
 class WrongPolicyVersion(InvalidAnswer):
-    """A token was sampled with other weights than the request asked for."""
+    """A token was sampled with other weights than requested."""
 
 
 def connection_error(server: str, request_id: str, error: BaseException) -> ServerError:
-    """What a connection that failed with `error` means."""
+    """The ServerError for a connection that failed with `error`."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return OutOfFiles(server, request_id, "connection", named(error))
     return ServerUnavailable(server, request_id, "connection", named(error))

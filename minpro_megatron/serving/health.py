@@ -1,4 +1,4 @@
-"""Whether a server answers, asked in a thread so that a silent server holds up nothing else."""
+"""Checks whether a server answers, in a thread so that a silent server does not block anything else."""
 
 import json
 import threading
@@ -10,27 +10,27 @@ import requests
 
 from minpro_megatron.serving.answer_limits import MAX_INFO_BYTES, MAX_SETTINGS_BYTES, BodyTooLarge, read_body
 
-# SGLang gives up after 20 s itself.
+# SGLang itself gives up after 20 s.
 GENERATION_TIMEOUT_S = 30.0
 
 
 class Health(Enum):
-    """What became of one question."""
+    """The result of one health check."""
 
     ANSWERS = "answers"
-    GONE = "gone"  # nobody listens there: its process has ended
-    SILENT = "silent"  # no answer in time, or one that says it cannot work
-    FORBIDDEN = "forbidden"  # it wants another API key
+    GONE = "gone"  # no process listens there: the server has ended
+    SILENT = "silent"  # no answer in time, or an answer that it cannot work
+    FORBIDDEN = "forbidden"  # it requires another API key
 
 
 def ask(url: str, headers: Mapping[str, str], timeout_s: float) -> Health:
-    """Asks for /model_info: unlike /health, SGLang answers it also while generation is paused."""
+    """Requests /model_info, which SGLang answers even while generation is paused, unlike /health."""
     return _health(_status(f"{url}/model_info", headers, timeout_s))
 
 
 def ask_to_generate(url: str, headers: Mapping[str, str], timeout_s: float) -> Health:
-    """Asks for a token, which a server that hangs or is paused does not generate. Of one that has no such question the
-    answer is that of `ask`."""
+    """Requests a token, which a server that hangs or is paused does not generate. If the server does not have this
+    request, the result is that of `ask`."""
     status = _status(f"{url}/health_generate", headers, max(timeout_s, GENERATION_TIMEOUT_S))
     return ask(url, headers, timeout_s) if status == 404 else _health(status)
 
@@ -44,9 +44,9 @@ def _health(status: int | Health) -> Health:
 
 
 def _status(url: str, headers: Mapping[str, str], timeout_s: float) -> int | Health:
-    """The status of the answer, or what there is instead of one."""
+    """The status of the answer, or the health if there is no answer."""
     with requests.Session() as session:
-        session.trust_env = False  # a proxy has no business between the roles and their servers
+        session.trust_env = False  # no proxy between the roles and their servers
         try:
             with session.get(url, headers=dict(headers), timeout=timeout_s, stream=True) as response:
                 read_body(response, MAX_INFO_BYTES)
@@ -62,7 +62,7 @@ def _status(url: str, headers: Mapping[str, str], timeout_s: float) -> int | Hea
 
 
 def overlaps_scheduling(url: str, headers: Mapping[str, str], timeout_s: float) -> bool | None:
-    """Whether the server prepares a token while the one before is still being sampled; None if it does not say."""
+    """Whether the server prepares a token while the previous one is still being sampled; None if it is not reported."""
     with requests.Session() as session:
         session.trust_env = False
         try:
@@ -74,8 +74,8 @@ def overlaps_scheduling(url: str, headers: Mapping[str, str], timeout_s: float) 
 
 
 def _is_refusal(error: BaseException | None) -> bool:
-    """Whether nobody listens at the address: a connection that broke, or a name that does not resolve now, may be the
-    network's fault."""
+    """Whether no process listens at the address. A connection that broke, or a name that does not resolve now, may be a
+    fault of the network instead."""
     while error is not None:
         if isinstance(error, ConnectionRefusedError):
             return True
@@ -85,10 +85,10 @@ def _is_refusal(error: BaseException | None) -> bool:
 
 
 class Question[Answer](threading.Thread):
-    """One call in a thread; `answer` is None until it has returned. An exception in it is raised by `is_over`."""
+    """One call in a thread; `answer` is None until it has returned. `is_over` raises an exception of the call."""
 
     def __init__(self, call: Callable[[], Answer]) -> None:
-        super().__init__(daemon=True)  # the end of the program does not wait for an answer
+        super().__init__(daemon=True)  # the program ends without waiting for an answer
         self._call = call
         self._error: BaseException | None = None
         self.answer: Answer | None = None

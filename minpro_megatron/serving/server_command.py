@@ -1,4 +1,4 @@
-"""How a rollout server is started: its engine's command line and its environment."""
+"""The command line and the environment of a rollout server's process."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -11,14 +11,14 @@ from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.serving.api_key import api_key
 from minpro_megatron.serving.sglang_main import API_KEY_VARIABLE
 
-# SGLang's scheduler silently shortens a response that would end at the context length or the KV pool's
-# size, at most this many tokens before it: without the margin the longest responses would be cut below
+# SGLang's scheduler silently shortens a response that would end at the context length or at the size of the KV
+# pool, by at most this number of tokens: without the margin the longest responses would be shorter than
 # max_response_tokens.
 CONTEXT_MARGIN_TOKENS = 8
 
 
 def context_length(config: RunConfig) -> int:
-    """The tokens a sequence may have on the server: prompt, response and SGLang's own margin.
+    """The maximum tokens of a sequence on the server: prompt, response and SGLang's own margin.
 
     Raises ValueError if the model or the KV cache cannot hold the longest allowed sequence.
     """
@@ -35,13 +35,13 @@ def context_length(config: RunConfig) -> int:
 
 
 def server_command(config: RunConfig, index: int, port: int, place: int) -> list[str]:
-    """The command line of server `index`, listening on `port`, for the engine that the run has chosen. `place`: which
-    one of its machine's servers it is."""
+    """The command line of server `index`, listening on `port`, for the engine of the run. `place` is its number among
+    the servers of its machine."""
     return ENGINE_COMMANDS[config.server.engine](config, index, port, place)
 
 
 def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list[str]:
-    """SGLang's command line; the API key is not in it, `server_environment` hands it over."""
+    """SGLang's command line. It does not contain the API key, which `server_environment` passes."""
     server = config.server
     length = context_length(config)
     arguments = {
@@ -56,7 +56,7 @@ def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list
         "random-seed": derive_seed(config.seed, "server", index),
         # The version of the weights that the checkpoint holds; the trainer publishes 1, 2, ...
         "weight-version": 0,
-        # One line a request would be most of the log.
+        # One line per request would be most of the log.
         "log-level-http": "warning",
         "decode-log-interval": 1000,
     }
@@ -67,8 +67,8 @@ def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list
             "sampling-backend": "pytorch",
             "chunked-prefill-size": 4096,
         }
-        # SGLang would give most of the machine's memory to the cache; half a minute goes by until it is
-        # allocated.
+        # By default SGLang would give most of the machine's memory to the cache, and allocating it takes half a
+        # minute.
         cache = cache or max(length, min(server.max_running_requests * length, 65536))
     else:
         arguments |= {"base-gpu-id": place * server.tensor_parallel}
@@ -81,29 +81,29 @@ def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list
         command.append("--enable-return-routed-experts")
     if needs_synchronous_scheduling(config):
         command.append("--disable-overlap-schedule")
-    # Tokens in, tokens out: the tokenizer stays in collect. An idle scheduler would otherwise spin on a
-    # whole core.
+    # Tokens in, tokens out: the tokenizer stays in collect. An idle scheduler would otherwise keep a core
+    # busy.
     return [*command, "--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
 
 
 def needs_synchronous_scheduling(config: RunConfig) -> bool:
-    """Whether weights change between two tokens of a response while its KV cache stays.
+    """Whether weights can change between two tokens of a response while its KV cache is kept.
 
-    With overlap scheduling a token is then on its way that the old weights have sampled and that SGLang 0.5.23 counts
-    as the new version's (Scheduler.pause_generation and record_weight_version_change). The answer does not show where:
-    only requests of the last batch have such a token, and the first token of a response does not begin a new span.
+    With overlap scheduling a token is then in flight that the old weights have sampled and that SGLang 0.5.23 assigns
+    to the new version (Scheduler.pause_generation and record_weight_version_change). The answer does not show where:
+    only requests of the last batch have such a token, and the first token of a response does not start a new span.
     """
     return config.staleness.mode == "bounded" and config.publish.pause_mode == "in_place"
 
 
 def reference_command(config: RunConfig, index: int, port: int, place: int) -> list[str]:
-    """The reference engine's command line; it has no GPU, wherever it is. Raises ValueError for settings that it does
-    not have."""
+    """The reference engine's command line; it runs on the CPU on every machine. Raises ValueError for settings that it
+    does not support."""
     server = config.server
     for field, supported in (("device", "cpu"), ("dtype", "float32"), ("tensor_parallel", 1)):
         if (value := getattr(server, field)) != supported:
             raise UserError(
-                f"server.{field} = {value!r} with server.engine = 'reference': it has {supported!r} only; "
+                f"server.{field} = {value!r} with server.engine = 'reference': it supports {supported!r} only; "
                 "set that, or server.engine = 'sglang'"
             )
     arguments = {
@@ -120,7 +120,7 @@ def reference_command(config: RunConfig, index: int, port: int, place: int) -> l
     return command
 
 
-# Each engine's command line, from (settings, index, port, place).
+# The functions that return each engine's command line, from (settings, index, port, place).
 ENGINE_COMMANDS: dict[str, Callable[[RunConfig, int, int, int], list[str]]] = {
     "sglang": sglang_command,
     "reference": reference_command,
@@ -128,13 +128,13 @@ ENGINE_COMMANDS: dict[str, Callable[[RunConfig, int, int, int], list[str]]] = {
 
 
 def server_environment(config: RunConfig, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a server process, from that of this process. Raises ValueError for a missing API key."""
-    # A server talks to itself over HTTP when it starts, which a proxy setting must not redirect.
+    """The environment of a server process, based on that of this process. Raises UserError for a missing API key."""
+    # At its start a server sends itself HTTP requests, which a proxy setting must not redirect.
     not_proxied = ",".join(filter(None, [environment.get("NO_PROXY"), config.server.host, "127.0.0.1", "localhost"]))
     changes = {
-        # With SGLang's 5 s a connection often closes while the trainer trains, under the next request's feet.
+        # With SGLang's 5 s a connection often closes while the trainer trains, just before the next request.
         "SGLANG_TIMEOUT_KEEP_ALIVE": "600",
-        # /health then only tells whether the server is up; generating is proved once, after the start.
+        # /health then only shows whether the server is up; generation is checked once, after the start.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         "NO_PROXY": not_proxied,
         "no_proxy": not_proxied,
@@ -145,12 +145,12 @@ def server_environment(config: RunConfig, environment: Mapping[str, str]) -> dic
         changes |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if config.server.device == "cpu":
         changes |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        # gloo would look its address up by the machine's name, which need not resolve.
+        # gloo would look up its address by the machine's name, which may not resolve.
         loopback = "lo" if sys.platform.startswith("linux") else "lo0"
         changes |= {"GLOO_SOCKET_IFNAME": environment.get("GLOO_SOCKET_IFNAME", loopback)}
     else:
-        # When a member of the trainer's update group dies, torch would by default end the processes of all others. The
-        # trainer looks after them (publishing/delivery.py). SGLang's own watchdog ends a server whose forward hangs.
+        # When a member of the trainer's update group dies, torch by default ends the processes of all other members.
+        # The trainer handles this itself (publishing/delivery.py). SGLang's watchdog ends a server whose forward hangs.
         changes |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     if (key := api_key(config, environment)) is not None:
         changes |= {API_KEY_VARIABLE: key}

@@ -1,4 +1,4 @@
-"""One rollout server as a process: its start until it answers, its end with its children."""
+"""One rollout server as a process: from its start until it answers, and its end together with its children."""
 
 import os
 import random
@@ -20,17 +20,17 @@ from minpro_megatron.serving.addresses import url_here
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.server_command import server_command, server_environment
 
-# Of a server's log in a message: as many lines as say what went wrong, not all that it said while it loaded.
+# The number of lines of a server's log in a message: enough to show the error, without the output of loading.
 LOG_LINES = 12
-# Free ports are looked for below the range from which Linux gives ports to outgoing connections: a port of
+# Free ports are searched below the range from which Linux assigns ports to outgoing connections: a port of
 # that range could be taken in the half minute between choosing it and the server listening on it.
 PORT_RANGE = range(20000, 32000)
-# SGLang looks for a SIGTERM every 5 s. A server has nothing to save, and who stops this role waits only seconds.
+# SGLang checks for a SIGTERM every 5 s. A server has nothing to save, and this role has only seconds to stop.
 STOP_GRACE_S = 3.0
 
 
 class ServerStartError(ProjectError):
-    """A server did not come up. The message says why; the lines of its log that explain it may follow, as they are."""
+    """A server did not start. The message gives the reason; lines of its log that explain it may follow unchanged."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -77,10 +77,10 @@ def _is_free(host: str, port: int) -> bool:
 
 
 class ServerProcess:
-    """Server `index` of the run, which may be started again after its end (`stop_servers`). `place`: which one of this
-    machine's it is, `index` unless said otherwise; it decides which GPUs the server has.
+    """Server `index` of the run, which may be started again after its end (`stop_servers`). `place` is its number among
+    this machine's servers, by default `index`; it decides which GPUs the server uses.
 
-    The output of all its starts goes to `run_dir/logs/server-<index>.log`. Raises ValueError for a missing API key.
+    The output of all its starts goes to `run_dir/logs/server-<index>.log`. Raises UserError for a missing API key.
     """
 
     def __init__(self, config: RunConfig, index: int, place: int | None = None) -> None:
@@ -95,7 +95,7 @@ class ServerProcess:
         self._headers = authorization(config)
 
     def start(self) -> None:
-        """Starts the process and returns at once. It ends with the thread that started it: use the main one.
+        """Starts the process and returns at once. The process ends with the thread that started it: use the main one.
 
         Raises ServerStartError if the port is taken, ValueError if the settings do not fit the model.
         """
@@ -104,8 +104,8 @@ class ServerProcess:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self._log_start = log.tell()
-            # A session of its own: a terminal's interrupt must not reach the server before its clients have
-            # ended.
+            # A session of its own: an interrupt from the terminal must not reach the server before its clients
+            # have ended.
             self._process = subprocess.Popen(
                 command,
                 env=server_environment(config, os.environ),
@@ -138,7 +138,7 @@ class ServerProcess:
         return self._process.poll()
 
     def wait_until_ready(self, timeout_s: float, cancelled: Callable[[], bool] = lambda: False) -> bool:
-        """Waits until the server has generated a token; False if `cancelled` says so before that.
+        """Waits until the server has generated a token; False if `cancelled` returns True before that.
 
         Raises ServerStartError if the process ends or `timeout_s` passes.
         """
@@ -149,14 +149,14 @@ class ServerProcess:
             if self.exit_status is not None:
                 raise ServerStartError(f"server {self.index}: {self._why_ended()}\n{self.log_tail()}")
             if time.monotonic() > deadline:
-                raise ServerStartError(self.describe_slow_start())  # timeout_s is what was left of it
+                raise ServerStartError(self.describe_slow_start())  # timeout_s is the rest of the limit
             time.sleep(0.2)
         return True
 
     def generates(self) -> bool:
-        """Whether the server generates a token now; once it has, it is ready. May take seconds."""
+        """Whether the server generates a token now; after that it is ready. May take seconds."""
         with requests.Session() as session:
-            session.trust_env = False  # no proxy between this machine and itself
+            session.trust_env = False  # no proxy for requests to this machine
             session.headers.update(self._headers)
             try:
                 if session.get(f"{self.address.url}/health", timeout=5).status_code != 200:
@@ -170,13 +170,13 @@ class ServerProcess:
         return True
 
     def _freeze_garbage_collection(self, session: requests.Session) -> None:
-        # SGLang asks itself for this at start-up, without a second try, before its port listens if it is slow. Without
-        # it every collection walks the imported packages: 0.5 s for each /flush_cache on two cores, 0.006 s with it.
+        # SGLang requests this from itself at start-up, but without a retry, and fails if its port does not listen yet.
+        # Without it every collection scans the imported packages: 0.5 s per /flush_cache on two cores, 0.006 s with it.
         with suppress(requests.RequestException):
             session.post(f"{self.address.url}/freeze_gc", timeout=60)
 
     def describe_slow_start(self) -> str:
-        """That the start has taken longer than allowed, and the lines of the log that may explain it."""
+        """The message that the start took longer than allowed, with the lines of the log that may explain it."""
         limit_s = self._config.server.start_timeout_s
         return (
             f"server {self.index}: not ready after server.start_timeout_s = {limit_s:g} s; "
@@ -193,12 +193,12 @@ class ServerProcess:
         return f"server {self.index} at {self.address.url}: {self._why_ended()}\n{self.log_tail()}"
 
     def log_tail(self) -> str:
-        """The lines of the log that explain the end of this start, else the last ones; empty without any."""
+        """The lines of the log that explain the end of this start, else the last ones; empty if there is no log."""
         return "\n".join(explanation(self.log_file, LOG_LINES, self._log_start))
 
 
 def stop_servers(servers: list[ServerProcess], grace_s: float = STOP_GRACE_S) -> None:
-    """Ends the servers with all their processes: SIGTERM, and SIGKILL for what is left after `grace_s`."""
+    """Ends the servers with all their processes: SIGTERM, then SIGKILL for those left after `grace_s`."""
     started = [server._process for server in servers if server._process is not None]
     members: dict[int, psutil.Process] = {}
     for process in started:
@@ -209,7 +209,7 @@ def stop_servers(servers: list[ServerProcess], grace_s: float = STOP_GRACE_S) ->
     while time.monotonic() < deadline and any(process.poll() is None for process in started):
         time.sleep(0.05)
     for process in started:
-        members |= _process_tree(process.pid)  # children born during the grace
+        members |= _process_tree(process.pid)  # children started during the grace period
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     for member in members.values():
@@ -223,7 +223,7 @@ def stop_servers(servers: list[ServerProcess], grace_s: float = STOP_GRACE_S) ->
 
 
 def _runs(process: psutil.Process) -> bool:
-    try:  # an orphan may stay a zombie until whoever adopted it looks: it holds nothing any more
+    try:  # an orphan may stay a zombie until its new parent collects it: it holds no resources
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

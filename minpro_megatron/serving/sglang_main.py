@@ -1,11 +1,11 @@
-"""Starts SGLang's own server program with three settings that its command line does not have.
+"""Starts SGLang's own server program with three settings that its command line does not offer.
 
     python -m minpro_megatron.serving.sglang_main --model-path ... (the arguments of sglang.launch_server)
 
-The process ends with its parent, whatever ends the parent, so that no server outlives the run. On a CPU its
-scheduler and detokenizer are forked: SGLang asks for `spawn`, where each of the three processes spends
+The process ends with its parent, however the parent ends, so that no server outlives the run. On a CPU its
+scheduler and detokenizer are forked: SGLang requests `spawn`, where each of the three processes spends
 about ten seconds of processor time importing the same modules. Nothing is initialised before the fork that
-could not be copied; with CUDA that does not hold, and SGLang's choice stays. The API key comes from the environment
+cannot be copied; with CUDA this is not true, and SGLang's choice is kept. The API key comes from the environment
 and is kept out of the log.
 """
 
@@ -18,7 +18,7 @@ import signal
 import sys
 from contextlib import suppress
 
-# Hands the API key to this process: a command line would show it to every user of the machine.
+# Passes the API key to this process: a command line would show it to every user of the machine.
 API_KEY_VARIABLE = "MINPRO_SERVER_API_KEY"
 _PR_SET_PDEATHSIG = 1
 

@@ -1,6 +1,6 @@
-"""Servers under watch: a started one is restarted when it ends or hangs, another's is only looked at.
+"""Monitored servers: a started server is restarted when it ends or hangs; an external server is only monitored.
 
-Each has `tick`, to be called a few times a second from the main thread: it does what is due and returns at once.
+Call the `tick` of each a few times per second from the main thread: it does what is due and returns at once.
 """
 
 import logging
@@ -23,26 +23,26 @@ from minpro_megatron.serving.server_process import ServerProcess, ServerStartErr
 
 log = logging.getLogger(__name__)
 
-# The pause before a restart: doubled from one to the next, so that a server that ends at once does not do so all day.
+# The pause before a restart. It doubles each time, so that a server that ends at once is not restarted continuously.
 FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
-# Silence counts only if a server was asked more than once: this process itself may have been held up.
-FEWEST_SILENCES = 2
+MAX_PAUSE_S = 60.0
+# Silence counts only after more than one check without an answer: this process itself may have been delayed.
+MIN_SILENCES = 2
 
 
 class WatchedServer(Protocol):
-    """What OwnServer and ExternalServer have in common."""
+    """The common interface of OwnServer and ExternalServer."""
 
     address_is_stated: bool
-    given_up: str | None  # why it is neither up nor started again for now
+    given_up: str | None  # why it is neither up nor being restarted at the moment
 
     def tick(self) -> None:
-        """Does what is due. Raises ServerStartError if the server is beyond help."""
+        """Does what is due. Raises ServerStartError if the server cannot be used at all."""
         ...
 
 
 class _Silence:
-    """Asks again and again; for how long there has been no answer."""
+    """Repeats a health check, and measures for how long there has been no answer."""
 
     def __init__(self, server: ServerConfig, call: Callable[[float], Health]) -> None:
         self._limit_s = server.unhealthy_after_s
@@ -53,7 +53,7 @@ class _Silence:
         self._num_silences = 0
 
     def look(self) -> Health | None:
-        """The answer to a question that has just ended; None if none has. Asks the next one when it is due."""
+        """The result of a check that has just ended; None if none has. Starts the next check when it is due."""
         now, health = time.monotonic(), None
         if self._question is not None and self._question.is_over():
             health = self._question.answer
@@ -66,20 +66,21 @@ class _Silence:
             self._asked_at = now
             if self._question is None:
                 self._question = Question(self._call)
-            else:  # an answer that trickles in has no end, and a thread cannot be ended
+            else:  # an answer may arrive endlessly in small pieces, and a thread cannot be ended
                 self._num_silences += 1
         return health
 
     @property
     def is_too_long(self) -> bool:
-        return self._num_silences >= FEWEST_SILENCES and time.monotonic() - self._answered_at > self._limit_s
+        return self._num_silences >= MIN_SILENCES and time.monotonic() - self._answered_at > self._limit_s
 
 
 class OwnServer:
-    """A server of this machine: started, stated once it generates, and started again when it ends or hangs.
+    """A server of this machine: started, announced once it generates, and restarted when it ends or hangs.
 
-    At most server.max_restarts times within server.restart_window_s: then it is given up until one of these restarts is
-    that long ago. A server that has never been ready is not started again, because what hinders it will hardly go away.
+    It is restarted at most server.max_restarts times within server.restart_window_s; then it stays down until one of
+    these restarts is older than that. A server that was never ready is not restarted, because its problem is probably
+    permanent.
     """
 
     def __init__(self, server: ServerProcess, config: RunConfig, incarnation: int) -> None:
@@ -98,7 +99,7 @@ class OwnServer:
         self._restarted_at: deque[float] = deque()  # within the last server.restart_window_s
 
     def tick(self) -> None:
-        """Starts, states, checks or restarts the server. Raises ServerStartError if its first start fails."""
+        """Starts, announces, checks or restarts the server. Raises ServerStartError if its first start fails."""
         self._phase()
 
     def _start(self) -> None:
@@ -145,7 +146,7 @@ class OwnServer:
             self._failed(f"server {self._server.index} at {self._server.address.url}: {requested}")
 
     def _failed(self, why: str) -> None:
-        # withdrawn first: its groups move to other servers while this one is being ended
+        # Withdrawn first: its groups move to other servers while it is being ended.
         self._statement.withdraw(self._server.index)
         self.address_is_stated = False
         if not self._was_ready:
@@ -161,7 +162,7 @@ class OwnServer:
         while recent and now - recent[0] >= window_s:
             recent.popleft()
         if len(recent) < limit:
-            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** len(recent))
+            pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** len(recent))
             recent.append(now)
             log.warning("restart %d of at most %d within %g s, in %g s: %s", len(recent), limit, window_s, pause_s, why)
             self._restart_at = now + pause_s
@@ -178,9 +179,9 @@ class OwnServer:
 
 
 class ExternalServer:
-    """A server that somebody else has started: stated while it answers. After an absence it counts as restarted."""
+    """An external server, announced while it answers. After an absence it counts as restarted."""
 
-    given_up: str | None = None  # it may come back at any time
+    given_up: str | None = None  # it may return at any time
 
     def __init__(self, index: int, url: str, config: RunConfig, incarnation: int) -> None:
         self.address_is_stated = False
@@ -198,8 +199,8 @@ class ExternalServer:
         self._silence = _Silence(config.server, self._ask)
 
     def tick(self) -> None:
-        """States or withdraws its address. Raises ServerStartError if it refuses the API key, or schedules with overlap
-        where the run cannot have that."""
+        """Announces or withdraws its address. Raises ServerStartError if it refuses the API key, or uses overlap
+        scheduling although the run cannot have that."""
         health = self._silence.look()
         self._statement.keep()
         requested = self._restart_requests.look(self._num_absences) if self.address_is_stated else None
@@ -225,7 +226,7 @@ class ExternalServer:
             self._is_reported = True
             log.warning("server %d at %s does not answer yet: waiting for it", self._index, self.url)
         elif self.address_is_stated and (health is Health.GONE or self._silence.is_too_long):
-            log.warning("server %d at %s does not answer any more: no work for it until it does", self._index, self.url)
+            log.warning("server %d at %s no longer answers: no work for it until it does", self._index, self.url)
             self._withdraw()
         elif requested is not None:
             log.warning("server %d at %s: %s: no work for it until it generates", self._index, self.url, requested)
@@ -236,13 +237,13 @@ class ExternalServer:
         self._statement.withdraw(self._index)
         self.address_is_stated = False
         self._num_absences += 1
-        self._silence = _Silence(self._config.server, self._ask)  # what it answered before does not count
+        self._silence = _Silence(self._config.server, self._ask)  # earlier answers do not count
 
     def _ask(self, timeout_s: float) -> Health:
         return (ask_to_generate if self._hangs else ask)(self.url, self._headers, timeout_s)
 
     def _schedules_synchronously(self) -> bool:
-        """False until it has said so. Raises ServerStartError if it does not."""
+        """False until the server has reported it. Raises ServerStartError if it uses overlap scheduling."""
         if self._scheduling is None:
             self._scheduling = Question(self._ask_scheduling)
         if not self._scheduling.is_over():
@@ -250,15 +251,15 @@ class ExternalServer:
         overlaps, self._scheduling = self._scheduling.answer, None
         if overlaps:
             raise ServerStartError(
-                f"server {self._index} at {self.url} schedules with overlap: with staleness.mode = bounded and "
-                "publish.pause_mode = in_place it would name the wrong version for tokens; start it with "
+                f"server {self._index} at {self.url} uses overlap scheduling: with staleness.mode = bounded and "
+                "publish.pause_mode = in_place it would report the wrong version for tokens; start it with "
                 "--disable-overlap-schedule, or set publish.pause_mode to abort or retract"
             )
         return overlaps is False
 
 
 def external_urls(server: ServerConfig) -> list[str]:
-    """server.urls without a slash at the end. Raises ValueError for one that is no server's, or that comes twice."""
+    """server.urls without trailing slashes. Raises UserError for a URL that is not a server's, or that is repeated."""
     urls = [url.rstrip("/") for url in server.urls]
     for url in urls:
         parts = urlsplit(url)

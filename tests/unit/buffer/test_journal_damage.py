@@ -251,7 +251,7 @@ def test_a_changed_beginning_is_refused(run_dir: Path) -> None:
     assert asyncio.run(main(True))[-1] == beginning
     with closing(sqlite3.connect(run_dir / FILE_NAME)) as connection, connection:
         connection.execute("UPDATE beginnings SET first_batch = 3")
-    with pytest.raises(JournalError, match="the row of beginnings for an extension .* differs from its checksum"):
+    with pytest.raises(JournalError, match=r"the row of beginnings for an extension .* differs from its checksum"):
         asyncio.run(main(True))
 
 

@@ -99,13 +99,13 @@ def test_requests_out_of_order_are_refused_with_the_reason(tmp_path: Path) -> No
             action()
 
     def trainer(feed: Feed) -> None:
-        refused(lambda: feed.start(1), "the trainer goes on from version 1, the collector from 0")
+        refused(lambda: feed.start(1), "the trainer resumes from version 1, the collector from 0")
         batch = feed.batch(0)
         assert isinstance(batch, Batch)
         scores = scores_of(batch)
         refused(lambda: feed.batch(4), "the run has batches 0 .. 3")
         refused(lambda: feed.checkpoint_begin(99999), "version 99999: 0 steps have consumed their batches")
-        refused(lambda: feed.checkpoint_end(99999), "version 99999: it was not begun")
+        refused(lambda: feed.checkpoint_end(99999), "version 99999: it was not started")
         refused(lambda: feed.batch(2), "later weights sample it; the servers hold version 0")
         refused(lambda: feed.consumed(trained(0)), "no behavior log-probs")
         refused(lambda: feed.consumed(trained(1)), "the next step to consume its batch is 0")

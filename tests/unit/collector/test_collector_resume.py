@@ -250,7 +250,7 @@ def test_a_trainer_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with collecting(config, FakeServers()) as collector:
-            with pytest.raises(Conflict, match="goes on from version 2, the collector from 0"):
+            with pytest.raises(Conflict, match="resumes from version 2, the collector from 0"):
                 collector.start(2)
 
     asyncio.run(main())

@@ -134,7 +134,7 @@ def test_a_failed_evaluation_does_not_end_the_run(tmp_path: Path, caplog: pytest
     assert [lease.metrics["fleet/failed_evaluations"] for lease in trainer.leases] == [0, 0, 1, 1]
     assert totals.failed_evaluations == 2
     assert (
-        "version 2: the evaluation on aime24 failed, the run goes on without it: group 2 (prompt 'p2')" in caplog.text
+        "version 2: the evaluation on aime24 failed, the run continues without it: group 2 (prompt 'p2')" in caplog.text
     )
 
 

@@ -89,7 +89,7 @@ def test_right_is_what_the_right_reward_says() -> None:
     found = score_all("m", 0, SETTINGS, {"own": 4}, [SampledGroup("own", 0, "x", 0, responses)], right_reward=9.0)
     (own,) = found.benchmarks
     assert (own.accuracy.value, own.mean_reward and own.mean_reward.value) == (0.5, 5.0)
-    assert "A response is right from a reward of 9 on" in markdown([found])
+    assert "A response is correct from a reward of 9 on" in markdown([found])
 
 
 def test_a_model_that_never_answers() -> None:

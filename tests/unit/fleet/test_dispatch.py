@@ -138,7 +138,7 @@ def test_a_server_far_slower_than_the_median_gets_work_last(caplog: pytest.LogCa
         setting.dispatcher.judge_rates()
         assert setting.dispatcher.num_slow == 1
         assert await setting.take(4) == [1, 1, 0, 0]
-        assert "server 0: 3.2 tokens/s a response, the median is 10.0 (server.slow_factor = 3)" in caplog.text
+        assert "server 0: 3.2 tokens/s per response, the median is 10.0 (server.slow_factor = 3)" in caplog.text
         setting.rate(0, wall_time_s=2.0)
         setting.dispatcher.judge_rates()
         assert setting.dispatcher.num_slow == 0

@@ -437,9 +437,9 @@ def test_a_longer_wait_for_a_place_ends_the_group_with_one_line(tmp_path: Path) 
             with pytest.raises(FleetError) as caught:
                 await it.collect(1, first=1)
             assert str(caught.value) == (
-                "a group has waited for server.queue_timeout_s = 0.05 s for a place at a server that holds version 0: "
-                "1 of 1 servers do, with 1 groups under way, and 0 more groups wait; see the logs of serve, and if the "
-                "servers are well raise server.queue_timeout_s or start more of them"
+                "a group has waited for server.queue_timeout_s = 0.05 s for capacity at a server that holds version 0: "
+                "1 of 1 servers hold it, with 1 groups in flight, and 0 more groups wait; see the logs of serve, and "
+                "if the servers are healthy raise server.queue_timeout_s or start more servers"
             )
             assert it.metric("groups_waiting") == 0
             engine.gate.set()
@@ -453,11 +453,11 @@ def test_time_without_a_current_server_counts_as_waiting_for_a_place(tmp_path: P
     async def test() -> None:
         async with FakeEngine("2") as engine, running(tmp_path, [engine.url], queue_timeout_s=0.05) as it:
             assert [address.index for address in it.fleet.outdated()] == [0]
-            with pytest.raises(FleetError, match=r"holds version 0: 0 of 1 servers do, with 0 groups under way"):
+            with pytest.raises(FleetError, match=r"holds version 0: 0 of 1 servers hold it, with 0 groups in flight"):
                 await it.collect(1)
             it.withdraw(0)
             await until(lambda: not it.fleet.members())
-            with pytest.raises(FleetError, match=r"server\.queue_timeout_s = 0\.05 s .*: 0 of 1 servers do"):
+            with pytest.raises(FleetError, match=r"server\.queue_timeout_s = 0\.05 s .*: 0 of 1 servers hold it"):
                 await it.collect(1)
             assert engine.num_requests == 0
 

@@ -75,7 +75,7 @@ def test_a_shard_that_the_index_names_must_be_there(folder):
         ),
         (
             "[1]\n",
-            "data.train_file = '{path}': it is a JSON array, a prompt file is JSON Lines; make a prompt file of it",
+            "data.train_file = '{path}': it is a JSON array, but a prompt file is JSON Lines; make a prompt file of it",
         ),
         ("[" * 10**5 + "\n", "data.train_file = '{path}': it is a JSON array"),
         ('{"x": ' + "[" * 10**5 + "\n", "{path}, line 1: it is nested too deeply; correct the row or remove it"),
@@ -132,7 +132,7 @@ ROWS = [
     [
         (
             {"source_weights": {"a": 1, "c": 1}},
-            r"^data.source_weights: 'c' is no source of data.train_file = .* a, b$",
+            r"^data.source_weights: 'c' is not a source of data.train_file = .* a, b$",
         ),
         ({"min_pass_rate": 0.9}, r"^data.min_pass_rate = 0.9, data.max_pass_rate = 1: none of the 2 prompts"),
         ({"chat_template": True}, r"^data.chat_template = true: neither .*/hf/tokenizer_config.json nor"),

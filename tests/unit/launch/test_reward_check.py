@@ -52,9 +52,9 @@ def test_what_can_grade_is_no_problem(folder: Path, name: str) -> None:
         ("maths", "there is no such reward; known: calculator, dapo, dapo_boxed, math, or the import path"),
         ("my_graders:", "there is no such reward; known: "),
         ("my_graders:nope", "reward 'my_graders:nope' cannot be loaded: AttributeError: module 'my_graders' has no "),
-        ("nowhere:grade", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'; the module has to be"),
+        ("nowhere:grade", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'; the module must be"),
         ("broken_graders:grade", "cannot be loaded: ModuleNotFoundError: No module named 'not_installed_anywhere'"),
-        ("my_graders:number", "is no function but of type int; give one of (response text, answer)"),
+        ("my_graders:number", "is not a function but of type int; give one of (response text, answer)"),
         (
             "fatal_graders:grade",
             "its import ended the grading process with exit code 9 (no licence); correct the module",
@@ -82,7 +82,7 @@ def test_every_setting_has_its_line(folder: Path) -> None:
         ("raises", "KeyError: 'Answer: 2' for the response 'Answer: 2' and the answer '2'"),
         ("nothing", "TypeError: the grader returned 'None' of type NoneType instead of a number for the response '2'"),
         ("says", "TypeError: the grader returned '1.0' of type str instead of a number for the response '2'"),
-        ("undefined", "ValueError: the grader returned nan, which is no finite number for the response '2'"),
+        ("undefined", "ValueError: the grader returned nan, which is not a finite number for the response '2'"),
         (
             "hangs",
             "it exceeded collector.reward_timeout_s = 0.3 s of processor time, or 10 times as much wall time for ",

@@ -103,7 +103,7 @@ def test_pass_rates_select_and_are_counted(tmp_path: Path, caplog: pytest.LogCap
     data = settings(tmp_path, min_pass_rate=0.2, max_pass_rate=0.8).data
     with caplog.at_level(logging.INFO):
         assert [one.id for one in select_prompts(prompts, data)] == ["p1", "p2", "p3"]
-    assert "left out 3 of 6 prompts" in caplog.text
+    assert "excluded 3 of 6 prompts" in caplog.text
     assert "1 of them without a pass_rate" in caplog.text
     assert select_prompts(prompts, settings(tmp_path).data) == prompts
 
@@ -113,14 +113,14 @@ def test_sources_of_weight_zero_are_left_out_and_counted(tmp_path: Path, caplog:
     with caplog.at_level(logging.INFO):
         kept = select_prompts(prompts, settings(tmp_path, source_weights={"a": 1, "b": 0}).data)
     assert [one.id for one in kept] == ["a0"]
-    assert "left out 2 of 3 prompts of sources of weight 0" in caplog.text
+    assert "excluded 2 of 3 prompts of sources of weight 0" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        ({"source_weights": {"a": 1, "x": 1}}, r"^data.source_weights: 'x' is no source of .*; its sources: a, b$"),
-        ({"source_weights": {"a": 1}}, r"lacks the source 'b' .*name every source, with 0 for those to leave out"),
+        ({"source_weights": {"a": 1, "x": 1}}, r"^data.source_weights: 'x' is not a source of .*; sources: a, b$"),
+        ({"source_weights": {"a": 1}}, r"lacks the source 'b' .*name every source, with weight 0 for those to exclude"),
         (
             {"min_pass_rate": 0.6},
             r"^data.min_pass_rate = 0.6, data.max_pass_rate = 1: none of the 2 .*1 have no pass_r",
@@ -136,7 +136,7 @@ def test_a_selection_that_leaves_nothing_is_refused(tmp_path: Path, data: dict[s
 def test_a_curriculum_needs_pass_rates_and_a_weighted_source_prompts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^data.curriculum = easy_first: no row .* has a pass_rate; add them, or"):
         select_prompts([prompt("a0")], settings(tmp_path, curriculum="easy_first").data)
-    with pytest.raises(ValueError, match=r"^data.source_weights: the source 'b' has weight 2, but none of its prompts"):
+    with pytest.raises(ValueError, match=r"^data.source_weights: the source 'b' has weight 2, but the pass rates and"):
         stream(tmp_path, [prompt("a0")], source_weights={"a": 1, "b": 2})
 
 

@@ -80,11 +80,11 @@ VERL_ROW = {"data_source": "x", "prompt": [{"role": "user", "content": "1+1?"}],
 @pytest.mark.parametrize(
     ("name", "content", "kind"),
     [
-        ("train.parquet", b"PAR1\x15\x04", "it is a parquet file, a prompt file is JSON Lines"),
-        ("train.jsonl", b"PAR1\x15\x04", "it is a parquet file, a prompt file is JSON Lines"),
-        ("train.jsonl.gz", gzip.compress(b"{}", mtime=0), "it is compressed with gzip, a prompt file is JSON Lines"),
-        ("train.csv", b"question,answer\n1+1?,2\n", "it is a CSV file, a prompt file is JSON Lines"),
-        ("train.json", b'\xef\xbb\xbf [\n{"id": 1}\n]', "it is a JSON array, a prompt file is JSON Lines"),
+        ("train.parquet", b"PAR1\x15\x04", "it is a parquet file, but a prompt file is JSON Lines"),
+        ("train.jsonl", b"PAR1\x15\x04", "it is a parquet file, but a prompt file is JSON Lines"),
+        ("train.jsonl.gz", gzip.compress(b"{}", mtime=0), "it is compressed with gzip, but a prompt file is JSON Lines"),
+        ("train.csv", b"question,answer\n1+1?,2\n", "it is a CSV file, but a prompt file is JSON Lines"),
+        ("train.json", b'\xef\xbb\xbf [\n{"id": 1}\n]', "it is a JSON array, but a prompt file is JSON Lines"),
         ("verl.jsonl", json.dumps(VERL_ROW).encode(), "the row has the fields data_source, prompt, reward_model"),
         ("slime.jsonl", b'{"prompt": "1+1?", "label": "2"}', "the row has the fields prompt, label"),
     ],
@@ -106,7 +106,7 @@ def test_a_data_set_given_as_prompt_file_is_named_with_the_command_that_prepares
 def test_a_pointer_of_git_lfs_is_no_prompt_file(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(UserError, match=r"pointer of Git LFS instead of the file; fetch it with: git lfs pull"):
+    with pytest.raises(UserError, match=r"Git LFS pointer instead of the file; fetch it with: git lfs pull"):
         load_prompts(path, "data.train_file")
 
 

@@ -402,7 +402,7 @@ def test_tokens_of_incomplete_weights_are_refused() -> None:
         return checker.check(body.encode(), [request])[0].policy_versions
 
     assert check(VERSION).tolist() == [VERSION]
-    with pytest.raises(InvalidAnswer, match="'9999999999' is no policy version"):
+    with pytest.raises(InvalidAnswer, match="'9999999999' is not a policy version"):
         check(module.INCOMPLETE)
 
 

@@ -79,7 +79,7 @@ def test_a_spoiled_step_is_gone_on_from() -> None:
             assert prompt == pair[0]
             reading, operations = calculator_steps.operations_of(prompt)
             for (operator, operand), following in zip(operations, map(int, said.split(",")), strict=True):
-                assert 0 <= following <= calculator_steps.LARGEST_READING
+                assert 0 <= following <= calculator_steps.MAX_READING
                 wrong += following != calculator_steps.step(reading, operator, operand)
                 reading = following
         assert abs(wrong / 1400 - share) < 0.06

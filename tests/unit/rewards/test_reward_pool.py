@@ -270,9 +270,9 @@ def test_waiting_costs_no_processor_time() -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (math.nan, "ValueError: the grader returned nan, which is no finite number"),
-        (-math.inf, "ValueError: the grader returned -inf, which is no finite number"),
-        (Grade(math.inf, "4"), "ValueError: the grader returned inf, which is no finite number"),
+        (math.nan, "ValueError: the grader returned nan, which is not a finite number"),
+        (-math.inf, "ValueError: the grader returned -inf, which is not a finite number"),
+        (Grade(math.inf, "4"), "ValueError: the grader returned inf, which is not a finite number"),
         (None, "TypeError: the grader returned 'None' of type NoneType instead of a number"),
         ("1.0", "TypeError: the grader returned '1.0' of type str instead of a number"),
         ({"score": 1.0}, "TypeError: the grader returned \"{'score': 1.0}\" of type dict instead of a number"),

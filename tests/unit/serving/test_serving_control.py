@@ -113,7 +113,7 @@ def test_checksum_version_and_canary_are_read(servers: list[RecordedServer], con
     servers[0].answers["model_info"] = (200, {"model_path": "m", "weight_version": "12"})
     assert controls[0].policy_version() == 12
     servers[0].answers["model_info"] = (200, {"model_path": "m", "weight_version": "default"})
-    with pytest.raises(ControlError, match="'default' is no policy version"):
+    with pytest.raises(ControlError, match="'default' is not a policy version"):
         controls[0].policy_version()
 
     meta = {"output_token_logprobs": [[-0.5, 4, None], [-0.25, 1, None]], "weight_version": "12"}

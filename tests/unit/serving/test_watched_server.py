@@ -136,7 +136,7 @@ def test_an_address_that_is_gone_from_the_run_folder_is_stated_again(
     endpoint_file(setting.config.run_dir, 0, INCARNATION).unlink()
     pass_time(server, 5.25)
     assert (setting.stated(), setting.process.num_ends) == ([0], 0)
-    assert "the address of server 0 was gone from the run folder: stated again" in caplog.text
+    assert "the address of server 0 was missing from the run folder: written again" in caplog.text
     setting.config.run_dir.rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError):
         pass_time(server, 10)
