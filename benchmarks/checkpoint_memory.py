@@ -1,11 +1,11 @@
-"""Host memory that saving and loading a checkpoint takes on each rank, beside what the rank holds anyway.
+"""Host memory that saving and loading a checkpoint takes on each rank, in addition to the rank's own state.
 
     python -m benchmarks.checkpoint_memory [--data 2 4 8] [--million 40]
 
 Trains nothing: a dense bfloat16 model of random weights with its optimizer on gloo ranks of one data-parallel group.
-In turns: a save as the trainer makes it, in the background and at once, and a load; and the same with megatron's own
-"fully_reshardable" states, which a data-parallel group gathers on its first rank. Memory is the proportional set size
-of the rank and of the processes that it forks, sampled all the time, or the kernel's own peak of the rank if larger.
+Measured in turn: a save as in the trainer, in the background and at once, and a load; and the same with megatron's
+own "fully_reshardable" states, which a data-parallel group gathers on its first rank. Memory is the proportional set
+size of the rank and of the processes that it forks, sampled continuously, or the kernel's peak of the rank if larger.
 """
 
 import argparse
@@ -40,8 +40,8 @@ GATHERED = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One rank's bytes: what it owns (weights, float32 weights and moments of its range), and how much more was in
-    memory at the worst moment."""
+    """One rank's bytes: what it owns (weights, float32 weights and moments of its range), and the maximum of additional
+    memory."""
 
     states: int
     growth: dict[str, int]
@@ -89,7 +89,7 @@ def make_policy(mesh: Mesh, a: Architecture, data: int) -> Any:
 
 
 class Growth:
-    """How far memory has grown within: `bytes` after it."""
+    """The growth of memory inside the block; `bytes` is set after it."""
 
     def __enter__(self) -> "Growth":
         gc.collect()

@@ -1,8 +1,8 @@
-"""A full step through the collector: answers of synthetic servers to the journal and the trainer, and each stage alone.
+"""A full step through the collector, from answers of synthetic servers to journal and trainer; and each stage alone.
 
     python -m benchmarks.collector_load [--responses 4096] [--max-tokens 20480] [--steps 1] [--delay 0] [--folder DIR]
 
-Processes: synthetic servers (benchmarks/synthetic_servers.py), the role `collect` as it is, a trainer that computes
+Processes: synthetic servers (benchmarks/synthetic_servers.py), the unchanged role `collect`, a trainer that computes
 nothing but keeps train.py's order of requests, and an event loop that only measures how late the machine wakes it.
 """
 
@@ -34,7 +34,7 @@ from minpro_megatron.feed.feed import Feed
 from minpro_megatron.records import Batch, BehaviorLogProbs, PublishLease, ServerAddress, TrainedStep
 
 RESPONSES_PER_PROMPT = 8
-# Tokens a second of 64 H100 that generate rollouts of Qwen3-30B-A3B; the derivation is in collector_load.md.
+# Tokens per second of 64 H100 that generate rollouts of Qwen3-30B-A3B; the derivation is in collector_load.md.
 FLEET_TOKENS_PER_S = 106_000
 
 
@@ -70,7 +70,7 @@ def make_run(root: Path, arguments: argparse.Namespace) -> RunConfig:
 
 
 def make_tokenizer() -> Tokenizer:
-    """As many tokens as Qwen3's, of 1 to 8 letters: what turning responses into text costs depends on both."""
+    """As many tokens as Qwen3's, of 1 to 8 letters: the cost of decoding responses depends on both."""
     random = np.random.default_rng(0)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: place for place, letter in enumerate(letters)}
@@ -85,7 +85,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 class Trainer:
-    """What rank 0 asks of the collector, in the order of a run; notes when each request began and ended."""
+    """Rank 0's requests to the collector, in the order of a run, with the start and end time of each request."""
 
     def __init__(self, config: RunConfig, servers: Sequence[ServerAddress]) -> None:
         self._config, self._servers = config, servers
@@ -124,7 +124,7 @@ class Trainer:
     def _fetch(self, index: int, version: int) -> None:
         with self._phase("collect and fetch"):
             batch = self._feed.batch(index)
-        with self._phase("fetch again"):  # it is there already: what the transfer alone takes
+        with self._phase("fetch again"):  # the batch is already there: measures only the transfer
             batch = self._feed.batch(index)
         assert isinstance(batch, Batch)
         scores = BehaviorLogProbs(
@@ -156,7 +156,7 @@ def _log_probs(batch: Batch) -> list[list[np.ndarray]]:
 
 
 def measure_step(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole way; phases by name, stalls, memory and processor time of the collector."""
+    """The whole path: phases by name, stalls, memory and processor time of the collector."""
     context = multiprocessing.get_context("spawn")
     folder = config.run_dir
     folder.mkdir(parents=True)
@@ -197,7 +197,7 @@ def worst(stalls: Sequence[Sequence[float]], phases: Sequence[tuple[str, float, 
 
 
 def cpu_after(samples: Sequence[tuple[float, dict[str, float]]], begin: float) -> dict[str, float]:
-    """Seconds of CPU of each thread, and of the whole process, from `begin` to the last sample."""
+    """CPU seconds of each thread, and of the whole process, from `begin` to the last sample."""
     first = next((times for at, times in samples if at >= begin), samples[-1][1])
     return {name: seconds - first.get(name, 0.0) for name, seconds in samples[-1][1].items()}
 

@@ -1,4 +1,4 @@
-"""The role `collect` in a process of its own, watched: its event loop, its threads' processor time, its memory."""
+"""The role `collect` in a separate process, with measurements of its event loop, CPU time per thread, and memory."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ HEARTBEAT_S = 0.005
 
 
 async def heartbeat(stalls: list[tuple[float, float]]) -> None:
-    """Notes (when, seconds late) of every turn of the event loop that comes late."""
+    """Records (time, seconds late) of every turn of the event loop that is late."""
     while True:
         start = time.monotonic()
         await asyncio.sleep(HEARTBEAT_S)
@@ -27,7 +27,7 @@ async def heartbeat(stalls: list[tuple[float, float]]) -> None:
 
 
 def thread_times() -> dict[str, float]:
-    """Seconds of processor time of this process's threads so far, by name without number, and of the process."""
+    """CPU seconds of this process's threads so far, by name without number, and of the process."""
     times: dict[str, float] = defaultdict(float, {"process": time.process_time()})
     for thread in threading.enumerate():
         if thread.ident is not None:
@@ -61,7 +61,7 @@ def run_collector(config: RunConfig, result: Path) -> None:
 
 
 def run_bare_loop(result: Path, ended: Any) -> None:
-    """An event loop with nothing but the heartbeat: how late this machine wakes a process that wants little."""
+    """An event loop with nothing but the heartbeat: how late this machine wakes an almost idle process."""
     stalls: list[tuple[float, float]] = []
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""The collector's stages alone, in turn, and a plain file append beside the journal's writes."""
+"""The collector's stages alone, in turn, and a plain file append for comparison with the journal's writes."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ from minpro_megatron.records import Batch, CollectedGroup, IssuedGroup, Prompt, 
 from minpro_megatron.serving.answers import AnswerChecker, SampledSequence, SentRequest
 from minpro_megatron.serving.client import SamplingParameters, ServerClient, _Response
 
-# SQLite's wal_autocheckpoint is 1000 pages: what it syncs after so many bytes, the plain append does too.
+# SQLite's wal_autocheckpoint is 1000 pages; the plain append also syncs after this number of bytes.
 SYNC_EVERY_BYTES = 1000 * PAGE_BYTES
 PROMPT = list(range(100, 164))
 
@@ -35,7 +35,7 @@ Answer = tuple[bytes, list[SentRequest]]
 
 
 class Stages:
-    """Runs each stage over the same groups, and notes seconds by the clock and of this process's CPU time."""
+    """Runs each stage over the same groups, and records wall time and CPU time of this process."""
 
     def __init__(self, config: RunConfig, facts: ModelFacts, folder: Path, num_groups: int) -> None:
         self._config, self._facts, self._folder = config, facts, folder
@@ -84,7 +84,7 @@ class Stages:
             return list(threads.map(lambda answer: self._checker.check(*answer), answers))
 
     async def _receive(self, client: ServerClient) -> list[Answer]:
-        """Requests and bodies as the client sends and takes them, four at a time, without a look at the answers."""
+        """Sends requests and receives bodies as the client does, four at a time, without decoding the answers."""
         limit = asyncio.Semaphore(4)
         sampling = SamplingParameters(1.0, self._config.sampling.max_response_tokens)
         session = client._session
@@ -102,7 +102,7 @@ class Stages:
         return answers
 
     async def _journal_round(self, groups: list[CollectedGroup], place: int) -> None:
-        """Every second round the plain append comes first: the disk is shared."""
+        """In every second round the plain append comes first, because the disk is shared."""
         if place % 2:
             self._append(groups)
         await self._write_journal(groups)
@@ -189,7 +189,7 @@ async def _measure(config: RunConfig, server: ServerAddress, folder: Path, num_g
 
 
 def measure_stages(config: RunConfig, num_groups: int, repeats: int, console: Console) -> dict[str, Any]:
-    """Seconds by the clock and of CPU of each stage, for every repeat; prints the medians."""
+    """Wall seconds and CPU seconds of each stage, for every repeat; prints the medians."""
     folder = Path(config.runs_dir) / "stages"
     folder.mkdir(parents=True)
     max_tokens = config.sampling.max_response_tokens

@@ -1,13 +1,13 @@
-"""Objectives against verl's registered policy losses on the same random ragged batches: loss and gradient.
+"""Compares the objectives with verl's registered policy losses on the same random ragged batches: loss and gradient.
 
     python -m benchmarks.compare_with_verl [--batches 50]
 
-A check that is not part of the tests, because it needs verl (benchmarks/README.md says how to get it). It prints a
-Markdown table of the largest relative differences over all batches, and ends with status 1 if one is larger than the
-table says it may be. A gradient's difference is relative to its largest element, a loss's to |loss| plus the sum of
-|gradient|, because a loss may cancel to almost nothing. The batches have sequences of unlike lengths, masked holes
-inside the responses, and one sequence that is masked wholly. `drift` is the standard deviation of log pi - log pi_old;
-GSPO's narrow clip gets a small one too, since every sequence of a wide one is clipped or far outside the clip. `far`
+This check is not part of the tests, because it needs verl (benchmarks/README.md says how to get it). It prints a
+Markdown table of the largest relative differences over all batches, and ends with status 1 if one exceeds the limit
+stated in the table. A gradient's difference is relative to its largest element, a loss's to |loss| plus the sum of
+|gradient|, because a loss may cancel to almost nothing. The batches have sequences of different lengths, masked holes
+inside the responses, and one completely masked sequence. `drift` is the standard deviation of log pi - log pi_old;
+GSPO's narrow clip also gets a small one, as with a large one every sequence is clipped or far outside the clip. `far`
 batches have differences of up to 60 nats.
 """
 
@@ -50,7 +50,7 @@ class Batch:
 
 
 def random_batch(seed: int, drift: float, far: bool, shortest: int) -> Batch:
-    """All numbers are float32 numbers, so that both precisions start from the very same values."""
+    """All numbers are float32 numbers, so that both precisions start from the same values."""
     random = torch.Generator().manual_seed(seed)
     shape = (SEQUENCES, LONGEST)
     lengths = torch.randint(shortest, LONGEST + 1, (SEQUENCES, 1), generator=random)
@@ -75,9 +75,9 @@ class Case:
     drift: float
     far: bool = False
     shortest: int = 1  # sequence
-    clamped: bool = False  # verl is given log-ratios that are clamped to +-20 before
-    deviation: str = ""  # what verl does otherwise, on purpose
-    float32: float = 2e-6  # largest relative difference allowed; verl computes ratios and sums in float32, we do not
+    clamped: bool = False  # verl gets log-ratios that are already clamped to +-20
+    deviation: str = ""  # what verl intentionally does differently
+    float32: float = 2e-6  # maximum relative difference; verl computes ratios and sums in float32, we do not
     float64: float = 1e-12
 
 

@@ -136,7 +136,7 @@ def medians(found: list[Timing]) -> Timing:
 
 
 def show(timings: dict[str, list[Timing]], num_bytes: int) -> None:
-    """Rates of a conversion are those of the whole command; the first line tells how much of it is start-up."""
+    """Rates of a conversion are those of the whole command; the first line shows the share of start-up."""
     console = Console(width=100)
     cores = len(os.sched_getaffinity(0))
     console.print(

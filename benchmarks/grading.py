@@ -1,12 +1,12 @@
-"""Grading mathematical answers: grades a second through the reward pool, against Math-Verify called directly.
+"""Grading of mathematical answers: grades per second through the reward pool, compared with calling Math-Verify.
 
     python -m benchmarks.grading --data DIR [--prompts 150] [--rounds 3]
     python -m benchmarks.grading --data DIR --truths
 
-The first form takes prompts from all benchmark files, each with eight responses of which half are right, and grades
-them in turns: by Math-Verify's parse and verify with their own time limits, in one process and in two; by this
+The first form takes prompts from all benchmark files, each with eight responses of which half are correct, and grades
+them in turn: with Math-Verify's parse and verify and their own time limits, in one process and in two; with this
 project's function in one process; through its pool with one worker and with two. It prints a Markdown table: rates, and
-how often the verdicts are right. The second form grades every answer of the files in all spellings of
+how often the verdicts are correct. The second form grades every answer of the files in all spellings of
 benchmarks/ground_truths.py and prints how many are judged equal to themselves and different from wrong ones, and every
 failure.
 """
@@ -41,7 +41,7 @@ WARM_UP: list[Prompt] = [(f"x+{number}", [f"Answer: ${number}+x$"]) for number i
 
 
 def make_prompts(folder: Path, count: int) -> list[Prompt]:
-    """`count` rows of the files, as often as they occur there, gsm8k as often as all others together."""
+    """`count` rows of the files, in proportion to their frequency, gsm8k as often as all others together."""
     rows = [truth for truth in read_truths(folder) if truth[0] != "math_dapo"]
     chosen = random.Random(0)
     words = [truth for source, truth in rows if source == "gsm8k"]
@@ -56,7 +56,7 @@ def make_prompts(folder: Path, count: int) -> list[Prompt]:
 
 
 def by_math_verify(prompt: Prompt) -> list[bool]:
-    """Its defaults, the true answer as a formula, once for each prompt."""
+    """With its defaults; the correct answer is parsed as a formula, once per prompt."""
     truth, responses = prompt
     expected = parse(truth if "$" in truth else f"${truth}$")
     return [verify(expected, parse(response)) for response in responses]
@@ -74,7 +74,7 @@ async def by_pool(pool: RewardPool, prompts: list[Prompt]) -> list[list[bool]]:
 
 @dataclass
 class Record:
-    """What one way of grading took, round by round, and its verdicts."""
+    """The times of one way of grading, round by round, and its verdicts."""
 
     wall_s: list[float] = field(default_factory=list)
     processor_s: list[float] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Record:
 
 
 def processor_seconds() -> float:
-    """Of this process and of those that it started."""
+    """Processor time of this process and its children."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
@@ -102,7 +102,7 @@ async def measure(all_prompts: list[Prompt], rounds: int) -> None:
             processes.map(by_math_verify, WARM_UP, chunksize=1)
             await by_pool(one, WARM_UP)
             await by_pool(two, WARM_UP)
-            # other prompts in each round: everything here keeps what it has read before
+            # different prompts in each round, because all implementations cache what they have parsed
             for number in range(rounds):
                 prompts = all_prompts[number::rounds]
                 with timed(record := ways["Math-Verify, 1 process"]):

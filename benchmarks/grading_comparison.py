@@ -1,12 +1,12 @@
-"""Where the reward `math` and Math-Verify disagree, and how many wrong answers are accepted.
+"""Disagreements of the reward `math` and Math-Verify, and the number of accepted wrong answers.
 
     python -m benchmarks.grading_comparison
     python -m benchmarks.grading_comparison --wrong 2000 --data DIR
 
-The first form grades the rows of grading_golden.jsonl and grading_responses.jsonl in tests/unit/rewards/, which say
-what is right, by both, and prints every disagreement as a Markdown table. Math-Verify reads formulas only between
-dollar signs, so it is given the answers of the golden table with them. The second form makes wrong answers out of the
-true answers of the benchmark files (another sign, a number off by one, the other branch, another unit, words that
+The first form grades the rows of grading_golden.jsonl and grading_responses.jsonl in tests/unit/rewards/, which include
+the correct verdict, with both, and prints every disagreement as a Markdown table. Math-Verify reads formulas only
+between dollar signs, so it gets the answers of the golden table with them. The second form makes wrong answers from the
+correct answers of the benchmark files (another sign, a number off by one, the other branch, another unit, words that
 change the answer) and prints how many are accepted, and each of them. With `--verdicts FILE` each verdict is appended
 to FILE, and the next call with the same FILE continues there. Remove FILE after a change of the grader."""
 

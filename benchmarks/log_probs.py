@@ -5,10 +5,11 @@
 
 The first form times all implementations in one process in turns (naive, ours, verl, naive, ...), checks that they
 agree, measures the peak memory of each in a process of its own, and prints Markdown tables. Peak memory is what the
-process (on a GPU: the allocator) holds above the inputs and the returned gradients of hidden states and weight. On a
-GPU the rate of a bfloat16 matrix product is measured in the same rounds. The second form times this project's at
-several block sizes, in turns. A timing waits until other processes leave the processors alone, and is repeated if they
-took more than --others of them meanwhile. verl's rows appear where verl is installed (benchmarks/README.md).
+agree, measures the peak memory of each in a separate process, and prints Markdown tables. Peak memory is what the
+process (on a GPU: the allocator) uses in addition to the inputs and the returned gradients of hidden states and weight.
+On a GPU the rate of a bfloat16 matrix product is measured in the same rounds. The second form times this project's at
+several block sizes, in turn. A timing waits until other processes stop using the processors, and is repeated if they
+used more than --others of them meanwhile. verl's rows appear if verl is installed (benchmarks/README.md).
 """
 
 import argparse
@@ -33,7 +34,7 @@ from minpro_megatron.parallel.log_probs import vocab_parallel_log_probs
 
 TEMPERATURE = 0.9
 MIB = 1 << 20
-PATIENCE_S = 1800  # for other processes to leave the processors alone
+PATIENCE_S = 1800  # maximum wait for other processes to stop using the processors
 
 Implementation = Callable[["Problem"], tuple[Tensor, Tensor]]
 Seconds = tuple[float, float]  # forward, backward
@@ -52,7 +53,7 @@ class Problem:
 
 
 def make_problem(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype, device: str) -> Problem:
-    """Filled in place, so that making it needs no more memory than keeping it."""
+    """Filled in place, so that creating it needs no more memory than keeping it."""
     random = torch.Generator(device).manual_seed(0)
     hidden_TH = torch.empty(tokens, hidden, dtype=dtype, device=device).normal_(0, 1, generator=random)
     weight_VH = torch.empty(vocabulary, hidden, dtype=dtype, device=device).normal_(0, 0.05, generator=random)
@@ -62,7 +63,7 @@ def make_problem(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype, 
 
 
 class _OneRank:
-    """A process group of one rank, over which nothing is sent."""
+    """A process group of one rank, which sends nothing."""
 
     def size(self) -> int:
         return 1
@@ -100,7 +101,7 @@ class _OneDnnLogits(torch.autograd.Function):
 
 
 def naive_with_our_product(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Tells what the blocks are worth apart from the faster matrix product on a CPU."""
+    """Shows the benefit of the blocks separately from that of the faster matrix product on a CPU."""
     return _of_whole_logits(cast(Tensor, _OneDnnLogits.apply(problem.hidden_TH, problem.weight_VH)), problem.labels_T)
 
 
@@ -131,7 +132,7 @@ def implementations(device: str, dtype: torch.dtype) -> dict[str, Implementation
     if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         found["naive, oneDNN product"] = naive_with_our_product
     if util.find_spec("verl") is None:
-        print("verl is not installed: its rows are left out", file=sys.stderr)
+        print("verl is not installed: its rows are skipped", file=sys.stderr)
     else:
         found["verl, torch"] = verl_torch
         if device == "cuda":
@@ -172,7 +173,7 @@ def undisturbed_seconds(name: str, problem: Problem, implementation: Implementat
 
 
 class Processors:
-    """Who uses the processors from the time this is made."""
+    """Measures which processes use the processors, from the time of its creation."""
 
     def __init__(self) -> None:
         self._started, self._busy, self._own = time.perf_counter(), _busy_s(), time.process_time()
@@ -183,7 +184,7 @@ class Processors:
 
 
 def _busy_s() -> float:
-    """Seconds that all processors together have spent on anything, or were kept from this machine."""
+    """Seconds that all processors together have been busy, or were used by other machines of the host."""
     user, nice, system, _idle, _wait, *interrupts_and_stolen = Path("/proc/stat").read_text().split()[1:9]
     ticks = sum(map(int, (user, nice, system, *interrupts_and_stolen)))
     return ticks / os.sysconf("SC_CLK_TCK")

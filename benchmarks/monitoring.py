@@ -1,12 +1,12 @@
-"""What monitoring costs of a global step: statistics of the tokens, merging them over ranks, writing, alarms.
+"""The share of a global step that monitoring takes: token statistics, merging them over ranks, writing, alarms.
 
     python -m benchmarks.monitoring [--run RUN_DIR | --hidden-size N] [--steps 30]
 
 Trains on the journal of a finished run of recipes.demo (made with collector.journal_keep_steps=0; without --run one
-is launched first) in this process, on one rank, and times the parts where they are called. Everything is processor
-time, so that what else the machine does has no part in it. The tiny model is the hard case: what is monitored of a
-token costs the same whatever the model, and here the rest of a step takes the least. --hidden-size launches the run
-with a wider model of random weights instead.
+is launched first) in this process, on one rank, and times the parts where they are called. All times are processor
+time, so that other load of the machine does not matter. The tiny model is the worst case: monitoring a token costs the
+same for any model, and here the rest of a step is cheapest. --hidden-size launches the run with a wider model of random
+weights instead.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What the planner says of published reinforcement-learning runs, beside what was measured, and of known model sizes.
+"""Compares the planner's predictions with measurements of published reinforcement-learning runs and known model sizes.
 
     python -m benchmarks.plan_run
 
-Settings and figures are those of the sources named with each run. Nothing in the cost model was fitted to them; what a
-source leaves open and had to be assumed stands in `assumed`.
+Settings and figures are those of the sources named with each run. The cost model was not fitted to them; assumptions
+for values that a source does not state are in `assumed`.
 """
 
 import argparse
@@ -93,8 +93,8 @@ def verl(name: str, step_s: float, gpus: tuple[int, int], parts_s: dict[str, flo
     )
 
 
-# Not published. Taken from the asynchronous run's own reference pass, 50.05 s on 32 GPUs: what a forward pass of so
-# many tokens takes in the cost model. That part of that run is no evidence, then; everything else is.
+# Not published. Derived from the asynchronous run's own reference pass, 50.05 s on 32 GPUs: the number of tokens for
+# which a forward pass takes that time in the cost model. So that part of that run is no evidence; everything else is.
 VERL_RESPONSE_TOKENS = 1150
 QWEN3_32B = "qwen3-32b"
 ONE_STEP_OFF = {"mode": "bounded", "max_staleness": 1}
@@ -199,7 +199,7 @@ def planned(run: PublishedRun) -> Plan:
 
 
 def known_sizes() -> None:
-    print("| model | parameters | bfloat16 GB | states GB (18 bytes a parameter) | parameters a token meets |")
+    print("| model | parameters | bfloat16 GB | states GB (18 bytes per parameter) | active parameters per token |")
     print("|---|---|---|---|---|")
     for name in ("qwen3-30b-a3b", "qwen3-8b", "qwen3-14b", "qwen3-32b"):
         a = find_architecture(name)
@@ -208,7 +208,7 @@ def known_sizes() -> None:
 
 
 def published_runs() -> list[float]:
-    """Prints a row a run. Returns the errors of the step times, as shares."""
+    """Prints one row per run. Returns the errors of the step times, as fractions."""
     print("| run | step s: published | planned | error | planned: generation | scoring | updates | publishing |")
     print("|---|---|---|---|---|---|---|---|")
     errors = []

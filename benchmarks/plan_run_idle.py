@@ -1,10 +1,10 @@
-"""The simulator's idle shares beside those of a run that took place, with that run's own durations.
+"""Compares the simulator's idle shares with those of a real run, using that run's own durations.
 
     python -m benchmarks.plan_run_idle RUN_DIR ...
 
-From metrics.jsonl of each run: how long scoring, updates and publications took on average, and how fast a response grew
-on a server (fleet/tokens_per_s/<index>), all under the load that trainer and servers were to each other. From these and
-the run's settings the simulator says how long either side waits; what they did wait is in the same file.
+From metrics.jsonl of each run: the mean durations of scoring, updates and publications, and the rate of a response
+on a server (fleet/tokens_per_s/<index>), all under the mutual load of trainer and servers. From these and the run's
+settings the simulator predicts how long either side waits; the measured waits are in the same file.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.planning.simulator import Phases, Simulation
 from minpro_megatron.planning.workload import GroupLengths, Workload
 
-LEFT_OUT = 3  # steps at the start, and as many as the run is off-policy at its end: servers have nothing to do there
+LEFT_OUT = 3  # steps at the start, and at the end as many as the run is off-policy, when servers have nothing to do
 
 
 @dataclass(frozen=True)
 class MeasuredServer:
-    """A server as fast as it was (planning.simulator.ServerModel)."""
+    """A server with the measured rate (planning.simulator.ServerModel)."""
 
     num_servers: int
     max_running: int
@@ -65,7 +65,7 @@ def compare(run_dir: Path) -> tuple[IdleShares, IdleShares]:
     phases = Phases(mean("time/score_s"), mean("time/train_s"), mean("time/publish_s"), mean("publish/paused_s"))
     rates = [step[name] for step in middle for name in step if name.startswith("fleet/tokens_per_s/")]
     token_s = sum(1 / rate for rate in rates) / len(rates)
-    # what waits in a server's own queue is part of the measured rate: all that a server is given counts as running
+    # requests in a server's own queue are part of the measured rate, so all requests of a server count as running
     server = MeasuredServer(config.server.count, config.server.max_requests_under_way, token_s)
     limits = config.sampling
     workload = Workload(min(8, limits.max_prompt_tokens), min(mean("response/length_mean"), limits.max_response_tokens))

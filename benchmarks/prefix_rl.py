@@ -2,8 +2,8 @@
 
     .venv/bin/python -m benchmarks.prefix_rl [--seeds 0 1 2] [--learning-rate 2e-4]
 
-Makes the warm-started model and its prompts in artifacts/prefix_rl where they are missing, runs both recipes with
-each seed (a run that is complete is not repeated, an interrupted one goes on) and prints a Markdown table.
+Makes the warm-started model and its prompts in artifacts/prefix_rl if they are missing, runs both recipes with
+each seed (a complete run is not repeated, an interrupted one is resumed) and prints a Markdown table.
 """
 
 import argparse
@@ -23,7 +23,7 @@ WINDOW = 10  # global steps at the run's beginning and end
 
 @dataclass(frozen=True)
 class Run:
-    """What a run leaves behind. Shares; curves are means over the first and the last WINDOW global steps."""
+    """The results of a run, as fractions; curves are means over the first and the last WINDOW global steps."""
 
     kind: str
     seed: int
@@ -38,14 +38,14 @@ class Run:
 
 
 def command(*words: object) -> None:
-    """Runs python with these words; ends this process with a line if that fails."""
+    """Runs python with these arguments; ends this process with an error line if that fails."""
     finished = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=False)
     if finished.returncode:
         sys.exit(f"benchmarks.prefix_rl: {' '.join(map(str, words))} ended with status {finished.returncode}")
 
 
 def prepare(folder: Path) -> None:
-    """The model in both forms and the training prompts, as far as they are missing."""
+    """Makes the model in both forms and the training prompts if they are missing."""
     hf, megatron = folder / "hf", folder / "megatron"
     if not (hf / "config.json").exists():
         command("tools/make_tiny_model.py", "--task", "calculator_steps", "--output", hf)

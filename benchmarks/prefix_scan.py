@@ -1,4 +1,4 @@
-"""The prefix minimum over context-parallel shards: exchanging piece totals against gathering whole sequences.
+"""The prefix minimum over context-parallel shards: exchanging piece totals compared with gathering whole sequences.
 
     python -m benchmarks.prefix_scan [--tokens 20000] [--repetitions 200] [--json FILE]
 
@@ -40,7 +40,7 @@ def row_lengths(tokens: int, num_sequences: int, context_size: int) -> list[int]
 
 
 def measure(mesh: Mesh, lengths: list[int], repetitions: int) -> dict[str, float]:
-    """Median seconds a call, by name, and received bytes, on this rank."""
+    """Median seconds per call, by name, and received bytes, on this rank."""
     context = mesh.context
     held = [context_shard(lengths, context.size(), rank) for rank in range(context.size())]
     mine = torch.from_numpy(held[context.rank()])

@@ -1,4 +1,4 @@
-"""Publishing to a real SGLang server against a bare gloo broadcast of the same bytes; what requests in flight notice.
+"""Publishing to a real SGLang server compared with a gloo broadcast of the same bytes; effects on requests in flight.
 
     python -m benchmarks.publish [--layers 4] [--repeats 5] [--bucket-mb 32 128 512] [--split tensor] [--folder DIR]
 
@@ -148,7 +148,7 @@ class Rank:
         return publisher.publish(lease if self._mesh.rank == 0 else None, changed=True)
 
     def gather_s(self, bucket_bytes: int) -> float:
-        """Collecting all buckets on rank 0, without sending them."""
+        """The time to collect all buckets on rank 0 without sending them."""
         dist.barrier()
         start = time.monotonic()
         for _ in self.gatherer.buckets(bucket_bytes):

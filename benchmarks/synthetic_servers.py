@@ -1,7 +1,7 @@
-"""Rollout servers that compute nothing: they answer as SGLang 0.5.23 does, with bodies prepared beforehand.
+"""Rollout servers that compute nothing: they answer like SGLang 0.5.23, with bodies prepared in advance.
 
 Lengths are long-tailed: log-normal with the median at a quarter of the limit and sigma 0.8, cut at the limit, which
-4 % of the responses reach. `POST /weight_version/{version}` stands for a publication.
+4 % of the responses reach. `POST /weight_version/{version}` replaces a publication.
 """
 
 import asyncio
@@ -131,7 +131,7 @@ def _run(run_dir: Path, indices: Sequence[int], max_tokens: int) -> None:
 def synthetic_servers(
     run_dir: Path, count: int, num_processes: int, max_tokens: int, timeout_s: float = 120.0
 ) -> Iterator[list[ServerAddress]]:
-    """`count` servers in `num_processes` processes, their addresses stated in the run folder."""
+    """`count` servers in `num_processes` processes, with their addresses in the run folder."""
     context = multiprocessing.get_context("spawn")
     shares = [range(first, count, num_processes) for first in range(min(num_processes, count))]
     processes = [context.Process(target=_run, args=(run_dir, list(share), max_tokens)) for share in shares]

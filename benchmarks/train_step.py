@@ -1,7 +1,7 @@
 """One optimizer update of a few full-width Qwen3-30B-A3B layers: tokens/s, and the share of the measured matmul rate.
 
     python -m benchmarks.train_step [--layers 4] [--tokens 32768] [--backend auto] [--recompute none] [--rounds 5]
-    python -m benchmarks.train_step --device cpu --shrink 16 --tokens 512     # does the benchmark itself work?
+    python -m benchmarks.train_step --device cpu --shrink 16 --tokens 512     # checks that the benchmark itself works
 
 One rank, random weights, one mini-batch of equal sequences packed into rows: forward, backward, AdamW. The rate of a
 large matrix product in the same dtype is measured in the same rounds. Without a GPU the first form says so and ends.

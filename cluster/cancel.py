@@ -1,4 +1,4 @@
-"""End a submitted job; it is not started again. Submitting the same command again goes on with its run.
+"""End a submitted job without a restart. Submitting the same command again resumes its run.
 
 python -m cluster.cancel NAME     (the run's name or the job's number)
 """
@@ -30,7 +30,7 @@ def _cancel(options: argparse.Namespace) -> int:
         cancel(shell, record.job_id)
     except JobError as error:
         raise UserError(str(error)) from None
-    print(f"job {record.job_id}: told to end")
+    print(f"job {record.job_id}: cancellation requested")
     return 0
 
 

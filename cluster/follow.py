@@ -12,12 +12,12 @@ from cluster.slurm_job import JobError, JobState, log_files, look_up
 
 POLL_S = 2.0
 _BLOCK_BYTES = 256 * 1024
-# slurmctld may be restarted under a job of days.
-_LONGEST_SILENCE_S = 600.0
+# slurmctld may be restarted during a job of several days.
+_MAX_SILENCE_S = 600.0
 
 
 class LogTail:
-    """What has been added to the logs of all starts of a job since the last look."""
+    """What has been added to the logs of all starts of a job since the last call."""
 
     def __init__(self, shell: Shell, folder: str, job_id: str, out: TextIO) -> None:
         self._shell, self._folder, self._job_id, self._out = shell, folder, job_id, out
@@ -29,7 +29,7 @@ class LogTail:
             while block := self._block(path):
                 self._read[path] += len(block)
                 text = self._cut + block
-                # a character of several bytes may have been written in part
+                # a multi-byte character may have been written partially
                 whole = text.decode("utf-8", errors="ignore").encode()
                 self._cut = text[len(whole) :] if text.startswith(whole) and len(text) - len(whole) < 4 else b""
                 self._out.write(text.removesuffix(self._cut).decode("utf-8", errors="replace"))
@@ -39,7 +39,7 @@ class LogTail:
         begin = self._read.setdefault(path, 0)
         command = f"tail -c +{begin + 1} {shlex.quote(path)} | head -c {_BLOCK_BYTES} | base64"
         read = self._shell.run(command, warn=True)
-        return base64.b64decode(read.stdout) if read.return_code == 0 else b""  # else it is read at the next look
+        return base64.b64decode(read.stdout) if read.return_code == 0 else b""  # otherwise it is read the next time
 
 
 def follow(
@@ -49,19 +49,19 @@ def follow(
     out: TextIO = sys.stdout,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> JobState:
-    """Shows log and changes of state until the job has ended; returns its last state. Raises JobError."""
+    """Shows the log and changes of state until the job has ended; returns its last state. Raises JobError."""
     tail, shown, answered = LogTail(shell, log_folder, job_id, out), "", time.monotonic()
     while True:
         try:
             state = look_up(shell, job_id, log_folder)
             answered = time.monotonic()
         except JobError:
-            if time.monotonic() - answered > _LONGEST_SILENCE_S:
+            if time.monotonic() - answered > _MAX_SILENCE_S:
                 raise
             time.sleep(POLL_S)
             continue
         if state.has_ended:
-            time.sleep(min(POLL_S, 0.5))  # the last lines come with the file system's delay
+            time.sleep(min(POLL_S, 0.5))  # the last lines arrive with the file system's delay
         tail.show_news()
         if str(state) != shown:
             shown = str(state)

@@ -1,8 +1,9 @@
-"""The only file that knows NeMo-Run: a run as an experiment of one task, packaged, sent and given to sbatch.
+"""The only file that uses NeMo-Run: a run as an experiment of one task, packaged, sent and submitted with sbatch.
 
-NeMo-Run's script starts several tasks of a group 30 s apart, takes the status of the one that ends first and looks
-once a minute. Here the group is one srun over all nodes instead, one process a node (minpro_megatron/launch/node.py),
-which knows its node's roles: srun ends all of them as soon as one fails, and its exit status is the job's.
+NeMo-Run's script starts several tasks of a group 30 s apart, takes the status of the one that ends first and polls
+once per minute. Here the group is one srun over all nodes instead, with one process per node
+(minpro_megatron/launch/node.py), which knows its node's roles: srun ends all processes as soon as one fails, and its
+exit status is the job's.
 """
 
 import io
@@ -31,16 +32,17 @@ from cluster.tunnel import tunnel
 from minpro_megatron.errors import UserError
 
 RUN_FILE, TOPOLOGY_FILE = "run.json", "topology.json"
-# NeMo-Run's name for the job's folder inside the job; without a container it writes the real path in its place.
+# NeMo-Run's name for the job's folder inside the job; without a container it is replaced by the real path.
 _CONFIGS = "/nemo_run/configs"
-# What to do where a command that hands the job over fails; it says itself what it does not like.
+# Remedies for a failing command of the submission; the command itself reports its error.
 _REMEDIES = {
     "sbatch": "correct [slurm] in the profile: account, partition, qos, time, gres, ...",
     "rsync": "it must be installed here and on the login node, and `ssh` there must work without a question",
 }
-# After NeMo-Run's own lines, before srun. It traces its script: from here on nothing is, for what comes may be secret.
-# At its end the script asks for a requeue if the exit status is not 0 and TORCHX_MAX_RETRIES is above the number of
-# restarts so far. Which restarts count is decided here: an end before the time limit is no failure.
+# Inserted after NeMo-Run's own lines, before srun. Its script is traced; tracing is turned off here, because what
+# follows may be secret. At its end the script requests a requeue if the exit status is not 0 and TORCHX_MAX_RETRIES is
+# above the number of restarts so far. These lines decide which restarts count: an end before the time limit is not a
+# failure.
 _SETUP = """\
 { set +vx; } 2>/dev/null
 # Versions of Slurm before 23.02 do not say when the job ends.
@@ -76,7 +78,7 @@ scontrol() {
 
 @dataclass(frozen=True, kw_only=True)
 class JobFiles:
-    """What the job is made of: the run's settings, its nodes, and the name of both."""
+    """The contents of the job: the run's settings, its nodes, and the name of both."""
 
     name: str
     run_json: str
@@ -86,7 +88,7 @@ class JobFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """A job that sbatch has taken: its number, and the folder of its logs on the cluster."""
+    """A job that sbatch has accepted: its number, and the folder of its logs on the cluster."""
 
     job_id: str
     folder: str
@@ -94,8 +96,8 @@ class Submitted:
 
 @dataclass(kw_only=True)
 class WorkingTree(Packager):
-    """Packages what is in the checkout now, committed or not (of untracked files those that git does not ignore), and
-    lays the job's settings beside it."""
+    """Packages the current files of the checkout, committed or not (of untracked files those that git does not
+    ignore), together with the job's settings."""
 
     configs: dict[str, str] = field(default_factory=dict)
 
@@ -117,13 +119,13 @@ class WorkingTree(Packager):
 
 
 def files_of(checkout: Path) -> list[str]:
-    """The files of the checkout that the job gets, as they are there now."""
+    """The files of the checkout that the job gets, in their current state."""
     listed = _git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     return [name for name in sorted(set(listed.split("\0"))) if name and (checkout / name).is_file()]
 
 
 def revision_of(checkout: Path) -> str:
-    """The commit, with "+changes" where the checkout differs from it."""
+    """The commit, with "+changes" if the checkout differs from it."""
     changed = "+changes" if _git(checkout, "status", "--porcelain") else ""
     return _git(checkout, "rev-parse", "HEAD").strip() + changed + "\n"
 
@@ -141,7 +143,7 @@ def script_of(files: JobFiles, profile: Profile) -> str:
 
 
 def submit(files: JobFiles, profile: Profile) -> Submitted:
-    """Sends the job's files and gives the script to sbatch. Raises UserError if it does not take the job."""
+    """Sends the job's files and submits the script with sbatch. Raises UserError if sbatch rejects the job."""
     with _experiment(files, profile, _base(profile)) as experiment:
         try:
             experiment.run(detach=True)
@@ -154,21 +156,21 @@ def submit(files: JobFiles, profile: Profile) -> Submitted:
 
 
 def _refusal(error: UnexpectedExit) -> list[str]:
-    """What the command said, and what can be done about it."""
+    """The command's output, and a remedy."""
     result = error.result
     program = result.command.split()[0]
-    remedy = _REMEDIES.get(program, "see what it says")
+    remedy = _REMEDIES.get(program, "see its output above")
     said = [line.strip() for line in (result.stderr or result.stdout).splitlines() if line.strip()]
     return [*said, f"the job was not submitted: {program} failed with exit status {result.exited}: {remedy}"]
 
 
 def _base(profile: Profile) -> Path:
-    """Where NeMo-Run keeps an experiment here. On a login node that is where the job's nodes see it."""
+    """The folder in which NeMo-Run keeps an experiment. On a login node the job's nodes can read it."""
     return Path(get_nemorun_home()) if profile.ssh else Path(profile.jobs_folder)
 
 
 def run_here(files: JobFiles, profile: Profile) -> bool:
-    """Runs the only node's share on this machine, its output among this process's; returns whether it has succeeded."""
+    """Runs the only node's roles on this machine, with their output in this process's; returns whether it succeeded."""
     start = f"{files.name}_{time.time_ns()}"
     configs = Path(profile.jobs_folder) / "local" / start
     configs.mkdir(parents=True)
@@ -184,7 +186,7 @@ def run_here(files: JobFiles, profile: Profile) -> bool:
 
 @contextmanager
 def _experiment(files: JobFiles, profile: Profile, base: Path) -> Iterator[Any]:
-    """The experiment with its one task; its folder is made below `base`."""
+    """The experiment with its single task; its folder is created below `base`."""
     script = _script(_word(profile.python), [_word(argument) for argument in _arguments(profile, _CONFIGS)])
     with _empty_experiment(files.name, base) as experiment:
         experiment.add(script, executor=_executor(files, profile, base), name=files.name)
@@ -197,10 +199,10 @@ def _script(python: str, arguments: list[str]) -> Any:
 
 @contextmanager
 def _empty_experiment(name: str, base: Path) -> Iterator[Any]:
-    """An experiment without tasks; afterwards this process logs as before, which NeMo-Run changes."""
+    """An experiment without tasks. It restores this process's logging afterwards, which NeMo-Run changes."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
-    root.handlers = []  # it closes those that it finds
+    root.handlers = []  # NeMo-Run closes the handlers that it finds
     try:
         experiment = nemo_run.Experiment(
             name,
@@ -244,8 +246,8 @@ def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
         job_name_prefix=JOB_PREFIX,
         nodes=files.num_nodes,
         ntasks_per_node=1,
-        # --wait: nodes that only serve may end long before those that train. --cpu-bind: the one task of a node is all
-        # of its ranks and servers, and some clusters bind a task to one core unless told otherwise.
+        # --wait: nodes that only serve may end long before those that train. --cpu-bind: the single task of a node
+        # is all of its ranks and servers, and some clusters by default bind a task to one core.
         srun_args=[
             "--wait=0",
             "--cpu-bind=none",
@@ -265,14 +267,14 @@ def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
 
 
 def _setup_lines(profile: Profile) -> str:
-    """`planned_ends` has a line for each start that ended before its time limit."""
+    """`planned_ends` has one line for each start that ended before its time limit."""
     planned_ends = f"{shlex.quote(profile.jobs_folder)}/planned_ends_$SLURM_JOB_ID"
     secrets = f". {shlex.quote(profile.secrets_file)}\n" if profile.secrets_file else ""
     return f"planned_ends={planned_ends}\n{_SETUP}{secrets}"
 
 
 def _mounts(profile: Profile) -> list[str]:
-    """Those of the profile, and the workspace unless one of them has it."""
+    """The mounts of the profile, and the workspace unless one of them includes it."""
     workspace = PurePosixPath(profile.workspace)
     sources = [PurePosixPath(mount.split(":")[0]) for mount in profile.container.mounts]
     is_there = any(workspace.is_relative_to(source) for source in sources)
@@ -280,5 +282,5 @@ def _mounts(profile: Profile) -> list[str]:
 
 
 def _word(text: str) -> str:
-    """`text` as one word of the script: quoted for the shell, and for the templates that NeMo-Run fills in before."""
+    """`text` as one word of the script: quoted for the shell, and first for the templates that NeMo-Run fills in."""
     return shlex.quote(text).replace("$", "$$")

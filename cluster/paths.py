@@ -6,7 +6,7 @@ from typing import Any
 from minpro_megatron.config.run import RunConfig
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-# Every setting that names a file or folder; evaluation.benchmarks' files besides.
+# Every setting that names a file or folder, except the files of evaluation.benchmarks.
 _SETTINGS = (
     ("runs_dir",), ("model", "hf_path"), ("model", "megatron_path"), ("data", "train_file"), ("data", "heldout_file"),
     ("debug", "journal"),
@@ -14,7 +14,7 @@ _SETTINGS = (
 
 
 def in_workspace(config: RunConfig, workspace: str, checkout: Path = CHECKOUT) -> RunConfig:
-    """`config` with relative paths, and those inside this checkout, in the cluster's workspace; others stay."""
+    """`config` with relative paths, and paths inside this checkout, moved to the cluster's workspace."""
     values = config.model_dump()
     for *sections, key in _SETTINGS:
         target: dict[str, Any] = values
@@ -27,7 +27,7 @@ def in_workspace(config: RunConfig, workspace: str, checkout: Path = CHECKOUT) -
 
 
 def path_in_workspace(path: str, workspace: str, checkout: Path) -> str:
-    """Where `path` is on the cluster; "" stays."""
+    """The location of `path` on the cluster; "" is unchanged."""
     if not path:
         return path
     given = Path(path)

@@ -1,4 +1,4 @@
-"""Whether the run fits the GPUs and the time limit of the profile, asked of the planner before anything is sent."""
+"""Checks with the planner whether the run fits the GPUs and the time limit of the profile, before anything is sent."""
 
 from cluster.profile import Profile, seconds_of
 from minpro_megatron.config.run import RunConfig
@@ -9,8 +9,8 @@ from minpro_megatron.planning.plan import ClusterSize, plan_run
 
 
 def plan_problems(config: RunConfig, profile: Profile) -> list[str]:
-    """One line for each reason why the run does not fit; a run without trainer or servers of its own, or without GPUs,
-    is not planned."""
+    """One line for each reason why the run does not fit. A run without its own trainer or servers, or without GPUs, is
+    not planned."""
     server = config.server
     on_gpus = config.device == "cuda" and server.device == "cuda" and server.engine != "reference"
     if not on_gpus or server.urls or not {"train", "serve"} <= set(roles_of(config)):
@@ -26,5 +26,5 @@ def plan_problems(config: RunConfig, profile: Profile) -> list[str]:
         limit_s = seconds_of(profile.slurm.time) if profile.executor == "slurm" else None
         late = [] if limit_s is None else time_limit_problems(plan, limit_s - profile.slurm.end_early_s)
         return [*plan.problems, *late]
-    except UserError as error:  # a model or a GPU that the planner does not know
+    except UserError as error:  # a model or a GPU that is unknown to the planner
         return error.problems

@@ -1,4 +1,4 @@
-"""A profile: what a cluster is like. One TOML file a cluster, written once."""
+"""A profile describes a cluster. There is one TOML file per cluster, written once."""
 
 import json
 import re
@@ -14,18 +14,18 @@ from minpro_megatron.launch.topology import TopologySettings
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)")
-# NeMo-Run puts these into command lines of its own without quoting them.
+# NeMo-Run uses these in its own command lines without quoting them.
 _UNQUOTED = r"[A-Za-z0-9_./@%+=:,-]*"
 AbsolutePath = Annotated[str, Field(pattern=rf"^/{_UNQUOTED}$")]
 OptionalPath = Annotated[str, Field(pattern=rf"^(/{_UNQUOTED})?$")]
 Word = Annotated[str, Field(pattern=rf"^{_UNQUOTED}$")]
-# A line of the job's script holds one of these, quoted.
+# Each of these is on a line of the job's script, quoted.
 Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
 
 
 def seconds_of(time: str) -> int | None:
-    """A time limit as sbatch reads it, in seconds; None: there is no limit. One number is minutes, two are minutes and
-    seconds, after days they are hours and so on.
+    """A time limit in sbatch's format, in seconds; None: there is no limit. A single number is minutes, two numbers are
+    minutes and seconds; after days they are hours and so on.
 
     >>> seconds_of("90"), seconds_of("10:30"), seconds_of("24:00:00"), seconds_of("1-12"), seconds_of("0")
     (5400, 630, 86400, 129600, None)
@@ -39,7 +39,7 @@ def seconds_of(time: str) -> int | None:
 
 
 class SlurmSettings(Section):
-    """What sbatch is told. Names are those of its options."""
+    """Options of sbatch, by the names that sbatch uses."""
 
     account: Line = ""
     partition: Line = ""
@@ -52,15 +52,15 @@ class SlurmSettings(Section):
     end_early_s: int = Field(
         default=300,
         ge=0,
-        description="SIGTERM comes so long before the time limit. The trainer saves before that and the job is "
-        "started again; if it is late it may go on saving until a minute before the limit. 0: the limit ends the job",
+        description="SIGTERM is sent this long before the time limit. The trainer saves a checkpoint and the job is "
+        "restarted; if it is late it may continue to save until a minute before the limit. 0: the limit ends the job",
     )
     constraint: Line = ""
-    exclude: Line = Field(default="", description="nodes to leave out")
-    mem: Line = Field(default="0", description="memory a node; 0: all of it; empty: the cluster's default")
+    exclude: Line = Field(default="", description="nodes to exclude")
+    mem: Line = Field(default="0", description="memory per node; 0: all of it; empty: the cluster's default")
     exclusive: bool = True
-    cpus_per_task: int = Field(default=0, ge=0, description="CPUs a node; 0: all of an exclusive one's")
-    gres: Line = Field(default="", description="GPUs, where the cluster does not know --gpus-per-node")
+    cpus_per_task: int = Field(default=0, ge=0, description="CPUs per node; 0: all CPUs of an exclusive node")
+    gres: Line = Field(default="", description="GPUs, if the cluster does not know --gpus-per-node")
     interface: Line = Field(default="", description="network interface between the nodes; empty: that of their names")
     additional: dict[Word, Line] = Field(default={}, description="further options of sbatch, name = value")
     srun: list[Line] = Field(default=[], description="further options of srun, such as --no-container-mount-home")
@@ -71,7 +71,7 @@ class SlurmSettings(Section):
         if limit_s is not None and self.end_early_s >= limit_s:
             raise ValueError(
                 f"slurm.end_early_s = {self.end_early_s} must be less than slurm.time = {self.time} ({limit_s} s), or "
-                "every start is ended at once: raise slurm.time, or set slurm.end_early_s to 0"
+                "every start would end at once: raise slurm.time, or set slurm.end_early_s to 0"
             )
         return self
 
@@ -84,7 +84,7 @@ class ContainerSettings(Section):
 
 
 class SshSettings(Section):
-    """How the cluster is reached from elsewhere; without it the profile is for its own login nodes."""
+    """How the cluster is reached from other machines; without it the profile is for its own login nodes."""
 
     host: Word
     user: Word
@@ -98,8 +98,8 @@ class Profile(Section):
     executor: Literal["slurm", "local"] = "slurm"
     gpu: str = Field(default="h100-80gb", description="kind of the nodes' GPUs, as the planner calls it")
     workspace: AbsolutePath = Field(
-        description="folder on the file system that all nodes share; relative paths of settings, and those inside this "
-        "checkout, are looked up in it: models, data, runs"
+        description="folder on the file system that all nodes share; relative paths of settings, and paths inside this "
+        "checkout, refer to it: models, data, runs"
     )
     job_dir: OptionalPath = Field(default="", description="scripts, code and logs of jobs; workspace/jobs if empty")
     python: str = Field(
@@ -108,12 +108,12 @@ class Profile(Section):
     restarts: int = Field(
         default=3,
         ge=0,
-        description="a failed job is started again so often and goes on from its last checkpoint; starts that saved "
-        "before their time limit do not count, and two starts in a row without a new checkpoint are the last",
+        description="the number of restarts of a failed job, which resumes from its last checkpoint; starts that saved "
+        "before their time limit do not count, and after two consecutive starts without a new checkpoint it ends",
     )
     environment: dict[str, Line] = Field(default={}, description="variables of all processes; no secrets")
     secrets_file: OptionalPath = Field(
-        default="", description="shell file on the cluster that exports API keys; readable by you alone"
+        default="", description="shell file on the cluster that exports API keys; readable only by you"
     )
     slurm: SlurmSettings = SlurmSettings()
     container: ContainerSettings = ContainerSettings()
@@ -129,22 +129,22 @@ class Profile(Section):
     def _variables(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if not _VARIABLE.fullmatch(name):
-                raise ValueError(f"{name}: names are capital letters, digits and _ (NeMo-Run writes them so)")
+                raise ValueError(f"{name}: names must be capital letters, digits and _ (NeMo-Run writes them so)")
             if _SECRET.search(name):
                 raise ValueError(
-                    f"{name} looks like a secret, and this ends up in the job's script: export it in secrets_file"
+                    f"{name} looks like a secret, and this is written to the job's script: export it in secrets_file"
                 )
         return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
         if self.executor == "local" and self.ssh is not None:
-            raise ValueError("executor = local runs on this machine: leave out [ssh], or set executor to slurm")
+            raise ValueError("executor = local runs on this machine: remove [ssh], or set executor to slurm")
         return self
 
 
 def read_profile(path: Path, assignments: list[str]) -> Profile:
-    """The profile in a TOML file, with `section.key=value` changes. Raises UserError, one line a problem."""
+    """The profile in a TOML file, with `section.key=value` changes. Raises UserError, one line per problem."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -168,7 +168,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"--set {assignment!r}: {section} is not a section")
-    try:  # numbers and the like are read from text where the setting is one
+    try:  # numbers and similar values are read from text if the setting has such a type
         values[key] = json.loads(text) if text[:1] in ('"', "[", "{") else text
     except json.JSONDecodeError:
         raise UserError(f"--set {assignment!r}: what begins with {text[0]} must be JSON") from None

@@ -1,4 +1,4 @@
-"""What this machine remembers of the jobs that it has submitted: a file each, by the name of the run."""
+"""This machine's records of the jobs that it has submitted: one file each, named after the run."""
 
 import os
 from pathlib import Path
@@ -11,12 +11,12 @@ from minpro_megatron.files.replacement import replace_file
 
 
 def records_folder() -> Path:
-    """Where this machine remembers the jobs that it has submitted: beside NeMo-Run's experiments."""
+    """The folder of this machine's records of submitted jobs, next to NeMo-Run's experiments."""
     return Path(os.environ.get("NEMORUN_HOME", Path.home() / ".nemo_run")) / "minpro_jobs"
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A job: where its run and its logs are, and how its cluster is reached."""
+    """A job: the locations of its run and its logs, and how its cluster is reached."""
 
     name: str
     job_id: str
@@ -31,13 +31,13 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def remember(folder: Path, record: JobRecord) -> None:
-    """Stores the record; the latest of a name is what the name stands for."""
+    """Stores the record; the latest record of a name replaces earlier ones."""
     text = msgspec.json.format(msgspec.json.encode(record), indent=2).decode() + "\n"
     replace_file(folder / record.name / f"{record.job_id}.json", text)
 
 
 def recall(folder: Path, job: str) -> JobRecord:
-    """The record of a job by its number, or by its run's name: the one submitted last. Raises UserError."""
+    """The record of a job by its number, or the latest one of a run's name. Raises UserError."""
     found = [record for record in all_records(folder) if job in (record.name, record.job_id)]
     if not found:
         known = sorted({record.name for record in all_records(folder)})

@@ -1,4 +1,4 @@
-"""Where the cluster's commands run."""
+"""Runs commands of the cluster, here or on a login node."""
 
 import subprocess
 from collections.abc import Callable
@@ -11,14 +11,14 @@ CONNECTION_LOST = 255
 
 
 class Shell(Protocol):
-    """Runs a command line, here or on a login node. The answer has stdout, stderr and return_code."""
+    """Runs a command line, here or on a login node. The result has stdout, stderr and return_code."""
 
     def run(self, command: str, hide: bool = True, warn: bool = False) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has printed, and its exit status."""
+    """A command's output and exit status."""
 
     stdout: str
     stderr: str
@@ -26,7 +26,7 @@ class Answer:
 
 
 class ThisMachine:
-    """A login node runs the cluster's commands itself. Without NeMo-Run, whose import takes seconds."""
+    """Runs the cluster's commands on this login node, without NeMo-Run, whose import takes seconds."""
 
     def run(self, command: str, hide: bool = True, warn: bool = False) -> Answer:
         """Raises CalledProcessError for a command that fails, unless `warn`."""
@@ -37,8 +37,8 @@ class ThisMachine:
 
 
 class LoginNode:
-    """A login node over a tunnel of NeMo-Run. Connections of days break: that is an answer with ssh's own status, 255,
-    and the next command connects again."""
+    """A login node over a tunnel of NeMo-Run. If the connection is lost, the answer has ssh's own status, 255, and the
+    next command connects again."""
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self._connect = connect
@@ -51,7 +51,7 @@ class LoginNode:
                 self._tunnel = self._connect()
             done = self._tunnel.run(command, hide=True, warn=True)
             answer = Answer(done.stdout, done.stderr, done.return_code)
-        # of paramiko, fabric, invoke and sockets; where it cannot log in NeMo-Run ends the program
+        # from paramiko, fabric, invoke and sockets; NeMo-Run ends the program if it cannot log in
         except (Exception, SystemExit) as error:
             self._tunnel = None
             answer = Answer("", f"no connection to the login node ({type(error).__name__}: {error})", CONNECTION_LOST)

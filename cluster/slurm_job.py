@@ -1,4 +1,4 @@
-"""What Slurm says of a job, with accounting or without."""
+"""The state of a job as reported by Slurm, with or without accounting."""
 
 import re
 import shlex
@@ -11,17 +11,17 @@ from minpro_megatron.errors import ProjectError
 JOB_PREFIX = "minpro-"
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
           "DEADLINE", "REVOKED")  # fmt: skip
-# What NeMo-Run's script says last.
+# The last line of NeMo-Run's script.
 _SCRIPT_END = re.compile(r"^job exited with code (\d+)$", re.MULTILINE)
 
 
 class JobError(ProjectError):
-    """The cluster does not answer, or knows no such job."""
+    """The cluster does not answer, or has no such job."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """A job's state in Slurm's words; exit_status of its script: 128 and the signal's number if one ended it."""
+    """A job's state in Slurm's words. exit_status is that of its script: 128 + number after a signal."""
 
     state: str
     exit_status: int = 0
@@ -49,8 +49,8 @@ class JobState:
 
 
 def look_up(shell: Shell, job_id: str, log_folder: str) -> JobState:
-    """The state of the job from slurmctld; of one that it has forgotten (MinJobAge) from the accounting, and without
-    that from the job's own log. Raises JobError."""
+    """The state of the job from slurmctld; after slurmctld has discarded it (MinJobAge) from the accounting, and
+    without accounting from the job's own log. Raises JobError."""
     shown = shell.run(f"scontrol show job {shlex.quote(job_id)}", warn=True)
     if shown.return_code == 0 and "JobState=" in shown.stdout:
         return parse_scontrol(shown.stdout)
@@ -66,13 +66,13 @@ def look_up(shell: Shell, job_id: str, log_folder: str) -> JobState:
     state = parse_script_output(logged.stdout)
     if state is None:
         raise JobError(
-            f"job {job_id}: Slurm has forgotten it, there is no accounting, and {log_folder} does not say how it ended"
+            f"job {job_id}: Slurm has discarded it, there is no accounting, and {log_folder} does not say how it ended"
         )
     return state
 
 
 def parse_scontrol(text: str) -> JobState:
-    """What `scontrol show job` prints of one job."""
+    """The state in the output of `scontrol show job` for one job."""
     fields = dict(re.findall(r"(\w+)=(\S*)", text))
     return JobState(
         state=fields["JobState"],
@@ -91,7 +91,7 @@ def parse_sacct(text: str) -> JobState:
 
 
 def parse_script_output(text: str) -> JobState | None:
-    """How the last start ended by what its script printed; None if it did not come so far."""
+    """How the last start ended according to its script's output; None if the output does not reach its end."""
     ends = _SCRIPT_END.findall(text)
     if not ends:
         return None
@@ -106,7 +106,7 @@ def _exit_status(code: str) -> int:
 
 
 def job_name(name: str) -> str:
-    """The job's name in Slurm, of the run's."""
+    """The job's name in Slurm, from the run's name."""
     return f"{JOB_PREFIX}{name}"
 
 
@@ -119,7 +119,7 @@ def active_jobs(shell: Shell, name: str) -> list[str]:
 
 
 def cancel(shell: Shell, job_id: str) -> None:
-    """Tells Slurm to end the job and not to start it again. Raises JobError."""
+    """Ends the job without a restart. Raises JobError."""
     ended = shell.run(f"scancel {shlex.quote(job_id)}", warn=True)
     if ended.return_code != 0:
         raise JobError(f"scancel: {ended.stderr.strip() or f'exit status {ended.return_code}'}")

@@ -1,8 +1,8 @@
-"""Say how a submitted job is doing.
+"""Show the state of a submitted job.
 
-    python -m cluster.status NAME     (the run's name or the job's number; without one: all jobs known here)
+    python -m cluster.status NAME     (the run's name or the job's number; without it: all jobs submitted from here)
 
-Exit status: 0 while it waits or runs and when it has completed, 1 when the one that is named has failed, 2 for errors.
+Exit status: 0 while the job waits or runs and if it has completed, 1 if the named job has failed, 2 for errors.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def status_lines(record: JobRecord, state: JobState, shell: Shell) -> list[str]:
-    """The job's state and, of one that runs, what its log said last."""
+    """The job's state and, if it is running, the last lines of its log."""
     lines = [f"{record.name}  job {record.job_id}: {state}; run in {PurePosixPath(record.run_dir)}"]
     if state.state == "RUNNING":
         command = f"tail -qn 3 {record.log_folder}/log-*_{record.job_id}_{state.restarts}.out"

@@ -2,8 +2,8 @@
 
     python -m cluster.submit recipes.qwen3_30b_a3b:minpro --profile my_cluster.toml optimizer.learning_rate=1e-6
 
-Exit status: 0 when the job has completed (with --detach: has been submitted; with --dry-run: would be), 1 when it has
-not, 2 when nothing was submitted or following broke off, 130 after an interrupt, which stops following, not the job.
+Exit status: 0 if the job has completed (with --detach: was submitted; with --dry-run: could be), 1 if it has failed, 2
+if nothing was submitted or following was interrupted by an error, 130 after an interrupt, which ends following only.
 """
 
 import argparse
@@ -39,14 +39,14 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], dest="changes", metavar="section.key=value",
         help="settings of the profile to change, such as topology.serve_nodes=4",
     )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="only print the nodes' shares and the job's script")
-    parser.add_argument("--force", action="store_true", help="also what does not fit, by the planner's account")
+    parser.add_argument("--dry-run", action="store_true", help="only print the nodes' roles and the job's script")
+    parser.add_argument("--force", action="store_true", help="submit even if the planner expects that it does not fit")
     parser.add_argument("--detach", action="store_true", help="do not wait for the job's end")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_intermixed_args(arguments)  # settings may stand before and after options
+    options = _parser().parse_intermixed_args(arguments)  # settings may come before and after options
     return run_reporting(lambda: _submit(options))
 
 
@@ -55,7 +55,7 @@ def _submit(options: argparse.Namespace) -> int:
     config = in_workspace(apply_overrides(load_recipe(options.recipe), options.overrides), profile.workspace)
     topology = lay_out(config, profile.topology)
     if (found := plan_problems(config, profile)) and not options.force:
-        raise UserError([*found, "the planner expects this not to work; --force submits it all the same"])
+        raise UserError([*found, "the planner expects that this run does not fit; --force submits it anyway"])
     for line in [*(f"warning: {problem}" for problem in found), *shares(topology)]:
         print(line)
     if profile.executor == "local" and (len(topology.nodes) > 1 or options.detach):
@@ -83,7 +83,7 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def shares(topology: Topology) -> list[str]:
-    """A line a node: what it does."""
+    """One line per node with its roles."""
     lines = []
     for index, node in enumerate(topology.nodes):
         does = [f"{node.ranks} trainer ranks"] if node.ranks else []
@@ -136,21 +136,21 @@ def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) 
     try:
         state = follow(shell, job.job_id, job.folder)
     except KeyboardInterrupt:
-        print(f"\nnot following any more; the job goes on: python -m cluster.logs {config.name} --follow")
+        print(f"\nno longer following; the job continues: python -m cluster.logs {config.name} --follow")
         return 130
     except JobError as error:
-        raise UserError(f"{error}; the job may go on: python -m cluster.status {config.name}") from None
+        raise UserError(f"{error}; the job may still run: python -m cluster.status {config.name}") from None
     return conclude(state, record)
 
 
 def conclude(state: JobState, record: JobRecord) -> int:
-    """Says how the job ended; returns the exit status."""
+    """Reports how the job ended; returns the exit status."""
     if state.has_succeeded:
         print(f"job {record.job_id}: completed; the run is in {record.run_dir}")
         return 0
     print(
         f"error: job {record.job_id} of the run {record.name}: {state}; its log is in {record.log_folder}, those of "
-        f"the roles in {record.run_dir}/logs; submit the same command again to go on",
+        f"the roles in {record.run_dir}/logs; submit the same command again to resume",
         file=sys.stderr,
     )
     return 1

@@ -1,4 +1,4 @@
-"""NeMo-Run's tunnels: where commands of the cluster run."""
+"""NeMo-Run's tunnels to a cluster."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from cluster.profile import SshSettings
 
 
 def tunnel(ssh: SshSettings | None, job_dir: str = "") -> Any:
-    """Where commands of the cluster run: here, or on its login node."""
+    """A tunnel for the cluster's commands: to this machine, or to its login node."""
     if ssh is None:
         return LocalTunnel(job_dir=job_dir)
     return SSHTunnel(host=ssh.host, user=ssh.user, port=ssh.port, identity=ssh.identity or None, job_dir=job_dir)

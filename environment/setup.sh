@@ -104,7 +104,7 @@ is_up_to_date() {
         [ "$(<"$STAMP")" = "$(hash_inputs "$(<"$STATE.kind")")" ] && installed "$INSTALLED"
 }
 
-# An interrupted or broken environment, or one of another kind or Python, is made anew; pip brings any other up to
+# An interrupted or broken environment, or one of another kind or Python, is made again; pip brings any other up to
 # date.
 must_start_anew() {
     if [ -e "$UNFINISHED" ] || ! "$PY" -c '' 2>/dev/null || ! has_pip; then

@@ -3,7 +3,7 @@
     python environment/write_constraints.py [--gpu]
 
 To change a version, install it into the virtual environment, run pytest there, then `make constraints`.
-With --gpu, also writes constraints_gpu.txt: what the `train` and `serve` extras bring besides, under those
+With --gpu, also writes constraints_gpu.txt: what the `train` and `serve` extras add, under those
 pins. pip only resolves them, so this needs no GPU; it takes minutes. Needed after a change to either extra.
 """
 
@@ -45,12 +45,12 @@ def requirements(extras: list[str]) -> list[str]:
 
 
 def gpu_pins(shared: dict[str, str]) -> dict[str, str]:
-    """Return what pip would install on a GPU machine under the `shared` pins, less what they already name."""
+    """Return what pip would install on a GPU machine under the `shared` pins, without what they already name."""
     with tempfile.TemporaryDirectory() as folder:
         report, constraints = Path(folder, "report.json"), Path(folder, "constraints.txt")
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in shared.items()))
         command = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run", "--ignore-installed"]
-        # Transformer Engine's torch extension needs torch to tell its own requirements.
+        # Transformer Engine's torch extension needs torch to determine its own requirements.
         command += ["--no-build-isolation", "--report", str(report), "--constraint", str(constraints)]
         subprocess.run([*command, *requirements(["train", "serve", "cluster", "dev"])], check=True)
         found = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
@@ -72,7 +72,7 @@ def main() -> None:
     what = "Every version of the tested environment, direct and transitive."
     write(ENVIRONMENT / "constraints.txt", shared, what=what, command="make constraints")
     if arguments.gpu:
-        what = "What GPU machines have besides constraints.txt: resolved together with it."
+        what = "What GPU machines have in addition to constraints.txt: resolved together with it."
         pins = gpu_pins(shared)
         write(ENVIRONMENT / "constraints_gpu.txt", pins, what=what, command="make constraints ARGS=--gpu")
 

@@ -47,5 +47,5 @@ def tiny_moe_cispo() -> RunConfig:
 
 
 def tiny_moe_smoke() -> RunConfig:
-    """The same run cut to a few steps: does everything work together?"""
+    """The same run reduced to a few steps, to check that everything works together."""
     return with_overrides(tiny_moe(), ["name=demo-smoke", "num_global_steps=4", "evaluation.num_prompts=16"])

@@ -1,25 +1,25 @@
-"""The experiments of arXiv:2601.22718 (its Table 3), and edits that make a variant of any run.
+"""The experiments of arXiv:2601.22718 (its Table 3), and functions that make variants of any run.
 
-recipes/qwen3_30b_a3b.py, qwen3_8b.py and qwen3_14b.py hold the runs themselves. Their files are looked for under one
-folder, that of the environment variable MINPRO_ROOT (without it `artifacts` beside this package), which trainer and
-servers must both see:
+recipes/qwen3_30b_a3b.py, qwen3_8b.py and qwen3_14b.py define the runs themselves. Their files are searched in the
+folder named by the environment variable MINPRO_ROOT (without it `artifacts` next to this package), which trainer and
+servers must both be able to read:
 
     models/Qwen3-8B-Base/hf             the released model
-    models/Qwen3-8B-Base/megatron       made from it by tools/convert_checkpoint.py
+    models/Qwen3-8B-Base/megatron       converted from it by tools/convert_checkpoint.py
     data/dapo.jsonl                     made by tools/prepare_data.py dapo
     data/dapo_prefixed.jsonl            made by tools/build_prefixes.py, for the prefix_rl runs
     data/aime24.jsonl, gsm8k.jsonl ...  the seven benchmarks, made by tools/prepare_data.py
-    runs/                               what the runs leave
+    runs/                               the output of the runs
 
-Nothing has to be there for a recipe to be made; a launch checks it. A file elsewhere is a setting like any other:
-model.hf_path=..., data.train_file=...
+A recipe can be evaluated without these files; a launch checks them. Other paths are settings: model.hf_path=...,
+data.train_file=...
 
-How the GPUs are shared out is said in each recipe. Memory is reckoned as `tools/convert_checkpoint.py plan` does:
-bfloat16 weights, float32 gradients and AdamW's states in float32. Beside it come activations (with model.recompute =
-full the input of each layer: tokens a rank x hidden size x 2 bytes x layers, at most 5 GB in these recipes), those of
+Each recipe states how its GPUs are divided. Memory is calculated as `tools/convert_checkpoint.py plan` does: bfloat16
+weights, float32 gradients and AdamW's states in float32. In addition there are activations (with model.recompute =
+full the input of each layer: tokens per rank x hidden size x 2 bytes x layers, at most 5 GB in these recipes), those of
 one layer, and the buffers of NCCL and publishing, for which 20 GB of an 80 GB GPU are left free. Whole layers are
-computed again because their activations would not fit: of Qwen3-30B-A3B and Qwen3-8B some 60 and 46 GB a rank
-are expected (of Qwen3-14B 34 GB, with which it would just fit).
+recomputed because their activations would not fit: for Qwen3-30B-A3B and Qwen3-8B about 60 and 46 GB per rank
+are expected (for Qwen3-14B 34 GB, which would just fit).
 """
 
 import os
@@ -43,18 +43,18 @@ from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.config.trainer import BatchConfig, ModelConfig, OptimizerConfig
 
 ROOT_VARIABLE = "MINPRO_ROOT"
-# Samples of each prompt in the paper's evaluation (section 5.1).
+# Samples per prompt in the paper's evaluation (section 5.1).
 BENCHMARK_SAMPLES = {
     "aime24": 128, "aime25": 128, "amc23": 128, "math500": 2, "olympiad": 2, "minerva": 2, "gsm8k": 2,
 }  # fmt: skip
-# What the runs of each objective are called; the first one's is the main run itself.
+# The titles of the runs of each objective; the first one is the main run itself.
 OBJECTIVES = {
     "minpro": "MinPRO",
     "cispo": "CISPO",
     "grpo": "GRPO with DAPO's clip",
     "gspo": "GSPO",
     "m2po": "M2PO",
-    "ctpo": "CTPO (arXiv:2605.07331)",  # which the paper does not have
+    "ctpo": "CTPO (arXiv:2605.07331)",  # not in the paper
 }
 
 Recipe = Callable[[], RunConfig]
@@ -71,8 +71,8 @@ def table_3(
 ) -> RunConfig:
     """MinPRO with a delay of two global steps on the released model `model`.
 
-    The first 400 of MATH500 are also the held-out set, whose pass@1 says which checkpoint is the best. The benchmarks
-    are sampled in full, some 18,000 responses, so only the first, the last and every 40th version are evaluated.
+    The first 400 prompts of MATH500 are also the held-out set, whose pass@1 selects the best checkpoint. The benchmarks
+    are sampled in full, about 18,000 responses, so only the first, the last and every 40th version are evaluated.
     """
     root = Path(os.environ.get(ROOT_VARIABLE) or Path(__file__).parent.parent / "artifacts").absolute()
     data = root / "data"
@@ -124,7 +124,7 @@ def servers(count: int, tensor_parallel: int) -> ServerConfig:
 
 
 def with_objective(config: RunConfig, objective: str) -> RunConfig:
-    """The same run with another objective at its own defaults: for those of the paper, its Table 3."""
+    """The same run with another objective at its own defaults; for objectives of the paper, those of its Table 3."""
     name = f"{config.name.removesuffix(config.objective.name)}{objective.replace('_', '-')}"
     return with_overrides(config, [f"name={name}", f"objective.name={objective}"])
 
@@ -135,17 +135,17 @@ def on_policy(config: RunConfig) -> RunConfig:
 
 
 def bounded(config: RunConfig) -> RunConfig:
-    """The same run with servers that never wait: weights change under the responses, no token is older than two
-    versions, and behavior log-probs are computed under each version that a batch holds."""
+    """The same run with servers that never wait: weights change while responses are generated, no token is older than
+    two versions, and behavior log-probs are computed under each version that a batch contains."""
     return with_overrides(
         config, [f"name={config.name}-bounded", "staleness.mode=bounded", "staleness.max_staleness=2"]
     )
 
 
 def long_context(config: RunConfig) -> RunConfig:
-    """The same run with responses as long as the model's 32,768 positions allow, after 2,048 of the prompt and SGLang's
-    margin of 8. Rows of twice the tokens, so that one holds more than the longest response; twice the context
-    ranks and half the data ranks, so that a rank holds as many tokens as before."""
+    """The same run with responses up to the model's 32,768 positions, minus 2,048 for the prompt and SGLang's
+    margin of 8. Rows have twice the tokens, so that one holds more than the longest response, with twice the context
+    ranks and half the data ranks, so that the tokens per rank stay the same."""
     parallel = config.parallel
     return with_overrides(
         config,
@@ -161,8 +161,8 @@ def long_context(config: RunConfig) -> RunConfig:
 
 
 def prefix_rl(config: RunConfig) -> RunConfig:
-    """The same run on prompts of which three in four go on with a part of a right response (arXiv:2601.18795). Prompt
-    and prefix have 10,240 tokens together; rows with longer ones are left out, and counted in the log."""
+    """The same run on prompts three quarters of which include a prefix of a correct response (arXiv:2601.18795). Prompt
+    and prefix have at most 10,240 tokens together; longer rows are skipped, and counted in the log."""
     train_file = Path(config.data.train_file).with_name("dapo_prefixed.jsonl")
     return with_overrides(
         config,
@@ -171,16 +171,16 @@ def prefix_rl(config: RunConfig) -> RunConfig:
 
 
 def one_machine(config: RunConfig, parallel: ParallelConfig, server: ServerConfig, cpu_offload: float) -> RunConfig:
-    """The same run on eight GPUs of 80 GB: `parallel` on some, `server` on the others. `cpu_offload` is the share of
-    the optimizer's states that lies in host memory."""
+    """The same run on eight GPUs of 80 GB: `parallel` on some, `server` on the others. `cpu_offload` is the fraction
+    of the optimizer's states that is kept in host memory."""
     assert parallel.world_size + server.count * server.tensor_parallel == 8
     moved = config.model_copy(update={"parallel": parallel, "server": server})
     return with_overrides(moved, [f"name={config.name}-one-machine", f"optimizer.cpu_offload={cpu_offload}"])
 
 
 def variants(minpro: Recipe) -> dict[str, Recipe]:
-    """The recipes, by name, that are edits of a model's main run: every objective, off-policy and on-policy, and what
-    else needs nothing but that run. A module states them as its VARIANTS (launch/recipe.py)."""
+    """The recipes, by name, that are variants of a model's main run: every objective, off-policy and on-policy, and
+    those that need only that run. A module lists them as its VARIANTS (launch/recipe.py)."""
     runs = {"minpro": minpro}
     for objective, title in OBJECTIVES.items():
         if objective != "minpro":
@@ -192,7 +192,7 @@ def variants(minpro: Recipe) -> dict[str, Recipe]:
     runs["cispo_bounded"] = _edited(runs["cispo"], bounded, f"CISPO {never_wait}")
     positions = "MinPRO with responses of up to 30,712 tokens: all of the model's positions."
     runs["minpro_long_context"] = _edited(minpro, long_context, positions)
-    prefixes = "MinPRO on prompts that go on with a part of a right response (PrefixRL)."
+    prefixes = "MinPRO on prompts that include a part of a correct response (PrefixRL)."
     runs["minpro_prefix_rl"] = _edited(minpro, prefix_rl, prefixes)
     del runs["minpro"]
     return runs

@@ -1,6 +1,6 @@
-"""PrefixRL (arXiv:2601.18795) in small: a tiny MoE learns long calculator tasks that it rarely solves.
+"""PrefixRL (arXiv:2601.18795) at a small scale: a tiny MoE learns long calculator tasks that it rarely solves.
 
-`python -m benchmarks.prefix_rl` makes the model and the prompts and compares the two runs; what came of it stands in
+`python -m benchmarks.prefix_rl` makes the model and the prompts and compares the two runs; the results are in
 benchmarks/prefix_rl.md.
 """
 
@@ -14,7 +14,7 @@ FOLDER = _ROOT / "artifacts" / "prefix_rl"
 
 
 def prefixed() -> RunConfig:
-    """Three prompts in four begin with 40 to 80 % of a right response (tools/build_prefixes.py)."""
+    """Three quarters of the prompts include 40 to 80 % of a correct response (tools/build_prefixes.py)."""
     return with_overrides(
         tiny_moe(),
         [
@@ -33,7 +33,7 @@ def prefixed() -> RunConfig:
             "batch.max_tokens_per_row=2048",
             "sampling.max_prompt_tokens=40",
             "sampling.max_response_tokens=20",
-            "server.engine=reference",  # deterministic sampling: a seed gives the same curve again
+            "server.engine=reference",  # deterministic sampling: the same seed gives the same curve
             "server.start_timeout_s=180",
             "collector.reward=minpro_megatron.rewards.calculator_steps:grade",
             "evaluation.num_prompts=48",

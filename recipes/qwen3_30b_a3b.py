@@ -1,13 +1,13 @@
 """Qwen3-30B-A3B-Base: the paper's runs on eight machines of eight H100, and variants. See recipes/paper.py for files.
 
-32 GPUs train and 32 serve. Experts are 29.0 of the 30.5 billion parameters, so they are what has to be cut: over 8
-ranks, which are one machine's (tensor x context x data, in this order, numbers the ranks), so that tokens travel to
-their experts over NVLink. Attention is small (hidden size 2,048): tensor 2 is enough, and a row of 32,768 tokens is
-cut by context 2 on top, 8,192 tokens a rank. A rank holds 38 GB (weights 9, gradients 18, optimizer 11).
+32 GPUs train and 32 serve. Experts are 29.0 of the 30.5 billion parameters, so they must be divided: over 8 ranks,
+which are on one machine (ranks are numbered tensor x context x data, in this order), so that tokens travel to their
+experts over NVLink. Attention is small (hidden size 2,048): tensor 2 is enough, and a row of 32,768 tokens is also
+divided by context 2, into 8,192 tokens per rank. A rank holds 38 GB (weights 9, gradients 18, optimizer 11).
 
-A server of two GPUs has 61 GB of weights and 87 GB of KV cache (98 kB a token: 880,000 tokens); four GPUs would
+A server of two GPUs has 61 GB of weights and 87 GB of KV cache (98 kB per token: 880,000 tokens); four GPUs would
 save weights, but a decoding step waits for messages between GPUs in each of 48 layers. tools/plan_run.py expects 900 s
-a step with responses of 8,192 tokens on average, and 8 % less of 16 GPUs that train and 48 that serve.
+per step with responses of 8,192 tokens on average, and 8 % less with 16 GPUs that train and 48 that serve.
 """
 
 from minpro_megatron.config.parallel import ParallelConfig
@@ -27,8 +27,8 @@ def minpro() -> RunConfig:
 def minpro_one_machine() -> RunConfig:
     """MinPRO on eight GPUs of 80 GB: four train, two servers have two each.
 
-    A rank holds 48 GB of weights and gradients. Its 92 GB of optimizer states lie in host memory, gradients travel
-    there, and the sampling weights wait there: some 630 GB, and 430 GB more while a checkpoint is written in the
+    A rank holds 48 GB of weights and gradients. Its 92 GB of optimizer states are in host memory, where gradients are
+    also sent and the sampling weights are kept: about 630 GB, and 430 GB more while a checkpoint is written in the
     background (none with checkpoint.asynchronous=false).
     """
     mesh = ParallelConfig(tensor=2, context=2, expert=4)

@@ -1,10 +1,10 @@
 """Qwen3-8B-Base: the paper's runs on four machines of eight H100, and variants. See recipes/paper.py for files.
 
-8 GPUs train and 24 serve: a token costs a server more time than the trainer, and tools/plan_run.py expects 1,360 s a
-step of this, 1,720 s of halves (responses of 8,192 tokens on average). Tensor 2 and context 2 cut a row of 32,768
-tokens to 8,192 tokens a rank; a rank holds 37 GB (weights 8, gradients 16, optimizer 12), which leaves room for more
-than pipeline stages would give, and has none of their idle time. Every GPU of the others is a server: 16 GB of weights,
-57 GB of KV cache (147 kB a token: 390,000 tokens), and no messages between GPUs.
+8 GPUs train and 24 serve: a token costs a server more time than the trainer, and tools/plan_run.py expects 1,360 s per
+step with this split, 1,720 s with equal halves (responses of 8,192 tokens on average). Tensor 2 and context 2 divide a
+row of 32,768 tokens into 8,192 tokens per rank. A rank holds 37 GB (weights 8, gradients 16, optimizer 12), which
+leaves more room than pipeline stages would, without their idle time. Each of the other GPUs is a server: 16 GB of
+weights, 57 GB of KV cache (147 kB per token: 390,000 tokens), and no messages between GPUs.
 """
 
 from minpro_megatron.config.parallel import ParallelConfig
@@ -24,8 +24,8 @@ def minpro() -> RunConfig:
 def minpro_one_machine() -> RunConfig:
     """MinPRO on eight GPUs of 80 GB: two train, six are servers.
 
-    A rank would hold 74 GB; with all of the optimizer's states in host memory (49 GB a rank) it holds 25 GB. Four that
-    train and four servers would need none there, and a third more time.
+    A rank would need 74 GB; with all of the optimizer's states in host memory (49 GB per rank) it needs 25 GB. With
+    four GPUs that train and four servers no host memory would be needed, but a third more time.
     """
     mesh = ParallelConfig(tensor=2, data=1)
     return paper.one_machine(minpro(), mesh, paper.servers(count=6, tensor_parallel=1), cpu_offload=1.0)

@@ -1,8 +1,8 @@
 """One run of the stability study: a tiny MoE on the calculator's chains, many updates off-policy.
 
 `python -m benchmarks.stability_study` makes the model and the prompts, and repeats this run with every objective,
-several delays and seeds; what came of it stands in benchmarks/stability_study.md. A single run through the whole
-system, after the study has made its files:
+several delays and seeds; the results are in benchmarks/stability_study.md. After the study has made its files, a
+single run through the whole system is:
 
     python -m minpro_megatron launch recipes.stability_study:run objective.name=cispo staleness.delay_steps=8
 """
@@ -34,12 +34,12 @@ def run() -> RunConfig:
         model=ModelConfig(hf_path=str(FOLDER / "hf"), megatron_path=str(FOLDER / "megatron"), dtype="float32"),
         data=DataConfig(train_file=str(FOLDER / "train.jsonl"), heldout_file=str(FOLDER / "heldout.jsonl")),
         objective=MinproConfig(),
-        # the paper's moments and decay; the rate is what the study's sweep chose
+        # the paper's moments and decay; the rate was chosen by the study's sweep
         optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_global_steps=4),
         batch=BatchConfig(num_prompts=16, responses_per_prompt=8, mini_batch_prompts=4, max_tokens_per_row=2048),
         sampling=SamplingConfig(max_prompt_tokens=20, max_response_tokens=20),
         staleness=StalenessConfig(delay_steps=0),
-        # deterministic sampling: a seed gives the same curve again
+        # deterministic sampling: the same seed gives the same curve
         server=ServerConfig(engine="reference", device="cpu", dtype="float32", start_timeout_s=180),
         collector=CollectorConfig(reward="minpro_megatron.rewards.calculator_steps:grade", journal_ratios=False),
         checkpoint=CheckpointConfig(every_steps=0),

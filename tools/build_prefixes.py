@@ -1,15 +1,15 @@
-"""Make the training prompts of PrefixRL (arXiv:2601.18795): hard prompts, and beginnings of right responses to them.
+"""Make the training prompts of PrefixRL (arXiv:2601.18795): hard prompts, with prefixes of correct responses to them.
 
     python tools/build_prefixes.py --model HF_DIR --prompts hard.jsonl --output hard_with_prefixes.jsonl
 
-A base model samples each prompt until one response is right (rejection sampling), at most --max-samples times. Such a
-trace is cut at --prefixes places, drawn uniformly between --shortest and --longest of its tokens, and what stands
-before a cut becomes the row's `prefix`: context that a run's responses go on from, without loss. The prompts alone
-are rows too, so that three prefixes a problem make prefixed and plain prompts 3:1. Prompts without a right response
-are left out, and counted in FILE.report.json.
+A base model samples each prompt until one response is correct (rejection sampling), at most --max-samples times. Such
+a trace is cut at --prefixes positions, drawn uniformly between --shortest and --longest of its tokens. The part before
+a cut becomes the row's `prefix`: context that a run's responses continue, without loss. The prompts without prefix are
+rows too, so three prefixes per problem make prefixed and plain prompts 3:1. Prompts without a correct response are
+excluded, and counted in FILE.report.json.
 
-Samples are kept in --samples-folder: the same command goes on after an interruption, and with other cuts samples
-nothing again. The servers are started here, or somebody else's with --urls.
+Samples are kept in --samples-folder: the same command resumes after an interruption, and with other cuts samples
+nothing again. The servers are started by this command, or are external ones given with --urls.
 """
 
 import argparse
@@ -47,12 +47,12 @@ from minpro_megatron.records import Prompt
 from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
 
-PROMPTS = "prompts"  # what the samples' file calls them
-FIRST_SAMPLES = 8  # of every prompt; then twice as many of those without a right one, and so on
+PROMPTS = "prompts"  # the name in the file of samples
+FIRST_SAMPLES = 8  # of every prompt; then twice as many of those without a correct one, and so on
 
 
 class Texts(Protocol):
-    """A TextTokenizer, as far as cutting needs one."""
+    """The methods of TextTokenizer that cutting needs."""
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
@@ -61,7 +61,7 @@ class Texts(Protocol):
 
 @dataclass(frozen=True)
 class Cuts:
-    """How traces are cut: so many times, at shares of their tokens between the two."""
+    """How traces are cut: `count` cuts, at fractions of their tokens between the two limits."""
 
     count: int
     shortest: float
@@ -70,12 +70,12 @@ class Cuts:
 
 
 def text_of_right(response: SampledResponse) -> str:
-    """Wrong responses are most of what is sampled, and nothing looks at their texts."""
+    """The text if the response is correct. Most responses are wrong, and their texts are not needed."""
     return response.text if is_right(response.reward, RIGHT_REWARD) else ""
 
 
 def first_right_responses(groups: Iterable[SampledGroup]) -> dict[str, str]:
-    """By prompt id: the right response of the smallest sample number. One that was cut off at the limit is none."""
+    """By prompt id: the correct response of the smallest sample number. Truncated responses do not count."""
     found: dict[str, tuple[int, str]] = {}
     for group in groups:
         for number, response in enumerate(group.responses, start=group.first_sample):
@@ -88,7 +88,7 @@ def first_right_responses(groups: Iterable[SampledGroup]) -> dict[str, str]:
 def next_tasks(
     prompts: Sequence[TokenizedPrompt], groups: Sequence[SampledGroup], max_samples: int, seed: int
 ) -> list[Task]:
-    """The samples to be drawn next of the prompts that have no right response; none once all that may be are there."""
+    """The next samples of the prompts without a correct response; none if all that are allowed exist."""
     solved = first_right_responses(groups)
     unsolved = [prompt for prompt in prompts if prompt.prompt.id not in solved]
     done = {group.key for group in groups}
@@ -101,17 +101,17 @@ def next_tasks(
 
 
 def cut_places(num_tokens: int, cuts: Cuts) -> range:
-    """The numbers of tokens at which a trace of `num_tokens` may be cut; a token remains on both sides."""
+    """The numbers of tokens at which a trace of `num_tokens` may be cut; at least one token remains on both sides."""
     # rounded: 0.7 * 10 tokens is more than 7 in floating point
     first, last = round(cuts.shortest * num_tokens, 9), round(cuts.longest * num_tokens, 9)
     return range(max(1, math.ceil(first)), math.floor(last) + 1)
 
 
 def prefixes_of(trace: str, prompt_id: str, tokenizer: Texts, cuts: Cuts) -> list[str]:
-    """Up to `cuts.count` different beginnings of `trace`, shortest first; which ones depends on seed and id alone.
+    """Up to `cuts.count` different prefixes of `trace`, shortest first. They depend only on the seed and the id.
 
-    All places are equally likely, but for those where the beginning's text would become other tokens than the
-    trace begins with (inside a character of several tokens, say): the policy is to see what was sampled.
+    All positions are equally likely, except those where the prefix's text would be tokenized differently from the
+    beginning of the trace (inside a character of several tokens, for example): the policy must see what was sampled.
     """
     (token_ids,) = tokenizer.encode_all([trace])
     places = list(cut_places(len(token_ids), cuts))
@@ -130,7 +130,7 @@ def prefixes_of(trace: str, prompt_id: str, tokenizer: Texts, cuts: Cuts) -> lis
 def training_rows(
     prompts: Iterable[Prompt], traces: dict[str, str], tokenizer: Texts, cuts: Cuts
 ) -> list[dict[str, Any]]:
-    """For each prompt with a trace its plain row, then one for each prefix, with ids of their own."""
+    """For each prompt with a trace its plain row, then one row per prefix, with ids of their own."""
     rows = []
     for prompt in prompts:
         if prompt.id not in traces:
@@ -145,7 +145,7 @@ def training_rows(
 async def sample_traces(
     config: RunConfig, file: SampleFile, prompts: Sequence[TokenizedPrompt], max_samples: int, seed: int
 ) -> None:
-    """Draws what is missing into `file`, with servers of its own or watching those of others.
+    """Samples what is missing into `file`, with its own servers or with external ones.
 
     Raises EvaluationError, FleetError, GenerationError or RewardWorkerError.
     """
@@ -162,7 +162,7 @@ async def sample_traces(
                 await asyncio.wait({work, ended}, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
                     log_file = config.run_dir / "logs" / "serve.log"
-                    raise EvaluationError(f"the servers' role has ended; {log_file} says why")
+                    raise EvaluationError(f"the servers' role has ended; see {log_file}")
                 work.result()
             finally:
                 work.cancel()
@@ -172,25 +172,25 @@ async def sample_traces(
 
 def _tell(prompts: Sequence[TokenizedPrompt], groups: Sequence[SampledGroup]) -> None:
     drawn = sum(len(group.responses) for group in groups)
-    print(f"{drawn} samples: {len(first_right_responses(groups))} of {len(prompts)} prompts have a right response")
+    print(f"{drawn} samples: {len(first_right_responses(groups))} of {len(prompts)} prompts have a correct response")
 
 
 def build(options: argparse.Namespace) -> int:
-    """Samples, cuts and writes. Returns the exit status. Raises UserError and ValueError for what the user gave."""
+    """Samples, cuts and writes. Returns the exit status. Raises UserError and ValueError for errors in the input."""
     folder = options.samples_folder or options.output.with_suffix(".samples")
     asked = _evaluation_options(options, folder)
     check_reward_name(asked.reward, "--reward")
     config = run_config(asked)
     prompts = read_benchmarks(asked, config)
     if given := [prompt.prompt.id for prompt in prompts[PROMPTS] if prompt.prompt.prefix]:
-        raise UserError(f"--prompts {options.prompts}: {given[0]!r} has a prefix already; give the prompts alone")
+        raise UserError(f"--prompts {options.prompts}: {given[0]!r} has a prefix already; give prompts without prefix")
     with SampleFile(folder, sampling_settings(asked, config, prompts)) as file:
         if next_tasks(prompts[PROMPTS], list(file.groups(text_of_right)), options.max_samples, options.seed):
             try:
                 asyncio.run(sample_traces(config, file, prompts[PROMPTS], options.max_samples, options.seed))
             except ProjectError as error:
                 report(error, "error")
-                print("the same command goes on with what is sampled so far", file=sys.stderr)
+                print("the same command resumes with the samples so far", file=sys.stderr)
                 return FAILED
         groups = list(file.groups(text_of_right))
     tokenizer = TextTokenizer(asked.model, read_model_facts(asked.model, asked.extra_stop_tokens))
@@ -203,11 +203,11 @@ def build(options: argparse.Namespace) -> int:
 def _write(options: argparse.Namespace, rows: Sequence[dict[str, Any]], num_prompts: int, num_samples: int) -> None:
     plain = [row for row in rows if "prefix" not in row]
     if not plain:
-        raise UserError("no prompt has a right response: raise --max-samples, or take easier prompts")
+        raise UserError("no prompt has a correct response: raise --max-samples, or use easier prompts")
     report = {
         "prompts": num_prompts,
         "samples": num_samples,
-        "plain_rows": len(plain),  # as many as prompts with a right response
+        "plain_rows": len(plain),  # the number of prompts with a correct response
         "prefixed_rows": len(rows) - len(plain),
     }
     replace_file(options.output, _json_lines(rows))
@@ -240,32 +240,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, metavar="HF_DIR", help="the base model that samples")
     add("--prompts", required=True, type=Path, metavar="FILE.jsonl", help="hard prompts, without prefixes")
     add("--output", required=True, type=Path, metavar="FILE.jsonl", help="data.train_file of a run")
-    add("--plain-output", type=Path, metavar="FILE.jsonl", help="their plain rows alone, for a run to compare with")
-    add("--samples-folder", type=Path, metavar="DIR", help="what is sampled (the output's name with .samples)")
-    add("--seed", type=int, default=0, help="of sampling, where the engine honours it, and of the cuts (0)")
+    add("--plain-output", type=Path, metavar="FILE.jsonl", help="only their plain rows, for a run to compare with")
+    add("--samples-folder", type=Path, metavar="DIR", help="folder of the samples (the output's name with .samples)")
+    add("--seed", type=int, default=0, help="of sampling, if the engine uses it, and of the cuts (0)")
     add = parser.add_argument_group("cuts").add_argument
-    add("--prefixes", type=_count, default=3, metavar="N", help="a problem (3)")
-    add("--shortest", type=_share, default=0.4, metavar="X", help="share of the trace's tokens (0.4)")
+    add("--prefixes", type=_count, default=3, metavar="N", help="per problem (3)")
+    add("--shortest", type=_share, default=0.4, metavar="X", help="fraction of the trace's tokens (0.4)")
     add("--longest", type=_share, default=0.8, metavar="X", help="(0.8)")
     add = parser.add_argument_group("sampling and grading").add_argument
-    add("--max-samples", type=_count, default=128, metavar="N", help="a prompt (128)")
+    add("--max-samples", type=_count, default=128, metavar="N", help="per prompt (128)")
     add("--temperature", type=float, default=1.0, metavar="X", help="(1.0)")
     add("--top-p", type=float, default=1.0, metavar="X", help="(1.0)")
     add("--max-prompt-tokens", type=_count, default=2048, metavar="N", help="(2048)")
     add("--max-response-tokens", type=_count, default=20480, metavar="N", help="(20480)")
-    add("--instruction", default="none", metavar="TEXT", help="as data.instruction of the run to come (none)")
-    add("--chat-template", action="store_true", help="as data.chat_template of the run to come")
+    add("--instruction", default="none", metavar="TEXT", help="as data.instruction of the later run (none)")
+    add("--chat-template", action="store_true", help="as data.chat_template of the later run")
     add("--extra-stop-tokens", nargs="*", default=[], metavar="TOKEN", help="special tokens that also end a response")
-    add("--reward", default="math", metavar="NAME", help="as collector.reward of the run to come (math)")
+    add("--reward", default="math", metavar="NAME", help="as collector.reward of the later run (math)")
     add("--reward-workers", type=_count, default=1, metavar="N", help="processes (1)")
     add = parser.add_argument_group("servers").add_argument
-    add("--urls", nargs="*", default=[], metavar="URL", help="running servers; none are started then")
+    add("--urls", nargs="*", default=[], metavar="URL", help="external servers; none are started then")
     add("--api-key-variable", default="", metavar="NAME", help="environment variable with the servers' API key")
     add("--engine", choices=["sglang", "reference"], default="sglang", help="(sglang)")
-    add("--device", choices=["cpu", "cuda"], help="(cuda where there is a GPU)")
+    add("--device", choices=["cpu", "cuda"], help="(cuda if there is a GPU)")
     add("--dtype", choices=["float32", "bfloat16"], help="(float32 on the CPU, else bfloat16)")
     add("--servers", type=_count, default=1, metavar="N", help="servers to start (1)")
-    add("--tensor-parallel", type=_count, default=1, metavar="N", help="GPUs of one server (1)")
+    add("--tensor-parallel", type=_count, default=1, metavar="N", help="GPUs per server (1)")
     add("--start-timeout-s", type=float, default=900.0, metavar="X", help="for a server to start or answer (900)")
     options = parser.parse_args(arguments)
     if options.shortest > options.longest:
@@ -290,7 +290,7 @@ def _share(text: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 on success, 1 if sampling failed, 2 after a message about what the user gave."""
+    """0 on success, 1 if sampling failed, 2 after a message about an error in the input."""
     options = parse_arguments(arguments)
     return run_reporting(lambda: build(options), reads_given_files=True)
 

@@ -1,12 +1,12 @@
-"""Compare a Megatron checkpoint on a mesh with the Hugging Face model it was made from, logit by logit.
+"""Compare a Megatron checkpoint on a mesh with the Hugging Face model from which it was made, logit by logit.
 
     python tools/compare_logits.py --hf DIR [--megatron DIR] [--parallel tensor=2,pipeline=2] \\
         (--text TEXT | --ids 12,7,40) ... [--dtype bfloat16] [--backend auto] [--json]
 
-Both read the same tokens; without --megatron the mesh loads the Hugging Face weights itself. It prints, over all
-positions of all sequences: the largest and the mean difference of logits, how often the highest one is the same
-token's, and the mean and largest KL divergence (Hugging Face || Megatron) of the next token, in nats. The ranks are
-started here: on GPUs if every rank can have one, else on the CPU in float32.
+Both read the same tokens; without --megatron the mesh loads the Hugging Face weights itself. The output is, over all
+positions of all sequences: the largest and the mean difference of logits, how often the highest logit belongs to the
+same token, and the mean and largest KL divergence (Hugging Face || Megatron) of the next token, in nats. This command
+starts the ranks: on GPUs if there is one for every rank, else on the CPU in float32.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
-# megatron-core announces at import every optional package that is not installed.
+# megatron-core logs at import every optional package that is not installed.
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
 
@@ -49,15 +49,15 @@ from minpro_megatron.replay.settings import parse_parallel
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.local import load_hf_tensors
 
-logging.disable(logging.NOTSET)  # whoever imports this file may have something to say
+logging.disable(logging.NOTSET)  # programs that import this file keep their own logging
 
 JOB, RESULT, ERROR = "job.json", "logits.safetensors", "error.txt"
-MOST_LOGITS = 1 << 28  # of one sequence, held by every rank and here: 1 GiB
+MAX_LOGITS = 1 << 28  # of one sequence, held by every rank and here: 1 GiB
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Over all positions of all sequences; `kl` in nats."""
+    """Over all positions of all sequences; `kl` is in nats."""
 
     tokens: int
     largest_difference: float
@@ -95,7 +95,7 @@ def hf_logits(hf: Path, dtype: str, sequences: list[list[int]], device: str) -> 
 
 
 def token_sequences(hf: Path, texts: list[str], ids: list[str], vocab_size: int) -> list[list[int]]:
-    """The token ids of --text and --ids. Raises UserError for one that is too short, too long or no token."""
+    """The token ids of --text and --ids. Raises UserError if one is too short, too long or has an invalid token."""
     sequences = []
     if texts:
         from transformers import AutoTokenizer
@@ -108,8 +108,8 @@ def token_sequences(hf: Path, texts: list[str], ids: list[str], vocab_size: int)
         except ValueError:
             raise UserError(f"--ids {text}: give token ids with commas between them, such as 12,7,40") from None
     if not sequences:
-        raise UserError("nothing to compare on: give --text or --ids")
-    limit = min(MOST_LOGITS // vocab_size, max_positions(hf) or MOST_LOGITS)
+        raise UserError("there are no sequences to compare: give --text or --ids")
+    limit = min(MAX_LOGITS // vocab_size, max_positions(hf) or MAX_LOGITS)
     for sequence in sequences:
         wrong = [token for token in sequence if not 0 <= token < vocab_size]
         if wrong:
@@ -117,13 +117,13 @@ def token_sequences(hf: Path, texts: list[str], ids: list[str], vocab_size: int)
         if not 2 <= len(sequence) <= limit:
             raise UserError(
                 f"a sequence of {len(sequence)} tokens: give 2 to {limit} (max_position_embeddings of the model, or "
-                f"{MOST_LOGITS} logits)"
+                f"{MAX_LOGITS} logits)"
             )
     return sequences
 
 
 def run_ranks(work: Path, config: ParallelConfig, device: str) -> None:
-    """Runs this file as every rank of the mesh. Raises UserError with what went wrong."""
+    """Runs this file as every rank of the mesh. Raises UserError with the error of a rank."""
     environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"} | trainer_environment(device)
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -131,8 +131,8 @@ def run_ranks(work: Path, config: ParallelConfig, device: str) -> None:
     outcome = Supervisor([command], work).run(lambda: None)
     if outcome.status != FINISHED:
         log = work / "compare.log"
-        told = (work / ERROR).read_text() if (work / ERROR).exists() else log.read_text() if log.exists() else ""
-        raise UserError(told.strip().splitlines()[-12:] or closing_lines(outcome))
+        message = (work / ERROR).read_text() if (work / ERROR).exists() else log.read_text() if log.exists() else ""
+        raise UserError(message.strip().splitlines()[-12:] or closing_lines(outcome))
 
 
 def rank_main(work: Path) -> int:
@@ -141,7 +141,7 @@ def rank_main(work: Path) -> int:
     architecture = read_architecture(job["hf"])
     with open_mesh(config, job["device"], seed=0) as mesh:
         if job["device"] == "cpu":
-            torch.set_num_threads(1)  # the ranks are the parallelism
+            torch.set_num_threads(1)  # the ranks run in parallel
         try:
             chunks = build_model(architecture, mesh, DTYPES[job["dtype"]], ModelFeatures(backend=job["backend"]))
             if job["megatron"]:
@@ -159,7 +159,7 @@ def rank_main(work: Path) -> int:
 
 
 def run(options: argparse.Namespace) -> Comparison:
-    """Raises UserError for whatever cannot be compared."""
+    """Raises UserError if the models cannot be compared."""
     try:
         architecture = read_architecture(options.hf)
         config = ParallelConfig(**parse_parallel(options.parallel))

@@ -1,10 +1,10 @@
-"""Lays runs side by side in one HTML page: overlaid curves, what came of each, the settings in which they differ.
+"""Compares runs on one HTML page: overlaid curves, the results of each run, the settings in which they differ.
 
     python tools/compare_runs.py runs/demo runs/demo-cispo
     python tools/compare_runs.py runs/* --metrics eval/pass_at_1,ratio/max --smooth 5 --output study.html
 
-Runs may be of different length, and may still be going on; of a run that went back to a checkpoint the steps count
-that it went on with. The page needs no other file and loads nothing.
+Runs may have different lengths, and may still be active. If a run was resumed from a checkpoint, the steps after
+resuming replace the earlier ones. The page needs no other file and loads nothing.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from minpro_megatron.report.comparison import USUAL_METRICS, read_runs, write_co
 
 
 def _page(text: str) -> Path:
-    if not text.lower().endswith((".html", ".htm")):  # a slip must not write over one of a run's files
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a page; it must end in .html")
+    if not text.lower().endswith((".html", ".htm")):  # a typing error must not overwrite a file of a run
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a page; it must end in .html")
     return Path(text)
 
 
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise argparse.ArgumentTypeError("names no metric; give some, such as reward/accuracy,ratio/max")
+        raise argparse.ArgumentTypeError("there is no metric in it; give some, such as reward/accuracy,ratio/max")
     return list(dict.fromkeys(names))
 
 

@@ -1,15 +1,15 @@
-"""Convert between Hugging Face checkpoints (safetensors) and Megatron distributed checkpoints, or plan one.
+"""Convert between Hugging Face checkpoints (safetensors) and Megatron distributed checkpoints, or plan the memory.
 
     python tools/convert_checkpoint.py to-megatron --hf DIR --output DIR [--dtype bfloat16] [--verify]
     python tools/convert_checkpoint.py to-hf --megatron DIR --output DIR [--hf-reference DIR] [--verify]
     python tools/convert_checkpoint.py plan --hf DIR --parallel tensor=4,pipeline=2,expert=8,context=2 [--json]
     python tools/convert_checkpoint.py plan --hf DIR --parallel pipeline=4,pipeline_layers=11+13+13+11
 
-Conversion is one process on the CPU, in about a gigabyte of memory whatever the model's size, and changes no bit
+Conversion runs in one process on the CPU, in about a gigabyte of memory whatever the model's size, and changes no bit
 unless --dtype is given. The output appears under its name only when complete, and loads on any mesh. Weights are read
-from safetensors only. The Megatron folder of `to-hf` is one that this tool made, or a run's checkpoint
-(runs/NAME/checkpoints/step-N); config and tokenizer of the latter are those of the run's model.hf_path. Of a Megatron
-folder's pickles nothing but metadata classes and plain data is unpickled. `plan` needs config.json alone.
+from safetensors only. The Megatron folder of `to-hf` is an output of this tool or a run's checkpoint
+(runs/NAME/checkpoints/step-N); config and tokenizer of the latter are those of the run's model.hf_path. From a Megatron
+folder's pickles only metadata classes and plain data are unpickled. `plan` needs only config.json.
 """
 
 import argparse
@@ -36,7 +36,7 @@ DEGREES = tuple(axis for axis in AXES if axis not in ("data", "pipeline_layers")
 
 
 def parse_parallel(text: str) -> ParallelConfig:
-    """ "tensor=4,pipeline=2" as a mesh. Raises ValueError naming the axis that is unknown, repeated or wrong."""
+    """ "tensor=4,pipeline=2" as a mesh. Raises UserError naming the axis that is unknown, repeated or wrong."""
     degrees: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         axis, _, degree = part.partition("=")
@@ -114,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    torch.set_num_threads(1)  # bytes are moved, nothing is computed
+    torch.set_num_threads(1)  # bytes are copied, nothing is computed
     return run_reporting(lambda: _run(arguments), "convert_checkpoint")
 
 
@@ -127,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> int:
         cast_to = getattr(torch, arguments.dtype) if arguments.dtype else None
         to_megatron(arguments.hf, arguments.output, byte_progress, arguments.verify, cast_to)
         if left_out := other_files(arguments.hf):
-            print(f"not copied, for they are neither weights nor part of the tokenizer: {', '.join(left_out)}")
+            print(f"not copied, because they are neither weights nor part of the tokenizer: {', '.join(left_out)}")
     else:
         to_hf(arguments.megatron, arguments.output, byte_progress, arguments.hf_reference, arguments.verify)
     print(f"wrote {arguments.output}")

@@ -1,13 +1,13 @@
-"""Grades responses from a file, as a run would: in worker processes with limits of time and memory.
+"""Grades responses from a file in the same way as a run: in worker processes with limits of time and memory.
 
     python tools/grade.py --input rows.jsonl > graded.jsonl
     python tools/grade.py --input rows.jsonl --reward my_package.rewards:grade
 
-Each row is `{"data_source": ..., "ground_truth": ..., "response": ...}`; it is printed as it was, with `reward`,
-`extracted` (what of the response was compared; null: nothing was found) and `seconds`. Where the grader hung, died,
-raised or returned no finite number twice, `reward` is null and `problem` says why. Without --reward a row is graded
-by its data source: `calculator` by calculator, `math_dapo` by dapo, all others by math. Responses are text from
-outside: anything but printable ASCII is escaped.
+Each row is `{"data_source": ..., "ground_truth": ..., "response": ...}`. It is printed unchanged, with the new fields
+`reward`, `extracted` (the part of the response that was compared; null: none was found) and `seconds`. If the grader
+twice hung, died, raised or returned no finite number, `reward` is null and `problem` gives the reason. Without --reward
+the data source selects the reward: `calculator` calculator, `math_dapo` dapo, all others math. Responses are untrusted
+text: anything but printable ASCII is escaped.
 """
 
 import argparse
@@ -55,17 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reward", metavar="NAME", help="one for all rows: a known reward, or package.module:function")
     parser.add_argument("--workers", type=_positive(int), default=os.cpu_count() or 1, metavar="N")
     parser.add_argument(
-        "--timeout", type=_positive(float), default=5.0, metavar="SECONDS", help="of processor time, for one response"
+        "--timeout", type=_positive(float), default=5.0, metavar="SECONDS", help="processor time per response"
     )
     parser.add_argument("--json", action="store_true", help="the summary on standard error as one JSON object")
     return parser
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of the file. Raises ValueError, one line a bad row: file, line, field and rule."""
+    """The rows of the file. Raises UserError, with one line per bad row: file, line, field and rule."""
     rows: list[Row] = []
     problems: list[str] = []
-    with path.open("rb") as file:  # a line of other bytes than UTF-8 is one bad row
+    with path.open("rb") as file:  # a line that is not UTF-8 is one bad row
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -77,7 +77,7 @@ def read_rows(path: Path) -> list[Row]:
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
         raise UserError(problems[:MAX_PROBLEMS] + more)
     if not rows:
-        raise UserError(f"{path}: it has no rows; give one JSON object a line with {', '.join(FIELDS)}")
+        raise UserError(f"{path}: it has no rows; give one JSON object per line with {', '.join(FIELDS)}")
     return rows
 
 
@@ -90,7 +90,7 @@ def _checked(row: Any) -> Row:
         if not isinstance(row[field], str):
             raise ValueError(f"{field} must be a text, not {json.dumps(row[field])[:60]}")
         if any("\ud800" <= character <= "\udfff" for character in row[field]):
-            raise ValueError(f"{field} has half of a surrogate pair, which is no character")
+            raise ValueError(f"{field} has half of a surrogate pair, which is not a character")
     return row
 
 
@@ -117,7 +117,7 @@ def printed(row: Row, judged: Judged) -> str:
 
 
 async def grade_file(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
-    """Prints the graded rows and gives the summary."""
+    """Prints the graded rows and returns the summary."""
     rewards: Counter[float] = Counter()
     start = shown = time.monotonic()
     done = 0
@@ -168,6 +168,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # each row says itself what went wrong
+    # each row reports its own error
     logging.getLogger("minpro_megatron.rewards.pool").setLevel(logging.ERROR)
     sys.exit(main())

@@ -3,9 +3,9 @@
     python tools/make_tiny_model.py --output artifacts/tiny_moe/hf
     python tools/make_tiny_model.py --task calculator_steps --output artifacts/steps_moe/hf
 
-The warm start is supervised, on expressions of the calculator task with a share of the answers wrong on purpose.
-The model then knows most answers (greedy decoding is mostly right) without saying them reliably (sampling is mostly
-wrong): what reinforcement learning can raise. Held-out prompts are never trained on.
+The warm start is supervised, on expressions of the calculator task with a deliberate fraction of wrong answers.
+The model then knows most answers (greedy decoding is mostly correct) without giving them reliably (sampling is mostly
+wrong), which reinforcement learning can improve. Held-out prompts are never trained on.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from tools.prompt_sets.calculator import HELDOUT_FILE
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 CHARACTERS = "0123456789+-*/=(). ,:$%\n"
 IGNORED = -100  # the label that cross_entropy skips
-LINES_EVERY_STEPS = 100  # progress lines where there is no terminal for a live display
+LINES_EVERY_STEPS = 100  # steps between progress lines if there is no terminal for a live display
 DATA_FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "data"
 
 Pair = tuple[str, str]  # (prompt, answer), such as ("48/2=", "24")
@@ -47,9 +47,9 @@ Pair = tuple[str, str]  # (prompt, answer), such as ("48/2=", "24")
 class WarmStart:
     """How the warm start is trained: on one machine type these settings decide the weights.
 
-    The share of wrong answers (of wrong steps, where an answer has several) rises from 0 to `wrong_share` over the
-    first `rise_share` of the steps. Wrong from the first step, the arithmetic is learned slowly; wrong all at once
-    later, most of it is forgotten.
+    The fraction of wrong answers (of wrong steps, if an answer has several) rises from 0 to `wrong_share` over the
+    first `rise_share` of the steps. With wrong answers from the first step on, arithmetic is learned slowly; if all
+    of them start at once later, most of it is forgotten.
     """
 
     seed: int
@@ -62,7 +62,7 @@ class WarmStart:
     rise_share: float = 0.6
 
     def wrong_share_at(self, step: int) -> float:
-        """The share (0 to 1) of the answers drawn at `step` (from 0) that are wrong."""
+        """The fraction (0 to 1) of the answers drawn at `step` (from 0) that are wrong."""
         return self.wrong_share * min(step / (self.rise_share * self.steps), 1)
 
     def learning_rate_at(self, step: int) -> float:
@@ -72,7 +72,7 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares (0 to 1) of held-out prompts solved, with standard errors over the prompts."""
+    """Fractions (0 to 1) of held-out prompts solved, with standard errors over the prompts."""
 
     num_prompts: int
     sampled: float
@@ -88,7 +88,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNK, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    # `[\s\S]` and not `.`: the newline is a character of the vocabulary too.
+    # `[\s\S]` instead of `.`, because the newline is also a character of the vocabulary.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -126,8 +126,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: in
     )
     torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(config)
-    # transformers leaves the row of <pad> at zero. But a policy may sample <pad> and then reads it: through the norms
-    # of layer, queries and keys, each a factor of 1 / sqrt(1e-6) at zero, it has 1e4 times the others' gradient.
+    # transformers leaves the row of <pad> at zero. But a policy may sample <pad> and then read it: through the norms of
+    # layer, queries and keys, each a factor of 1 / sqrt(1e-6) at zero, its gradient is 1e4 times that of the others.
     rows = model.model.embed_tokens.weight
     torch.nn.init.normal_(rows[tokenizer.convert_tokens_to_ids(PAD)], std=config.initializer_range)
     return model
@@ -144,7 +144,7 @@ def save_checkpoint(output: Path, model: Qwen3MoeForCausalLM, tokenizer: PreTrai
     config = json.loads(config_path.read_text())
     config_path.unlink()
     # transformers 5 saves `num_local_experts`, `rope_parameters` and `dtype`; the published Qwen3-MoE checkpoints
-    # carry the older keys, and everything that reads those must be able to read this one.
+    # have the older keys, and programs that read those must be able to read this one.
     config["num_experts"] = config.pop("num_local_experts")
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     config["rope_scaling"] = None
@@ -173,7 +173,7 @@ def wrong_answer(answer: str, generator: random.Random) -> str:
 
 
 def spoiled_answer(pair: Pair, wrong_share: float, generator: random.Random) -> Pair:
-    """The pair, with another answer in so large a share of all calls."""
+    """The pair, with a different answer in the fraction `wrong_share` of all calls."""
     prompt, answer = pair
     wrong = generator.random() < wrong_share
     return prompt, wrong_answer(answer, generator) if wrong else answer
@@ -181,10 +181,10 @@ def spoiled_answer(pair: Pair, wrong_share: float, generator: random.Random) -> 
 
 @dataclass(frozen=True)
 class Task:
-    """What a warm start teaches: prompts with right answers, how they are spoiled, and for how large a model."""
+    """What a warm start teaches: prompts with correct answers, how they are made wrong, and the size of the model."""
 
     heldout_file: str
-    pairs: Callable[[list[Pair]], list[Pair]]  # of everything but the held-out pairs
+    pairs: Callable[[list[Pair]], list[Pair]]  # for everything except the held-out pairs
     spoiled: Callable[[Pair, float, random.Random], Pair]
     settings: WarmStart
     hidden_size: int
@@ -192,7 +192,7 @@ class Task:
 
 TASKS = {
     "calculator": Task(HELDOUT_FILE, synthetic_pairs, spoiled_answer, WarmStart(seed=0, steps=1400), 128),
-    # Each of eight steps is wrong in a third of the samples: rarely are all right.
+    # Each of eight steps is wrong in a third of the samples, so rarely all are correct.
     "calculator_steps": Task(
         calculator_steps.HELDOUT_FILE,
         calculator_steps.synthetic_pairs,
@@ -256,7 +256,7 @@ def warm_start(
 ) -> None:
     """Train `model` in place on prompts drawn from `pairs`, answered as `spoiled` says."""
     generator = random.Random(settings.seed)
-    # grouped_mm, the default, is no faster at this size, and far slower where other processes want the same cores.
+    # grouped_mm, the default, is not faster at this size, and far slower if other processes use the same cores.
     model.set_experts_implementation("eager")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True)
     model.train()
@@ -279,10 +279,10 @@ def warm_start(
 
 @torch.no_grad()
 def accuracy(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> Accuracy:
-    """How many prompts one response solves, sampled at temperature 1 and decoded greedily.
+    """The fraction of prompts that one response solves, sampled at temperature 1 and decoded greedily.
 
-    The sampled share is the mean probability of the right answer and its end token: what infinitely many samples
-    per prompt would give, so that its standard error has no sampling part.
+    The sampled fraction is the mean probability of the correct answer and its end token: the limit of infinitely many
+    samples per prompt, so that its standard error has no sampling part.
     """
     tokens, labels = encode(pairs, tokenizer)
     log_probs = model(tokens, use_cache=False).logits.float().log_softmax(-1)
@@ -303,16 +303,16 @@ def accuracy(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, pai
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Make a tiny Qwen3-MoE checkpoint, warm-started on calculator prompts.")
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder of the checkpoint; a former result of this tool is replaced"
+        "--output", type=Path, required=True, help="folder of the checkpoint; an earlier output is replaced"
     )
-    parser.add_argument("--task", choices=TASKS, default="calculator", help="what it is taught (calculator)")
+    parser.add_argument("--task", choices=TASKS, default="calculator", help="the task to learn (calculator)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="warm-start steps; 0 leaves the random weights (the task's own)")
-    parser.add_argument("--hidden-size", type=int, help="a multiple of 8 (the task's own)")
+    parser.add_argument("--steps", type=int, help="warm-start steps; 0 keeps the random weights (default of the task)")
+    parser.add_argument("--hidden-size", type=int, help="a multiple of 8 (default of the task)")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--data", type=Path, default=DATA_FOLDER, help="folder with the task's held-out prompts")
-    # One, whatever the machine: at this size a second thread gains little on idle cores and multiplies the CPU time
-    # on busy ones; and the order of summation, with it the weights, depends on the number.
+    # One thread on every machine: at this size a second one gains little on idle cores and multiplies the CPU time
+    # on busy ones; and the order of summation, and so the weights, depends on the number.
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args(arguments)
     task = TASKS[options.task]
@@ -327,7 +327,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_checkpoint(options: argparse.Namespace, console: Console) -> Accuracy:
-    """Build, train, measure and save the model that the command line `options` ask for."""
+    """Builds, trains, measures and saves the model described by the command line `options`."""
     check_replaceable(options.output)
     task = TASKS[options.task]
     heldout = read_pairs(options.data / task.heldout_file)
@@ -348,13 +348,13 @@ def make_checkpoint(options: argparse.Namespace, console: Console) -> Accuracy:
     with new_folder(options.output) as folder:
         (folder / "warm_start.json").write_text(json.dumps(record, indent=2) + "\n")
         save_checkpoint(folder, model, tokenizer)
-        for path in folder.iterdir():  # safetensors writes for the owner alone; other users of a cluster read it too
+        for path in folder.iterdir():  # safetensors files are private to their owner; others on a cluster need them too
             path.chmod(0o644)
     return measured
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make one checkpoint; 0 on success, 2 after a message about what the user gave."""
+    """Make one checkpoint; 0 on success, 2 after a message about an error in the input."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     transformers_logging.disable_progress_bar()

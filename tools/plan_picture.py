@@ -1,4 +1,4 @@
-"""A plan as a picture: who works when over some steps, and where each rank's memory goes."""
+"""A plan as a picture: what trainer and servers do over some steps, and how each rank's memory is used."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ SHOWN_SERVERS = 8
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Writes the picture; the ending of `path` names its format."""
+    """Writes the picture; the suffix of `path` selects its format."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 6.6), layout="constrained", dpi=110)
         FigureCanvasAgg(figure)
@@ -66,7 +66,7 @@ def _timeline(axes: Axes, plan: Plan) -> None:
     axes.legend(handles=handles, ncols=len(handles), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     more = plan.num_servers - len(servers)
     axes.set_title(
-        f"{plan.config.name}: {plan.step_s:.0f} s a step; trainer waits {plan.wait_share:.0%}, servers idle "
+        f"{plan.config.name}: {plan.step_s:.0f} s per step; trainer waits {plan.wait_share:.0%}, servers idle "
         f"{plan.idle_share:.0%}" + (f" ({more} more servers not drawn)" if more else ""),
         loc="left",
         pad=22,

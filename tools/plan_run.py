@@ -1,4 +1,4 @@
-"""Says beforehand whether a run fits on a cluster and how long a global step takes.
+"""Predicts whether a run fits on a cluster and how long a global step takes.
 
     python tools/plan_run.py recipes.qwen3_30b_a3b:minpro
     python tools/plan_run.py recipes.qwen3_30b_a3b:minpro --gpus 64 --gpu h100-80gb model.recompute=full
@@ -8,9 +8,9 @@ Without --gpus the GPUs are those of the recipe's mesh and servers; with it, eve
 servers is tried and the fastest is shown. Nothing is started, no GPU is needed, and of the model only its config.json,
 or its name if it is a released Qwen3. Exit status: 0 if the run fits, 1 if not, 2 for a wrong command line.
 
-Durations come from data sheets and a few published measurements (planning/cost_model.py); what a run's settings do not
-say, above all how long responses are, is assumed and can be given here. benchmarks/plan_run.md compares the model with
-published runs.
+Durations are based on data sheets and a few published measurements (planning/cost_model.py). Values that a run's
+settings do not determine, above all the lengths of responses, are assumed and can be given here. benchmarks/plan_run.md
+compares the model with published runs.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("recipe", help="module:function, such as recipes.qwen3_30b_a3b:minpro")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changed settings")
     parser.add_argument("--gpu", default="h100-80gb", choices=list(GPU_KINDS))
-    parser.add_argument("--gpus", type=int, default=0, help="of trainer and servers together: seek the best split")
+    parser.add_argument("--gpus", type=int, default=0, help="of trainer and servers together: find the best split")
     parser.add_argument("--trainer-gpus", type=int, default=0, help="with --server-gpus: this split")
     parser.add_argument("--server-gpus", type=int, default=0)
     parser.add_argument("--gpus-per-node", type=int, default=0, help="default: the kind's usual node")
@@ -50,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--time-limit-hours", type=float, help="of one start of the job: is a checkpoint reached in it?"
     )
-    parser.add_argument("--modes", action="store_true", help="also a step under other delays and bounds (seconds each)")
+    parser.add_argument("--modes", action="store_true", help="also the step under other delays and bounds")
     parser.add_argument("--json", action="store_true", help="print all numbers instead of tables")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw timeline and memory")
     return parser.parse_intermixed_args(arguments)
@@ -65,7 +65,7 @@ def cluster_of(options: argparse.Namespace, config: RunConfig) -> ClusterSize:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    sys.path.insert(0, str(Path.cwd()))  # recipes of the folder it is started in
+    sys.path.insert(0, str(Path.cwd()))  # for recipes in the current folder
     return run_reporting(lambda: _plan(options))
 
 
@@ -82,7 +82,7 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         print_plan(Console(), plan, modes)
     if options.picture:
-        # late: it takes a second to import, and only a picture needs it
+        # imported late: it takes a second, and only a picture needs it
         from tools.plan_picture import draw
 
         draw(plan, options.picture)

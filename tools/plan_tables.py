@@ -41,10 +41,10 @@ def _heading(console: Console, plan: Plan) -> None:
     load = plan.workload
     console.print(
         f"{config.name}: {a.name}, {model_parameters(a) / 1e9:.2f} billion parameters, "
-        f"{active_parameters(a) / 1e9:.2f} billion a token; {mode}",
-        f"{kind.name}, {plan.cluster.node_size} a node: {mesh.world_size} train ({degrees or 'no cut'}, data "
+        f"{active_parameters(a) / 1e9:.2f} billion per token; {mode}",
+        f"{kind.name}, {plan.cluster.node_size} per node: {mesh.world_size} train ({degrees or 'no cut'}, data "
         f"{mesh.data_size}), {plan.num_servers} servers of {config.server.tensor_parallel}",
-        f"a step: {config.batch.num_prompts} prompts x {config.batch.responses_per_prompt} responses in "
+        f"per step: {config.batch.num_prompts} prompts x {config.batch.responses_per_prompt} responses in "
         f"{config.batch.updates_per_step} updates; assumed {load.mean_prompt_tokens:.0f} prompt and "
         f"{load.mean_response_tokens:.0f} response tokens on average (at most {config.sampling.max_response_tokens:,})",
         sep="\n",
@@ -155,7 +155,7 @@ def _update_parts(cost: StepCost) -> str:
 
 
 def _split_table(plan: Plan) -> Table:
-    table = _table("splits", "train", "serve", "s a step")
+    table = _table("splits", "train", "serve", "s per step")
     for split in plan.splits:
         seconds = _seconds(split.step_s) if math.isfinite(split.step_s) else "does not fit"
         table.add_row(str(split.trainer_gpus), str(split.server_gpus), seconds)
@@ -163,7 +163,7 @@ def _split_table(plan: Plan) -> Table:
 
 
 def _mode_table(modes: Sequence[ModeTime]) -> Table:
-    table = _table("other staleness", "mode", "steps", "s a step", "trainer waits", "servers idle", "")
+    table = _table("other staleness", "mode", "steps", "s per step", "trainer waits", "servers idle", "")
     for mode in modes:
         table.add_row(
             mode.mode,

@@ -1,4 +1,4 @@
-"""Make prompt sets (JSON Lines of id, source, prompt, answer, and pass_rate and prefix where known) from data sets.
+"""Make prompt sets (JSON Lines of id, source, prompt, answer, and pass_rate and prefix if known) from data sets.
 
     python tools/prepare_data.py dapo --input BytedTsinghua-SIA/DAPO-Math-17k --output data/dapo.jsonl
     python tools/prepare_data.py gsm8k --input openai/gsm8k:main/test-*.parquet --output data/gsm8k.jsonl
@@ -7,13 +7,13 @@
     python tools/prepare_data.py calculator --input GSM8K_TRAIN.jsonl --output recipes/data
 
 --input is a file (parquet, JSON Lines, a JSON array of objects or CSV; text also compressed with gzip, bzip2 or xz), a
-folder of them, or a data set of the Hugging Face hub (owner/name, or owner/name:PATTERN where it has several files);
-files are read in a stream, but for a JSON array. `prompt` is the question alone: what it is wrapped in is the run's
-setting data.instruction, and known instructions of other frameworks are taken off. Answers are taken out of boxes,
-dollar signs, lists of one and solutions that end with ####. A question that comes again is written once; one that comes
-with different answers is left out. Beside FILE.jsonl stands FILE.report.json, which says what was dropped and why, and
-which answers the grader (--reward) does not accept of themselves. A damaged row ends the command with its file, row and
-field, and nothing is written.
+folder of them, or a data set of the Hugging Face hub (owner/name, or owner/name:PATTERN if it has several files). Files
+are streamed, except a JSON array. `prompt` is only the question: the run's setting data.instruction wraps it, and known
+instructions of other frameworks are removed. Answers are extracted from boxes, dollar signs, lists of one and solutions
+that end with ####. A repeated question is written once; a question with different answers is excluded.
+FILE.report.json next to FILE.jsonl lists what was dropped and why, and which answers the grader (--reward) does not
+accept even as their own response. A damaged row ends the command with its file, row and field, and nothing is
+written.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 _CUSTOM = (
     "Any parquet, JSON Lines, JSON or CSV file. The question is a text or a chat of one user's turn; the answer a "
-    "text, a number, or a list of them (--answer-list). COLUMN may go into an object: reward_model.ground_truth."
+    "text, a number, or a list of them (--answer-list). COLUMN may refer into an object: reward_model.ground_truth."
 )
 
 
@@ -58,15 +58,15 @@ def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--answer-list",
         choices=["all", "any"],
-        help="of an answer that is a list of several: all of them are asked for, or any one of them is right "
+        help="for an answer that is a list of several: all of them are required, or any one of them is correct "
         "(olympiad: all, unless given; other sets: such a row is refused, unless the answers are equal)",
     )
     command.add_argument(
         "--reward",
         default="math",
         metavar="NAME",
-        help=f"the run's grader ({', '.join(REWARDS)}, or package.module:function): answers that it does not accept of "
-        "themselves are reported (math, unless given)",
+        help=f"the run's grader ({', '.join(REWARDS)}, or package.module:function): answers that it does not accept as "
+        "their own response are reported (math, unless given)",
     )
 
 
@@ -74,8 +74,8 @@ def _add_custom(command: argparse.ArgumentParser) -> None:
     _add_files(command)
     command.add_argument("--prompt-column", required=True, metavar="COLUMN", help="the question")
     command.add_argument("--answer-column", required=True, metavar="COLUMN", help="its final answer, not a solution")
-    command.add_argument("--pass-rate-column", default="", metavar="COLUMN", help="share of right responses, 0 to 1")
-    command.add_argument("--prefix-column", default="", metavar="COLUMN", help="a given beginning of the response")
+    command.add_argument("--pass-rate-column", default="", metavar="COLUMN", help="share of correct responses, 0 to 1")
+    command.add_argument("--prefix-column", default="", metavar="COLUMN", help="a given prefix of the response")
     command.add_argument("--source", help="the rows' source; the output's name unless given")
     command.set_defaults(prepare=_prepare_custom)
 

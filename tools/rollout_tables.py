@@ -1,4 +1,4 @@
-"""Groups and their tokens on a terminal. What comes from outside is escaped, and never taken for markup."""
+"""Groups and their tokens on a terminal. Untrusted text is escaped, and never interpreted as markup."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -15,7 +15,7 @@ from minpro_megatron.terminal_text import visible
 
 
 def print_list(console: Console, rows: Sequence[GroupRow], num_found: int) -> None:
-    """The groups, one a line."""
+    """The groups, one per line."""
     if not rows:
         _line(console, "no group fulfils all conditions")
         return
@@ -42,7 +42,7 @@ def print_list(console: Console, rows: Sequence[GroupRow], num_found: int) -> No
 def print_group(
     console: Console, group: StoredGroup, shown: Sequence[StoredResponse], tokenizer: TextTokenizer | None
 ) -> None:
-    """One group: prompt, the responses `shown` of it, and a line for every token of these."""
+    """One group: the prompt, its responses `shown`, and a line for every token of these."""
     parts = [f"group {group.group_id}", group.state, f"prompt {visible(group.prompt_id)} ({visible(group.source)})"]
     parts.append(f"issued with version {group.issued_version}")
     if group.consumed_step is not None:
@@ -51,7 +51,7 @@ def print_group(
         parts.append(f"mean reward {group.mean_reward:g}")
     _line(console, ", ".join(parts))
     if tokenizer is None:
-        _line(console, "the tokenizer of the run's model is not at hand: token ids")
+        _line(console, "the tokenizer of the run's model is not available: token ids")
     _line(console, f"prompt, {len(group.prompt_token_ids)} tokens:")
     _print_text(console, group.prompt_token_ids, tokenizer)
     for response in shown:
@@ -92,7 +92,7 @@ def _print_response(console: Console, response: StoredResponse, tokenizer: TextT
 
 
 def _print_text(console: Console, token_ids: np.ndarray, tokenizer: TextTokenizer | None) -> None:
-    """Every line behind a bar, so that none of it can pass for a line of this tool."""
+    """Every line after a bar, so that no line can be mistaken for one of this tool."""
     lines = tokenizer.text(token_ids).split("\n") if tokenizer else [" ".join(map(str, token_ids.tolist()))]
     for line in lines:
         _line(console, f"  │ {visible(line)}")

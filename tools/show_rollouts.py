@@ -1,16 +1,16 @@
-"""Shows the rollouts of a run: which groups there are, and every token of one of them.
+"""Shows the rollouts of a run: a list of groups, or every token of one group.
 
     python tools/show_rollouts.py runs/demo --step 10:12 --reward :0.25
     python tools/show_rollouts.py runs/demo --group 321 --response 0
     python tools/show_rollouts.py runs/demo --step 10 --export step-10.jsonl
 
-The first form lists groups, with all filters fulfilled; ranges include both ends, and either end may be left out.
+The first form lists groups that fulfil all filters; ranges include both ends, and either end may be omitted.
 --export writes the chosen groups as rows for tools/replay_rollouts.py; groups without behavior log-probs (not scored
-yet, or pruned) are left out. RUN_DIR may also be a journal.sqlite. A run that goes on is not disturbed: one sees its
-state of the moment when the tool was started.
+yet, or pruned) are skipped. RUN_DIR may also be a journal.sqlite. An active run is not disturbed: the tool shows its
+state at the time when the tool was started.
 
-Prompts and responses are text from outside: control characters in them are shown as \\x1b, \\u202e and so on. Tokens
-are shown as text where the tokenizer of the run's model is at hand, else as numbers.
+Prompts and responses are untrusted text: control characters in them are shown as \\x1b, \\u202e and so on. Tokens
+are shown as text if the tokenizer of the run's model is available, else as numbers.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def _range(number: Callable[[str], float]) -> Callable[[str], tuple[float | None
             first = number(low) if low else None
             last = (number(high) if high else None) if colon else first
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no range, such as 3, 3:7, 3: or :7") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a range, such as 3, 3:7, 3: or :7") from None
         if not text or (first is not None and last is not None and not first <= last):
             raise argparse.ArgumentTypeError(f"{text!r} is an empty range; the smaller end comes first, as in 3:7")
         return first, last
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     choose.add_argument("--group", type=_count, metavar="ID", help="one group, with every token")
     choose.add_argument("--response", type=_count, metavar="PLACE", help="of --group: only this response, from 0")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a group")
+    form.add_argument("--json", action="store_true", help="one JSON object per group")
     form.add_argument("--export", type=Path, metavar="FILE.jsonl", help="a new file of rows for replay_rollouts.py")
     return parser
 
@@ -105,10 +105,10 @@ def _condition(options: argparse.Namespace) -> tuple[str, tuple[object, ...]]:
 
 
 def load_tokenizer(run_dir: Path) -> TextTokenizer | None:
-    """The tokenizer of the run's model; None if run.json or the model's folder is not at hand."""
+    """The tokenizer of the run's model; None if run.json or the model's folder is not available."""
     try:
         hf_path = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["model"]["hf_path"]
-        if not Path(hf_path).is_dir():  # looking at rollouts downloads nothing
+        if not Path(hf_path).is_dir():  # showing rollouts downloads nothing
             return None
         return TextTokenizer(hf_path, read_model_facts(hf_path))
     except (OSError, ValueError, KeyError, TypeError):
@@ -144,7 +144,7 @@ def _list(values: np.ndarray | None) -> list[Any] | None:
 
 
 def _export(reader: JournalReader, chosen: list[GroupRow], path: Path) -> str:
-    """What was written. Raises ValueError if nothing can be, or the file is there already."""
+    """A summary of what was written. Raises UserError if nothing can be written, or the file already exists."""
     if path.exists():
         raise UserError(f"--export {path}: the file exists; give a new name")
     num_groups = num_rows = 0
@@ -166,7 +166,7 @@ def _export(reader: JournalReader, chosen: list[GroupRow], path: Path) -> str:
         partial.unlink(missing_ok=True)
     left_out = len(chosen) - num_groups
     return f"wrote {num_rows} rows of {num_groups} groups to {path}" + (
-        f"; {left_out} groups left out: not scored yet, or pruned" if left_out else ""
+        f"; {left_out} groups skipped: not scored yet, or pruned" if left_out else ""
     )
 
 
@@ -188,7 +188,7 @@ def _show_group(reader: JournalReader, options: argparse.Namespace, console: Con
     responses = [r for r in group.responses if options.response in (None, r.place)]
     if not responses and options.response is not None:
         raise UserError(
-            f"--response {options.response}: group {group.group_id} has {len(group.responses)} of them, counted from 0"
+            f"--response {options.response}: group {group.group_id} has {len(group.responses)} responses, from 0"
         )
     tokenizer = load_tokenizer(reader.path.parent)
     if options.json:
@@ -201,7 +201,7 @@ def _show(reader: JournalReader, options: argparse.Namespace, console: Console) 
     limit = (0 if options.export else DEFAULT_LIMIT) if options.limit is None else options.limit
     found = reader.rows(*_condition(options))
     if options.group is not None and not found:
-        raise UserError(f"--group {options.group}: the journal has no such group, or a filter leaves it out")
+        raise UserError(f"--group {options.group}: the journal has no such group, or a filter excludes it")
     chosen = found[:limit] if limit else found
     if options.export:
         print(_export(reader, chosen, options.export))
@@ -213,7 +213,7 @@ def _show(reader: JournalReader, options: argparse.Namespace, console: Console) 
     else:
         print_list(console, chosen, len(found))
     if reader.is_live:
-        print("the run goes on: this was its state when the tool was started", file=sys.stderr)
+        print("the run is still active: this was its state when the tool was started", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
 
     def show() -> int:
         with JournalReader(options.run_dir) as reader:
-            # a file or a pipe has no width of its own
+            # a file or a pipe has no width
             _show(reader, options, console or Console(highlight=False, width=None if sys.stdout.isatty() else 160))
         return 0
 

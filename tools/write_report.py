@@ -1,8 +1,8 @@
-"""Writes a run's report.html anew from what its folder holds: of a run that goes on, or that ended early.
+"""Writes a run's report.html again from the contents of its folder: for a run that is active or ended early.
 
     python tools/write_report.py runs/demo
 
-A finished run has its report already; it is written anew.
+A finished run already has its report, which is replaced.
 """
 
 import sys
@@ -15,9 +15,9 @@ from minpro_megatron.report.report import write_report
 
 
 def _checked(run_dir: Path) -> Path:
-    """Raises ValueError if there is no run."""
+    """Raises UserError if there is no run."""
     if not (run_dir / HISTORY_FILE).is_file():
-        raise UserError(f"{run_dir}: no {HISTORY_FILE} in it, so it is no run's folder, or the run has not begun")
+        raise UserError(f"{run_dir}: no {HISTORY_FILE} in it, so it is not a run's folder, or the run has not started")
     return run_dir
 
 

@@ -4,8 +4,8 @@
     .venv/bin/python -m benchmarks.stability_study sweep|run|report
 
 sweep: the learning rate, by the rule in grid.py. run: every objective x delay x seed at that rate. report: table,
-pictures and differences in benchmarks/stability_study.md, from the stored curves alone. A run that is stored is not
-repeated; one that was interrupted begins again and gives the same curves.
+pictures and differences in benchmarks/stability_study.md, only from the stored curves. A stored run is not repeated;
+an interrupted one starts again and gives the same curves.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STAGES = ("sweep", "run", "report")
 
 
 def chosen_rate(results: Path) -> float:
-    """By the stored runs of the sweep. Raises ValueError if some are missing."""
+    """The learning rate, from the stored runs of the sweep. Raises ValueError if some are missing."""
     keys = sweep_keys()
     found = stored(results, keys)
     if missing := [key.name for key in keys if key not in found]:

@@ -1,4 +1,4 @@
-"""What the report says of curves: final and peak accuracy, collapse, paired differences. Pure arithmetic."""
+"""Statistics of the report: final and peak accuracy, collapse, paired differences. Pure arithmetic."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from scipy.stats import t as student
 
 from benchmarks.stability_study.curves import StoredRun
 
-FINAL_EVALUATIONS = 3  # the final accuracy is the mean of the last so many
+FINAL_EVALUATIONS = 3  # the final accuracy is the mean of this number of last evaluations
 COLLAPSE_SHARE = 0.5
 CONFIDENCE = 0.95
 
@@ -24,7 +24,7 @@ class Mean:
 
     @property
     def half_width(self) -> float:
-        """Of the interval of Student's t with `count` - 1 degrees of freedom."""
+        """The half width of the interval of Student's t with `count` - 1 degrees of freedom."""
         if self.count < 2:
             return math.nan
         return float(student.ppf((1 + CONFIDENCE) / 2, self.count - 1)) * self.error
@@ -40,7 +40,7 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
 
 
 def final_accuracy(run: StoredRun) -> float:
-    """The mean of the last held-out evaluations; 0 for a run that the trainer gave up."""
+    """The mean of the last held-out evaluations; 0 if the trainer ended the run early."""
     return 0.0 if run.given_up else fmean(run.heldout[-FINAL_EVALUATIONS:])
 
 
@@ -49,8 +49,8 @@ def peak_accuracy(run: StoredRun) -> float:
 
 
 def collapse_version(versions: Sequence[int], accuracies: Sequence[float]) -> int | None:
-    """The first evaluated version from which on the accuracy stays below half of its largest value before; None if
-    there is none. A dip that recovers is no collapse.
+    """The first evaluated version from which on the accuracy stays below half of its previous maximum; None if there is
+    none. A dip that recovers is not a collapse.
 
     >>> collapse_version([0, 5, 10, 15, 20], [0.2, 0.8, 0.3, 0.5, 0.1])
     20
@@ -63,7 +63,7 @@ def collapse_version(versions: Sequence[int], accuracies: Sequence[float]) -> in
 
 
 def collapse(run: StoredRun) -> int | None:
-    """In global steps: `collapse_version`, or the step at which the trainer gave the run up."""
+    """In global steps: `collapse_version`, or the step at which the trainer ended the run early."""
     found = collapse_version(run.versions, run.heldout)
     if found is None and run.given_up:
         return len(run)
@@ -79,7 +79,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Mean:
 
 
 def mean_curve(runs: Sequence[StoredRun], column: str) -> list[float]:
-    """By global step, over the runs that got so far; values that are not finite are left out."""
+    """By global step, over the runs that reached it; values that are not finite are excluded."""
     longest = max(len(run) for run in runs)
     curve = []
     for step in range(longest):

@@ -1,8 +1,8 @@
 """The reference engine's model and sampler for many sequences at a time, all of them at the same position.
 
 The formulas and the random numbers are those of minpro_megatron.reference_engine, so the same seeds give the same
-tokens; sums are taken in another order, so log-probs differ in the last digits. A batch of 128 responses is sampled
-some 40 times as fast as one after the other.
+tokens; sums are computed in a different order, so log-probs differ in the last digits. Sampling 128 responses
+is about 40 times as fast as sampling them one after the other.
 
 Shapes: S sequences, V vocabulary, H hidden, Q query heads, G key/value heads, D head, T tokens so far, E experts,
 F feed-forward.
@@ -50,7 +50,7 @@ class BatchedModel:
         self._layers = [_Layer(self._model, index) for index in range(architecture.num_layers)]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over the values by Hugging Face names. Raises ValueError for a wrong shape."""
+        """Copies the values by Hugging Face names. Raises ValueError for a wrong shape."""
         self._model.load(tensors)
         self._layers = [_Layer(self._model, index) for index in range(self._architecture.num_layers)]
 

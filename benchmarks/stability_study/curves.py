@@ -1,4 +1,4 @@
-"""The curves of a run as one small file: what the report is made from, and what is committed."""
+"""The curves of a run as one small file, which is committed and from which the report is made."""
 
 import json
 import math
@@ -48,11 +48,11 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class StoredRun:
-    """Every column has a value a global step (NaN where the step has none); evaluations are by policy version."""
+    """Every column has one value per global step (NaN if the step has none); evaluations are by policy version."""
 
     key: RunKey
     inputs: str  # fingerprint of model and prompts
-    num_steps: int  # that the run was to have
+    num_steps: int  # planned length of the run
     given_up: str | None  # the trainer's reason
     columns: dict[str, list[float]]
     responses: list[str]  # digests
@@ -78,7 +78,7 @@ def append_responses(run_dir: Path, step: int, token_ids: Iterable[np.ndarray]) 
 
 
 def read_run(run_dir: Path, key: RunKey, inputs: str, num_steps: int, given_up: str | None) -> StoredRun:
-    """What the run in `run_dir` left, rounded as it is stored."""
+    """The results of the run in `run_dir`, rounded as they are stored."""
     steps = [entry.metrics for entry in read_history(run_dir) if entry.is_global_step]
     evaluations = [json.loads(line) for line in (run_dir / EVALUATIONS).read_text().splitlines()]
     digests = [json.loads(line)["digest"] for line in (run_dir / RESPONSES).read_text().splitlines()]
@@ -97,7 +97,7 @@ def read_run(run_dir: Path, key: RunKey, inputs: str, num_steps: int, given_up: 
 
 
 def write_stored(path: Path, run: StoredRun) -> None:
-    """Whole or not at all."""
+    """Writes the file atomically."""
     names = list(run.columns)
     head = {
         "format": FORMAT,

@@ -53,7 +53,7 @@ _NO_DATE: Any = {"Software": None}
 
 
 def hard_clipped(runs: Sequence[StoredRun]) -> list[float]:
-    """By global step: response tokens whose weight was clipped, or that were left out; the mean over `runs`."""
+    """By global step: response tokens whose weight was clipped, or that were excluded; the mean over `runs`."""
     return [
         clipped + masked
         for clipped, masked in zip(mean_curve(runs, "clipped"), mean_curve(runs, "masked"), strict=True)
@@ -61,7 +61,7 @@ def hard_clipped(runs: Sequence[StoredRun]) -> list[float]:
 
 
 def running_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Centred, shorter at the ends; values that are not finite are left out.
+    """Centred, shorter at the ends; values that are not finite are excluded.
 
     >>> running_mean([0, 3, 6, 9], 3)
     [1.5, 3.0, 6.0, 7.5]

@@ -1,4 +1,4 @@
-"""Which runs the study has, and the rule by which its learning rate was chosen."""
+"""The runs of the study, and the rule by which its learning rate was chosen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ OBJECTIVES = (
 DELAYS = (0, 2, 8)  # global steps
 SEEDS = (0, 1, 2)
 
-# The sweep was fixed before its first run. It takes the two objectives that are most used without any prefix, on a
-# seed that no run of the study has, and chooses the largest rate at which on-policy training still comes within
-# ON_POLICY_MARGIN of the best on-policy result while the longest delay costs at least STALENESS_LOSS; accuracies are
-# the mean of both objectives' final ones. If no rate does, the one with the largest loss among those within the margin.
-# One thing was changed after the first five of its runs: they showed 2.5e-4, then the lowest rate, ahead of 5e-4 also
-# on-policy, so the rates 2.5e-4 .. 4e-3 were moved down by a factor of four. The rule stayed as it was.
+# The sweep was fixed before its first run. It uses the two most common objectives without any prefix, on a seed that
+# no run of the study has, and chooses the largest rate at which on-policy training is still within ON_POLICY_MARGIN of
+# the best on-policy result while the longest delay costs at least STALENESS_LOSS; accuracies are the mean of both
+# objectives' final ones. If no rate does, it chooses the one with the largest loss among those within the margin.
+# One thing was changed after the first five of its runs: they showed 2.5e-4, then the lowest rate, ahead of 5e-4 even
+# on-policy, so the rates 2.5e-4 .. 4e-3 were moved down by a factor of four. The rule was not changed.
 SWEPT_OBJECTIVES = ("grpo", "cispo")
 SWEPT_DELAYS = (0, 8)
 SWEPT_RATES = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
@@ -66,7 +66,7 @@ def sweep_keys() -> list[RunKey]:
 
 
 def study_keys(learning_rate: float, seeds: Sequence[int] = SEEDS) -> list[RunKey]:
-    """Seed by seed, so that a study that is stopped has whole seeds."""
+    """Seed by seed, so that an interrupted study has complete seeds."""
     return [
         RunKey(objective, delay, seed, learning_rate) for seed in seeds for delay in DELAYS for objective in OBJECTIVES
     ]

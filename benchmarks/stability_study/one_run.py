@@ -26,7 +26,7 @@ from minpro_megatron.train import RankZero, Trainer
 
 
 def train(config: RunConfig) -> str | None:
-    """Trains from the beginning and leaves metrics.jsonl and evaluations.jsonl in the run folder, which is emptied
+    """Trains from the beginning and writes metrics.jsonl and evaluations.jsonl to the run folder, which is emptied
     first. Returns None, or why the trainer gave the run up."""
     torch.set_num_threads(1)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
@@ -40,7 +40,7 @@ def train(config: RunConfig) -> str | None:
     ):
         try:
             _run(config, mesh)
-        except RunFailed as error:  # what train.py raises for a run that has diverged
+        except RunFailed as error:  # raised by train.py for a run that has diverged
             return str(error)
     return None
 

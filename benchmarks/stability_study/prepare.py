@@ -13,14 +13,14 @@ from recipes import stability_study
 from tools.prompt_sets import calculator_steps, rows
 
 ROOT = Path(__file__).resolve().parents[2]
-# Eight readings, each wrong in a sixth of the warm start's answers: about a fifth of the samples are right throughout.
+# Eight readings, each wrong in a sixth of the warm start's answers: about a fifth of the samples are correct overall.
 # With the third of tools/make_tiny_model.py it is one in fifty, and four groups in five have no gradient.
 WRONG_SHARE = 0.17
 NUM_TRAINING, NUM_HELDOUT = 2000, 96
 
 
 def prepare(folder: Path = stability_study.FOLDER) -> None:
-    """Makes what is missing of the model in both forms and of the two prompt files."""
+    """Makes the model in both forms and the two prompt files if they are missing."""
     for name, count, held_out in (("train", NUM_TRAINING, False), ("heldout", NUM_HELDOUT, True)):
         path = folder / f"{name}.jsonl"
         if not path.exists():
@@ -34,7 +34,7 @@ def prepare(folder: Path = stability_study.FOLDER) -> None:
 
 
 def fingerprint(folder: Path = stability_study.FOLDER) -> str:
-    """16 hexadecimal digits of model and prompts: curves of different ones do not belong together."""
+    """16 hexadecimal digits of model and prompts: curves with different ones cannot be compared."""
     digest = sha256()
     for name in ("hf/model.safetensors", "train.jsonl", "heldout.jsonl"):
         digest.update((folder / name).read_bytes())
@@ -58,7 +58,7 @@ def _make_model(folder: Path) -> None:
     import torch
     from rich.console import Console
 
-    from tools import make_tiny_model  # with transformers: seconds, of which a study that goes on has no use
+    from tools import make_tiny_model  # imports transformers, which takes seconds and is not needed to resume a study
 
     torch.set_num_threads(1)
     task = make_tiny_model.TASKS["calculator_steps"]
@@ -66,7 +66,7 @@ def _make_model(folder: Path) -> None:
     heldout = make_tiny_model.read_pairs(folder / "heldout.jsonl")
     tokenizer = make_tiny_model.build_tokenizer()
     model = make_tiny_model.build_model(tokenizer, task.hidden_size, 2, settings.seed)
-    with torch.no_grad():  # transformers' own choice, which the stored curves were made with; see stability_study.md
+    with torch.no_grad():  # transformers' own choice, with which the stored curves were made; see stability_study.md
         model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(make_tiny_model.PAD)] = 0
     make_tiny_model.warm_start(model, tokenizer, task.pairs(heldout), settings, Console(), task.spoiled)
     measured = make_tiny_model.accuracy(model, tokenizer, heldout)

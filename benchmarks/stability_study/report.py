@@ -90,7 +90,7 @@ def tables(runs: Sequence[StoredRun]) -> list[str]:
 
 
 def mean_accuracy(run: StoredRun) -> float:
-    """Over all evaluations of the run; 0 for those that a run given up never had."""
+    """Over all evaluations of the run; 0 for those missing because the run ended early."""
     return math.fsum(run.heldout) / (len(run.heldout) if not run.given_up else _num_evaluations(run))
 
 
@@ -177,7 +177,7 @@ def _difference(mean: Mean) -> str:
 
 
 def _diagnostics(runs: Sequence[StoredRun], delay: int) -> str:
-    """What happened inside the runs of one delay."""
+    """Diagnostics of the runs of one delay."""
     rows = []
     for objective in OBJECTIVES:
         chosen = _of(runs, objective, delay)

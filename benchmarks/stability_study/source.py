@@ -1,7 +1,7 @@
 """Servers and collector of a run in the trainer's own process: the same schedule, prompts, seeds, checks and rewards.
 
-What is sampled, with which version, and when weights may be replaced is decided by buffer.schedule, as in the
-collector; only HTTP, the journal and waiting are left out.
+buffer.schedule decides what is sampled, with which version, and when weights may be replaced, as in the collector.
+Only HTTP, the journal and waiting are omitted.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ class GroupSampler:
         sampled = iter(self._model.sample(prompts, seeds, temperature, self._sampling.max_response_tokens, self._stops))
         collected = []
         for group in groups:
-            assert group.policy_version == self.version, "a group of another version than the weights'"
+            assert group.policy_version == self.version, "a group of a different version from the weights"
             responses = [next(sampled) for _ in group.sampling_seeds]
             texts = self._tokenizer.response_texts([response.token_ids for response in responses])
             collected.append(
@@ -146,7 +146,7 @@ class SamplerSource:
         self._staleness: list[int] = []
 
     def start(self, version: int) -> None:
-        assert version == 0, "a run is begun again, not gone on with"
+        assert version == 0, "a run is started again, not resumed"
         self._serve()
 
     def batch(self, index: int) -> Batch:
@@ -200,10 +200,10 @@ class SamplerSource:
         )
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: there is nothing to close."""
 
     def _serve(self) -> None:
-        """Everything that the version of now is to sample: held-out prompts where they are due, and batches."""
+        """Samples everything that is due with the current version: held-out prompts and batches."""
         version = self._schedule.version
         assert self._sampler.version == version
         if version in self._evaluated_versions:

@@ -1,4 +1,4 @@
-"""Runs of the study, a process each, several at a time; a finished one leaves its stored file and is not repeated."""
+"""Runs of the study, one process each, several at a time; a finished run has its stored file and is not repeated."""
 
 import multiprocessing
 import os
@@ -20,8 +20,8 @@ def stored_path(results: Path, key: RunKey) -> Path:
 
 
 def stored(results: Path, keys: Sequence[RunKey], inputs: str | None = None) -> dict[RunKey, StoredRun]:
-    """What is there of `keys`. Raises ValueError for a run of another model or other prompts than `inputs`, or, where
-    that is None, than the first one's."""
+    """The stored runs among `keys`. Raises ValueError for a run of another model or other prompts than `inputs`, or, if
+    that is None, than those of the first run."""
     found = {}
     for key in keys:
         path = stored_path(results, key)
@@ -44,7 +44,8 @@ def run_missing(
     workers: int,
     overrides: Sequence[str] = (),
 ) -> int:
-    """Trains what is not stored yet, in the order of `keys`. Returns how many runs failed; each has said why.
+    """Trains the runs that are not stored yet, in the order of `keys`. Returns the number of failures, which
+    are already reported.
 
     `inputs` is the fingerprint of model and prompts; `overrides` change the recipe's settings, as on a command line.
     """
@@ -90,8 +91,8 @@ def _outcome(exit_code: int, results: Path, key: RunKey) -> str:
 
 
 def _end_with_the_study() -> None:
-    """Nobody would count what a run does after the study was killed. The parent that the system knows is the fork
-    server, which lives as long as its runs."""
+    """Ends this run with the study, because its result would not be used. The parent process is the fork server, which
+    lives as long as its runs."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

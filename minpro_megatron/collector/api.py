@@ -186,9 +186,9 @@ class CollectorApi:
         return await _answer(lease, wanted=lease is not None and lease.version == version)
 
     async def _publish_end(self, request: web.Request) -> web.Response:
-        told = msgspec.json.decode(await request.read(), type=_Published)
+        published = msgspec.json.decode(await request.read(), type=_Published)
         collector = await self._must_be_ready()
-        await collector.publish_end(int(request.match_info["version"]), told.held_by, told.late)
+        await collector.publish_end(int(request.match_info["version"]), published.held_by, published.late)
         return web.Response()
 
     async def _checkpoint_begin(self, request: web.Request) -> web.Response:

@@ -14,7 +14,7 @@ FILES_PER_REWARD_WORKER = 4
 # Checks of a server's version and health, and aborts.
 OTHER_CONNECTIONS_PER_SERVER = 4
 # The soft limit is raised at least to this value, if the hard limit allows it, as SGLang's servers do.
-GENEROUS_FILES = 65536
+MIN_SOFT_LIMIT = 65536
 
 
 def files_needed(config: RunConfig) -> int:
@@ -47,7 +47,7 @@ def file_limits() -> tuple[int, int]:
 def raise_file_limit(config: RunConfig) -> None:
     """Raises this process's soft limit to what `config` needs or more, or as far as the hard limit allows."""
     soft, hard = file_limits()
-    wanted = min(max(files_needed(config), GENEROUS_FILES), hard)
+    wanted = min(max(files_needed(config), MIN_SOFT_LIMIT), hard)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 

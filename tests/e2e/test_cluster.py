@@ -211,7 +211,7 @@ def test_a_cancelled_job_ends_and_problems_start_nothing(workspace: Workspace) -
     assert re.search(r"error: name = cancelled: job \d+ of this name has not ended; cancel it", output)
     followed = workspace.command("logs", "cancelled", "--follow")
     status, output = ended(workspace.command("cancel", "cancelled"))
-    assert (status, output.endswith("told to end\n")) == (0, True)
+    assert (status, output.endswith("cancellation requested\n")) == (0, True)
     status, output = ended(followed)
     assert status == 1
     assert re.search(r"error: job \d+ of the run cancelled: CANCELLED", output), output

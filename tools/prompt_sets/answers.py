@@ -1,4 +1,4 @@
-"""Answers as the grader gets them: plain text, LaTeX without its dollar signs and boxes, one spelling for a number."""
+"""Answers for the grader: plain text, LaTeX without its dollar signs and boxes, one spelling per number."""
 
 import math
 import re
@@ -9,16 +9,16 @@ from minpro_megatron.rewards.alternatives import as_one_text
 from minpro_megatron.rewards.extraction import last_boxed
 from tools.prompt_sets import wrappings
 
-# Of an answer that is a list: it holds one answer, all of its answers are asked for, or any one of them is right.
+# For an answer that is a list: it must have one element, all elements are required, or any one of them is correct.
 ListRule = Literal["one", "all", "any"]
-MAX_WRAPPINGS = 8  # of one answer, one in the other
+MAX_WRAPPINGS = 8  # nested around one answer
 
 _WHOLE = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
 def answer_text(value: Any, rule: ListRule = "one") -> str:
-    """The answer `value` as text. Raises ValueError, with the rule that is broken, for one that is none.
+    """The answer `value` as text. Raises ValueError, with the broken rule, if it is not an answer.
 
     >>> answer_text(27.0), answer_text(" $\\frac{1}{2}$ "), answer_text('["1", "2"]', "all"), answer_text("\\boxed{3}")
     ('27', '\\frac{1}{2}', '1, 2', '3')
@@ -33,8 +33,8 @@ def answer_text(value: Any, rule: ListRule = "one") -> str:
         return as_one_text(distinct)
     if len(distinct) > 1 and not _are_spellings_of_one(distinct):
         raise ValueError(
-            f"holds {len(distinct)} answers ({', '.join(map(repr, distinct))[:60]}); say with --answer-list all that "
-            "all of them are asked for, or with --answer-list any that any one of them is right"
+            f"holds {len(distinct)} answers ({', '.join(map(repr, distinct))[:60]}); give --answer-list all if "
+            "all of them are required, or --answer-list any if any one of them is correct"
         )
     return distinct[0]
 
@@ -46,7 +46,7 @@ def _are_spellings_of_one(texts: list[str]) -> bool:
 
 
 def _texts(value: Any, depth: int) -> list[str]:
-    """The answers in `value`, of which there are several in a list only."""
+    """The answers in `value`; only a list has several."""
     match value:
         case bool() | None:
             raise ValueError(f"must be a text or a number, is {type(value).__name__}")
@@ -62,14 +62,14 @@ def _texts(value: Any, depth: int) -> list[str]:
 
 
 def _number(value: float | Decimal) -> str:
-    """Of a float its shortest decimal; whole numbers without a decimal point or exponent."""
+    """A float's shortest decimal; whole numbers without a decimal point or exponent."""
     if isinstance(value, int):
         return str(value)
     if not math.isfinite(value):
         raise ValueError(f"must be a finite number, is {value}")
     exact = value if isinstance(value, Decimal) else Decimal(repr(value))
     if exact == exact.to_integral_value():
-        return str(int(exact))  # there is no -0
+        return str(int(exact))  # without -0
     return f"{exact:f}" if isinstance(value, Decimal) else repr(value)
 
 
@@ -104,8 +104,8 @@ def after_hashes(value: Any, rule: ListRule = "one") -> str:
 
 
 def boxed(value: Any, rule: ListRule = "one") -> str:
-    """What the last box of a solution holds: `\\boxed{2}`, `\\boxed 2` or `\\fbox{2}`. Raises ValueError if there is
-    none, or it is not closed."""
+    """The content of the last box of a solution: `\\boxed{2}`, `\\boxed 2` or `\\fbox{2}`. Raises ValueError if there
+    is none, or it is not closed."""
     if not isinstance(value, str) or not wrappings.has_box(value):
         raise ValueError("must have its answer in \\boxed{}")
     answer = last_boxed(value)

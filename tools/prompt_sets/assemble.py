@@ -1,4 +1,4 @@
-"""From rows to a prompt set: every question once, contradictions out, and an account of what went where."""
+"""Assembles a prompt set from rows: every question once, without contradictions, with a report of dropped rows."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from tools.prompt_sets.instructions import shared_ends
 from tools.prompt_sets.self_check import Refusal, grader_check
 
 REPORT_EVERY_S = 2.0
-# What was dropped is listed up to here for each reason; it is counted without end.
+# Dropped rows are listed up to this number for each reason; the count has no limit.
 MAX_LISTED = 100
 DUPLICATE = "the same question again"
 CONFLICT = "the question comes with several answers"
@@ -27,7 +27,7 @@ SHOWN_REFUSALS = 3
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question without any instruction, and its answer as the grader is to get it."""
+    """A question without any instruction, and its answer in the grader's form."""
 
     text: str
     answer: str
@@ -36,18 +36,18 @@ class Question:
 
     @property
     def key(self) -> str:
-        """What makes two questions the same: text and prefix, but not white space or Unicode composition."""
+        """The text by which questions are compared: text and prefix, without white space and Unicode composition."""
         return f"{_plain(self.text)}\0{self.prefix}" if self.prefix else _plain(self.text)
 
 
 @dataclass(frozen=True, slots=True)
 class Unwanted:
-    """A sound row that does not belong into the set, and why."""
+    """A valid row that does not belong in the set, and why."""
 
     reason: str
 
 
-# (file, row number, row) -> what becomes of it; raises rows.DamagedRow for a row that breaks the data set's rules.
+# (file, row number, row) -> the result for it; raises rows.DamagedRow if a row breaks the data set's rules.
 Convert = Callable[[Path, int, dict[str, Any]], Question | Unwanted]
 
 
@@ -57,15 +57,15 @@ def _plain(text: str) -> str:
 
 @dataclass
 class PromptSet:
-    """The distinct questions seen so far. Memory grows with these, not with the rows."""
+    """The distinct questions seen so far. Memory grows with their number, not with that of the rows."""
 
     source: str
     num_rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     _questions: dict[str, Question] = field(default_factory=dict)
     _copies: Counter[str] = field(default_factory=Counter)
-    _places: dict[str, tuple[str, int]] = field(default_factory=dict)  # file and row where a question came first
-    _answers: dict[str, list[str]] = field(default_factory=dict)  # of questions with several
+    _places: dict[str, tuple[str, int]] = field(default_factory=dict)  # file and row of a question's first occurrence
+    _answers: dict[str, list[str]] = field(default_factory=dict)  # of questions with several answers
     _listed: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -91,7 +91,7 @@ class PromptSet:
                 answers.append(found.answer)
 
     def finish(self) -> list[dict[str, Any]]:
-        """The prompt rows. What was dropped is then complete."""
+        """The prompt rows. The counts of dropped rows are complete after this call."""
         for number, (key, answers) in enumerate(self._answers.items()):
             self.dropped[CONFLICT] += self._copies[key]
             if number < MAX_LISTED:
@@ -104,7 +104,7 @@ class PromptSet:
         return {key: question for key, question in self._questions.items() if key not in self._answers}
 
     def refusals(self, check: Callable[[str], Refusal | None]) -> list[dict[str, Any]]:
-        """The kept questions whose answer `check` refuses: file, row, answer and what the grader raised."""
+        """The kept questions whose answer `check` refuses: file, row, answer and the grader's error."""
         found: list[dict[str, Any]] = []
         for key, question in self._kept().items():
             if (refusal := check(question.answer)) is not None:
@@ -146,10 +146,10 @@ def _same(one: str, other: str) -> bool:
 def assemble(
     source: str, inputs: list[Path], columns: Iterable[str], convert: Convert, output: Path, reward: str
 ) -> list[str]:
-    """Writes the prompt set of `inputs` to `output` and a report beside it; returns the lines of a short account, also
-    of answers that the grader `reward` does not accept of themselves.
+    """Writes the prompt set of `inputs` to `output` and a report next to it. Returns the lines of a short summary with
+    answers that the grader `reward` does not accept as their own response.
 
-    Raises rows.DamagedRow at the first damaged row, and ValueError if nothing is left; nothing is written then.
+    Raises rows.DamagedRow at the first damaged row, and UserError if nothing is left; nothing is written then.
     """
     start, made, check = time.perf_counter(), PromptSet(source), grader_check(reward)
     for path in inputs:
@@ -181,8 +181,8 @@ def _refusal_lines(reward: str, refused: list[dict[str, Any]]) -> list[str]:
         for one in refused[:SHOWN_REFUSALS]
     ]
     return [
-        f"{len(refused):8d} answers that the reward {reward} does not accept of themselves, so that no response to "
-        f"these prompts can be right; correct them, or choose another reward; the first: {'; '.join(first)}"
+        f"{len(refused):8d} answers that the reward {reward} does not accept as their own response, so no response "
+        f"to these prompts can be correct; fix them, or choose another reward; the first: {'; '.join(first)}"
     ]
 
 

@@ -1,6 +1,6 @@
 """Calculator prompts from the annotations in GSM8K's solutions, such as `<<48/2=24>>`.
 
-The limits of the task (operands, answers, exact division) stand in `minpro_megatron.rewards.calculator`.
+The limits of the task (operands, answers, exact division) are in `minpro_megatron.rewards.calculator`.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _EXPRESSION = re.compile(rf"{_NUMBER}([-+*/]){_NUMBER}=(-?[0-9]+)")
 
 @dataclass(frozen=True)
 class Extraction:
-    """The kept expressions (`"48/2"`) with their answers (`"24"`), and how many annotations went where."""
+    """The kept expressions (`"48/2"`) with their answers (`"24"`), and the number of annotations for each outcome."""
 
     answers: dict[str, str]
     counts: Counter[str]
@@ -71,7 +71,7 @@ def _classify(annotation: str) -> tuple[str, str, str]:
 def is_held_out(expression: str) -> bool:
     """True for the fifth of all expressions that is never trained on.
 
-    It depends on the expression alone, so adding, removing or reordering rows moves no expression between sets.
+    It depends only on the expression, so adding, removing or reordering rows moves no expression between sets.
     """
     digest = hashlib.sha256(expression.encode("ascii")).digest()
     return int.from_bytes(digest[:8], "big") % HELDOUT_MODULUS == 0
@@ -83,7 +83,7 @@ def prompt_row(expression: str, answer: str) -> dict[str, str]:
 
 
 def prepare(input_path: Path, output_folder: Path) -> list[str]:
-    """Write `calculator_train.jsonl` and `calculator_heldout.jsonl`; returns the lines of a short account."""
+    """Write `calculator_train.jsonl` and `calculator_heldout.jsonl`; returns the lines of a short summary."""
     extraction = extract(input_path)
     train, heldout = [], []
     for expression, answer in extraction.answers.items():

@@ -20,7 +20,7 @@ NUM_SYNTHETIC = 50_000
 
 
 def draw(count: int, seed: int, held_out: bool) -> list[str]:
-    """So many different prompts of the one side. Which side a prompt is on depends on the prompt alone."""
+    """`count` different prompts of one of the two sets. The prompt alone decides to which set it belongs."""
     generator, drawn = random.Random(seed), {}
     while len(drawn) < count:
         prompt = calculator_steps.draw_prompt(generator)
@@ -30,7 +30,7 @@ def draw(count: int, seed: int, held_out: bool) -> list[str]:
 
 
 def synthetic_pairs(heldout: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Many prompts of the training side with their right responses; none of `heldout` is among them."""
+    """Many prompts of the training set with their correct responses; none of `heldout` is among them."""
     excluded = {prompt for prompt, _ in heldout}
     pairs = [(prompt, calculator_steps.worked(prompt)) for prompt in draw(NUM_SYNTHETIC, 0, held_out=False)]
     assert not any(prompt in excluded for prompt, _ in pairs), "a held-out prompt of the training side"
@@ -38,14 +38,14 @@ def synthetic_pairs(heldout: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def spoiled(pair: tuple[str, str], wrong_share: float, generator: random.Random) -> tuple[str, str]:
-    """The pair with each reading replaced by another with probability `wrong_share`; the chain goes on from there."""
+    """The pair with each reading replaced by another with probability `wrong_share`; the chain continues from it."""
     prompt, _ = pair
     reading, operations = calculator_steps.operations_of(prompt)
     readings = []
     for operator, operand in operations:
         reading = calculator_steps.step(reading, operator, operand)
         if generator.random() < wrong_share:
-            other = generator.randrange(calculator_steps.LARGEST_READING)
+            other = generator.randrange(calculator_steps.MAX_READING)
             reading = other if other < reading else other + 1
         readings.append(str(reading))
     return prompt, ",".join(readings)
@@ -64,9 +64,9 @@ def _rows(prompts: Iterable[str]) -> list[dict[str, str]]:
 
 
 def prepare(output_folder: Path) -> None:
-    """Writes both files; the same ones every time."""
+    """Writes both files; the content is always the same."""
     for name, held_out in ((TRAIN_FILE, False), (HELDOUT_FILE, True)):
-        # another seed than the synthetic pairs': the warm start sees hardly any of these prompts
+        # a different seed from the synthetic pairs': the warm start sees hardly any of these prompts
         rows.write_prompts(output_folder / name, _rows(draw(NUM_PROMPTS, 1, held_out)))
 
 

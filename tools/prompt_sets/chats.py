@@ -1,4 +1,4 @@
-"""Questions that stand in a chat, as verl and slime store them."""
+"""Questions stored as chats, as in verl and slime."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tools.prompt_sets.instructions import is_instruction
 
 
 def chat_in(prompt: Any) -> list[Any] | None:
-    """The messages of a prompt that is a chat, also one written as JSON text; None for a plain text."""
+    """The messages of a prompt that is a chat, possibly written as JSON text; None for plain text."""
     if isinstance(prompt, str) and prompt.lstrip().startswith("[") and '"role"' in prompt:
         try:
             prompt = json.loads(prompt)
@@ -19,8 +19,8 @@ def chat_in(prompt: Any) -> list[Any] | None:
 
 
 def only_message(path: Path, number: int, messages: list[Any]) -> str:
-    """The text of a prompt that is a chat of one user's turn. A system message that is a known instruction does not
-    count. Raises DamagedRow for any other."""
+    """The text of a prompt that is a chat of one user's turn. A system message that is a known instruction is ignored.
+    Raises DamagedRow for any other chat."""
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if roles[:1] == ["system"] and is_instruction(str(messages[0].get("content"))):
         messages, roles = messages[1:], roles[1:]

@@ -19,7 +19,7 @@ _DECIMAL = re.compile(r"\d{0,3}\.?\d{1,20}(?:[eE]-?\d{1,3})?")
 
 @dataclass(frozen=True)
 class CustomSet:
-    """Columns by name; a dot goes into an object: `reward_model.ground_truth`. Empty: there is no such column."""
+    """Columns by name; a dot refers into an object: `reward_model.ground_truth`. Empty: there is no such column."""
 
     prompt: str
     answer: str
@@ -58,7 +58,7 @@ class CustomSet:
         if rate is None or rate == "":  # an empty value of CSV
             return None
         if isinstance(rate, Decimal) or (isinstance(rate, str) and _DECIMAL.fullmatch(rate.strip())):
-            rate = float(rate)  # all values of CSV are texts
+            rate = float(rate)  # all values in CSV are texts
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
             raise rows.DamagedRow(path, number, self.pass_rate, f"must be a number from 0 to 1, is {rate!r:.60}")
         return float(rate)
@@ -77,7 +77,7 @@ def _value(path: Path, number: int, row: Mapping[str, Any], column: str) -> Any:
 
 
 def _object_in(value: Any) -> Any:
-    """An object that is written as JSON text, as CSV has them; other values as they are."""
+    """An object that is written as JSON text, as in CSV; other values are unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             return json.loads(value)

@@ -1,4 +1,4 @@
-"""The files of a data set, on disk or on the Hugging Face hub, and their rows one after the other."""
+"""The files of a data set, on disk or on the Hugging Face hub, and an iterator over their rows."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from tools.prompt_sets.file_kinds import is_parquet
 from tools.prompt_sets.rows import MissingField, names_in
 
 SUFFIXES = (".parquet", ".jsonl")
-# Looked for where a folder has none of the others: such files may also describe the data.
+# Used if a folder has none of the others, because such files may also be descriptions of the data.
 OTHER_SUFFIXES = (".json", *text_files.DELIMITERS)
 _NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -24,7 +24,7 @@ def find_files(given: str, revision: str | None = None) -> list[Path]:
     """The data files that `given` names: a file, a folder, or a hub id, which is downloaded (into the hub's cache).
 
     A folder or hub id with several data sets needs a pattern: `openai/gsm8k:main/test-*.parquet`. Raises UserError
-    saying what there is.
+    that lists the files.
     """
     folder, _, pattern = given.partition(":")
     if Path(given).is_file():
@@ -39,7 +39,7 @@ def find_files(given: str, revision: str | None = None) -> list[Path]:
 
 
 def choose_files(names: Iterable[str], pattern: str, given: str) -> list[str]:
-    """Those of `names` that are data and match `pattern`, sorted; without a pattern the only ones (shards are one).
+    """The data files among `names` that match `pattern`, sorted; without a pattern there must be only one data set.
 
     Raises ValueError if there are none, or several that are not shards of one.
     """
@@ -59,7 +59,7 @@ def choose_files(names: Iterable[str], pattern: str, given: str) -> list[str]:
 
 
 def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
-    """Also with a suffix of compression after it: rows.jsonl.gz."""
+    """Also with a compression suffix after it: rows.jsonl.gz."""
     return text_files.without_compression(name).endswith(suffixes)
 
 
@@ -78,20 +78,20 @@ def _from_hub(repository: str, pattern: str, revision: str | None) -> list[Path]
         ]
     except (httpx.HTTPError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"--input {given}: neither a file here, nor did it come from the hub ({' '.join(str(error).split())}); "
+            f"--input {given}: not a file here, and the hub could not provide it ({' '.join(str(error).split())}); "
             "download it and give the file"
         ) from None
 
 
 def count_rows(path: Path) -> int | None:
-    """The rows of a parquet file, which states them; None for others. Raises ValueError for a damaged file."""
+    """The rows of a parquet file, which stores the number; None for others. Raises UserError for a damaged file."""
     return parquet_files.num_rows(path) if is_parquet(path) else None
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every `(row number from 1, row)`, in memory that does not grow with the file (but for a JSON array).
+    """Every `(row number from 1, row)`, in memory that does not grow with the file (except for a JSON array).
 
-    Of parquet only those of `columns` that the file has are read. Raises ValueError for a damaged file or one of
+    From parquet only those of `columns` that the file has are read. Raises UserError for a damaged file or one of
     another kind, DamagedRow for a damaged row.
     """
     if is_parquet(path):
@@ -101,7 +101,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
 
 
 def missing_field(path: Path, row_number: int, row: Mapping[str, Any], field: str) -> MissingField:
-    """The error for a row without `field`, which names all fields that the file has."""
+    """The error for a row without `field`, which lists all fields that the file has."""
     return MissingField(
         path, row_number, field, parquet_files.column_names(path) if is_parquet(path) else names_in(row)
     )

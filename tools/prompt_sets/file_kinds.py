@@ -1,4 +1,4 @@
-"""What a data file is, by its first bytes: its name may say nothing, or the wrong thing."""
+"""The kind of a data file, detected from its first bytes, because its name may be missing or wrong."""
 
 import bz2
 import gzip
@@ -17,9 +17,9 @@ COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
 }
-# What such a file is, and what makes one that can be read. {path} is its name.
+# The kind of such a file, and how to convert it to a readable one. {path} is its name.
 _OTHER_KINDS = {
-    b"version https://git-lfs": "a pointer of Git LFS instead of the file; fetch it with: git lfs pull",
+    b"version https://git-lfs": "a Git LFS pointer instead of the file; fetch it with: git lfs pull",
     b"\x28\xb5\x2f\xfd": "compressed with Zstandard; decompress it with: zstd -d {path}",
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the sheet as CSV",
     b"\xff\xfe": "in UTF-16; convert it with: iconv -f UTF-16 -t UTF-8 {path}",
@@ -36,8 +36,8 @@ _OTHER_KINDS = {
 
 
 def refuse_other_kinds(path: Path, head: bytes) -> None:
-    """Raises UserError, saying what it is and what to do, if a file that begins with `head` is of a kind that is known
-    and not read here."""
+    """Raises UserError with the kind and the remedy if a file that begins with `head` is of a known kind that cannot be
+    read here."""
     for start, kind in _OTHER_KINDS.items():
         if head[: len(start)].lower() == start.lower():
             raise UserError(f"{path}: is {kind.format(path=path)}; parquet, JSON Lines, JSON arrays and CSV are read")
@@ -49,7 +49,7 @@ def head_of(path: Path) -> bytes:
 
 
 def is_parquet(path: Path) -> bool:
-    """By its content, or by its name: of a damaged one the beginning may be lost. Raises UserError as
+    """By its content or its name, because the beginning of a damaged file may be lost. Raises UserError as
     refuse_other_kinds does."""
     head = head_of(path)
     refuse_other_kinds(path, head)
@@ -57,7 +57,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def open_text(path: Path) -> BinaryIO:
-    """The file's bytes, decompressed where it is compressed. Raises UserError as refuse_other_kinds does."""
+    """The file's bytes, decompressed if it is compressed. Raises UserError as refuse_other_kinds does."""
     head = head_of(path)
     opened = next((made for start, made in COMPRESSED.items() if head.startswith(start)), None)
     if opened is None:

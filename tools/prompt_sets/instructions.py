@@ -1,4 +1,4 @@
-"""Instructions that data sets put around their questions. They are taken off: the run has its own (data.instruction),
+"""Instructions that data sets add to their questions. They are removed because the run has its own (data.instruction),
 and two of them would ask the policy for two formats.
 """
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from minpro_megatron.config.instructions import DAPO_AFTER, DAPO_BEFORE
 
-# Each stands before the question or after it, in whatever white space.
+# Each comes before or after the question, with any white space.
 _SENTENCES = (
     'Let\'s think step by step and output the final answer after "####".',  # verl's GSM8K
     "Let's think step by step and output the final answer within \\boxed{}.",  # verl's MATH, DeepScaleR
     "Please reason step by step, and put your final answer within \\boxed{}.",  # Qwen, DeepSeek
     "Present the answer in LaTex format: \\boxed{Your answer}",  # PRIME
 )
-# An ending or a beginning that this many prompts share, and that is this long, is shown as a possible instruction.
+# An ending or a beginning of at least this length that this number of prompts share may be an unknown instruction.
 MIN_SHARING_PROMPTS = 10
 MIN_SHARED_CHARS = 20
 
@@ -34,12 +34,12 @@ def has_dapo_instruction(text: str) -> bool:
 
 
 def is_instruction(text: str) -> bool:
-    """Whether `text` is one of the known instructions and nothing else."""
+    """Whether `text` is exactly one of the known instructions."""
     return re.fullmatch(rf"\s*(?:{_ANY_SENTENCE})\s*", text) is not None
 
 
 def without_instructions(text: str) -> str:
-    """The question alone, without white space around it; `text` of an instruction alone becomes empty.
+    """The question without instruction and surrounding white space; the text of an instruction alone becomes empty.
 
     >>> without_instructions('How many? Let\\'s think step by step and output the final answer after "####".')
     'How many?'
@@ -53,8 +53,8 @@ def without_instructions(text: str) -> str:
 
 
 def shared_ends(questions: Sequence[str]) -> list[str]:
-    """The beginning and the ending that all of at least MIN_SHARING_PROMPTS questions share, cut at white space, where
-    they have MIN_SHARED_CHARS characters: probably an instruction that is not known here."""
+    """The beginning and the ending that at least MIN_SHARING_PROMPTS questions all share, cut at white space, if they
+    have MIN_SHARED_CHARS characters: probably an unknown instruction."""
     if len(questions) < MIN_SHARING_PROMPTS:
         return []
     beginning = _common_beginning(questions).rpartition(" ")[0].strip()
@@ -63,7 +63,7 @@ def shared_ends(questions: Sequence[str]) -> list[str]:
 
 
 def _common_beginning(texts: Sequence[str]) -> str:
-    first, last = min(texts), max(texts)  # of sorted texts these two have the least in common
+    first, last = min(texts), max(texts)  # in sorted order these two have the shortest common beginning
     length = next(
         (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
     )

@@ -1,6 +1,6 @@
-"""The mathematics data sets: which columns hold question and answer, and which rows belong in.
+"""The mathematics data sets: which columns contain question and answer, and which rows are included.
 
-Each is read in its first publication's schema, in those of common copies, in verl's (`prompt` a list of messages,
+Each is read in the schema of its first publication, in those of common copies, in verl's (`prompt` a list of messages,
 `reward_model.ground_truth` the answer) and in slime's (`prompt` a list of messages or a text, `label` the answer).
 """
 
@@ -24,7 +24,7 @@ _PICTURE = re.compile(r"<image|<img|\\includegraphics")
 
 
 class _Reading(Protocol):
-    """The answer in a column's value. Raises ValueError with the rule that the value breaks."""
+    """Returns the answer in a column's value. Raises ValueError with the rule that the value breaks."""
 
     def __call__(self, value: Any, rule: ListRule = "one") -> str: ...
 
@@ -34,21 +34,21 @@ def _always_wanted(row: dict[str, Any]) -> str:
 
 
 class _Unwanted(Protocol):
-    """Why a row does not belong in the set; empty for one that does."""
+    """Returns the reason why a row does not belong in the set; empty if it does."""
 
     def __call__(self, row: dict[str, Any]) -> str: ...
 
 
 @dataclass(frozen=True)
 class MathSet:
-    """A data set. Of `questions` and `answers` (columns and how to read them) the first that a row has are taken."""
+    """A data set. The first of `questions` and of `answers` (columns and their readers) that a row has is used."""
 
     source: str
     about: str
     questions: tuple[str, ...]
     answers: Mapping[str, _Reading]
-    other_answer: _Reading = answer_text  # of rows in verl's schema or slime's
-    must_be_wrapped: bool = False  # rows in verl's schema hold DAPO's instruction
+    other_answer: _Reading = answer_text  # for rows in verl's schema or slime's
+    must_be_wrapped: bool = False  # rows in verl's schema contain DAPO's instruction
     unwanted: _Unwanted = _always_wanted
     more_columns: tuple[str, ...] = ()
     answer_lists: ListRule = "one"
@@ -176,7 +176,7 @@ SETS = {
         MathSet(
             "minerva",
             "Minerva's OCW courses, 272 questions: math-ai/minervamath, or the original with the answer in the "
-            "solution's \\boxed{} (units stand outside it and are left out)",
+            "solution's \\boxed{} (units are outside it and are not included)",
             ("problem", "question"),
             {"solution": answers.boxed, "answer": answers.answer_text},
         ),

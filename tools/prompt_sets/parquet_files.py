@@ -1,4 +1,4 @@
-"""Rows of parquet files, in a stream; numbers as their writer saw them."""
+"""Rows of parquet files, streamed, with numbers as their writer saw them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from minpro_megatron.errors import UserError
 from tools.prompt_sets.rows import DamagedRow
 
-# What is in memory of a file: rows as Python objects, and the part of each column that is read at once.
+# The part of a file that is in memory: rows as Python objects, and the part of each column that is read at once.
 BATCH_ROWS = 4096
 READ_BYTES = 1024**2
 
@@ -19,7 +19,7 @@ def num_rows(path: Path) -> int:
 
 
 def column_names(path: Path) -> list[str]:
-    """All columns of the file, those in structures with a dot: `reward_model.ground_truth`."""
+    """All columns of the file; those in structures have a dot: `reward_model.ground_truth`."""
     with _open(path) as file:
         return [name for field in file.schema_arrow for name in _names_in(field)]
 
@@ -59,8 +59,8 @@ def read_parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int,
 
 
 def _reading(kind: Any) -> Callable[[Any], Any] | None:
-    """What makes of a value of this type the one its writer meant: of 0.1 in 32 bits 0.1, where Python would have
-    0.10000000149011612; of binary text a text. None: it is that one already."""
+    """A function that restores the value its writer meant: 0.1 for 0.1 in 32 bits, where Python would have
+    0.10000000149011612; a text for binary text. None if no conversion is needed."""
     import numpy
     from pyarrow import types
 
@@ -84,7 +84,7 @@ def _decoded(value: bytes | None) -> str | bytes | None:
     try:
         return value if value is None else value.decode("utf-8")
     except UnicodeError:
-        return value  # whoever needs a text refuses it
+        return value  # code that needs a text rejects it
 
 
 def _with_fields(value: dict[str, Any] | None, fields: dict[str, Callable[[Any], Any]]) -> dict[str, Any] | None:

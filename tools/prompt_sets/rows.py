@@ -1,4 +1,4 @@
-"""Prompt sets as JSON Lines: reading rows with errors that say where the damage is, writing them atomically."""
+"""Prompt sets as JSON Lines: reading rows with errors that name the location, and atomic writing."""
 
 import codecs
 import json
@@ -22,7 +22,7 @@ class DamagedRow(UserError):
 
 
 class MissingField(DamagedRow):
-    """A row has no field of this name; the message names those that it has, and within objects with a dot."""
+    """A row has no field of this name; the message lists the fields that it has, those in objects with a dot."""
 
     def __init__(self, path: Path, row_number: int, field: str, present: Iterable[str]) -> None:
         self.present = ", ".join(present) or "no field"
@@ -39,7 +39,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As read_jsonl does, of lines that were read from `path`."""
+    """As read_jsonl, for lines that were read from `path`."""
     for row_number, line in enumerate(lines, start=1):
         text = line.removeprefix(codecs.BOM_UTF8) if row_number == 1 else line
         if text.strip():
@@ -51,7 +51,7 @@ def _json_object(path: Path, row_number: int, line: bytes) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8"))
     except UnicodeError as error:
         raise DamagedRow(path, row_number, "(whole row)", f"must be UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:  # also numerals of thousands of digits, and deep nesting
+    except (ValueError, RecursionError) as error:  # also for numerals of thousands of digits, and deep nesting
         raise DamagedRow(path, row_number, "(whole row)", f"must be one JSON object: {error}") from error
     if b"\\u" in line:
         refuse_half_characters(path, row_number, row)
@@ -59,7 +59,7 @@ def _json_object(path: Path, row_number: int, line: bytes) -> dict[str, Any]:
 
 
 def refuse_half_characters(path: Path, row_number: int, row: Any) -> None:
-    """Raises DamagedRow for half of a surrogate pair, which JSON can name and no text can hold."""
+    """Raises DamagedRow for half of a surrogate pair, which JSON can express but no text can contain."""
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
@@ -74,7 +74,7 @@ def checked_object(path: Path, row_number: int, row: Any) -> dict[str, Any]:
 
 
 def names_in(row: Mapping[str, Any]) -> list[str]:
-    """The fields of a row, those of objects in it with a dot: `reward_model.ground_truth`."""
+    """The fields of a row; those of objects in it have a dot: `reward_model.ground_truth`."""
     return [
         f"{name}.{inner}" if inner else name
         for name, value in row.items()
@@ -95,9 +95,9 @@ def text_field(path: Path, row_number: int, row: dict[str, Any], field: str) -> 
 
 
 def write_prompts(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write prompt rows sorted by id, replacing `path` in one step; parent folders are made.
+    """Writes prompt rows sorted by id, replacing `path` in one step; parent folders are created.
 
-    The same rows give the same bytes in whatever order they come.
+    The same rows give the same bytes in any order.
     """
     rows = sorted(rows, key=lambda row: row["id"])
     assert all(_is_prompt_row(tuple(row)) for row in rows), f"prompt rows have {PROMPT_FIELDS}, {OPTIONAL_FIELDS}"

@@ -22,10 +22,10 @@ Rows = Iterator[tuple[int, dict[str, Any]]]
 
 
 def read_text_rows(path: Path) -> Rows:
-    """Every `(row number from 1, row)`: of JSON Lines the number is the line's, of CSV the header does not count.
+    """Every `(row number from 1, row)`: the line number for JSON Lines; for CSV the header is not counted.
 
-    JSON Lines and CSV are read in a stream, an array as a whole. The values of CSV are texts. Raises UserError for a
-    file of another kind or one that is cut off, DamagedRow for a damaged row.
+    JSON Lines and CSV are streamed, an array is read as a whole. The values of CSV are texts. Raises UserError for a
+    file of another kind or a truncated one, DamagedRow for a damaged row.
     """
     try:
         with file_kinds.open_text(path) as file:
@@ -69,7 +69,7 @@ def without_compression(name: str) -> str:
 
 
 def _whole_document(path: Path, file: BinaryIO) -> Any:
-    """The JSON value that is all of the file; None if the file is several. Raises UserError for one that is damaged."""
+    """The JSON value that is the whole file; None if there are several. Raises UserError if it is damaged."""
     try:
         return json.loads(file.read().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -87,15 +87,15 @@ def _elements(path: Path, found: Any) -> Rows:
 
 
 def _refuse_one_object(path: Path, file: BinaryIO) -> None:
-    """Raises UserError if all of the file is one object over several lines, which holds no rows that are known."""
+    """Raises UserError if the whole file is one object over several lines, which contains no known rows."""
     file.seek(0)
     try:
         found = json.loads(file.read().decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return
     raise UserError(
-        f"{path}: is one JSON object with {', '.join(map(repr, found))[:200]}, not one object a line; where a field "
-        f"holds the rows, take them out with: jq -c '.FIELD[]' {path} > rows.jsonl"
+        f"{path}: is one JSON object with {', '.join(map(repr, found))[:200]}, not one object per line; if a field "
+        f"contains the rows, extract them with: jq -c '.FIELD[]' {path} > rows.jsonl"
     )
 
 

@@ -1,4 +1,4 @@
-"""What data sets wrap an answer in: a box, a solution that ends with `####`, dollar signs, JSON; layer by layer."""
+"""Wrappings of answers in data sets, layer by layer: a box, a solution that ends with `####`, dollar signs, JSON."""
 
 import ast
 import json
@@ -20,9 +20,9 @@ def has_box(text: str) -> bool:
 
 
 def listed(text: str) -> list[Any] | None:
-    """The elements of a list of texts that is written as JSON or as Python, or of a single number; None for others.
+    """The elements of a list of texts written as JSON or Python, or of a single number; None for other texts.
 
-    `[1, 2]` is no such list: it may be an interval. Raises ValueError for a list that cannot be read.
+    `[1, 2]` is not such a list: it may be an interval. Raises ValueError for a list that cannot be read.
     """
     if not _LIST_OF_TEXTS.match(text):
         found = _from_json(text) if text.startswith("[") and text.endswith("]") else None
@@ -39,13 +39,13 @@ def listed(text: str) -> list[Any] | None:
 
 
 def _from_json(text: str) -> Any:
-    """None for a text that is no JSON, also with its backslashes doubled, as their writer forgot for LaTeX."""
+    """None if the text is not JSON, even with doubled backslashes, which writers of LaTeX forget."""
     for spelling in (text, text.replace("\\", "\\\\")):
         try:
             found = json.loads(spelling)
         except (ValueError, RecursionError):
             continue
-        # of "\frac" the first reading makes a form feed, of "\text" a tab
+        # for "\frac" the first attempt makes a form feed, for "\text" a tab
         if "\\\\" in text or not any(_CONTROL.search(part) for part in _texts(found)):
             return found
     return None
@@ -57,14 +57,14 @@ def _texts(found: Any) -> list[str]:
 
 def _from_python(text: str) -> Any:
     try:
-        with warnings.catch_warnings(action="ignore"):  # \p is no escape of Python's
+        with warnings.catch_warnings(action="ignore"):  # \p is not an escape of Python
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
 
 
 def without_one(text: str) -> str:
-    """`text` without its outermost wrapping, or `text` itself. Raises ValueError for a wrapping that holds nothing.
+    """`text` without its outermost wrapping, or `text` itself. Raises ValueError for an empty wrapping.
 
     >>> without_one("\\\\boxed{34}"), without_one("$x$."), without_one("3+4=7\\n#### 7"), without_one("$5")
     ('34', 'x', '7', '$5')
@@ -102,7 +102,7 @@ def _without_dollars(text: str) -> str:
     for opening, closing in _DISPLAYS:
         inner = bare[len(opening) : len(bare) - len(closing)]
         is_wrapped = bool(inner) and bare == f"{opening}{inner}{closing}"
-        others = inner.replace("\\$", "")  # a sign of money
+        others = inner.replace("\\$", "")  # dollar signs of money
         if is_wrapped and opening not in others and closing not in others and not inner.endswith("\\"):
             return inner.strip()
     return text

@@ -42,11 +42,11 @@ def test_settings_can_be_changed() -> None:
         ("ssh.host=a`b`", r"ssh.host: String should match"),
         ("python=bash", r"python: String should match"),
         ("environment.HF_TOKEN=abc", r"environment: HF_TOKEN looks like a secret.* export it in secrets_file"),
-        ("environment.lower=1", r"environment: lower: names are capital letters"),
+        ("environment.lower=1", r"environment: lower: names must be capital letters"),
         ("slurm.time=1 day", r"slurm.time: String should match"),
         (
             "slurm.time=5",
-            r"slurm.end_early_s = 300 must be less than slurm.time = 5 \(300 s\), or every start is ended",
+            r"slurm.end_early_s = 300 must be less than slurm.time = 5 \(300 s\), or every start would end",
         ),
         ("topology.gpus_per_node=-1", r"topology.gpus_per_node: .* greater than or equal to 0"),
         ("slurm.srun=[--label", r"--set 'slurm.srun=\[--label': what begins with \[ must be JSON"),

@@ -84,7 +84,7 @@ def test_a_job_that_slurm_forgot_is_found_elsewhere(tmp_path: Path) -> None:
     accounted = look_up(Answers(**forgotten, sacct=lambda: answer("TIMEOUT|0:0|n1\n")), "7", str(tmp_path))
     assert accounted.state == "TIMEOUT"
     shell = Answers(**forgotten, **without_accounting)
-    with pytest.raises(JobError, match=f"job 7: Slurm has forgotten it, there is no accounting, and {tmp_path} does"):
+    with pytest.raises(JobError, match=f"job 7: Slurm has discarded it, there is no accounting, and {tmp_path} does"):
         look_up(shell, "7", str(tmp_path))
     (tmp_path / "sbatch_minpro-a_7.out").write_text("job exited with code 1\n")
     (tmp_path / "sbatch_minpro-a_77.out").write_text("job exited with code 0\n")
@@ -154,14 +154,14 @@ def test_following_ends_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_cluster_that_is_away_for_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "POLL_S", 0.001)
-    monkeypatch.setattr(following, "_LONGEST_SILENCE_S", 0.01)
+    monkeypatch.setattr(following, "_MAX_SILENCE_S", 0.01)
     with pytest.raises(JobError, match="scontrol: gone"):
         follow(Answers(scontrol=lambda: answer(stderr="gone", return_code=1)), "7", "/none", io.StringIO(), print)
 
 
 def test_a_lost_connection_is_an_answer_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "POLL_S", 0.001)
-    monkeypatch.setattr(following, "_LONGEST_SILENCE_S", 5.0)
+    monkeypatch.setattr(following, "_MAX_SILENCE_S", 5.0)
     (tmp_path / "log-a_7_0.out").write_text("line\n")
     # what each connection does with one command after the other: run it, or fail as the libraries of NeMo-Run do
     connections = iter([[None, EOFError()], SystemExit(1), [None, None, OSError("reset")], [None] * 9])

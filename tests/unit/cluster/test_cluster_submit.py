@@ -142,7 +142,7 @@ def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) 
     small = ["parallel.data=0", "parallel.tensor=1", "parallel.pipeline=1", "parallel.expert=1"]
     status, _, errors = submitted(capsys, "recipes.qwen3_30b_a3b:minpro", *small)
     assert status == 2
-    assert errors.splitlines()[-1] == "error: the planner expects this not to work; --force submits it all the same"
+    assert errors.splitlines()[-1] == "error: the planner expects that this run does not fit; --force submits it anyway"
     config = load_recipe("recipes.qwen3_30b_a3b:minpro")  # which test_recipes_dry_run_to_a_script plans
     assert plan_problems(config, read_profile(H100, ["gpu=abacus"]))[0].startswith("gpu = abacus: not known")
     assert plan_problems(load_recipe("recipes.demo:tiny_moe"), read_profile(H100, ["gpu=abacus"])) == []

@@ -216,7 +216,7 @@ def test_the_list_names_every_recipe_with_its_purpose() -> None:
     assert "recipes.qwen3_8b:cispo_on_policy" in ALL
     assert all(len(line.split(None, 1)) == 2 for line in lines), "a recipe without docstring"
     assert list_recipes("recipes.prefix_rl") == [
-        "recipes.prefix_rl:prefixed  Three prompts in four begin with 40 to 80 % of a right response "
+        "recipes.prefix_rl:prefixed  Three quarters of the prompts include 40 to 80 % of a correct response "
         "(tools/build_prefixes.py).",
         "recipes.prefix_rl:plain     The same run on the same problems without prefixes, to compare.",
     ]

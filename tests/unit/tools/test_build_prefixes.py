@@ -208,7 +208,7 @@ def test_what_the_user_gave_wrong_is_told_in_a_line(
     assert "'p9' has a prefix already" in capsys.readouterr().err
     (tmp_path / "hard.jsonl").write_text(json.dumps(row | {"id": "p8", "prefix": ""}) + "\n")
     assert build_prefixes.main([*given, "--samples-folder", str(tmp_path / "new")]) == 2
-    assert "no prompt has a right response: raise --max-samples" in capsys.readouterr().err
+    assert "no prompt has a correct response: raise --max-samples" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
 

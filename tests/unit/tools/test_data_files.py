@@ -80,9 +80,9 @@ def test_a_hub_id_is_downloaded(hub: Path) -> None:
 
 
 def test_what_the_hub_does_not_have_is_one_line(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"^--input owner/other: neither a file here, .*404.*; download it"):
+    with pytest.raises(ValueError, match=r"^--input owner/other: not a file here, .*404.*; download it"):
         find_files("owner/other")
-    with pytest.raises(ValueError, match=r"neither a file here"):
+    with pytest.raises(ValueError, match=r"not a file here"):
         find_files("owner/name:main/te*", revision="none")
 
 

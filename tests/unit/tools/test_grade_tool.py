@@ -61,7 +61,7 @@ def test_one_reward_for_all_rows_and_a_summary_for_programs(tmp_path: Path, caps
         ("nonsense", "known: calculator, dapo, dapo_boxed, math, or the import path"),
         ("no_such_package.module:grade", "No module named 'no_such_package'"),
         ("tests.support.hostile_rewards:missing", "has no attribute 'missing'"),
-        ("tests.support.hostile_rewards:NUMBER", "no function but of type int"),
+        ("tests.support.hostile_rewards:NUMBER", "not a function but of type int"),
     ],
 )
 def test_a_reward_that_cannot_be_used_is_told(tmp_path: Path, capsys, reward: str, message: str) -> None:

@@ -94,7 +94,7 @@ def test_a_group_shows_every_token(run: StoredRun) -> None:
     group = run.steps[1].groups[0]
     assert "group 3, consumed, prompt " in text
     assert "consumed at step 1, 1 steps stale" in text
-    assert "the tokenizer of the run's model is not at hand: token ids" in text
+    assert "the tokenizer of the run's model is not available: token ids" in text
     for response, scores in zip(group.responses, behavior(group), strict=True):
         assert f"│ {' '.join(map(str, response.token_ids.tolist()))}\n" in text
         for place, token in enumerate(response.token_ids.tolist()):
@@ -166,7 +166,7 @@ def test_exported_groups_can_be_replayed(run: StoredRun, tmp_path: Path, capsys:
     path = tmp_path / "rows.jsonl"
     assert main([str(run.run_dir), "--export", str(path)]) == 0
     wrote = f"wrote {2 * NUM_PROMPTS * RESPONSES} rows of {2 * NUM_PROMPTS} groups to {path}"
-    assert capsys.readouterr().out == f"{wrote}; 4 groups left out: not scored yet, or pruned\n"
+    assert capsys.readouterr().out == f"{wrote}; 4 groups skipped: not scored yet, or pruned\n"
     rows = iter(read_rollouts(path, 24, needs_rollout_log_probs=True))
     for group in [group for batch in run.steps for group in batch.groups]:
         for response, scores in zip(group.responses, behavior(group), strict=True):
@@ -197,13 +197,13 @@ def test_a_group_as_json_has_everything(run: StoredRun, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--step", "x"], "argument --step: 'x' is no range, such as 3, 3:7, 3: or :7"),
+        (["--step", "x"], "argument --step: 'x' is not a range, such as 3, 3:7, 3: or :7"),
         (["--step", "5:2"], "argument --step: '5:2' is an empty range"),
         (["--reward", ""], "argument --reward: '' is an empty range"),
         (["--limit", "-1"], "argument --limit: '-1' is not a whole number from 0 on"),
         (["--state", "lost"], "argument --state: invalid choice: 'lost'"),
         (["--group", "99"], "--group 99: the journal has no such group"),
-        (["--group", "0", "--response", "2"], "--response 2: group 0 has 2 of them, counted from 0"),
+        (["--group", "0", "--response", "2"], "--response 2: group 0 has 2 responses, from 0"),
         (["--response", "2"], "--response: give the group with --group"),
         (["--export", "{run}/run.json"], "--export {run}/run.json: the file exists; give a new name"),
         (["--export", "{run}/none/x"], "No such file or directory"),

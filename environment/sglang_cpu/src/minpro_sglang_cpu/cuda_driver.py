@@ -1,6 +1,6 @@
-"""Is there an NVIDIA driver on this machine?
+"""Detects an NVIDIA driver on this machine.
 
-As a program: exits 0 and prints what was found where there is a driver, else exits 1 and prints nothing.
+As a program: exits 0 and prints what was found if there is a driver, else exits 1 and prints nothing.
 Standard library only, because set-up runs this file before it installs anything.
 """
 
@@ -13,9 +13,9 @@ KERNEL_MODULE_VERSION = Path("/proc/driver/nvidia/version")
 
 
 def find_cuda_driver() -> str | None:
-    """Return what shows that a CUDA driver is present, or None.
+    """Return the evidence of a CUDA driver, or None.
 
-    Asks for the driver, not for a usable device: with CUDA_VISIBLE_DEVICES empty, or on a login node that
+    Checks for the driver, not for a usable device: with CUDA_VISIBLE_DEVICES empty, or on a login node that
     shares its environment with GPU nodes, the real kernel packages import and must not be replaced.
     """
     try:
@@ -30,9 +30,9 @@ def find_cuda_driver() -> str | None:
 
 
 def refuse_if_cuda_driver(what: str) -> None:
-    """Raise RuntimeError where a CUDA driver is present; `what` names the CPU-only package in the message.
+    """Raise RuntimeError if a CUDA driver is present; `what` names the CPU-only package in the message.
 
-    Not ImportError: SGLang tries some imports and goes on without them, which would hide the message.
+    Not ImportError: SGLang tries some imports and continues without them, which would hide the message.
     """
     if found := find_cuda_driver():
         raise RuntimeError(

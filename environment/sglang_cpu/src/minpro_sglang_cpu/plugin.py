@@ -9,8 +9,8 @@ from minpro_sglang_cpu.cuda_driver import find_cuda_driver
 def register_hooks() -> None:
     """Register the two hooks with SGLang; called by SGLang in each of its processes.
 
-    With a driver present nothing is registered: the real functions work there. Refusing is left to the
-    stand-in `sgl_kernel`, because SGLang logs what a plugin raises and goes on.
+    With a driver present nothing is registered: the real functions work there. The stand-in `sgl_kernel` raises
+    the error, because SGLang logs an exception of a plugin and continues.
     """
     if find_cuda_driver():
         return

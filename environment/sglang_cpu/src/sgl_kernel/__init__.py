@@ -11,12 +11,12 @@ from minpro_sglang_cpu.cuda_driver import refuse_if_cuda_driver
 
 refuse_if_cuda_driver("the stand-in sgl_kernel")
 
-# SGLang reads the version when it reports the environment; the suffix tells such reports apart.
+# SGLang reports the version with its environment; the suffix distinguishes this package.
 __version__ = "0.0.0+no.cuda.driver"
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
-    # The import system and inspect ask for these, and take any answer seriously.
+    # The import system and inspect ask for these, and would use any result.
     if name.startswith("__"):
         raise AttributeError(f"module 'sgl_kernel' has no attribute {name!r}")
 
