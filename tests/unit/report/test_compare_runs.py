@@ -201,7 +201,7 @@ def test_bad_input_is_told_in_one_line(
         ([], "the following arguments are required: RUN"),
         (["a", "--smooth", "0"], "--smooth: '0' is not a whole number from 1 on"),
         (["a", "--smooth", "-1"], "--smooth: '-1' is not a whole number from 1 on"),
-        (["a", "--metrics", " , "], "--metrics: names no metric"),
+        (["a", "--metrics", " , "], "--metrics: there is no metric in it"),
         (["a", "--output", "runs/demo/metrics.jsonl"], "it must end in .html"),
     ],
 )
