@@ -11,8 +11,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
-class CommandParser(Parser):
+def tool_parser(docstring: str | None) -> Parser:
     """The parser of a tool whose docstring is its help: the docstring's lines stay as they are."""
-
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)

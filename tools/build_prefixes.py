@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minpro_megatron.command_line import CommandParser
+from minpro_megatron.command_line import tool_parser
 from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
@@ -235,7 +235,7 @@ def _evaluation_options(options: argparse.Namespace, folder: Path) -> Evaluation
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="HF_DIR", help="the base model that samples")
     add("--prompts", required=True, type=Path, metavar="FILE.jsonl", help="hard prompts, without prefixes")

@@ -35,7 +35,7 @@ logging.disable(logging.WARNING)
 from minpro_megatron.actor.logits import sequence_logits
 from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.checkpoints.converted_model import load_weights
-from minpro_megatron.command_line import CommandParser
+from minpro_megatron.command_line import tool_parser
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import ProjectError, UserError, run_reporting
 from minpro_megatron.launch.launcher import closing_lines
@@ -188,7 +188,7 @@ def run(options: argparse.Namespace) -> Comparison:
 
 
 def main() -> int:
-    parser = CommandParser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument("--hf", type=Path, help="Hugging Face model folder")
     parser.add_argument("--megatron", type=Path, help="converted model, or a run's checkpoint")
     parser.add_argument("--parallel", default="", metavar="AXIS=N,...", help="the mesh (default: one rank)")

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from minpro_megatron.command_line import CommandParser
+from minpro_megatron.command_line import tool_parser
 from minpro_megatron.errors import run_reporting
 from minpro_megatron.report.comparison import USUAL_METRICS, read_runs, write_comparison
 
@@ -37,7 +37,7 @@ def _window(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--output", type=_page, default=Path("comparison.html"), metavar="FILE.html")
     parser.add_argument(

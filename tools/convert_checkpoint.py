@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from minpro_megatron.command_line import CommandParser
+from minpro_megatron.command_line import tool_parser
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.conversion.convert import to_hf, to_megatron
 from minpro_megatron.errors import UserError, run_reporting
@@ -86,7 +86,7 @@ def _cells(kind: RankKind) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+    parser = tool_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     into = commands.add_parser("to-megatron", help="Hugging Face -> Megatron")
     into.add_argument("--hf", type=Path, required=True, help="folder with config.json and safetensors")

@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minpro_megatron.command_line import CommandParser
+from minpro_megatron.command_line import tool_parser
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.rewards.pool import Judged, RewardPool
 
@@ -50,7 +50,7 @@ def _positive(number: type[int] | type[float]) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--reward", metavar="NAME", help="one for all rows: a known reward, or package.module:function")
     parser.add_argument("--workers", type=_positive(int), default=os.cpu_count() or 1, metavar="N")

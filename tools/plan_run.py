@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minpro_megatron.command_line import CommandParser
+from minpro_megatron.command_line import tool_parser
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import run_reporting
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
@@ -37,7 +37,7 @@ DOES_NOT_FIT, WRONG_COMMAND_LINE = 1, 2
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument("recipe", help="module:function, such as recipes.qwen3_30b_a3b:minpro")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changed settings")
     parser.add_argument("--gpu", default="h100-80gb", choices=list(GPU_KINDS))

@@ -21,7 +21,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from minpro_megatron.command_line import CommandParser
+from minpro_megatron.command_line import tool_parser
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.rewards.registry import REWARDS
 from tools.prompt_sets import calculator, data_files
@@ -31,7 +31,7 @@ from tools.prompt_sets.mathematics import SETS, MathSet
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = CommandParser(__doc__)
+    parser = tool_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SET")
     for name, made in SETS.items():
         command = commands.add_parser(name, help=made.about.partition(":")[0], description=made.about)

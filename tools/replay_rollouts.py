@@ -30,7 +30,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from minpro_megatron.command_line import CommandParser
+from minpro_megatron.command_line import tool_parser
 from minpro_megatron.errors import run_reporting
 from minpro_megatron.replay.run import run_replay
 from minpro_megatron.replay.settings import SETTINGS, ReplayOptions
@@ -43,7 +43,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(__doc__)
+    parser = tool_parser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="config.json and safetensors")
     files.add_argument("--rollouts", type=Path, required=True, metavar="FILE.jsonl")

@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 
 from minpro_megatron.buffer.journal_reader import GroupRow, JournalReader, StoredGroup, StoredResponse
-from minpro_megatron.command_line import CommandParser
+from minpro_megatron.command_line import tool_parser
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.prompts.tokenizer import TextTokenizer
@@ -57,7 +57,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder, or its journal.sqlite")
     choose = parser.add_argument_group("which groups")
     choose.add_argument("--step", type=_range(int), metavar="N[:M]", help="consumed at these global steps")

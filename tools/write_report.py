@@ -8,7 +8,7 @@ A finished run already has its report, which is replaced.
 import sys
 from pathlib import Path
 
-from minpro_megatron.command_line import CommandParser
+from minpro_megatron.command_line import tool_parser
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.report.report import write_report
@@ -22,7 +22,7 @@ def _checked(run_dir: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = CommandParser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder")
     options = parser.parse_args(arguments)
 

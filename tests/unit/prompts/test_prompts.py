@@ -82,7 +82,11 @@ VERL_ROW = {"data_source": "x", "prompt": [{"role": "user", "content": "1+1?"}],
     [
         ("train.parquet", b"PAR1\x15\x04", "it is a parquet file, but a prompt file is JSON Lines"),
         ("train.jsonl", b"PAR1\x15\x04", "it is a parquet file, but a prompt file is JSON Lines"),
-        ("train.jsonl.gz", gzip.compress(b"{}", mtime=0), "it is compressed with gzip, but a prompt file is JSON Lines"),
+        (
+            "train.jsonl.gz",
+            gzip.compress(b"{}", mtime=0),
+            "it is compressed with gzip, but a prompt file is JSON Lines",
+        ),
         ("train.csv", b"question,answer\n1+1?,2\n", "it is a CSV file, but a prompt file is JSON Lines"),
         ("train.json", b'\xef\xbb\xbf [\n{"id": 1}\n]', "it is a JSON array, but a prompt file is JSON Lines"),
         ("verl.jsonl", json.dumps(VERL_ROW).encode(), "the row has the fields data_source, prompt, reward_model"),
