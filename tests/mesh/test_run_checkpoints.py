@@ -409,9 +409,12 @@ def _load_edited(mesh: Mesh, start: tuple, edits: list[dict[str, int | None]]) -
     rank.checkpoints.save(rank.policy, saved)
     rank.checkpoints.finish()
     path = rank.run_dir / CHECKPOINTS / "step-000001" / "manifest.json"
-    whole, found = rank.on_rank_0(path.read_text), []
+    # without its digest, as earlier versions wrote it: an edit would be refused as damage before it is compared
+    whole = json.loads(rank.on_rank_0(path.read_text))
+    del whole["digest"]
+    found = []
     for edit in edits:
-        rank.on_rank_0(lambda edit=edit: path.write_text(json.dumps(json.loads(whole) | edit)))
+        rank.on_rank_0(lambda edit=edit: path.write_text(json.dumps(whole | edit)))
         manifest = rank.on_rank_0(lambda: read_latest(rank.run_dir))
         assert manifest is not None
         try:
