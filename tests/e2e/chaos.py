@@ -18,9 +18,9 @@ import pytest
 from minpro_megatron.monitor.environment import git_commit
 from tests.e2e.conftest import ROOT, TinyModel
 from tests.e2e.crash_cases import BOUNDED_MODE
+from tests.e2e.crash_checks import check_bounded, model, undisturbed
 from tests.e2e.crash_table import Table
 from tests.e2e.crashes import CrashRun, Launched, Results, differing, processes_of
-from tests.e2e.test_crashes import check_bounded, model, undisturbed
 
 __all__ = ["model", "undisturbed"]  # fixtures
 

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 from minpro_megatron.monitor.environment import git_commit
 from tests.e2e.conftest import ROOT, TinyModel
 from tests.e2e.crash_cases import GOES_ON, Case, all_cases
+from tests.e2e.crash_checks import check_bounded, model, undisturbed
 from tests.e2e.crash_table import Row, Table
 from tests.e2e.crashes import STEPS, CrashPoint, CrashRun, Launched, Results, differing
-from tests.e2e.test_crashes import check_bounded, model, undisturbed
 
 __all__ = ["model", "undisturbed"]  # fixtures
 

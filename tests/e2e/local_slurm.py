@@ -112,3 +112,11 @@ class LocalSlurm:
     def _logs(self) -> str:
         files = [*self._folder.glob("*.log"), *self._folder.glob("*.out")]
         return "\n".join(f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in files)
+
+
+# As little of everything as makes a run; sampled one by one, so that nothing depends on the machine's load.
+SMALL_RUN = (
+    "server.engine=reference", "server.start_timeout_s=150", "num_global_steps=2", "batch.num_prompts=4",
+    "batch.mini_batch_prompts=2", "evaluation.num_prompts=2", "evaluation.samples_per_prompt=1", "parallel.tensor=1",
+    "parallel.expert=1",
+)  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 
 from minpro_megatron.checkpoints.resume_point import read_latest
 from tests.e2e.conftest import ROOT, TinyModel
-from tests.e2e.local_slurm import LocalSlurm, missing_programs
+from tests.e2e.local_slurm import SMALL_RUN, LocalSlurm, missing_programs
 
 pytestmark = [
     pytest.mark.slurm,
@@ -22,12 +22,6 @@ pytestmark = [
 ]
 FIRST_PORT = 26817
 PROFILE = ROOT / "cluster" / "profiles" / "local_slurm.toml"
-# As little of everything as makes a run; sampled one by one, so that nothing depends on the machine's load.
-SMALL = (
-    "server.engine=reference", "server.start_timeout_s=150", "num_global_steps=2", "batch.num_prompts=4",
-    "batch.mini_batch_prompts=2", "evaluation.num_prompts=2", "evaluation.samples_per_prompt=1", "parallel.tensor=1",
-    "parallel.expert=1",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +58,7 @@ class Workspace:
     def submit(self, name: str, *arguments: str) -> subprocess.Popen[str]:
         model = [f"model.hf_path={self._model.hf}", f"model.megatron_path={self._model.megatron}", f"name={name}"]
         profile = ["--profile", str(PROFILE), "--set", f"workspace={self.folder}", "--set", f"python={sys.executable}"]
-        return self.command("submit", "recipes.demo:tiny_moe_smoke", *profile, *model, *SMALL, *arguments)
+        return self.command("submit", "recipes.demo:tiny_moe_smoke", *profile, *model, *SMALL_RUN, *arguments)
 
     def run_dir(self, name: str) -> Path:
         return self.folder / "runs" / name

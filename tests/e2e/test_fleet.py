@@ -26,8 +26,8 @@ from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, ServerA
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.client import SamplingParameters
 from tests.e2e.conftest import ROOT
-from tests.e2e.test_serving import save_random_model
-from tests.unit.fleet.test_fleet import FakeRewards, FakeTokenizer
+from tests.e2e.random_models import save_random_model
+from tests.support.running_fleet import FakeRewards, FakeTokenizer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

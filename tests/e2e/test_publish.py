@@ -16,7 +16,7 @@ from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.control import ServerControl
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
 from tests.e2e.publishing import CANARY_PROMPT, Step, Trainer, lengthen_context
-from tests.e2e.test_serving import save_random_model
+from tests.e2e.random_models import save_random_model
 
 pytestmark = [
     pytest.mark.e2e,

@@ -24,7 +24,7 @@ from minpro_megatron.serving.api_key import api_key, authorization, make_api_key
 from minpro_megatron.serving.calls import start_for_all
 from minpro_megatron.serving.control import ControlError, ServerControl
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
-from tests.e2e.test_serving import log_probs_by_transformers, save_random_model
+from tests.e2e.random_models import log_probs_by_transformers, save_random_model
 
 pytestmark = pytest.mark.e2e
 

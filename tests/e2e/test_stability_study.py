@@ -18,7 +18,7 @@ from benchmarks.stability_study.work import run_missing, stored_path
 from minpro_megatron.buffer.journal_reader import JournalReader
 from tests.e2e import digits_reward
 from tests.e2e.conftest import ROOT, TinyModel
-from tests.unit.benchmarks.test_stability_study import made_run
+from tests.support.study_runs import made_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import ROOT, TinyModel
-from tests.e2e.test_cluster import SMALL
+from tests.e2e.local_slurm import SMALL_RUN
 
 
 @pytest.mark.long
@@ -18,7 +18,7 @@ def test_a_run_here_tells_how_it_ended(tiny_model: TinyModel, tmp_path: Path) ->
     (tmp_path / "recipes" / "data").symlink_to(ROOT / "recipes" / "data")
     profile = ["--profile", "cluster/profiles/this_machine.toml", "--set", f"workspace={tmp_path}"]
     model = [f"model.hf_path={tiny_model.hf}", f"model.megatron_path={tiny_model.megatron}", "name=here"]
-    command = [sys.executable, "-m", "cluster.submit", "recipes.demo:tiny_moe_smoke", *profile, *model, *SMALL]
+    command = [sys.executable, "-m", "cluster.submit", "recipes.demo:tiny_moe_smoke", *profile, *model, *SMALL_RUN]
     command += ["--set", f"python={sys.executable}"]
     environment = os.environ | {"NEMORUN_HOME": str(tmp_path / "nemo")}
 

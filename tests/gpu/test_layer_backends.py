@@ -19,9 +19,9 @@ from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.local import load_hf_tensors
+from tests.mesh.experts import COUNTS, TOLERANCE, differences_of_experts
 from tests.mesh.reference import make_model, make_sequences, model_architecture
 from tests.mesh.steps import step_config
-from tests.mesh.test_experts import COUNTS, TOLERANCE, differences_of_experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 needs_transformer_engine = pytest.mark.skipif(

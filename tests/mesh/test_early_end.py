@@ -8,8 +8,8 @@ import pytest
 from minpro_megatron.checkpoints.resume_point import TrainerState
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.parallel.mesh import Mesh
+from tests.mesh.checkpointing_rank import CONFIG, TWO, Rank, fill_the_disk, model, start
 from tests.mesh.harness import run_mesh
-from tests.mesh.test_run_checkpoints import CONFIG, TWO, Rank, _fill_the_disk, model, start
 
 pytestmark = pytest.mark.mesh
 __all__ = ["model", "start"]  # fixtures
@@ -41,7 +41,7 @@ def _train(mesh: Mesh, start: tuple, every: int, stop_at: int | None, failing: i
             if version != failing or tried:
                 return rank.policy.save(folder, in_background)
             tried.append(version)
-            with _fill_the_disk(mesh, rank.run_dir / "checkpoints", f"step-{version - 1:06d}"):
+            with fill_the_disk(mesh, rank.run_dir / "checkpoints", f"step-{version - 1:06d}"):
                 return rank.policy.save(folder, in_background)
 
     watchdog = Watchdog(Path(start[1], f"stacks-{mesh.rank}"), 600)

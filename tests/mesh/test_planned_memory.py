@@ -15,30 +15,12 @@ from minpro_megatron.planning.activations import Row
 from minpro_megatron.planning.memory import rank_memory
 from tests.mesh.harness import run_mesh
 from tests.mesh.live_bytes import LiveBytes
+from tests.mesh.planned_models import architecture
 
 pytestmark = pytest.mark.mesh
 
 PROMPT_TOKENS, SEQUENCE_TOKENS, ROW_TOKENS = 16, 128, 256
 LARGEST_ERROR = 0.1  # of each quantity
-
-
-def architecture(mixture: bool) -> Architecture:
-    return Architecture(
-        name="Qwen3MoeForCausalLM" if mixture else "Qwen3ForCausalLM",
-        num_layers=4,
-        hidden_size=64,
-        num_attention_heads=8,
-        num_query_groups=4,
-        head_dim=16,
-        ffn_hidden_size=192,
-        num_experts=8 if mixture else 0,
-        num_experts_per_token=2 if mixture else 0,
-        expert_ffn_hidden_size=48 if mixture else 0,
-        vocab_size=512,
-        rope_theta=1e4,
-        norm_epsilon=1e-6,
-        tied_embeddings=False,
-    )
 
 
 def run_config(degrees: dict[str, int], recompute: str) -> RunConfig:

@@ -14,49 +14,16 @@ from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.table import entries
+from tests.mesh.continued_training import LEARNING_RATE, _policy, resume, train_and_save
 from tests.mesh.harness import run_mesh
+from tests.mesh.planned_models import architecture
 from tests.mesh.reference import make_model, make_sequences
-from tests.mesh.steps import loaded_model, step_config
-from tests.mesh.test_planned_memory import architecture
+from tests.mesh.steps import step_config
 
 pytestmark = pytest.mark.mesh
 
-LEARNING_RATE = 1e-3
 FROM = {"tensor": 2, "pipeline": 2, "expert": 2}
 TO = [{}, {"data": 2, "context": 2, "expert": 4}, {"pipeline": 2, "virtual_pipeline": 2, "data": 2}]
-
-
-def _policy(mesh: Mesh, config: RunConfig, hf_path: str) -> Any:
-    from minpro_megatron.actor.policy import Policy
-
-    architecture, chunks = loaded_model(mesh, hf_path)
-    return architecture, Policy(config, architecture, chunks, mesh)
-
-
-def _train_and_save(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list) -> dict[str, Any]:
-    architecture, policy = _policy(mesh, config, hf_path)
-    for _ in range(2):
-        policy.update(sequences, LEARNING_RATE)
-    policy.save(Path(folder)).complete()
-    return _continued(mesh, architecture, policy, sequences)
-
-
-def _resume(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list) -> dict[str, Any]:
-    architecture, policy = _policy(mesh, config, hf_path)
-    policy.update(sequences[:3], 0.05)  # weights, moments and step are all other than those saved
-    policy.load(Path(folder))
-    return _continued(mesh, architecture, policy, sequences)
-
-
-def _continued(mesh: Mesh, architecture: Any, policy: Any, sequences: list) -> dict[str, Any]:
-    from minpro_megatron.metrics.metric import merge
-    from minpro_megatron.publishing.gather import WeightGatherer
-
-    results = [policy.update(sequences, LEARNING_RATE) for _ in range(2)]
-    losses = [merge(mesh.from_all_ranks(result.metrics))["objective/loss"].value for result in results]
-    buckets = WeightGatherer(policy.modules, architecture, mesh).buckets(bucket_bytes=1 << 20)
-    weights = {name: tensor.numpy().copy() for bucket in buckets for name, tensor in bucket}
-    return {"losses": losses, "norms": [result.grad_norm for result in results], "weights": weights}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +35,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list, d
         replace(one, behavior_log_probs=random.normal(-4.5, 0.7, len(one.response_ids)).astype(np.float32))
         for one in make_sequences(8, 30)
     ]
-    ranks = run_mesh(_train_and_save, step_config(FROM, row_tokens=128), str(hf_path), str(folder), sequences, **FROM)
+    ranks = run_mesh(train_and_save, step_config(FROM, row_tokens=128), str(hf_path), str(folder), sequences, **FROM)
     return hf_path, folder, sequences, ranks[0]
 
 
@@ -140,7 +107,7 @@ def test_a_rank_needs_no_more_memory_than_one_copy_of_what_it_owns(data: int, tm
 def test_resumed_on_another_mesh_the_run_goes_on_as_before(parallel: dict[str, int], saved: tuple) -> None:
     hf_path, folder, sequences, expected = saved
     config = step_config(parallel, row_tokens=128)
-    found = run_mesh(_resume, config, str(hf_path), str(folder), sequences, **parallel)[0]
+    found = run_mesh(resume, config, str(hf_path), str(folder), sequences, **parallel)[0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
     start = {name: torch.from_numpy(value) for name, value in expected["weights"].items()}
@@ -150,7 +117,7 @@ def test_resumed_on_another_mesh_the_run_goes_on_as_before(parallel: dict[str, i
 
 def test_resumed_on_the_same_mesh_it_is_the_same_to_the_bit(saved: tuple) -> None:
     hf_path, folder, sequences, expected = saved
-    found = run_mesh(_resume, step_config(FROM, row_tokens=128), str(hf_path), str(folder), sequences, **FROM)[0]
+    found = run_mesh(resume, step_config(FROM, row_tokens=128), str(hf_path), str(folder), sequences, **FROM)[0]
     assert found["losses"] == expected["losses"]
     assert found["norms"] == expected["norms"]
     for name, value in expected["weights"].items():

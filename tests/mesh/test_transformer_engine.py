@@ -20,11 +20,11 @@ from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.table import entries
 from tests.mesh.conftest import Start
 from tests.mesh.harness import run_mesh
+from tests.mesh.passed_weights import no_display
 from tests.mesh.ragged_batch import in_order
 from tests.mesh.reference import make_sequences, minpro_loss, reference_step, saved_tensors
 from tests.mesh.stand_in_process import run_with_stand_in
 from tests.mesh.steps import LEARNING_RATE, TEMPERATURE, differences, loaded_policy, step_config, take_steps
-from tests.mesh.test_weights import no_display
 
 pytestmark = [pytest.mark.mesh, pytest.mark.long]  # a process of its own that takes a minute to import
 

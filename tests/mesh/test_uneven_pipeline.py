@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from tests.mesh.conftest import Start
+from tests.mesh.continued_training import resume, train_and_save
 from tests.mesh.harness import run_mesh
+from tests.mesh.passed_weights import assert_bit_equal, through_the_mesh
 from tests.mesh.ragged_batch import in_order, ragged_groups, shuffled, smallest_routing_gap
 from tests.mesh.reference import ReferenceStep, make_model, make_sequences, minpro_loss, reference_step, saved_tensors
 from tests.mesh.steps import LEARNING_RATE, TEMPERATURE, differences, step_config, take_steps
-from tests.mesh.test_training_state import _resume, _train_and_save
-from tests.mesh.test_weights import _through_the_mesh, assert_bit_equal
 
 pytestmark = pytest.mark.mesh
 
@@ -59,15 +59,15 @@ def test_weights_saved_on_one_layout_load_on_every_other_and_publish_whole(odd: 
     checkpoint = tmp_path / "checkpoint"
     for place, layout in enumerate((LAYOUTS[1], LAYOUTS[2], LAYOUTS[0])):
         sources, save_to = ([None], checkpoint) if place == 0 else ([checkpoint], None)
-        ranks = run_mesh(_through_the_mesh, Path(start.hf_path), sources, save_to, **layout)
+        ranks = run_mesh(through_the_mesh, Path(start.hf_path), sources, save_to, **layout)
         assert_bit_equal([rank[0] for rank in ranks], expected)
 
 
 def test_training_goes_on_from_one_layout_to_another(odd: dict, tmp_path: Path) -> None:
     hf_path, sequences = odd["moe of 5"][0].hf_path, make_sequences(8, 30)
     configs = [step_config(layout, row_tokens=128) for layout in LAYOUTS]
-    saved = run_mesh(_train_and_save, configs[2], hf_path, str(tmp_path), sequences, **LAYOUTS[2])[0]
+    saved = run_mesh(train_and_save, configs[2], hf_path, str(tmp_path), sequences, **LAYOUTS[2])[0]
     for layout, config in ((LAYOUTS[1], configs[1]), (LAYOUTS[0], configs[0])):
-        found = run_mesh(_resume, config, hf_path, str(tmp_path), sequences, **layout)[0]
+        found = run_mesh(resume, config, hf_path, str(tmp_path), sequences, **layout)[0]
         assert found["losses"] == pytest.approx(saved["losses"], rel=1e-5)
         assert found["norms"] == pytest.approx(saved["norms"], rel=1e-5)

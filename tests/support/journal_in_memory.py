@@ -1,13 +1,18 @@
 """A journal whose file is in memory, and groups that are small enough to go through it by the thousand."""
 
+import asyncio
 import sqlite3
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_file import _SCHEMA, JournalFile
+from minpro_megatron.buffer.route_files import RouteFiles
 from minpro_megatron.buffer.schedule import Slot
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, Response
 
@@ -73,3 +78,11 @@ def sampled(slot: Slot, first_version: int, last_version: int) -> CollectedGroup
 def with_scores(group: CollectedGroup) -> CollectedGroup:
     responses = [msgspec.structs.replace(response, behavior_log_probs=LOG_PROBS) for response in group.responses]
     return CollectedGroup(issued=group.issued, responses=responses)
+
+
+def in_memory(
+    use: Callable[[Journal, InMemoryFile], Coroutine[None, None, None]], folder: Path = Path("unused")
+) -> None:
+    file = InMemoryFile()
+    with closing(file._connection):
+        asyncio.run(use(Journal(file, RouteFiles(folder)), file))

@@ -9,7 +9,7 @@ import pytest
 from minpro_megatron.batching.collate import RankSlice, RowShard, TokenSequence, shard_row
 from minpro_megatron.batching.routes import refuse_other_routes, shard_routes, wrong_choice
 from minpro_megatron.batching.shards import tensor_shard
-from tests.unit.batching.test_collate import SIZES, all_shards, numbered_sequences
+from tests.support.numbered_sequences import SIZES, all_shards, numbered_sequences
 
 LAYERS, EXPERTS, CHOSEN = 5, 16, 3
 

@@ -18,9 +18,8 @@ from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.records import Batch, CollectedGroup, IssuedGroup
 from minpro_megatron.serving.client import SamplingParameters
 from tests.support.collector_rig import collecting
-from tests.support.journal_in_memory import InMemoryFile
+from tests.support.journal_in_memory import InMemoryFile, in_memory
 from tests.support.rollout_fakes import RESPONSES, FakeServers, collected, issued_groups, run_config
-from tests.unit.buffer.test_journal_restore import in_memory
 
 LAYERS, CHOSEN, TOKENS, EXPERTS = 4, 2, 300, 128
 

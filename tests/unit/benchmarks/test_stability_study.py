@@ -47,9 +47,9 @@ from minpro_megatron.objective.registry import OBJECTIVES as REGISTERED
 from minpro_megatron.reference_engine.model import KeyValueCache
 from minpro_megatron.reference_engine.sampling import Sampler, SamplingParameters
 from tests.support.reference_models import architecture, one_thread, random_model, random_tensors
+from tests.support.study_runs import KEY, made_run
 
 STOPS, MAX_RESPONSE = (7, 17, 27), 12
-KEY = RunKey("minpro", 8, 1, 5e-4)
 
 
 @torch.inference_mode()
@@ -122,14 +122,6 @@ def test_the_rate_is_the_largest_that_learns_on_policy_and_is_hurt_by_staleness(
     final = {key: 0.5 + 0.1 * (key.objective == "grpo") - 0.01 * key.delay_steps for key in sweep_keys()}
     for rate, row in sweep_table(final).items():
         assert row == (pytest.approx(0.55), pytest.approx(0.47)), rate
-
-
-def made_run(key: RunKey = KEY, heldout: tuple[float, ...] = (0.2, 0.6, 0.8, 0.4), steps: int = 6) -> StoredRun:
-    columns = {name: [0.125 * step for step in range(steps)] for name in COLUMNS}
-    columns["loss"][1] = math.nan
-    versions = list(range(0, 2 * len(heldout), 2))
-    digests = [f"{step:08x}" for step in range(steps)]
-    return StoredRun(key, "ab12", steps, None, columns, digests, versions, list(heldout), [0.01] * len(heldout))
 
 
 def test_stored_curves_come_back(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.journal_file import FILE_NAME
 from minpro_megatron.buffer.journal_rows import version_spans
 from minpro_megatron.buffer.route_files import RouteFiles
-from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
+from minpro_megatron.records import Batch, EvaluationResult
+from tests.support.journals import collect, in_journal, nothing
 from tests.support.rollout_fakes import (
     NUM_PROMPTS,
     RESPONSES,
@@ -38,30 +39,9 @@ RESULT = EvaluationResult(
 )  # fmt: skip
 
 
-def in_journal(run_dir: Path, use: Callable[[Journal], Awaitable[None]]) -> None:
-    async def main() -> None:
-        journal = await Journal.open(run_dir)
-        try:
-            await use(journal)
-        finally:
-            await journal.close()
-
-    asyncio.run(main())
-
-
-async def nothing(journal: Journal) -> None:
-    pass
-
-
 def batch(index: int, version: int = 0) -> Batch:
     group_ids = range(index * NUM_PROMPTS, (index + 1) * NUM_PROMPTS)
     return Batch(index=index, groups=[collected(group) for group in issued_groups(group_ids, index, version)])
-
-
-async def collect(journal: Journal, groups: list[CollectedGroup]) -> None:
-    await journal.issue([group.issued for group in groups])
-    for group in groups:
-        await journal.collect(group, accepted=True)
 
 
 async def train(journal: Journal, made: Batch, staleness: int = 0) -> None:

@@ -21,9 +21,9 @@ from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup
 from minpro_megatron.buffer.journal_restore import RestoredGroup
 from minpro_megatron.buffer.staleness import Beginning
 from minpro_megatron.records import Batch, CollectedGroup, IssuedGroup, Response
+from tests.support.journal_feeds import NUM_STEPS, make_feed
 from tests.support.rollout_fakes import NUM_PROMPTS, collected, issued_groups
 from tests.support.stored_runs import behavior, trained, write_run
-from tests.unit.feed.test_journal_feed import NUM_STEPS, make_feed
 
 NUM_FLIPS = 120
 GROUP = 4  # of batch 1, which step 1 has consumed

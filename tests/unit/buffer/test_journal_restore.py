@@ -1,10 +1,8 @@
 """A journal taken back to a checkpoint: of every group it is known whether it is ready, repeated, or forgotten."""
 
-import asyncio
 import resource
 import sqlite3
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,7 +16,7 @@ from minpro_megatron.buffer.journal_pruning import Pruned
 from minpro_megatron.buffer.journal_restore import RestoredGroup, roll_back
 from minpro_megatron.buffer.route_files import FOLDER, RouteFiles
 from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
-from tests.support.journal_in_memory import InMemoryFile
+from tests.support.journal_in_memory import InMemoryFile, in_memory
 from tests.support.rollout_fakes import collected, issued_groups, log_probs_of, with_log_probs
 
 # One group: (issued at, versions of its tokens, what became of it): "issued", "collected", "scored", "dropped", or the
@@ -31,14 +29,6 @@ EVALUATION = EvaluationResult(
     mean_reward=0.25, not_graded=0, num_prompts=2, samples_per_prompt=2,
     mean_response_tokens=2.5, wall_time_s=0.1,
 )  # fmt: skip
-
-
-def in_memory(
-    use: Callable[[Journal, InMemoryFile], Coroutine[None, None, None]], folder: Path = Path("unused")
-) -> None:
-    file = InMemoryFile()
-    with closing(file._connection):
-        asyncio.run(use(Journal(file, RouteFiles(folder)), file))
 
 
 async def fill(journal: Journal, rows: Sequence[Row]) -> list[CollectedGroup]:

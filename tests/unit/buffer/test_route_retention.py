@@ -12,7 +12,7 @@ from minpro_megatron.records import CollectedGroup, CollectorTotals, IssuedGroup
 from minpro_megatron.serving.client import SamplingParameters
 from tests.support.collector_rig import Crash, FakeTrainer, collecting, contents
 from tests.support.rollout_fakes import NUM_PROMPTS, FakeServers, run_config
-from tests.unit.collector.test_collector_resume import NUM_REQUESTS, check_run, undisturbed
+from tests.support.whole_runs import NUM_REQUESTS, check_run, undisturbed
 
 __all__ = ["undisturbed"]  # a fixture
 

@@ -17,7 +17,7 @@ from minpro_megatron.checkpoints.manifest import (
     verify_files,
     write_manifest,
 )
-from tests.unit.weights.test_table import TINY
+from tests.support.tiny_architecture import TINY
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ import pytest
 from minpro_megatron.checkpoints.checkpoint_folder import CheckpointFolder, score_of, superseded
 from minpro_megatron.checkpoints.resume_point import (
     CHECKPOINTS,
-    RunIdentity,
     RunManifest,
-    SavedFile,
     folder_name,
     read_latest,
     read_manifest,
@@ -29,30 +26,7 @@ from minpro_megatron.checkpoints.resume_point import (
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.records import EvaluationResult
-
-RUN = RunIdentity(
-    seed=3,
-    objective="minpro",
-    dtype="float32",
-    parallel={"tensor": 2},
-    architecture={"num_layers": 4, "rope_theta": 1e6, "tied_embeddings": False},
-)
-DATA = b"shard"
-
-
-def manifest_of(version: int) -> RunManifest:
-    return RunManifest(
-        policy_version=version,
-        updates=4 * version,
-        run=RUN,
-        created=datetime(2026, 8, 1, 12, 30, tzinfo=UTC),
-        files={"__0_0.distcp": SavedFile(bytes=len(DATA), sha256="0" * 64)},
-    )
-
-
-def write_shards(partial: Path) -> Path:
-    (partial / "__0_0.distcp").write_bytes(DATA)
-    return partial
+from tests.support.checkpoint_shards import DATA, RUN, manifest_of, write_shards
 
 
 def add(folder: CheckpointFolder, version: int) -> None:

@@ -23,7 +23,7 @@ from minpro_megatron.checkpoints.sharded_files import (
     refuse_code,
 )
 from minpro_megatron.weights.table import entries
-from tests.unit.weights.test_table import TINY
+from tests.support.tiny_architecture import TINY
 
 KEY = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
 SHAPE = (6, 4)

@@ -14,8 +14,8 @@ from minpro_megatron.fleet import fleet as fleet_module
 from minpro_megatron.records import CollectedGroup
 from tests.support.fake_engine import FakeEngine
 from tests.support.rollout_fakes import no_evaluations
+from tests.support.running_fleet import SAMPLING, Running, issued, run, running, until
 from tests.support.sglang_answers import PROMPT, answer
-from tests.unit.fleet.test_fleet import SAMPLING, Running, issued, run, running, until
 
 TOKENS = ([7, 8, 258], [7, 8, 9, 10])
 

@@ -14,7 +14,7 @@ from minpro_megatron.collector.api import CollectorApi
 from minpro_megatron.feed.protocol import INCARNATION_HEADER, TOKEN_HEADER, read_token
 from minpro_megatron.monitor import repeated_lines
 from minpro_megatron.monitor.repeated_lines import RepeatedLines
-from tests.unit.fleet.test_fleet import run
+from tests.support.running_fleet import run
 
 INCARNATION = 4
 

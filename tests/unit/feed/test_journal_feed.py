@@ -1,6 +1,5 @@
 """Another run's journal in the collector's place: its batches as they were consumed, or all that is wrong with it."""
 
-import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -14,26 +13,11 @@ from minpro_megatron.batching.stored_routes import read_routes
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_checksums import seal_groups
 from minpro_megatron.buffer.journal_errors import JournalError
-from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.feed.journal_feed import JournalFeed, journal_problems
 from minpro_megatron.records import BehaviorLogProbs, CollectedGroup, CollectorTotals, TrainedStep
-from tests.support.rollout_fakes import NUM_PROMPTS, run_config
+from tests.support.journal_feeds import NUM_STEPS, config_for, make_feed
+from tests.support.rollout_fakes import NUM_PROMPTS
 from tests.support.stored_runs import StoredRun, behavior, with_versions, write_run
-
-NUM_STEPS = 3
-
-
-def config_for(folder: Path, *overrides: str, vocabulary: int = 24) -> RunConfig:
-    """A run that trains on the journal in `folder`/stored."""
-    (folder / "model").mkdir(exist_ok=True)
-    facts = {"vocab_size": vocabulary, "eos_token_id": 0, "max_position_embeddings": 64}
-    (folder / "model" / "config.json").write_text(json.dumps(facts))
-    settings = [f"debug.journal={folder / 'stored'}", f"model.hf_path={folder / 'model'}"]
-    return with_overrides(run_config(folder / "runs", steps=NUM_STEPS), [*settings, *overrides])
-
-
-def make_feed(folder: Path, *overrides: str, **model: Any) -> JournalFeed:
-    return JournalFeed(config_for(folder, *overrides, **model), lambda ids: f"text of {ids.tolist()}")
 
 
 def test_every_batch_is_what_its_step_consumed(tmp_path: Path) -> None:

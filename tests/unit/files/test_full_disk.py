@@ -17,9 +17,9 @@ from minpro_megatron.files.disk_space import DiskFullError, as_size, is_full, na
 from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.launch import launcher
 from minpro_megatron.launch.preflight import run_checks as preflight
+from tests.support.hf_models import MIXTURE, Watch, make_model
 from tests.support.run_examples import example_config, write_example_files
 from tests.support.small_disk import fill, make_room, small_disk
-from tests.unit.conversion.test_convert import MIXTURE, Watch, make_model
 
 
 @pytest.fixture

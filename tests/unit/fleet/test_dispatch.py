@@ -9,8 +9,8 @@ from minpro_megatron.fleet import member as member_module
 from minpro_megatron.fleet.dispatch import Dispatcher, Ticket
 from minpro_megatron.fleet.member import RATE_GROUPS, Member
 from minpro_megatron.records import ServerAddress
+from tests.support.fake_client import FakeClient
 from tests.support.rollout_fakes import sequence
-from tests.unit.fleet.test_generation import FakeClient
 
 
 def training(number: int) -> Ticket:

@@ -1,7 +1,7 @@
 """Groups become responses with rewards: in their order, on one server each, first come, first served."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,54 +14,13 @@ from minpro_megatron.fleet.generation import GroupCollector
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.records import CollectedGroup, IssuedGroup, ServerAddress
 from minpro_megatron.rewards.pool import Judged
-from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.endpoints import write_server_address
+from tests.support.fake_client import FakeClient
 from tests.support.rollout_fakes import RESPONSES, run_config, sequence, tokenized_prompts
 
 SAMPLING = SamplingParameters(1.0, 4)
 FACTS = ModelFacts(vocabulary_size=64, stop_token_ids=(1,), max_position_embeddings=64)
-
-
-class FakeClient:
-    """Generates after `steps` turns of the event loop."""
-
-    def __init__(self, name: str, steps: int = 1, routes: np.ndarray | None = None) -> None:
-        self.name, self.steps, self.routes = name, steps, routes
-        self.groups: list[tuple[int, ...]] = []
-        self.in_flight = self.most_in_flight = 0
-
-    async def __aenter__(self) -> "FakeClient":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        pass
-
-    async def policy_version(self, timeout_s: float) -> int:
-        return 0
-
-    async def generates(self, timeout_s: float) -> bool:
-        return True
-
-    async def generate(
-        self,
-        prompt_token_ids: np.ndarray,
-        seeds: Sequence[int],
-        sampling: SamplingParameters,
-        policy_version: int,
-        before_continuing: Callable[[], Awaitable[object]],
-    ) -> list[SampledSequence]:
-        self.groups.append(tuple(seeds))
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        for _ in range(self.steps):
-            await asyncio.sleep(0)
-        self.in_flight -= 1
-        made = [sequence(policy_version, seed) for seed in seeds]
-        return [
-            SampledSequence(one.token_ids, one.log_probs, one.policy_versions, one.finish_reason, self.routes)
-            for one in made
-        ]
 
 
 class FakeRewards:

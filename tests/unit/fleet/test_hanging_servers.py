@@ -23,8 +23,8 @@ from minpro_megatron.serving.errors import InvalidAnswer
 from minpro_megatron.serving.health import Health, ask, ask_to_generate
 from tests.support.fake_engine import FakeEngine
 from tests.support.rollout_fakes import no_evaluations
+from tests.support.running_fleet import INCARNATION, Running, run, running, until
 from tests.support.sglang_answers import FACTS, PROMPT
-from tests.unit.fleet.test_fleet import INCARNATION, Running, run, running, until
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from minpro_megatron.fleet.open_files import (
 from minpro_megatron.launch.preflight import run_checks as preflight
 from tests.support.fake_engine import FakeEngine
 from tests.support.rollout_fakes import run_config
-from tests.unit.fleet.test_fleet import run, running, until
+from tests.support.running_fleet import run, running, until
 
 
 def config(count: int = 32, **evaluation: object) -> RunConfig:

@@ -17,9 +17,9 @@ from minpro_megatron.launch.supervisor import Outcome
 from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.monitor.summary import summarize, write_summary
 from minpro_megatron.records import CollectorTotals, EvaluationResult
-from tests.support.run_examples import example_config, write_example_files
+from tests.support.begun_runs import begin
+from tests.support.run_examples import example_config, save_checkpoint, write_example_files
 from tests.support.stored_runs import write_run
-from tests.unit.launch.test_resume import begin, save_checkpoint
 
 NUM_PROMPTS, RESPONSES, STEPS = 3, 2, 2  # of stored_runs
 ON_GPUS = ["device=cuda", "server.device=cuda", "server.count=3", "server.tensor_parallel=2", "parallel.tensor=4"]

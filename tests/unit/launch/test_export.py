@@ -21,8 +21,8 @@ from minpro_megatron.launch.evaluation_options import EvaluationOptions
 from minpro_megatron.launch.export import chosen
 from minpro_megatron.launch.preflight.run_checks import problems
 from minpro_megatron.models.architecture import read_architecture
+from tests.support.hf_models import MIXTURE, Watch, assert_same_files, make_model
 from tests.support.run_examples import example_config, write_example_files
-from tests.unit.conversion.test_convert import MIXTURE, Watch, assert_same_files, make_model
 
 
 def saved(run_dir: Path, version: int, hf: Path, score: float | None = None, dtype: str = "bfloat16") -> Path:

@@ -16,9 +16,9 @@ from minpro_megatron.launch.supervisor import FAILED, Failure, Outcome, Supervis
 from minpro_megatron.monitor.summary import read_summary, write_summary
 from minpro_megatron.report import report as report_module
 from minpro_megatron.report.run_end import record_end
+from tests.support.begun_runs import begin, finish, summary_of
 from tests.support.run_examples import save_checkpoint, write_example_files
-from tests.unit.launch.test_node_command import SLURM, folder, options, roles_started, run_all
-from tests.unit.launch.test_resume import begin, finish, summary_of
+from tests.support.started_nodes import SLURM, folder, options, roles_started, run_all
 
 __all__ = ["folder", "roles_started"]  # fixtures
 

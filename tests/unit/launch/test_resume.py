@@ -10,32 +10,10 @@ from minpro_megatron.config.rollout import StalenessConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run, obstacles
 from minpro_megatron.launch.run_folder import first_lines
-from minpro_megatron.monitor.summary import RunSummary, write_summary
+from tests.support.begun_runs import begin, finish
+from tests.support.journals import collect, in_journal, nothing
 from tests.support.rollout_fakes import collected, issued_groups
-from tests.support.run_examples import example_config, save_checkpoint
-from tests.unit.buffer.test_journal import collect, in_journal, nothing
-
-
-def begin(folder: Path, **changes: object) -> RunConfig:
-    """A run that was launched with these settings."""
-    config = example_config(folder, **changes)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / CONFIG_FILE).write_text(config.to_json())
-    return config
-
-
-def summary_of(config: RunConfig, steps: int, hf_export: str | None = None) -> RunSummary:
-    return RunSummary(
-        name=config.name, objective="minpro", seed=0, steps=steps, updates=2 * steps, wall_time_s=1.0,
-        wall_time_by_phase_s={}, pass_at_1_before=None, pass_at_1_after=None, standard_error_before=None,
-        standard_error_after=None, num_evaluation_samples=0, smallest_staleness=0, largest_staleness=0,
-        versions_published=steps, groups_issued=0, groups_consumed=0, groups_dropped=0, hf_export=hf_export,
-        package_versions={},
-    )  # fmt: skip
-
-
-def finish(config: RunConfig, steps: int) -> None:
-    write_summary(config.run_dir, summary_of(config, steps))
+from tests.support.run_examples import save_checkpoint
 
 
 def only_obstacle(config: RunConfig) -> str:

@@ -9,8 +9,8 @@ import pytest
 from minpro_megatron.config.rollout import DataConfig, SamplingConfig
 from minpro_megatron.launch.preflight.run_checks import warnings
 from minpro_megatron.prompts.chat_template import ChatTemplate
+from tests.support.chat_models import write_model
 from tests.support.run_examples import HF_CONFIG, example_config, write_example_files
-from tests.unit.prompts.test_chat_template import write_model
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -16,9 +16,9 @@ from minpro_megatron.planning.memory import server_memory, state_bytes
 from minpro_megatron.planning.numbers import numbers
 from minpro_megatron.planning.plan import ClusterSize, Plan, plan_run
 from minpro_megatron.planning.workload import QUANTILES, GroupLengths, Workload, batch_of, response_quantiles
+from tests.support.imports_of_files import PACKAGE, ROOT, imported_names
 from tests.support.planned_runs import run_to_plan
 from tests.support.rollout_fakes import write_rows
-from tests.unit.repository.test_import_order import PACKAGE, ROOT, imported_names
 from tools import plan_run as tool
 
 H100 = gpu_kind("h100-80gb")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minpro_megatron.config.rollout import DataConfig
@@ -20,6 +19,7 @@ from minpro_megatron.prompts.prompts import make_rendering, tokenize
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
 from minpro_megatron.roles import collect
+from tests.support.chat_models import write_model
 from tests.support.rollout_fakes import run_config, write_rows
 
 # With everything that Qwen3's template uses: a default system turn, a namespace over a reversed loop, text cut out of
@@ -65,25 +65,6 @@ WITH_BEGIN = """\
 {% if tools is none and documents is none %}none{% endif %}{{ pad_token }}{{ strftime_now('%Y')[:2] }}
 """
 QUESTIONS = ["1+1=?", " two\nlines <|im_end|> & {{ braces }} ", "ü"]
-
-
-def write_model(folder: Path, template: str | None, **settings: Any) -> Path:
-    """A tokenizer that knows characters, and writes <bos> before every text if it is let."""
-    vocabulary = {"<unk>": 0, "<bos>": 1, "<eos>": 2, "<|im_start|>": 3, "<|im_end|>": 4}
-    for character in map(chr, [10, *range(32, 127)]):
-        vocabulary[character] = len(vocabulary)
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    made.decoder = decoders.Fuse()
-    made.add_special_tokens(["<unk>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"])
-    saved = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", add_bos_token=True, chat_template=template
-    )
-    saved.save_pretrained(folder)
-    if settings:
-        path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    return folder
 
 
 def text_tokenizer(folder: Path) -> TextTokenizer:

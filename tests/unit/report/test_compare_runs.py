@@ -10,8 +10,8 @@ from minpro_megatron.config.run import with_overrides
 from minpro_megatron.monitor.history import Entry, encode_entry
 from minpro_megatron.report.comparison import differing_settings, read_runs
 from minpro_megatron.report.run_history import figures_of, valid_history
+from tests.support.report_pages import NASTY, assert_safe
 from tests.support.run_examples import example_config
-from tests.unit.report.test_report import NASTY, assert_safe
 from tools.compare_runs import main
 
 

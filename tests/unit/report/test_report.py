@@ -4,7 +4,6 @@ import json
 import math
 import re
 import subprocess
-from html.parser import HTMLParser
 
 import msgspec
 import pytest
@@ -14,7 +13,7 @@ from minpro_megatron.config.run import with_overrides
 from minpro_megatron.metrics.declared import METRICS
 from minpro_megatron.monitor import environment
 from minpro_megatron.monitor.environment import read_environment, write_environment
-from minpro_megatron.monitor.history import Entry, encode_entry
+from minpro_megatron.monitor.history import Entry
 from minpro_megatron.monitor.samples import write_samples
 from minpro_megatron.monitor.summary import read_summary, summarize, write_summary
 from minpro_megatron.records import CollectorTotals, EvaluationResult
@@ -24,9 +23,8 @@ from minpro_megatron.report.report import write_report
 from minpro_megatron.report.run_charts import CHARTS, charts
 from minpro_megatron.report.settings import described
 from minpro_megatron.report.shown_samples import color_of
+from tests.support.report_pages import HOSTILE, NASTY, Outline, assert_safe, history, write_entries, write_run
 from tests.support.run_examples import example_config
-
-HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
 
 def evaluation(version: int, pass_at_1: float) -> EvaluationResult:
@@ -65,21 +63,6 @@ def test_a_failed_evaluation_is_not_replaced_by_that_of_another_version(tmp_path
     assert (without_last.pass_at_1_before, without_last.pass_at_1_after) == (0.25, None)
 
 
-def history(steps: int) -> list[Entry]:
-    names = ("reward/accuracy", "policy/entropy", "ratio/mean", "ratio/min", "ratio/max", "staleness/mean")
-    times = {"time/train_s": 0.5, "time/publish_s": 0.1, "time/step_s": 0.8}
-    return [Entry(step, 100.0 + step, dict.fromkeys(names, 0.5) | times) for step in range(steps)]
-
-
-def write_entries(folder, entries):
-    (folder / "metrics.jsonl").write_text("".join(map(encode_entry, entries)))
-
-
-def write_run(folder, entries):
-    (folder / "run.json").write_text(example_config(folder).to_json())
-    write_entries(folder, entries)
-
-
 def report_with(folder, samples):
     write_samples(folder, samples)
     return write_report(folder)
@@ -100,38 +83,6 @@ def test_one_evaluation_is_before_and_not_after(tmp_path):
     summary = example_summary(tmp_path, evaluation(0, 0.125))
     assert (summary.pass_at_1_before, summary.pass_at_1_after) == (0.125, None)
     assert example_summary(tmp_path).pass_at_1_before is None
-
-
-class Outline(HTMLParser):
-    """What a browser makes of a page: its elements, their attributes, and the text outside of style sheets."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: dict[str, int] = {}
-        self.attributes: list[tuple[str, str]] = []
-        self.text = ""
-        self._in_style = False
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements[tag] = self.elements.get(tag, 0) + 1
-        self.attributes += [(name, value or "") for name, value in attrs]
-        self._in_style = tag == "style"
-
-    def handle_data(self, data):
-        self.text += "" if self._in_style else data
-
-
-def assert_safe(page: str) -> Outline:
-    """The page runs nothing and loads nothing, whatever texts are in it."""
-    outline = Outline(page)
-    assert "\x00" not in page
-    assert not {"script", "img", "iframe", "object", "embed", "base", "form", "link"} & outline.elements.keys()
-    for name, value in outline.attributes:
-        assert not name.startswith("on"), name
-        assert name not in ("href", "xlink:href", "src", "action") or value.startswith("#"), (name, value)
-    assert not re.search(r"url\((?!#)", page)
-    return outline
 
 
 def test_a_finished_run_has_its_figures_and_pictures(tmp_path):
@@ -266,13 +217,6 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     page = report_with(tmp_path, [sample]).read_text()
     assert_safe(page)
     assert page.count("&lt;script&gt;") == 2
-
-
-NASTY = (
-    "</script></style></svg>" + HOSTILE + '" onmouseover="alert(1) {{ 7 * 7 }} $\\frac',
-    "a\x00b\x1b[2J\u202egnp.exe\ud800",
-    "$\\frac{$",
-)
 
 
 @pytest.mark.parametrize("nasty", NASTY)

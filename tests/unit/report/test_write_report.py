@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from minpro_megatron.monitor.samples import write_samples
-from tests.unit.report.test_report import assert_safe, history, write_run
+from tests.support.report_pages import assert_safe, history, write_run
 from tools.write_report import main
 
 

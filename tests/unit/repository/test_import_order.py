@@ -4,16 +4,13 @@ It holds between the folders of the package, inside them (no two files import ea
 cluster/, tools/, recipes/ and benchmarks/.
 """
 
-import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
-PACKAGE = "minpro_megatron"
+from tests.support.imports_of_files import PACKAGE, ROOT, imported_names
 
 # Folders (and files) of the package. Each may import those of earlier lines, and itself.
 ORDER = [
@@ -91,21 +88,6 @@ FILES_WITHOUT_TORCH = [
 ]
 # What a recipe may import of the package: job images and submitting machines need nothing else.
 RECIPES_IMPORT = f"{PACKAGE}.config"
-
-
-@cache
-def imported_names(path: Path, lazily: bool = True) -> set[str]:
-    """Every module, and every name out of a module, that the file imports: dotted and absolute. `lazily`: also inside
-    functions and where types alone are checked."""
-    names = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree) if lazily else tree.body:
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return names
 
 
 def is_within(name: str, module: str) -> bool:

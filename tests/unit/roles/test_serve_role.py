@@ -6,19 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from minpro_megatron.config.run import RunConfig
 from minpro_megatron.roles import serve
 from minpro_megatron.serving.endpoints import read_server_addresses
 from minpro_megatron.serving.server_process import ServerStartError
 from tests.support.fake_engine import FakeEngine
-from tests.support.rollout_fakes import run_config
-from tests.unit.fleet.test_fleet import run, until
-
-
-def config(tmp_path: Path, **server: object) -> RunConfig:
-    values = run_config(tmp_path).model_dump()
-    values["server"] |= server
-    return RunConfig.model_validate(values)
+from tests.support.running_fleet import run, until
+from tests.support.serve_settings import config
 
 
 @pytest.fixture(autouse=True)

@@ -23,11 +23,11 @@ from minpro_megatron.monitor.status import write_status
 from minpro_megatron.roles import collect, serve
 from minpro_megatron.run_folder.start_fence import StartFence, former_start_at_work, state_end, take_over
 from minpro_megatron.serving.endpoints import endpoint_file, read_server_addresses
+from tests.support.checkpoint_shards import manifest_of, write_shards
 from tests.support.fake_engine import FakeEngine
 from tests.support.rollout_fakes import issued_groups, run_config
-from tests.unit.checkpoints.test_resume_point import manifest_of, write_shards
-from tests.unit.fleet.test_fleet import run, until
-from tests.unit.roles.test_serve_role import config as serve_config
+from tests.support.running_fleet import run, until
+from tests.support.serve_settings import config as serve_config
 
 TAKEN = r"name = \S+: start 2 of the run \(on \S+\) has taken over .* from this one \(start 1\), which stops writing"
 

@@ -11,8 +11,8 @@ from transformers import Qwen3ForCausalLM  # noqa: F401  imported here: the firs
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.weights.plan import make_plan, optimizer_degrees, parameters_of_stage, rank_kinds, stage_of_layer
+from tests.support.hf_models import MIXTURE, make_model, read_tensors
 from tests.support.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_30B_A3B
-from tests.unit.conversion.test_convert import MIXTURE, make_model, read_tensors
 from tools import convert_checkpoint
 
 

@@ -15,23 +15,8 @@ from minpro_megatron.weights.splits import GatedPair, QueryGroups, Replicated, S
 from minpro_megatron.weights.table import check_names, coverage, entries, table_name
 from tests.mesh.reference import COMMON, saved_tensors
 from tests.support.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
+from tests.support.tiny_architecture import TINY
 
-TINY = Architecture(
-    name="Qwen3MoeForCausalLM",
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_query_groups=2,
-    head_dim=16,
-    ffn_hidden_size=64,
-    num_experts=3,
-    num_experts_per_token=2,
-    expert_ffn_hidden_size=16,
-    vocab_size=77,
-    rope_theta=1e4,
-    norm_epsilon=1e-6,
-    tied_embeddings=False,
-)
 DENSE = {"name": "Qwen3ForCausalLM", "num_experts": 0, "num_experts_per_token": 0, "expert_ffn_hidden_size": 0}
 
 
