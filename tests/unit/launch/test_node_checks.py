@@ -2,8 +2,11 @@
 
 import errno
 import os
+import random
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,10 @@ from minpro_megatron.launch.preflight.node_checks import (
     routable_address,
 )
 from minpro_megatron.launch.preflight.problems import Problem
+from minpro_megatron.launch.preflight.run_checks import listening_error
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
+from minpro_megatron.serving.server_process import PORT_RANGE
 from tests.support.run_examples import example_config, write_example_files
 
 EVERYTHING = NodeShare(ranks=1, num_servers=1, collects=True)
@@ -64,6 +69,7 @@ def test_missing_gpus_are_counted(folder, monkeypatch):
     # the job has eight on this node, one of which does not work
     assert [problem.is_transient for problem in gpu_problems(8, 7, [], "0,1,2,3,4,5,6,7")] == [True]
     monkeypatch.setattr(node_checks, "count_gpus", lambda: 1)
+    monkeypatch.setattr(node_checks, "gpu_memory", list)
     config = example_config(folder, device="cuda", server={"device": "cuda", "count": 4, "tensor_parallel": 2})
     line = only_line(config, NodeShare(ranks=2, num_servers=3))
     assert line.startswith("8 GPUs are needed and 1 usable")
@@ -128,19 +134,35 @@ def test_the_run_folder_must_be_there_on_every_node(folder):
     assert re.match(r"runs_dir: .*/runs/elsewhere cannot be written to \(No such file", line)
 
 
+@contextmanager
+def listening_above(num_free: int, address: str) -> Iterator[int]:
+    """A port that is listened on at `address`, above `num_free` on which nothing listens there; all of them are outside
+    the range from which the system gives ports to others."""
+    for port in random.SystemRandom().sample(range(PORT_RANGE.start + num_free, PORT_RANGE.stop), 200):
+        if any(listening_error(address, below) for below in range(port - num_free, port)):
+            continue
+        with socket.socket() as taken:
+            try:
+                taken.bind((address, port))
+            except OSError:
+                continue
+            taken.listen()
+            yield port
+            return
+    raise AssertionError(f"no {num_free + 1} free ports in a row on {address}")
+
+
 def test_ports_are_those_of_the_nodes_own_servers(folder):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        server = {"device": "cpu", "dtype": "float32", "count": 8, "first_port": port - 5}
+    address = "127.0.0.4"  # which nothing else here uses
+    with listening_above(5, address) as port:
+        server = {"device": "cpu", "dtype": "float32", "count": 8, "first_port": port - 5, "host": address}
         config = example_config(folder, server=server)
-        assert node_problems(config, NodeShare(first_server=0, num_servers=5), "127.0.0.1", None) == []
-        line = only_line(config, NodeShare(first_server=5, num_servers=3), is_transient=True)
-        assert re.match(rf"server.first_port = {port - 5}: cannot listen on 127.0.0.1:{port} \(Address", line)
-        busy = example_config(folder, collector={"port": port})
-        assert node_problems(busy, NodeShare(ranks=1), "127.0.0.1", None) == []
-        line = only_line(busy, NodeShare(collects=True), is_transient=True)
+        assert node_problems(config, NodeShare(first_server=0, num_servers=5), address, None) == []
+        line = only_line(config, NodeShare(first_server=5, num_servers=3), address, is_transient=True)
+        assert re.match(rf"server.first_port = {port - 5}: cannot listen on {address}:{port} \(Address", line)
+        busy = example_config(folder, collector={"port": port, "host": address})
+        assert node_problems(busy, NodeShare(ranks=1), address, None) == []
+        line = only_line(busy, NodeShare(collects=True), address, is_transient=True)
         assert line.startswith(f"collector.port = {port}: cannot listen")
 
 
