@@ -17,6 +17,7 @@ from minpro_megatron.serving.control import ServerControl
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
 from tests.e2e.publishing import CANARY_PROMPT, Step, Trainer, lengthen_context
 from tests.e2e.random_models import save_random_model
+from tests.support.long_cases import long_after
 
 pytestmark = [
     pytest.mark.e2e,
@@ -160,7 +161,9 @@ class Request:
         return self.answer
 
 
-@pytest.mark.parametrize("trainer", [{"pause_mode": mode} for mode in ("retract", "in_place", "abort")], indirect=True)
+@pytest.mark.parametrize(
+    "trainer", long_after(1, [{"pause_mode": mode} for mode in ("retract", "in_place", "abort")]), indirect=True
+)
 def test_requests_in_flight_live_through_it(fleet: Fleet, trainer: Trainer) -> None:
     mode = trainer.config.publish.pause_mode
     trainer.publish(fleet.step())

@@ -33,6 +33,7 @@ def test_two_ranks_reach_each_other() -> None:
 
 
 @pytest.mark.mesh
+@pytest.mark.long
 def test_a_rank_that_nobody_meets_says_so() -> None:
     ((status, said),) = ranks([0], 1)
     assert status == 1

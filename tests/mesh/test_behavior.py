@@ -11,6 +11,7 @@ from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, make_sequences
 from tests.mesh.steps import loaded_model, step_config
+from tests.support.long_cases import long_after
 
 pytestmark = pytest.mark.mesh
 
@@ -50,7 +51,9 @@ def _scores(mesh: Mesh, hf_path: str, versions: list[np.ndarray], axes: dict[str
     return found, expected, np.abs(whole[0] - whole[2])
 
 
-@pytest.mark.parametrize("axes", [{"tensor": 1}, {"tensor": 2, "expert": 2}, {"pipeline": 2}, {"context": 2}])
+@pytest.mark.parametrize(
+    "axes", long_after(2, [{"tensor": 2, "expert": 2}, {"context": 2}, {"pipeline": 2}, {"tensor": 1}])
+)
 def test_each_token_is_scored_under_its_own_version(tmp_path: Path, axes: dict[str, int]) -> None:
     make_model("moe").save_pretrained(tmp_path)
     versions = [

@@ -14,6 +14,7 @@ from tests.mesh.conftest import Start
 from tests.mesh.harness import run_mesh
 from tests.mesh.ragged_batch import Groups, in_order
 from tests.mesh.steps import step_config
+from tests.support.long_cases import long_after
 
 pytestmark = pytest.mark.mesh
 
@@ -106,7 +107,7 @@ def _moments(policy: Any) -> list[torch.Tensor]:
     return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
 
 
-@pytest.mark.parametrize("parallel", MESHES, ids=str)
+@pytest.mark.parametrize("parallel", long_after(1, MESHES), ids=str)
 def test_a_bfloat16_step_is_close_to_float32_and_loses_no_small_update(
     parallel: dict[str, int], starts: dict[str, Start]
 ) -> None:
@@ -156,7 +157,7 @@ def _start_ratios(mesh: Mesh, config: RunConfig, hf_path: str, groups: Groups) -
     }
 
 
-@pytest.mark.parametrize("parallel", MESHES, ids=str)
+@pytest.mark.parametrize("parallel", long_after(1, MESHES), ids=str)
 def test_before_any_update_every_ratio_is_exactly_one(parallel: dict[str, int], starts: dict[str, Start]) -> None:
     start = starts["moe"]
     config = step_config(parallel)

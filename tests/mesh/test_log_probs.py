@@ -14,6 +14,7 @@ from minpro_megatron.parallel import log_probs as module
 from minpro_megatron.parallel.log_probs import vocab_parallel_log_probs
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
+from tests.support.long_cases import long_after
 
 pytestmark = pytest.mark.mesh
 
@@ -95,7 +96,7 @@ def whole_softmax(case: Case) -> dict[str, np.ndarray]:
     return {name: t.detach().numpy() for name, t in zip(NAMES, results, strict=True)}
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("tensor", long_after(2, [1, 4, 2]))
 def test_vocabulary_shards_give_the_whole_softmax(tensor: int) -> None:
     ranks = run_mesh(_log_probs_on_rank, CASES, tensor=tensor)
     for index, case in enumerate(CASES):

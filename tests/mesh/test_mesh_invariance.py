@@ -1,6 +1,7 @@
 """One update on any mesh, in any rows and any order, equals transformers + autograd + torch AdamW in one process.
 
-Here a few meshes in which every pair of choices occurs; matrix.py tries all of them (`make test-matrix`).
+Here meshes in which every pair of choices occurs (`make test` takes the first of them, which hold most pairs,
+`make test-long` the others); matrix.py tries all meshes (`make test-matrix`).
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from tests.mesh.steps import (
     take_steps,
 )
 from tests.mesh.whole_sequences import objective_loss, tokens_of
+from tests.support.long_cases import long_after, long_rows_after
 
 pytestmark = pytest.mark.mesh
 
@@ -44,9 +46,9 @@ SURVEYING = [name for name, objective in OBJECTIVES.items() if objective.survey 
 # What the factorisations leave out: tied embeddings, which two pipeline stages share, virtual stages, cut experts.
 SPECIAL = [
     ("tied", {"pipeline": 2, "context": 2, "data": 2}, True),
-    ("tied", {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2}, False),
     ("moe", {"pipeline": 2, "virtual_pipeline": 2, "context": 2, "expert": 2}, True),
     ("moe", {"tensor": 2, "expert_tensor": 2, "data": 2, "expert": 2}, True),
+    ("tied", {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2}, False),
 ]
 
 
@@ -60,7 +62,7 @@ def minpro_steps(starts: dict[str, Start]) -> dict[str, ReferenceStep]:
     return {kind: expected_step(start, minpro_loss("token_mean")) for kind, start in starts.items()}
 
 
-@pytest.mark.parametrize("case", COVER, ids=str)
+@pytest.mark.parametrize("case", long_after(6, COVER), ids=str)
 def test_step_equals_transformers(case: Case, starts: dict, minpro_steps: dict) -> None:
     start, place = starts[case.model], COVER.index(case)
     row_tokens = SHORTEST_ROW * (1 + place % 3)
@@ -69,7 +71,7 @@ def test_step_equals_transformers(case: Case, starts: dict, minpro_steps: dict) 
     assert differences(step, minpro_steps[case.model]).breaches == []
 
 
-@pytest.mark.parametrize(("kind", "parallel", "packing"), SPECIAL, ids=str)
+@pytest.mark.parametrize(("kind", "parallel", "packing"), long_rows_after(3, SPECIAL), ids=str)
 def test_step_of_special_meshes_equals_transformers(
     kind: str, parallel: dict[str, int], packing: bool, starts: dict, minpro_steps: dict
 ) -> None:
@@ -101,7 +103,7 @@ def test_rows_and_order_change_nothing(starts: dict, minpro_steps: dict) -> None
     [
         ("tied", {"tensor": 2, "context": 2}, list(OBJECTIVES)),
         # those that look at the whole mini-batch first, over all ranks that hold tokens
-        ("moe", {"pipeline": 2, "data": 2, "expert": 2}, SURVEYING),
+        pytest.param("moe", {"pipeline": 2, "data": 2, "expert": 2}, SURVEYING, marks=pytest.mark.long),
     ],
     ids=["tensor x context", "pipeline x data"],
 )
@@ -127,7 +129,7 @@ def mean_prefix_minimum(start: Start) -> float:
     return float(tokens.prefix_minimum_L[tokens.is_trained_L].mean())
 
 
-@pytest.mark.parametrize("parallel", [{"tensor": 2, "context": 2}, {"context": 3, "data": 2}], ids=str)
+@pytest.mark.parametrize("parallel", long_after(1, [{"context": 3, "data": 2}, {"tensor": 2, "context": 2}]), ids=str)
 def test_mean_over_sequences_equals_transformers(parallel: dict[str, int], starts: dict) -> None:
     """A sequence counts once, on the rank that holds its first trained token, which need not be its first token."""
     start = starts["dense"]

@@ -24,6 +24,7 @@ from minpro_megatron.weights.plan import RankKind, make_plan, rank_kinds
 from minpro_megatron.weights.table import entries
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model
+from tests.support.long_cases import long_after
 from tests.support.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
 
 pytestmark = pytest.mark.mesh
@@ -45,8 +46,8 @@ MESHES = [
     ),
     ("0.6B", {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (5, 8, 8, 7)}),  # tied embeddings
     ("8B", {"tensor": 4, "context": 2}),
-    ("14B", {"tensor": 8, "pipeline": 4, "data": 2}),
-    ("0.6B", {"tensor": 2, "pipeline": 2}),
+    pytest.param("14B", {"tensor": 8, "pipeline": 4, "data": 2}, marks=pytest.mark.long),
+    pytest.param("0.6B", {"tensor": 2, "pipeline": 2}, marks=pytest.mark.long),
 ]
 
 
@@ -153,7 +154,9 @@ def _optimizer_states(mesh: Mesh, hf_path: Path) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize(
     "degrees",
-    [{"expert": 2, "data": 4}, {"tensor": 2, "context": 2, "expert": 2}, {"pipeline": 2, "expert": 2, "data": 2}],
+    long_after(
+        1, [{"tensor": 2, "context": 2, "expert": 2}, {"expert": 2, "data": 4}, {"pipeline": 2, "expert": 2, "data": 2}]
+    ),
     ids=str,
 )
 def test_optimizer_states_are_cut_as_planned(degrees: dict[str, Any], tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def _moment_bytes(optimizer: Any) -> int:
         pytest.param(False, {}, "none", 1, marks=pytest.mark.long),
         (False, {"context": 2}, "none", 1),
         pytest.param(False, {"tensor": 2, "data": 2}, "selective", 2, marks=pytest.mark.long),
-        (False, {"pipeline": 2}, "none", 4),
+        pytest.param(False, {"pipeline": 2}, "none", 4, marks=pytest.mark.long),
         pytest.param(True, {"expert": 2}, "full", 2, marks=pytest.mark.long),
         (True, {"tensor": 2, "expert": 2}, "none", 1),
         pytest.param(True, {"pipeline": 2, "virtual_pipeline": 2}, "none", 4, marks=pytest.mark.long),

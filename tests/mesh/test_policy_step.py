@@ -15,6 +15,7 @@ from tests.mesh.harness import run_mesh
 from tests.mesh.ragged_batch import in_order, shuffled
 from tests.mesh.reference import response_log_probs
 from tests.mesh.steps import LEARNING_RATE, TEMPERATURE, loaded_policy, step_config
+from tests.support.long_cases import long_rows_after
 
 pytestmark = pytest.mark.mesh
 
@@ -35,7 +36,7 @@ def _scores(mesh: Mesh, config: RunConfig, hf_path: str, sequences: Sequence[Tok
     return {"before": before, "kept": kept, "after": policy.score(sequences)}
 
 
-@pytest.mark.parametrize(("kind", "parallel", "packing"), MESHES, ids=str)
+@pytest.mark.parametrize(("kind", "parallel", "packing"), long_rows_after(2, MESHES), ids=str)
 def test_every_rank_has_the_log_probs_of_transformers(
     kind: str, parallel: dict[str, int], packing: bool, starts: dict[str, Start]
 ) -> None:

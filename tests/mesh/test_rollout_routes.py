@@ -29,16 +29,17 @@ from tests.mesh.reference import (
     response_log_probs,
 )
 from tests.mesh.steps import LEARNING_RATE, SURVEY_SEED, TEMPERATURE, MeshStep, differences, step_config
+from tests.support.long_cases import long_rows_after
 
 pytestmark = pytest.mark.mesh
 
 # mesh, recompute, packing, whether the routes lie in files
 MESHES: list[tuple[dict[str, Any], str, bool, bool]] = [
-    ({}, "full", True, False),
     ({"tensor": 2, "pipeline": 2, "expert": 2, "context": 2}, "full", True, True),
     ({"tensor": 2, "context": 2, "expert": 4}, "none", False, False),
-    ({"pipeline": 2, "virtual_pipeline": 2, "tensor": 2, "expert": 2}, "full", True, True),
     ({"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (1, 1, 1, 2)}, "selective", True, False),
+    ({}, "full", True, False),
+    ({"pipeline": 2, "virtual_pipeline": 2, "tensor": 2, "expert": 2}, "full", True, True),
     ({"pipeline": 2, "pipeline_layers": (2, 3), "data": 2, "expert": 2}, "full", False, True),
 ]
 EXPERTS = 8
@@ -160,7 +161,7 @@ def _config(parallel: dict[str, Any], recompute: str = "none", packing: bool = T
     return config.model_copy(update={"model": model})
 
 
-@pytest.mark.parametrize(("parallel", "recompute", "packing", "in_a_file"), MESHES, ids=str)
+@pytest.mark.parametrize(("parallel", "recompute", "packing", "in_a_file"), long_rows_after(3, MESHES), ids=str)
 def test_scores_and_updates_are_those_of_the_given_routes(
     parallel: dict[str, Any], recompute: str, packing: bool, in_a_file: bool, given: Any, tmp_path: Path
 ) -> None:

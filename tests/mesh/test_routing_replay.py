@@ -13,15 +13,16 @@ from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model, make_sequences
 from tests.mesh.steps import step_config
+from tests.support.long_cases import long_rows_after
 
 pytestmark = pytest.mark.mesh
 
 MESHES = [
-    ({}, "full", True),
     ({"tensor": 2, "pipeline": 2, "expert": 2, "context": 2}, "full", True),
-    ({"pipeline": 2, "virtual_pipeline": 2, "tensor": 2}, "selective", True),
     ({"data": 2, "expert": 2}, "none", False),
     ({"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (1, 1, 1, 2)}, "full", True),
+    ({}, "full", True),
+    ({"pipeline": 2, "virtual_pipeline": 2, "tensor": 2}, "selective", True),
 ]
 
 
@@ -87,7 +88,7 @@ def _replay(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> dic
     }
 
 
-@pytest.mark.parametrize(("parallel", "recompute", "packing"), MESHES, ids=str)
+@pytest.mark.parametrize(("parallel", "recompute", "packing"), long_rows_after(3, MESHES), ids=str)
 def test_updates_and_scores_follow_the_recorded_routes(
     parallel: dict[str, Any], recompute: str, packing: bool, tmp_path: Path
 ) -> None:

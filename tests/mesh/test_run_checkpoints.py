@@ -23,6 +23,7 @@ from tests.mesh.checkpointing_rank import CONFIG, TWO, Rank, fill_the_disk, mode
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_model
 from tests.mesh.steps import step_config
+from tests.support.long_cases import long_after
 
 __all__ = ["model", "start"]  # fixtures
 
@@ -210,7 +211,7 @@ def _save_in_trouble(mesh: Mesh, start: tuple, trouble: Callable, caplog_path: s
     return {"completed": completed, "latest": at, "names": names}
 
 
-@pytest.mark.parametrize("trouble", FAILURES, ids=lambda trouble: trouble.__name__)
+@pytest.mark.parametrize("trouble", long_after(2, FAILURES), ids=lambda trouble: trouble.__name__)
 def test_a_save_that_fails_leaves_the_former_one_and_the_next_succeeds(start: tuple, trouble: Callable) -> None:
     log = str(Path(start[1], "log"))
     for found in run_mesh(_save_in_trouble, start, trouble, log, **TWO):
@@ -288,7 +289,7 @@ def _save_three(mesh: Mesh, start: tuple) -> None:
         rank.checkpoints.finish()
 
 
-@pytest.mark.parametrize("also_damaged", [False, True])
+@pytest.mark.parametrize("also_damaged", long_after(1, [True, False]))
 def test_a_flipped_bit_in_any_file_is_refused_with_the_newest_intact_checkpoint(
     start: tuple, tmp_path: Path, also_damaged: bool
 ) -> None:

@@ -14,6 +14,7 @@ from tests.mesh.conftest import Start
 from tests.mesh.harness import run_mesh
 from tests.mesh.ragged_batch import in_order
 from tests.mesh.steps import loaded_policy, step_config
+from tests.support.long_cases import long_after
 
 pytestmark = pytest.mark.mesh
 
@@ -56,7 +57,7 @@ def on_one_rank(starts: dict[str, Start], sequences: list[TokenSequence]) -> Fou
     return found
 
 
-@pytest.mark.parametrize("parallel", MESHES, ids=str)
+@pytest.mark.parametrize("parallel", long_after(1, MESHES), ids=str)
 def test_statistics_do_not_depend_on_the_mesh(
     parallel: dict[str, int], starts: dict[str, Start], sequences: list[TokenSequence], on_one_rank: Found
 ) -> None:

@@ -15,6 +15,7 @@ from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.parallel.prefix_scan import ShardedScan
 from minpro_megatron.parallel.ranks import GroupRanks
 from tests.mesh.harness import run_mesh
+from tests.support.long_cases import long_after
 from tests.support.ragged_tokens import DEFAULTS, Tokens, random_tokens, surveyed
 
 pytestmark = pytest.mark.mesh
@@ -83,7 +84,7 @@ def _on_rank(mesh: Mesh, tokens: Tokens) -> dict[str, list[tuple[np.ndarray, np.
     return found
 
 
-@pytest.mark.parametrize("degrees", [{"context": 2, "tensor": 2}, {"context": 2, "data": 2}], ids=str)
+@pytest.mark.parametrize("degrees", long_after(1, [{"context": 2, "tensor": 2}, {"context": 2, "data": 2}]), ids=str)
 def test_surveys_and_coefficients_are_those_of_whole_sequences(degrees: dict[str, int]) -> None:
     tokens = random_tokens(41, num_sequences=14)
     ranks = run_mesh(_on_rank, tokens, **degrees)

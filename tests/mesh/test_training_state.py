@@ -19,11 +19,12 @@ from tests.mesh.harness import run_mesh
 from tests.mesh.planned_models import architecture
 from tests.mesh.reference import make_model, make_sequences
 from tests.mesh.steps import step_config
+from tests.support.long_cases import long_after
 
 pytestmark = pytest.mark.mesh
 
 FROM = {"tensor": 2, "pipeline": 2, "expert": 2}
-TO = [{}, {"data": 2, "context": 2, "expert": 4}, {"pipeline": 2, "virtual_pipeline": 2, "data": 2}]
+TO = [{"data": 2, "context": 2, "expert": 4}, {"pipeline": 2, "virtual_pipeline": 2, "data": 2}, {}]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_a_rank_needs_no_more_memory_than_one_copy_of_what_it_owns(data: int, tm
         assert found["load"] < 0.1  # a stored part at a time
 
 
-@pytest.mark.parametrize("parallel", TO, ids=str)
+@pytest.mark.parametrize("parallel", long_after(1, TO), ids=str)
 def test_resumed_on_another_mesh_the_run_goes_on_as_before(parallel: dict[str, int], saved: tuple) -> None:
     hf_path, folder, sequences, expected = saved
     config = step_config(parallel, row_tokens=128)

@@ -12,6 +12,7 @@ from tests.mesh.passed_weights import assert_bit_equal, through_the_mesh
 from tests.mesh.ragged_batch import in_order, ragged_groups, shuffled, smallest_routing_gap
 from tests.mesh.reference import ReferenceStep, make_model, make_sequences, minpro_loss, reference_step, saved_tensors
 from tests.mesh.steps import LEARNING_RATE, TEMPERATURE, differences, step_config, take_steps
+from tests.support.long_cases import long_rows_after
 
 pytestmark = pytest.mark.mesh
 
@@ -42,7 +43,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Start, Refe
     return made
 
 
-@pytest.mark.parametrize(("kind", "parallel", "packing"), STEPS, ids=str)
+@pytest.mark.parametrize(("kind", "parallel", "packing"), long_rows_after(2, STEPS), ids=str)
 def test_step_on_uneven_stages_equals_transformers(
     kind: str, parallel: dict[str, Any], packing: bool, odd: dict[str, tuple[Start, ReferenceStep]]
 ) -> None:
@@ -63,6 +64,7 @@ def test_weights_saved_on_one_layout_load_on_every_other_and_publish_whole(odd: 
         assert_bit_equal([rank[0] for rank in ranks], expected)
 
 
+@pytest.mark.long
 def test_training_goes_on_from_one_layout_to_another(odd: dict, tmp_path: Path) -> None:
     hf_path, sequences = odd["moe of 5"][0].hf_path, make_sequences(8, 30)
     configs = [step_config(layout, row_tokens=128) for layout in LAYOUTS]
