@@ -6,13 +6,13 @@ export MINPRO_VENV := $(VENV)
 
 HF_MODEL := artifacts/tiny_moe/hf/config.json
 MEGATRON_MODEL := artifacts/tiny_moe/megatron/manifest.json
-TIERS := $(wildcard tests/unit tests/mesh tests/e2e tests/gpu)
+TIERS := $(wildcard tests/unit tests/integration tests/mesh tests/e2e tests/gpu)
 # Files of tests in two processes: more would only take turns here, and tests start processes of their own.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 SHELL_SCRIPTS := environment/setup.sh .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-mesh test-matrix test-crashes test-chaos test-e2e test-gpu test-long lint format constraints clean
+.PHONY: help setup demo test test-unit test-integration test-mesh test-matrix test-crashes test-chaos test-e2e test-gpu test-long lint format constraints clean
 # A model whose writing was interrupted is made again.
 .DELETE_ON_ERROR:
 
@@ -33,11 +33,14 @@ $(HF_MODEL): tools/make_tiny_model.py | setup
 $(MEGATRON_MODEL): $(HF_MODEL) tools/convert_checkpoint.py | setup
 	$(PYTHON) tools/convert_checkpoint.py to-megatron --hf $(<D) --output $(@D)
 
-test: setup ## the tests that run on this machine within minutes: unit, mesh, e2e
+test: setup ## the tests that run on this machine within minutes: unit, integration, mesh, e2e
 	$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not long" $(TIERS) $(ARGS)
 
-test-unit: setup ## pure functions, records, settings
-	$(PYTHON) -m pytest tests/unit $(ARGS)
+test-unit: setup ## what starts no process and does not sleep: functions, records, settings (a minute)
+	$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not long" tests/unit $(ARGS)
+
+test-integration: setup ## single parts with the processes they start: launcher, graders, templates, submission
+	$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not long" tests/integration $(ARGS)
 
 test-mesh: setup ## Megatron-Core on 2 to 8 gloo ranks
 	$(PYTHON) -m pytest tests/mesh $(ARGS)
@@ -46,7 +49,7 @@ test-matrix: setup ## all meshes of up to 8 ranks, into tests/mesh/matrix_result
 	MATRIX_RESUME=$(RESUME) $(PYTHON) -m pytest tests/mesh/matrix.py $(ARGS)
 
 test-long: setup ## what make test leaves out: more runs, kills, SGLang, eval, Slurm, full-size meshes (30-60 min)
-	$(PYTHON) -m pytest -m long tests/unit tests/mesh tests/e2e $(ARGS)
+	$(PYTHON) -m pytest -m long tests/unit tests/integration tests/mesh tests/e2e $(ARGS)
 
 test-gpu: setup ## what needs a GPU (skipped without one)
 	$(PYTHON) -m pytest tests/gpu $(ARGS)

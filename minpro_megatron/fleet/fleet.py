@@ -66,8 +66,10 @@ class Fleet:
         facts: ModelFacts,
         incarnation: int,
         make_client: Callable[[ServerAddress], Client] | None = None,
+        watch_interval_s: float = WATCH_INTERVAL_S,
     ) -> None:
         self.version = 0
+        self._watch_interval_s = watch_interval_s
         self._server = config.server
         self._run_dir = config.run_dir
         self._incarnation = incarnation
@@ -267,7 +269,7 @@ class Fleet:
         try:
             while True:
                 await self._look()
-                await asyncio.sleep(WATCH_INTERVAL_S)
+                await asyncio.sleep(self._watch_interval_s)
         except Exception as error:  # raised in all waiting calls, now or later
             self._fail(error)
 
@@ -294,7 +296,7 @@ class Fleet:
     def _probe_members(self) -> None:
         now = time.monotonic()
         for member in self._members.values():
-            interval_s = self._server.health_interval_s if member.answers else WATCH_INTERVAL_S
+            interval_s = self._server.health_interval_s if member.answers else self._watch_interval_s
             if member.probe is None and now - member.probed_at >= interval_s:
                 member.probe = asyncio.create_task(self._probe(member))
             if member.has_joined and member.answers and member.generation.is_due(self._server.health_interval_s):

@@ -153,11 +153,11 @@ def starts_of_job(run_dir: Path, job: str) -> list[tuple[Start, Plan]]:
     return found
 
 
-def wait_for[T](look: Callable[[], T | None], limit_s: float) -> T | None:
-    """What `look` finds within the time, else None."""
+def wait_for[T](look: Callable[[], T | None], limit_s: float, poll_s: float = POLL_S) -> T | None:
+    """What `look` finds within `limit_s`, else None. It is called every `poll_s`."""
     deadline = time.monotonic() + limit_s
     while (found := look()) is None and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
     return found
 
 

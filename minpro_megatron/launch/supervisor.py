@@ -86,7 +86,17 @@ class Supervisor:
     trainer has ended this start early; then all processes are stopped as well.
     """
 
-    def __init__(self, commands: Sequence[RoleCommand], log_dir: Path, stopping: Stopping | None = None) -> None:
+    def __init__(
+        self,
+        commands: Sequence[RoleCommand],
+        log_dir: Path,
+        stopping: Stopping | None = None,
+        *,
+        poll_s: float = _POLL_S,
+        failures_together_s: float = _FAILURES_TOGETHER_S,
+    ) -> None:
+        self._poll_s = poll_s
+        self._failures_together_s = failures_together_s
         self._commands = commands
         self._log_dir = log_dir
         self._stopping = stopping
@@ -149,7 +159,7 @@ class Supervisor:
                 if ended := self._ended_early(at_once=True):  # other nodes have stopped their roles before this one
                     return ended
                 # One failure makes others fail at once. Which one is seen first is chance: name them all.
-                time.sleep(_FAILURES_TOGETHER_S)
+                time.sleep(self._failures_together_s)
                 failures = self._failures()
                 return Outcome(_status_of(failures), failures, interrupted_by=self._interrupted_by)
             own_are_done = all(r.process.returncode == 0 for r in self._running if not r.command.stays)
@@ -159,7 +169,7 @@ class Supervisor:
             if time.monotonic() > next_reaping:
                 reap_orphans(self._own_pids() | self._not_ours)
                 next_reaping = time.monotonic() + _REAP_EVERY_S
-            time.sleep(_POLL_S)
+            time.sleep(self._poll_s)
 
     @property
     def _interrupted_by(self) -> str | None:
@@ -189,7 +199,7 @@ class Supervisor:
         while descendants(self._not_ours) and time.monotonic() < deadline:
             if len(self._signals) > signals_before:
                 break  # a second Ctrl-C: no more patience
-            time.sleep(_POLL_S)
+            time.sleep(self._poll_s)
             told = self._terminate(told)
         try:
             return kill_all(self._own_pids(), self._not_ours, _KILL_LIMIT_S)

@@ -27,21 +27,27 @@ log = logging.getLogger(__name__)
 
 Transport = Literal["broadcast", "disk"]
 MAX_BROADCASTS = 3  # before the transport "disk" is used
-PROBE_S = 5.0  # for a server to answer that it is alive
-CLEAN_UP_S = 10.0
-# For a server to compute the checksum of its weights after a failed broadcast: seconds for the largest models.
-PROOF_S = 120.0
-# For a request that transfers no weights. A server needs a fraction of a second for it; one that takes this long hangs,
-# and with publish.timeout_s the trainer would wait for it as long as for the transfer of a large model.
-QUICK_REQUEST_S = 60.0
-# With requests in flight a canary waits behind them. The checksum and version of such a busy server are known already.
-CANARY_PATIENCE_S = 20.0
 # A larger mean difference is logged with the server's name: engines in bfloat16 differ by about 0.01.
 NOTED_CANARY_NATS = 0.1
 # The version of a server's weights until the last bucket has arrived. Policy versions have at most nine digits (see
 # serving/answers.py), so tokens that are sampled with such weights after a failed publication are refused everywhere.
 # It is greater than every policy version: to other clients the server seems newer, not to have lost its weights.
 INCOMPLETE = 9_999_999_999
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Time limits of requests that depend neither on the model nor on `publish.timeout_s`, in seconds."""
+
+    probe_s: float = 5.0  # for a server to answer that it is alive
+    clean_up_s: float = 10.0
+    # For a server to compute the checksum of its weights after a failed broadcast: seconds for the largest models.
+    proof_s: float = 120.0
+    # For a request that transfers no weights. A server needs a fraction of a second for it; one that takes this long
+    # hangs, and with publish.timeout_s the trainer would wait for it as long as for the transfer of a large model.
+    quick_request_s: float = 60.0
+    # With requests in flight a canary waits behind them. The checksum and version of such a busy server are known.
+    canary_patience_s: float = 20.0
 
 
 class PublishError(ControlError):
@@ -59,6 +65,7 @@ class Delivery:
     # the checksums of this version on other servers, by tensor-parallel size; None: the version is new. If others have
     # the version already, a fault is the server's own: it is excluded, and the run continues.
     published: dict[int, str] | None = None
+    limits: Limits = field(default_factory=Limits)
     failures: dict[int, str] = field(default_factory=dict)  # one line per excluded server
     late: set[int] = field(default_factory=set)  # the excluded servers that hang or are broken: they are restarted
     num_bytes: int = 0
@@ -158,7 +165,7 @@ class Delivery:
         self.canaries = {}
         if not (num_tokens and self.lease.canary_prompts):
             return
-        patience_s = CANARY_PATIENCE_S if self.lease.requests_in_flight else self.settings.timeout_s
+        patience_s = self.limits.canary_patience_s if self.lease.requests_in_flight else self.settings.timeout_s
         controls = _within(patience_s, self.controls.values())
         asked = {"num_tokens": num_tokens, "temperature": temperature}
         prompts = self.lease.canary_prompts
@@ -176,9 +183,9 @@ class Delivery:
         """Aborts the requests of excluded servers, whose weights are not verified, and leaves no server paused. Best
         effort: excluded servers may be dead."""
         if self.lease.requests_in_flight:
-            left_out = _within(CLEAN_UP_S, self._excluded)
+            left_out = _within(self.limits.clean_up_s, self._excluded)
             start_for_all(left_out, "abort_all_requests").results()
-            paused = [] if self._paused_at is None else _within(CLEAN_UP_S, self.controls.values())
+            paused = [] if self._paused_at is None else _within(self.limits.clean_up_s, self.controls.values())
             start_for_all([*left_out, *paused], "continue_generation").results()
 
     # Everything below is part of a transfer.
@@ -197,7 +204,7 @@ class Delivery:
                 raise ServersFailed(failed)
 
     def _quick(self) -> list[ServerControl]:
-        return [control.at_most(QUICK_REQUEST_S) for control in self.controls.values()]
+        return [control.at_most(self.limits.quick_request_s) for control in self.controls.values()]
 
     def _exclude_late(self, calls: PendingCalls) -> None:
         """Excludes the servers that did not answer in time: every later request would wait as long for them."""
@@ -264,7 +271,7 @@ class Delivery:
         return right | {size: known for size, known in (self.published or {}).items() if size in by_size}
 
     def _each(self, method: str, *, quick: bool = False, **arguments: Any) -> dict[int, Any]:
-        """The results by server; servers that fail are excluded. `quick`: see QUICK_REQUEST_S."""
+        """The results by server; servers that fail are excluded. `quick`: see Limits.quick_request_s."""
         calls = start_for_all(self._quick() if quick else self.controls.values(), method, **arguments)
         results, late = calls.results(), calls.late()
         for index, line in calls.failures().items():
@@ -283,16 +290,16 @@ class Delivery:
     def _after_failed_broadcast(self, error: ServersFailed) -> None:
         """Resets the servers that can continue, so that a transfer may start, and decides how it is repeated."""
         self.broadcaster.close()
-        dead = self._failing("model_info", PROBE_S)
+        dead = self._failing("model_info", self.limits.probe_s)
         for index in dead:
             self._exclude(index, error.failures.get(index, dead[index]))
-        calls = start_for_all(_within(CLEAN_UP_S, self.controls.values()), "end_weight_update")
+        calls = start_for_all(_within(self.limits.clean_up_s, self.controls.values()), "end_weight_update")
         calls.results()
         failed = calls.failures()
         # A server that refuses has no session open. A server answers /model_info even while its weight process waits
         # for a broadcast that will never arrive; only a checksum request waits for the GPU.
         stuck = {index: failed[index] for index in calls.late()}
-        stuck |= self._failing("weights_checksum", PROOF_S, but=stuck)
+        stuck |= self._failing("weights_checksum", self.limits.proof_s, but=stuck)
         for index, line in stuck.items():
             self._exclude(index, f"{line}, after a failed broadcast; it is restarted", is_late=True)
         lines = "; ".join(error.failures.values())
@@ -312,7 +319,7 @@ class Delivery:
         return calls.failures()
 
     def _any_alive(self) -> bool:
-        calls = start_for_all(_within(PROBE_S, self._excluded), "model_info")
+        calls = start_for_all(_within(self.limits.probe_s, self._excluded), "model_info")
         return bool(calls.results())
 
     def _tensor_parallel(self, index: int) -> int:

@@ -27,3 +27,8 @@ async def collect(journal: Journal, groups: list[CollectedGroup]) -> None:
     await journal.issue([group.issued for group in groups])
     for group in groups:
         await journal.collect(group, accepted=True)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file directly in the folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,6 +20,7 @@ class RecordedServer:
         self.hung: set[str] = set()
         self.received: list[tuple[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self._closing = threading.Event()
         recorded = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -30,7 +30,7 @@ class RecordedServer:
                 recorded.received.append((path, json.loads(body) if body else None))
                 recorded.headers.append(dict(self.headers))
                 if path in recorded.hung:
-                    time.sleep(hang_s)
+                    recorded._closing.wait(hang_s)
                 waiting = recorded.once.get(path)
                 status, content = waiting.pop(0) if waiting else recorded.answers.get(path, (200, OK))
                 data = (content if isinstance(content, str) else json.dumps(content)).encode()
@@ -55,6 +55,7 @@ class RecordedServer:
         return [path for path, _ in self.received]
 
     def close(self) -> None:
+        self._closing.set()
         self._http.shutdown()
         self._thread.join()
         self._http.server_close()

@@ -21,6 +21,7 @@ from tests.support.sglang_answers import FACTS, PROMPT
 
 SAMPLING = SamplingParameters(1.0, 4)
 INCARNATION = 1
+WATCH_INTERVAL_S = 0.005
 SERVER = {"request_timeout_s": 60, "health_interval_s": 0.02, "unhealthy_after_s": 5, "max_running_requests": 16}
 
 
@@ -92,7 +93,7 @@ class Running:
 @asynccontextmanager
 async def running(tmp_path: Path, urls: Sequence[str], **settings: Any) -> AsyncIterator[Running]:
     made = config(tmp_path, max(1, len(urls)), **settings)
-    async with Fleet(made, FACTS, INCARNATION) as fleet:
+    async with Fleet(made, FACTS, INCARNATION, watch_interval_s=WATCH_INTERVAL_S) as fleet:
         it = Running(made, fleet)
         for index, url in enumerate(urls):
             it.state(index, url)

@@ -5,7 +5,6 @@ import random
 import resource
 import shutil
 import sqlite3
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -14,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minpro_megatron.buffer import journal_file, journal_pruning
+from minpro_megatron.buffer import journal_file
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.journal_file import FILE_NAME
 from minpro_megatron.buffer.journal_rows import version_spans
-from minpro_megatron.buffer.route_files import RouteFiles
 from minpro_megatron.records import Batch, EvaluationResult
 from tests.support.journals import collect, in_journal, nothing
+from tests.support.pruned_journals import fill_with_consumed, left_to_prune, small_pieces
 from tests.support.rollout_fakes import (
     NUM_PROMPTS,
     RESPONSES,
@@ -232,31 +231,6 @@ def test_pruning_keeps_what_groups_were_and_gives_their_space_back(tmp_path: Pat
     assert set(rows(tmp_path, f"SELECT {arrays} FROM responses WHERE group_id IN (0, 1, 3)")) == {(None,) * 5}
 
 
-async def fill_with_consumed(journal: Journal, num_groups: int) -> None:
-    """Each group is consumed by the step of its number; all of a run's groups are long enough to have pages."""
-    for index in range(num_groups):
-        made = Batch(index=index, groups=[collected(group, [0] * 4_000) for group in issued_groups([index], index)])
-        await collect(journal, made.groups)
-        await journal.score(index, with_log_probs(made.groups))
-        await journal.consume(made, [0])
-
-
-async def left_to_prune(journal: Journal) -> tuple[int, int]:
-    """The number of groups that have tokens, and of free pages that the file still holds."""
-
-    def look(connection: sqlite3.Connection) -> tuple[int, int]:
-        whole = "SELECT count(DISTINCT group_id) FROM responses WHERE token_ids IS NOT NULL"
-        return tuple(connection.execute(query).fetchone()[0] for query in (whole, "PRAGMA freelist_count"))
-
-    return await journal._file.run(look)
-
-
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_pruning, "GROUPS_PER_PIECE", 1)
-    monkeypatch.setattr(journal_pruning, "GROUPS_SCANNED_PER_PIECE", 3)
-    monkeypatch.setattr(journal_pruning, "PAGES_PER_PIECE", 4)
-
-
 def test_others_do_not_wait_until_a_pruning_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_pieces(monkeypatch)
     seen = []
@@ -278,47 +252,6 @@ def test_others_do_not_wait_until_a_pruning_ends(tmp_path: Path, monkeypatch: py
     assert len(groups_left - {0, 8}) >= 3  # while tokens are forgotten
     pages_left = {pages for groups, pages in seen if groups == 0}
     assert len(pages_left) >= 5  # while pages are given back: there are far more of them than a piece has
-
-
-def test_a_pruning_that_is_cut_short_is_ended_by_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`close` cuts it while tokens are forgotten, then while pages are given back; the one after goes to its end."""
-    small_pieces(monkeypatch)
-    left = []
-
-    def first_is_slow(files: RouteFiles, group_ids: list[int]) -> None:
-        time.sleep(0 if left else 0.1)  # `close` waits for it: nobody would remove the files later
-
-    monkeypatch.setattr(RouteFiles, "remove", first_is_slow)
-
-    async def cut_where(journal: Journal, reached: Callable[[int, int], bool]) -> None:
-        pruning = asyncio.create_task(journal.prune(8))
-        await asyncio.sleep(0)
-        while not reached(*await left_to_prune(journal)):
-            await asyncio.sleep(0)
-        await journal.close()
-        assert pruning.done()
-
-    async def main() -> None:
-        journal = await Journal.open(tmp_path)
-        await fill_with_consumed(journal, 9)
-        await cut_where(journal, lambda groups, pages: groups < 8)
-        for reached in (lambda groups, pages: groups == 1, lambda groups, pages: True):
-            journal = await Journal.open(tmp_path)
-            left.append(await left_to_prune(journal))
-            await cut_where(journal, reached)
-        journal = await Journal.open(tmp_path)
-        await journal.prune(8)
-        left.append(await left_to_prune(journal))
-        groups, next_group = await journal.restore(8, 1, True)
-        assert ([group.group_id for group in groups], next_group) == ([8], 9)
-        await journal.close()
-
-    asyncio.run(main())
-    (groups_of_first, _), (groups_of_second, pages), last = left
-    assert 1 < groups_of_first < 8
-    assert groups_of_second == 1
-    assert pages > 0
-    assert last == (1, 0)
 
 
 @contextmanager

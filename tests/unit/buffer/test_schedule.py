@@ -35,7 +35,7 @@ def test_any_run_keeps_its_bound_and_every_group(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["delay", "bounded"])
-@pytest.mark.parametrize("count", [120, pytest.param(1500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.long)])
 def test_a_run_that_crashes_keeps_its_bound_and_every_group(mode: str, count: int) -> None:
     made = runs(mode, count, journal=True)
     simulate(made)

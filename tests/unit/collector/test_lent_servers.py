@@ -10,7 +10,6 @@ import pytest
 from aiohttp import web
 
 from minpro_megatron.collector.leases import Leases
-from minpro_megatron.fleet import fleet as fleet_module
 from minpro_megatron.records import CollectedGroup
 from tests.support.fake_engine import FakeEngine
 from tests.support.rollout_fakes import no_evaluations
@@ -18,11 +17,6 @@ from tests.support.running_fleet import SAMPLING, Running, issued, run, running,
 from tests.support.sglang_answers import PROMPT, answer
 
 TOKENS = ([7, 8, 258], [7, 8, 9, 10])
-
-
-@pytest.fixture(autouse=True)
-def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "WATCH_INTERVAL_S", 0.005)
 
 
 class Engine(FakeEngine):

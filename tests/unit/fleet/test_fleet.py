@@ -8,7 +8,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from minpro_megatron.fleet import fleet as fleet_module
 from minpro_megatron.fleet import member as member_module
 from minpro_megatron.fleet.dispatch import Ticket
 from minpro_megatron.fleet.fleet import Fleet, FleetError
@@ -20,13 +19,12 @@ from minpro_megatron.serving import client as client_module
 from minpro_megatron.serving.client import ServerClient
 from tests.support.fake_engine import FakeEngine
 from tests.support.faulty_proxy import FaultyProxy
-from tests.support.running_fleet import FAULTS, INCARNATION, Running, config, run, running, until
+from tests.support.running_fleet import FAULTS, INCARNATION, WATCH_INTERVAL_S, Running, config, run, running, until
 from tests.support.sglang_answers import FACTS
 
 
 @pytest.fixture(autouse=True)
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "WATCH_INTERVAL_S", 0.005)
     monkeypatch.setattr(member_module, "FIRST_SUSPENSION_S", 0.002)
     monkeypatch.setattr(client_module, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(client_module, "BODY_TIMEOUT_S", 0.05)
@@ -364,7 +362,10 @@ def test_without_a_limit_a_group_waits_for_as_long_as_it_takes(tmp_path: Path) -
 
 def test_a_fleet_that_does_not_come_up_says_how_many_servers_are_missing(tmp_path: Path) -> None:
     async def test() -> None:
-        async with FakeEngine() as engine, Fleet(config(tmp_path, 2), FACTS, INCARNATION) as fleet:
+        async with (
+            FakeEngine() as engine,
+            Fleet(config(tmp_path, 2), FACTS, INCARNATION, watch_interval_s=WATCH_INTERVAL_S) as fleet,
+        ):
             Running(config(tmp_path, 2), fleet).state(0, engine.url)
             with pytest.raises(FleetError, match=r"1 of 2 servers \(server.count = 2\) ready after 0.1 s"):
                 await fleet.wait_until_ready(0.1)
@@ -384,7 +385,7 @@ def test_a_wrong_key_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         application.router.add_get("/model_info", model_info)
         async with TestServer(application) as server:
             made = config(tmp_path, 1, api_key_variable="THE_KEY")
-            async with Fleet(made, FACTS, INCARNATION) as fleet:
+            async with Fleet(made, FACTS, INCARNATION, watch_interval_s=WATCH_INTERVAL_S) as fleet:
                 Running(made, fleet).state(0, str(server.make_url("")).rstrip("/"))
                 with pytest.raises(FleetError, match=r"does server\.api_key_variable name the key"):
                     await fleet.wait_until_ready(5)

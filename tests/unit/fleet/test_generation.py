@@ -51,17 +51,16 @@ def collect(
     async def main() -> list[CollectedGroup]:
         for index in range(len(clients)):
             write_server_address(config.run_dir, ServerAddress(index=index, url="http://x", tensor_parallel=1), 0)
-        async with Fleet(config, FACTS, 0, lambda address: clients[address.index]) as fleet:
+
+        def make_client(address: ServerAddress) -> FakeClient:
+            return clients[address.index]
+
+        async with Fleet(config, FACTS, 0, make_client, watch_interval_s=0.005) as fleet:
             await fleet.wait_until_ready(5)
             collector = GroupCollector(fleet, FakeRewards(), FakeTokenizer())  # type: ignore[arg-type]
             return await asyncio.gather(*(collector.collect(group, SAMPLING) for group in groups))
 
     return asyncio.run(main())
-
-
-@pytest.fixture(autouse=True)
-def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "WATCH_INTERVAL_S", 0.005)
 
 
 @pytest.fixture

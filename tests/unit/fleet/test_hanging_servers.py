@@ -9,7 +9,6 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from minpro_megatron.collector.leases import Leases
-from minpro_megatron.fleet import fleet as fleet_module
 from minpro_megatron.fleet import generation_watch
 from minpro_megatron.fleet.fleet import Fleet
 from minpro_megatron.fleet.generation_watch import GenerationWatch
@@ -25,11 +24,6 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.rollout_fakes import no_evaluations
 from tests.support.running_fleet import INCARNATION, Running, run, running, until
 from tests.support.sglang_answers import FACTS, PROMPT
-
-
-@pytest.fixture(autouse=True)
-def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "WATCH_INTERVAL_S", 0.005)
 
 
 def members(fleet: Fleet) -> list[int]:

@@ -71,5 +71,5 @@ def test_a_clock_is_compared_with_the_file_systems(tmp_path: Path) -> None:
 
 def test_waiting_ends(tmp_path: Path) -> None:
     answers = iter([None, None, 3])
-    assert wait_for(lambda: next(answers), 5) == 3
-    assert wait_for(lambda: None, 0.01) is None
+    assert wait_for(lambda: next(answers), 5, poll_s=0.001) == 3
+    assert wait_for(lambda: None, 0.01, poll_s=0.001) is None

@@ -1,8 +1,6 @@
 """What a replay's options become, and what is refused before any rank starts."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +9,10 @@ import pytest
 from minpro_megatron.errors import UserError
 from minpro_megatron.replay.batches import replay_batches
 from minpro_megatron.replay.run import checked_replay
-from minpro_megatron.replay.settings import ReplayOptions, parse_parallel, replay_config
-from tests.support.replay_rows import GOOD, VOCABULARY, write_rows
+from minpro_megatron.replay.settings import parse_parallel, replay_config
+from tests.support.replay_options import OPTIONS, options
 
-ROOT = Path(__file__).resolve().parents[3]
-OPTIONS = ReplayOptions(
-    model=Path("model"), rollouts=Path("rows"), output=Path("out"), objective="minpro", settings=[], device="cpu"
-)
+__all__ = ["options"]  # a fixture
 
 
 def test_without_options_the_papers_numbers_hold():
@@ -89,31 +84,6 @@ def test_parallel_takes_every_axis_in_any_order():
         "pipeline_layers": [3],
     }  # fmt: skip
     assert parse_parallel("pipeline=3,pipeline_layers=10 + 2+1")["pipeline_layers"] == [10, 2, 1]
-
-
-HF_CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 64,
-    "vocab_size": VOCABULARY,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-}
-
-
-@pytest.fixture
-def options(tmp_path) -> ReplayOptions:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(HF_CONFIG))
-    (model / "model.safetensors").touch()
-    masked = {"group": "b", "loss_mask": [0, 0, 0]}
-    rows = write_rows(tmp_path / "rows.jsonl", GOOD, GOOD | masked, GOOD | {"group": "c"})
-    return replace(OPTIONS, model=model, rollouts=rows, output=tmp_path / "out")
 
 
 def test_checked_options_say_what_the_ranks_will_do(options):
@@ -191,16 +161,3 @@ def test_the_overlong_penalty_has_the_sampling_runs_limit(options):
     assert [sequence.advantage for sequence in batch.sequences] == [0, 0, 0]
     with pytest.raises(UserError, match=r"must not exceed sampling.max_response_tokens = 3"):
         checked_replay(replace(penalized, settings=[*settings, "sampling.max_response_tokens=3"]))
-
-
-def test_the_command_tells_each_problem_in_a_line_and_exits_with_2(options, tmp_path):
-    file = write_rows(tmp_path / "bad.jsonl", GOOD | {"reward": None}, GOOD | {"loss_mask": [1]})
-    names = {"--model": options.model, "--rollouts": file, "--output": options.output, "--objective": "minpro"}
-    command = [sys.executable, "tools/replay_rollouts.py", *(str(part) for pair in names.items() for part in pair)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        f"error: {file}: line 1: reward = null: Expected float, got null",
-        f"error: {file}: line 2: loss_mask: has 1 numbers for 3 response_ids",
-    ]
-    assert not options.output.exists()

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 
 import msgspec
 import pytest
@@ -11,8 +10,6 @@ from matplotlib.figure import Figure
 
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.metrics.declared import METRICS
-from minpro_megatron.monitor import environment
-from minpro_megatron.monitor.environment import read_environment, write_environment
 from minpro_megatron.monitor.history import Entry
 from minpro_megatron.monitor.samples import write_samples
 from minpro_megatron.monitor.summary import read_summary, summarize, write_summary
@@ -165,36 +162,6 @@ def test_alarms_are_told_before_the_curves(tmp_path):
     assert text.index("step 12 · entropy_collapse") < text.index("entropy 0.01 nats") < text.index("Rollouts lag")
     assert "Try: explore more" in text
     assert HOSTILE in text
-
-
-def test_the_environment_is_that_of_the_run_and_not_of_who_makes_the_report(tmp_path, monkeypatch):
-    write_run(tmp_path, [])
-    assert "machine and versions" not in write_report(tmp_path).read_text()
-    write_environment(tmp_path)
-    monkeypatch.setattr(environment.platform, "node", lambda: "another machine")
-    found = read_environment(tmp_path)
-    assert found["torch"]
-    assert found["python"]
-    assert re.search("of [0-9]+", found["processors"])
-    text = assert_safe(write_report(tmp_path).read_text()).text
-    assert found["machine"] in text
-    assert "another machine" not in text
-
-
-def test_the_commit_is_that_of_the_code_and_says_whether_files_were_changed(tmp_path):
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
-    assert environment.git_commit(tmp_path) == ""
-    subprocess.run([*git, "init", "-q"], check=True)
-    assert environment.git_commit(tmp_path) == ""  # nothing is committed yet
-    (tmp_path / "file").write_text("1")
-    subprocess.run([*git, "add", "file"], check=True)
-    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
-    commit = environment.git_commit(tmp_path)
-    assert re.fullmatch("[0-9a-f]{40}", commit)
-    (tmp_path / "file").write_text("2")
-    assert environment.git_commit(tmp_path) == f"{commit} and 1 changed files"
-    (tmp_path / "inner").mkdir()
-    assert environment.git_commit(tmp_path / "inner") == ""  # a copy of the code within somebody's repository
 
 
 def test_steps_that_a_run_went_back_on_are_not_drawn(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from tests.support.imports_of_files import PACKAGE, ROOT, imported_names
 
 TESTS = ROOT / "tests"
-TIERS = ("unit", "mesh", "e2e", "gpu")
-# Folders of unit tests whose subject is beside the package.
+TIERS = ("unit", "integration", "mesh", "e2e", "gpu")
+# Folders of tests whose subject is beside the package.
 BESIDE = {"benchmarks", "cluster", "mesh_support", "repository", "tools"}
 
 
@@ -30,9 +30,10 @@ def test_no_test_file_imports_another() -> None:
     assert list(imports_of_test_files(TESTS)) == []
 
 
-def test_folders_of_unit_tests_mirror_the_package() -> None:
+@pytest.mark.parametrize("tier", ["unit", "integration"])
+def test_folders_of_tests_mirror_the_package(tier: str) -> None:
     package = {path.name for path in (ROOT / PACKAGE).iterdir() if path.is_dir()}
-    folders = {path.parent.relative_to(TESTS / "unit").as_posix() for path in (TESTS / "unit").rglob("test_*.py")}
+    folders = {path.parent.relative_to(TESTS / tier).as_posix() for path in (TESTS / tier).rglob("test_*.py")}
     assert folders - package - BESIDE == set()
 
 

@@ -1,6 +1,5 @@
 """Expressions made to take for ever: refused, or left to the limits of the grading process; never evaluated as code."""
 
-import asyncio
 import itertools
 import random
 import time
@@ -13,7 +12,6 @@ from sympy.parsing import sympy_parser
 from minpro_megatron.rewards import exact_numbers, intervals, latex_forms, latex_text, sentences, symbolic, units
 from minpro_megatron.rewards.extraction import extract_answer
 from minpro_megatron.rewards.mathematics import grade
-from minpro_megatron.rewards.pool import RewardPool
 
 LIMIT_S = 5.0  # collector.reward_timeout_s, of processor time: other processes may hold the machine
 HOSTILE = {
@@ -159,22 +157,3 @@ def test_no_response_runs_code(tmp_path: Path) -> None:
         for text in (call, f"\\max({call}, 2)", f"\\operatorname{{{call}}}(1)", f"f({call})", f"{{{call}}}^2"):
             grade(f"Answer: {text}", "f(2)")
     assert not path.exists()
-
-
-async def rewards_of(pool: RewardPool, texts: list[str], source: str) -> list[float | None]:
-    return [judged.reward for judged in await pool.judge_all(texts, "1", source)]
-
-
-def test_what_exceeds_the_limits_costs_its_response_only() -> None:
-    async def main() -> None:
-        rewards = {"spin": "tests.support.hostile_rewards:spin", "hog": "tests.support.hostile_rewards:hog"}
-        async with RewardPool("calculator", 1, 0.3, by_source=rewards) as pool:
-            assert await rewards_of(pool, ["1", "2"], "plain") == [1.0, 0.0]
-            (judged,) = await pool.judge_all(["1"], "1", "spin")
-            assert judged.reward is None
-            assert judged.problem == "grader exceeded collector.reward_timeout_s = 0.3 s of processor time"
-            assert await rewards_of(pool, ["1"], "plain") == [1.0]
-            assert await rewards_of(pool, ["small", "large", "small"], "hog") == [1.0, None, 1.0]
-            assert (pool.num_timed_out, pool.num_failed) == (1, 1)
-
-    asyncio.run(main())

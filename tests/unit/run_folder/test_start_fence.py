@@ -150,6 +150,7 @@ def test_an_older_serve_ends_and_leaves_the_addresses_of_the_newer_one(
 ) -> None:
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     monkeypatch.setattr("minpro_megatron.run_folder.start_fence.LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(serve, "WATCH_INTERVAL_S", 0.005)
 
     async def test() -> None:
         async with FakeEngine() as engine:

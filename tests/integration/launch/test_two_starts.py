@@ -20,11 +20,12 @@ import fcntl, os, socket, sys
 fcntl.flock = lambda *_: None
 host = sys.argv[3]
 socket.gethostname = lambda: host
-from minpro_megatron.launch import launcher, run_folder, supervisor
+from functools import partial
+from minpro_megatron.launch import launcher, run_folder
 from minpro_megatron.launch.supervisor import RoleCommand
 from minpro_megatron.__main__ import main
 
-supervisor._POLL_S = supervisor._FAILURES_TOGETHER_S = 0.03
+launcher.Supervisor = partial(launcher.Supervisor, poll_s=0.03, failures_together_s=0.03)
 def stand_ins(config, config_file, incarnation, save_by):
     environment = {**os.environ, "RUN": str(config.run_dir)}
     scripts = {"serve": "exec sleep 60", "collect": sys.argv[2], "train": sys.argv[1]}

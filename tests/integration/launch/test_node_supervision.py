@@ -13,12 +13,11 @@ import dataclasses, json, os, sys
 from pathlib import Path
 from minpro_megatron.launch import supervisor
 
-supervisor._POLL_S = 0.03
 logs = Path(sys.argv[1])
 arguments = ["sh", "-c", sys.argv[2]]
 command = supervisor.RoleCommand("serve", arguments, dict(os.environ), stays=True, log_name="serve-node-4")
 done = lambda: "up" in (logs / "serve-node-4.log").read_text()
-outcome = supervisor.Supervisor([command], logs).run(others_are_done=done)
+outcome = supervisor.Supervisor([command], logs, poll_s=0.03).run(others_are_done=done)
 print(json.dumps(dataclasses.asdict(outcome), default=str))
 """
 

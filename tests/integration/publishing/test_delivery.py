@@ -17,7 +17,7 @@ from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.publishing import delivery as module
 from minpro_megatron.publishing.broadcast import Broadcaster, own_address
 from minpro_megatron.publishing.canary import Difference, differences, distinct_continuations
-from minpro_megatron.publishing.delivery import Delivery, PublishError
+from minpro_megatron.publishing.delivery import Delivery, Limits, PublishError
 from minpro_megatron.records import PublishLease, ServerAddress
 from minpro_megatron.serving.answers import AnswerChecker, SentRequest
 from minpro_megatron.serving.control import GreedyAnswer, ServerControl
@@ -48,7 +48,9 @@ def checksum(engine: str) -> tuple[int, Any]:
 
 @pytest.fixture
 def deliver(servers: list[RecordedServer]) -> MakeDelivery:
-    def make(tensor_parallel: int = 1, requests_in_flight: bool = False, **settings: Any) -> Delivery:
+    def make(
+        tensor_parallel: int = 1, requests_in_flight: bool = False, limits: Limits | None = None, **settings: Any
+    ) -> Delivery:
         sizes = [1, tensor_parallel]
         addresses = [
             ServerAddress(index=index, url=server.url, tensor_parallel=sizes[index])
@@ -63,7 +65,8 @@ def deliver(servers: list[RecordedServer]) -> MakeDelivery:
         )
         config = PublishConfig.model_validate({"transport": "disk", "timeout_s": 30} | settings)
         controls = {address.index: ServerControl(address, config.timeout_s) for address in addresses}
-        return Delivery(config, lease, controls, Broadcaster(torch.device("cpu"), config.timeout_s))
+        broadcaster = Broadcaster(torch.device("cpu"), config.timeout_s, grace_s=0.5)
+        return Delivery(config, lease, controls, broadcaster, limits=limits or Limits())
 
     return make
 
@@ -127,7 +130,7 @@ def give_server_1_only(monkeypatch: pytest.MonkeyPatch, limit_s: float) -> None:
     """Of the time for a request that moves no weights; the other one may be as slow as it likes."""
 
     def at_most(control: ServerControl, timeout_s: float) -> ServerControl:
-        assert timeout_s == module.QUICK_REQUEST_S
+        assert timeout_s == Limits().quick_request_s
         return control.within(limit_s if control.address.index == 1 else 30)
 
     monkeypatch.setattr(ServerControl, "at_most", at_most)
@@ -246,15 +249,15 @@ def test_the_dead_are_left_out_and_the_broadcast_repeated(servers: list[Recorded
 @pytest.mark.usefixtures("default_group")
 @pytest.mark.parametrize("path", ["end_weight_update", "weights_checker"])
 def test_a_server_that_a_broken_broadcast_leaves_stuck_is_left_out(
-    path: str, servers: list[RecordedServer], deliver: MakeDelivery, monkeypatch: pytest.MonkeyPatch
+    path: str, servers: list[RecordedServer], deliver: MakeDelivery
 ) -> None:
     """Its HTTP process goes on answering /model_info."""
-    monkeypatch.setattr(module, "CLEAN_UP_S" if path == "end_weight_update" else "PROOF_S", 0.1)
+    limits = Limits(clean_up_s=0.1) if path == "end_weight_update" else Limits(proof_s=0.1)
     for server in servers:
         server.answers["init_weights_update_group"] = (400, "the group was closed")
         server.answers["end_weight_update"] = (400, "no session is open")
     servers[1].hung = {path}
-    delivery = deliver(transport="broadcast")
+    delivery = deliver(transport="broadcast", limits=limits)
     delivery.by_broadcast([], num_buckets=1)
     assert (sorted(delivery.controls), delivery.transport) == ([0], "broadcast")
     assert f"{path}: no answer within 0.1 s, after a failed broadcast; it is restarted" in delivery.failures[1]
@@ -353,14 +356,13 @@ def test_canaries_that_are_late(
     for server in servers:
         server.answers["generate"] = (200, {"output_ids": [4], "meta_info": meta})
     servers[1].hung = {"generate"}
-    monkeypatch.setattr(module, "CANARY_PATIENCE_S", 0.05)
     # the other one may be as slow as it likes
     monkeypatch.setattr(
         module,
         "_within",
         lambda limit_s, controls: [one.within(limit_s if one.address.index == 1 else 30) for one in controls],
     )
-    busy = deliver(requests_in_flight=True)
+    busy = deliver(requests_in_flight=True, limits=Limits(canary_patience_s=0.05))
     busy.ask_canaries(1, temperature=0.7)
     assert (list(busy.canaries), sorted(busy.controls)) == ([0], [0, 1])  # it is busy, and its checksum is right
     idle = deliver(timeout_s=0.05)

@@ -21,7 +21,6 @@ from minpro_megatron.launch import supervisor
 
 folder, scripts, limit_s = Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
 supervisor._TERMINATE_LIMIT_S = limit_s
-supervisor._FAILURES_TOGETHER_S = supervisor._POLL_S = 0.03
 environment = {**os.environ, "PIDS": str(folder / "pids")}
 commands = [
     supervisor.RoleCommand(role, ["sh", "-c", script], environment, stays=role == "serve")
@@ -43,7 +42,7 @@ class Stopping:
 
 
 stopping = Stopping(float(sys.argv[4])) if len(sys.argv) > 4 else None
-outcome = supervisor.Supervisor(commands, folder / "logs", stopping).run()
+outcome = supervisor.Supervisor(commands, folder / "logs", stopping, poll_s=0.03, failures_together_s=0.03).run()
 print(json.dumps(dataclasses.asdict(outcome), default=str))
 """
 STAY = 'echo $$ >> "$PIDS"; sleep 60 & echo $! >> "$PIDS"; wait'
@@ -230,11 +229,10 @@ def test_processes_that_were_there_before_are_left_alone(tmp_path):
     program = f"""
 import subprocess, sys
 from minpro_megatron.launch import supervisor
-supervisor._FAILURES_TOGETHER_S = supervisor._POLL_S = 0.03
 from pathlib import Path
 earlier = subprocess.Popen(["sleep", "60"])
 command = supervisor.RoleCommand("train", ["sh", "-c", "exit 1"], {{}})
-outcome = supervisor.Supervisor([command], Path({str(tmp_path)!r})).run()
+outcome = supervisor.Supervisor([command], Path({str(tmp_path)!r}), poll_s=0.03, failures_together_s=0.03).run()
 alive = earlier.poll() is None
 earlier.kill()
 sys.exit(0 if alive and outcome.status == 1 else 1)
