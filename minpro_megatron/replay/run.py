@@ -39,7 +39,7 @@ from minpro_megatron.replay.job import (
 from minpro_megatron.replay.rollouts import Rollout, read_rollouts
 from minpro_megatron.replay.settings import ReplayOptions, replay_config, sized_for
 
-LARGEST_LOG_PROB = 1e-3  # float32 sums of exponentials round a little above 0
+MAX_LOG_PROB = 1e-3  # float32 sums of exponentials round a little above 0
 _ROLE = "replay"
 
 
@@ -87,7 +87,7 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
     mismatch_ratio = config.loss.truncated_importance.enabled or config.loss.icepop.enabled
     rollouts = read_rollouts(options.rollouts, architecture.vocab_size, mismatch_ratio)
     _refuse_too_long(options, rollouts)
-    improbable = sum(int((rollout.behavior_log_probs > LARGEST_LOG_PROB).sum()) for rollout in rollouts)
+    improbable = sum(int((rollout.behavior_log_probs > MAX_LOG_PROB).sum()) for rollout in rollouts)
     if improbable:
         print(
             f"{options.rollouts}: {improbable} behavior_log_probs are above 0, which no probability's is",

@@ -15,7 +15,7 @@ import numpy as np
 from minpro_megatron.buffer.journal_reader import StoredGroup, StoredResponse
 from minpro_megatron.records import EvaluationResult
 
-LARGEST_WEIGHT = 5.0  # MinPRO's clip of the demo: 1 - 1 to 1 + 4
+MAX_WEIGHT = 5.0  # MinPRO's clip of the demo: 1 - 1 to 1 + 4
 UNSOURCED = (
     "reward/grader_", "reward/groups_not_graded", "policy/entropy", "optimizer/", "batch/padding_fraction",
     "batch/imbalance", "time/", "overlap/server_idle_share",
@@ -154,7 +154,7 @@ def _tokens(response: StoredResponse, advantage: float, step: int) -> list[dict[
     found = []
     for place, delta in enumerate(deltas):
         log_minimum = min(deltas[:place], default=0.0)
-        weight = min(LARGEST_WEIGHT, math.exp(log_minimum + delta))
+        weight = min(MAX_WEIGHT, math.exp(log_minimum + delta))
         found.append(
             {
                 "position": float(2 ** int(math.log2(place + 1))),
@@ -172,7 +172,7 @@ def _tokens(response: StoredResponse, advantage: float, step: int) -> list[dict[
                 "prefix_ratio/gap_abs": abs(log_minimum + delta - math.fsum(deltas[: place + 1])),
                 "objective/weight": weight,
                 "objective/weight_square": weight**2,
-                "clipped": float(math.exp(log_minimum + delta) > LARGEST_WEIGHT),
+                "clipped": float(math.exp(log_minimum + delta) > MAX_WEIGHT),
             }
         )
     return found

@@ -7,7 +7,7 @@ from tests.e2e.conftest import Launcher
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
-LARGEST_ERROR = 0.15  # of the time
+MAX_ERROR = 0.15  # of the time
 RUN = (
     "num_global_steps=14",
     "batch.num_prompts=16",
@@ -34,5 +34,5 @@ def test_simulated_idle_shares_are_those_of_a_run(launches: Launcher, staleness:
     assert status == 0, output
     measured, simulated = compare(launch.run_dir)
     print(f"measured {measured}, simulated {simulated}")
-    assert simulated.trainer_wait == pytest.approx(measured.trainer_wait, abs=LARGEST_ERROR)
-    assert simulated.server_idle == pytest.approx(measured.server_idle, abs=LARGEST_ERROR)
+    assert simulated.trainer_wait == pytest.approx(measured.trainer_wait, abs=MAX_ERROR)
+    assert simulated.server_idle == pytest.approx(measured.server_idle, abs=MAX_ERROR)

@@ -28,7 +28,7 @@ pytestmark = [
 CONTEXT = 2048
 BUCKET_BYTES = 8000  # several buckets
 TEMPERATURE = 0.7  # not 1: both sides must divide by it
-LARGEST_DIFFERENCE = 1e-4  # of a log-prob, between engine and trainer
+MAX_DIFFERENCE = 1e-4  # of a log-prob, between engine and trainer
 
 
 def make_config(root: Path, folder: Path, engine: str, **publish: Any) -> RunConfig:
@@ -117,7 +117,7 @@ def test_both_servers_hold_what_the_ranks_hold(fleet: Fleet, trainer: Trainer) -
         assert report.checksum != before[0][1]
         assert report.num_bytes == (fleet.folder / "model.safetensors").stat().st_size - header_bytes(fleet.folder)
         assert set(report.canaries) == {0, 1}
-        assert max(canary.max for canary in report.canaries.values()) < LARGEST_DIFFERENCE, number
+        assert max(canary.max for canary in report.canaries.values()) < MAX_DIFFERENCE, number
         assert report.paused_s == 0.0
         assert 0 < report.transfer_s < report.total_s
         before = held(fleet)
@@ -134,7 +134,7 @@ def test_through_files(fleet: Fleet, trainer: Trainer) -> None:
         report = trainer.publish(fleet.step())
         assert (report.held_by, report.failures, report.transport) == ([0, 1], {}, "disk")
         assert held(fleet) == [(fleet.version, report.checksum)] * 2
-        assert max(canary.max for canary in report.canaries.values()) < LARGEST_DIFFERENCE
+        assert max(canary.max for canary in report.canaries.values()) < MAX_DIFFERENCE
         published = fleet.config.run_dir / "published"
         assert [entry.name for entry in published.iterdir()] == [f"version-{fleet.version}"]
 
@@ -175,7 +175,7 @@ def test_requests_in_flight_live_through_it(fleet: Fleet, trainer: Trainer) -> N
     assert (report.held_by, report.failures) == ([0, 1], {})
     assert 0 < report.paused_s < report.total_s
     # also in a batch with sampling requests
-    assert max(canary.max for canary in report.canaries.values()) < LARGEST_DIFFERENCE
+    assert max(canary.max for canary in report.canaries.values()) < MAX_DIFFERENCE
     for request in running:
         answer = request.wait()
         meta = answer["meta_info"]
@@ -206,7 +206,7 @@ def test_a_server_that_dies_in_a_broadcast_is_left_out_and_comes_back_later(flee
     assert report.total_s < trainer.config.publish.timeout_s
     survivor = fleet.control(0)
     assert (survivor.policy_version(), survivor.weights_checksum().engine) == (fleet.version, report.checksum)
-    assert report.canaries[0].max < LARGEST_DIFFERENCE
+    assert report.canaries[0].max < MAX_DIFFERENCE
 
     # the lease still names it: the trainer goes on without it
     report = trainer.publish(fleet.step())

@@ -41,7 +41,7 @@ pytestmark = [
 
 PROMPTS = [[5, 6, 7], [20, 21, 22, 23, 24, 25], [9]]
 MAX_RESPONSE_TOKENS = 12
-LONGEST_RESPONSE_TOKENS = 48  # that the server is started for
+MAX_RESPONSE_TOKENS = 48  # that the server is started for
 NUM_STREAMS = 24  # of responses, sampled at the same time
 # what SGLang samples on the CPU does not follow from the seed
 GREEDY = SamplingParameters(0.0, MAX_RESPONSE_TOKENS, with_routes=True)
@@ -113,7 +113,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                 "routing_replay": "rollout",
             },
             "data": {"train_file": "unused", "heldout_file": "unused"},
-            "sampling": {"max_prompt_tokens": 8, "max_response_tokens": LONGEST_RESPONSE_TOKENS},
+            "sampling": {"max_prompt_tokens": 8, "max_response_tokens": MAX_RESPONSE_TOKENS},
             "staleness": {"mode": "bounded"},
             "publish": {"pause_mode": "in_place"},
             "server": {
@@ -205,10 +205,10 @@ def test_what_an_update_aborts_is_continued_with_its_log_probs_versions_and_rout
     """The same weights under two versions: a response over both must look like one forward pass."""
     sampled, both = _sampled_over_updates(running, "abort", running.folder)
     lengths = {len(sequence.token_ids) for _, sequence in sampled}
-    assert max(lengths) == LONGEST_RESPONSE_TOKENS  # not cut short by the server's context length
+    assert max(lengths) == MAX_RESPONSE_TOKENS  # not cut short by the server's context length
     for prompt, sequence in both[:3]:
         assert sequence.finish_reason == ("stop" if sequence.token_ids[-1] == 1 else "length")
-        assert sequence.finish_reason == "stop" or len(sequence.token_ids) == LONGEST_RESPONSE_TOKENS
+        assert sequence.finish_reason == "stop" or len(sequence.token_ids) == MAX_RESPONSE_TOKENS
         expected = log_probs_by_transformers(running.folder, prompt, sequence.token_ids, 1.0)
         assert np.abs(expected - sequence.log_probs).max() < 1e-4
         tokens = prompt + sequence.token_ids.tolist()
@@ -284,7 +284,7 @@ def _sampled_over_an_update(
     follow until the pause, which then often meets a prompt; otherwise it meets the next token of all that are left.
     """
     control = running.control()
-    sampling = SamplingParameters(1.0, LONGEST_RESPONSE_TOKENS, with_routes=True)
+    sampling = SamplingParameters(1.0, MAX_RESPONSE_TOKENS, with_routes=True)
     sampled: list[tuple[list[int], SampledSequence]] = []
 
     async def main() -> None:

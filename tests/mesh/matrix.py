@@ -17,10 +17,10 @@ from tests.mesh.meshes import Degrees, allowed_degrees
 from tests.mesh.ragged_batch import SHORTEST_ROW, in_order, shuffled
 from tests.mesh.reference import ReferenceStep, minpro_loss, model_architecture, reference_step
 from tests.mesh.steps import (
-    LARGEST_GRADIENT,
-    LARGEST_LOSS,
-    LARGEST_NORM,
-    LARGEST_UPDATE,
+    MAX_GRADIENT,
+    MAX_LOSS,
+    MAX_NORM,
+    MAX_UPDATE,
     LEARNING_RATE,
     TEMPERATURE,
     Differences,
@@ -32,7 +32,7 @@ from tests.mesh.steps import (
 pytestmark = [pytest.mark.mesh, pytest.mark.timeout(300)]
 
 RESULT = Path(__file__).with_name("matrix_result.md")
-LIMITS = f"{LARGEST_LOSS:.0e}, {LARGEST_NORM:.0e}, {LARGEST_GRADIENT:.0e} and {LARGEST_UPDATE:.0e}"
+LIMITS = f"{MAX_LOSS:.0e}, {MAX_NORM:.0e}, {MAX_GRADIENT:.0e} and {MAX_UPDATE:.0e}"
 MESHES = [(kind, degrees) for kind in ("moe", "dense") for degrees in allowed_degrees(model_architecture(kind))]
 PACKING = ("packed", "unpacked")
 

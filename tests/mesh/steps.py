@@ -16,8 +16,8 @@ from tests.mesh.reference import ReferenceStep
 TEMPERATURE, LEARNING_RATE, SURVEY_SEED = 0.8, 1e-3, 5
 # Relative to the loss and the norm, to the largest entry of a gradient tensor, and to the update's norm: AdamW turns
 # rounding in gradients near zero into whole steps, so its updates are not compared one by one.
-LARGEST_LOSS, LARGEST_NORM, LARGEST_GRADIENT, LARGEST_UPDATE = 1e-5, 1e-5, 1e-5, 1e-3
-LARGEST_REORDERED = 1e-6  # in the loss, between two orders or splits of the same mini-batch on the same mesh
+MAX_LOSS, MAX_NORM, MAX_GRADIENT, MAX_UPDATE = 1e-5, 1e-5, 1e-5, 1e-3
+MAX_REORDERED = 1e-6  # in the loss, between two orders or splits of the same mini-batch on the same mesh
 
 
 def step_config(
@@ -117,10 +117,10 @@ class Differences:
     def breaches(self) -> list[str]:
         """A line for everything that is further off than allowed."""
         limits = [
-            ("loss", self.loss, LARGEST_LOSS),
-            ("gradient norm", self.grad_norm, LARGEST_NORM),
-            (f"gradient of {self.worst_tensor}", self.gradient, LARGEST_GRADIENT),
-            ("update", self.update, LARGEST_UPDATE),
+            ("loss", self.loss, MAX_LOSS),
+            ("gradient norm", self.grad_norm, MAX_NORM),
+            (f"gradient of {self.worst_tensor}", self.gradient, MAX_GRADIENT),
+            ("update", self.update, MAX_UPDATE),
         ]
         return [f"{what}: off by {found:.2e}, allowed {limit:.0e}" for what, found, limit in limits if found > limit]
 

@@ -20,7 +20,7 @@ from tests.mesh.planned_models import architecture
 pytestmark = pytest.mark.mesh
 
 PROMPT_TOKENS, SEQUENCE_TOKENS, ROW_TOKENS = 16, 128, 256
-LARGEST_ERROR = 0.1  # of each quantity
+MAX_ERROR = 0.1  # of each quantity
 
 
 def run_config(degrees: dict[str, int], recompute: str) -> RunConfig:
@@ -138,4 +138,4 @@ def test_planned_bytes_are_those_that_live(mixture: bool, degrees: dict[str, int
         for name, size in expected.items():
             found = sum(getattr(rank, name) for rank in own) / len(own)
             print(f"stage {stage}, {name}: {size:,} planned, {found:,.0f} found, {size / found - 1:+.1%}")
-            assert size == pytest.approx(found, rel=LARGEST_ERROR)
+            assert size == pytest.approx(found, rel=MAX_ERROR)

@@ -27,7 +27,7 @@ from minpro_megatron.serving.server_process import PORT_RANGE
 # What a driver and a display-less desktop keep; a process that holds a model keeps far more.
 FOREIGN_MEMORY_MIB = 2048
 # Times of status, metrics and journal are compared across nodes.
-LARGEST_CLOCK_SKEW_S = 5.0
+MAX_CLOCK_SKEW_S = 5.0
 _QUERY = ["nvidia-smi", "--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
 
 
@@ -148,10 +148,10 @@ def clock_problems(reports: Sequence[Report]) -> Iterator[Problem]:
     middle = sorted(report.clock_s for report in reports)[len(reports) // 2]
     for report in reports:
         skew = report.clock_s - middle
-        if abs(skew) > LARGEST_CLOCK_SKEW_S:
+        if abs(skew) > MAX_CLOCK_SKEW_S:
             line = (
                 f"{node_name(report.node, report.host)}: its clock is {abs(skew):.1f} s "
-                f"{'ahead of' if skew > 0 else 'behind'} the others', {LARGEST_CLOCK_SKEW_S:g} s at most are allowed: "
+                f"{'ahead of' if skew > 0 else 'behind'} the others', {MAX_CLOCK_SKEW_S:g} s at most are allowed: "
                 "have its time service (chrony, ntpd) repaired, or leave the node out (slurm.exclude)"
             )
             yield Problem(line, is_transient=True)

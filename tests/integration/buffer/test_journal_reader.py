@@ -48,7 +48,7 @@ def test_a_run_that_goes_on_or_was_killed_is_read_and_not_disturbed(
             assert reader.is_live
             assert len(list(reader.groups())) == 10
         with monkeypatch.context() as patched:
-            patched.setattr(journal_reader, "LARGEST_SNAPSHOT_BYTES", 1000)
+            patched.setattr(journal_reader, "MAX_SNAPSHOT_BYTES", 1000)
             with pytest.raises(JournalError, match="format 0"):
                 JournalReader(tmp_path)
             assert files_of(tmp_path) == before
