@@ -1,4 +1,4 @@
-"""The base of every settings section: frozen, closed, validated when it is made."""
+"""The base of every settings section: immutable, without unknown fields, validated at construction."""
 
 from pydantic import BaseModel, ConfigDict
 

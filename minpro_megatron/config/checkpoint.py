@@ -1,4 +1,4 @@
-"""What a run keeps so that it can go on after a crash, and the best weights it has seen."""
+"""When a run saves checkpoints, and which of them it keeps."""
 
 from typing import Literal
 
@@ -8,44 +8,55 @@ from minpro_megatron.config.base import Section
 
 
 class CheckpointConfig(Section):
-    """Checkpoints in `run_dir/checkpoints`: weights, optimizer state and a manifest. A run that ended early goes on
-    from the last one when it is launched again.
+    """Checkpoints in `run_dir/checkpoints`: weights, optimizer state and a manifest. A run that ended early
+    resumes from the last one when it is launched again.
 
     A checkpoint is saved at the end of a global step, when `every_steps` or `every_minutes` says so, whichever comes
-    first. A job's time limit and a request to stop save as well, unless both of these are 0."""
+    first. The run also saves before a job's time limit and after a request to stop, unless both settings are 0."""
 
-    every_steps: int = Field(default=10, ge=0, description="save after each multiple of this global step; 0: off")
+    every_steps: int = Field(default=10, ge=0, description="Save after every this many global steps; 0 turns this off.")
     every_minutes: float = Field(
-        default=0.0, ge=0, description="save at the end of a global step when the last save is this old; 0: off"
+        default=0.0,
+        ge=0,
+        description="Save at the end of a global step when the last save is at least this many minutes old; 0 turns "
+        "this off.",
     )
     at_end: bool = Field(
-        default=True, description="save after the last global step, so that the run can be made longer afterwards"
+        default=True, description="Save after the last global step, so that the run can be extended afterwards."
     )
     time_limit_minutes: float = Field(
         default=0.0,
         ge=0,
-        description="time limit of one start, counted from its beginning: the run saves after the last global step "
-        "that fits, and ends with exit status 75; 0: no limit but that of the Slurm job in which it runs",
+        description="Time limit of one start of the run, in minutes. The run saves after the last global step that "
+        "fits, and ends with exit status 75. With 0 only the time limit of its Slurm job applies, if there is one.",
     )
     save_on_stop_s: float = Field(
         default=0.0,
         ge=0,
-        description="after Ctrl-C or SIGTERM the run may take this long to finish its global step and to save; a "
-        "second signal ends it at once; 0: the first one does",
+        description="Time in seconds that the run may take after Ctrl-C or SIGTERM to finish its global step and to "
+        "save. A second signal ends it at once; with 0 the first one does.",
     )
-    keep_last: int = Field(default=2, ge=1, description="checkpoints kept to go on from; older ones are removed")
-    keep_best: int = Field(default=1, ge=0, description="checkpoints kept for their held-out evaluation, beside those")
+    keep_last: int = Field(
+        default=2,
+        ge=1,
+        description="Number of latest checkpoints that are kept to resume from; older ones are removed.",
+    )
+    keep_best: int = Field(
+        default=1,
+        ge=0,
+        description="Number of checkpoints that are kept for the best held-out evaluation, in addition to keep_last.",
+    )
     keep_best_by: Literal["mean_reward", "accuracy"] = Field(
         default="mean_reward",
-        description="what of that evaluation decides; with rewards of 0 and 1 they are the same",
+        description="Score of the evaluation by which keep_best chooses. With rewards of 0 and 1 both are the same.",
     )
     asynchronous: bool = Field(
-        default=True, description="write files while training goes on, from a copy in host memory"
+        default=True, description="Write the files while training continues, from a copy in host memory."
     )
 
     @property
     def saves_before_end(self) -> bool:
-        """Whether checkpoints are saved while the run is under way."""
+        """Whether checkpoints are saved before the end of the run."""
         return self.every_steps > 0 or self.every_minutes > 0
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Running a part of the system alone, looking at where time goes, and catching a part that hangs."""
+"""Running one part of the system alone, profiling, and the detection of parts that hang."""
 
 from typing import Annotated, Literal
 
@@ -10,38 +10,41 @@ _STEPS = r"^([0-9]{1,9}:[0-9]{1,9})?$"
 
 
 class DebugConfig(Section):
-    """The defaults are those of a real run."""
+    """Settings for debugging; the defaults are those of a normal run."""
 
     trainer: Literal["megatron", "timer"] = Field(
         default="megatron",
-        description="timer: in the trainer's place something that takes batches, waits and publishes nothing: to size "
-        "the servers, or to collect rollouts of the initial weights alone",
+        description="Kind of trainer. timer replaces the trainer by a process that takes batches, waits and publishes "
+        "nothing, to size the servers or to collect rollouts of the initial weights.",
     )
-    timer_step_s: float = Field(default=0, ge=0, description="how long a global step takes the timer")
+    timer_step_s: float = Field(default=0, ge=0, description="Duration in seconds of a global step of the timer.")
     journal: str = Field(
         default="",
-        description="journal.sqlite of another run: train on its groups and scores, without servers and collector",
+        description="Path of the journal.sqlite of another run: the trainer trains on its groups and scores, without "
+        "servers and without a collector.",
     )
     hang_timeout_s: float = Field(
         default=1800,
         gt=0,
-        description="a rank whose update, scoring pass, publication or checkpoint takes longer, or a collector that "
-        "does not react for as long, writes the stacks of its threads into run_dir/logs and ends; collectives and the "
-        "trainer's requests to the collector time out after it, two minutes later",
+        description="Limit in seconds of an update, a scoring pass, a publication and a checkpoint of a rank, and of "
+        "the time for which the collector does not react. A process that exceeds it writes the stacks of its threads "
+        "into run_dir/logs and ends. Collectives and the trainer's requests to the collector time out two minutes "
+        "after this limit.",
     )
 
     trace_steps: str = Field(
         default="",
         pattern=_STEPS,
-        description="such as 10:13: a timeline of all roles during global steps 10 to 13, as run_dir/trace.json",
+        description="Global steps of which run_dir/trace.json holds a timeline of all roles, such as 10:13 for steps "
+        "10 to 13.",
     )
     profile_steps: str = Field(
         default="",
         pattern=_STEPS,
-        description="such as 10:11: torch.profiler's traces of these global steps, in run_dir/profiles",
+        description="Global steps of which torch.profiler writes traces into run_dir/profiles, such as 10:11.",
     )
     profile_ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(0,), description="the trainer's ranks that profile_steps is about"
+        default=(0,), description="The trainer's ranks for which profile_steps writes traces."
     )
 
     @property
@@ -72,6 +75,6 @@ class DebugConfig(Section):
 
 
 def _steps(text: str) -> range:
-    """The global steps of FIRST:LAST, both included; none for an empty text."""
+    """The global steps of FIRST:LAST, both included; an empty range for an empty text."""
     first, _, last = text.partition(":")
     return range(int(first), int(last) + 1) if text else range(0)

@@ -11,22 +11,31 @@ from minpro_megatron.config.base import Section
 class ParallelConfig(Section):
     """Degrees of the mesh axes; `world_size` = tensor x pipeline x context x data.
 
-    `data = 0` means: the smallest data degree that the expert axes allow. Sequence parallelism is on exactly
+    `data = 0` selects the smallest data degree that the expert axes allow. Sequence parallelism is on exactly
     when `tensor > 1`: MoE layers need it there, and dense layers only save memory by it.
     """
 
-    tensor: int = Field(default=1, ge=1)
-    pipeline: int = Field(default=1, ge=1)
-    virtual_pipeline: int = Field(default=1, ge=1, description="model chunks a pipeline rank (interleaved schedule)")
+    tensor: int = Field(default=1, ge=1, description="Tensor-parallel degree; above 1 sequence parallelism is on too.")
+    pipeline: int = Field(default=1, ge=1, description="Number of pipeline stages.")
+    virtual_pipeline: int = Field(
+        default=1, ge=1, description="Number of model chunks per pipeline rank; above 1 the schedule is interleaved."
+    )
     pipeline_layers: tuple[int, ...] = Field(
         default=(),
-        description="transformer layers of each stage, such as [12, 13, 13, 10] or 12+13+13+10; of an interleaved "
-        "pipeline in the order of the layers: every stage's first chunk, then every stage's second; none: equal",
+        description="Number of transformer layers of each stage, such as [12, 13, 13, 10] or 12+13+13+10. For an "
+        "interleaved pipeline give the chunks in the order of the layers: every stage's first chunk, then every "
+        "stage's second. An empty list divides the layers equally.",
     )
-    context: int = Field(default=1, ge=1)
-    expert: int = Field(default=1, ge=1)
-    expert_tensor: int = Field(default=1, ge=1)
-    data: int = Field(default=0, ge=0)
+    context: int = Field(default=1, ge=1, description="Context-parallel degree: each sequence is split over it.")
+    expert: int = Field(
+        default=1, ge=1, description="Expert-parallel degree: the experts of a layer are split over it."
+    )
+    expert_tensor: int = Field(default=1, ge=1, description="Tensor-parallel degree within each expert.")
+    data: int = Field(
+        default=0,
+        ge=0,
+        description="Data-parallel degree; 0 selects the smallest one with which the expert axes fit.",
+    )
 
     @property
     def sequence_parallel(self) -> bool:
@@ -34,7 +43,7 @@ class ParallelConfig(Section):
 
     @property
     def data_size(self) -> int:
-        """The data degree, with 0 resolved to the smallest one in which the expert axes fit."""
+        """The data-parallel degree; 0 is resolved to the smallest one with which the expert axes fit."""
         if self.data:
             return self.data
         dense = self.tensor * self.context
@@ -46,14 +55,15 @@ class ParallelConfig(Section):
         return self.tensor * self.pipeline * self.context * self.data_size
 
     def chunk_layers(self, num_layers: int) -> tuple[int, ...]:
-        """How many of the model's layers each chunk has, in their order: chunk i is on stage i modulo `pipeline`."""
+        """The number of layers of each model chunk, in the order of the layers: chunk i is on stage i modulo
+        `pipeline`."""
         chunks = self.pipeline * self.virtual_pipeline
         return self.pipeline_layers or (num_layers // chunks,) * chunks
 
     @field_validator("pipeline_layers", mode="before")
     @classmethod
     def _added_up(cls, value: Any) -> Any:
-        """The form of command lines, in which commas stand between settings."""
+        """Also accepts the form of the command line, 12+13+13+10, where commas separate settings."""
         if isinstance(value, str):
             return value.split("+") if value else ()
         return value
@@ -67,10 +77,12 @@ class ParallelConfig(Section):
         if len(layers) != chunks:
             raise ValueError(
                 f"{given}: {len(layers)} numbers for pipeline x virtual_pipeline = {self.pipeline} x "
-                f"{self.virtual_pipeline} = {chunks} runs of layers: give one for each"
+                f"{self.virtual_pipeline} = {chunks} model chunks: give one number per chunk"
             )
         if min(layers) < 1:
-            raise ValueError(f"{given}: every stage needs a layer: give numbers of at least 1, or lower pipeline")
+            raise ValueError(
+                f"{given}: every stage needs at least one layer: give numbers of at least 1, or lower pipeline"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""How new weights reach the rollout servers, and how it is checked that they have arrived."""
+"""How new weights reach the rollout servers, and how their arrival is verified."""
 
 from typing import Literal
 
@@ -12,33 +12,42 @@ class PublishConfig(Section):
 
     transport: Literal["broadcast", "disk"] = Field(
         default="broadcast",
-        description="broadcast: from the ranks' shards through one process group (NCCL, gloo on CPU); disk: a Hugging "
-        "Face folder in run_dir that trainer and servers both see; also what is used where a broadcast fails",
+        description="Path of the weights. broadcast sends the ranks' shards through one process group (NCCL, gloo on "
+        "CPU); disk writes a Hugging Face folder in run_dir, which trainer and servers must both see. disk is also "
+        "used after a broadcast has failed.",
     )
     bucket_bytes: int = Field(
         default=512 << 20,
         ge=1,
-        description="of a broadcast; rank 0 holds about three at a time, every server one; on a CPU 16 MiB are faster",
+        description="Size in bytes of one bucket of a broadcast. Rank 0 holds about three buckets at a time and every "
+        "server one. On a CPU 16 MiB are faster.",
     )
     pause_mode: Literal["abort", "retract", "in_place"] = Field(
         default="retract",
-        description="what happens to responses under way when weights change (bounded staleness only): abort: the "
-        "server returns them and the rest is requested again; retract: they go back to the server's queue and their KV "
-        "cache is computed again (not with model.routing_replay = rollout); in_place: they go on with the KV cache of "
-        "the old weights, and SGLang runs without overlap scheduling, for otherwise it would name the wrong version "
-        "for the token that is being sampled when the weights change",
+        description="Treatment of responses in progress when the weights change, with staleness.mode = bounded. abort: "
+        "the server returns them, and the rest is requested again. retract: they return to the server's queue, and "
+        "their KV cache is computed again; this excludes model.routing_replay = rollout. in_place: they continue with "
+        "the KV cache of the old weights, and SGLang runs without overlap scheduling, because with it SGLang would "
+        "report the wrong policy version for the token that is sampled while the weights change.",
     )
-    flush_cache: bool = Field(default=True, description="empty the servers' prefix cache: it is of the old weights")
+    flush_cache: bool = Field(
+        default=True,
+        description="Empty the servers' prefix cache after a publication, because it was computed with the old "
+        "weights.",
+    )
     canary_tokens: int = Field(
         default=64,
         ge=0,
-        description="greedy tokens that each server generates after a publication, spread over a few held-out prompts, "
-        "and the trainer's log-probs of them are compared; 0: none",
+        description="Number of tokens that each server generates greedily after a publication, for a few held-out "
+        "prompts. Their log-probs are compared with the trainer's. 0 turns this check off.",
     )
     canary_tolerance: float = Field(
         default=1.0,
         gt=0,
-        description="largest mean difference of their log-probs, in nats; a server beyond it is excluded, and if all "
-        "are, the run ends. Smaller differences raise an alarm (alarms.canary_nats, alarms.canary_factor)",
+        description="Largest mean absolute difference of the canaries' log-probs, in nats. A server that exceeds it is "
+        "excluded, and if all servers are, the run ends. Smaller differences raise an alarm (alarms.canary_nats, "
+        "alarms.canary_factor).",
     )
-    timeout_s: float = Field(default=600, gt=0, description="for each request to a server while publishing")
+    timeout_s: float = Field(
+        default=600, gt=0, description="Timeout in seconds of each request to a server during a publication."
+    )

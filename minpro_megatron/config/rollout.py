@@ -1,4 +1,4 @@
-"""Where prompts come from, how responses are sampled, which servers do it and how stale they may be."""
+"""Where prompts come from, how responses are sampled, which servers sample them and how stale they may be."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,45 +10,49 @@ from minpro_megatron.config.rewards import RIGHT_REWARD
 
 
 class DataConfig(Section):
-    """JSON Lines of `{"id", "source", "prompt", "answer"}`, and optionally `"pass_rate"` (0 to 1) and `"prefix"`."""
+    """The prompts: JSON Lines files of `{"id", "source", "prompt", "answer"}`, and optionally `"pass_rate"` (0 to 1)
+    and `"prefix"`."""
 
-    train_file: str
-    heldout_file: str
+    train_file: str = Field(description="JSON Lines file of the prompts that are trained on.")
+    heldout_file: str = Field(description="JSON Lines file of the held-out prompts that evaluations use.")
     accept_changed_inputs: bool = Field(
         default=False,
-        description="a run continues although the content of its data files, benchmarks or model files is not that of "
-        "its first start; its report then says which changed and when",
+        description="Resume the run although the content of its data files, benchmarks or model files has changed "
+        "since its first start. The report then lists what changed and when.",
     )
     instruction: str = Field(
         default="none",
-        description="what each question is wrapped in: none, dapo, boxed (see config/instructions.py), or a text with "
-        "{question} in it",
+        description="Instruction that surrounds each question: none, dapo, boxed (see config/instructions.py), or a "
+        "text that contains {question}.",
     )
     chat_template: bool = Field(
         default=False,
-        description="the question becomes the user's turn in the model's chat template; false: a base model's raw text",
+        description="Present the question as the user's turn in the model's chat template; false: as plain text, for a "
+        "base model.",
     )
     chat_template_arguments: dict[str, str | int | float | bool] = Field(
-        default={}, description='variables of the chat template, such as {"enable_thinking": false}'
+        default={}, description='Variables of the chat template, such as {"enable_thinking": false}.'
     )
     source_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default={},
-        description="share of the groups that each source of train_file gets, in any unit, all sources named; 0 leaves "
-        "one out; empty: every prompt of the file once an epoch",
+        description="Relative weight of each source of train_file among the prompt groups; all sources must be named, "
+        "and 0 excludes one. Empty: every prompt of the file is used once per epoch.",
     )
     min_pass_rate: float = Field(
-        default=0, ge=0, le=1, description="training prompts with a lower pass_rate are left out"
+        default=0, ge=0, le=1, description="Training prompts with a lower pass_rate are excluded."
     )
     max_pass_rate: float = Field(
         default=1,
         ge=0,
         le=1,
-        description="those with a higher one too; with either bound set, also those without pass_rate",
+        description="Training prompts with a higher pass_rate are excluded. If either bound is set, prompts without a "
+        "pass_rate are excluded too.",
     )
     curriculum: Literal["none", "easy_first"] = Field(
         default="none",
-        description="easy_first: in the first epoch (of each source, with source_weights) prompts of a high pass_rate "
-        "come first and those without one last; later epochs are shuffled",
+        description="Order of the prompts. easy_first: in the first epoch (of each source, with source_weights) "
+        "prompts with a high pass_rate come first and those without one last; later epochs are shuffled. none: every "
+        "epoch is shuffled.",
     )
 
     @property
@@ -68,106 +72,150 @@ class DataConfig(Section):
         if self.chat_template_arguments and not self.chat_template:
             raise ValueError(
                 f"chat_template_arguments = {self.chat_template_arguments} without chat_template: set chat_template to "
-                "true, or leave them out"
+                "true, or remove them"
             )
         return self
 
 
 class SamplingConfig(Section):
-    """How training responses are sampled. There is no top-p or top-k on purpose: the trainer's log-probs are of
-    the untruncated distribution, so truncated sampling would make every ratio wrong."""
+    """How training responses are sampled. Top-p and top-k are deliberately missing: the trainer's log-probs are those
+    of the untruncated distribution, so truncated sampling would make every ratio wrong."""
 
-    temperature: float = Field(default=1.0, gt=0)
-    max_prompt_tokens: int = Field(default=2048, ge=1)
-    max_response_tokens: int = Field(default=20480, ge=1)
+    temperature: float = Field(
+        default=1.0, gt=0, description="Sampling temperature of training responses; log-probs use it too."
+    )
+    max_prompt_tokens: int = Field(default=2048, ge=1, description="Maximum length of a prompt in tokens.")
+    max_response_tokens: int = Field(
+        default=20480, ge=1, description="Maximum length of a response in tokens; longer ones are truncated."
+    )
     extra_stop_tokens: list[str] = Field(
         default=[],
-        description="special tokens that end a response beside the model's own: a base model that is given a chat "
-        "template ends its turn with <|im_end|>, which its config does not name",
+        description="Special tokens that end a response in addition to those of the model's config. A base model with "
+        "a chat template ends its turn with <|im_end|>, for example, which its config does not list.",
     )
 
 
 class StalenessConfig(Section):
-    """How far the weights that sample may lie behind those that train, in policy versions.
+    """How many policy versions the weights that sample may be behind those that train.
 
-    `delay`: batch k is sampled with version max(0, k - delay_steps) and consumed at global step k: every token is that
-    old, no more and no less. `bounded`: servers never wait; weights change under responses that are under way, and
-    a group is consumed while no token of it is older than `max_staleness`.
+    `delay`: batch k is sampled with version max(0, k - delay_steps) and consumed at global step k, so every token has
+    exactly this staleness. `bounded`: servers never wait; weights change while responses are in progress, and a group
+    is consumed only while none of its tokens is older than `max_staleness`.
     """
 
-    mode: Literal["delay", "bounded"] = "delay"
-    delay_steps: int = Field(default=2, ge=0, description="of mode delay")
-    max_staleness: int = Field(default=2, ge=1, description="of mode bounded")
+    mode: Literal["delay", "bounded"] = Field(
+        default="delay",
+        description="Rule of staleness. delay: every token has the staleness delay_steps. bounded: servers sample "
+        "continuously, and no token is staler than max_staleness.",
+    )
+    delay_steps: int = Field(
+        default=2, ge=0, description="With mode = delay: staleness of every token in global steps."
+    )
+    max_staleness: int = Field(
+        default=2, ge=1, description="With mode = bounded: maximum staleness of a token in global steps."
+    )
     behavior_log_probs: Literal["trainer", "rollout"] = Field(
         default="trainer",
-        description="trainer: computed under the very weights that sampled the token; rollout: the servers' own, which "
-        "saves the pass and puts their engine mismatch into every ratio: a prefix minimum is very sensitive to it",
+        description="Source of the behavior log-probs. trainer: the trainer computes them with the weights that "
+        "sampled the token. rollout: those of the servers, which saves the scoring pass but puts the engine mismatch "
+        "into every ratio; prefix minima are very sensitive to it.",
     )
 
 
 class ServerConfig(Section):
-    """The rollout servers: those that the role `serve` starts on this machine, or others by their addresses."""
+    """The rollout servers: those that the role `serve` starts on this machine, or external servers by their
+    addresses."""
 
     engine: Literal["sglang", "reference"] = Field(
         default="sglang",
-        description="reference: transformers on the CPU, one response at a time, the same tokens for the same seed; "
-        "speaks the same HTTP; for tests and small studies",
+        description="Server program: sglang, or reference, a server for tests and small studies with the same HTTP "
+        "interface, which runs transformers on the CPU, one response at a time, and samples the same tokens for the "
+        "same seed.",
     )
     urls: list[str] = Field(
         default=[],
-        description="servers started by somebody else, such as http://10.0.0.7:30000; `serve` then starts none",
+        description="Addresses of external servers, which the run does not start, such as http://10.0.0.7:30000; "
+        "`serve` then starts none.",
     )
     api_key_variable: str = Field(
         default="",
-        description="name of the environment variable that holds the servers' API key; empty: a random one in the run "
-        "folder for servers that the run starts, none for those of urls",
+        description="Name of the environment variable that holds the servers' API key. Empty: servers that the run "
+        "starts use a random key from the run folder, and external servers get no key.",
     )
     placement: Literal["disaggregated"] = Field(
-        default="disaggregated", description="the servers have GPUs of their own, none of the trainer's"
+        default="disaggregated",
+        description="Placement of the servers. disaggregated, the only choice: they use other GPUs than the trainer.",
     )
-    count: int = Field(default=1, ge=1, description="servers to start; ignored where urls are given")
-    host: str = Field(default="127.0.0.1", description="listening address; loopback unless told otherwise")
-    first_port: int = Field(default=0, ge=0, le=65535, description="0: free ports are chosen")
-    tensor_parallel: int = Field(default=1, ge=1)
-    device: Literal["cpu", "cuda"] = "cuda"
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    max_total_tokens: int | None = Field(default=None, ge=1, description="KV cache size; None: SGLang decides")
-    max_running_requests: int = Field(default=256, ge=1)
+    count: int = Field(default=1, ge=1, description="Number of servers to start; ignored if urls is set.")
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address on which the servers listen. The default, loopback, is not reachable from other machines.",
+    )
+    first_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="Port of the first server; the next ones use the following ports. 0 selects free ports.",
+    )
+    tensor_parallel: int = Field(default=1, ge=1, description="Tensor-parallel degree of each server.")
+    device: Literal["cpu", "cuda"] = Field(default="cuda", description="Device on which the servers compute.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="Data type of the servers' weights; it should be model.dtype."
+    )
+    max_total_tokens: int | None = Field(
+        default=None, ge=1, description="Size of a server's KV cache in tokens; null lets SGLang decide."
+    )
+    max_running_requests: int = Field(
+        default=256, ge=1, description="Maximum number of requests that a server processes at the same time."
+    )
     start_timeout_s: float = Field(
-        default=900, gt=0, description="longest start of a server until it generates; a longer one ends the run"
+        default=900,
+        gt=0,
+        description="Maximum time in seconds from the start of a server until it generates; exceeding it ends the run.",
     )
-    request_timeout_s: float = Field(default=1800, gt=0, description="for the whole answer to one request")
+    request_timeout_s: float = Field(
+        default=1800, gt=0, description="Timeout in seconds for the complete response to one request."
+    )
     queue_timeout_s: float | None = Field(
         default=None,
         gt=0,
-        description="longest wait of a training group for a place at a server, behind earlier groups or while no "
-        "server holds the current weights; a longer one ends the run; None: no limit but that for a run without "
-        "servers; evaluation groups wait behind all training groups, without a limit",
+        description="Maximum time in seconds for which a training group waits for a free server, behind earlier groups "
+        "or while no server has the current weights; exceeding it ends the run. null: no limit other than that of a "
+        "run without servers. Evaluation groups wait behind all training groups, without a limit.",
     )
-    health_interval_s: float = Field(default=5, gt=0, description="between two looks at a server")
-    unhealthy_after_s: float = Field(default=60, gt=0, description="without an answer: no more work, then a restart")
+    health_interval_s: float = Field(default=5, gt=0, description="Seconds between two health checks of a server.")
+    unhealthy_after_s: float = Field(
+        default=60,
+        gt=0,
+        description="A server that has not answered for this many seconds gets no more work and is restarted.",
+    )
     generation_timeout_s: float = Field(
         default=300,
         gt=0,
-        description="a server that answers but has generated no token for this long, although it is asked for one "
-        "every health_interval_s, hangs and is started again; not counted while weights are sent to it; from the first "
-        "token that does not come within 30 s on, it is given neither work nor weights",
+        description="A server that answers but has generated no token for this many seconds, although every health "
+        "check asks for one, counts as hung and is restarted. Time during which weights are sent to it does not count. "
+        "After the first token that takes longer than 30 s, it gets neither work nor weights.",
     )
     max_restarts: int = Field(
         default=10,
         ge=0,
-        description="of one server within restart_window_s; after one more failure the run goes on without it until "
-        "one of them is that long ago, and ends if no other server of the run is left",
+        description="Maximum number of restarts of one server within restart_window_s. After one more failure the run "
+        "continues without it until the oldest of them is outside the window, and ends if no other server is left.",
     )
-    restart_window_s: float = Field(default=21600, gt=0, description="time over which max_restarts counts")
+    restart_window_s: float = Field(
+        default=21600, gt=0, description="Time in seconds over which restarts are counted for max_restarts."
+    )
     slow_factor: float = Field(
-        default=3, gt=1, description="a server this much slower a token than the median gets work last, and is named"
+        default=3,
+        gt=1,
+        description="A server that takes more than this multiple of the median time per token gets work only when the "
+        "others are full, and is logged.",
     )
 
     @property
     def max_requests_under_way(self) -> int:
-        """Requests that one server is given at a time: more than run at once, so that its queue always holds the next
-        one when responses of different lengths end."""
+        """The number of requests sent to one server at a time. It exceeds the number that runs at the same time, so
+        that the server's queue is not empty when a response ends."""
         return max(1, round(1.25 * self.max_running_requests))
 
     @field_validator("placement", mode="before")
@@ -175,74 +223,95 @@ class ServerConfig(Section):
     def _not_colocated(cls, value: Any) -> Any:
         if value == "colocated":
             raise ValueError(
-                "trainer and servers on the same GPUs are not supported: they work at the same time, and neither gives "
-                "its memory up for the other; set disaggregated and share the GPUs out between parallel and server, as "
-                "recipes.qwen3_30b_a3b:minpro_one_machine does with eight"
+                "trainer and servers on the same GPUs are not supported: they work at the same time, and neither "
+                "releases its memory for the other; set disaggregated and divide the GPUs between parallel and server, "
+                "as recipes.qwen3_30b_a3b:minpro_one_machine does with eight"
             )
         return value
 
 
 class CollectorConfig(Section):
-    """The collector's own HTTP interface, which only the trainer's rank 0 uses."""
+    """The collector: its HTTP interface, which only the trainer's rank 0 uses, the rewards and the journal."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=0, ge=0, le=65535, description="0: a free port is chosen")
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address on which the collector listens. The default, loopback, is not reachable from other "
+        "machines.",
+    )
+    port: int = Field(default=0, ge=0, le=65535, description="Port of the collector; 0 selects a free port.")
     reward: str = Field(
         default="calculator",
-        description="calculator, dapo, dapo_boxed, math, or a function of one's own: package.module:function",
+        description="Grader of the responses: calculator, dapo, dapo_boxed, math, or your own function as "
+        "package.module:function.",
     )
     reward_by_source: dict[str, str] = Field(
-        default={}, description="another one for the prompts of some sources (the prompt files' source)"
+        default={},
+        description="Other graders for the prompts of some sources, by the source that the prompt files state.",
     )
     right_reward: float = Field(
         default=RIGHT_REWARD,
-        description="a response counts as right from this reward on, in the accuracy of training and in every "
-        "evaluation; the graders above give 1 for a right response",
+        description="A response with at least this reward counts as correct, in the training accuracy and in every "
+        "evaluation. The graders named under reward give 1 for a correct response.",
     )
     reward_timeout_s: float = Field(
         default=5.0,
         gt=0,
-        description="limit of processor time for grading one response; of wall time it may take ten times as long. A "
-        "grade that fails twice leaves its group out of training",
+        description="Limit in seconds of processor time for grading one response; the limit of wall time is ten times "
+        "as long. If a response cannot be graded in two attempts, its group is excluded from training.",
     )
-    reward_workers: int = Field(default=1, ge=1)
+    reward_workers: int = Field(default=1, ge=1, description="Number of processes that grade responses.")
     journal_ratios: bool = Field(
-        default=True, description="also store what the policy gave each token at the update: 4 bytes a token"
+        default=True,
+        description="Also store the log-prob of each token under the policy at the update, which takes 4 bytes per "
+        "token.",
     )
     journal_keep_steps: int = Field(
-        default=50, ge=0, description="global steps whose tokens and log-probs stay in the journal; 0: all"
+        default=50,
+        ge=0,
+        description="Number of latest global steps whose tokens and log-probs stay in the journal; 0 keeps all.",
     )
     journal_keep_routes: bool = Field(
         default=False,
-        description="with model.routing_replay = rollout: keep the servers' routes as long as the tokens, to train on "
-        "the journal again (debug.journal) or to resume from an earlier checkpoint than the latest; false: they are "
-        "removed when a checkpoint includes the step that consumed them",
+        description="With model.routing_replay = rollout: keep the servers' routes as long as the tokens, to train on "
+        "the journal again (debug.journal) or to resume from an earlier checkpoint than the latest. false: they are "
+        "removed when a checkpoint includes the step that consumed them.",
     )
 
 
 class BenchmarkConfig(Section):
-    """A file of prompts that is evaluated beside the held-out ones."""
+    """A file of prompts that is evaluated in addition to the held-out prompts."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its name in metrics: evaluation/.../<name>")
-    file: str = Field(description="JSON Lines as data.heldout_file's")
-    samples_per_prompt: int = Field(default=2, ge=1)
-    num_prompts: int | None = Field(default=None, ge=1, description="the first ones of the file; None: all")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name in metrics: evaluation/.../<name>.")
+    file: str = Field(description="JSON Lines file in the format of data.heldout_file.")
+    samples_per_prompt: int = Field(default=2, ge=1, description="Number of responses per prompt.")
+    num_prompts: int | None = Field(
+        default=None, ge=1, description="Number of prompts, from the beginning of the file; null uses all."
+    )
 
 
 class EvaluationConfig(Section):
     """pass@1 on held-out prompts and benchmarks at the first and the last policy version (and every `every_steps`).
 
-    Weights are not replaced under an evaluation: with many samples the trainer waits. Samples are requested in groups
+    Weights are not replaced during an evaluation: with many samples the trainer waits. Samples are requested in groups
     of batch.responses_per_prompt, after the training groups. An evaluation that fails raises an alarm and has no score.
     """
 
-    num_prompts: int = Field(default=128, ge=1)
-    samples_per_prompt: int = Field(default=8, ge=1)
-    every_steps: int = Field(default=0, ge=0, description="also at each multiple of this policy version; 0: never")
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    num_prompts: int = Field(
+        default=128, ge=1, description="Number of held-out prompts, from the beginning of data.heldout_file."
+    )
+    samples_per_prompt: int = Field(default=8, ge=1, description="Number of responses per held-out prompt.")
+    every_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Also evaluate every policy version that is a multiple of this; 0 evaluates only the first and the "
+        "last one.",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature of evaluations.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Top-p of the sampling of evaluations; 1 means no limit.")
     benchmarks: list[BenchmarkConfig] = Field(
-        default=[], description='such as [{"name": "aime24", "file": "data/aime24.jsonl", "samples_per_prompt": 8}]'
+        default=[],
+        description='Further files of prompts to evaluate, such as [{"name": "aime24", "file": "data/aime24.jsonl", '
+        '"samples_per_prompt": 8}].',
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The whole run's settings: one frozen object that every role reads from run.json."""
+"""The settings of a run: one immutable object that every role reads from run.json."""
 
 import json
 from pathlib import Path
@@ -27,13 +27,18 @@ from minpro_megatron.errors import UserError
 
 
 class RunConfig(Section):
-    """A run. Made by a recipe, checked at construction, written to `run_dir/run.json`, read by every role."""
+    """The settings of a run: made by a recipe, validated at construction, written to `run_dir/run.json` and read by
+    every role."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="also the run folder's name")
-    runs_dir: str = "runs"
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    num_global_steps: int = Field(default=120, ge=1)
-    device: str = Field(default="cuda", pattern="^(cpu|cuda)$", description="where the trainer's ranks compute")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Name of the run and of its folder in runs_dir."
+    )
+    runs_dir: str = Field(default="runs", description="Folder that contains the run folders.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the run, from which every other seed is derived.")
+    num_global_steps: int = Field(default=120, ge=1, description="Number of global steps of the run.")
+    device: str = Field(
+        default="cuda", pattern="^(cpu|cuda)$", description="Device on which the trainer's ranks compute."
+    )
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -64,7 +69,7 @@ class RunConfig(Section):
                 f"{batch.mini_batch_prompts}: a global step is a whole number of optimizer updates"
             )
         longest = sampling.max_prompt_tokens + sampling.max_response_tokens
-        # a row is cut into 2 chunks a context rank, and those into pieces for the tensor ranks
+        # a row is split into 2 chunks per context rank, and each chunk into one piece per tensor rank
         multiple = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
         padded = -(-longest // multiple) * multiple
         if padded > batch.max_tokens_per_row:
@@ -95,8 +100,8 @@ class RunConfig(Section):
         if replay == "rollout" and is_bounded and self.publish.pause_mode == "retract":
             raise ValueError(
                 "model.routing_replay = rollout with staleness.mode = bounded and publish.pause_mode = retract: the "
-                "servers compute a retracted response again with the new weights and then report the experts of the "
-                "new weights for tokens that the old ones sampled; set publish.pause_mode to abort or in_place, or "
+                "servers recompute a retracted response with the new weights and then report the experts of the new "
+                "weights for tokens that the old weights sampled; set publish.pause_mode to abort or in_place, or "
                 "model.routing_replay to none"
             )
         if replay != "scored":
@@ -121,8 +126,8 @@ class RunConfig(Section):
             return
         if self.model.backend == "transformer_engine":
             raise ValueError(
-                "model.backend = transformer_engine needs device = cuda and model.dtype = bfloat16, for its attention "
-                "on packed rows knows no float32; set model.backend to auto or torch"
+                "model.backend = transformer_engine needs device = cuda and model.dtype = bfloat16, because its "
+                "attention on packed rows does not support float32; set model.backend to auto or torch"
             )
         if self.optimizer.cpu_offload:
             raise ValueError(
@@ -135,12 +140,12 @@ class RunConfig(Section):
         for field, steps in (("trace_steps", debug.traced), ("profile_steps", debug.profiled)):
             if steps and steps[-1] >= num_steps:
                 raise ValueError(
-                    f"debug.{field} = {getattr(debug, field)}: the run has global steps 0 to {num_steps - 1}; name "
+                    f"debug.{field} = {getattr(debug, field)}: the run has global steps 0 to {num_steps - 1}; give "
                     "some of these, or raise num_global_steps"
                 )
         if debug.profile_steps and (beyond := [rank for rank in debug.profile_ranks if rank >= num_ranks]):
             raise UserError(
-                f"debug.profile_ranks: the mesh has ranks 0 to {num_ranks - 1}, and no {beyond[0]}; leave it out"
+                f"debug.profile_ranks: the mesh has ranks 0 to {num_ranks - 1}, but not {beyond[0]}; remove it"
             )
 
     def to_json(self) -> str:
@@ -148,12 +153,12 @@ class RunConfig(Section):
 
     @staticmethod
     def from_json(text: str) -> "RunConfig":
-        """The settings in `text`. Raises ValueError, one line a problem, if they are not valid."""
+        """The settings in `text`. Raises ValueError with one line per problem if they are not valid."""
         return parse_run_config(json.loads(text))
 
 
 def parse_run_config(values: dict[str, Any]) -> RunConfig:
-    """A validated RunConfig. Raises ValueError naming field, value and rule, one line a problem."""
+    """A validated RunConfig. Raises ValueError with one line per problem, which names field, value and rule."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -167,8 +172,9 @@ def _problem(entry: Any) -> str:
 
 
 def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
-    """`config` with `section.key=value` assignments applied in order; values are JSON, or plain text where that fails
-    or where the setting is a text. `objective.name=...` first replaces the section by that objective's defaults.
+    """`config` with the `section.key=value` assignments applied in order. Values are JSON, or plain text if they are
+    not valid JSON or if the setting is a string. `objective.name=...` first replaces the section by the defaults of
+    that objective.
 
     Raises ValueError for an assignment without '=', an unknown key, or a value the field refuses.
     """

@@ -122,11 +122,11 @@ def test_a_name_that_looks_like_a_number_stays_a_name(config):
         ),
         (
             ["parallel.pipeline=2", "parallel.pipeline_layers=[3,2,1]"],
-            r"pipeline_layers = 3\+2\+1: 3 numbers for pipeline x virtual_pipeline = 2 x 1 = 2 runs of layers: give",
+            r"pipeline_layers = 3\+2\+1: 3 numbers for pipeline x virtual_pipeline = 2 x 1 = 2 model chunks: give",
         ),
         (
             ["parallel.pipeline=2", "parallel.pipeline_layers=4+0"],
-            r"= 4\+0: every stage needs a layer: give numbers of",
+            r"= 4\+0: every stage needs at least one layer: give numbers of",
         ),
         (
             ["parallel.pipeline=2", "parallel.pipeline_layers=4+x"],

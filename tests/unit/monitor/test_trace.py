@@ -294,7 +294,7 @@ def test_steps_and_ranks_that_are_not_there_are_refused(tmp_path: Path, override
 
 def test_a_rank_beyond_the_mesh_is_refused_where_it_is_used(tmp_path: Path) -> None:
     config = with_overrides(example_config(tmp_path), ["debug.profile_ranks=[0,1]"])
-    with pytest.raises(ValueError, match="the mesh has ranks 0 to 0, and no 1"):
+    with pytest.raises(ValueError, match="the mesh has ranks 0 to 0, but not 1"):
         with_overrides(config, ["debug.profile_steps=0:1"])
     assert with_overrides(config, ["debug.trace_steps=0:3"]).debug.traced == range(4)
 
