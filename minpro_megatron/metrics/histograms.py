@@ -1,7 +1,7 @@
-"""Histograms that merge exactly: every part counts into the same fixed bins, so merging is adding.
+"""Histograms that merge exactly: all parts use the same fixed bins, so merging adds the counts.
 
 The bins suit log-ratios: evenly spaced in asinh(x / SCALE), that is about linear near 0 and logarithmic far from it.
-A quantile read off them is within one bin of the true one: 3e-4 near 0, 3 % of the value far from it.
+A quantile computed from them is within one bin of the exact one: 3e-4 near 0, 3 % of the value far from it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ NUM_BINS = 2 * BINS_PER_SIDE
 
 @cache
 def bin_edges() -> np.ndarray:
-    """float64 [NUM_BINS + 1], ascending. The first and last bin also hold whatever lies beyond them."""
+    """float64 [NUM_BINS + 1], ascending. The first and the last bin also count the values outside the range."""
     edges = SCALE * np.sinh(STEP * np.arange(-BINS_PER_SIDE, BINS_PER_SIDE + 1))
     edges.setflags(write=False)
     return edges
@@ -37,7 +37,7 @@ def histogram_quantile(counts: np.ndarray, share: float) -> float:
     running, edges = np.cumsum(counts), bin_edges()
     if running[-1] == 0:
         return float("nan")
-    target = max(share * running[-1], np.finfo(np.float64).tiny)  # an empty bin never holds the smallest observation
+    target = max(share * running[-1], np.finfo(np.float64).tiny)  # so that share = 0 does not select an empty bin
     place = int(np.searchsorted(running, target))
     inside = (target - (running[place] - counts[place])) / counts[place]
     return float(edges[place] + inside * (edges[place + 1] - edges[place]))

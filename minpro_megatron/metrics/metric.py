@@ -1,7 +1,7 @@
-"""Metrics that know how to merge.
+"""Metrics that merge exactly.
 
-A mean over ranks or micro-batches of different sizes is only right if its sum and its count travel together,
-so a `Metric` carries both until the very end; `values` is the only place that divides.
+A mean over ranks or micro-batches of different sizes is only correct if sum and count are merged separately, so a
+`Metric` holds both; only `values` divides.
 """
 
 import math
@@ -17,7 +17,7 @@ class Metric:
     """A partial result of one name: `total` over `count` observations, to be merged by `reduction`.
 
     For `mean` and `sum` the total is a sum; for `max` and `min` it is the extreme value. A count of 0 means
-    that nothing was observed: such a metric changes nothing in a merge and has no value.
+    that nothing was observed: such a metric does not change a merge and has no value.
     """
 
     total: float
@@ -58,7 +58,7 @@ def smallest(value: float) -> Metric:
 
 
 def merge(parts: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """One metric per name over all `parts`; a name that only some parts have is merged over those.
+    """One metric per name over all `parts`; a name that only some parts have is merged over these parts.
 
     Sums are correctly rounded (`math.fsum`), so the order of the parts does not change the result. A NaN
     anywhere stays visible, whatever the reduction. Raises ValueError if two parts give a name different
@@ -77,7 +77,7 @@ def _merge_one(name: str, metrics: list[Metric]) -> Metric:
     reductions = {metric.reduction for metric in metrics}
     if len(reductions) > 1:
         raise ValueError(f"metric {name!r}: cannot merge reductions {' and '.join(sorted(reductions))}")
-    # a part of a mean may hold some of the sum and nothing of the count: the rest of its observations are elsewhere
+    # a part of a mean may contribute to the sum and not to the count, which another part then contributes
     observed = [metric for metric in metrics if metric.count != 0 or metric.reduction == "mean"]
     if not observed:
         return metrics[0]
@@ -88,14 +88,14 @@ def _merge_one(name: str, metrics: list[Metric]) -> Metric:
 
 def _extreme(choose: Callable[[Iterable[float]], float]) -> Callable[[Sequence[float]], float]:
     def pick(numbers: Sequence[float]) -> float:
-        # max() and min() keep or lose a NaN depending on where it stands; a broken number must not be lost.
+        # Whether max() and min() return a NaN depends on its position; a NaN must never be lost.
         return math.nan if any(math.isnan(number) for number in numbers) else choose(numbers)
 
     return pick
 
 
 def _exact_sum(numbers: Sequence[float]) -> float:
-    # fsum raises on inf - inf and on intermediate overflow; a diverged run must still be able to log itself.
+    # fsum raises on inf - inf and on intermediate overflow; a diverged run must still log its metrics.
     if all(math.isfinite(number) for number in numbers):
         try:
             return math.fsum(numbers)
@@ -113,5 +113,5 @@ _COMBINE: dict[Reduction, Callable[[Sequence[float]], float]] = {
 
 
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """The number of each metric; those that observed nothing are left out."""
+    """The number of each metric; metrics without observations are excluded."""
     return {name: metric.value for name, metric in metrics.items() if metric.count != 0}
