@@ -1,4 +1,4 @@
-"""Where a run's alarms go: its log, and one JSON line each in `run_dir/alarms.jsonl`."""
+"""Writes a run's alarms to its log, and one JSON line each to `run_dir/alarms.jsonl`."""
 
 import json
 import logging
@@ -22,8 +22,9 @@ class AlarmLog:
     """A run's alarms; rank 0 of the trainer holds one."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
-        """A run that goes on at `first_step` knows from its metrics what was raised before; what an interrupted
-        incarnation raised from there on is taken out of the file, as it will train these steps again."""
+        """A run that resumes at `first_step` knows from its metrics which alarms were raised before. Alarms that an
+        interrupted incarnation raised from this step on are removed from the file, because the steps are trained
+        again."""
         bounded = config.staleness.mode == "bounded"
         limits = Limits(config.alarms, config.staleness.max_staleness if bounded else None)
         self._path = config.run_dir / FILE_NAME
@@ -44,7 +45,7 @@ class AlarmLog:
         return raised
 
     def failed_at_end(self, last_step: int, num_evaluations: int) -> None:
-        """So many evaluations failed after `last_step`, the run's last: no step's metrics will count them."""
+        """Raises the alarm for `num_evaluations` that failed after the last step, whose metrics do not count them."""
         name: AlarmName = "failed_evaluation"
         self._raise(Alarm(last_step, name, describe_failed_evaluations(num_evaluations), CHECKS[name].remedy))
 
@@ -54,14 +55,15 @@ class AlarmLog:
             file.write(json.dumps(asdict(alarm) | {"time": time.time()}) + "\n")
 
     def counts(self) -> dict[str, float]:
-        """How often alarms were raised since the run's start, as metrics."""
+        """The number of alarms since the run's start, as metrics."""
         of_kinds = self._watch.num_raised
         by_kind = {f"alarms/raised_by_kind/{name}": float(count) for name, count in of_kinds.items()}
         return {"alarms/raised": float(sum(of_kinds.values()))} | by_kind
 
 
 def decode_alarm(line: str | bytes) -> tuple[Alarm, float] | None:
-    """The alarm in a line of alarms.jsonl and the Unix time, in seconds, at which it was raised; None if it is none."""
+    """The alarm in a line of alarms.jsonl and the Unix time, in seconds, at which it was raised; None for
+    any other line."""
     try:
         content = json.loads(line)
         if content["name"] not in CHECKS:

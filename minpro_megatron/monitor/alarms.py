@@ -1,8 +1,8 @@
-"""What the history of a run's metrics says is going wrong: pure functions of it, and which of it is news.
+"""The alarms of a run: checks that are pure functions of the history of its metrics.
 
-A check looks at the steps so far and says what is wrong at the last one, or nothing. An alarm is raised when its check
-begins to speak, and not again before it has been silent for `window_steps`. All of it follows from the metrics, so a
-run that goes on after a crash knows from metrics.jsonl what was raised before.
+A check examines the steps so far and describes what is wrong at the last one, if anything is. An alarm is raised when
+its check first finds something, and again only after the check has found nothing for `window_steps`. All of this
+follows from the metrics, so a run that resumes after a crash knows from metrics.jsonl which alarms were raised before.
 """
 
 import itertools
@@ -16,10 +16,10 @@ from typing import Literal
 from minpro_megatron.config.alarms import AlarmName, AlarmsConfig
 from minpro_megatron.errors import ProjectError
 
-LEAST_RISE_NATS = 0.3  # of an entropy explosion
-LEAST_REWARD_DROP = 0.03  # of the rewards' range: the mean of a few hundred responses varies by as much
-NUM_SPIKES = 3  # within the window, or all of a shorter one: one alone is clipped and gone
-MOST_STEPS_BEFORE_A_SPIKE = 20  # whose median it is compared with
+MIN_RISE_NATS = 0.3  # smallest rise of the entropy that counts as an explosion
+MIN_REWARD_DROP = 0.03  # as a share of the rewards' range: the mean of a few hundred responses varies by this much
+NUM_SPIKES = 3  # within the window, or all steps of a shorter window: clipping handles a single spike
+MAX_STEPS_BEFORE_A_SPIKE = 20  # the median of their gradient norms is the usual norm
 MUST_BE_FINITE = ("objective/loss", "policy/entropy", "ratio/mean", "optimizer/grad_norm")
 
 
@@ -29,7 +29,7 @@ class AlarmStop(ProjectError):
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """`seen` is what the metrics say, `remedy` what to try."""
+    """`seen` describes what the metrics show, `remedy` what to try."""
 
     step: int
     name: AlarmName
@@ -42,15 +42,15 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the checks compare with."""
+    """The thresholds of the checks."""
 
     settings: AlarmsConfig
-    max_staleness: int | None = None  # None: the staleness is what mode delay makes it
+    max_staleness: int | None = None  # None: mode delay, in which the staleness is fixed
 
 
 class Series:
-    """The watched metrics of the global steps so far, in order, and their means over each `window` of those steps that
-    have a finite number."""
+    """The watched metrics of the global steps so far, in order, and their running means over `window` steps, where all
+    of these steps have finite values."""
 
     def __init__(self, window: int) -> None:
         self.num_steps = 0
@@ -66,18 +66,18 @@ class Series:
                 self._averages[name].append(fmean(recent))
 
     def last(self, name: str, count: int) -> list[float]:
-        """The finite ones of the last `count` steps, fewer at the beginning."""
+        """The finite values of the last `count` steps; fewer at the beginning."""
         return [value for value in self._values[name][-count:] if value is not None and math.isfinite(value)]
 
     def at_end(self, name: str) -> float | None:
-        """Of the last step, as it is; None if it has none."""
+        """The value of the last step, finite or not; None if the step has none."""
         return self._values[name][-1]
 
     def averages(self, name: str) -> list[float]:
         return self._averages[name]
 
 
-# What is wrong at the last step of the series, or None.
+# Returns what is wrong at the last step of the series, or None.
 Check = Callable[[Series, Limits], str | None]
 
 
@@ -88,7 +88,7 @@ def _not_finite(series: Series, limits: Limits) -> str | None:
 
 
 def _average_beyond(metric: str, setting: str, side: Literal["above", "below"], unit: str = "") -> Check:
-    """Whether the window's average of `metric` is on that side of alarms.`setting`."""
+    """A check of whether the window's average of `metric` is on this side of alarms.`setting`."""
     is_beyond = operator.gt if side == "above" else operator.lt
 
     def check(series: Series, limits: Limits) -> str | None:
@@ -107,14 +107,14 @@ def _entropy_explosion(series: Series, limits: Limits) -> str | None:
     if factor is None or not averages:
         return None
     now, least = averages[-1], min(averages)
-    if now <= factor * least or now <= least + LEAST_RISE_NATS:
+    if now <= factor * least or now <= least + MIN_RISE_NATS:
         return None
     times = f"alarms.entropy_explosion_factor = {factor:g} times"
     return f"policy/entropy {now:.3g} nats is above {times} its least, {least:.3g}"
 
 
 def _reward_drop(series: Series, limits: Limits) -> str | None:
-    """Rewards have any scale: heights are measured from the lowest one seen, and the fall by their range."""
+    """Rewards have any scale, so the peak is measured from the lowest reward so far, and the fall by the range."""
     share = limits.settings.reward_drop
     averages = series.averages("reward/mean")
     lows, highs = (series.last(name, series.num_steps) for name in ("reward/min", "reward/max"))
@@ -122,7 +122,7 @@ def _reward_drop(series: Series, limits: Limits) -> str | None:
         return None
     now, peak, low, high = averages[-1], max(averages), min(lows), max(highs)
     fall = peak - now
-    if fall <= share * (peak - low) or fall <= LEAST_REWARD_DROP * (high - low):
+    if fall <= share * (peak - low) or fall <= MIN_REWARD_DROP * (high - low):
         return None
     return (
         f"reward/mean {now:.3f} is {100 * fall / (peak - low):.0f} % below its peak of {peak:.3f}, measured from the "
@@ -135,7 +135,7 @@ def _no_gradient(series: Series, limits: Limits) -> str | None:
     equal = series.last("reward/equal_groups", window)
     if share is None or len(equal) < window or min(equal) < share:
         return None
-    return f"in {window} steps {100 * min(equal):.0f} % of the groups or more had equal rewards, which give no gradient"
+    return f"in each of {window} steps at least {100 * min(equal):.0f} % of the groups had equal rewards: no gradient"
 
 
 def _failed_grades(series: Series, limits: Limits) -> str | None:
@@ -150,7 +150,7 @@ def _failed_grades(series: Series, limits: Limits) -> str | None:
 
 
 def _new(series: Series, name: str, steps: int) -> float:
-    """By how much a count since the start has grown in the last steps. A collector that was restarted counts from 0."""
+    """The increase of a count since the start over the last steps. A restarted collector counts from 0."""
     counts = [0.0, *series.last(name, series.num_steps)][-steps - 1 :]
     return sum(after - before if after >= before else after for before, after in itertools.pairwise(counts))
 
@@ -159,11 +159,11 @@ def _gradient_spikes(series: Series, limits: Limits) -> str | None:
     factor, window = limits.settings.gradient_spike_factor, limits.settings.window_steps
     if factor is None:
         return None
-    # a step whose groups all have equal rewards has no gradient
-    norms = [norm for norm in series.last("optimizer/grad_norm", window + MOST_STEPS_BEFORE_A_SPIKE) if norm > 0]
+    # a step whose groups all have equal rewards has a gradient norm of 0
+    norms = [norm for norm in series.last("optimizer/grad_norm", window + MAX_STEPS_BEFORE_A_SPIKE) if norm > 0]
     spikes = []
     for place in range(max(window // 2, len(norms) - window), len(norms)):
-        usual = median(norms[max(0, place - MOST_STEPS_BEFORE_A_SPIKE) : place])
+        usual = median(norms[max(0, place - MAX_STEPS_BEFORE_A_SPIKE) : place])
         if norms[place] > factor * usual:
             spikes.append(norms[place] / usual)
     if len(spikes) < min(NUM_SPIKES, window):
@@ -196,8 +196,8 @@ def _staleness_at_bound(series: Series, limits: Limits) -> str | None:
         return None
     waiting = series.last("overlap/trainer_wait_share", window)
     waited = f"; the trainer waited for {100 * fmean(waiting):.0f} % of its time" if waiting else ""
-    at_least = f"staleness/mean was {min(stalest):.3g} or more for {window} steps"
-    return f"{at_least}, of staleness.max_staleness = {bound}{waited}"
+    at_least = f"staleness/mean was at least {min(stalest):.3g} for {window} steps"
+    return f"{at_least}; staleness.max_staleness = {bound}{waited}"
 
 
 def _server_loss(series: Series, limits: Limits) -> str | None:
@@ -206,10 +206,10 @@ def _server_loss(series: Series, limits: Limits) -> str | None:
         return None
     missing = max(members) - members[-1]
     if missing >= lost:
-        return f"{members[-1]:.0f} servers answer, {missing:.0f} fewer than before"
+        return f"{members[-1]:.0f} servers respond, {missing:.0f} fewer than before"
     restarts = series.last("fleet/restarts", 2)
-    if len(restarts) == 2 and restarts[1] - restarts[0] >= lost:  # a new collector counts from 0
-        return f"{restarts[1] - restarts[0]:.0f} servers came back without the current weights"
+    if len(restarts) == 2 and restarts[1] - restarts[0] >= lost:  # a restarted collector counts from 0
+        return f"{restarts[1] - restarts[0]:.0f} servers returned without the current weights"
     return None
 
 
@@ -220,7 +220,9 @@ def _failed_evaluation(series: Series, limits: Limits) -> str | None:
 
 
 def describe_failed_evaluations(count: float) -> str:
-    return f"{count:.0f} evaluation{'s' * (count > 1)} failed since the step before: there are no scores of them"
+    if count == 1:
+        return "1 evaluation failed since the previous step and has no score"
+    return f"{count:.0f} evaluations failed since the previous step and have no scores"
 
 
 @dataclass(frozen=True)
@@ -236,12 +238,12 @@ CHECKS: dict[AlarmName, _Watched] = {
     ),
     "entropy_collapse": _Watched(
         _average_beyond("policy/entropy", "entropy_collapse_nats", "below", " nats"),
-        "the policy hardly explores any more: lower optimizer.learning_rate, raise objective.clip_high, or leave out "
+        "the policy hardly explores any more: lower optimizer.learning_rate, raise objective.clip_high, or exclude "
         "prompts that it always solves (data.max_pass_rate)",
     ),
     "entropy_explosion": _Watched(
         _entropy_explosion,
-        "the policy is losing what it knew: look at the sampled rollouts and at mismatch/kl_k3, then go back to an "
+        "the policy degenerates: inspect the sampled rollouts and mismatch/kl_k3, then go back to an "
         "earlier checkpoint with a lower optimizer.learning_rate or less staleness",
     ),
     "reward_drop": _Watched(
@@ -251,45 +253,49 @@ CHECKS: dict[AlarmName, _Watched] = {
     ),
     "no_gradient": _Watched(
         _no_gradient,
-        "look at rollouts and rewards (tools/show_rollouts.py): a grader may give the same reward for everything, and "
-        "prompts may all be too easy or too hard (data.min_pass_rate, data.max_pass_rate, batch.dynamic_sampling)",
+        "inspect rollouts and rewards (tools/show_rollouts.py): the grader may give every response the same reward, or "
+        "the prompts may all be too easy or too hard (data.min_pass_rate, data.max_pass_rate, batch.dynamic_sampling)",
     ),
     "failed_grades": _Watched(
         _failed_grades,
         "see logs/collect.log for the first failures; correct the grader or the answers, or raise "
-        "collector.reward_timeout_s; groups with such a response are not trained on",
+        "collector.reward_timeout_s; groups with such a response are excluded from training",
     ),
     "gradient_spikes": _Watched(
         _gradient_spikes,
-        "look at these steps' rollouts (tools/show_rollouts.py) and at ratio/max; lower optimizer.clip_grad or "
+        "inspect the rollouts of these steps (tools/show_rollouts.py) and ratio/max; lower optimizer.clip_grad or "
         "optimizer.learning_rate",
     ),
     "effective_sample_size": _Watched(
         _average_beyond("objective/effective_sample_size", "effective_sample_size", "below"),
-        "few tokens make most of the gradient: lower the staleness, raise batch.mini_batch_prompts, or lower "
+        "a few tokens dominate the gradient: lower the staleness, raise batch.mini_batch_prompts, or lower "
         "optimizer.learning_rate or objective.clip_high",
     ),
     "mismatch": _Watched(
         _average_beyond("mismatch/kl_k3", "mismatch_kl_nats", "above", " nats"),
-        "servers and trainer disagree about the same weights: look at publish/canary_abs_max, give server.dtype the "
-        "model's, set model.routing_replay = rollout for experts, or loss.truncated_importance or loss.icepop",
+        "servers and trainer disagree under the same weights: inspect publish/canary_abs_max, set server.dtype to "
+        "model.dtype, set model.routing_replay = rollout for MoE models, or enable loss.truncated_importance or "
+        "loss.icepop",
     ),
     "canary": _Watched(
         _canary,
-        "a server computes something else than the trainer with weights whose checksums agree: the trainer's log names "
-        "it; compare server.dtype with model.dtype and the server's flags, or restart that server",
+        "a server's results differ from the trainer's although the checksums of the weights agree: the trainer's log "
+        "names the server; compare server.dtype with model.dtype and the server's flags, or restart that server",
     ),
     "staleness_at_bound": _Watched(
         _staleness_at_bound,
-        "where the trainer hardly waits, the servers run ahead of it: a lower staleness.max_staleness costs no time "
-        "and gives fresher rollouts; where it waits, responses outlast the bound: shorten them or add servers",
+        "if the trainer hardly waits, the servers are faster than the trainer: a lower staleness.max_staleness costs "
+        "no time and gives fresher rollouts; if it waits, responses take longer than the bound allows: shorten them or "
+        "add servers",
     ),
     "server_loss": _Watched(
-        _server_loss, "see logs/serve.log and logs/server-*.log; serve restarts its own servers, others are yours"
+        _server_loss,
+        "see logs/serve.log and logs/server-*.log; serve restarts the servers that it started, but not external "
+        "servers",
     ),
     "failed_evaluation": _Watched(
         _failed_evaluation,
-        "logs/collect.log says which and why: raise server.request_timeout_s if requests were late, and see "
+        "logs/collect.log states which and why: raise server.request_timeout_s if requests timed out, and see "
         "logs/server-*.log if servers failed",
     ),
 }  # fmt: skip
@@ -313,12 +319,12 @@ WATCHED = (
 
 
 class AlarmWatch:
-    """Tells news from what goes on; feed it every global step once, in order."""
+    """Decides which findings of the checks are new alarms; `add` every global step once, in order."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._series = Series(limits.settings.window_steps)
-        self._last_spoke: dict[AlarmName, int] = {}
+        self._last_found: dict[AlarmName, int] = {}
         self.num_raised: dict[AlarmName, int] = {}
 
     def add(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
@@ -329,7 +335,7 @@ class AlarmWatch:
             seen = watched.check(self._series, self._limits)
             if seen is None:
                 continue
-            last, self._last_spoke[name] = self._last_spoke.get(name), step
+            last, self._last_found[name] = self._last_found.get(name), step
             if last is None or step - last > self._limits.settings.window_steps:
                 self.num_raised[name] = self.num_raised.get(name, 0) + 1
                 raised.append(Alarm(step, name, seen, watched.remedy))

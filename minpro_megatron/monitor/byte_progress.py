@@ -1,4 +1,4 @@
-"""Progress of a job that is measured in bytes."""
+"""Progress display of a job whose size is known in bytes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from rich.progress import (
 
 @contextmanager
 def byte_progress(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Bytes done, speed and time left on standard error while the block runs; the callback advances it."""
+    """Bytes done, speed and time left on standard error while the block runs; the callback adds bytes done."""
     columns = [
         TextColumn("{task.description:9}"),
         BarColumn(),

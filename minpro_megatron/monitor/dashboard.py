@@ -1,7 +1,7 @@
-"""TensorBoard's custom scalars: which of the metrics stand together in a chart, and the charts in groups.
+"""The layout of TensorBoard's custom scalars: the metrics of each chart, and the charts in groups.
 
-Names are regular expressions that TensorBoard matches from the beginning; a family's buckets are lines of one chart.
-"""
+Names are regular expressions that TensorBoard matches from the beginning; the buckets of a family are lines of one
+chart."""
 
 import json
 
@@ -26,7 +26,7 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
         "not graded": ["reward/grader_failed$", "reward/grader_timed_out$", "reward/groups_not_graded$"],
         "groups of equal rewards": ["reward/equal_groups$", "reward/equal_groups_by_prompt/.*"],
         "response length": ["response/length_mean$", "response/length_max$", "response/length_by_prompt/.*"],
-        "responses cut at the limit": ["response/truncated_fraction$"],
+        "truncated responses": ["response/truncated_fraction$"],
     },
     "off-policyness": {
         "staleness": ["staleness/.*"],
@@ -51,7 +51,7 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
         "effective sample size": ["objective/effective_sample_size$", "ratio/effective_sample_size$"],
         "effective sample size by position": ["objective/effective_sample_size_by_position/.*"],
         "effective sample size by staleness": ["objective/effective_sample_size_by_staleness/.*"],
-        "clipped and left out": ["objective/clipped_fraction$", "objective/masked_fraction$"],
+        "clipped and masked tokens": ["objective/clipped_fraction$", "objective/masked_fraction$"],
     },
     "optimisation": {
         "entropy": ["policy/entropy$"],
@@ -61,25 +61,25 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
         "alarms": ["alarms/.*"],
     },
     "throughput": {
-        "seconds of a step": ["time/.*"],
-        "response tokens a second": ["throughput/response_tokens_per_s$"],
-        "trained tokens a second": ["throughput/trained_tokens_per_s.*"],
-        "TFLOP/s of a GPU": ["throughput/tflops_per_gpu$"],
+        "seconds per step": ["time/.*"],
+        "response tokens per second": ["throughput/response_tokens_per_s$"],
+        "trained tokens per second": ["throughput/trained_tokens_per_s.*"],
+        "TFLOP/s per GPU": ["throughput/tflops_per_gpu$"],
         "model FLOPs utilisation": ["throughput/mfu$"],
-        "who waits": ["overlap/.*"],
+        "idle shares": ["overlap/.*"],
         "batch": ["batch/padding_fraction$", "batch/imbalance$"],
     },
     "fleet": {
         "servers": ["fleet/members$", "fleet/current$", "fleet/outdated$", "fleet/slow$"],
         "groups": ["fleet/groups_in_flight$", "fleet/groups_waiting$"],
-        "tokens a second of a response": ["fleet/tokens_per_s/.*"],
+        "tokens per second of a response": ["fleet/tokens_per_s/.*"],
         "retries, moves, restarts": ["fleet/retries$", "fleet/moved_groups$", "fleet/restarts$"],
         "failures": ["fleet/failures/.*", "fleet/invalid_answers/.*"],
         "publication": ["publish/paused_s$", "publish/failures$"],
         "canary": ["publish/canary_.*"],
     },
     "memory": {
-        "GPU, most of a rank": ["memory/gpu_.*"],
+        "GPU, maximum over ranks": ["memory/gpu_.*"],
         "host": ["memory/host_bytes/.*"],
     },
 }
@@ -89,7 +89,8 @@ LAYOUT = {group: {chart: ["Multiline", names] for chart, names in charts.items()
 
 def hyperparameters(config: RunConfig) -> dict[str, str | float]:
     """The settings that decide what a run computes, as section.key, for TensorBoard's table of runs; lists and tables
-    as JSON, null left out. Where and how it computes would bury them: TensorBoard shows them in alphabetical order."""
+    as JSON, null excluded. The settings of devices and processes are excluded, because TensorBoard's alphabetical order
+    would mix them with these."""
     found: dict[str, str | float] = {}
     for name in _SETTINGS:
         value = config.model_dump(mode="json", include={name})[name]

@@ -1,4 +1,4 @@
-"""What a run runs on and with, as `run_dir/environment.json`: versions, machine, the code's commit."""
+"""The environment of a run, as `run_dir/environment.json`: versions, machine, the code's commit."""
 
 import json
 import os
@@ -18,17 +18,17 @@ _GIT_TIMEOUT_S = 10.0
 
 
 def write_environment(run_dir: Path) -> None:
-    """States where this process, one of the run's, runs. A run that goes on elsewhere states the new place."""
+    """Writes the environment of this process. A run that resumes on another machine replaces the file."""
     replace_file(Path(run_dir) / FILE_NAME, json.dumps(environment(), indent=2) + "\n")
 
 
 def read_environment(run_dir: Path) -> dict[str, str]:
-    """What the run has stated, by name; empty if nothing."""
+    """The environment that the run has written, by name; empty if there is none."""
     return {str(name): str(value) for name, value in read_json(Path(run_dir) / FILE_NAME).items()}
 
 
 def environment() -> dict[str, str]:
-    """What this process runs on and with, by name."""
+    """The environment of this process, by name."""
     found = {"machine": platform.node(), "system": platform.platform(), "processors": _processors()}
     if memory := _memory():
         found["memory"] = memory
@@ -52,7 +52,7 @@ def _memory() -> str:
 
 
 def _gpus() -> str:
-    """Those that this process sees; nothing where it has not loaded torch, which is not loaded for this."""
+    """The GPUs that this process sees; "" if it has not imported torch, which is not imported for this purpose."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return ""
@@ -61,7 +61,7 @@ def _gpus() -> str:
 
 
 def git_commit(root: Path) -> str:
-    """The commit of the code in `root`, and whether files were changed since; "" if it is no checkout."""
+    """The commit of the code in `root`, and whether files were changed since; "" if it is not a checkout."""
     if not (root / ".git").exists():  # else git would name the commit of a folder further up
         return ""
     try:

@@ -31,7 +31,7 @@ def encode_entry(entry: Entry) -> str:
 
 
 def decode_entry(line: str | bytes) -> Entry:
-    """The entry in `line`; null becomes NaN. Raises ValueError if the line is not one."""
+    """The entry in `line`; null becomes NaN. Raises ValueError if the line is not valid."""
     try:
         content = json.loads(line)
         metrics = {
@@ -50,8 +50,8 @@ class LineTail:
         self._offset = 0
 
     def new_lines(self) -> list[str]:
-        """What was added since the last call; a line still being written waits for its end. All of the file, if it was
-        replaced by a shorter one."""
+        """The complete lines added since the last call; an incomplete last line is returned once it is complete. All
+        lines, if the file was replaced by a shorter one."""
         try:
             with self._path.open("rb") as file:
                 if file.seek(0, 2) < self._offset:
@@ -72,19 +72,19 @@ class HistoryTail:
         self._tail = LineTail(Path(run_dir) / FILE_NAME)
 
     def new_entries(self) -> list[Entry]:
-        """What was added since the last call; a line still being written waits for its end."""
+        """The entries added since the last call; an incomplete last line is returned once it is complete."""
         entries = []
         for line in self._tail.new_lines():
             try:
                 entries.append(decode_entry(line))
             except ValueError:
-                continue  # half a line, left by a process that was killed while writing
+                continue  # an incomplete line, left by a process that was killed while writing
         return entries
 
 
 def read_history(run_dir: Path) -> list[Entry]:
-    """The run's entries, ordered by step. A step trained again after a restart counts once, the last time; the
-    evaluations of a policy version are one entry."""
+    """The run's entries, ordered by step. Of a step that was trained again after a restart only the last entry
+    counts; the evaluations of a policy version are one entry."""
     latest: dict[tuple[bool, int], Entry] = {}
     for entry in HistoryTail(run_dir).new_entries():
         key = entry.is_global_step, entry.step

@@ -1,4 +1,4 @@
-"""How much host memory the roles hold: each states its own in the run folder, the trainer's rank 0 reads them."""
+"""Host memory of the roles: each writes its own into the run folder, and the trainer's rank 0 reads them."""
 
 import json
 import os
@@ -21,13 +21,13 @@ def own_host_bytes() -> int:
     return _process(os.getpid()).memory_info().rss
 
 
-@cache  # to find out which process it is takes longer than to read its memory
+@cache  # constructing the object takes longer than reading the memory
 def _process(pid: int) -> psutil.Process:
     return psutil.Process(pid)
 
 
 def host_bytes() -> int:
-    """Resident memory of this process and its descendants; a page that several share counts for each. Looks at all
+    """Resident memory of this process and its descendants; a shared page counts for each process. Scans all
     processes of the machine."""
     total, process = 0, psutil.Process()
     for one in [process, *process.children(recursive=True)]:
@@ -37,16 +37,17 @@ def host_bytes() -> int:
 
 
 class MemoryStatement:
-    """A role's processes on this machine, stated in `run_dir/memory/<name>@<machine>.json`. Call `tick` often."""
+    """The memory of a role's processes on this machine, written to `run_dir/memory/<name>@<machine>.json`. Call `tick`
+    often."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
-        """`name` is the role's, or the role's and a share of it: serve, or serve-4."""
+        """`name`: the role, or the role and the number of its part: serve, or serve-4."""
         self._run_dir = Path(run_dir)
         self._name = f"{FOLDER}/{name}@{socket.gethostname()}.json"
         self._next = 0.0
 
     def tick(self) -> None:
-        """States it about every EVERY_S. A disk that is full for a moment is no reason to fail."""
+        """Writes the memory about every EVERY_S seconds. Errors of the disk are ignored."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + EVERY_S
             with suppress(OSError):
@@ -54,7 +55,7 @@ class MemoryStatement:
 
 
 def stated_host_bytes(run_dir: Path) -> dict[str, float]:
-    """The last statements by role, summed over its shares and machines, as metrics; a damaged one is left out."""
+    """The last written values by role, summed over its parts and machines, as metrics; damaged files are skipped."""
     found: dict[str, float] = {}
     for path in sorted((Path(run_dir) / FOLDER).glob("*@*.json")):
         role = path.name.partition("@")[0].partition("-")[0]

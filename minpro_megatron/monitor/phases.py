@@ -1,4 +1,4 @@
-"""How long a process spends in each of its phases: one context manager for the clock, the trace and the watchdog."""
+"""The time of a process in each of its phases: one context manager for clock, trace and watchdog."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,14 @@ from minpro_megatron.monitor.watchdog import Watchdog
 
 
 class Lap(NamedTuple):
-    """Seconds since the lap before: of each phase, and in all."""
+    """Seconds since the previous lap: per phase, and in total."""
 
     phases: dict[str, float]
     total: float
 
 
 class PhaseClock:
-    """Phases do not nest. Without a watchdog nothing is guarded."""
+    """Measures phases, which must not nest. Without a watchdog phases have no time limit."""
 
     def __init__(self, phases: Sequence[str], tracer: Tracer | None = None, watchdog: Watchdog | None = None) -> None:
         self.seconds = dict.fromkeys(phases, 0.0)  # of each phase since the start
@@ -27,19 +27,19 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str, guarded: str = "") -> Iterator[None]:
-        """Within: the process is in phase `name`. `guarded` says what it does there, if that may take no longer than
-        the watchdog's time limit."""
+        """Measures the block as phase `name`. `guarded` describes the block for the watchdog, whose time limit then
+        applies to it."""
         start = time.monotonic()
         with self._tracer.span(name), self.guard(guarded) if guarded else nullcontext():
             yield
         self.seconds[name] += time.monotonic() - start
 
     def guard(self, what: str) -> AbstractContextManager[None]:
-        """Within: `what` may take the watchdog's time limit, and no longer."""
+        """Applies the watchdog's time limit to the block; `what` describes it in the error."""
         return self._watchdog.guard(what) if self._watchdog else nullcontext()
 
     def lap(self) -> Lap:
-        """The seconds since the last call, which belong to one global step."""
+        """The seconds since the last call: those of one global step."""
         start, before = self._lap_start, self._before
         self._lap_start, self._before = time.monotonic(), dict(self.seconds)
         return Lap({name: now - before[name] for name, now in self.seconds.items()}, self._lap_start - start)

@@ -1,6 +1,6 @@
-"""The launcher's display: what the roles do before the first step, then how training goes.
+"""The launcher's display: the phases of the roles before the first step, then the progress of training.
 
-It only reads `metrics.jsonl`, `alarms.jsonl` and `status/`, so it can watch any run, and a role never waits for it.
+It only reads `metrics.jsonl`, `alarms.jsonl` and `status/`, so it can display any run, and no role waits for it.
 """
 
 import math
@@ -27,7 +27,7 @@ from minpro_megatron.monitor.history import Entry, HistoryTail, LineTail
 from minpro_megatron.monitor.status import NO_SERVER, SERVERS, Status, read_statuses
 from minpro_megatron.terminal_text import visible
 
-_RECENT_STEPS = 10  # that the time per step is averaged over
+_RECENT_STEPS = 10  # number of steps over which the time per step is averaged
 _LINE_EVERY_STEPS = 10  # without a terminal
 _REFRESH_S = 0.5
 _SHOWN_ALARMS = 3  # the last ones, on a terminal
@@ -36,7 +36,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(slots=True)
 class TrainingState:
-    """What the entries of metrics.jsonl say so far."""
+    """The state of training according to the entries of metrics.jsonl so far."""
 
     num_global_steps: int
     steps_done: int = 0
@@ -62,7 +62,7 @@ class TrainingState:
         self._last_time = entry.time
 
     def _latest(self, name: str) -> float:
-        """Of the last step; NaN if it has no such metric."""
+        """The value of the last step; NaN if it has no such metric."""
         return self.latest.get(name, math.nan)
 
     @property
@@ -76,11 +76,11 @@ class TrainingState:
 
     @property
     def time_left(self) -> str:
-        """Ready to print; empty before the first step and after the last."""
+        """The time left as text; empty before the first step and after the last."""
         return f"{duration(self.seconds_left)} left" if self.seconds_left > 0 else ""
 
     def figures(self) -> dict[str, str]:
-        """The display's figures, ready to print; those not known yet are left out."""
+        """The values of the display as text; unknown values are excluded."""
         figures = {"reward": _number(self._latest("reward/mean"), "{:.3f}")}
         figures["accuracy"] = _number(100 * self._latest("reward/accuracy"), "{:.1f} %")
         if self.evaluations:
@@ -98,7 +98,7 @@ def _number(value: float, form: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """A duration in seconds as readable text.
 
     >>> duration(42), duration(192), duration(7380)
     ('42 s', '3 min 12 s', '2 h 03 min')
@@ -112,7 +112,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """The values as a row of at most `width` bars, each the mean of its share of them; NaN is left out."""
+    """The values as a row of at most `width` bars, each the mean of its share of them; NaN is skipped."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
@@ -127,7 +127,7 @@ def sparkline(values: list[float], width: int) -> str:
 
 
 class Progress:
-    """Shows a run's progress: a live panel on a terminal, else a plain line about every ten steps.
+    """Shows a run's progress: a live panel on a terminal, otherwise a plain line about every ten steps.
 
     Call `tick` often; it reads the files about twice a second. Use as a context manager.
     """
@@ -150,7 +150,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
-            # No refresh thread: the launcher forks, and its children must not inherit a lock that one holds.
+            # No refresh thread: the launcher forks, and its children must not inherit a lock that such a thread holds.
             self._live = Live(console=self._console, auto_refresh=False, transient=False)
             self._live.start()
         return self
@@ -169,7 +169,7 @@ class Progress:
             self._live = None
 
     def tick(self) -> None:
-        """Shows what is new. A display that fails says so once and stops: the run must not end over it."""
+        """Updates the display. If it fails, it prints one warning and stops, so that the run continues."""
         if time.monotonic() < self._next_refresh:
             return
         self._next_refresh = time.monotonic() + _REFRESH_S
@@ -214,7 +214,7 @@ class Progress:
         servers = statuses.get(SERVERS)
         if servers is not None and servers.phase.startswith(NO_SERVER):
             parts.append(_line(servers.phase, style="yellow"))
-        if not self._is_training:  # start and end are the times when one wonders what it is doing
+        if not self._is_training:  # during start and end, phases show what the run is doing
             parts.append(_phases_table(self._roles, statuses, self._started))
         elapsed = duration(time.time() - self._started)
         return Panel(
@@ -244,12 +244,12 @@ class Progress:
 
     def _print(self, line: str) -> None:
         elapsed = duration(time.time() - self._started)
-        # soft_wrap: a log file has no width. markup off: a phase may hold brackets.
+        # soft_wrap: a log file has no width. markup off: a phase may contain brackets.
         self._console.print(f"[{elapsed:>11}] {visible(line)}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _line(text: str, style: str = "") -> Text:
-    """Text of a role or an alarm, which may quote what comes from outside."""
+    """Text of a role or an alarm, which may quote text from outside."""
     return Text(visible(text), style=style)
 
 
@@ -260,7 +260,7 @@ def _width(console: Console) -> int:
 def _figures_line(state: TrainingState) -> Text:
     line = Text()
     for name, text in state.figures().items():
-        text = text.replace(" ", "\u00a0")  # a narrow terminal breaks the line between figures, not inside one
+        text = text.replace(" ", "\u00a0")  # a narrow terminal breaks the line between values, not inside one
         line.append(f"{name}\u00a0", style="dim").append(text, style="bold").append("   ")
     return line
 

@@ -1,8 +1,7 @@
-"""Which of a role's ranks failed first: each rank that fails writes a file, and whoever started the role reads them.
+"""Finds the rank of a role that failed first: each failing rank writes a file, and the role's parent reads them.
 
-A rank that fails takes the others along, and their logs then all end with errors. Of these the earliest one that does
-not speak of another process's end is the cause.
-"""
+The failure of one rank makes the other ranks fail too, so all logs end with errors. The cause is the earliest error
+that does not merely report the end of another process."""
 
 import os
 import socket
@@ -17,23 +16,24 @@ from minpro_megatron.errors import FAILED, ProjectError
 from minpro_megatron.files.replacement import replace_file_in
 from minpro_megatron.monitor.logs import is_consequence
 
-# Environment variable of a role: the folder for its ranks' files, logs/failures/<log>. Of it the logs must be there.
+# Environment variable of a role: the folder for its ranks' files, logs/failures/<log>. The folder logs must exist.
 FOLDER_VARIABLE = "MINPRO_RANK_FAILURES"
 
 
 class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a rank failed; `time_ns`: Unix time. An unexpected error has a traceback, the project's own have none."""
+    """Why a rank failed; `time_ns` is Unix time. Unexpected errors have a traceback, the project's own errors do
+    not."""
 
     rank: int
     host: str
     time_ns: int
     message: str
     traceback: list[str] = []
-    exit_status: int = FAILED  # WRONG_INPUT: another start would fail as well until a person has acted
+    exit_status: int = FAILED  # WRONG_INPUT: a restart would fail as well until the input is corrected
 
 
 def write_rank_failure(error: BaseException, rank: int) -> None:
-    """States that this rank has failed, if whoever started it asks for that."""
+    """Writes the failure of this rank, if its parent has set FOLDER_VARIABLE."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
         return
@@ -53,12 +53,12 @@ def write_rank_failure(error: BaseException, rank: int) -> None:
 
 
 def first_rank_failure(folder: Path) -> RankFailure | None:
-    """The earliest failure that is no consequence of another one; None if no rank wrote such."""
+    """The earliest failure that is not a consequence of another one; None if there is none."""
     found = []
     for path in folder.glob("rank-*.json"):
         try:
             found.append(msgspec.json.decode(path.read_bytes(), type=RankFailure))
         except (OSError, msgspec.DecodeError):
-            continue  # the report of one failure must not fail over another one's file
+            continue  # a damaged file must not prevent the report of another failure
     causes = [failure for failure in found if not is_consequence(failure.message)]
     return min(causes, key=lambda failure: failure.time_ns, default=None)

@@ -1,4 +1,4 @@
-"""A run's last rollouts, with their tokens and importance ratios, for the report."""
+"""The latest rollouts of a run, with tokens and importance ratios, for the report."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ MAX_TOKENS = 1000  # of one response
 
 
 def write_samples(run_dir: Path, samples: Sequence[Mapping[str, Any]]) -> None:
-    """These are the run's last samples."""
+    """Replaces the run's samples by `samples`."""
     replace_file_in(Path(run_dir), FILE_NAME, "".join(f"{json.dumps(sample)}\n" for sample in samples))
 
 
 def read_samples(run_dir: Path) -> list[dict[str, Any]]:
-    """The last samples that the run has written."""
+    """The last MAX_SAMPLES samples of the run."""
     return read_json_lines(Path(run_dir) / FILE_NAME)[-MAX_SAMPLES:]

@@ -1,4 +1,4 @@
-"""An evaluation's display: how many responses of each benchmark there are, how fast they come, how long is left."""
+"""The display of an evaluation: responses per benchmark, their rate, and the time left."""
 
 import time
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ _LINE_EVERY_S = 30.0  # without a terminal
 
 
 class SamplingProgress:
-    """Bars on a terminal, else a line every half minute; use inside `with`."""
+    """Bars on a terminal, otherwise a line every 30 seconds. Use as a context manager."""
 
     def __init__(self, done: Mapping[str, int], wanted: Mapping[str, int], console: Console | None = None) -> None:
-        """`done` and `wanted`: responses by benchmark; those that are done already take no time."""
+        """`done` and `wanted`: responses by benchmark; responses that exist already do not count for the rate."""
         self._console = console or Console(highlight=False)
         self._wanted = sum(wanted.values())
         self._done = self._done_before = sum(done.values())
@@ -44,11 +44,11 @@ class SamplingProgress:
         self._bars.stop()
 
     def start_clock(self) -> None:
-        """Sampling begins: servers are ready."""
+        """Starts the clock of the rate, when the servers are ready."""
         self._started = self._line_at = time.monotonic()
 
     def add(self, benchmark: str, num_responses: int, num_tokens: int) -> None:
-        """So many responses more, with so many tokens together."""
+        """Adds `num_responses` responses with `num_tokens` tokens in total."""
         self._done += num_responses
         self._tokens += num_tokens
         self._bars.advance(self._tasks[benchmark], num_responses)
@@ -60,7 +60,7 @@ class SamplingProgress:
             self._console.print(line.rstrip(), soft_wrap=True, markup=False)
 
     def rate(self) -> str:
-        """Tokens a second since the servers were ready, and the time left at that rate of responses."""
+        """Tokens per second since the servers were ready, and the time left at the rate of responses, as text."""
         elapsed_s = max(time.monotonic() - self._started, 1e-6)
         left_s = elapsed_s / max(self._done - self._done_before, 1) * (self._wanted - self._done)
         left = f"  {duration(left_s)} left" if self._done < self._wanted else ""

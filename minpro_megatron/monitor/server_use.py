@@ -1,4 +1,4 @@
-"""How much the rollout servers did and how long they had nothing to do, as the collector reports it with each lease."""
+"""Work and idle time of the rollout servers, from the metrics that the collector reports with each lease."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from minpro_megatron.config.base import Section
 
 
 class ServerUse(Section):
-    """What the servers of a run did.
+    """The work of a run's servers.
 
-    Rates and shares are of the time from the first publication to the last one before which anything was sampled: the
-    servers' start is not in it, nor the last steps, for which they have nothing to do. Where that is no time at all,
-    they are since the trainer's start, and what needs the idle time is None.
+    Rates and shares cover the time from the first publication to the last publication before which tokens were sampled.
+    This excludes the start of the servers and the last steps, for which they have nothing to do. If this interval is
+    empty, the values cover the time since the trainer's start, and those that need the idle time are None.
     """
 
-    num_servers: float  # that answered, on average
-    num_tokens: int  # sampled in the whole run, held-out ones included
+    num_servers: float  # responding servers, on average
+    num_tokens: int  # sampled in the entire run, including held-out responses
     tokens_per_s: float
     idle_share: float | None  # of the servers' time
     tokens_per_s_if_never_idle: float | None
@@ -34,18 +34,18 @@ class ServerMeter:
     """Collects the metrics of a run's leases."""
 
     def __init__(self, now_s: float) -> None:
-        """`now_s`, as every other time here, is of one monotonic clock, in seconds."""
+        """`now_s`, as all times here, is the time of one monotonic clock, in seconds."""
         self._start_s = now_s
         self._samples: list[_Sample] = []
 
     def add(self, metrics: Mapping[str, float], now_s: float) -> None:
-        """The metrics of a lease that was granted now."""
+        """Adds the metrics of a lease that was granted at `now_s`."""
         tokens = sum(value for name, value in metrics.items() if name.startswith("fleet/tokens/"))
         idle_s, servers = metrics.get("fleet/idle_s", 0.0), metrics.get("fleet/members", 0.0)
         self._samples.append(_Sample(now_s, tokens, idle_s, servers))
 
     def use(self, batch_seconds: Sequence[float]) -> ServerUse | None:
-        """The figures so far; None before the first lease."""
+        """The values so far; None before the first lease."""
         if not self._samples:
             return None
         first, last = self._samples[0], self._last_that_grew()
@@ -67,7 +67,7 @@ class ServerMeter:
         )
 
     def _last_that_grew(self) -> _Sample:
-        """The last lease before which tokens were sampled."""
+        """The last lease at which the number of sampled tokens had grown."""
         found = self._samples[0]
         for before, sample in zip(self._samples, self._samples[1:], strict=False):
             if sample.num_tokens > before.num_tokens:

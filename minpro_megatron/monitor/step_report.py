@@ -1,4 +1,4 @@
-"""What the trainer tells the world after a global step."""
+"""What the trainer writes after a global step: metrics, histograms, samples and alarms."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +19,9 @@ from minpro_megatron.records import Batch, CollectedGroup, CollectorTotals, Eval
 
 SAMPLES_EVERY_STEPS = 10
 HISTOGRAMS_EVERY_STEPS = 10
-MOST_SAMPLE_CHARACTERS = 2000
-MOST_LOG_RATIO = 20.0  # as in the objectives
-# By histogram of logs: what its quantiles are called, and what they are quantiles of.
+MAX_SAMPLE_CHARACTERS = 2000
+MAX_LOG_RATIO = 20.0  # the same as in the objectives
+# By histogram: the name of its quantiles, and the function that maps a quantile to the metric's value.
 QUANTILES: dict[str, tuple[str, Callable[[float], float]]] = {
     "ratio/log": ("ratio/quantile", math.exp),
     "prefix_min/log": ("prefix_min/quantile", math.exp),
@@ -30,7 +30,7 @@ QUANTILES: dict[str, tuple[str, Callable[[float], float]]] = {
 
 
 def batch_metrics(batch: Batch, step: int, right_reward: float) -> dict[str, Metric]:
-    """The metrics that follow from the groups alone, as global step `step` consumes them. `right_reward`: the run's
+    """The metrics of the groups that global step `step` consumes. `right_reward`: the run's
     collector.right_reward."""
     kinds = {kind: [group for group in batch.groups if _kind(group) == kind] for kind in ("prefixed", "plain")}
     responses = [response for group in batch.groups for response in group.responses]
@@ -62,7 +62,7 @@ def _kind(group: CollectedGroup) -> str:
 
 
 def _of_kind(groups: Sequence[CollectedGroup], right_reward: float) -> dict[str, Metric]:
-    """What is also told apart by kind of prompt."""
+    """The metrics that are also reported by kind of prompt."""
     responses = [response for group in groups for response in group.responses]
     equal = sum(len({response.reward for response in group.responses}) == 1 for group in groups)
     return {
@@ -78,7 +78,7 @@ def token_staleness(batch: Batch, step: int) -> np.ndarray:
 
 
 def derived_metrics(scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What METRICS calls derived: effective sample sizes and quantiles of the tokens of a step."""
+    """The derived metrics of METRICS: effective sample sizes and quantiles over the tokens of a step."""
     derived = {}
     for name, square in scalars.items():
         area, _, rest = name.partition("/")
@@ -124,8 +124,8 @@ class StepReport:
         alarms: AlarmLog | None = None,
     ) -> None:
         """`response_text` turns a response's token ids into text, for the samples. Evaluations of versions before
-        `first_step` were written by an earlier incarnation of the run. A timer in the trainer's place computes nothing,
-        and there is nothing to warn of."""
+        `first_step` were written by an earlier incarnation of the run. A timer that replaces the trainer has neither
+        `compute` nor `alarms`."""
         self._writer = writer
         self._response_text = response_text
         self._first_step = first_step
@@ -133,18 +133,18 @@ class StepReport:
         self._alarms = alarms
         self._evaluated: set[tuple[int, str]] = set()
         self._last_step = first_step
-        self._failed_evaluations = 0  # that the steps' metrics count
-        self._log_ratios: np.ndarray | None = None  # of the batch's response tokens, where they are recorded
+        self._failed_evaluations = 0  # number that the metrics of the steps have counted
+        self._log_ratios: np.ndarray | None = None  # of the batch's response tokens, if they are recorded
 
     def trained(self, behavior_log_probs: np.ndarray, log_probs: Sequence[np.ndarray]) -> None:
-        """The batch of the step to come next has been trained on: log-probs of its response tokens in canonical order,
-        `log_probs` by mini-batch as they were at its update (none: they are not recorded). For the samples."""
+        """Sets the log-probs of the batch of the next step, for the samples: those of its response tokens in canonical
+        order. `log_probs` are those at the update, by mini-batch (empty: they are not recorded)."""
         self._log_ratios = np.concatenate(log_probs) - behavior_log_probs if log_probs else None
 
     def step(
         self, step: int, scalars: dict[str, float], histograms: Mapping[str, np.ndarray], batch: Batch
     ) -> list[Alarm]:
-        """Writes what is known of a global step. Returns the alarms that it raises."""
+        """Writes the metrics of a global step. Returns the alarms that it raises."""
         if step % SAMPLES_EVERY_STEPS == 0:
             self._show_samples(step, batch)
         if step % HISTOGRAMS_EVERY_STEPS == 0:
@@ -156,14 +156,14 @@ class StepReport:
             raised = self._alarms.step(step, scalars)
             scalars |= self._alarms.counts()
         if raised:
-            told = "\n".join(f"- **{alarm.name}**: {alarm.seen}. Try: {alarm.remedy}" for alarm in raised)
-            self._writer.text(step, "alarms", told)
+            text = "\n".join(f"- **{alarm.name}**: {alarm.seen}. Try: {alarm.remedy}" for alarm in raised)
+            self._writer.text(step, "alarms", text)
         self._writer.scalars(step, scalars)
         self._last_step, self._failed_evaluations = step, int(scalars.get("fleet/failed_evaluations", 0))
         return raised
 
     def finished(self, totals: CollectorTotals) -> None:
-        """Writes what came after the last global step: its evaluations, or an alarm about those that failed."""
+        """Writes the evaluations after the last global step, and an alarm if some of them failed."""
         self.evaluations(totals.evaluations)
         failed = totals.failed_evaluations - self._failed_evaluations
         if failed > 0 and self._alarms is not None:
@@ -188,7 +188,7 @@ class StepReport:
             self._writer.counts(step, name, counts, bin_edges())
 
     def evaluations(self, results: Sequence[EvaluationResult]) -> None:
-        """Writes those results that were not written before."""
+        """Writes the results that have not been written before."""
         for result in results:
             key = result.policy_version, result.benchmark
             if result.policy_version >= self._first_step and key not in self._evaluated:
@@ -212,7 +212,7 @@ class StepReport:
         write_samples(self._writer.run_dir, samples)
 
     def _tokens(self, token_ids: np.ndarray, first_token: int) -> dict[str, Any]:
-        """The response's tokens one by one with their ratios, for the report; `first_token`: its place in the batch."""
+        """The response's tokens with their ratios, for the report; `first_token` is its position in the batch."""
         if self._log_ratios is None:
             return {}
         shown = token_ids[:MAX_TOKENS]
@@ -220,14 +220,14 @@ class StepReport:
         return {
             "num_tokens": len(token_ids),
             "tokens": [self._response_text(shown[place : place + 1]) for place in range(len(shown))],
-            "ratios": np.exp(np.clip(log_ratios, -MOST_LOG_RATIO, MOST_LOG_RATIO)).tolist(),
+            "ratios": np.exp(np.clip(log_ratios, -MAX_LOG_RATIO, MAX_LOG_RATIO)).tolist(),
         }
 
 
 def _as_markdown(sample: Mapping[str, Any]) -> str:
-    """A heading and, as indented code, text from outside: it may hold anything."""
+    """A heading, and the text as indented code, because text from outside may contain any markup."""
     text = f"{sample['prompt']}{sample['response']}"
-    if len(text) > MOST_SAMPLE_CHARACTERS:
-        text = f"{text[:MOST_SAMPLE_CHARACTERS]} ... ({len(text)} characters)"
+    if len(text) > MAX_SAMPLE_CHARACTERS:
+        text = f"{text[:MAX_SAMPLE_CHARACTERS]} ... ({len(text)} characters)"
     shown = [*text.splitlines(), f"(answer: {' '.join(sample['answer'].split())})"]
     return f"**reward {sample['reward']:g}**\n\n" + "\n".join(f"    {line}" for line in shown)

@@ -1,4 +1,4 @@
-"""What a finished run amounts to, as `run_dir/summary.json`."""
+"""The results of a finished run, as `run_dir/summary.json`."""
 
 from importlib import metadata
 from pathlib import Path
@@ -10,7 +10,7 @@ from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.records import CollectorTotals
 
 FILE_NAME = "summary.json"
-HF_EXPORT = "hf_export"  # the trained weights, beside it
+HF_EXPORT = "hf_export"  # folder of the trained weights, in run_dir
 MAIN_PACKAGES = (
     "minpro-megatron",
     "torch",
@@ -23,8 +23,8 @@ MAIN_PACKAGES = (
 
 
 class RunSummary(Section):
-    """The figures of a finished run. pass@1 and its standard error are shares; None: not evaluated, or written by a
-    version that did not know it."""
+    """The results of a finished run. pass@1 and its standard error are shares; None: not evaluated, or written by a
+    version without this field."""
 
     name: str
     objective: str
@@ -46,7 +46,7 @@ class RunSummary(Section):
     groups_issued: int
     groups_consumed: int
     groups_dropped: int
-    groups_not_graded: int = 0  # of the dropped ones
+    groups_not_graded: int = 0  # included in groups_dropped
     hf_export: str | None  # the trained weights as a Hugging Face folder
     package_versions: dict[str, str]
     servers: ServerUse | None = None  # measured with debug.trainer = timer
@@ -65,8 +65,8 @@ def summarize(
 ) -> RunSummary:
     """The summary of a run from its settings, the collector's totals and the trainer's clocks.
 
-    "Before" and "after" are the held-out evaluations of the initial weights and of the last version. One that failed is
-    missing: that of another version is no substitute.
+    "Before" and "after" are the held-out evaluations of the initial weights and of the last version. A failed
+    evaluation is None and is not replaced by that of another version.
     """
     heldout = {evaluation.policy_version: evaluation for evaluation in totals.evaluations if not evaluation.benchmark}
     before, after = heldout.get(0), heldout.get(config.num_global_steps)

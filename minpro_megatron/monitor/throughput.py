@@ -1,4 +1,4 @@
-"""How fast a step was trained, for each GPU and against what the GPU can do."""
+"""Training throughput per GPU, also as a share of the GPU's peak."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from minpro_megatron.records import Batch
 class TrainerCompute:
     """The trainer's ranks, one GPU each (or one process on the CPU)."""
 
-    training_flops: Callable[[int], float]  # of forward and backward of a sequence of so many tokens
+    training_flops: Callable[[int], float]  # of forward and backward passes of a sequence with this number of tokens
     num_ranks: int
-    peak_flops: float | None  # of a rank's device, a second; None: not known
+    peak_flops: float | None  # per second, of a rank's device; None: not known
 
     def rates(self, batch: Batch, train_s: float) -> dict[str, float]:
-        """The metrics of a batch whose updates took `train_s`. Scoring passes and activations computed a second time
-        are in the time and not in the work, as usual for model FLOPs."""
+        """The metrics of a batch whose updates took `train_s`. Scoring passes and recomputed activations
+        count in the time and not in the operations, as usual for model FLOPs."""
         prompts = [len(group.issued.prompt_token_ids) for group in batch.groups for _ in group.responses]
         responses = [len(response.token_ids) for group in batch.groups for response in group.responses]
         lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]

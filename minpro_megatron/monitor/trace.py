@@ -1,8 +1,8 @@
 """A timeline of a run's processes during some global steps, for ui.perfetto.dev or chrome://tracing.
 
-Every process records its own spans into a file of `run_dir/trace/<incarnation>/`; `write_trace` lays them all on one
-axis, the wall clock, as `run_dir/trace.json` (Chrome's Trace Event Format). Between machines the axis is as good as
-their clocks agree. On a GPU a span is the host's: kernels may run on after it (debug.profile_steps shows those).
+Every process records its own spans into a file of `run_dir/trace/<incarnation>/`; `write_trace` merges them on one
+axis, the wall clock, into `run_dir/trace.json` (Chrome's Trace Event Format). Between machines the axis is as accurate
+as their clocks. A span is time of the host: kernels on a GPU may continue after it (debug.profile_steps shows those).
 """
 
 import json
@@ -25,11 +25,11 @@ FILE_NAME = "trace.json"
 
 
 class Span(NamedTuple):
-    """What a process did from `start_ns` to `end_ns` of the wall clock, in nanoseconds since 1970."""
+    """An activity of a process from `start_ns` to `end_ns` of the wall clock, in nanoseconds since 1970."""
 
     process: str  # such as "trainer rank 0"
-    track: str  # a line of the process in the picture
-    parallel: bool  # spans of the track overlap without belonging to each other; else they nest
+    track: str  # a row of the process in the timeline
+    parallel: bool  # spans of the track overlap independently of each other; otherwise they nest
     name: str
     start_ns: int
     end_ns: int
@@ -37,18 +37,18 @@ class Span(NamedTuple):
 
 
 class Tracer(Protocol):
-    """What the trainer says of itself; `NoTracer` where nobody wants to know."""
+    """Records the phases of the trainer; `NoTracer` records nothing."""
 
     def step(self, step: int) -> None:
-        """Global step `step` begins, and the one before it has ended."""
+        """Marks the begin of global step `step` and the end of the previous one."""
         ...
 
     def span(self, name: str) -> AbstractContextManager[None]:
-        """Within: this process does `name`. Spans nest."""
+        """Records the block as a span `name`. Spans nest."""
         ...
 
     def close(self) -> None:
-        """The last step has ended."""
+        """Marks the end of the last step."""
         ...
 
 
@@ -68,29 +68,29 @@ class NoTracer:
 class Recorder:
     """Records the spans of one process that lie, at least in part, in global steps `steps`.
 
-    `step` says where these begin and end, and writes what has been recorded. One thread may use an object.
+    `step` marks their begin and end, and writes the spans recorded so far. Only one thread may use an object.
     """
 
     def __init__(
         self, run_dir: Path, incarnation: int, process: str, steps: range, *, of_step: str = "", merges: bool = False
     ) -> None:
-        """`of_step` names a span around each step, such as "global step"; "": there is none. `merges`: this process
-        also writes trace.json, one step after the last of `steps` and at its end."""
+        """`of_step` names a span around each step, such as "global step"; "" records none. `merges`: this process also
+        writes trace.json, one step after the last of `steps` and at its end."""
         self._run_dir = Path(run_dir)
         self._folder = self._run_dir / FOLDER / str(incarnation)
         self._process = process
         self._steps = steps
         self._of_step = of_step
         self._merges = merges
-        self._offset_ns = 0  # of the wall clock to the clock that spans are measured with
+        self._offset_ns = 0  # from the clock of the spans to the wall clock
         self._opened_ns: int | None = None
         self._closed_ns: int | None = None
-        self._step: tuple[int, int] | None = None  # the one under way, and when it began
+        self._step: tuple[int, int] | None = None  # the current step and its start
         self._spans: list[Span] = []
 
     @staticmethod
     def now() -> int:
-        """Nanoseconds, of a clock that never goes back."""
+        """Nanoseconds of a monotonic clock."""
         return time.perf_counter_ns()
 
     def step(self, step: int) -> None:
@@ -105,7 +105,7 @@ class Recorder:
         elif self._opened_ns is not None and self._closed_ns is None:
             self._closed_ns = now
         elif self._closed_ns is not None and self._merges:
-            # by now every other process has ended the last of the steps, and has written what it recorded
+            # by now every other process has ended the last of the steps and has written its spans
             self._merges = False
             self.flush()
             write_trace(self._run_dir)
@@ -123,7 +123,7 @@ class Recorder:
         self, name: str, start: int, end: int, *, process: str = "", track: str = "", parallel: bool = False,
         **arguments: object,
     ) -> None:  # fmt: skip
-        """Something that went on from `start` to `end` (as `now` gave them), in a process that this one watches."""
+        """Records a span from `start` to `end` (values of `now`), also of another `process` that this one observes."""
         if (
             self._opened_ns is None
             or end < self._opened_ns
@@ -139,7 +139,7 @@ class Recorder:
         self._step = None
 
     def flush(self) -> None:
-        """Writes what has been recorded. A full disk costs the trace, not the run."""
+        """Writes the spans recorded so far. If the disk is full, spans are lost and the run continues."""
         if not self._spans:
             return
         lines = "".join(json.dumps(span) + "\n" for span in self._spans)
@@ -149,7 +149,7 @@ class Recorder:
             with (self._folder / f"{self._process.replace(' ', '-')}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(lines)
         except OSError as error:
-            log.warning("the trace lacks spans of %s: %s", self._process, error)
+            log.warning("some spans of %s are missing from the trace: %s", self._process, error)
 
     def close(self) -> None:
         self._end_step()
@@ -159,7 +159,7 @@ class Recorder:
 
 
 class TracedWatchdog(Watchdog):
-    """A watchdog whose guarded parts are spans as well."""
+    """A watchdog that also records the guarded blocks as spans."""
 
     def __init__(self, path: Path, timeout_s: float, tracer: Tracer) -> None:
         super().__init__(path, timeout_s)
@@ -172,8 +172,8 @@ class TracedWatchdog(Watchdog):
 
 
 def write_trace(run_dir: Path) -> Path | None:
-    """Writes `run_dir/trace.json` from what the processes of the newest traced incarnation have recorded so far; None
-    if there is nothing, or it cannot be written."""
+    """Writes `run_dir/trace.json` from the spans that the processes of the newest traced incarnation have written so
+    far. Returns its path; None if there are none, or if it cannot be written."""
     folders = [path for path in (Path(run_dir) / FOLDER).glob("*") if path.name.isdecimal()]
     if not folders:
         return None
@@ -183,7 +183,7 @@ def write_trace(run_dir: Path) -> Path | None:
         spans = [span for file in sorted(newest.glob("*.jsonl")) for span in _read_spans(file)]
         replace_file(path, json.dumps(chrome_trace(spans)) + "\n")
     except OSError as error:
-        log.warning("%s is not written: %s", path, error)
+        log.warning("%s could not be written: %s", path, error)
         return None
     return path
 
@@ -193,14 +193,14 @@ def _read_spans(path: Path) -> Iterator[Span]:
         try:
             yield Span(*json.loads(line))
         except (ValueError, TypeError):
-            continue  # half a line, of a process that was killed or is just writing it
+            continue  # an incomplete line of a process that was killed or is writing it now
 
 
 def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
     """The spans in Chrome's Trace Event Format: a complete event (ph X) each, times in microseconds from the first.
 
-    What overlaps on one thread of that format must nest, so spans of a parallel track are spread over as many threads
-    as went on at once.
+    Overlapping spans on one thread of this format must nest, so the spans of a parallel track are distributed over as
+    many threads as overlap.
     """
     ordered = sorted(spans, key=lambda span: (_natural(span.process), span.track, span.start_ns, -span.end_ns))
     first_ns = min((span.start_ns for span in ordered), default=0)
@@ -236,9 +236,9 @@ def _natural(process: str) -> tuple[int, list[tuple[int, str]]]:
 
 
 def _lanes(spans: list[Span]) -> list[int]:
-    """For each span of one track, ordered by start, the lowest lane in which it follows or, unless it is parallel,
-    lies within what is there."""
-    lanes: list[list[int]] = []  # the ends of what is open in each, innermost last
+    """For each span of one track, ordered by start, the lowest lane in which it starts after the previous spans or,
+    unless it is parallel, lies within the innermost open span."""
+    lanes: list[list[int]] = []  # the ends of the open spans of each lane, innermost last
     chosen = []
     for span in spans:
         for ends in lanes:

@@ -1,4 +1,4 @@
-"""Ends a process that hangs, after writing where each of its threads stood."""
+"""Ends a process that hangs, after writing the stacks of its threads."""
 
 import faulthandler
 import os
@@ -10,16 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 STATUS_HUNG = 70  # EX_SOFTWARE
-# Ranks that wait for each other notice the hang at about the same time. The first one must not end the role before the
+# Ranks that wait for each other detect the hang at about the same time. The first one must not end the role before the
 # others have written their stacks.
 GRACE_S = 10.0
 
 
 class Watchdog:
-    """Within `guard` a deadline runs. When it passes, the stacks of all threads go to `path` and the process ends.
+    """Limits the time of the blocks inside `guard`. After the limit the stacks of all threads are written to `path`,
+    and the process ends.
 
-    A thread looks at the clock. Where a hung library keeps Python's lock it cannot run: then faulthandler, which needs
-    no lock, writes and ends the process after twice the grace. Guards do not nest; one thread may use an object.
+    A thread checks the time. If a hung library holds Python's global lock, this thread cannot run: then faulthandler,
+    which does not need the lock, writes the stacks and ends the process after twice the grace period. Guards do not
+    nest; only one thread may use an object.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class Watchdog:
         self._timeout_s = timeout_s
         self._grace_s = grace_s
         self._end = end
-        self._guarded: tuple[str, float] | None = None  # what runs, and its deadline
+        self._guarded: tuple[str, float] | None = None  # description of the block, and its deadline
         self._closed = threading.Event()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
@@ -41,7 +43,7 @@ class Watchdog:
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """`what` may take the time limit, and no longer."""
+        """Applies the time limit to the block; `what` describes it in the error."""
         assert self._guarded is None, f"{what}: {self._guarded} is being guarded"
         self._guarded = (what, time.monotonic() + self._timeout_s)
         faulthandler.dump_traceback_later(self._timeout_s + 2 * self._grace_s, exit=True, file=self._file)

@@ -1,4 +1,4 @@
-"""Writes numbers for TensorBoard and as JSON lines; the only file of this folder that imports torch."""
+"""Writes metrics for TensorBoard and as JSON lines; the only file of this folder that imports torch."""
 
 import time
 from collections.abc import Mapping
@@ -15,31 +15,33 @@ from minpro_megatron.metrics.declared import check_declared
 from minpro_megatron.monitor.dashboard import HEADLINES, LAYOUT
 from minpro_megatron.monitor.history import FILE_NAME, Entry, encode_entry
 
-_PROTOCOL: Any = summary_pb2  # generated at import: no type checker knows its classes
+_PROTOCOL: Any = summary_pb2  # its classes are generated at import, so type checkers do not know them
 
 
 class RunWriter:
     """Writes to `run_dir/tensorboard` and `run_dir/metrics.jsonl`; one process of a run holds one.
 
     `step` is the global step, counted from 0; for `eval/` names it is the policy version evaluated, and these
-    are written in a call of their own.
+    are written in a separate call.
 
     >>> with RunWriter(run_dir) as writer:              # doctest: +SKIP
     ...     writer.scalars(0, {"reward/accuracy": 0.25})
     """
 
     def __init__(self, run_dir: Path, first_step: int | None = None) -> None:
-        """`first_step`: where a run goes on; TensorBoard then hides what an interrupted incarnation wrote from there
-        on (of metrics.jsonl the last line of a step counts)."""
+        """`first_step`: the step at which a run resumes. TensorBoard then hides what an interrupted incarnation wrote
+        for this and later steps (in metrics.jsonl the last line of a step counts)."""
         self.run_dir = Path(run_dir)
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=first_step)
         self._lines = (Path(run_dir) / FILE_NAME).open("a", encoding="utf-8")
         if self._lines.tell() and not (Path(run_dir) / FILE_NAME).read_bytes().endswith(b"\n"):
-            self._lines.write("\n")  # a killed predecessor left half a line: do not lose the next one to it
+            self._lines.write(
+                "\n"
+            )  # a killed predecessor left an incomplete line; the next line must not be appended to it
 
     def describe(self, settings: Mapping[str, str | float]) -> None:
-        """Writes TensorBoard's dashboard (monitor.dashboard) and the run's settings as its hyperparameters."""
+        """Writes TensorBoard's dashboard (monitor.dashboard) and the run's settings as hyperparameters."""
         self._board.add_custom_scalars(LAYOUT)
         experiment, start, _ = hparams(dict(settings), dict.fromkeys(HEADLINES))
         self._add(experiment)
@@ -49,7 +51,7 @@ class RunWriter:
         """Writes the scalars of one step. Raises ValueError for a name that METRICS does not declare."""
         check_declared(metrics)
         entry = Entry(step=step, time=time.time(), metrics={name: float(metrics[name]) for name in metrics})
-        # one event for all of them: an event each takes ten times as long
+        # one event for all scalars: one event per scalar takes ten times as long
         numbers = [_PROTOCOL.Summary.Value(tag=name, simple_value=number) for name, number in entry.metrics.items()]
         self._add(_PROTOCOL.Summary(value=numbers), step, entry.time)
         self._board.flush()
@@ -57,12 +59,12 @@ class RunWriter:
         self._lines.flush()
 
     def histogram(self, step: int, name: str, values: Any) -> None:
-        """Writes the distribution of `values` (a tensor or array; empty: nothing is written)."""
+        """Writes the distribution of `values`, a tensor or array; nothing if it is empty."""
         if len(values):
             self._board.add_histogram(name, values, step)
 
     def counts(self, step: int, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
-        """Writes a distribution given as counts [n] between edges [n + 1] (no observation: nothing is written)."""
+        """Writes a distribution given as counts [n] between edges [n + 1] ; nothing without observations."""
         held = np.flatnonzero(counts)
         if not len(held):
             return

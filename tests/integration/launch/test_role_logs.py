@@ -52,7 +52,7 @@ def test_of_a_long_traceback_the_innermost_frames_and_the_message_remain(tmp_pat
     frames = "".join(f'  File "{index}.py", line 1, in f\n    g()\n' for index in range(50))
     lines = explained(tmp_path, f"Traceback (most recent call last):\n{frames}KeyError: 'x'\n", max_lines=10)
     assert len(lines) == 10
-    assert lines[1] == "  ... 93 lines left out ..."
+    assert lines[1] == "  ... 93 lines omitted ..."
     assert lines[-3:] == ['  File "49.py", line 1, in f', "    g()", "KeyError: 'x'"]
 
 

@@ -60,7 +60,7 @@ def test_an_alarm_is_in_every_place(config: RunConfig, caplog: pytest.LogCapture
     assert [event.value for event in board.Scalars("alarms/raised_by_kind/server_loss")] == [1] * 6 + [2] * 4
     texts = board.Tensors("alarms/text_summary")
     assert [text.step for text in texts] == [2, 8]
-    assert b"3 servers answer, 1 fewer than before" in texts[0].tensor_proto.string_val[0]
+    assert b"3 servers respond, 1 fewer than before" in texts[0].tensor_proto.string_val[0]
 
 
 @pytest.mark.parametrize("resumed_at", range(1, 12))
@@ -88,7 +88,7 @@ def test_the_display_shows_alarms_of_this_start(config: RunConfig) -> None:
         display.tick()
     shown = [line for line in output.getvalue().splitlines() if "alarm" in line]
     assert len(shown) == 1
-    assert "alarm: server_loss at global step 8: 2 servers answer, 2 fewer than before; see logs/serve.log" in shown[0]
+    assert "alarm: server_loss at global step 8: 2 servers respond, 2 fewer than before; see logs/serve.log" in shown[0]
 
 
 def test_histograms_and_samples_are_written_every_ten_steps(config: RunConfig) -> None:
