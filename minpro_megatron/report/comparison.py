@@ -1,4 +1,4 @@
-"""Several runs side by side in one HTML page: overlaid curves, what came of each, and where their settings differ."""
+"""Compares several runs in one HTML page: overlaid curves, results, and the settings that differ."""
 
 import difflib
 import math
@@ -23,7 +23,7 @@ from minpro_megatron.report.report import ALARMS_FILE
 from minpro_megatron.report.run_history import Figures, figures_of, valid_history
 from minpro_megatron.report.settings import defaults_for, flat
 
-# Shown unless others are asked for.
+# The metrics that are shown by default.
 USUAL_METRICS = (
     "eval/pass_at_1", "eval/mean_reward", "reward/accuracy", "reward/mean", "policy/entropy", "ratio/max", "ratio/min",
     "prefix_min/mean",
@@ -31,12 +31,12 @@ USUAL_METRICS = (
     "mismatch/kl_k3", "response/length_mean", "throughput/response_tokens_per_s", "time/step_s",
 )  # fmt: skip
 _DASHES = ("-", "--", ":", "-.")  # for more runs than there are colors
-_IS_A_NAME = ("name", "runs_dir")  # settings that say nothing of what a run computes
+_IS_A_NAME = ("name", "runs_dir")  # settings that do not affect what a run computes
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run to compare, as its folder has it."""
+    """A run to compare, as read from its folder."""
 
     label: str
     settings: dict[str, Any]  # section.key -> value, defaults included; empty if run.json is missing or broken
@@ -46,11 +46,11 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`. Raises ValueError if there is none."""
+    """The run in `folder`. Raises UserError if there is none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give run folders, such as runs/demo")
     if not (folder / HISTORY_FILE).is_file():
-        raise UserError(f"{folder}: no {HISTORY_FILE} in it, so it is no run's folder, or the run has not begun")
+        raise UserError(f"{folder}: it contains no {HISTORY_FILE}: it is not a run folder, or the run has not started")
     try:
         history = valid_history(folder)
     except OSError as error:
@@ -66,7 +66,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in `folders`, with labels that differ. Raises ValueError if a folder holds none, or is there twice."""
+    """The runs in `folders`, with distinct labels. Raises UserError if a folder contains no run or is given twice."""
     places = [folder.resolve() for folder in folders]
     for place, folder in enumerate(folders):
         if places[place] in places[:place]:
@@ -80,10 +80,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def write_comparison(runs: Sequence[Run], path: Path, metrics: Sequence[str] = (), window: int | None = None) -> None:
-    """Writes the page with these runs to `path`. `metrics`: what to draw instead of USUAL_METRICS; `window`: global
-    steps of the running mean (1: none; None: a twentieth of a run).
+    """Writes the page with these runs to `path`. `metrics`: metrics to draw instead of USUAL_METRICS; `window`: global
+    steps of the running mean (1: no smoothing; None: a twentieth of a run).
 
-    Raises ValueError for a metric that no run has, and if there is nothing to draw at all.
+    Raises UserError for a metric that no run has, and if there is nothing to draw.
     """
     known = {name for run in runs for entry in run.history for name in entry.metrics}
     if not known:
@@ -166,8 +166,8 @@ def _staleness(found: Figures) -> str:
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(section.key, its value in each run) of the settings in which the runs differ; "-" where a run has no such
-    setting. Runs whose settings are not known have no say."""
+    """(section.key, its value in each run) of the settings in which the runs differ; "-" if a run does not have
+    the setting. Runs with unknown settings are ignored."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     found = []
     for name in names:
@@ -180,5 +180,5 @@ def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _same_form(value: Any) -> Any:
-    """1 and 1.0 are the same setting."""
+    """A form in which 1 and 1.0 are equal."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value

@@ -1,4 +1,4 @@
-"""Pictures for pages: series out of a run's history, drawn as SVG that follows the page's light or dark."""
+"""Charts for pages: series of a run's history, drawn as SVG that follows the page's light or dark theme."""
 
 import io
 import math
@@ -20,7 +20,7 @@ from minpro_megatron.monitor.history import Entry
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563eb", "#d97706", "#0f9d76", "#7c3aed", "#94a3b8"
 RED, PINK, TEAL, BROWN, LIME = "#dc2626", "#db2777", "#0891b2", "#92400e", "#65a30d"
 PALE = "#e2e8f0"
-# In the order in which they are taken where many lines stand in one picture.
+# In the order in which the lines of a chart use them.
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, PINK, LIME, BROWN, GREY)
 _EDGE, _LABEL, _TICK, _GRID = "#cbd5e1", "#475569", "#64748b", "#eef2f7"
 STYLE: Any = {
@@ -40,21 +40,21 @@ STYLE: Any = {
     "legend.fontsize": 8,
     "svg.hashsalt": "minpro-megatron",  # the same run gives the same file
     "svg.fonttype": "none",  # text stays text: smaller, and it can be selected
-    "axes.formatter.limits": (-3, 5),  # numbers of more digits would not fit beside the axis
+    "axes.formatter.limits": (-3, 5),  # numbers with more digits would not fit next to the axis
     "axes.formatter.useoffset": False,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: widths do not depend on the machine
+    "font.family": "DejaVu Sans",  # part of matplotlib, so that widths do not depend on the machine
 }
-# Of a page: what its style sheet sets for light and for dark (page_style.html.jinja).
+# The page's CSS variables, which its style sheet sets for the light and the dark theme (page_style.html.jinja).
 VARIABLES = {
     BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple", GREY: "grey", RED: "red", PINK: "pink",
     TEAL: "teal", BROWN: "brown", LIME: "lime", PALE: "pale", _EDGE: "edge", _LABEL: "label", _TICK: "tick",
     _GRID: "grid", "#000000": "label", "#ffffff": "paper",
 }  # fmt: skip
-Draw = Callable[[Axes, Sequence[Entry]], bool]  # puts a history on axes; False: the history has nothing for them
-_WIDTH, _HEIGHT = 5.0, 2.6  # inches; text of 9 points is readable when this fills a phone
+Draw = Callable[[Axes, Sequence[Entry]], bool]  # draws a history on axes; False: the history has no values for them
+_WIDTH, _HEIGHT = 5.0, 2.6  # inches; text of 9 points is then readable on a phone
 _LOG_FROM = {"log": 3.0, "wide": 30.0}  # largest over smallest positive value
 _LEGEND_ROW = 0.065  # of the picture's height
-_INNER = (0.135, 0.165, 0.85, 0.735)  # left, bottom, width, height: charts below each other have one axis
+_INNER = (0.135, 0.165, 0.85, 0.735)  # left, bottom, width, height: equal for all charts, so that their axes align
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,15 @@ def series(history: Sequence[Entry], name: str) -> Series:
 
 
 def family(history: Sequence[Entry], prefix: str) -> dict[str, Series]:
-    """The series whose names begin with `prefix`, by the rest of the name, numbers in their order."""
+    """The series whose names begin with `prefix`, by the rest of the name; numbers are in numerical order."""
     rests = {name.removeprefix(prefix) for entry in history for name in entry.metrics if name.startswith(prefix)}
     ordered = sorted(rests, key=lambda rest: (not rest.isdecimal(), int(rest) if rest.isdecimal() else 0, rest))
     return {rest: series(history, prefix + rest) for rest in ordered}
 
 
 def smooth(values: Sequence[float], window: int | None = None) -> list[float]:
-    """A centred running mean over `window` values (None: a twentieth of them); what is not finite is left out."""
+    """A centred running mean over `window` values (None: a twentieth of them); values that are not finite are
+    skipped."""
     half = len(values) // 40 if window is None else window // 2
     smoothed = []
     for index in range(len(values)):
@@ -102,13 +103,13 @@ class Line:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Within: pictures are drawn in this file's style."""
+    """Draws charts inside the block in this file's style."""
     with mpl.rc_context(STYLE):
         yield
 
 
 def picture(draw: Callable[[Axes], bool], x_label: str = "global step") -> Markup | None:
-    """What `draw` makes of empty axes, as an SVG element for a page with page_style; None if it returns False."""
+    """The chart that `draw` draws, as an SVG element for a page with page_style; None if `draw` returns False."""
     figure = Figure(figsize=(_WIDTH, _HEIGHT))
     FigureCanvasAgg(figure)
     axes = figure.add_axes(_INNER)
@@ -124,12 +125,13 @@ def picture(draw: Callable[[Axes], bool], x_label: str = "global step") -> Marku
 
 
 def themed(svg: str) -> Markup:
-    """matplotlib's SVG file as an element within a page: its colors are the page's, and it is as wide as its place."""
+    """matplotlib's SVG file as an element within a page: with the colors of the page and the width of its
+    container."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r' (?:width|height)="[0-9.]+pt"', "", element, count=2)
     element = re.sub("#[0-9a-f]{6}", lambda found: _variable(found.group()), element)
-    # numbers and fixed texts only: nothing that came from outside is drawn
+    # safe: charts contain only numbers and fixed texts, no text from outside
     return Markup(element.replace("<svg ", '<svg aria-hidden="true" ', 1))
 
 
@@ -140,7 +142,7 @@ def _variable(color: str) -> str:
 def line(
     axes: Axes, data: Series, color: str, label: str = "", *, smoothed: bool = False, window: int | None = None
 ) -> None:
-    """The series; `smoothed`: its running mean, the values pale behind it, where there are enough."""
+    """The series; `smoothed`: its running mean in front of the pale values, if there are enough."""
     if not data:
         return
     if smoothed and (len(data.values) >= 40 if window is None else window > 1):
@@ -151,7 +153,7 @@ def line(
 
 
 def legend(axes: Axes) -> None:
-    """Above the picture, where it covers nothing."""
+    """Places the legend above the chart, where it does not cover lines."""
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) < 2:
         return
@@ -165,8 +167,8 @@ def legend(axes: Axes) -> None:
 
 
 def scale(axes: Axes, kind: str, data: Sequence[Series]) -> None:
-    """`share`: percents from 0; `zero` and `counts`: from 0; `free`: as matplotlib likes; `log` and `wide`: logarithmic
-    if positive values differ enough (see _LOG_FROM), else as `free` and `zero`."""
+    """Sets the scale. `share`: percent from 0; `zero` and `counts`: from 0; `free`: chosen by matplotlib; `log` and
+    `wide`: logarithmic if positive values differ enough (see _LOG_FROM), else as `free` and `zero`."""
     values = [value for one in data for value in one.values if math.isfinite(value)]
     positive = [value for value in values if value > 0]
     spread = max(positive) / min(positive) if positive else 1.0
@@ -179,9 +181,9 @@ def scale(axes: Axes, kind: str, data: Sequence[Series]) -> None:
 
 
 def _log_scale(axes: Axes, spread: float) -> None:
-    """With short numbers, and between the powers of ten too where there are few of those."""
+    """A logarithmic scale with short numbers, and with labels between powers of ten if there are few of these."""
     axes.set_yscale("log", nonpositive="mask")
-    # 0.0001 would push the unit out of the picture
+    # 0.0001 would push the unit out of the chart
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if value < 1e-3 else f"{value:g}"))
     if spread < 30:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -201,14 +203,14 @@ def lines(*parts: Line, kind: str = "zero", unit: str = "", at: float | None = N
 
 
 def of_family(
-    prefix: str, label: str, kind: str = "zero", unit: str = "", *, least: int = 1, most: int = len(COLORS)
+    prefix: str, label: str, kind: str = "zero", unit: str = "", *, minimum: int = 1, maximum: int = len(COLORS)
 ) -> Draw:
-    """A chart of all metrics whose names begin with `prefix`, at most `most`, and none if there are fewer than
-    `least`; `label` is put before the rest."""
+    """A chart of the metrics whose names begin with `prefix`: at most `maximum` of them, and no chart for fewer than
+    `minimum`. A line's label is `label` and the rest of its name."""
 
     def draw(axes: Axes, history: Sequence[Entry]) -> bool:
-        found = dict(list(family(history, prefix).items())[:most])
-        if len(found) < least:
+        found = dict(list(family(history, prefix).items())[:maximum])
+        if len(found) < minimum:
             return False
         for (rest, data), color in zip(found.items(), COLORS, strict=False):
             line(axes, data, color, f"{label}{_plain(rest)}", smoothed=True)
@@ -218,12 +220,12 @@ def of_family(
 
 
 def _plain(text: str) -> str:
-    """matplotlib sets what stands between dollars as a formula; the names of benchmarks are from outside."""
+    """Escapes dollar signs, between which matplotlib sets a formula: benchmark names come from outside."""
     return "".join(c for c in text.replace("_", " ") if c.isprintable() and c != "$")[:24]
 
 
 def dressed(axes: Axes, data: Sequence[Series], kind: str, unit: str = "", at: float | None = None) -> bool:
-    """Gives axes with `data` on them scale, unit and legend; False if nothing is on them, or only `counts` of 0."""
+    """Sets scale, unit and legend of axes with `data`; False if there is no data, or only `counts` of 0."""
     if not any(data) or (kind == "counts" and not any(value for one in data for value in one.values)):
         return False
     if at is not None:

@@ -1,4 +1,4 @@
-"""HTML pages that hold everything themselves, and text from outside made fit for them."""
+"""Self-contained HTML pages, and the escaping of text from outside."""
 
 import json
 import unicodedata
@@ -10,14 +10,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-MAX_CHARACTERS = 2000  # of one text: a page with a hundred long responses helps nobody
-# Control characters, those that turn the direction of text, halves of characters: a browser acts on them, hides them,
-# or cannot be given them.
+MAX_CHARACTERS = 2000  # of one text: a page with a hundred long responses is not readable
+# Control characters, characters that change the direction of text, and surrogates: a browser interprets or hides them,
+# or they cannot be encoded.
 _NOT_SHOWN = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:
-    """The page that `template` makes of `content`. Every text in it is escaped; only Markup is taken as HTML."""
+    """The page of `template` with `content`. Every text is escaped; only Markup is inserted as HTML."""
     return _environment().get_template(template).render(content)
 
 
@@ -37,7 +37,7 @@ def _fit(value: object) -> object:
 
 
 def visible(text: str) -> str:
-    """`text` with what a page cannot show spelt out; line breaks and tabs stay.
+    """`text` with the characters that a page cannot show escaped; line breaks and tabs stay.
 
     >>> visible("a\\x00b")
     'a\\\\u0000b'
@@ -53,7 +53,7 @@ def _spelt_out(character: str) -> str:
 
 
 def short(value: object, longest: int = MAX_CHARACTERS) -> str:
-    """The value as text, cut if it is long."""
+    """The value as text, truncated if it is long."""
     text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json_text(value)
     return text if len(text) <= longest else f"{text[:longest]} ... ({len(text)} characters)"
 
@@ -70,7 +70,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def reward_text(reward: float | None) -> str:
-    """A mean reward, whose unit is the grader's own."""
+    """A mean reward as text; its unit depends on the grader."""
     return "-" if reward is None or reward != reward else f"{reward:.3f}"
 
 

@@ -1,4 +1,4 @@
-"""pass@k over k as a picture: one line a benchmark with its interval."""
+"""A chart of pass@k over k: one line per benchmark, with its confidence interval."""
 
 import io
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _BAND_ALPHA = 0.12
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """pass@1, pass@2, ... of a benchmark, shares of 1, with the bounds of their intervals."""
+    """pass@1, pass@2, ... of a benchmark as shares, with the bounds of their confidence intervals."""
 
     title: str
     values: Sequence[float]
@@ -26,7 +26,7 @@ class Curve:
 
 
 def pass_at_k_png(curves: Sequence[Curve], heading: str) -> bytes:
-    """The picture as PNG. k is on a logarithmic axis; a benchmark sampled once is a point."""
+    """The chart as PNG. The axis of k is logarithmic; a benchmark with one sample per prompt is a point."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         FigureCanvasAgg(figure)

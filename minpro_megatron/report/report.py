@@ -1,4 +1,4 @@
-"""The run's report: one HTML file with everything inside it, to look at and to send on."""
+"""The run's report: one self-contained HTML file."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,9 @@ def write_report(run_dir: Path, summary: RunSummary | None = None) -> Path:
     """Writes `run_dir/report.html` and returns its path.
 
     It is made from run.json, metrics.jsonl, alarms.jsonl, samples.jsonl, environment.json and, for a finished run,
-    `summary`, by default that of summary.json; what is missing is left out.
+    `summary`, by default that of summary.json; missing files are skipped.
     """
-    # matplotlib: every trainer rank imports this file
+    # imports matplotlib, and every trainer rank imports this file
     from minpro_megatron.report.run_charts import charts
     from minpro_megatron.report.run_history import valid_history
 
@@ -65,7 +65,7 @@ def _summary(run_dir: Path) -> RunSummary | None:
     try:
         return read_summary(run_dir)
     except ValueError:
-        return None  # of another version: the metrics have most of it
+        return None  # written by another version: the metrics contain most of its values
 
 
 def _subtitle(config: Mapping[str, Any], summary: RunSummary | None) -> str:
@@ -85,7 +85,7 @@ def _subtitle(config: Mapping[str, Any], summary: RunSummary | None) -> str:
 
 
 def _cards(config: Mapping[str, Any], history: Sequence[Entry], summary: RunSummary | None) -> list[dict[str, str]]:
-    """The headline figures: of the summary, or of what there is so far."""
+    """The headline figures, from the summary or from the history so far."""
     steps = [entry for entry in history if entry.is_global_step]
     if summary is None:
         latest = steps[-1].metrics if steps else {}
@@ -119,7 +119,7 @@ def _accuracy_card(summary: RunSummary) -> dict[str, str]:
     if before is None:
         if after is None:
             return {"label": "Held-out pass@1", "value": "not evaluated"}
-        return {"label": "Held-out pass@1", "value": percent(after), "note": "of the initial weights there is none"}
+        return {"label": "Held-out pass@1", "value": percent(after), "note": "the initial weights were not evaluated"}
     if after is None:
         return {"label": "Held-out pass@1", "value": percent(before), "note": "one evaluation only"}
     errors = f"± {percent(summary.standard_error_before)} → ± {percent(summary.standard_error_after)}"
@@ -132,7 +132,7 @@ def _accuracy_card(summary: RunSummary) -> dict[str, str]:
 
 
 def _changed_inputs(run_dir: Path) -> list[dict[str, str]]:
-    """Figures before and after such a change are of different data: a reader has to know."""
+    """The changes of inputs: figures before and after such a change belong to different data."""
     try:
         inputs = read_inputs(run_dir)
     except ValueError:
@@ -181,7 +181,7 @@ def _evaluations(history: Sequence[Entry]) -> list[dict[str, str]]:
 
 
 def _phases(history: Sequence[Entry], summary: RunSummary | None) -> list[dict[str, Any]]:
-    """Where the trainer's time went, longest first: of the whole run, and of a step."""
+    """The trainer's time per phase, longest first: of the entire run, and per step."""
     by_phase: dict[str, list[float]] = {}
     for entry in history:
         for name, seconds in entry.metrics.items():

@@ -1,4 +1,4 @@
-"""A run's charts, by section: each turns the run's history into a picture, if the history has its numbers."""
+"""A run's charts by section; a chart is drawn if the run's history has its metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ _PHASES = {
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A picture with its heading and a sentence on how to read it."""
+    """A chart with its heading and a sentence on how to read it."""
 
     section: str
     title: str
@@ -46,7 +46,7 @@ class Chart:
 
 
 def charts(history: Sequence[Entry]) -> list[Chart]:
-    """Every chart that the history has numbers for, in reading order."""
+    """Every chart for which the history has values, in the order of the page."""
     made = []
     with figures.drawing():
         for section, title, caption, draw in CHARTS:
@@ -78,7 +78,7 @@ def _accuracy(axes: Axes, history: Sequence[Entry]) -> bool:
 
 
 def _band(area: str, color: str, kind: str, unit: str = "") -> Draw:
-    """Mean, the band from 1 % to 99 % of the tokens, and what lies farthest out."""
+    """Mean, the band from the 1 % to the 99 % quantile of the tokens, minimum and maximum."""
 
     def draw(axes: Axes, history: Sequence[Entry]) -> bool:
         names = ("mean", "quantile_50", "quantile_01", "quantile_99", "min", "max")
@@ -129,37 +129,37 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         REWARD,
         "Accuracy",
-        "Share of right responses (collector.right_reward). Rollouts lag behind the policy; held-out points are of "
-        "that policy version (bars: one standard error).",
+        "Share of correct responses (collector.right_reward). Rollouts were sampled by earlier policy versions; "
+        "held-out points are of this policy version (bars: one standard error).",
         _accuracy,
     ),
     (
         REWARD,
         "Mean reward",
-        "As the grader gives it. Rollouts lag behind the policy; held-out points are of that policy version.",
+        "Rewards of the grader. Rollouts were sampled by earlier policy versions; held-out points are of this version.",
         _mean_reward,
     ),
-    (REWARD, "Benchmarks", "Right samples, by policy version.", of_family("evaluation/accuracy/", "", "share")),
+    (REWARD, "Benchmarks", "Share of correct samples.", of_family("evaluation/accuracy/", "", "share")),
     (
         REWARD,
         "By kind of prompt",
-        "Accuracy of training rollouts with a given prefix and without.",
-        of_family("reward/accuracy_by_prompt/", "", "share", least=2),
+        "Accuracy of training rollouts for prompts with and without a given prefix.",
+        of_family("reward/accuracy_by_prompt/", "", "share", minimum=2),
     ),
     (
         REWARD,
-        "Samples without a lesson",
-        "Groups with equal rewards give no gradient; cut responses were graded unfinished.",
+        "Uninformative samples",
+        "Groups with equal rewards give no gradient; truncated responses were graded although they are incomplete.",
         lines(
             Line("reward/equal_groups", "groups with equal rewards", PURPLE, True),
-            Line("response/truncated_fraction", "responses cut at the limit", ORANGE, True),
+            Line("response/truncated_fraction", "truncated responses", ORANGE, True),
             kind="share",
         ),
     ),
     (
         REWARD,
         "Not graded",
-        "Responses whose grade failed twice, since the start of the collector; groups with one are not trained on.",
+        "Responses that failed to be graded twice, since the start of the collector; their groups are excluded.",
         lines(
             Line("reward/grader_failed", "grader failed", RED),
             Line("reward/grader_timed_out", "grader exceeded its time", ORANGE),
@@ -170,7 +170,7 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         REWARD,
         "Response length",
-        "Tokens, the stop token included.",
+        "Number of tokens, including the stop token.",
         lines(
             Line("response/length_mean", "mean", BLUE, True), Line("response/length_max", "longest", GREY),
             unit="tokens",
@@ -179,20 +179,20 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         DRIFT,
         "Importance ratio",
-        "Current over behavior policy, per token. Its spread is the off-policy drift.",
+        "Current policy over behavior policy, per token. The spread shows the off-policy drift.",
         _band("ratio", BLUE, "log"),
     ),
     (
         DRIFT,
         "Prefix minimum",
-        "The smallest ratio among a token's predecessors, which weighs the token.",
+        "The smallest ratio of the tokens before a token, with which MinPRO weights the token.",
         _band("prefix_min", GREEN, "log"),
     ),
-    (DRIFT, "Staleness", "Policy version minus the version that sampled the batch.", _staleness),
+    (DRIFT, "Staleness", "Policy version at the update minus the version that sampled the batch.", _staleness),
     (
         DRIFT,
         "Cumulative ratio and its surrogate",
-        "Logs of the product of the ratios up to a token, and of what MinPRO puts in its place.",
+        "Log of the product of the ratios up to a token, and log of MinPRO's surrogate for it.",
         lines(
             Line("prefix_ratio/log_mean", "product", BLUE),
             Line("prefix_ratio/surrogate_log_mean", "surrogate", GREEN),
@@ -203,13 +203,13 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         DRIFT,
         "Surrogate's error by position",
-        "Mean absolute difference of the logs, at trained tokens from the one named to twice as far.",
+        "Mean absolute difference of the logs for the trained tokens from the labeled position to twice that position.",
         of_family("prefix_ratio/gap_abs_by_position/", "from ", unit="nats"),
     ),
     (
         DRIFT,
         "KL from the sampling policy",
-        "Three estimates of it, per response token.",
+        "Three estimates of the KL divergence per response token.",
         lines(
             Line("policy/kl_k1", "k1", BLUE), Line("policy/kl_k2", "k2", ORANGE), Line("policy/kl_k3", "k3", GREEN),
             kind="free", unit="nats",
@@ -218,7 +218,7 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         DRIFT,
         "Trainer and server",
-        "Difference of their log-probs under the same weights: engine mismatch, not drift.",
+        "Difference between their log-probs under the same weights: engine mismatch, not drift.",
         lines(
             Line("mismatch/log_prob_abs_max", "largest difference", GREY),
             Line("mismatch/log_prob_abs_mean", "mean difference", BLUE),
@@ -233,14 +233,14 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
         lines(
             Line("prefix_min/below_one", "prefix minimum below 1", GREEN),
             Line("objective/clipped_fraction", "weight clipped", ORANGE),
-            Line("objective/masked_fraction", "left out", RED),
+            Line("objective/masked_fraction", "masked", RED),
             kind="share",
         ),
     ),
     (
         OBJECTIVE,
         "Effective sample size",
-        "Squared mean over mean square: the share of tokens that would do with equal weights.",
+        "Squared mean over mean square: the share of the tokens that would suffice if all had the same weight.",
         lines(
             Line("objective/effective_sample_size", "of the weights", BLUE),
             Line("ratio/effective_sample_size", "of the ratios", GREY),
@@ -250,25 +250,25 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         OBJECTIVE,
         "Weight of the advantage",
-        "Mean coefficient after clipping.",
+        "Mean coefficient of the advantage after clipping.",
         lines(Line("objective/weight_mean", "weight", BLUE), kind="free", at=1.0),
     ),
     (
         OBJECTIVE,
         "Weight by position",
-        "Mean weight at trained tokens from the one named to twice as far.",
+        "Mean weight of the trained tokens from the labeled position to twice that position.",
         of_family("objective/weight_by_position/", "from ", "free"),
     ),
     (
         OBJECTIVE,
         "Weight by staleness",
-        "Mean weight of tokens that many global steps stale.",
+        "Mean weight of the tokens with this staleness in global steps.",
         of_family("objective/weight_by_staleness/", "", "free"),
     ),
     (
         OPTIMISATION,
         "Gradient norm",
-        "Of an update, before clipping.",
+        "Global gradient norm of an update, before clipping.",
         lines(
             Line("optimizer/grad_norm_max", "largest", GREY), Line("optimizer/grad_norm", "mean", BLUE, True),
             kind="wide",
@@ -277,42 +277,42 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         OPTIMISATION,
         "Entropy",
-        "Mean over response tokens. A collapse towards 0 ends exploration.",
+        "Mean over response tokens. If it collapses toward 0, exploration ends.",
         lines(Line("policy/entropy", "entropy", PURPLE, True), unit="nats"),
     ),
     (
         OPTIMISATION,
         "Loss",
-        "The surrogate's value. It need not fall: the policy that it is measured against moves.",
+        "Value of the surrogate loss. It need not decrease, because the behavior policy changes.",
         lines(Line("objective/loss", "loss", BLUE, True), kind="free"),
     ),
     (
         OPTIMISATION,
         "Learning rate",
-        "The largest of the step's updates.",
+        "Largest learning rate of the step's updates.",
         lines(Line("optimizer/learning_rate", "learning rate", BLUE)),
     ),
     (
         OPTIMISATION,
         "Skipped updates",
-        "Their gradient was not finite, or no token was trained.",
+        "Updates without a finite gradient or without a trained token.",
         lines(Line("optimizer/skipped_updates", "updates", RED), kind="counts"),
     ),
-    (THROUGHPUT, "Time per step", "Where a global step's seconds go.", _phases),
+    (THROUGHPUT, "Time per step", "Time of a global step by phase.", _phases),
     (
         THROUGHPUT,
         "Throughput",
-        "Response tokens as rollouts deliver them, all tokens as training consumes them.",
+        "Response tokens per second of the step, and all tokens per second of training.",
         lines(
-            Line("throughput/response_tokens_per_s", "response tokens, whole step", ORANGE, True),
+            Line("throughput/response_tokens_per_s", "response tokens, entire step", ORANGE, True),
             Line("throughput/trained_tokens_per_s", "all tokens, training", BLUE, True),
             unit="tokens/s",
         ),
     ),
     (
         THROUGHPUT,
-        "Who waits",
-        "Shares of the trainer's and of the servers' time.",
+        "Idle shares",
+        "Shares of the trainer's and the servers' time in which they wait.",
         lines(
             Line("overlap/trainer_wait_share", "trainer waits for rollouts", BLUE, True),
             Line("overlap/server_idle_share", "servers without a group", ORANGE, True),
@@ -322,13 +322,13 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         THROUGHPUT,
         "Computation",
-        "Model operations of training a second and rank.",
+        "Floating-point operations of training per second and rank.",
         lines(Line("throughput/tflops_per_gpu", "TFLOP/s", GREEN, True), unit="TFLOP/s"),
     ),
     (
         THROUGHPUT,
         "Rows",
-        "Padding in them, and work of the busiest data-parallel rank above the mean.",
+        "Share of padding in packed rows, and work of the busiest data-parallel rank above the mean.",
         lines(
             Line("batch/padding_fraction", "padding", GREY, True), Line("batch/imbalance", "imbalance", RED, True),
             kind="share",
@@ -337,43 +337,43 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         FLEET,
         "Servers",
-        "Those that answer, and those of them that hold the current weights.",
+        "Servers that respond, and those that have the current weights.",
         lines(
-            Line("fleet/members", "answer", BLUE),
-            Line("fleet/current", "hold the current weights", GREEN),
+            Line("fleet/members", "respond", BLUE),
+            Line("fleet/current", "have the current weights", GREEN),
             Line("fleet/slow", "slow", ORANGE),
         ),
     ),
     (
         FLEET,
         "Groups",
-        "Under way, and waiting for a server, when weights were published.",
+        "Groups in progress and groups waiting for a server when weights were published.",
         lines(
-            Line("fleet/groups_in_flight", "under way", BLUE), Line("fleet/groups_waiting", "waiting", ORANGE),
+            Line("fleet/groups_in_flight", "in progress", BLUE), Line("fleet/groups_waiting", "waiting", ORANGE),
             kind="counts",
         ),
     ),
     (
         FLEET,
         "Speed of a response",
-        "By server; a server far below the others holds its groups up.",
+        "Tokens per second of one response, by server; a slow server delays its groups.",
         of_family("fleet/tokens_per_s/", "server ", unit="tokens/s"),
     ),
     (
         FLEET,
-        "Trouble",
-        "Since the start.",
+        "Failures",
+        "Counts since the start.",
         lines(
-            Line("fleet/retries", "groups asked for again", ORANGE),
+            Line("fleet/retries", "groups retried", ORANGE),
             Line("fleet/moved_groups", "groups moved", BLUE),
-            Line("fleet/restarts", "servers come back", RED),
+            Line("fleet/restarts", "server restarts", RED),
             kind="counts",
         ),
     ),
     (
         FLEET,
         "Publication",
-        "The trainer's time for it, and how long servers with requests under way were paused.",
+        "Time of the trainer, and time for which servers with requests in flight were paused.",
         lines(
             Line("time/publish_s", "publish", ORANGE), Line("publish/paused_s", "paused", GREY), unit="seconds"
         ),

@@ -1,4 +1,4 @@
-"""What a run leaves when it ends: its report, then its summary."""
+"""The files that a run writes at its end: the report, then the summary."""
 
 import logging
 from pathlib import Path
@@ -10,10 +10,10 @@ log = logging.getLogger(__name__)
 
 
 def record_end(run_dir: Path, summary: RunSummary) -> None:
-    """Writes the report and then the summary, whose presence says that the run has finished: whatever moment the
-    process dies at, a run with a summary lacks nothing.
+    """Writes the report and then the summary. A summary means that the run has finished, so it is written last:
+    whenever the process dies, a run with a summary is complete.
 
-    A report that cannot be written is logged with its traceback: a run does not fail over its pictures.
+    If the report cannot be written, the error is logged with its traceback, and the run still succeeds.
     """
     try:
         write_report(run_dir, summary)

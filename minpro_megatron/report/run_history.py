@@ -1,4 +1,4 @@
-"""A run's history without what it has gone back on, and the figures by which runs are compared."""
+"""A run's history without discarded steps, and the figures by which runs are compared."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,15 @@ from statistics import fmean
 from minpro_megatron.monitor.history import Entry, read_history
 from minpro_megatron.report.figures import Series, series
 
-# A run has collapsed where its accuracy falls below this share of its best, and stays there.
+# A run has collapsed at the step from which on its accuracy stays below this share of its best accuracy.
 COLLAPSED_SHARE = 0.5
-_WINDOW = 10  # global steps that an accuracy of training rollouts is averaged over
+_WINDOW = 10  # global steps over which the accuracy of training rollouts is averaged
 
 
 def valid_history(run_dir: Path) -> list[Entry]:
-    """The run's entries, ordered by step. A run that went back to a checkpoint and has not come as far again holds
-    later steps that are none of its own any more: what was written before an earlier step is left out."""
+    """The run's entries, ordered by step. If a run went back to an earlier checkpoint and has not yet reached the
+    same step again, its file still contains later steps that were discarded: entries of a step are excluded if an
+    earlier step was written after them."""
     kept, newest = [], -math.inf
     for entry in read_history(run_dir):
         if entry.time >= newest:
@@ -28,15 +29,15 @@ def valid_history(run_dir: Path) -> list[Entry]:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a run has come to; accuracies are shares, None where nothing is known."""
+    """The results of a run; accuracies are shares, and unknown values are None."""
 
     num_steps: int
     held_out: float | None  # pass@1 of the last evaluation
-    best_held_out: tuple[float, int] | None  # and the policy version that had it
+    best_held_out: tuple[float, int] | None  # the best one, and its policy version
     held_out_reward: float | None  # mean reward of the last evaluation
     reward: float | None  # of training rollouts, mean of the last steps
     accuracy: float | None  # of training rollouts, mean of the last steps
-    best_accuracy: tuple[float, int] | None  # largest such mean, and the last of its steps
+    best_accuracy: tuple[float, int] | None  # the largest such mean, and the last of its steps
     collapsed_at: int | None  # the step from which on the accuracy stays below half of its best
     mean_staleness: float | None
     largest_staleness: float | None
@@ -71,7 +72,7 @@ def _finite(data: Series) -> list[float]:
 
 
 def _running_means(data: Series) -> Series:
-    """At each step the mean of it and the steps before it, at most ten: no number of the future."""
+    """At each step the mean over this step and up to nine steps before it, never over later steps."""
     pairs = [(step, value) for step, value in zip(data.steps, data.values, strict=True) if math.isfinite(value)]
     values = [value for _, value in pairs]
     means = [fmean(values[max(0, place + 1 - _WINDOW) : place + 1]) for place in range(len(values))]

@@ -1,4 +1,4 @@
-"""A run's settings as a page shows them: by section, and which of them are not the defaults."""
+"""A run's settings for a page: by section, with the settings that are not the defaults."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from minpro_megatron.config.run import RunConfig
 
 
 class Setting(NamedTuple):
-    """One setting; `default` is None where there is no default to compare with."""
+    """One setting; `default` is None if there is no default to compare with."""
 
     name: str  # such as batch.num_prompts
     value: Any
@@ -20,7 +20,7 @@ class Setting(NamedTuple):
 
     @property
     def is_changed(self) -> bool:
-        """Whether it was given: it has no default, or another one."""
+        """Whether the value differs from the default, or there is no default."""
         return self.value != self.default
 
 
@@ -34,9 +34,10 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def described(settings: Mapping[str, Any]) -> dict[str, list[Setting]]:
-    """The settings of a run.json by section; those that stand in no section come first, as "run".
+    """The settings of a run.json by section; those without a section come first, as "run".
 
-    The defaults are those of this version. `settings` may be of another one: what it knows no more has no default.
+    The defaults are those of this version. If `settings` are of another version, settings that no longer exist have no
+    default.
     """
     defaults, descriptions = dict(flat(defaults_for(settings))), dict(_descriptions(RunConfig, ""))
     sections: dict[str, list[Setting]] = {"run": []}
@@ -48,7 +49,8 @@ def described(settings: Mapping[str, Any]) -> dict[str, list[Setting]]:
 
 
 def defaults_for(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults, in the form of a run.json, of a run with the objective of `settings`; without what has none."""
+    """The defaults, in the form of a run.json, of a run with the objective of `settings`; settings without a
+    default are missing."""
     found: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
         if not field.is_required():

@@ -1,4 +1,4 @@
-"""Rollouts as a report shows them: their fields, and the response's tokens colored by importance ratio."""
+"""Rollouts for a report: their fields, and the response's tokens colored by importance ratio."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ _TOKENS, _RATIOS, _TEXT, _NUM_TOKENS = "tokens", "ratios", "response", "num_toke
 
 
 class Token(NamedTuple):
-    """A token's text, its class on the page, and what is told of it."""
+    """A token's text, its CSS class, and the note shown for it."""
 
     text: str
     color: str  # "": no ratio, or one of almost 1; low1 .. low4 below 1, high1 .. high4 above
@@ -21,7 +21,7 @@ class Token(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One rollout: its fields but the response, and that as tokens, or as text where the tokens are not known."""
+    """One rollout: its fields, and the response as tokens, or as text if the tokens are not known."""
 
     fields: list[tuple[str, str]]
     response: str

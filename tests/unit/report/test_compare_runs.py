@@ -163,7 +163,7 @@ def test_damaged_files_of_a_run_do_not_end_the_tool(tmp_path: Path) -> None:
         (["{tmp}/absent"], "error: {tmp}/absent: there is no such folder; give run folders, such as runs/demo"),
         (
             ["{tmp}/empty"],
-            "error: {tmp}/empty: no metrics.jsonl in it, so it is not a run's folder, or the run has not",
+            "error: {tmp}/empty: it contains no metrics.jsonl: it is not a run folder, or the run has not",
         ),
         (["{tmp}/a", "{tmp}/../{name}/a"], "error: {tmp}/../{name}/a: given twice; name each run once"),
         (["{tmp}/begun"], "error: none of the 1 runs has written a metric yet; wait for their first global step"),

@@ -129,7 +129,7 @@ def test_settings_that_were_changed_come_first_with_what_they_were(tmp_path):
     changed = ["objective.name=gspo", "staleness.delay_steps=7", "data.min_pass_rate=0.25"]
     (tmp_path / "run.json").write_text(with_overrides(example_config(tmp_path), changed).to_json())
     text = Outline(write_report(tmp_path).read_text()).text
-    found = re.search(r"not the default \d+(.*?)\s+run \d+\s", text, re.DOTALL)
+    found = re.search(r"changed from the default \d+(.*?)\s+run \d+\s", text, re.DOTALL)
     assert found
     first = found.group(1)
     assert re.search(r"staleness.delay_steps\s*7 instead of 2", first)
@@ -159,7 +159,11 @@ def test_alarms_are_told_before_the_curves(tmp_path):
     (tmp_path / "alarms.jsonl").write_text("\n".join(lines))
     page = write_report(tmp_path).read_text()
     text = assert_safe(page).text
-    assert text.index("step 12 · entropy_collapse") < text.index("entropy 0.01 nats") < text.index("Rollouts lag")
+    assert (
+        text.index("step 12 · entropy_collapse")
+        < text.index("entropy 0.01 nats")
+        < text.index("Rollouts were sampled by earlier")
+    )
     assert "Try: explore more" in text
     assert HOSTILE in text
 
