@@ -1,4 +1,4 @@
-"""Bytes of activations that a rank holds while it trains: what forward keeps for backward, and what comes on top.
+"""Bytes of activations that a rank holds while it trains: those that forward keeps for backward, and temporary ones.
 
 Counted tensor by tensor as megatron-core 0.19.2 and the two layer backends save them. Names of sizes, all of one rank:
 T tokens of the context shard of a row, L of them after sequence parallelism, R rows routed to the rank's experts,
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.models.architecture import Architecture
 
-# (gathered tokens, vocabulary columns) of a block of logits, as in parallel/log_probs.py.
+# (gathered tokens, vocabulary columns) of a block of logits, the same as in parallel/log_probs.py.
 LOGIT_BLOCKS = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
 FLOAT32 = 4
 
@@ -28,34 +28,34 @@ class Row:
 
 @dataclass(frozen=True)
 class Compute:
-    """What decides how activations are saved."""
+    """The properties of the computation that determine how activations are saved."""
 
     device: str  # cpu or cuda
     element_bytes: int
-    fused: bool  # Transformer Engine's layers; else plain torch's
+    fused: bool  # Transformer Engine's layers, else torch's
     recompute: str  # none, selective or full
-    expert_imbalance: float  # rows of the busiest rank's experts over the mean's
+    expert_imbalance: float  # number of rows of the busiest rank's experts, divided by the mean
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Of one layer and one micro-batch, in bytes."""
+    """Activations of one layer and one micro-batch, in bytes."""
 
-    inputs: int  # what full recomputation keeps
-    kept: int  # what forward keeps, inputs included, where nothing or only attention is computed again
-    routed: int  # of these: rows that were sent to the rank's experts
-    backward: int  # on top while the layer's backward runs
+    inputs: int  # kept with full recomputation
+    kept: int  # kept by forward, including the inputs, with no or selective recomputation
+    routed: int  # included in kept: rows that were sent to the rank's experts
+    backward: int  # additional, while the layer's backward runs
 
 
 @dataclass(frozen=True)
 class StageActivations:
-    """Of one rank of a pipeline stage, in bytes."""
+    """Activations of one rank of a pipeline stage, in bytes."""
 
     micro_batches: float  # in flight at once; of an interleaved schedule, in runs of layers over the stage's number
-    saved: int  # by the forwards of those in flight
-    routed: int  # of these: rows sent to experts
-    backward: int  # on top, in a layer's backward; with full recomputation the layer itself too
-    logits: int  # on top, while log-probs or their gradient are computed
+    saved: int  # by the forward passes of the micro-batches in flight
+    routed: int  # included in saved: rows sent to experts
+    backward: int  # additional, in a layer's backward; includes the layer itself with full recomputation
+    logits: int  # additional, while log-probs or their gradient are computed
 
     @property
     def peak(self) -> int:
@@ -72,7 +72,7 @@ def layer_activations(a: Architecture, parallel: ParallelConfig, row: Row, compu
     if compute.fused:
         norms = 2 * hidden  # their outputs; their inputs are the residual stream
     else:
-        # torch's computes in float32 and also keeps the normalised input
+        # torch's norm computes in float32 and also keeps the normalised input
         norms = 2 * hidden + 2 * a.hidden_size * local * FLOAT32
         norms += 0 if element == FLOAT32 else 2 * a.hidden_size * local * FLOAT32
     residual = 2 * hidden  # before attention and before the feed-forward layer
@@ -84,7 +84,7 @@ def layer_activations(a: Architecture, parallel: ParallelConfig, row: Row, compu
 def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> int:
     tokens = row.tokens // parallel.context
     queries = a.num_attention_heads * a.head_dim // parallel.tensor
-    # ranks share a key head where there are fewer of them
+    # ranks share a key head if there are fewer heads than ranks
     keys = max(a.num_query_groups // parallel.tensor, 1) * a.head_dim
     heads = a.num_attention_heads // parallel.tensor
     if compute.fused:
@@ -101,7 +101,7 @@ def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Com
         if parallel.context > 1:
             inside += row.sequence_tokens  # a mask of as many columns
     if compute.recompute == "selective":
-        # attention's inputs instead of what it saves
+        # attention's inputs instead of its saved tensors
         inside = 0 if compute.fused else queries + keys
         statistics -= heads
     return tokens * ((elements + inside) * compute.element_bytes + statistics * FLOAT32)
@@ -110,7 +110,7 @@ def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Com
 def _feed_forward(
     a: Architecture, parallel: ParallelConfig, tokens: int, local: int, compute: Compute
 ) -> tuple[int, int, int]:
-    """(bytes of rows sent to experts, other bytes kept, bytes on top in backward)."""
+    """(bytes of rows sent to experts, other bytes kept, additional bytes in backward)."""
     element = compute.element_bytes
     if not a.num_experts:
         width = a.ffn_hidden_size // parallel.tensor
@@ -122,21 +122,21 @@ def _feed_forward(
     spread = compute.expert_imbalance if parallel.expert > 1 else 1.0
     rows = round(local * a.num_experts_per_token * parallel.expert_tensor * spread)
     routed = rows * (a.hidden_size + (3 if compute.fused else 5) * width) * element
-    # logits, probabilities and the map of who goes where
+    # logits, probabilities and the routing map
     router = local * a.num_experts * (3 * FLOAT32 + 8) + 2 * 8 * local * a.num_experts_per_token
     backward = rows * (2 * width + 2 * a.hidden_size) * element
     return routed, router, backward
 
 
 def logit_bytes(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> int:
-    """On top while the last stage computes log-probs, or their gradient: blocks of logits and, in backward, the float32
-    sums behind the gradients of hidden states and output layer."""
+    """Additional bytes while the last stage computes log-probs or their gradient: blocks of logits and, in backward,
+    the float32 sums behind the gradients of hidden states and output layer."""
     block_tokens, block_columns = LOGIT_BLOCKS[compute.device]
     tokens = min(block_tokens, row.tokens // parallel.context)
     columns = a.padded_vocab_size // parallel.tensor
     block = tokens * min(block_columns, columns)
     if compute.device == "cpu":
-        return 4 * block * FLOAT32  # logits, and what exponentials and sums are made of; not compiled into one kernel
+        return 4 * block * FLOAT32  # logits, and the inputs of exponentials and sums; not compiled into one kernel
     gradients = columns * a.hidden_size * (FLOAT32 + compute.element_bytes)
     hidden = tokens * a.hidden_size * (FLOAT32 + compute.element_bytes)
     own = row.tokens // parallel.context // parallel.tensor * a.hidden_size * compute.element_bytes
@@ -146,7 +146,7 @@ def logit_bytes(a: Architecture, parallel: ParallelConfig, row: Row, compute: Co
 def stage_activations(
     a: Architecture, parallel: ParallelConfig, row: Row, num_micro_batches: int, compute: Compute, stage: int
 ) -> StageActivations:
-    """`num_micro_batches`: of each data-parallel rank, in one update."""
+    """`num_micro_batches`: number per data-parallel rank and update."""
     chunks = parallel.chunk_layers(a.num_layers)[stage :: parallel.pipeline]
     layer = layer_activations(a, parallel, row, compute)
     full = compute.recompute == "full"
@@ -161,7 +161,7 @@ def stage_activations(
     if stage == 0:
         saved += hidden * in_flight  # the embedding's output
     if parallel.pipeline > 1:
-        saved += 2 * hidden  # received from, or on its way to, the neighbouring stages
+        saved += 2 * hidden  # received from, or sent to, the neighbouring stages
     return StageActivations(
         micro_batches=in_flight,
         saved=round(saved),
@@ -172,9 +172,10 @@ def stage_activations(
 
 
 def _in_flight(parallel: ParallelConfig, stage: int, num_micro_batches: int) -> float:
-    """Micro-batches whose activations a stage holds at once in megatron's one-forward-one-backward schedules."""
+    """Number of micro-batches whose activations a stage holds at the same time in megatron's one-forward-one-backward
+    schedules."""
     if parallel.virtual_pipeline == 1:
         return min(num_micro_batches, parallel.pipeline - stage)
-    # warm-up forwards of the interleaved schedule, each through one run of layers, and the one under way
+    # warm-up forward passes of the interleaved schedule, each through one model chunk, and the current one
     runs = 2 * (parallel.pipeline - stage - 1) + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
     return min(num_micro_batches, runs / parallel.virtual_pipeline)

@@ -1,4 +1,4 @@
-"""The GPUs of a run: how many train and how many serve, and the ways to split a number of them."""
+"""The GPUs of a run: numbers for training and serving, and the possible splits of a total."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from minpro_megatron.planning.gpus import GpuKind, gpu_kind
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """The GPUs of a run. Either `trainer_gpus` and `server_gpus`, or `total_gpus`, of which the best split is sought
-    (whole nodes for each side where there are several nodes)."""
+    """The GPUs of a run. Either `trainer_gpus` and `server_gpus`, or `total_gpus`, for which the best split is
+    searched (whole nodes for each side if there are several nodes)."""
 
     gpu: str = "h100-80gb"
     trainer_gpus: int = 0
     server_gpus: int = 0
     total_gpus: int = 0
-    gpus_per_node: int = 0  # 0: as many as the kind's usual node has
+    gpus_per_node: int = 0  # 0: the number of the usual node with this kind
 
     def __post_init__(self) -> None:
         given = self.trainer_gpus > 0 and self.server_gpus > 0
@@ -62,7 +62,7 @@ def size_problems(config: RunConfig, cluster: ClusterSize) -> list[str]:
 
 
 def splits(config: RunConfig, cluster: ClusterSize) -> Iterator[RunConfig]:
-    """The settings with every split of `total_gpus` that mesh and servers allow."""
+    """The settings for every split of `total_gpus` that mesh and servers allow."""
     total, tensor = cluster.total_gpus, config.server.tensor_parallel
     unit = cluster.node_size if total >= 2 * cluster.node_size else 1
     for trainer in range(unit, total, unit):

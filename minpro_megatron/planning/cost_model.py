@@ -1,6 +1,6 @@
-"""How long the parts of a global step take, from data sheets and a few published measurements.
+"""The durations of the parts of a global step, from data sheets and a few published measurements.
 
-Every constant states where it is from. None was fitted to the reinforcement-learning runs that benchmarks/plan_run.py
+Every constant states its source. None was fitted to the reinforcement-learning runs that benchmarks/plan_run.py
 compares the model with.
 """
 
@@ -20,33 +20,33 @@ from minpro_megatron.planning.parameters import active_parameters, optimizer_deg
 
 @dataclass(frozen=True)
 class Calibration:
-    """Shares are of a data sheet's figure."""
+    """Constants of the model. Shares are relative to the data sheet's figure."""
 
     # Megatron-LM's README: 41 to 47 % of the peak for dense GPT models in bfloat16 on H100, end to end.
     product_share: float = 0.45
-    # Time beside the products for rows that are sent to experts (permuting, small grouped products, waiting for the
-    # host), forward and backward, as passes over those rows at memory bandwidth. Megatron-Bridge 26.02, Qwen3-30B-A3B
-    # dropless on 16 H100 (PP 2, EP 8): 5,113 tokens/s a GPU at 118 TFLOPS. GPT-OSS 120B on 64 H100 (5,993 tokens/s,
-    # 163 TFLOPS) gives 1.4 times as many.
+    # Time in addition to the products for rows that are sent to experts (permuting, small grouped products, waiting for
+    # the host), forward and backward, as passes over those rows at memory bandwidth. Megatron-Bridge 26.02,
+    # Qwen3-30B-A3B dropless on 16 H100 (PP 2, EP 8): 5,113 tokens/s per GPU at 118 TFLOPS. GPT-OSS 120B on 64 H100
+    # (5,993 tokens/s, 163 TFLOPS) gives 1.4 times as many.
     routed_passes: float = 276.0
     # nccl-tests on NVLink and 400 Gb/s InfiniBand reach 75 to 85 % of the wire.
     link_share: float = 0.75
     host_link_share: float = 0.6
     # Decoding reads weights and KV cache at this share of memory bandwidth. ml.energy's leaderboard, Qwen3-14B in
-    # bfloat16 on a B200: 7.16 ms a token at 8 responses. Check: Qwen3-8B in float8 on an H100, 472 responses
+    # bfloat16 on a B200: 7.16 ms per token at 8 responses. Check: Qwen3-8B in float8 on an H100, 472 responses
     # (silybench, 128 + 1,024 tokens): 31 ms measured, 28 ms by this model.
     decode_share: float = 0.6
-    # Kernel launches and scheduling a layer. The same B200 figure; Qwen3-30B-A3B on an A100, one response: 9.6 ms a
+    # Kernel launches and scheduling per layer. The same B200 figure; Qwen3-30B-A3B on an A100, one response: 9.6 ms per
     # token (tt-inference-server, issue 340).
     decode_dense_layer_s: float = 35e-6
     decode_mixture_layer_s: float = 95e-6
-    # Two all-reduces a layer of a tensor-parallel server, at a small message's latency each.
+    # Two all-reduces per layer of a tensor-parallel server, each with the latency of a small message.
     decode_all_reduce_s: float = 12e-6
     prefill_share: float = 0.45
     # verl's checkpoint engine on H20, Qwen3-30B-A3B from 16 to 16 ranks: 61.06 GB in 4.38 s.
     publish_bytes_per_s: float = 13.9e9
     publish_fixed_s: float = (
-        2.0  # lease, checksums, canary, beside the pause: this project's publish benchmark, rounded up
+        2.0  # lease, checksums, canary, in addition to the pause: this project's publish benchmark, rounded up
     )
     update_fixed_s: float = 0.05  # packing, collating, metrics of an update
     disk_bytes_per_s: float = 2e9  # a node's share of a parallel file system
@@ -59,26 +59,26 @@ class StepCost:
     score: float
     train: float
     publish: float
-    pause: float  # of it: the servers stand still
-    checkpoint: float  # of a step that saves
-    checkpoint_written: float  # from the beginning of a save until its files are written
+    pause: float  # included in publish: the servers are paused
+    checkpoint: float  # of a step with a save
+    checkpoint_written: float  # from the start of a save until its files are written
     update: float  # one of train's
     # of train
     products: float
     routing: float
     communication: float
-    again: float  # of these, in recomputation and in an objective's survey
+    again: float  # included in train: recomputation and an objective's survey
     bubble: float
     optimizer: float
     updates: int
-    micro_batches: int  # of each data-parallel rank, an update
+    micro_batches: int  # per data-parallel rank and update
 
 
 @dataclass(frozen=True)
 class Batch:
     """A global step's tokens."""
 
-    sequence_tokens: Sequence[int]  # prompt and response, of a sample of the sequences
+    sequence_tokens: Sequence[int]  # prompt and response tokens of a sample of the sequences
     num_sequences: int
 
     @property
@@ -115,7 +115,8 @@ class TrainerCost:
         train += extra_passes * forward * (1 + bubble_share) + self._snapshot(1)
         score, swaps = self._scores()
         return StepCost(
-            score=score * forward * (1 + bubble_share) + self._snapshot(swaps),  # a mini-batch at a time, as updates
+            score=score * forward * (1 + bubble_share)
+            + self._snapshot(swaps),  # one mini-batch at a time, as for updates
             train=train,
             publish=self._pause() + self.calibration.publish_fixed_s,
             pause=self._pause(),
@@ -133,7 +134,7 @@ class TrainerCost:
         )
 
     def _products(self, batch: Batch) -> tuple[float, float]:
-        """(seconds of all matrix products, of attention's among them), forward and backward."""
+        """(seconds of all matrix products, seconds of those of attention), forward and backward."""
         cost = forward_flops(self.architecture)
         lengths = batch.sequence_tokens
         scale = 3 * batch.num_sequences / len(lengths)
@@ -151,7 +152,7 @@ class TrainerCost:
         return moved * self.calibration.routed_passes / (self.config.parallel.world_size * self.gpu.memory_bandwidth)
 
     def _communication(self, batch: Batch) -> float:
-        """Of the tensor, context and expert axes, forward and backward."""
+        """Seconds of communication on the tensor, context and expert axes, forward and backward."""
         a, p = self.architecture, self.config.parallel
         element = ELEMENT_BYTES[self.config.model.dtype]
         layers = a.num_layers / p.pipeline
@@ -163,19 +164,19 @@ class TrainerCost:
         if p.context > 1:  # keys and values around the ring, and their gradients
             keys = 2 * max(a.num_query_groups // p.tensor, 1) * a.head_dim * element
             seconds += 3 * layers * tokens * keys * (p.context - 1) / self._link(p.tensor * p.context)
-        if a.num_experts and p.expert * p.expert_tensor > 1:  # there and back, twice
+        if a.num_experts and p.expert * p.expert_tensor > 1:  # dispatch and return, twice
             rows = shard / p.tensor * a.num_experts_per_token * p.expert_tensor
             seconds += 4 * layers * rows * (1 - 1 / p.expert) / self._link(p.expert * p.expert_tensor)
         return seconds
 
     def _link(self, ranks: int) -> float:
-        """Bytes a second between so many neighbouring ranks."""
+        """Bytes per second between `ranks` neighbouring ranks."""
         gpu = self.gpu
         wire = gpu.node_bandwidth if ranks <= self.gpus_per_node else gpu.network_bandwidth
         return wire * self.calibration.link_share
 
     def _optimizer(self) -> float:
-        """An update's reduction of gradients, AdamW and gathering of weights, on the first stage."""
+        """Seconds of an update's gradient reduction, AdamW and weight gathering on the first stage."""
         config, p = self.config, self.config.parallel
         held = stage_parameters(self.architecture, p, 0)
         element = ELEMENT_BYTES[config.model.dtype]
@@ -195,7 +196,7 @@ class TrainerCost:
         if settings.behavior_log_probs == "rollout":
             return 0.0, 0
         if settings.mode == "bounded":
-            # a response crosses a publication or two; each version is scored apart, on the rows that have it
+            # a response spans one or two publications; each version is scored separately, on its rows
             return 2.0, 3 * min(2, settings.max_staleness)
         return 1.0, 3 if settings.delay_steps else 0
 
@@ -204,7 +205,7 @@ class TrainerCost:
         return copies * weights / (self.gpu.host_bandwidth * self.calibration.host_link_share)
 
     def _pause(self) -> float:
-        """While new weights arrive, servers sample nothing."""
+        """Seconds for which servers sample nothing because new weights arrive."""
         element = ELEMENT_BYTES[self.config.server.dtype]
         model = stage_parameters(self.architecture, ParallelConfig(), 0).total * element
         rate = self.calibration.publish_bytes_per_s
@@ -213,7 +214,7 @@ class TrainerCost:
         return model / min(rate, self.gpu.node_bandwidth)
 
     def _checkpoint(self) -> tuple[float, float]:
-        """How long a save holds training up, and how long it takes until its files are written."""
+        """Seconds for which a save delays training, and seconds until its files are written."""
         checkpoint = self.config.checkpoint
         states = checkpoint_bytes(self.config, self.architecture, 0)
         copied = states / (self.gpu.host_bandwidth * self.calibration.host_link_share)
@@ -233,7 +234,7 @@ class DecodingServer:
     memory: ServerMemory
     calibration: Calibration
     num_servers: int
-    mean_context: float  # of a response under way, for how many fit in the KV cache
+    mean_context: float  # tokens of a response in progress, for the number that fits into the KV cache
 
     @property
     def max_running(self) -> int:
@@ -246,7 +247,7 @@ class DecodingServer:
 
     @cached_property
     def _expert(self) -> int:
-        """Parameters of one expert in all layers."""
+        """Number of parameters of one expert over all layers."""
         a = self.architecture
         return 3 * a.hidden_size * a.expert_ffn_hidden_size * a.num_layers
 
@@ -268,7 +269,7 @@ class DecodingServer:
         return max(memory_s, compute_s) + overhead_s
 
     def _weights_read(self, running: int) -> float:
-        """Parameters read by an iteration: of the experts those that at least one response is sent to."""
+        """Number of parameters that an iteration reads: for experts, those to which at least one response is sent."""
         a = self.architecture
         if not a.num_experts:
             return self._active

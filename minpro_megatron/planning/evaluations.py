@@ -1,4 +1,4 @@
-"""What an evaluation inside a run costs: how many responses it samples, and how long the run waits for it."""
+"""The cost of an evaluation during a run: its number of responses, and the time for which the run waits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from minpro_megatron.planning.simulator import Lengths, Timeline
 from minpro_megatron.planning.workload import GroupLengths, Workload
 from minpro_megatron.prompts.prompts import load_prompts
 
-# Of a benchmark of one's own whose file is not here.
+# Assumed number of prompts of a custom benchmark whose file is not on this machine.
 ASSUMED_PROMPTS = 500
 
 
 @dataclass(frozen=True)
 class EvaluationCost:
-    """One evaluation in mid-run. It needs no memory beside that of a training batch: servers have as many responses
-    under way as ever, and the collector keeps two numbers of each response."""
+    """One evaluation in the middle of a run. It needs no memory in addition to that of a training batch: servers
+    process the same number of responses, and the collector keeps two numbers per response."""
 
     responses: int
     groups: int  # requests, of at most batch.responses_per_prompt responses
     seconds: float  # from the publication of its version to its last sample
-    added_s: float  # that the run takes longer for it
-    share_of_responses: float  # that the servers sample over the whole run
-    times: int  # over the whole run
-    assumed: tuple[str, ...]  # benchmarks that are planned with ASSUMED_PROMPTS: their files are not here
+    added_s: float  # additional time of the run
+    share_of_responses: float  # of all responses that the servers sample in the run
+    times: int  # in the entire run
+    assumed: tuple[str, ...]  # benchmarks whose files are not on this machine: planned with ASSUMED_PROMPTS
 
 
 def evaluation_lengths(config: RunConfig, workload: Workload) -> list[Lengths]:
-    """The groups of an evaluation, in the order in which they are requested, with lengths like those of training."""
+    """The groups of an evaluation, in the order in which they are requested, with lengths as in training."""
     settings, size = config.evaluation, config.batch.responses_per_prompt
     sets = [(HELDOUT, settings.num_prompts, settings.samples_per_prompt)]
     for benchmark in settings.benchmarks:
@@ -49,8 +49,8 @@ def evaluation_lengths(config: RunConfig, workload: Workload) -> list[Lengths]:
 
 
 def known_prompts(benchmark: BenchmarkConfig) -> int | None:
-    """How many prompts are evaluated of a benchmark: as set, as in its file if that is here, or as the benchmark of
-    this name has; None if none of these says it."""
+    """The number of evaluated prompts of a benchmark: the setting, the number in its file if it exists here, or that of
+    the known benchmark with this name; None if none of these is available."""
     if benchmark.num_prompts is not None:
         return benchmark.num_prompts
     if Path(benchmark.file).is_file():
@@ -61,7 +61,7 @@ def known_prompts(benchmark: BenchmarkConfig) -> int | None:
 def evaluation_cost(
     config: RunConfig, groups: Sequence[Lengths], version: int, without: Timeline, with_evaluation: Timeline
 ) -> EvaluationCost:
-    """From two simulations of the same steps, one of which evaluates `version`."""
+    """The cost from two simulations of the same steps, one of which evaluates `version`."""
     start, end = with_evaluation.evaluations[version]
     responses = sum(len(group.responses) for group in groups)
     times = len(evaluated_versions(config.num_global_steps, config.evaluation.every_steps))

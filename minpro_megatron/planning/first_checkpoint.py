@@ -1,4 +1,4 @@
-"""When a run's first checkpoint is complete: a job whose time limit comes before that begins again from the start."""
+"""The time of a run's first complete checkpoint: a job whose time limit is shorter restarts from the beginning."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from minpro_megatron.buffer.staleness import evaluated_versions
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.planning.plan import Plan
 
-# Assumed from the start of a job to the first sampled token: containers, weights, servers that compile and warm up.
+# Assumed time from the start of a job to the first sampled token: containers, weights, compilation and warm-up.
 START_UP_S = 900.0
 
 
@@ -15,15 +15,15 @@ START_UP_S = 900.0
 class FirstCheckpoint:
     """Seconds after the start of the job at which the first checkpoint is complete.
 
-    `earliest`: that of the first global step, which a run with a time limit saves if no further step fits. `planned`:
-    that of checkpoint.every_steps or every_minutes; infinite where neither saves before the run's end."""
+    `earliest`: after the first global step, which a run with a time limit saves if no further step fits. `planned`: by
+    checkpoint.every_steps or every_minutes; infinite if neither saves before the run's end."""
 
     earliest: float
     planned: float
 
 
 def first_checkpoint(plan: Plan) -> FirstCheckpoint:
-    """Of the run in `plan`."""
+    """The first checkpoint of the run in `plan`."""
     written = START_UP_S + plan.cost.checkpoint_written
     every = plan.steps_between_checkpoints
     return FirstCheckpoint(
@@ -39,7 +39,7 @@ def run_s(plan: Plan) -> float:
 
 def time_limit_problems(plan: Plan, limit_s: float) -> list[str]:
     """One line if a start of `limit_s` seconds is too short for the first checkpoint, so that every restart would begin
-    from the same place."""
+    at the beginning."""
     config = plan.config
     if run_s(plan) <= limit_s:
         return []
@@ -61,8 +61,8 @@ def time_limit_problems(plan: Plan, limit_s: float) -> list[str]:
 
 
 def _end_of_step(plan: Plan, count: int) -> float:
-    """Seconds from the first sampled token to the end of the first `count` global steps. Each evaluation takes what one
-    in mid-run adds to its step."""
+    """Seconds from the first sampled token to the end of the first `count` global steps. Each evaluation takes as
+    long as one in the middle of the run."""
     ends, config = plan.timeline.step_ends, plan.config
     steps = ends[count - 1] if count <= len(ends) else ends[-1] + (count - len(ends)) * plan.step_s
     versions = evaluated_versions(config.num_global_steps, config.evaluation.every_steps)

@@ -1,4 +1,4 @@
-"""The kinds of GPU that a run can be planned for, from their makers' data sheets."""
+"""The kinds of GPU for which a run can be planned, from the manufacturers' data sheets."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GpuKind:
-    """What one GPU of a node offers. Bandwidths are of one direction, in bytes a second; nothing is discounted."""
+    """The properties of one GPU of a node. Bandwidths are of one direction, in bytes per second, without any
+    discount."""
 
     name: str
-    memory_bytes: int  # as the driver reports it: what the name calls GB are about as many GiB
-    flops: float  # dense products of bfloat16 (cpu: float32) operands, a second
+    memory_bytes: int  # as reported by the driver: the GB in the name are about the same number of GiB
+    flops: float  # dense products of bfloat16 (cpu: float32) operands, per second
     memory_bandwidth: float
     node_bandwidth: float  # to the other GPUs of the node (NVLink)
     network_bandwidth: float  # a GPU's share of the node's network (InfiniBand)
@@ -43,7 +44,7 @@ GPU_KINDS: dict[str, GpuKind] = {
             flops=989e12,
             memory_bandwidth=3.35e12,
             host_memory_bytes=2000 * GIB,
-            source=f"{_H100_SHEET}; DGX H100 user guide (a 400 Gb/s ConnectX-7 a GPU, PCIe 5.0, 2 TB host memory)",
+            source=f"{_H100_SHEET}; DGX H100 user guide (a 400 Gb/s ConnectX-7 per GPU, PCIe 5.0, 2 TB host memory)",
             **_HOPPER_LINKS,
         ),
         GpuKind(
@@ -52,7 +53,7 @@ GPU_KINDS: dict[str, GpuKind] = {
             flops=989e12,
             memory_bandwidth=4.8e12,
             host_memory_bytes=2000 * GIB,
-            source=f"{_H200_SHEET}; DGX H200 user guide (a 400 Gb/s ConnectX-7 a GPU, PCIe 5.0, 2 TB host memory)",
+            source=f"{_H200_SHEET}; DGX H200 user guide (a 400 Gb/s ConnectX-7 per GPU, PCIe 5.0, 2 TB host memory)",
             **_HOPPER_LINKS,
         ),
         GpuKind(
@@ -74,7 +75,7 @@ GPU_KINDS: dict[str, GpuKind] = {
             host_bandwidth=32e9,
             host_memory_bytes=1900 * GIB,
             gpus_per_node=8,
-            source=f"{_A100_SHEET}; DGX A100 user guide (a 200 Gb/s ConnectX-6 a GPU, PCIe 4.0, 2 TB host memory)",
+            source=f"{_A100_SHEET}; DGX A100 user guide (a 200 Gb/s ConnectX-6 per GPU, PCIe 4.0, 2 TB host memory)",
         ),
         GpuKind(
             name="cpu",
@@ -93,7 +94,7 @@ GPU_KINDS: dict[str, GpuKind] = {
 
 
 def gpu_kind(name: str) -> GpuKind:
-    """Raises ValueError for a kind that is not in the table."""
+    """The kind with this name. Raises UserError for a kind that is not in the table."""
     if name not in GPU_KINDS:
         raise UserError(f"gpu = {name}: not known; known: {', '.join(GPU_KINDS)}; add it to planning/gpus.py")
     return GPU_KINDS[name]

@@ -1,4 +1,4 @@
-"""What a run needs of memory: of every trainer rank, of a server's GPU, and of a trainer node's host."""
+"""The memory of a run: on every trainer rank, on a server's GPU, and on the host of a trainer node."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from minpro_megatron.planning.routes import route_host_bytes
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 GRADIENT_BYTES = 4  # float32
-# Assumptions, not measured here. Beside tensors: CUDA context, NCCL's and cuBLAS' buffers; and what the caching
-# allocator holds in pieces of the wrong size (PyTorch's notes on memory management).
+# Assumptions, not measured here. In addition to tensors: CUDA context, buffers of NCCL and cuBLAS, and fragmentation of
+# the caching allocator (PyTorch's notes on memory management).
 CONTEXT_BYTES = {"cuda": 3 * GIB, "cpu": 0}
 ALLOCATOR_SHARE = 0.05
 PROCESS_HOST_BYTES = {"cuda": 4 * GIB, "cpu": GIB}  # of a rank: interpreter, libraries, pinned buffers
-# SGLang 0.5.23 leaves a tenth to an eighth of the GPU to activations and CUDA graphs (server_args.py,
+# SGLang 0.5.23 reserves a tenth to an eighth of the GPU for activations and CUDA graphs (server_args.py,
 # mem_fraction_static); the rest is weights and KV cache.
 SERVER_STATIC_SHARE = 0.87
-EXPERT_IMBALANCE = 1.3  # no auxiliary loss balances the experts; the busiest rank gets so many more rows
+EXPERT_IMBALANCE = 1.3  # without an auxiliary loss the experts are unbalanced: rows of the busiest rank over the mean
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations: StageActivations
-    publish: int  # buckets of a broadcast on rank 0, while nothing is trained
+    publish: int  # buckets of a broadcast on rank 0, outside training
     context: int  # outside the allocator
     fragments: int
 
@@ -47,14 +47,14 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class ServerMemory:
-    """Bytes on each GPU of a server, and what they are enough for."""
+    """Bytes on each GPU of a server, and the number of KV cache tokens."""
 
     weights: int
     kv_bytes_per_token: int  # on one GPU
-    kv_tokens: int  # that fit, or those that the settings ask for
+    kv_tokens: int  # that fit, or the number in the settings
     kv_cache: int
     update: int  # a bucket of new weights
-    total: int  # of the static part, and the share that SGLang leaves free
+    total: int  # of the static part, and the share that SGLang reserves
 
     @property
     def fits(self) -> bool:
@@ -66,7 +66,7 @@ class HostMemory:
     """Bytes of the host of a node with trainer ranks."""
 
     ranks: int
-    snapshots: int  # earlier weights, and the current ones while those are swapped in
+    snapshots: int  # earlier weights, and the current ones while earlier weights are loaded
     checkpoint: int  # while one is written in the background: a copy of it (benchmarks/checkpoint_memory.md)
     offloaded: int  # optimizer.cpu_offload
     routes: int  # model.routing_replay
@@ -84,29 +84,29 @@ def compute_of(config: RunConfig, expert_imbalance: float = EXPERT_IMBALANCE) ->
 
 
 def _owned_parameters(config: RunConfig, a: Architecture, stage: int) -> int:
-    """How many parameters each rank of a stage updates."""
+    """The number of parameters that each rank of a stage updates."""
     held = stage_parameters(a, config.parallel, stage)
     dense_ranks, expert_ranks = optimizer_degrees(config.parallel)
     return -(-held.dense // dense_ranks) + -(-held.experts // expert_ranks)
 
 
 def checkpoint_bytes(config: RunConfig, a: Architecture, stage: int) -> int:
-    """What each rank of a stage writes: of the parameters that it updates the weights, their float32 copy (for float32
-    weights as well) and two moments."""
+    """Bytes that each rank of a stage writes: for the parameters that it updates, the weights, their float32 copy (also
+    for float32 weights) and two moments."""
     return _owned_parameters(config, a, stage) * (ELEMENT_BYTES[config.model.dtype] + 12)
 
 
 def state_bytes(config: RunConfig, a: Architecture, stage: int) -> tuple[int, int, int, int]:
-    """(weights, gradients, optimizer on the device, optimizer on the host) of each rank of a stage.
+    """Bytes of (weights, gradients, optimizer on the device, optimizer on the host) of each rank of a stage.
 
-    The distributed optimizer cuts its states over the ranks that hold the same parameters. bfloat16 weights have a
+    The distributed optimizer shards its states over the ranks that hold the same parameters. bfloat16 weights have a
     float32 copy and two moments; float32 weights are their own copy.
     """
     held, states = stage_parameters(a, config.parallel, stage), _owned_parameters(config, a, stage)
     element = ELEMENT_BYTES[config.model.dtype]
     each = 8 if element == 4 else 12
     offload = config.optimizer.cpu_offload
-    on_host = round(offload * states * (each + GRADIENT_BYTES))  # gradients travel there too
+    on_host = round(offload * states * (each + GRADIENT_BYTES))  # gradients are copied there too
     return held.total * element, held.total * GRADIENT_BYTES, round((1 - offload) * states * each), on_host
 
 
@@ -152,12 +152,12 @@ def server_memory(config: RunConfig, a: Architecture, gpu: GpuKind) -> ServerMem
 
 
 def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_tokens: float) -> HostMemory:
-    """`batch_tokens`: of a global step's batch, prompts included."""
+    """`batch_tokens`: tokens of a global step's batch, including prompts."""
     weights, _, _, offloaded = state_bytes(config, a, 0)
     settings = config.staleness
     copies = 1 if settings.mode == "delay" else settings.max_staleness + 1
     if settings.mode == "bounded" or settings.delay_steps or config.loss.kl.enabled:
-        copies += 1  # where the current weights wait
+        copies += 1  # for the current weights meanwhile
     copies += config.loss.kl.enabled
     saves = config.checkpoint.saves_before_end or config.checkpoint.at_end
     copied = saves and config.checkpoint.asynchronous

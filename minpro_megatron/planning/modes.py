@@ -1,4 +1,4 @@
-"""The same run on the same GPUs under other settings of staleness: what does being off-policy buy?"""
+"""The same run on the same GPUs with other settings of staleness, to show the gain of off-policy training."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ TRIED = [("delay", "delay_steps", (0, 1, 2, 4)), ("bounded", "max_staleness", (1
 
 @dataclass(frozen=True)
 class ModeTime:
-    """A setting of staleness, how long a step takes with it, and who waits."""
+    """A setting of staleness, the duration of a step with it, and the idle shares."""
 
     mode: str
     steps: int
@@ -23,7 +23,7 @@ class ModeTime:
 
 
 def other_modes(plan: Plan) -> list[ModeTime]:
-    """Leaves out what other settings of the run do not allow."""
+    """The step times of other modes; modes that other settings of the run do not allow are excluded."""
     server = plan.config.server
     cluster = ClusterSize(
         plan.cluster.gpu,

@@ -10,7 +10,7 @@ from minpro_megatron.planning.plan import Plan
 
 
 def numbers(plan: Plan) -> dict[str, Any]:
-    """Everything the plan says; bytes and seconds, shares of 1."""
+    """All values of the plan, in bytes, seconds and shares of 1."""
     parallel, first = plan.config.parallel, first_checkpoint(plan)
     return {
         "run": plan.config.name,

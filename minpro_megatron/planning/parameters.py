@@ -1,7 +1,7 @@
-"""How many parameters every rank of a mesh holds, by arithmetic alone.
+"""The number of parameters on every rank of a mesh, computed without loading a model.
 
-The same figures as weights/plan.py, which counts them in the table that conversion follows and needs torch for it; a
-submitting machine may have none. tests/unit/planning/test_planning_memory.py compares the two.
+The numbers are the same as those of weights/plan.py, which counts them in the conversion table and needs torch; a
+submitting machine may not have torch. tests/unit/planning/test_planning_memory.py compares the two.
 """
 
 import math
@@ -13,7 +13,7 @@ from minpro_megatron.models.architecture import Architecture
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Of each rank of a pipeline stage."""
+    """Numbers of parameters on each rank of a pipeline stage."""
 
     layers: int
     dense: int  # attention, norms, router, embedding, output layer
@@ -43,19 +43,20 @@ def stage_parameters(a: Architecture, parallel: ParallelConfig, stage: int) -> R
     last = stage == parallel.pipeline - 1
     outside = vocabulary if stage == 0 else 0
     if last:
-        # a tied output layer is the embedding itself on one stage, and a copy of it on the last of several
+        # a tied output layer is the embedding itself with one stage, and a copy on the last of several stages
         outside += a.hidden_size + (0 if a.tied_embeddings and stage == 0 else vocabulary)
     return RankParameters(layers, layers * dense + outside, layers * experts)
 
 
 def model_parameters(a: Architecture) -> int:
-    """Of the whole model as Hugging Face stores it: without vocabulary padding."""
+    """Parameters of the entire model in Hugging Face format, without vocabulary padding."""
     padding = (a.padded_vocab_size - a.vocab_size) * a.hidden_size * (1 if a.tied_embeddings else 2)
     return stage_parameters(a, ParallelConfig(), 0).total - padding
 
 
 def active_parameters(a: Architecture) -> int:
-    """Those that one token is multiplied with: all but the embedding and the experts that it is not sent to."""
+    """Parameters that are multiplied with one token: all except the embedding and the experts that it is not sent
+    to."""
     if not a.num_experts:
         return model_parameters(a) - (0 if a.tied_embeddings else a.vocab_size * a.hidden_size)
     unused = a.num_experts - a.num_experts_per_token
@@ -64,7 +65,7 @@ def active_parameters(a: Architecture) -> int:
 
 
 def optimizer_degrees(parallel: ParallelConfig) -> tuple[int, int]:
-    """Over how many ranks the optimizer's states are cut: of most parameters, of experts."""
+    """Numbers of ranks over which the optimizer's states are sharded: those of dense parameters, those of experts."""
     dense = parallel.data_size * parallel.context
     return dense, parallel.tensor * dense // (parallel.expert * parallel.expert_tensor)
 

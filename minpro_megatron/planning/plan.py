@@ -1,4 +1,4 @@
-"""Does a run fit on a cluster, and how long does a step take? Answered before anything is started, without torch."""
+"""Predicts whether a run fits on a cluster and how long a step takes, before the start and without torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.planning.simulator import Lengths, Phases, Simulation, Timeline
 from minpro_megatron.planning.workload import GroupLengths, Workload, batch_of
 
-STEADY_STEPS = 4  # that shares and durations are averaged over
-SEARCH_STEPS = 2  # the same while splits are compared
+STEADY_STEPS = 4  # number of steps over which shares and durations are averaged
+SEARCH_STEPS = 2  # the same number for the comparison of splits
 
 
 @dataclass(frozen=True)
 class SplitTime:
-    """A split of the GPUs, and how long a step takes with it."""
+    """A split of the GPUs, and the duration of a step with it."""
 
     trainer_gpus: int
     server_gpus: int
@@ -40,27 +40,27 @@ class SplitTime:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. Shares and durations are of steps in mid-run."""
+    """The predicted memory and time of a run. Shares and durations are of steps in the middle of the run."""
 
-    config: RunConfig  # with the mesh and the number of servers that are planned for
+    config: RunConfig  # with the planned mesh and number of servers
     architecture: Architecture
     cluster: ClusterSize
     workload: Workload
     problems: list[str]  # each names field, value, rule and remedy; empty: the run fits
-    ranks: list[RankMemory]  # one for each pipeline stage
+    ranks: list[RankMemory]  # one per pipeline stage
     server: ServerMemory
     host: HostMemory
     route_file_bytes: int  # in the run folder, for model.routing_replay = rollout
     cost: StepCost
     steps_between_checkpoints: int  # 0: none before the run's end
-    max_running: int  # responses at once on a server
+    max_running: int  # concurrent responses on a server
     generation_s: float  # of a batch, from its first group's start to its last one's end
     step_s: float
-    wait_share: float  # of the trainer's time: waiting for rollouts
-    idle_share: float  # of the servers' time: nothing to do
+    wait_share: float  # share of the trainer's time waiting for rollouts
+    idle_share: float  # share of the servers' time without work
     evaluation: EvaluationCost
     timeline: Timeline
-    splits: list[SplitTime]  # that were tried, best first; empty where the split was given
+    splits: list[SplitTime]  # the splits that were tried, best first; empty if the split was given
 
     @property
     def num_servers(self) -> int:
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def settings(self) -> list[str]:
-        """What to put on the run's command line to get the mesh and the servers of this plan."""
+        """The overrides on the run's command line for the mesh and the servers of this plan."""
         return [f"parallel.data={self.config.parallel.data_size}", f"server.count={self.num_servers}"]
 
 
@@ -78,15 +78,14 @@ def plan_run(
     workload: Workload | None = None,
     calibration: Calibration | None = None,
 ) -> Plan:
-    """The plan of `config` on `cluster`. Problems are told in it.
+    """The plan of `config` on `cluster`, which lists the problems.
 
-    Raises ValueError for what cannot be planned at all: a model or a kind of GPU that is not known, a mesh that does
-    not divide the model, no split that the mesh allows.
-    """
+    Raises ValueError if no plan is possible: for an unknown model or kind of GPU, a mesh that does not divide the
+    model, or if the mesh allows no split."""
     architecture = find_architecture(config.model.hf_path)
     refuse_uneven_cuts(architecture, config.parallel)
     planner = _Planner(architecture, cluster, workload or Workload.of(config), calibration or Calibration())
-    if config.server.urls:  # somebody else's: as many as are named
+    if config.server.urls:  # external servers: their number is fixed
         config = config.model_copy(
             update={"server": config.server.model_copy(update={"count": len(config.server.urls)})}
         )
@@ -157,7 +156,7 @@ class _Planner:
         )
 
     def step_s(self, config: RunConfig) -> float:
-        """Infinite where trainer or servers do not fit."""
+        """Seconds per step; infinite if trainer or servers do not fit."""
         server = self._server(config)
         rank = largest_rank(stage_memories(config, self.architecture))
         if rank.total > self.cluster.kind.memory_bytes or server.memory.kv_tokens == 0:
@@ -184,7 +183,7 @@ class _Planner:
         num_steps: int,
         evaluations: Mapping[int, Sequence[Lengths]] | None = None,
     ) -> Timeline:
-        # its length is not known before it is simulated: this is what the trainer works in it
+        # the length of a step is not known before the simulation: this is the trainer's work in it
         every = _steps_between_checkpoints(config, cost.score + cost.train + cost.publish)
         phases = Phases(cost.score, cost.train, cost.publish, cost.pause, cost.checkpoint, every)
         lengths = GroupLengths(config, self.workload)
@@ -192,14 +191,14 @@ class _Planner:
 
 
 def _steps_between_checkpoints(config: RunConfig, step_s: float) -> int:
-    """Where a step takes `step_s` seconds; 0: none is saved before the run's end."""
+    """The number if a step takes `step_s` seconds; 0: no checkpoint is saved before the run's end."""
     settings = config.checkpoint
     by_time = math.ceil(60 * settings.every_minutes / step_s)
     return min((every for every in (settings.every_steps, by_time) if every), default=0)
 
 
 def _steady(config: RunConfig) -> tuple[int, int]:
-    """The steps (first, beyond the last) that count as mid-run."""
+    """The steps (first, last + 1) in the middle of the run."""
     settings = config.staleness
     first = (settings.delay_steps if settings.mode == "delay" else settings.max_staleness + 1) + 1
     return first, first + STEADY_STEPS

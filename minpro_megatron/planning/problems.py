@@ -1,4 +1,4 @@
-"""What does not fit, and which changes of settings would make it fit."""
+"""Memory and time limits that a run exceeds, and changes of settings with which it fits."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,15 +12,15 @@ from minpro_megatron.planning.gpus import GpuKind
 from minpro_megatron.planning.memory import EXPERT_IMBALANCE, HostMemory, RankMemory, ServerMemory, rank_memory
 from minpro_megatron.planning.simulator import Timeline
 
-MOST_REMEDIES = 3  # that are told
+MAX_REMEDIES = 3  # number of remedies in a message
 
 
 def stage_memories(config: RunConfig, a: Architecture) -> list[RankMemory]:
-    """Of a rank of each pipeline stage, with full rows."""
+    """The memory of a rank of each pipeline stage, with full rows."""
     longest = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
     row = Row(config.batch.max_tokens_per_row, min(longest, config.batch.max_tokens_per_row))
     sequences = config.batch.mini_batch_prompts * config.batch.responses_per_prompt
-    # however long they are, an update has at most a row a sequence
+    # an update has at most one row per sequence, whatever their length
     micro_batches = -(-sequences // config.parallel.data_size)
     return [
         rank_memory(config, a, row, micro_batches, stage, EXPERT_IMBALANCE) for stage in range(config.parallel.pipeline)
@@ -35,7 +35,7 @@ def rank_problems(config: RunConfig, a: Architecture, gpu: GpuKind, ranks: list[
     worst, limit = largest_rank(ranks), gpu.memory_bytes
     if worst.total <= limit:
         return []
-    found = list(_fitting_changes(config, a, limit))[:MOST_REMEDIES]
+    found = list(_fitting_changes(config, a, limit))[:MAX_REMEDIES]
     remedy = f"set {' or '.join(found)}" if found else "take more GPUs for the trainer and cut the model further"
     return [
         f"memory of a trainer rank of stage {worst.stage} = {worst.total / 1e9:.1f} GB (states "
@@ -49,14 +49,14 @@ def server_problems(config: RunConfig, memory: ServerMemory) -> list[str]:
     if config.server.urls or memory.kv_tokens >= longest:
         return []
     return [
-        f"server: the KV cache of {memory.kv_tokens:,} tokens beside {memory.weights / 1e9:.1f} GB of weights must "
+        f"server: the KV cache of {memory.kv_tokens:,} tokens next to {memory.weights / 1e9:.1f} GB of weights must "
         f"hold sampling.max_prompt_tokens + max_response_tokens = {longest:,}: raise server.tensor_parallel = "
         f"{config.server.tensor_parallel}" + (" or server.max_total_tokens" if config.server.max_total_tokens else "")
     ]
 
 
 def request_problems(config: RunConfig, timeline: Timeline) -> list[str]:
-    """Groups whose answer comes too late are sampled again, and as late: the third time ends the run."""
+    """Problems of the request timeout: groups that exceed it are retried, exceed it again, and then end the run."""
     limit_s, longest_s = config.server.request_timeout_s, max(timeline.request_s)
     if longest_s <= limit_s:
         return []
@@ -64,7 +64,7 @@ def request_problems(config: RunConfig, timeline: Timeline) -> list[str]:
     return [
         f"server.request_timeout_s = {limit_s:g} must be at least the {longest_s:.0f} s that the longest of "
         f"{len(timeline.request_s)} groups takes on a server ({late} take longer than the limit): raise it, or give "
-        "the servers less at once (server.max_running_requests)"
+        "the servers fewer concurrent requests (server.max_running_requests)"
     ]
 
 
@@ -85,7 +85,7 @@ def host_problems(host: HostMemory, gpu: GpuKind) -> list[str]:
 
 
 def _fitting_changes(config: RunConfig, a: Architecture, limit: int) -> Iterator[str]:
-    """Settings with which every rank fits, the cheapest first."""
+    """Changes of settings with which every rank fits, the cheapest first."""
     for names, changed in _changes(config):
         try:
             refuse_uneven_cuts(a, changed.parallel)
@@ -96,7 +96,7 @@ def _fitting_changes(config: RunConfig, a: Architecture, limit: int) -> Iterator
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Single changes that save memory on as many GPUs, then the same with full recomputation."""
+    """Single changes that save memory with the same number of GPUs, then the same with full recomputation."""
     model, parallel, batch = config.model, config.parallel, config.batch
     for recompute in ("selective", "full"):
         if recompute != model.recompute and model.recompute != "full":
@@ -106,17 +106,20 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         row = batch.max_tokens_per_row // 2
         yield f"batch.max_tokens_per_row = {row}", _with(config, batch={"max_tokens_per_row": row})
     for base in (config, _with(config, model={"recompute": "full"})):
-        beside = [] if base is config else ["model.recompute = full"]
-        if beside and model.recompute == "full":
+        also_changed = [] if base is config else ["model.recompute = full"]
+        if also_changed and model.recompute == "full":
             return
         for axis in ("expert", "context", "tensor", "pipeline"):
             changed = _doubled(parallel, axis)
             if changed is not None:
                 data = [] if changed.data == parallel.data_size else [f"parallel.data = {changed.data}"]
-                names = [f"parallel.{axis} = {getattr(changed, axis)}", *data, *beside]
+                names = [f"parallel.{axis} = {getattr(changed, axis)}", *data, *also_changed]
                 yield " and ".join(names), base.model_copy(update={"parallel": changed})
         if config.device == "cuda" and model.dtype == "bfloat16" and config.optimizer.cpu_offload < 1:
-            yield " and ".join(["optimizer.cpu_offload = 1", *beside]), _with(base, optimizer={"cpu_offload": 1.0})
+            yield (
+                " and ".join(["optimizer.cpu_offload = 1", *also_changed]),
+                _with(base, optimizer={"cpu_offload": 1.0}),
+            )
 
 
 def _with(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
@@ -126,7 +129,7 @@ def _with(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 
 def _doubled(parallel: ParallelConfig, axis: str) -> ParallelConfig | None:
-    """Twice the degree on as many ranks; None where the axes do not allow it."""
+    """Twice the degree with the same number of ranks; None if the axes do not allow it."""
     values = parallel.model_dump() | {axis: 2 * getattr(parallel, axis), "data": parallel.data_size}
     if axis == "pipeline":
         values["pipeline_layers"] = ()

@@ -1,4 +1,4 @@
-"""The space that routing replay takes for the experts chosen: host memory, and files of the run folder (R3)."""
+"""The space of the routes that routing replay stores: host memory, and files of the run folder (R3)."""
 
 import math
 
@@ -7,7 +7,8 @@ from minpro_megatron.models.architecture import Architecture
 
 
 def route_bytes(config: RunConfig, a: Architecture, batch_tokens: float) -> float:
-    """Of a global step's batch of so many tokens, prompts included; 0 without routing replay or experts."""
+    """Bytes for a global step's batch of `batch_tokens` tokens, including prompts; 0 without routing replay or
+    experts."""
     if config.model.routing_replay == "none":
         return 0.0
     index_bytes = 1 if a.num_experts <= 256 else 2
@@ -15,25 +16,25 @@ def route_bytes(config: RunConfig, a: Architecture, batch_tokens: float) -> floa
 
 
 def route_host_bytes(config: RunConfig, a: Architecture, batch_tokens: float, ranks_per_node: int) -> int:
-    """Of a node with so many trainer ranks; each has the routes of its own tokens and layers."""
+    """Bytes on a node with `ranks_per_node` trainer ranks; each has the routes of its own tokens and layers."""
     scored_and_waiting = config.staleness.delay_steps if config.model.routing_replay == "scored" else 0
     of_all_ranks = (scored_and_waiting + 1) * route_bytes(config, a, batch_tokens)
     return round(of_all_ranks * ranks_per_node / config.parallel.world_size)
 
 
 def route_file_bytes(config: RunConfig, a: Architecture, batch_tokens: float) -> int:
-    """Of the files in the run folder at any one time (collector/collector.py says when they are removed)."""
+    """Bytes of the files in the run folder at any time (collector/collector.py removes them)."""
     if config.model.routing_replay != "rollout":
         return 0
     return math.ceil(batches_with_routes(config) * route_bytes(config, a, batch_tokens))
 
 
 def batches_with_routes(config: RunConfig) -> int:
-    """Batches whose routes are in the run folder at the same time, at most."""
+    """The maximum number of batches whose routes are in the run folder at the same time."""
     staleness, checkpoint, collector = config.staleness, config.checkpoint, config.collector
     ahead = staleness.delay_steps if staleness.mode == "delay" else staleness.max_staleness
-    # consumed, and in no complete checkpoint yet: one more step goes by while it is written. How many steps lie between
-    # checkpoints that are saved by time alone is not known here.
+    # consumed, and not yet in a complete checkpoint: one more step passes while it is written. The number of steps
+    # between checkpoints that are saved only by time is not known here.
     between = checkpoint.every_steps or (config.num_global_steps if checkpoint.every_minutes else 0)
     consumed = between + 1
     if collector.journal_keep_routes:

@@ -1,9 +1,9 @@
-"""Who waits for whom: trainer and servers of a run as a discrete-event simulation.
+"""A discrete-event simulation of the trainer and the servers of a run, for their waiting times.
 
-The trainer keeps the order of a run (`StepOrder`); which groups start, are consumed, and when weights may be published
-is decided by the collector's own schedules (buffer/schedule.py). A server gives all responses that run on it one token
-an iteration; how long that takes depends on how many run and how long they are. Evaluations are sampled as in a run
-(evaluation/in_run.py): behind the training groups, and a version is not replaced before its evaluation has ended.
+The trainer follows the order of a run (`StepOrder`); the collector's schedules (buffer/schedule.py) decide which groups
+start and are consumed, and when weights may be published. A server generates one token per iteration for each running
+response; the duration of an iteration depends on their number and lengths. Evaluations are sampled as in a run
+(evaluation/in_run.py): after the training groups, and a version is not replaced before its evaluation has ended.
 """
 
 import heapq
@@ -17,22 +17,23 @@ from minpro_megatron.buffer.schedule import make_schedule
 from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.config.run import RunConfig
 
-LONGEST_STRETCH = 512  # tokens of every response after which an iteration's duration is looked at again
+MAX_STRETCH = 512  # tokens per response after which the duration of an iteration is computed again
 
 
 class ServerModel(Protocol):
-    """How fast one server is."""
+    """The speed of one server."""
 
     @property
     def num_servers(self) -> int: ...
 
     @property
     def max_running(self) -> int:
-        """Responses at once."""
+        """Maximum number of concurrent responses."""
         ...
 
     def iteration_s(self, running: int, context_tokens: float) -> float:
-        """One token for each of `running` responses, whose prompts and tokens so far are `context_tokens` in all."""
+        """Seconds for one token of each of `running` responses with `context_tokens` tokens so far in total, including
+        prompts."""
         ...
 
     def prefill_s(self, tokens: float) -> float: ...
@@ -52,7 +53,7 @@ class Phases:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a group: its prompt, and each of its responses."""
+    """Tokens of a group: of its prompt, and of each of its responses."""
 
     prompt: int
     responses: Sequence[int]
@@ -72,23 +73,23 @@ class Span:
 class Timeline:
     spans: list[Span]
     step_ends: list[float]
-    busy: list[list[tuple[float, float]]]  # of each server: when groups were under way on it
-    batch_s: list[float]  # from the first issue of a step's groups to the last one's end
-    request_s: list[float]  # of each group: from its being sent to a server to its answer
+    busy: list[list[tuple[float, float]]]  # of each server: times during which it had groups
+    batch_s: list[float]  # from the first issue of a step's groups to the end of the last one
+    request_s: list[float]  # of each group: from its request to its answer
     evaluations: dict[int, tuple[float, float]]  # by policy version: from its publication to the last sample
 
     def window(self, first: int, last: int) -> tuple[float, float]:
-        """When steps first .. last - 1 ran."""
+        """Start and end of the steps first .. last - 1."""
         return (self.step_ends[first - 1] if first else 0.0), self.step_ends[last - 1]
 
     def wait_share(self, first: int, last: int) -> float:
-        """Of the trainer's time over these steps."""
+        """Share of the trainer's time over these steps in which it waited."""
         start, end = self.window(first, last)
         waited = sum(_overlap(span.start, span.end, start, end) for span in self.spans if span.phase == "wait")
         return waited / (end - start)
 
     def idle_share(self, first: int, last: int) -> float:
-        """Of the servers' time over these steps: nothing under way on them."""
+        """Share of the servers' time over these steps without a group."""
         start, end = self.window(first, last)
         worked = sum(_overlap(*interval, start, end) for server in self.busy for interval in server)
         return 1 - worked / ((end - start) * len(self.busy))
@@ -107,19 +108,19 @@ class _Server:
     model: ServerModel
     now: float = 0.0
     stalled_until: float = 0.0  # by prefills and publications
-    tokens: float = 0.0  # that a response which ran from the beginning would have
+    tokens: float = 0.0  # of a response that has run from the beginning
     running: list[tuple[float, int, int]] = field(default_factory=list)  # (tokens at its end, number, group)
     waiting: deque[tuple[int, int, int, bool]] = field(default_factory=deque)  # (group, tokens, prompt's, first of it)
     context: float = 0.0
     num_groups: int = 0
-    num_requests: int = 0  # of these groups: each response is one
+    num_requests: int = 0  # of these groups: one per response
     busy_since: float = 0.0
     busy: list[tuple[float, float]] = field(default_factory=list)
     stamp: int = 0  # of its event that counts
     iteration_s: float = 1.0  # since that event was planned
 
     def advance(self, time: float) -> None:
-        """To `time`, before which no response ends."""
+        """Advances to `time`, before which no response ends."""
         worked = time - max(self.now, self.stalled_until)
         if worked > 0 and self.running:
             gained = worked / self.iteration_s
@@ -128,11 +129,11 @@ class _Server:
         self.now = max(self.now, time)
 
     def next_event(self) -> float | None:
-        """When the next response ends, or an iteration's duration has to be looked at again."""
+        """The time at which the next response ends or the duration of an iteration has to be computed again."""
         if not self.running:
             return None
         self.iteration_s = self.model.iteration_s(len(self.running), self.context)
-        left = min(self.running[0][0] - self.tokens, LONGEST_STRETCH)
+        left = min(self.running[0][0] - self.tokens, MAX_STRETCH)
         return max(self.now, self.stalled_until) + max(left, 0.0) * self.iteration_s
 
     def admit(self, numbers: "itertools.count[int]") -> None:
@@ -140,11 +141,11 @@ class _Server:
             group, length, prompt, first = self.waiting.popleft()
             if first:  # a group's other responses find the prompt in the prefix cache
                 self.stalled_until = max(self.now, self.stalled_until) + self.model.prefill_s(prompt)
-            self.context += prompt  # which every response reads for itself
+            self.context += prompt  # which every response reads separately
             heapq.heappush(self.running, (self.tokens + length, next(numbers), group))
 
     def ended(self) -> list[int]:
-        """The groups of the responses that end now."""
+        """The groups of the responses that end at the current time."""
         found = []
         while self.running and self.running[0][0] <= self.tokens + 1e-6:
             found.append(heapq.heappop(self.running)[2])
@@ -167,17 +168,17 @@ class _Server:
             self.busy.append((self.busy_since, self.now))
 
     def pause(self, until: float, compute_again: bool) -> None:
-        """For a publication; `compute_again`: the KV cache of what runs is emptied."""
+        """Pauses for a publication; `compute_again`: the KV cache of running responses is computed again."""
         again = self.model.prefill_s(self.context) if compute_again and self.running else 0.0
         self.stalled_until = max(self.stalled_until, until) + again
 
 
-# What the trainer asks of the simulation: to wait until something holds, or to spend seconds.
+# A request of the trainer to the simulation: to wait for a condition, or to spend seconds.
 _Request = tuple[str, int, float | Callable[[], bool]]
 
 
 class Simulation:
-    """One run. `run` it once."""
+    """The simulation of one run; call `run` only once."""
 
     def __init__(
         self,
@@ -187,15 +188,17 @@ class Simulation:
         lengths: Callable[[int], Lengths],
         evaluations: Mapping[int, Sequence[Lengths]] | None = None,
     ) -> None:
-        """`lengths` of a training group, by its number; `evaluations`: the groups that are sampled beside the training
-        groups with some policy versions."""
+        """`lengths` of a training group, by its number; `evaluations`: the groups that are sampled in addition to the
+        training groups with some policy versions."""
         self._config, self._phases, self._lengths = config, phases, lengths
         self._servers = [_Server(server) for _ in range(server.num_servers)]
         self._max_requests = config.server.max_requests_under_way
         self._queue: deque[int] = deque()
         self._evaluations = dict(evaluations or {})
         self._evaluation_queue: deque[int] = deque()
-        self._evaluation_lengths: dict[int, Lengths] = {}  # by negative numbers, those of training groups are positive
+        self._evaluation_lengths: dict[
+            int, Lengths
+        ] = {}  # by negative numbers; numbers of training groups are positive
         self._evaluation_left = 0  # groups that have not ended
         self._evaluated: dict[int, tuple[float, float]] = {}
         self._sent: dict[int, float] = {}
@@ -212,7 +215,7 @@ class Simulation:
         self._now = 0.0
 
     def run(self, num_steps: int) -> Timeline:
-        """The first `num_steps` global steps of a run that would go on."""
+        """Simulates the first `num_steps` global steps of a longer run."""
         beyond = max(self._config.staleness.delay_steps, self._config.staleness.max_staleness) + 2
         config = self._config.model_copy(update={"num_global_steps": num_steps + beyond})
         self._schedule = make_schedule(config)
@@ -233,7 +236,7 @@ class Simulation:
             self._step_to(None if callable(what) else since + what)
 
     def _trainer(self, num_steps: int) -> Generator[_Request]:
-        """What the trainer asks for in the first `num_steps` steps of a run that would go on."""
+        """The requests of the trainer in the first `num_steps` steps of a longer run."""
         ahead = steps_ahead(self._config.staleness)
         order = StepOrder(num_steps + ahead, ahead)
         for fetch in order.before_first_step():
@@ -313,7 +316,7 @@ class Simulation:
             self._schedule.collected(group, accepted=True)
             return
         self._evaluation_left -= 1
-        version = self._schedule.version  # it is not replaced before its evaluation has ended
+        version = self._schedule.version  # a version is not replaced before its evaluation has ended
         self._evaluated[version] = (self._evaluated[version][0], self._now)
 
     def _plan_event(self, server: _Server) -> None:
@@ -323,13 +326,13 @@ class Simulation:
             heapq.heappush(self._events, (time, server.stamp, server))
 
     def _step_to(self, limit: float | None) -> None:
-        """To the next end of a group, or to `limit` if that is sooner."""
+        """Advances to the next end of a group, or to `limit` if that is earlier."""
         group_ended = False
         while not group_ended:
             while self._events and self._events[0][1] != self._events[0][2].stamp:
                 heapq.heappop(self._events)
             if not self._events or (limit is not None and limit <= self._events[0][0]):
-                assert limit is not None, "the trainer waits and nothing is under way"
+                assert limit is not None, "the trainer waits and no group is in progress"
                 self._now = max(self._now, limit)
                 return
             self._now, _, server = heapq.heappop(self._events)

@@ -1,4 +1,4 @@
-"""How long prompts and responses are assumed to be: what a run's settings do not say."""
+"""The assumed lengths of prompts and responses, which a run's settings do not state."""
 
 import math
 import random
@@ -12,16 +12,17 @@ from minpro_megatron.planning.cost_model import Batch
 from minpro_megatron.planning.simulator import Lengths
 
 QUANTILES = 512
-# Assumptions where nothing is said: a response has this share of sampling.max_response_tokens, and a prompt as many
-# tokens as a competition problem with its instruction.
+# Default assumptions: a response has this share of sampling.max_response_tokens, and a prompt has the number of tokens
+# of a competition problem with its instruction.
 RESPONSE_SHARE = 0.4
 PROMPT_TOKENS = 200
-SPREAD = 0.7  # of the logarithm of a response's length, before it is cut at the limit
+SPREAD = 0.7  # standard deviation of the log of a response's length, before truncation at the limit
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Responses are log-normal, cut at sampling.max_response_tokens, with `mean_response_tokens` after the cut."""
+    """Lengths of responses are log-normal, truncated at sampling.max_response_tokens; `mean_response_tokens` is the
+    mean after the truncation."""
 
     mean_prompt_tokens: float
     mean_response_tokens: float
@@ -29,7 +30,7 @@ class Workload:
 
     @staticmethod
     def of(config: RunConfig, response_tokens: float | None = None, prompt_tokens: float | None = None) -> "Workload":
-        """What is said, and assumptions for the rest. Raises ValueError for a mean beyond the run's limits."""
+        """The given means, and assumptions for the others. Raises ValueError for a mean beyond the run's limits."""
         limit, prompts = config.sampling.max_response_tokens, config.sampling.max_prompt_tokens
         response = RESPONSE_SHARE * limit if response_tokens is None else response_tokens
         prompt = min(PROMPT_TOKENS, prompts) if prompt_tokens is None else prompt_tokens

@@ -105,7 +105,7 @@ def test_gpus_that_do_not_match_the_settings_are_told_with_those_that_would() ->
 
 def test_a_cache_too_small_for_one_response_is_told() -> None:
     (problem,) = planned(server={"max_total_tokens": 5000}).problems
-    assert problem.startswith("server: the KV cache of 5,000 tokens beside 30.5 GB of weights must hold")
+    assert problem.startswith("server: the KV cache of 5,000 tokens next to 30.5 GB of weights must hold")
     assert "9,216: raise server.tensor_parallel = 2 or server.max_total_tokens" in problem
 
 
