@@ -1,4 +1,4 @@
-"""The role `collect`: prompts through servers and rewards into the journal, and from there to the trainer."""
+"""The role `collect`: samples and grades responses, stores them in the journal, and feeds them to the trainer."""
 
 import asyncio
 import logging
@@ -40,20 +40,20 @@ from minpro_megatron.run_folder.start_fence import LOOK_EVERY_S, StartFence
 
 log = logging.getLogger(__name__)
 
-# How long a thread that decodes an answer may keep the interpreter while the event loop, which gives it away at each
-# look at a socket, waits for it. With Python's 5 ms answers would come in at 64 KiB every 5 ms.
+# Maximum time for which a thread that decodes an answer holds the interpreter while the event loop, which releases it
+# at each read of a socket, waits for it. With Python's default of 5 ms, answers would arrive at 64 KiB per 5 ms.
 SWITCH_INTERVAL_S = 0.0005
-# How long a failed collector stays to answer a trainer that is between two requests.
+# Time for which a failed collector still answers a trainer that is between two requests.
 FAILURE_DELIVERY_S = 1.0
 STATUS_TERMINATED = 128 + signal.SIGTERM
 
 
 def run(config: RunConfig, incarnation: int) -> int:
-    """Collects until the trainer has finished (exit status 0), something fails (1; 2 for what a person has to
-    correct), SIGTERM comes (143), or the run folder is no longer this start's (2)."""
+    """Collects until the trainer has finished (exit status 0), something fails (1; 2 for errors that a user
+    has to correct), SIGTERM arrives (143), or the run folder no longer belongs to this start (2)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s collect %(levelname)s %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    limit_repeated_lines("asyncio", "aiohttp.server")  # about connections of whoever finds the port
+    limit_repeated_lines("asyncio", "aiohttp.server")  # messages about unauthenticated connections to the port
     raise_file_limit(config)
     fence = StartFence(config.run_dir, incarnation)
     try:
@@ -62,7 +62,7 @@ def run(config: RunConfig, incarnation: int) -> int:
         fence.check()
     except asyncio.CancelledError:
         return STATUS_TERMINATED
-    except RunBlocked as error:  # the status is another start's now
+    except RunBlocked as error:  # the status now belongs to another start
         return report(error, "collect")
     except ProjectError as error:
         status = report(error, "collect")
@@ -123,7 +123,7 @@ async def _collect(config: RunConfig, incarnation: int, fence: StartFence) -> No
 
 
 async def _show_life(watchdog: Watchdog, memory: MemoryStatement) -> None:
-    """As long as the event loop goes round, no guard lasts."""
+    """Renews the watchdog's guard while the event loop runs."""
     while True:
         with watchdog.guard("the collector's event loop"):
             await asyncio.sleep(1)

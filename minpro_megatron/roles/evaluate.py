@@ -1,4 +1,4 @@
-"""The sampling of an evaluation: which samples are missing, through the servers and the graders into a file."""
+"""Sampling of an evaluation: samples the missing responses on the servers, grades them and writes them to a file."""
 
 import asyncio
 import logging
@@ -25,17 +25,17 @@ from minpro_megatron.serving.errors import ServerError
 
 log = logging.getLogger(__name__)
 
-# A prompt's samples are asked for a few at a time: whole groups of 128 would leave servers idle at the end, and what a
-# crash loses is what is under way.
+# A prompt's samples are requested a few at a time: groups of all 128 would leave servers idle at the end, and a crash
+# loses the requests in progress.
 SAMPLES_PER_REQUEST = 2
-# How often a server that came back is taken in again, and the longest time without any server.
+# Interval of the checks for servers that have returned.
 READMIT_INTERVAL_S = 2.0
 
 Key = tuple[str, str, int]
 
 
 class EvaluationError(ProjectError):
-    """The evaluation cannot go on; the message is one line with the reason. What is sampled so far stays."""
+    """The evaluation cannot continue; the message is one line with the reason. The samples so far are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Task:
 def plan(
     prompts: Mapping[str, Sequence[TokenizedPrompt]], samples: Mapping[str, int], seed: int, done: Collection[Key] = ()
 ) -> list[Task]:
-    """What is to be sampled but not `done`, benchmark after benchmark. Seeds depend on (seed, benchmark, prompt's id,
-    sample) alone."""
+    """The samples that are not in `done`, benchmark by benchmark. Seeds depend only on (seed, benchmark, prompt's id,
+    sample)."""
     tasks: list[Task] = []
     for name, tokenized in prompts.items():
         for prompt in tokenized:
@@ -76,7 +76,7 @@ def plan(
 
 
 class Sampler:
-    """Samples tasks on the servers whose addresses `serve` states in the run's folder, and grades the responses."""
+    """Samples tasks on the servers whose addresses `serve` writes into the run folder, and grades the responses."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Sampler:
         sampled: Callable[[SampledGroup], None],
         ready: Callable[[], None],
     ) -> None:
-        """`sampled` is called with each group after it is in `file`, `ready` once when the servers are."""
+        """`sampled` is called with each group after it is in `file`, `ready` once, when the servers are ready."""
         self._config = config
         self._incarnation = incarnation
         self._file = file
@@ -99,7 +99,7 @@ class Sampler:
         )
 
     async def run(self, tasks: Sequence[Task], sampled_version: int | None) -> None:
-        """Samples all tasks. `sampled_version`: of the samples that are there already.
+        """Samples all tasks. `sampled_version`: policy version of the existing samples.
 
         Raises EvaluationError, FleetError or GenerationError.
         """
@@ -125,11 +125,11 @@ class Sampler:
                     pending = [running.create_task(self._sample(task, version, groups, rewards)) for task in tasks]
                     await asyncio.gather(*pending)
                     readmitting.cancel()
-            except ExceptionGroup as failures:  # they fail together: one cause is enough
+            except ExceptionGroup as failures:  # they fail together: one cause is reported
                 raise first_error(failures) from None
 
     async def _served_version(self, fleet: Fleet) -> int:
-        """The version that all servers hold; `fleet` gives out work for it from now on."""
+        """The version of all servers' weights, for which `fleet` then assigns work."""
         make_client = client_maker(self._config, self._facts)
         versions = {}
         for address in fleet.members():
@@ -138,17 +138,18 @@ class Sampler:
                     versions[address.url] = await client.policy_version(self._config.server.unhealthy_after_s)
                 except ServerError as error:
                     raise EvaluationError(
-                        f"{error}; a server of --urls must say which weights it holds: start it with --weight-version 0"
+                        f"{error}; a server of --urls must report the version of its weights: start it with "
+                        "--weight-version 0"
                     ) from None
         if len(set(versions.values())) != 1:
-            raise EvaluationError(f"the servers hold different weights ({versions}): evaluate those of one version")
+            raise EvaluationError(f"the servers have different weights ({versions}): use servers with one version")
         version = next(iter(versions.values()))
         if version != fleet.version:
             fleet.set_version(version, [address.index for address in fleet.members()])
         return version
 
     async def _readmit(self, fleet: Fleet, version: int) -> None:
-        """Takes in servers of others that were away and have the same weights still."""
+        """Readmits external servers that have returned and still have the same weights."""
         loop = asyncio.get_running_loop()
         seen_at = loop.time()
         while True:
@@ -160,7 +161,7 @@ class Sampler:
             elif loop.time() - seen_at > self._config.server.start_timeout_s:
                 raise EvaluationError(
                     f"no server has held version {version} of the weights for server.start_timeout_s = "
-                    f"{self._config.server.start_timeout_s:g} s; the same command goes on once there is one"
+                    f"{self._config.server.start_timeout_s:g} s; run the same command again when one is available"
                 )
 
     async def _sample(self, task: Task, version: int, groups: GroupCollector, rewards: RewardPool) -> None:

@@ -1,6 +1,6 @@
-"""The role `serve`: starts this machine's rollout servers, says where they are, restarts those that fail.
+"""The role `serve`: starts this machine's rollout servers, publishes their addresses, and restarts those that fail.
 
-Of servers that somebody else has started (server.urls) it only says where they are, for as long as they answer.
+For external servers (server.urls) it only publishes the addresses while they respond.
 """
 
 import logging
@@ -26,9 +26,9 @@ WATCH_INTERVAL_S = 0.2
 
 
 class _StopRequest:
-    """True once SIGTERM or SIGINT has come.
+    """True once SIGTERM or SIGINT has arrived.
 
-    A flag and short sleeps: an Event's lock could be held by the very code that the handler interrupts.
+    It is a flag, polled with short sleeps, because the code that the handler interrupts could hold an Event's lock.
     """
 
     def __init__(self) -> None:
@@ -45,13 +45,13 @@ class _StopRequest:
 
 def run(config: RunConfig, incarnation: int, servers: range | None = None) -> int:
     """Serves until SIGTERM (exit status 0), until a first start fails or no server of the run is left (status 1), or
-    until the run folder is no longer this start's (status 2).
+    until the run folder no longer belongs to this start (status 2).
 
-    `servers`: the indices of those that this machine has, all of them unless said otherwise."""
+    `servers`: the indices of this machine's servers; None: all servers."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s")
     stop_requested = _StopRequest()
     indices = range(num_servers(config.server)) if servers is None else servers
-    # of one share of several, the name tells which
+    # the name identifies the share of several
     _warn_of_open_servers(config)
     status = "serve" if len(indices) == num_servers(config.server) else f"serve-{indices.start}"
     _remove_addresses(config, indices, incarnation)
@@ -85,12 +85,13 @@ def run(config: RunConfig, incarnation: int, servers: range | None = None) -> in
 
 
 def _warn_of_open_servers(config: RunConfig) -> None:
-    """Without a launcher nobody makes a key."""
+    """Warns of servers without an API key: only a launcher creates one."""
     host = config.server.host
     if not config.server.urls and not is_loopback(host) and not config.server.api_key_variable and not has_key(config):
         log.warning(
-            "server.host = %s: the servers have no API key, so whoever reaches their ports can use them and replace "
-            "their weights; set server.api_key_variable, or start the run with launch or node, which make a key", host
+            "server.host = %s: the servers have no API key, so anyone with access to their ports can use them and "
+            "replace "
+            "their weights; set server.api_key_variable, or start the run with launch or node, which create a key", host
         )  # fmt: skip
 
 
@@ -110,8 +111,8 @@ def _watch(
     stop_requested: _StopRequest,
     look_at_start: Callable[[], None] = lambda: None,
 ) -> None:
-    """Returns once it is to stop. Raises ServerStartError if a server's first start fails, and once the run has no
-    server that could come back; and what `look_at_start` raises."""
+    """Monitors the servers until a stop is requested. Raises ServerStartError if a server's first start fails, or if
+    no server is left that could be restarted, and the errors of `look_at_start`."""
     shown, memory = "", MemoryStatement(config.run_dir, status)
     last_seen = last_complete = time.monotonic()
     while not stop_requested():
@@ -129,7 +130,7 @@ def _watch(
                 f"{config.server.start_timeout_s:g} s; start them, or correct their addresses"
             )
         given_up = [server.given_up for server in servers if server.given_up is not None]
-        # With servers on other nodes the run goes on; if these are away as well, the collector ends it.
+        # With servers on other nodes the run continues; if these do not respond either, the collector ends it.
         if len(given_up) == num_servers(config.server):
             raise ServerStartError(given_up[0])
         phase = _phase(len(away), len(given_up), len(servers), config, now - last_complete)
@@ -141,7 +142,7 @@ def _watch(
 
 
 def _phase(num_away: int, num_given_up: int, num_servers: int, config: RunConfig, waited_s: float) -> str:
-    """What the role is doing. It changes once a minute while servers load, so that display and log have a line then."""
+    """The current phase of the role. While servers load it changes once per minute, so that display and log show it."""
     if not num_away:
         return "serving"
     verb = "waiting for" if config.server.urls else "starting"

@@ -1,7 +1,7 @@
-"""The role `timer`: in the trainer's place something that takes batches, waits, and publishes versions without weights.
+"""The role `timer`: replaces the trainer, takes batches, waits, and publishes versions without weights.
 
-It asks the collector for the same things in the same order as train.Trainer, so servers and collector work as in a real
-run whose global step takes debug.timer_step_s beside its waiting. With 0 it only collects rollouts.
+It sends the collector the same requests in the same order as train.Trainer, so servers and collector work as in a real
+run whose global step takes debug.timer_step_s in addition to its waiting. With 0 it only collects rollouts.
 """
 
 import logging
@@ -35,7 +35,7 @@ from minpro_megatron.serving.control import ControlError, ServerControl
 log = logging.getLogger(__name__)
 
 PHASES = ("wait_for_batch", "train", "publish")
-PROBE_S = 5.0  # for a server that did not take a version to say that it is alive
+PROBE_S = 5.0  # timeout of the health check of a server that did not accept a version
 
 
 def run(config: RunConfig, incarnation: int) -> int:
@@ -81,7 +81,7 @@ def _measure(config: RunConfig, incarnation: int, fence: StartFence) -> None:
 
 
 class Announcer:
-    """Tells servers which version they hold from now on; their weights stay the initial ones."""
+    """Sets the policy version that servers report; their weights remain the initial ones."""
 
     def __init__(self, config: RunConfig) -> None:
         self._timeout_s = config.publish.timeout_s
@@ -89,26 +89,26 @@ class Announcer:
         self._headers = authorization(config)
 
     def __call__(self, lease: PublishLease) -> list[int]:
-        """The servers, by index, that state the lease's version. Raises ControlError if none does although one is
+        """The indices of the servers that report the lease's version. Raises ControlError if none does although one is
         alive."""
         controls = {server.index: self._control(server) for server in lease.servers}
         failures: dict[int, str] = {}
         requests: list[tuple[str, dict[str, Any]]] = [("update_weight_version", {"weight_version": lease.version})]
         if (
             self._flush and not lease.requests_in_flight
-        ):  # as with new weights: else prompts that return cost too little
+        ):  # as with new weights: otherwise repeated prompts would cost too little
             requests.append(("flush_cache", {}))
         for method, arguments in requests:
             calls = start_for_all([controls[i] for i in controls if i not in failures], method, **arguments)
             calls.results()
             failures |= calls.failures()
         for line in failures.values():
-            log.warning("version %d: left out: %s", lease.version, line)
+            log.warning("version %d: excluded servers: %s", lease.version, line)
         held_by = [index for index in controls if index not in failures]
         if not held_by:
             alive = start_for_all([control.within(PROBE_S) for control in controls.values()], "model_info").results()
             if alive:
-                raise ControlError(f"no server takes version {lease.version}: {'; '.join(failures.values())}")
+                raise ControlError(f"no server accepts version {lease.version}: {'; '.join(failures.values())}")
         return held_by
 
     def _control(self, server: ServerAddress) -> ServerControl:
@@ -117,14 +117,14 @@ class Announcer:
 
 @dataclass
 class Timer:
-    """One run in the trainer's place. `announce` returns the indices of the servers that hold the lease's version."""
+    """One run of the timer. `announce` returns the indices of the servers that report the lease's version."""
 
     config: RunConfig
     feed: BatchSource
     report: StepReport
     announce: Callable[[PublishLease], list[int]]
-    # For each batch from when its sampling could begin, or from the arrival of the one before it, to its arrival here:
-    # an upper bound for a batch that was complete before it was asked for.
+    # Seconds from the possible start of a batch's sampling, or from the arrival of the previous batch, to its arrival
+    # here: an upper bound for a batch that was complete before it was requested.
     batch_seconds: list[float] = field(default_factory=list)
     _ready: dict[int, Batch] = field(default_factory=dict)
     _sampling_since: float = 0.0
@@ -133,7 +133,7 @@ class Timer:
     _publication: dict[str, float] = field(default_factory=dict)  # metrics of the last lease
 
     def run(self) -> CollectorTotals:
-        """Takes the batches of all global steps, from the first: launch refuses to take a measurement up again."""
+        """Takes the batches of all global steps from the first one, because launch refuses to resume a measurement."""
         self.feed.start(0)
         self._sampling_since = time.monotonic()
         self._meter = ServerMeter(self._sampling_since)
@@ -156,7 +156,7 @@ class Timer:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long it has spent in each phase."""
+        """Seconds spent in each phase."""
         return self._clock.seconds
 
     def server_use(self) -> ServerUse | None:
@@ -192,7 +192,7 @@ class Timer:
             self._send(lease)
         self._publication = lease.metrics
         self.report.evaluations(lease.evaluations)
-        if self._delay_mode:  # the servers have waited for it; in bounded mode they never wait
+        if self._delay_mode:  # the servers have waited for this version; in bounded mode they never wait
             self._sampling_since = time.monotonic()
 
     def _write(self, step: int) -> None:

@@ -46,8 +46,8 @@ from minpro_megatron.weights.hf_files import write_hf
 def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> int:
     """Trains this rank's share of the run. `save_by`: Unix time by which this start must have saved, if it has a limit.
 
-    Returns 0 when the run is finished or has been saved for another start. Otherwise it returns 1, having reported an
-    error of the project in a line, and any other one with its traceback.
+    Returns 0 when the run is finished or has been saved for another start. Otherwise it returns 1, after it has
+    reported an error of the project in one line, or any other error with its traceback.
     """
     logging.basicConfig(format="%(asctime)s train %(levelname)s %(message)s")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
@@ -78,7 +78,7 @@ def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> in
 def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mesh, fence: StartFence) -> None:
     started = time.monotonic()
     if config.device == "cpu":
-        torch.set_num_threads(1)  # the ranks are the parallelism
+        torch.set_num_threads(1)  # the ranks run in parallel
     first = mesh.rank == 0
     _say(config, mesh, "loading the model")
     policy, architecture = load_policy(config, mesh)
@@ -126,7 +126,7 @@ def _stop_request(config: RunConfig, incarnation: int) -> str | None:
 
 
 def _announce_early_end(config: RunConfig, incarnation: int, saved: bool, version: int, reason: str) -> None:
-    """To the launcher, which ends the other roles once the last checkpoint is complete."""
+    """Reports the early end to the launcher, which ends the other roles once the last checkpoint is complete."""
     write_status(config.run_dir, "train", f"{'saved' if saved else 'saving'} after global step {version} ({reason})")
     end = EarlyEnd(policy_version=version, reason=reason, saved=saved)
     write_early_end(config.run_dir, incarnation, end)

@@ -230,9 +230,9 @@ def test_a_server_that_refuses_is_left_out(
     announce = Announcer(run_config(tmp_path))
     with caplog.at_level(logging.WARNING):
         assert announce(lease_of(servers)) == [1]
-    assert "version 4: left out: server 0 at" in caplog.text
+    assert "version 4: excluded servers: server 0 at" in caplog.text
     servers[1].answers["flush_cache"] = (400, "busy")
-    with pytest.raises(ControlError, match=r"no server takes version 4: .*status 500: no; .*status 400: busy"):
+    with pytest.raises(ControlError, match=r"no server accepts version 4: .*status 500: no; .*status 400: busy"):
         announce(lease_of(servers))
 
 
