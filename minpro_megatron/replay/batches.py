@@ -1,4 +1,4 @@
-"""From stored rollouts to the mini-batches of the replay's optimizer updates."""
+"""Builds the mini-batches of the replay's optimizer updates from stored rollouts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from minpro_megatron.replay.rollouts import Rollout
 
 @dataclass(frozen=True)
 class ReplayBatch:
-    """The sequences of one optimizer update, group by group, and the row of the file that each is."""
+    """The sequences of one optimizer update, group by group, and the row of each in the file."""
 
     rows: list[int]  # from 0
     sequences: list[TokenSequence]
@@ -32,7 +32,7 @@ def replay_batches(
 ) -> list[ReplayBatch]:
     """Mini-batches of `groups_per_batch` groups (the last may have fewer; None: one mini-batch of all).
 
-    A group is all rows with the same `group`, wherever they stand; groups are in order of their first row.
+    A group consists of all rows with the same `group`, at any position; groups are in the order of their first rows.
     """
     groups: dict[str, list[int]] = {}
     for row, rollout in enumerate(rollouts):

@@ -1,4 +1,4 @@
-"""What the starting process and the ranks of a replay leave for each other in the work folder."""
+"""The files in the work folder through which the starting process and the ranks of a replay communicate."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _SETTINGS, _ROWS, _PROGRESS, _ERROR = "run.json", "rows.msgpack", "progress.json
 
 
 class ReplayRows(Record, frozen=True, kw_only=True):
-    """The rows of the file, and what is done with them."""
+    """The rows of the file, and how they are replayed."""
 
     rollouts: list[Rollout]
     groups_per_batch: int | None  # None: all groups in one mini-batch
@@ -35,7 +35,7 @@ def read_job(folder: Path) -> tuple[RunConfig, ReplayRows]:
 
 @dataclass(frozen=True)
 class ReplayProgress:
-    """How far the ranks are: in tokens, every pass over a mini-batch counted."""
+    """The progress of the ranks, in tokens; every pass over a mini-batch counts."""
 
     phase: str = "starting the ranks"
     done: int = 0
@@ -54,7 +54,7 @@ def read_progress(folder: Path) -> ReplayProgress:
 
 
 def state_error(folder: Path, error: Exception) -> None:
-    """Says why the replay ends. Of several ranks the first is heard."""
+    """Writes the reason for the end of the replay. If several ranks write one, the first one is kept."""
     try:
         file = os.open(folder / _ERROR, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except FileExistsError:

@@ -45,7 +45,7 @@ PER_TOKEN = ("log_probs", "coefficients", "prefix_min")
 
 
 class ReplayError(ProjectError):
-    """The replay cannot go on: the numbers are not finite any more."""
+    """The replay cannot continue, because values are no longer finite."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Replay:
     folder: Path
     policy: Policy
     batches: list[ReplayBatch]
-    lines: list[int]  # of the file, for each row
+    lines: list[int]  # line number in the file, for each row
     updates: int
     tokens_done: int = 0
     tokens_total: int = 0
@@ -106,7 +106,7 @@ class Replay:
         if not np.isfinite([loss, result.grad_norm]).all():
             raise ReplayError(
                 f"update {index + 1}: loss = {loss}, gradient norm = {result.grad_norm}: not finite, so the weights "
-                "cannot be updated; look at the updates before it with --updates"
+                "cannot be updated; examine the updates before it with --updates"
             )
         return {"loss": loss, "grad_norm": result.grad_norm, "num_tokens": batch.num_trained_tokens}
 
@@ -114,7 +114,7 @@ class Replay:
         return derive_seed(self.config.seed, "update", update)
 
     def _announce(self, phase: str, batch: ReplayBatch) -> None:
-        """Says that a pass over `batch` begins."""
+        """Reports the begin of a pass over `batch`."""
         if self.mesh.rank == 0:
             write_progress(self.folder, ReplayProgress(phase, self.tokens_done, self.tokens_total))
         self.tokens_done += batch.num_tokens
@@ -131,9 +131,9 @@ def _refuse_broken(line: int, values: dict[str, np.ndarray]) -> None:
 
 
 def replay(folder: Path, config: RunConfig, rows: ReplayRows, mesh: Mesh) -> None:
-    """Loads the model, replays `rows`, and leaves tokens, model and summary in the work folder's result."""
+    """Loads the model, replays `rows`, and writes tokens, model and summary into the work folder's result."""
     if config.device == "cpu":
-        torch.set_num_threads(1)  # the ranks are the parallelism
+        torch.set_num_threads(1)  # the ranks run in parallel
     first = mesh.rank == 0
     if first:
         write_progress(folder, ReplayProgress("loading the model"))
@@ -159,7 +159,7 @@ def replay(folder: Path, config: RunConfig, rows: ReplayRows, mesh: Mesh) -> Non
 
 
 def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
-    end_with_parent(signal.SIGKILL)  # it may hang in a collective, where it would never get to handle SIGTERM
+    end_with_parent(signal.SIGKILL)  # it may hang in a collective, where it could not handle SIGTERM
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     folder = Path(arguments[0])
     config, rows = read_job(folder)

@@ -1,4 +1,4 @@
-"""Stored rollouts: one JSON object a line, checked down to the single token before anything is started.
+"""Stored rollouts: one JSON object per line, validated down to each token before any process starts.
 
 A row: {"group": str, "prompt_ids": [int], "response_ids": [int], "behavior_log_probs": [float], "reward": float}, and
 optionally "loss_mask": [0 or 1] and "rollout_log_probs": [float]; other fields are ignored.
@@ -15,19 +15,19 @@ import numpy as np
 from minpro_megatron.errors import UserError
 from minpro_megatron.records import Record
 
-_MOST_PROBLEMS = 20  # told at once
+_MAX_PROBLEMS = 20  # number of problems in one report
 _PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "loss_mask")
 
 
 class Rollout(Record, frozen=True, kw_only=True):
-    """One row. Arrays but the prompt's cover the response's tokens, of which there may be none."""
+    """One row. All arrays except the prompt's have one entry per token of the response, which may be empty."""
 
     line: int  # in its file, from 1
     group: str
     prompt_ids: np.ndarray  # int32 [prompt tokens], at least one
     response_ids: np.ndarray  # int32 [response tokens]
     behavior_log_probs: np.ndarray  # float32 [response tokens]
-    rollout_log_probs: np.ndarray  # float32 [response tokens]; zeros where nothing reads them
+    rollout_log_probs: np.ndarray  # float32 [response tokens]; zeros if they are not needed
     loss_mask: np.ndarray  # float32 [response tokens]: 1 where the token is trained on
     reward: float
 
@@ -39,10 +39,9 @@ class Rollout(Record, frozen=True, kw_only=True):
 def read_rollouts(path: Path, vocab_size: int, needs_rollout_log_probs: bool) -> list[Rollout]:
     """The rows of the file in its order.
 
-    Raises UserError, one line a problem with file, line number and field, if a row is not as this module says: token
-    ids are 0 .. vocab_size - 1, prompts are not empty, lists of a response are as long as it, numbers are finite, and
-    rollout log-probs are there if they are needed.
-    """
+    Raises UserError with one line per problem, which names file, line number and field, for an invalid row: token ids
+    must be 0 .. vocab_size - 1, prompts must not be empty, the lists of a response must have its length, numbers must
+    be finite, and rollout log-probs must exist if they are needed."""
     types = _field_types(vocab_size, needs_rollout_log_probs)
     rows: list[Rollout] = []
     problems: list[str] = []
@@ -56,10 +55,10 @@ def read_rollouts(path: Path, vocab_size: int, needs_rollout_log_probs: bool) ->
     except OSError as error:
         raise UserError(f"--rollouts {path}: {error.strerror}; give a JSON Lines file of rollouts") from None
     if problems:
-        more = len(problems) - _MOST_PROBLEMS
-        raise UserError(problems[:_MOST_PROBLEMS] + ([f"{path}: {more} more problems"] if more > 0 else []))
+        more = len(problems) - _MAX_PROBLEMS
+        raise UserError(problems[:_MAX_PROBLEMS] + ([f"{path}: {more} more problems"] if more > 0 else []))
     if not rows:
-        raise UserError(f"{path}: the file is empty; it needs one rollout a line")
+        raise UserError(f"{path}: the file is empty; it needs one rollout per line")
     return rows
 
 
@@ -117,7 +116,7 @@ def _missing(field: str) -> str:
 
 
 def _wrong_value(field: str, value: Any, error: msgspec.ValidationError) -> str:
-    """msgspec says "Expected `int`, got `str` - at `$[3]`" of a value that it only knows as $."""
+    """msgspec's error, such as "Expected `int`, got `str` - at `$[3]`", with the name of the field for $."""
     rule, _, place = str(error).partition(" - at `$")
     inside = place.rstrip("`")
     if inside.startswith("[") and inside.endswith("]") and isinstance(value, list):
@@ -131,7 +130,7 @@ def _shown(value: Any) -> str:
 
 
 def _disagreements(values: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with values that each have the right type."""
+    """The problems of values that have the right types."""
     if values.get("prompt_ids") == []:
         yield "prompt_ids: it is empty; a response's first token is predicted from the token before it"
     if "reward" in values and not _is_float32(values["reward"]):

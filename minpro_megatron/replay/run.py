@@ -1,4 +1,4 @@
-"""A replay from its options to its output: checks first, then the ranks, then the result under its name."""
+"""A replay from its options to its output: checks, the ranks, and the move of the result to the output folder."""
 
 import os
 import shutil
@@ -39,14 +39,14 @@ from minpro_megatron.replay.job import (
 from minpro_megatron.replay.rollouts import Rollout, read_rollouts
 from minpro_megatron.replay.settings import ReplayOptions, replay_config, sized_for
 
-MAX_LOG_PROB = 1e-3  # float32 sums of exponentials round a little above 0
+MAX_LOG_PROB = 1e-3  # rounding of float32 sums of exponentials can exceed 0 a little
 _ROLE = "replay"
 
 
 def run_replay(options: ReplayOptions) -> int:
-    """Replays and returns the status code: 0 when the output is there, else 1, or 130 if interrupted.
+    """Replays and returns the status code: 0 when the output is complete, else 1, or 130 if interrupted.
 
-    Raises UserError, with one line a problem, before any rank has started.
+    Raises UserError with one line per problem before any rank has started.
     """
     options = replace(options, model=options.model.absolute(), output=options.output.resolve())
     config, rows = checked_replay(options)
@@ -68,7 +68,7 @@ def run_replay(options: ReplayOptions) -> int:
 
 
 def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
-    """Settings and rows. Raises UserError, one line a problem, for whatever can be known to be wrong beforehand."""
+    """Settings and rows. Raises UserError with one line per problem that can be found before the start."""
     config = replay_config(options, num_gpus := count_gpus())
     if config.device == "cpu" and num_gpus and options.device is None:
         print(
@@ -90,7 +90,7 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
     improbable = sum(int((rollout.behavior_log_probs > MAX_LOG_PROB).sum()) for rollout in rollouts)
     if improbable:
         print(
-            f"{options.rollouts}: {improbable} behavior_log_probs are above 0, which no probability's is",
+            f"{options.rollouts}: {improbable} behavior_log_probs are above 0, which is impossible for a probability",
             file=sys.stderr,
         )
     config = _with_rows_long_enough(config, options, rollouts)
@@ -101,31 +101,32 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
             raise UserError(
                 f"{options.rollouts}: loss_mask: every token of mini-batch {index + 1} of {len(batches)} is masked "
                 f"(lines {min(batch.rows) + 1} to {max(batch.rows) + 1}), so its update has no gradient; raise "
-                "--mini-batch-groups or leave these rows out"
+                "--mini-batch-groups or remove these rows"
             )
     return config, ReplayRows(rollouts=rollouts, groups_per_batch=options.mini_batch_groups, updates=updates)
 
 
 def _refuse_too_long(options: ReplayOptions, rollouts: list[Rollout]) -> None:
-    """No server samples beyond the model's positions: such a row is of another model, or its config.json is."""
+    """Raises UserError for rows longer than the model's positions: rows or config.json belong to another model."""
     limit = max_positions(options.model)
     for rollout in rollouts:
         if limit is not None and rollout.num_tokens > limit:
             raise UserError(
                 f"{options.rollouts}: line {rollout.line}: prompt_ids and response_ids are {rollout.num_tokens} "
-                f"tokens, more than max_position_embeddings = {limit} in {options.model / CONFIG}; leave the row out, "
+                f"tokens, more than max_position_embeddings = {limit} in {options.model / CONFIG}; remove the row, "
                 "or raise that number if the servers ran with a longer context"
             )
 
 
 def _refuse_foreign(output: Path) -> None:
-    """A folder may hold other things, and a former output, which has all three of its entries or only the first."""
+    """Raises UserError if files in `output` that the replay would replace are not from an earlier replay, whose output
+    has all three entries or only the first one. Other files may be in the folder."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is no folder; give another")
+        raise UserError(f"--output {output}: it is not a folder; give another")
     foreign = [name for name in (SUMMARY, MODEL) if (output / name).exists() and not (output / TOKENS).is_file()]
     if foreign:
         raise UserError(
-            f"--output {output}: its {foreign[0]} is not of a former output ({TOKENS} is missing), so it "
+            f"--output {output}: its {foreign[0]} is not from an earlier output ({TOKENS} is missing), so it "
             "is not overwritten; give another folder"
         )
     try:
@@ -135,9 +136,9 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _hand_over(result: Path, output: Path) -> None:
-    """Moves the result into `output`, summary.json last: where it stands, everything else does.
+    """Moves the result into `output`, summary.json last, so that its presence means a complete output.
 
-    The folder itself stays: it may be a mount point or hold other things.
+    The folder itself is kept: it may be a mount point or contain other files.
     """
     output.mkdir(exist_ok=True)
     for name in (SUMMARY, MODEL, TOKENS):
@@ -163,7 +164,7 @@ def _with_rows_long_enough(config: RunConfig, options: ReplayOptions, rollouts: 
 
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """A new folder beside `output`, so that a part of it can become the output by a rename; removed at the end."""
+    """A new folder next to `output`, so that the result can be moved there by a rename; removed at the end."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))

@@ -1,4 +1,4 @@
-"""From the options of a replay to validated run settings."""
+"""Converts the options of a replay to validated run settings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +10,21 @@ from minpro_megatron.config.run import RunConfig, parse_run_config, with_overrid
 from minpro_megatron.errors import UserError
 
 ROW_TOKENS = 4096  # of a packed row, unless a sequence is longer
-# What --set reaches beside the objective's own settings; the rest of a run has no part in a replay.
+# The settings that --set accepts in addition to the objective's; other settings of a run do not affect a replay.
 SETTINGS = ("loss.*", "optimizer.*", "sampling.temperature", "sampling.max_response_tokens")
-# The rows decide what an update holds and how long a row must be (sized_for); these numbers only pass a run's checks.
+# The rows determine the size of an update and the length of a row (sized_for); these numbers only satisfy RunConfig.
 _ANY_BATCH = {"num_prompts": 1, "mini_batch_prompts": 1, "responses_per_prompt": 2**20, "max_tokens_per_row": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayOptions:
-    """What stands on the command line; None: not given."""
+    """The options of the command line; None: not given."""
 
     model: Path
     rollouts: Path
     output: Path
     objective: str
-    settings: list[str]  # of --set: KEY=VALUE
+    settings: list[str]  # the values of --set: KEY=VALUE
     parallel: str = ""
     mini_batch_groups: int | None = None
     updates: int | None = None
@@ -41,7 +41,7 @@ class ReplayOptions:
 def parse_parallel(text: str) -> dict[str, Any]:
     """{axis: degree} of "tensor=2,context=2"; "pipeline_layers=3+2+1" is a list.
 
-    Raises UserError for an unknown axis or a degree that is no number.
+    Raises UserError for an unknown axis or a degree that is not a number.
     """
     known = ", ".join(ParallelConfig.model_fields)
     degrees: dict[str, Any] = {}
@@ -61,9 +61,9 @@ def parse_parallel(text: str) -> dict[str, Any]:
 
 
 def replay_config(options: ReplayOptions, num_gpus: int) -> RunConfig:
-    """The settings of the replay's policy. Raises UserError, one line a problem.
+    """The settings of the replay's policy. Raises UserError with one line per problem.
 
-    Unless told otherwise it computes on GPUs in bfloat16 if every rank can have one of `num_gpus`, else on the CPU in
+    By default the replay computes on GPUs in bfloat16 if `num_gpus` suffice for one per rank, otherwise on the CPU in
     float32.
     """
     values: dict[str, Any] = {
@@ -107,14 +107,15 @@ def _override(assignment: str) -> str:
     if key in SETTINGS or f"{key.partition('.')[0]}.*" in SETTINGS:
         return assignment
     raise UserError(
-        f"--set {assignment}: {key} has no part in a replay; known: the objective's own settings, {', '.join(SETTINGS)}"
+        f"--set {assignment}: {key} has no effect in a replay; known: the objective's own settings, "
+        f"{', '.join(SETTINGS)}"
     )
 
 
 def sized_for(config: RunConfig, longest: int, longest_response: int, max_tokens_per_row: int | None) -> RunConfig:
     """`config` with room for sequences of `longest` tokens, of which the response has up to `longest_response`.
 
-    The response limit of the run that sampled them stays where the overlong penalty reads it. Raises UserError.
+    The response limit of the run that sampled them is kept if the overlong penalty needs it. Raises UserError.
     """
     limit = config.sampling.max_response_tokens
     if not config.loss.overlong_penalty.enabled:

@@ -52,7 +52,7 @@ def test_it_computes_on_gpus_where_every_rank_has_one(num_gpus, device, dtype):
         ({"settings": ["clip_high=-1"]}, "clip_high: Input should be greater than or equal to 0"),
         ({"settings": ["clip_high=NaN"]}, "clip_high: Input should be a finite number"),
         ({"settings": ["name=grpo"]}, "choose the objective with --objective"),
-        ({"settings": ["staleness.delay_steps=3"]}, "no part in a replay; known: .* loss.*"),
+        ({"settings": ["staleness.delay_steps=3"]}, "no effect in a replay; known: .* loss.*"),
         ({"settings": ["optimizer.warmup_global_steps=3"]}, "constant"),
         ({"settings": ["loss.kl.enable=true"]}, "no setting 'enable'"),
         ({"learning_rate": "fast"}, "optimizer.learning_rate: Input should be a valid number"),
@@ -138,7 +138,7 @@ def test_only_a_former_output_is_overwritten(options):
     output.mkdir()
     checked_replay(options)  # empty
     (output / "summary.json").touch()
-    with pytest.raises(UserError, match=r"summary.json is not of a former output"):  # a training run's, for one
+    with pytest.raises(UserError, match=r"summary.json is not from an earlier output"):  # a training run's, for one
         checked_replay(options)
     (output / "tokens.jsonl").touch()
     checked_replay(options)
@@ -148,7 +148,7 @@ def test_only_a_former_output_is_overwritten(options):
     (output / "model" / "card.md").touch()
     with pytest.raises(UserError, match=r"--output .*model: it holds files that this program did not write there"):
         checked_replay(options)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="it is not a folder"):
         checked_replay(replace(options, output=output / "notes.txt"))
 
 
