@@ -1,4 +1,4 @@
-"""The command line. It parses, then imports: a role pays only for what it uses, and --help for nothing."""
+"""The command line. Modules are imported after parsing, so that each command imports only what it uses."""
 
 import argparse
 import importlib
@@ -13,62 +13,89 @@ ROLES = {
     "serve": "start and watch the SGLang rollout servers",
     "collect": "issue prompts, collect and reward rollouts, feed the trainer",
     "train": "one rank of the trainer (started by torchrun)",
-    "timer": "take the trainer's place and only measure the servers (debug.trainer=timer)",
+    "timer": "replace the trainer and only measure the servers (debug.trainer=timer)",
 }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m minpro_megatron", description="RL post-training under off-policy drift.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    launch = commands.add_parser("launch", help="run a recipe on this machine, all roles")
+    launch = commands.add_parser("launch", help="run a recipe with all roles on this machine")
     launch.add_argument("recipe", metavar="RECIPE", help="module:function, such as recipes.demo:tiny_moe")
     launch.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
-    recipes = commands.add_parser("recipes", help="list the recipes that launch knows by name")
-    recipes.add_argument("module", nargs="?", default="recipes", metavar="MODULE", help="module or package (recipes)")
+    recipes = commands.add_parser("recipes", help="list the recipes that launch can run")
+    recipes.add_argument(
+        "module",
+        nargs="?",
+        default="recipes",
+        metavar="MODULE",
+        help="module or package with recipes (default: recipes)",
+    )
     for role, purpose in ROLES.items():
         command = commands.add_parser(role, help=purpose)
         command.add_argument("--config", type=Path, required=True, help="the run's run.json")
-        command.add_argument("--incarnation", type=int, required=True, help="how often the run was started")
+        command.add_argument(
+            "--incarnation", type=int, required=True, help="number of starts of the run before this one"
+        )
         if role in ("serve", "collect"):
-            command.add_argument("--host", metavar="ADDRESS", help="listening address (that of the settings)")
+            command.add_argument(
+                "--host", metavar="ADDRESS", help="address to listen on (default: the one in the settings)"
+            )
         if role == "train":
             command.add_argument(
-                "--save-by", type=float, metavar="TIME", help="Unix time by which it has saved and ended"
+                "--save-by", type=float, metavar="TIME", help="Unix time by which the trainer must have saved and ended"
             )
         if role == "serve":
-            command.add_argument("--servers", type=_range, metavar="FIRST:END", help="those of this machine (all)")
-    _add_node(commands.add_parser("node", help="one node's share of a run on several (started by a cluster's job)"))
-    _add_export(commands.add_parser("export", help="write a version of a run's policy as a Hugging Face folder"))
+            command.add_argument(
+                "--servers",
+                type=_range,
+                metavar="FIRST:END",
+                help="indices of the servers of this machine (default: all)",
+            )
+    _add_node(
+        commands.add_parser("node", help="run one node's share of a run on several nodes (started by a cluster's job)")
+    )
+    _add_export(commands.add_parser("export", help="write a policy version of a run as a Hugging Face folder"))
     _add_eval(commands.add_parser("eval", help="sample benchmarks and report accuracy, pass@k and maj@k"))
     return parser
 
 
 def _add_node(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Runs this node's share of a run: one such process a node. The first node prepares the run folder, all check "
-        "themselves, and then the roles start."
+        "Runs this node's share of a run, as one process per node. The first node prepares the run folder, all nodes "
+        "check themselves, and then the roles start."
     )
     command.add_argument("--config", type=Path, required=True, help="the run's settings, written by cluster.submit")
-    command.add_argument("--topology", type=Path, required=True, help="which node does what; from there too")
-    command.add_argument("--start", metavar="NAME", help="the same on all nodes, new for every start (Slurm's job)")
-    command.add_argument("--index", type=int, metavar="N", help="which node this is, from 0 (Slurm's)")
-    command.add_argument("--interface", default="", metavar="NAME", help="network interface between the nodes")
+    command.add_argument("--topology", type=Path, required=True, help="shares of the nodes, written by cluster.submit")
     command.add_argument(
-        "--end-early-s", type=float, default=0.0, metavar="X", help="SIGTERM comes so long before the job's end (0)"
+        "--start",
+        metavar="NAME",
+        help="name of this start, the same on all nodes and new for every start (default: Slurm's job)",
+    )
+    command.add_argument("--index", type=int, metavar="N", help="index of this node, from 0 (default: Slurm's)")
+    command.add_argument("--interface", default="", metavar="NAME", help="network interface that connects the nodes")
+    command.add_argument(
+        "--end-early-s",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="seconds before the job's end at which SIGTERM arrives (default: 0)",
     )
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Writes the weights of a run's checkpoint, bit by bit, as a Hugging Face folder with config and tokenizer of "
-        "the model that the run began with."
+        "Writes the weights of a run's checkpoint, unchanged, as a Hugging Face folder with the config and the "
+        "tokenizer of the run's initial model."
     )
-    command.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run's folder, such as runs/demo")
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="new, or an earlier export")
+    command.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder, such as runs/demo")
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="a new folder, or that of an earlier export"
+    )
     command.add_argument(
         "--version",
         metavar="best|last|N",
-        help="of the highest evaluation score, the newest, or a policy version (best)",
+        help="the one with the highest evaluation score, the newest, or a policy version (default: best)",
     )
     command.add_argument("--verify", action="store_true", help="compare the result with the checkpoint, bit by bit")
 
@@ -76,14 +103,14 @@ def _add_export(command: argparse.ArgumentParser) -> None:
 def _add_eval(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Accuracy, pass@k and maj@k of a model on benchmarks. The defaults are the protocol of arXiv:2601.22718. An "
-        "interrupted evaluation goes on when the same command is given again."
+        "interrupted evaluation resumes when the same command is run again."
     )
-    add = command.add_argument_group("what is evaluated").add_argument
+    add = command.add_argument_group("model and benchmarks").add_argument
     add(
         "--model",
         required=True,
         metavar="HF_DIR",
-        help="config.json, tokenizer and weights, a run's checkpoint, or a hub id",
+        help="folder of config.json, tokenizer and weights, a run's checkpoint, or a hub id",
     )
     add(
         "--benchmarks",
@@ -92,43 +119,98 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="aime24, aime25, amc23, math500, olympiad, minerva, gsm8k, or other names with a --benchmark-file",
     )
-    add("--data", type=Path, metavar="DIR", help="holds <benchmark>.jsonl, made by tools/prepare_data.py (data)")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of <benchmark>.jsonl, made by tools/prepare_data.py (default: data)",
+    )
     add("--benchmark-file", type=_named_path, action="append", dest="benchmark_files", metavar="NAME=PATH")
-    add("--num-prompts", type=_count, metavar="N", help="only the first N of each benchmark (all)")
-    add("--output", required=True, type=Path, metavar="DIR", help="new, or that of the same command")
-    add("--compare", type=Path, nargs="+", metavar="DIR", help="outputs of others, to be rows of the same tables")
+    add("--num-prompts", type=_count, metavar="N", help="use only the first N prompts of each benchmark (default: all)")
+    add("--output", required=True, type=Path, metavar="DIR", help="a new folder, or the output of the same command")
+    add(
+        "--compare", type=Path, nargs="+", metavar="DIR", help="outputs of other evaluations to show in the same tables"
+    )
     add = command.add_argument_group("sampling").add_argument
     add(
         "--samples",
         type=_samples,
         metavar="N|NAME=N,...",
-        help="a prompt, of all benchmarks or of some (128 of amc23, aime24 and aime25, 2 of the rest)",
+        help="samples per prompt, for all benchmarks or by name (default: 128 for amc23, aime24 and aime25, else 2)",
     )
-    add("--temperature", type=float, metavar="X", help="(1.0)")
-    add("--top-p", type=float, metavar="X", help="(0.7)")
-    add("--max-response-tokens", type=_count, metavar="N", help="(20480)")
-    add("--max-prompt-tokens", type=_count, metavar="N", help="(2048)")
-    add("--instruction", metavar="TEXT", help="none, dapo, boxed, or a text with {question} in it (dapo)")
-    add("--chat-template", action="store_true", default=None, help="the question as the user's turn")
-    add("--chat-template-arguments", type=_json_object, metavar="JSON", help='such as {"enable_thinking": false}')
+    add("--temperature", type=float, metavar="X", help="sampling temperature (default: 1.0)")
+    add("--top-p", type=float, metavar="X", help="top-p of the sampling (default: 0.7)")
+    add(
+        "--max-response-tokens",
+        type=_count,
+        metavar="N",
+        help="maximum length of a response in tokens (default: 20480)",
+    )
+    add("--max-prompt-tokens", type=_count, metavar="N", help="maximum length of a prompt in tokens (default: 2048)")
+    add("--instruction", metavar="TEXT", help="none, dapo, boxed, or a text that contains {question} (default: dapo)")
+    add(
+        "--chat-template",
+        action="store_true",
+        default=None,
+        help="present the question as the user's turn in the chat template",
+    )
+    add(
+        "--chat-template-arguments",
+        type=_json_object,
+        metavar="JSON",
+        help='variables of the chat template, such as {"enable_thinking": false}',
+    )
     add("--extra-stop-tokens", type=_names, metavar="TOKEN,...", help="special tokens that also end a response")
-    add("--seed", type=int, metavar="N", help="of sampling, where the engine honours it, and of resampling (0)")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of sampling, if the engine supports it, and of bootstrap resampling (default: 0)",
+    )
     add = command.add_argument_group("grading").add_argument
-    add("--reward", metavar="NAME", help="math, dapo, dapo_boxed, calculator, or package.module:function (math)")
-    add("--right-reward", type=float, metavar="X", help="a response counts as right from this reward on (1)")
-    add("--reward-workers", type=_count, metavar="N", help="processes (1)")
-    add("--reward-timeout-s", type=float, metavar="X", help="processor time for grading one response (5)")
+    add(
+        "--reward",
+        metavar="NAME",
+        help="math, dapo, dapo_boxed, calculator, or package.module:function (default: math)",
+    )
+    add(
+        "--right-reward",
+        type=float,
+        metavar="X",
+        help="a response with at least this reward counts as correct (default: 1)",
+    )
+    add("--reward-workers", type=_count, metavar="N", help="number of grading processes (default: 1)")
+    add(
+        "--reward-timeout-s",
+        type=float,
+        metavar="X",
+        help="limit in seconds of processor time for grading one response (default: 5)",
+    )
     add = command.add_argument_group("servers").add_argument
-    add("--urls", type=_names, metavar="URL,...", help="running servers; none are started then")
+    add("--urls", type=_names, metavar="URL,...", help="addresses of external servers; no servers are started")
     add("--api-key-variable", metavar="NAME", help="environment variable with the servers' API key")
-    add("--engine", choices=["sglang", "reference"], help="(sglang)")
-    add("--device", choices=["cpu", "cuda"], help="(cuda where there is a GPU)")
-    add("--dtype", choices=["float32", "bfloat16"], help="(float32 on the CPU, else bfloat16)")
-    add("--servers", type=_count, metavar="N", help="servers to start (1)")
-    add("--tensor-parallel", type=_count, metavar="N", help="GPUs of one server (1)")
-    add("--max-running-requests", type=_count, metavar="N", help="of one server (256)")
-    add("--start-timeout-s", type=float, metavar="X", help="for a server to start or answer (900)")
-    add("--request-timeout-s", type=float, metavar="X", help="for the whole answer to a request (7200)")
+    add("--engine", choices=["sglang", "reference"], help="server program (default: sglang)")
+    add("--device", choices=["cpu", "cuda"], help="device of the servers (default: cuda if there is a GPU)")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="data type of the weights (default: float32 on the CPU, else bfloat16)",
+    )
+    add("--servers", type=_count, metavar="N", help="number of servers to start (default: 1)")
+    add("--tensor-parallel", type=_count, metavar="N", help="GPUs per server (default: 1)")
+    add(
+        "--max-running-requests",
+        type=_count,
+        metavar="N",
+        help="maximum number of concurrent requests per server (default: 256)",
+    )
+    add("--start-timeout-s", type=float, metavar="X", help="seconds for a server to start or respond (default: 900)")
+    add(
+        "--request-timeout-s",
+        type=float,
+        metavar="X",
+        help="seconds for the complete response to a request (default: 7200)",
+    )
 
 
 def _count(text: str) -> int:
@@ -147,7 +229,7 @@ def _range(text: str) -> range:
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r}: names with commas between them, each once")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected distinct names, separated by commas")
     return names
 
 
@@ -159,11 +241,11 @@ def _named_path(text: str) -> tuple[str, Path]:
 
 
 def _samples(text: str) -> dict[str, int]:
-    """By benchmark; under "" for all that are not named."""
+    """Samples per prompt by benchmark; the entry "" is for all benchmarks without their own."""
     parts = [part.rpartition("=") for part in text.split(",")]
     found = {name.strip(): _count(number) for name, _, number in parts}
     if len(found) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: every benchmark once")
+        raise argparse.ArgumentTypeError(f"{text!r}: name every benchmark only once")
     return found
 
 
@@ -182,9 +264,9 @@ def _run_eval(given: dict[str, object]) -> int:
     from minpro_megatron.launch.evaluation import evaluate
     from minpro_megatron.launch.evaluation_options import EvaluationOptions
 
-    said = {name: value for name, value in given.items() if value is not None and name != "command"}
-    said["benchmark_files"] = dict(said.get("benchmark_files", []))  # type: ignore[call-overload]
-    evaluation = EvaluationOptions(**said)  # type: ignore[arg-type]
+    chosen = {name: value for name, value in given.items() if value is not None and name != "command"}
+    chosen["benchmark_files"] = dict(chosen.get("benchmark_files", []))  # type: ignore[call-overload]
+    evaluation = EvaluationOptions(**chosen)  # type: ignore[arg-type]
     with naming_full_disk(evaluation.output, f"--output {evaluation.output}", "give another --output"):
         return evaluate(evaluation)
 
@@ -192,8 +274,8 @@ def _run_eval(given: dict[str, object]) -> int:
 def _run_export(given: dict[str, object]) -> int:
     from minpro_megatron.launch.export import ExportOptions, export
 
-    said = {name: value for name, value in given.items() if value is not None and name != "command"}
-    return export(ExportOptions(**said))  # type: ignore[arg-type]
+    chosen = {name: value for name, value in given.items() if value is not None and name != "command"}
+    return export(ExportOptions(**chosen))  # type: ignore[arg-type]
 
 
 def _list_recipes(module: str) -> int:
@@ -207,7 +289,7 @@ def _run_role(options: argparse.Namespace) -> int:
     from minpro_megatron.launch.prctl import end_with_parent
 
     role = options.command
-    # A rank may hang in a collective, where it would never get to handle SIGTERM; it owns nothing to tidy up.
+    # A rank may hang in a collective, where it could not handle SIGTERM; it has nothing to clean up.
     end_with_parent(signal.SIGKILL if role == "train" else signal.SIGTERM)
     from minpro_megatron.launch.recipe import read_config
 

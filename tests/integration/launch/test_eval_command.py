@@ -49,7 +49,7 @@ SMALL = ["--max-response-tokens", "32", "--max-prompt-tokens", "16"]
     ("arguments", "pattern"),
     [
         ([], "required: --benchmarks"),
-        (["--benchmarks", "gsm8k,gsm8k"], "each once"),
+        (["--benchmarks", "gsm8k,gsm8k"], "expected distinct names"),
         (["--benchmarks", "gsm8k", "--samples", "0"], "0 is not a whole number above 0"),
         (["--benchmarks", "gsm8k", "--samples", "aime24=2"], "--samples aime24=...: it is not among --benchmarks"),
         (["--benchmarks", "gsm8k", "--top-p", "0"], r"evaluation.top_p: .*greater than 0.*\(got 0.0\)"),
