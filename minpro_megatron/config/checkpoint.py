@@ -11,8 +11,9 @@ class CheckpointConfig(Section):
     """Checkpoints in `run_dir/checkpoints`: weights, optimizer state and a manifest. A run that ended early
     resumes from the last one when it is launched again.
 
-    A checkpoint is saved at the end of a global step, when `every_steps` or `every_minutes` says so, whichever comes
-    first. The run also saves before a job's time limit and after a request to stop, unless both settings are 0."""
+    A checkpoint is saved at the end of a global step, when `every_steps` or `every_minutes` requires it, whichever
+    comes first. The run also saves before a job's time limit and after a request to stop, unless both settings are
+    0."""
 
     every_steps: int = Field(default=10, ge=0, description="Save after every this many global steps; 0 turns this off.")
     every_minutes: float = Field(

@@ -1,4 +1,4 @@
-"""The command `eval`: benchmarks -> servers -> samples -> figures, tables and a picture."""
+"""The command `eval`: benchmarks -> servers -> samples -> scores, tables and a chart."""
 
 import asyncio
 import logging
@@ -44,12 +44,12 @@ from minpro_megatron.serving.watched_server import external_urls
 
 RESULTS_FILE, TABLE_FILE, PICTURE_FILE, TENSORBOARD_FOLDER = "results.json", "table.md", "pass_at_k.png", "tensorboard"
 STATUS_TERMINATED = 128 + signal.SIGTERM
-# serve ends its servers within seconds; see serving/server_process.py.
+# serve ends its servers within this time; see serving/server_process.py.
 SERVE_END_S = 20.0
 
 
 def evaluate(options: EvaluationOptions) -> int:
-    """Samples what is missing in OUTPUT and writes the figures. Returns the exit status: 0 done, 1 failed, 143
+    """Samples the responses that OUTPUT lacks and writes the scores. Returns the exit status: 0 done, 1 failed, 143
     terminated. Raises UserError."""
     model, options = options.model, with_hf_model(options)
     config = run_config(options)
@@ -80,7 +80,7 @@ def evaluate(options: EvaluationOptions) -> int:
 
 
 def _check(options: EvaluationOptions, config: RunConfig) -> None:
-    """Raises UserError for what would fail only once servers are running."""
+    """Raises UserError for errors that would otherwise appear only after the servers have started."""
     looks = [
         lambda: given_api_key(config.server),
         lambda: external_urls(config.server),
@@ -100,7 +100,7 @@ def _check(options: EvaluationOptions, config: RunConfig) -> None:
 def _sample(
     config: RunConfig, file: SampleFile, tasks: Sequence[Task], done: Sequence[SampledGroup], wanted: dict[str, int]
 ) -> int:
-    """Samples the tasks with servers of its own, or watching those of others. Returns the exit status."""
+    """Samples the tasks with its own servers, or with external ones. Returns the exit status."""
     raise_file_limit(config)
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s eval %(levelname)s %(message)s", stream=sys.stderr, force=True
@@ -112,7 +112,7 @@ def _sample(
         try:
             asyncio.run(_until_terminated(config, file, tasks, done[0].policy_version if done else None, progress))
         except asyncio.CancelledError:
-            print("terminated; the same command goes on", file=sys.stderr)
+            print("terminated; run the same command again to continue", file=sys.stderr)
             return STATUS_TERMINATED
         except ProjectError as error:
             report(error, "error")
@@ -121,7 +121,7 @@ def _sample(
             status = report_unexpected("eval")
         else:
             return SUCCEEDED
-    print("the same command goes on with what is sampled so far", file=sys.stderr)
+    print("run the same command again to continue with the samples so far", file=sys.stderr)
     return status
 
 
@@ -135,7 +135,7 @@ async def _until_terminated(
     def count(group: SampledGroup) -> None:
         progress.add(group.benchmark, len(group.responses), sum(response.num_tokens for response in group.responses))
 
-    incarnation = os.getpid()  # addresses that a killed predecessor left are not taken for those of now
+    incarnation = os.getpid()  # addresses that a killed predecessor left must not be mistaken for the current ones
     async with serving(config, incarnation) as ended:
         sampler = Sampler(config, incarnation, file, count, progress.start_clock)
         work = asyncio.create_task(sampler.run(tasks, sampled_version))
@@ -157,7 +157,7 @@ def _serve_log(config: RunConfig) -> Path:
 
 @asynccontextmanager
 async def serving(config: RunConfig, incarnation: int) -> AsyncIterator["asyncio.Task[int]"]:
-    """The role `serve` as a process; the task ends with it."""
+    """Runs the role `serve` as a process; the task ends with the process."""
     config_file, log_file = config.run_dir / "run.json", _serve_log(config)
     replace_file(config_file, config.to_json())
     make_api_key(config)
@@ -165,7 +165,7 @@ async def serving(config: RunConfig, incarnation: int) -> AsyncIterator["asyncio
     command = [sys.executable, "-m", "minpro_megatron", "serve"]
     command += ["--config", str(config_file), "--incarnation", str(incarnation)]
     with log_file.open("wb") as log:
-        # A session of its own: at an interrupt this process ends it, when nothing is asked of the servers any more.
+        # In a separate session: at an interrupt, this process ends it after the last request to the servers.
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -212,7 +212,9 @@ def _curve(title: str, pass_at_k: dict[int, Any]) -> Curve:
 
 
 def _write_tensorboard(output: Path, result: Scores) -> None:
-    from minpro_megatron.monitor.writer import RunWriter  # imports torch: seconds that only a finished evaluation pays
+    from minpro_megatron.monitor.writer import (
+        RunWriter,
+    )  # imports torch, which takes seconds, only for a finished evaluation
 
     shutil.rmtree(output / TENSORBOARD_FOLDER, ignore_errors=True)
     (output / "metrics.jsonl").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The model of an evaluation where it is a run's checkpoint: servers need it as a Hugging Face folder."""
+"""Exports a run's checkpoint for an evaluation, because servers need a Hugging Face folder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +12,10 @@ MODEL_FOLDER = "model"
 
 
 def with_hf_model(options: EvaluationOptions) -> EvaluationOptions:
-    """`options` with a Hugging Face folder as the model. A run's checkpoint is written to OUTPUT/model, once; where
-    somebody else's servers have the weights, only config and tokenizer are needed, those of the run's model.
+    """`options` with a Hugging Face folder as the model. A run's checkpoint is written to OUTPUT/model once. With
+    external servers, which have the weights, only config and tokenizer of the run's model are used.
 
-    Raises UserError for a damaged checkpoint, or an output of another one.
+    Raises UserError for a damaged checkpoint, or an output of another checkpoint.
     """
     checkpoint = Path(options.model)
     if not is_run_checkpoint(checkpoint):
@@ -26,10 +26,12 @@ def with_hf_model(options: EvaluationOptions) -> EvaluationOptions:
     if not is_exported_from(folder, checkpoint):
         if (folder / EXPORTED_FROM).exists():
             raise UserError(
-                f"--output {options.output}: it holds the evaluation of another checkpoint (see "
+                f"--output {options.output}: it contains the evaluation of another checkpoint (see "
                 f"{folder / EXPORTED_FROM}); give another --output"
             )
-        from minpro_megatron.conversion.convert import to_hf  # imports torch: seconds that only a checkpoint pays
+        from minpro_megatron.conversion.convert import (
+            to_hf,
+        )  # imports torch, which takes seconds, only for a checkpoint
 
         to_hf(checkpoint, folder, byte_progress)
     return replace(options, model=str(folder))

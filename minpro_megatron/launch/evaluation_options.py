@@ -1,4 +1,4 @@
-"""What the command `eval` was given: checked, and turned into the settings of servers, sampling and grading."""
+"""The options of the command `eval`: validated and converted to settings of servers, sampling and grading."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ SERVERS_FOLDER = "servers"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """The options by their names on the command line; what is not said there is None or empty."""
+    """The options by their names on the command line; options that are not given are None or empty."""
 
     model: str
     benchmarks: Sequence[str]
@@ -76,7 +76,7 @@ def run_config(options: EvaluationOptions) -> RunConfig:
         "name": SERVERS_FOLDER,
         "runs_dir": str(options.output),
         "seed": options.seed,
-        # there is no trainer: what only it reads is never looked at
+        # there is no trainer, so settings that only the trainer reads have no effect
         "device": "cpu",
         "model": {"hf_path": options.model, "megatron_path": "", "dtype": "float32"},
         "data": {
@@ -109,7 +109,7 @@ def run_config(options: EvaluationOptions) -> RunConfig:
 
 
 def samples_per_prompt(options: EvaluationOptions) -> dict[str, int]:
-    """The samples a prompt of each benchmark: as given, else as given for all, else the paper's."""
+    """The samples per prompt of each benchmark: its own number, else the number given for all, else the paper's."""
     if unknown := options.samples.keys() - {*options.benchmarks, ""}:
         raise UserError(f"--samples {sorted(unknown)[0]}=...: it is not among --benchmarks")
     rest = options.samples.get("")
@@ -117,7 +117,7 @@ def samples_per_prompt(options: EvaluationOptions) -> dict[str, int]:
 
 
 def read_benchmarks(options: EvaluationOptions, config: RunConfig) -> dict[str, list[TokenizedPrompt]]:
-    """The prompts of each benchmark as tokens. Raises UserError, one line a problem."""
+    """The prompts of each benchmark as tokens. Raises UserError with one line per problem."""
     try:
         tokenizer = TextTokenizer(options.model, read_model_facts(options.model, options.extra_stop_tokens))
         rendering = make_rendering(config.data, options.model)
@@ -131,7 +131,8 @@ def read_benchmarks(options: EvaluationOptions, config: RunConfig) -> dict[str, 
             if dropped := {prompt.id for prompt in prompts} - {kept.prompt.id for kept in found[name]}:
                 raise UserError(
                     f"{name}: {len(dropped)} prompts, such as {min(dropped)!r}, are longer than --max-prompt-tokens = "
-                    f"{options.max_prompt_tokens}, or empty; raise it: a benchmark without them is another one"
+                    f"{options.max_prompt_tokens}, or empty; raise it, because a benchmark without these prompts is "
+                    "not comparable"
                 )
         except UserError as error:
             problems += error.problems
@@ -158,8 +159,8 @@ def _load(options: EvaluationOptions, name: str) -> list[Prompt]:
 def sampling_settings(
     options: EvaluationOptions, config: RunConfig, prompts: Mapping[str, Sequence[TokenizedPrompt]]
 ) -> dict[str, Any]:
-    """What decides the samples: an evaluation goes on only with the same. How many servers there are is not part of
-    it, nor how they share the work."""
+    """The settings that determine the samples: an evaluation resumes only with the same ones. The number of servers and
+    the distribution of work over them are not included."""
     samples, server = samples_per_prompt(options), config.server
     return {
         "model": str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
@@ -186,7 +187,7 @@ def sampling_settings(
 
 
 def _model_fingerprint(folder: Path) -> str:
-    """Changes when a file of the checkpoint is replaced; of the weights only sizes and times are looked at."""
+    """A digest that changes when a file of the checkpoint is replaced; for weights it covers only sizes and times."""
     digest = blake2b(digest_size=8)
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         status = path.stat()

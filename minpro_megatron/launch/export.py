@@ -1,4 +1,4 @@
-"""The command `export`: a version of a run's policy as a Hugging Face folder."""
+"""The command `export`: writes a policy version of a run as a Hugging Face folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ def export(options: ExportOptions) -> int:
     """Writes the Hugging Face folder. Raises UserError if the run has no such checkpoint, or a damaged one."""
     manifest = chosen(options.run, options.version)
     from minpro_megatron.conversion.convert import (
-        to_hf,  # imports torch: seconds that a wrong command line need not pay
+        to_hf,  # imports torch, which takes seconds, after the command line has been validated
     )
 
     folder = options.run / CHECKPOINTS / manifest.folder_name
@@ -33,8 +33,8 @@ def export(options: ExportOptions) -> int:
 
 
 def chosen(run_dir: Path, version: str) -> RunManifest:
-    """The manifest of the checkpoint that `version` names: "last", the one that the run goes on from; "best", that of
-    the highest evaluation score, of equal ones the newest; or the policy version. Raises UserError."""
+    """The manifest of the checkpoint that `version` names: "last", from which the run resumes; "best", the one with
+    the highest evaluation score, and the newest of several with this score; or the policy version. Raises UserError."""
     field = f"--version {version}"
     checkpoints = run_dir / CHECKPOINTS
     complete = complete_manifests(checkpoints) if checkpoints.is_dir() else ()

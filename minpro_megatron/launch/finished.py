@@ -1,7 +1,7 @@
-"""The end of a run: what it prints, and what is left to do for a run that is launched again after it has finished.
+"""The end of a run: its output, and the launch of a run that has already finished.
 
-A run has finished when its summary is there, which is written last (report/run_end.py). Whatever ends a process after
-that takes nothing away, so the same launch again succeeds: it writes what is missing and starts nothing.
+A run has finished when its summary exists, which is written last (report/run_end.py). A process that fails after that
+loses nothing, so the same launch succeeds again: it writes missing files and starts no roles.
 """
 
 import sys
@@ -18,8 +18,8 @@ from minpro_megatron.monitor.summary import HF_EXPORT, RunSummary, read_summary
 
 
 def finish_again(config: RunConfig, summary: RunSummary) -> int:
-    """The launch of a run that has finished with `summary` before: writes what is missing, and prints what the run has
-    come to. Returns its status code. Raises UserError if the trained weights are missing and cannot be written."""
+    """The launch of a run that has finished with `summary` before: writes missing files and prints the run's
+    results. Returns the status code. Raises UserError if the trained weights are missing and cannot be written."""
     print(
         f"run {config.name}: all of its {summary.steps} global steps were finished before; files in {config.run_dir}. "
         "To repeat it, give a new name=...; to continue it, raise num_global_steps"
@@ -39,20 +39,20 @@ def _export_again(config: RunConfig, summary: RunSummary, output: Path) -> None:
             f"name = {config.name}: {output} is missing, and there is no checkpoint of version {summary.steps} to "
             "write it from; put either back, or repeat the run under a new name=..."
         )
-    from minpro_megatron.conversion.convert import to_hf  # imports torch: seconds, and rarely needed
+    from minpro_megatron.conversion.convert import to_hf  # imports torch, which takes seconds and is rarely needed
     from minpro_megatron.monitor.byte_progress import byte_progress
 
     to_hf(checkpoints / found.folder_name, output, byte_progress)
 
 
 def finish_despite_failure(config: RunConfig, lines: Sequence[str]) -> int:
-    """As `finish`, where roles failed after the run had finished, as `lines` say."""
+    """The same as `finish` if roles failed after the run had finished; `lines` describe the failures."""
     print("\n".join([*lines, "the run had finished before that, so nothing is lost"]), file=sys.stderr)
     return finish(config)
 
 
 def finish(config: RunConfig) -> int:
-    """Says what a run has come to whose roles have all finished. Returns its status code."""
+    """Prints the results of a run whose roles have all finished. Returns the status code."""
     summary = read_summary(config.run_dir)
     if summary is None:
         print(f"error: all roles exited with 0 but wrote no {config.run_dir / 'summary.json'}", file=sys.stderr)
@@ -63,7 +63,7 @@ def finish(config: RunConfig) -> int:
 
 
 def report_of(config: RunConfig) -> Path | None:
-    """The report, written if the trainer has not; a run does not fail over its pictures."""
+    """The report; it is written if the trainer has not written it. An error here does not fail the run."""
     try:
         if (written := config.run_dir / "report.html").exists():
             return written
@@ -76,7 +76,7 @@ def report_of(config: RunConfig) -> Path | None:
 
 
 def finished_lines(config: RunConfig, summary: RunSummary, report: Path | None) -> list[str]:
-    """What a finished run prints: accuracy and mean reward before and after, and where everything is."""
+    """The output of a finished run: accuracy and mean reward before and after, and the paths of its files."""
     lines = [
         f"finished {summary.steps} global steps ({summary.updates} updates) in "
         f"{duration(summary.wall_time_s)}, staleness {summary.smallest_staleness}-{summary.largest_staleness}"
@@ -101,7 +101,7 @@ def finished_lines(config: RunConfig, summary: RunSummary, report: Path | None) 
 
 
 def server_lines(use: ServerUse) -> list[str]:
-    """What a timer found out about the servers."""
+    """The measurements of a timer run."""
     line = f"servers      {use.tokens_per_s:,.0f} tokens/s together ({use.num_servers:.3g} of them)"
     if use.idle_share is not None:
         line += f", idle for {100 * use.idle_share:.0f} % of the time"

@@ -1,4 +1,4 @@
-"""Runs a recipe on this machine: checks, starts and watches the roles, shows progress, says how it ended."""
+"""Runs a recipe on this machine: checks it, starts and monitors the roles, shows progress, and reports the end."""
 
 import os
 import sys
@@ -25,10 +25,10 @@ from minpro_megatron.run_folder.start_fence import StartFence, state_end
 
 
 def launch(recipe: str, overrides: list[str]) -> int:
-    """Runs `recipe` with `overrides` to its end and returns the status code (see supervisor). Of a run that has
-    finished it writes what is missing (see finished).
+    """Runs `recipe` with `overrides` to its end and returns the status code (see supervisor). For a run that
+    has finished it writes missing files (see finished).
 
-    Raises UserError, with one line a problem, before anything has started.
+    Raises UserError with one line per problem before anything has started.
     """
     config = apply_overrides(load_recipe(recipe), overrides)
     if (summary := finished_summary(config)) is not None:
@@ -51,14 +51,14 @@ def launch(recipe: str, overrides: list[str]) -> int:
         supervisor = Supervisor(commands, config.run_dir / "logs", Stopping(config, incarnation))
         with fence.explaining(), Progress(config, roles_of(config)) as progress:
             outcome = supervisor.run(guarded_tick(fence, progress.tick))
-        fence.check()  # before it, a role may have failed for the same reason
+        fence.check()  # a role may already have failed for the same reason
         status = _conclude(config, outcome)
         state_end(config.run_dir, incarnation)
         return status
 
 
 def guarded_tick(fence: StartFence, tick: Callable[[], None]) -> Callable[[], None]:
-    """`tick`, and a look whether the run folder is still this start's. It raises RunBlocked."""
+    """`tick`, and a check that the run folder still belongs to this start, which raises RunBlocked."""
 
     def both() -> None:
         tick()
@@ -68,12 +68,12 @@ def guarded_tick(fence: StartFence, tick: Callable[[], None]) -> Callable[[], No
 
 
 def _conclude(config: RunConfig, outcome: Outcome) -> int:
-    """Says how the run ended and returns its status code."""
+    """Prints how the run ended and returns its status code."""
     if outcome.status == FAILED and finished_summary(config) is not None:
         return finish_despite_failure(config, closing_lines(outcome))
     if lines := closing_lines(outcome):
         measures = config.debug.trainer == "timer"
-        remedy = "measure again under a new name=..." if measures else "launch the same command again to go on"
+        remedy = "measure again under a new name=..." if measures else "launch the same command again to resume"
         first = "correct that; then " if outcome.status == WRONG_INPUT else ""
         print("\n".join([*lines, first + remedy]), file=sys.stderr)
     if outcome.status == FINISHED:
@@ -86,11 +86,11 @@ def _conclude(config: RunConfig, outcome: Outcome) -> int:
 
 
 def closing_lines(outcome: Outcome) -> list[str]:
-    """Why the roles did not finish, with the part of each failed role's log that explains it."""
+    """The reasons why the roles did not finish, with the part of each failed role's log that explains them."""
     lines = []
     for failure in outcome.failures:
         lines.append(f"error: the role {failure.role} {failure.how}; its log: {failure.log_file}")
-        lines.extend(f"  | {line}" for line in _cause(failure) or ["(the log does not say why)"])
+        lines.extend(f"  | {line}" for line in _cause(failure) or ["(the log does not state why)"])
     if outcome.left_behind:
         pids = ", ".join(map(str, outcome.left_behind))
         lines.append(f"error: these processes could not be ended: {pids}; end them by hand")
@@ -103,7 +103,7 @@ def closing_lines(outcome: Outcome) -> list[str]:
 
 
 def _cause(failure: Failure) -> list[str]:
-    """The lines that explain the failure: the unexpected error of the rank that failed first, else those of the log."""
+    """The lines that explain the failure: the unexpected error of the rank that failed first, else lines of the log."""
     first = failure.first_rank
     if first is not None and first.traceback:
         return [f"rank {first.rank} on {first.host} failed first:", *shortened(first.traceback)]

@@ -1,8 +1,8 @@
-"""Runs one node's share of a run that is spread over several; a cluster's job starts one such process on each node.
+"""Runs one node's share of a run on several nodes; a cluster's job starts one such process on each node.
 
-The first node prepares the run folder and says so in a plan; every node checks itself and reports; the first one gives
-its verdict; then the roles run. They tell each other through files (launch/starts.py), and whoever started the
-processes may end all of them as soon as one fails: `srun --kill-on-bad-exit` does.
+The first node prepares the run folder and writes a plan; every node checks itself and writes a report; the first node
+writes its verdict; then the roles run. The nodes communicate through files (launch/starts.py). The program that started
+the processes may end all of them as soon as one fails, as `srun --kill-on-bad-exit` does.
 """
 
 import os
@@ -62,13 +62,13 @@ from minpro_megatron.monitor.progress import Progress
 from minpro_megatron.run_folder.start_fence import StartFence, state_end
 from minpro_megatron.terminal_text import visible
 
-# From one node's start to another's: a container image may have to be unpacked on each.
+# Between the starts of two nodes: each may have to unpack a container image.
 PLAN_LIMIT_S = REPORT_LIMIT_S = 600.0
 TOLD_AFTER_S = 30.0
 ALL_REDUCE_LIMIT_S = 180.0
 REFUSAL_S = 2.0
-OTHERS_END_S = 20.0  # after an early end, for the other nodes to end too
-NUM_STALLED_STARTS = 2  # in a row, after which a job is not started again
+OTHERS_END_S = 20.0  # time for the other nodes to end after an early end
+NUM_STALLED_STARTS = 2  # number of consecutive ones after which a job is not started again
 _LOOK_EVERY_S = 1.0
 
 
@@ -81,18 +81,18 @@ class NodeOptions:
     start: str | None = None
     index: int | None = None
     interface: str = ""
-    end_early_s: float = 0.0  # so long before the job's end its processes get SIGTERM
+    end_early_s: float = 0.0  # time before the job's end at which its processes get SIGTERM
 
 
 class _OthersFailed(Exception):
-    """Another node has failed; the message says which and why."""
+    """Another node has failed; the message states which and why."""
 
 
 def run_node(options: NodeOptions, environment: Mapping[str, str] = os.environ) -> int:
-    """Runs this node's share to its end. Returns the exit status: 0 finished, 1 failed, 2 not started for problems
-    that a person has to solve, 69 not started for the state of a machine, which may pass (a job starts again then), 75
-    saved before the job's end and to be started again, 130 told to stop. Raises UserError and TryAgainError, which mean
-    2 and 69 too."""
+    """Runs this node's share to its end. Returns the exit status: 0 finished, 1 failed, 2 not started because of
+    problems that a user has to solve, 69 not started because of a temporary state of a machine (a job is then started
+    again), 75 saved before the job's end and to be started again, 130 stopped by a signal. Raises UserError and
+    TryAgainError, which correspond to 2 and 69."""
     began = time.time()
     config = read_config(options.config)
     topology = read_topology(options.topology)
@@ -120,7 +120,7 @@ def _key(options: NodeOptions, environment: Mapping[str, str]) -> str:
 
 
 class _Node:
-    """One node's way through a start."""
+    """One node's part of a start."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class _Node:
             return self._run_roles(start, plan)
 
     def _make_plan(self, held: ExitStack) -> tuple[Start, Plan]:
-        """What happens once a start, on the first node: checks of the run, the run folder."""
+        """The part of a start that only the first node does: it checks the run and prepares the run folder."""
         try:
             start = begin_start(self._config.run_dir)
         except OSError as error:
@@ -189,8 +189,8 @@ class _Node:
             found = [Problem(f"{self._name}: {error}", passes(error))]
         if not found:
             _, goes_on = prepare(self._config, start.incarnation, self._say)
-            told = (f"warning: {warning}" for warning in warnings(self._config))
-            self._say(*first_lines(self._config, start.incarnation, goes_on), *told)
+            lines = (f"warning: {warning}" for warning in warnings(self._config))
+            self._say(*first_lines(self._config, start.incarnation, goes_on), *lines)
         plan = Plan(
             key=self._key, problems=found, policy_version=version, address=self._address, rendezvous_ports=ports
         )
@@ -198,13 +198,13 @@ class _Node:
         return start, plan
 
     def _finish_again(self) -> int:
-        """All nodes succeed; the first one writes what is missing and prints what the run has come to."""
+        """All nodes succeed; the first one writes missing files and prints the run's results."""
         summary = finished_summary(self._config) if self._is_first else None
         return FINISHED if summary is None else finish_again(self._config, summary)
 
     def _stalled(self, version: int) -> list[str]:
-        """Whether the two starts of this job before this one have both ended without a new checkpoint: a third one
-        would end like them."""
+        """A problem if the previous two starts of this job both ended without a new checkpoint, because a third one
+        would end in the same way."""
         if int(self._environment.get("SLURM_RESTART_COUNT", "0") or 0) < NUM_STALLED_STARTS:
             return []
         before = starts_of_job(self._config.run_dir, self._key.rpartition("-")[0])[-NUM_STALLED_STARTS:]
@@ -214,8 +214,8 @@ class _Node:
         where = f"still that of global step {version}" if version else "there is none yet"
         return [
             f"starts {numbers} of the run have ended without a new checkpoint ({where}), so the job is not started "
-            f"again: {self._config.run_dir / 'logs'} says why they ended; if the time limit ended them, raise "
-            "slurm.time or lower checkpoint.every_minutes; then submit the same command again to go on"
+            f"again: {self._config.run_dir / 'logs'} states why they ended; if the time limit ended them, raise "
+            "slurm.time or lower checkpoint.every_minutes; then submit the same command again to resume"
         ]
 
     def _find_plan(self) -> tuple[Start, Plan]:
@@ -229,7 +229,8 @@ class _Node:
         return found
 
     def _check(self, start: Start) -> Verdict:
-        """Reports on this node; the first one waits for all and judges, the others wait for that."""
+        """Writes this node's report. The first node waits for all reports and decides; the others wait for its
+        verdict."""
         visible = self._environment.get("CUDA_VISIBLE_DEVICES")
         found = self._own_problems + node_problems(self._config, self._share, self._address, visible)
         clock_s = start.clock_ahead_s(self._index)
@@ -249,15 +250,16 @@ class _Node:
             problems = all_problems(reports, num_nodes, time.monotonic() - began, self._config.run_dir / "starts")
             start.write_verdict(Verdict(problems=problems))
             if not problems:
-                self._say(*(f"{node_name(report.node, report.host)} is well" for report in reports))
+                self._say(*(f"{node_name(report.node, report.host)} is ready" for report in reports))
         verdict = wait_for(start.read_verdict, 2 * REPORT_LIMIT_S)
         return verdict or Verdict(problems=[Problem("node 0 has ended before its verdict", is_transient=True)])
 
     def _refuse(self, problems: list[Problem]) -> int:
-        """All nodes end. The first says why, and gives the others time: an end by srun would hide its exit status.
+        """Ends this node. The first node prints why, and then waits for the others to end, because an end by srun would
+        hide its exit status.
 
-        That is 69 if another start may have none of these problems: the job's script starts the job again then, as
-        often as the profile allows, but not for 2 (cluster/nemo.py)."""
+        The exit status is 69 if another start may not have these problems: the job's script then starts the job again,
+        as often as the profile allows, but not for 2 (cluster/nemo.py)."""
         if not self._is_first:
             return 0
         for problem in problems:
@@ -303,14 +305,14 @@ class _Node:
         except _OthersFailed as error:
             self._say(f"stopped because {error}", file=sys.stderr)
             return FAILED
-        fence.check()  # before it, a role may have failed for the same reason
+        fence.check()  # a role may already have failed for the same reason
         status = self._conclude(start, outcome)
         if self._is_first:
             state_end(config.run_dir, start.incarnation)
         return status
 
     def _all_reduce(self, place: NodePlace, watch: "_Watch") -> Outcome:
-        """A sum over all ranks, before they load anything."""
+        """Checks a sum over all ranks before they load anything."""
         device = self._config.device
         arguments = [*node_torchrun(self._topology, place), "-m", "minpro_megatron.parallel.all_reduce_check"]
         fabric = trainer_environment(device) | fabric_environment(place, self._environment)
@@ -322,7 +324,7 @@ class _Node:
         outcome = Supervisor([command], self._config.run_dir / "logs").run(watch.also(_nothing))
         if outcome.failures:
             self._say(
-                f"the trainer's ranks do not reach each other over {place.interface} ({place.address}): name another "
+                f"the trainer's ranks cannot reach each other over {place.interface} ({place.address}): name another "
                 "interface in the profile (slurm.interface), or give NCCL_IB_HCA or NCCL_SOCKET_IFNAME under "
                 "environment; NCCL_DEBUG=INFO there shows what NCCL tries",
                 file=sys.stderr,
@@ -347,11 +349,12 @@ class _Node:
             start.write_failed(self._index, self._host, why)
         self._say(*closing_lines(outcome), file=sys.stderr)
         if outcome.status == WRONG_INPUT and len(self._topology.nodes) > 1:
-            time.sleep(REFUSAL_S)  # the others end by themselves meanwhile: an end by srun would hide this status
+            time.sleep(REFUSAL_S)  # meanwhile the others end by themselves: an end by srun would hide this status
         return outcome.status
 
     def _end_early(self, start: Start, outcome: Outcome) -> int:
-        """All nodes end. The first one says why, and ends last: an end by srun would hide its exit status."""
+        """Ends this node. The first node prints why and ends last, because an end by srun would hide its exit
+        status."""
         start.write_done(self._index, self._host)
         if not self._is_first:
             return FINISHED
@@ -365,14 +368,14 @@ class _Node:
         return node_name(self._index, self._host)
 
     def _say(self, *lines: str, file: object = None) -> None:
-        """Prints the lines, from several nodes each with the node's name."""
+        """Prints the lines, with the node's name if there are several nodes."""
         prefix = f"{self._name}: " if len(self._topology.nodes) > 1 else ""
         for line in lines:
             print(f"{prefix}{visible(line)}", file=file or sys.stdout, flush=True)  # type: ignore[call-overload]
 
 
 class _Watch:
-    """What this node sees of the others, looked at once a second: a shared file system is not asked more often."""
+    """The state of the other nodes, read once per second to limit the load on a shared file system."""
 
     def __init__(self, start: Start, index: int, num_nodes: int, deciding: list[int]) -> None:
         self._start, self._index, self._num_nodes, self._deciding = start, index, num_nodes, deciding
@@ -380,7 +383,7 @@ class _Watch:
         self._are_done = False
 
     def also(self, tick: Callable[[], None]) -> Callable[[], None]:
-        """`tick`, and a look at the other nodes. It raises _OthersFailed."""
+        """`tick`, and a check of the other nodes, which raises _OthersFailed."""
 
         def both() -> None:
             tick()

@@ -1,4 +1,4 @@
-"""The command lines and environments of the roles on one node of several."""
+"""The command lines and environments of the roles on one of several nodes."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, kw_only=True)
 class NodePlace:
-    """Which node of the job this is, and how it and the others reach each other. `interface`: of `address`."""
+    """The node's index in the job, and the addresses of the nodes. `interface` is the one of `address`."""
 
     index: int
     address: str
@@ -35,7 +35,8 @@ class NodePlace:
 
 
 def roles_on(config: RunConfig, share: NodeShare) -> list[str]:
-    """The roles that a node with this share runs. Servers of others (server.urls) are watched beside the collector."""
+    """The roles that a node with this share runs. External servers (server.urls) are monitored on the
+    collector's node."""
     here = {
         "serve": share.num_servers > 0 or (bool(config.server.urls) and share.collects),
         "collect": share.collects,
@@ -89,7 +90,7 @@ def node_commands(
 
 
 def node_torchrun(topology: Topology, place: NodePlace) -> list[str]:
-    """The start of a command line that runs what follows it as this node's part of the trainer's ranks."""
+    """The beginning of a command line that runs the rest of it as this node's part of the trainer's ranks."""
     nodes = topology.training_nodes
     if place.index not in nodes:
         return []
@@ -103,7 +104,7 @@ def node_torchrun(topology: Topology, place: NodePlace) -> list[str]:
         f"--nproc-per-node={ranks}",
         f"--nnodes={len(nodes)}",
         f"--node-rank={nodes.index(place.index)}",
-        # static: the ranks of a node follow one another, whatever the order in which nodes come
+        # static: the ranks of a node are consecutive, independently of the order in which nodes join
         "--rdzv-backend=static",
         f"--master-addr={place.head_address}",
         f"--master-port={place.rendezvous_port}",
@@ -113,7 +114,7 @@ def node_torchrun(topology: Topology, place: NodePlace) -> list[str]:
 
 
 def fabric_environment(place: NodePlace, environment: Mapping[str, str]) -> dict[str, str]:
-    """The network interface of process groups that go over nodes, unless the environment already names one."""
+    """Selects the network interface of process groups over several nodes, unless the environment already does."""
     chosen = {"GLOO_SOCKET_IFNAME": place.interface, "NCCL_SOCKET_IFNAME": f"={place.interface}"}
     return {name: environment.get(name, value) for name, value in chosen.items()}
 
@@ -130,8 +131,8 @@ def _role_options(config: RunConfig, role: str, topology: Topology, place: NodeP
 
 
 def host_on_node(host: str, address: str) -> str:
-    """Where a role that others reach over the network listens: the node's `address`, unless the settings name a host
-    that can be stated to others. All interfaces cannot: 0.0.0.0 would lead each of them to itself."""
+    """The address on which a role listens for other nodes: the node's `address`, unless the settings name a host that
+    other nodes can connect to. 0.0.0.0 is not such a host, because it would lead each node to itself."""
     return address if is_loopback(host) or is_all_interfaces(host) else host
 
 

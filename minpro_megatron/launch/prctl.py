@@ -19,7 +19,7 @@ def _prctl() -> Callable[[int, int], int] | None:
 def adopt_orphans() -> None:
     """Makes this process the parent of every descendant whose own parent dies (PR_SET_CHILD_SUBREAPER).
 
-    Without it the children of a killed role become children of init, where nobody can tell they were ours.
+    Without it the children of a killed role become children of init, where they can no longer be identified as ours.
     """
     prctl = _prctl()
     if prctl is not None and prctl(_PR_SET_CHILD_SUBREAPER, 1) != 0:
@@ -27,7 +27,7 @@ def adopt_orphans() -> None:
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """From now on this process gets signal `number` when its parent ends, even by kill -9."""
+    """Makes this process receive signal `number` when its parent ends, even by kill -9."""
     prctl = _prctl()
     if prctl is not None and prctl(_PR_SET_PDEATHSIG, number) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -36,8 +36,8 @@ def end_with_parent(number: signal.Signals) -> None:
 def ending_with_this_process(number: signal.Signals) -> Callable[[], None]:
     """A `preexec_fn` for subprocess: the child gets signal `number` when the calling process ends.
 
-    It holds for programs that know nothing of it (torchrun). The library call is looked up here, before the
-    fork: in the forked child only the system call itself is left to do. Linux ties it to the calling
+    This also works for programs that do not support it themselves (torchrun). The library function is looked up
+    here, before the fork, so that the forked child only makes the system call. Linux ties it to the calling
     *thread*: start the child from the main thread.
     """
     prctl, parent = _prctl(), os.getpid()

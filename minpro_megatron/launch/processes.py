@@ -1,4 +1,4 @@
-"""Finds and ends processes, those included whose own parent is already gone."""
+"""Finds and ends processes, including those whose parent has already ended."""
 
 import os
 import time
@@ -8,9 +8,9 @@ import psutil
 
 
 def descendants(except_below: Collection[int] = ()) -> list[psutil.Process]:
-    """All living descendants of this process, but for the processes in `except_below` and what they started.
+    """All living descendants of this process except those in `except_below` and their descendants.
 
-    Complete only after `prctl.adopt_orphans()`; a zombie is dead and is not listed.
+    Complete only after `prctl.adopt_orphans()`. Zombies are not listed.
     """
     excluded = set(except_below)
     found: list[psutil.Process] = []
@@ -26,7 +26,7 @@ def descendants(except_below: Collection[int] = ()) -> list[psutil.Process]:
 
 
 def reap_orphans(own_children: Collection[int]) -> None:
-    """Collects the exit statuses of adopted children that have ended, so that no zombies pile up.
+    """Collects the exit statuses of adopted children that have ended, so that no zombies remain.
 
     `own_children` are left to their subprocess.Popen objects, which would otherwise lose their exit status.
     """
@@ -39,9 +39,9 @@ def reap_orphans(own_children: Collection[int]) -> None:
 
 
 def kill_all(own_children: Collection[int], except_below: Collection[int], limit_s: float) -> list[int]:
-    """SIGKILLs every descendant until there is none; returns the pids that are still there after `limit_s`.
+    """SIGKILLs every descendant until there is none; returns the pids that still exist after `limit_s`.
 
-    It looks again after each round: a process may start another one between being listed and being killed.
+    It lists them again after each round, because a process may start another one before it is killed.
     """
     protected = {*own_children, *except_below}
     deadline = time.monotonic() + limit_s

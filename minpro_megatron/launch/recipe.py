@@ -1,4 +1,4 @@
-"""From what stands on the command line to validated settings."""
+"""Converts the command line to validated settings."""
 
 import importlib
 import inspect
@@ -32,8 +32,8 @@ def load_recipe(recipe: str) -> RunConfig:
 
 
 def list_recipes(name: str) -> list[str]:
-    """A line for each recipe of the module `name`, or of the modules in the package of that name: how `launch` is told
-    of it, and the first line of its docstring. Raises UserError for a name that cannot be imported."""
+    """A line for each recipe of the module `name`, or of the modules in the package of this name: its name for `launch`
+    and the first line of its docstring. Raises UserError for a name that cannot be imported."""
     module = _import(name, f"recipes of {name!r}")
     inside = sorted(found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []), f"{name}."))
     modules = [module, *(_import(one, f"recipes of {name!r}") for one in inside)]
@@ -43,7 +43,7 @@ def list_recipes(name: str) -> list[str]:
         for function_name, function in _recipes_in(one).items()
     ]
     if not found:
-        raise UserError(f"recipes of {name!r}: no function in it is one: public, and without parameters")
+        raise UserError(f"recipes of {name!r}: it contains no recipe, that is no public function without parameters")
     width = max(len(recipe) for recipe, _ in found)
     return [f"{recipe:{width}}  {purpose}".rstrip() for recipe, purpose in found]
 
@@ -57,7 +57,7 @@ def _import(module_name: str, what: str) -> ModuleType:
                 f"{what}: there is no module {error.name!r}; run from the folder that contains it"
             ) from None
         raise UserError(f"{what}: importing {module_name} failed: {_named(error)}") from error
-    except Exception as error:  # a recipe file is the user's: whatever it raises is told in one line
+    except Exception as error:  # a recipe file is the user's: every error in it is reported in one line
         raise UserError(f"{what}: importing {module_name} failed: {_named(error)}") from error
 
 
@@ -77,12 +77,12 @@ def _call(recipe: str, function: Callable[[], object]) -> RunConfig:
 
 
 def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
-    """`config` with the command line's `section.key=value` applied. Raises UserError, one line a problem."""
+    """`config` with the command line's `section.key=value` applied. Raises UserError with one line per problem."""
     return with_overrides(config, assignments)
 
 
 def read_config(path: Path) -> RunConfig:
-    """The settings in a run.json. Raises UserError, one line a problem."""
+    """The settings in a run.json. Raises UserError with one line per problem."""
     try:
         return RunConfig.from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -104,7 +104,7 @@ def _given(entry: Any) -> str:
 
 
 def _recipes_in(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """By name: the module's own public functions without parameters, and those of its mapping VARIANTS."""
+    """By name: the module's public functions without parameters, and the functions in its mapping VARIANTS."""
     own = {
         name: value
         for name, value in vars(module).items()

@@ -1,4 +1,4 @@
-"""Whether a run folder's run can go on with these settings, and as which incarnation."""
+"""Whether the run in a run folder can resume with given settings."""
 
 import json
 import sqlite3
@@ -24,10 +24,10 @@ from minpro_megatron.run_folder.run_inputs import read_inputs
 
 CONFIG_FILE = "run.json"
 LOCK_FILE = "launch.lock"
-# What a start makes before it writes the settings.
+# The files and folders that a start creates before it writes the settings.
 BEFORE_SETTINGS = (LOCK_FILE, STARTS)
-# What may change between two incarnations: where and how the run computes, how long, what it keeps. Anything else
-# would make its second half another experiment.
+# The settings that may change between two incarnations: where and how the run computes, how long, and what it keeps.
+# Any other change would make its second half a different experiment.
 _MAY_CHANGE = (
     "name", "runs_dir", "num_global_steps", "device", "model.recompute", "model.backend", "optimizer.cpu_offload",
     "parallel", "server", "publish", "checkpoint", "batch.max_tokens_per_row", "batch.packing", "collector.host",
@@ -39,14 +39,15 @@ _MAY_CHANGE = (
 
 
 def holds_a_run(run_dir: Path) -> bool:
-    """Whether the folder's journal has rollouts; that of a run which failed while it started has none. A run that
-    trains on another one's journal has steps instead, and whoever lost a journal may still have checkpoints."""
+    """Whether the folder contains a run: its journal has rollouts, which that of a run that failed during its start
+    does not have. A run that trains on another run's journal has steps instead, and without a journal there may still
+    be checkpoints."""
     journal, history = run_dir / JOURNAL_FILE, run_dir / HISTORY_FILE
     if (run_dir / CHECKPOINTS / LATEST).exists():
         return True
     if not journal.exists():
         return history.exists() and history.stat().st_size > 0
-    if not has_locks(run_dir):  # nothing keeps this process away from a journal in use: it looks at a copy
+    if not has_locks(run_dir):  # the journal may be in use: this process reads a copy
         try:
             with JournalReader(journal) as reader:
                 return bool(reader.rows(limit=1))
@@ -56,12 +57,12 @@ def holds_a_run(run_dir: Path) -> bool:
         with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=rw", uri=True, timeout=0.1)) as database:
             return database.execute("SELECT EXISTS (SELECT 1 FROM groups)").fetchone()[0] == 1
     except (sqlite3.Error, UnicodeDecodeError):
-        return True  # in use, or damaged: in any case not ours to throw away
+        return True  # in use, or damaged: in both cases it must not be removed
 
 
 def foreign_entries(run_dir: Path) -> list[str]:
-    """What a folder that holds no run has besides the leftovers of a start that failed: nobody's but its owner's to
-    remove. A start first writes the settings, and without rollouts there is no checkpoint."""
+    """The entries of a folder without a run that a failed start did not leave: only the user may remove them. A start
+    first writes the settings, and without rollouts there is no checkpoint."""
     if not run_dir.is_dir():
         return []
     if _is_readable(run_dir / CONFIG_FILE):
@@ -71,8 +72,8 @@ def foreign_entries(run_dir: Path) -> list[str]:
 
 
 def _has_inputs(run_dir: Path) -> bool:
-    """Whether a start got as far as its inputs, which it writes just before the settings; other programs may have files
-    of this name."""
+    """Whether a start has written its inputs, which precede the settings; other programs may have files with this
+    name."""
     try:
         return read_inputs(run_dir) is not None
     except UserError:
@@ -80,14 +81,16 @@ def _has_inputs(run_dir: Path) -> bool:
 
 
 def obstacles(config: RunConfig) -> Iterator[str]:
-    """One line for each reason why the run in `config.run_dir` cannot go on with `config`."""
+    """One line for each reason why the run in `config.run_dir` cannot resume with `config`."""
     run_dir, field = config.run_dir, f"name = {config.name}"
     try:
-        begun = RunConfig.from_json((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+        started_with = RunConfig.from_json((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         yield f"{field}: {run_dir} holds a run of unknown settings ({CONFIG_FILE} cannot be read); give a new name=..."
         return
-    changed = list(_differences(begun.model_dump(), config.model_dump(), _MAY_CHANGE + _paths_by_content(run_dir)))
+    changed = list(
+        _differences(started_with.model_dump(), config.model_dump(), _MAY_CHANGE + _paths_by_content(run_dir))
+    )
     if changed:
         shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         yield f"{field}: {run_dir} holds a run with other settings ({shown}); give a new name=..., or the same settings"
@@ -102,10 +105,10 @@ def obstacles(config: RunConfig) -> Iterator[str]:
         return
     if summary is not None and summary.steps >= config.num_global_steps:
         yield from _shorter(config, summary.steps)
-        return  # finished: nothing else is needed any more
-    if config.debug.trainer == "timer":  # it writes no checkpoints, and its times are those of one start
+        return  # finished: nothing else is needed
+    if config.debug.trainer == "timer":  # a timer writes no checkpoints, and its times are those of one start
         yield (
-            f"{field}: debug.trainer = timer: {run_dir} holds a measurement, which cannot be taken up again; give a "
+            f"{field}: debug.trainer = timer: {run_dir} contains a measurement, which cannot be resumed; give a "
             f"new name=... (its rollouts are in {run_dir / JOURNAL_FILE}), or remove the folder"
         )
         return
@@ -122,23 +125,23 @@ def obstacles(config: RunConfig) -> Iterator[str]:
             "there, or give a new name=..."
         )
     if latest is not None:
-        yield from _wrong_length(config, begun.num_global_steps, latest)
+        yield from _wrong_length(config, started_with.num_global_steps, latest)
 
 
 def finished_summary(config: RunConfig) -> RunSummary | None:
-    """The summary of the run in `config.run_dir` if it has finished with these settings, its length included; else
-    None."""
+    """The summary of the run in `config.run_dir` if it has finished with these settings, including the number of global
+    steps; else None."""
     try:
         summary = read_summary(config.run_dir)
     except (OSError, ValueError):
-        return None  # preflight names it
+        return None  # preflight reports it
     if summary is None or summary.steps != config.num_global_steps or any(obstacles(config)):
         return None
     return summary
 
 
 def _shorter(config: RunConfig, steps: int) -> Iterator[str]:
-    """Why a run that has finished `steps` global steps cannot be launched with fewer."""
+    """The reason why a run that has finished `steps` global steps cannot be launched with fewer."""
     if steps > config.num_global_steps:
         yield (
             f"num_global_steps = {config.num_global_steps}: the run in {config.run_dir} has finished its {steps} "
@@ -155,14 +158,14 @@ def _is_readable(config_file: Path) -> bool:
 
 
 def _wrong_length(config: RunConfig, steps_before: int, latest: RunManifest) -> Iterator[str]:
-    """Why a run that was to have `steps_before` global steps cannot go on from `latest` to num_global_steps."""
+    """The reason why a run planned with `steps_before` global steps cannot resume from `latest` to num_global_steps."""
     steps, delay, version = config.num_global_steps, config.staleness.delay_steps, latest.policy_version
     if version > steps:
         yield (
-            f"num_global_steps = {steps}: the run in {config.run_dir} goes on from its checkpoint after global step "
+            f"num_global_steps = {steps}: the run in {config.run_dir} resumes from its checkpoint after global step "
             f"{version}; raise it"
         )
-    # A checkpoint that says how long its run was to be needs no check: the collector samples what is missing.
+    # A checkpoint that records its run's number of steps needs no check: the collector samples the missing groups.
     if config.debug.journal or latest.num_global_steps is not None:
         return
     if config.staleness.mode == "delay" and steps > steps_before and version > steps_before - delay:
@@ -175,7 +178,7 @@ def _wrong_length(config: RunConfig, steps_before: int, latest: RunManifest) -> 
 
 
 def _paths_by_content(run_dir: Path) -> tuple[str, ...]:
-    """The paths that may change because the run folder records the contents."""
+    """The settings of paths that may change, because the run folder records the contents of the files."""
     return INPUT_PATHS if (run_dir / INPUTS_FILE).exists() else ()
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.supervisor import RoleCommand
 
-# The trainer's rank 0 and the servers are members of one NCCL group. Where members allocate memory in different ways,
-# its first broadcast fails ("invalid argument"): all roles get what SGLang chooses for itself where nothing is said
+# The trainer's rank 0 and the servers are members of one NCCL group. If members allocate memory in different ways, its
+# first broadcast fails ("invalid argument"), so all roles get SGLang's default
 # (sglang/srt/entrypoints/engine.py, _set_envs_and_config).
 NCCL_MEMORY = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
 def roles_of(config: RunConfig) -> tuple[str, ...]:
-    """The roles that the run is made of."""
+    """The roles of the run."""
     if config.debug.journal:
         return ("train",)
     return ("serve", "collect", "timer" if config.debug.trainer == "timer" else "train")
@@ -28,8 +28,8 @@ def role_commands(
     environment: Mapping[str, str] = os.environ,
     save_by: float | None = None,
 ) -> list[RoleCommand]:
-    """The commands of the run's roles, to be started together on one machine. `save_by`: when the trainer must have
-    saved (Unix time), if this start has a time limit."""
+    """The commands of the run's roles, to be started together on one machine. `save_by`: Unix time by which the
+    trainer must have saved, if this start has a time limit."""
     starts = {"train": torchrun(config.parallel.world_size)}
     own = {
         "train": trainer_environment(config.device) | offload_threads(config, config.parallel.world_size, environment)
@@ -52,7 +52,7 @@ def role_commands(
 
 
 def save_by_option(save_by: float | None) -> list[str]:
-    """The trainer's option for it."""
+    """The trainer's option for `save_by`."""
     return [] if save_by is None else ["--save-by", f"{save_by:.0f}"]
 
 
@@ -63,7 +63,7 @@ def role_environments(
     server_gpus: str,
     own: Mapping[str, Mapping[str, str]],
 ) -> dict[str, dict[str, str]]:
-    """Each role's environment: the given one, what all roles have, its GPUs, and its own."""
+    """The environment of each role: the given one, the variables of all roles, its GPUs, and its own variables."""
     shared = dict(environment) | {"PYTHONUNBUFFERED": "1"}
     if Path(config.model.hf_path).is_dir():
         shared |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -77,8 +77,8 @@ def role_environments(
 
 
 def torchrun(world_size: int) -> list[str]:
-    """The start of a command line that runs what follows it as `world_size` ranks on this machine."""
-    # --local-addr: else torchrun gives the workers the machine's own name to meet at, which need not resolve.
+    """The beginning of a command line that runs the rest of it as `world_size` ranks on this machine."""
+    # --local-addr: by default torchrun uses the machine's name for the rendezvous, which may not resolve.
     return [
         sys.executable,
         "-m",
@@ -93,11 +93,11 @@ def torchrun(world_size: int) -> list[str]:
 
 
 def trainer_environment(device: str) -> dict[str, str]:
-    """What ranks that compute on `device` (cpu or cuda) need beside the environment of their parent."""
-    # megatron-core announces, once a rank and module, every optional package that is not installed.
+    """The variables that ranks on `device` (cpu or cuda) need in addition to the environment of their parent."""
+    # megatron-core warns of every missing optional package, once per rank and module.
     quiet = {"PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning"}
     if device == "cpu":
-        # The ranks are the parallelism: with a thread pool each they would only take turns on the same cores.
+        # The ranks run in parallel: with a thread pool per rank they would compete for the same cores.
         loopback = "lo" if sys.platform.startswith("linux") else "lo0"
         return quiet | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
     # megatron overlaps tensor-parallel communication with computation only if kernels start in launch order.
@@ -105,9 +105,9 @@ def trainer_environment(device: str) -> dict[str, str]:
 
 
 def offload_threads(config: RunConfig, ranks: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Threads for a machine's `ranks` whose AdamW is computed on the CPU (optimizer.cpu_offload); {} for others.
+    """The number of threads for a machine's `ranks` that compute AdamW on the CPU (optimizer.cpu_offload); {} without.
 
-    torchrun gives a rank one thread if nothing is said. Half of the CPUs are left to the servers' processes."""
+    By default torchrun sets one thread per rank. Half of the CPUs are reserved for the servers' processes."""
     if config.device == "cpu" or not config.optimizer.cpu_offload or not ranks or "OMP_NUM_THREADS" in environment:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, usable_cpus() // (2 * ranks)))}
@@ -127,7 +127,7 @@ def gpus_needed(config: RunConfig) -> tuple[int, int]:
 
 
 def gpu_shares(trainer: int, servers: int, environment: Mapping[str, str]) -> tuple[str, str]:
-    """CUDA_VISIBLE_DEVICES of so many GPUs for the trainer and for the servers: disjoint shares, "" without a GPU."""
+    """CUDA_VISIBLE_DEVICES for this number of GPUs of the trainer and of the servers: disjoint, "" without a GPU."""
     given = environment.get("CUDA_VISIBLE_DEVICES")
     visible = given.split(",") if given else [str(index) for index in range(trainer + servers)]
     return ",".join(visible[:trainer]), ",".join(visible[trainer : trainer + servers])

@@ -1,4 +1,4 @@
-"""What happens to the run folder before a start, once for all roles."""
+"""Prepares the run folder before a start, once for all roles."""
 
 import errno
 import fcntl
@@ -19,24 +19,24 @@ from minpro_megatron.launch.resume import CONFIG_FILE, LOCK_FILE, holds_a_run
 from minpro_megatron.run_folder.start_fence import former_start_at_work, take_over
 from minpro_megatron.serving.api_key import make_api_key
 
-# What an earlier incarnation says of itself: it would mislead this one's roles and display.
+# Files in which an earlier incarnation describes its state: they would mislead this one's roles and display.
 _OF_ONE_INCARNATION = ("endpoints", "memory", "report.html", "status", "summary.json")
-# What a run that failed while it started may have left besides.
+# Further files that a run which failed during its start may have left.
 _LEFTOVERS = (
     "alarms.jsonl", "checkpoints", "environment.json", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm",
     "journal.sqlite-wal", "logs", "metrics.jsonl", "profiles", "published", "routes", "samples.jsonl",
     "tensorboard", "trace", "trace.json",
 )  # fmt: skip
-# For the processes of an older start on another machine, which look for a newer one every second.
+# For the processes of an older start on another machine, which check for a newer one every second.
 TAKE_OVER_S = 5.0
 _LOCK_IS_HELD = (errno.EAGAIN, errno.EACCES)
 
 
 @contextmanager
 def claimed(run_dir: Path) -> Iterator[None]:
-    """Holds the run folder against a second launcher. The lock ends with this process, however it ends.
+    """Locks the run folder against a second launcher. The lock ends with this process, however it ends.
 
-    A file system without locks (some parallel ones, mounted so) does not hinder the run: there the newer of two starts
+    On a file system without locks (as some parallel ones are mounted) the run works too: there the newer of two starts
     ends the older one (run_folder/start_fence.py)."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK_FILE).open("w") as lock:
@@ -51,15 +51,15 @@ def claimed(run_dir: Path) -> Iterator[None]:
 
 
 def prepare(config: RunConfig, incarnation: int, say: Callable[[str], None] = print) -> tuple[Path, bool]:
-    """Takes the run folder over for this start, removes what earlier incarnations said and writes the settings: returns
-    their file, and whether a run goes on."""
+    """Takes the run folder over for this start, removes the state files of earlier incarnations and writes the
+    settings. Returns the settings file, and whether a run is resumed."""
     run_dir = config.run_dir
     take_over(run_dir, incarnation)
     if former := former_start_at_work(run_dir, incarnation):
         number, owner = former
         say(
-            f"start {number + 1} of the run (on {owner.host}) has not ended as far as can be seen here: "
-            f"{TAKE_OVER_S:.0f} s for its processes to see that this one takes over"
+            f"start {number + 1} of the run (on {owner.host}) does not seem to have ended: "
+            f"{TAKE_OVER_S:.0f} s for its processes to detect that this start takes over"
         )
         time.sleep(TAKE_OVER_S)
     goes_on = holds_a_run(run_dir)
@@ -72,7 +72,7 @@ def prepare(config: RunConfig, incarnation: int, say: Callable[[str], None] = pr
 
 
 def first_lines(config: RunConfig, incarnation: int, goes_on: bool) -> list[str]:
-    """What a start says: the run, and from where it goes on."""
+    """The first output of a start: the run, and the point from which it resumes."""
     lines = [
         f"run {config.name}: {config.objective.name}, {config.num_global_steps} global steps; files in {config.run_dir}"
     ]
@@ -83,14 +83,14 @@ def first_lines(config: RunConfig, incarnation: int, goes_on: bool) -> list[str]
     if goes_on:
         manifest = read_latest(config.run_dir)
         where = f"from its checkpoint after global step {manifest.policy_version}" if manifest else "from its beginning"
-        lines.append(f"it goes on {where} (start {incarnation + 1} of this run)")
+        lines.append(f"it resumes {where} (start {incarnation + 1} of this run)")
         if manifest is not None and config.staleness.mode == "delay" and not config.debug.journal:
             lines += _longer_run_lines(config, manifest)
     return lines
 
 
 def _longer_run_lines(config: RunConfig, manifest: RunManifest) -> list[str]:
-    """What a run that is made longer does differently in delay mode; [] for any other."""
+    """The changes for a run that is extended in delay mode; [] for any other run."""
     version, delay, steps = manifest.policy_version, config.staleness.delay_steps, config.num_global_steps
     added = beginning_after(manifest.num_global_steps, version, steps, delay)
     if added is None:
@@ -98,7 +98,7 @@ def _longer_run_lines(config: RunConfig, manifest: RunManifest) -> list[str]:
     until = min(version + delay, steps) - 1
     batches = f"batch {until}" if added.first_batch == until else f"batches {added.first_batch} to {until}"
     return [
-        f"it is made longer, from {manifest.num_global_steps} to {steps} global steps: the weights that should have "
+        f"it is extended from {manifest.num_global_steps} to {steps} global steps: the weights that should have "
         f"sampled {batches} no longer exist, so version {version} samples them, and the staleness grows from "
         f"{added.first_batch - version} to {delay} again, as at the start of a run"
     ]

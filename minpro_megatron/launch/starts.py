@@ -1,7 +1,7 @@
-"""The starts of a run: `run_dir/starts/<incarnation>/`, made by whoever starts the run, read by all of its nodes.
+"""The starts of a run: `run_dir/starts/<incarnation>/`, created at the start of the run, read by all of its nodes.
 
-A folder is made by one process only, whatever the file system (mkdir fails if it is there), so that no lock is needed.
-Files in it appear whole and are never changed: a node finds one or does not find it yet.
+A folder is created by one process only, on any file system (mkdir fails if it exists), so no lock is needed. Its files
+are created atomically and never changed: a node finds a complete file or none.
 """
 
 import time
@@ -25,18 +25,20 @@ _PLAN, _REPORT, _VERDICT, _DONE, _FAILED = (
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What the first node tells the others. `key` names this start of the job; problems: then nothing will start."""
+    """The first node's plan for the others. `key` names this start of the job; with `problems` nothing will start."""
 
     key: str
     problems: list[Problem] = []
-    is_finished: bool = False  # the run has finished before: nothing starts, and that is no failure
-    policy_version: int = 0  # of the checkpoint from which this start goes on; 0: it begins the run
+    is_finished: bool = False  # the run has already finished: nothing starts, which is not a failure
+    policy_version: int = 0  # of the checkpoint from which this start resumes; 0: the start begins the run
     address: str = ""  # of the first node
-    rendezvous_ports: list[int] = []  # where the trainer's nodes meet, on the first: for the check, for training
+    rendezvous_ports: list[
+        int
+    ] = []  # rendezvous ports of the trainer's nodes on the first node: for the check, for training
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node has found out about itself; clock_s: how far its clock is ahead of the file system's."""
+    """A node's report on itself; clock_s: seconds by which its clock is ahead of the file system's."""
 
     node: int
     host: str
@@ -45,20 +47,20 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether the roles may start: without problems."""
+    """The first node's decision: the roles start if there are no problems."""
 
     problems: list[Problem] = []
 
 
 class NodeEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """That a node's roles have ended, and for a failure why, in a line."""
+    """The end of a node's roles; for a failure, `why` is its reason in one line."""
 
     host: str
     why: str = ""
 
 
 class Start:
-    """One start of a run. Its files are written once each."""
+    """One start of a run. Each of its files is written once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -74,7 +76,7 @@ class Start:
         self._write(_REPORT.format(report.node), report)
 
     def reports(self, num_nodes: int) -> list[Report]:
-        """Those that are there, in order of nodes."""
+        """The reports that exist so far, in the order of the nodes."""
         found = (self._read(_REPORT.format(node), Report) for node in range(num_nodes))
         return [report for report in found if report is not None]
 
@@ -99,7 +101,7 @@ class Start:
         return {node: end for node, end in found.items() if end is not None}
 
     def clock_ahead_s(self, node: int) -> float:
-        """How far this machine's clock is ahead of the one by which the file system dates a new file."""
+        """Seconds by which this machine's clock is ahead of the file system's, by the time of a new file."""
         probe = self._folder / f"clock-{node}"
         before = time.time()
         probe.write_text("")
@@ -118,7 +120,7 @@ class Start:
 
 
 def begin_start(run_dir: Path) -> Start:
-    """The next start of the run, numbered from 0; two callers at once get different ones."""
+    """The next start of the run, numbered from 0; concurrent callers get different ones."""
     starts = run_dir / STARTS
     starts.mkdir(parents=True, exist_ok=True)
     number = max(_numbers(starts), default=-1) + 1
@@ -132,7 +134,7 @@ def begin_start(run_dir: Path) -> Start:
 
 
 def find_start(run_dir: Path, key: str) -> tuple[Start, Plan] | None:
-    """The start whose plan holds `key`; None while there is none."""
+    """The start whose plan has this `key`; None while there is none."""
     starts = run_dir / STARTS
     for number in sorted(_numbers(starts), reverse=True):
         start = Start(starts / str(number))
@@ -143,7 +145,7 @@ def find_start(run_dir: Path, key: str) -> tuple[Start, Plan] | None:
 
 
 def starts_of_job(run_dir: Path, job: str) -> list[tuple[Start, Plan]]:
-    """The starts whose key is `job` and a number, in their order, as far as their roles were started."""
+    """The starts whose key is `job` and a number, in their order, if their roles were started."""
     found = []
     for number in sorted(_numbers(run_dir / STARTS)):
         start = Start(run_dir / STARTS / str(number))
@@ -154,7 +156,7 @@ def starts_of_job(run_dir: Path, job: str) -> list[tuple[Start, Plan]]:
 
 
 def wait_for[T](look: Callable[[], T | None], limit_s: float, poll_s: float = POLL_S) -> T | None:
-    """What `look` finds within `limit_s`, else None. It is called every `poll_s`."""
+    """The first result of `look` other than None within `limit_s` seconds, else None. It is called every `poll_s`."""
     deadline = time.monotonic() + limit_s
     while (found := look()) is None and time.monotonic() < deadline:
         time.sleep(poll_s)

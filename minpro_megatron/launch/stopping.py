@@ -1,4 +1,4 @@
-"""How a start of a run ends before the run does: by its time limit, or because of a signal."""
+"""The early end of a start, before the end of the run: by its time limit, or because of a signal."""
 
 import sys
 import time
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.run_folder.early_end import EarlyEnd, StopRequest, read_early_end, request_stop
 
-# From the trainer's last checkpoint to the end of all processes.
+# Time from the trainer's last checkpoint to the end of all processes.
 ENDING_S = 15.0
-# Slurm gives the processes this much less than slurm.end_early_s to save after its SIGTERM.
+# After Slurm's SIGTERM, the time to save is slurm.end_early_s minus this.
 SIGTERM_RESERVE_S = 60.0
-# A last checkpoint under way is finished, whatever checkpoint.save_on_stop_s says.
+# A last checkpoint in progress is finished, independently of checkpoint.save_on_stop_s.
 LAST_SAVE_LIMIT_S = 600.0
 _LOOK_EVERY_S = 1.0  # the run folder may be on a shared file system
 
@@ -19,7 +19,7 @@ _LOOK_EVERY_S = 1.0  # the run folder may be on a shared file system
 def save_by(config: RunConfig, environment: Mapping[str, str], began: float, end_early_s: float = 0.0) -> float | None:
     """Unix time by which the start that began at `began` must have saved; None if it has no time limit.
 
-    The job's end is Slurm's SLURM_JOB_END_TIME; `end_early_s` before it all processes get SIGTERM.
+    The end of the job is Slurm's SLURM_JOB_END_TIME; all processes get SIGTERM `end_early_s` seconds before it.
     """
     limits = []
     if config.checkpoint.time_limit_minutes:
@@ -31,10 +31,10 @@ def save_by(config: RunConfig, environment: Mapping[str, str], began: float, end
 
 
 class Stopping:
-    """Watches one start for its early end, and asks the trainer for one when this process gets a signal to stop."""
+    """Detects the early end of a start, and requests it from the trainer when this process gets a signal to stop."""
 
     def __init__(self, config: RunConfig, incarnation: int, end_early_s: float = 0.0) -> None:
-        """`end_early_s`: SIGTERM comes so long before the job's end, so that the trainer may use most of it."""
+        """`end_early_s`: SIGTERM arrives this many seconds before the job's end; the trainer may use most of them."""
         self._run_dir, self._incarnation = config.run_dir, incarnation
         settings = config.checkpoint
         saves = settings.saves_before_end and config.debug.trainer == "megatron"
@@ -43,10 +43,11 @@ class Stopping:
         self._end: EarlyEnd | None = None
 
     def allowed_s(self, signal_name: str) -> float:
-        """How long the roles may go on after the signal, so that the trainer can save. Tells it to."""
+        """Requests a checkpoint from the trainer. Returns the seconds for which the roles may continue after the
+        signal."""
         end = read_early_end(self._run_dir, self._incarnation)
         if end is None and self._allowed_s:
-            request_stop(self._run_dir, self._incarnation, StopRequest(reason=f"told to stop by {signal_name}"))
+            request_stop(self._run_dir, self._incarnation, StopRequest(reason=f"stopped by {signal_name}"))
             what = "the trainer finishes its global step and saves"
         elif end is not None and not end.saved:
             what = f"the last checkpoint, after global step {end.policy_version}, is being saved"
@@ -57,7 +58,7 @@ class Stopping:
         return limit_s
 
     def early_end(self, at_once: bool = False) -> EarlyEnd | None:
-        """The start's early end, once the last checkpoint is complete. Looks once a second, unless `at_once`."""
+        """The start's early end, once the last checkpoint is complete. Checks once per second, unless `at_once`."""
         if at_once or time.monotonic() >= self._next_look:
             self._end = read_early_end(self._run_dir, self._incarnation)
             self._next_look = time.monotonic() + _LOOK_EVERY_S

@@ -1,4 +1,4 @@
-"""Starts the roles, watches them, and stops everything as soon as one of them fails."""
+"""Starts the roles, monitors them, and stops all of them as soon as one fails."""
 
 import shutil
 import signal
@@ -18,7 +18,7 @@ from minpro_megatron.launch.stopping import Stopping
 from minpro_megatron.monitor.rank_failures import FOLDER_VARIABLE, RankFailure, first_rank_failure
 from minpro_megatron.run_folder.early_end import EarlyEnd
 
-# To be continued (EX_TEMPFAIL): the run has saved and goes on when it is started again.
+# To be resumed (EX_TEMPFAIL): the run has saved and resumes when it is started again.
 FINISHED, INTERRUPTED, TO_BE_CONTINUED = 0, 130, 75
 
 _POLL_S = 0.1
@@ -31,8 +31,8 @@ _INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True, slots=True)
 class RoleCommand:
-    """How to start one role; `stays`: it serves the others and is stopped once they are done. `log_name`: of its log,
-    where that is not the role's name (a role on several nodes has several)."""
+    """How to start one role; `stays`: it serves the others and is stopped once they are done. `log_name`: the name
+    of its log, if it is not the role's name (a role on several nodes has several logs)."""
 
     role: str
     arguments: list[str]
@@ -49,8 +49,8 @@ class Failure:
     how: str
     log_file: Path
     log_start: int = 0  # bytes of earlier starts in it
-    first_rank: RankFailure | None = None  # of a role with ranks: the rank that failed first, if it could say so
-    needs_a_person: bool = False  # another start would fail in the same way
+    first_rank: RankFailure | None = None  # of a role with ranks: the rank that failed first, if it could report it
+    needs_a_person: bool = False  # a restart would fail in the same way
 
 
 @dataclass(slots=True)
@@ -78,12 +78,12 @@ class Supervisor:
     """Runs the roles to their end; use once, from the main thread.
 
     The run is finished when every role that does not stay has exited with 0; the staying ones then get
-    SIGTERM. If any role ends otherwise, or this process is told to stop (SIGINT, SIGTERM, SIGHUP), all
-    processes get SIGTERM and 6 s later SIGKILL, whoever started them. A further signal skips the 6 s. If this
-    process itself is killed, the kernel tells the roles to end.
+    SIGTERM. If any role ends otherwise, or this process gets SIGINT, SIGTERM or SIGHUP, all processes get SIGTERM
+    and 6 s later SIGKILL, including those that the roles started. A further signal skips the 6 s. If this process
+    itself is killed, the kernel signals the roles to end.
 
-    `stopping` may let the roles go on for a while after the first signal, for a last checkpoint, and says when the
-    trainer has ended this start early; then all processes are stopped as well.
+    `stopping` may let the roles continue for some time after the first signal, for a last checkpoint, and reports when
+    the trainer has ended this start early; then all processes are stopped as well.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Supervisor:
     ) -> Outcome:
         """Starts the roles, calls `each_tick` ten times a second, returns when no process is left.
 
-        `others_are_done`: the roles that stay here do so until it says so (roles on other nodes)."""
+        `others_are_done`: the staying roles run until it returns True (roles on other nodes)."""
         with ExitStack() as stack:
             for number in _INTERRUPTIONS:
                 previous = signal.signal(number, self._on_signal)
@@ -122,7 +122,7 @@ class Supervisor:
                 for command in self._commands:
                     self._start(command)
                 outcome = self._watch(each_tick, others_are_done)
-            finally:  # also for an exception in each_tick: nothing may be left behind
+            finally:  # also after an exception in each_tick: no process may remain
                 outcome.left_behind = self._stop()
             return outcome
 
@@ -142,7 +142,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches only the launcher, which decides
+                start_new_session=True,  # Ctrl-C in the terminal then reaches only the launcher, which decides
                 preexec_fn=ending_with_this_process(signal.SIGTERM),
             )
         self._running.append(_Running(command, process, log_file, log_start, rank_failures))
@@ -158,7 +158,8 @@ class Supervisor:
             if self._failures():
                 if ended := self._ended_early(at_once=True):  # other nodes have stopped their roles before this one
                     return ended
-                # One failure makes others fail at once. Which one is seen first is chance: name them all.
+                # One failure makes other roles fail immediately. The order of detection is random, so all of them are
+                # reported.
                 time.sleep(self._failures_together_s)
                 failures = self._failures()
                 return Outcome(_status_of(failures), failures, interrupted_by=self._interrupted_by)
@@ -176,7 +177,7 @@ class Supervisor:
         return self._signals[0].name if self._signals else None
 
     def _must_stop_now(self) -> bool:
-        """Whether the time that the first signal left for a last checkpoint is over, or a second one has come."""
+        """Whether the time for a last checkpoint after the first signal is over, or a second signal has arrived."""
         if self._stop_at is None:
             allowed_s = self._stopping.allowed_s(self._signals[0].name) if self._stopping else 0.0
             self._stop_at = time.monotonic() + allowed_s
@@ -192,41 +193,41 @@ class Supervisor:
         return [failure for running in self._running if (failure := _failure_of(running))]
 
     def _stop(self) -> list[int]:
-        """Ends every process that this run has started; returns the pids that would not end."""
+        """Ends every process that this run has started; returns the pids of those that could not be ended."""
         signals_before = len(self._signals)
-        told = self._terminate(set())
+        signaled = self._terminate(set())
         deadline = time.monotonic() + _TERMINATE_LIMIT_S
         while descendants(self._not_ours) and time.monotonic() < deadline:
             if len(self._signals) > signals_before:
-                break  # a second Ctrl-C: no more patience
+                break  # a second Ctrl-C: stop waiting
             time.sleep(self._poll_s)
-            told = self._terminate(told)
+            signaled = self._terminate(signaled)
         try:
             return kill_all(self._own_pids(), self._not_ours, _KILL_LIMIT_S)
         finally:
             for running in self._running:
                 running.process.poll()
 
-    def _terminate(self, told: set[int]) -> set[int]:
-        """SIGTERM, once, to the roles and to orphans adopted since; a living role ends its own children.
+    def _terminate(self, signaled: set[int]) -> set[int]:
+        """Sends SIGTERM once to the roles and to orphans adopted since; a living role ends its own children.
 
-        Returns the pids that have been told so far.
+        Returns the pids that have been signaled so far.
         """
         for child in psutil.Process().children():
-            if child.pid not in self._not_ours | told:
+            if child.pid not in self._not_ours | signaled:
                 try:
                     child.terminate()
                 except psutil.NoSuchProcess:
                     continue
-                told = told | {child.pid}
-        return told
+                signaled = signaled | {child.pid}
+        return signaled
 
     def _own_pids(self) -> set[int]:
         return {running.process.pid for running in self._running}
 
 
 def _status_of(failures: Sequence[Failure]) -> int:
-    """A job is not started again for WRONG_INPUT."""
+    """The exit status of a run with these failures; a job is not started again for WRONG_INPUT."""
     return WRONG_INPUT if any(failure.needs_a_person for failure in failures) else FAILED
 
 

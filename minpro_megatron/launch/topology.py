@@ -1,4 +1,4 @@
-"""Which of a job's nodes trains, serves and collects."""
+"""The distribution of training, serving and collecting over the nodes of a job."""
 
 import json
 from collections.abc import Iterator
@@ -13,18 +13,19 @@ from minpro_megatron.launch.roles import roles_of
 
 
 class TopologySettings(Section):
-    """How a run is spread over nodes. 0 nodes: as few as the GPUs allow, and one for everything where that fits."""
+    """How a run is distributed over nodes. 0 nodes: as few as the GPUs allow, and one for all roles if it suffices."""
 
-    gpus_per_node: int = Field(default=8, ge=0, description="0: nodes without GPUs")
+    gpus_per_node: int = Field(default=8, ge=0, description="Number of GPUs per node; 0: the nodes have no GPUs.")
     train_nodes: int = Field(default=0, ge=0)
     serve_nodes: int = Field(default=0, ge=0)
     share_nodes: bool = Field(
-        default=False, description="servers take the GPUs that training leaves free, on the last of its nodes"
+        default=False, description="Servers use the GPUs that training leaves free on the last of its nodes."
     )
 
 
 class NodeShare(Section):
-    """What one node runs: trainer ranks, the servers first_server .. first_server + num_servers - 1, the collector."""
+    """The share of one node: trainer ranks, the servers first_server .. first_server + num_servers - 1, the
+    collector."""
 
     ranks: int = Field(default=0, ge=0)
     first_server: int = Field(default=0, ge=0)
@@ -51,7 +52,7 @@ class Topology(Section):
 
     @property
     def deciding_nodes(self) -> list[int]:
-        """Those whose end is the end of the run: they do not only serve."""
+        """The nodes whose end is the end of the run: those that do not only serve."""
         return [index for index, node in enumerate(self.nodes) if node.ranks or node.collects]
 
     def to_json(self) -> str:
@@ -67,7 +68,7 @@ def read_topology(path: Path) -> Topology:
 
 
 def lay_out(config: RunConfig, settings: TopologySettings) -> Topology:
-    """Spreads the run's ranks and servers over nodes. Raises UserError, one line a problem."""
+    """Distributes the run's ranks and servers over nodes. Raises UserError with one line per problem."""
     roles, server = roles_of(config), config.server
     ranks = config.parallel.world_size if "train" in roles else 0
     servers = server.count if "serve" in roles and not server.urls else 0
@@ -80,7 +81,7 @@ def lay_out(config: RunConfig, settings: TopologySettings) -> Topology:
 
 
 class _Demand:
-    """Ranks and servers, the GPUs that one of each needs, and the nodes that they are given."""
+    """The ranks and servers, the GPUs that each of them needs, and the nodes assigned to them."""
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class _Demand:
         config, gpus = self._config, self._settings.gpus_per_node
         if not gpus and (self._rank_gpus or self._server_gpus):
             fields = [name for name, one in (("device", self._rank_gpus), ("server.device", self._server_gpus)) if one]
-            yield f"topology.gpus_per_node = 0: {' and '.join(fields)} = cuda need GPUs: say how many a node has"
+            yield f"topology.gpus_per_node = 0: {' and '.join(fields)} = cuda need GPUs: give the GPUs per node"
             return
         if self._ranks:
             yield from self._training_problems()
@@ -136,18 +137,19 @@ class _Demand:
             f"{parallel.context} x {parallel.data_size} = {self._ranks} ranks"
         )
         if self._ranks % nodes:
-            yield f"{layout} do not spread evenly over {nodes} nodes: change parallel.data or set topology.train_nodes"
+            yield f"{layout} do not divide evenly over {nodes} nodes: change parallel.data or set topology.train_nodes"
             return
         ranks_per_node = self._ranks // nodes
         if ranks_per_node * self._rank_gpus > gpus:
             yield (
-                f"{layout} on topology.train_nodes = {nodes} are {ranks_per_node} a node, with topology.gpus_per_node "
-                f"= {gpus}: give at least {-(-self._ranks // gpus)} nodes, or lower parallel.data"
+                f"{layout} on topology.train_nodes = {nodes} are {ranks_per_node} per node, with "
+                f"topology.gpus_per_node = {gpus}: give at least {-(-self._ranks // gpus)} nodes, or lower "
+                "parallel.data"
             )
         if self._rank_gpus and parallel.tensor > 1 and ranks_per_node % parallel.tensor:
             yield (
-                f"parallel.tensor = {parallel.tensor}: its ranks must be on one node, for they exchange activations in "
-                f"every layer; with {ranks_per_node} ranks a node it must divide that: lower it or change "
+                f"parallel.tensor = {parallel.tensor}: its ranks must be on one node, because they exchange "
+                f"activations in every layer; it must divide the {ranks_per_node} ranks per node: lower it or change "
                 "topology.train_nodes"
             )
 
@@ -155,16 +157,16 @@ class _Demand:
         server, gpus, nodes = self._config.server, self._settings.gpus_per_node, self._serve_nodes
         if self._server_gpus > gpus:
             yield (
-                f"server.tensor_parallel = {server.tensor_parallel}: a server is on one node, and one has "
+                f"server.tensor_parallel = {server.tensor_parallel}: a server must fit on one node, and a node has "
                 f"topology.gpus_per_node = {gpus}: lower it"
             )
             return
         if (nodes - 1) * self._servers_per_node >= self._servers:
-            yield f"topology.serve_nodes = {nodes}: server.count = {server.count} leaves some without one: lower it"
+            yield f"topology.serve_nodes = {nodes}: server.count = {server.count} leaves some nodes empty: lower it"
         if self._servers_per_node * self._server_gpus > gpus:
             fitting = gpus // self._server_gpus
             yield (
-                f"server.count = {server.count} on topology.serve_nodes = {nodes}: {self._servers_per_node} a node, "
+                f"server.count = {server.count} on topology.serve_nodes = {nodes}: {self._servers_per_node} per node, "
                 f"and only {fitting} of server.tensor_parallel = {server.tensor_parallel} fit "
                 f"topology.gpus_per_node = {gpus}: give at least {-(-self._servers // fitting)} nodes"
             )

@@ -76,7 +76,7 @@ def _tried(case: Case, run: CrashRun, undisturbed: Results) -> Row:
         launches.append(run.launch(timeout_s=LAUNCH_LIMIT_S))
         assert launches[-1].status == 0, f"{launches[-1].output}\n{run.logs()}"
     assert run.num_launches == len(launches) - case.finished
-    resumed = re.search(r"it goes on from its (?:checkpoint after global step (\d+)|beginning)", launches[-1].output)
+    resumed = re.search(r"it resumes from its (?:checkpoint after global step (\d+)|beginning)", launches[-1].output)
     assert (resumed is None) == (len(launches) == 1 or case.finished)
     return {
         "case": case.name,

@@ -39,14 +39,14 @@ def test_a_wrecked_run_stops_with_a_checkpoint_and_goes_on_from_it(launches: Lau
     step = stopped[0].step
     assert "train: alarms.stop_on: effective_sample_size at global step" in output
     assert "objective/effective_sample_size" in output
-    assert "launch the same command again to go on" in output
+    assert "launch the same command again to resume" in output
     assert (first.run_dir / "checkpoints" / "latest").read_text().strip().endswith(str(step + 1))
     assert [entry.step for entry in read_history(first.run_dir) if entry.is_global_step] == list(range(step + 1))
 
     again = launches("wrecked", *WRECKED, 'alarms.stop_on=["not_finite"]')
     status, output = again.wait(150)
     assert status == 0, output
-    assert f"it goes on from its checkpoint after global step {step + 1}" in output
+    assert f"it resumes from its checkpoint after global step {step + 1}" in output
     # what went on was no news
     assert [alarm for alarm in read_alarms(again.run_dir) if alarm.name == "effective_sample_size"] == stopped
     entries = [entry for entry in read_history(again.run_dir) if entry.is_global_step]

@@ -100,7 +100,7 @@ def test_a_run_over_two_nodes_ends_well(workspace: Workspace) -> None:
     status, output = ended(workspace.submit("whole"))
     assert status == 0, output
     assert "node 0: 1 trainer ranks\nnode 1: server 0, the collector\n" in output
-    assert re.search(r"node 0 \(node1\) is well\n.*node 1 \(node2\) is well", output), output
+    assert re.search(r"node 0 \(node1\) is ready\n.*node 1 \(node2\) is ready", output), output
     assert "finished 2 global steps" in output
     assert re.search(r"job \d+: COMPLETED on node\[1-2\]\njob \d+: completed", output), output
     logs = workspace.run_dir("whole") / "logs"
@@ -128,7 +128,7 @@ def test_a_killed_role_fails_the_job_and_a_restart_goes_on(workspace: Workspace)
     assert status == 0, output
     assert "node 0: 1 trainer ranks\nnode 1: 1 trainer ranks, server 0, the collector\n" in output
     assert re.search(r"node 1 \(node2\): error: the role collect was ended by signal SIGKILL", output), output
-    assert re.search(r"it goes on from its checkpoint after global step [1-8] \(start 2 of this run\)", output), output
+    assert re.search(r"it resumes from its checkpoint after global step [1-8] \(start 2 of this run\)", output), output
     assert re.search(r"job \d+: COMPLETED on node\[1-2\] after 1 restart\n", output), output
     assert sorted(path.name for path in (run_dir / "starts").iterdir()) == ["0", "1"]
     latest = read_latest(run_dir)
@@ -148,7 +148,7 @@ def test_a_run_longer_than_its_time_limit_comes_to_its_end(workspace: Workspace)
     ends = re.findall(r"ended after global step (\d), with a checkpoint: the time limit leaves -", output)
     assert ends == ["1", "2"], output
     for step in ends:
-        assert f"it goes on from its checkpoint after global step {step} " in output
+        assert f"it resumes from its checkpoint after global step {step} " in output
     assert re.search(r"job \d+: COMPLETED on node\[1-2\] after 2 restarts\n", output), output
     latest = read_latest(workspace.run_dir("limited"))
     assert latest is not None
@@ -213,6 +213,8 @@ def test_a_cancelled_job_ends_and_problems_start_nothing(workspace: Workspace) -
     # what only the nodes can know: refused once, and not started again
     status, output = ended(workspace.submit("refused", "--set", "slurm.interface=none0"))
     assert status == 1
-    assert re.search(r"error: node 1 \(node2\): --interface none0: this node has none with an IPv4 address", output)
+    assert re.search(
+        r"error: node 1 \(node2\): --interface none0: this node has no such interface with an IPv4 address", output
+    )
     assert "FAILED (exit status 2)" in output
     assert "restart" not in output

@@ -33,7 +33,7 @@ def test_a_run_that_is_killed_twice_and_loses_its_journals_end_and_its_server_eq
     launched = run.launch(in_transaction)
     assert (launched.status, launched.reached) == (1, True), launched.output
     assert "error: the role collect was ended by signal SIGKILL" in launched.output
-    assert "launch the same command again to go on" in launched.output
+    assert "launch the same command again to resume" in launched.output
     run.tear_journal(0.1)  # what version 2 has sampled is lost: its weights, loaded again, sample it again
     in_update = CrashPoint(
         "train",

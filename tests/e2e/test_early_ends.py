@@ -45,7 +45,7 @@ def test_a_run_whose_time_limit_is_shorter_than_its_checkpoint_interval_comes_to
         launched = run.launch()
         assert launched.status == 75, f"{launched.output}\n{run.logs()}"
         assert f"ended after global step {version}, with a checkpoint: the time limit leaves -" in launched.output
-        assert "launch the same command again to go on" in launched.output
+        assert "launch the same command again to resume" in launched.output
         assert latest_version(run.run_dir) == version
     unlimited = CrashRun(model, tmp_path, "limited", *limited, "checkpoint.time_limit_minutes=0")
     unlimited.finish()
@@ -70,7 +70,7 @@ def test_a_finished_run_has_a_checkpoint_and_is_made_longer(model: TinyModel, tm
     assert latest_version(run.run_dir) == STEPS
     more = STEPS + 4
     launched = CrashRun(model, tmp_path, "longer", *settings, f"num_global_steps={more}").finish()
-    assert f"it goes on from its checkpoint after global step {STEPS} (start 2 of this run)" in launched.output
+    assert f"it resumes from its checkpoint after global step {STEPS} (start 2 of this run)" in launched.output
     assert ("batches 6 to 7 no longer exist, so version 6 samples them" in launched.output) == (mode == "delay")
     found = staleness_by_step(run.run_dir)
     assert sorted(found) == list(range(more))
@@ -95,7 +95,7 @@ def test_an_interrupt_saves_where_the_time_is_allowed(model: TinyModel, undistur
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, f"{output}\n{run.logs()}"
     assert "SIGINT: the trainer finishes its global step and saves, for 300 s at most" in output
-    (version,) = re.findall(r"ended after global step (\d), with a checkpoint: told to stop by SIGINT", output)
+    (version,) = re.findall(r"ended after global step (\d), with a checkpoint: stopped by SIGINT", output)
     assert latest_version(run.run_dir) == int(version) < STEPS
     run.finish()
     assert differing(Results.read(run.run_dir), undisturbed) == []

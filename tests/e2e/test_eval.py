@@ -287,7 +287,7 @@ def test_it_ends_with_its_servers_when_told_to(tiny_model: TinyModel, data: Path
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=40)
     assert process.returncode == 143, errors
-    assert "the same command resumes" in errors
+    assert "run the same command again to continue" in errors
     assert processes_of(output) == []
 
 

@@ -1,4 +1,4 @@
-"""Whether the ranks will be able to import what `model.backend` asks for."""
+"""Checks that the ranks can import the packages that `model.backend` requires."""
 
 import subprocess
 import sys
@@ -8,12 +8,12 @@ from importlib.util import find_spec
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.trainer import layer_backend_of
 
-# torch comes first, as on the ranks: it loads NCCL, which Transformer Engine's core library needs and which may be
-# nowhere but in a wheel.
+# torch is imported first, as on the ranks: it loads NCCL, which Transformer Engine's core library needs and which may
+# exist only in a wheel.
 _IMPORT = "import torch, transformer_engine.pytorch"
-# Megatron-Core goes on without a package that is not there, but not without one that fails in another way.
+# Megatron-Core works without a package that is not installed, but not if its import fails in another way.
 _IMPORT_AS_MEGATRON = f"try:\n    {_IMPORT}\nexcept ImportError:\n    pass"
-# What Transformer Engine's error says where a part of it is not installed, and the part.
+# Texts in Transformer Engine's error if a part of it is not installed, and the name of the part.
 _PARTS = {
     "Transformer Engine torch lib": "transformer_engine_torch",
     "transformer_engine_torch": "transformer_engine_torch",
@@ -23,8 +23,8 @@ _PARTS = {
 
 
 def layer_backend_problems(config: RunConfig) -> Iterator[str]:
-    """A line if Transformer Engine is to compute the layers and cannot be imported, or if what is installed of it keeps
-    Megatron-Core from being imported; with the import's own error and the missing part's name."""
+    """A line if Transformer Engine has to compute the layers and cannot be imported, or if an incomplete installation
+    of it prevents the import of Megatron-Core; with the error of the import and the name of the missing part."""
     model = config.model
     if layer_backend_of(model.backend, config.device, model.dtype) == "transformer_engine":
         if reason := _import_error(_IMPORT):
@@ -34,14 +34,14 @@ def layer_backend_problems(config: RunConfig) -> Iterator[str]:
             )
     elif find_spec("transformer_engine") and (reason := _import_error(_IMPORT_AS_MEGATRON)):
         yield (
-            f"model.backend = {model.backend}: Megatron-Core cannot be imported beside this Transformer Engine "
+            f"model.backend = {model.backend}: Megatron-Core cannot be imported with this Transformer Engine "
             f"({reason}); {_install(reason)}, or uninstall transformer_engine"
         )
 
 
 def _import_error(code: str) -> str:
-    """The last line of what a Python process says that runs `code`; empty if it succeeds. In a process of its own: a
-    broken library can end it."""
+    """The last line of the error of a Python process that runs `code`; empty if it succeeds. A separate process,
+    because a broken library can end it."""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if not found.returncode:
         return ""

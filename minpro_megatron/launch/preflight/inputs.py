@@ -1,4 +1,4 @@
-"""Whether a run continues with the data and the model that it was begun with: contents are compared, not names."""
+"""Checks that a run resumes with the data and the model of its first start, by content and not by name."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from minpro_megatron.launch.roles import roles_of
 from minpro_megatron.models.text_files import text_files
 from minpro_megatron.run_folder.run_inputs import InputChange, RunInputs, read_inputs, write_inputs
 
-# Settings that say where the inputs are: the run may continue with the same contents in another place.
+# Settings of paths of inputs: the run may resume with the same contents in another place.
 INPUT_PATHS = ("data.train_file", "data.heldout_file", "model.hf_path", "model.megatron_path")
 
 
@@ -46,7 +46,7 @@ def _of_file(path: Path) -> str:
 
 
 def input_obstacles(config: RunConfig) -> Iterator[str]:
-    """One line if inputs of the run in `config.run_dir` have another content than at its last start."""
+    """One line if inputs of the run in `config.run_dir` have changed since its last start."""
     try:
         recorded = read_inputs(config.run_dir)
         changed = [] if recorded is None else _changed(recorded.digests, input_digests(config))
@@ -56,13 +56,13 @@ def input_obstacles(config: RunConfig) -> Iterator[str]:
     if changed and not config.data.accept_changed_inputs:
         yield (
             f"name = {config.name}: the content of {', '.join(changed)} is not that with which the run in "
-            f"{config.run_dir} was begun; restore it, give a new name=..., or set data.accept_changed_inputs=true (its "
-            "figures before and after are then of different data)"
+            f"{config.run_dir} was started; restore it, give a new name=..., or set data.accept_changed_inputs=true "
+            "(its figures before and after then belong to different data)"
         )
 
 
 def record_inputs(config: RunConfig, goes_on: bool) -> None:
-    """Writes what this start reads into the run folder, with the changes since the first one."""
+    """Writes the digests of this start's inputs into the run folder, with the changes since the first start."""
     digests = input_digests(config)
     former = read_inputs(config.run_dir) if goes_on else None
     changes = list(former.changes) if former else []

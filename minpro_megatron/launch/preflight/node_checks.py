@@ -1,4 +1,4 @@
-"""What can be wrong with a node of a job, found before the expensive start; each line names setting and remedy."""
+"""Checks of a node of a job before the expensive start; each line names setting and remedy."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ from minpro_megatron.models.weight_files import weight_problem
 from minpro_megatron.serving.addresses import is_loopback
 from minpro_megatron.serving.server_process import PORT_RANGE
 
-# What a driver and a display-less desktop keep; a process that holds a model keeps far more.
+# Memory that a driver and an idle desktop use; a process with a model uses far more.
 FOREIGN_MEMORY_MIB = 2048
 # Times of status, metrics and journal are compared across nodes.
 MAX_CLOCK_SKEW_S = 5.0
@@ -46,7 +46,7 @@ def node_problems(config: RunConfig, share: NodeShare, address: str, visible: st
 
 
 def gpu_memory() -> list[tuple[int, int, int]]:
-    """Index, used and total MiB of each GPU of this machine; empty where nvidia-smi does not tell."""
+    """Index, used and total MiB of each GPU of this machine; empty if nvidia-smi does not report them."""
     try:
         text = subprocess.run(_QUERY, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -55,7 +55,7 @@ def gpu_memory() -> list[tuple[int, int, int]]:
 
 
 def parse_gpu_memory(text: str) -> list[tuple[int, int, int]]:
-    """The lines `index, used, total`; those that a GPU in an error state fills with words are left out."""
+    """The lines `index, used, total`; lines of GPUs in an error state, which contain text, are skipped."""
     rows = [[field.strip() for field in line.split(",")] for line in text.splitlines()]
     numbers = [row for row in rows if len(row) == 3 and all(field.isdecimal() for field in row)]
     return [(int(index), int(used), int(total)) for index, used, total in numbers]
@@ -64,21 +64,22 @@ def parse_gpu_memory(text: str) -> list[tuple[int, int, int]]:
 def gpu_problems(
     needed: int, present: int, memory: Sequence[tuple[int, int, int]], visible: str | None
 ) -> Iterator[Problem]:
-    """Too few GPUs, or GPUs on which somebody else computes. `visible` as numbers says which are looked at."""
+    """Problems of too few GPUs, or of GPUs that other processes use. `visible`, as numbers, selects the GPUs."""
     names = visible.split(",") if visible else []
     if present < needed:
         line = (
             f"{needed} GPUs are needed and {present} usable: correct topology.gpus_per_node, ask for more GPUs in the "
-            "profile, or leave the node out (slurm.exclude) if its GPUs are broken"
+            "profile, or exclude the node (slurm.exclude) if its GPUs are broken"
         )
-        # The job was given enough of them on this node: then some do not work, and another node may have better ones.
+        # The job was assigned enough GPUs on this node, so some of them do not work; another node may not have this
+        # problem.
         yield Problem(line, is_transient=len(names) >= needed)
     looked_at = {int(name) for name in names} if names and all(name.isdecimal() for name in names) else None
     for index, used, total in memory:
         if used > FOREIGN_MEMORY_MIB and (looked_at is None or index in looked_at):
             line = (
                 f"GPU {index}: {used} of {total} MiB are in use before the start: end the process that holds them "
-                "(nvidia-smi shows it), or leave the node out (slurm.exclude)"
+                "(nvidia-smi shows it), or exclude the node (slurm.exclude)"
             )
             yield Problem(line, is_transient=True)
 
@@ -120,8 +121,8 @@ def file_problems(files: Iterable[tuple[str, Path]], run_dir: Path) -> Iterator[
 
 
 def weight_problems(config: RunConfig, share: NodeShare) -> Iterator[Problem]:
-    """A problem for weights that roles with this share load and that are not here as they were written: the models' and
-    those of the checkpoint that the run goes on from."""
+    """A problem for weights that roles with this share load and that are missing or damaged here: those of the models
+    and of the checkpoint from which the run resumes."""
     roles = roles_on(config, share)
     if "serve" in roles and (problem := weight_problem(Path(config.model.hf_path))):
         yield Problem(f"model.hf_path = {config.model.hf_path}: {problem}, or mount all of it")
@@ -134,7 +135,7 @@ def weight_problems(config: RunConfig, share: NodeShare) -> Iterator[Problem]:
     try:
         read_latest(config.run_dir)
     except (OSError, UserError) as error:
-        yield Problem(f"the checkpoint to go on from: {error}", _is_passing(error))
+        yield Problem(f"the checkpoint to resume from: {error}", _is_passing(error))
 
 
 def _is_passing(error: Exception) -> bool:
@@ -142,7 +143,7 @@ def _is_passing(error: Exception) -> bool:
 
 
 def clock_problems(reports: Sequence[Report]) -> Iterator[Problem]:
-    """A problem for each node whose clock is far from that of most."""
+    """A problem for each node whose clock differs too much from the median."""
     if not reports:
         return
     middle = sorted(report.clock_s for report in reports)[len(reports) // 2]
@@ -152,24 +153,24 @@ def clock_problems(reports: Sequence[Report]) -> Iterator[Problem]:
             line = (
                 f"{node_name(report.node, report.host)}: its clock is {abs(skew):.1f} s "
                 f"{'ahead of' if skew > 0 else 'behind'} the others', {MAX_CLOCK_SKEW_S:g} s at most are allowed: "
-                "have its time service (chrony, ntpd) repaired, or leave the node out (slurm.exclude)"
+                "have its time service (chrony, ntpd) repaired, or exclude the node (slurm.exclude)"
             )
             yield Problem(line, is_transient=True)
 
 
 def absence_problems(reports: Sequence[Report], num_nodes: int, waited_s: float, folder: Path) -> Iterator[Problem]:
-    """A problem if the reports of some nodes have not come."""
+    """A problem if reports of some nodes are missing."""
     present = {report.node for report in reports}
     if absent := [str(node) for node in range(num_nodes) if node not in present]:
         line = (
             f"node {', '.join(absent)}: nothing from it in {folder} after {waited_s:.0f} s: runs_dir must be on a file "
             "system that all nodes share; otherwise the node's task has not started"
         )
-        yield Problem(line, is_transient=True)  # a container may have been late
+        yield Problem(line, is_transient=True)  # a container may have started late
 
 
 def all_problems(reports: Sequence[Report], num_nodes: int, waited_s: float, folder: Path) -> list[Problem]:
-    """Everything that the nodes' reports say, each line with its node."""
+    """All problems in the nodes' reports, each with the name of its node."""
     own = [problem.of(node_name(report.node, report.host)) for report in reports for problem in report.problems]
     return [*own, *clock_problems(reports), *absence_problems(reports, num_nodes, waited_s, folder)]
 
@@ -185,7 +186,9 @@ def routable_address(interface: str) -> tuple[str, str]:
     if interface:
         if interface not in addresses:
             known = ", ".join(f"{name} ({address})" for name, address in addresses.items())
-            raise UserError(f"--interface {interface}: this node has none with an IPv4 address; it has: {known}")
+            raise UserError(
+                f"--interface {interface}: this node has no such interface with an IPv4 address; it has: {known}"
+            )
         return addresses[interface], interface
     names = {address: name for name, address in addresses.items()}
     for look in (_address_of_own_name, _address_of_default_route):
@@ -229,8 +232,8 @@ def _or_nothing(look: Callable[[], str]) -> str:
 
 
 def free_ports(address: str, count: int) -> list[int]:
-    """So many different ports on which nothing listens now, outside the range that outgoing connections are given.
-    Raises OSError if there are none."""
+    """`count` different ports on which nothing listens, outside the range of outgoing connections. Raises OSError if
+    there are not enough."""
     found: list[int] = []
     for port in random.SystemRandom().sample(PORT_RANGE, 200):
         if len(found) < count and not listening_error(address, port):

@@ -1,10 +1,10 @@
-"""Why a start is refused: because of something that a person has to change, or of the present state of a machine."""
+"""Reasons to refuse a start: something that a user has to change, or the current state of a machine."""
 
 import errno
 
 import msgspec
 
-# What the system says of a machine, a network or a file server that does not work at the moment.
+# Errors of a machine, a network or a file server that temporarily does not work.
 _PASSES = {
     errno.EADDRINUSE, errno.EAGAIN, errno.EBUSY, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN,
     errno.EHOSTUNREACH, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ENODEV, errno.ENOTCONN, errno.ENXIO,
@@ -13,8 +13,8 @@ _PASSES = {
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """A line that says what is wrong. `is_transient`: it lies in the state of a machine, so another start, later or on
-    other machines, may not have it; otherwise a setting, a file or the cluster has to be changed first."""
+    """A problem in one line. `is_transient`: the state of a machine causes it, so another start, later or on other
+    machines, may not have it; otherwise a setting, a file or the cluster has to be changed first."""
 
     line: str
     is_transient: bool = False
@@ -25,5 +25,5 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 def passes(error: OSError) -> bool:
-    """Whether the error lies in a state of the machine that may have passed at another start."""
+    """Whether a temporary state of the machine causes the error, so that another start may not have it."""
     return error.errno in _PASSES

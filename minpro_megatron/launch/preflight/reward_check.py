@@ -1,5 +1,5 @@
-"""Whether the graders that the settings name can grade: each is called in the very process that will grade, on rows of
-the run's own files."""
+"""Checks that the graders of the settings work: each is called in the same kind of process that will grade, on rows of
+the run's files."""
 
 import os
 import signal
@@ -20,11 +20,11 @@ from minpro_megatron.rewards.pool import START_TIMEOUT_S, WALL_FACTOR, worker_co
 from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.rewards.worker import LENGTH, Judgement
 
-ROWS_PER_FILE = 6  # that a grader is tried on, spread over those it grades
+ROWS_PER_FILE = 6  # number of rows for the trial of a grader, spread over the rows that it grades
 
 
 class Trial(NamedTuple):
-    """A response to grade, and the row whose answer it is compared with, for a message."""
+    """A response to grade, and the row of its answer, for messages."""
 
     text: str
     answer: str
@@ -38,7 +38,7 @@ def reward_problems(config: RunConfig) -> Iterator[str]:
 
 
 def files_of(config: RunConfig) -> dict[str, Sequence[Prompt]]:
-    """The prompts of the run's files by setting; those that cannot be read, which another check names, are left out."""
+    """The prompts of the run's files by setting; unreadable files are skipped, because another check reports them."""
     data, wanted = config.data, config.evaluation.num_prompts
     reads: dict[str, Callable[[], Sequence[Prompt]]] = {
         "data.train_file": lambda: select_prompts(load_prompts(data.train_file, "data.train_file"), data),
@@ -57,11 +57,11 @@ def files_of(config: RunConfig) -> dict[str, Sequence[Prompt]]:
 def grader_problems(
     settings: CollectorConfig, files: Mapping[str, Sequence[Prompt]], field: str = "collector.reward"
 ) -> Iterator[str]:
-    """A line for each grader that cannot grade the responses to prompts of `files`; `field` is the setting that names
-    the one of all sources."""
+    """A line for each grader that cannot grade the responses to prompts of `files`; `field` is the setting of the
+    default grader."""
     names = {field: settings.reward}
     names |= {f"collector.reward_by_source[{source!r}]": name for source, name in settings.reward_by_source.items()}
-    refusals: dict[str, str] = {}  # by name: each is tried once
+    refusals: dict[str, str] = {}  # by name: each grader is tried once
     for setting, name in names.items():
         try:
             check_reward_name(name, setting)
@@ -75,7 +75,7 @@ def grader_problems(
 
 
 def _trials(settings: CollectorConfig, name: str, files: Mapping[str, Sequence[Prompt]]) -> Iterator[Trial]:
-    """Responses that are right in one form, in another, and not at all."""
+    """Correct responses in several forms, and a wrong one."""
     for file, prompts in files.items():
         graded = [prompt for prompt in prompts if settings.reward_by_source.get(prompt.source, settings.reward) == name]
         for place, prompt in enumerate(graded[:: -(-len(graded) // ROWS_PER_FILE) or 1]):
@@ -86,8 +86,8 @@ def _trials(settings: CollectorConfig, name: str, files: Mapping[str, Sequence[P
 
 
 def _refusal(name: str, trials: Sequence[Trial], timeout_s: float) -> str:
-    """Why a grading process cannot load the reward or grade with it; empty if it can. Nothing of the user's runs in
-    this process."""
+    """The reason why a grading process cannot load the reward or grade with it; empty if it can. No code of the user
+    runs in this process."""
     requests = [msgspec.msgpack.encode((name, trial.text, trial.answer)) for trial in trials]
     body = b"".join(LENGTH.pack(len(request)) + request for request in requests)
     ended = _ended(name, timeout_s, body, os.getcwd(), os.environ.get("PYTHONPATH", ""))
@@ -98,9 +98,9 @@ def _refusal(name: str, trials: Sequence[Trial], timeout_s: float) -> str:
         )
     answers = list(_bodies(ended.stdout))
     if not answers:
-        told = ended.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
+        lines = ended.stderr.decode(errors="replace").strip().splitlines() or ["without a message"]
         return (
-            f"its import ended the grading process with exit code {ended.returncode} ({told[-1]}); correct the module"
+            f"its import ended the grading process with exit code {ended.returncode} ({lines[-1]}); correct the module"
         )
     if answers[0]:
         return " ".join(answers[0].decode(errors="replace").split())
@@ -119,18 +119,18 @@ def _refusal(name: str, trials: Sequence[Trial], timeout_s: float) -> str:
 
 
 def _about(trial: Trial, problem: str) -> str:
-    told = " ".join(problem.split())
+    problem_line = " ".join(problem.split())
     return (
-        f"{told} for the response {trial.text[:80]!r} and the answer {trial.answer[:80]!r} ({trial.row}); correct the "
-        "grader, or the row"
+        f"{problem_line} for the response {trial.text[:80]!r} and the answer {trial.answer[:80]!r} ({trial.row}); "
+        "correct the grader, or the row"
     )
 
 
-@cache  # importing a grader's libraries takes seconds
+@cache  # importing the libraries of a grader takes seconds
 def _ended(
     name: str, timeout_s: float, requests: bytes, folder: str, path: str
 ) -> "subprocess.CompletedProcess[bytes] | None":
-    """The grading process after these requests, as `folder` and PYTHONPATH `path` make it; None if it took too long."""
+    """The finished grading process for these requests, in `folder` with PYTHONPATH `path`; None if it took too long."""
     command = worker_command([name], timeout_s, wall_s=WALL_FACTOR * timeout_s)
     try:
         return subprocess.run(command, input=requests, capture_output=True, timeout=START_TIMEOUT_S, check=False)
@@ -139,10 +139,10 @@ def _ended(
 
 
 def _bodies(stream: bytes) -> Iterator[bytes]:
-    """What the worker has written, without the lengths."""
+    """The messages that the worker has written, without their lengths."""
     place = 0
     while place + LENGTH.size <= len(stream):
         (length,) = LENGTH.unpack_from(stream, place)
         start, place = place + LENGTH.size, place + LENGTH.size + length
-        if place <= len(stream):  # else the process ended while it wrote
+        if place <= len(stream):  # otherwise the process ended while it was writing
             yield stream[start:place]

@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before a process starts, all of it at once."""
+"""All checks of a run that are possible before a process starts, reported together."""
 
 import ctypes
 import os
@@ -38,12 +38,12 @@ Check = Callable[[RunConfig], Iterable[str]]
 
 
 def problems(config: RunConfig) -> list[str]:
-    """One line for each thing that would stop this run on this machine: the setting, its value, rule and remedy."""
+    """One line for each problem that would stop this run on this machine: setting, value, rule and remedy."""
     return [*run_problems(config), *_ports(config), *_gpus(config), *_open_files(config)]
 
 
 def run_problems(config: RunConfig) -> list[str]:
-    """Of `problems` those that are the same on every machine that sees the run's files."""
+    """The `problems` that are the same on every machine with access to the run's files."""
     roles = roles_of(config)
     checks: list[Check] = [_hf_model]
     if "train" in roles:
@@ -56,26 +56,26 @@ def run_problems(config: RunConfig) -> list[str]:
 
 
 def warnings(config: RunConfig) -> list[str]:
-    """One line for each thing that does not stop a run and probably is a mistake. Without `run_problems`."""
+    """One line for each probable mistake that does not stop a run. Requires that there are no `run_problems`."""
     if "collect" not in roles_of(config):
         return []
     return [*_shared_prompts(config), *stop_token_warnings(config), *_open_servers(config)]
 
 
 def _open_servers(config: RunConfig) -> Iterator[str]:
-    """Servers of somebody else that whoever reaches their port can use, and change the weights of."""
+    """External servers without an API key: anyone with access to their port can use them and replace their weights."""
     server = config.server
     hosts = [urlsplit(url).hostname or "" for url in server.urls]
     if not server.api_key_variable and (others := [host for host in hosts if not is_loopback(host)]):
         yield (
-            f"server.urls: {', '.join(others)} without an API key: whoever reaches such a server's port can use it and "
-            "replace its weights; start it with --api-key and name the environment variable that holds the key in "
-            "server.api_key_variable"
+            f"server.urls: {', '.join(others)} without an API key: anyone with access to such a server's port can use "
+            "it and replace its weights; start it with --api-key and name the environment variable that holds the key "
+            "in server.api_key_variable"
         )
 
 
 def _shared_prompts(config: RunConfig) -> Iterator[str]:
-    """Evaluated prompts that are trained on."""
+    """Prompts that are both evaluated and trained on."""
     data = config.data
     training = select_prompts(load_prompts(data.train_file, "data.train_file"), data)
     trained = {_question(prompt) for prompt in training}
@@ -87,7 +87,7 @@ def _shared_prompts(config: RunConfig) -> Iterator[str]:
         if shared := sum(_question(prompt) in trained for prompt in prompts):
             yield (
                 f"{field}: {shared} of its {len(prompts)} prompts are also in data.train_file = {data.train_file}: "
-                "what is measured on them is not held out; remove them from one of the two files"
+                "scores on them are not held-out scores; remove them from one of the two files"
             )
 
 
@@ -108,14 +108,14 @@ def _hf_model(config: RunConfig) -> Iterator[str]:
     if problem := weight_problem(folder):
         yield f"{field}: {problem}"
     try:
-        text_files(folder)  # they are copied beside the trained weights, when the run ends
+        text_files(folder)  # they are copied to the trained weights at the end of the run
     except UserError as error:
         yield f"{field}: {error}"
 
 
 def _mesh_fits_model(config: RunConfig) -> Iterator[str]:
     if not (Path(config.model.hf_path) / "config.json").is_file():
-        return  # said already
+        return  # already reported
     try:
         refuse_uneven_cuts(read_architecture(config.model.hf_path), config.parallel)
     except UserError as error:
@@ -132,11 +132,11 @@ def _megatron_model(config: RunConfig) -> Iterator[str]:
         if not is_exported_from(Path(config.model.hf_path), folder):
             yield (
                 f"{field}: a run's checkpoint, and model.hf_path = {config.model.hf_path} was not exported from it, so "
-                "trainer and servers would begin with different weights; write it with `python -m minpro_megatron "
+                "trainer and servers would start with different weights; write it with `python -m minpro_megatron "
                 "export` and give its output as model.hf_path"
             )
     elif _newest(Path(config.model.hf_path)) > (folder / "manifest.json").stat().st_mtime:
-        # The trainer starts from one and the servers from the other: every ratio of the first steps would be wrong.
+        # The trainer loads one and the servers the other: every ratio of the first steps would be wrong.
         yield (
             f"{field}: older than the weights in model.hf_path = {config.model.hf_path}; run "
             f"tools/convert_checkpoint.py again, or touch {folder / 'manifest.json'} if they are the same weights"
@@ -154,7 +154,7 @@ def _data_files(config: RunConfig) -> Iterator[str]:
 
 
 def _prompt_problems(config: RunConfig) -> Iterator[str]:
-    """What is wrong with rows, their selection and their prompting, once the files are there."""
+    """Problems of rows, their selection and their prompts, if the files exist."""
     data, wanted = config.data, config.evaluation.num_prompts
     reads: list[Callable[[], object]] = [
         lambda: select_prompts(load_prompts(data.train_file, "data.train_file"), data),
@@ -177,7 +177,7 @@ def _file_problems(config: RunConfig) -> Iterator[str]:
         if not path.is_file():
             yield f"{field}: there is no such file; give a JSON Lines file of id, source, prompt and answer"
         elif path.stat().st_size == 0:
-            yield f"{field}: the file is empty; it needs one prompt a line"
+            yield f"{field}: the file is empty; it needs one prompt per line"
 
 
 def _run_folder(config: RunConfig) -> Iterator[str]:
@@ -188,7 +188,7 @@ def _run_folder(config: RunConfig) -> Iterator[str]:
     elif found := foreign_entries(config.run_dir):
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         yield (
-            f"runs_dir/name = {config.run_dir}: it holds files that no run of this program wrote "
+            f"runs_dir/name = {config.run_dir}: it contains files that no run of this program wrote "
             f"({', '.join(found[:3])}{more}); choose another name=..., or move them elsewhere"
         )
     parent = _existing_parent(config.run_dir)
@@ -205,7 +205,7 @@ def _servers(config: RunConfig) -> Iterator[str]:
 
 
 def _ports(config: RunConfig) -> Iterator[str]:
-    """Without a trainer's collector and servers there are no ports."""
+    """Problems of ports; a run on a journal has neither collector nor servers and therefore no ports."""
     if "collect" in roles_of(config):
         servers = range(0 if config.server.urls else config.server.count)
         found = port_problems(config, servers, config.server.host, config.collector.host)
@@ -214,14 +214,14 @@ def _ports(config: RunConfig) -> Iterator[str]:
 
 def port_problems(config: RunConfig, servers: range, server_host: str, collector_host: str) -> Iterator[Problem]:
     """A problem for each port that the settings give to one of these servers, or to the collector ("": not on this
-    machine), and that cannot be listened on here."""
+    machine), and that is not available here."""
     server, collector = config.server, config.collector
     wanted = {}
     if server.first_port:
         for index in servers:
             wanted[server.first_port + index] = (server_host, f"server.first_port = {server.first_port}")
     if collector_host and collector.port in wanted:
-        yield Problem(f"collector.port = {collector.port}: a server has it; choose another, or 0 for any free port")
+        yield Problem(f"collector.port = {collector.port}: a server uses it; choose another, or 0 for any free port")
     elif collector_host and collector.port:
         wanted[collector.port] = (collector_host, f"collector.port = {collector.port}")
     for port, (host, field) in wanted.items():
@@ -232,7 +232,7 @@ def port_problems(config: RunConfig, servers: range, server_host: str, collector
 
 
 def listening_error(host: str, port: int) -> OSError | None:
-    """Why nothing can listen there; None if something can."""
+    """The error of listening on this address; None if it is possible."""
     if port > 65535:
         return OSError("ports end at 65535")
     try:
@@ -263,14 +263,14 @@ def _gpus(config: RunConfig) -> Iterator[str]:
     elif present < trainer + servers:
         yield (
             f"parallel's world size {trainer} + server.count x server.tensor_parallel {servers} = "
-            f"{trainer + servers} GPUs: {present} visible; trainer and servers share none: lower one of them"
+            f"{trainer + servers} GPUs: {present} visible; trainer and servers cannot share GPUs: lower one of them"
         )
 
 
 def count_gpus() -> int:
     """The number of GPUs the driver shows, CUDA_VISIBLE_DEVICES considered; 0 without a working driver.
 
-    It asks the driver itself: importing torch for this would take seconds.
+    It calls the driver directly, because importing torch would take seconds.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -285,11 +285,11 @@ def count_gpus() -> int:
 def _disk_space(config: RunConfig) -> Iterator[str]:
     model = Path(config.model.hf_path)
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors")) if model.is_dir() else 0
-    needed = 2 * weights + _SPARE_BYTES  # the trained weights, written once beside a temporary copy
+    needed = 2 * weights + _SPARE_BYTES  # the trained weights, written once next to a temporary copy
     settings = config.checkpoint
     if (
         settings.saves_before_end or settings.at_end
-    ):  # each holds float32 weights and two moments besides; one is being written
+    ):  # each also holds float32 weights and two moments; one is being written
         float32_bytes = weights * (2 if config.model.dtype == "bfloat16" else 1)
         needed += (settings.keep_last + settings.keep_best + 1) * (weights + 3 * float32_bytes)
     routes, of_it = _route_files(config), ""
@@ -310,7 +310,7 @@ def _route_files(config: RunConfig) -> int:
         return 0
     try:
         architecture = read_architecture(config.model.hf_path)
-    except ValueError:  # said already
+    except ValueError:  # already reported
         return 0
     return route_file_bytes(config, architecture, batch_of(config, Workload.of(config)).tokens)
 

@@ -1,4 +1,4 @@
-"""Whether a response can end where the chat template ends the assistant's turn."""
+"""Checks that the end of the assistant's turn in the chat template is a stop token."""
 
 from collections.abc import Iterator
 
@@ -9,15 +9,15 @@ from minpro_megatron.prompts.chat_template import ChatTemplate
 
 
 def stop_token_warnings(config: RunConfig) -> Iterator[str]:
-    """One line if the run uses a chat template whose end token is none of the stop tokens, as with most base models:
-    responses would go on with further turns up to their limit."""
+    """One line if the run uses a chat template whose end token is not a stop token, as with most base models: responses
+    would continue with further turns up to their limit."""
     if not config.data.chat_template:
         return
     model, chosen = config.model.hf_path, config.sampling.extra_stop_tokens
     try:
         end = _end_token(model, config)
         stop_token_ids = read_model_facts(model, chosen).stop_token_ids
-    except (UserError, OSError):  # the checks of the run say what is wrong with the model's files
+    except (UserError, OSError):  # other checks report problems of the model's files
         return
     if end is None or end[1] in stop_token_ids:
         return
@@ -25,15 +25,15 @@ def stop_token_warnings(config: RunConfig) -> Iterator[str]:
     shown = ",".join(f'"{token}"' for token in (*chosen, text))
     yield (
         f"data.chat_template = true: the template of model.hf_path = {model} ends the assistant's turn with {text} "
-        f"(token {token_id}), which is none of the stop tokens ({', '.join(map(str, stop_token_ids))}: eos_token_id in "
-        "config.json and generation_config.json, and sampling.extra_stop_tokens), so responses may go on to "
+        f"(token {token_id}), which is not among the stop tokens ({', '.join(map(str, stop_token_ids))}: eos_token_id "
+        "in config.json and generation_config.json, and sampling.extra_stop_tokens), so responses may continue to "
         f"sampling.max_response_tokens = {config.sampling.max_response_tokens}; set "
         f"'sampling.extra_stop_tokens=[{shown}]'"
     )
 
 
 def _end_token(model: str, config: RunConfig) -> tuple[str, int] | None:
-    """The special token that the template writes behind a response, and its id; None if it writes another text."""
+    """The special token that the template writes after a response, and its id; None if it writes other text."""
     after = ChatTemplate(model, config.data.chat_template_arguments).after_response().lstrip()
     found = [(text, token_id) for text, token_id in added_tokens(model).items() if text and after.startswith(text)]
     return max(found, key=lambda pair: len(pair[0]), default=None)

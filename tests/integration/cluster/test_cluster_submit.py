@@ -129,7 +129,7 @@ def test_ends_before_the_time_limit_do_not_count_as_failures(
         (["optimizer.learning_rate=fast"], "error: optimizer.learning_rate: Input should be a valid number"),
         (["parallel.expert=3", "parallel.data=1"], "error: parallel: expert x expert_tensor = 3 x 1 = 3 must divide"),
         (["parallel.tensor=16", "parallel.data=1"], "error: "),
-        (["--set", "topology.serve_nodes=1"], "error: server.count = 16 on topology.serve_nodes = 1: 16 a node"),
+        (["--set", "topology.serve_nodes=1"], "error: server.count = 16 on topology.serve_nodes = 1: 16 per node"),
         (["--set", "slurm.tme=1"], "slurm.tme: Extra inputs are not permitted"),
     ],
 )

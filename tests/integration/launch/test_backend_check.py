@@ -79,7 +79,7 @@ def test_a_part_of_transformer_engine_that_keeps_megatron_from_starting_is_named
 ) -> None:
     install(f"raise FileNotFoundError('{ABSENT_PART}')")
     (problem,) = layer_backend_problems(config(tmp_path, backend, device, dtype))
-    assert problem.startswith(f"model.backend = {backend}: Megatron-Core cannot be imported beside this Transformer")
+    assert problem.startswith(f"model.backend = {backend}: Megatron-Core cannot be imported with this Transformer")
     assert problem.endswith("transformer_engine_torch in the same version, or uninstall transformer_engine")
 
 

@@ -180,7 +180,7 @@ def test_a_launch_that_fails_says_which_role_and_why(recipes):
     assert ended.stderr.splitlines() == [
         f"error: the role train failed with exit status 1; its log: {run_dir}/logs/train.log",
         "  | train: no batch came",
-        "launch the same command again to go on",
+        "launch the same command again to resume",
     ]
 
 
@@ -192,7 +192,7 @@ def test_a_launch_that_ends_before_its_time_limit(recipes):
     assert (ended.returncode, ended.stderr) == (
         75,
         "ended after global step 3, with a checkpoint: the time limit leaves 80 s\n"
-        "launch the same command again to go on\n",
+        "launch the same command again to resume\n",
     )
     assert (recipes / "runs" / "other" / "logs" / "train.log").read_text() == "by 1999999985.0\n"
 
@@ -216,7 +216,7 @@ def test_a_second_launch_goes_on(recipes, interrupted):
     (interrupted / "endpoints").mkdir()
     (interrupted / "endpoints" / "collector.json").write_text("of the first start")
     ended = launch(recipes, 'ls "$RUN" "$RUN/endpoints"; exit 1')
-    assert "it goes on from its beginning (start 2 of this run)" in ended.stdout
+    assert "it resumes from its beginning (start 2 of this run)" in ended.stdout
     left = (interrupted / "logs" / "train.log").read_text().split()
     assert "journal.sqlite" in left
     assert not {"status", "report.html", "collector.json"} & {*left}

@@ -191,7 +191,7 @@ def test_what_a_timer_says_at_its_end(tmp_path: Path, idle_share: float | None, 
 
 @pytest.mark.parametrize(
     ("overrides", "remedy"),
-    [([], "launch the same command again to go on"), (["debug.trainer=timer"], "measure again under a new name=...")],
+    [([], "launch the same command again to resume"), (["debug.trainer=timer"], "measure again under a new name=...")],
 )
 def test_what_is_to_be_done_after_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], remedy: str

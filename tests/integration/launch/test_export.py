@@ -150,7 +150,7 @@ def test_an_evaluation_of_a_checkpoint_writes_its_weights_once(
     assert with_hf_model(options).model == str(written)
     assert (written / "model-00001-of-00003.safetensors").stat().st_mtime_ns == before
     other = saved(run_dir, 12, make_model(tmp_path / "other", MIXTURE))
-    with pytest.raises(UserError, match=r"--output .*/out: it holds the evaluation of another checkpoint"):
+    with pytest.raises(UserError, match=r"--output .*/out: it contains the evaluation of another checkpoint"):
         with_hf_model(EvaluationOptions(model=str(other), benchmarks=["gsm8k"], output=tmp_path / "out"))
     lent = EvaluationOptions(model=str(other), benchmarks=["gsm8k"], output=tmp_path / "lent", urls=["http://a:1"])
     assert with_hf_model(lent).model == str(tmp_path / "hf")

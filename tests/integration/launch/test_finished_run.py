@@ -141,7 +141,7 @@ def test_a_role_that_fails_after_the_summary_fails_no_run(tmp_path, capsys) -> N
     assert "finished 4 global steps" in shown.out
     (config.run_dir / "summary.json").unlink()
     assert _conclude(config, outcome) == FAILED
-    assert "launch the same command again to go on" in capsys.readouterr().err
+    assert "launch the same command again to resume" in capsys.readouterr().err
 
 
 def test_the_report_of_a_run_is_written_before_its_summary_and_says_that_it_is_finished(tmp_path, monkeypatch) -> None:

@@ -57,7 +57,7 @@ def test_another_content_under_the_same_name_is_refused(tmp_path: Path, name: st
     assert problems(longer) == []
     CHANGES[name](tmp_path)
     (problem,) = problems(longer)
-    assert f"the content of {name} is not that with which the run in {config.run_dir} was begun" in problem
+    assert f"the content of {name} is not that with which the run in {config.run_dir} was started" in problem
     assert "data.accept_changed_inputs=true" in problem
 
 

@@ -29,7 +29,7 @@ def test_all_nodes_of_a_start_are_of_one_incarnation(folder, roles_started, caps
     assert (folder / "runs" / "example" / "run.json").read_text() == (folder / "given.json").read_text()
     shown = capsys.readouterr().out
     assert shown.count("node 0 (h0): run example: minpro, 4 global steps") == 2
-    assert "node 0 (h0): node 1 (h1) is well" in shown
+    assert "node 0 (h0): node 1 (h1) is ready" in shown
 
 
 def restarts(folder: Path, first: int, count: int, capsys: pytest.CaptureFixture[str]) -> tuple[list[int], str]:
@@ -47,7 +47,7 @@ def test_two_starts_in_a_row_without_a_new_checkpoint_are_the_last(folder, roles
         "error: starts 1 and 2 of the run have ended without a new checkpoint (there is none yet), so the job is not "
         "started again: "
     )
-    assert said.endswith("submit the same command again to go on\n")
+    assert said.endswith("submit the same command again to resume\n")
     assert len(roles_started) == 2 * 2
     # submitted again: another job, which tries twice
     given = options(folder, example_config(folder))

@@ -99,7 +99,7 @@ def test_prompts_that_are_trained_on_and_evaluated_are_counted(folder):
         f"data.heldout_file = {folder}/heldout.jsonl",
         f"evaluation.benchmarks train, file {folder}/train.jsonl",
     ]
-    assert f"3 of its 4 prompts are also in data.train_file = {folder}/train.jsonl: what" in told[0]
+    assert f"3 of its 4 prompts are also in data.train_file = {folder}/train.jsonl: scores" in told[0]
     assert "5 of its 5 prompts are also in" in told[1]
     (folder / "train.jsonl").write_text(json.dumps(rows[4] | {"prompt": "$"}) + "\n")
     assert warnings(example_config(folder)) == []
@@ -118,7 +118,9 @@ def test_servers_of_others_that_ask_for_no_key_are_warned_of(folder, server, is_
     told = warnings(with_overrides(example_config(folder), [f"server.{k}={json.dumps(v)}" for k, v in server.items()]))
     assert len(told) == is_told
     if is_told:
-        assert told[0].startswith("server.urls: 10.0.0.7 without an API key: whoever reaches such a server's port")
+        assert told[0].startswith(
+            "server.urls: 10.0.0.7 without an API key: anyone with access to such a server's port"
+        )
 
 
 ROWS = [
@@ -211,7 +213,7 @@ def test_a_folder_of_another_program_is_refused(folder, entry):
     path = config.run_dir / entry
     path.parent.mkdir(parents=True)
     path.write_text("" if entry == "metrics.jsonl" else "precious")
-    assert f"it holds files that no run of this program wrote ({entry.partition('/')[0]});" in only_problem(config)
+    assert f"it contains files that no run of this program wrote ({entry.partition('/')[0]});" in only_problem(config)
     assert path.exists()
 
 
@@ -219,14 +221,14 @@ def test_a_run_json_of_another_program_does_not_make_the_folder_ours(folder):
     config = example_config(folder)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "run.json").write_text('{"name": "example", "lr": 0.1}')
-    assert "it holds files that no run of this program wrote (run.json)" in only_problem(config)
+    assert "it contains files that no run of this program wrote (run.json)" in only_problem(config)
 
 
 def test_checkpoints_in_the_folder_of_a_start_that_failed_are_kept(folder):
     config = example_config(folder)
     (config.run_dir / "checkpoints" / "global_step_10").mkdir(parents=True)
     (config.run_dir / "run.json").write_text(config.to_json())
-    assert "it holds files that no run of this program wrote (checkpoints)" in only_problem(config)
+    assert "it contains files that no run of this program wrote (checkpoints)" in only_problem(config)
 
 
 def test_what_a_start_makes_before_its_settings_is_no_obstacle(folder):
@@ -256,7 +258,7 @@ def test_ports_in_use_are_named(folder):
         server = {"device": "cpu", "dtype": "float32", "first_port": port}
         config = example_config(folder, server=server, collector={"port": port})
         both = problems(config)
-    assert re.search(rf"^collector.port = {port}: a server has it; choose", both[0])
+    assert re.search(rf"^collector.port = {port}: a server uses it; choose", both[0])
     assert re.search(rf"^server.first_port = {port}: cannot listen on 127.0.0.1:{port} \(.*in use\)", both[1])
     assert problems(config.model_copy(update={"collector": config.collector.model_copy(update={"port": 0})})) == []
 

@@ -39,7 +39,7 @@ def test_an_end_token_that_stops_nothing_is_a_warning_with_the_setting(tmp_path:
     assert line.startswith(
         f"data.chat_template = true: the template of model.hf_path = {tmp_path}/hf ends the assistant's"
     )
-    assert "with <|im_end|> (token 4), which is none of the stop tokens (2: eos_token_id in config.json" in line
+    assert "with <|im_end|> (token 4), which is not among the stop tokens (2: eos_token_id in config.json" in line
     assert "sampling.max_response_tokens = 8" in line
     override = line.rpartition("set '")[2].removesuffix("'")
     assert override == 'sampling.extra_stop_tokens=["<|im_end|>"]'

@@ -234,7 +234,7 @@ def test_the_command_prints_the_list(capsys: pytest.CaptureFixture[str]) -> None
     ("name", "message"),
     [
         ("recipes.nope", "recipes of 'recipes.nope': there is no module 'recipes.nope'"),
-        ("recipes.paper", "recipes of 'recipes.paper': no function in it is one"),
+        ("recipes.paper", "recipes of 'recipes.paper': it contains no recipe"),
     ],
 )
 def test_what_has_no_recipes_is_refused(name: str, message: str) -> None:

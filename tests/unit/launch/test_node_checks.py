@@ -124,7 +124,7 @@ def test_the_checkpoint_to_go_on_from_is_whole_where_it_is_loaded(folder):
     checkpoints.mkdir()
     (checkpoints / "latest").write_text("step-000010")
     line = only_line(config, NodeShare(ranks=1))
-    assert re.match(r"the checkpoint to go on from: .*/step-000010/manifest.json: No such file", line)
+    assert re.match(r"the checkpoint to resume from: .*/step-000010/manifest.json: No such file", line)
     assert node_problems(config, NodeShare(num_servers=1, collects=True), "127.0.0.1", None) == []
 
 

@@ -61,10 +61,20 @@ def test_other_roles_need_other_nodes(tmp_path):
 @pytest.mark.parametrize(
     ("parallel", "server", "settings", "problem"),
     [
-        ({"tensor": 4, "data": 9}, {}, {}, r"= 36 ranks do not spread evenly over 5 nodes: change parallel.data"),
-        ({"tensor": 8, "data": 2}, {}, {"train_nodes": 1}, r"are 16 a node, with topology.gpus_per_node = 8: give at "),
+        ({"tensor": 4, "data": 9}, {}, {}, r"= 36 ranks do not divide evenly over 5 nodes: change parallel.data"),
+        (
+            {"tensor": 8, "data": 2},
+            {},
+            {"train_nodes": 1},
+            r"are 16 per node, with topology.gpus_per_node = 8: give at ",
+        ),
         ({"tensor": 16}, {}, {}, r"parallel.tensor = 16: its ranks must be on one node"),
-        ({"tensor": 8}, {"tensor_parallel": 16}, {}, r"server.tensor_parallel = 16: a server is on one node, .* lower"),
+        (
+            {"tensor": 8},
+            {"tensor_parallel": 16},
+            {},
+            r"server.tensor_parallel = 16: a server must fit on one node, .* lower",
+        ),
         ({"tensor": 8}, {"count": 2}, {"serve_nodes": 3}, r"topology.serve_nodes = 3: server.count = 2 leaves some"),
         ({"tensor": 8}, {}, {"serve_nodes": 1}, r"server.count = 8 .* and only 4 of .* fit .* give at least 2 nodes"),
         ({"tensor": 8}, {}, {"serve_nodes": 2, "share_nodes": True}, r"share_nodes = true: a node would need 16 GPUs"),

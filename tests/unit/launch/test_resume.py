@@ -70,7 +70,7 @@ def test_a_measurement_is_not_taken_up_again(tmp_path: Path, steps: int | None) 
         finish(config, steps)
     found = only_obstacle(config)
     assert found.startswith(
-        f"name = example: debug.trainer = timer: {config.run_dir} holds a measurement, which cannot"
+        f"name = example: debug.trainer = timer: {config.run_dir} contains a measurement, which cannot"
     )
     assert f"give a new name=... (its rollouts are in {config.run_dir}/journal.sqlite), or remove" in found
 
@@ -138,11 +138,11 @@ def test_a_run_is_made_longer_and_says_which_version_samples_the_missing_batches
     longer = with_overrides(config, ["num_global_steps=9"])
     assert list(obstacles(longer)) == []
     said = first_lines(longer, 1, goes_on=True)
-    assert said[1] == f"it goes on from its checkpoint after global step {version} (start 2 of this run)"
+    assert said[1] == f"it resumes from its checkpoint after global step {version} (start 2 of this run)"
     if not batches:
         assert len(said) == 2
     else:
-        assert said[2].startswith("it is made longer, from 4 to 9 global steps: the weights that should have sampled ")
+        assert said[2].startswith("it is extended from 4 to 9 global steps: the weights that should have sampled ")
         assert f" {batches} no longer exist, so version {version} samples them" in said[2]
         assert f"grows from {staleness} to 2 again" in said[2]
 
@@ -153,7 +153,7 @@ def test_a_run_cannot_end_before_its_checkpoint(tmp_path: Path) -> None:
     assert list(obstacles(with_overrides(config, ["num_global_steps=3"]))) == []
     found = only_obstacle(with_overrides(config, ["num_global_steps=2"]))
     assert found.startswith("num_global_steps = 2: the run in ")
-    assert found.endswith("goes on from its checkpoint after global step 3; raise it")
+    assert found.endswith("resumes from its checkpoint after global step 3; raise it")
 
 
 def test_a_damaged_checkpoint_is_named_with_the_one_to_take(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_trainer_is_asked_to_save_while_the_setting_or_the_job_leaves_time(
     config = config_of(tmp_path, *changes)
     assert Stopping(config, 2, end_early_s).allowed_s("SIGTERM") == expected
     request = read_stop_request(config.run_dir, 2)
-    assert (request.reason if request else "") == ("told to stop by SIGTERM" if expected else "")
+    assert (request.reason if request else "") == ("stopped by SIGTERM" if expected else "")
     said = capsys.readouterr().err
     assert said == (
         f"SIGTERM: the trainer finishes its global step and saves, for {expected} s at most; a second signal ends it "
