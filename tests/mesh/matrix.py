@@ -17,11 +17,11 @@ from tests.mesh.meshes import Degrees, allowed_degrees
 from tests.mesh.ragged_batch import SHORTEST_ROW, in_order, shuffled
 from tests.mesh.reference import ReferenceStep, minpro_loss, model_architecture, reference_step
 from tests.mesh.steps import (
+    LEARNING_RATE,
     MAX_GRADIENT,
     MAX_LOSS,
     MAX_NORM,
     MAX_UPDATE,
-    LEARNING_RATE,
     TEMPERATURE,
     Differences,
     differences,

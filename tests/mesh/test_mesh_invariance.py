@@ -24,8 +24,8 @@ from tests.mesh.reference import (
     response_log_probs,
 )
 from tests.mesh.steps import (
-    MAX_REORDERED,
     LEARNING_RATE,
+    MAX_REORDERED,
     SURVEY_SEED,
     TEMPERATURE,
     LaidOut,
