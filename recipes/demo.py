@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
+from minpro_megatron.config.batch import BatchConfig
+from minpro_megatron.config.data import DataConfig
+from minpro_megatron.config.evaluation import EvaluationConfig
+from minpro_megatron.config.model import ModelConfig
 from minpro_megatron.config.objective import MinproConfig
+from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.config.rollout import (
-    DataConfig,
-    EvaluationConfig,
-    SamplingConfig,
-    ServerConfig,
-    StalenessConfig,
-)
 from minpro_megatron.config.run import RunConfig, with_overrides
-from minpro_megatron.config.trainer import BatchConfig, ModelConfig, OptimizerConfig
+from minpro_megatron.config.sampling import SamplingConfig
+from minpro_megatron.config.server import ServerConfig
+from minpro_megatron.config.staleness import StalenessConfig
 
 _ROOT = Path(__file__).resolve().parent.parent
 

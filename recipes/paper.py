@@ -27,20 +27,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from minpro_megatron.config.batch import BatchConfig
 from minpro_megatron.config.checkpoint import CheckpointConfig
+from minpro_megatron.config.collector import CollectorConfig
+from minpro_megatron.config.data import DataConfig
+from minpro_megatron.config.evaluation import BenchmarkConfig, EvaluationConfig
+from minpro_megatron.config.model import ModelConfig
 from minpro_megatron.config.objective import MinproConfig
+from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.config.rollout import (
-    BenchmarkConfig,
-    CollectorConfig,
-    DataConfig,
-    EvaluationConfig,
-    SamplingConfig,
-    ServerConfig,
-    StalenessConfig,
-)
 from minpro_megatron.config.run import RunConfig, with_overrides
-from minpro_megatron.config.trainer import BatchConfig, ModelConfig, OptimizerConfig
+from minpro_megatron.config.sampling import SamplingConfig
+from minpro_megatron.config.server import ServerConfig
+from minpro_megatron.config.staleness import StalenessConfig
 
 ROOT_VARIABLE = "MINPRO_ROOT"
 # Samples per prompt in the paper's evaluation (section 5.1).

@@ -16,8 +16,8 @@ from benchmarks.stability_study.curves import append_responses
 from minpro_megatron.buffer.schedule import make_schedule
 from minpro_megatron.buffer.scores import check_scores, with_scores
 from minpro_megatron.buffer.staleness import evaluated_versions, expected_staleness, staleness
-from minpro_megatron.config.rollout import SamplingConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.sampling import SamplingConfig
 from minpro_megatron.evaluation.sampling import append_result, evaluate, evaluation_groups
 from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.models.model_files import read_model_facts

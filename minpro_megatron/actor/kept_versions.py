@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from minpro_megatron.actor.policy import Policy
-from minpro_megatron.config.rollout import StalenessConfig
+from minpro_megatron.config.staleness import StalenessConfig
 
 
 class KeptVersions:

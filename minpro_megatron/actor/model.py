@@ -21,9 +21,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class ModelFeatures:
     """Options of a model besides its architecture. They change no global name and no value of the weights."""
 
-    recompute: str = "none"  # as in config.trainer.ModelConfig
+    recompute: str = "none"  # as in config.model.ModelConfig
     routing_replay: bool = False
-    backend: str = "auto"  # as in config.trainer.ModelConfig
+    backend: str = "auto"  # as in config.model.ModelConfig
 
 
 PLAIN = ModelFeatures()

@@ -36,8 +36,8 @@ from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_le
 from minpro_megatron.batching.packing import imbalance, pack_rows, share_rows
 from minpro_megatron.checkpoints.shard_writing import ShardWrite
 from minpro_megatron.checkpoints.training_state import load_training_state, run_identity, save_training_state
+from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.config.trainer import OptimizerConfig
 from minpro_megatron.host_memory import cpu_offload
 from minpro_megatron.host_memory.snapshots import WeightSnapshots
 from minpro_megatron.metrics.metric import Metric, mean

@@ -19,7 +19,7 @@ up to the current version, a batch is fetched right before its step.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minpro_megatron.config.rollout import StalenessConfig
+from minpro_megatron.config.staleness import StalenessConfig
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,21 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from minpro_megatron.config.alarms import AlarmsConfig
 from minpro_megatron.config.base import Section
+from minpro_megatron.config.batch import BatchConfig
 from minpro_megatron.config.checkpoint import CheckpointConfig
+from minpro_megatron.config.collector import CollectorConfig
+from minpro_megatron.config.data import DataConfig
 from minpro_megatron.config.debug import DebugConfig
+from minpro_megatron.config.evaluation import EvaluationConfig
 from minpro_megatron.config.loss import LossConfig
+from minpro_megatron.config.model import ModelConfig
 from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
+from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.publish import PublishConfig
-from minpro_megatron.config.rollout import (
-    CollectorConfig,
-    DataConfig,
-    EvaluationConfig,
-    SamplingConfig,
-    ServerConfig,
-    StalenessConfig,
-)
-from minpro_megatron.config.trainer import BatchConfig, ModelConfig, OptimizerConfig
+from minpro_megatron.config.sampling import SamplingConfig
+from minpro_megatron.config.server import ServerConfig
+from minpro_megatron.config.staleness import StalenessConfig
 from minpro_megatron.errors import UserError
 
 

@@ -11,8 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
-from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.errors import ProjectError
 from minpro_megatron.fleet.dispatch import Dispatcher, Ticket
 from minpro_megatron.fleet.member import Client, Key, Member, client_maker

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from minpro_megatron.buffer.staleness import beginning_after
 from minpro_megatron.checkpoints.resume_point import RunManifest, read_latest
+from minpro_megatron.config.model import layer_backend_of
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.config.trainer import layer_backend_of
 from minpro_megatron.errors import UserError
 from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.launch.preflight.inputs import record_inputs

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minpro_megatron.buffer.staleness import evaluated_versions
-from minpro_megatron.config.rollout import BenchmarkConfig
+from minpro_megatron.config.evaluation import BenchmarkConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.evaluation.benchmarks import BENCHMARKS
 from minpro_megatron.evaluation.sampling import HELDOUT

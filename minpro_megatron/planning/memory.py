@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from minpro_megatron.config.model import layer_backend_of
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.config.trainer import layer_backend_of
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.planning.activations import Compute, Row, StageActivations, stage_activations
 from minpro_megatron.planning.gpus import GIB, GpuKind

@@ -10,8 +10,8 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from minpro_megatron.config.data import DataConfig
 from minpro_megatron.config.instructions import instruct, instruction_text
-from minpro_megatron.config.rollout import DataConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import UserError

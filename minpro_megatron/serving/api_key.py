@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.files.replacement import write_secret
 

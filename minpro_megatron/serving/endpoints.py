@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from minpro_megatron.config.rollout import ServerConfig
+from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.files.replacement import replace_file_in
 from minpro_megatron.records import ServerAddress
 

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.api_key import authorization

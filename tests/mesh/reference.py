@@ -19,7 +19,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from minpro_megatron.batching.collate import TokenSequence
-from minpro_megatron.config.trainer import OptimizerConfig
+from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.models.architecture import Architecture, read_architecture
 
 COMMON = {

@@ -7,10 +7,14 @@ from pathlib import Path
 from minpro_megatron.checkpoints.checkpoint_folder import CheckpointFolder
 from minpro_megatron.checkpoints.manifest import Manifest, record_file, write_manifest
 from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, RunIdentity, RunManifest, SavedFile
+from minpro_megatron.config.batch import BatchConfig
 from minpro_megatron.config.checkpoint import CheckpointConfig
-from minpro_megatron.config.rollout import DataConfig, EvaluationConfig, SamplingConfig, ServerConfig
+from minpro_megatron.config.data import DataConfig
+from minpro_megatron.config.evaluation import EvaluationConfig
+from minpro_megatron.config.model import ModelConfig
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.config.trainer import BatchConfig, ModelConfig
+from minpro_megatron.config.sampling import SamplingConfig
+from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.models.architecture import read_architecture
 
 HF_CONFIG = {

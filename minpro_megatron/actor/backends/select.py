@@ -7,7 +7,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minpro_megatron.actor.backends.torch_backend import TorchLayers
-from minpro_megatron.config.trainer import layer_backend_of
+from minpro_megatron.config.model import layer_backend_of
 from minpro_megatron.errors import UserError
 
 
@@ -29,7 +29,7 @@ class LayerBackend(Protocol):
 
 
 def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> LayerBackend:
-    """The backend for the setting `model.backend`, as config.trainer.layer_backend_of decides.
+    """The backend for the setting `model.backend`, as config.model.layer_backend_of decides.
 
     Raises UserError with the import's own error if the backend is Transformer Engine and it cannot be imported.
     """

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from minpro_megatron.config.model import layer_backend_of
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.config.trainer import layer_backend_of
 
 # torch is imported first, as on the ranks: it loads NCCL, which Transformer Engine's core library needs and which may
 # exist only in a wheel.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from minpro_megatron.config.rollout import CollectorConfig
+from minpro_megatron.config.collector import CollectorConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.in_run import load_benchmarks

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from minpro_megatron.config.rollout import DataConfig, SamplingConfig
+from minpro_megatron.config.data import DataConfig
+from minpro_megatron.config.sampling import SamplingConfig
 from minpro_megatron.launch.preflight.run_checks import warnings
 from minpro_megatron.prompts.chat_template import ChatTemplate
 from tests.support.chat_models import write_model

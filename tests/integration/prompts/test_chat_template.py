@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from minpro_megatron.config.rollout import DataConfig
+from minpro_megatron.config.data import DataConfig
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.prompts import template_process

@@ -6,8 +6,8 @@ import pytest
 
 from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, LATEST
 from minpro_megatron.config.objective import CispoConfig
-from minpro_megatron.config.rollout import StalenessConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
+from minpro_megatron.config.staleness import StalenessConfig
 from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run, obstacles
 from minpro_megatron.launch.run_folder import first_lines
 from tests.support.begun_runs import begin, finish

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from minpro_megatron.config.rollout import DataConfig
+from minpro_megatron.config.data import DataConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.prompts.prompts import PromptStream, load_prompts, make_rendering, tokenize

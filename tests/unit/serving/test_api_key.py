@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.serving import sglang_main
 from minpro_megatron.serving.api_key import KEY_FILE, api_key, authorization, given_api_key, make_api_key
 from tests.support.rollout_fakes import run_config

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from minpro_megatron.config.rollout import ServerConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
+from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving import endpoint_watch, watched_server
 from minpro_megatron.serving.endpoints import endpoint_file, read_server_addresses, request_restart
