@@ -157,7 +157,7 @@ def test_shell_scripts_pass_shellcheck():
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-unit", "test-mesh", "test-e2e", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-unit", "test-integration", "test-mesh", "test-e2e", "lint"])
 def test_make_targets_set_up_first_and_use_its_python(target: str):
     result = subprocess.run(
         ["make", "--dry-run", target, "MINPRO_VENV=/elsewhere", "ARGS=--flag"],
