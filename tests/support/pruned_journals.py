@@ -35,6 +35,6 @@ async def left_to_prune(journal: Journal) -> tuple[int, int]:
 
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_pruning, "GROUPS_PRUNED", 1)
-    monkeypatch.setattr(journal_pruning, "GROUPS_LOOKED_AT", 3)
-    monkeypatch.setattr(journal_pruning, "PAGES_GIVEN_BACK", 4)
+    monkeypatch.setattr(journal_pruning, "GROUPS_PER_PIECE", 1)
+    monkeypatch.setattr(journal_pruning, "GROUPS_SCANNED_PER_PIECE", 3)
+    monkeypatch.setattr(journal_pruning, "PAGES_PER_PIECE", 4)

@@ -76,7 +76,7 @@ def test_a_run_checkpoint_becomes_the_folder_that_its_weights_came_from(tmp_path
     (trained / "config.json").unlink()
     assert_same_files(tmp_path / "out", trained)
     (run_dir / "run.json").unlink()
-    with pytest.raises(UserError, match=r"readable .*No such file.*; give --hf-reference"):
+    with pytest.raises(UserError, match=r"cannot be read .*No such file.*; give --hf-reference"):
         to_hf(folder, tmp_path / "again", Watch())
     to_hf(folder, tmp_path / "again", Watch(), reference=tmp_path / "hf")
 
