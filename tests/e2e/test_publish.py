@@ -238,8 +238,8 @@ def test_faults_of_this_side_are_told(fleet: Fleet, trainer: Trainer) -> None:
     # other weights under the same version
     report = trainer.publish(Step(fleet.version, fleet.addresses, changed=False))
     assert report.held_by == []
-    assert "other weights" in report.failures[0]
-    assert "other weights" in report.failures[1]
+    assert "its weights differ from the others" in report.failures[0]
+    assert "its weights differ from the others" in report.failures[1]
 
 
 def test_nobody_left_is_no_error(fleet: Fleet, trainer: Trainer) -> None:
