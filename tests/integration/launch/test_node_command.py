@@ -132,7 +132,9 @@ def test_a_node_that_does_not_come_is_named(folder, roles_started, monkeypatch, 
     monkeypatch.setattr(node_module, "REPORT_LIMIT_S", 0.05)
     given = options(folder, example_config(folder), index=0)
     assert run_node(given, SLURM | {"SLURMD_NODENAME": "vm"}) == 69
-    assert re.match(r"error: node 1: nothing from it in .*/example/starts after \d+ s", (shown := capsys.readouterr()).err)
+    assert re.match(
+        r"error: node 1: nothing from it in .*/example/starts after \d+ s", (shown := capsys.readouterr()).err
+    )
     assert "node 0 (vm): waiting for 1 of 2 nodes to report\n" in shown.out
 
 
