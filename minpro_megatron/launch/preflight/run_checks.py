@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.in_run import load_benchmarks
 from minpro_megatron.feed.journal_feed import journal_problems
+from minpro_megatron.files.disk_space import existing_parent, free_bytes
 from minpro_megatron.fleet.open_files import limit_problem
 from minpro_megatron.launch.preflight.backend_check import layer_backend_problems
 from minpro_megatron.launch.preflight.problems import Problem, passes
@@ -191,7 +191,7 @@ def _run_folder(config: RunConfig) -> Iterator[str]:
             f"runs_dir/name = {config.run_dir}: it contains files that no run of this program wrote "
             f"({', '.join(found[:3])}{more}); choose another name=..., or move them elsewhere"
         )
-    parent = _existing_parent(config.run_dir)
+    parent = existing_parent(config.run_dir)
     if not os.access(parent, os.W_OK):
         yield f"runs_dir = {config.runs_dir}: {parent} cannot be written to; choose another runs_dir=..."
 
@@ -296,7 +296,7 @@ def _disk_space(config: RunConfig) -> Iterator[str]:
     if routes:
         needed += routes
         of_it = f", {routes / 1e9:.1f} GB of it for the servers' routes (model.routing_replay = rollout)"
-    free = shutil.disk_usage(_existing_parent(config.run_dir)).free
+    free = free_bytes(config.run_dir)
     if free < needed:
         yield (
             f"runs_dir = {config.runs_dir}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed{of_it}; "
@@ -313,7 +313,3 @@ def _route_files(config: RunConfig) -> int:
     except ValueError:  # already reported
         return 0
     return route_file_bytes(config, architecture, batch_of(config, Workload.of(config)).tokens)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
