@@ -22,7 +22,7 @@ import torch
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
 from minpro_megatron.actor.policy import Policy
-from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.models.known_models.find import find_architecture

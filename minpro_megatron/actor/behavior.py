@@ -7,7 +7,7 @@ import numpy as np
 
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.actor.routing import Routes
-from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.batching.token_sequence import TokenSequence
 
 # Returns a context manager inside which the model has the weights of a policy version.
 WeightsOf = Callable[[int], AbstractContextManager[None]]

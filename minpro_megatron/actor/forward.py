@@ -12,7 +12,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from minpro_megatron.actor.routing import Routing
-from minpro_megatron.batching.collate import RowShard
+from minpro_megatron.batching.row_shard import RowShard
 from minpro_megatron.parallel.log_probs import vocab_parallel_log_probs
 from minpro_megatron.parallel.mesh import Mesh
 

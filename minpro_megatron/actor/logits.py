@@ -14,8 +14,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from minpro_megatron.actor.forward import MicroBatch
-from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_length, row_length, shard_row
+from minpro_megatron.batching.collate import shard_row
+from minpro_megatron.batching.row_lengths import padded_length, row_length
+from minpro_megatron.batching.row_shard import RankSlice
 from minpro_megatron.batching.shards import context_shard
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.parallel.mesh import Mesh
 
 

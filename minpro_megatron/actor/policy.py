@@ -32,8 +32,11 @@ from minpro_megatron.actor.routing import (
     Routes,
     Routing,
 )
-from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_length, row_length, shard_row
+from minpro_megatron.batching.collate import shard_row
 from minpro_megatron.batching.packing import imbalance, pack_rows, share_rows
+from minpro_megatron.batching.row_lengths import padded_length, row_length
+from minpro_megatron.batching.row_shard import RankSlice
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.checkpoints.shard_writing import ShardWrite
 from minpro_megatron.checkpoints.training_state import load_training_state, run_identity, save_training_state
 from minpro_megatron.config.optimizer import OptimizerConfig

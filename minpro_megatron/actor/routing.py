@@ -21,9 +21,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
-from minpro_megatron.batching.collate import RowShard, TokenSequence
 from minpro_megatron.batching.routes import refuse_other_routes, shard_routes, wrong_choice
+from minpro_megatron.batching.row_shard import RowShard
 from minpro_megatron.batching.stored_routes import with_routes_read
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh

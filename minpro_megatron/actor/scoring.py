@@ -8,8 +8,8 @@ from minpro_megatron.actor.behavior import flat, mini_batches_of, score_and_reco
 from minpro_megatron.actor.kept_versions import KeptVersions
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.actor.routing import Routes
-from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.batching.sequences import token_sequences, with_known_scores, with_log_probs
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import Batch
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.errors import RunFailed
 from minpro_megatron.metrics.histograms import bin_edges
 

@@ -10,7 +10,7 @@ from minpro_megatron.actor.memory import rank_memory
 from minpro_megatron.actor.policy import Policy, UpdateResult, learning_rate_at
 from minpro_megatron.actor.routing import Routes
 from minpro_megatron.actor.start_gate import refuse_unequal_start
-from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import RunFailed

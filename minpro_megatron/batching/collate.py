@@ -5,94 +5,15 @@ before the row is sharded: a shift after sharding would lose the tokens at the s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from minpro_megatron.batching.shards import (
-    chunk_halves,
-    context_shard,
-    row_multiple,
-    sequence_multiple,
-    tensor_shard,
-)
-from minpro_megatron.records import StoredRoutes
+from minpro_megatron.batching.row_lengths import padded_length
+from minpro_megatron.batching.row_shard import RankSlice, RowShard
+from minpro_megatron.batching.shards import chunk_halves, context_shard, tensor_shard
+from minpro_megatron.batching.token_sequence import TokenSequence
 
-PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "proximal_log_probs", "reference_log_probs", "staleness")
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """One prompt with one response, and the values that the objective needs. Arrays cover the response's tokens."""
-
-    prompt_ids: np.ndarray  # int32 [prompt tokens]
-    response_ids: np.ndarray  # int32 [response tokens]
-    loss_mask: np.ndarray  # float32 [response tokens]: 1 where the token is trained on
-    behavior_log_probs: np.ndarray  # float32 [response tokens]; zeros while scoring
-    rollout_log_probs: np.ndarray  # float32 [response tokens]
-    advantage: float
-    first_slot: int  # where the response's tokens start in the batch's flat token array
-    proximal_log_probs: np.ndarray | None = None  # float32 [response tokens]; None if the loss does not use them
-    reference_log_probs: np.ndarray | None = None
-    staleness: np.ndarray | None = None  # int32 [response tokens], in global steps; None: 0
-    # the experts that the server chose, uint8 or int16 [all tokens but the last, layers, experts per token]
-    routed_experts: np.ndarray | StoredRoutes | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-    @property
-    def num_trained_tokens(self) -> int:
-        return int(np.count_nonzero(self.loss_mask))
-
-
-@dataclass(frozen=True)
-class RankSlice:
-    """A rank's coordinates on the axes along which a row is sharded."""
-
-    context_size: int
-    context_rank: int
-    tensor_size: int
-    tensor_rank: int
-
-
-@dataclass(frozen=True)
-class RowShard:
-    """A rank's share of one packed row. S: tokens of the context shard; L: tokens of its sequence-parallel piece."""
-
-    padded_lengths: list[int]  # of the whole row's sequences
-    input_ids_S: np.ndarray  # int64
-    position_ids_S: np.ndarray  # int64
-    label_ids_S: np.ndarray  # int64: the next token (0 in a sequence's last slot, where the mask is 0)
-    num_tokens: int  # number of trained tokens of the context shard: the same on all its tensor ranks
-    num_sequences: int  # number of sequences whose first trained token is in the context shard
-    behavior_log_probs_L: np.ndarray  # float32
-    rollout_log_probs_L: np.ndarray  # float32
-    proximal_log_probs_L: np.ndarray  # float32
-    reference_log_probs_L: np.ndarray  # float32
-    advantages_L: np.ndarray  # float32
-    mask_L: np.ndarray  # float32: 1 where the label is a trained response token
-    sequence_weight_L: np.ndarray  # float32: mask / trained tokens of the sequence
-    sequence_L: np.ndarray  # int64: index in the row of the sequence that a slot belongs to
-    half_L: np.ndarray  # int64: 0 in the sequence's front chunk, 1 in its back chunk
-    flat_slot_L: np.ndarray  # int64: the label's index in the batch's flat response-token array, -1 for none
-    staleness_L: np.ndarray  # int64: global steps
-    position_L: np.ndarray  # int64: the slot's position in its sequence, padding included
-    routed_experts: Sequence[np.ndarray | StoredRoutes | None]  # of the whole row's sequences, as in TokenSequence
-
-
-def padded_length(sequence: TokenSequence, context_size: int) -> int:
-    """The number of tokens that a sequence takes in a row, padding included."""
-    multiple = sequence_multiple(context_size)
-    return -(-sequence.num_tokens // multiple) * multiple
-
-
-def row_length(rows: Sequence[Sequence[int]], lengths: Sequence[int], context_size: int, tensor_size: int) -> int:
-    """The common length to which all `rows` are padded: pipeline stages exchange tensors of one shape."""
-    multiple = row_multiple(context_size, tensor_size)
-    longest = max(sum(lengths[index] for index in row) for row in rows)
-    return -(-max(longest, multiple) // multiple) * multiple
+_PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "proximal_log_probs", "reference_log_probs", "staleness")
 
 
 def shard_row(sequences: Sequence[TokenSequence], row_tokens: int, place: RankSlice) -> RowShard:
@@ -164,7 +85,7 @@ def _whole_row(sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> di
         if len(trained):
             row["sequence_weight"][response] = sequence.loss_mask / len(trained)
             row["first_trained"][first + trained[0]] = 1
-        for name in PER_TOKEN:
+        for name in _PER_TOKEN:
             values = getattr(sequence, name)
             row[name][response] = 0 if values is None else values
         row["advantages"][response] = sequence.advantage

@@ -8,7 +8,8 @@ from itertools import combinations
 
 import numpy as np
 
-from minpro_megatron.batching.collate import RowShard, TokenSequence
+from minpro_megatron.batching.row_shard import RowShard
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.errors import UserError
 
 _ASK_SERVERS = (

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.objective.advantages import group_advantages, overlong_penalty
 from minpro_megatron.records import Batch, BehaviorLogProbs, TrainedStep

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from minpro_megatron.batching.collate import RowShard
+from minpro_megatron.batching.row_shard import RowShard
 from minpro_megatron.errors import UserError
 from minpro_megatron.records import StoredRoutes
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.batching.sequences import advantages_and_trained
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.replay.rollouts import Rollout
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.records import PublishLease, ServerAddress

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.ragged_batch import SHORTEST_ROW

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh

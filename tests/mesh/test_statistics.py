@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.metrics.metric import Metric
 from minpro_megatron.parallel.mesh import Mesh

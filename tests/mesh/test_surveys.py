@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from minpro_megatron.batching.collate import RankSlice, TokenSequence, padded_length, row_length, shard_row
+from minpro_megatron.batching.collate import shard_row
+from minpro_megatron.batching.row_lengths import padded_length, row_length
+from minpro_megatron.batching.row_shard import RankSlice
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.objective import M2poConfig, M2poWinsorizedConfig, PrefixFilterConfig
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import MiniBatch, policy_tokens

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minpro_megatron.batching.collate import TokenSequence
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.objective import ObjectiveSection
 from minpro_megatron.objective.ranking import OneRank
 from minpro_megatron.objective.registry import Objective

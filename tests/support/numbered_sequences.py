@@ -2,14 +2,10 @@
 
 import numpy as np
 
-from minpro_megatron.batching.collate import (
-    RankSlice,
-    RowShard,
-    TokenSequence,
-    padded_length,
-    row_length,
-    shard_row,
-)
+from minpro_megatron.batching.collate import shard_row
+from minpro_megatron.batching.row_lengths import padded_length, row_length
+from minpro_megatron.batching.row_shard import RankSlice, RowShard
+from minpro_megatron.batching.token_sequence import TokenSequence
 
 SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (3, 4)]
 

@@ -3,13 +3,9 @@
 import numpy as np
 import pytest
 
-from minpro_megatron.batching.collate import (
-    RankSlice,
-    TokenSequence,
-    padded_length,
-    row_length,
-    shard_row,
-)
+from minpro_megatron.batching.collate import shard_row
+from minpro_megatron.batching.row_shard import RankSlice
+from minpro_megatron.batching.token_sequence import TokenSequence
 from tests.support.numbered_sequences import SIZES, all_shards, numbered_sequences
 
 
@@ -92,14 +88,6 @@ def test_a_row_without_sequences_trains_on_nothing(sizes: tuple[int, int]) -> No
         assert shard.padded_lengths == [48]
         assert (shard.num_tokens, shard.num_sequences, float(shard.mask_L.sum())) == (0, 0, 0.0)
         assert set(shard.flat_slot_L.tolist()) == {-1}
-
-
-def test_rows_are_padded_to_one_length_that_every_mesh_can_cut() -> None:
-    lengths = [7, 5, 9]
-    assert row_length([[0, 1], [2]], lengths, 1, 1) == 12
-    assert row_length([[0, 1], [2]], lengths, 1, 8) == 16
-    assert row_length([[], []], lengths, 2, 2) == 8
-    assert padded_length(numbered_sequences(0, 1)[0], 4) % 8 == 0
 
 
 def test_positions_start_again_with_every_sequence_and_run_on_into_the_rows_padding() -> None:

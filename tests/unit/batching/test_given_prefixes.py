@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from minpro_megatron.batching.collate import RankSlice, RowShard, padded_length, row_length, shard_row
+from minpro_megatron.batching.collate import shard_row
+from minpro_megatron.batching.row_lengths import padded_length, row_length
+from minpro_megatron.batching.row_shard import RankSlice, RowShard
 from minpro_megatron.batching.sequences import token_sequences, with_log_probs
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.objective.registry import OBJECTIVES

@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minpro_megatron.batching.collate import RankSlice, RowShard, TokenSequence, shard_row
+from minpro_megatron.batching.collate import shard_row
 from minpro_megatron.batching.routes import refuse_other_routes, shard_routes, wrong_choice
+from minpro_megatron.batching.row_shard import RankSlice, RowShard
 from minpro_megatron.batching.shards import tensor_shard
+from minpro_megatron.batching.token_sequence import TokenSequence
 from tests.support.numbered_sequences import SIZES, all_shards, numbered_sequences
 
 LAYERS, EXPERTS, CHOSEN = 5, 16, 3

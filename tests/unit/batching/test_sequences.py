@@ -4,8 +4,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from minpro_megatron.batching.collate import TokenSequence
 from minpro_megatron.batching.sequences import behavior_record, token_sequences, with_log_probs
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.loss import LossConfig, OverlongPenaltyConfig
 from minpro_megatron.records import Batch, decode, encode
 from tests.support.batches import make_batch

@@ -8,8 +8,9 @@ import pytest
 from msgspec.structs import replace
 
 from minpro_megatron import records
-from minpro_megatron.batching.collate import RankSlice, RowShard, shard_row
+from minpro_megatron.batching.collate import shard_row
 from minpro_megatron.batching.routes import refuse_other_routes, shard_routes
+from minpro_megatron.batching.row_shard import RankSlice, RowShard
 from minpro_megatron.batching.sequences import token_sequences
 from minpro_megatron.batching.stored_routes import read_routes, with_routes_read
 from minpro_megatron.buffer.journal import Journal

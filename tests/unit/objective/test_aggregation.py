@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from minpro_megatron.batching.collate import RankSlice, TokenSequence, row_length, shard_row
+from minpro_megatron.batching.collate import shard_row
+from minpro_megatron.batching.row_lengths import row_length
+from minpro_megatron.batching.row_shard import RankSlice
 from minpro_megatron.batching.sequences import token_sequences, with_log_probs
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import Aggregation, CtpoConfig, GspoConfig, MinproConfig
 from minpro_megatron.objective.registry import OBJECTIVES
