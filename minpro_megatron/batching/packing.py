@@ -1,6 +1,7 @@
 """Assigns sequences to packed rows, and rows to data-parallel ranks."""
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,22 +50,45 @@ def pack_rows(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, m
 def _fill(
     dearest_first: list[int], lengths: Sequence[int], costs: Sequence[float], max_tokens: int, num_rows: int
 ) -> list[list[int]] | None:
+    """The rows, or None if a sequence finds no room.
+
+    A row without room for a sequence is set aside until a sequence comes that is short enough for it. The sequences
+    become shorter, so a row is set aside at most once for each sequence that it receives: the time is proportional to
+    n log n.
+    """
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     tokens = [0] * num_rows
-    by_cost = [(0.0, row) for row in range(num_rows)]  # a heap: long responses need many attempts
-    for index in dearest_first:
-        full = []
-        while by_cost and tokens[by_cost[0][1]] + lengths[index] > max_tokens:
-            full.append(heapq.heappop(by_cost))
-        if not by_cost:
+    by_cost = [(0.0, row) for row in range(num_rows)]  # a heap of the rows that may have room
+    aside: list[tuple[int, float, int]] = []  # a heap of the others: (tokens, cost, row)
+    left = sum(lengths)
+    room = num_rows * max_tokens  # of all rows but those that no remaining sequence fits into
+    shortest = _shortest_of_rest(dearest_first, lengths)
+    for place, index in enumerate(dearest_first):
+        length = lengths[index]
+        while aside and aside[0][0] + length <= max_tokens:
+            _, spent, row = heapq.heappop(aside)
+            heapq.heappush(by_cost, (spent, row))
+        while by_cost and tokens[by_cost[0][1]] + length > max_tokens:
+            spent, row = heapq.heappop(by_cost)
+            if tokens[row] + shortest[place] > max_tokens:
+                room -= max_tokens - tokens[row]
+            else:
+                heapq.heappush(aside, (tokens[row], spent, row))
+        if not by_cost or room < left:
             return None
         spent, row = by_cost[0]
         rows[row].append(index)
-        tokens[row] += lengths[index]
+        tokens[row] += length
+        room -= length
+        left -= length
         heapq.heapreplace(by_cost, (spent + costs[index], row))
-        for entry in full:
-            heapq.heappush(by_cost, entry)
     return [sorted(row) for row in rows]
+
+
+def _shortest_of_rest(order: list[int], lengths: Sequence[int]) -> list[int]:
+    """For each place in `order`, the smallest length from there to the end."""
+    found = list(itertools.accumulate((lengths[index] for index in reversed(order)), min))
+    return found[::-1]
 
 
 def share_rows(row_costs: Sequence[float], data_size: int) -> list[list[int]]:
