@@ -235,7 +235,7 @@ def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return local
     gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
-    dist.all_gather_into_tensor(gathered, local, group=group)
+    dist.all_gather_single(gathered, local, group=group)
     return gathered
 
 
@@ -243,5 +243,5 @@ def _reduce_scatter(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return gathered
     local = gathered.new_empty(gathered.shape[0] // group.size(), *gathered.shape[1:])
-    dist.reduce_scatter_tensor(local, gathered, group=group)
+    dist.reduce_scatter_single(local, gathered, group=group)
     return local

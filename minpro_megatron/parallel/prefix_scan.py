@@ -91,6 +91,6 @@ class ShardedScan:
         if self._group.size() == 1:
             gathered = totals
         else:
-            dist.all_gather_into_tensor(gathered, totals, group=self._group)
+            dist.all_gather_single(gathered, totals, group=self._group)
         by_rank = gathered.view(self._group.size(), self._num_sequences, 2)
         return by_rank.transpose(1, 2).reshape(-1, self._num_sequences)

@@ -52,7 +52,7 @@ def _complete_shards(policy: Policy) -> None:
             ranks = bucket_group.intra_distributed_optimizer_instance_group
             for bucket in bucket_group.buckets:
                 own: Tensor = bucket.grad_data.view(ranks.size(), -1)[ranks.rank()].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
+                dist.all_gather_single(bucket.grad_data, own, group=ranks)
 
 
 def _compare_replicas(policy: Policy, architecture: Architecture, mesh: Mesh) -> None:
