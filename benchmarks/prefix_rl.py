@@ -55,7 +55,7 @@ def prepare(folder: Path) -> None:
         config = prefix_rl.prefixed()
         files = ["--prompts", "recipes/data/calculator_steps_train.jsonl", "--output", folder / "prefixed.jsonl"]
         files += ["--plain-output", folder / "plain.jsonl"]
-        sampling = ["--max-samples", 32, "--reward", config.collector.reward, "--engine", "reference"]
+        sampling = ["--max-samples", 32, "--reward", config.reward.function, "--engine", "reference"]
         sampling += ["--max-prompt-tokens", config.sampling.max_prompt_tokens]
         sampling += ["--max-response-tokens", config.sampling.max_response_tokens]
         command("tools/build_prefixes.py", "--model", hf, *files, *sampling)

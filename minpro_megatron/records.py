@@ -130,7 +130,7 @@ class EvaluationResult(Record, frozen=True, kw_only=True):
 
     policy_version: int
     benchmark: str = ""  # one of evaluation.benchmarks; "": the held-out prompts
-    pass_at_1: float  # fraction of right responses (config.rewards.is_right)
+    pass_at_1: float  # fraction of right responses (config.reward.is_right)
     standard_error: float
     mean_reward: float
     not_graded: int  # number of responses; they count as wrong, and in the mean reward as 0 or the lowest reward

@@ -225,7 +225,7 @@ class Trainer:
             times = {f"time/{phase}_s": seconds for phase, seconds in lap.phases.items()} | {"time/step_s": lap.total}
             published = publication_metrics(self._publications) | self._fleet
             self._publications.clear()
-            of_batch = batch_metrics(batch, step, self._config.collector.right_reward)
+            of_batch = batch_metrics(batch, step, self._config.reward.right_reward)
             scalars = values(trained.metrics | of_batch) | times | published
             return self._report.step(step, scalars, trained.histograms, batch)
 

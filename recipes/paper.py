@@ -29,13 +29,13 @@ from pathlib import Path
 
 from minpro_megatron.config.batch import BatchConfig
 from minpro_megatron.config.checkpoint import CheckpointConfig
-from minpro_megatron.config.collector import CollectorConfig
 from minpro_megatron.config.data import DataConfig
 from minpro_megatron.config.evaluation import BenchmarkConfig, EvaluationConfig
 from minpro_megatron.config.model import ModelConfig
 from minpro_megatron.config.objective import MinproConfig
 from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.reward import RewardConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.config.sampling import SamplingConfig
 from minpro_megatron.config.server import ServerConfig
@@ -101,7 +101,7 @@ def table_3(
         sampling=SamplingConfig(temperature=1.0, max_prompt_tokens=2048, max_response_tokens=20480),
         staleness=StalenessConfig(mode="delay", delay_steps=2),
         server=server,
-        collector=CollectorConfig(reward="math", reward_workers=8),
+        reward=RewardConfig(function="math", workers=8),
         checkpoint=CheckpointConfig(every_minutes=60),
         evaluation=EvaluationConfig(
             num_prompts=400,

@@ -35,7 +35,7 @@ def prefixed() -> RunConfig:
             "sampling.max_response_tokens=20",
             "server.engine=reference",  # deterministic sampling: the same seed gives the same curve
             "server.start_timeout_s=180",
-            "collector.reward=minpro_megatron.rewards.calculator_steps:grade",
+            "reward.function=minpro_megatron.rewards.calculator_steps:grade",
             "evaluation.num_prompts=48",
             "evaluation.samples_per_prompt=4",
         ],

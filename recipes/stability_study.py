@@ -17,6 +17,7 @@ from minpro_megatron.config.evaluation import EvaluationConfig
 from minpro_megatron.config.model import ModelConfig
 from minpro_megatron.config.objective import MinproConfig
 from minpro_megatron.config.optimizer import OptimizerConfig
+from minpro_megatron.config.reward import RewardConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.sampling import SamplingConfig
 from minpro_megatron.config.server import ServerConfig
@@ -41,7 +42,8 @@ def run() -> RunConfig:
         staleness=StalenessConfig(delay_steps=0),
         # deterministic sampling: the same seed gives the same curve
         server=ServerConfig(engine="reference", device="cpu", dtype="float32", start_timeout_s=180),
-        collector=CollectorConfig(reward="minpro_megatron.rewards.calculator_steps:grade", journal_ratios=False),
+        reward=RewardConfig(function="minpro_megatron.rewards.calculator_steps:grade"),
+        collector=CollectorConfig(journal_ratios=False),
         checkpoint=CheckpointConfig(every_steps=0),
         evaluation=EvaluationConfig(num_prompts=96, samples_per_prompt=4, every_steps=5),
     )

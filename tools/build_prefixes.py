@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minpro_megatron.command_line import tool_parser
-from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
+from minpro_megatron.config.reward import RIGHT_REWARD, is_right
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import FAILED, ProjectError, UserError, report, run_reporting
@@ -256,7 +256,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--instruction", default="none", metavar="TEXT", help="as data.instruction of the later run (none)")
     add("--chat-template", action="store_true", help="as data.chat_template of the later run")
     add("--extra-stop-tokens", nargs="*", default=[], metavar="TOKEN", help="special tokens that also end a response")
-    add("--reward", default="math", metavar="NAME", help="as collector.reward of the later run (math)")
+    add("--reward", default="math", metavar="NAME", help="as reward.function of the later run (math)")
     add("--reward-workers", type=_count, default=1, metavar="N", help="processes (1)")
     add = parser.add_argument_group("servers").add_argument
     add("--urls", nargs="*", default=[], metavar="URL", help="external servers; none are started then")

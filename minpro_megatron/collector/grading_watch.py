@@ -34,6 +34,6 @@ class GradingWatch:
             raise GradingError(
                 f"{self._in_a_row} groups in a row could not be graded, the last one of prompt "
                 f"{group.issued.prompt.id!r}: {group.grading_problem}; correct the grader of source "
-                f"{group.issued.prompt.source!r} (collector.reward, collector.reward_by_source) or the answers in "
+                f"{group.issued.prompt.source!r} (reward.function, reward.by_source) or the answers in "
                 "data.train_file, and launch the same command again"
             )

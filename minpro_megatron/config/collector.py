@@ -1,13 +1,16 @@
-"""The collector: its HTTP interface, the reward, and what the journal keeps."""
+"""The collector: its HTTP interface, and what the journal keeps."""
+
+from typing import ClassVar
 
 from pydantic import Field
 
-from minpro_megatron.config.base import Section
-from minpro_megatron.config.rewards import RIGHT_REWARD
+from minpro_megatron.config.renamed import SectionWithRenamedSettings
 
 
-class CollectorConfig(Section):
-    """The collector: its HTTP interface, which only the trainer's rank 0 uses, the rewards and the journal."""
+class CollectorConfig(SectionWithRenamedSettings):
+    """The collector: its HTTP interface, which only the trainer's rank 0 uses, and the journal."""
+
+    section_name: ClassVar[str] = "collector"
 
     host: str = Field(
         default="127.0.0.1",
@@ -15,27 +18,6 @@ class CollectorConfig(Section):
         "machines.",
     )
     port: int = Field(default=0, ge=0, le=65535, description="Port of the collector; 0 selects a free port.")
-    reward: str = Field(
-        default="calculator",
-        description="Grader of the responses: calculator, dapo, dapo_boxed, math, or your own function as "
-        "package.module:function.",
-    )
-    reward_by_source: dict[str, str] = Field(
-        default={},
-        description="Other graders for the prompts of some sources, by the source that the prompt files state.",
-    )
-    right_reward: float = Field(
-        default=RIGHT_REWARD,
-        description="A response with at least this reward counts as correct, in the training accuracy and in every "
-        "evaluation. The graders named under reward give 1 for a correct response.",
-    )
-    reward_timeout_s: float = Field(
-        default=5.0,
-        gt=0,
-        description="Limit in seconds of processor time for grading one response; the limit of wall time is ten times "
-        "as long. If a response cannot be graded in two attempts, its group is excluded from training.",
-    )
-    reward_workers: int = Field(default=1, ge=1, description="Number of processes that grade responses.")
     journal_ratios: bool = Field(
         default=True,
         description="Also store the log-prob of each token under the policy at the update, which takes 4 bytes per "

@@ -20,6 +20,8 @@ from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
 from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.publish import PublishConfig
+from minpro_megatron.config.renamed import current_name, under_current_names
+from minpro_megatron.config.reward import RewardConfig
 from minpro_megatron.config.sampling import SamplingConfig
 from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.config.staleness import StalenessConfig
@@ -50,6 +52,7 @@ class RunConfig(Section):
     staleness: StalenessConfig = StalenessConfig()
     server: ServerConfig = ServerConfig()
     publish: PublishConfig = PublishConfig()
+    reward: RewardConfig = RewardConfig()
     collector: CollectorConfig = CollectorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -59,6 +62,11 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_renamed(cls, values: Any) -> Any:
+        return under_current_names(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
@@ -178,16 +186,17 @@ def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
 
     Raises ValueError for an assignment without '=', an unknown key, or a value the field refuses.
     """
-    values = config.model_dump()
+    values = under_current_names(config.model_dump(), old_wins=True)
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator:
             raise UserError(
                 f"override {assignment!r}: expected section.key=value, such as optimizer.learning_rate=1e-5"
             )
-        target, key = _find_setting(values, path.strip(), assignment)
+        path = current_name(path.strip())
+        target, key = _find_setting(values, path, assignment)
         value = _parse_value(text, target[key])
-        if path.strip() == "objective.name" and value != target[key]:
+        if path == "objective.name" and value != target[key]:
             values["objective"] = _objective_defaults(value)
         else:
             target[key] = value

@@ -74,7 +74,7 @@ class Evaluations:
             config.evaluation.temperature, config.sampling.max_response_tokens, config.evaluation.top_p
         )
         self._collect_group = collect_group
-        self._right_reward = config.collector.right_reward
+        self._right_reward = config.reward.right_reward
 
     def due(self, version: int) -> list[EvaluationSet]:
         """The sets to be evaluated with `version` that have no result yet and have not failed."""

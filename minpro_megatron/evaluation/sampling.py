@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
+from minpro_megatron.config.reward import RIGHT_REWARD, is_right
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.evaluation.pass_at_k import mean_pass_at_k
 from minpro_megatron.files.replacement import replace_file

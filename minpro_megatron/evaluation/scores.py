@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from minpro_megatron.config.rewards import RIGHT_REWARD, is_right
+from minpro_megatron.config.reward import RIGHT_REWARD, is_right
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.evaluation.intervals import Estimate, average, estimates, resampled_means
 from minpro_megatron.evaluation.majority import majority_at_k, votes

@@ -34,7 +34,7 @@ def _group_sizes(config: RunConfig) -> list[int]:
 def _other_files(config: RunConfig) -> int:
     return (
         BASE_FILES
-        + FILES_PER_REWARD_WORKER * config.collector.reward_workers
+        + FILES_PER_REWARD_WORKER * config.reward.workers
         + OTHER_CONNECTIONS_PER_SERVER * num_servers(config.server)
     )
 

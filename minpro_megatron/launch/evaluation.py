@@ -58,7 +58,7 @@ def evaluate(options: EvaluationOptions) -> int:
     compared = [_read_results(folder) for folder in options.compare]
     prompts = read_benchmarks(options, config)
     rows = {f"benchmark {name}": [one.prompt for one in of_name] for name, of_name in prompts.items()}
-    if found := list(grader_problems(config.collector, rows, "--reward")):
+    if found := list(grader_problems(config.reward, rows, "--reward")):
         raise UserError(found)
     settings = sampling_settings(options, config, prompts)
     with SampleFile(options.output, settings) as file:

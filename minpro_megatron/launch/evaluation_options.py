@@ -6,7 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from minpro_megatron.config.rewards import RIGHT_REWARD
+from minpro_megatron.config.reward import RIGHT_REWARD
 from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.benchmarks import BENCHMARKS, samples_of
@@ -96,12 +96,12 @@ def run_config(options: EvaluationOptions) -> RunConfig:
             "extra_stop_tokens": list(options.extra_stop_tokens),
         },
         "server": server,
-        "collector": {
-            "reward": options.reward,
+        "reward": {
+            "function": options.reward,
             "right_reward": options.right_reward,
-            "reward_by_source": {"calculator": "calculator"},
-            "reward_workers": options.reward_workers,
-            "reward_timeout_s": options.reward_timeout_s,
+            "by_source": {"calculator": "calculator"},
+            "workers": options.reward_workers,
+            "timeout_s": options.reward_timeout_s,
         },
         "evaluation": {"temperature": options.temperature, "top_p": options.top_p},
     }

@@ -31,8 +31,8 @@ BEFORE_SETTINGS = (LOCK_FILE, STARTS)
 _MAY_CHANGE = (
     "name", "runs_dir", "num_global_steps", "device", "model.recompute", "model.backend", "optimizer.cpu_offload",
     "parallel", "server", "publish", "checkpoint", "batch.max_tokens_per_row", "batch.packing", "collector.host",
-    "collector.port", "collector.reward_timeout_s", "collector.reward_workers", "collector.journal_keep_steps",
-    "collector.journal_keep_routes",
+    "collector.port", "collector.journal_keep_steps", "collector.journal_keep_routes", "reward.timeout_s",
+    "reward.workers",
     "data.accept_changed_inputs", "debug.hang_timeout_s", "debug.trace_steps", "debug.profile_steps",
     "debug.profile_ranks", "alarms",
 )  # fmt: skip

@@ -25,7 +25,7 @@ METRICS: dict[str, Declaration] = {
     "reward/min": Declaration("", "min", "Lowest reward of a response"),
     "reward/max": Declaration("", "max", "Highest reward of a response"),
     "reward/accuracy": Declaration(
-        "share", "mean", "Share of correct responses: those whose reward is at least collector.right_reward"
+        "share", "mean", "Share of correct responses: those whose reward is at least reward.right_reward"
     ),
     "reward/equal_groups": Declaration(
         "share", "mean", "Share of prompt groups whose rewards are all equal and which give no gradient"

@@ -259,7 +259,7 @@ CHECKS: dict[AlarmName, _Watched] = {
     "failed_grades": _Watched(
         _failed_grades,
         "see logs/collect.log for the first failures; correct the grader or the answers, or raise "
-        "collector.reward_timeout_s; groups with such a response are excluded from training",
+        "reward.timeout_s; groups with such a response are excluded from training",
     ),
     "gradient_spikes": _Watched(
         _gradient_spikes,

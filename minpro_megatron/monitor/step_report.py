@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minpro_megatron.config.rewards import is_right
+from minpro_megatron.config.reward import is_right
 from minpro_megatron.metrics.histograms import bin_edges, histogram_quantile
 from minpro_megatron.metrics.metric import Metric, largest, mean, merge, smallest, total
 from minpro_megatron.monitor.alarm_log import AlarmLog
@@ -31,7 +31,7 @@ QUANTILES: dict[str, tuple[str, Callable[[float], float]]] = {
 
 def batch_metrics(batch: Batch, step: int, right_reward: float) -> dict[str, Metric]:
     """The metrics of the groups that global step `step` consumes. `right_reward`: the run's
-    collector.right_reward."""
+    reward.right_reward."""
     kinds = {kind: [group for group in batch.groups if _kind(group) == kind] for kind in ("prefixed", "plain")}
     responses = [response for group in batch.groups for response in group.responses]
     rewards, lengths = [response.reward for response in responses], [len(response.token_ids) for response in responses]

@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from minpro_megatron.config.renamed import under_current_names
 from minpro_megatron.errors import UserError
 from minpro_megatron.files.json_files import read_json, read_json_lines
 from minpro_megatron.files.replacement import replace_file
@@ -55,7 +56,7 @@ def read_run(folder: Path) -> Run:
         history = valid_history(folder)
     except OSError as error:
         raise UserError(f"{folder}: {HISTORY_FILE} cannot be read: {error}") from None
-    config = read_json(folder / "run.json")
+    config = under_current_names(read_json(folder / "run.json"), old_wins=True)
     return Run(
         label=short(config.get("name", folder.resolve().name), 100),
         settings={**dict(flat(defaults_for(config))), **dict(flat(config))} if config else {},

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from minpro_megatron.config.renamed import under_current_names
 from minpro_megatron.files.json_files import read_json, read_json_lines
 from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.monitor.environment import read_environment
@@ -34,7 +35,7 @@ def write_report(run_dir: Path, summary: RunSummary | None = None) -> Path:
     from minpro_megatron.report.run_history import valid_history
 
     run_dir = Path(run_dir)
-    config = read_json(run_dir / "run.json")
+    config = under_current_names(read_json(run_dir / "run.json"), old_wins=True)
     history = valid_history(run_dir)
     summary = summary or _summary(run_dir)
     sections = described(config)

@@ -129,7 +129,7 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     (
         REWARD,
         "Accuracy",
-        "Share of correct responses (collector.right_reward). Rollouts were sampled by earlier policy versions; "
+        "Share of correct responses (reward.right_reward). Rollouts were sampled by earlier policy versions; "
         "held-out points are of this policy version (bars: one standard error).",
         _accuracy,
     ),

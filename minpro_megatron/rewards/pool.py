@@ -127,7 +127,7 @@ class _Worker:
 
     def _explained(self, exit_status: int) -> _Failure:
         if exit_status in _TIME_SIGNALS:
-            limit = f"collector.reward_timeout_s = {self._timeout_s:g} s of processor time"
+            limit = f"reward.timeout_s = {self._timeout_s:g} s of processor time"
             return _Failure(f"grader exceeded {limit}", True)
         if exit_status == OUT_OF_MEMORY:
             return _Failure(f"grader needed more than {MEMORY_LIMIT_BYTES / 2**30:g} GiB of memory", False)
@@ -187,7 +187,7 @@ class RewardPool:
         self._default, self._by_source = reward, dict(by_source or {})
         check_reward_name(reward)
         for source, name in self._by_source.items():
-            check_reward_name(name, f"collector.reward_by_source[{source!r}]")
+            check_reward_name(name, f"reward.by_source[{source!r}]")
         wall_s = wall_factor * timeout_s
         # The pool ends a worker that exceeds its wall time; a worker ends itself only if its collector has been killed.
         command = command or worker_command(

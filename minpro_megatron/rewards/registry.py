@@ -1,4 +1,4 @@
-"""Reward functions by name or import path, for `collector.reward` and `collector.reward_by_source`."""
+"""Reward functions by name or import path, for `reward.function` and `reward.by_source`."""
 
 import importlib
 import re
@@ -30,7 +30,7 @@ REWARDS = {
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
-def check_reward_name(name: str, field: str = "collector.reward") -> None:
+def check_reward_name(name: str, field: str = "reward.function") -> None:
     """Raises UserError, naming `field`, if `name` is neither a known reward nor an import path."""
     if name not in REWARDS and not _IMPORT_PATH.fullmatch(name):
         raise UserError(

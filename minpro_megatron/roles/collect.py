@@ -134,10 +134,8 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     training, heldout, benchmarks = await asyncio.to_thread(_read_prompts, config, tokenizer)
-    settings = config.collector
-    rewards = RewardPool(
-        settings.reward, settings.reward_workers, settings.reward_timeout_s, by_source=settings.reward_by_source
-    )
+    reward = config.reward
+    rewards = RewardPool(reward.function, reward.workers, reward.timeout_s, by_source=reward.by_source)
     await stack.enter_async_context(rewards)
     stack.callback(partial(_log_rewards, rewards))
     recorder, make_client, make_collector = collector_recorder(config, incarnation), None, Collector

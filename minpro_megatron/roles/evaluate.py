@@ -103,10 +103,8 @@ class Sampler:
 
         Raises EvaluationError, FleetError or GenerationError.
         """
-        settings = self._config.collector
-        rewards = RewardPool(
-            settings.reward, settings.reward_workers, settings.reward_timeout_s, by_source=settings.reward_by_source
-        )
+        reward = self._config.reward
+        rewards = RewardPool(reward.function, reward.workers, reward.timeout_s, by_source=reward.by_source)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(rewards)
             fleet = await stack.enter_async_context(Fleet(self._config, self._facts, self._incarnation))

@@ -198,7 +198,7 @@ class Timer:
     def _write(self, step: int) -> None:
         lap, batch = self._clock.lap(), self._ready.pop(step)
         times = {f"time/{phase}_s": seconds for phase, seconds in lap.phases.items() if phase != "train"}
-        of_batch = values(batch_metrics(batch, step, self.config.collector.right_reward))
+        of_batch = values(batch_metrics(batch, step, self.config.reward.right_reward))
         self.report.step(step, of_batch | times | {"time/step_s": lap.total} | self._publication, {}, batch)
 
     def _send(self, lease: PublishLease) -> None:

@@ -26,7 +26,7 @@ WRECKED = (
     "batch.mini_batch_prompts=2",
     "batch.responses_per_prompt=4",
     "checkpoint.every_steps=0",
-    "collector.reward=tests.e2e.digits_reward:grade",
+    "reward.function=tests.e2e.digits_reward:grade",
 )
 
 

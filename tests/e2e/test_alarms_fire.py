@@ -26,7 +26,7 @@ SMALL = (
     *SMALL_RUN,
     "server.health_interval_s=0.5",
     "num_global_steps=14",
-    "collector.reward=tests.e2e.digits_reward:grade",
+    "reward.function=tests.e2e.digits_reward:grade",
 )
 # the tiny model's rate is 5e-5
 TOO_FAST = ("optimizer.warmup_global_steps=0", "optimizer.clip_grad=0", "alarms.window_steps=2")
@@ -77,7 +77,7 @@ def test_a_learning_rate_far_too_high_breaks_the_numbers(sound: Launch, launches
     ],
 )
 def test_a_learning_rate_too_high_ruins_the_policy(reward: str, names: set[str], launches: Launcher) -> None:
-    settings = ("optimizer.learning_rate=0.05", f"collector.reward={reward}")
+    settings = ("optimizer.learning_rate=0.05", f"reward.function={reward}")
     ruined = launches("ruined", *SMALL, *TOO_FAST, *settings)
     status, output = ruined.wait(150)
     assert status == 0, output

@@ -298,7 +298,7 @@ def test_benchmarks_inside_a_run(launches: Launcher, data: Path, tmp_path: Path)
     settings = ["num_global_steps=2", "server.engine=reference", "evaluation.num_prompts=4"]
     # questions are longer than the demo's prompts
     settings += ["sampling.max_prompt_tokens=400", f"evaluation.benchmarks={json.dumps(benchmarks)}"]
-    launch = launches("benchmarks", *settings, 'collector.reward_by_source={"gsm8k": "even_digit:grade"}')
+    launch = launches("benchmarks", *settings, 'reward.by_source={"gsm8k": "even_digit:grade"}')
     status, output = launch.wait(170)
     assert status == 0, output
     lines = (launch.run_dir / "evaluations.jsonl").read_bytes().splitlines()

@@ -15,7 +15,7 @@ SETTINGS = (*SMALL_RUN, *TIMER, "num_global_steps=4", "batch.responses_per_promp
 
 
 def test_groups_that_cannot_be_graded_are_replaced_and_counted(launches: Launcher) -> None:
-    run = launches("some", *SETTINGS, "collector.reward=tests.e2e.failing_reward:on_some")
+    run = launches("some", *SETTINGS, "reward.function=tests.e2e.failing_reward:on_some")
     status, output = run.wait(200)
     assert status == 0, output
     summary = read_summary(run.run_dir)
@@ -39,7 +39,7 @@ def test_groups_that_cannot_be_graded_are_replaced_and_counted(launches: Launche
 
 
 def test_a_grader_that_fails_on_everything_ends_the_run(launches: Launcher) -> None:
-    run = launches("all", *SETTINGS, "collector.reward=tests.e2e.failing_reward:on_all")
+    run = launches("all", *SETTINGS, "reward.function=tests.e2e.failing_reward:on_all")
     status, output = run.wait(200)
     assert status == 1, output
     assert "could not be graded" in output

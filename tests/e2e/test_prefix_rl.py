@@ -48,7 +48,7 @@ def test_a_run_goes_on_from_prefixes_that_the_tool_has_cut(
     settings += ["parallel.expert=1", "evaluation.num_prompts=2", "evaluation.samples_per_prompt=2"]
     settings += ["batch.num_prompts=16", "batch.mini_batch_prompts=8", "batch.responses_per_prompt=2"]
     settings += ["sampling.max_prompt_tokens=40", f"data.train_file={tmp_path / 'train.jsonl'}"]
-    launch = launches("prefixed", *settings, f"collector.reward={REWARD}", "checkpoint.every_steps=0")
+    launch = launches("prefixed", *settings, f"reward.function={REWARD}", "checkpoint.every_steps=0")
     status, output = launch.wait(170)
     assert status == 0, output
 

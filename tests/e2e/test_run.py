@@ -37,7 +37,7 @@ SMALL = (
 )
 # Random weights have no right answers: with this reward there is something to learn, and ratios leave 1.
 LEARNING = (
-    "collector.reward=tests.e2e.digits_reward:grade",
+    "reward.function=tests.e2e.digits_reward:grade",
     "optimizer.learning_rate=1e-3",
     "optimizer.warmup_global_steps=0",
 )

@@ -33,7 +33,7 @@ def settings(model: TinyModel) -> list[str]:
         "num_global_steps=5", f"model.hf_path={model.hf}", f"model.megatron_path={model.megatron}",
         f"data.train_file={data / 'calculator_steps_train.jsonl'}",
         f"data.heldout_file={data / 'calculator_steps_heldout.jsonl'}",
-        f"collector.reward={digits_reward.__name__}:grade", "sampling.max_response_tokens=8",
+        f"reward.function={digits_reward.__name__}:grade", "sampling.max_response_tokens=8",
         "batch.num_prompts=8", "batch.mini_batch_prompts=4", "batch.responses_per_prompt=4",
         "evaluation.num_prompts=8", "evaluation.samples_per_prompt=2", "evaluation.every_steps=2",
     ]  # fmt: skip

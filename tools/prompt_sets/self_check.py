@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minpro_megatron.config.rewards import RIGHT_REWARD
+from minpro_megatron.config.reward import RIGHT_REWARD
 from minpro_megatron.rewards.alternatives import alternatives
 from minpro_megatron.rewards.registry import Grade, load_reward
 

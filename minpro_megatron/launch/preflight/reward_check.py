@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from minpro_megatron.config.collector import CollectorConfig
+from minpro_megatron.config.reward import RewardConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.in_run import load_benchmarks
@@ -34,7 +34,7 @@ class Trial(NamedTuple):
 def reward_problems(config: RunConfig) -> Iterator[str]:
     """A line for each setting whose reward is unknown, cannot be imported, or does not give a finite number for a
     response to a row of the run's files."""
-    yield from grader_problems(config.collector, files_of(config))
+    yield from grader_problems(config.reward, files_of(config))
 
 
 def files_of(config: RunConfig) -> dict[str, Sequence[Prompt]]:
@@ -55,12 +55,12 @@ def files_of(config: RunConfig) -> dict[str, Sequence[Prompt]]:
 
 
 def grader_problems(
-    settings: CollectorConfig, files: Mapping[str, Sequence[Prompt]], field: str = "collector.reward"
+    settings: RewardConfig, files: Mapping[str, Sequence[Prompt]], field: str = "reward.function"
 ) -> Iterator[str]:
     """A line for each grader that cannot grade the responses to prompts of `files`; `field` is the setting of the
     default grader."""
-    names = {field: settings.reward}
-    names |= {f"collector.reward_by_source[{source!r}]": name for source, name in settings.reward_by_source.items()}
+    names = {field: settings.function}
+    names |= {f"reward.by_source[{source!r}]": name for source, name in settings.by_source.items()}
     refusals: dict[str, str] = {}  # by name: each grader is tried once
     for setting, name in names.items():
         try:
@@ -69,15 +69,15 @@ def grader_problems(
             yield str(error)
             continue
         if name not in refusals:
-            refusals[name] = _refusal(name, list(_trials(settings, name, files)), settings.reward_timeout_s)
+            refusals[name] = _refusal(name, list(_trials(settings, name, files)), settings.timeout_s)
         if refusals[name]:
             yield f"{setting} = {name!r}: {refusals[name]}"
 
 
-def _trials(settings: CollectorConfig, name: str, files: Mapping[str, Sequence[Prompt]]) -> Iterator[Trial]:
+def _trials(settings: RewardConfig, name: str, files: Mapping[str, Sequence[Prompt]]) -> Iterator[Trial]:
     """Correct responses in several forms, and a wrong one."""
     for file, prompts in files.items():
-        graded = [prompt for prompt in prompts if settings.reward_by_source.get(prompt.source, settings.reward) == name]
+        graded = [prompt for prompt in prompts if settings.by_source.get(prompt.source, settings.function) == name]
         for place, prompt in enumerate(graded[:: -(-len(graded) // ROWS_PER_FILE) or 1]):
             row = f"prompt {prompt.id!r} of {file}"
             texts = [prompt.answer, f"Answer: {prompt.answer}", f"\\boxed{{{prompt.answer}}}", ""]
@@ -110,9 +110,7 @@ def _refusal(name: str, trials: Sequence[Trial], timeout_s: float) -> str:
             return _about(trial, judged)
     if len(answers) <= len(trials):
         late = ended.returncode in (-signal.SIGPROF, -signal.SIGALRM)
-        limit = (
-            f"it exceeded collector.reward_timeout_s = {timeout_s:g} s of processor time, or {WALL_FACTOR:g} times as"
-        )
+        limit = f"it exceeded reward.timeout_s = {timeout_s:g} s of processor time, or {WALL_FACTOR:g} times as"
         how = f"{limit} much wall time" if late else f"it ended the process with exit code {ended.returncode}"
         return _about(trials[len(answers) - 1], how)
     return ""

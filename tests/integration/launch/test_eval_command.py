@@ -101,7 +101,7 @@ def test_the_papers_protocol_is_the_default() -> None:
     assert samples_per_prompt(options()) == {"aime25": 128, "gsm8k": 2}
     assert (config.evaluation.temperature, config.evaluation.top_p) == (1.0, 0.7)
     assert config.sampling.max_response_tokens == 20480
-    assert config.collector.reward == "math"
+    assert config.reward.function == "math"
 
 
 def test_samples_for_all_and_for_some() -> None:

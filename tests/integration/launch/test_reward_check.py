@@ -37,13 +37,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def found(folder: Path, **collector: object) -> list[str]:
-    return list(reward_problems(example_config(folder, collector=collector)))
+def found(folder: Path, **reward: object) -> list[str]:
+    return list(reward_problems(example_config(folder, reward=reward)))
 
 
 @pytest.mark.parametrize("name", ["calculator", "dapo", "dapo_boxed", "math", "my_graders:grade"])
 def test_what_can_grade_is_no_problem(folder: Path, name: str) -> None:
-    assert found(folder, reward="dapo", reward_by_source={"test": name}) == []
+    assert found(folder, function="dapo", by_source={"test": name}) == []
 
 
 @pytest.mark.parametrize(
@@ -62,17 +62,17 @@ def test_what_can_grade_is_no_problem(folder: Path, name: str) -> None:
     ],
 )
 def test_what_cannot_is_one_line_with_its_setting(folder: Path, name: str, told: str) -> None:
-    (line,) = found(folder, reward=name)
-    assert line.startswith(f"collector.reward = {name!r}: ")
+    (line,) = found(folder, function=name)
+    assert line.startswith(f"reward.function = {name!r}: ")
     assert told in line
 
 
 def test_every_setting_has_its_line(folder: Path) -> None:
-    lines = found(folder, reward="nowhere:grade", reward_by_source={"a": "mth", "b": "dapo", "c": "nowhere:grade"})
+    lines = found(folder, function="nowhere:grade", by_source={"a": "mth", "b": "dapo", "c": "nowhere:grade"})
     assert [line.split(": ")[0] for line in lines] == [
-        "collector.reward = 'nowhere:grade'",
-        "collector.reward_by_source['a'] = 'mth'",
-        "collector.reward_by_source['c'] = 'nowhere:grade'",
+        "reward.function = 'nowhere:grade'",
+        "reward.by_source['a'] = 'mth'",
+        "reward.by_source['c'] = 'nowhere:grade'",
     ]
 
 
@@ -85,14 +85,14 @@ def test_every_setting_has_its_line(folder: Path) -> None:
         ("undefined", "ValueError: the grader returned nan, which is not a finite number for the response '2'"),
         (
             "hangs",
-            "it exceeded collector.reward_timeout_s = 0.3 s of processor time, or 10 times as much wall time for ",
+            "it exceeded reward.timeout_s = 0.3 s of processor time, or 10 times as much wall time for ",
         ),
         ("ends", "it ended the process with exit code 5 for the response '2'"),
     ],
 )
 def test_a_grader_is_called_on_rows_of_the_run(folder: Path, name: str, told: str) -> None:
-    (line,) = found(folder, reward=f"my_graders:{name}", reward_timeout_s=0.3)
-    assert line.startswith(f"collector.reward = 'my_graders:{name}': {told}")
+    (line,) = found(folder, function=f"my_graders:{name}", timeout_s=0.3)
+    assert line.startswith(f"reward.function = 'my_graders:{name}': {told}")
     assert line.endswith("(prompt '1' of data.train_file); correct the grader, or the row")
 
 
@@ -104,14 +104,14 @@ def test_rows_of_every_file_are_tried_with_the_grader_of_their_source(folder: Pa
     benchmarks = [{"name": "bench", "file": str(folder / "bench.jsonl")}]
     config = example_config(
         folder,
-        collector={"reward": "my_graders:grade", "reward_by_source": {"other": "my_graders:strict"}},
+        reward={"function": "my_graders:grade", "by_source": {"other": "my_graders:strict"}},
         evaluation={"num_prompts": 1, "benchmarks": benchmarks},
     )
     (line,) = reward_problems(config)
-    assert line.startswith("collector.reward_by_source['other'] = 'my_graders:strict': ValueError: invalid literal")
+    assert line.startswith("reward.by_source['other'] = 'my_graders:strict': ValueError: invalid literal")
     assert "the answer 'two' (prompt 'bad' of evaluation.benchmarks)" in line
 
 
 def test_preflight_asks(folder: Path) -> None:
-    (problem,) = problems(example_config(folder, collector={"reward": "maths"}))
-    assert problem.startswith("collector.reward = 'maths': there is no such reward")
+    (problem,) = problems(example_config(folder, reward={"function": "maths"}))
+    assert problem.startswith("reward.function = 'maths': there is no such reward")

@@ -16,7 +16,7 @@ def test_what_exceeds_the_limits_costs_its_response_only() -> None:
             assert await rewards_of(pool, ["1", "2"], "plain") == [1.0, 0.0]
             (judged,) = await pool.judge_all(["1"], "1", "spin")
             assert judged.reward is None
-            assert judged.problem == "grader exceeded collector.reward_timeout_s = 0.3 s of processor time"
+            assert judged.problem == "grader exceeded reward.timeout_s = 0.3 s of processor time"
             assert await rewards_of(pool, ["1"], "plain") == [1.0]
             assert await rewards_of(pool, ["small", "large", "small"], "hog") == [1.0, None, 1.0]
             assert (pool.num_timed_out, pool.num_failed) == (1, 1)

@@ -189,7 +189,7 @@ def test_a_worker_that_cannot_start_is_an_error_of_the_installation() -> None:
 
 
 def test_an_unknown_reward_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"collector.reward = 'nonsense'.*known: calculator"):
+    with pytest.raises(ValueError, match=r"reward.function = 'nonsense'.*known: calculator"):
         RewardPool("nonsense", 1, 1.0)
     with pytest.raises(ValueError, match="known: calculator"):
         load_reward("nonsense")
@@ -234,7 +234,7 @@ def test_a_reward_that_cannot_be_loaded_is_told_before_anything_is_graded() -> N
 
 @pytest.mark.parametrize("name", ["nonsense", "package.module", ":grade", "a b:c", "a:b.c", "a..b:c", "../x:y"])
 def test_a_reward_of_a_source_is_checked_by_its_form_at_once(name: str) -> None:
-    with pytest.raises(ValueError, match=r"collector.reward_by_source\['s'\] = .*known: .*import path"):
+    with pytest.raises(ValueError, match=r"reward.by_source\['s'\] = .*known: .*import path"):
         RewardPool("calculator", 1, 1.0, {"s": name})
 
 

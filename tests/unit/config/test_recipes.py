@@ -202,7 +202,7 @@ def test_the_small_prefix_run_keeps_the_demos_learner() -> None:
     """One rank and the deterministic engine on longer problems; what learns is the demo's."""
     ours, base = prefix_rl.prefixed(), demo.tiny_moe()
     assert (ours.objective, ours.staleness, ours.loss) == (base.objective, base.staleness, base.loss)
-    assert (ours.parallel.world_size, ours.server.engine, ours.collector.reward) == (
+    assert (ours.parallel.world_size, ours.server.engine, ours.reward.function) == (
         1,
         "reference",
         "minpro_megatron.rewards.calculator_steps:grade",

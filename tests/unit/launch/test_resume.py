@@ -1,5 +1,6 @@
 """Whether a run folder's run can go on: same experiment, unfinished, with a whole checkpoint; and its incarnations."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from minpro_megatron.config.objective import CispoConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.config.staleness import StalenessConfig
 from minpro_megatron.launch.resume import CONFIG_FILE, holds_a_run, obstacles
-from minpro_megatron.launch.run_folder import first_lines
+from minpro_megatron.launch.run_folder import first_lines, prepare
 from tests.support.begun_runs import begin, finish
 from tests.support.journals import collect, in_journal, nothing
 from tests.support.rollout_fakes import collected, issued_groups
-from tests.support.run_examples import save_checkpoint
+from tests.support.run_examples import save_checkpoint, write_example_files
 
 
 def only_obstacle(config: RunConfig) -> str:
@@ -32,7 +33,7 @@ def test_the_same_settings_go_on(tmp_path: Path) -> None:
     "override",
     [
         "parallel.tensor=2", "device=cpu", "num_global_steps=9", "server.count=3", "server.start_timeout_s=5",
-        "collector.port=4000", "collector.reward_workers=2", "collector.journal_keep_steps=0", "publish.transport=disk",
+        "collector.port=4000", "reward.workers=2", "collector.journal_keep_steps=0", "publish.transport=disk",
         "checkpoint.every_steps=1", "batch.max_tokens_per_row=128", "batch.packing=false", "model.recompute=full",
     ],
 )  # fmt: skip
@@ -50,7 +51,7 @@ def test_where_and_how_a_run_computes_may_change(tmp_path: Path, override: str) 
         ("staleness.delay_steps=1", "staleness.delay_steps: 2 -> 1"),
         ("batch.dynamic_sampling=true", "batch.dynamic_sampling: false -> true"),
         ("sampling.temperature=0.5", "sampling.temperature: 1.0 -> 0.5"),
-        ("collector.reward=other", 'collector.reward: "calculator" -> "other"'),
+        ("reward.function=other", 'reward.function: "calculator" -> "other"'),
         ("data.train_file=other.jsonl", 'train.jsonl" -> "other.jsonl"'),
         ("evaluation.every_steps=3", "evaluation.every_steps: 0 -> 3"),
     ],
@@ -60,6 +61,23 @@ def test_another_experiment_is_refused_and_its_settings_are_named(tmp_path: Path
     assert found.startswith(f"name = example: {tmp_path}/runs/example holds a run with other settings (")
     assert shown in found
     assert found.endswith("; give a new name=..., or the same settings")
+
+
+def test_a_run_begun_when_the_reward_belonged_to_the_collector_resumes(tmp_path: Path) -> None:
+    write_example_files(tmp_path)
+    config = begin(tmp_path, reward={"function": "math", "workers": 3})
+    save_checkpoint(config, 1)
+    file = config.run_dir / CONFIG_FILE
+    values = json.loads(file.read_text())
+    del values["reward"]
+    values["collector"] |= {
+        "reward": "math", "reward_by_source": {}, "right_reward": 1.0, "reward_timeout_s": 5.0, "reward_workers": 3,
+    }  # fmt: skip
+    file.write_text(json.dumps(values))
+    assert list(obstacles(with_overrides(config, ["reward.workers=1"]))) == []
+    assert "reward.function" in only_obstacle(with_overrides(config, ["reward.function=dapo"]))
+    prepare(config, incarnation=1)
+    assert json.loads(file.read_text())["reward"]["function"] == "math"
 
 
 @pytest.mark.parametrize("steps", [None, 2], ids=["ended early", "may be made longer"])

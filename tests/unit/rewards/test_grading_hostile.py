@@ -13,7 +13,7 @@ from minpro_megatron.rewards import exact_numbers, intervals, latex_forms, latex
 from minpro_megatron.rewards.extraction import extract_answer
 from minpro_megatron.rewards.mathematics import grade
 
-LIMIT_S = 5.0  # collector.reward_timeout_s, of processor time: other processes may hold the machine
+LIMIT_S = 5.0  # reward.timeout_s, of processor time: other processes may hold the machine
 HOSTILE = {
     "tower": "9**9**9**9",
     "tower in LaTeX": "9^{9^{9^{9}}}",
