@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.device import process_group_backend, select_device
+from minpro_megatron.parallel.flat_objects import flattened, unflattened
 
 # The watchdog of each rank (monitor/watchdog.py) detects a real hang.
 MAX_WAIT = timedelta(days=30)
@@ -59,10 +60,15 @@ class Mesh:
         return self.pipeline.rank() == self.pipeline.size() - 1
 
     def from_rank_0[T](self, value: T | None) -> T:
-        """Rank 0's `value` on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return cast(T, box[0])
+        """Rank 0's `value` on every rank. On the other ranks its arrays share one block of memory."""
+        first = self.rank == 0
+        flat = torch.from_numpy(flattened(value)) if first else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([len(flat)])
+        dist.broadcast(size, src=0, group=self.control)
+        if not first:
+            flat = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(flat, src=0, group=self.control)
+        return cast(T, value if first else unflattened(flat.numpy()))
 
     def from_all_ranks[T](self, value: T) -> list[T]:
         """Every rank's `value`, in rank order, on every rank."""

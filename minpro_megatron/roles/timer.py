@@ -14,6 +14,7 @@ from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, T
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import SUCCEEDED, ProjectError, report, report_unexpected
 from minpro_megatron.feed.answers import answer_to, lease_for
+from minpro_megatron.feed.background import BackgroundScores
 from minpro_megatron.feed.batch_source import BatchSource
 from minpro_megatron.feed.feed import Feed
 from minpro_megatron.metrics.metric import values
@@ -63,7 +64,7 @@ def _measure(config: RunConfig, incarnation: int, fence: StartFence) -> None:
         hang_timeout_s=config.debug.hang_timeout_s,
     )
     with RunWriter(config.run_dir) as writer:
-        timer = Timer(config, feed, StepReport(writer, tokenizer.response_text), Announcer(config))
+        timer = Timer(config, BackgroundScores(feed), StepReport(writer, tokenizer.response_text), Announcer(config))
         totals = timer.run()
     fence.check()
     summary = summarize(

@@ -16,6 +16,7 @@ from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints
 from minpro_megatron.checkpoints.save_schedule import EndedEarly, SaveSchedule
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, report, report_unexpected
+from minpro_megatron.feed.background import BackgroundScores
 from minpro_megatron.feed.batch_source import BatchSource
 from minpro_megatron.feed.feed import Feed
 from minpro_megatron.feed.journal_feed import JournalFeed
@@ -142,12 +143,13 @@ def _compute(config: RunConfig, architecture: Architecture, mesh: Mesh) -> Train
 def _feed(config: RunConfig, incarnation: int, tokenizer: TextTokenizer) -> BatchSource:
     if config.debug.journal:
         return JournalFeed(config, tokenizer.text)
-    return Feed(
+    feed = Feed(
         config.run_dir,
         incarnation,
         start_timeout_s=config.server.start_timeout_s,
         hang_timeout_s=config.debug.hang_timeout_s,
     )
+    return BackgroundScores(feed)
 
 
 def _export(config: RunConfig, gatherer: WeightGatherer, mesh: Mesh) -> None:
