@@ -9,7 +9,8 @@ from minpro_megatron.metrics.metric import Reduction
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """The declaration of a scalar: unit ("" for a dimensionless number), reduction, and the description in the README.
+    """The declaration of a scalar: unit ("" for a dimensionless number), reduction, and the description that
+    docs/reference/metrics.md shows.
 
     A "derived" scalar is computed from merged metrics at the end (`monitor.step_report`).
     """
@@ -364,7 +365,7 @@ def check_declared(names: Iterable[str]) -> None:
 
 
 def metric_table() -> str:
-    """METRICS as a Markdown table, for the README."""
+    """METRICS as a Markdown table, for docs/reference/metrics.md."""
     lines = ["| metric | unit | reduction | description |", "|---|---|---|---|"]
     for name, declaration in METRICS.items():
         description = declaration.description.replace("|", "\\|")
