@@ -88,6 +88,13 @@ def pages() -> dict[Path, str]:
     }
 
 
+def setting_names() -> set[str]:
+    """The names of all settings and sections as the command line has them, such as `batch` and `batch.num_prompts`."""
+    titles = [(title.partition(" ")[0], section) for title, section in _sections(RunConfig) if title != "The run"]
+    inner = {f"{path}.{key}" for path, section in titles for key in section.model_fields}
+    return {*RunConfig.model_fields, *(path for path, _ in titles), *inner}
+
+
 def _sections(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     """(title, class) of a section and the sections in it. A union, as of the objectives, gives one for each member."""
     if not prefix:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.documents import ROOT, anchors, links, pages, prose, shell_commands
+from tools.write_reference import setting_names
 
 PACKAGE = "minpro_megatron"
 README_LINES, PAGE_LINES = 150, 300
@@ -90,6 +91,24 @@ def named_paths() -> list[tuple[str, str]]:
 def test_every_path_they_name_exists(page: str, path: str) -> None:
     made_by_a_run = ("artifacts/", "runs/")
     assert path.startswith(made_by_a_run) or any(ROOT.glob(path)) or any((ROOT / PACKAGE).glob(path))
+
+
+def named_settings(page: Path) -> set[str]:
+    """The settings of a run that a page names between backquotes, as `section.key` or `section.key=value`. In tables
+    that compare with other systems only the first column has names of this project."""
+    text = prose(page)
+    if page.name.startswith("coming_from"):
+        text = re.sub(r"^(\|[^|]*\|).*$", r"\1", text, flags=re.MULTILINE)
+    sections = {name.partition(".")[0] for name in setting_names() if "." in name}
+    found = re.findall(r"`'?([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", text)
+    files = (".py", ".toml", ".jsonl")
+    return {name for name in found if name.partition(".")[0] in sections and Path(name).suffix not in files}
+
+
+def test_every_setting_they_name_exists() -> None:
+    named = {name: page.name for page in pages() for name in named_settings(page)}
+    assert len(named) > 60
+    assert {name: page for name, page in named.items() if name not in setting_names()} == {}
 
 
 def test_the_tests_that_the_table_of_damage_names_exist() -> None:
