@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import Tensor
 
 from minpro_megatron.batching.shards import chunk_halves, context_shard, row_multiple, sequence_multiple
+from minpro_megatron.objective.sharded_scan import ShardedScan
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.parallel.prefix_scan import ShardedScan
 from tests.mesh.harness import run_mesh
 
 WARM_UP = 20

@@ -12,9 +12,9 @@ from minpro_megatron.config.objective import ObjectiveSection
 from minpro_megatron.objective.corrections import OtherLogProbs, corrected
 from minpro_megatron.objective.diagnostics import Statistics, token_statistics
 from minpro_megatron.objective.registry import Objective
+from minpro_megatron.objective.sharded_scan import ShardedScan
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, policy_tokens, summed_loss, summed_value
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.parallel.prefix_scan import ShardedScan
 
 
 class TrainedTokens(NamedTuple):

@@ -1,0 +1,31 @@
+"""The objectives as functions for one's own training loop (docs/python_api.md). They need torch, numpy and pydantic."""
+
+from minpro_megatron.objective.advantages import group_advantages
+from minpro_megatron.objective.losses import (
+    cispo_loss,
+    ctpo_loss,
+    grpo_loss,
+    gspo_loss,
+    m2po_loss,
+    m2po_winsorized_loss,
+    minpro_loss,
+    prefix_filter_loss,
+    prefix_ratio_loss,
+    scaled_cispo_loss,
+    shuffled_minpro_loss,
+)
+
+__all__ = [
+    "cispo_loss",
+    "ctpo_loss",
+    "group_advantages",
+    "grpo_loss",
+    "gspo_loss",
+    "m2po_loss",
+    "m2po_winsorized_loss",
+    "minpro_loss",
+    "prefix_filter_loss",
+    "prefix_ratio_loss",
+    "scaled_cispo_loss",
+    "shuffled_minpro_loss",
+]

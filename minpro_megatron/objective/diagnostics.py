@@ -65,7 +65,7 @@ def token_statistics(
     entropies_L: Tensor,
     others: OtherLogProbs,
     staleness_L: Tensor,
-    loss: tuple[Tensor, int],
+    loss: tuple[Tensor, float],
 ) -> Statistics:
     """The statistics of the trained slots (metrics.metric.METRICS describes them). `loss` is the sum of the local
     slots' values and this rank's part of the denominator."""

@@ -7,12 +7,14 @@ objective is differentiated through a clip, its surrogate is written down and to
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import (
+    Aggregation,
     CtpoConfig,
     GrpoConfig,
     GspoConfig,
@@ -222,6 +224,35 @@ def prefix_filter(tokens: Tokens, settings: PrefixFilterConfig) -> Expected:
     for place in prefix_filter_left_out(tokens, settings.quantile):
         kept.coefficients[place] = kept.values[place] = 0.0
     return kept
+
+
+# ---- the objectives by name, and the loss of a mini-batch
+
+# every objective but shuffled_minpro, which draws random numbers: (tokens of a mini-batch, settings) -> its terms
+LOOPS: dict[str, Callable[[Tokens, Any], Expected]] = {
+    "minpro": lambda tokens, s: weighted(tokens, minpro_weights(tokens), s.clip_low, s.clip_high),
+    "cispo": lambda tokens, s: weighted(tokens, tokens.ratios, s.clip_low, s.clip_high),
+    "grpo": grpo,
+    "gspo": gspo,
+    "m2po": m2po,
+    "m2po_winsorized": m2po_winsorized,
+    "ctpo": ctpo,
+    "prefix_ratio": lambda tokens, s: weighted(tokens, prefix_ratio_weights(tokens), s.clip_low, s.clip_high),
+    "prefix_filter": prefix_filter,
+    "scaled_cispo": lambda tokens, s: weighted(tokens, tokens.ratios, s.clip_low, s.clip_high),
+}
+
+
+def expected_loss(expected: Expected, tokens: Tokens, aggregation: Aggregation) -> tuple[float, np.ndarray]:
+    """(the loss, its gradient by every token's log-prob): arXiv:2503.14476, equation 8, and 2507.18071, equation 5."""
+    loss, gradient = 0.0, np.zeros(len(tokens.mask))
+    sequences = tokens.trained_of_sequences()
+    for trained in sequences:
+        count = tokens.trained.sum() if aggregation == "token_mean" else len(trained) * len(sequences)
+        loss += sum(expected.values[place] for place in trained) / count
+        for place in trained:
+            gradient[place] = -expected.coefficients[place] / count
+    return loss, gradient
 
 
 # ---- what can be switched on around an objective

@@ -20,20 +20,14 @@ from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import policy_tokens, summed_loss, summed_value
 from minpro_megatron.records import Batch
-from tests.support import objective_loops as loops
 from tests.support.batches import make_group
-from tests.support.objective_loops import Expected
+from tests.support.objective_loops import LOOPS, expected_loss
 from tests.support.ragged_tokens import Tokens
 
 WHOLE = RankSlice(context_size=1, context_rank=0, tensor_size=1, tensor_rank=0)
 REWARDS = [[1.0, 0.0, 0.25], [0.5, 0.5, 0.5], [0.0], [0.0, 2.0]]  # equal ones, and a group of one
 LENGTHS = [[5, 1, 12], [3, 30, 2], [4], [17, 6]]
 PACKINGS = [[[0, 1, 2, 3, 4, 5, 6, 7, 8]], [[8, 2, 5], [0, 1], [4], [], [6, 7, 3]]]
-LOOPS: dict[str, Any] = {
-    "minpro": lambda tokens, s: loops.weighted(tokens, loops.minpro_weights(tokens), s.clip_low, s.clip_high),
-    "gspo": loops.gspo,
-    "ctpo": loops.ctpo,
-}
 SETTINGS: dict[str, Any] = {
     "minpro": MinproConfig(),
     "gspo": GspoConfig(clip_low=0.2, clip_high=0.2),
@@ -78,18 +72,6 @@ def as_tokens(sequences: Sequence[TokenSequence], log_probs: np.ndarray, treatme
     )
 
 
-def expected_loss(expected: Expected, tokens: Tokens, aggregation: Aggregation) -> tuple[float, np.ndarray]:
-    """(the loss, its gradient by every token's log-prob): arXiv:2503.14476, equation 8, and 2507.18071, equation 5."""
-    loss, gradient = 0.0, np.zeros(len(tokens.mask))
-    sequences = tokens.trained_of_sequences()
-    for trained in sequences:
-        count = tokens.trained.sum() if aggregation == "token_mean" else len(trained) * len(sequences)
-        loss += sum(expected.values[place] for place in trained) / count
-        for place in trained:
-            gradient[place] = -expected.coefficients[place] / count
-    return loss, gradient
-
-
 def found_loss(
     name: str, sequences: list[TokenSequence], log_probs: np.ndarray, aggregation: Aggregation, rows: list[list[int]]
 ) -> tuple[float, np.ndarray]:
@@ -118,7 +100,7 @@ def found_loss(
     return loss / count, gradient / count
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
 @pytest.mark.parametrize("treatment", get_args(Treatment))
 def test_the_loss_is_the_mean_of_tokens_or_of_sequences(

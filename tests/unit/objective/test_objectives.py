@@ -15,7 +15,7 @@ from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import ObjectiveTerms, policy_tokens, summed_loss, summed_value
 from tests.support import objective_loops as loops
-from tests.support.objective_loops import Expected, clip
+from tests.support.objective_loops import LOOPS, clip
 from tests.support.ragged_tokens import (
     DEFAULTS,
     Tokens,
@@ -46,20 +46,6 @@ OTHERS: dict[str, Any] = {
     "prefix_filter": config.PrefixFilterConfig(quantile=0.3, clip_high=0.5),
     "scaled_cispo": config.ScaledCispoConfig(clip_low=0.5, clip_high=1.5),
     "shuffled_minpro": config.ShuffledMinproConfig(clip_high=1.0),
-}
-LOOPS: dict[str, Callable[[Tokens, Any], Expected]] = {
-    "minpro": lambda tokens, s: loops.weighted(tokens, loops.minpro_weights(tokens), s.clip_low, s.clip_high),
-    "cispo": lambda tokens, s: loops.weighted(tokens, tokens.ratios, s.clip_low, s.clip_high),
-    "grpo": loops.grpo,
-    "gspo": loops.gspo,
-    "m2po": loops.m2po,
-    "m2po_winsorized": loops.m2po_winsorized,
-    "ctpo": loops.ctpo,
-    "prefix_ratio": lambda tokens, s: loops.weighted(
-        tokens, loops.prefix_ratio_weights(tokens), s.clip_low, s.clip_high
-    ),
-    "prefix_filter": loops.prefix_filter,
-    "scaled_cispo": lambda tokens, s: loops.weighted(tokens, tokens.ratios, s.clip_low, s.clip_high),
 }
 TOKENS: dict[str, Callable[[], Tokens]] = {
     "ragged": lambda: random_tokens(0),

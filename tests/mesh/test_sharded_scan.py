@@ -10,8 +10,8 @@ import torch
 
 from minpro_megatron.batching.shards import chunk_halves, context_shard, row_multiple, sequence_multiple, tensor_shard
 from minpro_megatron.objective.scan import IDENTITY, Operator
+from minpro_megatron.objective.sharded_scan import ShardedScan
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.parallel.prefix_scan import ShardedScan
 from tests.mesh.harness import run_mesh
 from tests.support.long_cases import long_rows_after
 
