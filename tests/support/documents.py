@@ -1,12 +1,12 @@
 """The pages of the documentation as tests read them: their text, links, anchors and shell blocks."""
 
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"(^|\s)#\s.*$")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -32,11 +32,11 @@ def anchors(page: Path) -> set[str]:
 
 
 def shell_commands(page: Path) -> Iterator[str]:
-    """Every command of the page's fenced blocks that name no language, with continued lines joined and comments
-    removed."""
+    """Every command of the page's fenced blocks that name no language, as printed, with continued lines joined and
+    without comments."""
     for language, block in _FENCED.findall(page.read_text(encoding="utf-8")):
         if language:
             continue
         for line in block.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                yield shlex.join(words)
+            if command := " ".join(_COMMENT.sub("", line).split()):
+                yield command
