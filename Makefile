@@ -3,6 +3,8 @@
 VENV := $(or $(MINPRO_VENV),.venv)
 PYTHON := $(VENV)/bin/python
 export MINPRO_VENV := $(VENV)
+# The code of this checkout, also where the environment was made by another one.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 HF_MODEL := artifacts/tiny_moe/hf/config.json
 MEGATRON_MODEL := artifacts/tiny_moe/megatron/manifest.json
@@ -27,10 +29,10 @@ demo: setup $(HF_MODEL) $(MEGATRON_MODEL) ## train a tiny MoE here: real Megatro
 	$(PYTHON) -m minpro_megatron launch recipes.demo:tiny_moe $(ARGS)
 
 # Set-up is an order-only prerequisite: it runs before, and does not make the files out of date.
-$(HF_MODEL): tools/make_tiny_model.py | setup
+$(HF_MODEL): minpro_megatron/tiny_model/warm_start.py | setup
 	$(PYTHON) tools/make_tiny_model.py --output $(@D)
 
-$(MEGATRON_MODEL): $(HF_MODEL) tools/convert_checkpoint.py | setup
+$(MEGATRON_MODEL): $(HF_MODEL) minpro_megatron/conversion/convert.py | setup
 	$(PYTHON) tools/convert_checkpoint.py to-megatron --hf $(<D) --output $(@D)
 
 test: setup ## the tests that run on this machine within minutes: unit, integration, mesh, e2e

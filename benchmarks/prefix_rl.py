@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from recipes import prefix_rl
+from minpro_megatron.recipes import prefix_rl
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("plain", "prefixed")  # functions of recipes.prefix_rl

@@ -1,20 +1,20 @@
 """End a submitted job without a restart. Submitting the same command again resumes its run.
 
-python -m cluster.cancel NAME     (the run's name or the job's number)
+minpro cancel NAME     (the run's name or the job's number)
 """
 
 import argparse
 import sys
 
-from cluster.records import recall, records_folder
-from cluster.shell import shell_of
-from cluster.slurm_job import JobError, cancel, look_up
+from minpro_megatron.cluster.records import recall, records_folder
+from minpro_megatron.cluster.shell import shell_of
+from minpro_megatron.cluster.slurm_job import JobError, cancel, look_up
 from minpro_megatron.command_line import Parser
 from minpro_megatron.errors import UserError, run_reporting
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m cluster.cancel", description=(__doc__ or "").split("\n")[0])
+def main(arguments: list[str] | None = None, prog: str = "minpro cancel") -> int:
+    parser = Parser(prog=prog, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("job", metavar="NAME", help="the run's name or the job's number")
     options = parser.parse_args(arguments)
     return run_reporting(lambda: _cancel(options))
@@ -35,4 +35,6 @@ def _cancel(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from minpro_megatron.__main__ import run_command
+
+    sys.exit(run_command("cancel", sys.argv[1:], "python -m cluster.cancel"))

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from cluster.shell import Shell
-from cluster.slurm_job import JobError, JobState, log_files, look_up
+from minpro_megatron.cluster.shell import Shell
+from minpro_megatron.cluster.slurm_job import JobError, JobState, log_files, look_up
 
 POLL_S = 2.0
 _BLOCK_BYTES = 256 * 1024

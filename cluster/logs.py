@@ -1,22 +1,22 @@
 """Show the log of a submitted job, of all its starts.
 
-python -m cluster.logs NAME [--follow]
+minpro logs NAME [--follow]
 """
 
 import argparse
 import sys
 
-from cluster.follow import LogTail, follow
-from cluster.records import recall, records_folder
-from cluster.shell import shell_of
-from cluster.slurm_job import JobError
-from cluster.submit import conclude
+from minpro_megatron.cluster.follow import LogTail, follow
+from minpro_megatron.cluster.records import recall, records_folder
+from minpro_megatron.cluster.shell import shell_of
+from minpro_megatron.cluster.slurm_job import JobError
+from minpro_megatron.cluster.submit import conclude
 from minpro_megatron.command_line import Parser
 from minpro_megatron.errors import UserError, run_reporting
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m cluster.logs", description=(__doc__ or "").split("\n")[0])
+def main(arguments: list[str] | None = None, prog: str = "minpro logs") -> int:
+    parser = Parser(prog=prog, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("job", metavar="NAME", help="the run's name or the job's number")
     parser.add_argument("--follow", action="store_true", help="until the job has ended; its exit status as submit's")
     options = parser.parse_args(arguments)
@@ -38,4 +38,6 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from minpro_megatron.__main__ import run_command
+
+    sys.exit(run_command("logs", sys.argv[1:], "python -m cluster.logs"))

@@ -25,12 +25,15 @@ from nemo_run.config import get_nemorun_home
 from nemo_run.core.packaging.base import Packager
 from torchx.specs.api import AppState
 
-from cluster.paths import CHECKOUT
-from cluster.profile import Profile
-from cluster.slurm_job import JOB_PREFIX
-from cluster.tunnel import tunnel
+import minpro_megatron
+from minpro_megatron import __version__
+from minpro_megatron.cluster.paths import CHECKOUT
+from minpro_megatron.cluster.profile import Profile
+from minpro_megatron.cluster.slurm_job import JOB_PREFIX
+from minpro_megatron.cluster.tunnel import tunnel
 from minpro_megatron.errors import UserError
 
+_PACKAGE = Path(minpro_megatron.__file__).parent
 RUN_FILE, TOPOLOGY_FILE = "run.json", "topology.json"
 # NeMo-Run's name for the job's folder inside the job; without a container it is replaced by the real path.
 _CONFIGS = "/nemo_run/configs"
@@ -109,8 +112,8 @@ class WorkingTree(Packager):
             (configs / file).write_text(text, encoding="utf-8")
         archive = Path(job_dir, f"{name}.tar.gz")
         with tarfile.open(archive, "w:gz", compresslevel=3) as tar:
-            for file in files_of(CHECKOUT):
-                tar.add(CHECKOUT / file, arcname=file, recursive=False)
+            for file, name in code_files().items():
+                tar.add(file, arcname=name, recursive=False)
             revision = revision_of(CHECKOUT).encode()
             entry = tarfile.TarInfo("REVISION")
             entry.size = len(revision)
@@ -118,14 +121,26 @@ class WorkingTree(Packager):
         return str(archive)
 
 
+def code_files() -> dict[Path, str]:
+    """The files that the job gets, in their current state, and their names in its archive: those of the checkout, or
+    those of the installed package."""
+    if (CHECKOUT / ".git").exists():
+        return {CHECKOUT / name: name for name in files_of(CHECKOUT)}
+    files = [path for path in sorted(_PACKAGE.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+    return {path: str(path.relative_to(_PACKAGE.parent)) for path in files}
+
+
 def files_of(checkout: Path) -> list[str]:
-    """The files of the checkout that the job gets, in their current state."""
+    """The files and links of the checkout that git knows or does not ignore."""
     listed = _git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    return [name for name in sorted(set(listed.split("\0"))) if name and (checkout / name).is_file()]
+    names = [name for name in sorted(set(listed.split("\0"))) if name]
+    return [name for name in names if (checkout / name).is_file() or (checkout / name).is_symlink()]
 
 
 def revision_of(checkout: Path) -> str:
-    """The commit, with "+changes" if the checkout differs from it."""
+    """The commit, with "+changes" if the checkout differs from it; of an installed package its version."""
+    if not (checkout / ".git").exists():
+        return f"minpro-megatron {__version__}\n"
     changed = "+changes" if _git(checkout, "status", "--porcelain") else ""
     return _git(checkout, "rev-parse", "HEAD").strip() + changed + "\n"
 

@@ -5,7 +5,9 @@ from typing import Any
 
 from minpro_megatron.config.run import RunConfig
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+_PROJECT = Path(__file__).resolve().parent.parent
+# The checkout; for an installed package the current folder, because relative paths of settings refer to it.
+CHECKOUT = _PROJECT if (_PROJECT / "pyproject.toml").is_file() else Path.cwd()
 # Every setting that names a file or folder, except the files of evaluation.benchmarks.
 _SETTINGS = (
     ("runs_dir",), ("model", "hf_path"), ("model", "megatron_path"), ("data", "train_file"), ("data", "heldout_file"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.profile import SshSettings
+from minpro_megatron.cluster.profile import SshSettings
 from minpro_megatron.errors import UserError
 from minpro_megatron.files.replacement import replace_file
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cluster.profile import SshSettings
+from minpro_megatron.cluster.profile import SshSettings
 
 CONNECTION_LOST = 255
 
@@ -64,6 +64,6 @@ def shell_of(ssh: SshSettings | None) -> Shell:
     """This machine, or the login node that is reached through NeMo-Run's tunnel."""
     if ssh is None:
         return ThisMachine()
-    from cluster.tunnel import tunnel
+    from minpro_megatron.cluster.tunnel import tunnel
 
     return LoginNode(lambda: tunnel(ssh))

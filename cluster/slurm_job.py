@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from cluster.shell import Shell
+from minpro_megatron.cluster.shell import Shell
 from minpro_megatron.errors import ProjectError
 
 JOB_PREFIX = "minpro-"

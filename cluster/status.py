@@ -1,6 +1,6 @@
 """Show the state of a submitted job.
 
-    python -m cluster.status NAME     (the run's name or the job's number; without it: all jobs submitted from here)
+    minpro status NAME     (the run's name or the job's number; without it: all jobs submitted from here)
 
 Exit status: 0 while the job waits or runs and if it has completed, 1 if the named job has failed, 2 for errors.
 """
@@ -9,15 +9,15 @@ import argparse
 import sys
 from pathlib import PurePosixPath
 
-from cluster.records import JobRecord, all_records, recall, records_folder
-from cluster.shell import Shell, shell_of
-from cluster.slurm_job import JobError, JobState, look_up
+from minpro_megatron.cluster.records import JobRecord, all_records, recall, records_folder
+from minpro_megatron.cluster.shell import Shell, shell_of
+from minpro_megatron.cluster.slurm_job import JobError, JobState, look_up
 from minpro_megatron.command_line import Parser
 from minpro_megatron.errors import UserError, run_reporting
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m cluster.status", description=(__doc__ or "").split("\n")[0])
+def main(arguments: list[str] | None = None, prog: str = "minpro status") -> int:
+    parser = Parser(prog=prog, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("job", nargs="?", metavar="NAME", help="the run's name or the job's number")
     options = parser.parse_args(arguments)
     return run_reporting(lambda: _status(options))
@@ -51,4 +51,6 @@ def status_lines(record: JobRecord, state: JobState, shell: Shell) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from minpro_megatron.__main__ import run_command
+
+    sys.exit(run_command("status", sys.argv[1:], "python -m cluster.status"))

@@ -1,6 +1,6 @@
 """Submit a run to a cluster as one job.
 
-    python -m cluster.submit recipes.qwen3_30b_a3b:minpro --profile my_cluster.toml optimizer.learning_rate=1e-6
+    minpro submit recipes.qwen3_30b_a3b:minpro --profile my_cluster.toml optimizer.learning_rate=1e-6
 
 Exit status: 0 if the job has completed (with --detach: was submitted; with --dry-run: could be), 1 if it has failed, 2
 if nothing was submitted or following was interrupted by an error, 130 after an interrupt, which ends following only.
@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.follow import follow
-from cluster.paths import in_workspace
-from cluster.planning import plan_problems
-from cluster.profile import Profile, read_profile
-from cluster.records import JobRecord, records_folder, remember
-from cluster.shell import shell_of
-from cluster.slurm_job import JobError, JobState, active_jobs, job_name
+from minpro_megatron.cluster.follow import follow
+from minpro_megatron.cluster.paths import in_workspace
+from minpro_megatron.cluster.planning import plan_problems
+from minpro_megatron.cluster.profile import Profile, read_profile
+from minpro_megatron.cluster.records import JobRecord, records_folder, remember
+from minpro_megatron.cluster.shell import shell_of
+from minpro_megatron.cluster.slurm_job import JobError, JobState, active_jobs, job_name
 from minpro_megatron.command_line import Parser
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError, run_reporting
@@ -27,11 +27,11 @@ from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.topology import Topology, lay_out
 
 if TYPE_CHECKING:
-    from cluster.nemo import JobFiles
+    from minpro_megatron.cluster.nemo import JobFiles
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m cluster.submit", description=(__doc__ or "").split("\n")[0])
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipe", metavar="RECIPE", help="module:function, such as recipes.demo:tiny_moe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run to change")
     parser.add_argument("--profile", type=Path, required=True, metavar="FILE", help="the cluster (cluster/profiles)")
@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_intermixed_args(arguments)  # settings may come before and after options
+def main(arguments: list[str] | None = None, prog: str = "minpro submit") -> int:
+    options = _parser(prog).parse_intermixed_args(arguments)  # settings may come before and after options
     return run_reporting(lambda: _submit(options))
 
 
@@ -66,7 +66,7 @@ def _submit(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"\n# run.json\n{config.to_json()}")
         if profile.executor == "slurm":
-            from cluster.nemo import script_of
+            from minpro_megatron.cluster.nemo import script_of
 
             print(f"# the job's script\n{script_of(_files(config, topology), profile)}")
         return 0
@@ -76,7 +76,7 @@ def _submit(options: argparse.Namespace) -> int:
         for warning in warnings(config):
             print(f"warning: {warning}")
     if profile.executor == "local":
-        from cluster.nemo import run_here
+        from minpro_megatron.cluster.nemo import run_here
 
         return 0 if run_here(_files(config, topology), profile) else 1
     return _run(config, topology, profile, options.detach)
@@ -97,7 +97,7 @@ def shares(topology: Topology) -> list[str]:
 
 
 def _files(config: RunConfig, topology: Topology) -> "JobFiles":
-    from cluster.nemo import JobFiles
+    from minpro_megatron.cluster.nemo import JobFiles
 
     return JobFiles(
         name=config.name,
@@ -113,11 +113,11 @@ def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) 
         if running := active_jobs(shell, job_name(config.name)):
             raise UserError(
                 f"name = {config.name}: job {', '.join(running)} of this name has not ended; cancel it "
-                f"(python -m cluster.cancel {running[0]}) or give another name=..."
+                f"(minpro cancel {running[0]}) or give another name=..."
             )
     except JobError as error:
         raise UserError(f"{error}; is this a login node? Otherwise give the profile an [ssh] section") from None
-    from cluster.nemo import submit
+    from minpro_megatron.cluster.nemo import submit
 
     job = submit(_files(config, topology), profile)
     record = JobRecord(
@@ -130,16 +130,16 @@ def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) 
     )
     remember(records_folder(), record)
     print(f"job {job.job_id}: submitted as {job_name(config.name)}; logs in {job.folder}, run in {config.run_dir}")
-    print(f"python -m cluster.status {config.name}   (or cluster.logs, cluster.cancel)", flush=True)
+    print(f"minpro status {config.name}   (or cluster.logs, cluster.cancel)", flush=True)
     if detach:
         return 0
     try:
         state = follow(shell, job.job_id, job.folder)
     except KeyboardInterrupt:
-        print(f"\nno longer following; the job continues: python -m cluster.logs {config.name} --follow")
+        print(f"\nno longer following; the job continues: minpro logs {config.name} --follow")
         return 130
     except JobError as error:
-        raise UserError(f"{error}; the job may still run: python -m cluster.status {config.name}") from None
+        raise UserError(f"{error}; the job may still run: minpro status {config.name}") from None
     return conclude(state, record)
 
 
@@ -157,4 +157,6 @@ def conclude(state: JobState, record: JobRecord) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from minpro_megatron.__main__ import run_command
+
+    sys.exit(run_command("submit", sys.argv[1:], "python -m cluster.submit"))

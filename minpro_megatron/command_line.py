@@ -1,16 +1,86 @@
-"""What all commands have in common: a mistake in the arguments is one line, with exit status 2."""
+"""What all commands have in common: their parser, how a mistake in the arguments is reported, and the terminal."""
 
 import argparse
-from typing import NoReturn
+import difflib
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PROGRAM = "minpro"
+# The width of what is written to a file or a pipe, so that no line of a table is cut or wrapped.
+_UNLIMITED_WIDTH = 1000
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports what is wrong in one line."""
+    """Reports what is wrong in one line, with exit status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
-def tool_parser(docstring: str | None) -> Parser:
-    """The parser of a tool whose docstring is its help: the docstring's lines stay as they are."""
-    return Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_parser(docstring: str | None, prog: str) -> Parser:
+    """The parser of a command whose docstring is its help: the docstring's lines stay as they are."""
+    return Parser(prog=prog, description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The hint ` (did you mean ...?)` with the known names that are most similar to `given`; empty without any."""
+    similar = difflib.get_close_matches(given, list(known), n=2, cutoff=0.7)
+    return f" (did you mean {' or '.join(similar)}?)" if similar else ""
+
+
+def make_console() -> "Console":
+    """The console for a command's output. Output that goes to a file or a pipe has no limit of width."""
+    from rich.console import Console  # imported here, because it takes time and most commands do not need it
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _UNLIMITED_WIDTH)
+
+
+# Types of options. Each raises ArgumentTypeError, which argparse reports with the option's name.
+
+
+def whole_number(text: str) -> int:
+    """A whole number from 0 on."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number above 0."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return value
+
+
+def names(text: str) -> list[str]:
+    """Distinct names, separated by commas."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected distinct names, separated by commas")
+    return found

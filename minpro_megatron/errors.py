@@ -5,6 +5,7 @@ message. Every other exception, including a ValueError from a library, is unexpe
 """
 
 import logging
+import select
 import sys
 from collections.abc import Callable, Iterable
 from typing import ClassVar
@@ -70,6 +71,10 @@ def run_reporting(command: Callable[[], int], prefix: str = "error", *, reads_gi
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        if not _output_is_closed():
+            return report_unexpected(prefix)
+        raise
     except OSError as error:
         if not reads_given_files or error.filename is None:
             return report_unexpected(prefix)
@@ -77,6 +82,16 @@ def run_reporting(command: Callable[[], int], prefix: str = "error", *, reads_gi
         return WRONG_INPUT
     except Exception:
         return report_unexpected(prefix)
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of this process's output has ended; another broken pipe is an error like any other."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except OSError:  # the output is no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def report(error: ProjectError, prefix: str) -> int:

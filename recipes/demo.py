@@ -1,7 +1,5 @@
 """A run that learns something within minutes on two CPU cores: a tiny MoE policy that learns to calculate."""
 
-from pathlib import Path
-
 from minpro_megatron.config.batch import BatchConfig
 from minpro_megatron.config.data import DataConfig
 from minpro_megatron.config.evaluation import EvaluationConfig
@@ -13,22 +11,20 @@ from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.config.sampling import SamplingConfig
 from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.config.staleness import StalenessConfig
-
-_ROOT = Path(__file__).resolve().parent.parent
+from minpro_megatron.recipes.places import ARTIFACTS, DATA
 
 
 def tiny_moe() -> RunConfig:
     """MinPRO two global steps off-policy (8 to 11 updates) on two trainer ranks and one server."""
-    model = _ROOT / "artifacts" / "tiny_moe"
-    data = _ROOT / "recipes" / "data"
+    model = ARTIFACTS / "tiny_moe"
     return RunConfig(
         name="demo",
         num_global_steps=120,
         device="cpu",
         model=ModelConfig(hf_path=str(model / "hf"), megatron_path=str(model / "megatron"), dtype="float32"),
         data=DataConfig(
-            train_file=str(data / "calculator_train.jsonl"),
-            heldout_file=str(data / "calculator_heldout.jsonl"),
+            train_file=str(DATA / "calculator_train.jsonl"),
+            heldout_file=str(DATA / "calculator_heldout.jsonl"),
         ),
         parallel=ParallelConfig(tensor=2, expert=2),
         objective=MinproConfig(clip_low=1.0, clip_high=4.0),

@@ -5,16 +5,16 @@ folder named by the environment variable MINPRO_ROOT (without it `artifacts` nex
 servers must both be able to read:
 
     models/Qwen3-8B-Base/hf             the released model
-    models/Qwen3-8B-Base/megatron       converted from it by tools/convert_checkpoint.py
-    data/dapo.jsonl                     made by tools/prepare_data.py dapo
-    data/dapo_prefixed.jsonl            made by tools/build_prefixes.py, for the prefix_rl runs
-    data/aime24.jsonl, gsm8k.jsonl ...  the seven benchmarks, made by tools/prepare_data.py
+    models/Qwen3-8B-Base/megatron       converted from it by `minpro convert`
+    data/dapo.jsonl                     made by `minpro prepare dapo`
+    data/dapo_prefixed.jsonl            made by `minpro prefixes`, for the prefix_rl runs
+    data/aime24.jsonl, gsm8k.jsonl ...  the seven benchmarks, made by `minpro prepare`
     runs/                               the output of the runs
 
 A recipe can be evaluated without these files; a launch checks them. Other paths are settings: model.hf_path=...,
 data.train_file=...
 
-Each recipe states how its GPUs are divided. Memory is calculated as `tools/convert_checkpoint.py plan` does: bfloat16
+Each recipe states how its GPUs are divided. Memory is calculated as `minpro convert plan` does: bfloat16
 weights, float32 gradients and AdamW's states in float32. In addition there are activations (with model.recompute =
 full the input of each layer: tokens per rank x hidden size x 2 bytes x layers, at most 5 GB in these recipes), those of
 one layer, and the buffers of NCCL and publishing, for which 20 GB of an 80 GB GPU are left free. Whole layers are
@@ -40,6 +40,7 @@ from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.config.sampling import SamplingConfig
 from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.config.staleness import StalenessConfig
+from minpro_megatron.recipes.places import ARTIFACTS
 
 ROOT_VARIABLE = "MINPRO_ROOT"
 # Samples per prompt in the paper's evaluation (section 5.1).
@@ -73,7 +74,7 @@ def table_3(
     The first 400 prompts of MATH500 are also the held-out set, whose pass@1 selects the best checkpoint. The benchmarks
     are sampled in full, about 18,000 responses, so only the first, the last and every 40th version are evaluated.
     """
-    root = Path(os.environ.get(ROOT_VARIABLE) or Path(__file__).parent.parent / "artifacts").absolute()
+    root = Path(os.environ.get(ROOT_VARIABLE) or ARTIFACTS).absolute()
     data = root / "data"
     return RunConfig(
         name=f"{model.removesuffix('-Base').lower()}-minpro",

@@ -4,17 +4,15 @@
 benchmarks/prefix_rl.md.
 """
 
-from pathlib import Path
-
 from minpro_megatron.config.run import RunConfig, with_overrides
-from recipes.demo import tiny_moe
+from minpro_megatron.recipes.demo import tiny_moe
+from minpro_megatron.recipes.places import ARTIFACTS, DATA
 
-_ROOT = Path(__file__).resolve().parent.parent
-FOLDER = _ROOT / "artifacts" / "prefix_rl"
+FOLDER = ARTIFACTS / "prefix_rl"
 
 
 def prefixed() -> RunConfig:
-    """Three quarters of the prompts include 40 to 80 % of a correct response (tools/build_prefixes.py)."""
+    """Three quarters of the prompts include 40 to 80 % of a correct response (`minpro prefixes`)."""
     return with_overrides(
         tiny_moe(),
         [
@@ -23,7 +21,7 @@ def prefixed() -> RunConfig:
             f"model.hf_path={FOLDER / 'hf'}",
             f"model.megatron_path={FOLDER / 'megatron'}",
             f"data.train_file={FOLDER / 'prefixed.jsonl'}",
-            f"data.heldout_file={_ROOT / 'recipes' / 'data' / 'calculator_steps_heldout.jsonl'}",
+            f"data.heldout_file={DATA / 'calculator_steps_heldout.jsonl'}",
             "parallel.tensor=1",
             "parallel.expert=1",
             "optimizer.learning_rate=5e-4",

@@ -8,7 +8,7 @@ cache (164 kB per token: 720,000 tokens), a server of one GPU a third of that.
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig
-from recipes import paper
+from minpro_megatron.recipes import paper
 
 
 def minpro() -> RunConfig:

@@ -6,13 +6,13 @@ experts over NVLink. Attention is small (hidden size 2,048): tensor 2 is enough,
 divided by context 2, into 8,192 tokens per rank. A rank holds 38 GB (weights 9, gradients 18, optimizer 11).
 
 A server of two GPUs has 61 GB of weights and 87 GB of KV cache (98 kB per token: 880,000 tokens); four GPUs would
-save weights, but a decoding step waits for messages between GPUs in each of 48 layers. tools/plan_run.py expects 900 s
+save weights, but a decoding step waits for messages between GPUs in each of 48 layers. `minpro plan` expects 900 s
 per step with responses of 8,192 tokens on average, and 8 % less with 16 GPUs that train and 48 that serve.
 """
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig
-from recipes import paper
+from minpro_megatron.recipes import paper
 
 
 def minpro() -> RunConfig:

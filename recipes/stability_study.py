@@ -4,10 +4,8 @@
 several delays and seeds; the results are in benchmarks/stability_study.md. After the study has made its files, a
 single run through the whole system is:
 
-    python -m minpro_megatron launch recipes.stability_study:run objective.name=cispo staleness.delay_steps=8
+    minpro launch recipes.stability_study:run objective.name=cispo staleness.delay_steps=8
 """
-
-from pathlib import Path
 
 from minpro_megatron.config.batch import BatchConfig
 from minpro_megatron.config.checkpoint import CheckpointConfig
@@ -22,8 +20,9 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.sampling import SamplingConfig
 from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.config.staleness import StalenessConfig
+from minpro_megatron.recipes.places import ARTIFACTS
 
-FOLDER = Path(__file__).resolve().parent.parent / "artifacts" / "stability_study"
+FOLDER = ARTIFACTS / "stability_study"
 
 
 def run() -> RunConfig:

@@ -1,71 +1,11 @@
-"""Compares runs on one HTML page: overlaid curves, the results of each run, the settings in which they differ.
+"""The command `minpro compare` as a file of a checkout: python tools/compare_runs.py ..."""
 
-    python tools/compare_runs.py runs/demo runs/demo-cispo
-    python tools/compare_runs.py runs/* --metrics eval/pass_at_1,ratio/max --smooth 5 --output study.html
-
-Runs may have different lengths, and may still be active. If a run was resumed from a checkpoint, the steps after
-resuming replace the earlier ones. The page needs no other file and loads nothing.
-"""
-
-import argparse
-import os
 import sys
 from pathlib import Path
 
-from minpro_megatron.command_line import tool_parser
-from minpro_megatron.errors import run_reporting
-from minpro_megatron.report.comparison import USUAL_METRICS, read_runs, write_comparison
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the code of this checkout, in any environment
 
-
-def _page(text: str) -> Path:
-    if not text.lower().endswith((".html", ".htm")):  # a typing error must not overwrite a file of a run
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a page; it must end in .html")
-    return Path(text)
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("there is no metric in it; give some, such as reward/accuracy,ratio/max")
-    return list(dict.fromkeys(names))
-
-
-def _window(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = tool_parser(__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--output", type=_page, default=Path("comparison.html"), metavar="FILE.html")
-    parser.add_argument(
-        "--metrics",
-        type=_names,
-        default=[],
-        metavar="A,B",
-        help=f"curves to draw (default: {', '.join(USUAL_METRICS)})",
-    )
-    parser.add_argument(
-        "--smooth", type=_window, metavar="N", help="running mean over N global steps, 1: none (default: a twentieth)"
-    )
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-
-    def compare() -> int:
-        write_comparison(read_runs(options.runs), options.output, options.metrics, options.smooth)
-        print(f"wrote {options.output}")
-        return 0
-
-    return run_reporting(compare, reads_given_files=True)
-
+from minpro_megatron.__main__ import run_command
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (KeyboardInterrupt, BrokenPipeError):
-        os._exit(130)
+    sys.exit(run_command("compare", sys.argv[1:], "python tools/compare_runs.py"))

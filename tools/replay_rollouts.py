@@ -1,93 +1,11 @@
-"""Train-only replay of stored rollouts on any mesh: for debugging, and for reproducing a bad step.
+"""The command `minpro replay` as a file of a checkout: python tools/replay_rollouts.py ..."""
 
-    python tools/replay_rollouts.py --model HF_DIR --rollouts FILE.jsonl --objective minpro --set clip_high=4 \\
-        --parallel tensor=2,expert=2,context=2 --mini-batch-groups 8 --output DIR
-
-Rows of FILE, one JSON object per line:
-    group               str      rows with the same value are a group, in any order: advantages are relative to it
-    prompt_ids          [int]    at least one, each below the model's vocab_size
-    response_ids        [int]    may be empty: then only its reward counts, in its group's mean and deviation
-    behavior_log_probs  [float]  one per response token, under the weights that sampled it
-    reward              float
-    loss_mask           [0|1]    optional: 0 excludes a response token, also from scans and counts
-    rollout_log_probs   [float]  the engine's; needed if loss.truncated_importance or loss.icepop is enabled
-Other fields are ignored. A group of one row and a group with equal rewards have advantage 0. All rows are checked
-before any rank starts; errors are reported with file, line and field, one line per problem, and exit status 2.
-
-Groups are in the order of their first rows. Each update uses the next --mini-batch-groups of them; after the last one
-they start again, until there have been --updates. AdamW's state is kept between updates, the learning rate is constant.
-
-Written to DIR when everything is complete, summary.json last; other files in DIR are kept:
-    summary.json  {"updates": [{"loss", "grad_norm", "num_tokens"}, ...]}: the norm is that before clipping
-    tokens.jsonl  {"log_probs", "coefficients", "prefix_min", "advantage"} of every row, in the file's order, under the
-                  initial weights; d loss / d log_prob = - coefficient / trained tokens (token-mean), or
-                  - coefficient / (trained tokens of the row * rows with any) for sequence-mean; 0 for masked
-                  tokens; prefix_min is 1 if no trained token comes before
-    model/        Hugging Face folder of the weights after the last update
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
-from minpro_megatron.command_line import tool_parser
-from minpro_megatron.errors import run_reporting
-from minpro_megatron.replay.run import run_replay
-from minpro_megatron.replay.settings import SETTINGS, ReplayOptions
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the code of this checkout, in any environment
 
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = tool_parser(__doc__)
-    files = parser.add_argument_group("files")
-    files.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="config.json and safetensors")
-    files.add_argument("--rollouts", type=Path, required=True, metavar="FILE.jsonl")
-    files.add_argument("--output", type=Path, required=True, metavar="DIR", help="new, empty or an earlier output")
-    loss = parser.add_argument_group("loss")
-    loss.add_argument(
-        "--objective", required=True, metavar="NAME", help="minpro, cispo, grpo, ...; a wrong name lists all"
-    )
-    loss.add_argument(
-        "--set",
-        dest="settings",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help=f"a setting of the objective by its name (clip_high=4), or one of {', '.join(SETTINGS)} with its path",
-    )
-    updates = parser.add_argument_group("updates")
-    updates.add_argument("--mini-batch-groups", type=_count, metavar="N", help="groups per update (default: all)")
-    updates.add_argument("--updates", type=_count, metavar="N", help="default: one per mini-batch")
-    updates.add_argument("--learning-rate", metavar="X", help="default: 1e-6")
-    updates.add_argument("--weight-decay", metavar="X", help="default: 0.1")
-    updates.add_argument("--clip-grad", metavar="X", help="maximum gradient norm, 0 for no limit (default: 1.0)")
-    ranks = parser.add_argument_group("ranks")
-    ranks.add_argument(
-        "--parallel",
-        default="",
-        metavar="AXIS=N,...",
-        help="tensor, pipeline, virtual_pipeline, context, expert, expert_tensor: 1 unless given; data: the smallest "
-        "that fits unless given; pipeline_layers=2+3+2: layers of each stage. tensor x pipeline x context x data ranks "
-        "are started",
-    )
-    ranks.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU for every rank")
-    ranks.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on the CPU, else bfloat16")
-    ranks.add_argument("--packing", choices=["on", "off"], default="on", help="several sequences per row (default: on)")
-    ranks.add_argument("--max-tokens-per-row", type=_count, metavar="N", help="default: 4096, or the longest sequence")
-    ranks.add_argument("--seed", type=int, default=0, help="for objectives that draw random numbers (default: 0)")
-    return parser
-
-
-def main() -> int:
-    given = vars(_parser().parse_args())
-    return run_reporting(lambda: run_replay(ReplayOptions(**given | {"packing": given["packing"] == "on"})))
-
+from minpro_megatron.__main__ import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("replay", sys.argv[1:], "python tools/replay_rollouts.py"))

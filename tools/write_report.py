@@ -1,37 +1,11 @@
-"""Writes a run's report.html again from the contents of its folder: for a run that is active or ended early.
-
-    python tools/write_report.py runs/demo
-
-A finished run already has its report, which is replaced.
-"""
+"""The command `minpro report` as a file of a checkout: python tools/write_report.py ..."""
 
 import sys
 from pathlib import Path
 
-from minpro_megatron.command_line import tool_parser
-from minpro_megatron.errors import UserError, run_reporting
-from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
-from minpro_megatron.report.report import write_report
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the code of this checkout, in any environment
 
-
-def _checked(run_dir: Path) -> Path:
-    """Raises UserError if there is no run."""
-    if not (run_dir / HISTORY_FILE).is_file():
-        raise UserError(f"{run_dir}: no {HISTORY_FILE} in it, so it is not a run's folder, or the run has not started")
-    return run_dir
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = tool_parser(__doc__)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder")
-    options = parser.parse_args(arguments)
-
-    def write() -> int:
-        print(f"wrote {write_report(_checked(options.run_dir))}")
-        return 0
-
-    return run_reporting(write, reads_given_files=True)
-
+from minpro_megatron.__main__ import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("report", sys.argv[1:], "python tools/write_report.py"))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from minpro_megatron.config.run import RunConfig, with_overrides
-from recipes import stability_study
+from minpro_megatron.recipes import stability_study
 
 OBJECTIVES = (
     "minpro",

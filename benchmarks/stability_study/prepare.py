@@ -8,9 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from minpro_megatron.files.replacement import new_folder
+from minpro_megatron.prompt_sets import calculator_steps, rows
+from minpro_megatron.recipes import stability_study
 from minpro_megatron.rewards.calculator_steps import worked
-from recipes import stability_study
-from tools.prompt_sets import calculator_steps, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 # Eight readings, each wrong in a sixth of the warm start's answers: about a fifth of the samples are correct overall.
@@ -58,7 +58,9 @@ def _make_model(folder: Path) -> None:
     import torch
     from rich.console import Console
 
-    from tools import make_tiny_model  # imports transformers, which takes seconds and is not needed to resume a study
+    from minpro_megatron.tiny_model import (
+        warm_start as make_tiny_model,  # imports transformers, which takes seconds and is not needed to resume a study
+    )
 
     torch.set_num_threads(1)
     task = make_tiny_model.TASKS["calculator_steps"]

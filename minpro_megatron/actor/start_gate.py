@@ -64,7 +64,7 @@ def refuse_unequal_start(metrics: Mapping[str, float], log_ratios: np.ndarray, d
         f"the first mini-batch has staleness 0 and comes before any update, but its ratios are not 1: log-ratio "
         f"{rms:.3g} root mean square (limit {limit:g}), {share:.3g} of the tokens beyond {FAR_NATS} nats (limit "
         f"{MAX_START_FAR_SHARE:g}), {largest:.3g} at most: scoring and training compute different log-probs; compare "
-        "tools/compare_logits.py on this mesh and on one rank"
+        "`minpro compare-logits` on this mesh and on one rank"
     )
 
 

@@ -8,7 +8,7 @@ from minpro_megatron.files.disk_space import free_bytes, is_full, no_space
 
 REPLACE = (
     "restore a copy of the journal that belongs to the checkpoint, or start a new run (name=...) from the weights of "
-    "the last checkpoint (python -m minpro_megatron export)"
+    "the last checkpoint (`minpro export`)"
 )
 _FULL_BELOW_BYTES = 1 << 20  # free: a write of a few pages failed, and SQLite does not report the cause
 

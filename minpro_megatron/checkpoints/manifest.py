@@ -137,8 +137,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     file = Path(folder) / MANIFEST
     if not file.is_file():
         raise UserError(
-            f"{folder}: there is no {MANIFEST}, so this is not a complete Megatron checkpoint; "
-            "run tools/convert_checkpoint.py"
+            f"{folder}: there is no {MANIFEST}, so this is not a complete Megatron checkpoint; run `minpro convert`"
         )
     if is_run_checkpoint(file.parent):
         return _as_weights(read_run_manifest(file.parent))

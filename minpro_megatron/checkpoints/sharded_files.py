@@ -270,7 +270,7 @@ def refuse_code(folder: Path) -> None:
             reason = f"it names {named[1]}" if named else type(error).__name__
             raise UserError(
                 f"{file}: the object {place.fqn!r} contains more than data, or is damaged, and is refused ({reason}); "
-                "give a folder made by tools/convert_checkpoint.py or by a run"
+                "give a folder made by `minpro convert` or by a run"
             ) from None
 
 
@@ -308,7 +308,7 @@ def read_metadata(folder: Path) -> Metadata:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
     except Exception as error:  # what a damaged pickle raises can be anything
-        raise UserError(f"{path}: {error}; give a folder made by tools/convert_checkpoint.py") from None
+        raise UserError(f"{path}: {error}; give a folder made by `minpro convert`") from None
     if not isinstance(metadata, Metadata):
         raise UserError(f"{path}: this is not the metadata of a checkpoint; give a folder made by this tool")
     return metadata

@@ -25,7 +25,7 @@ class ModelConfig(Section):
         description="Hugging Face folder with the architecture, the tokenizer and the parameter names for the export."
     )
     megatron_path: str = Field(
-        description="Megatron checkpoint of the same weights, made by tools/convert_checkpoint.py, or the checkpoint "
+        description="Megatron checkpoint of the same weights, made by `minpro convert`, or the checkpoint "
         "of a run from which hf_path was exported."
     )
     dtype: Literal["float32", "bfloat16"] = Field(

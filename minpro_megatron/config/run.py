@@ -1,11 +1,13 @@
 """The settings of a run: one immutable object that every role reads from run.json."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from minpro_megatron.command_line import did_you_mean
 from minpro_megatron.config.alarms import AlarmsConfig
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.batch import BatchConfig
@@ -208,11 +210,28 @@ def _find_setting(values: dict[str, Any], path: str, assignment: str) -> tuple[d
     target = values
     for section in sections:
         if not isinstance(target.get(section), dict):
-            raise UserError(f"override {assignment!r}: there is no section {section!r}; known: {', '.join(target)}")
+            hint = did_you_mean(section, target)
+            raise UserError(
+                f"override {assignment!r}: there is no section {section!r}{hint}; known: {', '.join(target)}"
+            )
         target = target[section]
     if key not in target:
-        raise UserError(f"override {assignment!r}: there is no setting {key!r}; known: {', '.join(target)}")
+        hint = _settings_named(key, values) or did_you_mean(key, target)
+        raise UserError(f"override {assignment!r}: there is no setting {key!r}{hint}; known: {', '.join(target)}")
     return target, key
+
+
+def _settings_named(key: str, values: dict[str, Any]) -> str:
+    """A hint at the settings of this name in other sections; empty without any."""
+    same = [path for path in _paths_in(values) if path.rpartition(".")[2] == key]
+    return f" (did you mean {' or '.join(same)}?)" if same else ""
+
+
+def _paths_in(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _paths_in(value, f"{prefix}{key}.")
 
 
 def _parse_value(text: str, current: Any) -> Any:

@@ -148,7 +148,7 @@ def benchmark_file(options: EvaluationOptions, name: str) -> Path:
 def _load(options: EvaluationOptions, name: str) -> list[Prompt]:
     path = benchmark_file(options, name)
     if not path.is_file():
-        made = f"make it with tools/prepare_data.py {name} (see its --help), or " if name in BENCHMARKS else ""
+        made = f"make it with `minpro prepare {name}` (see its --help), or " if name in BENCHMARKS else ""
         raise UserError(f"--benchmarks {name}: {path}: no such file; {made}give --benchmark-file {name}=PATH")
     prompts = load_prompts(path, f"--benchmarks {name}")
     if options.num_prompts is not None and options.num_prompts > len(prompts):

@@ -1,9 +1,11 @@
 """Converts the command line to validated settings."""
 
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +14,29 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from minpro_megatron.command_line import did_you_mean
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.errors import UserError
 
+BUNDLED = "minpro_megatron"  # the package that has the project's recipes: recipes.demo is minpro_megatron.recipes.demo
+_PROJECT = Path(__file__).resolve().parents[2]
+
 
 def load_recipe(recipe: str) -> RunConfig:
     """The settings that the recipe `module:function` returns. Raises UserError if it does not."""
-    module_name, separator, function_name = recipe.partition(":")
+    module_name, separator, function_name = recipe.rpartition(":")
     if not (separator and module_name and function_name):
-        raise UserError(f"recipe {recipe!r}: expected module:function, such as recipes.demo:tiny_moe")
+        raise UserError(
+            f"recipe {recipe!r}: expected module:function, such as recipes.demo:tiny_moe, or ./file.py:function"
+        )
     module = _import(module_name, f"recipe {recipe!r}")
     recipes = _recipes_in(module)
     function = recipes.get(function_name, getattr(module, function_name, None))
     if not callable(function):
+        hint = did_you_mean(function_name, recipes)
         known = ", ".join(recipes) or "no recipe"
-        raise UserError(f"recipe {recipe!r}: {module_name} has no function {function_name!r}; it has: {known}")
+        raise UserError(f"recipe {recipe!r}: {module_name} has no function {function_name!r}{hint}; it has: {known}")
     return _call(recipe, function)
 
 
@@ -36,10 +45,10 @@ def list_recipes(name: str) -> list[str]:
     and the first line of its docstring. Raises UserError for a name that cannot be imported."""
     module = _import(name, f"recipes of {name!r}")
     inside = sorted(found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []), f"{name}."))
-    modules = [module, *(_import(one, f"recipes of {name!r}") for one in inside)]
+    modules = {one: _import(one, f"recipes of {name!r}") for one in inside}
     found = [
-        (f"{one.__name__}:{function_name}", (inspect.getdoc(function) or "").partition("\n")[0])
-        for one in modules
+        (f"{called}:{function_name}", (inspect.getdoc(function) or "").partition("\n")[0])
+        for called, one in {name: module, **modules}.items()
         for function_name, function in _recipes_in(one).items()
     ]
     if not found:
@@ -49,16 +58,56 @@ def list_recipes(name: str) -> list[str]:
 
 
 def _import(module_name: str, what: str) -> ModuleType:
+    """The module of this name, or in the file of this name. Raises UserError for whatever its import raises."""
     try:
-        return importlib.import_module(module_name)
+        if module_name.endswith(".py"):
+            return _import_file(Path(module_name))
+        return importlib.import_module(_full_name(module_name))
+    except FileNotFoundError as error:
+        if Path(str(error.filename)) != Path(module_name):
+            raise UserError(f"{what}: importing {module_name} failed: {_named(error)}") from error
+        raise UserError(f"{what}: there is no file {module_name}") from None
     except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+        wanted = f"{BUNDLED}.{module_name}" if (error.name or "").startswith(f"{BUNDLED}.") else module_name
+        if error.name and (wanted == error.name or wanted.startswith(f"{error.name}.")):
+            missing = error.name.removeprefix(f"{BUNDLED}.")
+            hint = did_you_mean(missing, _bundled_names())
             raise UserError(
-                f"{what}: there is no module {error.name!r}; run from the folder that contains it"
+                f"{what}: there is no module {missing!r}{hint}; run from the folder that contains it"
             ) from None
         raise UserError(f"{what}: importing {module_name} failed: {_named(error)}") from error
     except Exception as error:  # a recipe file is the user's: every error in it is reported in one line
         raise UserError(f"{what}: importing {module_name} failed: {_named(error)}") from error
+
+
+def _full_name(name: str) -> str:
+    """The importable name of a module: `recipes` and what is in it are part of this project wherever a command is
+    called, unless the current folder has such a module of its own."""
+    if name.partition(".")[0] != "recipes":
+        return name
+    try:
+        own = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        own = None
+    is_own = own is not None and own.origin is not None and _PROJECT not in Path(own.origin).resolve().parents
+    return name if is_own else f"{BUNDLED}.{name}"
+
+
+def _bundled_names() -> list[str]:
+    package = importlib.import_module(f"{BUNDLED}.recipes")
+    return [found.name for found in pkgutil.iter_modules(package.__path__, "recipes.")]
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module in a file that may be anywhere; it can import the modules beside it."""
+    path.stat()  # raises FileNotFoundError with this name
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # every .py file has a loader
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _call(recipe: str, function: Callable[[], object]) -> RunConfig:

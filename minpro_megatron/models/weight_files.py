@@ -83,7 +83,7 @@ def weight_problem(folder: Path, for_servers: bool = True) -> str:
         return (
             "the experts of a layer are fused into one tensor, as transformers 5 saves them with "
             "save_original_format=False, and the servers cannot load this format; convert it with "
-            "tools/convert_checkpoint.py to-megatron and to-hf, and give the result"
+            "`minpro convert to-megatron` and `to-hf`, and give the result"
         )
     return ""
 

@@ -253,7 +253,7 @@ CHECKS: dict[AlarmName, _Watched] = {
     ),
     "no_gradient": _Watched(
         _no_gradient,
-        "inspect rollouts and rewards (tools/show_rollouts.py): the grader may give every response the same reward, or "
+        "inspect rollouts and rewards (`minpro show`): the grader may give every response the same reward, or "
         "the prompts may all be too easy or too hard (data.min_pass_rate, data.max_pass_rate, batch.dynamic_sampling)",
     ),
     "failed_grades": _Watched(
@@ -263,7 +263,7 @@ CHECKS: dict[AlarmName, _Watched] = {
     ),
     "gradient_spikes": _Watched(
         _gradient_spikes,
-        "inspect the rollouts of these steps (tools/show_rollouts.py) and ratio/max; lower optimizer.clip_grad or "
+        "inspect the rollouts of these steps (`minpro show`) and ratio/max; lower optimizer.clip_grad or "
         "optimizer.learning_rate",
     ),
     "effective_sample_size": _Watched(

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-# By the first bytes. Everything but the last is read by tools/prepare_data.py.
+# By the first bytes. Everything but the last is read by `minpro prepare`.
 _KINDS = {
     b"PAR1": "a parquet file",
     b"\x1f\x8b": "compressed with gzip",
@@ -20,7 +20,7 @@ _FIELDS = ("id", "source", "prompt", "answer")
 
 def prepare_command(path: Path) -> str:
     return (
-        f"make a prompt file of it with: python tools/prepare_data.py custom --input {path} --prompt-column COLUMN "
+        f"make a prompt file of it with: minpro prepare custom --input {path} --prompt-column COLUMN "
         "--answer-column COLUMN --output FILE.jsonl"
     )
 

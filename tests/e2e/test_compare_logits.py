@@ -36,7 +36,7 @@ def test_a_model_on_two_ranks_agrees_with_transformers(tmp_path: Path) -> None:
 def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
     make_model("dense").save_pretrained(tmp_path / "hf")
     done = _run("--hf", str(tmp_path / "hf"), "--ids", "1,99999")
-    assert (done.returncode, done.stderr) == (2, "compare_logits: token 99999: the model's tokens are 0 to 76\n")
+    assert (done.returncode, done.stderr) == (2, "error: token 99999: the model's tokens are 0 to 76\n")
 
 
 def test_a_converted_model_agrees_and_one_of_other_weights_does_not(tiny_model: TinyModel, tmp_path: Path) -> None:

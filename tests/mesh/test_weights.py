@@ -132,7 +132,7 @@ def _refusals_on_rank(mesh: Mesh, hf_path: Path, checkpoint: Path) -> None:
 
     architecture = read_architecture(hf_path)
     chunks = build_model(architecture, mesh, torch.float32)
-    with pytest.raises(ValueError, match=r"there is no manifest.json, .*; run tools/convert"):
+    with pytest.raises(ValueError, match=r"there is no manifest.json, .*; run `minpro convert"):
         load_weights(chunks, architecture, checkpoint.with_name("absent"), mesh)
     longer = replace(architecture, num_layers=5)
     larger_model = build_model(longer, mesh, torch.float32)

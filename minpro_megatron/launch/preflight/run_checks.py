@@ -125,21 +125,21 @@ def _mesh_fits_model(config: RunConfig) -> Iterator[str]:
 def _megatron_model(config: RunConfig) -> Iterator[str]:
     folder, field = Path(config.model.megatron_path), f"model.megatron_path = {config.model.megatron_path}"
     if not folder.is_dir():
-        yield f"{field}: there is no such folder; make it from model.hf_path with tools/convert_checkpoint.py"
+        yield f"{field}: there is no such folder; make it from model.hf_path with `minpro convert`"
     elif not (folder / "manifest.json").is_file():
-        yield f"{field}: manifest.json is missing; run tools/convert_checkpoint.py to its end"
+        yield f"{field}: manifest.json is missing; run `minpro convert` to its end"
     elif is_run_checkpoint(folder):
         if not is_exported_from(Path(config.model.hf_path), folder):
             yield (
                 f"{field}: a run's checkpoint, and model.hf_path = {config.model.hf_path} was not exported from it, so "
-                "trainer and servers would start with different weights; write it with `python -m minpro_megatron "
-                "export` and give its output as model.hf_path"
+                "trainer and servers would start with different weights; write it with `minpro export` and give its "
+                "output as model.hf_path"
             )
     elif _newest(Path(config.model.hf_path)) > (folder / "manifest.json").stat().st_mtime:
         # The trainer loads one and the servers the other: every ratio of the first steps would be wrong.
         yield (
             f"{field}: older than the weights in model.hf_path = {config.model.hf_path}; run "
-            f"tools/convert_checkpoint.py again, or touch {folder / 'manifest.json'} if they are the same weights"
+            f"`minpro convert` again, or touch {folder / 'manifest.json'} if they are the same weights"
         )
 
 

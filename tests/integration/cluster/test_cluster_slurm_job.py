@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from cluster import follow as following
-from cluster.follow import LogTail, follow
-from cluster.records import JobRecord, all_records, recall, remember
-from cluster.shell import Answer, LoginNode, ThisMachine
-from cluster.slurm_job import JobError, JobState, active_jobs, look_up, parse_sacct, parse_scontrol, parse_script_output
+from minpro_megatron.cluster import follow as following
+from minpro_megatron.cluster.follow import LogTail, follow
+from minpro_megatron.cluster.records import JobRecord, all_records, recall, remember
+from minpro_megatron.cluster.shell import Answer, LoginNode, ThisMachine
+from minpro_megatron.cluster.slurm_job import (
+    JobError,
+    JobState,
+    active_jobs,
+    look_up,
+    parse_sacct,
+    parse_scontrol,
+    parse_script_output,
+)
 from minpro_megatron.errors import UserError
 
 SCONTROL = """\

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster import submit
-from cluster.paths import CHECKOUT
-from cluster.planning import plan_problems
-from cluster.profile import read_profile
+from minpro_megatron.cluster import submit
+from minpro_megatron.cluster.paths import CHECKOUT
+from minpro_megatron.cluster.planning import plan_problems
+from minpro_megatron.cluster.profile import read_profile
 from minpro_megatron.errors import FAILED, TRY_AGAIN, UserError
 from minpro_megatron.launch.recipe import list_recipes, load_recipe
 from minpro_megatron.launch.topology import lay_out
@@ -151,7 +151,7 @@ def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_job_gets_the_code_as_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nemo = pytest.importorskip("cluster.nemo")
+    nemo = pytest.importorskip("minpro_megatron.cluster.nemo")
     checkout, job = tmp_path / "checkout", tmp_path / "job"
     checkout.mkdir()
     job.mkdir()
@@ -161,12 +161,13 @@ def test_the_job_gets_the_code_as_it_is_now(tmp_path: Path, monkeypatch: pytest.
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
         subprocess.run([*git, *command], cwd=checkout, check=True)
     (checkout / "gone.py").unlink()
+    (checkout / "link").symlink_to(tmp_path)
     for name in ("old.py", "new file.py", "ignored"):
         (checkout / name).write_text("2")
     monkeypatch.setattr(nemo, "CHECKOUT", checkout)
     archive = nemo.WorkingTree(configs={"run.json": "{}\n"}).package(tmp_path, str(job), "a")
     with tarfile.open(archive) as tar:
-        assert sorted(tar.getnames()) == [".gitignore", "REVISION", "new file.py", "old.py"]
+        assert sorted(tar.getnames()) == [".gitignore", "REVISION", "link", "new file.py", "old.py"]
         content = {
             name: (tar.extractfile(name) or pytest.fail(name)).read().decode() for name in ("old.py", "REVISION")
         }
@@ -175,15 +176,27 @@ def test_the_job_gets_the_code_as_it_is_now(tmp_path: Path, monkeypatch: pytest.
     assert (job / "configs" / "run.json").read_text() == "{}\n"
 
 
+def test_the_job_of_an_installed_package_gets_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nemo = pytest.importorskip("minpro_megatron.cluster.nemo")
+    package = tmp_path / "site-packages" / "minpro_megatron"
+    (package / "recipes").mkdir(parents=True)
+    (package / "recipes" / "demo.py").write_text("1")
+    monkeypatch.setattr(nemo, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(nemo, "_PACKAGE", package)
+    archive = nemo.WorkingTree().package(tmp_path, str(tmp_path), "a")
+    with tarfile.open(archive) as tar:
+        assert tar.getnames() == ["minpro_megatron/recipes/demo.py", "REVISION"]
+
+
 @pytest.mark.parametrize("program", ["sbatch", "mkdir"])
 def test_what_the_cluster_refuses_is_told_in_its_words(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nemo = pytest.importorskip("cluster.nemo")
+    nemo = pytest.importorskip("minpro_megatron.cluster.nemo")
     (tmp_path / program).write_text(f"#!/bin/bash\necho '{program}: error: no such partition' >&2; exit 3\n")
     (tmp_path / program).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(nemo, "files_of", lambda checkout: [])
+    monkeypatch.setattr(nemo, "code_files", dict)
     files = nemo.JobFiles(name="a", run_json="{}", topology_json="{}", num_nodes=2)
     with pytest.raises(UserError) as refused:
         nemo.submit(files, read_profile(H100, [f"workspace={tmp_path}"]))

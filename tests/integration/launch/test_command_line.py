@@ -10,6 +10,7 @@ from contextlib import closing
 
 import pytest
 
+from minpro_megatron.__main__ import CHECKOUT
 from minpro_megatron.launch.recipe import load_recipe
 from tests.support.command_errors import errors_of
 from tests.support.run_examples import example_config, write_example_files
@@ -49,21 +50,29 @@ def recipes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ([], "required: COMMAND; see .*--help"),
+        ([], "a command is missing; see .*--help"),
         (["launch"], "required: RECIPE"),
-        (["lunch"], "invalid choice: 'lunch'"),
+        (["lunch"], r"no command 'lunch' \(did you mean launch\?\); see .*--help"),
         (["train"], "required: --config, --incarnation"),
         (["train", "--config", "run.json", "--incarnation", "x"], "--incarnation: invalid int value: 'x'"),
         (["launch", "my_recipes"], "recipe 'my_recipes': expected module:function, such as "),
         (["launch", "no_such:thing"], "recipe 'no_such:thing': there is no module 'no_such'"),
         (["launch", "broken_recipes:x"], "importing broken_recipes failed: .*'not_installed_anywhere'"),
         (["launch", "crashing_recipes:x"], r"failed: RuntimeError: two lines \(.*crashing_recipes.py:1\)"),
-        (["launch", "my_recipes:god"], "no function 'god'; it has: .*good"),
+        (["launch", "my_recipes:god"], r"no function 'god' \(did you mean good\?\); it has: .*good"),
         (["launch", "my_recipes:number"], "no function 'number'"),
         (["launch", "my_recipes:raising"], r"ZeroDivisionError: division by zero \(.*my_recipes.py:12\)"),
         (["launch", "my_recipes:not_a_config"], "returned dict; it must return a RunConfig"),
         (["launch", "my_recipes:good", "seed"], "override 'seed': expected section.key=value"),
         (["launch", "my_recipes:good", "optimizer.lr=1"], "no setting 'lr'; known: learning_rate, "),
+        (
+            ["launch", "my_recipes:good", "learning_rate=1"],
+            r"'learning_rate' \(did you mean optimizer.learning_rate\?\)",
+        ),
+        (["launch", "./no_such.py:mine"], "there is no file ./no_such.py"),
+        (["launch", "recipes.demos:tiny_moe"], r"no module 'recipes.demos' \(did you mean recipes.demo"),
+        (["settings", "optimiser"], r"no section or setting 'optimiser' \(did you mean optimizer\?\)"),
+        (["check", "my_recipes:good"], "model.hf_path = .*/hf: no such folder"),
         (["launch", "my_recipes:good", "seed=x"], "seed: .*valid integer.* \\(got 'x'\\)"),
         (["launch", "my_recipes:good"], "model.hf_path = .*/hf: no such folder"),
     ],
@@ -104,8 +113,24 @@ def test_a_role_refuses_a_bad_config_file(tmp_path, capsys, content, pattern):
     assert all(problem.startswith(f"--config {path}: ") for problem in caught.value.problems)
 
 
-def test_a_recipe_is_found_by_its_name(recipes):
+def test_a_recipe_is_found_by_its_name_or_its_file(recipes):
     assert load_recipe("my_recipes:good") == example_config(recipes)
+    assert load_recipe(f"{recipes}/my_recipes.py:good") == example_config(recipes)
+
+
+def test_the_projects_recipes_are_found_from_every_folder(tmp_path, monkeypatch):
+    """Also where a folder of the same name has recipes of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(CHECKOUT))])
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "__init__.py").touch()
+    (tmp_path / "recipes" / "mine.py").write_text("from minpro_megatron.recipes.demo import tiny_moe_smoke as mine\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "recipes", raising=False)  # other tests may have looked for recipes here
+    assert load_recipe("recipes.demo:tiny_moe").name == "demo"
+    assert load_recipe("recipes.mine:mine").name == "demo-smoke"
+    for name in ("recipes", "recipes.mine"):
+        del sys.modules[name]
 
 
 # The launcher as it is, with shell scripts as roles.

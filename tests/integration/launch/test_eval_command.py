@@ -50,12 +50,12 @@ SMALL = ["--max-response-tokens", "32", "--max-prompt-tokens", "16"]
     [
         ([], "required: --benchmarks"),
         (["--benchmarks", "gsm8k,gsm8k"], "expected distinct names"),
-        (["--benchmarks", "gsm8k", "--samples", "0"], "0 is not a whole number above 0"),
+        (["--benchmarks", "gsm8k", "--samples", "0"], "'0' is not a whole number above 0"),
         (["--benchmarks", "gsm8k", "--samples", "aime24=2"], "--samples aime24=...: it is not among --benchmarks"),
         (["--benchmarks", "gsm8k", "--top-p", "0"], r"evaluation.top_p: .*greater than 0.*\(got 0.0\)"),
         (
             ["--benchmarks", "aime24"],
-            r"aime24: data/aime24.jsonl: no such file; make it with tools/prepare_data.py aime24",
+            r"aime24: data/aime24.jsonl: no such file; make it with `minpro prepare aime24`",
         ),
         (["--benchmarks", "mine"], r"mine: data/mine.jsonl: no such file; give --benchmark-file mine=PATH"),
         (["--benchmarks", "gsm8k", "--num-prompts", "4"], "gsm8k.jsonl has only 3 rows; lower it"),

@@ -41,7 +41,7 @@ def test_a_good_run_has_no_problem(folder):
         ("hf/config.json", r"^model.hf_path = .*/hf: config.json is missing; give"),
         ("hf/tokenizer.json", r"^model.hf_path = .*/hf: the tokenizer is missing; copy tokenizer.json"),
         ("hf/model.safetensors", r"^model.hf_path = .*/hf: no \*.safetensors file; .*download"),
-        ("megatron/manifest.json", r"^model.megatron_path = .*/megatron: manifest.json is missing; run tools/"),
+        ("megatron/manifest.json", r"^model.megatron_path = .*/megatron: manifest.json is missing; run `minpro conv"),
         ("train.jsonl", r"^data.train_file = .*train.jsonl: there is no such file; give"),
         ("heldout.jsonl", r"^data.heldout_file = .*heldout.jsonl: there is no such file; give"),
     ],

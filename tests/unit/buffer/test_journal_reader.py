@@ -16,11 +16,11 @@ from minpro_megatron.batching.stored_routes import read_routes
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup
+from minpro_megatron.commands.show import main as show_rollouts
 from minpro_megatron.records import CollectedGroup, EvaluationResult
 from tests.support.journals import files_of
 from tests.support.rollout_fakes import NUM_PROMPTS, RESPONSES, collected, issued_groups
 from tests.support.stored_runs import StoredRun, behavior, trained, with_versions, write_run
-from tools.show_rollouts import main as show_rollouts
 
 
 def check_same(stored: StoredGroup, group: CollectedGroup) -> None:

@@ -59,7 +59,7 @@ def test_another_manifest_is_refused(changes: dict[str, Any], message: str, fold
 
 
 def test_a_missing_or_damaged_manifest_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no manifest.json, .*; run tools/convert"):
+    with pytest.raises(ValueError, match=r"there is no manifest.json, .*; run `minpro convert"):
         read_manifest(folder / "absent")
     (folder / "manifest.json").write_text('{"format_version": 2')
     with pytest.raises(ValueError, match=r"manifest.json: content: Invalid JSON.*; convert again"):

@@ -116,7 +116,7 @@ class Harmful:
     [
         (pickle.dumps(Harmful()), "it names builtins.print, which checkpoint metadata never contains; give a folder"),
         (pickle.dumps(torch.Size([1])), "this is not the metadata of a checkpoint"),
-        (b"damaged", "give a folder made by tools/convert_checkpoint.py"),
+        (b"damaged", "give a folder made by `minpro convert`"),
         (None, "No such file"),
     ],
     ids=["harmful", "other", "damaged", "absent"],

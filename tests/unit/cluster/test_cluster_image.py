@@ -4,6 +4,8 @@ import re
 import tomllib
 from pathlib import Path
 
+from minpro_megatron import __version__
+
 ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILE = (ROOT / "cluster" / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -35,9 +37,9 @@ def test_every_exact_version_is_pinned_alike() -> None:
 
 def test_no_other_version_is_in_it() -> None:
     assert re.findall(r"==|pip install [^\n]*\d+\.\d+", DOCKERFILE) == []
-    assert f"minpro-megatron:{PROJECT['version']}" in DOCKERFILE
+    assert f"minpro-megatron:{__version__}" in DOCKERFILE
     image = (ROOT / "cluster" / "profiles" / "h100_slurm.toml").read_text()
-    assert f"minpro-megatron:{PROJECT['version']}" in image
+    assert f"minpro-megatron:{__version__}" in image
 
 
 def test_the_base_image_has_the_cuda_that_torch_is_built_for() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.paths import CHECKOUT, in_workspace, path_in_workspace
-from cluster.profile import read_profile, seconds_of
+from minpro_megatron.cluster.paths import CHECKOUT, in_workspace, path_in_workspace
+from minpro_megatron.cluster.profile import read_profile, seconds_of
 from minpro_megatron.errors import UserError
 from tests.support.run_examples import example_config
 

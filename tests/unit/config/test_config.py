@@ -10,7 +10,7 @@ from minpro_megatron.config.objective import CispoConfig, GrpoConfig, MinproConf
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.config.seeds import derive_seed
-from recipes.demo import tiny_moe, tiny_moe_cispo, tiny_moe_smoke
+from minpro_megatron.recipes.demo import tiny_moe, tiny_moe_cispo, tiny_moe_smoke
 from tests.support.run_examples import example_config
 
 
@@ -85,9 +85,9 @@ def test_a_name_that_looks_like_a_number_stays_a_name(config):
     ("assignments", "pattern"),
     [
         (["seed"], "override 'seed': expected section.key=value"),
-        (["seeds=1"], "override 'seeds=1': there is no setting 'seeds'; known: name, .*seed"),
-        (["optimiser.beta1=0"], "there is no section 'optimiser'; known: .*optimizer"),
-        (["optimizer.beta3=0"], "there is no setting 'beta3'; known: .*beta2"),
+        (["seeds=1"], "override 'seeds=1': there is no setting 'seeds' .did you mean seed.*; known: name, .*seed"),
+        (["optimiser.beta1=0"], "there is no section 'optimiser' .did you mean optimizer.*; known: .*optimizer"),
+        (["optimizer.beta3=0"], "there is no setting 'beta3' .did you mean beta.*; known: .*beta2"),
         (["name.x=0"], "there is no section 'name'"),
         (["seed=-1"], r"^seed: .*greater than or equal to 0 \(got -1\)$"),
         (["optimizer.learning_rate=-1"], r"^optimizer.learning_rate: .*greater than or equal to 0 \(got -1\)$"),

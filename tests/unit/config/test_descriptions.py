@@ -1,30 +1,10 @@
 """Every setting describes itself: report.html shows the descriptions, and they are the reference of the settings."""
 
-from collections.abc import Iterator
-from typing import Any, get_args
-
 import pytest
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
+from minpro_megatron.config.listing import fields_of, sections_in
 from minpro_megatron.config.run import RunConfig
-
-
-def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The settings sections that a field's annotation mentions, also within Annotated, unions and lists."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in sections_in(argument)]
-
-
-def settings_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """(section.key, field) of every setting; a section is described by its docstring, a list of sections also here."""
-    for name, field in section.model_fields.items():
-        inner_sections = sections_in(field.annotation)
-        for inner in inner_sections:
-            yield from settings_of(inner, f"{prefix}{name}.")
-        if not inner_sections or (field.annotation not in inner_sections and field.discriminator is None):
-            yield f"{prefix}{name}", field
 
 
 def all_sections(section: type[BaseModel]) -> set[type[BaseModel]]:
@@ -32,7 +12,7 @@ def all_sections(section: type[BaseModel]) -> set[type[BaseModel]]:
     return {section}.union(*map(all_sections, inner))
 
 
-SETTINGS = list(settings_of(RunConfig))
+SETTINGS = list(fields_of(RunConfig))
 
 
 def test_the_walk_finds_settings_of_every_depth():

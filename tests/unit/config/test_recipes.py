@@ -15,9 +15,9 @@ from minpro_megatron.evaluation.benchmarks import BENCHMARKS
 from minpro_megatron.launch.recipe import list_recipes, load_recipe
 from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
 from minpro_megatron.models.known_models.find import find_architecture
+from minpro_megatron.recipes import demo, paper, prefix_rl, qwen3_8b, qwen3_14b, qwen3_30b_a3b
 from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.weights.plan import RankKind, rank_kinds
-from recipes import demo, paper, prefix_rl, qwen3_8b, qwen3_14b, qwen3_30b_a3b
 from tests.support.released_configs import QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
 
 # The base models' config.json, as far as it differs from that of the models released beside them.
@@ -217,7 +217,7 @@ def test_the_list_names_every_recipe_with_its_purpose() -> None:
     assert all(len(line.split(None, 1)) == 2 for line in lines), "a recipe without docstring"
     assert list_recipes("recipes.prefix_rl") == [
         "recipes.prefix_rl:prefixed  Three quarters of the prompts include 40 to 80 % of a correct response "
-        "(tools/build_prefixes.py).",
+        "(`minpro prefixes`).",
         "recipes.prefix_rl:plain     The same run on the same problems without prefixes, to compare.",
     ]
     assert not any("paper:" in line for line in lines)  # its functions make recipes and are none

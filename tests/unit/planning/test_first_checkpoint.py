@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.planning import plan_problems
-from cluster.profile import Profile
+from minpro_megatron.cluster.planning import plan_problems
+from minpro_megatron.cluster.profile import Profile
 from minpro_megatron.planning.first_checkpoint import START_UP_S, first_checkpoint, run_s, time_limit_problems
 from minpro_megatron.planning.plan import ClusterSize, Plan, plan_run
 from tests.support.planned_runs import run_to_plan

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from minpro_megatron.commands import plan as tool
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.models.known_models.find import find_architecture
 from minpro_megatron.planning.cost_model import Batch, Calibration, DecodingServer, TrainerCost
@@ -19,7 +20,6 @@ from minpro_megatron.planning.workload import QUANTILES, GroupLengths, Workload,
 from tests.support.imports_of_files import PACKAGE, ROOT, imported_names
 from tests.support.planned_runs import run_to_plan
 from tests.support.rollout_fakes import write_rows
-from tools import plan_run as tool
 
 H100 = gpu_kind("h100-80gb")
 SHORT = Workload(100, 500)

@@ -102,7 +102,7 @@ def test_a_data_set_given_as_prompt_file_is_named_with_the_command_that_prepares
         load_prompts(path, "data.train_file")
     message = str(caught.value)
     assert kind in message
-    assert f"python tools/prepare_data.py custom --input {path} --prompt-column COLUMN" in message
+    assert f"minpro prepare custom --input {path} --prompt-column COLUMN" in message
     assert "\n" not in message
     assert message.startswith((f"data.train_file = '{path}': ", f"{path}, line 1: "))
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from minpro_megatron.commands.compare import main
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.monitor.history import Entry, encode_entry
 from minpro_megatron.report.comparison import differing_settings, read_runs
 from minpro_megatron.report.run_history import figures_of, valid_history
 from tests.support.report_pages import NASTY, assert_safe
 from tests.support.run_examples import example_config
-from tools.compare_runs import main
 
 
 def accuracies(*values: float, first_step: int = 0, at: float = 100.0) -> list[Entry]:
@@ -199,8 +199,8 @@ def test_bad_input_is_told_in_one_line(
     ("arguments", "told"),
     [
         ([], "the following arguments are required: RUN"),
-        (["a", "--smooth", "0"], "--smooth: '0' is not a whole number from 1 on"),
-        (["a", "--smooth", "-1"], "--smooth: '-1' is not a whole number from 1 on"),
+        (["a", "--smooth", "0"], "--smooth: '0' is not a whole number above 0"),
+        (["a", "--smooth", "-1"], "--smooth: '-1' is not a whole number above 0"),
         (["a", "--metrics", " , "], "--metrics: there is no metric in it"),
         (["a", "--output", "runs/demo/metrics.jsonl"], "it must end in .html"),
     ],

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from minpro_megatron.commands.report import main
 from minpro_megatron.monitor.samples import write_samples
 from tests.support.report_pages import assert_safe, history, write_run
-from tools.write_report import main
 
 
 def test_a_run_that_goes_on_gets_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from minpro_megatron import __main__, errors
+from minpro_megatron.commands import recipes
 from minpro_megatron.errors import (
     FAILED,
     INTERRUPTED,
@@ -75,7 +76,7 @@ def test_an_unexpected_error_is_logged_in_full(
 def test_a_librarys_value_error_is_no_mistake_of_the_user(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(__main__, "_list_recipes", library_error)
+    monkeypatch.setattr(recipes, "_list", library_error)
     assert __main__.main(["recipes"]) == FAILED
     assert "ValueError: operands could not be broadcast together" in caplog.text
     assert "in library_error" in caplog.text

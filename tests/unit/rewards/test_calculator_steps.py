@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from minpro_megatron.commands import tiny_model
+from minpro_megatron.prompt_sets import calculator_steps as prompt_set
 from minpro_megatron.rewards import calculator_steps
-from tools import make_tiny_model
-from tools.prompt_sets import calculator_steps as prompt_set
+from minpro_megatron.tiny_model import warm_start
 
 
 def test_the_meter_stops_at_its_ends() -> None:
@@ -53,8 +54,8 @@ def test_an_answer_that_no_chain_has_is_an_error(answer: str) -> None:
 def test_the_committed_prompts_are_those_that_the_command_writes(tmp_path: Path) -> None:
     prompt_set.prepare(tmp_path)
     for name in (prompt_set.TRAIN_FILE, prompt_set.HELDOUT_FILE):
-        assert (tmp_path / name).read_bytes() == (make_tiny_model.DATA_FOLDER / name).read_bytes()
-    train, heldout = (make_tiny_model.read_pairs(path) for path in sorted(tmp_path.iterdir()))
+        assert (tmp_path / name).read_bytes() == (tiny_model.DATA_FOLDER / name).read_bytes()
+    train, heldout = (warm_start.read_pairs(path) for path in sorted(tmp_path.iterdir()))
     assert len(train) == len(heldout) == prompt_set.NUM_PROMPTS
     assert not set(train) & set(heldout)
     assert all(answer == calculator_steps.worked(prompt) for prompt, answer in train + heldout)
@@ -62,8 +63,8 @@ def test_the_committed_prompts_are_those_that_the_command_writes(tmp_path: Path)
 
 def test_the_warm_starts_pairs_are_right_and_of_the_training_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_set, "NUM_SYNTHETIC", 500)
-    heldout = make_tiny_model.read_pairs(make_tiny_model.DATA_FOLDER / prompt_set.HELDOUT_FILE)
-    pairs = make_tiny_model.TASKS["calculator_steps"].pairs(heldout)
+    heldout = warm_start.read_pairs(tiny_model.DATA_FOLDER / prompt_set.HELDOUT_FILE)
+    pairs = warm_start.TASKS["calculator_steps"].pairs(heldout)
     assert len({prompt for prompt, _ in pairs}) == 500
     assert not set(pairs) & set(heldout)
     assert all(answer == calculator_steps.worked(prompt) for prompt, answer in pairs)
@@ -86,8 +87,6 @@ def test_a_spoiled_step_is_gone_on_from() -> None:
 
 
 def test_a_task_has_settings_of_its_own() -> None:
-    steps = make_tiny_model.parse_arguments(["--output", "unused", "--task", "calculator_steps"])
-    first = make_tiny_model.parse_arguments(["--output", "unused"])
-    assert (steps.steps, steps.hidden_size, first.steps, first.hidden_size) == (400, 64, 1400, 128)
-    given = make_tiny_model.parse_arguments(["--output", "u", "--task", "calculator_steps", "--steps", "0"])
-    assert given.steps == 0
+    assert tuple(warm_start.TASKS) == tiny_model.TASKS
+    first, steps = warm_start.TASKS.values()
+    assert (steps.settings.steps, steps.hidden_size, first.settings.steps, first.hidden_size) == (400, 64, 1400, 128)

@@ -8,12 +8,12 @@ import pytest
 from safetensors.torch import save_file
 from transformers import Qwen3ForCausalLM  # noqa: F401  imported here: the first time takes seconds
 
+from minpro_megatron.commands import convert
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.weights.plan import make_plan, optimizer_degrees, parameters_of_stage, rank_kinds, stage_of_layer
 from tests.support.hf_models import MIXTURE, make_model, read_tensors
 from tests.support.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_30B_A3B
-from tools import convert_checkpoint
 
 
 def folder_with(tmp_path: Path, config: dict[str, Any]) -> Path:
@@ -102,8 +102,7 @@ def test_weight_files_are_believed_before_the_config(tmp_path: Path) -> None:
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", *map(str, arguments)])
-    return convert_checkpoint.main()
+    return convert.main([*map(str, arguments)])
 
 
 def test_the_tool_prints_a_plan_as_table_and_as_json(
@@ -156,7 +155,7 @@ def test_a_wrong_mesh_is_one_line_and_status_2(
     hf = make_model(tmp_path / "hf", MIXTURE)
     assert run_tool(monkeypatch, "plan", "--hf", hf, "--parallel", parallel) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("convert_checkpoint: ")
+    assert line.startswith("error: ")
     assert message in line
 
 

@@ -1,0 +1,34 @@
+"""The command `check`: the checks before a launch, without the launch."""
+
+from minpro_megatron.command_line import Parser
+from minpro_megatron.errors import UserError, run_reporting
+
+
+def main(arguments: list[str] | None = None, prog: str = "minpro check") -> int:
+    """0 if a launch would start, 2 after one line for each problem."""
+    parser = Parser(
+        prog=prog,
+        description="Checks a recipe as `launch` does before it starts anything: the settings, the files of model and "
+        "data, the mesh, the rewards, the machine's ports, GPUs and disk, and the run folder. Nothing is written.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="module:function, such as recipes.demo:tiny_moe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
+    options = parser.parse_args(arguments)
+    return run_reporting(lambda: _check(options.recipe, options.overrides))
+
+
+def _check(recipe: str, overrides: list[str]) -> int:
+    from minpro_megatron.launch.preflight.run_checks import problems, warnings
+    from minpro_megatron.launch.recipe import apply_overrides, load_recipe
+    from minpro_megatron.launch.resume import finished_summary
+
+    config = apply_overrides(load_recipe(recipe), overrides)
+    if finished_summary(config) is not None:
+        print(f"the run {config.name} has finished; its results are in {config.run_dir}")
+        return 0
+    if found := problems(config):
+        raise UserError(found)
+    for warning in warnings(config):
+        print(f"warning: {warning}")
+    print(f"no problem found: the run {config.name} can start here; its folder will be {config.run_dir}")
+    return 0

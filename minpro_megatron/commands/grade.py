@@ -1,0 +1,153 @@
+"""Grades responses from a file in the same way as a run: in worker processes with limits of time and memory.
+
+    minpro grade --input rows.jsonl > graded.jsonl
+    minpro grade --input rows.jsonl --reward my_package.rewards:grade
+
+Each row is `{"data_source": ..., "ground_truth": ..., "response": ...}`. It is printed unchanged, with the new fields
+`reward`, `extracted` (the part of the response that was compared; null: none was found) and `seconds`. If the grader
+twice hung, died, raised or returned no finite number, `reward` is null and `problem` gives the reason. Without --reward
+the data source selects the reward: `calculator` calculator, `math_dapo` dapo, all others math. Responses are untrusted
+text: anything but printable ASCII is escaped.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minpro_megatron.command_line import Parser, command_parser, count, positive
+from minpro_megatron.errors import UserError, run_reporting
+from minpro_megatron.rewards.pool import Judged, RewardPool
+
+DEFAULT_REWARD = "math"
+REWARD_BY_SOURCE = {"calculator": "calculator", "math_dapo": "dapo"}
+FIELDS = ("data_source", "ground_truth", "response")
+MAX_PROBLEMS = 20
+BLOCK_ROWS = 256
+PROGRESS_INTERVAL_S = 5.0
+
+Row = dict[str, Any]
+
+
+def _parser(prog: str) -> Parser:
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--reward", metavar="NAME", help="one for all rows: a known reward, or package.module:function")
+    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument("--timeout", type=positive, default=5.0, metavar="SECONDS", help="processor time per response")
+    parser.add_argument("--json", action="store_true", help="the summary on standard error as one JSON object")
+    return parser
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of the file. Raises UserError, with one line per bad row: file, line, field and rule."""
+    rows: list[Row] = []
+    problems: list[str] = []
+    with path.open("rb") as file:  # a line that is not UTF-8 is one bad row
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(_checked(json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{path}, line {number}: {error}")
+    if problems:
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise UserError(problems[:MAX_PROBLEMS] + more)
+    if not rows:
+        raise UserError(f"{path}: it has no rows; give one JSON object per line with {', '.join(FIELDS)}")
+    return rows
+
+
+def _checked(row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object with {', '.join(FIELDS)}")
+    for field in FIELDS:
+        if field not in row:
+            raise ValueError(f"{field} is missing")
+        if not isinstance(row[field], str):
+            raise ValueError(f"{field} must be a text, not {json.dumps(row[field])[:60]}")
+        if any("\ud800" <= character <= "\udfff" for character in row[field]):
+            raise ValueError(f"{field} has half of a surrogate pair, which is not a character")
+    return row
+
+
+async def graded(pool: RewardPool, rows: Sequence[Row], workers: int) -> AsyncIterator[tuple[Row, Judged]]:
+    """The rows in their order with their judgements; `workers` of them are graded at a time."""
+    limit = asyncio.Semaphore(workers)
+
+    async def judge(row: Row) -> Judged:
+        async with limit:
+            return (await pool.judge_all([row["response"]], row["ground_truth"], row["data_source"]))[0]
+
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        for row, judged in zip(block, await asyncio.gather(*map(judge, block)), strict=True):
+            yield row, judged
+
+
+def printed(row: Row, judged: Judged) -> str:
+    """One line of printable ASCII."""
+    result = row | {"reward": judged.reward, "extracted": judged.extracted, "seconds": judged.seconds}
+    if judged.problem is not None:
+        result["problem"] = judged.problem
+    return json.dumps(result).replace("\x7f", "\\u007f")
+
+
+async def grade_file(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
+    """Prints the graded rows and returns the summary."""
+    rewards: Counter[float] = Counter()
+    start = shown = time.monotonic()
+    done = 0
+    by_source = {} if options.reward else REWARD_BY_SOURCE
+    async with RewardPool(options.reward or DEFAULT_REWARD, options.workers, options.timeout, by_source) as pool:
+        async for row, judged in graded(pool, rows, options.workers):
+            print(printed(row, judged))
+            rewards.update([] if judged.reward is None else [judged.reward])
+            done += 1
+            now = time.monotonic()
+            if now - shown > PROGRESS_INTERVAL_S:
+                shown = now
+                print(f"{done} of {len(rows)} rows, {done / (now - start):.0f} rows/s", file=sys.stderr)
+    seconds = time.monotonic() - start
+    return {
+        "rows": len(rows),
+        "mean_reward": rewards.total() and sum(reward * count for reward, count in rewards.items()) / rewards.total(),
+        "rewards": {str(reward): count for reward, count in sorted(rewards.items())},
+        "timed_out": pool.num_timed_out,
+        "failed": pool.num_failed,
+        "seconds": seconds,
+        "rows_per_s": len(rows) / seconds,
+    }
+
+
+def show_summary(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary), file=sys.stderr)
+        return
+    counts = ", ".join(f"{count} with reward {reward}" for reward, count in summary["rewards"].items())
+    print(
+        f"{summary['rows']} rows: {counts}; mean {summary['mean_reward']:.4f}; not graded: grader failed for "
+        f"{summary['failed']}, exceeded its time for {summary['timed_out']}; {summary['seconds']:.1f} s, "
+        f"{summary['rows_per_s']:.0f} rows/s",
+        file=sys.stderr,
+    )
+
+
+def main(arguments: list[str] | None = None, prog: str = "minpro grade") -> int:
+    """0 on success, 2 after a message about the input or the reward."""
+    options = _parser(prog).parse_args(arguments)
+    logging.getLogger("minpro_megatron.rewards.pool").setLevel(logging.ERROR)  # each row reports its own error
+
+    def grade() -> int:
+        show_summary(asyncio.run(grade_file(options, read_rows(options.input))), options.json)
+        return 0
+
+    return run_reporting(grade, reads_given_files=True)

@@ -1,0 +1,29 @@
+"""Questions stored as chats, as in verl and slime."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minpro_megatron.prompt_sets import rows
+from minpro_megatron.prompt_sets.instructions import is_instruction
+
+
+def chat_in(prompt: Any) -> list[Any] | None:
+    """The messages of a prompt that is a chat, possibly written as JSON text; None for plain text."""
+    if isinstance(prompt, str) and prompt.lstrip().startswith("[") and '"role"' in prompt:
+        try:
+            prompt = json.loads(prompt)
+        except (ValueError, RecursionError):
+            return None
+    return prompt if isinstance(prompt, list) else None
+
+
+def only_message(path: Path, number: int, messages: list[Any]) -> str:
+    """The text of a prompt that is a chat of one user's turn. A system message that is a known instruction is ignored.
+    Raises DamagedRow for any other chat."""
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    if roles[:1] == ["system"] and is_instruction(str(messages[0].get("content"))):
+        messages, roles = messages[1:], roles[1:]
+    if roles != ["user"]:
+        raise rows.DamagedRow(path, number, "prompt", f"must be one message of the role user, has the roles {roles}")
+    return rows.text_field(path, number, messages[0], "content")
