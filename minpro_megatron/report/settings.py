@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from minpro_megatron.config.objective import ObjectiveConfig
+from minpro_megatron.config.objective import ObjectiveConfig, ObjectiveSection
 from minpro_megatron.config.run import RunConfig
 
 
@@ -40,6 +40,8 @@ def described(settings: Mapping[str, Any]) -> dict[str, list[Setting]]:
     default.
     """
     defaults, descriptions = dict(flat(defaults_for(settings))), dict(_descriptions(RunConfig, ""))
+    if (objective := _chosen_objective(settings)) is not None:
+        descriptions |= dict(_descriptions(type(objective), "objective."))
     sections: dict[str, list[Setting]] = {"run": []}
     for name, value in flat(settings):
         section = name.partition(".")[0] if "." in name else "run"
@@ -58,14 +60,20 @@ def defaults_for(settings: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(kind := field.annotation, type) and issubclass(kind, BaseModel):
             own = {key: inner for key, inner in kind.model_fields.items() if not inner.is_required()}
             found[name] = {key: to_jsonable_python(inner.default) for key, inner in own.items()}
-    objective = settings.get("objective")
-    name = objective.get("name") if isinstance(objective, dict) else None
-    try:  # each objective has settings of its own
-        chosen = TypeAdapter(ObjectiveConfig).validate_python({"name": name})
-    except ValidationError:
+    if (chosen := _chosen_objective(settings)) is None:
         return found
     default_name = RunConfig.model_fields["objective"].default.name
     return found | {"objective": chosen.model_dump(mode="json") | {"name": default_name}}
+
+
+def _chosen_objective(settings: Mapping[str, Any]) -> ObjectiveSection | None:
+    """The defaults of the objective of `settings`; each objective has settings of its own. None if it is unknown."""
+    objective = settings.get("objective")
+    name = objective.get("name") if isinstance(objective, dict) else None
+    try:
+        return TypeAdapter(ObjectiveConfig).validate_python({"name": name})
+    except ValidationError:
+        return None
 
 
 def _descriptions(kind: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:

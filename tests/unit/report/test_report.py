@@ -13,6 +13,7 @@ from minpro_megatron.metrics.declared import METRICS
 from minpro_megatron.monitor.history import Entry
 from minpro_megatron.monitor.samples import write_samples
 from minpro_megatron.monitor.summary import read_summary, summarize, write_summary
+from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.records import CollectorTotals, EvaluationResult
 from minpro_megatron.report.figures import COLORS, VARIABLES, picture, smooth
 from minpro_megatron.report.pages import visible
@@ -139,6 +140,14 @@ def test_settings_that_were_changed_come_first_with_what_they_were(tmp_path):
     assert "optimizer.beta1" not in first
     assert "objective.clip_low" not in first  # the default of this objective
     assert "optimizer.beta1" in text
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_setting_of_a_run_is_described(objective, tmp_path):
+    settings = with_overrides(example_config(tmp_path), [f"objective.name={objective}"]).model_dump(mode="json")
+    found = [setting for section in described(settings).values() for setting in section]
+    assert "objective.aggregation" in {setting.name for setting in found}
+    assert [setting.name for setting in found if not setting.description] == []
 
 
 def test_a_setting_of_another_version_is_shown_and_breaks_nothing(tmp_path):
