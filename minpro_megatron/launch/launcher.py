@@ -72,10 +72,7 @@ def _conclude(config: RunConfig, outcome: Outcome) -> int:
     if outcome.status == FAILED and finished_summary(config) is not None:
         return finish_despite_failure(config, closing_lines(outcome))
     if lines := closing_lines(outcome):
-        measures = config.debug.trainer == "timer"
-        remedy = "measure again under a new name=..." if measures else "launch the same command again to resume"
-        first = "correct that; then " if outcome.status == WRONG_INPUT else ""
-        print("\n".join([*lines, first + remedy]), file=sys.stderr)
+        print("\n".join([*lines, remedy_line(config, outcome)]), file=sys.stderr)
     if outcome.status == FINISHED:
         return finish(config)
     if outcome.early_end and outcome.interrupted_by:
@@ -83,6 +80,15 @@ def _conclude(config: RunConfig, outcome: Outcome) -> int:
     if outcome.interrupted_by is None and (config.run_dir / HISTORY_FILE).exists() and (report := report_of(config)):
         print(f"report       {report}", file=sys.stderr)
     return outcome.status
+
+
+def remedy_line(config: RunConfig, outcome: Outcome) -> str:
+    """What the user does after a start that has not finished the run."""
+    if outcome.status == WRONG_INPUT:  # the same command would fail in the same way
+        return "correct that, then launch again; a setting is corrected in the command or in the recipe"
+    if config.debug.trainer == "timer":
+        return "measure again under a new name=..."
+    return "launch the same command again to resume"
 
 
 def closing_lines(outcome: Outcome) -> list[str]:
