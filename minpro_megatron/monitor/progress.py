@@ -40,6 +40,7 @@ class TrainingState:
 
     num_global_steps: int
     steps_done: int = 0
+    steps_before: int = 0  # that earlier starts of the run had trained
     latest: Mapping[str, float] = field(default_factory=dict)  # of the last trained step
     rewards: list[float] = field(default_factory=list)  # mean reward of each step
     evaluations: dict[int, float] = field(default_factory=dict)  # policy version -> pass@1
@@ -51,8 +52,9 @@ class TrainingState:
             self.evaluations[entry.step] = entry.metrics["eval/pass_at_1"]
         if not entry.is_global_step:
             return
-        self.steps_done = max(self.steps_done, entry.step + 1)
+        self.steps_done = entry.step + 1
         self.latest = entry.metrics
+        del self.rewards[entry.step :]  # of steps that are trained again after a resume
         self.rewards.append(self._latest("reward/mean"))
         seconds = entry.metrics.get("time/step_s", math.nan)
         if math.isnan(seconds) and self._last_time is not None:
@@ -60,6 +62,20 @@ class TrainingState:
         if not math.isnan(seconds):
             self._step_seconds.append(seconds)
         self._last_time = entry.time
+
+    def resume(self) -> None:
+        """What was added so far is of earlier starts: this start has trained no step yet."""
+        self.steps_before, self.steps_done, self.latest = self.steps_done, 0, {}
+        self._step_seconds.clear()
+        self._last_time = None
+
+    @property
+    def waiting(self) -> str:
+        """What a resumed run waits for, until its first step; else empty."""
+        if self.steps_done or not self.steps_before:
+            return ""
+        earlier = f"earlier starts trained {self.steps_before} global steps"
+        return f"resuming: {earlier}; waiting for the first one of this start"
 
     def _latest(self, name: str) -> float:
         """The value of the last step; NaN if it has no such metric."""
@@ -138,6 +154,9 @@ class Progress:
         self._title = f"{config.name} · {config.objective.name}"
         self._state = TrainingState(config.num_global_steps)
         self._tail = HistoryTail(config.run_dir)
+        for entry in self._tail.new_entries():
+            self._state.add(entry)
+        self._state.resume()
         self._alarm_tail = LineTail(config.run_dir / ALARMS_FILE)
         self._alarms: list[Alarm] = []  # of this start
         self._console = console or Console(highlight=False)
@@ -145,6 +164,7 @@ class Progress:
         self._started = time.time()
         self._next_refresh = 0.0
         self._printed_steps = 0
+        self._printed_waiting = False
         self._printed_alarms = 0
         self._printed_phases: dict[str, str] = {}
 
@@ -210,6 +230,8 @@ class Progress:
             parts.append(_figures_line(state))
             trend = sparkline(state.rewards, _width(self._console) - len("reward ") - 4)  # inside the frame
             parts.append(Text(f"reward {trend}", style="cyan", no_wrap=True))
+        if state.waiting:
+            parts.append(_line(state.waiting))
         parts += [_line(f"alarm: {alarm}", style="yellow") for alarm in self._alarms[-_SHOWN_ALARMS:]]
         servers = statuses.get(SERVERS)
         if servers is not None and servers.phase.startswith(NO_SERVER):
@@ -227,6 +249,9 @@ class Progress:
 
     def _print_news(self, statuses: Mapping[str, Status]) -> None:
         state = self._state
+        if state.waiting and not self._printed_waiting:
+            self._printed_waiting = True
+            self._print(state.waiting)
         for role, status in statuses.items():
             is_shown = not self._is_training or role == SERVERS
             if is_shown and self._printed_phases.get(role) != status.phase:

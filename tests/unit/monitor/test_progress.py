@@ -102,6 +102,28 @@ def test_without_a_terminal_it_prints_a_line_every_ten_steps(tmp_path):
     assert "\x1b" not in "".join(lines)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_resumed_run_waits_for_its_first_step_and_shows_no_older_one(tmp_path, terminal):
+    config = example_config(tmp_path, num_global_steps=25)
+    shown(config, terminal=terminal, steps=12)
+    output = io.StringIO()
+    with Progress(config, ROLES, Console(file=output, force_terminal=terminal, width=100)) as progress:
+        write_status(config.run_dir, "train", "loading the checkpoint")
+        progress.tick()
+        waiting = output.getvalue()
+        assert "resuming: earlier starts trained 12 global steps; waiting for the first one of this start" in waiting
+        assert "loading the checkpoint" in waiting
+        assert "/25" not in waiting
+        with (config.run_dir / "metrics.jsonl").open("a") as file:
+            file.write(encode_entry(step_entry(10, time__step_s=3.0)))  # the last checkpoint is after step 9
+        progress._next_refresh = 0.0
+        progress.tick()
+    after = output.getvalue()[len(waiting) :]
+    assert "step 11/25" in after
+    assert "42 s left" in after  # 14 steps of 3 s: the times of earlier starts do not count
+    assert "resuming" not in after
+
+
 def test_on_a_terminal_it_shows_phases_and_then_a_bar(tmp_path):
     output = shown(example_config(tmp_path, num_global_steps=25), terminal=True, steps=3)
     assert "starting [1] server" in output
@@ -113,7 +135,6 @@ def test_on_a_terminal_it_shows_phases_and_then_a_bar(tmp_path):
 def test_it_says_while_it_trains_that_no_server_answers(tmp_path, monkeypatch, terminal):
     config, clock = example_config(tmp_path, num_global_steps=25), [100.0]
     monkeypatch.setattr(server_status, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    shown(config, terminal=terminal, steps=3)
     servers, output = server_status.ServerStatus(config.run_dir), io.StringIO()
     with Progress(config, ROLES, Console(file=output, force_terminal=terminal, width=120)) as progress:
 
@@ -126,6 +147,8 @@ def test_it_says_while_it_trains_that_no_server_answers(tmp_path, monkeypatch, t
             progress.tick()
             return output.getvalue()[before:]
 
+        config.run_dir.mkdir(parents=True)
+        (config.run_dir / "metrics.jsonl").write_text(encode_entry(step_entry(0, time__step_s=1.0)))
         assert "server" not in pass_time(50, 2)
         assert "no server" not in pass_time(50, 0)
         assert "no server has answered for 2 min: nothing is sampled; see the log of serve" in pass_time(80, 0)
