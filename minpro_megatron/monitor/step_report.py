@@ -1,5 +1,6 @@
 """What the trainer writes after a global step: metrics, histograms, samples and alarms."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,9 +14,12 @@ from minpro_megatron.monitor.alarm_log import AlarmLog
 from minpro_megatron.monitor.alarms import Alarm
 from minpro_megatron.monitor.memory import stated_host_bytes
 from minpro_megatron.monitor.samples import MAX_TOKENS, write_samples
+from minpro_megatron.monitor.step_line import evaluation_line, step_line
 from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.records import Batch, CollectedGroup, CollectorTotals, EvaluationResult
+
+log = logging.getLogger(__name__)
 
 SAMPLES_EVERY_STEPS = 10
 HISTOGRAMS_EVERY_STEPS = 10
@@ -159,6 +163,7 @@ class StepReport:
             text = "\n".join(f"- **{alarm.name}**: {alarm.seen}. Try: {alarm.remedy}" for alarm in raised)
             self._writer.text(step, "alarms", text)
         self._writer.scalars(step, scalars)
+        log.info("%s", step_line(step, scalars))
         self._last_step, self._failed_evaluations = step, int(scalars.get("fleet/failed_evaluations", 0))
         return raised
 
@@ -194,6 +199,10 @@ class StepReport:
             if result.policy_version >= self._first_step and key not in self._evaluated:
                 self._evaluated.add(key)
                 self._writer.scalars(result.policy_version, _evaluation_scalars(result))
+                log.info(
+                    "%s",
+                    evaluation_line(result.policy_version, result.benchmark, result.pass_at_1, result.standard_error),
+                )
 
     def _show_samples(self, step: int, batch: Batch) -> None:
         first_tokens = np.cumsum([0, *(sum(len(r.token_ids) for r in group.responses) for group in batch.groups)])

@@ -52,6 +52,7 @@ def run(config: RunConfig, incarnation: int, save_by: float | None = None) -> in
     """
     logging.basicConfig(format="%(asctime)s train %(levelname)s %(message)s")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    logging.getLogger("minpro_megatron").setLevel(logging.INFO)  # among others a line for each global step
 
     def train() -> None:
         hang_timeout_s = config.debug.hang_timeout_s

@@ -1,12 +1,16 @@
 """The numbers of a batch are those one would count by hand."""
 
+import logging
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from minpro_megatron.metrics.declared import METRICS, check_declared
 from minpro_megatron.metrics.metric import values
-from minpro_megatron.monitor.step_report import batch_metrics
-from minpro_megatron.records import Batch
+from minpro_megatron.monitor.step_report import StepReport, batch_metrics
+from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.records import Batch, EvaluationResult
 from tests.support.batches import make_group
 
 BATCH = Batch(
@@ -39,6 +43,27 @@ def test_batch_metrics_are_counted_by_hand() -> None:
             "batch/tokens": 32 + 3 * 3 + 2 * 10 + 3 * 1,
         }
     )
+
+
+def test_the_log_has_a_line_for_each_step_and_evaluation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    result = EvaluationResult(
+        policy_version=3, pass_at_1=0.25, standard_error=0.02, mean_reward=0.25, not_graded=0, num_prompts=8,
+        samples_per_prompt=2, mean_response_tokens=3.0, wall_time_s=1.0,
+    )  # fmt: skip
+    with RunWriter(tmp_path) as writer:
+        report = StepReport(writer, lambda ids: "")
+        times = {"time/step_s": 1.5, "time/wait_for_batch_s": 0.0, "time/train_s": 1.25, "time/publish_s": 0.25}
+        for step in range(2):
+            report.step(step, {"reward/mean": 0.5 + step, "ratio/max": 1.25} | times, {}, BATCH)
+        report.evaluations([result, msgspec.structs.replace(result, benchmark="aime24", pass_at_1=0.125)])
+        report.evaluations([result])
+    assert [record.getMessage() for record in caplog.records] == [
+        "global step 0: reward 0.5, largest ratio 1.25; 1.50 s (training 1.25, publishing 0.25)",
+        "global step 1: reward 1.5, largest ratio 1.25; 1.50 s (training 1.25, publishing 0.25)",
+        "policy version 3: held-out pass@1 25.0 % +- 2.0 %",
+        "policy version 3: aime24 pass@1 12.5 % +- 2.0 %",
+    ]
 
 
 def test_right_is_what_the_right_reward_says() -> None:
