@@ -2,7 +2,7 @@
 
 import codecs
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -186,24 +186,39 @@ def tokenize(
     """The prompts of at most `max_tokens` tokens, including the prefix. Longer ones are dropped, with a warning that
     counts them.
 
-    A prefix is tokenized separately from the text before it, so the boundary lies between the same tokens for every
-    prefix. Raises UserError if no prompt is left.
+    Raises UserError if no prompt is left.
     """
-    encoded = tokenizer.encode_all(rendering([prompt.text for prompt in prompts]))
-    prefixes = tokenizer.encode_all([prompt.prefix for prompt in prompts])
-    kept = [
-        TokenizedPrompt(prompt, np.concatenate([token_ids, prefix_ids]))
-        for prompt, token_ids, prefix_ids in zip(prompts, encoded, prefixes, strict=True)
-        if len(token_ids) and len(token_ids) + len(prefix_ids) <= max_tokens
-    ]
+    kept = fitting(prompts, tokenizer, max_tokens, rendering)
     if dropped := len(prompts) - len(kept):
         log.warning(
             "%s: dropped %d of %d prompts, longer than sampling.max_prompt_tokens = %d or empty as tokens",
             setting, dropped, len(prompts), max_tokens,
         )  # fmt: skip
     if not kept:
-        raise UserError(f"{setting}: no prompt has 1 .. sampling.max_prompt_tokens = {max_tokens} tokens; raise it")
+        raise none_fits(setting, max_tokens)
     return kept
+
+
+def none_fits(setting: str, max_tokens: int) -> UserError:
+    """The error of a file without a prompt of an allowed length."""
+    return UserError(f"{setting}: no prompt has 1 .. sampling.max_prompt_tokens = {max_tokens} tokens; raise it")
+
+
+def fitting(
+    prompts: Sequence[Prompt], tokenizer: TextTokenizer, max_tokens: int, rendering: Rendering = as_they_are
+) -> list[TokenizedPrompt]:
+    """The prompts of 1 to `max_tokens` tokens, including the prefix.
+
+    A prefix is tokenized separately from the text before it, so the boundary lies between the same tokens for every
+    prefix.
+    """
+    encoded = tokenizer.encode_all(rendering([prompt.text for prompt in prompts]))
+    prefixes = tokenizer.encode_all([prompt.prefix for prompt in prompts])
+    return [
+        TokenizedPrompt(prompt, np.concatenate([token_ids, prefix_ids]))
+        for prompt, token_ids, prefix_ids in zip(prompts, encoded, prefixes, strict=True)
+        if len(token_ids) and len(token_ids) + len(prefix_ids) <= max_tokens
+    ]
 
 
 class PromptStream:

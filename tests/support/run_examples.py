@@ -32,6 +32,15 @@ HF_CONFIG = {
     "vocab_size": 32,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+}
+# Every character is the unknown token: as short as a tokenizer can be.
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [],
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False},
+    "model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"},
 }
 PROMPT = '{"id": "1", "source": "test", "prompt": "1+1=", "answer": "2"}\n'
 
@@ -59,6 +68,7 @@ def write_example_files(folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     (folder / "hf/config.json").write_text(json.dumps(HF_CONFIG))
+    (folder / "hf/tokenizer.json").write_text(json.dumps(TOKENIZER))
     files = {"weights.distcp": record_file(folder / "megatron" / "weights.distcp")}
     write_manifest(
         folder / "megatron",

@@ -16,6 +16,7 @@ from minpro_megatron.files.disk_space import existing_parent, free_bytes
 from minpro_megatron.fleet.open_files import limit_problem
 from minpro_megatron.launch.preflight.backend_check import layer_backend_problems
 from minpro_megatron.launch.preflight.problems import Problem, passes
+from minpro_megatron.launch.preflight.prompt_checks import data_problems
 from minpro_megatron.launch.preflight.reward_check import reward_problems
 from minpro_megatron.launch.preflight.stop_tokens import stop_token_warnings
 from minpro_megatron.launch.resume import foreign_entries, holds_a_run, obstacles
@@ -25,10 +26,11 @@ from minpro_megatron.models.text_files import text_files
 from minpro_megatron.models.weight_files import weight_problem
 from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.planning.workload import Workload, batch_of
-from minpro_megatron.prompts.prompts import load_prompts, make_rendering, refuse_too_few, select_prompts
+from minpro_megatron.prompts.prompts import load_prompts, select_prompts
 from minpro_megatron.records import Prompt
 from minpro_megatron.serving.addresses import is_loopback
 from minpro_megatron.serving.api_key import given_api_key
+from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.serving.watched_server import external_urls
 
 _SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a short run
@@ -45,10 +47,10 @@ def problems(config: RunConfig) -> list[str]:
 def run_problems(config: RunConfig) -> list[str]:
     """The `problems` that are the same on every machine with access to the run's files."""
     roles = roles_of(config)
-    checks: list[Check] = [_hf_model]
+    checks: list[Check] = [_steps, _hf_model]
     if "train" in roles:
         checks += [_mesh_fits_model, _megatron_model, layer_backend_problems]
-    checks += [_data_files] if "collect" in roles else [journal_problems]
+    checks += [data_problems] if "collect" in roles else [journal_problems]
     checks += [reward_problems] if "collect" in roles else []
     checks += [_servers] if "serve" in roles else []
     checks += [_run_folder, _disk_space]
@@ -148,38 +150,6 @@ def _newest(folder: Path) -> float:
     return max((path.stat().st_mtime for path in folder.glob("*.safetensors")), default=0.0)
 
 
-def _data_files(config: RunConfig) -> Iterator[str]:
-    found = list(_file_problems(config))
-    yield from found or _prompt_problems(config)
-
-
-def _prompt_problems(config: RunConfig) -> Iterator[str]:
-    """Problems of rows, their selection and their prompts, if the files exist."""
-    data, wanted = config.data, config.evaluation.num_prompts
-    reads: list[Callable[[], object]] = [
-        lambda: select_prompts(load_prompts(data.train_file, "data.train_file"), data),
-        lambda: refuse_too_few(load_prompts(data.heldout_file, "data.heldout_file"), data.heldout_file, wanted),
-        lambda: load_benchmarks(config),
-    ]
-    if Path(config.model.hf_path).is_dir():
-        reads.append(lambda: make_rendering(data, config.model.hf_path)(["a question"]))
-    for read in reads:
-        try:
-            read()
-        except (UserError, OSError) as error:
-            yield str(error)
-
-
-def _file_problems(config: RunConfig) -> Iterator[str]:
-    for name in ("train_file", "heldout_file"):
-        path = Path(getattr(config.data, name))
-        field = f"data.{name} = {path}"
-        if not path.is_file():
-            yield f"{field}: there is no such file; give a JSON Lines file of id, source, prompt and answer"
-        elif path.stat().st_size == 0:
-            yield f"{field}: the file is empty; it needs one prompt per line"
-
-
 def _run_folder(config: RunConfig) -> Iterator[str]:
     if config.run_dir.exists() and not config.run_dir.is_dir():
         yield f"runs_dir/name = {config.run_dir}: this is a file; choose another name=..."
@@ -196,10 +166,22 @@ def _run_folder(config: RunConfig) -> Iterator[str]:
         yield f"runs_dir = {config.runs_dir}: {parent} cannot be written to; choose another runs_dir=..."
 
 
+def _steps(config: RunConfig) -> Iterator[str]:
+    steps, staleness = config.num_global_steps, config.staleness
+    if staleness.mode == "delay" and staleness.delay_steps > steps:
+        yield (
+            f"staleness.delay_steps = {staleness.delay_steps}: the run has num_global_steps = {steps}, so every step "
+            "would train on rollouts of the initial weights; lower the delay, or raise num_global_steps"
+        )
+
+
 def _servers(config: RunConfig) -> Iterator[str]:
-    for look in (given_api_key, external_urls):
+    looks: list[Callable[[], object]] = [lambda: given_api_key(config.server), lambda: external_urls(config.server)]
+    if not config.server.urls and (Path(config.model.hf_path) / "config.json").is_file():
+        looks.append(lambda: context_length(config))
+    for look in looks:
         try:
-            look(config.server)
+            look()
         except UserError as error:
             yield str(error)
 

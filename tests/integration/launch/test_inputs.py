@@ -14,7 +14,7 @@ from minpro_megatron.launch.run_folder import prepare
 from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.report.report import write_report
 from minpro_megatron.run_folder.run_inputs import InputChange, read_inputs
-from tests.support.run_examples import PROMPT, example_config, save_checkpoint, write_example_files
+from tests.support.run_examples import PROMPT, TOKENIZER, example_config, save_checkpoint, write_example_files
 
 
 def begun_run(folder: Path) -> RunConfig:
@@ -44,7 +44,9 @@ def convert_other_weights(folder: Path) -> None:
 CHANGES: dict[str, Callable[[Path], object]] = {
     "data.train_file": lambda folder: replace_rows(folder / "train.jsonl", prompt="1+3="),
     "data.heldout_file": lambda folder: replace_rows(folder / "heldout.jsonl", answer="3"),
-    "model.hf_path/tokenizer.json": lambda folder: (folder / "hf" / "tokenizer.json").write_text('{"a": 1}'),
+    "model.hf_path/tokenizer.json": lambda folder: (folder / "hf" / "tokenizer.json").write_text(
+        json.dumps(TOKENIZER | {"padding": None})
+    ),
     "model.hf_path/chat_template.jinja": lambda folder: (folder / "hf" / "chat_template.jinja").write_text("{{ x }}"),
     "model.megatron_path": convert_other_weights,
 }

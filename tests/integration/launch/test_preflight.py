@@ -51,6 +51,35 @@ def test_a_missing_file_is_named(folder, missing, pattern):
     assert re.search(pattern, only_problem(example_config(folder)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"sampling": {"max_prompt_tokens": 3, "max_response_tokens": 8}},
+            "data.train_file: no prompt has 1 .. sampling.max_prompt_tokens = 3 tokens; raise it",
+        ),
+        (
+            {"sampling": {"max_prompt_tokens": 16, "max_response_tokens": 489}, "batch": {"max_tokens_per_row": 512}},
+            "sampling.max_prompt_tokens + sampling.max_response_tokens + 8 = 513 exceeds the model's "
+            "max_position_embeddings = 512; lower one of them",
+        ),
+        (
+            {"staleness": {"delay_steps": 5}},
+            "staleness.delay_steps = 5: the run has num_global_steps = 4, so every step would train on rollouts of "
+            "the initial weights; lower the delay, or raise num_global_steps",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_found_before_a_role_starts(folder, changes, problem):
+    (folder / "heldout.jsonl").write_text(PROMPT.replace("1+1=", "2="))
+    assert only_problem(example_config(folder, **changes)) == problem
+
+
+def test_a_damaged_tokenizer_is_found(folder):
+    (folder / "hf" / "tokenizer.json").write_text("{}")
+    assert re.search(r"^model.hf_path = .*/hf: .*tokenizer.json: not a tokenizer", only_problem(example_config(folder)))
+
+
 def test_a_conversion_of_older_weights_is_refused(folder):
     converted = (folder / "megatron" / "manifest.json").stat().st_mtime
     os.utime(folder / "hf" / "model.safetensors", (converted + 10, converted + 10))
