@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ from minpro_megatron.monitor.progress import duration
 from minpro_megatron.report import figures
 from minpro_megatron.report.pages import percent, render, reward_text, short
 from minpro_megatron.report.report import ALARMS_FILE
-from minpro_megatron.report.run_history import Figures, figures_of, valid_history
+from minpro_megatron.report.run_history import figures_of, valid_history
 from minpro_megatron.report.settings import defaults_for, flat
 
 # The metrics that are shown by default.
@@ -96,11 +96,13 @@ def write_comparison(runs: Sequence[Run], path: Path, metrics: Sequence[str] = (
             raise UserError(f"--metrics: none of the runs has {name!r}{hint}")
     with figures.drawing():
         charts = [_chart(runs, name, window) for name in (metrics or USUAL_METRICS) if name in known]
+    results = [{"label": run.label, "color": _color(place), "figures": _results(run)} for place, run in enumerate(runs)]
     page = render(
         "comparison.html.jinja",
         {
             "runs": [{"label": run.label, "color": _color(place)} for place, run in enumerate(runs)],
-            "results": [_results(run, _color(place)) for place, run in enumerate(runs)],
+            "results": results,
+            "figures": list(results[0]["figures"]),
             "charts": charts,
             "differences": differing_settings(runs),
             "without_settings": [run.label for run in runs if not run.settings],
@@ -129,41 +131,44 @@ def _chart(runs: Sequence[Run], name: str, window: int | None) -> dict[str, Any]
                     drawn.set_marker("o")
                     drawn.set_markersize(3)
         negative = any(value < 0 for one in data for value in one.values)
-        kind = "share" if unit == "share" else "free" if negative else "wide"
+        # prefix minima lie close to 1: from 0, the curves of all runs would be one line
+        free = negative or name.startswith("prefix_min/")
+        kind = "share" if unit == "share" else "free" if free else "wide"
         return figures.dressed(axes, data, kind, "" if unit == "share" else unit)
 
     return {"title": name, "caption": declared.description if declared else "", "svg": figures.picture(draw)}
 
 
-def _results(run: Run, color: Markup) -> dict[str, Any]:
+class _Shown(NamedTuple):
+    """A figure of a run as text, and what is written below it."""
+
+    value: str
+    note: str = ""
+
+
+def _results(run: Run) -> dict[str, _Shown]:
+    """The figures of a run by their heading, in the order of the page."""
     found = figures_of(run.history)
     wanted = run.settings.get("num_global_steps")
+    stale = None if found.largest_staleness is None else f"at most {found.largest_staleness:g}"
     return {
-        "label": run.label,
-        "color": color,
-        "steps": f"{found.num_steps}" if run.finished else f"{found.num_steps} of {short(wanted or '?', 20)}",
-        "held_out": percent(found.held_out),
-        "best_held_out": _at(found.best_held_out, "version"),
-        "held_out_reward": reward_text(found.held_out_reward),
-        "reward": reward_text(found.reward),
-        "accuracy": percent(found.accuracy),
-        "best_accuracy": _at(found.best_accuracy, "step"),
-        "collapsed": "-" if found.collapsed_at is None else f"step {found.collapsed_at}",
-        "staleness": _staleness(found),
-        "step_s": "-" if found.step_s is None else f"{found.step_s:.2f} s",
-        "total": "-" if found.total_s is None else duration(found.total_s),
-        "alarms": str(run.num_alarms),
+        "global steps": _Shown(str(found.num_steps), "" if run.finished else f"of {short(wanted or '?', 20)}"),
+        "held-out pass@1": _Shown(percent(found.held_out), _best(found.best_held_out, "version")),
+        "held-out mean reward": _Shown(reward_text(found.held_out_reward)),
+        "training accuracy": _Shown(percent(found.accuracy), _best(found.best_accuracy, "step")),
+        "training mean reward": _Shown(reward_text(found.reward)),
+        "collapsed": _Shown("no" if found.collapsed_at is None else f"step {found.collapsed_at}"),
+        "staleness": _Shown("-" if found.mean_staleness is None else f"{found.mean_staleness:.2f}", stale or ""),
+        "time": _Shown(
+            "-" if found.total_s is None else duration(found.total_s),
+            "" if found.step_s is None else f"{found.step_s:.2f} s per step",
+        ),
+        "alarms": _Shown(str(run.num_alarms)),
     }
 
 
-def _at(best: tuple[float, int] | None, where: str) -> str:
-    return "-" if best is None else f"{percent(best[0])} ({where} {best[1]})"
-
-
-def _staleness(found: Figures) -> str:
-    if found.mean_staleness is None or found.largest_staleness is None:
-        return "-"
-    return f"{found.mean_staleness:.2f}, at most {found.largest_staleness:g}"
+def _best(best: tuple[float, int] | None, where: str) -> str:
+    return "" if best is None else f"best {percent(best[0])} at {where} {best[1]}"
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -177,7 +177,7 @@ def scale(axes: Axes, kind: str, data: Sequence[Series]) -> None:
     elif kind not in ("free", "log"):
         axes.set_ylim(bottom=min([0.0, *values]))
         if kind == "share":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
 
 
 def _log_scale(axes: Axes, spread: float) -> None:

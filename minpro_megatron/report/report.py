@@ -78,7 +78,7 @@ def _subtitle(config: Mapping[str, Any], summary: RunSummary | None) -> str:
     if isinstance(staleness, dict):
         bounded = staleness.get("mode") == "bounded"
         steps = staleness.get("max_staleness" if bounded else "delay_steps")
-        parts.append(f"{'at most' if bounded else 'delay of'} {short(steps, 20)} global steps stale")
+        parts.append(f"{'at most ' if bounded else ''}{short(steps, 20)} global steps stale")
     if "seed" in config:
         parts.append(f"seed {short(config['seed'], 20)}")
     parts.append("finished" if summary else "not finished")
@@ -149,6 +149,8 @@ def _reward_card(summary: RunSummary) -> list[dict[str, str]]:
     before, after = summary.mean_reward_before, summary.mean_reward_after
     if before is None or after is None:
         return []
+    if (before, after) == (summary.pass_at_1_before, summary.pass_at_1_after):
+        return []  # rewards of 0 and 1: the card of pass@1 has the same numbers
     label = "Held-out mean reward, before and after"
     return [{"label": label, "before": reward_text(before), "value": reward_text(after)}]
 

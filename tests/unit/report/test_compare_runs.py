@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,18 @@ def compare(tmp_path: Path, *arguments: object) -> str:
     return path.read_text()
 
 
+def texts(page: str) -> str:
+    """The texts of a page's elements, with one space between them."""
+    return " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL).split())
+
+
+def test_of_many_runs_each_is_a_row(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"run{number}", accuracies(*[0.5] * number)) for number in range(1, 6)]
+    text = texts(compare(tmp_path, *folders))
+    assert "run global steps held-out pass@1 held-out mean reward training accuracy" in text
+    assert "run3 3 - - 50.0 % best 50.0 % at step 0" in text
+
+
 def test_runs_of_different_length_and_state_stand_in_one_page(tmp_path: Path) -> None:
     evaluated = [
         Entry(0, 1.0, {"eval/pass_at_1": 0.25, "eval/mean_reward": -0.5}),
@@ -48,11 +61,15 @@ def test_runs_of_different_length_and_state_stand_in_one_page(tmp_path: Path) ->
     (short / "alarms.jsonl").write_text('{"step": 0, "name": "a"}\n{"step": 1, "name": "b"}\n{"st')
     outline = assert_safe(page := compare(tmp_path, whole, short))
     assert outline.elements["svg"] == 5  # pass@1 and accuracy, mean rewards, time
-    text = " ".join(outline.text.split())
-    assert "whole450.0 %50.0 % (version 4)0.12525.0 %25.0 % (step 3)2.500--8 s2.00 s0" in text
-    assert "short1 of 4---50.0 %50.0 % (step 0)5.000--2 s2.00 s2" in text
-    assert "objective.nameminprogspo" in text
-    assert "seed03" in text
+    text = texts(page)
+    for row in (  # the figures of both runs
+        "global steps 4 1 of 4", "held-out pass@1 50.0 % best 50.0 % at version 4 -", "held-out mean reward 0.125 -",
+        "training accuracy 25.0 % best 25.0 % at step 3 50.0 % best 50.0 % at step 0", "collapsed no no",
+        "time 8 s 2.00 s per step 2 s 2.00 s per step", "alarms 0 2",
+    ):  # fmt: skip
+        assert row in text
+    assert "objective.name minpro gspo" in text
+    assert "seed 0 3" in text
     assert "optimizer.learning_rate" not in page
 
 
@@ -154,7 +171,10 @@ def test_damaged_files_of_a_run_do_not_end_the_tool(tmp_path: Path) -> None:
         file.write(b'\xff\xfe\nnull\n[1]\n{"step": 2, "time": 3, "metr')
     (folder / "run.json").write_bytes(b"\xff{")
     (folder / "alarms.jsonl").write_bytes(b"\xff\n[]\n" + b"[" * 100_000)
-    assert "a2 of ?" in " ".join(assert_safe(compare(tmp_path, folder)).text.split())
+    page = compare(tmp_path, folder)
+    assert_safe(page)
+    assert "1 run compared" in page
+    assert "global steps 2 of ?" in texts(page)
 
 
 @pytest.mark.parametrize(
