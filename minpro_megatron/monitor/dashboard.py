@@ -4,6 +4,8 @@ Names are regular expressions that TensorBoard matches from the beginning; the b
 chart."""
 
 import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from minpro_megatron.config.run import RunConfig
 
@@ -88,14 +90,20 @@ LAYOUT = {group: {chart: ["Multiline", names] for chart, names in charts.items()
 
 
 def hyperparameters(config: RunConfig) -> dict[str, str | float]:
-    """The settings that decide what a run computes, as section.key, for TensorBoard's table of runs; lists and tables
-    as JSON, null excluded. The settings of devices and processes are excluded, because TensorBoard's alphabetical order
-    would mix them with these."""
-    found: dict[str, str | float] = {}
-    for name in _SETTINGS:
-        value = config.model_dump(mode="json", include={name})[name]
-        pairs = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-        for full, one in pairs.items():
-            if one is not None:
-                found[full] = json.dumps(one) if isinstance(one, bool | list | dict) else one
+    """The settings that decide what a run computes and that are not the defaults, as section.key, for TensorBoard's
+    table of runs; the objective's name and the seed always. Lists are JSON, null is excluded. The settings of devices
+    and processes are excluded, because TensorBoard's alphabetical order would mix them with these."""
+    changed = config.model_dump(mode="json", include=set(_SETTINGS), exclude_defaults=True)
+    found: dict[str, str | float] = {"objective.name": config.objective.name, "seed": config.seed}
+    for name, value in _flat(changed):
+        if value is not None:
+            found[name] = json.dumps(value) if isinstance(value, bool | list) else value
     return found
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

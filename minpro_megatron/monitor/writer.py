@@ -15,7 +15,14 @@ from minpro_megatron.metrics.declared import check_declared
 from minpro_megatron.monitor.dashboard import HEADLINES, LAYOUT
 from minpro_megatron.monitor.history import FILE_NAME, Entry, encode_entry
 
+BOARD_FOLDER = "tensorboard"
 _PROTOCOL: Any = summary_pb2  # its classes are generated at import, so type checkers do not know them
+
+
+def board_folder(run_dir: Path) -> Path:
+    """The folder of a run's TensorBoard events. TensorBoard names a run by its folder below --logdir, so the run's name
+    is the last part."""
+    return run_dir / BOARD_FOLDER / run_dir.resolve().name
 
 
 class RunWriter:
@@ -33,7 +40,7 @@ class RunWriter:
         for this and later steps (in metrics.jsonl the last line of a step counts)."""
         self.run_dir = Path(run_dir)
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=first_step)
+        self._board = SummaryWriter(str(board_folder(self.run_dir)), purge_step=first_step)
         self._lines = (Path(run_dir) / FILE_NAME).open("a", encoding="utf-8")
         if self._lines.tell() and not (Path(run_dir) / FILE_NAME).read_bytes().endswith(b"\n"):
             self._lines.write(

@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minpro_megatron.monitor.alarm_log import read_alarms
 from minpro_megatron.monitor.history import read_history
+from minpro_megatron.monitor.writer import board_folder
 from tests.e2e.conftest import Launcher
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
@@ -54,5 +55,5 @@ def test_a_wrecked_run_stops_with_a_checkpoint_and_goes_on_from_it(launches: Lau
     assert entries[-1].metrics["alarms/raised_by_kind/effective_sample_size"] == 1
     summary = json.loads((again.run_dir / "summary.json").read_text())
     assert (summary["steps"], summary["largest_staleness"]) == (8, 2)
-    board = EventAccumulator(str(again.run_dir / "tensorboard")).Reload()
+    board = EventAccumulator(str(board_folder(again.run_dir))).Reload()
     assert step in [text.step for text in board.Tensors("alarms/text_summary")]

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup
 from minpro_megatron.metrics.declared import METRICS
+from minpro_megatron.monitor.writer import board_folder
 from tests.e2e.conftest import ROOT, SMALL_RUN, Launch, Launcher
 from tests.e2e.recomputed import (
     UNSOURCED,
@@ -72,7 +73,7 @@ def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None
     assert trained[0]["ratio/max"] > 1.01
     assert all(metrics["objective/loss"] for metrics in trained)
 
-    events = EventAccumulator(str(launch.run_dir / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    events = EventAccumulator(str(board_folder(launch.run_dir)), size_guidance={"histograms": 0}).Reload()
     scalars = set(events.Tags()["scalars"])
     absent = {name for name in METRICS if not any(_is_of(scalar, name) for scalar in scalars)}
     assert all(name.startswith(WHERE_IT_HAPPENS) for name in absent), absent
@@ -119,7 +120,7 @@ def _check_metrics(
     with JournalReader(launch.run_dir) as journal:
         groups, evaluations = list(journal.groups()), journal.evaluations()
     stored = [[group for group in groups if group.consumed_step == step] for step in range(len(trained))]
-    events = EventAccumulator(str(launch.run_dir / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    events = EventAccumulator(str(board_folder(launch.run_dir)), size_guidance={"histograms": 0}).Reload()
     written = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
     for step, consumed in enumerate(stored):
         expected = recomputed(consumed, step, prefixed) | recomputed_rates(consumed, trained[step], num_ranks)

@@ -15,7 +15,7 @@ from minpro_megatron.monitor.alarm_log import FILE_NAME, AlarmLog, read_alarms
 from minpro_megatron.monitor.history import read_history
 from minpro_megatron.monitor.progress import Progress
 from minpro_megatron.monitor.step_report import StepReport
-from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.monitor.writer import RunWriter, board_folder
 from tests.support.batches import make_batch
 from tests.support.run_examples import example_config
 
@@ -56,7 +56,7 @@ def test_an_alarm_is_in_every_place(config: RunConfig, caplog: pytest.LogCapture
     ]
     counted = [entry.metrics["alarms/raised"] for entry in read_history(config.run_dir)]
     assert counted == [0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2]
-    board = EventAccumulator(str(config.run_dir / "tensorboard")).Reload()
+    board = EventAccumulator(str(board_folder(config.run_dir))).Reload()
     assert [event.value for event in board.Scalars("alarms/raised_by_kind/server_loss")] == [1] * 6 + [2] * 4
     texts = board.Tensors("alarms/text_summary")
     assert [text.step for text in texts] == [2, 8]
@@ -93,7 +93,7 @@ def test_the_display_shows_alarms_of_this_start(config: RunConfig) -> None:
 
 def test_histograms_and_samples_are_written_every_ten_steps(config: RunConfig) -> None:
     train(config, 0, 11)
-    board = EventAccumulator(str(config.run_dir / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    board = EventAccumulator(str(board_folder(config.run_dir)), size_guidance={"histograms": 0}).Reload()
     assert [event.step for event in board.Histograms("response/length")] == [0, 10]
     assert board.Histograms("staleness/token")[0].histogram_value.num == 18
     samples = [tensor.tensor_proto.string_val[0].decode() for tensor in board.Tensors("samples/text_summary")]

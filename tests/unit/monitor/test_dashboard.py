@@ -16,7 +16,7 @@ from minpro_megatron.metrics.declared import METRICS, check_declared
 from minpro_megatron.monitor.dashboard import HEADLINES, LAYOUT, hyperparameters
 from minpro_megatron.monitor.memory import FOLDER, MemoryStatement, host_bytes, stated_host_bytes
 from minpro_megatron.monitor.throughput import TrainerCompute
-from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.monitor.writer import RunWriter, board_folder
 from tests.support.batches import make_batch
 from tests.support.run_examples import example_config
 
@@ -46,7 +46,7 @@ def test_tensorboard_reads_layout_and_settings(tmp_path: Path) -> None:
     config = with_overrides(example_config(tmp_path), ["optimizer.learning_rate=2e-6", "batch.packing=false"])
     with RunWriter(config.run_dir) as writer:
         writer.describe(hyperparameters(config))
-    board = EventAccumulator(str(config.run_dir / "tensorboard")).Reload()
+    board = EventAccumulator(str(board_folder(config.run_dir))).Reload()
     text = board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     layout = LAYOUTS.Layout.FromString(text)
     assert [category.title for category in layout.category] == list(LAYOUT)
@@ -57,8 +57,16 @@ def test_tensorboard_reads_layout_and_settings(tmp_path: Path) -> None:
     assert found["batch.packing"].string_value == "false"
     assert found["objective.name"].string_value == "minpro"
     assert found["seed"].number_value == 0
-    assert found["loss.kl"].string_value.startswith('{"enabled": false')
-    assert not any(name.startswith(("server.", "alarms.")) for name in found)
+    assert not any(name.startswith(("server.", "alarms.", "loss.")) for name in found)
+    assert "optimizer.beta1" not in found
+
+
+def test_hyperparameters_are_what_differs_from_the_defaults(tmp_path: Path) -> None:
+    config = example_config(tmp_path)
+    changes = ["objective.name=gspo", "objective.clip_high=0.1", "loss.kl.enabled=true", "sampling.temperature=1.0"]
+    base, changed = hyperparameters(config), hyperparameters(with_overrides(config, changes))
+    assert "sampling.temperature" not in changed
+    assert changed == base | {"objective.name": "gspo", "objective.clip_high": 0.1, "loss.kl.enabled": "true"}
 
 
 def test_roles_state_their_memory_and_shares_of_a_role_add_up(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minpro_megatron.monitor.history import HistoryTail, LineTail, read_history
-from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.monitor.writer import RunWriter, board_folder
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):
@@ -18,7 +18,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
         writer.histogram(1, "response/length", np.array([1, 2, 3]))
         writer.histogram(1, "response/nothing", np.array([]))
         writer.text(1, "samples", "- `1+1=2` reward 1")
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board = EventAccumulator(str(board_folder(tmp_path)))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("reward/accuracy")] == [(0, 0.25), (1, 0.5)]
     assert board.Tags()["histograms"] == ["response/length"]
@@ -30,7 +30,7 @@ def test_counts_are_written_as_a_histogram_without_the_empty_ends(tmp_path):
     with RunWriter(tmp_path) as writer:
         writer.counts(3, "ratio/log", np.array([0, 2, 0, 1, 0]), np.array([-3.0, -1.0, 0.0, 1.0, 3.0, 9.0]))
         writer.counts(3, "ratio/none", np.zeros(2, np.int64), np.array([0.0, 1.0, 2.0]))
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    board = EventAccumulator(str(board_folder(tmp_path))).Reload()
     assert board.Tags()["histograms"] == ["ratio/log"]
     histogram = board.Histograms("ratio/log")[0].histogram_value
     assert (histogram.num, histogram.min, histogram.max) == (3, -1.0, 3.0)
