@@ -32,6 +32,7 @@ from minpro_megatron.cluster.profile import Profile
 from minpro_megatron.cluster.slurm_job import JOB_PREFIX
 from minpro_megatron.cluster.tunnel import tunnel
 from minpro_megatron.errors import UserError
+from minpro_megatron.launch.job_status import EXIT_STATUS_VARIABLE, STATED
 
 _PACKAGE = Path(minpro_megatron.__file__).parent
 RUN_FILE, TOPOLOGY_FILE = "run.json", "topology.json"
@@ -45,7 +46,8 @@ _REMEDIES = {
 # Inserted after NeMo-Run's own lines, before srun. Its script is traced; tracing is turned off here, because what
 # follows may be secret. At its end the script requests a requeue if the exit status is not 0 and TORCHX_MAX_RETRIES is
 # above the number of restarts so far. These lines decide which restarts count: an end before the time limit is not a
-# failure.
+# failure. srun's exit status is the largest of all nodes: when one node has ended with 2, srun ends the others by a
+# signal, and the status is 143. Therefore the statuses that decide about a restart are read from the nodes' files.
 _SETUP = """\
 { set +vx; } 2>/dev/null
 # Versions of Slurm before 23.02 do not say when the job ends.
@@ -55,6 +57,7 @@ if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
         [0-9]*) export SLURM_JOB_END_TIME=$(date --date="$job_end" +%s) ;;
     esac
 fi
+export EXIT_STATUS_VARIABLE="${exit_statuses}_${SLURM_RESTART_COUNT:-0}"
 failures_allowed=$TORCHX_MAX_RETRIES
 TORCHX_MAX_RETRIES=1000000
 scontrol() {
@@ -62,6 +65,12 @@ scontrol() {
         command scontrol "$@"
         return
     fi
+    for stated in STATUSES; do
+        if [ -e "$EXIT_STATUS_VARIABLE.$stated" ]; then
+            exitcode=$stated
+            break
+        fi
+    done
     failed=$((${SLURM_RESTART_COUNT:-0} - $(cat "$planned_ends" 2>/dev/null | wc -l)))
     if [ "$exitcode" -eq 2 ]; then
         # refused for problems: it would be refused again
@@ -76,7 +85,7 @@ scontrol() {
         echo "not started again: failed starts: $((failed + 1)), restarts = $failures_allowed in the profile"
     fi
 }
-"""
+""".replace("EXIT_STATUS_VARIABLE", EXIT_STATUS_VARIABLE).replace("STATUSES", " ".join(map(str, STATED)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,10 +291,12 @@ def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
 
 
 def _setup_lines(profile: Profile) -> str:
-    """`planned_ends` has one line for each start that ended before its time limit."""
+    """`planned_ends` has one line for each start that ended before its time limit. `exit_statuses` is the beginning of
+    the paths of the files in which nodes state their exit status."""
     planned_ends = f"{shlex.quote(profile.jobs_folder)}/planned_ends_$SLURM_JOB_ID"
     secrets = f". {shlex.quote(profile.secrets_file)}\n" if profile.secrets_file else ""
-    return f"planned_ends={planned_ends}\n{_SETUP}{secrets}"
+    exit_statuses = f"{shlex.quote(profile.jobs_folder)}/exit_status_$SLURM_JOB_ID"
+    return f"planned_ends={planned_ends}\nexit_statuses={exit_statuses}\n{_SETUP}{secrets}"
 
 
 def _mounts(profile: Profile) -> list[str]:

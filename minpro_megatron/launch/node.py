@@ -18,9 +18,10 @@ from rich.console import Console
 
 from minpro_megatron.checkpoints.resume_point import read_latest
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import TRY_AGAIN, WRONG_INPUT, TryAgainError, UserError
+from minpro_megatron.errors import TRY_AGAIN, WRONG_INPUT, ProjectError, TryAgainError, UserError
 from minpro_megatron.files.disk_space import naming_full_disk
 from minpro_megatron.launch.finished import finish, finish_again, finish_despite_failure
+from minpro_megatron.launch.job_status import state_exit_status
 from minpro_megatron.launch.launcher import closing_lines, guarded_tick
 from minpro_megatron.launch.node_roles import LOOPBACK, NodePlace, fabric_environment, node_commands, node_torchrun
 from minpro_megatron.launch.preflight.node_checks import (
@@ -66,7 +67,6 @@ from minpro_megatron.terminal_text import visible
 PLAN_LIMIT_S = REPORT_LIMIT_S = 600.0
 TOLD_AFTER_S = 30.0
 ALL_REDUCE_LIMIT_S = 180.0
-REFUSAL_S = 2.0
 OTHERS_END_S = 20.0  # time for the other nodes to end after an early end
 NUM_STALLED_STARTS = 2  # number of consecutive ones after which a job is not started again
 _LOOK_EVERY_S = 1.0
@@ -98,7 +98,14 @@ def run_node(options: NodeOptions, environment: Mapping[str, str] = os.environ) 
     topology = read_topology(options.topology)
     index = _index(options, len(topology.nodes), environment)
     limit = save_by(config, environment, began, options.end_early_s)
-    return _Node(config, topology, index, _key(options, environment), options, limit, environment).run()
+    node = _Node(config, topology, index, _key(options, environment), options, limit, environment)
+    try:
+        status = node.run()
+    except ProjectError as error:
+        state_exit_status(error.exit_status, environment)
+        raise
+    state_exit_status(status, environment)
+    return status
 
 
 def _index(options: NodeOptions, num_nodes: int, environment: Mapping[str, str]) -> int:
@@ -255,8 +262,7 @@ class _Node:
         return verdict or Verdict(problems=[Problem("node 0 has ended before its verdict", is_transient=True)])
 
     def _refuse(self, problems: list[Problem]) -> int:
-        """Ends this node. The first node prints why, and then waits for the others to end, because an end by srun would
-        hide its exit status.
+        """Ends this node. The first node prints why.
 
         The exit status is 69 if another start may not have these problems: the job's script then starts the job again,
         as often as the profile allows, but not for 2 (cluster/nemo.py)."""
@@ -264,8 +270,6 @@ class _Node:
             return 0
         for problem in problems:
             print(f"error: {visible(problem.line)}", file=sys.stderr, flush=True)
-        if len(self._topology.nodes) > 1:
-            time.sleep(REFUSAL_S)
         return TRY_AGAIN if all(problem.is_transient for problem in problems) else WRONG_INPUT
 
     def _run_roles(self, start: Start, plan: Plan) -> int:
@@ -348,13 +352,11 @@ class _Node:
             why = "; ".join(_described(failure) for failure in outcome.failures)
             start.write_failed(self._index, self._host, why)
         self._say(*closing_lines(outcome), file=sys.stderr)
-        if outcome.status == WRONG_INPUT and len(self._topology.nodes) > 1:
-            time.sleep(REFUSAL_S)  # meanwhile the others end by themselves: an end by srun would hide this status
         return outcome.status
 
     def _end_early(self, start: Start, outcome: Outcome) -> int:
-        """Ends this node. The first node prints why and ends last, because an end by srun would hide its exit
-        status."""
+        """Ends this node. The first node prints why and ends last, so that srun does not end the others before they
+        have stopped their roles."""
         start.write_done(self._index, self._host)
         if not self._is_first:
             return FINISHED

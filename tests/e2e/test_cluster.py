@@ -175,6 +175,28 @@ def test_two_starts_without_a_checkpoint_end_the_restarts(workspace: Workspace) 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
+def test_a_damaged_checkpoint_ends_the_job_once_with_the_intact_one(workspace: Workspace) -> None:
+    """Each rank would find it again at every start, so no restart is spent on it."""
+    spread = ["--set", "topology.train_nodes=2", "--set", "topology.share_nodes=true", "parallel.tensor=2"]
+    settings = [*spread, "--set", "restarts=3", "checkpoint.every_steps=1"]
+    status, output = ended(workspace.submit("damaged", *settings))
+    assert status == 0, output
+    run_dir = workspace.run_dir("damaged")
+    shard = run_dir / "checkpoints" / "step-000002" / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    status, output = ended(workspace.submit("damaged", *settings, "num_global_steps=3"))
+    assert status == 1, output
+    assert f"{shard}: its SHA-256 is not the one in manifest.json; step-000001 is intact" in output
+    assert "FAILED (exit status 2)" in output
+    assert "restart" not in output.split("FAILED (exit status 2)")[1]
+    assert sorted(path.name for path in (run_dir / "starts").iterdir()) == ["0", "1"]
+    assert not workspace.processes("minpro_megatron")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_without_restarts_left_the_job_has_failed(workspace: Workspace) -> None:
     submitted = workspace.submit("failing", "--set", "restarts=0", "num_global_steps=200")
     run_dir = workspace.run_dir("failing")

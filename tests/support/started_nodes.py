@@ -19,7 +19,6 @@ SLURM = {"SLURM_JOB_ID": "7"}
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_example_files(tmp_path)
     monkeypatch.setattr(node_module, "routable_address", lambda interface: ("127.0.0.1", "lo"))
-    monkeypatch.setattr(node_module, "REFUSAL_S", 0.0)
     return tmp_path
 
 

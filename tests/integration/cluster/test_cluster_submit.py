@@ -123,6 +123,35 @@ def test_ends_before_the_time_limit_do_not_count_as_failures(
 
 
 @pytest.mark.parametrize(
+    ("stated", "status", "last_line"),
+    [
+        ((2,), 2, "not started again: the problems above have to be fixed first"),
+        ((75, 2), 2, "not started again: the problems above have to be fixed first"),
+        ((75,), 75, "scontrol requeue 7"),
+        ((), 143, "not started again: failed starts: 1, restarts = 0 in the profile"),
+    ],
+)
+def test_a_status_that_srun_hides_decides_about_the_restart(
+    stated: tuple[int, ...], status: int, last_line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One node states its status and ends with it; srun ends the others by a signal and returns 143."""
+    pytest.importorskip("nemo_run")
+    (tmp_path / "jobs").mkdir()
+    _, shown, _ = submitted(capsys, "recipes.demo:tiny_moe", "--set", "restarts=0", "--set", f"job_dir={tmp_path}/jobs")
+    script = shown[shown.index("#!/bin/bash") :]
+    state = f"from minpro_megatron.launch.job_status import *; [state_exit_status(s, os.environ) for s in {stated}]"
+    (tmp_path / "srun").write_text(
+        f"#!/bin/bash\n[ -z \"$MINPRO_EXIT_STATUS_FILES\" ] || {sys.executable} -c 'import os; {state}'\nexit 143\n"
+    )
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $*"\n')
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    run = subprocess.run(["bash"], input=script, env=environment, text=True, capture_output=True, check=False)
+    assert (run.returncode, run.stdout.splitlines()[-1]) == (status, last_line), run.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["optimizer.lr=1"], "error: override 'optimizer.lr=1': there is no setting 'lr'; known: learning_rate"),
