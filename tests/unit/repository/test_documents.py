@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from minpro_megatron.config.listing import fields_of
+from minpro_megatron.config.run import RunConfig
 from tests.support.documents import ROOT, anchors, links, pages, prose, shell_commands
-from tools.write_reference import setting_names
 
 PACKAGE = "minpro_megatron"
+SETTINGS = {name for name, _ in fields_of(RunConfig)}
+SECTIONS = {name.rpartition(".")[0] for name in SETTINGS if "." in name}
 README_LINES, PAGE_LINES = 150, 300
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
@@ -99,16 +102,15 @@ def named_settings(page: Path) -> set[str]:
     text = prose(page)
     if page.name.startswith("coming_from"):
         text = re.sub(r"^(\|[^|]*\|).*$", r"\1", text, flags=re.MULTILINE)
-    sections = {name.partition(".")[0] for name in setting_names() if "." in name}
     found = re.findall(r"`'?([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", text)
     files = (".py", ".toml", ".jsonl")
-    return {name for name in found if name.partition(".")[0] in sections and Path(name).suffix not in files}
+    return {name for name in found if name.partition(".")[0] in SECTIONS and Path(name).suffix not in files}
 
 
 def test_every_setting_they_name_exists() -> None:
     named = {name: page.name for page in pages() for name in named_settings(page)}
     assert len(named) > 60
-    assert {name: page for name, page in named.items() if name not in setting_names()} == {}
+    assert {name: page for name, page in named.items() if name not in SETTINGS | SECTIONS} == {}
 
 
 def test_the_tests_that_the_table_of_damage_names_exist() -> None:

@@ -1,32 +1,19 @@
-"""Writes the reference pages of the documentation, docs/reference/, from the code: settings and metrics.
+"""The reference pages of the settings, from the settings classes."""
 
-    python tools/write_reference.py            # write the pages
-    python tools/write_reference.py --check    # exit with 1 if a page is not what the code gives
-
-tests/unit/repository/test_reference.py makes the same check.
-"""
-
-import argparse
 import inspect
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from docs.generator.markdown import cell
+from minpro_megatron.config.listing import as_text, sections_in
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.metrics.declared import metric_table
 
-PAGES = ROOT / "docs" / "reference"
-_NOTE = "<!-- Written by tools/write_reference.py from the code. Do not edit. -->\n"
 _BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
 _ALTERNATIVES = re.compile(r"\^\(([a-z|]+)\)\$")  # a pattern that only lists words, such as ^(cpu|cuda)$
 
@@ -40,7 +27,7 @@ def settings_page() -> str:
         "run folder has the values of that run. A setting without a default must be given by the recipe."
     )
     chosen = (found for found in _sections(RunConfig) if not _is_of_loss(found[0]))
-    return _page("Settings", introduction, chosen)
+    return _page(introduction, chosen)
 
 
 def objective_settings_page() -> str:
@@ -50,49 +37,23 @@ def objective_settings_page() -> str:
         " `loss` work with every objective. [objectives.md](../objectives.md) explains them."
     )
     chosen = (found for found in _sections(RunConfig) if _is_of_loss(found[0]))
-    return _page("Settings of the objective and the loss", introduction, chosen)
+    return _page(introduction, chosen)
 
 
 def _is_of_loss(title: str) -> bool:
     return title.startswith(("objective", "loss"))
 
 
-def _page(title: str, introduction: str, sections: Iterable[tuple[str, type[BaseModel]]]) -> str:
-    lines = [_NOTE, f"# {title}", "", introduction, ""]
+def _page(introduction: str, sections: Iterable[tuple[str, type[BaseModel]]]) -> str:
+    lines = [introduction, ""]
     for name, section in sections:
         lines += [f"## {name}", "", _docstring(section), ""]
         lines += ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
         for key, field in section.model_fields.items():
-            if not _sections_in(field.annotation) or get_origin(field.annotation) is list:
-                lines.append(f"| `{key}` | {_default(field)} | {_allowed(field)} | {_cell(field.description or '')} |")
+            if not sections_in(field.annotation) or get_origin(field.annotation) is list:
+                lines.append(f"| `{key}` | {_default(field)} | {_allowed(field)} | {cell(field.description or '')} |")
         lines.append("")
     return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def metrics_page() -> str:
-    """docs/reference/metrics.md: the declared metrics."""
-    introduction = (
-        "TensorBoard and `metrics.jsonl` hold these scalars, merged exactly over ranks and micro-batches. A name that"
-        " ends in `<...>` stands for a family of scalars. The reduction states how the values of ranks are merged; "
-        "`derived` metrics are computed from merged ones."
-    )
-    return f"{_NOTE}\n# Metrics\n\n{introduction}\n\n{metric_table()}"
-
-
-def pages() -> dict[Path, str]:
-    """Every generated page and its text."""
-    return {
-        PAGES / "settings.md": settings_page(),
-        PAGES / "objective_settings.md": objective_settings_page(),
-        PAGES / "metrics.md": metrics_page(),
-    }
-
-
-def setting_names() -> set[str]:
-    """The names of all settings and sections as the command line has them, such as `batch` and `batch.num_prompts`."""
-    titles = [(title.partition(" ")[0], section) for title, section in _sections(RunConfig) if title != "The run"]
-    inner = {f"{path}.{key}" for path, section in titles for key in section.model_fields}
-    return {*RunConfig.model_fields, *(path for path, _ in titles), *inner}
 
 
 def _sections(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
@@ -100,7 +61,7 @@ def _sections(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
     if not prefix:
         yield "The run", section
     for name, field in section.model_fields.items():
-        inner = _sections_in(field.annotation)
+        inner = sections_in(field.annotation)
         for one in inner:
             path = f"{prefix}{name}"
             chosen = one.model_fields["name"].default if len(inner) > 1 else ""
@@ -108,22 +69,12 @@ def _sections(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
             yield from _sections(one, f"{path}.")
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The settings classes that a field's annotation mentions, also within Annotated, unions and lists."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for argument in get_args(annotation) for found in _sections_in(argument)]
-
-
 def _docstring(section: type[BaseModel]) -> str:
-    return _cell(" ".join(inspect.cleandoc(section.__doc__ or "").split()))
+    return cell(" ".join(inspect.cleandoc(section.__doc__ or "").split()))
 
 
 def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return ""
-    value = field.default
-    return "`" + (value if isinstance(value, str) and value else json.dumps(value)).replace("|", "\\|") + "`"
+    return "" if field.is_required() else f"`{as_text(field.default)}`"
 
 
 def _allowed(field: FieldInfo) -> str:
@@ -161,32 +112,9 @@ def _type_name(annotation: Any) -> str:
         return f"list of {_type_name(arguments[0])}"
     if origin is dict:
         return f"object of {_type_name(arguments[1])}"
-    if _sections_in(annotation):
+    if sections_in(annotation):
         return "objects, see below"
     if origin is Literal:
         return "names"
     known = [argument for argument in arguments if argument in names or get_origin(argument) is not None]
     return " or ".join(_type_name(argument) for argument in known) or "text"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare the pages with the code instead of writing them")
-    check = parser.parse_args().check
-    old = [path for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    for path in old:
-        if check:
-            print(f"{path.relative_to(ROOT)} is not what the code gives: run python tools/write_reference.py")
-        else:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(pages()[path], encoding="utf-8")
-            print(f"wrote {path.relative_to(ROOT)}")
-    return 1 if check and old else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The commands of README and documentation that this machine can run within seconds work as they are printed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ROOT, TinyModel
+from tests.support.documents import shell_commands
+
+# The pages in the order in which a reader meets their commands; later ones use what earlier ones have made.
+PAGES = ["README.md", "docs/models.md", "docs/data_and_rewards.md", "docs/extending.md", "docs/inspecting_runs.md"]
+# What does not run here, or not within seconds: whole tiers and runs, data sets of the hub, profiles to be filled in.
+NOT_RUN_HERE = ("make ", "minpro prepare dapo", "minpro launch recipes.demo:tiny_moe ", "python -m benchmarks.")
+
+
+def clone(folder: Path, model: TinyModel) -> Path:
+    """A copy of the checkout after `make demo`, without the run's length: the tiny model is there, in both formats."""
+    left_out = shutil.ignore_patterns(".*", "artifacts", "runs", "__pycache__", "results", "tests")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    shutil.copytree(model.hf, folder / "artifacts" / "tiny_moe" / "hf")
+    shutil.copytree(model.megatron, folder / "artifacts" / "tiny_moe" / "megatron")
+    programs = folder / "programs"
+    programs.mkdir()
+    for name, module in (("minpro", "-m minpro_megatron"), ("python", "")):
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
+        program.chmod(0o755)
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_commands_work_as_printed(tiny_model: TinyModel, tmp_path: Path) -> None:
+    checkout = clone(tmp_path / "clone", tiny_model)
+    environment = os.environ | {
+        "PATH": f"{checkout / 'programs'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(checkout),
+        "NEMORUN_HOME": str(tmp_path / "nemo"),
+    }
+
+    def run(command: str) -> None:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=checkout, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        print(f"ran: {command}")
+
+    for name in ("demo", "demo-cispo"):  # short ones: the pages that look at them need several steps
+        run(f"minpro launch recipes.demo:tiny_moe_smoke name={name} num_global_steps=6")
+    done = set()
+    for page in PAGES:
+        for command in shell_commands(ROOT / page):
+            if command not in done and not command.startswith(NOT_RUN_HERE):
+                run(command)
+                done.add(command)
+    assert len(done) > 15
+    assert (checkout / "runs" / "my-model" / "summary.json").exists()
