@@ -21,31 +21,74 @@ POSITION_BUCKETS = [str(2**b) for b in range(18)]  # named by their first positi
 STALENESS_BUCKETS = [str(steps) for steps in range(17)]  # the last contains all larger values
 DIVISIONS = {"position": POSITION_BUCKETS, "staleness": STALENESS_BUCKETS}
 
-# Means over the trained slots in the order of `_rows`. The first ones are also reported by bucket, under these names.
+
+class _Measure(NamedTuple):
+    """A metric: the reduction of a row of values, one per slot, over the trained slots."""
+
+    name: str
+    row: str  # a key of `_rows`
+    reduction: Reduction
+    count: str = "trained"  # the row whose sum is the number of observations
+
+
+_MEASURES = (
+    _Measure("prefix_ratio/log_mean", "prefix_log_ratio", "mean"),
+    _Measure("prefix_ratio/surrogate_log_mean", "log_surrogate", "mean"),
+    _Measure("prefix_ratio/gap_abs_mean", "gap_abs", "mean"),
+    _Measure("objective/weight_mean", "weight", "mean"),
+    _Measure("objective/weight_square_mean", "weight_square", "mean"),
+    _Measure("objective/clipped_fraction", "clipped", "mean"),
+    _Measure("objective/masked_fraction", "excluded", "mean"),
+    _Measure("prefix_min/mean", "prefix_min", "mean"),
+    _Measure("prefix_min/min", "prefix_min", "min"),
+    _Measure("prefix_min/below_one", "prefix_min_below_one", "mean"),
+    _Measure("ratio/mean", "ratio", "mean"),
+    _Measure("ratio/min", "ratio", "min"),
+    _Measure("ratio/max", "ratio", "max"),
+    _Measure("ratio/square_mean", "ratio_square", "mean"),
+    _Measure("ratio/log_second_moment", "log_ratio_square", "mean"),
+    _Measure("ratio/min_position", "min_position", "mean", count="has_min_ratio"),
+    _Measure("mismatch/log_prob_abs_mean", "mismatch_abs", "mean"),
+    _Measure("mismatch/log_prob_abs_max", "mismatch_abs", "max"),
+    _Measure("mismatch/kl_k3", "mismatch_kl_k3", "mean"),
+    _Measure("policy/entropy", "entropy", "mean"),
+    _Measure("policy/kl_k1", "kl_k1", "mean"),
+    _Measure("policy/kl_k2", "kl_k2", "mean"),
+    _Measure("policy/kl_k3", "kl_k3", "mean"),
+)
+# Also reported as means by bucket, under these names.
 _BY_BUCKET = {
-    "prefix_ratio/log": "prefix_ratio/log_mean",
-    "prefix_ratio/surrogate_log": "prefix_ratio/surrogate_log_mean",
-    "prefix_ratio/gap_abs": "prefix_ratio/gap_abs_mean",
-    "objective/weight": "objective/weight_mean",
-    "objective/weight_square": "objective/weight_square_mean",
-    "prefix_min/mean": "prefix_min/mean",
+    "prefix_ratio/log": "prefix_log_ratio",
+    "prefix_ratio/surrogate_log": "log_surrogate",
+    "prefix_ratio/gap_abs": "gap_abs",
+    "objective/weight": "weight",
+    "objective/weight_square": "weight_square",
+    "prefix_min/mean": "prefix_min",
 }
-_MEANS = (
-    *_BY_BUCKET.values(), "ratio/mean", "mismatch/log_prob_abs_mean", "ratio/square_mean", "ratio/log_second_moment",
-    "policy/entropy", "policy/kl_k1", "policy/kl_k2", "policy/kl_k3", "prefix_min/below_one",
-    "objective/clipped_fraction", "objective/masked_fraction", "mismatch/kl_k3",
-)  # fmt: skip
-_PLACE = "ratio/min_position"  # a mean over the responses' smallest ratios
-_SMALLEST = {"prefix_min/mean": "prefix_min/min", "ratio/mean": "ratio/min"}
-_LARGEST = {"ratio/mean": "ratio/max", "mismatch/log_prob_abs_mean": "mismatch/log_prob_abs_max"}
 _HISTOGRAMS = ("ratio/log", "prefix_min/log", "prefix_ratio/gap")
+
+
+def _rows_reduced_by(reduction: Reduction) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(measure.row for measure in _MEASURES if measure.reduction == reduction))
+
+
+_IN_BUCKETS = ("trained", *_BY_BUCKET.values())
+# The parts of the vector in order, each with its rows.
+_PARTS: dict[str, tuple[str, ...]] = {
+    # the rows of the buckets come first: token_statistics takes them as one slice
+    "sum": tuple(dict.fromkeys((*_IN_BUCKETS, *_rows_reduced_by("mean"), *(one.count for one in _MEASURES)))),
+    "min": _rows_reduced_by("min"),
+    "max": _rows_reduced_by("max"),
+    **dict.fromkeys(DIVISIONS, _IN_BUCKETS),
+    "loss": ("value", "denominator"),
+}
 
 
 @dataclass(frozen=True)
 class Statistics:
     """The statistics of a micro-batch's local slots. They stay on the device until the end of the mini-batch."""
 
-    numbers: Tensor  # float64, in the order of `_layout`
+    numbers: Tensor  # float64, at the indices of `_indices`
     histograms: Tensor  # int64 [histograms, NUM_BINS]: logs in the bins of metrics.histograms
 
 
@@ -67,28 +110,31 @@ def token_statistics(
     staleness_L: Tensor,
     loss: tuple[Tensor, float],
 ) -> Statistics:
-    """The statistics of the trained slots (metrics.metric.METRICS describes them). `loss` is the sum of the local
+    """The statistics of the trained slots (metrics.declared describes them). `loss` is the sum of the local
     slots' values and this rank's part of the denominator."""
     mask, log_ratio = tokens.is_trained_L, tokens.log_ratio_L
     log_prefix_min = torch.where(tokens.log_prefix_minimum_L == torch.inf, 0.0, tokens.log_prefix_minimum_L)
     # m_t rho_t replaces rho_1 ... rho_t; the gap is the difference of their logarithms
     log_surrogate = log_prefix_min + log_ratio
     gap = log_surrogate - tokens.prefix_log_ratio_L
-    rows = torch.stack(_rows(tokens, terms, entropies_L, others, log_surrogate, gap))
-    trained = torch.where(mask, rows, 0.0)
-    smallest, largest = (slice(1 + min(r), 2 + max(r)) for r in (_rows_of(_SMALLEST), _rows_of(_LARGEST)))
-    numbers = [
-        trained.sum(1),
-        torch.where(mask, rows[smallest], torch.inf).amin(1),
-        torch.where(mask, rows[largest], -torch.inf).amax(1),
-    ]
-    for bucket_L, buckets in ((position_bucket(tokens), POSITION_BUCKETS), (staleness_L, STALENESS_BUCKETS)):
-        of_buckets = trained.new_zeros(1 + len(_BY_BUCKET), len(buckets))
-        place = bucket_L.clamp(0, len(buckets) - 1)
-        numbers.append(of_buckets.index_add_(1, place, trained[: len(of_buckets)]).view(-1))
-    value, count = loss
-    numbers.append(torch.stack([value.double(), value.new_full((), count, dtype=torch.float64)]))
-    return Statistics(torch.cat(numbers), _histograms(torch.stack([log_ratio, log_prefix_min, gap]), mask))
+    rows = _rows(tokens, terms, entropies_L, others, log_surrogate, gap)
+
+    def masked(part: str, value: float) -> Tensor:
+        return torch.where(mask, torch.stack([rows[name] for name in _PARTS[part]]), value)
+
+    trained = masked("sum", 0.0)
+    parts = {
+        "sum": trained.sum(1),
+        "min": masked("min", torch.inf).amin(1),
+        "max": masked("max", -torch.inf).amax(1),
+        "loss": torch.stack([loss[0].double(), loss[0].new_full((), loss[1], dtype=torch.float64)]),
+    }
+    for division, bucket_L in (("position", position_bucket(tokens)), ("staleness", staleness_L)):
+        place = bucket_L.clamp(0, len(DIVISIONS[division]) - 1)
+        of_buckets = trained.new_zeros(len(_IN_BUCKETS), len(DIVISIONS[division]))
+        parts[division] = of_buckets.index_add_(1, place, trained[: len(of_buckets)])
+    numbers = torch.cat([parts[part].view(-1) for part in _PARTS])
+    return Statistics(numbers, _histograms(torch.stack([log_ratio, log_prefix_min, gap]), mask))
 
 
 def as_metrics(micro_batches: Sequence[Statistics]) -> tuple[dict[str, Metric], dict[str, np.ndarray]]:
@@ -111,65 +157,67 @@ def as_metrics(micro_batches: Sequence[Statistics]) -> tuple[dict[str, Metric], 
 def _rows(
     tokens: PolicyTokens, terms: ObjectiveTerms, entropies_L: Tensor, others: OtherLogProbs, log_surrogate_L: Tensor,
     gap_L: Tensor,
-) -> list[Tensor]:  # fmt: skip
-    """float64 [L] each: 1 for every slot, the values of _MEANS, and, at the slot of each response's smallest ratio, its
-    relative position and 1."""
+) -> dict[str, Tensor]:  # fmt: skip
+    """The values that are reduced, by name, float64 [L] each."""
     log_ratio, weight, prefix_min = tokens.log_ratio_L, terms.weight_L.double(), tokens.prefix_minimum_L
     ratio, log_ratio_square = log_ratio.exp(), log_ratio**2
     mismatch = others.rollout_L - others.behavior_L  # log of (engine / trainer) under the same weights
-    is_smallest, place = _position_of_minimum(tokens)
-    return [
-        torch.ones_like(log_ratio),
-        tokens.prefix_log_ratio_L,
-        log_surrogate_L,
-        gap_L.abs(),
-        weight,
-        weight**2,
-        prefix_min.double(),
-        ratio,
-        mismatch.abs().double(),
-        ratio**2,
-        log_ratio_square,
-        entropies_L.double(),
+    has_min_ratio, min_position = _position_of_minimum(tokens)
+    return {
+        "trained": torch.ones_like(log_ratio),
+        "prefix_log_ratio": tokens.prefix_log_ratio_L,
+        "log_surrogate": log_surrogate_L,
+        "gap_abs": gap_L.abs(),
+        "weight": weight,
+        "weight_square": weight**2,
+        "clipped": terms.clipped_L.double(),
+        "excluded": terms.excluded_L.double(),
+        "prefix_min": prefix_min.double(),
+        "prefix_min_below_one": (prefix_min < 1).double(),
+        "ratio": ratio,
+        "ratio_square": ratio**2,
+        "log_ratio_square": log_ratio_square,
+        "has_min_ratio": has_min_ratio.double(),
+        "min_position": min_position,
+        "mismatch_abs": mismatch.abs().double(),
+        "mismatch_kl_k3": kl_estimate(mismatch, torch.zeros_like(mismatch), "k3")[0].double(),
+        "entropy": entropies_L.double(),
         # the tokens were sampled from the old policy: estimates of KL(old || current), as in kl_estimate
-        -log_ratio,
-        log_ratio_square / 2,
-        ratio - 1 - log_ratio,
-        (prefix_min < 1).double(),
-        terms.clipped_L.double(),
-        terms.excluded_L.double(),
-        kl_estimate(mismatch, torch.zeros_like(mismatch), "k3")[0].double(),
-        place,
-        is_smallest.double(),
+        "kl_k1": -log_ratio,
+        "kl_k2": log_ratio_square / 2,
+        "kl_k3": ratio - 1 - log_ratio,
+    }
+
+
+@cache
+def _indices() -> dict[tuple[str, str, int], int]:
+    """The index in `Statistics.numbers` of (part, row, bucket); bucket 0 in the parts without buckets."""
+    places = [
+        (part, row, bucket)
+        for part, rows in _PARTS.items()
+        for row in rows
+        for bucket in range(len(DIVISIONS[part]) if part in DIVISIONS else 1)
     ]
-
-
-def _rows_of(names: dict[str, str]) -> list[int]:
-    return [_MEANS.index(name) for name in names]
+    return {place: index for index, place in enumerate(places)}
 
 
 @cache
 def _layout() -> list[_Entry]:
-    return list(_places())
+    return list(_entries())
 
 
-def _places() -> Iterator[_Entry]:
-    """The entries in the order in which token_statistics writes them."""
-    for row, name in enumerate((*_MEANS, _PLACE), start=1):
-        yield _Entry(name, row, 0 if name != _PLACE else row + 1, "mean")
-    start = len(_MEANS) + 3
-    extremes: list[tuple[dict[str, str], Reduction]] = [(_SMALLEST, "min"), (_LARGEST, "max")]
-    for names, reduction in extremes:
-        for index, name in enumerate(names.values()):
-            yield _Entry(name, start + index, 0, reduction)
-        start += len(names)
+def _entries() -> Iterator[_Entry]:
+    index = _indices()
+    for measure in _MEASURES:
+        part = "sum" if measure.reduction == "mean" else measure.reduction
+        total, count = index[part, measure.row, 0], index["sum", measure.count, 0]
+        yield _Entry(measure.name, total, count, measure.reduction)
     for division, buckets in DIVISIONS.items():
-        for row, name in enumerate(_BY_BUCKET, start=1):
-            for index, bucket in enumerate(buckets):
-                total = start + row * len(buckets) + index
-                yield _Entry(f"{name}_by_{division}/{bucket}", total, start + index, "mean", is_bucket=True)
-        start += (1 + len(_BY_BUCKET)) * len(buckets)
-    yield _Entry("objective/loss", start, start + 1, "mean")
+        for name, row in _BY_BUCKET.items():
+            for place, bucket in enumerate(buckets):
+                total, count = index[division, row, place], index[division, "trained", place]
+                yield _Entry(f"{name}_by_{division}/{bucket}", total, count, "mean", is_bucket=True)
+    yield _Entry("objective/loss", index["loss", "value", 0], index["loss", "denominator", 0], "mean")
 
 
 def _histograms(values_HL: Tensor, mask_L: Tensor) -> Tensor:
