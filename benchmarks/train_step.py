@@ -61,7 +61,6 @@ def run_config(options: argparse.Namespace) -> RunConfig:
             "data": {"train_file": "unused", "heldout_file": "unused"},
             "sampling": {"max_prompt_tokens": PROMPT_TOKENS, "max_response_tokens": longest - PROMPT_TOKENS},
             "batch": {"max_tokens_per_row": max(longest, options.row_tokens)},
-            "collector": {"journal_ratios": False},
         }
     )
 

@@ -8,13 +8,16 @@ from minpro_megatron.models.architecture import Architecture, read_architecture
 from minpro_megatron.parallel.mesh import Mesh
 
 
-def load_policy(config: RunConfig, mesh: Mesh) -> tuple[Policy, Architecture]:
-    """This rank's share of the model of `config.model`. Collective. Raises ValueError for a model that cannot be read,
-    that the mesh cannot divide, or whose converted weights do not match it."""
+def load_policy(config: RunConfig, mesh: Mesh, *, records_log_probs: bool = False) -> tuple[Policy, Architecture]:
+    """This rank's share of the model of `config.model`; `records_log_probs` as in Policy. Collective.
+
+    Raises ValueError for a model that cannot be read, that the mesh cannot divide, or whose converted weights do not
+    match it.
+    """
     architecture = read_architecture(config.model.hf_path)
     features = ModelFeatures(
         config.model.recompute, routing_replay=config.model.routing_replay != "none", backend=config.model.backend
     )
     chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features)
     load_weights(chunks, architecture, config.model.megatron_path, mesh)
-    return Policy(config, architecture, chunks, mesh), architecture
+    return Policy(config, architecture, chunks, mesh, records_log_probs=records_log_probs), architecture

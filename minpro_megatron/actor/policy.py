@@ -76,10 +76,20 @@ class Policy:
     """The policy on one rank of the trainer. Every method is collective: all ranks call it together with the same
     sequences, and each rank works on its own share."""
 
-    def __init__(self, config: RunConfig, architecture: Architecture, chunks: list[GPTModel], mesh: Mesh) -> None:
-        """`chunks` are this rank's model chunks with their weights loaded. With model.routing_replay = rollout every
-        pass follows the routes of the sequences. Raises ValueError if the model then has no experts."""
+    def __init__(
+        self,
+        config: RunConfig,
+        architecture: Architecture,
+        chunks: list[GPTModel],
+        mesh: Mesh,
+        *,
+        records_log_probs: bool = False,
+    ) -> None:
+        """`chunks` are this rank's model chunks with their weights loaded. `records_log_probs`: updates return the
+        log-probs of their tokens. With model.routing_replay = rollout every pass follows the routes of the sequences.
+        Raises ValueError if the model then has no experts."""
         self._config = config
+        self._records_log_probs = records_log_probs
         self._mesh = mesh
         self.modules = chunks
         self._place = RankSlice(mesh.context.size(), mesh.context.rank(), mesh.tensor.size(), mesh.tensor.rank())
@@ -185,7 +195,7 @@ class Policy:
         """
         if not any(sequence.num_trained_tokens for sequence in sequences):
             num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
-            unknown = np.full(num_tokens, np.nan, np.float32) if self._config.collector.journal_ratios else None
+            unknown = np.full(num_tokens, np.nan, np.float32) if self._records_log_probs else None
             return UpdateResult(0.0, learning_rate, skipped="no trained token", log_probs=unknown)
         metrics, histograms, log_probs = self.accumulate_gradient(sequences, seed, routes)
         if self._objective.learning_rate_factor is not None:
@@ -224,7 +234,7 @@ class Policy:
         trained = self._run(self._loss.train, micro_batches, row_tokens, routing, forward_only=False)
         metrics, histograms = as_metrics([one.statistics for one in trained])
         log_probs = None
-        if self._config.collector.journal_ratios:
+        if self._records_log_probs:
             log_probs = self._by_token([one.by_slot for one in trained], ["log_probs"], sequences)["log_probs"]
         return metrics | row_metrics, histograms, log_probs
 

@@ -83,7 +83,7 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
         torch.set_num_threads(1)  # the ranks run in parallel
     first = mesh.rank == 0
     _say(config, mesh, "loading the model")
-    policy, architecture = load_policy(config, mesh)
+    policy, architecture = load_policy(config, mesh, records_log_probs=config.collector.journal_ratios)
     gatherer = WeightGatherer(policy.modules, architecture, mesh)
     publisher = Publisher(config, gatherer, mesh, policy.score_canaries)
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh, fence.check)

@@ -83,7 +83,7 @@ def loaded_policy(mesh: Mesh, config: RunConfig, hf_path: str, backend: str = "a
     from minpro_megatron.actor.policy import Policy
 
     architecture, chunks = loaded_model(mesh, hf_path, backend)
-    return architecture, Policy(config, architecture, chunks, mesh)
+    return architecture, Policy(config, architecture, chunks, mesh, records_log_probs=True)
 
 
 def loaded_model(mesh: Mesh, hf_path: str, backend: str = "auto") -> tuple[Any, list]:

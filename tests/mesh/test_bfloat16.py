@@ -32,7 +32,7 @@ def _policy(mesh: Mesh, config: RunConfig, hf_path: str, dtype: torch.dtype) -> 
     architecture = read_architecture(hf_path)
     chunks = build_model(architecture, mesh, dtype, ModelFeatures(routing_replay=True))
     load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path))
-    return Policy(config, architecture, chunks, mesh)
+    return Policy(config, architecture, chunks, mesh, records_log_probs=True)
 
 
 def _steps(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list[TokenSequence]) -> dict[str, Any]:
@@ -161,7 +161,6 @@ def _start_ratios(mesh: Mesh, config: RunConfig, hf_path: str, groups: Groups) -
 def test_before_any_update_every_ratio_is_exactly_one(parallel: dict[str, int], starts: dict[str, Start]) -> None:
     start = starts["moe"]
     config = step_config(parallel)
-    config = config.model_copy(update={"collector": config.collector.model_copy(update={"journal_ratios": True})})
     for rank in run_mesh(_start_ratios, config, start.hf_path, start.groups, **parallel):
         assert rank["ratios"] == [(1.0, 1.0, 0.0)] * 2
         np.testing.assert_array_equal(rank["trained"], rank["behavior"])

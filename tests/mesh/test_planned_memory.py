@@ -36,7 +36,6 @@ def run_config(degrees: dict[str, int], recompute: str) -> RunConfig:
                 "max_response_tokens": SEQUENCE_TOKENS - PROMPT_TOKENS,
             },
             "batch": {"num_prompts": 8, "mini_batch_prompts": 8, "max_tokens_per_row": ROW_TOKENS},
-            "collector": {"journal_ratios": False},
         }
     )
 
