@@ -18,6 +18,7 @@ from minpro_megatron.buffer.journal_restore import RestoredGroup
 from minpro_megatron.buffer.schedule import Restored, Slot, make_schedule
 from minpro_megatron.buffer.scores import check_scores, check_trained, with_scores
 from minpro_megatron.buffer.staleness import RUN_START, Beginning, beginning_after, expected_staleness, staleness
+from minpro_megatron.collector.events import CollectorObserver
 from minpro_megatron.collector.grading_watch import GradingWatch
 from minpro_megatron.collector.leases import Conflict, Leases, Servers
 from minpro_megatron.config.run import RunConfig
@@ -31,6 +32,7 @@ from minpro_megatron.records import (
     BehaviorLogProbs,
     CollectedGroup,
     CollectorTotals,
+    EvaluationResult,
     IssuedGroup,
     PublishLease,
     TrainedStep,
@@ -64,8 +66,10 @@ class Collector:
         servers: Servers,
         benchmarks: Sequence[EvaluationSet] = (),
         grading_metrics: Callable[[], Mapping[str, float]] = dict,
+        observer: CollectorObserver | None = None,
     ) -> None:
         self._config = config
+        self._observer = observer or CollectorObserver()
         self._journal = journal
         self._stream = stream
         self._collect_group = collect_group
@@ -129,6 +133,7 @@ class Collector:
         if groups or version:
             ready = len(self._groups)
             log.info("resumes at global step %d: %d groups ready, %d to repeat", version, ready, len(groups) - ready)
+        self._observer.resumed(version)
 
     async def _restore_beginnings(self, version: int, former_end: int | None) -> None:
         """Delay mode: sets where the run was extended, now or before, and which version samples the batches there."""
@@ -226,15 +231,20 @@ class Collector:
             self._notify()
 
     async def _evaluate(self, chosen: EvaluationSet, version: int) -> None:
+        self._observer.evaluation_started(version, chosen.name)
         result = await self._evaluations.evaluate(chosen, version)
-        if result is None:
-            return
+        if result is not None:
+            await self._record_evaluation(result)
+        self._observer.evaluation_ended(version, chosen.name)
+
+    async def _record_evaluation(self, result: EvaluationResult) -> None:
         await self._journal.evaluate(result)  # first: it rejects what a start other than the newest one writes
         append_result(self._config.run_dir, result)
         log.info(
             "version %d evaluated%s: pass@1 %.4f +- %.4f, mean reward %.4f over %d prompts x %d samples in %.2f s",
-            version, f" on {chosen.name}" if chosen.name else "", result.pass_at_1, result.standard_error,
-            result.mean_reward, result.num_prompts, result.samples_per_prompt, result.wall_time_s,
+            result.policy_version, f" on {result.benchmark}" if result.benchmark else "", result.pass_at_1,
+            result.standard_error, result.mean_reward, result.num_prompts, result.samples_per_prompt,
+            result.wall_time_s,
         )  # fmt: skip
         self._evaluations.results.append(result)
 
@@ -326,6 +336,7 @@ class Collector:
     async def publish_begin(self, version: int, timeout_s: float) -> PublishLease | None:
         """Permission to publish `version`; None if work under the previous version continues past `timeout_s`. A lease
         of the previous version may be returned first: publish that one to restarted servers, and ask again."""
+        self._observer.lease_requested(version)
         expected = self._version + 1 if self._serving else self._version
         if version != expected or version > self._num_steps:
             raise Conflict(f"publish version {version}: the next one is {expected} of {self._num_steps}")
@@ -335,6 +346,7 @@ class Collector:
         if await self._wait_until(self._may_publish if self._serving else self._leases.can_grant, timeout_s):
             in_flight = self._serving and self._config.staleness.mode == "bounded"
             self._leases.grant(version, in_flight)
+            self._observer.lease_granted(version)
         return self._leases.current
 
     def _may_publish(self) -> bool:
@@ -354,12 +366,16 @@ class Collector:
                 self._schedule.published()
             self._serving = True
             self._notify()
+        self._observer.published(version, held_by)
 
     def _republish_due(self) -> bool:
         """Whether a server waits for the current weights; if so, there is a lease for it."""
         # bounded mode: a server that was silent for a moment may have kept its requests
         in_flight = self._config.staleness.mode == "bounded"
-        return self._serving and self._leases.grant_again(self._version, in_flight)
+        due = self._serving and self._leases.grant_again(self._version, in_flight)
+        if due:
+            self._observer.lease_granted(self._version)
+        return due
 
     async def checkpoint_begin(self, version: int) -> None:
         """Returns when the journal would survive a power cut, because the checkpoint of `version` will rely on it."""

@@ -1,23 +1,21 @@
 """The collector's part of a trace (monitor/trace.py): groups on their servers, grading, publications, evaluations.
 
-All of it wraps the collector and its clients, and is installed only for a traced run.
+Groups are recorded by wrapping the servers' clients and the function that collects a group, the rest by an observer of
+the collector (collector/events.py). Only a traced run has them.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
 
-from minpro_megatron.buffer.journal import Journal
-from minpro_megatron.collector.collector import Collector
-from minpro_megatron.collector.leases import Servers
+from minpro_megatron.collector.events import CollectorObserver
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.evaluation.in_run import CollectGroup, EvaluationSet
+from minpro_megatron.evaluation.in_run import CollectGroup
 from minpro_megatron.fleet.member import Client
 from minpro_megatron.monitor.trace import Recorder
-from minpro_megatron.prompts.prompts import PromptStream, TokenizedPrompt
-from minpro_megatron.records import CollectedGroup, IssuedGroup, PublishLease, ServerAddress
+from minpro_megatron.records import CollectedGroup, IssuedGroup, ServerAddress
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.client import SamplingParameters
 
@@ -95,10 +93,11 @@ def traced_clients(
     return lambda address: TracedClient(make_client(address), recorder, address.index)
 
 
-def traced_groups(collect_group: CollectGroup, recorder: Recorder, kind: str) -> CollectGroup:
-    """Wraps `collect_group`; in the trace a group is named by `kind` and its number."""
+def traced_groups(collect_group: CollectGroup, recorder: Recorder) -> CollectGroup:
+    """Wraps `collect_group`; in the trace a group is named by what it is sampled for and its number."""
 
     async def collect(issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
+        kind = "held-out prompt" if issued.is_evaluation else "group"
         work = _Work(f"{kind} {issued.group_id}", recorder.now())
         _work.set(work)  # seen only by the tasks that this one starts
         group = await collect_group(issued, sampling)
@@ -109,57 +108,41 @@ def traced_groups(collect_group: CollectGroup, recorder: Recorder, kind: str) ->
     return collect
 
 
-class TracedCollector(Collector):
-    """A collector that records its publications, its evaluations and the version being served."""
+class TracingObserver(CollectorObserver):
+    """Records the publications, the evaluations and the version being served."""
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        config: RunConfig,
-        journal: Journal,
-        stream: PromptStream,
-        heldout: Sequence[TokenizedPrompt],
-        collect_group: CollectGroup,
-        servers: Servers,
-        benchmarks: Sequence[EvaluationSet] = (),
-        grading_metrics: Callable[[], Mapping[str, float]] = dict,
-    ) -> None:
-        evaluated = traced_groups(collect_group, recorder, "held-out prompt")
-        super().__init__(config, journal, stream, heldout, evaluated, servers, benchmarks, grading_metrics)
-        self._collect_group = traced_groups(collect_group, recorder, "group")
+    def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._asked: dict[int, int] = {}  # by version: when the trainer first requested its lease
+        self._requested: dict[int, int] = {}  # by version: when the trainer first requested its lease
         self._granted: dict[int, int] = {}
+        self._evaluated: dict[tuple[int, str], int] = {}  # when the evaluation started
 
-    async def restore(self, version: int, former_end: int | None = None) -> None:
-        await super().restore(version, former_end)
+    def resumed(self, version: int) -> None:
         self._recorder.step(version)
 
-    async def publish_begin(self, version: int, timeout_s: float) -> PublishLease | None:
-        asked = self._asked.setdefault(version, self._recorder.now())
-        lease = await super().publish_begin(version, timeout_s)
-        if lease is not None and lease.version == version and version not in self._granted:
-            self._granted[version] = self._recorder.now()
-            name = f"version {version} waits for work in flight"
-            self._recorder.add(name, asked, self._granted[version], track="publication")
-        return lease
+    def lease_requested(self, version: int) -> None:
+        self._requested.setdefault(version, self._recorder.now())
 
-    async def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
-        await super().publish_end(version, held_by, late)
+    def lease_granted(self, version: int) -> None:
+        if version in self._granted:
+            return
+        self._granted[version] = now = self._recorder.now()
+        if version in self._requested:
+            name = f"version {version} waits for work in flight"
+            self._recorder.add(name, self._requested[version], now, track="publication")
+
+    def published(self, version: int, held_by: Sequence[int]) -> None:
         now = self._recorder.now()
         granted = self._granted.pop(version, now)
         self._recorder.add(f"publish version {version}", granted, now, track="publication", held_by=list(held_by))
-        self._asked.pop(version, None)
+        self._requested.pop(version, None)
         self._recorder.step(version)
 
-    def _republish_due(self) -> bool:
-        due = super()._republish_due()
-        if due:
-            self._granted.setdefault(self._version, self._recorder.now())
-        return due
+    def evaluation_started(self, version: int, name: str) -> None:
+        self._evaluated[version, name] = self._recorder.now()
 
-    async def _evaluate(self, chosen: EvaluationSet, version: int) -> None:
-        start = self._recorder.now()
-        await super()._evaluate(chosen, version)
-        name = f"evaluate version {version}" + (f" on {chosen.name}" if chosen.name else "")
-        self._recorder.add(name, start, self._recorder.now(), track="evaluation", parallel=True)
+    def evaluation_ended(self, version: int, name: str) -> None:
+        start, shown = self._evaluated.pop((version, name)), f"evaluate version {version}"
+        self._recorder.add(
+            f"{shown} on {name}" if name else shown, start, self._recorder.now(), track="evaluation", parallel=True
+        )

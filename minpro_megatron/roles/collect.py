@@ -11,7 +11,7 @@ from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.checkpoints.resume_point import read_latest
 from minpro_megatron.collector.api import CollectorApi
 from minpro_megatron.collector.collector import Collector
-from minpro_megatron.collector.tracing import TracedCollector, collector_recorder, traced_clients
+from minpro_megatron.collector.tracing import TracingObserver, collector_recorder, traced_clients, traced_groups
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import SUCCEEDED, ProjectError, RunBlocked, report, report_unexpected
 from minpro_megatron.evaluation.in_run import EvaluationSet, benchmark_sets
@@ -138,15 +138,16 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     rewards = RewardPool(reward.function, reward.workers, reward.timeout_s, by_source=reward.by_source)
     await stack.enter_async_context(rewards)
     stack.callback(partial(_log_rewards, rewards))
-    recorder, make_client, make_collector = collector_recorder(config, incarnation), None, Collector
+    recorder, make_client = collector_recorder(config, incarnation), client_maker(config, facts)
     if recorder is not None:
         stack.callback(recorder.close)
-        make_client = traced_clients(client_maker(config, facts), recorder)
-        make_collector = partial(TracedCollector, recorder)
+        make_client = traced_clients(make_client, recorder)
     fleet = await stack.enter_async_context(Fleet(config, facts, incarnation, make_client))
-    groups = GroupCollector(fleet, rewards, tokenizer)
+    collect_group, observer = GroupCollector(fleet, rewards, tokenizer).collect, None
+    if recorder is not None:
+        collect_group, observer = traced_groups(collect_group, recorder), TracingObserver(recorder)
     stream = PromptStream(training, config)
-    collector = make_collector(config, journal, stream, heldout, groups.collect, fleet, benchmarks, rewards.metrics)
+    collector = Collector(config, journal, stream, heldout, collect_group, fleet, benchmarks, rewards.metrics, observer)
     manifest = read_latest(config.run_dir)
     if manifest is not None:
         await collector.restore(manifest.policy_version, manifest.num_global_steps)

@@ -7,12 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from minpro_megatron.actor.profiles import MegatronTimers, open_tracer
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.collector.collector import Collector
-from minpro_megatron.collector.tracing import TracedClient, TracedCollector, collector_recorder, traced_groups
+from minpro_megatron.collector.tracing import TracedClient, TracingObserver, collector_recorder, traced_groups
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.monitor.trace import NoTracer, Recorder, Span, TracedWatchdog, chrome_trace, write_trace
 from minpro_megatron.prompts.prompts import PromptStream
@@ -225,29 +226,32 @@ def test_groups_are_spans_of_their_servers_also_when_they_fail(tmp_path: Path) -
         return collected(issued)
 
     async def main() -> None:
-        group = traced_groups(collect, recorder, "group")
+        group = traced_groups(collect, recorder)
         async with client as entered, asyncio.TaskGroup() as tasks:
             assert await entered.policy_version(1.0) == 7
-            for issued in issued_groups([4, 5]):
+            training, heldout = issued_groups([4, 5])
+            for issued in (training, msgspec.structs.replace(heldout, is_evaluation=True)):
                 tasks.create_task(group(issued, SamplingParameters(1.0, 6)))  # type: ignore[arg-type]
 
     asyncio.run(main())
     recorder.close()
     generated = [event for event in events_of(tmp_path) if event["process"] == "server 3"]
-    assert sorted(event["name"] for event in generated) == ["group 4", "group 4", "group 5"]
+    assert sorted(event["name"] for event in generated) == ["group 4", "group 4", "held-out prompt 5"]
     assert sorted(event["args"]["tokens"] for event in generated) == [0, 6, 6]
     graded = [event["name"] for event in events_of(tmp_path) if event["process"] == "collector"]
-    assert sorted(graded) == ["group 4", "group 5"]
+    assert sorted(graded) == ["group 4", "held-out prompt 5"]
 
 
 def test_a_collector_traces_publications_and_evaluations_and_does_the_same(tmp_path: Path) -> None:
     config = traced(run_config(tmp_path, evaluate_every=2))
 
-    async def main(make: Any, config: RunConfig) -> FakeTrainer:
+    async def main(config: RunConfig, recorder: Recorder | None) -> FakeTrainer:
         servers, trainer = FakeServers(), FakeTrainer(config)
         journal = await Journal.open(config.run_dir)
         stream = PromptStream(tokenized_prompts(7), config)
-        collector = make(config, journal, stream, tokenized_prompts(2), servers.collect, servers)
+        collect = servers.collect if recorder is None else traced_groups(servers.collect, recorder)
+        observer = None if recorder is None else TracingObserver(recorder)
+        collector = Collector(config, journal, stream, tokenized_prompts(2), collect, servers, observer=observer)
         await collector.restore(0)
         running = asyncio.create_task(collector.run())
         await trainer.run(collector)
@@ -259,8 +263,8 @@ def test_a_collector_traces_publications_and_evaluations_and_does_the_same(tmp_p
     recorder = collector_recorder(config, 0)
     assert recorder is not None
     trainers = [
-        asyncio.run(main(lambda *parts: TracedCollector(recorder, *parts), config)),
-        asyncio.run(main(Collector, with_overrides(config, ["name=plain"]))),
+        asyncio.run(main(config, recorder)),
+        asyncio.run(main(with_overrides(config, ["name=plain"]), None)),
     ]
     recorder.close()
     consumed = [{k: [g.issued.group_id for g in b.groups] for k, b in trainer.trained.items()} for trainer in trainers]
