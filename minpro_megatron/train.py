@@ -20,7 +20,7 @@ from minpro_megatron.actor.updates import TrainedBatch, Updates
 from minpro_megatron.batching.sequences import behavior_record, trained_step
 from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.checkpoints.checkpoint_folder import score_of
-from minpro_megatron.checkpoints.resume_point import RunManifest, TrainerState
+from minpro_megatron.checkpoints.manifest import RunManifest, TrainerState
 from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints
 from minpro_megatron.checkpoints.save_schedule import SaveSchedule
 from minpro_megatron.checkpoints.saving import Saving

@@ -15,16 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from minpro_megatron.checkpoints.resume_point import (
-    LATEST,
-    MANIFEST,
-    RunManifest,
-    complete_manifests,
-    folder_name,
-    read_latest_in,
-    to_json,
-    version_of,
-)
+from minpro_megatron.checkpoints.manifest import MANIFEST, RunManifest, folder_name, to_json
+from minpro_megatron.checkpoints.resume_point import LATEST, complete_manifests, read_latest_in, version_of
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.errors import RunFailed
 from minpro_megatron.files.replacement import replace_file

@@ -10,14 +10,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
+from minpro_megatron.checkpoints.file_records import record_file, verify_files
 from minpro_megatron.checkpoints.manifest import (
     HF_TEXTS,
     FileRecord,
-    Manifest,
+    ModelManifest,
     check_architecture,
     read_manifest,
-    record_file,
-    verify_files,
     write_manifest,
 )
 from minpro_megatron.checkpoints.sharded_files import refuse_code
@@ -47,7 +46,7 @@ def save_weights(
     dist.barrier(group=mesh.control)
     records = mesh.from_all_ranks(_records(temporary, mesh))
     if mesh.rank == 0:
-        manifest = Manifest(
+        manifest = ModelManifest(
             source=hf_path.resolve().name,
             dtype=dtype_name(next(chunks[0].parameters()).dtype),  # type: ignore[arg-type]  one of the two
             architecture=architecture,

@@ -9,100 +9,23 @@ version and updates determine where each stream continues, and no generator's st
 groups are consumed by a version, and which prompt is next.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
-
+from minpro_megatron.checkpoints.manifest import MANIFEST, RunIdentity, RunManifest, folder_name, from_json
 from minpro_megatron.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-MANIFEST = "manifest.json"
-_DIGEST = "digest"
 _FOLDER_NAME = re.compile(r"step-(\d{6,})")
-
-
-class SavedFile(msgspec.Struct, frozen=True, kw_only=True):
-    """One file as it was written."""
-
-    bytes: int
-    sha256: str
-
-
-class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """The run that wrote the checkpoint, with settings as JSON values. Seed and architecture must be equal in the run
-    that loads it; the other fields are information."""
-
-    seed: int
-    objective: str
-    dtype: str
-    parallel: dict[str, Any]  # the mesh that saved it; any mesh can load it
-    architecture: dict[str, Any]
-
-
-class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of the trainer between two global steps."""
-
-    policy_version: int  # completed global steps
-    updates: int  # optimizer updates so far; their seeds derive from it
-    # the updates that did not change the optimizer (no trained token, or a gradient that is not finite); None in
-    # checkpoints of earlier versions
-    skipped_updates: int | None = None
-    # the run's length when this was saved: no later batch was sampled; None in checkpoints of earlier versions
-    num_global_steps: int | None = None
-
-
-class RunManifest(TrainerState, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    format_version: Literal[2] = 2
-    run: RunIdentity
-    created: datetime
-    score: float | None = None  # from the evaluation of policy_version, once known
-    files: dict[str, SavedFile]  # by name; all files except the manifest
-
-    @property
-    def folder_name(self) -> str:
-        return folder_name(self.policy_version)
-
-
-def folder_name(policy_version: int) -> str:
-    return f"step-{policy_version:06d}"
 
 
 def version_of(name: str) -> int | None:
     """The policy version of a checkpoint's folder name; None for any other name."""
     match = _FOLDER_NAME.fullmatch(name)
     return int(match[1]) if match and folder_name(int(match[1])) == name else None
-
-
-def to_json(manifest: RunManifest) -> str:
-    """The manifest as JSON with a digest of its content, which is the only way to detect a damaged number in it."""
-    content = msgspec.to_builtins(manifest)
-    return json.dumps({_DIGEST: _digest(content), **content}, indent=2) + "\n"
-
-
-def from_json(text: bytes) -> RunManifest:
-    """The manifest in a file. Raises UserError if it is damaged or not a manifest of this version."""
-    try:
-        content = json.loads(text)
-        if not isinstance(content, dict):
-            raise UserError("a manifest must be a JSON object")
-        digest = content.pop(_DIGEST, None)  # earlier versions did not write one
-        manifest = msgspec.convert(content, RunManifest)
-    except (ValueError, msgspec.ValidationError) as error:  # ValueError: not JSON, or not text
-        raise UserError(str(error)) from None
-    if digest is not None and digest != _digest(content):
-        raise UserError("its content does not match its digest, so it is damaged")
-    return manifest
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_latest(run_dir: Path | str) -> RunManifest | None:
@@ -132,8 +55,9 @@ def read_latest_in(checkpoints: Path) -> RunManifest | None:
         raise UserError(f"{error}; {remedy}") from None
 
 
-def read_manifest(folder: Path) -> RunManifest:
-    """Raises UserError if the folder has no manifest of this version."""
+def read_run_manifest(folder: Path) -> RunManifest:
+    """The manifest of a checkpoint in a run's folder. Raises UserError if there is no manifest of this version, or one
+    of another checkpoint."""
     path = folder / MANIFEST
     try:
         text = path.read_bytes()
@@ -143,6 +67,8 @@ def read_manifest(folder: Path) -> RunManifest:
         manifest = from_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if not isinstance(manifest, RunManifest):
+        raise UserError(f"{path}: this is a converted model, not a checkpoint of a run")
     if manifest.folder_name != folder.name:
         raise UserError(f"{path}: policy_version = {manifest.policy_version} belongs in {manifest.folder_name}")
     return manifest
@@ -186,7 +112,7 @@ def _named_by(latest: Path) -> str:
 
 
 def _read_whole(folder: Path) -> RunManifest:
-    manifest = read_manifest(folder)
+    manifest = read_run_manifest(folder)
     for name, record in manifest.files.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None

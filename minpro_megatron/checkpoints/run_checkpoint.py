@@ -6,13 +6,12 @@ Hugging Face folder that was exported from a checkpoint records this in a file, 
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from minpro_megatron.checkpoints.resume_point import MANIFEST, RunManifest, from_json
+from minpro_megatron.checkpoints.manifest import RunManifest, read_manifest
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.files.replacement import replace_file
@@ -28,25 +27,6 @@ class ExportedFrom(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: str
     policy_version: int
     files_digest: str
-
-
-def is_run_checkpoint(folder: Path) -> bool:
-    """Whether the folder's manifest is that of a run's checkpoint."""
-    try:
-        content = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "policy_version" in content
-
-
-def read_run_manifest(folder: Path) -> RunManifest:
-    """The manifest of a run's checkpoint, whose folder may have been renamed. Raises UserError."""
-    try:
-        return from_json((folder / MANIFEST).read_bytes())
-    except OSError as error:
-        raise UserError(f"{folder / MANIFEST}: {error.strerror}") from None
-    except UserError as error:
-        raise UserError(f"{folder / MANIFEST}: {error}; use the version of this project that wrote it") from None
 
 
 def texts_of_run(folder: Path) -> Path:
@@ -68,7 +48,8 @@ def texts_of_run(folder: Path) -> Path:
 
 def write_exported_from(output: Path, checkpoint: Path) -> str:
     """Records in `output` what it was exported from. Returns the file's name."""
-    manifest = read_run_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
+    assert isinstance(manifest, RunManifest), checkpoint
     stated = ExportedFrom(
         checkpoint=str(checkpoint.absolute()),
         policy_version=manifest.policy_version,
@@ -85,7 +66,8 @@ def is_exported_from(hf_path: Path, checkpoint: Path) -> bool:
         stated = msgspec.json.decode((hf_path / EXPORTED_FROM).read_bytes(), type=ExportedFrom)
     except (OSError, msgspec.DecodeError):
         return False
-    return stated.files_digest == _digest(read_run_manifest(checkpoint))
+    manifest = read_manifest(checkpoint)
+    return isinstance(manifest, RunManifest) and stated.files_digest == _digest(manifest)
 
 
 def _digest(manifest: RunManifest) -> str:

@@ -17,18 +17,16 @@ import msgspec
 
 from minpro_megatron.checkpoints.checkpoint_folder import CheckpointFolder
 from minpro_megatron.checkpoints.converted_model import refuse_code_on_all_ranks
-from minpro_megatron.checkpoints.manifest import record_file
-from minpro_megatron.checkpoints.resume_point import (
-    LATEST,
+from minpro_megatron.checkpoints.file_records import record_file
+from minpro_megatron.checkpoints.manifest import (
     MANIFEST,
+    FileRecord,
     RunIdentity,
     RunManifest,
-    SavedFile,
     TrainerState,
-    complete_manifests,
     folder_name,
-    refuse_other_run,
 )
+from minpro_megatron.checkpoints.resume_point import LATEST, complete_manifests, refuse_other_run
 from minpro_megatron.checkpoints.shard_writing import SaveError, ShardWrite, on_rank_0
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.errors import UserError
@@ -210,7 +208,7 @@ def _refuse_other_updates(path: Path, manifest: RunManifest, steps: int) -> None
     )
 
 
-def _manifest(save: _Save, files: dict[str, SavedFile]) -> RunManifest:
+def _manifest(save: _Save, files: dict[str, FileRecord]) -> RunManifest:
     return RunManifest(
         **msgspec.structs.asdict(save.state),
         run=save.run,
@@ -226,11 +224,9 @@ def _seconds(save: _Save) -> float:
     return max(0.0, written - save.began)
 
 
-def _damage(path: Path, written: SavedFile) -> str | None:
+def _damage(path: Path, written: FileRecord) -> str | None:
     try:
         found = record_file(path)
     except OSError as error:
         return str(error)
-    if (found.bytes, found.sha256) == (written.bytes, written.sha256):
-        return None
-    return f"{path}: its SHA-256 is not the one in {MANIFEST}"
+    return None if found == written else f"{path}: its SHA-256 is not the one in {MANIFEST}"

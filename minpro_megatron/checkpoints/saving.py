@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from minpro_megatron.checkpoints.resume_point import TrainerState
+from minpro_megatron.checkpoints.manifest import TrainerState
 from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints, Trainable
 from minpro_megatron.checkpoints.save_schedule import EndedEarly, SaveSchedule
 from minpro_megatron.config.run import RunConfig

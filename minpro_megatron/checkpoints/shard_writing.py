@@ -40,8 +40,8 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from minpro_megatron.checkpoints.manifest import METADATA, record_file
-from minpro_megatron.checkpoints.resume_point import SavedFile
+from minpro_megatron.checkpoints.file_records import record_file
+from minpro_megatron.checkpoints.manifest import METADATA, FileRecord
 from minpro_megatron.checkpoints.shard_coverage import incompleteness
 from minpro_megatron.errors import ProjectError, RunFailed, UserError
 from minpro_megatron.host_memory.host_blocks import host_tensors
@@ -78,7 +78,7 @@ class _Written:
     """What a rank wrote, or the error."""
 
     results: list[Any] = field(default_factory=list)  # torch's WriteResult of every tensor and object
-    files: dict[str, SavedFile] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -216,7 +216,7 @@ class ShardWrite:
         """Whether all ranks have written; with `wait`, once they have."""
         return self._caller.is_current_async_call_done(blocking=wait)
 
-    def complete(self) -> dict[str, SavedFile]:
+    def complete(self) -> dict[str, FileRecord]:
         """After `is_done`: write the metadata. Returns the folder's files on rank 0, an empty dict on other ranks.
 
         Raises SaveError on all ranks if any of them could not write.
@@ -224,7 +224,7 @@ class ShardWrite:
         self._copied = None
         every: list[_Written] = [_Written()] * self._mesh.control.size()
         dist.gather_object(self._result(), every if self._mesh.rank == 0 else None, 0, self._mesh.control)
-        files: dict[str, SavedFile] = {}
+        files: dict[str, FileRecord] = {}
 
         def write_metadata() -> None:
             if errors := [f"rank {rank}: {one.error}" for rank, one in enumerate(every) if one.error]:
@@ -282,8 +282,7 @@ def _first_cause(error: BaseException) -> BaseException:
     return cause or error
 
 
-def _synced_record(path: Path) -> SavedFile:
+def _synced_record(path: Path) -> FileRecord:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    record = record_file(path)
-    return SavedFile(bytes=record.bytes, sha256=record.sha256)
+    return record_file(path)

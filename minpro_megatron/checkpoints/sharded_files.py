@@ -7,7 +7,7 @@ layer, and for experts the expert too, as leading dimensions.
 
 Trust: `.metadata` is unpickled with only the classes listed here, and everything else with `weights_only`. The loader
 of torch.distributed.checkpoint, which Megatron calls, unpickles objects without such a list
-(DefaultLoadPlanner.load_bytes). It is called for a folder only after manifest.py's checks and refuse_code.
+(DefaultLoadPlanner.load_bytes). It is called for a folder only after the checks of file_records.py and refuse_code.
 """
 
 import itertools
@@ -35,7 +35,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from minpro_megatron.checkpoints.manifest import METADATA, FileRecords
+from minpro_megatron.checkpoints.file_records import FileRecords
+from minpro_megatron.checkpoints.manifest import METADATA
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.weights.table import Entry, Shape

@@ -21,7 +21,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from minpro_megatron.checkpoints.resume_point import RunIdentity
+from minpro_megatron.checkpoints.manifest import RunIdentity
 from minpro_megatron.checkpoints.shard_writing import ShardWrite
 from minpro_megatron.checkpoints.state_pieces import blocks_of, pieces
 from minpro_megatron.config.run import RunConfig

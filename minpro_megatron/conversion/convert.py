@@ -16,17 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minpro_megatron.checkpoints.file_records import file_records, sha256_lines, verify_files
 from minpro_megatron.checkpoints.manifest import (
     HF_TEXTS,
-    Manifest,
+    ModelManifest,
     check_architecture,
-    file_records,
+    is_run_checkpoint,
     read_manifest,
-    sha256_lines,
-    verify_files,
     write_manifest,
 )
-from minpro_megatron.checkpoints.run_checkpoint import is_run_checkpoint, texts_of_run, write_exported_from
+from minpro_megatron.checkpoints.run_checkpoint import texts_of_run, write_exported_from
 from minpro_megatron.checkpoints.sharded_files import ShardedReader, ShardedWriter, place
 from minpro_megatron.errors import UserError
 from minpro_megatron.files.disk_space import as_size, existing_parent, free_bytes, naming_full_disk
@@ -75,7 +74,7 @@ def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False, cast
             num_bytes = sum(_hf_bytes(reader, dtype).values())
             with watch("verifying", num_bytes) as announce:
                 compare(reader, ShardedReader(folder), architecture, announce, dtype)
-        manifest = Manifest(
+        manifest = ModelManifest(
             source=hf.resolve().name,
             dtype=dtype_name(dtype),  # type: ignore[arg-type]  checked above
             architecture=architecture,

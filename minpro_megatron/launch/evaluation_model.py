@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from minpro_megatron.checkpoints.run_checkpoint import EXPORTED_FROM, is_exported_from, is_run_checkpoint, texts_of_run
+from minpro_megatron.checkpoints.manifest import is_run_checkpoint
+from minpro_megatron.checkpoints.run_checkpoint import EXPORTED_FROM, is_exported_from, texts_of_run
 from minpro_megatron.errors import UserError
 from minpro_megatron.launch.evaluation_options import EvaluationOptions
 from minpro_megatron.monitor.byte_progress import byte_progress

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, RunManifest, complete_manifests, read_latest
+from minpro_megatron.checkpoints.manifest import RunManifest
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, complete_manifests, read_latest
 from minpro_megatron.errors import UserError
 from minpro_megatron.monitor.byte_progress import byte_progress
 

@@ -11,7 +11,8 @@ from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.journal_file import FILE_NAME as JOURNAL_FILE
 from minpro_megatron.buffer.journal_file import has_locks
 from minpro_megatron.buffer.journal_reader import JournalReader
-from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, LATEST, RunManifest, newest_complete, read_latest
+from minpro_megatron.checkpoints.manifest import RunManifest
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, LATEST, newest_complete, read_latest
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.launch.preflight.inputs import INPUT_PATHS, input_obstacles

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minpro_megatron.buffer.staleness import beginning_after
-from minpro_megatron.checkpoints.resume_point import RunManifest, read_latest
+from minpro_megatron.checkpoints.manifest import RunManifest
+from minpro_megatron.checkpoints.resume_point import read_latest
 from minpro_megatron.config.model import layer_backend_of
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from minpro_megatron.checkpoints.resume_point import TrainerState
+from minpro_megatron.checkpoints.manifest import TrainerState
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.checkpointing_rank import CONFIG, TWO, Rank, fill_the_disk, model, start

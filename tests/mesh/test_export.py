@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, TrainerState
+from minpro_megatron.checkpoints.manifest import TrainerState
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.launch.export import ExportOptions, export
 from minpro_megatron.parallel.mesh import Mesh

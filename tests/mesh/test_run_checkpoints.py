@@ -15,7 +15,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, TrainerState, read_latest
+from minpro_megatron.checkpoints.manifest import TrainerState
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, read_latest
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.mesh import Mesh

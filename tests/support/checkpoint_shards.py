@@ -3,11 +3,7 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from minpro_megatron.checkpoints.resume_point import (
-    RunIdentity,
-    RunManifest,
-    SavedFile,
-)
+from minpro_megatron.checkpoints.manifest import FileRecord, RunIdentity, RunManifest
 
 RUN = RunIdentity(
     seed=3,
@@ -25,7 +21,7 @@ def manifest_of(version: int) -> RunManifest:
         updates=4 * version,
         run=RUN,
         created=datetime(2026, 8, 1, 12, 30, tzinfo=UTC),
-        files={"__0_0.distcp": SavedFile(bytes=len(DATA), sha256="0" * 64)},
+        files={"__0_0.distcp": FileRecord(bytes=len(DATA), sha256="0" * 64)},
     )
 
 

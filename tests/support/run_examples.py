@@ -5,8 +5,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from minpro_megatron.checkpoints.checkpoint_folder import CheckpointFolder
-from minpro_megatron.checkpoints.manifest import Manifest, record_file, write_manifest
-from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, RunIdentity, RunManifest, SavedFile
+from minpro_megatron.checkpoints.file_records import record_file
+from minpro_megatron.checkpoints.manifest import FileRecord, ModelManifest, RunIdentity, RunManifest, write_manifest
+from minpro_megatron.checkpoints.resume_point import CHECKPOINTS
 from minpro_megatron.config.batch import BatchConfig
 from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.data import DataConfig
@@ -72,7 +73,7 @@ def write_example_files(folder: Path) -> None:
     files = {"weights.distcp": record_file(folder / "megatron" / "weights.distcp")}
     write_manifest(
         folder / "megatron",
-        Manifest(source="hf", dtype="float32", architecture=read_architecture(folder / "hf"), files=files),
+        ModelManifest(source="hf", dtype="float32", architecture=read_architecture(folder / "hf"), files=files),
     )
     (folder / "train.jsonl").write_text(PROMPT)
     (folder / "heldout.jsonl").write_text(PROMPT.replace("1+1=", "2*1="))
@@ -87,6 +88,6 @@ def save_checkpoint(config: RunConfig, version: int, num_global_steps: int | Non
     manifest = RunManifest(
         policy_version=version, updates=2 * version, num_global_steps=num_global_steps, run=identity,
         created=datetime(2026, 1, 1, tzinfo=UTC),
-        files={"weights": SavedFile(bytes=3, sha256="")},
+        files={"weights": FileRecord(bytes=3, sha256="")},
     )  # fmt: skip
     folder.publish(partial, manifest)

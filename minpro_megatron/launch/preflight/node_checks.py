@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from minpro_megatron.checkpoints.manifest import read_manifest, verify_files
+from minpro_megatron.checkpoints.file_records import verify_files
+from minpro_megatron.checkpoints.manifest import read_manifest
 from minpro_megatron.checkpoints.resume_point import read_latest
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError

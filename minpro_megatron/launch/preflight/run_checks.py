@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from minpro_megatron.checkpoints.run_checkpoint import is_exported_from, is_run_checkpoint
+from minpro_megatron.checkpoints.manifest import is_run_checkpoint
+from minpro_megatron.checkpoints.run_checkpoint import is_exported_from
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.in_run import load_benchmarks

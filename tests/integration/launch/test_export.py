@@ -10,8 +10,15 @@ import msgspec
 import pytest
 
 from minpro_megatron.__main__ import main
-from minpro_megatron.checkpoints.manifest import read_manifest
-from minpro_megatron.checkpoints.resume_point import RunIdentity, RunManifest, SavedFile, from_json, to_json
+from minpro_megatron.checkpoints.manifest import (
+    FileRecord,
+    RunIdentity,
+    RunManifest,
+    WeightDtype,
+    from_json,
+    read_manifest,
+    to_json,
+)
 from minpro_megatron.checkpoints.run_checkpoint import is_exported_from
 from minpro_megatron.conversion.convert import to_hf, to_megatron
 from minpro_megatron.errors import UserError
@@ -43,7 +50,7 @@ def saved(run_dir: Path, version: int, hf: Path, score: float | None = None, dty
         created=datetime.now(UTC),
         score=score,
         files={
-            name: SavedFile(bytes=file.bytes, sha256=file.sha256)
+            name: FileRecord(bytes=file.bytes, sha256=file.sha256)
             for name, file in files.items()
             if not name.startswith("hf/")
         },

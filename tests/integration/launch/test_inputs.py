@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minpro_megatron.checkpoints.manifest import Manifest, read_manifest, record_file, write_manifest
+from minpro_megatron.checkpoints.file_records import record_file
+from minpro_megatron.checkpoints.manifest import ModelManifest, read_manifest, write_manifest
 from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, LATEST
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.launch.preflight.run_checks import problems
@@ -37,7 +38,7 @@ def convert_other_weights(folder: Path) -> None:
     former = read_manifest(folder / "megatron")
     files = {"weights.distcp": record_file(weights)}
     write_manifest(
-        folder / "megatron", Manifest(source="hf", dtype="float32", architecture=former.architecture, files=files)
+        folder / "megatron", ModelManifest(source="hf", dtype="float32", architecture=former.architecture, files=files)
     )
 
 

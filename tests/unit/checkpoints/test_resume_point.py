@@ -13,14 +13,12 @@ import msgspec
 import pytest
 
 from minpro_megatron.checkpoints.checkpoint_folder import CheckpointFolder, score_of, superseded
+from minpro_megatron.checkpoints.manifest import RunManifest, folder_name, to_json
 from minpro_megatron.checkpoints.resume_point import (
     CHECKPOINTS,
-    RunManifest,
-    folder_name,
     read_latest,
-    read_manifest,
+    read_run_manifest,
     refuse_other_run,
-    to_json,
     version_of,
 )
 from minpro_megatron.config.checkpoint import CheckpointConfig
@@ -55,7 +53,7 @@ def test_a_manifest_comes_back_as_it_was(tmp_path):
     folder.mkdir()
     (folder / "manifest.json").write_text(to_json(manifest))
     assert folder.name == "step-000010"
-    assert read_manifest(folder) == manifest
+    assert read_run_manifest(folder) == manifest
 
 
 def test_names_sort_as_versions_and_only_our_own_are_read():
@@ -203,7 +201,7 @@ def test_old_checkpoints_go_and_the_best_stays_also_over_a_restart(tmp_path):
     for version in (10, 20):
         add(folder, version)
     folder.note_score(20, 0.5)
-    assert read_manifest(tmp_path / CHECKPOINTS / "step-000010").score == 0.75
+    assert read_run_manifest(tmp_path / CHECKPOINTS / "step-000010").score == 0.75
     folder = opened(tmp_path, keep_last=1, keep_best=1)
     add(folder, 30)
     assert versions(tmp_path) == [10, 30]

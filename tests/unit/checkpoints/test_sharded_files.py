@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from minpro_megatron.checkpoints import sharded_files
-from minpro_megatron.checkpoints.manifest import file_records, record_file
+from minpro_megatron.checkpoints.file_records import file_records, record_file
 from minpro_megatron.checkpoints.sharded_files import (
     Place,
     ShardedReader,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minpro_megatron.checkpoints.manifest import record_file
+from minpro_megatron.checkpoints.file_records import record_file
 from minpro_megatron.checkpoints.sharded_files import ShardedWriter
 from minpro_megatron.conversion import convert
 from minpro_megatron.conversion.convert import to_hf, to_megatron
