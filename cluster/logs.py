@@ -12,7 +12,7 @@ from minpro_megatron.cluster.shell import shell_of
 from minpro_megatron.cluster.slurm_job import JobError
 from minpro_megatron.cluster.submit import conclude
 from minpro_megatron.command_line import Parser
-from minpro_megatron.errors import UserError, run_reporting
+from minpro_megatron.errors import INTERRUPTED, UserError, run_reporting
 
 
 def main(arguments: list[str] | None = None, prog: str = "minpro logs") -> int:
@@ -32,7 +32,7 @@ def _logs(options: argparse.Namespace) -> int:
     try:
         return conclude(follow(shell, record.job_id, record.log_folder), record)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except JobError as error:
         raise UserError(str(error)) from None
 

@@ -31,7 +31,7 @@ from minpro_megatron.cluster.paths import CHECKOUT
 from minpro_megatron.cluster.profile import Profile
 from minpro_megatron.cluster.slurm_job import JOB_PREFIX
 from minpro_megatron.cluster.tunnel import tunnel
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import TO_BE_CONTINUED, WRONG_INPUT, UserError
 from minpro_megatron.launch.job_status import EXIT_STATUS_VARIABLE, STATED
 
 _PACKAGE = Path(minpro_megatron.__file__).parent
@@ -72,10 +72,10 @@ scontrol() {
         fi
     done
     failed=$((${SLURM_RESTART_COUNT:-0} - $(cat "$planned_ends" 2>/dev/null | wc -l)))
-    if [ "$exitcode" -eq 2 ]; then
+    if [ "$exitcode" -eq @WRONG_INPUT@ ]; then
         # refused for problems: it would be refused again
         echo "not started again: the problems above have to be fixed first"
-    elif [ "$exitcode" -eq 75 ]; then
+    elif [ "$exitcode" -eq @TO_BE_CONTINUED@ ]; then
         # saved before its time limit
         echo "start ${SLURM_RESTART_COUNT:-0}" >> "$planned_ends"
         command scontrol "$@"
@@ -86,6 +86,7 @@ scontrol() {
     fi
 }
 """.replace("EXIT_STATUS_VARIABLE", EXIT_STATUS_VARIABLE).replace("STATUSES", " ".join(map(str, STATED)))
+_SETUP = _SETUP.replace("@WRONG_INPUT@", str(WRONG_INPUT)).replace("@TO_BE_CONTINUED@", str(TO_BE_CONTINUED))
 
 
 @dataclass(frozen=True, kw_only=True)

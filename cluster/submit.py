@@ -21,7 +21,7 @@ from minpro_megatron.cluster.shell import shell_of
 from minpro_megatron.cluster.slurm_job import JobError, JobState, active_jobs, job_name
 from minpro_megatron.command_line import Parser
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import UserError, run_reporting
+from minpro_megatron.errors import INTERRUPTED, UserError, run_reporting
 from minpro_megatron.launch.preflight.run_checks import run_problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.topology import Topology, lay_out
@@ -137,7 +137,7 @@ def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) 
         state = follow(shell, job.job_id, job.folder)
     except KeyboardInterrupt:
         print(f"\nno longer following; the job continues: minpro logs {config.name} --follow")
-        return 130
+        return INTERRUPTED
     except JobError as error:
         raise UserError(f"{error}; the job may still run: minpro status {config.name}") from None
     return conclude(state, record)

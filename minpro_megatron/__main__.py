@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minpro_megatron.command_line import PROGRAM, did_you_mean
+from minpro_megatron.errors import INTERRUPTED
 
-INTERRUPTED = 130
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 

@@ -6,6 +6,7 @@ message. Every other exception, including a ValueError from a library, is unexpe
 
 import logging
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import ClassVar
@@ -14,8 +15,16 @@ from minpro_megatron.terminal_text import visible
 
 log = logging.getLogger(__name__)
 
-SUCCEEDED, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
-TRY_AGAIN = 69  # EX_UNAVAILABLE of sysexits.h; 75 is the end of a start that has saved (launch/supervisor.py)
+# The exit statuses of all processes of this project. By them a job's script (cluster/nemo.py) decides whether the job
+# is started again.
+SUCCEEDED = 0
+FAILED = 1
+WRONG_INPUT = 2  # a restart would fail in the same way
+TRY_AGAIN = 69  # EX_UNAVAILABLE of sysexits.h: a machine cannot run its part now
+HUNG = 70  # EX_SOFTWARE: the watchdog has ended the process
+TO_BE_CONTINUED = 75  # EX_TEMPFAIL: the run has saved and resumes when it is started again
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
 
 
 class ProjectError(Exception):

@@ -1,19 +1,16 @@
 """The collector's HTTP interface, which the trainer's rank 0 uses through `minpro_megatron.feed.feed`.
 
     POST /v1/start/{version}             the trainer has the weights of this version
-    GET  /v1/batch/{index}               Batch, or 202, or 204
+    GET  /v1/batch/{index}               Batch, or LEASE_FIRST, or NOT_READY
     POST /v1/scored                      BehaviorLogProbs
     POST /v1/consumed                    TrainedStep
-    POST /v1/publish_begin/{version}     PublishLease, or 202, or 204
+    POST /v1/publish_begin/{version}     PublishLease, or LEASE_FIRST, or NOT_READY
     POST /v1/publish_end/{version}       {"held_by": [server indices], "late": [server indices]}
     POST /v1/checkpoint_begin/{version}
     POST /v1/checkpoint_end/{version}
-    POST /v1/finish                      CollectorTotals, or 202, or 204
+    POST /v1/finish                      CollectorTotals, or LEASE_FIRST, or NOT_READY
 
-204: not ready yet, ask again. 202: a PublishLease of the version that the servers already hold, for servers that have
-lost it: publish it, then ask again. Records travel as MessagePack. 400: damaged request; 409: out of order or of
-another incarnation; 403: without the run's token; 500: the collector has failed. The body of an error is one line of
-text.
+feed/protocol.py names the statuses. Records travel as MessagePack; the body of an error is one line of text.
 """
 
 import asyncio
@@ -21,6 +18,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
 
 import msgspec
@@ -35,10 +33,16 @@ from minpro_megatron.collector.strangers import UnauthenticatedConnections
 from minpro_megatron.errors import RunBlocked, UserError
 from minpro_megatron.feed.protocol import (
     COLLECTOR_ENDPOINT,
+    COLLECTOR_FAILED,
     COLLECTOR_TOKEN,
+    DAMAGED_REQUEST,
     INCARNATION_HEADER,
+    LEASE_FIRST,
     LONG_POLL_S,
+    NOT_READY,
+    OUT_OF_ORDER,
     TOKEN_HEADER,
+    WITHOUT_TOKEN,
     CollectorEndpoint,
     write_token,
 )
@@ -140,28 +144,29 @@ class CollectorApi:
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get(INCARNATION_HEADER)
         if given != str(self._incarnation):
-            return _refusal(409, f"this is incarnation {self._incarnation} of the run, the request is of {given}")
+            message = f"this is incarnation {self._incarnation} of the run, the request is of {given}"
+            return _refusal(OUT_OF_ORDER, message)
         token = request.headers.get(TOKEN_HEADER, "").encode(errors="surrogateescape")  # as aiohttp decodes
         if not hmac.compare_digest(token, self._token):
-            return _refusal(403, f"{TOKEN_HEADER} is not the token in {COLLECTOR_TOKEN} of this run's folder")
+            return _refusal(WITHOUT_TOKEN, f"{TOKEN_HEADER} is not the token in {COLLECTOR_TOKEN} of this run's folder")
         assert self._strangers is not None
         self._strangers.has_token(request.protocol)
         try:
             return await handler(request)
         except (UserError, WrongScores, msgspec.DecodeError) as error:
-            return _refusal(400, str(error))
+            return _refusal(DAMAGED_REQUEST, str(error))
         except Conflict as error:
-            return _refusal(409, str(error))
+            return _refusal(OUT_OF_ORDER, str(error))
         except CollectorFailed as error:
             self._failure_told.set()
-            return _refusal(500, str(error))
+            return _refusal(COLLECTOR_FAILED, str(error))
         except (JournalError, RunBlocked) as error:
-            return _refusal(500, str(error))
+            return _refusal(COLLECTOR_FAILED, str(error))
 
     async def _start(self, request: web.Request) -> web.Response:
         collector = await self._ready()
         if collector is None:
-            return web.Response(status=204)
+            return web.Response(status=NOT_READY)
         collector.start(int(request.match_info["version"]))
         return web.Response()
 
@@ -223,15 +228,15 @@ class CollectorApi:
 
 
 async def _answer(record: Record | None, wanted: bool | None = None) -> web.Response:
-    """The record. With status 202 if it is not the kind that was `wanted` but a lease that must be fulfilled first."""
+    """The record. With status LEASE_FIRST if it is not the kind that was `wanted` but a lease to be fulfilled first."""
     if record is None:
-        return web.Response(status=204)
+        return web.Response(status=NOT_READY)
     if wanted is None:
         wanted = not isinstance(record, PublishLease)
     # In a thread: a large batch takes seconds to encode, and other requests should not wait for it.
     body = await asyncio.to_thread(records.encode, record)
-    return web.Response(body=body, status=200 if wanted else 202, content_type="application/msgpack")
+    return web.Response(body=body, status=HTTPStatus.OK if wanted else LEASE_FIRST, content_type="application/msgpack")
 
 
-def _refusal(status: int, message: str) -> web.Response:
+def _refusal(status: HTTPStatus, message: str) -> web.Response:
     return web.Response(status=status, text=" ".join(message.split()))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +14,9 @@ from minpro_megatron.errors import ProjectError
 from minpro_megatron.feed.protocol import (
     COLLECTOR_ENDPOINT,
     INCARNATION_HEADER,
+    LEASE_FIRST,
     LONG_POLL_S,
+    NOT_READY,
     TOKEN_HEADER,
     CollectorEndpoint,
     read_token,
@@ -127,12 +130,12 @@ class Feed:
 
     def _record[RecordType](self, method: str, path: str, kind: type[RecordType]) -> RecordType | PublishLease:
         response = self._poll(method, path)
-        return records.decode(PublishLease if response.status_code == 202 else kind, response.content)
+        return records.decode(PublishLease if response.status_code == LEASE_FIRST else kind, response.content)
 
     def _poll(self, method: str, path: str) -> requests.Response:
         while True:
             response = self._send(method, path)
-            if response.status_code != 204:  # 204: not ready yet, ask again
+            if response.status_code != NOT_READY:
                 return response
 
     def _send(self, method: str, path: str, body: bytes | None = None) -> requests.Response:
@@ -143,7 +146,7 @@ class Feed:
             )
         except requests.RequestException as error:
             self._fail(path, f"the collector at {self._url} does not answer ({type(error).__name__})", error)
-        if response.status_code >= 300:
+        if response.status_code >= HTTPStatus.MULTIPLE_CHOICES:
             self._fail(path, response.text.strip() or f"status {response.status_code}", None)
         return response
 

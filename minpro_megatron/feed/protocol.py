@@ -1,5 +1,6 @@
 """Definitions shared by the collector's HTTP interface and the trainer's feed."""
 
+from http import HTTPStatus
 from pathlib import Path
 
 import msgspec
@@ -14,8 +15,17 @@ INCARNATION_HEADER = "X-Run-Incarnation"
 # Every request also carries this collector's token: processes of other users reach its port, but not a file of mode
 # 0600.
 TOKEN_HEADER = "X-Collector-Token"
-# A request that has to wait is answered with status 204 after this many seconds and sent again.
+# A request that has to wait is answered with NOT_READY after this many seconds and sent again.
 LONG_POLL_S = 20.0
+
+# The statuses of the answers, besides 200.
+NOT_READY = HTTPStatus.NO_CONTENT
+# A PublishLease of the version that the servers already hold, for servers that have lost it: publish it, and ask again.
+LEASE_FIRST = HTTPStatus.ACCEPTED
+DAMAGED_REQUEST = HTTPStatus.BAD_REQUEST
+WITHOUT_TOKEN = HTTPStatus.FORBIDDEN
+OUT_OF_ORDER = HTTPStatus.CONFLICT  # or of another incarnation
+COLLECTOR_FAILED = HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 class CollectorEndpoint(msgspec.Struct, frozen=True, kw_only=True):

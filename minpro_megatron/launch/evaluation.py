@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, UserError, report, report_unexpected
+from minpro_megatron.errors import FAILED, SUCCEEDED, TERMINATED, ProjectError, UserError, report, report_unexpected
 from minpro_megatron.evaluation.benchmarks import title_of
 from minpro_megatron.evaluation.samples import SampledGroup, SampleFile, text_to_compare
 from minpro_megatron.evaluation.scores import Scores, score_all
@@ -43,7 +43,6 @@ from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.serving.watched_server import external_urls
 
 RESULTS_FILE, TABLE_FILE, PICTURE_FILE, TENSORBOARD_FOLDER = "results.json", "table.md", "pass_at_k.png", "tensorboard"
-STATUS_TERMINATED = 128 + signal.SIGTERM
 # serve ends its servers within this time; see serving/server_process.py.
 SERVE_END_S = 20.0
 
@@ -113,7 +112,7 @@ def _sample(
             asyncio.run(_until_terminated(config, file, tasks, done[0].policy_version if done else None, progress))
         except asyncio.CancelledError:
             print("terminated; run the same command again to continue", file=sys.stderr)
-            return STATUS_TERMINATED
+            return TERMINATED
         except ProjectError as error:
             report(error, "error")
             status = FAILED

@@ -7,8 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from minpro_megatron.errors import WRONG_INPUT
-from minpro_megatron.launch.supervisor import TO_BE_CONTINUED
+from minpro_megatron.errors import TO_BE_CONTINUED, WRONG_INPUT
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import WRONG_INPUT, UserError
+from minpro_megatron.errors import FAILED, INTERRUPTED, SUCCEEDED, WRONG_INPUT, UserError
 from minpro_megatron.files.disk_space import naming_full_disk
 from minpro_megatron.launch.finished import finish, finish_again, finish_despite_failure, report_of
 from minpro_megatron.launch.preflight.run_checks import problems, warnings
@@ -17,7 +17,7 @@ from minpro_megatron.launch.roles import role_commands, roles_of
 from minpro_megatron.launch.run_folder import claimed, first_lines, prepare
 from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.launch.stopping import Stopping, save_by
-from minpro_megatron.launch.supervisor import FAILED, FINISHED, INTERRUPTED, Failure, Outcome, Supervisor
+from minpro_megatron.launch.supervisor import Failure, Outcome, Supervisor
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.logs import explanation, shortened
 from minpro_megatron.monitor.progress import Progress
@@ -73,7 +73,7 @@ def _conclude(config: RunConfig, outcome: Outcome) -> int:
         return finish_despite_failure(config, closing_lines(outcome))
     if lines := closing_lines(outcome):
         print("\n".join([*lines, remedy_line(config, outcome)]), file=sys.stderr)
-    if outcome.status == FINISHED:
+    if outcome.status == SUCCEEDED:
         return finish(config)
     if outcome.early_end and outcome.interrupted_by:
         return INTERRUPTED

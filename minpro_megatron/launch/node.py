@@ -18,19 +18,22 @@ from rich.console import Console
 
 from minpro_megatron.checkpoints.resume_point import read_latest
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import TRY_AGAIN, WRONG_INPUT, ProjectError, TryAgainError, UserError
+from minpro_megatron.errors import (
+    FAILED,
+    SUCCEEDED,
+    TO_BE_CONTINUED,
+    TRY_AGAIN,
+    WRONG_INPUT,
+    ProjectError,
+    TryAgainError,
+    UserError,
+)
 from minpro_megatron.files.disk_space import naming_full_disk
 from minpro_megatron.launch.finished import finish, finish_again, finish_despite_failure
 from minpro_megatron.launch.job_status import state_exit_status
 from minpro_megatron.launch.launcher import closing_lines, guarded_tick
 from minpro_megatron.launch.node_roles import LOOPBACK, NodePlace, fabric_environment, node_commands, node_torchrun
-from minpro_megatron.launch.preflight.node_checks import (
-    all_problems,
-    free_ports,
-    node_name,
-    node_problems,
-    routable_address,
-)
+from minpro_megatron.launch.preflight.node_checks import all_problems, node_name, node_problems, routable_address
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.run_checks import run_problems, warnings
 from minpro_megatron.launch.recipe import read_config
@@ -50,9 +53,6 @@ from minpro_megatron.launch.starts import (
 )
 from minpro_megatron.launch.stopping import Stopping, save_by
 from minpro_megatron.launch.supervisor import (
-    FAILED,
-    FINISHED,
-    TO_BE_CONTINUED,
     Failure,
     Outcome,
     RoleCommand,
@@ -61,6 +61,7 @@ from minpro_megatron.launch.supervisor import (
 from minpro_megatron.launch.topology import Topology, read_topology
 from minpro_megatron.monitor.progress import Progress
 from minpro_megatron.run_folder.start_fence import StartFence, state_end
+from minpro_megatron.serving.ports import free_ports
 from minpro_megatron.terminal_text import visible
 
 # Between the starts of two nodes: each may have to unpack a container image.
@@ -207,7 +208,7 @@ class _Node:
     def _finish_again(self) -> int:
         """All nodes succeed; the first one writes missing files and prints the run's results."""
         summary = finished_summary(self._config) if self._is_first else None
-        return FINISHED if summary is None else finish_again(self._config, summary)
+        return SUCCEEDED if summary is None else finish_again(self._config, summary)
 
     def _stalled(self, version: int) -> list[str]:
         """A problem if the previous two starts of this job both ended without a new checkpoint, because a third one
@@ -289,7 +290,7 @@ class _Node:
         try:
             if self._share.ranks and len(self._topology.training_nodes) > 1:
                 outcome = self._all_reduce(places[0], watch)
-                if outcome.status != FINISHED:
+                if outcome.status != SUCCEEDED:
                     return self._conclude(start, outcome)
             config_file = config.run_dir.absolute() / CONFIG_FILE
             commands = node_commands(
@@ -336,14 +337,14 @@ class _Node:
         return outcome
 
     def _conclude(self, start: Start, outcome: Outcome) -> int:
-        if outcome.status == FINISHED:
+        if outcome.status == SUCCEEDED:
             start.write_done(self._index, self._host)
-            return finish(self._config) if self._is_first else FINISHED
+            return finish(self._config) if self._is_first else SUCCEEDED
         if outcome.status == TO_BE_CONTINUED:
             return self._end_early(start, outcome)
         if outcome.status == FAILED and finished_summary(self._config) is not None:
             start.write_done(self._index, self._host)
-            return finish_despite_failure(self._config, closing_lines(outcome)) if self._is_first else FINISHED
+            return finish_despite_failure(self._config, closing_lines(outcome)) if self._is_first else SUCCEEDED
         others = start.failed(len(self._topology.nodes))
         if outcome.interrupted_by and others:  # srun ends the nodes that have not failed
             self._say(f"stopped because {_told(others)}", file=sys.stderr)
@@ -359,7 +360,7 @@ class _Node:
         have stopped their roles."""
         start.write_done(self._index, self._host)
         if not self._is_first:
-            return FINISHED
+            return SUCCEEDED
         self._say(*closing_lines(outcome))
         nodes = list(range(len(self._topology.nodes)))
         wait_for(lambda: True if start.are_done(nodes) else None, OTHERS_END_S)

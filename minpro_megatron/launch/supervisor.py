@@ -11,15 +11,12 @@ from pathlib import Path
 
 import psutil
 
-from minpro_megatron.errors import FAILED, WRONG_INPUT
+from minpro_megatron.errors import FAILED, INTERRUPTED, SUCCEEDED, TO_BE_CONTINUED, WRONG_INPUT
 from minpro_megatron.launch.prctl import adopt_orphans, ending_with_this_process
 from minpro_megatron.launch.processes import descendants, kill_all, reap_orphans
 from minpro_megatron.launch.stopping import Stopping
 from minpro_megatron.monitor.rank_failures import FOLDER_VARIABLE, RankFailure, first_rank_failure
 from minpro_megatron.run_folder.early_end import EarlyEnd
-
-# To be resumed (EX_TEMPFAIL): the run has saved and resumes when it is started again.
-FINISHED, INTERRUPTED, TO_BE_CONTINUED = 0, 130, 75
 
 _POLL_S = 0.1
 _REAP_EVERY_S = 5.0
@@ -165,7 +162,7 @@ class Supervisor:
                 return Outcome(_status_of(failures), failures, interrupted_by=self._interrupted_by)
             own_are_done = all(r.process.returncode == 0 for r in self._running if not r.command.stays)
             if own_are_done and others_are_done():
-                return Outcome(FINISHED)
+                return Outcome(SUCCEEDED)
             each_tick()
             if time.monotonic() > next_reaping:
                 reap_orphans(self._own_pids() | self._not_ours)

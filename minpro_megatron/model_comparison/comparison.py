@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import SUCCEEDED, UserError
 from minpro_megatron.launch.launcher import closing_lines
 from minpro_megatron.launch.preflight.run_checks import count_gpus
 from minpro_megatron.launch.roles import torchrun, trainer_environment
-from minpro_megatron.launch.supervisor import FINISHED, RoleCommand, Supervisor
+from minpro_megatron.launch.supervisor import RoleCommand, Supervisor
 from minpro_megatron.model_comparison.job import ERROR, JOB, PROGRESS, RESULT
 from minpro_megatron.models.architecture import read_architecture, refuse_uneven_cuts
 from minpro_megatron.models.model_files import max_positions
@@ -174,7 +174,7 @@ def _run_ranks(work: Path, config: ParallelConfig, device: str, tell: Callable[[
             tell(now)
 
     outcome = Supervisor([RoleCommand("compare", ranks, environment)], work).run(tell_progress)
-    if outcome.status != FINISHED:
+    if outcome.status != SUCCEEDED:
         log = work / "compare.log"
         message = (work / ERROR).read_text() if (work / ERROR).exists() else log.read_text() if log.exists() else ""
         raise UserError(message.strip().splitlines()[-12:] or closing_lines(outcome))

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-STATUS_HUNG = 70  # EX_SOFTWARE
+from minpro_megatron.errors import HUNG
+
 # Ranks that wait for each other detect the hang at about the same time. The first one must not end the role before the
 # others have written their stacks.
 GRACE_S = 10.0
@@ -69,5 +70,5 @@ class Watchdog:
             self._file.flush()
             print(f"error: {line} in {self._path}", file=sys.stderr, flush=True)
             self._closed.wait(self._grace_s)
-            self._end(STATUS_HUNG)
+            self._end(HUNG)
             return

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -92,7 +93,7 @@ class Server:
         wanted = self._authorization
         if wanted is None or request.path == "/health" or hmac.compare_digest(given, wanted.encode()):
             return await handler(request)
-        return _json({"error": "Unauthorized"}, status=401)
+        return _json({"error": "Unauthorized"}, status=HTTPStatus.UNAUTHORIZED)
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -149,7 +150,7 @@ class Server:
         try:
             await self._between_tokens(self._engine.flush_cache)
         except CacheInUse:
-            return web.Response(text="Flush cache failed.\n", status=400)
+            return web.Response(text="Flush cache failed.\n", status=HTTPStatus.BAD_REQUEST)
         return web.Response(text="Cache flushed.\n")
 
     async def _begin_update(self, _: web.Request) -> web.Response:
@@ -209,7 +210,7 @@ class Server:
         except (ValueError, OSError) as error:
             return _outcome(f"Failed to get weights iterator: {error}.", success=False)
         answer = await self._load(tensors, asked.weight_version, asked.flush_cache, "update model weights")
-        if answer.status == 200:
+        if answer.status == HTTPStatus.OK:
             self._model_path = asked.model_path
         return answer
 
@@ -260,7 +261,7 @@ async def _refusals(request: web.Request, handler: _Handler) -> web.StreamRespon
         return await handler(request)
     except Refused as error:
         log.warning("%s refused: %s", request.path, error)
-        return _json({"error": {"message": str(error)}}, status=400)
+        return _json({"error": {"message": str(error)}}, status=HTTPStatus.BAD_REQUEST)
 
 
 async def _decoded[Fields](request: web.Request, kind: type[Fields]) -> Fields:
@@ -270,9 +271,9 @@ async def _decoded[Fields](request: web.Request, kind: type[Fields]) -> Fields:
         raise Refused(str(error)) from None
 
 
-def _json(content: Any, status: int = 200) -> web.Response:
+def _json(content: Any, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
     return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json")
 
 
 def _outcome(message: str, success: bool = True) -> web.Response:
-    return _json({"success": success, "message": message}, status=200 if success else 400)
+    return _json({"success": success, "message": message}, status=HTTPStatus.OK if success else HTTPStatus.BAD_REQUEST)

@@ -15,12 +15,12 @@ from rich.text import Text
 
 from minpro_megatron.batching.shards import sequence_multiple
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import FAILED, SUCCEEDED, UserError
 from minpro_megatron.files.replacement import check_replaceable
 from minpro_megatron.launch.launcher import closing_lines
 from minpro_megatron.launch.preflight.run_checks import count_gpus
 from minpro_megatron.launch.roles import torchrun, trainer_environment
-from minpro_megatron.launch.supervisor import FAILED, FINISHED, Outcome, RoleCommand, Supervisor
+from minpro_megatron.launch.supervisor import Outcome, RoleCommand, Supervisor
 from minpro_megatron.models.architecture import read_architecture, refuse_uneven_cuts
 from minpro_megatron.models.model_files import max_positions
 from minpro_megatron.models.text_files import CONFIG
@@ -54,10 +54,10 @@ def run_replay(options: ReplayOptions) -> int:
     with _work_folder(options.output) as work:
         write_job(work, config, rows)
         outcome = _run_ranks(config, work)
-        if outcome.status == FINISHED:
+        if outcome.status == SUCCEEDED:
             _hand_over(work / RESULT, options.output)
             print(f"wrote {options.output}")
-            return FINISHED
+            return SUCCEEDED
         error = stated_error(work)
         if error is None and outcome.status == FAILED and (work / f"{_ROLE}.log").exists():
             (work / f"{_ROLE}.log").replace(log_file)

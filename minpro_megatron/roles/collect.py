@@ -13,7 +13,7 @@ from minpro_megatron.collector.api import CollectorApi
 from minpro_megatron.collector.collector import Collector
 from minpro_megatron.collector.tracing import TracingObserver, collector_recorder, traced_clients, traced_groups
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import SUCCEEDED, ProjectError, RunBlocked, report, report_unexpected
+from minpro_megatron.errors import SUCCEEDED, TERMINATED, ProjectError, RunBlocked, report, report_unexpected
 from minpro_megatron.evaluation.in_run import EvaluationSet, benchmark_sets
 from minpro_megatron.fleet.fleet import Fleet, start_limit_s
 from minpro_megatron.fleet.generation import GroupCollector
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0005
 # Time for which a failed collector still answers a trainer that is between two requests.
 FAILURE_DELIVERY_S = 1.0
-STATUS_TERMINATED = 128 + signal.SIGTERM
 
 
 def run(config: RunConfig, incarnation: int) -> int:
@@ -61,7 +60,7 @@ def run(config: RunConfig, incarnation: int) -> int:
             asyncio.run(_until_terminated(config, incarnation, fence))
         fence.check()
     except asyncio.CancelledError:
-        return STATUS_TERMINATED
+        return TERMINATED
     except RunBlocked as error:  # the status now belongs to another start
         return report(error, "collect")
     except ProjectError as error:

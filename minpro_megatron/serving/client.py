@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http import HTTPStatus
 
 import aiohttp
 import msgspec
@@ -18,6 +19,7 @@ from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answer_limits import MAX_INFO_BYTES
 from minpro_megatron.serving.answers import ABORTED, AnswerChecker, SampledSequence, SentRequest, joined
 from minpro_megatron.serving.errors import (
+    WRONG_KEY,
     AnswerTimeout,
     InvalidAnswer,
     OutOfFiles,
@@ -167,7 +169,8 @@ class ServerClient:
             # Behind a full queue our own request would wait for minutes. SGLang counts everything it has sent since,
             # and generates the token only if nothing else is in flight.
             async with self._session.get(f"{self.address.url}/health_generate", timeout=limit) as response:
-                return response.status in (200, 404)  # 404: it does not have this request
+                # NOT_FOUND: the server does not have this request
+                return response.status in (HTTPStatus.OK, HTTPStatus.NOT_FOUND)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             found = connection_error(self.name, "health_generate", error)
             if isinstance(found, OutOfFiles):
@@ -274,11 +277,12 @@ class ServerClient:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._checker.check, body, sent)
 
     def _check_status(self, response: aiohttp.ClientResponse, body: bytes, request_id: str) -> None:
-        if response.status == 200:
+        if response.status == HTTPStatus.OK:
             return
-        kind = RequestRefused if 400 <= response.status < 500 else ServerUnavailable
+        is_refusal = HTTPStatus.BAD_REQUEST <= response.status < HTTPStatus.INTERNAL_SERVER_ERROR
+        kind = RequestRefused if is_refusal else ServerUnavailable
         shown = body[:500].decode("utf-8", errors="replace")
-        if response.status in (401, 403):
+        if response.status in WRONG_KEY:
             shown += "; does server.api_key_variable name the key that this server was started with?"
         raise kind(self.name, request_id, "status", f"{response.status} {response.reason}: {shown}")
 

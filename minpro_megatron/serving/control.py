@@ -4,6 +4,7 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any, Literal
 
 import msgspec
@@ -247,7 +248,7 @@ class ServerControl:
             answer = {"message": body.decode(errors="replace").strip()}
         if not isinstance(answer, dict):
             answer = {"message": str(answer)}
-        if response.status_code != 200 or answer.get("success") is False:
+        if response.status_code != HTTPStatus.OK or answer.get("success") is False:
             reason = answer.get("error") or answer.get("message") or response.reason
             reason = reason.get("message", reason) if isinstance(reason, dict) else reason
             raise self._error(endpoint, f"status {response.status_code}: {str(reason)[:500]}")

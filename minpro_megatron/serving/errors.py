@@ -2,8 +2,11 @@
 
 import errno
 import re
+from http import HTTPStatus
 
 from minpro_megatron.errors import ProjectError
+
+WRONG_KEY = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)  # the statuses of a server that requires another API key
 
 
 class ServerError(ProjectError):

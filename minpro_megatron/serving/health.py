@@ -5,10 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from enum import Enum
+from http import HTTPStatus
 
 import requests
 
 from minpro_megatron.serving.answer_limits import MAX_INFO_BYTES, MAX_SETTINGS_BYTES, BodyTooLarge, read_body
+from minpro_megatron.serving.errors import WRONG_KEY
 
 # SGLang itself gives up after 20 s.
 GENERATION_TIMEOUT_S = 30.0
@@ -32,15 +34,15 @@ def ask_to_generate(url: str, headers: Mapping[str, str], timeout_s: float) -> H
     """Requests a token, which a server that hangs or is paused does not generate. If the server does not have this
     request, the result is that of `ask`."""
     status = _status(f"{url}/health_generate", headers, max(timeout_s, GENERATION_TIMEOUT_S))
-    return ask(url, headers, timeout_s) if status == 404 else _health(status)
+    return ask(url, headers, timeout_s) if status == HTTPStatus.NOT_FOUND else _health(status)
 
 
 def _health(status: int | Health) -> Health:
     if isinstance(status, Health):
         return status
-    if status in (401, 403):
+    if status in WRONG_KEY:
         return Health.FORBIDDEN
-    return Health.ANSWERS if status == 200 else Health.SILENT
+    return Health.ANSWERS if status == HTTPStatus.OK else Health.SILENT
 
 
 def _status(url: str, headers: Mapping[str, str], timeout_s: float) -> int | Health:

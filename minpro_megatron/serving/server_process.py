@@ -1,13 +1,13 @@
 """One rollout server as a process: from its start until it answers, and its end together with its children."""
 
+import errno
 import os
-import random
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from http import HTTPStatus
 
 import psutil
 import requests
@@ -18,13 +18,11 @@ from minpro_megatron.monitor.logs import explanation
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.addresses import url_here
 from minpro_megatron.serving.api_key import authorization
+from minpro_megatron.serving.ports import free_ports, listening_error
 from minpro_megatron.serving.server_command import server_command, server_environment
 
 # The number of lines of a server's log in a message: enough to show the error, without the output of loading.
 LOG_LINES = 12
-# Free ports are searched below the range from which Linux assigns ports to outgoing connections: a port of
-# that range could be taken in the half minute between choosing it and the server listening on it.
-PORT_RANGE = range(20000, 32000)
 # SGLang checks for a SIGTERM every 5 s. A server has nothing to save, and this role has only seconds to stop.
 STOP_GRACE_S = 3.0
 
@@ -41,39 +39,29 @@ class ServerStartError(ProjectError):
 
 
 def choose_port(config: RunConfig, index: int) -> int:
-    """The port of server `index`. Raises ServerStartError if the given one is taken."""
+    """The port of server `index`: the one that the settings give it, or a free one.
+
+    Raises ServerStartError if it cannot listen there.
+    """
     host, first_port = config.server.host, config.server.first_port
-    if first_port:
-        port = first_port + index
-        if not _is_free(host, port):
-            raise ServerStartError(
-                f"server {index}: port {port} on {host} is taken by another program; "
-                "end it, or set server.first_port to 0 or another port"
-            )
-        return port
-    for port in random.SystemRandom().sample(PORT_RANGE, 200):
-        if _is_free(host, port):
-            return port
-    raise ServerStartError(
-        f"server {index}: no free port between {PORT_RANGE.start} and {PORT_RANGE.stop - 1} on {host} "
-        "in 200 tries; set server.first_port"
-    )
-
-
-def _is_free(host: str, port: int) -> bool:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, OverflowError) as error:
-        raise ServerStartError(
-            f"server.host = {host!r}, port {port}: not an address of this machine ({error})"
-        ) from None
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of a closed connection is free
+    if not first_port:
         try:
-            probe.bind(address)
-        except OSError:
-            return False
-        return True
+            return free_ports(host, 1)[0]
+        except OSError as error:
+            raise ServerStartError(
+                f"server {index}: no port on server.host = {host!r} can be used ({error}); set server.host to an "
+                "address of this machine, or set server.first_port"
+            ) from None
+    port = first_port + index
+    error = listening_error(host, port)
+    if error is None:
+        return port
+    if error.errno == errno.EADDRINUSE:
+        raise ServerStartError(
+            f"server {index}: port {port} on {host} is taken by another program; "
+            "end it, or set server.first_port to 0 or another port"
+        )
+    raise ServerStartError(f"server.host = {host!r}, port {port}: cannot listen there ({error}); correct them")
 
 
 class ServerProcess:
@@ -159,10 +147,10 @@ class ServerProcess:
             session.trust_env = False  # no proxy for requests to this machine
             session.headers.update(self._headers)
             try:
-                if session.get(f"{self.address.url}/health", timeout=5).status_code != 200:
+                if session.get(f"{self.address.url}/health", timeout=5).status_code != HTTPStatus.OK:
                     return False
                 request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
-                if session.post(f"{self.address.url}/generate", json=request, timeout=60).status_code != 200:
+                if session.post(f"{self.address.url}/generate", json=request, timeout=60).status_code != HTTPStatus.OK:
                     return False
             except requests.RequestException:
                 return False

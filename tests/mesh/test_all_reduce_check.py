@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from minpro_megatron.launch.preflight.node_checks import free_ports
+from minpro_megatron.serving.ports import free_ports
 
 
 def ranks(present: list[int], limit_s: float) -> list[tuple[int, str]]:

@@ -1,8 +1,6 @@
 """Checks of a node of a job before the expensive start; each line names setting and remedy."""
 
-import errno
 import os
-import random
 import socket
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,12 +16,11 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.fleet.open_files import limit_problem
 from minpro_megatron.launch.node_roles import host_on_node, node_gpus, roles_on
 from minpro_megatron.launch.preflight.problems import Problem, passes
-from minpro_megatron.launch.preflight.run_checks import count_gpus, listening_error, port_problems
+from minpro_megatron.launch.preflight.run_checks import count_gpus, port_problems
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
 from minpro_megatron.models.weight_files import weight_problem
 from minpro_megatron.serving.addresses import is_loopback
-from minpro_megatron.serving.server_process import PORT_RANGE
 
 # Memory that a driver and an idle desktop use; a process with a model uses far more.
 FOREIGN_MEMORY_MIB = 2048
@@ -230,17 +227,3 @@ def _or_nothing(look: Callable[[], str]) -> str:
         return look()
     except OSError:
         return ""
-
-
-def free_ports(address: str, count: int) -> list[int]:
-    """`count` different ports on which nothing listens, outside the range of outgoing connections. Raises OSError if
-    there are not enough."""
-    found: list[int] = []
-    for port in random.SystemRandom().sample(PORT_RANGE, 200):
-        if len(found) < count and not listening_error(address, port):
-            found.append(port)
-    if len(found) < count:
-        raise OSError(
-            errno.EADDRINUSE, f"no {count} free ports between {PORT_RANGE.start} and {PORT_RANGE.stop - 1} on {address}"
-        )
-    return found

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -31,6 +30,7 @@ from minpro_megatron.prompts.prompts import load_prompts, select_prompts
 from minpro_megatron.records import Prompt
 from minpro_megatron.serving.addresses import is_loopback
 from minpro_megatron.serving.api_key import given_api_key
+from minpro_megatron.serving.ports import listening_error
 from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.serving.watched_server import external_urls
 
@@ -212,21 +212,6 @@ def port_problems(config: RunConfig, servers: range, server_host: str, collector
             why = error.strerror or error
             line = f"{field}: cannot listen on {host}:{port} ({why}); choose another, or 0 for any free one"
             yield Problem(line, passes(error))
-
-
-def listening_error(host: str, port: int) -> OSError | None:
-    """The error of listening on this address; None if it is possible."""
-    if port > 65535:
-        return OSError("ports end at 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed port in TIME_WAIT is free
-            listener.bind(address)
-            listener.listen()
-    except OSError as error:
-        return error
-    return None
 
 
 def _open_files(config: RunConfig) -> Iterator[str]:

@@ -32,7 +32,7 @@ from tests.support.hf_models import MIXTURE, Watch, assert_same_files, make_mode
 from tests.support.run_examples import example_config, write_example_files
 
 
-def saved(run_dir: Path, version: int, hf: Path, score: float | None = None, dtype: str = "bfloat16") -> Path:
+def saved(run_dir: Path, version: int, hf: Path, score: float | None = None, dtype: WeightDtype = "bfloat16") -> Path:
     """The run's checkpoint of that version with the weights of `hf`, as converted files under a run's manifest."""
     folder = run_dir / "checkpoints" / f"step-{version:06d}"
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,12 @@ import pytest
 
 from minpro_megatron.__main__ import main
 from minpro_megatron.config.run import RunConfig, with_overrides
+from minpro_megatron.errors import FAILED
 from minpro_megatron.launch import launcher
 from minpro_megatron.launch.launcher import _conclude
 from minpro_megatron.launch.preflight.run_checks import problems
 from minpro_megatron.launch.resume import finished_summary
-from minpro_megatron.launch.supervisor import FAILED, Failure, Outcome, Supervisor
+from minpro_megatron.launch.supervisor import Failure, Outcome, Supervisor
 from minpro_megatron.monitor.summary import read_summary, write_summary
 from minpro_megatron.report import report as report_module
 from minpro_megatron.report.run_end import record_end

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from minpro_megatron.__main__ import main
-from minpro_megatron.errors import TryAgainError, UserError
+from minpro_megatron.errors import TO_BE_CONTINUED, TryAgainError, UserError
 from minpro_megatron.launch import node as node_module
 from minpro_megatron.launch.node import _Node, _OthersFailed, _Watch, run_node
 from minpro_megatron.launch.preflight.problems import Problem
 from minpro_megatron.launch.starts import Plan, Start, begin_start
-from minpro_megatron.launch.supervisor import TO_BE_CONTINUED, Outcome
+from minpro_megatron.launch.supervisor import Outcome
 from minpro_megatron.run_folder.early_end import EarlyEnd
 from tests.support.run_examples import example_config, save_checkpoint
 from tests.support.started_nodes import SLURM, folder, options, roles_started, run_all

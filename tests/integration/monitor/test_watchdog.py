@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from minpro_megatron.errors import HUNG
 from minpro_megatron.monitor import watchdog as watchdog_module
-from minpro_megatron.monitor.watchdog import STATUS_HUNG, Watchdog
+from minpro_megatron.monitor.watchdog import Watchdog
 
 TIMEOUT_S = 0.2
 GRACE_S = 0.01
@@ -71,7 +72,7 @@ def test_what_hangs_is_ended_with_its_stacks(
     with watchdog.guard("update 7 (global step 3)"):
         an_endless_update(ended)
     assert TIMEOUT_S <= time.monotonic() - start < WAIT_S
-    assert ended.statuses == [STATUS_HUNG]
+    assert ended.statuses == [HUNG]
     assert last_resort == [(pytest.approx(TIMEOUT_S + 2 * GRACE_S), True), "cancelled"]
     told = r"update 7 \(global step 3\) takes longer than debug.hang_timeout_s = 0.2 s; stacks of all threads"
     assert re.search(rf"^\d+-\d+-\d+ \d+:\d+:\d+ {told}:\n", stacks(tmp_path))
@@ -122,7 +123,7 @@ def test_earlier_stacks_stay(tmp_path: Path) -> None:
 
 
 # In a process of its own: this time it really ends.
-HUNG = """
+HANGING_PROCESS = """
 import ctypes, sys, time
 from pathlib import Path
 from minpro_megatron.monitor.watchdog import Watchdog
@@ -140,11 +141,11 @@ with Watchdog(Path(sys.argv[1]), 0.1, grace_s).guard("update 1"):
 """
 
 
-@pytest.mark.parametrize(("how", "status"), [("waiting", STATUS_HUNG), ("locked", 1)])
+@pytest.mark.parametrize(("how", "status"), [("waiting", HUNG), ("locked", 1)])
 def test_the_process_ends_even_if_python_cannot_run(tmp_path: Path, how: str, status: int) -> None:
     path = tmp_path / "stacks.txt"
     done = subprocess.run(
-        [sys.executable, "-c", HUNG, str(path), how], capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-c", HANGING_PROCESS, str(path), how], capture_output=True, text=True, timeout=20, check=False
     )
     assert done.returncode == status
     assert "in hang" in path.read_text()

@@ -22,6 +22,7 @@ from minpro_megatron.serving.endpoints import (
     remove_server_address,
     write_server_address,
 )
+from minpro_megatron.serving.ports import PORT_RANGE
 from minpro_megatron.serving.server_command import context_length, server_command, server_environment
 from minpro_megatron.serving.server_process import (
     LOG_LINES,
@@ -185,8 +186,12 @@ def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path, hf_path:
         port = taken.getsockname()[1]
         with pytest.raises(ServerStartError, match=f"server 0: port {port} on 127.0.0.1 is taken"):
             ServerProcess(config(tmp_path, hf_path, first_port=port), 0).start()
+    with pytest.raises(ServerStartError, match=r"server.host = '192.0.2.1', port 7: cannot listen there"):
+        choose_port(config(tmp_path, hf_path, host="192.0.2.1", first_port=7), 0)  # an address of documentation
+    with pytest.raises(ServerStartError, match=r"no port on server.host = '192.0.2.1' can be used"):
+        choose_port(config(tmp_path, hf_path, host="192.0.2.1"), 0)
     free = choose_port(config(tmp_path, hf_path), 0)
-    assert free in server_process.PORT_RANGE
+    assert free in PORT_RANGE
     assert choose_port(config(tmp_path, hf_path, first_port=free), 0) == free
 
 

@@ -22,10 +22,9 @@ from minpro_megatron.launch.preflight.node_checks import (
     routable_address,
 )
 from minpro_megatron.launch.preflight.problems import Problem
-from minpro_megatron.launch.preflight.run_checks import listening_error
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
-from minpro_megatron.serving.server_process import PORT_RANGE
+from minpro_megatron.serving.ports import PORT_RANGE, listening_error
 from tests.support.run_examples import example_config, write_example_files
 
 EVERYTHING = NodeShare(ranks=1, num_servers=1, collects=True)

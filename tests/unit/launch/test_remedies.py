@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from minpro_megatron.config.run import with_overrides
-from minpro_megatron.errors import FAILED, WRONG_INPUT
+from minpro_megatron.errors import FAILED, INTERRUPTED, WRONG_INPUT
 from minpro_megatron.launch.launcher import remedy_line
-from minpro_megatron.launch.supervisor import INTERRUPTED, Outcome
+from minpro_megatron.launch.supervisor import Outcome
 from tests.support.run_examples import example_config
 
 

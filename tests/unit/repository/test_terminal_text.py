@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from minpro_megatron.errors import UserError, report
+from minpro_megatron.errors import FAILED, UserError, report
 from minpro_megatron.launch.launcher import closing_lines
-from minpro_megatron.launch.supervisor import FAILED, Failure, Outcome
+from minpro_megatron.launch.supervisor import Failure, Outcome
 from minpro_megatron.monitor.alarms import CHECKS
 from minpro_megatron.monitor.logs import explanation
 from minpro_megatron.monitor.progress import Progress
