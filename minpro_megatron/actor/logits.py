@@ -31,7 +31,7 @@ def sequence_logits(chunks: Sequence[GPTModel], mesh: Mesh, vocab_size: int, tok
     place = RankSlice(mesh.context.size(), mesh.context.rank(), mesh.tensor.size(), mesh.tensor.rank())
     sequence = _as_sequence(token_ids)
     lengths = [padded_length(sequence, place.context_size)]
-    row_tokens = row_length([[0]], lengths, place.context_size, place.tensor_size)
+    row_tokens = row_length(lengths, place.context_size, place.tensor_size)
     # the interleaved schedule needs a multiple of the number of stages: the same row is repeated
     repeats = mesh.pipeline.size() if len(chunks) > 1 else 1
     micro_batches = [MicroBatch(shard_row([sequence], row_tokens, place), 0, mesh.device)] * repeats

@@ -64,6 +64,8 @@ def transformer_config(
         hidden_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        # rows have lengths of their own: stages send each other the shapes first
+        variable_seq_lengths=parallel.pipeline > 1,
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,
@@ -104,9 +106,10 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def _mixture_settings(architecture: Architecture, features: ModelFeatures) -> dict[str, Any]:
+    dispatcher = {"moe_token_dispatcher_type": "alltoall"}  # the default refuses rows of different lengths
     if not architecture.num_experts:
-        return {}
-    return {
+        return dispatcher  # checked for dense models too
+    return dispatcher | {
         "num_moe_experts": architecture.num_experts,
         "moe_router_topk": architecture.num_experts_per_token,
         "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
@@ -114,7 +117,6 @@ def _mixture_settings(architecture: Architecture, features: ModelFeatures) -> di
         "moe_router_pre_softmax": not architecture.normalized_routing,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # no auxiliary loss in addition to the policy objective
-        "moe_token_dispatcher_type": "alltoall",
         "moe_enable_routing_replay": features.routing_replay,
     }
 

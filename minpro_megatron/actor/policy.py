@@ -34,7 +34,7 @@ from minpro_megatron.actor.routing import (
 )
 from minpro_megatron.batching.collate import shard_row
 from minpro_megatron.batching.packing import imbalance, pack_rows, share_rows
-from minpro_megatron.batching.row_lengths import padded_length, row_length
+from minpro_megatron.batching.row_lengths import padded_length, row_length, with_row_padding
 from minpro_megatron.batching.row_shard import RankSlice
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.checkpoints.shard_writing import ShardWrite
@@ -126,9 +126,9 @@ class Policy:
         returned for sequences that are not selected have no meaning. Raises ValueError, on every rank and before any
         forward, if the servers' routes are replayed and are missing or do not match the model.
         """
-        micro_batches, row_tokens, _ = self._micro_batches(sequences, wanted)
+        micro_batches, _ = self._micro_batches(sequences, wanted)
         routing = self._routing(sequences, micro_batches, routes)
-        return self._score(sequences, micro_batches, row_tokens, routing)
+        return self._score(sequences, micro_batches, routing)
 
     def score_canaries(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Log-probs of the response tokens of each (prompt, response), float32, which the servers should return too.
@@ -147,21 +147,21 @@ class Policy:
             )
             canaries.append(canary)
             first_slot += len(response)
-        micro_batches, row_tokens, _ = self._micro_batches(canaries)
-        log_probs = self._score(canaries, micro_batches, row_tokens, FreeRouting())
+        micro_batches, _ = self._micro_batches(canaries)
+        log_probs = self._score(canaries, micro_batches, FreeRouting())
         return np.split(log_probs, [canary.first_slot for canary in canaries[1:]])
 
     def score_and_record(self, sequences: Sequence[TokenSequence]) -> tuple[np.ndarray, Routes]:
         """`score`, and the experts that were chosen, for replay with the same sequences."""
         assert self._rollout_routes is None, "the servers' routes are replayed: there are none to record"
         recorded = RecordedRouting(self._routers)
-        micro_batches, row_tokens, _ = self._micro_batches(sequences)
-        return self._score(sequences, micro_batches, row_tokens, recorded), recorded.routes
+        micro_batches, _ = self._micro_batches(sequences)
+        return self._score(sequences, micro_batches, recorded), recorded.routes
 
     def _score(
-        self, sequences: Sequence[TokenSequence], micro_batches: list[MicroBatch], row_tokens: int, routing: Routing
+        self, sequences: Sequence[TokenSequence], micro_batches: list[MicroBatch], routing: Routing
     ) -> np.ndarray:
-        outputs = self._run_forward(score, micro_batches, row_tokens, routing)
+        outputs = self._run_forward(score, micro_batches, routing)
         return self._by_token(outputs, ["log_probs"], sequences)["log_probs"]
 
     def _routing(
@@ -179,10 +179,10 @@ class Policy:
         """The per-token values that an update on the mini-batch `sequences` would compute, float32 [all response
         tokens] by name, on every rank: log_probs, coefficients (-d loss / d log-prob, times the divisor of the
         aggregation; 0 where masked) and prefix_min."""
-        micro_batches, row_tokens, _ = self._micro_batches(sequences)
+        micro_batches, _ = self._micro_batches(sequences)
         routing = self._routing(sequences, micro_batches)
-        micro_batches = self._surveyed(micro_batches, row_tokens, seed, routing)
-        outputs = self._run_forward(self._loss.inspect, micro_batches, row_tokens, routing)
+        micro_batches = self._surveyed(micro_batches, seed, routing)
+        outputs = self._run_forward(self._loss.inspect, micro_batches, routing)
         return self._by_token(outputs, ["log_probs", "coefficients", "prefix_min"], sequences)
 
     def update(
@@ -225,13 +225,13 @@ class Policy:
         `update` calls this and then the optimizer's step.
         """
         self._snapshots.refuse_while_swapped("the gradient would be that of other weights")
-        micro_batches, row_tokens, row_metrics = self._micro_batches(sequences)
+        micro_batches, row_metrics = self._micro_batches(sequences)
         routing = self._routing(sequences, micro_batches, routes)
-        micro_batches = self._surveyed(micro_batches, row_tokens, seed, routing)
+        micro_batches = self._surveyed(micro_batches, seed, routing)
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        trained = self._run(self._loss.train, micro_batches, row_tokens, routing, forward_only=False)
+        trained = self._run(self._loss.train, micro_batches, routing, forward_only=False)
         metrics, histograms = as_metrics([one.statistics for one in trained])
         log_probs = None
         if self._records_log_probs:
@@ -258,13 +258,11 @@ class Policy:
         """Context manager: inside it the model has the weights of snapshot `name`, for scoring. Updates are refused."""
         return self._snapshots.swapped_in(name)
 
-    def _surveyed(
-        self, micro_batches: list[MicroBatch], row_tokens: int, seed: int, routing: Routing
-    ) -> list[MicroBatch]:
+    def _surveyed(self, micro_batches: list[MicroBatch], seed: int, routing: Routing) -> list[MicroBatch]:
         """The micro-batches with the results of the objective's survey; costs a forward pass if it has a survey."""
         if self._objective.survey is None:
             return micro_batches
-        tokens = self._run_forward(self._loss.survey, micro_batches, row_tokens, routing)
+        tokens = self._run_forward(self._loss.survey, micro_batches, routing)
         if not tokens:  # not the last pipeline stage
             return micro_batches
         mini_batch = MiniBatch(tokens, GroupRanks(self._mesh.stage), seed)
@@ -299,8 +297,8 @@ class Policy:
 
     def _micro_batches(
         self, sequences: Sequence[TokenSequence], wanted: Sequence[bool] | None = None
-    ) -> tuple[list[MicroBatch], int, dict[str, Metric]]:
-        """(this rank's micro-batches, tokens per row, metrics of how well the rows are filled and balanced). Rows
+    ) -> tuple[list[MicroBatch], dict[str, Metric]]:
+        """(this rank's micro-batches, metrics of how well the rows are filled and balanced). Rows
         without a `wanted` sequence are skipped; the other rows are the same as without `wanted`."""
         place, batch, data = self._place, self._config.batch, self._mesh.data
         lengths = [padded_length(sequence, place.context_size) for sequence in sequences]
@@ -312,34 +310,36 @@ class Policy:
             rows = pack_rows(lengths, costs, batch.max_tokens_per_row, multiple)
         else:
             rows = [[index] for index in range(len(lengths))]
-        row_tokens = row_length(rows, lengths, place.context_size, place.tensor_size)
         if wanted is not None:
             rows = [row for row in rows if any(wanted[index] for index in row)]
         rows += [[] for _ in range(-len(rows) % multiple)]
-        row_costs = [sum(costs[index] for index in row) for row in rows]
+        computed = [self._computed_lengths([lengths[index] for index in row]) for row in rows]
+        row_costs = [sum(map(self._cost.of, of_row)) for of_row in computed]
         shares = share_rows(row_costs, data.size())
         shards = [
-            shard_row([sequences[index] for index in rows[row]], row_tokens, place) for row in shares[data.rank()]
+            shard_row([sequences[index] for index in rows[row]], sum(computed[row]), place)
+            for row in shares[data.rank()]
         ]
-        real = sum(sequence.num_tokens for sequence in sequences)
+        real, total = sum(sequence.num_tokens for sequence in sequences), sum(map(sum, computed))
         row_metrics = {
-            "batch/padding_fraction": mean(len(rows) * row_tokens - real, len(rows) * row_tokens),
+            "batch/padding_fraction": mean(total - real, total),
             "batch/imbalance": mean(imbalance(row_costs, shares), 1),
         }
         micro_batches = [MicroBatch(shard, index, self._mesh.device) for index, shard in enumerate(shards)]
-        return micro_batches, row_tokens, row_metrics
+        return micro_batches, row_metrics
 
-    def _run_forward(
-        self, loss: LossFunction, micro_batches: list[MicroBatch], row_tokens: int, routing: Routing
-    ) -> list[Any]:
+    def _computed_lengths(self, lengths: Sequence[int]) -> list[int]:
+        """The lengths of a row's sequences as they are computed, with the row's padding."""
+        return with_row_padding(lengths, row_length(lengths, self._place.context_size, self._place.tensor_size))
+
+    def _run_forward(self, loss: LossFunction, micro_batches: list[MicroBatch], routing: Routing) -> list[Any]:
         with torch.no_grad():
-            return self._run(loss, micro_batches, row_tokens, routing, forward_only=True)
+            return self._run(loss, micro_batches, routing, forward_only=True)
 
     def _run(
         self,
         loss: LossFunction,
         micro_batches: list[MicroBatch],
-        row_tokens: int,
         routing: Routing,
         forward_only: bool,
     ) -> list[Any]:
@@ -352,7 +352,7 @@ class Policy:
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self._chunks,
                 num_microbatches=len(micro_batches),
-                seq_length=row_tokens,
+                seq_length=self._config.batch.max_tokens_per_row,  # not used: every row has its own length
                 micro_batch_size=1,
                 forward_only=forward_only,
             )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minpro_megatron.batching.row_lengths import padded_length
+from minpro_megatron.batching.row_lengths import padded_length, with_row_padding
 from minpro_megatron.batching.row_shard import RankSlice, RowShard
 from minpro_megatron.batching.shards import chunk_halves, context_shard, tensor_shard
 from minpro_megatron.batching.token_sequence import TokenSequence
@@ -19,11 +19,11 @@ _PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "proximal_log_probs", "
 def shard_row(sequences: Sequence[TokenSequence], row_tokens: int, place: RankSlice) -> RowShard:
     """This rank's share of the packed row that holds `sequences` and is padded to `row_tokens`.
 
-    The row's padding belongs to its last sequence; a row without sequences has one sequence that is all padding.
+    The row's padding belongs to its last sequence; a row without sequences has one sequence that is all padding. The
+    token ids of padding are those of the row in turn, so that routers send it to many experts, and not to the few of
+    one id.
     """
-    lengths = [padded_length(sequence, place.context_size) for sequence in sequences] or [0]
-    lengths[-1] += row_tokens - sum(lengths)
-    assert lengths[-1] >= 0, f"sequences of {sum(lengths)} tokens do not fit a row of {row_tokens}"
+    lengths = with_row_padding([padded_length(sequence, place.context_size) for sequence in sequences], row_tokens)
     row = _whole_row(sequences, lengths)
     held = context_shard(lengths, place.context_size, place.context_rank)
     piece = tensor_shard(len(held), place.tensor_size, place.tensor_rank)
@@ -53,8 +53,9 @@ def shard_row(sequences: Sequence[TokenSequence], row_tokens: int, place: RankSl
 
 def _whole_row(sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> dict[str, np.ndarray]:
     total = sum(lengths)
+    ids = np.concatenate([part for one in sequences for part in (one.prompt_ids, one.response_ids)] or [np.zeros(1)])
     row = {
-        "input_ids": np.zeros(total, np.int64),
+        "input_ids": np.resize(ids, total).astype(np.int64),
         "label_ids": np.zeros(total, np.int64),
         "flat_slot": np.full(total, -1, np.int64),
         "staleness": np.zeros(total, np.int64),

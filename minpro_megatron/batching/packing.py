@@ -1,7 +1,6 @@
 """Assigns sequences to packed rows, and rows to data-parallel ranks."""
 
 import heapq
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,10 +21,11 @@ class SequenceCost:
 
 def pack_rows(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, multiple: int) -> list[list[int]]:
     """Sequence indices of each row: at most `max_tokens` per row, and a number of rows that is a multiple of
-    `multiple`.
+    `multiple`, the number of ranks that share the rows.
 
-    The sequences are placed in descending order of cost, each into the cheapest row that still has room, with the
-    smallest number of rows for which that works: the rows have similar costs, so no rank waits long for another.
+    The sequences are placed in descending order of cost, each into the rank that has the least to compute so far, and
+    there into the cheapest row, among the ranks and rows that still have room for it; with the smallest number of rows
+    for which that works. So the ranks' sums are similar, and the rows of a rank, too, as far as single sequences allow.
     Deterministic; inside a row indices ascend. A row is empty only if there are fewer sequences than rows. Raises
     ValueError for a sequence longer than a row.
 
@@ -41,54 +41,82 @@ def pack_rows(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, m
     dearest_first = sorted(range(len(lengths)), key=lambda index: (-costs[index], index))
     num_rows = -(-max(1, -(-sum(lengths) // max_tokens)) // multiple) * multiple
     while True:
-        rows = _fill(dearest_first, lengths, costs, max_tokens, num_rows)
+        rows = _fill(dearest_first, lengths, costs, max_tokens, num_rows, multiple)
         if rows is not None:
             return rows
         num_rows += multiple
 
 
-def _fill(
-    dearest_first: list[int], lengths: Sequence[int], costs: Sequence[float], max_tokens: int, num_rows: int
-) -> list[list[int]] | None:
-    """The rows, or None if a sequence finds no room.
+class _Cheapest:
+    """Members with costs, and with tokens that limit what they still have room for.
 
-    A row without room for a sequence is set aside until a sequence comes that is short enough for it. The sequences
-    become shorter, so a row is set aside at most once for each sequence that it receives: the time is proportional to
-    n log n.
+    A member without room for a sequence is set aside until a sequence comes that is short enough for it. Sequences
+    become shorter, so a member is set aside about once for each sequence that it receives: placing n sequences takes
+    time proportional to n log n.
     """
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
-    tokens = [0] * num_rows
-    by_cost = [(0.0, row) for row in range(num_rows)]  # a heap of the rows that may have room
-    aside: list[tuple[int, float, int]] = []  # a heap of the others: (tokens, cost, row)
-    left = sum(lengths)
-    room = num_rows * max_tokens  # of all rows but those that no remaining sequence fits into
-    shortest = _shortest_of_rest(dearest_first, lengths)
-    for place, index in enumerate(dearest_first):
+
+    def __init__(self, count: int) -> None:
+        self.tokens = [0] * count
+        self._by_cost = [(0.0, member) for member in range(count)]  # a heap of those that may have room
+        self._aside: list[tuple[int, float, int]] = []  # a heap of the others: (tokens, cost, member)
+
+    def with_room(self, most_tokens: int) -> int | None:
+        """The cheapest member with at most `most_tokens` tokens."""
+        by_cost, aside = self._by_cost, self._aside
+        while aside and aside[0][0] <= most_tokens:
+            _, cost, member = heapq.heappop(aside)
+            heapq.heappush(by_cost, (cost, member))
+        while by_cost and self.tokens[by_cost[0][1]] > most_tokens:
+            cost, member = heapq.heappop(by_cost)
+            heapq.heappush(aside, (self.tokens[member], cost, member))
+        return by_cost[0][1] if by_cost else None
+
+    def add(self, cost: float, tokens: int) -> None:
+        """Adds `cost` to the member that `with_room` has just returned, which has `tokens` tokens now."""
+        before, member = self._by_cost[0]
+        self.tokens[member] = tokens
+        heapq.heapreplace(self._by_cost, (before + cost, member))
+
+
+class _Rank:
+    """The rows of one rank, and the number of tokens of its emptiest row."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.rows: list[list[int]] = [[] for _ in range(num_rows)]
+        self._choice = _Cheapest(num_rows)
+        self._by_tokens = [(0, row) for row in range(num_rows)]  # a heap with outdated entries
+
+    def place(self, index: int, length: int, cost: float, max_tokens: int) -> int:
+        """Puts a sequence into the cheapest row with room; returns the tokens of the emptiest row then."""
+        row = self._choice.with_room(max_tokens - length)
+        assert row is not None, "the emptiest row has room"
+        self.rows[row].append(index)
+        tokens = self._choice.tokens
+        self._choice.add(cost, tokens[row] + length)
+        heapq.heappush(self._by_tokens, (tokens[row], row))
+        while self._by_tokens[0][0] != tokens[self._by_tokens[0][1]]:
+            heapq.heappop(self._by_tokens)
+        return self._by_tokens[0][0]
+
+
+def _fill(
+    dearest_first: list[int],
+    lengths: Sequence[int],
+    costs: Sequence[float],
+    max_tokens: int,
+    num_rows: int,
+    num_ranks: int,
+) -> list[list[int]] | None:
+    """The rows, or None if a sequence finds no room."""
+    ranks = [_Rank(num_rows // num_ranks) for _ in range(num_ranks)]
+    choice = _Cheapest(num_ranks)  # by the tokens of a rank's emptiest row
+    for index in dearest_first:
         length = lengths[index]
-        while aside and aside[0][0] + length <= max_tokens:
-            _, spent, row = heapq.heappop(aside)
-            heapq.heappush(by_cost, (spent, row))
-        while by_cost and tokens[by_cost[0][1]] + length > max_tokens:
-            spent, row = heapq.heappop(by_cost)
-            if tokens[row] + shortest[place] > max_tokens:
-                room -= max_tokens - tokens[row]
-            else:
-                heapq.heappush(aside, (tokens[row], spent, row))
-        if not by_cost or room < left:
+        rank = choice.with_room(max_tokens - length)
+        if rank is None:
             return None
-        spent, row = by_cost[0]
-        rows[row].append(index)
-        tokens[row] += length
-        room -= length
-        left -= length
-        heapq.heapreplace(by_cost, (spent + costs[index], row))
-    return [sorted(row) for row in rows]
-
-
-def _shortest_of_rest(order: list[int], lengths: Sequence[int]) -> list[int]:
-    """For each place in `order`, the smallest length from there to the end."""
-    found = list(itertools.accumulate((lengths[index] for index in reversed(order)), min))
-    return found[::-1]
+        choice.add(costs[index], ranks[rank].place(index, length, costs[index], max_tokens))
+    return [sorted(row) for rank in ranks for row in rank.rows]
 
 
 def share_rows(row_costs: Sequence[float], data_size: int) -> list[list[int]]:

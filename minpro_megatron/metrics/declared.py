@@ -201,7 +201,7 @@ METRICS: dict[str, Declaration] = {
         "nats", "mean", "k3 estimate of KL(server || trainer) per token under the same weights"
     ),
     "batch/tokens": Declaration("tokens", "sum", "Number of prompt and response tokens of the step's batch"),
-    "batch/padding_fraction": Declaration("share", "mean", "Share of the tokens of all rows that are padding"),
+    "batch/padding_fraction": Declaration("share", "mean", "Share of the computed tokens that are padding"),
     "batch/imbalance": Declaration(
         "share", "mean", "Work of the busiest data-parallel rank above the mean of all ranks, as a share of the mean"
     ),

@@ -4,7 +4,6 @@ Every constant states its source. None was fitted to the reinforcement-learning 
 compares the model with.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.planning.gpus import GpuKind
 from minpro_megatron.planning.memory import ELEMENT_BYTES, ServerMemory, checkpoint_bytes, state_bytes
 from minpro_megatron.planning.parameters import active_parameters, optimizer_degrees, stage_parameters
+from minpro_megatron.planning.update_rows import update_rows
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class StepCost:
     communication: float
     again: float  # included in train: recomputation and an objective's survey
     bubble: float
+    imbalance: float  # until the busiest data-parallel ranks are done, padding included
     optimizer: float
     updates: int
     micro_batches: int  # per data-parallel rank and update
@@ -85,6 +86,11 @@ class Batch:
     def tokens(self) -> float:
         return self.num_sequences * sum(self.sequence_tokens) / len(self.sequence_tokens)
 
+    def sample(self, count: int) -> list[int]:
+        """`count` sequences, evenly over the lengths."""
+        known = len(self.sequence_tokens)
+        return [self.sequence_tokens[(2 * place + 1) * known // (2 * count)] for place in range(count)]
+
 
 @dataclass(frozen=True)
 class TrainerCost:
@@ -97,17 +103,16 @@ class TrainerCost:
     def step(self, batch: Batch) -> StepCost:
         config, parallel = self.config, self.config.parallel
         updates = config.batch.updates_per_step
-        rows = batch.tokens / updates / config.batch.max_tokens_per_row
-        micro_batches = max(1, math.ceil(rows / parallel.data_size))
+        rows = update_rows(config, self.architecture, batch.sample(batch.num_sequences // updates))
         products, attention = self._products(batch)
         routing = self._routing(batch)
         communication = self._communication(batch)
-        forward = (products + routing + communication) / 3
+        forward = (products + routing + communication) / 3 * (1 + rows.surplus)
         again = {"none": 0.0, "selective": attention / 3, "full": forward}[config.model.recompute]
         surveys = config.objective.name in ("m2po", "m2po_winsorized", "prefix_filter", "shuffled_minpro")
         again += forward * surveys
         busy = 3 * forward + again
-        bubble_share = (parallel.pipeline - 1) / parallel.virtual_pipeline / micro_batches
+        bubble_share = (parallel.pipeline - 1) / parallel.virtual_pipeline / rows.micro_batches
         optimizer = updates * self._optimizer()
         fixed = updates * self.calibration.update_fixed_s
         train = busy * (1 + bubble_share) + optimizer + fixed
@@ -128,9 +133,10 @@ class TrainerCost:
             communication=communication,
             again=again,
             bubble=busy * bubble_share,
+            imbalance=(products + routing + communication) * rows.surplus,
             optimizer=optimizer,
             updates=updates,
-            micro_batches=micro_batches,
+            micro_batches=rows.micro_batches,
         )
 
     def _products(self, batch: Batch) -> tuple[float, float]:

@@ -149,6 +149,7 @@ def _update_parts(cost: StepCost) -> str:
         "communication": cost.communication,
         "computed again": cost.again,
         "pipeline bubble": cost.bubble,
+        "waiting for the busiest ranks": cost.imbalance,
         "optimizer": cost.optimizer,
     }
     return ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts.items() if seconds >= 0.005)

@@ -56,10 +56,10 @@ def _on_rank(mesh: Mesh, tokens: Tokens) -> dict[str, list[tuple[np.ndarray, np.
     place = RankSlice(mesh.context.size(), mesh.context.rank(), mesh.tensor.size(), mesh.tensor.rank())
     lengths = [padded_length(sequence, place.context_size) for sequence in sequences]
     rows = [list(range(row, len(sequences), ROWS)) for row in range(ROWS)]
-    length = row_length(rows, lengths, place.context_size, place.tensor_size)
     log_probs = torch.from_numpy(np.append(tokens.log_probs, np.float32(np.nan)))  # NaN for slots without a token
     seen = []
     for row in rows[mesh.data.rank() :: mesh.data.size()]:
+        length = row_length([lengths[index] for index in row], place.context_size, place.tensor_size)
         shard = shard_row([sequences[index] for index in row], length, place)
         mask = torch.from_numpy(shard.mask_L)
         scan = ShardedScan(

@@ -34,7 +34,7 @@ def all_shards(
 ) -> dict[tuple[int, int], RowShard]:
     """Every rank's shard of the row with all `sequences`; `extra` multiples of padding at its end."""
     lengths = [padded_length(sequence, context_size) for sequence in sequences]
-    tokens = row_length([list(range(len(lengths)))], lengths, context_size, tensor_size)
+    tokens = row_length(lengths, context_size, tensor_size)
     tokens += extra * 2 * context_size * tensor_size
     places = [(c, t) for c in range(context_size) for t in range(tensor_size)]
     return {(c, t): shard_row(sequences, tokens, RankSlice(context_size, c, tensor_size, t)) for c, t in places}

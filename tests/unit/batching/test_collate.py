@@ -44,8 +44,9 @@ def test_all_shards_together_are_the_row_with_each_label_beside_its_predecessor(
         for slot in range(width):
             place = tensor_rank * width + slot  # in the context shard
             token = int(shard.input_ids_S[place])
-            seen += [token] if token else []
-            said = expected.get(token, {})  # a last token or padding: nothing follows it
+            is_padding = shard.position_ids_S[place] >= sequences[shard.sequence_L[slot]].num_tokens
+            seen += [] if is_padding else [token]
+            said = {} if is_padding else expected.get(token, {})  # nothing follows a last token
             assert shard.label_ids_S[place] == said.get("label", 0)
             for name in ("mask", "sequence_weight", "behavior_log_probs", "rollout_log_probs", "advantages"):
                 assert getattr(shard, f"{name}_L")[slot] == np.float32(said.get(name, 0.0)), name
@@ -97,6 +98,14 @@ def test_positions_start_again_with_every_sequence_and_run_on_into_the_rows_padd
     lengths[-1] += 60 - sum(lengths)
     assert shard.padded_lengths == lengths
     assert shard.position_ids_S.tolist() == [place for length in lengths for place in range(length)]
+
+
+def test_padding_has_many_token_ids() -> None:
+    """With one id all padding would go to the same experts of a layer."""
+    sequences = numbered_sequences(1, 3)
+    num_tokens = sum(sequence.num_tokens for sequence in sequences)
+    padding = shard_row(sequences, 2 * num_tokens, RankSlice(1, 0, 1, 0)).input_ids_S[num_tokens:]
+    assert sorted(padding) == sorted(token for one in sequences for token in (*one.prompt_ids, *one.response_ids))
 
 
 def test_a_sequence_without_prompt_is_a_bug() -> None:

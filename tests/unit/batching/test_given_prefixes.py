@@ -36,7 +36,7 @@ def row_of(collected: CollectedGroup) -> RowShard:
     behavior = np.random.default_rng(0).normal(-1, 0.5, sum(LENGTHS)).astype(np.float32)
     (sequences,) = with_log_probs(token_sequences(batch, LossConfig(), 8), behavior_log_probs=behavior)
     lengths = [padded_length(sequence, 1) for sequence in sequences]
-    return shard_row(sequences, row_length([[0, 1, 2]], lengths, 1, 1), RankSlice(1, 0, 1, 0))
+    return shard_row(sequences, row_length(lengths, 1, 1), RankSlice(1, 0, 1, 0))
 
 
 def log_probs_of(row: RowShard, elsewhere: float) -> torch.Tensor:

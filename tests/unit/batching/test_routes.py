@@ -39,13 +39,14 @@ def ids_of_slots(shard: RowShard, tensor_size: int, tensor_rank: int) -> np.ndar
 def test_every_slot_has_the_experts_of_its_token_and_layer(sizes: tuple[int, int], layers: slice) -> None:
     sequences = routed_sequences(seed=1, count=5)
     last = {int(sequence.response_ids[-1]) for sequence in sequences}
+    num_tokens = np.array([sequence.num_tokens for sequence in sequences])
     seen = set()
     for (_, tensor_rank), shard in all_shards(sequences, *sizes, extra=1).items():
         chosen = shard_routes(shard, layers, EXPERTS, CHOSEN)
         assert (chosen.dtype, chosen.shape) == (np.uint8, (layers.stop - layers.start, len(shard.mask_L), CHOSEN))
         assert wrong_choice(chosen, layers.start, EXPERTS) is None
         for slot, token_id in enumerate(ids_of_slots(shard, sizes[1], tensor_rank).tolist()):
-            if token_id and token_id not in last:
+            if token_id not in last and shard.position_L[slot] < num_tokens[shard.sequence_L[slot]]:
                 seen.add(token_id)
                 for place, layer in enumerate(range(layers.start, layers.stop)):
                     np.testing.assert_array_equal(chosen[place, slot], experts_of(token_id, layer))

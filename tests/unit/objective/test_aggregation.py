@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from minpro_megatron.batching.collate import shard_row
-from minpro_megatron.batching.row_lengths import row_length
 from minpro_megatron.batching.row_shard import RankSlice
 from minpro_megatron.batching.sequences import token_sequences, with_log_probs
 from minpro_megatron.batching.token_sequence import TokenSequence
@@ -76,7 +75,7 @@ def found_loss(
     name: str, sequences: list[TokenSequence], log_probs: np.ndarray, aggregation: Aggregation, rows: list[list[int]]
 ) -> tuple[float, np.ndarray]:
     """As the trainer has it: sums over the slots of every row, divided by all rows' counts."""
-    length = row_length(rows, [one.num_tokens for one in sequences], 1, 1)
+    length = max(sum(sequences[index].num_tokens for index in row) for row in rows)
     loss, count, gradient = 0.0, 0, np.zeros(len(log_probs))
     for row in rows:
         shard = shard_row([sequences[index] for index in row], length, WHOLE)
