@@ -30,7 +30,6 @@ from pathlib import Path
 
 from minpro_megatron.command_line import Parser, command_parser, count
 from minpro_megatron.errors import run_reporting
-from minpro_megatron.replay.run import run_replay
 from minpro_megatron.replay.settings import SETTINGS, ReplayOptions
 
 
@@ -79,4 +78,10 @@ def _parser(prog: str) -> Parser:
 def main(arguments: list[str] | None = None, prog: str = "minpro replay") -> int:
     """0 when the output is complete, 1 if it failed, 2 after a message about a wrong option or input."""
     given = vars(_parser(prog).parse_args(arguments))
-    return run_reporting(lambda: run_replay(ReplayOptions(**given | {"packing": given["packing"] == "on"})))
+
+    def run() -> int:
+        from minpro_megatron.replay.run import run_replay  # imports torch
+
+        return run_replay(ReplayOptions(**given | {"packing": given["packing"] == "on"}))
+
+    return run_reporting(run)
