@@ -33,7 +33,7 @@ def tiny_moe() -> RunConfig:
         sampling=SamplingConfig(max_prompt_tokens=16, max_response_tokens=8),
         staleness=StalenessConfig(delay_steps=2),
         server=ServerConfig(device="cpu", dtype="float32", max_total_tokens=16384, start_timeout_s=300),
-        evaluation=EvaluationConfig(num_prompts=157, samples_per_prompt=8),
+        evaluation=EvaluationConfig(num_prompts=157, samples_per_prompt=8, every_steps=30),
     )
 
 
