@@ -6,6 +6,7 @@ minpro cancel NAME     (the run's name or the job's number)
 import argparse
 import sys
 
+from minpro_megatron.cluster.local_job import refuse_local
 from minpro_megatron.cluster.records import recall, records_folder
 from minpro_megatron.cluster.shell import shell_of
 from minpro_megatron.cluster.slurm_job import JobError, cancel, look_up
@@ -22,6 +23,7 @@ def main(arguments: list[str] | None = None, prog: str = "minpro cancel") -> int
 
 def _cancel(options: argparse.Namespace) -> int:
     record = recall(records_folder(), options.job)
+    refuse_local(record, "end it with Ctrl-C in the terminal where it was submitted")
     shell = shell_of(record.ssh_settings)
     try:
         state = look_up(shell, record.job_id, record.log_folder)

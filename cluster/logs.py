@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from minpro_megatron.cluster.follow import LogTail, follow
+from minpro_megatron.cluster.local_job import refuse_local, trainer_log
 from minpro_megatron.cluster.records import recall, records_folder
 from minpro_megatron.cluster.shell import shell_of
 from minpro_megatron.cluster.slurm_job import JobError
@@ -25,6 +26,10 @@ def main(arguments: list[str] | None = None, prog: str = "minpro logs") -> int:
 
 def _logs(options: argparse.Namespace) -> int:
     record = recall(records_folder(), options.job)
+    if record.is_local and not options.follow:
+        print("\n".join(trainer_log(record)))
+        return 0
+    refuse_local(record, "follow it in the terminal where it was submitted")
     shell = shell_of(record.ssh_settings)
     if not options.follow:
         LogTail(shell, record.log_folder, record.job_id, sys.stdout).show_news()

@@ -2,17 +2,22 @@
 
 import json
 import re
+import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from minpro_megatron.cluster.paths import CHECKOUT
 from minpro_megatron.config.base import Section
 from minpro_megatron.errors import UserError
 from minpro_megatron.launch.topology import TopologySettings
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+# The words in capital letters in cluster/profiles, as a part of a path or the whole value.
+_PLACEHOLDER = re.compile(r"(?<![\w-])(ACCOUNT|PARTITION|PROJECT|REGISTRY|CHECKOUT)(?![\w-])")
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)")
 # NeMo-Run uses these in its own command lines without quoting them.
 _UNQUOTED = r"[A-Za-z0-9_./@%+=:,-]*"
@@ -99,11 +104,14 @@ class Profile(Section):
     gpu: str = Field(default="h100-80gb", description="kind of the nodes' GPUs, as the planner calls it")
     workspace: AbsolutePath = Field(
         description="folder on the file system that all nodes share; relative paths of settings, and paths inside this "
-        "checkout, refer to it: models, data, runs"
+        "checkout, refer to it: models, data, runs. With executor = local the default is this checkout"
     )
     job_dir: OptionalPath = Field(default="", description="scripts, code and logs of jobs; workspace/jobs if empty")
     python: str = Field(
-        default="python", pattern=r"^[^\r\n]*python[^\r\n]*$", description="in the container or on the nodes"
+        default="python",
+        pattern=r"^[^\r\n]*python[^\r\n]*$",
+        description="in the container or on the nodes; with "
+        "executor = local the default is the Python that runs `submit`",
     )
     restarts: int = Field(
         default=3,
@@ -136,6 +144,13 @@ class Profile(Section):
                 )
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_this_machine(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("executor") == "local":
+            return {"workspace": str(CHECKOUT), "python": sys.executable} | values
+        return values
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
         if self.executor == "local" and self.ssh is not None:
@@ -157,6 +172,27 @@ def read_profile(path: Path, assignments: list[str]) -> Profile:
         return Profile.model_validate(values)
     except ValidationError as error:
         raise UserError(f"--profile {path}: {_problem(entry)}" for entry in error.errors()) from None
+
+
+def refuse_placeholders(profile: Profile, path: Path) -> None:
+    """Raises UserError with a line for each value that still has a placeholder of the profiles that come with the
+    project: a word in capital letters."""
+    found = [f"{name} = {value!r}" for name, value in _texts(profile.model_dump()) if _PLACEHOLDER.search(value)]
+    if found:
+        raise UserError(
+            f"--profile {path}: {line}: replace the word in capital letters by that of your cluster" for line in found
+        )
+
+
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _texts(value, f"{name}.{key}" if name else key)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, name)
+    elif isinstance(values, str):
+        yield name, values
 
 
 def _assign(values: dict[str, Any], assignment: str) -> None:

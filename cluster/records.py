@@ -16,7 +16,8 @@ def records_folder() -> Path:
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A job: the locations of its run and its logs, and how its cluster is reached."""
+    """A job: the locations of its run and its logs, and how its cluster is reached. One that runs on this machine has
+    the process in which it runs, and the exit status after its end."""
 
     name: str
     job_id: str
@@ -24,6 +25,12 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     log_folder: str
     submitted_at: float
     ssh: dict | None = None
+    process_id: int | None = None
+    exit_status: int | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return self.process_id is not None
 
     @property
     def ssh_settings(self) -> SshSettings | None:

@@ -7,21 +7,24 @@ if nothing was submitted or following was interrupted by an error, 130 after an 
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from minpro_megatron.cluster.follow import follow
 from minpro_megatron.cluster.paths import in_workspace
 from minpro_megatron.cluster.planning import plan_problems
-from minpro_megatron.cluster.profile import Profile, read_profile
+from minpro_megatron.cluster.profile import Profile, read_profile, refuse_placeholders
 from minpro_megatron.cluster.records import JobRecord, records_folder, remember
 from minpro_megatron.cluster.shell import shell_of
 from minpro_megatron.cluster.slurm_job import JobError, JobState, active_jobs, job_name
 from minpro_megatron.command_line import Parser
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import INTERRUPTED, UserError, run_reporting
+from minpro_megatron.errors import FAILED, INTERRUPTED, SUCCEEDED, UserError, run_reporting
 from minpro_megatron.launch.preflight.run_checks import run_problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.topology import Topology, lay_out
@@ -52,6 +55,7 @@ def main(arguments: list[str] | None = None, prog: str = "minpro submit") -> int
 
 def _submit(options: argparse.Namespace) -> int:
     profile = read_profile(options.profile, options.changes)
+    refuse_placeholders(profile, options.profile)
     config = in_workspace(apply_overrides(load_recipe(options.recipe), options.overrides), profile.workspace)
     topology = lay_out(config, profile.topology)
     if (found := plan_problems(config, profile)) and not options.force:
@@ -76,10 +80,29 @@ def _submit(options: argparse.Namespace) -> int:
         for warning in warnings(config):
             print(f"warning: {warning}")
     if profile.executor == "local":
-        from minpro_megatron.cluster.nemo import run_here
-
-        return 0 if run_here(_files(config, topology), profile) else 1
+        return _run_here(config, topology, profile)
     return _run(config, topology, profile, options.detach)
+
+
+def _run_here(config: RunConfig, topology: Topology, profile: Profile) -> int:
+    """Runs the job to its end in this process; its record lets `status` and `logs` find it."""
+    from minpro_megatron.cluster.nemo import run_here
+
+    record = JobRecord(
+        name=config.name,
+        job_id=f"local-{os.getpid()}",
+        run_dir=str(config.run_dir),
+        log_folder=str(config.run_dir / "logs"),
+        submitted_at=time.time(),
+        process_id=os.getpid(),
+    )
+    remember(records_folder(), record)
+    status = INTERRUPTED
+    try:
+        status = SUCCEEDED if run_here(_files(config, topology), profile) else FAILED
+    finally:
+        remember(records_folder(), structs.replace(record, exit_status=status))
+    return status
 
 
 def shares(topology: Topology) -> list[str]:

@@ -3,11 +3,11 @@
     minpro grade --input rows.jsonl > graded.jsonl
     minpro grade --input rows.jsonl --reward my_package.rewards:grade
 
-Each row is `{"data_source": ..., "ground_truth": ..., "response": ...}`. It is printed unchanged, with the new fields
-`reward`, `extracted` (the part of the response that was compared; null: none was found) and `seconds`. If the grader
-twice hung, died, raised or returned no finite number, `reward` is null and `problem` gives the reason. Without --reward
-the data source selects the reward: `calculator` calculator, `math_dapo` dapo, all others math. Responses are untrusted
-text: anything but printable ASCII is escaped.
+Each row is `{"data_source": ..., "ground_truth": ..., "response": ...}`; with --reward it needs no data_source. It is
+printed unchanged, with the new fields `reward`, `extracted` (the part of the response that was compared; null: none
+was found) and `seconds`. If the grader twice hung, died, raised or returned no finite number, `reward` is null and
+`problem` gives the reason. Without --reward the data source selects the reward: `calculator` calculator, `math_dapo`
+dapo, all others math. Responses are untrusted text: anything but printable ASCII is escaped.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from minpro_megatron.rewards.pool import Judged, RewardPool
 DEFAULT_REWARD = "math"
 REWARD_BY_SOURCE = {"calculator": "calculator", "math_dapo": "dapo"}
 FIELDS = ("data_source", "ground_truth", "response")
+OPTIONAL_FIELDS = ("data_source",)  # with --reward
 MAX_PROBLEMS = 20
 BLOCK_ROWS = 256
 PROGRESS_INTERVAL_S = 5.0
@@ -46,8 +47,9 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of the file. Raises UserError, with one line per bad row: file, line, field and rule."""
+def read_rows(path: Path, needs_source: bool = True) -> list[Row]:
+    """The rows of the file; those without a data source are accepted unless `needs_source`. Raises UserError, with one
+    line per bad row: file, line, field and rule."""
     rows: list[Row] = []
     problems: list[str] = []
     with path.open("rb") as file:  # a line that is not UTF-8 is one bad row
@@ -55,7 +57,7 @@ def read_rows(path: Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                rows.append(_checked(json.loads(line)))
+                rows.append(_checked(json.loads(line), needs_source))
             except (ValueError, RecursionError) as error:
                 problems.append(f"{path}, line {number}: {error}")
     if problems:
@@ -66,10 +68,14 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _checked(row: Any) -> Row:
+def _checked(row: Any, needs_source: bool) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object with {', '.join(FIELDS)}")
     for field in FIELDS:
+        if field not in row and field in OPTIONAL_FIELDS:
+            if needs_source:
+                raise ValueError(f"{field} is missing; add it, or name the reward of all rows with --reward")
+            continue
         if field not in row:
             raise ValueError(f"{field} is missing")
         if not isinstance(row[field], str):
@@ -85,7 +91,7 @@ async def graded(pool: RewardPool, rows: Sequence[Row], workers: int) -> AsyncIt
 
     async def judge(row: Row) -> Judged:
         async with limit:
-            return (await pool.judge_all([row["response"]], row["ground_truth"], row["data_source"]))[0]
+            return (await pool.judge_all([row["response"]], row["ground_truth"], row.get("data_source", "")))[0]
 
     for start in range(0, len(rows), BLOCK_ROWS):
         block = rows[start : start + BLOCK_ROWS]
@@ -147,7 +153,10 @@ def main(arguments: list[str] | None = None, prog: str = "minpro grade") -> int:
     logging.getLogger("minpro_megatron.rewards.pool").setLevel(logging.ERROR)  # each row reports its own error
 
     def grade() -> int:
-        show_summary(asyncio.run(grade_file(options, read_rows(options.input))), options.json)
+        show_summary(
+            asyncio.run(grade_file(options, read_rows(options.input, needs_source=options.reward is None))),
+            options.json,
+        )
         return 0
 
     return run_reporting(grade, reads_given_files=True)

@@ -40,8 +40,8 @@ def _heading(console: Console, plan: Plan) -> None:
     mode = f"delay {settings.delay_steps}" if settings.mode == "delay" else f"bounded {settings.max_staleness}"
     load = plan.workload
     console.print(
-        f"{config.name}: {a.name}, {model_parameters(a) / 1e9:.2f} billion parameters, "
-        f"{active_parameters(a) / 1e9:.2f} billion per token; {mode}",
+        f"{config.name}: {a.name}, {_number(model_parameters(a))} parameters, {_number(active_parameters(a))} per "
+        f"token; {mode}",
         f"{kind.name}, {plan.cluster.node_size} per node: {mesh.world_size} train ({degrees or 'no cut'}, data "
         f"{mesh.data_size}), {plan.num_servers} servers of {config.server.tensor_parallel}",
         f"per step: {config.batch.num_prompts} prompts x {config.batch.responses_per_prompt} responses in "
@@ -51,6 +51,14 @@ def _heading(console: Console, plan: Plan) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _number(count: float) -> str:
+    """A large number with three significant digits or more: 30.53 billion, 1.24 million, 512."""
+    for size, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if count >= size:
+            return f"{count / size:.2f} {name}"
+    return f"{count:.0f}"
 
 
 def _table(title: str, *columns: str) -> Table:

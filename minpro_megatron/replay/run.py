@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,7 @@ from minpro_megatron.replay.rollouts import Rollout, read_rollouts
 from minpro_megatron.replay.settings import ReplayOptions, replay_config, sized_for
 
 MAX_LOG_PROB = 1e-3  # rounding of float32 sums of exponentials can exceed 0 a little
+LINES_INTERVAL_S = 2.0  # between lines of progress where there is no terminal for a live display
 _ROLE = "replay"
 
 
@@ -50,6 +52,8 @@ def run_replay(options: ReplayOptions) -> int:
     """
     options = replace(options, model=options.model.absolute(), output=options.output.resolve())
     config, rows = checked_replay(options)
+    ranks = f"{config.parallel.world_size} ranks ({config.device})"
+    print(f"{len(rows.rollouts)} rows, {rows.updates} updates on {ranks}", file=sys.stderr, flush=True)
     log_file = options.output.with_name(f"{options.output.name}.failed.log")
     with _work_folder(options.output) as work:
         write_job(work, config, rows)
@@ -191,10 +195,15 @@ def _run_ranks(config: RunConfig, work: Path) -> Outcome:
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as display:
         task = display.add_task("", total=None)
+        told, told_at = "", -LINES_INTERVAL_S
 
         def show() -> None:
-            now = read_progress(work)
+            nonlocal told, told_at
+            now, time_s = read_progress(work), time.monotonic()
             display.update(task, description=now.phase, completed=now.done, total=now.total)
+            if not console.is_terminal and now.phase != told and time_s - told_at >= LINES_INTERVAL_S:
+                told, told_at = now.phase, time_s
+                print(now.phase, file=sys.stderr, flush=True)
 
         return Supervisor([RoleCommand(_ROLE, ranks, environment)], work).run(show)
 

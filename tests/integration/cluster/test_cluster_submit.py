@@ -20,6 +20,11 @@ from minpro_megatron.launch.topology import lay_out
 from tests.support.long_cases import long_after
 
 H100 = CHECKOUT / "cluster" / "profiles" / "h100_slurm.toml"
+# What a user has to fill in.
+MINE = [
+    "--set", "workspace=/lustre/mine", "--set", "slurm.account=me", "--set", "slurm.partition=gpus",
+    "--set", "container.image=ours#minpro:1",
+]  # fmt: skip
 RECIPES = [line.split()[0] for line in list_recipes("recipes")]
 # One of each kind of job: on many nodes with its own servers, and the smallest.
 KINDS = ["recipes.qwen3_30b_a3b:minpro", "recipes.demo:tiny_moe"]
@@ -33,7 +38,7 @@ def _no_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def submitted(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) -> tuple[int, str, str]:
     """Exit status, output and errors."""
-    status = submit.main([recipe, "--profile", str(H100), "--dry-run", *arguments])
+    status = submit.main([recipe, "--profile", str(H100), *MINE, "--dry-run", *arguments])
     shown = capsys.readouterr()
     return status, shown.out, shown.err
 
@@ -60,7 +65,7 @@ def test_recipes_dry_run_to_a_script(recipe: str, capsys: pytest.CaptureFixture[
         " --wait=60 --kill-on-bad-exit=1 --wait=0 --cpu-bind=none python -m minpro_megatron node "
         "--config /nemo_run/configs/run.json --topology /nemo_run/configs/topology.json --end-early-s 300"
     )
-    assert "--container-mounts /lustre/PROJECT/minpro:/lustre/PROJECT/minpro," in srun
+    assert "--container-mounts /lustre/mine:/lustre/mine," in srun
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
     assert checked.stderr == ""
 
@@ -167,6 +172,18 @@ def test_what_is_wrong_is_said_here(arguments: list[str], problem: str, capsys: 
     assert (status, shown) == (2, "")
     assert problem in errors
     assert "Traceback" not in errors
+
+
+def test_placeholders_of_a_profile_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main(["recipes.demo:tiny_moe", "--profile", str(H100), "--dry-run"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert [line.split(": ")[2] for line in shown.err.splitlines()] == [
+        "workspace = '/lustre/PROJECT/minpro'",
+        "slurm.account = 'ACCOUNT'",
+        "slurm.partition = 'PARTITION'",
+        "container.image = 'REGISTRY#minpro-megatron:0.1.0'",
+    ]
 
 
 def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

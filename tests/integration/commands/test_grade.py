@@ -48,9 +48,10 @@ def test_rows_are_graded_by_their_source_and_printed_in_order(tmp_path: Path, ca
 
 
 def test_one_reward_for_all_rows_and_a_summary_for_programs(tmp_path: Path, capsys) -> None:
-    path = write(tmp_path / "rows.jsonl", ROW, ROW)
+    path = write(tmp_path / "rows.jsonl", ROW, {"ground_truth": "24", "response": "24"})
     status, rows, errors = grade(capsys, path, "--reward", "tests.support.hostile_rewards:three", "--json")
     assert (status, [row["reward"] for row in rows]) == (0, [3.0, 3.0])
+    assert "data_source" not in rows[1]
     summary = json.loads(errors)
     assert (summary["rows"], summary["mean_reward"], summary["failed"], summary["rewards"]) == (2, 3.0, 0, {"3.0": 2})
 

@@ -303,7 +303,7 @@ def test_the_tool_prints_tables_and_numbers(tmp_path: Path, capsys: pytest.Captu
     model = tiny_model(tmp_path)
     assert tool.main([RECIPE, model, *TINY]) == 0
     printed = capsys.readouterr().out
-    for part in ("memory of a trainer rank", "a global step", "4 updates", "fits"):
+    for part in (" thousand parameters", "memory of a trainer rank", "a global step", "4 updates", "fits"):
         assert part in printed
     assert tool.main([RECIPE, model, *TINY, "--gpus", "6", "--json", "--modes"]) == 0
     found = json.loads(capsys.readouterr().out)
