@@ -27,6 +27,7 @@ from minpro_megatron.config.reward import RewardConfig
 from minpro_megatron.config.sampling import SamplingConfig
 from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.config.staleness import StalenessConfig
+from minpro_megatron.config.wandb import WandbConfig
 from minpro_megatron.errors import UserError
 
 
@@ -59,6 +60,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    wandb: WandbConfig = WandbConfig()
     debug: DebugConfig = DebugConfig()
 
     @property

@@ -35,7 +35,7 @@ _MAY_CHANGE = (
     "collector.port", "collector.journal_keep_steps", "collector.journal_keep_routes", "reward.timeout_s",
     "reward.workers",
     "data.accept_changed_inputs", "debug.hang_timeout_s", "debug.trace_steps", "debug.profile_steps",
-    "debug.profile_ranks", "alarms",
+    "debug.profile_ranks", "alarms", "wandb",
 )  # fmt: skip
 
 

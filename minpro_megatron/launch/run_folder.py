@@ -26,7 +26,7 @@ _OF_ONE_INCARNATION = ("endpoints", "memory", "report.html", "status", "summary.
 _LEFTOVERS = (
     "alarms.jsonl", "checkpoints", "environment.json", "evaluations.jsonl", "journal.sqlite", "journal.sqlite-shm",
     "journal.sqlite-wal", "logs", "metrics.jsonl", "profiles", "published", "routes", "samples.jsonl",
-    "tensorboard", "trace", "trace.json",
+    "tensorboard", "trace", "trace.json", "wandb", "wandb_run_id",
 )  # fmt: skip
 # For the processes of an older start on another machine, which check for a newer one every second.
 TAKE_OVER_S = 5.0

@@ -10,6 +10,11 @@ FILE_NAME = "metrics.jsonl"
 _OF_EVALUATIONS = ("eval/", "evaluation/")
 
 
+def is_of_evaluations(name: str) -> bool:
+    """Whether a metric belongs to evaluations, which are written on their own, by policy version."""
+    return name.startswith(_OF_EVALUATIONS)
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """The scalars written together at one step; `time` is the Unix time in seconds."""
@@ -21,7 +26,7 @@ class Entry:
     @property
     def is_global_step(self) -> bool:
         """Whether these are the scalars of a trained global step; evaluations are written on their own."""
-        return any(not name.startswith(_OF_EVALUATIONS) for name in self.metrics)
+        return not all(map(is_of_evaluations, self.metrics))
 
 
 def encode_entry(entry: Entry) -> str:

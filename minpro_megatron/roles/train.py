@@ -30,6 +30,7 @@ from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.monitor.summary import HF_EXPORT, summarize
 from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.trace import TracedWatchdog
+from minpro_megatron.monitor.wandb_board import WandbBoard
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
 from minpro_megatron.parallel.rank_errors import record_errors
@@ -106,7 +107,12 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
     feed = _feed(config, incarnation, tokenizer)
     schedule = SaveSchedule(config, save_by, partial(_stop_request, config, incarnation))
     write_environment(config.run_dir)
-    with RunWriter(config.run_dir, first_step if incarnation else None) as writer, closing(tracer), closing(publisher):
+    boards = [WandbBoard(config)] if config.wandb.enabled else []
+    with (
+        RunWriter(config.run_dir, first_step if incarnation else None, boards) as writer,
+        closing(tracer),
+        closing(publisher),
+    ):
         writer.describe(hyperparameters(config))
         compute, alarms = _compute(config, architecture, mesh), AlarmLog(config, first_step)
         step_report = StepReport(writer, tokenizer.response_text, first_step, compute, alarms)

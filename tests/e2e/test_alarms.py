@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minpro_megatron.monitor.alarm_log import read_alarms
 from minpro_megatron.monitor.history import read_history
-from minpro_megatron.monitor.writer import board_folder
+from minpro_megatron.monitor.tensorboard_board import board_folder
 from tests.e2e.conftest import Launcher
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup
 from minpro_megatron.metrics.declared import METRICS
-from minpro_megatron.monitor.writer import board_folder
+from minpro_megatron.monitor.tensorboard_board import board_folder
 from tests.e2e.conftest import ROOT, SMALL_RUN, Launch, Launcher
 from tests.e2e.recomputed import (
     UNSOURCED,

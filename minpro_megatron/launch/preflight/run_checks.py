@@ -24,6 +24,7 @@ from minpro_megatron.launch.roles import gpus_needed, roles_of
 from minpro_megatron.models.architecture import read_architecture, refuse_uneven_cuts
 from minpro_megatron.models.text_files import text_files
 from minpro_megatron.models.weight_files import weight_problem
+from minpro_megatron.monitor.wandb_board import wandb_problems
 from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.planning.workload import Workload, batch_of
 from minpro_megatron.prompts.prompts import load_prompts, select_prompts
@@ -50,7 +51,7 @@ def run_problems(config: RunConfig) -> list[str]:
     roles = roles_of(config)
     checks: list[Check] = [_steps, _hf_model]
     if "train" in roles:
-        checks += [_mesh_fits_model, _megatron_model, layer_backend_problems]
+        checks += [_mesh_fits_model, _megatron_model, layer_backend_problems, wandb_problems]
     checks += [data_problems] if "collect" in roles else [journal_problems]
     checks += [reward_problems] if "collect" in roles else []
     checks += [_servers] if "serve" in roles else []

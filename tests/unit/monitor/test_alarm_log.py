@@ -15,7 +15,8 @@ from minpro_megatron.monitor.alarm_log import FILE_NAME, AlarmLog, read_alarms
 from minpro_megatron.monitor.history import read_history
 from minpro_megatron.monitor.progress import Progress
 from minpro_megatron.monitor.step_report import StepReport
-from minpro_megatron.monitor.writer import RunWriter, board_folder
+from minpro_megatron.monitor.tensorboard_board import board_folder
+from minpro_megatron.monitor.writer import RunWriter
 from tests.support.batches import make_batch
 from tests.support.run_examples import example_config
 

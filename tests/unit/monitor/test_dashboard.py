@@ -15,8 +15,9 @@ from minpro_megatron.config.run import with_overrides
 from minpro_megatron.metrics.declared import METRICS, check_declared
 from minpro_megatron.monitor.dashboard import HEADLINES, LAYOUT, hyperparameters
 from minpro_megatron.monitor.memory import FOLDER, MemoryStatement, host_bytes, stated_host_bytes
+from minpro_megatron.monitor.tensorboard_board import board_folder
 from minpro_megatron.monitor.throughput import TrainerCompute
-from minpro_megatron.monitor.writer import RunWriter, board_folder
+from minpro_megatron.monitor.writer import RunWriter
 from tests.support.batches import make_batch
 from tests.support.run_examples import example_config
 

@@ -8,7 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minpro_megatron.monitor.history import HistoryTail, LineTail, read_history
-from minpro_megatron.monitor.writer import RunWriter, board_folder
+from minpro_megatron.monitor.tensorboard_board import board_folder
+from minpro_megatron.monitor.writer import RunWriter
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):
