@@ -6,6 +6,7 @@ may happen. Both modes (buffer/staleness.py has the arithmetic) offer the same m
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -16,8 +17,8 @@ from minpro_megatron.buffer.staleness import (
     IssuedAt,
     admissible_groups,
     batches_of_version,
+    may_take_batch,
     sampling_version,
-    take_batch,
 )
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import ProjectError
@@ -200,6 +201,32 @@ class DelaySchedule:
         return batch is not None and not batch.in_flight and len(batch.accepted) >= self._num_prompts
 
 
+class _ByVersion:
+    """Groups by id, and how many of them were issued at each version."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, IssuedAt] = {}
+        self.counts: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def add(self, group: IssuedAt) -> None:
+        self._groups[group.group_id] = group
+        self.counts[group.version] += 1
+
+    def pop(self, group_id: int) -> IssuedAt:
+        group = self._groups.pop(group_id)
+        self.counts[group.version] -= 1
+        if not self.counts[group.version]:
+            del self.counts[group.version]
+        return group
+
+    def first(self, count: int) -> list[int]:
+        """The first ids in the order of issue."""
+        return [group.group_id for group in sorted(self._groups.values())[:count]]
+
+
 class BoundedSchedule:
     """Servers never wait; a step consumes groups of staleness <= max_staleness, in the order of issue."""
 
@@ -213,16 +240,16 @@ class BoundedSchedule:
         self._next_group = next_group
         self._num_consumed = version * self._num_prompts
         self._num_dropped_since = 0  # the last consumed batch
-        self._ready: dict[int, IssuedAt] = {}
-        self._in_flight: dict[int, IssuedAt] = {}
+        self._ready = _ByVersion()
+        self._in_flight = _ByVersion()
         self._taken: dict[int, list[int]] = {}
         self._to_repeat: list[Slot] = []
         for group in restored:
             slot = group.slot
             if group.ready:
-                self._ready[slot.group_id] = IssuedAt(slot.version, slot.group_id)
+                self._ready.add(IssuedAt(slot.version, slot.group_id))
             elif not group.dropped:  # it is sampled again, with the current weights
-                self._in_flight[slot.group_id] = IssuedAt(version, slot.group_id)
+                self._in_flight.add(IssuedAt(version, slot.group_id))
                 self._to_repeat.append(Slot(slot.group_id, -1, version))
 
     def to_issue(self) -> list[Slot]:
@@ -231,14 +258,14 @@ class BoundedSchedule:
         free = admissible_groups(self.version, self._max_staleness, self._num_steps, self._num_prompts, existing)
         for group_id in range(self._next_group, self._next_group + free):
             slots.append(Slot(group_id, -1, self.version))
-            self._in_flight[group_id] = IssuedAt(self.version, group_id)
+            self._in_flight.add(IssuedAt(self.version, group_id))
         self._next_group += free
         return slots
 
     def collected(self, group_id: int, accepted: bool) -> None:
         issued = self._in_flight.pop(group_id)
         if accepted:
-            self._ready[group_id] = issued
+            self._ready.add(issued)
             return
         self._num_dropped_since += 1
         _refuse_hopeless_filter(self._num_dropped_since, self._num_prompts)
@@ -247,12 +274,11 @@ class BoundedSchedule:
         if step not in self._taken:
             if step != self.version:
                 return None  # the groups that it may consume depend on the version at which the step starts
-            taken = take_batch(
-                step, self._max_staleness, self._num_prompts, self._ready.values(), self._in_flight.values()
-            )
-            if taken is None:
+            if len(self._ready) < self._num_prompts or not may_take_batch(
+                step, self._max_staleness, self._num_prompts, self._ready.counts, self._in_flight.counts
+            ):
                 return None
-            self._taken[step] = taken
+            self._taken[step] = self._ready.first(self._num_prompts)
         return Chosen(self._taken[step], [])
 
     def is_sampled_by_now(self, step: int) -> bool:
@@ -260,7 +286,7 @@ class BoundedSchedule:
 
     def consumed(self, step: int) -> None:
         for group_id in self._taken.pop(step):
-            del self._ready[group_id]
+            self._ready.pop(group_id)
         self._num_consumed += self._num_prompts
         self._num_dropped_since = 0
 

@@ -29,7 +29,7 @@ enough for a batch. A group overtakes another only if the other is still in time
 length.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -115,25 +115,29 @@ class IssuedAt(NamedTuple):
     group_id: int
 
 
-def take_batch(
-    step: int, max_staleness: int, num_prompts: int, ready: Iterable[IssuedAt], in_flight: Iterable[IssuedAt]
-) -> list[int] | None:
-    """The groups that step `step` consumes in bounded mode, in the order of issue; None if it has to wait.
+def may_take_batch(
+    step: int, max_staleness: int, num_prompts: int, ready: Mapping[int, int], in_flight: Mapping[int, int]
+) -> bool:
+    """Whether step `step` may consume the first `num_prompts` ready groups in the order of issue (bounded mode).
 
-    >>> take_batch(2, 2, 1, ready=[IssuedAt(1, 6), IssuedAt(0, 4)], in_flight=[])
-    [4]
-    >>> take_batch(2, 2, 1, ready=[IssuedAt(1, 6)], in_flight=[IssuedAt(1, 7)])  # 7 can still be consumed at step 3
-    [6]
-    >>> take_batch(2, 2, 1, ready=[IssuedAt(1, 6)], in_flight=[IssuedAt(0, 4)]) is None  # 4 would be too old at step 3
+    `ready` and `in_flight` are numbers of groups by the version at which these were issued: only the few versions of
+    unconsumed groups matter, however many groups there are.
+
+    >>> may_take_batch(2, 2, 1, ready={1: 1, 0: 1}, in_flight={})
     True
+    >>> may_take_batch(2, 2, 1, ready={1: 1}, in_flight={1: 1})  # that one can still be consumed at step 3
+    True
+    >>> may_take_batch(2, 2, 1, ready={1: 1}, in_flight={0: 1})  # that one would be too old at step 3
+    False
     """
-    ordered = sorted(ready)
-    taken, left = ordered[:num_prompts], sorted([*ordered[num_prompts:], *in_flight])
-    if len(taken) < num_prompts:
-        return None
-    # the i-th oldest of those left is consumed i // num_prompts steps after the next one at the latest
-    in_time = all(group.version + max_staleness >= step + 1 + place // num_prompts for place, group in enumerate(left))
-    return [group.group_id for group in taken] if in_time else None
+    to_take, num_left = num_prompts, 0
+    for version in sorted({*ready, *in_flight}):
+        taken = min(to_take, ready.get(version, 0))
+        to_take -= taken
+        num_left += ready.get(version, 0) - taken + in_flight.get(version, 0)
+        if num_left > max(0, version + max_staleness - step) * num_prompts:
+            return False
+    return to_take == 0
 
 
 def evaluated_versions(num_steps: int, every_steps: int) -> list[int]:

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from minpro_megatron.fleet.loads import Loads
 from minpro_megatron.fleet.member import Key, Member
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class _Waiting:
 
 
 class Dispatcher:
-    """Gives each waiting group the least loaded of the servers that `current` returns.
+    """Gives each waiting group the least loaded of the servers that `current` returns; `is_current` says whether a
+    server is among them.
 
     At most `max_requests` requests are in flight on a server, or one group if it has more. A server whose responses
     grow `slow_factor` times slower than the servers' median gets work only when the others are full. `max_groups` is
@@ -42,11 +44,12 @@ class Dispatcher:
     def __init__(
         self,
         current: Callable[[], Iterable[Member]],
+        is_current: Callable[[Member], bool],
         max_requests: int,
         slow_factor: float,
         max_groups: int | None = None,
     ) -> None:
-        self._current = current
+        self._current, self._is_current = current, is_current
         self._max_requests = max_requests
         self._max_groups = max_groups
         self._num_groups = 0  # in flight
@@ -54,6 +57,7 @@ class Dispatcher:
         self._waiting: list[tuple[Ticket, int, _Waiting]] = []
         self._num_waits = 0  # breaks ties in the heap above
         self._slow: set[Key] = set()
+        self._fast_loads, self._slow_loads = Loads(is_current), Loads(is_current)
 
     @property
     def num_waiting(self) -> int:
@@ -72,7 +76,7 @@ class Dispatcher:
         future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (ticket, self._num_waits, _Waiting(future, num_requests, tried)))
         self._num_waits += 1
-        self.dispatch()
+        self._assign()
         try:
             return await future
         except asyncio.CancelledError:
@@ -84,10 +88,29 @@ class Dispatcher:
         """Records that the group for which `acquire` returned this server has ended there."""
         self._num_groups -= 1
         member.release(num_requests)
-        self.dispatch()
+        loads = self._loads_of(member)
+        if member in loads:
+            loads.put(member)
+        self._assign()
 
-    def dispatch(self) -> None:
-        """Assigns servers to waiting groups. Call it whenever a server may accept more work than before."""
+    def dispatch(self, changed: Member | None = None) -> None:
+        """Assigns servers to waiting groups. Call it whenever a server may accept more work than before: `changed`, or
+        any server if it is None."""
+        if changed is None:
+            self._list_again()
+        elif self._is_current(changed):
+            self._loads_of(changed).put(changed)
+        self._assign()
+
+    def _list_again(self) -> None:
+        current = list(self._current())
+        self._fast_loads.replace(member for member in current if member.key not in self._slow)
+        self._slow_loads.replace(member for member in current if member.key in self._slow)
+
+    def _loads_of(self, member: Member) -> Loads:
+        return self._slow_loads if member.key in self._slow else self._fast_loads
+
+    def _assign(self) -> None:
         while self._waiting:
             _, _, group = self._waiting[0]
             if not group.future.done():
@@ -96,6 +119,7 @@ class Dispatcher:
                     return
                 self._num_groups += 1
                 member.take(group.num_requests)
+                self._loads_of(member).put(member)
                 group.future.set_result(member)
             heapq.heappop(self._waiting)
 
@@ -117,11 +141,20 @@ class Dispatcher:
                 "%s: %.1f tokens/s per response, the median is %.1f (server.slow_factor = %g): it gets work last",
                 members[key].name, rates[key], median, self._slow_factor,
             )  # fmt: skip
-        self._slow = slow
+        if slow != self._slow:
+            self._slow = slow
+            self._list_again()
 
     def _choose(self, group: _Waiting) -> Member | None:
         if self._max_groups is not None and self._num_groups >= self._max_groups:
             return None
+        if not group.tried:
+            for loads in (self._fast_loads, self._slow_loads):
+                member = loads.least()
+                if member is not None and self._has_room(member, group.num_requests):
+                    return member
+            return None
+        # after a failure, which is rare: all servers are compared
         free = [m for m in self._current() if not m.is_suspended and self._has_room(m, group.num_requests)]
         return min(free, key=lambda m: (m.key in group.tried, m.key in self._slow, m.num_requests, m.key), default=None)
 

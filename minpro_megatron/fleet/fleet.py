@@ -76,6 +76,7 @@ class Fleet:
         self._num_expected = num_servers(config.server)
         self._dispatcher = Dispatcher(
             self._current,
+            self._is_current,
             config.server.max_requests_under_way,
             config.server.slow_factor,
             max_groups_under_way(config),
@@ -175,6 +176,9 @@ class Fleet:
 
     def _current(self) -> list[Member]:
         return [member for member in self._alive() if member.held_version == self.version]
+
+    def _is_current(self, member: Member) -> bool:
+        return member.is_well and member.held_version == self.version and self._members.get(member.key) is member
 
     async def acquire(self, ticket: Ticket, num_requests: int, tried: Collection[Key] = ()) -> Member:
         """A current server with capacity for a group of `num_requests` requests; `release` it. See Dispatcher.acquire.
@@ -334,7 +338,7 @@ class Fleet:
                 f"it answers, but has generated nothing for server.generation_timeout_s = {limit_s:g} s",
             )
         self._changed.set()
-        self._dispatcher.dispatch()
+        self._dispatcher.dispatch(member)
 
     async def _ask(self, member: Member) -> None:
         """Asks the server for its version, and records whether it answers."""
@@ -371,7 +375,7 @@ class Fleet:
         elif publications == self._publications:  # otherwise the answer may be older than the last publication
             self._compare_version(member, version, described)
         self._changed.set()
-        self._dispatcher.dispatch()
+        self._dispatcher.dispatch(member)
 
     def _compare_version(self, member: Member, version: int | None, described: str) -> None:
         if member.named_version is not None:

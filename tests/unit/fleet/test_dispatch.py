@@ -1,13 +1,15 @@
 """Who gets the next group: by load, the slow and the failing last, whoever waits longest first; nothing is lost."""
 
 import asyncio
+import random
+import statistics
 from types import SimpleNamespace
 
 import pytest
 
 from minpro_megatron.fleet import member as member_module
 from minpro_megatron.fleet.dispatch import Dispatcher, Ticket
-from minpro_megatron.fleet.member import RATE_GROUPS, Member
+from minpro_megatron.fleet.member import RATE_GROUPS, Key, Member
 from minpro_megatron.records import ServerAddress
 from tests.support.fake_client import FakeClient
 from tests.support.rollout_fakes import sequence
@@ -28,7 +30,10 @@ class Setting:
             for index in range(count)
         ]
         self.current = list(self.members)
-        self.dispatcher = Dispatcher(lambda: self.current, max_requests, slow_factor=3)
+        self.dispatcher = Dispatcher(
+            lambda: self.current, lambda member: member in self.current, max_requests, slow_factor=3
+        )
+        self.dispatcher.dispatch()
 
     async def take(self, count: int, num_requests: int = 1) -> list[int]:
         return [
@@ -46,6 +51,59 @@ def test_the_least_loaded_server_is_next() -> None:
         assert await setting.take(4) == [0, 1, 2, 0]
         setting.dispatcher.release(setting.members[2], 1)
         assert await setting.take(1) == [2]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_the_choice_is_that_of_a_search_through_all_servers(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups come and end, servers fail and recover, leave and return, and turn out slow."""
+    rng, now = random.Random(seed), 0.0
+    monkeypatch.setattr(member_module, "time", SimpleNamespace(monotonic=lambda: now))
+    setting = Setting(7, max_requests=6)
+    members, dispatcher, held = setting.members, setting.dispatcher, []
+    slow: set[Key] = set()
+
+    def best(num_requests: int) -> Member | None:
+        free = [one for one in setting.current if not one.is_suspended]
+        free = [one for one in free if not one.num_requests or one.num_requests + num_requests <= 6]
+        return min(free, key=lambda one: (one.key in slow, one.num_requests, one.key), default=None)
+
+    async def main() -> None:
+        nonlocal now, slow
+        chosen = 0
+        for _ in range(600):
+            now += rng.random() / 4
+            member = rng.choice(members)
+            match rng.randrange(8):
+                case 0:
+                    member.suspend()
+                case 1 if member in setting.current:
+                    setting.current.remove(member)
+                case 2 if member not in setting.current:
+                    setting.current.append(member)
+                    dispatcher.dispatch(member)
+                case 3:
+                    setting.rate(member.address.index, rng.choice([1.0, 9.0]))
+                    dispatcher.judge_rates()
+                    dispatcher.dispatch()
+                    rates = {one.key: one.rate for one in setting.current if one.rate is not None}
+                    middle = statistics.median_high(rates.values()) if rates else 0.0
+                    slow = {key for key, rate in rates.items() if rate < middle / 3}
+                case 4 | 5 if held:
+                    dispatcher.release(*held.pop(rng.randrange(len(held))))
+                case _:
+                    size = rng.randint(1, 4)
+                    expected = best(size)
+                    if expected is None:
+                        continue
+                    found = await dispatcher.acquire(training(0), size, ())
+                    assert found is expected
+                    held.append((found, size))
+                    chosen += 1
+        assert chosen > 50
 
     asyncio.run(main())
 
