@@ -15,6 +15,7 @@ from minpro_megatron.errors import FAILED, SUCCEEDED, UserError
 from minpro_megatron.monitor.progress import duration
 from minpro_megatron.monitor.server_use import ServerUse
 from minpro_megatron.monitor.summary import HF_EXPORT, RunSummary, read_summary
+from minpro_megatron.run_folder.early_end import STARTS
 
 
 def finish_again(config: RunConfig, summary: RunSummary) -> int:
@@ -77,9 +78,12 @@ def report_of(config: RunConfig) -> Path | None:
 
 def finished_lines(config: RunConfig, summary: RunSummary, report: Path | None) -> list[str]:
     """The output of a finished run: accuracy and mean reward before and after, and the paths of its files."""
+    starts = len(list((config.run_dir / STARTS).glob("[0-9]*")))
+    took = f"in {duration(summary.wall_time_s)}"  # of the last start
     lines = [
-        f"finished {summary.steps} global steps ({summary.updates} updates) in "
-        f"{duration(summary.wall_time_s)}, staleness {summary.smallest_staleness}-{summary.largest_staleness}"
+        f"finished {summary.steps} global steps ({summary.updates} updates) "
+        f"{took if starts < 2 else f'in {starts} starts, the last one {took}'}, "
+        f"staleness {summary.smallest_staleness}-{summary.largest_staleness}"
     ]
     before, after = summary.pass_at_1_before, summary.pass_at_1_after
     if before is not None and after is not None and summary.servers is None:  # a timer trains nothing

@@ -185,8 +185,8 @@ def _log_scale(axes: Axes, spread: float) -> None:
     axes.set_yscale("log", nonpositive="mask")
     # 0.0001 would push the unit out of the chart
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if value < 1e-3 else f"{value:g}"))
-    if spread < 30:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if spread < 1000:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 100 else (1, 3)))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -233,5 +233,7 @@ def dressed(axes: Axes, data: Sequence[Series], kind: str, unit: str = "", at: f
     if unit:
         axes.set_ylabel(unit)
     scale(axes, kind, data)
+    if unit and axes.get_yscale() == "linear" and any(value < 0 for one in data for value in one.values):
+        axes.ticklabel_format(axis="y", scilimits=(-2, 5))  # numbers such as -0.005 would push the unit out
     legend(axes)
     return True

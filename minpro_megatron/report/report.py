@@ -95,12 +95,11 @@ def _cards(config: Mapping[str, Any], history: Sequence[Entry], summary: RunSumm
             {"label": "Accuracy of the last step", "value": percent(latest.get("reward/accuracy"))},
             {"label": "Mean reward of the last step", "value": reward_text(latest.get("reward/mean"))},
         ]
-    seconds_per_step = summary.wall_time_s / max(summary.steps, 1)
     return [
         _accuracy_card(summary),
         *_reward_card(summary),
         {"label": "Global steps", "value": f"{summary.steps}", "note": f"{summary.updates} optimizer updates"},
-        {"label": "Wall time", "value": duration(summary.wall_time_s), "note": f"{seconds_per_step:.1f} s per step"},
+        _time_card(steps, summary),
         {
             "label": "Staleness",
             "value": f"{summary.smallest_staleness} to {summary.largest_staleness}",
@@ -113,6 +112,20 @@ def _cards(config: Mapping[str, Any], history: Sequence[Entry], summary: RunSumm
             + (f", {summary.groups_not_graded} of them not graded" if summary.groups_not_graded else ""),
         },
     ]
+
+
+def _time_card(steps: Sequence[Entry], summary: RunSummary) -> dict[str, str]:
+    """The time of the run; the summary knows only the last of its starts."""
+    seconds = _step_seconds(steps)
+    if not seconds:
+        return {"label": "Wall time", "value": duration(summary.wall_time_s)}
+    per_step = f"{sum(seconds) / len(seconds):.1f} s per step"
+    return {"label": "Time of the global steps", "value": duration(sum(seconds)), "note": f"{per_step}, without starts"}
+
+
+def _step_seconds(history: Sequence[Entry]) -> list[float]:
+    times = (entry.metrics.get("time/step_s", math.nan) for entry in history)
+    return [seconds for seconds in times if math.isfinite(seconds)]
 
 
 def _accuracy_card(summary: RunSummary) -> dict[str, str]:
@@ -191,10 +204,9 @@ def _phases(history: Sequence[Entry], summary: RunSummary | None) -> list[dict[s
             if name.startswith("time/") and name.endswith("_s") and name != "time/step_s" and math.isfinite(seconds):
                 by_phase.setdefault(name.removeprefix("time/").removesuffix("_s"), []).append(seconds)
     totals = {phase: sum(seconds) for phase, seconds in by_phase.items()}
-    whole = sum(entry.metrics.get("time/step_s", 0.0) for entry in history)
-    if summary is not None:
-        totals |= summary.wall_time_by_phase_s
-        whole = summary.wall_time_s
+    whole = sum(_step_seconds(history))
+    if not totals and summary is not None:  # it knows only the last start of the run
+        totals, whole = summary.wall_time_by_phase_s, summary.wall_time_s
     whole = max(whole, sum(totals.values()), 1e-9)
     return [
         {

@@ -125,6 +125,15 @@ def test_all_phases_are_told_with_their_share_and_longest_step(tmp_path):
     assert re.search(r"train\s*6.0 s\s*50 %\s*3.00 s\s*5.00 s", outline.text)
 
 
+def test_the_time_of_a_resumed_run_is_that_of_all_its_starts(tmp_path):
+    """The summary has the time of the last start."""
+    times = {"time/train_s": 300.0, "time/step_s": 400.0}
+    write_run(tmp_path, [Entry(step, float(step), times) for step in range(4)])
+    text = Outline(write_report(tmp_path, example_summary(tmp_path, evaluation(4, 0.5))).read_text()).text
+    assert re.search(r"Time of the global steps\s*26 min 40 s\s*400.0 s per step, without starts", text)
+    assert re.search(r"train\s*20 min 00 s\s*75 %", text)
+
+
 def test_settings_that_were_changed_come_first_with_what_they_were(tmp_path):
     write_run(tmp_path, [])
     changed = ["objective.name=gspo", "staleness.delay_steps=7", "data.min_pass_rate=0.25"]
