@@ -184,7 +184,7 @@ def test_scores_and_updates_are_those_of_the_given_routes(
     for (_, experts), count in (in_score - wanted).items():
         of_padding.update(dict.fromkeys(experts, count))
     assert len(of_padding) == EXPERTS
-    assert max(of_padding.values()) < 1.5 * min(of_padding.values())
+    assert max(of_padding.values()) < 3 * min(of_padding.values())  # a few slots in each row
 
 
 def _refused(
