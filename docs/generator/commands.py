@@ -92,7 +92,7 @@ def _row(action: argparse.Action) -> str:
     value = _value(action)
     names = ", ".join(f"{name} {value}".strip() for name in action.option_strings) or value
     text = " ".join((action.help or "").split()) % {"default": action.default}
-    required = " (required)" if action.option_strings and action.required else ""
+    required = "; required" if action.option_strings and action.required else ""
     return f"| `{cell(names)}` | {cell(text)}{required} |"
 
 

@@ -31,7 +31,13 @@ def _names(text: str) -> list[str]:
 def _parser(prog: str) -> Parser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--output", type=_page, default=Path("comparison.html"), metavar="FILE.html")
+    parser.add_argument(
+        "--output",
+        type=_page,
+        default=Path("comparison.html"),
+        metavar="FILE.html",
+        help="the page to write (default: comparison.html)",
+    )
     parser.add_argument(
         "--metrics",
         type=_names,

@@ -54,7 +54,13 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
     back.add_argument("--megatron", type=Path, required=True, help="converted model, or a run's checkpoint")
     back.add_argument("--hf-reference", type=Path, help="take config, tokenizer and file names from this model folder")
     for command in (into, back):
-        command.add_argument("--output", type=Path, required=True)
+        command.add_argument(
+            "--output",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="a new folder, or an earlier output of this command",
+        )
         command.add_argument("--verify", action="store_true", help="compare the result with its source, bit by bit")
     plan = commands.add_parser("plan", help="parameters and bytes of each rank")
     plan.add_argument("--hf", type=Path, required=True, help="folder with config.json")
@@ -63,7 +69,7 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
         default="",
         help=f"axis=degree,...; axes: {', '.join(AXES)} (layers of each stage, such as pipeline_layers=3+2)",
     )
-    plan.add_argument("--json", action="store_true")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser.parse_args(arguments)
 
 

@@ -53,7 +53,14 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of <benchmark>.jsonl, made by `minpro prepare` (default: data)",
     )
-    add("--benchmark-file", type=_named_path, action="append", dest="benchmark_files", metavar="NAME=PATH")
+    add(
+        "--benchmark-file",
+        type=_named_path,
+        action="append",
+        dest="benchmark_files",
+        metavar="NAME=PATH",
+        help="the prompt file of a benchmark that is not in the folder --data; may be repeated",
+    )
     add("--num-prompts", type=count, metavar="N", help="use only the first N prompts of each benchmark (default: all)")
     add("--output", required=True, type=Path, metavar="DIR", help="a new folder, or the output of the same command")
     add(

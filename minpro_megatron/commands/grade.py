@@ -39,9 +39,11 @@ Row = dict[str, Any]
 
 def _parser(prog: str) -> Parser:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("--input", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE.jsonl", help="the rows to grade")
     parser.add_argument("--reward", metavar="NAME", help="one for all rows: a known reward, or package.module:function")
-    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument(
+        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="grading processes (the processors)"
+    )
     parser.add_argument("--timeout", type=positive, default=5.0, metavar="SECONDS", help="processor time per response")
     parser.add_argument("--json", action="store_true", help="the summary on standard error as one JSON object")
     return parser

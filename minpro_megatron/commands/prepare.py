@@ -52,7 +52,7 @@ _CUSTOM = (
 
 def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument("--input", required=True, metavar="FILE|HUB_ID", help="file, folder or owner/name[:PATTERN]")
-    command.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    command.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="the prompt file to write")
     command.add_argument("--revision", help="branch, tag or commit of the hub's data set")
     command.add_argument(
         "--answer-list",

@@ -37,7 +37,7 @@ def _parser(prog: str) -> Parser:
     parser = command_parser(__doc__, prog)
     files = parser.add_argument_group("files")
     files.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="config.json and safetensors")
-    files.add_argument("--rollouts", type=Path, required=True, metavar="FILE.jsonl")
+    files.add_argument("--rollouts", type=Path, required=True, metavar="FILE.jsonl", help="the rows, as above")
     files.add_argument("--output", type=Path, required=True, metavar="DIR", help="new, empty or an earlier output")
     loss = parser.add_argument_group("loss")
     loss.add_argument(

@@ -63,7 +63,7 @@ def _parser(prog: str) -> Parser:
     )
     choose.add_argument("--staleness", type=_range(int), metavar="LO:HI", help="in global steps; of consumed groups")
     choose.add_argument("--state", choices=STATES, action="append", help="may be given several times")
-    choose.add_argument("--prompt-id", metavar="ID")
+    choose.add_argument("--prompt-id", metavar="ID", help="the groups of this prompt")
     choose.add_argument(
         "--limit",
         type=whole_number,
