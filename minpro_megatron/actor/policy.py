@@ -16,13 +16,13 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from minpro_megatron.actor.dispatchers import release_after_forward
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.actor.forward import ForwardStep, LossFunction, MicroBatch
 from minpro_megatron.actor.loss import PolicyLoss, score, with_survey
+from minpro_megatron.actor.optimizer import make_optimizer
 from minpro_megatron.actor.routing import (
     ChunkRouters,
     FreeRouting,
@@ -41,7 +41,6 @@ from minpro_megatron.checkpoints.shard_writing import ShardWrite
 from minpro_megatron.checkpoints.training_state import load_training_state, run_identity, save_training_state
 from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.host_memory import cpu_offload
 from minpro_megatron.host_memory.snapshots import WeightSnapshots
 from minpro_megatron.metrics.metric import Metric, mean
 from minpro_megatron.models.architecture import Architecture
@@ -98,10 +97,8 @@ class Policy:
             DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
-        self._optimizer: Any = get_megatron_optimizer(_megatron_optimizer(config.optimizer, chunks[0]), self._chunks)
-        if config.optimizer.cpu_offload:
-            for one in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
-                cpu_offload.make_gradients(one.optimizer)
+        self._optimizer = make_optimizer(config.optimizer, self._chunks)
+        release_after_forward(chunks)
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self._optimizer.scale_loss
@@ -359,33 +356,6 @@ class Policy:
         finally:
             self._routers.reset()
         return results or []
-
-
-def _megatron_optimizer(config: OptimizerConfig, chunk: GPTModel) -> MegatronOptimizerConfig:
-    dtype = chunk.config.params_dtype
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.beta1,
-        adam_beta2=config.beta2,
-        adam_eps=config.epsilon,
-        clip_grad=config.clip_grad,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        use_distributed_optimizer=True,
-        **(_offload_settings(config) if config.cpu_offload else {}),
-    )
-
-
-def _offload_settings(config: OptimizerConfig) -> dict[str, Any]:
-    return {
-        "optimizer_cpu_offload": True,
-        "optimizer_offload_fraction": config.cpu_offload,
-        "overlap_cpu_optimizer_d2h_h2d": True,
-        # otherwise the float32 weights would stay on the GPU in addition to their copies on the host
-        "use_precision_aware_optimizer": True,
-    }
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -19,8 +19,9 @@ class PublishConfig(Section):
     bucket_bytes: int = Field(
         default=512 << 20,
         ge=1,
-        description="Size in bytes of one bucket of a broadcast. Rank 0 holds about three buckets at a time and every "
-        "server one. On a CPU 16 MiB are faster.",
+        description="Size in bytes of one bucket of a broadcast; a larger parameter, such as the embedding of a large "
+        "model, is a bucket of its own. Rank 0 holds up to four buckets at a time and every server one. On a CPU "
+        "16 MiB are faster.",
     )
     pause_mode: Literal["abort", "retract", "in_place"] = Field(
         default="retract",

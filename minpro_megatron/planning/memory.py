@@ -110,20 +110,40 @@ def state_bytes(config: RunConfig, a: Architecture, stage: int) -> tuple[int, in
     return held.total * element, held.total * GRADIENT_BYTES, round((1 - offload) * states * each), on_host
 
 
+def largest_bucket_bytes(config: RunConfig, a: Architecture) -> int:
+    """A parameter that is larger than a bucket is sent as a bucket of its own."""
+    vocabulary = a.padded_vocab_size * a.hidden_size
+    feed_forward = 0 if a.num_experts else 2 * a.hidden_size * a.ffn_hidden_size  # gate and up projection
+    return max(config.publish.bucket_bytes, max(vocabulary, feed_forward) * ELEMENT_BYTES[config.model.dtype])
+
+
+def publish_bytes(config: RunConfig, a: Architecture, stage: int) -> int:
+    """Bytes on a rank of the stage, in addition to its states, while weights are published by broadcast. On stage 0
+    they are rank 0's, which gathers the model; other ranks hold the shards that they send."""
+    bucket, tensor = config.publish.bucket_bytes, config.parallel.tensor
+    largest = largest_bucket_bytes(config, a)
+    if stage > 0:
+        return largest // tensor
+    received = largest if config.parallel.pipeline > 1 else largest - largest // tensor
+    merged = largest if tensor > 1 else 0
+    # The buffer being sent and the one before it, and the next bucket in shards and as whole parameters; then the
+    # shards are released, and the bucket is copied into the older buffer, which may have to be as large.
+    return max(largest + bucket + received + merged, 2 * largest + max(received, merged))
+
+
 def rank_memory(
     config: RunConfig, a: Architecture, row: Row, num_micro_batches: int, stage: int, imbalance: float
 ) -> RankMemory:
     compute = compute_of(config, imbalance)
     weights, gradients, optimizer, _ = state_bytes(config, a, stage)
     activations = stage_activations(a, config.parallel, row, num_micro_batches, compute, stage)
-    publish = 3 * config.publish.bucket_bytes if stage == 0 else config.publish.bucket_bytes
     return RankMemory(
         stage=stage,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        publish=publish,
+        publish=publish_bytes(config, a, stage),
         context=CONTEXT_BYTES[config.device],
         fragments=round(ALLOCATOR_SHARE * (weights + gradients + optimizer + activations.peak)),
     )
@@ -136,7 +156,7 @@ def server_memory(config: RunConfig, a: Architecture, gpu: GpuKind) -> ServerMem
     # ranks hold whole key heads
     groups = max(1, a.num_query_groups // server.tensor_parallel)
     per_token = 2 * a.num_layers * groups * a.head_dim * element
-    update = config.publish.bucket_bytes
+    update = largest_bucket_bytes(config, a)
     free = round(SERVER_STATIC_SHARE * gpu.memory_bytes) - weights
     fitting = max(0, free // per_token)
     tokens = min(fitting, server.max_total_tokens or fitting)

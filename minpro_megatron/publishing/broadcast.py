@@ -95,6 +95,7 @@ class Broadcaster:
         num_bytes = sum(tensor.nbytes for tensor in tensors)
         memory = self._memory.pop(0) if len(self._memory) > 1 else None
         if memory is None or len(memory) < num_bytes:
+            memory = None  # released before the larger one is allocated
             memory = torch.empty(num_bytes, dtype=torch.uint8, device=tensors[0].device)
         self._memory.append(memory)
         parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]

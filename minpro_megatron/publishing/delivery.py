@@ -106,11 +106,12 @@ class Delivery:
             self._pause()
             self._begin()
             self.broadcaster.connect(self.controls)
-            start, num_bytes = time.monotonic(), 0
-            for number, bucket in enumerate(buckets, start=1):
-                is_last = number == num_buckets
-                self.broadcaster.send(bucket, self.lease.version if is_last else INCOMPLETE)
+            start, remaining, num_bytes = time.monotonic(), num_buckets, 0
+            for bucket in buckets:
+                remaining -= 1
+                self.broadcaster.send(bucket, INCOMPLETE if remaining else self.lease.version)
                 num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+                del bucket  # its bytes are copied: the tensors are released before the next bucket is gathered
             self.broadcaster.finish()
             self.num_bytes, self.transfer_s = num_bytes, time.monotonic() - start
             for_all(self.controls.values(), "end_weight_update")

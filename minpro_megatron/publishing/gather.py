@@ -41,13 +41,14 @@ class WeightGatherer:
         assert not absent, f"no rank has {absent[:3]}"
 
     def buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """HF names and tensors on rank 0, in buckets of about `bucket_bytes`; empty lists elsewhere. Collective."""
+        """HF names and tensors on rank 0, in buckets of at most `bucket_bytes`; empty lists elsewhere. Collective.
+        A parameter larger than `bucket_bytes` is a bucket of its own."""
         for bucket in self._plan(bucket_bytes):
             yield self._collect(bucket)
 
     def num_buckets(self, bucket_bytes: int) -> int:
         """The number of buckets that `buckets` yields."""
-        return sum(1 for _ in self._plan(bucket_bytes))
+        return len(self._plan(bucket_bytes))
 
     def _held_here(self) -> dict[str, _Held]:
         held = {}
@@ -58,18 +59,13 @@ class WeightGatherer:
                 held[entry.megatron] = _Held(piece, tuple(parameter.shape))
         return held
 
-    def _plan(self, bucket_bytes: int) -> Iterator[list[Entry]]:
+    def _plan(self, bucket_bytes: int) -> list[list[Entry]]:
         element = next(iter(self._parameters.values())).element_size()
-        bucket: list[Entry] = []
-        size = 0
-        for entry in self._entries:
-            bucket.append(entry)
-            size += _numel(self._shapes[entry.megatron]) * len(self._senders[entry.megatron]) * element
-            if size >= bucket_bytes:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket
+        sizes = [
+            _numel(self._shapes[entry.megatron]) * len(self._senders[entry.megatron]) * element
+            for entry in self._entries
+        ]
+        return [self._entries[bucket] for bucket in consecutive_buckets(sizes, bucket_bytes)]
 
     def _collect(self, bucket: Sequence[Entry]) -> list[tuple[str, Tensor]]:
         """Each sender sends its shards of the bucket as one flat tensor; rank 0 merges them."""
@@ -110,6 +106,17 @@ class WeightGatherer:
         else:
             full = entry.split.merge([shards[entry.megatron, piece] for piece in pieces])
         return list(zip(entry.hf, entry.part(full), strict=True))
+
+
+def consecutive_buckets(sizes: Sequence[int], bucket_bytes: int) -> list[slice]:
+    """Slices of `sizes`, in order, that each add up to at most `bucket_bytes` or hold a single larger size."""
+    slices, first, total = [], 0, 0
+    for index, size in enumerate(sizes):
+        if index > first and total + size > bucket_bytes:
+            slices.append(slice(first, index))
+            first, total = index, 0
+        total += size
+    return [*slices, slice(first, len(sizes))]
 
 
 def _numel(shape: Sequence[int]) -> int:

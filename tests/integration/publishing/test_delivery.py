@@ -2,6 +2,7 @@
 
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -431,3 +432,22 @@ def test_only_the_last_bucket_makes_it_the_version(servers: list[RecordedServer]
     assert recorder.sent == [(["a"], module.INCOMPLETE), (["b"], VERSION)]
     assert (delivery.num_bytes, delivery.used, delivery.transport) == (20, "broadcast", None)
     assert servers[0].paths == ["begin_weight_update", "end_weight_update", "flush_cache", *VERIFIED]
+
+
+def test_a_buckets_tensors_are_released_before_the_next_are_gathered(deliver: MakeDelivery) -> None:
+    delivery, alive = deliver(transport="broadcast"), []
+    delivery.broadcaster = Recorder()
+
+    def gathered() -> Iterator[list[tuple[str, torch.Tensor]]]:
+        previous: list[weakref.ref] = []
+
+        def watched(tensor: torch.Tensor) -> torch.Tensor:
+            previous.append(weakref.ref(tensor))
+            return tensor
+
+        for name in ("a", "b", "c"):
+            alive.append(sum(reference() is not None for reference in previous))
+            yield [(name, watched(torch.ones(3)))]
+
+    delivery.by_broadcast(gathered(), num_buckets=3)
+    assert alive == [0, 0, 0]

@@ -15,7 +15,7 @@ from minpro_megatron.planning.activations import (
     stage_activations,
 )
 from minpro_megatron.planning.gpus import GIB, GPU_KINDS, gpu_kind
-from minpro_megatron.planning.memory import host_memory, rank_memory, server_memory, state_bytes
+from minpro_megatron.planning.memory import host_memory, publish_bytes, rank_memory, server_memory, state_bytes
 from minpro_megatron.planning.parameters import active_parameters, model_parameters, stage_parameters
 from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.weights.plan import rank_kinds
@@ -226,7 +226,20 @@ def test_a_ranks_total_counts_publication_apart_from_training() -> None:
     parts = rank.states + rank.activations.peak + rank.context + rank.fragments
     assert rank.total == parts
     large = rank_memory(run_to_plan(publish={"bucket_bytes": 40 * GIB}), MIXTURE, Row(32768, 9216), 4, 0, 1.3)
-    assert large.total == parts - rank.activations.peak + 3 * 40 * GIB
+    assert large.total == parts - rank.activations.peak + large.publish
+
+
+def test_publishing_holds_two_buffers_and_the_next_bucket_in_shards_and_whole() -> None:
+    bucket = 512 << 20
+    mixture, embedding = run_to_plan(parallel={"tensor": 2}), 151_936 * 2048 * 2  # a bucket of its own
+    assert embedding > bucket
+    assert publish_bytes(mixture, MIXTURE, 0) == embedding + bucket + embedding // 2 + embedding
+    assert publish_bytes(run_to_plan(parallel={"tensor": 1}), MIXTURE, 0) == 2 * embedding
+    pipeline = run_to_plan(parallel={"tensor": 2, "pipeline": 2})
+    assert publish_bytes(pipeline, MIXTURE, 0) == 3 * embedding + bucket
+    assert publish_bytes(pipeline, MIXTURE, 1) == embedding // 2  # what it sends
+    small = find_architecture("qwen3-0.6b")
+    assert publish_bytes(mixture, small, 0) == int(3.5 * bucket)
 
 
 def test_every_kind_of_gpu_has_figures_and_a_source() -> None:
