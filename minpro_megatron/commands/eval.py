@@ -1,8 +1,8 @@
 """The command `eval`: accuracy, pass@k and maj@k of a model on benchmarks."""
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
 from minpro_megatron.command_line import Parser, count, names
 from minpro_megatron.errors import run_reporting
@@ -10,42 +10,65 @@ from minpro_megatron.errors import run_reporting
 
 def main(arguments: list[str] | None = None, prog: str = "minpro eval") -> int:
     """0 done, 1 failed, 143 terminated, 2 after a message about a wrong option or input."""
+    from minpro_megatron.launch.evaluation_options import SETTING_OPTIONS
+
     parser = Parser(
         prog=prog,
         description="Accuracy, pass@k and maj@k of a model on benchmarks. The defaults are the protocol of "
-        "arXiv:2601.22718. An interrupted evaluation resumes when the same command is run again.",
+        "arXiv:2601.22718, or with --run the wording, the limits and the reward of a run. An interrupted evaluation "
+        "resumes when the same command is run again.",
     )
-    _add_options(parser)
-    given = vars(parser.parse_args(arguments))
+    _add_own_options(parser)
+    for title, options in SETTING_OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            option.add_to(group)
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    for name in ("model", "benchmarks"):
+        if name not in given and "run" not in given:
+            parser.error(f"the following arguments are required: --{name}, or --run")
     return run_reporting(lambda: _evaluate(given))
 
 
-def _evaluate(given: dict[str, object]) -> int:
+def _evaluate(given: dict[str, Any]) -> int:
+    from minpro_megatron.config.options import given_settings
     from minpro_megatron.files.disk_space import naming_full_disk
     from minpro_megatron.launch.evaluation import evaluate
-    from minpro_megatron.launch.evaluation_options import EvaluationOptions
+    from minpro_megatron.launch.evaluation_options import ALL_OPTIONS, EvaluationOptions, naming_flags, of_run
+    from minpro_megatron.launch.recipe import read_config
 
-    chosen = {name: value for name, value in given.items() if value is not None}
-    chosen["benchmark_files"] = dict(chosen.get("benchmark_files", []))  # type: ignore[call-overload]
-    evaluation = EvaluationOptions(**chosen)  # type: ignore[arg-type]
-    with naming_full_disk(evaluation.output, f"--output {evaluation.output}", "give another --output"):
-        return evaluate(evaluation)
+    settings = {option.destination for option in ALL_OPTIONS}
+    own: dict[str, Any] = {name: value for name, value in given.items() if name not in settings}
+    own["benchmark_files"] = dict(own.get("benchmark_files", []))
+    own["settings"] = given_settings(ALL_OPTIONS, given)
+    if (run := own.pop("run", None)) is not None:
+        own = of_run(read_config(run / "run.json", "--run"), own)
+    options = EvaluationOptions(**own)
+    with naming_flags(), naming_full_disk(options.output, f"--output {options.output}", "give another --output"):
+        return evaluate(options)
 
 
-def _add_options(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument_group("model and benchmarks").add_argument
+def _add_own_options(parser: Parser) -> None:
+    add = parser.add_argument_group("model and benchmarks").add_argument
     add(
         "--model",
-        required=True,
         metavar="HF_DIR",
-        help="folder of config.json, tokenizer and weights, a run's checkpoint, or a hub id",
+        help="folder of config.json, tokenizer and weights, a run's checkpoint, or a hub id (default with --run: the "
+        "run's hf_export)",
+    )
+    add(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="a run's folder: its run.json gives the wording (instruction, chat template, stop tokens), the limits of "
+        "tokens, temperature and top-p of its evaluations, and the reward, unless they are given here",
     )
     add(
         "--benchmarks",
-        required=True,
         type=names,
         metavar="NAME,...",
-        help="aime24, aime25, amc23, math500, olympiad, minerva, gsm8k, or other names with a --benchmark-file",
+        help="aime24, aime25, amc23, math500, olympiad, minerva, gsm8k, or other names with a --benchmark-file "
+        "(default with --run: heldout, which is its data.heldout_file, and its evaluation.benchmarks)",
     )
     add(
         "--data",
@@ -66,85 +89,12 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     add(
         "--compare", type=Path, nargs="+", metavar="DIR", help="outputs of other evaluations to show in the same tables"
     )
-    add = command.add_argument_group("sampling").add_argument
     add(
         "--samples",
         type=_samples,
         metavar="N|NAME=N,...",
-        help="samples per prompt, for all benchmarks or by name (default: 128 for amc23, aime24 and aime25, else 2)",
-    )
-    add("--temperature", type=float, metavar="X", help="sampling temperature (default: 1.0)")
-    add("--top-p", type=float, metavar="X", help="top-p of the sampling (default: 0.7)")
-    add(
-        "--max-response-tokens",
-        type=count,
-        metavar="N",
-        help="maximum length of a response in tokens (default: 20480)",
-    )
-    add("--max-prompt-tokens", type=count, metavar="N", help="maximum length of a prompt in tokens (default: 2048)")
-    add("--instruction", metavar="TEXT", help="none, dapo, boxed, or a text that contains {question} (default: dapo)")
-    add(
-        "--chat-template",
-        action="store_true",
-        default=None,
-        help="present the question as the user's turn in the chat template",
-    )
-    add(
-        "--chat-template-arguments",
-        type=_json_object,
-        metavar="JSON",
-        help='variables of the chat template, such as {"enable_thinking": false}',
-    )
-    add("--extra-stop-tokens", type=names, metavar="TOKEN,...", help="special tokens that also end a response")
-    add(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="seed of sampling, if the engine supports it, and of bootstrap resampling (default: 0)",
-    )
-    add = command.add_argument_group("grading").add_argument
-    add(
-        "--reward",
-        metavar="NAME",
-        help="math, dapo, dapo_boxed, calculator, or package.module:function (default: math)",
-    )
-    add(
-        "--right-reward",
-        type=float,
-        metavar="X",
-        help="a response with at least this reward counts as correct (default: 1)",
-    )
-    add("--reward-workers", type=count, metavar="N", help="number of grading processes (default: 1)")
-    add(
-        "--reward-timeout-s",
-        type=float,
-        metavar="X",
-        help="limit in seconds of processor time for grading one response (default: 5)",
-    )
-    add = command.add_argument_group("servers").add_argument
-    add("--urls", type=names, metavar="URL,...", help="addresses of external servers; no servers are started")
-    add("--api-key-variable", metavar="NAME", help="environment variable with the servers' API key")
-    add("--engine", choices=["sglang", "reference"], help="server program (default: sglang)")
-    add("--device", choices=["cpu", "cuda"], help="device of the servers (default: cuda if there is a GPU)")
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="data type of the weights (default: float32 on the CPU, else bfloat16)",
-    )
-    add("--servers", type=count, metavar="N", help="number of servers to start (default: 1)")
-    add("--tensor-parallel", type=count, metavar="N", help="GPUs per server (default: 1)")
-    add(
-        "--max-running-requests",
-        type=count,
-        metavar="N",
-        help="maximum number of concurrent requests per server (default: 256)",
-    )
-    add("--start-timeout-s", type=float, metavar="X", help="seconds for a server to start or respond (default: 900)")
-    add(
-        "--request-timeout-s",
-        type=float,
-        metavar="X",
-        help="seconds for the complete response to a request (default: 7200)",
+        help="samples per prompt, for all benchmarks or by name (default: 128 for amc23, aime24 and aime25, else 2; "
+        "with --run: the run's)",
     )
 
 
@@ -162,13 +112,3 @@ def _samples(text: str) -> dict[str, int]:
     if len(found) < len(parts):
         raise argparse.ArgumentTypeError(f"{text!r}: name every benchmark only once")
     return found
-
-
-def _json_object(text: str) -> dict[str, object]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r}: not a JSON object")
-    return value

@@ -20,13 +20,14 @@ import os
 import random
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from minpro_megatron.command_line import command_parser, count, share
+from minpro_megatron.config.options import given_settings, with_flags
 from minpro_megatron.config.reward import RIGHT_REWARD, is_right
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
@@ -35,11 +36,13 @@ from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, Sa
 from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.launch.evaluation import serving
 from minpro_megatron.launch.evaluation_options import (
+    FLAGS,
+    SETTING_OPTIONS,
     EvaluationOptions,
-    read_benchmarks,
+    naming_flags,
     run_config,
-    sampling_settings,
 )
+from minpro_megatron.launch.evaluation_prompts import read_benchmarks, sampling_settings
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.prompts.prompts import TokenizedPrompt
 from minpro_megatron.prompts.tokenizer import TextTokenizer
@@ -47,6 +50,12 @@ from minpro_megatron.records import Prompt
 from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
 
+# The options of `eval`; the prompts of a run have its instruction, and every token may be sampled.
+_OWN_DEFAULTS = {"data.instruction": "none", "evaluation.top_p": 1.0}
+OPTIONS = {
+    title: [replace(option, default=_OWN_DEFAULTS.get(option.setting, option.default)) for option in group]
+    for title, group in SETTING_OPTIONS.items()
+}
 PROMPTS = "prompts"  # the name in the file of samples
 FIRST_SAMPLES = 8  # of every prompt; then twice as many of those without a correct one, and so on
 
@@ -179,22 +188,22 @@ def build(options: argparse.Namespace) -> int:
     """Samples, cuts and writes. Returns the exit status. Raises UserError and ValueError for errors in the input."""
     folder = options.samples_folder or options.output.with_suffix(".samples")
     asked = _evaluation_options(options, folder)
-    check_reward_name(asked.reward, "--reward")
     config = run_config(asked)
+    check_reward_name(config.reward.function, "--reward")
     prompts = read_benchmarks(asked, config)
     if given := [prompt.prompt.id for prompt in prompts[PROMPTS] if prompt.prompt.prefix]:
         raise UserError(f"--prompts {options.prompts}: {given[0]!r} has a prefix already; give prompts without prefix")
     with SampleFile(folder, sampling_settings(asked, config, prompts)) as file:
-        if next_tasks(prompts[PROMPTS], list(file.groups(text_of_right)), options.max_samples, options.seed):
+        if next_tasks(prompts[PROMPTS], list(file.groups(text_of_right)), options.max_samples, config.seed):
             try:
-                asyncio.run(sample_traces(config, file, prompts[PROMPTS], options.max_samples, options.seed))
+                asyncio.run(sample_traces(config, file, prompts[PROMPTS], options.max_samples, config.seed))
             except ProjectError as error:
-                report(error, "error")
+                report(with_flags(error, FLAGS), "error")
                 print("the same command resumes with the samples so far", file=sys.stderr)
                 return FAILED
         groups = list(file.groups(text_of_right))
-    tokenizer = TextTokenizer(asked.model, read_model_facts(asked.model, asked.extra_stop_tokens))
-    cuts = Cuts(options.prefixes, options.shortest, options.longest, options.seed)
+    tokenizer = TextTokenizer(asked.model, read_model_facts(asked.model, config.sampling.extra_stop_tokens))
+    cuts = Cuts(options.prefixes, options.shortest, options.longest, config.seed)
     rows = training_rows([one.prompt for one in prompts[PROMPTS]], first_right_responses(groups), tokenizer, cuts)
     _write(options, rows, len(prompts[PROMPTS]), sum(len(group.responses) for group in groups))
     return 0
@@ -224,13 +233,15 @@ def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _evaluation_options(options: argparse.Namespace, folder: Path) -> EvaluationOptions:
-    said = vars(options).keys() & {field for field in EvaluationOptions.__dataclass_fields__ if field != "output"}
+    every = [option for group in OPTIONS.values() for option in group]
+    defaults = {option.setting: option.value for option in every if option.value is not None}
     return EvaluationOptions(
+        model=options.model,
         benchmarks=[PROMPTS],
         benchmark_files={PROMPTS: options.prompts},
         samples={"": options.max_samples},
         output=folder,
-        **{name: getattr(options, name) for name in said},
+        settings=defaults | given_settings(every, vars(options)),
     )
 
 
@@ -242,31 +253,15 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
     add("--output", required=True, type=Path, metavar="FILE.jsonl", help="data.train_file of a run")
     add("--plain-output", type=Path, metavar="FILE.jsonl", help="only their plain rows, for a run to compare with")
     add("--samples-folder", type=Path, metavar="DIR", help="folder of the samples (the output's name with .samples)")
-    add("--seed", type=int, default=0, help="of sampling, if the engine uses it, and of the cuts (0)")
     add = parser.add_argument_group("cuts").add_argument
-    add("--prefixes", type=count, default=3, metavar="N", help="per problem (3)")
-    add("--shortest", type=share, default=0.4, metavar="X", help="fraction of the trace's tokens (0.4)")
-    add("--longest", type=share, default=0.8, metavar="X", help="(0.8)")
-    add = parser.add_argument_group("sampling and grading").add_argument
-    add("--max-samples", type=count, default=128, metavar="N", help="per prompt (128)")
-    add("--temperature", type=float, default=1.0, metavar="X", help="(1.0)")
-    add("--top-p", type=float, default=1.0, metavar="X", help="(1.0)")
-    add("--max-prompt-tokens", type=count, default=2048, metavar="N", help="(2048)")
-    add("--max-response-tokens", type=count, default=20480, metavar="N", help="(20480)")
-    add("--instruction", default="none", metavar="TEXT", help="as data.instruction of the later run (none)")
-    add("--chat-template", action="store_true", help="as data.chat_template of the later run")
-    add("--extra-stop-tokens", nargs="*", default=[], metavar="TOKEN", help="special tokens that also end a response")
-    add("--reward", default="math", metavar="NAME", help="as reward.function of the later run (math)")
-    add("--reward-workers", type=count, default=1, metavar="N", help="processes (1)")
-    add = parser.add_argument_group("servers").add_argument
-    add("--urls", nargs="*", default=[], metavar="URL", help="external servers; none are started then")
-    add("--api-key-variable", default="", metavar="NAME", help="environment variable with the servers' API key")
-    add("--engine", choices=["sglang", "reference"], default="sglang", help="(sglang)")
-    add("--device", choices=["cpu", "cuda"], help="(cuda if there is a GPU)")
-    add("--dtype", choices=["float32", "bfloat16"], help="(float32 on the CPU, else bfloat16)")
-    add("--servers", type=count, default=1, metavar="N", help="servers to start (1)")
-    add("--tensor-parallel", type=count, default=1, metavar="N", help="GPUs per server (1)")
-    add("--start-timeout-s", type=float, default=900.0, metavar="X", help="for a server to start or answer (900)")
+    add("--prefixes", type=count, default=3, metavar="N", help="number of prefixes per problem (default: 3)")
+    add("--shortest", type=share, default=0.4, metavar="X", help="least share of a trace's tokens (default: 0.4)")
+    add("--longest", type=share, default=0.8, metavar="X", help="largest share of a trace's tokens (default: 0.8)")
+    add("--max-samples", type=count, default=128, metavar="N", help="samples per prompt at most (default: 128)")
+    for title, group in OPTIONS.items():
+        container = parser.add_argument_group(title)
+        for option in group:
+            option.add_to(container)
     options = parser.parse_args(arguments)
     if options.shortest > options.longest:
         parser.error(f"--shortest {options.shortest:g} exceeds --longest {options.longest:g}: lower it")
@@ -276,4 +271,9 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
 def main(arguments: list[str] | None = None, prog: str = "minpro prefixes") -> int:
     """0 on success, 1 if sampling failed, 2 after a message about an error in the input."""
     options = parse_arguments(arguments, prog)
-    return run_reporting(lambda: build(options), reads_given_files=True)
+
+    def run() -> int:
+        with naming_flags():
+            return build(options)
+
+    return run_reporting(run, reads_given_files=True)

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 # temperature 1.0, top-p 0.7, at most 20,480 tokens per response
 TEMPERATURE, TOP_P, MAX_RESPONSE_TOKENS = 1.0, 0.7, 20480
+# A prompt's samples are requested a few at a time: groups of all 128 would leave servers idle at the end, and a crash
+# loses the requests in progress.
+SAMPLES_PER_REQUEST = 2
 
 
 @dataclass(frozen=True, slots=True)

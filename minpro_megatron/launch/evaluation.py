@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
 from rich.markdown import Markdown
 
+from minpro_megatron.command_line import make_console
+from minpro_megatron.config.options import with_flags
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import FAILED, SUCCEEDED, TERMINATED, ProjectError, UserError, report, report_unexpected
 from minpro_megatron.evaluation.benchmarks import title_of
@@ -26,15 +27,18 @@ from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.fleet.open_files import raise_file_limit
 from minpro_megatron.launch.evaluation_model import with_hf_model
 from minpro_megatron.launch.evaluation_options import (
+    FLAGS,
     EvaluationOptions,
-    read_benchmarks,
+    naming_flags,
     run_config,
     samples_per_prompt,
-    sampling_settings,
+    wording,
 )
+from minpro_megatron.launch.evaluation_prompts import read_benchmarks, sampling_settings
 from minpro_megatron.launch.preflight.reward_check import grader_problems
 from minpro_megatron.monitor.logs import explanation
 from minpro_megatron.monitor.sampling_progress import SamplingProgress
+from minpro_megatron.monitor.status import read_statuses
 from minpro_megatron.report.pass_at_k_chart import Curve, pass_at_k_png
 from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
@@ -45,14 +49,20 @@ from minpro_megatron.serving.watched_server import external_urls
 RESULTS_FILE, TABLE_FILE, PICTURE_FILE, TENSORBOARD_FOLDER = "results.json", "table.md", "pass_at_k.png", "tensorboard"
 # serve ends its servers within this time; see serving/server_process.py.
 SERVE_END_S = 20.0
+STATUS_INTERVAL_S = 0.5
 
 
 def evaluate(options: EvaluationOptions) -> int:
     """Samples the responses that OUTPUT lacks and writes the scores. Returns the exit status: 0 done, 1 failed, 143
-    terminated. Raises UserError."""
+    terminated. Raises UserError. Messages name the options of the command line."""
+    with naming_flags():
+        return _evaluate(options)
+
+
+def _evaluate(options: EvaluationOptions) -> int:
     model, options = options.model, with_hf_model(options)
     config = run_config(options)
-    _check(options, config)
+    _check(config)
     samples = samples_per_prompt(options)
     compared = [_read_results(folder) for folder in options.compare]
     prompts = read_benchmarks(options, config)
@@ -61,8 +71,9 @@ def evaluate(options: EvaluationOptions) -> int:
         raise UserError(found)
     settings = sampling_settings(options, config, prompts)
     with SampleFile(options.output, settings) as file:
+        print(wording(options, config), flush=True)
         done = list(file.groups(text_to_compare))
-        tasks = plan(prompts, samples, options.seed, [group.key for group in done])
+        tasks = plan(prompts, samples, config.seed, [group.key for group in done])
         if tasks:
             wanted = {name: samples[name] * len(tokenized) for name, tokenized in prompts.items()}
             status = _sample(config, file, tasks, done, wanted)
@@ -71,21 +82,21 @@ def evaluate(options: EvaluationOptions) -> int:
             done = list(file.groups(text_to_compare))
     version = done[0].policy_version
     try:
-        result = score_all(model, version, settings, samples, done, options.right_reward)
+        result = score_all(model, version, settings, samples, done, config.reward.right_reward)
     except ValueError as error:
         raise UserError(f"{error}; correct the grader or the answers, and give another --output") from None
     _write(options.output, result, [*compared, result])
     return 0
 
 
-def _check(options: EvaluationOptions, config: RunConfig) -> None:
+def _check(config: RunConfig) -> None:
     """Raises UserError for errors that would otherwise appear only after the servers have started."""
     looks = [
         lambda: given_api_key(config.server),
         lambda: external_urls(config.server),
-        lambda: check_reward_name(options.reward, "--reward"),
+        lambda: check_reward_name(config.reward.function, "--reward"),
     ]
-    looks += [] if options.urls else [lambda: context_length(config)]
+    looks += [] if config.server.urls else [lambda: context_length(config)]
     problems = []
     for look in looks:
         try:
@@ -114,7 +125,7 @@ def _sample(
             print("terminated; run the same command again to continue", file=sys.stderr)
             return TERMINATED
         except ProjectError as error:
-            report(error, "error")
+            report(with_flags(error, FLAGS), "error")
             status = FAILED
         except Exception:
             status = report_unexpected("eval")
@@ -136,7 +147,13 @@ async def _until_terminated(
 
     incarnation = os.getpid()  # addresses that a killed predecessor left must not be mistaken for the current ones
     async with serving(config, incarnation) as ended:
-        sampler = Sampler(config, incarnation, file, count, progress.start_clock)
+        waiting = asyncio.create_task(_show_waiting(config, progress))
+
+        def start_clock() -> None:
+            waiting.cancel()
+            progress.start_clock()
+
+        sampler = Sampler(config, incarnation, file, count, start_clock)
         work = asyncio.create_task(sampler.run(tasks, sampled_version))
         try:
             await asyncio.wait({work, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -145,9 +162,19 @@ async def _until_terminated(
                 raise EvaluationError(f"the servers' role has ended: {' | '.join(lines[:3])} ({_serve_log(config)})")
             work.result()
         finally:
+            waiting.cancel()
             if not work.done():
                 work.cancel()
                 await asyncio.wait({work})
+
+
+async def _show_waiting(config: RunConfig, progress: SamplingProgress) -> None:
+    """Shows what the servers do until they are ready."""
+    shutil.rmtree(config.run_dir / "status", ignore_errors=True)  # that of an earlier start
+    while True:
+        status = read_statuses(config.run_dir).get("serve")
+        progress.wait(status.phase if status else "starting the role that starts the servers")
+        await asyncio.sleep(STATUS_INTERVAL_S)
 
 
 def _serve_log(config: RunConfig) -> Path:
@@ -199,7 +226,10 @@ def _write(output: Path, result: Scores, shown: Sequence[Scores]) -> None:
     curves = [_curve(title_of(scores.name), scores.pass_at_k) for scores in result.benchmarks]
     (output / PICTURE_FILE).write_bytes(pass_at_k_png(curves, f"{result.model}: pass@k with 95 % intervals"))
     _write_tensorboard(output, result)
-    Console(highlight=False).print(Markdown(table))
+    if sys.stdout.isatty():
+        make_console().print(Markdown(table))
+    else:
+        print(table)
     for kind, name in (("results", RESULTS_FILE), ("table", TABLE_FILE), ("picture", PICTURE_FILE)):
         print(f"{kind:<12} {output / name}")
     print(f"TensorBoard  tensorboard --logdir {output / TENSORBOARD_FOLDER}")

@@ -21,7 +21,7 @@ def with_hf_model(options: EvaluationOptions) -> EvaluationOptions:
     checkpoint = Path(options.model)
     if not is_run_checkpoint(checkpoint):
         return options
-    if options.urls:
+    if options.settings.get("server.urls"):
         return replace(options, model=str(texts_of_run(checkpoint)))
     folder = options.output / MODEL_FOLDER
     if not is_exported_from(folder, checkpoint):

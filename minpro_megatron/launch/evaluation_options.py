@@ -1,28 +1,71 @@
 """The options of the command `eval`: validated and converted to settings of servers, sampling and grading."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from minpro_megatron.config.reward import RIGHT_REWARD
+from minpro_megatron.config.options import SettingOption, nested, with_flags
 from minpro_megatron.config.run import RunConfig, parse_run_config
-from minpro_megatron.errors import UserError
-from minpro_megatron.evaluation.benchmarks import BENCHMARKS, samples_of
-from minpro_megatron.launch.preflight.run_checks import count_gpus
-from minpro_megatron.models.model_files import read_model_facts
-from minpro_megatron.prompts.prompts import TokenizedPrompt, load_prompts, make_rendering, tokenize
-from minpro_megatron.prompts.tokenizer import TextTokenizer
-from minpro_megatron.records import Prompt
-from minpro_megatron.roles.evaluate import SAMPLES_PER_REQUEST
+from minpro_megatron.errors import ProjectError, UserError
+from minpro_megatron.evaluation.benchmarks import (
+    MAX_RESPONSE_TOKENS,
+    SAMPLES_PER_REQUEST,
+    TEMPERATURE,
+    TOP_P,
+    samples_of,
+)
+from minpro_megatron.launch.preflight.gpu_count import count_gpus
 
 SERVERS_FOLDER = "servers"
+HELDOUT = "heldout"  # the name of a run's held-out prompts among the benchmarks of --run
+
+# By the title of their group in the help. The defaults are the protocol of arXiv:2601.22718.
+SETTING_OPTIONS: dict[str, tuple[SettingOption, ...]] = {
+    "wording and sampling": (
+        SettingOption("--instruction", "data.instruction", "TEXT", "dapo"),
+        SettingOption("--chat-template", "data.chat_template"),
+        SettingOption("--chat-template-arguments", "data.chat_template_arguments", "JSON"),
+        SettingOption("--extra-stop-tokens", "sampling.extra_stop_tokens", "TOKEN,..."),
+        SettingOption("--max-prompt-tokens", "sampling.max_prompt_tokens", "N"),
+        SettingOption("--max-response-tokens", "sampling.max_response_tokens", "N", MAX_RESPONSE_TOKENS),
+        SettingOption("--temperature", "evaluation.temperature", "X", TEMPERATURE),
+        SettingOption("--top-p", "evaluation.top_p", "X", TOP_P),
+        SettingOption("--seed", "seed", "N"),
+    ),
+    "grading": (
+        SettingOption("--reward", "reward.function", "NAME", "math"),
+        SettingOption("--right-reward", "reward.right_reward", "X"),
+        SettingOption("--reward-workers", "reward.workers", "N"),
+        SettingOption("--reward-timeout-s", "reward.timeout_s", "X"),
+    ),
+    "servers": (
+        SettingOption("--urls", "server.urls", "URL,..."),
+        SettingOption("--api-key-variable", "server.api_key_variable", "NAME"),
+        SettingOption("--engine", "server.engine"),
+        SettingOption("--device", "server.device", default_text="cuda if there is a GPU"),
+        SettingOption("--dtype", "server.dtype", default_text="float32 on the CPU, else bfloat16"),
+        SettingOption("--servers", "server.count", "N"),
+        SettingOption("--tensor-parallel", "server.tensor_parallel", "N"),
+        SettingOption("--max-running-requests", "server.max_running_requests", "N"),
+        SettingOption("--start-timeout-s", "server.start_timeout_s", "X"),
+        SettingOption("--request-timeout-s", "server.request_timeout_s", "X", 7200.0),
+    ),
+}
+ALL_OPTIONS = [option for options in SETTING_OPTIONS.values() for option in options]
+# What messages about the settings of an evaluation are to be named.
+FLAGS = {option.setting: option.flag for option in ALL_OPTIONS} | {"model.hf_path": "--model"}
+# What an evaluation with --run takes from the run's settings: the wording, the limits and the reward.
+OF_RUN = [
+    *(option.setting for option in SETTING_OPTIONS["wording and sampling"] if option.setting != "seed"),
+    *(option.setting for option in SETTING_OPTIONS["grading"]),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """The options by their names on the command line; options that are not given are None or empty."""
+    """What an evaluation is asked for. `settings`: by `section.key`, the values of the options that are given."""
 
     model: str
     benchmarks: Sequence[str]
@@ -31,81 +74,88 @@ class EvaluationOptions:
     benchmark_files: Mapping[str, Path] = field(default_factory=dict)
     samples: Mapping[str, int] = field(default_factory=dict)  # by benchmark; "" for all others
     num_prompts: int | None = None
-    temperature: float = 1.0
-    top_p: float = 0.7
-    max_response_tokens: int = 20480
-    max_prompt_tokens: int = 2048
-    instruction: str = "dapo"
-    chat_template: bool = False
-    chat_template_arguments: Mapping[str, Any] = field(default_factory=dict)
-    extra_stop_tokens: Sequence[str] = ()
-    reward: str = "math"
-    right_reward: float = RIGHT_REWARD
-    reward_workers: int = 1
-    reward_timeout_s: float = 5.0
-    seed: int = 0
-    urls: Sequence[str] = ()
-    api_key_variable: str = ""
-    engine: str = "sglang"
-    device: str | None = None
-    dtype: str | None = None
-    servers: int = 1
-    tensor_parallel: int = 1
-    max_running_requests: int = 256
-    start_timeout_s: float = 900.0
-    request_timeout_s: float = 7200.0
     compare: Sequence[Path] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    run: RunConfig | None = None  # the run whose wording, limits and reward are used
+
+
+def of_run(run: RunConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options `given`, and for those that are missing the run's: its exported weights, its held-out prompts and
+    benchmarks, and their numbers of samples. Raises UserError if the run has no exported weights."""
+    files = {HELDOUT: Path(run.data.heldout_file)}
+    files |= {benchmark.name: Path(benchmark.file) for benchmark in run.evaluation.benchmarks}
+    samples = {HELDOUT: run.evaluation.samples_per_prompt}
+    samples |= {benchmark.name: benchmark.samples_per_prompt for benchmark in run.evaluation.benchmarks}
+    result = {"benchmarks": list(files), **given, "run": run}
+    result["benchmark_files"] = files | dict(given.get("benchmark_files", {}))
+    own = dict(given.get("samples", {}))
+    if "" not in own:
+        own = {name: count for name, count in samples.items() if name in result["benchmarks"]} | own
+    result["samples"] = own
+    if "model" not in given:
+        weights = run.run_dir / "hf_export"
+        if not (weights / "config.json").is_file():
+            raise UserError(
+                f"--run {run.run_dir}: there are no exported weights in {weights} yet; give --model, such as a folder "
+                f"in {run.run_dir / 'checkpoints'}"
+            )
+        result["model"] = str(weights)
+    return result
 
 
 def run_config(options: EvaluationOptions) -> RunConfig:
     """The settings of serve, clients and graders; their run folder is OUTPUT/servers. Raises UserError."""
-    device = options.device or ("cuda" if options.engine == "sglang" and count_gpus() else "cpu")
-    server: dict[str, Any] = {
-        "engine": options.engine,
-        "urls": list(options.urls),
-        "api_key_variable": options.api_key_variable,
-        "count": options.servers,
-        "tensor_parallel": options.tensor_parallel,
-        "device": device,
-        "dtype": options.dtype or ("bfloat16" if device == "cuda" else "float32"),
-        "max_running_requests": options.max_running_requests,
-        "start_timeout_s": options.start_timeout_s,
-        "request_timeout_s": options.request_timeout_s,
-    }
-    values = {
+    chosen = {option.setting: option.value for option in ALL_OPTIONS}
+    by_source = {"calculator": "calculator"}
+    if options.run is not None:
+        values = options.run.model_dump()
+        for setting in OF_RUN:
+            section, _, key = setting.partition(".")
+            chosen[setting] = values[section][key]
+        by_source |= options.run.reward.by_source
+    chosen |= options.settings
+    if chosen["server.device"] is None:
+        chosen["server.device"] = "cuda" if chosen["server.engine"] == "sglang" and count_gpus() else "cpu"
+    if chosen["server.dtype"] is None:
+        chosen["server.dtype"] = "bfloat16" if chosen["server.device"] == "cuda" else "float32"
+    limits = [chosen[f"sampling.max_{part}_tokens"] for part in ("prompt", "response")]
+    fixed = {
         "name": SERVERS_FOLDER,
         "runs_dir": str(options.output),
-        "seed": options.seed,
         # there is no trainer, so settings that only the trainer reads have no effect
         "device": "cpu",
-        "model": {"hf_path": options.model, "megatron_path": "", "dtype": "float32"},
-        "data": {
-            "train_file": "",
-            "heldout_file": "",
-            "instruction": options.instruction,
-            "chat_template": options.chat_template,
-            "chat_template_arguments": dict(options.chat_template_arguments),
-        },
-        "batch": {
-            "responses_per_prompt": SAMPLES_PER_REQUEST,
-            "max_tokens_per_row": options.max_prompt_tokens + options.max_response_tokens,
-        },
-        "sampling": {
-            "max_prompt_tokens": options.max_prompt_tokens,
-            "max_response_tokens": options.max_response_tokens,
-            "extra_stop_tokens": list(options.extra_stop_tokens),
-        },
-        "server": server,
-        "reward": {
-            "function": options.reward,
-            "right_reward": options.right_reward,
-            "by_source": {"calculator": "calculator"},
-            "workers": options.reward_workers,
-            "timeout_s": options.reward_timeout_s,
-        },
-        "evaluation": {"temperature": options.temperature, "top_p": options.top_p},
+        "model.hf_path": options.model,
+        "model.megatron_path": "",
+        "model.dtype": "float32",
+        "data.train_file": "",
+        "data.heldout_file": "",
+        "batch.responses_per_prompt": SAMPLES_PER_REQUEST,
+        "batch.max_tokens_per_row": max(1, sum(limits)),
+        "reward.by_source": by_source,
     }
-    return parse_run_config(values)
+    return parse_run_config(nested(fixed | chosen))
+
+
+def wording(options: EvaluationOptions, config: RunConfig) -> str:
+    """One line: how questions are presented, sampled and graded, and where that comes from."""
+    data, sampling, evaluation = config.data, config.sampling, config.evaluation
+    template = "with the model's chat template" if data.chat_template else "without a chat template"
+    arguments = f" {data.chat_template_arguments}" if data.chat_template_arguments else ""
+    origin = f"; from {options.run.run_dir}/run.json unless given" if options.run is not None else ""
+    return (
+        f"wording: instruction {data.instruction!r}, {template}{arguments}; at most {sampling.max_prompt_tokens} "
+        f"prompt and {sampling.max_response_tokens} response tokens; temperature {evaluation.temperature:g}, top-p "
+        f"{evaluation.top_p:g}; reward {config.reward.function}{origin}"
+    )
+
+
+@contextmanager
+def naming_flags() -> Iterator[None]:
+    """Errors that are raised inside name the options of the command line in place of the settings of a run."""
+    try:
+        yield
+    except ProjectError as error:
+        raise with_flags(error, FLAGS) from error
 
 
 def samples_per_prompt(options: EvaluationOptions) -> dict[str, int]:
@@ -114,90 +164,3 @@ def samples_per_prompt(options: EvaluationOptions) -> dict[str, int]:
         raise UserError(f"--samples {sorted(unknown)[0]}=...: it is not among --benchmarks")
     rest = options.samples.get("")
     return {name: options.samples.get(name, rest or samples_of(name)) for name in options.benchmarks}
-
-
-def read_benchmarks(options: EvaluationOptions, config: RunConfig) -> dict[str, list[TokenizedPrompt]]:
-    """The prompts of each benchmark as tokens. Raises UserError with one line per problem."""
-    try:
-        tokenizer = TextTokenizer(options.model, read_model_facts(options.model, options.extra_stop_tokens))
-        rendering = make_rendering(config.data, options.model)
-    except OSError as error:
-        raise UserError(str(error)) from None
-    found, problems = {}, []
-    for name in options.benchmarks:
-        try:
-            prompts = _load(options, name)
-            found[name] = tokenize(prompts, tokenizer, options.max_prompt_tokens, name, rendering)
-            if dropped := {prompt.id for prompt in prompts} - {kept.prompt.id for kept in found[name]}:
-                raise UserError(
-                    f"{name}: {len(dropped)} prompts, such as {min(dropped)!r}, are longer than --max-prompt-tokens = "
-                    f"{options.max_prompt_tokens}, or empty; raise it, because a benchmark without these prompts is "
-                    "not comparable"
-                )
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return found
-
-
-def benchmark_file(options: EvaluationOptions, name: str) -> Path:
-    return Path(options.benchmark_files.get(name, options.data / f"{name}.jsonl"))
-
-
-def _load(options: EvaluationOptions, name: str) -> list[Prompt]:
-    path = benchmark_file(options, name)
-    if not path.is_file():
-        made = f"make it with `minpro prepare {name}` (see its --help), or " if name in BENCHMARKS else ""
-        raise UserError(f"--benchmarks {name}: {path}: no such file; {made}give --benchmark-file {name}=PATH")
-    prompts = load_prompts(path, f"--benchmarks {name}")
-    if options.num_prompts is not None and options.num_prompts > len(prompts):
-        raise UserError(f"--num-prompts {options.num_prompts}: {path} has only {len(prompts)} rows; lower it")
-    return prompts[: options.num_prompts]
-
-
-def sampling_settings(
-    options: EvaluationOptions, config: RunConfig, prompts: Mapping[str, Sequence[TokenizedPrompt]]
-) -> dict[str, Any]:
-    """The settings that determine the samples: an evaluation resumes only with the same ones. The number of servers and
-    the distribution of work over them are not included."""
-    samples, server = samples_per_prompt(options), config.server
-    return {
-        "model": str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
-        "model_files": _model_fingerprint(Path(options.model)),
-        "benchmarks": {
-            name: {
-                "samples_per_prompt": samples[name],
-                "num_prompts": len(tokenized),
-                "prompts_digest": _prompts_digest(tokenized),
-            }
-            for name, tokenized in prompts.items()
-        },
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "max_response_tokens": options.max_response_tokens,
-        "instruction": options.instruction,
-        "chat_template": options.chat_template,
-        "chat_template_arguments": dict(options.chat_template_arguments),
-        "extra_stop_tokens": list(options.extra_stop_tokens),
-        "reward": options.reward,
-        "seed": options.seed,
-        "servers": "of others (--urls)" if server.urls else f"{server.engine}, {server.dtype}",
-    }
-
-
-def _model_fingerprint(folder: Path) -> str:
-    """A digest that changes when a file of the checkpoint is replaced; for weights it covers only sizes and times."""
-    digest = blake2b(digest_size=8)
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def _prompts_digest(tokenized: Sequence[TokenizedPrompt]) -> str:
-    digest = blake2b(digest_size=8)
-    for prompt in tokenized:
-        digest.update(repr((prompt.prompt.id, prompt.prompt.source, prompt.prompt.answer)).encode())
-        digest.update(prompt.token_ids.tobytes())
-    return digest.hexdigest()

@@ -130,16 +130,16 @@ def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
     return with_overrides(config, assignments)
 
 
-def read_config(path: Path) -> RunConfig:
-    """The settings in a run.json. Raises UserError with one line per problem."""
+def read_config(path: Path, option: str = "--config") -> RunConfig:
+    """The settings in a run.json, which `option` names. Raises UserError with one line per problem."""
     try:
         return RunConfig.from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give the run.json of a run") from None
+        raise UserError(f"{option} {path}: {error.strerror}; give the run.json of a run") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not JSON ({error}); give the run.json of a run") from None
+        raise UserError(f"{option} {path}: not JSON ({error}); give the run.json of a run") from None
     except UserError as error:
-        raise UserError(f"--config {path}: {problem}" for problem in error.problems) from None
+        raise UserError(f"{option} {path}: {problem}" for problem in error.problems) from None
 
 
 def _named(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import SUCCEEDED, UserError
 from minpro_megatron.launch.launcher import closing_lines
-from minpro_megatron.launch.preflight.run_checks import count_gpus
+from minpro_megatron.launch.preflight.gpu_count import count_gpus
 from minpro_megatron.launch.roles import torchrun, trainer_environment
 from minpro_megatron.launch.supervisor import RoleCommand, Supervisor
 from minpro_megatron.model_comparison.job import ERROR, JOB, PROGRESS, RESULT

@@ -21,6 +21,7 @@ class SamplingProgress:
         self._wanted = sum(wanted.values())
         self._done = self._done_before = sum(done.values())
         self._tokens = 0
+        self._phase = ""
         self._started = self._line_at = time.monotonic()
         columns = (
             TextColumn("{task.description}"),
@@ -42,6 +43,16 @@ class SamplingProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+
+    def wait(self, phase: str) -> None:
+        """Shows `phase`, for which sampling waits: beside the bar, or as a line if it is a new one or 30 seconds have
+        passed."""
+        self._bars.update(self._all, rate=phase)
+        now = time.monotonic()
+        if not self._console.is_terminal and (phase != self._phase or now - self._line_at >= _LINE_EVERY_S):
+            self._phase, self._line_at = phase, now
+            line = f"[{duration(now - self._started):>11}] {phase}"
+            self._console.print(line, soft_wrap=True, markup=False)
 
     def start_clock(self) -> None:
         """Starts the clock of the rate, when the servers are ready."""

@@ -19,7 +19,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import FAILED, SUCCEEDED, UserError
 from minpro_megatron.files.replacement import check_replaceable
 from minpro_megatron.launch.launcher import closing_lines
-from minpro_megatron.launch.preflight.run_checks import count_gpus
+from minpro_megatron.launch.preflight.gpu_count import count_gpus
 from minpro_megatron.launch.roles import torchrun, trainer_environment
 from minpro_megatron.launch.supervisor import Outcome, RoleCommand, Supervisor
 from minpro_megatron.models.architecture import read_architecture, refuse_uneven_cuts

@@ -11,6 +11,7 @@ import msgspec
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import ProjectError, first_error
+from minpro_megatron.evaluation.benchmarks import SAMPLES_PER_REQUEST
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
 from minpro_megatron.fleet.fleet import Fleet, start_limit_s
 from minpro_megatron.fleet.generation import GroupCollector, graded_texts
@@ -25,9 +26,6 @@ from minpro_megatron.serving.errors import ServerError
 
 log = logging.getLogger(__name__)
 
-# A prompt's samples are requested a few at a time: groups of all 128 would leave servers idle at the end, and a crash
-# loses the requests in progress.
-SAMPLES_PER_REQUEST = 2
 # Interval of the checks for servers that have returned.
 READMIT_INTERVAL_S = 2.0
 

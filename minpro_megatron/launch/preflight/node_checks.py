@@ -15,8 +15,9 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.fleet.open_files import limit_problem
 from minpro_megatron.launch.node_roles import host_on_node, node_gpus, roles_on
+from minpro_megatron.launch.preflight.gpu_count import count_gpus
 from minpro_megatron.launch.preflight.problems import Problem, passes
-from minpro_megatron.launch.preflight.run_checks import count_gpus, port_problems
+from minpro_megatron.launch.preflight.run_checks import port_problems
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
 from minpro_megatron.models.weight_files import weight_problem

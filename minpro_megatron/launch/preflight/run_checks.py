@@ -1,6 +1,5 @@
 """All checks of a run that are possible before a process starts, reported together."""
 
-import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from minpro_megatron.feed.journal_feed import journal_problems
 from minpro_megatron.files.disk_space import existing_parent, free_bytes
 from minpro_megatron.fleet.open_files import limit_problem
 from minpro_megatron.launch.preflight.backend_check import layer_backend_problems
+from minpro_megatron.launch.preflight.gpu_count import count_gpus
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.prompt_checks import data_problems
 from minpro_megatron.launch.preflight.reward_check import reward_problems
@@ -234,21 +234,6 @@ def _gpus(config: RunConfig) -> Iterator[str]:
             f"parallel's world size {trainer} + server.count x server.tensor_parallel {servers} = "
             f"{trainer + servers} GPUs: {present} visible; trainer and servers cannot share GPUs: lower one of them"
         )
-
-
-def count_gpus() -> int:
-    """The number of GPUs the driver shows, CUDA_VISIBLE_DEVICES considered; 0 without a working driver.
-
-    It calls the driver directly, because importing torch would take seconds.
-    """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
 
 
 def _disk_space(config: RunConfig) -> Iterator[str]:

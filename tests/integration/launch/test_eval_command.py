@@ -10,8 +10,9 @@ import pytest
 from minpro_megatron.__main__ import main
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
 from minpro_megatron.launch import evaluation, evaluation_options
-from minpro_megatron.launch.evaluation_options import EvaluationOptions, run_config, samples_per_prompt
+from minpro_megatron.launch.evaluation_options import EvaluationOptions, of_run, run_config, samples_per_prompt
 from tests.support.command_errors import errors_of
+from tests.support.run_examples import example_config
 
 ROWS = [{"id": f"p{i}", "source": "gsm8k", "prompt": f"{i}+1=", "answer": str(i + 1)} for i in (0, 1, 10)]
 
@@ -48,11 +49,11 @@ SMALL = ["--max-response-tokens", "32", "--max-prompt-tokens", "16"]
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ([], "required: --benchmarks"),
+        ([], "required: --benchmarks, or --run"),
         (["--benchmarks", "gsm8k,gsm8k"], "expected distinct names"),
         (["--benchmarks", "gsm8k", "--samples", "0"], "'0' is not a whole number above 0"),
         (["--benchmarks", "gsm8k", "--samples", "aime24=2"], "--samples aime24=...: it is not among --benchmarks"),
-        (["--benchmarks", "gsm8k", "--top-p", "0"], r"evaluation.top_p: .*greater than 0.*\(got 0.0\)"),
+        (["--benchmarks", "gsm8k", "--top-p", "0"], r"^--top-p: .*greater than 0.*\(got 0.0\)"),
         (
             ["--benchmarks", "aime24"],
             r"aime24: data/aime24.jsonl: no such file; make it with `minpro prepare aime24`",
@@ -64,19 +65,19 @@ SMALL = ["--max-response-tokens", "32", "--max-prompt-tokens", "16"]
             "1 prompts, such as 'p10', are longer than --max-prompt-tokens = 4",
         ),
         (["--benchmarks", "gsm8k", "--reward", "maths"], "--reward = 'maths': there is no such reward"),
-        (["--benchmarks", "gsm8k", "--urls", "localhost:1"], "server.urls: 'localhost:1' must be like http"),
+        (["--benchmarks", "gsm8k", "--urls", "localhost:1"], "^--urls: 'localhost:1' must be like http"),
         (
             ["--benchmarks", "gsm8k", "--max-response-tokens", "500"],
-            "exceeds the model's max_position_embeddings = 128",
+            "^--max-prompt-tokens . --max-response-tokens . 8 = 524 exceeds the model's max_position_embeddings = 128",
         ),
-        (["--benchmarks", "gsm8k", "--instruction", "Solve"], "instruction = 'Solve' must be one of"),
+        (["--benchmarks", "gsm8k", "--instruction", "Solve"], "^--instruction = 'Solve' must be one of"),
         (["--benchmarks", "gsm8k", "--chat-template-arguments", "[]"], "not a JSON object"),
         (["--benchmarks", "gsm8k", "--api-key-variable", "NO_SUCH_KEY"], "'NO_SUCH_KEY': this environment variable"),
         (
             ["--benchmarks", "gsm8k", "--compare", "elsewhere"],
             "elsewhere/results.json: No such file.*--output of another",
         ),
-        (["--benchmarks", "gsm8k", "--model", "data"], "model.hf_path = 'data': the file config.json is missing"),
+        (["--benchmarks", "gsm8k", "--model", "data"], "^--model = 'data': the file config.json is missing"),
     ],
 )
 def test_what_is_wrong_is_told_before_a_server_starts(
@@ -111,11 +112,13 @@ def test_samples_for_all_and_for_some() -> None:
 
 def test_options_reach_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation_options, "count_gpus", lambda: 2)
-    server = run_config(options(tensor_parallel=2, servers=3, urls=["http://h:1"])).server
+    server = run_config(
+        options(settings={"server.tensor_parallel": 2, "server.count": 3, "server.urls": ["http://h:1"]})
+    ).server
     assert (server.device, server.dtype, server.tensor_parallel, server.count) == ("cuda", "bfloat16", 2, 3)
     assert server.urls == ["http://h:1"]
     monkeypatch.setattr(evaluation_options, "count_gpus", lambda: 0)
-    server = run_config(options(dtype="bfloat16")).server
+    server = run_config(options(settings={"server.dtype": "bfloat16"})).server
     assert (server.device, server.dtype) == ("cpu", "bfloat16")
 
 
@@ -158,6 +161,41 @@ def test_outputs_and_going_on(folder: Path, sampled: list[int], capsys: pytest.C
     assert sorted((folder / "out" / "samples.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
     assert len((folder / "out" / "metrics.jsonl").read_text().splitlines()) == 1
     assert capsys.readouterr().out.count(first.splitlines()[-1]) == 2
+
+
+def test_a_runs_own_wording_limits_and_reward_are_used(
+    folder: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {
+        "model": {"hf_path": "hf", "megatron_path": "", "dtype": "float32"},
+        "data": {"train_file": "", "heldout_file": "data/gsm8k.jsonl", "instruction": "boxed {question}"},
+        "sampling": {"max_prompt_tokens": 24, "max_response_tokens": 30, "extra_stop_tokens": []},
+        "reward": {"function": "calculator", "right_reward": 1.0, "by_source": {"other": "math"}},
+        "evaluation": {"num_prompts": 1, "temperature": 0.5, "top_p": 0.9, "samples_per_prompt": 4},
+        "name": "mine",
+    }
+    run = example_config(folder, **changes)
+    run.run_dir.mkdir(parents=True)
+    (run.run_dir / "run.json").write_text(run.to_json())
+    given = ["--run", str(run.run_dir), "--output", "out", "--engine", "reference"]
+    (line,) = errors_of(capsys, "eval", *given)
+    assert line.startswith(
+        f"--run {run.run_dir}: there are no exported weights in {run.run_dir}/hf_export yet; give --m"
+    )
+    (folder / "hf").rename(run.run_dir / "hf_export")
+    given += ["--benchmarks", "gsm8k", "--samples", "4", "--top-p", "0.8"]
+    assert main(["eval", *given]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == (
+        "wording: instruction 'boxed {question}', without a chat template; at most 24 prompt and 30 response tokens; "
+        f"temperature 0.5, top-p 0.8; reward calculator; from {run.run_dir}/run.json unless given"
+    )
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert results["settings"]["instruction"] == "boxed {question}"
+    asked = run_config(EvaluationOptions(**of_run(run, {"output": Path("out"), "model": "hf"})))
+    assert asked.reward.by_source == {"calculator": "calculator", "other": "math"}
+    own = of_run(run, {"output": Path("out"), "model": "hf"})
+    assert (own["benchmarks"], own["samples"]) == (["heldout"], {"heldout": 4})
 
 
 def test_another_protocol_does_not_go_on(folder: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]) -> None:
