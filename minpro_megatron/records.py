@@ -21,7 +21,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 class Prompt(Record, frozen=True, kw_only=True):
     """A task: `text` is the question, without instruction and chat template; the reward compares with `answer`.
 
-    `prefix` is a given beginning of the response, which the policy continues (arXiv:2601.18795).
+    `prefix` is a given beginning of the response, which the policy continues (arXiv:2601.18795). `system` is the system
+    message before the question, for a chat template.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Prompt(Record, frozen=True, kw_only=True):
     answer: str
     prefix: str = ""
     pass_rate: float | None = None  # fraction of right responses of some model, if known
+    system: str = ""
 
 
 class IssuedGroup(Record, frozen=True, kw_only=True):

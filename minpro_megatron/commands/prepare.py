@@ -1,4 +1,4 @@
-"""Make prompt sets (JSON Lines of id, source, prompt, answer, and pass_rate and prefix if known) from data sets.
+"""Make prompt sets (JSON Lines of id, source, prompt, answer; pass_rate, prefix, system, metadata if known).
 
     minpro prepare dapo --input BytedTsinghua-SIA/DAPO-Math-17k --output data/dapo.jsonl
     minpro prepare gsm8k --input openai/gsm8k:main/test-*.parquet --output data/gsm8k.jsonl
@@ -45,8 +45,9 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
 
 
 _CUSTOM = (
-    "Any parquet, JSON Lines, JSON or CSV file. The question is a text or a chat of one user's turn; the answer a "
-    "text, a number, or a list of them (--answer-list). COLUMN may refer into an object: reward_model.ground_truth."
+    "Any parquet, JSON Lines, JSON or CSV file. The question is a text or a chat of one user's turn, which may begin "
+    "with a system message (for runs with data.chat_template); the answer is a text, a number, or a list of them "
+    "(--answer-list). COLUMN may refer into an object: reward_model.ground_truth."
 )
 
 
@@ -76,6 +77,12 @@ def _add_custom(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pass-rate-column", default="", metavar="COLUMN", help="share of correct responses, 0 to 1")
     command.add_argument("--prefix-column", default="", metavar="COLUMN", help="a given prefix of the response")
     command.add_argument("--source", help="the rows' source; the output's name unless given")
+    command.add_argument(
+        "--metadata",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the other columns of each row as its field `metadata` (default: they are kept)",
+    )
     command.set_defaults(prepare=_prepare_custom)
 
 
@@ -85,7 +92,13 @@ def _prepare_known(options: argparse.Namespace) -> list[str]:
 
 
 def _prepare_custom(options: argparse.Namespace) -> list[str]:
-    made = CustomSet(options.prompt_column, options.answer_column, options.pass_rate_column, options.prefix_column)
+    made = CustomSet(
+        options.prompt_column,
+        options.answer_column,
+        options.pass_rate_column,
+        options.prefix_column,
+        keeps_metadata=options.metadata,
+    )
     return _assemble(options, options.source or options.output.stem, made)
 
 

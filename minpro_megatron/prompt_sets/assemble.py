@@ -27,17 +27,22 @@ SHOWN_REFUSALS = 3
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question without any instruction, and its answer in the grader's form."""
+    """A question without any instruction, its system message if it has one, its answer in the grader's form, and what
+    else its row holds."""
 
     text: str
     answer: str
     prefix: str = ""
     pass_rate: float | None = None
+    system: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        """The text by which questions are compared: text and prefix, without white space and Unicode composition."""
-        return f"{_plain(self.text)}\0{self.prefix}" if self.prefix else _plain(self.text)
+        """The text by which questions are compared: text, prefix and system message, the first without white space and
+        Unicode composition."""
+        more = [self.prefix, self.system] if self.system else [self.prefix] if self.prefix else []
+        return "\0".join([_plain(self.text), *more])
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,10 @@ class PromptSet:
             row["pass_rate"] = question.pass_rate
         if question.prefix:
             row["prefix"] = question.prefix
+        if question.system:
+            row["system"] = question.system
+        if question.metadata:
+            row["metadata"] = question.metadata
         return row
 
     def report(self, inputs: Iterable[Path], kept: int, seconds: float) -> dict[str, Any]:
@@ -144,16 +153,18 @@ def _same(one: str, other: str) -> bool:
 
 
 def assemble(
-    source: str, inputs: list[Path], columns: Iterable[str], convert: Convert, output: Path, reward: str
+    source: str, inputs: list[Path], columns: Iterable[str] | None, convert: Convert, output: Path, reward: str
 ) -> list[str]:
-    """Writes the prompt set of `inputs` to `output` and a report next to it. Returns the lines of a short summary with
+    """Writes the prompt set of `inputs` to `output` and a report next to it. `columns` None: all are read. Returns the
+    lines of a short summary with
     answers that the grader `reward` does not accept as their own response.
 
     Raises rows.DamagedRow at the first damaged row, and UserError if nothing is left; nothing is written then.
     """
     start, made, check = time.perf_counter(), PromptSet(source), grader_check(reward)
+    wanted = None if columns is None else list(columns)
     for path in inputs:
-        for number, row in _with_progress(path, data_files.read_rows(path, list(columns)), made):
+        for number, row in _with_progress(path, data_files.read_rows(path, wanted), made):
             made.add(path, number, convert(path, number, row))
     prompts = made.finish()
     report = made.report(inputs, len(prompts), time.perf_counter() - start)

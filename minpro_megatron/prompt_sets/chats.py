@@ -18,12 +18,25 @@ def chat_in(prompt: Any) -> list[Any] | None:
     return prompt if isinstance(prompt, list) else None
 
 
-def only_message(path: Path, number: int, messages: list[Any]) -> str:
-    """The text of a prompt that is a chat of one user's turn. A system message that is a known instruction is ignored.
-    Raises DamagedRow for any other chat."""
+def system_and_question(path: Path, number: int, messages: list[Any]) -> tuple[str, str]:
+    """The system message, "" if there is none, and the text of a prompt that is a chat of one user's turn. A system
+    message that is a known instruction is ignored. Raises DamagedRow for any other chat."""
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    if roles[:1] == ["system"] and is_instruction(str(messages[0].get("content"))):
+    system = ""
+    if roles[:1] == ["system"]:
+        system = rows.text_field(path, number, messages[0], "content")
         messages, roles = messages[1:], roles[1:]
     if roles != ["user"]:
-        raise rows.DamagedRow(path, number, "prompt", f"must be one message of the role user, has the roles {roles}")
-    return rows.text_field(path, number, messages[0], "content")
+        rule = f"must be one message of the role user, after a system message or none, has the roles {roles}"
+        raise rows.DamagedRow(path, number, "prompt", rule)
+    return "" if is_instruction(system) else system, rows.text_field(path, number, messages[0], "content")
+
+
+def only_message(path: Path, number: int, messages: list[Any]) -> str:
+    """The text of a prompt that is a chat of one user's turn, without a system message of its own. Raises DamagedRow
+    for any other chat."""
+    system, text = system_and_question(path, number, messages)
+    if system:
+        rule = "must be one message of the role user, has also a system message; `minpro prepare custom` keeps it"
+        raise rows.DamagedRow(path, number, "prompt", rule)
+    return text

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from minpro_megatron.prompt_sets import data_files, rows
 from minpro_megatron.prompt_sets.answers import ListRule, answer_text
 from minpro_megatron.prompt_sets.assemble import Question
-from minpro_megatron.prompt_sets.chats import chat_in, only_message
+from minpro_megatron.prompt_sets.chats import chat_in, system_and_question
 from minpro_megatron.prompt_sets.instructions import without_instructions
 
 _DECIMAL = re.compile(r"\d{0,3}\.?\d{1,20}(?:[eE]-?\d{1,3})?")
@@ -19,16 +20,21 @@ _DECIMAL = re.compile(r"\d{0,3}\.?\d{1,20}(?:[eE]-?\d{1,3})?")
 
 @dataclass(frozen=True)
 class CustomSet:
-    """Columns by name; a dot refers into an object: `reward_model.ground_truth`. Empty: there is no such column."""
+    """Columns by name; a dot refers into an object: `reward_model.ground_truth`. Empty: there is no such column. The
+    other columns of a row are kept with `keeps_metadata`."""
 
     prompt: str
     answer: str
     pass_rate: str = ""
     prefix: str = ""
     answer_lists: ListRule = "one"
+    keeps_metadata: bool = True
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def columns(self) -> tuple[str, ...] | None:
+        """The columns to read; None: all."""
+        if self.keeps_metadata:
+            return None
         names = (self.prompt, self.answer, self.pass_rate, self.prefix)
         # a parquet column may have a dot in its own name
         return tuple({part for name in names if name for part in (name, name.partition(".")[0])})
@@ -36,8 +42,9 @@ class CustomSet:
     def convert(self, path: Path, number: int, row: dict[str, Any]) -> Question:
         prompt = _value(path, number, row, self.prompt)
         messages = chat_in(prompt)
+        system = ""
         if messages is not None:
-            text = only_message(path, number, messages)
+            system, text = system_and_question(path, number, messages)
         else:
             text = rows.text_field(path, number, {self.prompt: prompt}, self.prompt)
         try:
@@ -45,7 +52,21 @@ class CustomSet:
         except ValueError as error:
             raise rows.DamagedRow(path, number, self.answer, str(error)) from None
         prefix, pass_rate = self._prefix(path, number, row), self._pass_rate(path, number, row)
-        return Question(without_instructions(text), answer, prefix, pass_rate)
+        metadata = self._metadata(row) if self.keeps_metadata else {}
+        return Question(without_instructions(text), answer, prefix, pass_rate, system, metadata)
+
+    def _metadata(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The columns without a role of their own, as far as JSON can hold them. An object of which a part has a role,
+        such as the answer, is kept as a whole."""
+        used = {self.prompt, self.answer, self.pass_rate, self.prefix}
+        kept = {}
+        for name, value in row.items():
+            if name not in used and value is not None:
+                try:
+                    kept[name] = json.loads(json.dumps(value, default=_plain_value, allow_nan=False))
+                except (TypeError, ValueError):  # such as bytes, or not a number
+                    continue
+        return kept
 
     def _prefix(self, path: Path, number: int, row: dict[str, Any]) -> str:
         prefix = _value(path, number, row, self.prefix) if self.prefix else ""
@@ -62,6 +83,13 @@ class CustomSet:
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
             raise rows.DamagedRow(path, number, self.pass_rate, f"must be a number from 0 to 1, is {rate!r:.60}")
         return float(rate)
+
+
+def _plain_value(value: Any) -> Any:
+    """Dates, times and decimal numbers as text."""
+    if isinstance(value, date | time | Decimal):
+        return str(value)
+    raise TypeError
 
 
 def _value(path: Path, number: int, row: Mapping[str, Any], column: str) -> Any:

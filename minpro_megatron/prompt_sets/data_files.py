@@ -88,11 +88,11 @@ def count_rows(path: Path) -> int | None:
     return parquet_files.num_rows(path) if is_parquet(path) else None
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every `(row number from 1, row)`, in memory that does not grow with the file (except for a JSON array).
 
-    From parquet only those of `columns` that the file has are read. Raises UserError for a damaged file or one of
-    another kind, DamagedRow for a damaged row.
+    From parquet only those of `columns` that the file has are read; None: all. Raises UserError for a damaged file or
+    one of another kind, DamagedRow for a damaged row.
     """
     if is_parquet(path):
         yield from parquet_files.read_parquet_rows(path, columns)

@@ -32,8 +32,8 @@ def _names_in(field: Any) -> list[str]:
     return [f"{field.name}.{name}" for inner in field.type for name in _names_in(inner)]
 
 
-def read_parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every `(row number from 1, row)`; only those of `columns` that the file has are read.
+def read_parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every `(row number from 1, row)`; only those of `columns` that the file has are read (None: all).
 
     Raises UserError for a damaged file.
     """
@@ -41,7 +41,7 @@ def read_parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int,
 
     number = 0
     with _open(path) as file:
-        present = [field for field in file.schema_arrow if field.name in columns]
+        present = [field for field in file.schema_arrow if columns is None or field.name in columns]
         readings = {field.name: reading for field in present if (reading := _reading(field.type)) is not None}
         try:
             for batch in file.iter_batches(

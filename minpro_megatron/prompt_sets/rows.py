@@ -11,7 +11,7 @@ from typing import Any
 from minpro_megatron.errors import UserError
 
 PROMPT_FIELDS = ("id", "source", "prompt", "answer")
-OPTIONAL_FIELDS = ("pass_rate", "prefix")
+OPTIONAL_FIELDS = ("pass_rate", "prefix", "system", "metadata")
 
 
 class DamagedRow(UserError):

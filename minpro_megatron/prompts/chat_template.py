@@ -32,13 +32,16 @@ class ChatTemplate:
         self._path, self._template = _find_template(hf_path, settings)
         self._variables = _special_tokens(hf_path, settings) | dict(arguments)
 
-    def render_all(self, questions: Sequence[str], time_limit_s: float = TIME_LIMIT_S) -> list[str]:
-        """Each question as the user's only turn, followed by the beginning of the assistant's turn.
+    def render_all(
+        self, questions: Sequence[str], time_limit_s: float = TIME_LIMIT_S, systems: Sequence[str] | None = None
+    ) -> list[str]:
+        """Each question as the user's only turn, after its system message unless that is empty, followed by the
+        beginning of the assistant's turn.
 
         The text includes the begin token if the template writes one, so tokenize it without adding any. Raises
         UserError naming the file if the template fails, or exceeds its limits of time and memory.
         """
-        return self._render(questions, None, time_limit_s)
+        return self._render(questions, None, time_limit_s, systems)
 
     def after_response(self) -> str:
         """The text that the template writes after the assistant's response, starting with the token that ends its turn;
@@ -48,12 +51,15 @@ class ChatTemplate:
         before, _, after = text.rpartition(response)
         return after if before else ""
 
-    def _render(self, questions: Sequence[str], response: str | None, time_limit_s: float) -> list[str]:
+    def _render(
+        self, questions: Sequence[str], response: str | None, time_limit_s: float, systems: Sequence[str] | None = None
+    ) -> list[str]:
         limit_s = time_limit_s + TIME_LIMIT_PER_PROMPT_S * len(questions)
         request = {
             "template": self._template,
             "variables": self._variables,
             "questions": list(questions),
+            "systems": list(systems or [""] * len(questions)),
             "answer": response,
             "memory_bytes": MEMORY_LIMIT_BYTES,
             "cpu_s": int(limit_s) + 1,

@@ -31,11 +31,12 @@ class _Row(msgspec.Struct):
     answer: str
     pass_rate: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     prefix: str = ""
+    system: str = ""
 
 
 def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
-    """The prompts of a JSON Lines file of `{"id", "source", "prompt", "answer"}` and optionally `"pass_rate"` and
-    `"prefix"`. Empty lines and a byte order mark are ignored.
+    """The prompts of a JSON Lines file of `{"id", "source", "prompt", "answer"}` and optionally `"pass_rate"`,
+    `"prefix"` and `"system"`. Other fields, empty lines and a byte order mark are ignored.
 
     `setting` is the name of the setting that holds the path. Raises UserError naming file, line and field if a row
     is damaged, a prompt is empty, or an id is not unique, and if there are no rows.
@@ -63,6 +64,7 @@ def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
                 answer=row.answer,
                 prefix=row.prefix,
                 pass_rate=row.pass_rate,
+                system=row.system,
             )
         )
     if not prompts:
@@ -156,24 +158,36 @@ class TokenizedPrompt:
     token_ids: np.ndarray  # int32
 
 
-Rendering = Callable[[list[str]], list[str]]
+Rendering = Callable[[Sequence[Prompt]], list[str]]
 
 
 def make_rendering(data: DataConfig, hf_path: str) -> Rendering:
-    """A function that converts questions to the texts that the policy continues: instruction, then chat template.
+    """A function that converts prompts to the texts that the policy continues: instruction, then chat template, which
+    gets the system message. Without a template it raises UserError for a prompt with a system message.
 
     Raises UserError or FileNotFoundError if a chat template is wanted and the model has none.
     """
     text = instruction_text(data.instruction)
-    if not data.chat_template:
-        return lambda questions: [instruct(text, question) for question in questions]
-    template = ChatTemplate(hf_path, data.chat_template_arguments)
-    return lambda questions: template.render_all([instruct(text, question) for question in questions])
+    if data.chat_template:
+        template = ChatTemplate(hf_path, data.chat_template_arguments)
+        return lambda prompts: template.render_all(
+            [instruct(text, prompt.text) for prompt in prompts], systems=[prompt.system for prompt in prompts]
+        )
+
+    def render(prompts: Sequence[Prompt]) -> list[str]:
+        if with_system := [prompt.id for prompt in prompts if prompt.system]:
+            raise UserError(
+                f"data.chat_template = false: the prompt {with_system[0]!r} has a system message, which only a chat "
+                "template can present; set data.chat_template to true, or remove `system` from the rows"
+            )
+        return [instruct(text, prompt.text) for prompt in prompts]
+
+    return render
 
 
-def as_they_are(questions: list[str]) -> list[str]:
+def as_they_are(prompts: Sequence[Prompt]) -> list[str]:
     """The rendering without instruction and template."""
-    return questions
+    return [prompt.text for prompt in prompts]
 
 
 def tokenize(
@@ -212,7 +226,7 @@ def fitting(
     A prefix is tokenized separately from the text before it, so the boundary lies between the same tokens for every
     prefix.
     """
-    encoded = tokenizer.encode_all(rendering([prompt.text for prompt in prompts]))
+    encoded = tokenizer.encode_all(rendering(prompts))
     prefixes = tokenizer.encode_all([prompt.prefix for prompt in prompts])
     return [
         TokenizedPrompt(prompt, np.concatenate([token_ids, prefix_ids]))

@@ -1,8 +1,8 @@
 """Renders chat templates in a separate process: a template comes with a model and is untrusted code.
 
 Run as a file, isolated from this package. Reads from standard input a JSON object `{"template", "variables",
-"questions", "answer", "memory_bytes", "cpu_s"}` and writes `{"texts"}` or `{"error"}`. The environment is the same as
-in transformers (utils/chat_template_utils.py); the tests check that it does not differ.
+"questions", "systems", "answer", "memory_bytes", "cpu_s"}` and writes `{"texts"}` or `{"error"}`. The environment is
+the same as in transformers (utils/chat_template_utils.py); the tests check that it does not differ.
 """
 
 import json
@@ -49,13 +49,19 @@ def make_environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def render_all(template: str, variables: dict[str, Any], questions: list[str], answer: str | None = None) -> list[str]:
-    """Each question as the user's only turn, up to where the assistant begins; with an `answer` also the assistant's
-    complete turn. Raises jinja2.TemplateError."""
+def render_all(
+    template: str, variables: dict[str, Any], questions: list[str], systems: list[str], answer: str | None = None
+) -> list[str]:
+    """Each question as the user's only turn, after its system message unless that is empty, up to where the assistant
+    begins; with an `answer` also the assistant's complete turn. Raises jinja2.TemplateError."""
     compiled = make_environment().from_string(template)
     given = {"tools": None, "documents": None, "add_generation_prompt": answer is None} | variables
     turn = [] if answer is None else [{"role": "assistant", "content": answer}]
-    return [compiled.render(messages=[{"role": "user", "content": text}, *turn], **given) for text in questions]
+    chats = [
+        [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}, *turn]
+        for text, system in zip(questions, systems, strict=True)
+    ]
+    return [compiled.render(messages=chat, **given) for chat in chats]
 
 
 def main() -> None:
@@ -63,7 +69,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (request["memory_bytes"], request["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_s"], request["cpu_s"]))
     try:
-        answer = {"texts": render_all(*(request[name] for name in ("template", "variables", "questions", "answer")))}
+        names = ("template", "variables", "questions", "systems", "answer")
+        answer = {"texts": render_all(*(request[name] for name in names))}
     except Exception as error:  # a template's errors may be of any type
         answer = {"error": f"{type(error).__name__}: {error}"}
     json.dump(answer, sys.stdout)

@@ -70,7 +70,7 @@ def _length_problems(config: RunConfig, files: dict[str, list[Prompt]]) -> Itera
     fails."""
     try:
         rendering = make_rendering(config.data, config.model.hf_path)
-        rendering(["a question"])
+        rendering([Prompt(id="", source="", text="a question", answer="")])
     except (UserError, OSError) as error:
         yield str(error)
         return
@@ -85,5 +85,8 @@ def _length_problems(config: RunConfig, files: dict[str, list[Prompt]]) -> Itera
     for field, prompts in files.items():
         # Almost always one of the shortest fits, and the others need not be tokenized.
         shortest = sorted(prompts, key=lambda prompt: len(prompt.text) + len(prompt.prefix))
-        if not any(fitting(some, tokenizer, longest, rendering) for some in (shortest[:NUM_SHORTEST], shortest)):
-            yield str(none_fits(field, longest))
+        try:
+            if not any(fitting(some, tokenizer, longest, rendering) for some in (shortest[:NUM_SHORTEST], shortest)):
+                yield str(none_fits(field, longest))
+        except UserError as error:  # a prompt that the rendering refuses
+            yield f"{field}: {error}"

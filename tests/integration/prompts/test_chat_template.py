@@ -85,12 +85,26 @@ def test_text_and_tokens_are_those_of_transformers(tmp_path: Path, template: str
     model = write_model(tmp_path, template)
     data = DataConfig(train_file="", heldout_file="", chat_template=True, chat_template_arguments=arguments)
     rendering = make_rendering(data, str(model))
-    assert rendering(QUESTIONS) == expected(model, QUESTIONS, tokens=False, **arguments)
     prompts = [Prompt(id=str(n), source="s", text=text, answer="") for n, text in enumerate(QUESTIONS)]
+    assert rendering(prompts) == expected(model, QUESTIONS, tokens=False, **arguments)
     kept = tokenize(prompts, text_tokenizer(model), 500, "data.train_file", rendering)
     assert [one.token_ids.tolist() for one in kept] == expected(model, QUESTIONS, tokens=True, **arguments)
     begins = [tokenized.token_ids.tolist().count(1) for tokenized in kept]
     assert begins == ([1, 1, 1] if template == WITH_BEGIN else [0, 0, 0])  # never two, whatever the tokenizer adds
+
+
+def test_a_system_message_comes_before_the_question(tmp_path: Path) -> None:
+    model = write_model(tmp_path, QWEN_LIKE)
+    prompts = [Prompt(id="0", source="s", text="1+1=?", answer="", system="Be brief.")]
+    prompts += [Prompt(id="1", source="s", text="2+2=?", answer="")]
+    turns = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1=?"}]]
+    turns += [[{"role": "user", "content": "2+2=?"}]]
+    theirs = PreTrainedTokenizerFast.from_pretrained(model)
+    said = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, return_dict=False)
+    data = DataConfig(train_file="", heldout_file="", chat_template=True)
+    assert make_rendering(data, str(model))(prompts) == said
+    with pytest.raises(ValueError, match=r"data.chat_template = false: the prompt '0' has a system message"):
+        make_rendering(DataConfig(train_file="", heldout_file=""), str(model))(prompts)
 
 
 def test_held_out_prompts_are_worded_as_training_ones(tmp_path: Path) -> None:
@@ -161,7 +175,7 @@ def test_a_model_without_template_is_named(tmp_path: Path) -> None:
 )
 def test_a_template_reaches_only_what_it_is_given(template: str, problem: str) -> None:
     with pytest.raises(Exception, match=problem):
-        template_process.render_all(template, {}, ["q"])
+        template_process.render_all(template, {}, ["q"], [""])
 
 
 @pytest.mark.parametrize(
@@ -182,8 +196,8 @@ def test_a_template_that_fails_or_never_ends_is_one_line(tmp_path: Path, templat
 
 def test_a_template_process_whose_collector_is_gone_ends_by_itself() -> None:
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    request = {"template": endless, "variables": {}, "questions": ["q"], "answer": None, "memory_bytes": 2**31}
-    request["cpu_s"] = 1
+    request = {"template": endless, "variables": {}, "questions": ["q"], "systems": [""]}
+    request |= {"answer": None, "memory_bytes": 2**31, "cpu_s": 1}
     command = [sys.executable, "-I", template_process.__file__]
     run = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, timeout=60)
     assert run.returncode in (-signal.SIGXCPU, -signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,20 @@ def test_any_file_by_its_columns(tmp_path: Path) -> None:
     assert {(row["source"], row["prompt"], row["answer"]) for row in made} == {("mine", "1+1?", "2")}
     prompts = load_prompts(tmp_path / "mine.jsonl", "data.train_file")
     assert {prompt.prefix for prompt in prompts} == {"First", "Second", ""}
+
+
+def test_the_other_columns_and_a_system_message_are_kept(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    table = [{"q": chat, "a": {"b": "2", "style": "rule"}, "level": 3, "day": date(2026, 1, 2), "no": None}]
+    columns = ("--prompt-column", "q", "--answer-column", "a.b")
+    path = write_parquet(tmp_path / "in.parquet", table)
+    (row,), _ = prepare("custom", path, tmp_path / "mine.jsonl", *columns)
+    assert (row["prompt"], row["system"]) == ("1+1?", "Be brief.")
+    assert row["metadata"] == {"a": {"b": "2", "style": "rule"}, "level": 3, "day": "2026-01-02"}
+    (prompt,) = load_prompts(tmp_path / "mine.jsonl", "data.train_file")
+    assert prompt.system == "Be brief."
+    (row,), _ = prepare("custom", path, tmp_path / "mine.jsonl", *columns, "--no-metadata")
+    assert "metadata" not in row
 
 
 CUSTOM = ("--prompt-column", "q", "--answer-column", "a.b", "--pass-rate-column", "r", "--prefix-column", "p")

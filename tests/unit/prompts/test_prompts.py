@@ -133,7 +133,7 @@ def test_pass_rate_and_prefix_are_read_and_reach_the_group(tmp_path: Path, token
     rows = [row(1, pass_rate=1, prefix="12"), row(2, prefix=""), row(3, pass_rate=None)]
     prompts = load_prompts(write_rows(tmp_path / "rows.jsonl", rows), "data.train_file")
     assert [(prompt.prefix, prompt.pass_rate) for prompt in prompts] == [("12", 1.0), ("", None), ("", None)]
-    kept = tokenize(prompts, tokenizer, 7, "data.train_file", lambda questions: [f"{text}0" for text in questions])
+    kept = tokenize(prompts, tokenizer, 7, "data.train_file", lambda given: [f"{one.text}0" for one in given])
     assert kept[0].token_ids.tolist() == [4, 13, 4, 14, 3, 4, 5]
     group = PromptStream(kept[:1], run_config(tmp_path)).group(0, 0, 0)
     assert group.prompt_token_ids.tolist() == [4, 13, 4, 14, 3, 4, 5]
@@ -163,7 +163,9 @@ def test_the_prefix_counts_for_the_limit(tmp_path: Path, tokenizer: TextTokenize
 )
 def test_the_instruction_wraps_the_question(instruction: str, text: str) -> None:
     data = DataConfig(train_file="", heldout_file="", instruction=instruction)
-    assert make_rendering(data, "no model is looked at")(["What is {x}?"]) == [text]
+    assert make_rendering(data, "no model is looked at")(
+        [Prompt(id="0", source="s", text="What is {x}?", answer="")]
+    ) == [text]
 
 
 def test_a_missing_and_an_empty_file_are_named_by_their_setting(tmp_path: Path) -> None:
