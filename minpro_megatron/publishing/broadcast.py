@@ -34,10 +34,9 @@ class _Sending:
 class Broadcaster:
     """Sends buckets to a set of servers. Only rank 0 has one. A failure at any server closes the group for all."""
 
-    def __init__(self, device: torch.device, timeout_s: float, grace_s: float = GRACE_S) -> None:
+    def __init__(self, device: torch.device, timeout_s: float) -> None:
         self._backend = process_group_backend(device)
         self._timeout_s = timeout_s
-        self._grace_s = grace_s
         self._controls: dict[int, ServerControl] = {}
         self._members: frozenset[ServerAddress] = frozenset()
         self._group: UpdateGroup | None = None
@@ -114,7 +113,7 @@ class Broadcaster:
         self._sending = None
         self._memory.clear()
         group.close()
-        controls = [control.within(self._grace_s) for control in self._controls.values()]
+        controls = [control.within(GRACE_S) for control in self._controls.values()]
         farewell = start_for_all(controls, "destroy_weights_update_group", group_name=group.where["group_name"])
         farewell.results()  # errors are ignored: the group is not needed any more
 
@@ -128,10 +127,10 @@ class Broadcaster:
         culprits = calls.failures()
         if self._group is not None:
             self._group.close()
-        wait(everything, timeout=self._grace_s)
+        wait(everything, timeout=GRACE_S)
         failures = calls.failures()
         failures |= {
-            index: f"{self._name(index)}: no answer {self._grace_s:g} s after the group was closed"
+            index: f"{self._name(index)}: no answer {GRACE_S:g} s after the group was closed"
             for index in calls.unfinished()
         }
         if not failures:  # every server reports success although rank 0 failed to send

@@ -47,14 +47,17 @@ class UpdateGroup:
             "group_name": name,
             "backend": backend,
         }
+        # Connected here and not in `join`: after `close` a connection attempt would be repeated until the time limit.
+        self._joining_store = TCPStore(
+            address, self._store.port, is_master=False, wait_for_workers=False, timeout=self._timeout
+        )
         self._group: dist.ProcessGroup | None = None
 
     def join(self) -> None:
-        """Waits until all members have joined. Raises RuntimeError if the group is closed before that."""
-        address, port = self.where["master_address"], self.where["master_port"]
-        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=self._timeout)
+        """Waits until all members have joined. Raises RuntimeError if the group is closed before that, also if it is
+        closed before this call."""
         fields = {name: self.where[name] for name in ("world_size", "group_name", "backend")}
-        self._group = _join(store, 0, timeout=self._timeout, **fields)
+        self._group = _join(self._joining_store, 0, timeout=self._timeout, **fields)
 
     def broadcast(self, flat: Tensor) -> None:
         """Sends `flat` to all other members, which must receive a tensor of the same size. Returns when the broadcast

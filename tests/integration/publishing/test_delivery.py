@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from minpro_megatron.config.publish import PublishConfig
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.publishing import delivery as module
-from minpro_megatron.publishing.broadcast import Broadcaster, own_address
+from minpro_megatron.publishing.broadcast import GRACE_S, Broadcaster, own_address
 from minpro_megatron.publishing.canary import Difference, differences, distinct_continuations
 from minpro_megatron.publishing.delivery import Delivery, Limits, PublishError
 from minpro_megatron.records import PublishLease, ServerAddress
@@ -66,7 +66,7 @@ def deliver(servers: list[RecordedServer]) -> MakeDelivery:
         )
         config = PublishConfig.model_validate({"transport": "disk", "timeout_s": 30} | settings)
         controls = {address.index: ServerControl(address, config.timeout_s) for address in addresses}
-        broadcaster = Broadcaster(torch.device("cpu"), config.timeout_s, grace_s=0.5)
+        broadcaster = Broadcaster(torch.device("cpu"), config.timeout_s)
         return Delivery(config, lease, controls, broadcaster, limits=limits or Limits())
 
     return make
@@ -226,7 +226,7 @@ def test_a_refused_broadcast_ends_at_once_and_the_disk_is_next(
     delivery = deliver(transport="broadcast", timeout_s=60)
     start = time.monotonic()
     delivery.by_broadcast([], num_buckets=1)
-    assert time.monotonic() - start < 50  # not the time limit
+    assert time.monotonic() - start < GRACE_S / 2  # neither the time limit nor the time for servers to notice
     assert delivery.transport == "disk"
     assert sorted(delivery.controls) == [0, 1]
     assert servers[0].paths == [

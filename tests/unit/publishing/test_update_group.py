@@ -1,9 +1,13 @@
 """How the group of trainer and servers is made."""
 
 import os
+import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 
 from minpro_megatron.publishing.update_group import UpdateGroup
@@ -20,6 +24,24 @@ def test_its_store_listens_on_the_given_address_alone() -> None:
     }
     group.close()
     assert listening == {"127.0.0.1"}
+
+
+@pytest.fixture
+def default_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("default_group")
+def test_a_join_that_begins_after_the_group_was_closed_fails_at_once() -> None:
+    """A server may refuse before this process has begun to join."""
+    group = UpdateGroup(address="127.0.0.1", world_size=2, name="test", backend="gloo", timeout_s=5)
+    group.close()
+    start = time.monotonic()
+    with pytest.raises(dist.DistError):
+        group.join()
+    assert time.monotonic() - start < 2
 
 
 VARIABLE = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
