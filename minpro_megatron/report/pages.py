@@ -1,7 +1,6 @@
 """Self-contained HTML pages, and the escaping of text from outside."""
 
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from minpro_megatron.terminal_text import visible
+
+KEPT = "\n\t"  # control characters that a browser shows as what they are
 MAX_CHARACTERS = 2000  # of one text: a page with a hundred long responses is not readable
-# Control characters, characters that change the direction of text, and surrogates: a browser interprets or hides them,
-# or they cannot be encoded.
-_NOT_SHOWN = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:
@@ -33,23 +32,7 @@ def _environment() -> Environment:
 
 
 def _fit(value: object) -> object:
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def visible(text: str) -> str:
-    """`text` with the characters that a page cannot show escaped; line breaks and tabs stay.
-
-    >>> visible("a\\x00b")
-    'a\\\\u0000b'
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _NOT_SHOWN else _spelt_out(c) for c in text)
-
-
-def _spelt_out(character: str) -> str:
-    code = ord(character)
-    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+    return visible(value, keep=KEPT) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def short(value: object, longest: int = MAX_CHARACTERS) -> str:

@@ -16,11 +16,12 @@ from minpro_megatron.monitor.summary import read_summary, summarize, write_summa
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.records import CollectorTotals, EvaluationResult
 from minpro_megatron.report.figures import COLORS, VARIABLES, picture, smooth
-from minpro_megatron.report.pages import visible
+from minpro_megatron.report.pages import KEPT
 from minpro_megatron.report.report import write_report
 from minpro_megatron.report.run_charts import CHARTS, charts
 from minpro_megatron.report.settings import described
 from minpro_megatron.report.shown_samples import color_of
+from minpro_megatron.terminal_text import visible
 from tests.support.report_pages import HOSTILE, NASTY, Outline, assert_safe, history, write_entries, write_run
 from tests.support.run_examples import example_config
 
@@ -218,7 +219,7 @@ def test_nothing_that_comes_from_outside_gets_into_the_pages_structure(tmp_path,
     tokens = {"tokens": [nasty, 3, nasty], "ratios": [0.5, None, "2"]}
     samples = [{"step": nasty, nasty: nasty, "response": nasty}, {"response": nasty} | tokens]
     outline = assert_safe(report_with(tmp_path, samples).read_text(encoding="utf-8"))
-    assert outline.text.count(visible(nasty)) >= 8
+    assert outline.text.count(visible(nasty, keep=KEPT)) >= 8
     assert "49" not in outline.text
 
 
