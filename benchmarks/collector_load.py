@@ -137,7 +137,8 @@ class Trainer:
         self._ready[index] = batch
 
     def _publish(self, version: int) -> None:
-        lease = self._feed.publish_begin(version)
+        with self._phase("wait to publish"):  # in delay mode until a batch is sampled
+            lease = self._feed.publish_begin(version)
         assert isinstance(lease, PublishLease)
         assert lease.version == version
         for server in self._servers:

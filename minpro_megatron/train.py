@@ -1,4 +1,4 @@
-"""The training loop: fetch a batch, score it, train on it, publish the weights, save.
+"""The training loop: fetch a batch, score it, train on it, publish the weights, save a checkpoint.
 
 `StepOrder` defines the order. All ranks follow it together; only rank 0 sends requests to the collector and passes the
 answers to the other ranks:
@@ -189,12 +189,13 @@ class Trainer:
     def _publish(self, version: int, changed: bool) -> None:
         """Publishes the current weights as `version`; `changed`: updates have changed them since the last version."""
         self._may_write()
-        with self._clock.phase("publish"):
+        with self._clock.phase("wait_for_batch"):  # in delay mode the servers first complete a batch
             lease = lease_for(
                 version,
                 lambda: self._mesh.from_rank_0(self._feed.publish_begin(version) if self._feed else None),
                 self._send,
             )
+        with self._clock.phase("publish"):
             self._send(lease, changed)
             self._note_scores(lease.evaluations)
             if self._report:

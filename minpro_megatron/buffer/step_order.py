@@ -6,14 +6,19 @@ the timer, the planner's simulation, the load benchmark and the trainers of the 
 In delay mode with n = 2, a run of four global steps is:
 
     before the first step: fetch 0, fetch 1
-    step 0: train 0, fetch 2 (scored with version 0), publish 1, save 1
-    step 1: train 1, fetch 3 (scored with version 1), publish 2, save 2
+    step 0: train 0, publish 1, fetch 2 (scored with version 0), save 1
+    step 1: train 1, publish 2, fetch 3 (scored with version 1), save 2
     step 2: train 2, publish 3, save 3
     step 3: train 3, publish 4, save 4
 
-A batch is fetched n steps before its own step, right after step k - n. The weights that sampled it are then the
-trainer's last but one, and the servers still hold them. With n = 0, and in bounded mode, whose batches contain tokens
-up to the current version, a batch is fetched right before its step.
+Batch k is fetched n steps before its own step, at the end of step k - n. Version k - n samples batch k alone, so the
+servers have nothing to do from the end of that batch to the next publication. Therefore the publication comes first,
+and the batch is scored while the servers already sample the following one. The weights that sampled it are then the
+trainer's last but one, of which it keeps a copy. A checkpoint comes after the scores, because it does not contain the
+weights that compute them.
+
+With n = 0, and in bounded mode, whose batches contain tokens up to the current version, a batch is fetched right before
+its step.
 """
 
 from collections.abc import Iterator
@@ -39,7 +44,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Publish:
-    """The weights are sent to the servers as `version`."""
+    """The weights are sent to the servers as `version`, once these have sampled what they were to sample before."""
 
     version: int
 
@@ -84,12 +89,12 @@ class StepOrder:
         """What happens in global step `step`, in order.
 
         >>> list(StepOrder(num_steps=4, ahead=2).of_step(1))
-        [Train(step=1), Fetch(batch=3, version=1), Publish(version=2), Save(version=2)]
+        [Train(step=1), Publish(version=2), Fetch(batch=3, version=1), Save(version=2)]
         """
         if self.ahead == 0:
             yield Fetch(step, step)
         yield Train(step)
+        yield Publish(step + 1)
         if self.ahead and step + self.ahead < self.num_steps:
             yield Fetch(step + self.ahead, step)
-        yield Publish(step + 1)
         yield Save(step + 1)

@@ -205,7 +205,7 @@ METRICS: dict[str, Declaration] = {
     "batch/imbalance": Declaration(
         "share", "mean", "Work of the busiest data-parallel rank above the mean of all ranks, as a share of the mean"
     ),
-    "time/wait_for_batch_s": Declaration("s", "max", "Time for which the trainer waited for rollouts"),
+    "time/wait_for_batch_s": Declaration("s", "max", "Time for which the trainer waited for rollouts and evaluations"),
     "time/score_s": Declaration(
         "s", "max", "Time of the scoring pass that computes the behavior log-probs of a coming batch"
     ),

@@ -257,7 +257,7 @@ class Simulation:
                             yield ("checkpoint", step, self._phases.checkpoint)
 
     def _publish(self, step: int) -> Generator[_Request]:
-        yield ("publish", step, lambda: self._schedule.may_publish() and not self._evaluation_left)
+        yield ("wait", step, lambda: self._schedule.may_publish() and not self._evaluation_left)
         self._pause(self._phases.pause)
         yield ("publish", step, self._phases.publish)
         self._schedule.published()

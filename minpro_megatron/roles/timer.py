@@ -124,10 +124,11 @@ class Timer:
     feed: BatchSource
     report: StepReport
     announce: Callable[[PublishLease], list[int]]
-    # Seconds from the possible start of a batch's sampling, or from the arrival of the previous batch, to its arrival
-    # here: an upper bound for a batch that was complete before it was requested.
+    # Seconds from the possible start of a batch's sampling, or from the end of the previous batch, to its end as it is
+    # known here: an upper bound for a batch that was complete before it was asked for.
     batch_seconds: list[float] = field(default_factory=list)
     _ready: dict[int, Batch] = field(default_factory=dict)
+    _num_complete: int = 0  # batches that are known to be sampled
     _sampling_since: float = 0.0
     _clock: PhaseClock = field(default_factory=lambda: PhaseClock(PHASES))
     _meter: ServerMeter | None = None
@@ -171,14 +172,21 @@ class Timer:
         index = fetch.batch
         with self._clock.phase("wait_for_batch"):
             batch = answer_to(lambda: self.feed.batch(index), self._send)
-        now = time.monotonic()
-        self.batch_seconds.append(now - self._sampling_since)
-        self._sampling_since = now
+        self._note_complete(index)
         if not all(group.is_scored for group in batch.groups):
             version = fetch.version if self._delay_mode else -1
             log_probs = [[response.rollout_log_probs for response in group.responses] for group in batch.groups]
             self.feed.scored(BehaviorLogProbs(index=index, policy_version=version, log_probs=log_probs))
         self._ready[index] = batch
+
+    def _note_complete(self, batch: int) -> None:
+        """The batch is sampled."""
+        if batch < self._num_complete:
+            return
+        self._num_complete = batch + 1
+        now = time.monotonic()
+        self.batch_seconds.append(now - self._sampling_since)
+        self._sampling_since = now
 
     def _consume(self, step: int) -> None:
         with self._clock.phase("train"):
@@ -186,8 +194,14 @@ class Timer:
         self.feed.consumed(TrainedStep(step=step, policy_version=step))
 
     def _publish(self, version: int) -> None:
-        with self._clock.phase("publish"):
+        with self._clock.phase("wait_for_batch"):
             lease = lease_for(version, lambda: self.feed.publish_begin(version), self._send)
+        if (
+            self._delay_mode
+            and (last := version - 1 + steps_ahead(self.config.staleness)) < self.config.num_global_steps
+        ):
+            self._note_complete(last)  # the version that is replaced has sampled its last batch
+        with self._clock.phase("publish"):
             assert self._meter is not None
             self._meter.add(lease.metrics, time.monotonic())
             self._send(lease)

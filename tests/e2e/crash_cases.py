@@ -9,6 +9,7 @@ LAUNCHER_KILLED, LAUNCHER_TERMINATED, GOES_ON = -9, 130, 0
 
 UPDATE = "minpro_megatron.actor.policy:Policy.update"
 SCORE = "minpro_megatron.actor.policy:Policy.score"
+BEHAVIOR = "minpro_megatron.actor.scoring:BatchScoring.behavior"
 FORWARD = "minpro_megatron.actor.forward:ForwardStep.__call__"
 PUBLISH = "minpro_megatron.publishing.publish:Publisher.publish"
 SEND = "minpro_megatron.publishing.broadcast:Broadcaster.send"
@@ -37,6 +38,9 @@ PHASES = {
         "collect", IN_TRANSACTION, moment="after", within=f"{JOURNAL}.consume", within_call=4
     ),
 }  # fmt: skip
+
+
+BESIDE_SCORING = CrashPoint("train", FORWARD, within=BEHAVIOR, within_call=5)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def in_collect() -> list[Case]:
     moments: dict[str, tuple[str, int, Moment]] = {
         "groups issued, not sent": ("issue", 4, "after"),
         "group committed, not counted": ("collect", 22, "after"),
+        "scores not committed, the next version samples": ("score", 5, "before"),
         "scores committed, not answered": ("score", 6, "after"),
         "version committed, servers not named": ("publish", 4, "after"),
         "evaluation in its file, not in the journal": ("evaluate", 3, "before"),
@@ -108,7 +113,14 @@ def in_train() -> list[Case]:
         "rank 0 killed, exported, no report": CrashPoint("train", WRITE_REPORT),
         "rank 0 killed, exported and reported, no summary": CrashPoint("train", WRITE_SUMMARY),
     }
-    return [Case(name, (point,)) for name, point in points.items()]
+    # Version 3 is published, and samples the last batch; the batch of version 2 has no scores yet.
+    published = {
+        "rank 0 killed, published, batch not fetched": CrashPoint("train", f"{FEED}.batch", 5),
+        "rank 0 killed, scoring, the next version samples": BESIDE_SCORING,
+    }
+    return [Case(name, (point,)) for name, point in points.items()] + [
+        Case(name, (point,), overrides=AT_ONCE) for name, point in published.items()
+    ]
 
 
 def after_the_end() -> list[Case]:
@@ -148,6 +160,7 @@ def without_restart() -> list[Case]:
         ),
         "a server killed, publishing": replace(PHASES["publishing"], victim="server"),
         "a server killed, mid-update": replace(PHASES["mid-update"], victim="server"),
+        "a server killed, scoring, the next version samples": replace(BESIDE_SCORING, victim="server"),
         "a checkpoint's writer killed": replace(PHASES["checkpointing"], victim="self"),
     }
     return [Case(name, (point,), GOES_ON) for name, point in points.items()]

@@ -30,10 +30,26 @@ def test_every_batch_is_fetched_once_and_before_it_is_trained_on(num_steps: int,
 
 @pytest.mark.parametrize(("num_steps", "ahead", "first"), [case for case in CASES if case[2] == 0])
 def test_a_batch_is_scored_with_the_version_that_sampled_it(num_steps: int, ahead: int, first: int) -> None:
-    """And that version is still on the servers, whose next one is published later."""
-    published = 0
+    """And the servers hold the next version already, if there is one: they sample while the batch is scored."""
+    published = trained = 0
     for event in events_of(StepOrder(num_steps, ahead, first)):
         if isinstance(event, Publish):
             published = event.version
+        if isinstance(event, Train):
+            trained = event.step + 1
         if isinstance(event, Fetch):
-            assert event.version == published == sampling_version(event.batch, ahead)
+            assert event.version == sampling_version(event.batch, ahead)
+            assert published == trained == min(event.version + 1, trained)
+            assert trained - event.version <= 1  # the trainer keeps the last version before the current one
+
+
+@pytest.mark.parametrize(("num_steps", "ahead", "first"), [case for case in CASES if case[1]])
+def test_a_checkpoint_comes_after_the_scores_that_its_weights_cannot_compute(
+    num_steps: int, ahead: int, first: int
+) -> None:
+    fetched: set[int] = set()
+    for event in events_of(StepOrder(num_steps, ahead, first)):
+        if isinstance(event, Fetch):
+            fetched.add(event.batch)
+        if isinstance(event, Save):
+            assert fetched >= set(range(first, min(event.version + ahead, num_steps)))

@@ -56,25 +56,26 @@ def test_without_delay_everything_happens_in_turn() -> None:
     assert found.step_s(0, 12) == pytest.approx(10 + 1 + 4 + 0.5)
     assert found.wait_share(0, 12) == pytest.approx(10 / 15.5)
     assert found.idle_share(0, 12) == pytest.approx(5.5 / 15.5)
-    assert [span.phase for span in found.spans[:5]] == ["wait", "score", "train", "publish", "publish"]
+    assert [span.phase for span in found.spans[:5]] == ["wait", "score", "train", "wait", "publish"]
 
 
 @pytest.mark.parametrize("delay", [1, 2, 5])
 def test_a_delay_overlaps_updates_with_generation(delay: int) -> None:
-    """From publication to publication: 10 s of generation beside 4 s of updates, then 1 s of scoring, 0.5 s to send."""
+    """From publication to publication: 10 s of generation beside scoring (1 s) and updates (4 s), then 0.5 s."""
     found = simulate({"delay_steps": delay})
     first = delay + 1
-    assert found.step_s(first, 12) == pytest.approx(11.5)
-    assert found.wait_share(first, 12) == pytest.approx(6 / 11.5)
-    assert found.idle_share(first, 12) == pytest.approx(1.5 / 11.5)
+    assert found.step_s(first, 12) == pytest.approx(10.5)
+    assert found.wait_share(first, 12) == pytest.approx(5 / 10.5)
+    assert found.idle_share(first, 12) == pytest.approx(0.5 / 10.5)
 
 
 def test_a_version_is_not_replaced_before_its_evaluation_has_ended() -> None:
     found = simulate({"delay_steps": 1}, evaluations={3: [Lengths(0, [5]), Lengths(0, [30])]})
     (start, end) = found.evaluations[3]
-    assert (start, end - start) == (pytest.approx(found.step_ends[2]), pytest.approx(30))
+    published = found.step_ends[2] - PHASES.score
+    assert (start, end - start) == (pytest.approx(published), pytest.approx(30))
     assert found.step_s(3, 4) == pytest.approx(30 + 0.5)  # sampled beside updates and scoring, then sent
-    assert found.step_s(4, 12) == pytest.approx(11.5)
+    assert found.step_s(4, 12) == pytest.approx(10.5)
     assert sorted(found.request_s)[-2:] == pytest.approx([10, 30])
 
 
