@@ -1,13 +1,14 @@
 """Qwen3-30B-A3B-Base: the paper's runs on eight machines of eight H100, and variants. See recipes/paper.py for files.
 
-32 GPUs train and 32 serve. Experts are 29.0 of the 30.5 billion parameters, so they must be divided: over 8 ranks,
+24 GPUs train and 40 serve. Experts are 29.0 of the 30.5 billion parameters, so they must be divided: over 8 ranks,
 which are on one machine (ranks are numbered tensor x context x data, in this order), so that tokens travel to their
 experts over NVLink. Attention is small (hidden size 2,048): tensor 2 is enough, and a row of 32,768 tokens is also
-divided by context 2, into 8,192 tokens per rank. A rank holds 38 GB (weights 9, gradients 18, optimizer 11).
+divided by context 2, into 8,192 tokens per rank. A rank holds 42 GB (weights 9, gradients 18, optimizer 15).
 
 A server of two GPUs has 61 GB of weights and 87 GB of KV cache (98 kB per token: 880,000 tokens); four GPUs would
-save weights, but a decoding step waits for messages between GPUs in each of 48 layers. `minpro plan` expects 900 s
-per step with responses of 8,192 tokens on average, and 8 % less with 16 GPUs that train and 48 that serve.
+save weights, but a decoding step waits for messages between GPUs in each of 48 layers. `minpro plan` expects 695 s
+per step with responses of 8,192 tokens on average, 820 s with 32 GPUs that train and 32 that serve, and 821 s with 16
+and 48.
 """
 
 from minpro_megatron.config.parallel import ParallelConfig
@@ -19,8 +20,8 @@ def minpro() -> RunConfig:
     """MinPRO, two global steps off-policy: the paper's main run."""
     return paper.table_3(
         "Qwen3-30B-A3B-Base",
-        ParallelConfig(tensor=2, context=2, expert=8, data=8),
-        paper.servers(count=16, tensor_parallel=2),
+        ParallelConfig(tensor=2, context=2, expert=8, data=6),
+        paper.servers(count=20, tensor_parallel=2),
     )
 
 

@@ -19,6 +19,7 @@ class ModeTime:
     step_s: float
     wait_share: float
     idle_share: float
+    slot_share: float
     fits: bool
 
 
@@ -39,6 +40,6 @@ def other_modes(plan: Plan) -> list[ModeTime]:
             except UserError:
                 continue
             other = plan_run(config, cluster, plan.workload)
-            times = (other.step_s, other.wait_share, other.idle_share)
+            times = (other.step_s, other.wait_share, other.idle_share, other.slot_share)
             found.append(ModeTime(mode, steps, *times, fits=not other.problems))
     return found

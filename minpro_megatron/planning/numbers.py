@@ -40,6 +40,8 @@ def numbers(plan: Plan) -> dict[str, Any]:
             **asdict(plan.cost),
             "trainer_wait_share": plan.wait_share,
             "server_idle_share": plan.idle_share,
+            "server_slot_share": plan.slot_share,
+            "seconds_with_evaluations_and_checkpoints": plan.mean_step_s,
         },
         "evaluation": asdict(plan.evaluation),
         "first_checkpoint": {

@@ -1,7 +1,7 @@
 """Predicts whether a run fits on a cluster and how long a step takes, before the start and without torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from minpro_megatron.config.run import RunConfig
@@ -27,6 +27,7 @@ from minpro_megatron.planning.workload import GroupLengths, Workload, batch_of
 
 STEADY_STEPS = 4  # number of steps over which shares and durations are averaged
 SEARCH_STEPS = 2  # the same number for the comparison of splits
+MAX_SPLITS = 8  # of which all are tried
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Plan:
     generation_s: float  # of a batch, from its first group's start to its last one's end
     step_s: float
     wait_share: float  # share of the trainer's time waiting for rollouts
-    idle_share: float  # share of the servers' time without work
+    idle_share: float  # share of the servers' time without any group
+    slot_share: float  # share of the servers' slots that a response uses
     evaluation: EvaluationCost
     timeline: Timeline
     splits: list[SplitTime]  # the splits that were tried, best first; empty if the split was given
@@ -65,6 +67,14 @@ class Plan:
     @property
     def num_servers(self) -> int:
         return self.config.server.count
+
+    @property
+    def mean_step_s(self) -> float:
+        """Seconds per step on average over the run, with its evaluations and checkpoints."""
+        first, last = _steady(self.config)
+        saves = self.cost.checkpoint / self.steps_between_checkpoints if self.steps_between_checkpoints else 0.0
+        saves -= self.timeline.phase_s("checkpoint", first, last) / (last - first)  # already in `step_s`
+        return self.step_s + saves + self.evaluation.added_s * self.evaluation.times / self.config.num_global_steps
 
     @property
     def settings(self) -> list[str]:
@@ -84,14 +94,16 @@ def plan_run(
     model, or if the mesh allows no split."""
     architecture = find_architecture(config.model.hf_path)
     refuse_uneven_cuts(architecture, config.parallel)
-    planner = _Planner(architecture, cluster, workload or Workload.of(config), calibration or Calibration())
+    workload = workload or Workload.of(config)
+    lengths = GroupLengths(config, workload)
+    planner = _Planner(architecture, cluster, workload, calibration or Calibration(), lengths)
     if config.server.urls:  # external servers: their number is fixed
         config = config.model_copy(
             update={"server": config.server.model_copy(update={"count": len(config.server.urls)})}
         )
     if not cluster.total_gpus:
         return planner.plan(config, size_problems(config, cluster), [])
-    tried = [(planner.step_s(one), one) for one in splits_of(config, cluster)]
+    tried = best_first(list(splits_of(config, cluster)), planner.step_s)
     if not tried:
         raise UserError(
             f"gpus = {cluster.total_gpus}: no part of them can train: parallel.tensor x pipeline x context = "
@@ -99,12 +111,34 @@ def plan_run(
             f"{config.parallel.expert * config.parallel.expert_tensor}, and a server's server.tensor_parallel = "
             f"{config.server.tensor_parallel} do not go into it; give more GPUs, or lower these"
         )
-    tried.sort(key=lambda pair: pair[0])
     splits = [
         SplitTime(one.parallel.world_size, one.server.count * one.server.tensor_parallel, step_s)
         for step_s, one in tried
     ]
     return planner.plan(tried[0][1], [], splits)
+
+
+def best_first[Split](splits: Sequence[Split], step_s: Callable[[Split], float]) -> list[tuple[float, Split]]:
+    """(seconds per step, split) of the splits that were tried, best first. `splits` are in order of the trainer's size.
+
+    All are tried if there are at most MAX_SPLITS. Of more, every k-th is tried first, and then the neighbors of the
+    best one at half the distance, until this is 1: with more GPUs for it training gets faster, and generation slower,
+    so the best split is between two of those that were tried.
+    """
+    found: dict[int, float] = {}
+    stride = 1
+    while len(splits) > MAX_SPLITS * stride:
+        stride *= 2
+    wanted: Iterable[int] = range(0, len(splits), stride)
+    while True:
+        for place in wanted:
+            if 0 <= place < len(splits) and place not in found:
+                found[place] = step_s(splits[place])
+        if stride == 1 or not found:
+            break
+        best, stride = min(found, key=found.__getitem__), stride // 2
+        wanted = (best - stride, best + stride)
+    return [(found[place], splits[place]) for place in sorted(found, key=found.__getitem__)]
 
 
 @dataclass(frozen=True)
@@ -113,6 +147,7 @@ class _Planner:
     cluster: ClusterSize
     workload: Workload
     calibration: Calibration
+    lengths: GroupLengths  # of the run's groups, the same for all splits
 
     def plan(self, config: RunConfig, problems: list[str], splits: list[SplitTime]) -> Plan:
         gpu, node = self.cluster.kind, self.cluster.node_size
@@ -150,6 +185,7 @@ class _Planner:
             step_s=step_s,
             wait_share=timeline.wait_share(first, last),
             idle_share=timeline.idle_share(first, last),
+            slot_share=timeline.slot_share(first, last),
             evaluation=evaluation_cost(config, evaluated, first, timeline, with_evaluation),
             timeline=timeline,
             splits=splits,
@@ -186,8 +222,7 @@ class _Planner:
         # the length of a step is not known before the simulation: this is the trainer's work in it
         every = _steps_between_checkpoints(config, cost.score + cost.train + cost.publish)
         phases = Phases(cost.score, cost.train, cost.publish, cost.pause, cost.checkpoint, every)
-        lengths = GroupLengths(config, self.workload)
-        return Simulation(config, phases, server, lengths, evaluations).run(num_steps)
+        return Simulation(config, phases, server, self.lengths, evaluations).run(num_steps)
 
 
 def _steps_between_checkpoints(config: RunConfig, step_s: float) -> int:

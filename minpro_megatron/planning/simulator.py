@@ -74,6 +74,8 @@ class Timeline:
     spans: list[Span]
     step_ends: list[float]
     busy: list[list[tuple[float, float]]]  # of each server: times during which it had groups
+    slots: int  # of all servers: responses that they could process at once
+    slot_s: list[float]  # at each end of a step: the sum over responses so far of their time on a server
     batch_s: list[float]  # from the first issue of a step's groups to the end of the last one
     request_s: list[float]  # of each group: from its request to its answer
     evaluations: dict[int, tuple[float, float]]  # by policy version: from its publication to the last sample
@@ -85,14 +87,25 @@ class Timeline:
     def wait_share(self, first: int, last: int) -> float:
         """Share of the trainer's time over these steps in which it waited."""
         start, end = self.window(first, last)
-        waited = sum(_overlap(span.start, span.end, start, end) for span in self.spans if span.phase == "wait")
-        return waited / (end - start)
+        return self.phase_s("wait", first, last) / (end - start)
+
+    def phase_s(self, phase: str, first: int, last: int) -> float:
+        """Seconds of these steps that the trainer spent in a phase."""
+        window = self.window(first, last)
+        return sum(_overlap(span.start, span.end, *window) for span in self.spans if span.phase == phase)
 
     def idle_share(self, first: int, last: int) -> float:
         """Share of the servers' time over these steps without a group."""
         start, end = self.window(first, last)
         worked = sum(_overlap(*interval, start, end) for server in self.busy for interval in server)
         return 1 - worked / ((end - start) * len(self.busy))
+
+    def slot_share(self, first: int, last: int) -> float:
+        """Share of the servers' slots that a response used, on average over these steps. Servers that finish the last
+        long responses of a batch have work, but most of their slots are free."""
+        start, end = self.window(first, last)
+        used = self.slot_s[last - 1] - (self.slot_s[first - 1] if first else 0.0)
+        return used / ((end - start) * self.slots)
 
     def step_s(self, first: int, last: int) -> float:
         start, end = self.window(first, last)
@@ -106,6 +119,7 @@ def _overlap(start: float, end: float, low: float, high: float) -> float:
 @dataclass
 class _Server:
     model: ServerModel
+    index: int
     now: float = 0.0
     stalled_until: float = 0.0  # by prefills and publications
     tokens: float = 0.0  # of a response that has run from the beginning
@@ -118,9 +132,15 @@ class _Server:
     busy: list[tuple[float, float]] = field(default_factory=list)
     stamp: int = 0  # of its event that counts
     iteration_s: float = 1.0  # since that event was planned
+    slot_s: float = 0.0  # until `now`
+
+    def slot_s_at(self, time: float) -> float:
+        """The sum over responses of their time here until `time`, before which no response ends."""
+        return self.slot_s + len(self.running) * max(0.0, time - self.now)
 
     def advance(self, time: float) -> None:
         """Advances to `time`, before which no response ends."""
+        self.slot_s = self.slot_s_at(time)
         worked = time - max(self.now, self.stalled_until)
         if worked > 0 and self.running:
             gained = worked / self.iteration_s
@@ -191,7 +211,8 @@ class Simulation:
         """`lengths` of a training group, by its number; `evaluations`: the groups that are sampled in addition to the
         training groups with some policy versions."""
         self._config, self._phases, self._lengths = config, phases, lengths
-        self._servers = [_Server(server) for _ in range(server.num_servers)]
+        self._servers = [_Server(server, index) for index in range(server.num_servers)]
+        self._loads = [(0, index) for index in range(server.num_servers)]
         self._max_requests = config.server.max_requests_under_way
         self._queue: deque[int] = deque()
         self._evaluations = dict(evaluations or {})
@@ -211,6 +232,7 @@ class Simulation:
         self._numbers = itertools.count()
         self._spans: list[Span] = []
         self._step_ends: list[float] = []
+        self._slot_s: list[float] = []
         self._batch_s: list[float] = []
         self._now = 0.0
 
@@ -253,6 +275,7 @@ class Simulation:
                         yield from self._publish(step)
                     case Save(version):
                         self._step_ends.append(self._now)
+                        self._slot_s.append(sum(server.slot_s_at(self._now) for server in self._servers))
                         if self._phases.checkpoint_every and version % self._phases.checkpoint_every == 0:
                             yield ("checkpoint", step, self._phases.checkpoint)
 
@@ -286,7 +309,7 @@ class Simulation:
         while queue := self._queue or self._evaluation_queue:
             group = queue[0]
             lengths = self._lengths_of(group)
-            server = min(self._servers, key=lambda server: server.num_requests)
+            server = self._least_loaded()
             if server.num_requests and server.num_requests + len(lengths.responses) > self._max_requests:
                 return
             queue.popleft()
@@ -294,8 +317,15 @@ class Simulation:
             self._sent[group] = self._now
             server.advance(self._now)
             server.take(group, lengths)
+            heapq.heappush(self._loads, (server.num_requests, server.index))
             server.admit(self._numbers)
             self._plan_event(server)
+
+    def _least_loaded(self) -> _Server:
+        """The first of the servers with the fewest requests. The heap also has entries of earlier loads."""
+        while self._loads[0][0] != self._servers[self._loads[0][1]].num_requests:
+            heapq.heappop(self._loads)
+        return self._servers[self._loads[0][1]]
 
     def _start_evaluation(self, version: int) -> None:
         for lengths in self._evaluations.pop(version, ()):
@@ -310,6 +340,7 @@ class Simulation:
 
     def _end_group(self, group: int, server: _Server) -> None:
         server.release(len(self._lengths_of(group).responses))
+        heapq.heappush(self._loads, (server.num_requests, server.index))
         self._request_s.append(self._now - self._sent.pop(group))
         if group >= 0:
             self._ended[group] = self._now
@@ -350,4 +381,13 @@ class Simulation:
             if server.num_groups:
                 server.busy.append((server.busy_since, self._now))
         busy = [server.busy for server in self._servers]
-        return Timeline(self._spans, self._step_ends, busy, self._batch_s, self._request_s, self._evaluated)
+        return Timeline(
+            spans=self._spans,
+            step_ends=self._step_ends,
+            busy=busy,
+            slots=sum(server.model.max_running for server in self._servers),
+            slot_s=self._slot_s,
+            batch_s=self._batch_s,
+            request_s=self._request_s,
+            evaluations=self._evaluated,
+        )

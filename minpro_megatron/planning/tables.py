@@ -125,9 +125,11 @@ def _step_table(plan: Plan) -> Table:
     table.add_row(
         "step",
         _seconds(plan.step_s),
-        f"trainer waits {plan.wait_share:.0%} of it, servers are idle {plan.idle_share:.0%}",
+        f"trainer waits {plan.wait_share:.0%} of it; servers have no work {plan.idle_share:.0%} of it, and their slots "
+        f"are used to {plan.slot_share:.0%}",
         style="bold",
     )
+    table.add_row("on average", _seconds(plan.mean_step_s), "with the run's evaluations and checkpoints")
     cost = plan.evaluation
     table.add_row(
         "evaluation",
@@ -172,7 +174,8 @@ def _split_table(plan: Plan) -> Table:
 
 
 def _mode_table(modes: Sequence[ModeTime]) -> Table:
-    table = _table("other staleness", "mode", "steps", "s per step", "trainer waits", "servers idle", "")
+    columns = ("mode", "steps", "s per step", "trainer waits", "servers idle", "slots used", "")
+    table = _table("other staleness; a delay of more than 1 does not shorten a step", *columns)
     for mode in modes:
         table.add_row(
             mode.mode,
@@ -180,6 +183,7 @@ def _mode_table(modes: Sequence[ModeTime]) -> Table:
             _seconds(mode.step_s),
             f"{mode.wait_share:.0%}",
             f"{mode.idle_share:.0%}",
+            f"{mode.slot_share:.0%}",
             "" if mode.fits else "does not fit",
         )
     return table

@@ -81,8 +81,14 @@ class GroupLengths:
         self._prompt = max(1, round(workload.mean_prompt_tokens))
         self._per_group = config.batch.responses_per_prompt
         self._seed, self._purpose = config.seed, purpose
+        self._drawn: dict[int, Lengths] = {}
 
     def __call__(self, group: int) -> Lengths:
+        if group not in self._drawn:
+            self._drawn[group] = self._draw(group)
+        return self._drawn[group]
+
+    def _draw(self, group: int) -> Lengths:
         draw = random.Random(derive_seed(self._seed, self._purpose, group))
         return Lengths(self._prompt, [draw.choice(self._quantiles) for _ in range(self._per_group)])
 

@@ -163,7 +163,7 @@ def test_a_status_that_srun_hides_decides_about_the_restart(
         (["optimizer.learning_rate=fast"], "error: optimizer.learning_rate: Input should be a valid number"),
         (["parallel.expert=3", "parallel.data=1"], "error: parallel: expert x expert_tensor = 3 x 1 = 3 must divide"),
         (["parallel.tensor=16", "parallel.data=1"], "error: "),
-        (["--set", "topology.serve_nodes=1"], "error: server.count = 16 on topology.serve_nodes = 1: 16 per node"),
+        (["--set", "topology.serve_nodes=1"], "error: server.count = 20 on topology.serve_nodes = 1: 20 per node"),
         (["--set", "slurm.tme=1"], "slurm.tme: Extra inputs are not permitted"),
     ],
 )

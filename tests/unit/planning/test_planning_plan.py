@@ -15,7 +15,7 @@ from minpro_megatron.planning.evaluations import ASSUMED_PROMPTS
 from minpro_megatron.planning.gpus import gpu_kind
 from minpro_megatron.planning.memory import server_memory, state_bytes
 from minpro_megatron.planning.numbers import numbers
-from minpro_megatron.planning.plan import ClusterSize, Plan, plan_run
+from minpro_megatron.planning.plan import ClusterSize, Plan, best_first, plan_run
 from minpro_megatron.planning.workload import QUANTILES, GroupLengths, Workload, batch_of, response_quantiles
 from tests.support.imports_of_files import PACKAGE, ROOT, imported_names
 from tests.support.planned_runs import run_to_plan
@@ -331,3 +331,26 @@ def test_the_tool_draws_a_picture(tmp_path: Path) -> None:
     assert tool.main([RECIPE, tiny_model(tmp_path), *TINY, "--json", "--picture", str(picture)]) == 0
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("best", [0, 1, 17, 30, 41, 62])
+def test_of_many_splits_a_few_around_the_best_one_are_tried(best: int) -> None:
+    tried: list[int] = []
+
+    def step_s(split: int) -> float:
+        tried.append(split)
+        return abs(split - best) + 10.0
+
+    found = best_first(range(63), step_s)
+    assert found[0] == (10.0, best)
+    assert [seconds for seconds, _ in found] == sorted(seconds for seconds, _ in found)
+    assert len(tried) == len(set(tried)) < 20
+    assert len(best_first(range(7), step_s)) == 7
+
+
+def test_the_mean_step_has_its_share_of_evaluations_and_checkpoints() -> None:
+    plan = planned(evaluation={"every_steps": 10}, checkpoint={"every_steps": 5}, num_global_steps=100)
+    assert plan.evaluation.times == 11
+    evaluations = 11 * plan.evaluation.added_s / 100
+    assert plan.mean_step_s == pytest.approx(plan.step_s + evaluations + plan.cost.checkpoint / 5, rel=0.02)
+    assert plan.mean_step_s > plan.step_s

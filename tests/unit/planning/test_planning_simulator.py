@@ -119,6 +119,16 @@ def test_bounded_servers_stop_when_the_bound_is_reached() -> None:
     assert found.idle_share(4, 12) == pytest.approx(30 / 40)
 
 
+def test_slots_are_used_less_than_servers_have_work_while_the_longest_response_ends() -> None:
+    """One response of 40 s and seven of 10 s on eight slots, in steps of 45.5 s."""
+    lengths = {0: [40, 10], 1: [10, 10], 2: [10, 10], 3: [10, 10]}
+    found = simulate(
+        {"delay_steps": 0}, lengths=lambda group: Lengths(0, lengths[group % 4]), server=Steady(max_running=8)
+    )
+    assert found.idle_share(2, 12) == pytest.approx(5.5 / 45.5)
+    assert found.slot_share(2, 12) == pytest.approx((40 + 7 * 10) / (8 * 45.5))
+
+
 def test_a_batch_ends_with_its_longest_response() -> None:
     lengths = {0: [3, 5], 1: [40, 1], 2: [7, 7], 3: [2, 2]}
     found = simulate({"delay_steps": 0}, lengths=lambda group: Lengths(0, lengths[group % 4]))
