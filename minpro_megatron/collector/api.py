@@ -27,7 +27,8 @@ from aiohttp import web
 from minpro_megatron import records
 from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.scores import WrongScores
-from minpro_megatron.collector.collector import Collector, CollectorFailed
+from minpro_megatron.collector.changes import CollectorFailed
+from minpro_megatron.collector.collector import Collector
 from minpro_megatron.collector.leases import Conflict
 from minpro_megatron.collector.strangers import UnauthenticatedConnections
 from minpro_megatron.errors import RunBlocked, UserError

@@ -9,20 +9,20 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
-import numpy as np
 
 from minpro_megatron.buffer.journal import Journal
-from minpro_megatron.buffer.journal_errors import JournalError
-from minpro_megatron.buffer.journal_pruning import Pruned
-from minpro_megatron.buffer.journal_restore import RestoredGroup
-from minpro_megatron.buffer.schedule import Restored, Slot, make_schedule
+from minpro_megatron.buffer.schedule import make_schedule
 from minpro_megatron.buffer.scores import check_scores, check_trained, with_scores
-from minpro_megatron.buffer.staleness import RUN_START, Beginning, beginning_after, expected_staleness, staleness
+from minpro_megatron.buffer.staleness import RUN_START, Beginning
+from minpro_megatron.collector.changes import CollectorFailed, StateChanges
+from minpro_megatron.collector.consumption import checked_staleness, log_batch
 from minpro_megatron.collector.events import CollectorObserver
 from minpro_megatron.collector.grading_watch import GradingWatch
 from minpro_megatron.collector.leases import Conflict, Leases, Servers
+from minpro_megatron.collector.restoring import restore_state
+from minpro_megatron.collector.retention import JournalRetention
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import ProjectError, RunBlocked, UserError, first_error
+from minpro_megatron.errors import first_error
 from minpro_megatron.evaluation.in_run import CollectGroup, Evaluations, EvaluationSet, heldout_set
 from minpro_megatron.evaluation.sampling import append_result, write_results
 from minpro_megatron.monitor.status import write_status
@@ -46,10 +46,6 @@ SERVER_CHECK_INTERVAL_S = 0.5
 # The run ends if for this multiple of server.start_timeout_s no server has held the current weights.
 SERVERLESS_FACTOR = 3
 NUM_CANARY_PROMPTS = 4  # of the held-out prompts: a single one may have a continuation that is certain for any weights
-
-
-class CollectorFailed(ProjectError):
-    """The collector has failed; the message is the failure's."""
 
 
 class Collector:
@@ -83,19 +79,14 @@ class Collector:
         self._evaluations = Evaluations(config, [heldout_set(config, heldout), *benchmarks], collect_group)
         canaries = [prompt.token_ids.tolist() for prompt in heldout[:NUM_CANARY_PROMPTS]]
         self._leases = Leases(servers, canaries, self._evaluations, self._metrics)
-        self._changed = asyncio.Condition()
-        self._num_changes = 0
+        self._changes = StateChanges()
         self._writing_status = asyncio.Lock()
         self._beginnings: Sequence[Beginning] = (RUN_START,)
         self._schedule = make_schedule(config)
         self._serving = True  # servers hold the schedule's version
         self._next_step = 0
         self._groups: dict[int, CollectedGroup] = {}  # accepted and not yet consumed, by id
-        self._writes_checkpoints = config.checkpoint.saves_before_end and config.debug.trainer == "megatron"
-        self._resumed_from = 0
-        self._pruning: asyncio.Task[None] | None = None
-        self._checkpoints_begun: set[int] = set()  # by this trainer
-        self._failure: str | None = None
+        self._retention = JournalRetention(config, journal, self._training.with_routes, self.fail)
         self._finished = False
 
     @property
@@ -112,49 +103,19 @@ class Collector:
 
         Raises JournalError if journal and checkpoint do not belong together, UserError if the prompts have changed.
         """
-        delay_mode = self._config.staleness.mode == "delay"
-        groups, next_group = await self._journal.restore(
-            version, self._config.batch.num_prompts, delay_mode, self._training.with_routes
+        restored = await restore_state(
+            self._config, self._journal, self._stream, version, former_end, self._training.with_routes
         )
-        await self._restore_beginnings(version, former_end)
-        for group in groups:
-            self._restore_group(group)
-        restored = [
-            Restored(
-                Slot(group.group_id, group.batch_index, group.issued_version), bool(group.responses), group.dropped
-            )
-            for group in groups
-        ]
-        self._schedule = make_schedule(self._config, version, restored, next_group, self._beginnings)
-        self._next_step = self._resumed_from = version
+        self._groups, self._beginnings, self._schedule = restored.groups, restored.beginnings, restored.schedule
+        self._next_step = self._retention.resumed_from = version
         self._serving = version == 0  # the servers start from the initial weights
         self._evaluations.results = await self._journal.evaluations()
         write_results(self._config.run_dir, self._evaluations.results)
-        if groups or version:
+        if restored.num_groups or version:
             ready = len(self._groups)
-            log.info("resumes at global step %d: %d groups ready, %d to repeat", version, ready, len(groups) - ready)
+            to_repeat = restored.num_groups - ready
+            log.info("resumes at global step %d: %d groups ready, %d to repeat", version, ready, to_repeat)
         self._observer.resumed(version)
-
-    async def _restore_beginnings(self, version: int, former_end: int | None) -> None:
-        """Delay mode: sets where the run was extended, now or before, and which version samples the batches there."""
-        settings = self._config.staleness
-        if settings.mode != "delay":
-            return
-        added = beginning_after(former_end, version, self._num_steps, settings.delay_steps)
-        if added is not None:
-            await self._journal.begin(added)
-            log.info("the run is extended: version %d samples the batches from %d on", version, added.first_batch)
-        self._beginnings = await self._journal.beginnings()
-
-    def _restore_group(self, group: RestoredGroup) -> None:
-        issued = self._stream.group(group.group_id, group.batch_index, group.issued_version)
-        if group.prompt_id and issued.prompt.id != group.prompt_id:
-            raise UserError(
-                f"data.train_file = {self._config.data.train_file}: group {group.group_id} had the prompt "
-                f"{group.prompt_id!r}, now it is {issued.prompt.id!r}; restore the file with which the run started"
-            )
-        if group.responses:
-            self._groups[group.group_id] = CollectedGroup(issued=issued, responses=group.responses)
 
     async def run(self) -> None:
         """All sampling and evaluation of the run. Returns once the trainer has received the totals.
@@ -164,20 +125,17 @@ class Collector:
         try:
             async with asyncio.TaskGroup() as tasks:
                 while not self._finished:
-                    seen = self._num_changes
+                    seen = self._changes.count
                     if self._serving:
                         await self._start_what_may_start(tasks)
-                    async with self._changed:
-                        await self._changed.wait_for(lambda seen=seen: self._num_changes != seen)
+                    await self._changes.after(seen)
         except ExceptionGroup as group:
             # Tasks fail together, most of them because they are cancelled: one cause is enough.
             raise first_error(group) from None
 
     async def fail(self, message: str) -> None:
         """Reports the failure to all waiting requests, now and later."""
-        async with self._changed:
-            self._failure = message
-            self._notify()
+        await self._changes.fail(message)
 
     async def _start_what_may_start(self, tasks: asyncio.TaskGroup) -> None:
         version = self._version
@@ -207,11 +165,10 @@ class Collector:
         accepted = self._accepts(group)
         group = await self._journal.collect(group, accepted)
         self._grading.collected(group)
-        async with self._changed:
+        async with self._changes.making():
             self._schedule.collected(issued.group_id, accepted)
             if accepted:
                 self._groups[issued.group_id] = group
-            self._notify()
 
     def _accepts(self, group: CollectedGroup) -> bool:
         """Whether a step may train on the group; if not, another one is sampled in its place."""
@@ -226,9 +183,8 @@ class Collector:
         async with asyncio.TaskGroup() as tasks:
             for chosen in due:
                 tasks.create_task(self._evaluate(chosen, version))
-        async with self._changed:
+        async with self._changes.making():
             self._evaluations.under_way = False
-            self._notify()
 
     async def _evaluate(self, chosen: EvaluationSet, version: int) -> None:
         self._observer.evaluation_started(version, chosen.name)
@@ -250,7 +206,7 @@ class Collector:
 
     def start(self, version: int) -> None:
         """The trainer starts with the weights of `version`; both must resume from the same checkpoint."""
-        self._raise_failure()
+        self._changes.raise_failure()
         if version != self._next_step:
             raise Conflict(f"the trainer resumes from version {version}, the collector from {self._next_step}")
 
@@ -274,7 +230,7 @@ class Collector:
 
     async def scored(self, scores: BehaviorLogProbs) -> None:
         """Stores a batch's behavior log-probs. Raises WrongScores if they do not fit the batch."""
-        self._raise_failure()
+        self._changes.raise_failure()
         index = scores.index
         if index < self._next_step or not self._schedule.is_sampled_by_now(index) or not self._schedule.batch(index):
             raise Conflict(f"scores of batch {index}: it is not sampled yet, or consumed already")
@@ -290,7 +246,7 @@ class Collector:
 
     async def consumed(self, trained: TrainedStep) -> None:
         """Records that a step has trained on its batch. Checks the batch's staleness again."""
-        self._raise_failure()
+        self._changes.raise_failure()
         step, policy_version = trained.step, trained.policy_version
         chosen = self._schedule.batch(step)
         if step != self._next_step or chosen is None:
@@ -299,39 +255,15 @@ class Collector:
         if not all(group.is_scored for group in batch.groups):
             raise Conflict(f"step {step}: its batch has no behavior log-probs; send them first")
         check_trained(batch, trained)
-        found = [staleness(policy_version, group.oldest_version) for group in batch.groups]
-        for group, value in zip(batch.groups, found, strict=True):
-            self._refuse_wrong_staleness(step, group, policy_version, value)
+        found = checked_staleness(self._config, self._beginnings, batch, policy_version)
         await self._journal.consume(batch, found, chosen.surplus, trained.log_probs)
         for group_id in [*chosen.group_ids, *chosen.surplus]:
             del self._groups[group_id]
-        self._log_batch(batch)
-        async with self._changed:
+        log_batch(batch)
+        async with self._changes.making():
             self._schedule.consumed(step)
             self._next_step = step + 1
-            self._notify()
-        if not self._writes_checkpoints:  # after a crash it samples again, from the start or its initial checkpoint
-            self._start_pruning(self._resumed_from or self._next_step)
-
-    def _refuse_wrong_staleness(self, step: int, group: CollectedGroup, policy_version: int, value: int) -> None:
-        settings = self._config.staleness
-        expected = expected_staleness(step, settings.delay_steps, self._beginnings)
-        exact = settings.mode == "delay"
-        if value == expected if exact else 0 <= value <= settings.max_staleness:
-            return
-        rule = f"instead of {expected}" if exact else f"above staleness.max_staleness = {settings.max_staleness}"
-        raise Conflict(
-            f"step {step}: group {group.issued.group_id}, sampled with version {group.oldest_version} and consumed "
-            f"with version {policy_version}: staleness {value} {rule}"
-        )
-
-    def _log_batch(self, batch: Batch) -> None:
-        responses = [response for group in batch.groups for response in group.responses]
-        log.info(
-            "step %d consumed %d groups, %d responses, %d tokens, mean reward %.4f",
-            batch.index, len(batch.groups), len(responses), sum(len(response.token_ids) for response in responses),
-            float(np.mean([response.reward for response in responses])),
-        )  # fmt: skip
+        self._retention.consumed(self._next_step)
 
     async def publish_begin(self, version: int, timeout_s: float) -> PublishLease | None:
         """Permission to publish `version`; None if work under the previous version continues past `timeout_s`. A lease
@@ -355,17 +287,16 @@ class Collector:
     async def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
         """The servers of the indices `held_by` hold `version`. The others get no work until they hold it too. Servers
         that were `late` with an answer are restarted."""
-        self._raise_failure()
+        self._changes.raise_failure()
         self._leases.check_end(version)
         first_time = version != self._version or not self._serving
         if first_time:
             await self._journal.publish(version)
         self._leases.end(held_by, first_time, late)
-        async with self._changed:
+        async with self._changes.making():
             if version != self._version:
                 self._schedule.published()
             self._serving = True
-            self._notify()
         self._observer.published(version, held_by)
 
     def _republish_due(self) -> bool:
@@ -379,40 +310,16 @@ class Collector:
 
     async def checkpoint_begin(self, version: int) -> None:
         """Returns when the journal would survive a power cut, because the checkpoint of `version` will rely on it."""
-        self._raise_failure()
+        self._changes.raise_failure()
         if version != self._next_step:
             raise Conflict(f"checkpoint of version {version}: {self._next_step} steps have consumed their batches")
-        self._checkpoints_begun.add(version)
+        self._retention.checkpoint_begun(version)
         await self._journal.flush()
 
     async def checkpoint_end(self, version: int) -> None:
         """The checkpoint of `version` is complete: groups that earlier steps consumed are not needed to resume."""
-        self._raise_failure()
-        if version not in self._checkpoints_begun:  # pruning may remove something that is still needed
-            raise Conflict(f"checkpoint of version {version}: it was not started")
-        self._start_pruning(version)
-
-    def _start_pruning(self, needed_from: int) -> None:
-        """Prunes from the journal what steps before `needed_from` consumed: the routes at once, the rest after
-        journal_keep_steps steps."""
-        settings = self._config.collector
-        keep = settings.journal_keep_steps
-        due = {Pruned.EVERYTHING: min(needed_from, self._next_step - keep) if keep else 0}
-        if self._training.with_routes and not settings.journal_keep_routes:
-            due[Pruned.ROUTES] = needed_from
-        due = {what: before_step for what, before_step in due.items() if before_step > 0}
-        if due:
-            # During the trainer's next step: gigabytes take minutes, and new records meanwhile wait for one piece.
-            self._pruning = asyncio.create_task(self._prune(due, self._pruning))
-
-    async def _prune(self, due: Mapping[Pruned, int], earlier: "asyncio.Task[None] | None") -> None:
-        if earlier is not None:
-            await earlier
-        try:
-            for what, before_step in due.items():
-                await self._journal.prune(before_step, what)
-        except (JournalError, RunBlocked) as error:
-            await self.fail(str(error))
+        self._changes.raise_failure()
+        self._retention.checkpoint_complete(version, self._next_step)
 
     async def finish(self, timeout_s: float) -> CollectorTotals | PublishLease | None:
         """The totals once the last version's evaluation has ended; None if that takes longer than `timeout_s`. A lease
@@ -430,26 +337,21 @@ class Collector:
 
     async def totals_delivered(self) -> None:
         """Lets `run` return: the trainer has its answer."""
-        async with self._changed:
+        async with self._changes.making():
             self._finished = True
-            self._notify()
 
     async def _wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
         """True once `ready`; False after `timeout_s`, or when a current lease must be published first."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
-            self._raise_failure()
+            self._changes.raise_failure()
             if ready():
                 return True
             self._refuse_to_wait_for_ever()
             left_s = deadline - asyncio.get_running_loop().time()
             if self._republish_due() or left_s <= 0:
                 return False
-            try:
-                async with asyncio.timeout(min(left_s, SERVER_CHECK_INTERVAL_S)), self._changed:
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+            await self._changes.next(min(left_s, SERVER_CHECK_INTERVAL_S))
 
     def _refuse_to_wait_for_ever(self) -> None:
         limit_s = SERVERLESS_FACTOR * self._config.server.start_timeout_s
@@ -458,11 +360,3 @@ class Collector:
                 f"no server has held version {self._version} for {limit_s:g} s ({SERVERLESS_FACTOR} x "
                 "server.start_timeout_s), so nothing can be sampled; see the logs of serve and train"
             )
-
-    def _notify(self) -> None:
-        self._num_changes += 1
-        self._changed.notify_all()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise CollectorFailed(self._failure)

@@ -29,7 +29,7 @@ async def collect(config: RunConfig, servers: FakeServers, long_poll_s: float) -
     async with CollectorApi(config.run_dir, "127.0.0.1", 0, INCARNATION, long_poll_s) as api:
         async with collecting(config, servers) as collector:
             api.serve(collector)
-            while not (collector._finished or collector._failure):
+            while not (collector._finished or collector._changes.failure):
                 await asyncio.sleep(0.005)
         await api.wait_until_failure_is_reported(5)
 

@@ -29,8 +29,8 @@ def run_to_the_end(config: RunConfig, servers: FakeServers, checkpoint_every: in
     async def main() -> None:
         async with collecting(config, servers) as collector:
             await FakeTrainer(config, checkpoint_every).run(collector)
-            if collector._pruning is not None:
-                await collector._pruning
+            if collector._retention.pruning is not None:
+                await collector._retention.pruning
 
     asyncio.run(main())
 

@@ -10,7 +10,7 @@ import pytest
 
 from minpro_megatron.buffer.schedule import ScheduleError
 from minpro_megatron.buffer.scores import check_scores, check_trained
-from minpro_megatron.collector.collector import CollectorFailed
+from minpro_megatron.collector.changes import CollectorFailed
 from minpro_megatron.collector.grading_watch import MAX_GROUPS_IN_A_ROW, GradingError, GradingWatch
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import (

@@ -283,8 +283,8 @@ def test_a_journal_without_checkpoints_forgets_as_well(
     async def main() -> None:
         async with collecting(config, FakeServers(2)) as collector:
             await trainer.run(collector)
-            if collector._pruning is not None:
-                await collector._pruning
+            if collector._retention.pruning is not None:
+                await collector._retention.pruning
 
     asyncio.run(main())
     assert kept_steps(config) == kept
@@ -298,7 +298,7 @@ def test_with_checkpoints_only_what_they_include_is_forgotten(tmp_path: Path, ch
     async def main() -> None:
         async with collecting(config, FakeServers(2)) as collector:
             await FakeTrainer(config, checkpoint_every=99).run(collector)
-            assert collector._pruning is None
+            assert collector._retention.pruning is None
 
     asyncio.run(main())
     assert kept_steps(config) == [0, 1, 2, 3]
