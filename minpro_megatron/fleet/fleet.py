@@ -8,7 +8,6 @@ seconds. A group waits until a server that holds the current version has capacit
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from minpro_megatron.config.run import RunConfig
@@ -17,13 +16,14 @@ from minpro_megatron.errors import ProjectError
 from minpro_megatron.fleet.dispatch import Dispatcher, Ticket
 from minpro_megatron.fleet.member import Client, Key, Member, client_maker
 from minpro_megatron.fleet.open_files import max_groups_under_way
+from minpro_megatron.fleet.probes import ProbeEvents, Probes
+from minpro_megatron.fleet.totals import FleetTotals
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.endpoints import num_servers, read_server_addresses, request_restart
 from minpro_megatron.serving.errors import (
     InvalidAnswer,
     OutOfFiles,
-    RequestRefused,
     ServerError,
     ServerUnavailable,
     WrongPolicyVersion,
@@ -33,10 +33,6 @@ from minpro_megatron.serving.errors import (
 log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.5
-# An answer to /model_info needs no computation, but the server's process may be busy with a large answer.
-MAX_PROBE_S = 30.0
-# For one token. SGLang itself gives up after 20 s.
-GENERATION_PROBE_S = 30.0
 # The minimum time between two log lines that the process can open no more files.
 OUT_OF_FILES_LOG_INTERVAL_S = 60.0
 START_MARGIN_S = 60.0
@@ -68,7 +64,6 @@ class Fleet:
         make_client: Callable[[ServerAddress], Client] | None = None,
         watch_interval_s: float = WATCH_INTERVAL_S,
     ) -> None:
-        self.version = 0
         self._watch_interval_s = watch_interval_s
         self._server = config.server
         self._run_dir = config.run_dir
@@ -86,12 +81,20 @@ class Fleet:
         self._changed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._failure: FleetError | None = None
-        self._publications = 0
-        self._counts: Counter[str] = Counter()
+        self._totals = FleetTotals()
+        self._probes = Probes(
+            config.server,
+            self._members,
+            watch_interval_s,
+            ProbeEvents(self._notify, self._fail, self.count, self.out_of_files, self.request_restart),
+        )
         self._out_of_files_at = -float("inf")
-        self._past_idle_s = 0.0
-        self._tokens_of: Counter[int] = Counter()
         self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def version(self) -> int:
+        """The policy version that groups are sampled with."""
+        return self._probes.version
 
     async def __aenter__(self) -> "Fleet":
         self._watching = asyncio.create_task(self._watch())
@@ -145,13 +148,12 @@ class Fleet:
 
         Each of them is checked once more before it gets work: it may have restarted since it received the weights.
         """
-        self.version = version
-        self._publications += 1
+        self._probes.set_version(version)
         for member in self._members.values():
             member.named_version = version if member.address.index in held_by else None
             member.take_back(with_the_weights=member.named_version is not None)
             member.probed_at = -float("inf")
-        self._probe_members()
+        self._probes.start_due()
         if outdated := [address.index for address in self.outdated()]:
             log.warning("version %d: servers %s do not hold it and get no work", version, outdated)
 
@@ -162,7 +164,7 @@ class Fleet:
             if member is None or member.restart_requested:
                 continue
             log.warning("%s is to be restarted: %s", member.name, reason)
-            self._counts["hung"] += 1
+            self.count("hung")
             member.restart_requested = True
             member.move_groups()
             try:
@@ -204,16 +206,16 @@ class Fleet:
         It does not if the server explains it: the server has gone, does not answer, or does not hold its version.
         """
         area = "invalid_answers" if isinstance(error, InvalidAnswer) else "failures"
-        self._counts[f"{area}/{error.kind}"] += 1
+        self.count(f"{area}/{error.kind}")
         member.suspend()  # the next check after the suspension dispatches the waiting groups
         if isinstance(error, ServerUnavailable | WrongPolicyVersion):
-            await self._ask(member)
+            await self._probes.ask(member)
         is_current = member.answers and member.held_version == self.version
         return is_current and self._members.get(member.key) is member
 
     def out_of_files(self, error: OutOfFiles) -> None:
         """Records that this process can open no more connections, which is not a fault of the servers."""
-        self._counts["out_of_files"] += 1
+        self.count("out_of_files")
         now = time.monotonic()
         if now - self._out_of_files_at > OUT_OF_FILES_LOG_INTERVAL_S:
             self._out_of_files_at = now
@@ -221,31 +223,23 @@ class Fleet:
 
     def count(self, name: str) -> None:
         """Adds one to the metric fleet/<name>."""
-        self._counts[name] += 1
+        self._totals.counts[name] += 1
 
     def metrics(self) -> dict[str, float]:
         """Totals since the start, and current rates; the names begin with fleet/."""
         alive = self._alive()
-        tokens = Counter(self._tokens_of)
-        tokens.update({member.address.index: member.num_tokens for member in self._members.values()})
-        idle_s = self._past_idle_s + sum(member.idle_s() for member in self._members.values())
-        found = {
-            "members": len(alive),
-            "current": len(self._current()),
-            "outdated": len(self.outdated()),
-            "slow": self._dispatcher.num_slow,
-            "groups_in_flight": sum(member.num_groups for member in self._members.values()),
-            "groups_waiting": self._dispatcher.num_waiting,
-            "idle_s": idle_s,
-            **{
-                name: self._counts[name]
-                for name in ("groups", "retries", "moved_groups", "restarts", "hung", "out_of_files")
+        return self._totals.metrics(
+            {
+                "members": len(alive),
+                "current": len(self._current()),
+                "outdated": len(self.outdated()),
+                "slow": self._dispatcher.num_slow,
+                "groups_in_flight": sum(member.num_groups for member in self._members.values()),
+                "groups_waiting": self._dispatcher.num_waiting,
             },
-            **self._counts,
-            **{f"tokens/{index}": count for index, count in sorted(tokens.items())},
-            **{f"tokens_per_s/{m.address.index}": rate for m in alive if (rate := m.rate) is not None},
-        }
-        return {f"fleet/{name}": float(value) for name, value in found.items()}
+            self._members.values(),
+            alive,
+        )
 
     def _describe_full_queue(self) -> str:
         current = self._current()
@@ -268,6 +262,11 @@ class Fleet:
         self._failure.__cause__ = error
         self._changed.set()
         self._dispatcher.fail(self._failure)
+
+    def _notify(self, member: Member | None = None) -> None:
+        """The state of `member`, or of any server, has changed: groups that wait may start."""
+        self._changed.set()
+        self._dispatcher.dispatch(member)
 
     async def _watch(self) -> None:
         try:
@@ -292,110 +291,9 @@ class Fleet:
             if key not in self._members:
                 client = await self._make_client(address).__aenter__()
                 self._members[key] = Member(address, client)
-        self._probe_members()
+        self._probes.start_due()
         self._dispatcher.judge_rates()
-        self._dispatcher.dispatch()
-        self._changed.set()
-
-    def _probe_members(self) -> None:
-        now = time.monotonic()
-        for member in self._members.values():
-            interval_s = self._server.health_interval_s if member.answers else self._watch_interval_s
-            if member.probe is None and now - member.probed_at >= interval_s:
-                member.probe = asyncio.create_task(self._probe(member))
-            if member.has_joined and member.answers and member.generation.is_due(self._server.health_interval_s):
-                member.generation.probe = asyncio.create_task(self._probe_generation(member))
-
-    async def _probe(self, member: Member) -> None:
-        try:
-            await self._ask(member)
-        except Exception as error:  # an error in this program must not be taken for a server's
-            self._fail(error)
-        member.probe = None
-        if member.probed_at < 0:  # a publication has ended meanwhile: the answer is from before it
-            self._probe_members()
-
-    async def _probe_generation(self, member: Member) -> None:
-        was_well, limit_s = member.generation.is_well, self._server.generation_timeout_s
-        try:
-            found = await member.generation.ask(lambda: member.client.generates(min(GENERATION_PROBE_S, limit_s)))
-        except OutOfFiles as error:
-            self.out_of_files(error)
-            return
-        except Exception as error:  # an error in this program must not be taken for a server's
-            self._fail(error)
-            return
-        finally:
-            member.generation.probe = None
-        if found is None:
-            return
-        if found != was_well:
-            state = "generates again" if found else "answers, but generates nothing: it gets no new work"
-            log.warning("%s %s", member.name, state)
-        if member.generation.is_silent_for(limit_s):
-            self.request_restart(
-                [member.address],
-                f"it answers, but has generated nothing for server.generation_timeout_s = {limit_s:g} s",
-            )
-        self._changed.set()
-        self._dispatcher.dispatch(member)
-
-    async def _ask(self, member: Member) -> None:
-        """Asks the server for its version, and records whether it answers."""
-        publications = self._publications
-        member.probed_at = time.monotonic()
-        try:
-            version = await member.client.policy_version(min(MAX_PROBE_S, self._server.unhealthy_after_s))
-        except RequestRefused as error:
-            if not member.has_joined:  # wrong API key, or not a rollout server
-                self._fail(error)
-            self._unanswered(member, str(error))
-        except InvalidAnswer as error:  # it answers, but with an invalid version
-            self._answered(member, None, str(error), publications)
-        except ServerUnavailable as error:
-            self._unanswered(member, str(error))
-        except OutOfFiles as error:
-            self.out_of_files(error)
-        else:
-            self._answered(member, version, f"it holds version {version}", publications)
-
-    def _answered(self, member: Member, version: int | None, described: str, publications: int) -> None:
-        member.answered_at = time.monotonic()
-        if not member.answers and member.has_joined:
-            log.info("%s answers again", member.name)
-        member.answers = True
-        if not member.has_joined:
-            member.has_joined, member.named_version = True, None
-            member.generation.seen()  # serve has seen it generate before it announced the address
-            self._counts["restarts"] += member.address.start > 0
-            # Only the initial weights are recognized by the version that the server reports: any other weights may be
-            # left from another run, or from a publication that was interrupted.
-            member.held_version = version if version == self.version == 0 else None
-            log.info("%s has joined (start %d): %s", member.name, member.address.start, described)
-        elif publications == self._publications:  # otherwise the answer may be older than the last publication
-            self._compare_version(member, version, described)
-        self._changed.set()
-        self._dispatcher.dispatch(member)
-
-    def _compare_version(self, member: Member, version: int | None, described: str) -> None:
-        if member.named_version is not None:
-            if version == member.named_version:
-                member.held_version = version
-            else:
-                log.warning("%s should hold version %d, but %s", member.name, member.named_version, described)
-            member.named_version = None
-        # During a publication the version may be higher already; a lower one means that the weights are lost.
-        elif member.held_version is not None and (version is None or version < member.held_version):
-            log.warning("%s has lost version %d: %s", member.name, member.held_version, described)
-            self._counts["restarts"] += 1
-            member.held_version = None
-
-    def _unanswered(self, member: Member, described: str) -> None:
-        if member.answers:
-            log.warning("no new work for a server that does not answer: %s", described)
-        member.answers = False
-        if member.has_joined and time.monotonic() - member.answered_at > self._server.unhealthy_after_s:
-            member.move_groups()
+        self._notify()
 
     def _remove(self, member: Member) -> None:
         """Removes a server whose address was withdrawn; its groups move to other servers."""
@@ -403,8 +301,7 @@ class Fleet:
         member.answers = False
         if member.num_groups:
             log.warning("%s is withdrawn; its %d groups move", member.name, member.num_groups)
-        self._past_idle_s += member.idle_s()
-        self._tokens_of[member.address.index] += member.num_tokens
+        self._totals.removed(member)
         closing = asyncio.create_task(member.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
