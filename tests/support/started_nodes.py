@@ -35,7 +35,7 @@ def roles_started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, Plan]
     started: list[tuple[int, int, Plan]] = []
 
     def run_roles(self: _Node, start: object, plan: Plan) -> int:
-        started.append((self._index, start.incarnation, plan))  # type: ignore[attr-defined]
+        started.append((self._this.index, start.incarnation, plan))  # type: ignore[attr-defined]
         return 0
 
     monkeypatch.setattr(_Node, "_run_roles", run_roles)

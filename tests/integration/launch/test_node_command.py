@@ -7,9 +7,11 @@ import pytest
 
 from minpro_megatron.__main__ import main
 from minpro_megatron.errors import TO_BE_CONTINUED, TryAgainError, UserError
-from minpro_megatron.launch import node as node_module
-from minpro_megatron.launch.node import _Node, _OthersFailed, _Watch, run_node
+from minpro_megatron.launch import agreement, other_nodes
+from minpro_megatron.launch.node import _Node, run_node
+from minpro_megatron.launch.other_nodes import OtherNodes, OthersFailed
 from minpro_megatron.launch.preflight.problems import Problem
+from minpro_megatron.launch.run_folder import claimed
 from minpro_megatron.launch.starts import Plan, Start, begin_start
 from minpro_megatron.launch.supervisor import Outcome
 from minpro_megatron.run_folder.early_end import EarlyEnd
@@ -72,7 +74,7 @@ def test_starts_that_nodes_refused_do_not_count(folder, roles_started, monkeypat
     """Their roles did not run, so that no checkpoint could be written."""
     assert restarts(folder, 0, 1, capsys)[0] == [0]
     with monkeypatch.context() as patch:
-        patch.setattr(node_module, "node_problems", lambda config, share, *_: [Problem("broken")])
+        patch.setattr(agreement, "node_problems", lambda config, share, *_: [Problem("broken")])
         assert restarts(folder, 1, 2, capsys)[0] == [2, 2]
     assert restarts(folder, 3, 1, capsys)[0] == [0]
     assert restarts(folder, 4, 1, capsys)[0] == [2]
@@ -85,7 +87,7 @@ def test_an_early_end_is_told_by_the_first_node_which_ends_last(folder, monkeypa
 
     def run_roles(self: _Node, start: Start, plan: Plan) -> int:
         status = self._conclude(start, Outcome(TO_BE_CONTINUED, early_end=end))
-        ended.append(self._index)
+        ended.append(self._this.index)
         return status
 
     monkeypatch.setattr(_Node, "_run_roles", run_roles)
@@ -105,9 +107,7 @@ def test_what_is_wrong_with_the_run_is_said_once(folder, roles_started, capsys):
 
 def test_what_is_wrong_with_a_node_is_said_with_its_name(folder, roles_started, monkeypatch, capsys):
     """Every node reports before one ends: the user mends all of it at once."""
-    monkeypatch.setattr(
-        node_module, "node_problems", lambda config, share, *_: [Problem(f"broken: {share.ranks} ranks")]
-    )
+    monkeypatch.setattr(agreement, "node_problems", lambda config, share, *_: [Problem(f"broken: {share.ranks} ranks")])
     assert run_all(options(folder, example_config(folder)), SLURM) == [2, 0]
     assert roles_started == []
     lines = sorted(capsys.readouterr().err.splitlines())
@@ -122,14 +122,14 @@ def test_what_is_wrong_with_a_node_is_said_with_its_name(folder, roles_started, 
     ],
 )
 def test_the_status_says_whether_another_start_may_succeed(folder, roles_started, monkeypatch, capsys, found, status):
-    monkeypatch.setattr(node_module, "node_problems", lambda config, share, *_: found if share.collects else [])
+    monkeypatch.setattr(agreement, "node_problems", lambda config, share, *_: found if share.collects else [])
     assert run_all(options(folder, example_config(folder)), SLURM) == [status, 0]
     assert roles_started == []
     assert capsys.readouterr().err.splitlines() == [f"error: node 1 (h1): {problem.line}" for problem in found]
 
 
 def test_a_node_that_does_not_come_is_named(folder, roles_started, monkeypatch, capsys):
-    monkeypatch.setattr(node_module, "REPORT_LIMIT_S", 0.05)
+    monkeypatch.setattr(agreement, "REPORT_LIMIT_S", 0.05)
     given = options(folder, example_config(folder), index=0)
     assert run_node(given, SLURM | {"SLURMD_NODENAME": "vm"}) == 69
     assert re.match(
@@ -139,7 +139,7 @@ def test_a_node_that_does_not_come_is_named(folder, roles_started, monkeypatch, 
 
 
 def test_without_a_plan_a_node_ends(folder, roles_started, monkeypatch):
-    monkeypatch.setattr(node_module, "PLAN_LIMIT_S", 0.05)
+    monkeypatch.setattr(agreement, "PLAN_LIMIT_S", 0.05)
     begin_start(folder / "runs" / "example").write_plan(Plan(key="slurm-6-0"))  # of another job
     with pytest.raises(
         TryAgainError, match=r"node 1 \(h1\): no plan of node 0 in .*starts for \d+ s: runs_dir must be on"
@@ -149,7 +149,7 @@ def test_without_a_plan_a_node_ends(folder, roles_started, monkeypatch):
 
 def test_a_folder_in_use_is_left_alone(folder, roles_started, capsys):
     config = example_config(folder)
-    with node_module.claimed(config.run_dir):
+    with claimed(config.run_dir):
         (config.run_dir / "report.html").write_text("of the other one")
         assert run_all(options(folder, config), SLURM) == [2, 0]
     assert "another launch is using" in capsys.readouterr().err
@@ -157,9 +157,9 @@ def test_a_folder_in_use_is_left_alone(folder, roles_started, capsys):
 
 
 def test_the_others_ends_are_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(node_module, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(other_nodes, "_LOOK_EVERY_S", 0.0)
     start = begin_start(tmp_path)
-    watch, ticks = _Watch(start, 2, 3, [0, 1]), list[int]()
+    watch, ticks = OtherNodes(start, 2, 3, [0, 1]), list[int]()
     tick = watch.also(lambda: ticks.append(1))
     tick()
     start.write_done(0, "h0")
@@ -171,7 +171,7 @@ def test_the_others_ends_are_seen(tmp_path, monkeypatch):
     start.write_failed(2, "h2", "its own failure is no news")
     tick()
     start.write_failed(1, "h1", "the role train was ended")
-    with pytest.raises(_OthersFailed, match=r"node 1 \(h1\) failed: the role train was ended"):
+    with pytest.raises(OthersFailed, match=r"node 1 \(h1\) failed: the role train was ended"):
         tick()
     assert len(ticks) == 5
 
