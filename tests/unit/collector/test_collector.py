@@ -134,12 +134,13 @@ def test_prompts_that_teach_nothing_end_the_run(tmp_path: Path, max_staleness: i
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_a_group_that_could_not_be_graded_is_dropped_and_replaced(tmp_path: Path, max_staleness: int) -> None:
     config = run_config(tmp_path, steps=4, delay=1, max_staleness=max_staleness)
-    servers = FailingGrades(lambda group_id: group_id % 3 == 1, exact=not max_staleness)
+    # so few that never three in a row fail, whatever the order in which groups end
+    servers = FailingGrades(lambda group_id: group_id % 7 == 1, exact=not max_staleness)
     trainer, totals = run_whole(config, servers)
     trained = [group for batch in trainer.trained.values() for group in batch.groups]
     assert [len(batch.groups) for batch in trainer.trained.values()] == [NUM_PROMPTS] * 4
     assert all(response.is_graded for group in trained for response in group.responses)
-    assert all(group.issued.group_id % 3 != 1 for group in trained)
+    assert all(group.issued.group_id % 7 != 1 for group in trained)
     assert totals.groups_consumed == 4 * NUM_PROMPTS
     assert 0 < totals.groups_not_graded == totals.groups_dropped
     assert totals.largest_staleness <= max(max_staleness, 1)
