@@ -3,91 +3,27 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from minpro_megatron.buffer.journal_reader import JournalReader
-from minpro_megatron.collector.collector import Collector
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.monitor.server_use import ServerMeter
 from minpro_megatron.monitor.step_report import StepReport
 from minpro_megatron.records import (
-    Batch,
-    BehaviorLogProbs,
     CollectorTotals,
     PublishLease,
     ServerAddress,
-    TrainedStep,
 )
 from minpro_megatron.roles.timer import Announcer, Timer
 from minpro_megatron.serving.control import ControlError
 from tests.support.collector_rig import collecting
+from tests.support.direct_feed import Direct, Written
 from tests.support.recorded_server import RecordedServer
 from tests.support.rollout_fakes import NUM_PROMPTS, FakeServers, run_config
-
-TIMEOUT_S = 5.0
-
-
-class Direct:
-    """A BatchSource: the collector itself, in another thread's event loop."""
-
-    def __init__(self, collector: Collector, loop: asyncio.AbstractEventLoop) -> None:
-        self._collector, self._loop = collector, loop
-
-    def _wait[Result](self, request: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(request, self._loop).result(TIMEOUT_S)
-
-    def start(self, version: int) -> None:
-        self._collector.start(version)
-
-    def batch(self, index: int) -> Batch | PublishLease:
-        answer = self._wait(self._collector.batch(index, TIMEOUT_S))
-        assert answer is not None, "the batch did not come"
-        return answer
-
-    def scored(self, scores: BehaviorLogProbs) -> None:
-        self._wait(self._collector.scored(scores))
-
-    def consumed(self, trained: TrainedStep) -> None:
-        self._wait(self._collector.consumed(trained))
-
-    def publish_begin(self, version: int) -> PublishLease:
-        lease = self._wait(self._collector.publish_begin(version, TIMEOUT_S))
-        assert lease is not None, "the lease did not come"
-        return lease
-
-    def publish_end(self, version: int, held_by: Sequence[int], late: Sequence[int] = ()) -> None:
-        self._wait(self._collector.publish_end(version, held_by))
-
-    def checkpoint_begin(self, version: int) -> None: ...
-
-    def checkpoint_end(self, version: int) -> None: ...
-
-    def finish(self) -> CollectorTotals | PublishLease:
-        answer = self._wait(self._collector.finish(TIMEOUT_S))
-        assert answer is not None, "the last evaluation did not end"
-        return answer
-
-    def close(self) -> None: ...
-
-
-class Written:
-    """In the place of a RunWriter: what it was told."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.steps: dict[int, dict[str, float]] = {}
-
-    def scalars(self, step: int, metrics: dict[str, float]) -> None:
-        self.steps.setdefault(step, {}).update(metrics)
-
-    def histogram(self, *_: object) -> None: ...
-
-    def text(self, *_: object) -> None: ...
 
 
 class Ran(msgspec.Struct):
