@@ -28,7 +28,7 @@ class _Measure(NamedTuple):
     name: str
     row: str  # a key of `_rows`
     reduction: Reduction
-    count: str = "trained"  # the row whose sum is the number of observations
+    observations: str = "trained"  # the row whose sum is the number of observations
 
 
 _MEASURES = (
@@ -47,7 +47,7 @@ _MEASURES = (
     _Measure("ratio/max", "ratio", "max"),
     _Measure("ratio/square_mean", "ratio_square", "mean"),
     _Measure("ratio/log_second_moment", "log_ratio_square", "mean"),
-    _Measure("ratio/min_position", "min_position", "mean", count="has_min_ratio"),
+    _Measure("ratio/min_position", "min_position", "mean", observations="has_min_ratio"),
     _Measure("mismatch/log_prob_abs_mean", "mismatch_abs", "mean"),
     _Measure("mismatch/log_prob_abs_max", "mismatch_abs", "max"),
     _Measure("mismatch/kl_k3", "mismatch_kl_k3", "mean"),
@@ -76,7 +76,7 @@ _IN_BUCKETS = ("trained", *_BY_BUCKET.values())
 # The parts of the vector in order, each with its rows.
 _PARTS: dict[str, tuple[str, ...]] = {
     # the rows of the buckets come first: token_statistics takes them as one slice
-    "sum": tuple(dict.fromkeys((*_IN_BUCKETS, *_rows_reduced_by("mean"), *(one.count for one in _MEASURES)))),
+    "sum": tuple(dict.fromkeys((*_IN_BUCKETS, *_rows_reduced_by("mean"), *(one.observations for one in _MEASURES)))),
     "min": _rows_reduced_by("min"),
     "max": _rows_reduced_by("max"),
     **dict.fromkeys(DIVISIONS, _IN_BUCKETS),
@@ -93,11 +93,11 @@ class Statistics:
 
 
 class _Entry(NamedTuple):
-    """The indices in `Statistics.numbers` of a metric's total (a sum, or an extreme) and of its count."""
+    """The indices in `Statistics.numbers` of a metric's total (a sum, or an extreme) and number of observations."""
 
     name: str
     total: int
-    count: int
+    observations: int
     reduction: Reduction
     is_bucket: bool = False  # a bucket is reported only if it is not empty
 
@@ -144,9 +144,9 @@ def as_metrics(micro_batches: Sequence[Statistics]) -> tuple[dict[str, Metric], 
         return {}, {}
     parts = [
         {
-            entry.name: Metric(numbers[entry.total], numbers[entry.count], entry.reduction)
+            entry.name: Metric(numbers[entry.total], numbers[entry.observations], entry.reduction)
             for entry in _layout()
-            if numbers[entry.count] or not entry.is_bucket
+            if numbers[entry.observations] or not entry.is_bucket
         }
         for numbers in torch.stack([one.numbers for one in micro_batches]).cpu().tolist()
     ]
@@ -210,7 +210,7 @@ def _entries() -> Iterator[_Entry]:
     index = _indices()
     for measure in _MEASURES:
         part = "sum" if measure.reduction == "mean" else measure.reduction
-        total, count = index[part, measure.row, 0], index["sum", measure.count, 0]
+        total, count = index[part, measure.row, 0], index["sum", measure.observations, 0]
         yield _Entry(measure.name, total, count, measure.reduction)
     for division, buckets in DIVISIONS.items():
         for name, row in _BY_BUCKET.items():
