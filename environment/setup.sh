@@ -100,13 +100,12 @@ PYTHON
 }
 
 is_up_to_date() {
-    [ -f "$STAMP" ] && [ -f "$INSTALLED" ] && ! must_start_anew &&
+    [ -f "$STAMP" ] && [ -f "$INSTALLED" ] && ! must_rebuild &&
         [ "$(<"$STAMP")" = "$(hash_inputs "$(<"$STATE.kind")")" ] && installed "$INSTALLED"
 }
 
-# An interrupted or broken environment, or one of another kind or Python, is made again; pip brings any other up to
-# date.
-must_start_anew() {
+# An interrupted or broken environment, or one of another kind or Python, is built again; pip updates any other.
+must_rebuild() {
     if [ -e "$UNFINISHED" ] || ! "$PY" -c '' 2>/dev/null || ! has_pip; then
         return 0
     fi
@@ -218,14 +217,14 @@ PYTHON
 
 set_up() {
     local kind python="" started=$SECONDS
-    if must_start_anew; then
+    if must_rebuild; then
         python=$(find_python)
         kind=$(machine_kind "$python")
-        echo "setup: making the $kind environment in $VENV with $("$python" -V) ($python)"
+        echo "setup: creating the $kind environment in $VENV with $("$python" -V) ($python)"
         empty_venv
     else
         kind=$(machine_kind "$PY")
-        echo "setup: bringing the $kind environment in $VENV up to date"
+        echo "setup: updating the $kind environment in $VENV"
     fi
     : >"$UNFINISHED"
     rm -f "$STAMP"
@@ -258,7 +257,7 @@ main() {
     [ $# -eq 0 ] || fail "unknown argument '$1': only --python is known"
     ! is_up_to_date || return 0
     # Before anything is written: without a Python there is nothing to lock.
-    ! must_start_anew || find_python >/dev/null
+    ! must_rebuild || find_python >/dev/null
     # Two makes at once would install into the same folder; the second finds the work done.
     if command -v flock >/dev/null; then
         mkdir -p "${VENV%/*}"

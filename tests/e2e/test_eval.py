@@ -275,7 +275,7 @@ def test_servers_of_others_at_a_later_version(
 
 
 @pytest.mark.long
-def test_it_ends_with_its_servers_when_told_to(tiny_model: TinyModel, data: Path, tmp_path: Path) -> None:
+def test_it_ends_with_its_servers_on_request(tiny_model: TinyModel, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = command(tiny_model, data, output, "--engine", "reference")
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

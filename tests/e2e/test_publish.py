@@ -224,7 +224,7 @@ def test_a_server_that_dies_in_a_broadcast_is_left_out_and_comes_back_later(flee
     assert held(fleet) == [(fleet.version, report.checksum)] * 2
 
 
-def test_faults_of_this_side_are_told(fleet: Fleet, trainer: Trainer) -> None:
+def test_faults_of_this_side_are_reported(fleet: Fleet, trainer: Trainer) -> None:
     trainer.publish(fleet.step())
     assert trainer.publish(fleet.step(rename="other.")).startswith(
         f"publishing version {fleet.version} changed no weight on the servers"

@@ -392,7 +392,7 @@ def test_a_fault_on_the_way_is_counted_and_changes_nothing_that_comes_out(
     limit_s = max(1.0, 10 * undisturbed.wall_time_s)
     if name == "drip":
         monkeypatch.setattr(client_module, "BODY_TIMEOUT_S", 1.0)
-    # the client itself mends what it may ask again for at once
+    # the client itself repeats the requests that it may repeat at once
     times = MAX_ATTEMPTS if metric in ("failures/connection", "failures/status") else 1
 
     async def main() -> None:

@@ -44,7 +44,7 @@ def read_rows(path: Path) -> dict[tuple[str, str, str], Row]:
 
 
 def write_rows(path: Path, rows: dict[tuple[str, str, str], Row], num_cases: int, limits: str) -> None:
-    """The whole file anew, rows in their natural order; a half-written file never takes the place of the last one."""
+    """Writes the complete file, rows in their natural order; a partly written file never replaces the last one."""
     names = [field.name.replace("_", " ") for field in fields(Row)]
     ordered = [astuple(rows[key]) for key in sorted(rows)]
     table = [names, ["---"] * len(names), *ordered]

@@ -10,7 +10,7 @@ from typing import Any
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
 
-MOST_RANKS = 8
+MAX_RANKS = 8
 ATTEMPTS = 25
 
 
@@ -54,10 +54,10 @@ class Case:
         return (self.model, str(self.packing), *degrees)
 
 
-def allowed_degrees(architecture: Architecture, most_ranks: int = MOST_RANKS) -> list[Degrees]:
-    """Every factorisation with at most `most_ranks` ranks that the package's own rules allow for the model."""
-    axis = range(1, most_ranks + 1)
-    found = (Degrees(*degrees) for degrees in product(axis, repeat=5) if _ranks(degrees) <= most_ranks)
+def allowed_degrees(architecture: Architecture, max_ranks: int = MAX_RANKS) -> list[Degrees]:
+    """Every factorisation with at most `max_ranks` ranks that the package's own rules allow for the model."""
+    axis = range(1, max_ranks + 1)
+    found = (Degrees(*degrees) for degrees in product(axis, repeat=5) if _ranks(degrees) <= max_ranks)
     return [degrees for degrees in found if _is_allowed(degrees, architecture)]
 
 

@@ -134,7 +134,7 @@ def trained(step: int, version: int | None = None) -> TrainedStep:
 
 
 class FakeServers:
-    """Stands for the fleet and what it samples: the servers hold versions, start anew with the initial weights, and
+    """Stands for the fleet and what it samples: the servers hold versions, restart with the initial weights, and
     answer after a few turns of the event loop that depend on the group's seeds.
 
     In delay mode (`exact`) it catches a version that replaces another under work. In bounded mode a response's tokens

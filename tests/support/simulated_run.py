@@ -1,7 +1,7 @@
 """A run in miniature, in simulated time: a schedule, servers, a trainer, crashes. Nothing sleeps, nothing is on disk.
 
 The trainer keeps the order of a run. Groups take times that differ by a factor of a
-thousand, fail and start anew, are dropped by a filter. A crash forgets everything but the journal and the checkpoints.
+thousand, fail and restart, are dropped by a filter. A crash forgets everything but the journal and the checkpoints.
 What must always hold is asserted where it happens.
 """
 

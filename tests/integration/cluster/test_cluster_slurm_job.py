@@ -160,7 +160,7 @@ def test_following_ends_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]  # fmt: skip
 
 
-def test_a_cluster_that_is_away_for_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_is_unreachable_for_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "POLL_S", 0.001)
     monkeypatch.setattr(following, "_MAX_SILENCE_S", 0.01)
     with pytest.raises(JobError, match="scontrol: gone"):

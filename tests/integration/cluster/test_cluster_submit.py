@@ -235,7 +235,7 @@ def test_the_job_of_an_installed_package_gets_the_package(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("program", ["sbatch", "mkdir"])
-def test_what_the_cluster_refuses_is_told_in_its_words(
+def test_a_refusal_of_the_cluster_is_reported_in_its_words(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nemo = pytest.importorskip("minpro_megatron.cluster.nemo")

@@ -213,7 +213,7 @@ def test_damaged_requests_are_refused(tmp_path: Path) -> None:
 
 class HeldEvaluations(FakeServers):
     held = False
-    loses_next = False  # the server starts anew right after the next publication
+    loses_next = False  # the server restarts right after the next publication
 
     def set_version(self, version, held_by):
         super().set_version(version, held_by)
@@ -227,7 +227,7 @@ class HeldEvaluations(FakeServers):
         return await super().collect(issued, sampling)
 
 
-def test_leases_for_servers_that_came_back_are_told_from_what_was_asked_for(
+def test_leases_for_servers_that_came_back_are_distinct_from_the_requested_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collector_module, "SERVER_CHECK_INTERVAL_S", 0.005)

@@ -65,7 +65,7 @@ def test_one_reward_for_all_rows_and_a_summary_for_programs(tmp_path: Path, caps
         ("tests.support.hostile_rewards:NUMBER", "not a function but of type int"),
     ],
 )
-def test_a_reward_that_cannot_be_used_is_told(tmp_path: Path, capsys, reward: str, message: str) -> None:
+def test_a_reward_that_cannot_be_used_is_reported(tmp_path: Path, capsys, reward: str, message: str) -> None:
     status, rows, errors = grade(capsys, write(tmp_path / "rows.jsonl", ROW), "--reward", reward)
     assert (status, rows) == (2, [])
     assert message in errors
@@ -84,7 +84,7 @@ def test_a_reward_that_cannot_be_used_is_told(tmp_path: Path, capsys, reward: st
         ("[" * 100_000, "recursion"),
     ],
 )
-def test_bad_rows_are_told_before_anything_is_graded(tmp_path: Path, capsys, row: Any, message: str) -> None:
+def test_bad_rows_are_reported_before_anything_is_graded(tmp_path: Path, capsys, row: Any, message: str) -> None:
     path = write(tmp_path / "rows.jsonl", ROW, row)
     status, rows, errors = grade(capsys, path)
     assert (status, rows) == (2, [])
@@ -92,7 +92,7 @@ def test_bad_rows_are_told_before_anything_is_graded(tmp_path: Path, capsys, row
     assert message in errors
 
 
-def test_every_bad_row_is_told_up_to_a_limit(tmp_path: Path) -> None:
+def test_every_bad_row_is_reported_up_to_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xff\n" + b"{}\n" * 30)
     with pytest.raises(ValueError, match=r"line 1: .*utf-8") as error:

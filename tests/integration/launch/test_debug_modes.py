@@ -93,7 +93,7 @@ def test_training_on_a_journal_needs_no_prompts_ports_or_servers(
         (["device=cuda"], r"^device = cuda: no usable NVIDIA GPU on this machine; set device=cpu$"),
     ],
 )
-def test_what_stops_training_on_a_journal_is_told_before(
+def test_obstacles_to_training_on_a_journal_are_reported_before_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], pattern: str
 ) -> None:
     monkeypatch.setattr(preflight, "count_gpus", lambda: 0)
@@ -121,7 +121,7 @@ def test_ports_of_servers_that_somebody_else_started_are_not_ours(
     assert len(problems(config_with(tmp_path, "server.first_port=30000"))) == 1
 
 
-def test_a_run_on_a_journal_is_not_begun_anew_by_accident(tmp_path: Path) -> None:
+def test_a_run_on_a_journal_is_not_started_again_by_accident(tmp_path: Path) -> None:
     config = with_journal(tmp_path)
     run_dir = config.run_dir
     run_dir.mkdir(parents=True)

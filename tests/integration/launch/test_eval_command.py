@@ -80,7 +80,7 @@ SMALL = ["--max-response-tokens", "32", "--max-prompt-tokens", "16"]
         (["--benchmarks", "gsm8k", "--model", "data"], "^--model = 'data': the file config.json is missing"),
     ],
 )
-def test_what_is_wrong_is_told_before_a_server_starts(
+def test_problems_are_reported_before_a_server_starts(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], pattern: str
 ) -> None:
     (line, *_) = errors_of(capsys, "eval", *GIVEN, *SMALL, *arguments)

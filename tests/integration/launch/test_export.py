@@ -159,9 +159,9 @@ def test_an_evaluation_of_a_checkpoint_writes_its_weights_once(
     other = saved(run_dir, 12, make_model(tmp_path / "other", MIXTURE))
     with pytest.raises(UserError, match=r"--output .*/out: it contains the evaluation of another checkpoint"):
         with_hf_model(EvaluationOptions(model=str(other), benchmarks=["gsm8k"], output=tmp_path / "out"))
-    lent = EvaluationOptions(
-        model=str(other), benchmarks=["gsm8k"], output=tmp_path / "lent", settings={"server.urls": ["http://a:1"]}
+    external = EvaluationOptions(
+        model=str(other), benchmarks=["gsm8k"], output=tmp_path / "external", settings={"server.urls": ["http://a:1"]}
     )
-    assert with_hf_model(lent).model == str(tmp_path / "hf")
+    assert with_hf_model(external).model == str(tmp_path / "hf")
     plain = EvaluationOptions(model=str(tmp_path / "hf"), benchmarks=["gsm8k"], output=tmp_path / "plain")
     assert with_hf_model(plain) is plain

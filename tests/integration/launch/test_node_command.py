@@ -80,7 +80,7 @@ def test_starts_that_nodes_refused_do_not_count(folder, roles_started, monkeypat
     assert restarts(folder, 4, 1, capsys)[0] == [2]
 
 
-def test_an_early_end_is_told_by_the_first_node_which_ends_last(folder, monkeypatch, capsys):
+def test_an_early_end_is_reported_by_the_first_node_which_ends_last(folder, monkeypatch, capsys):
     """The roles are ended by the supervisor; what it has found is the same on all nodes."""
     end = EarlyEnd(policy_version=3, reason="the time limit leaves 80 s", saved=True)
     ended = []
@@ -106,7 +106,7 @@ def test_what_is_wrong_with_the_run_is_said_once(folder, roles_started, capsys):
 
 
 def test_what_is_wrong_with_a_node_is_said_with_its_name(folder, roles_started, monkeypatch, capsys):
-    """Every node reports before one ends: the user mends all of it at once."""
+    """Every node reports before one ends: the user fixes all problems at once."""
     monkeypatch.setattr(agreement, "node_problems", lambda config, share, *_: [Problem(f"broken: {share.ranks} ranks")])
     assert run_all(options(folder, example_config(folder)), SLURM) == [2, 0]
     assert roles_started == []
@@ -204,7 +204,7 @@ def test_the_command_line_says_what_is_wrong(arguments, problem, capsys):
     assert problem in capsys.readouterr().err
 
 
-def test_a_share_of_the_servers_listens_where_it_is_told(folder, monkeypatch):
+def test_a_share_of_the_servers_listens_at_the_given_address(folder, monkeypatch):
     from minpro_megatron.roles import serve
 
     seen: list[tuple[str, range]] = []

@@ -99,7 +99,7 @@ def test_with_requests_in_flight(mode: str, servers: list[RecordedServer], deliv
     assert delivery.paused_s > 0
 
 
-def test_the_cache_stays_where_it_is_told_to(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
+def test_the_cache_stays_in_the_given_folder(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
     deliver(flush_cache=False).from_disk(FOLDER, num_bytes=10, written_s=0.0)
     assert servers[0].paths == ["update_weights_from_disk", *VERIFIED]
 

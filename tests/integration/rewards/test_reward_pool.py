@@ -208,7 +208,7 @@ def test_the_real_worker_grades() -> None:
     asyncio.run(main())
 
 
-def test_each_source_has_its_own_reward_and_what_was_compared_is_told() -> None:
+def test_each_source_has_its_own_reward_and_the_compared_part_is_reported() -> None:
     async def main() -> None:
         by_source = {"maths": "dapo", "mine": "tests.support.hostile_rewards:three"}
         async with RewardPool("calculator", 1, 5.0, by_source) as pool:
@@ -223,7 +223,7 @@ def test_each_source_has_its_own_reward_and_what_was_compared_is_told() -> None:
     asyncio.run(main())
 
 
-def test_a_reward_that_cannot_be_loaded_is_told_before_anything_is_graded() -> None:
+def test_a_reward_that_cannot_be_loaded_is_reported_before_anything_is_graded() -> None:
     async def main() -> None:
         async with RewardPool("calculator", 1, 5.0, {"mine": "tests.support.hostile_rewards:missing"}):
             raise AssertionError("started")

@@ -115,7 +115,7 @@ def test_missing_and_misshapen_routes_are_refused_with_what_to_do() -> None:
     ],
     ids=str,
 )
-def test_experts_that_the_model_cannot_take_are_told_with_their_layer(experts: list[int], message: str) -> None:
+def test_experts_that_the_model_cannot_take_are_reported_with_their_layer(experts: list[int], message: str) -> None:
     chosen = np.tile(np.array([3, 0, 15], np.int16), (4, 7, 1))
     assert wrong_choice(chosen, 10, EXPERTS) is None
     chosen[1, 6] = experts

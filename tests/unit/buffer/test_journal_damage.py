@@ -139,7 +139,7 @@ def content(response: Response) -> tuple:
 
 
 @pytest.mark.parametrize(("table", "column"), COLUMNS)
-def test_whoever_reads_a_changed_value_is_told(run_dir: Path, table: str, column: str) -> None:
+def test_a_reader_of_a_changed_value_gets_an_error(run_dir: Path, table: str, column: str) -> None:
     assert damage(run_dir, table, column)
     told = f"{run_dir / FILE_NAME}: group (4|1000).*; the file is damaged: give an undamaged copy of it"
     with JournalReader(run_dir) as reader, pytest.raises(JournalError, match=told):
@@ -311,7 +311,7 @@ def test_no_flipped_byte_of_the_file_changes_what_is_read(
             continue
         finally:
             shutil.rmtree(run_dir)
-        found = plain(groups) | dict.fromkeys(range(next_group, max(restored) + 1), ((),))  # issued anew
+        found = plain(groups) | dict.fromkeys(range(next_group, max(restored) + 1), ((),))  # issued again
         assert found.keys() == restored.keys(), place
         repeated = [group_id for group_id in found if found[group_id] != restored[group_id]]
         assert all(found[group_id][-1] == () for group_id in repeated), place

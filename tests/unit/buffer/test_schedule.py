@@ -255,8 +255,8 @@ def test_restored_groups_are_ready_or_repeated_and_ids_go_on() -> None:
     assert other.to_issue() == [Slot(4, -1, 2), Slot(8, -1, 2), Slot(9, -1, 2)]
 
 
-def test_a_group_that_is_repeated_is_as_young_as_the_weights_of_now() -> None:
-    """Group 4 was issued at version 1 and is sampled anew at version 2: no batch has to wait for it."""
+def test_a_repeated_group_is_as_young_as_the_current_weights() -> None:
+    """Group 4 was issued at version 1 and is sampled again at version 2: no batch has to wait for it."""
     restored = [Restored(Slot(4, -1, 1), ready=False), Restored(Slot(5, -1, 2), ready=True)]
     made = BoundedSchedule(config("bounded", prompts=1, max_staleness=1), 2, restored, 6)
     assert made.batch(2) == ([5], [])

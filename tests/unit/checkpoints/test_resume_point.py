@@ -131,7 +131,7 @@ def test_a_damaged_latest_is_refused_and_the_newest_whole_one_named(tmp_path, da
     assert read_latest(tmp_path) == manifest_of(10)
 
 
-def test_without_another_whole_checkpoint_it_says_how_to_start_anew(tmp_path):
+def test_without_another_complete_checkpoint_it_says_how_to_start_again(tmp_path):
     add(opened(tmp_path), 10)
     _truncate(tmp_path / CHECKPOINTS / "step-000010")
     with pytest.raises(ValueError, match="there is no other checkpoint: remove"):

@@ -18,7 +18,7 @@ def test_the_profiles_that_come_with_it_are_valid(path: Path) -> None:
     assert read_profile(path, []).workspace.startswith("/")
 
 
-def test_jobs_are_in_the_workspace_unless_told_otherwise() -> None:
+def test_jobs_are_in_the_workspace_unless_another_folder_is_given() -> None:
     assert read_profile(PROFILES[0], ["workspace=/a"]).jobs_folder == "/a/jobs"
     assert read_profile(PROFILES[0], ["workspace=/a", "job_dir=/b"]).jobs_folder == "/b"
 

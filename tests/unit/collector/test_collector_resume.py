@@ -306,7 +306,7 @@ def test_with_checkpoints_only_what_they_include_is_forgotten(tmp_path: Path, ch
 
 @pytest.mark.parametrize("crash_at", range(10, NUM_REQUESTS - 4, 3))
 @pytest.mark.parametrize("mode", ["delay", "bounded"])
-def test_a_run_that_forgot_without_checkpoints_starts_anew(
+def test_a_run_that_lost_its_state_without_checkpoints_starts_again(
     tmp_path: Path, undisturbed: FakeTrainer, mode: str, crash_at: int
 ) -> None:
     """In delay mode it is the same run: what is missing is sampled again, by the weights that sampled it before."""

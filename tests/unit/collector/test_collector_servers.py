@@ -65,7 +65,7 @@ def let_the_pause_pass(collector: Collector) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_server_that_comes_back_gets_the_weights_of_now_before_anything_else(tmp_path: Path) -> None:
+def test_a_server_that_comes_back_gets_the_current_weights_before_anything_else(tmp_path: Path) -> None:
     """Whatever the trainer asks for: a lease of the current version comes first, for that server alone."""
     config = run_config(tmp_path, steps=2, delay=1, evaluate_every=1)
 

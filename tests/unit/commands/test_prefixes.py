@@ -198,7 +198,7 @@ def test_other_cuts_sample_nothing_again(given: list[str], tmp_path: Path, monke
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
 
 
-def test_what_the_user_gave_wrong_is_told_in_a_line(
+def test_wrong_input_is_reported_in_one_line(
     given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert prefixes.main([*given, "--reward", "nothing"]) == 2

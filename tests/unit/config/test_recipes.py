@@ -245,7 +245,7 @@ def test_what_has_no_recipes_is_refused(name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODELS)
-def test_an_unknown_recipe_is_told_the_known_ones(module: str) -> None:
+def test_the_error_for_an_unknown_recipe_lists_the_known_ones(module: str) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(f"{module}:nope")
     (line,) = caught.value.problems

@@ -170,7 +170,7 @@ def test_an_answer_from_before_a_publication_says_nothing_after_it(monkeypatch: 
     asked(watch, False)
     clock.now += 400
     asked(watch, False)
-    watch.resume()  # it was not lent: another server's publication is no sign of life
+    watch.resume()  # it was not leased: another server's publication is no sign of life
     assert watch.is_silent_for(300)
     watch.suspend()
     clock.now += 400

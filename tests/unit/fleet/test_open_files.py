@@ -54,7 +54,7 @@ def test_the_soft_limit_is_raised_as_far_as_needed_and_allowed(monkeypatch: pyte
         assert limits.now == (expected, hard)
 
 
-def test_a_hard_limit_that_is_too_low_is_told_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hard_limit_that_is_too_low_is_reported_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = files_needed(config())
     Limits(monkeypatch, 1024, needed)
     assert limit_problem(config()) is None

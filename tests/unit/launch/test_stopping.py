@@ -44,7 +44,7 @@ def test_the_earliest_limit_counts(
     assert found == (None if expected is None else expected - ENDING_S)
 
 
-def test_the_trainer_is_told_by_when_it_must_have_saved(tmp_path: Path) -> None:
+def test_the_trainer_gets_the_time_by_which_it_must_have_saved(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     place = NodePlace(index=0, address="10.0.0.1", interface="eth0", head_address="10.0.0.1", rendezvous_port=1)
     topology = Topology(nodes=(NodeShare(ranks=1, num_servers=1, collects=True),))

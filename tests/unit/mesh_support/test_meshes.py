@@ -50,8 +50,8 @@ def test_every_allowed_factorisation_is_listed_once(architecture: Architecture, 
 
 
 def test_meshes_may_be_smaller() -> None:
-    assert allowed_degrees(MIXTURE, most_ranks=1) == [Degrees()]
-    assert {degrees.num_ranks for degrees in allowed_degrees(DENSE, most_ranks=3)} == {1, 2, 3}
+    assert allowed_degrees(MIXTURE, max_ranks=1) == [Degrees()]
+    assert {degrees.num_ranks for degrees in allowed_degrees(DENSE, max_ranks=3)} == {1, 2, 3}
 
 
 def test_at_most_16_meshes_hold_every_pair_of_choices() -> None:

@@ -103,7 +103,7 @@ def test_the_evaluations_of_a_version_are_one_entry_beside_its_step(tmp_path):
     assert trained.metrics == {"reward/mean": 0.1}
 
 
-def test_a_file_that_was_replaced_by_a_shorter_one_is_read_anew(tmp_path):
+def test_a_file_that_was_replaced_by_a_shorter_one_is_read_again(tmp_path):
     path = tmp_path / "lines"
     path.write_text("one\ntwo\nthree\n")
     tail = LineTail(path)

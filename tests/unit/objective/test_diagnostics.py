@@ -117,7 +117,7 @@ def by_token(tokens: Tokens) -> list[dict[str, float]]:
     ]
 
 
-def test_what_is_told_by_bucket_is_the_mean_of_the_buckets_tokens(drawn: tuple) -> None:
+def test_values_by_bucket_are_the_means_of_the_buckets_tokens(drawn: tuple) -> None:
     tokens, staleness, _ = drawn
     buckets: dict[str, list[float]] = {}
     seen: dict[int, int] = {}

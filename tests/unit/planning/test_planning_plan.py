@@ -69,14 +69,14 @@ def test_a_benchmark_that_is_here_is_counted_and_the_size_of_others_is_assumed(t
     assert planned(evaluation={"benchmarks": [mine | {"num_prompts": 3}]}).evaluation.responses == without + 3
 
 
-def test_a_time_limit_that_the_longest_group_exceeds_is_told() -> None:
+def test_a_time_limit_that_the_longest_group_exceeds_is_reported() -> None:
     (problem,) = planned(server={"request_timeout_s": 2}).problems
     assert problem.startswith("server.request_timeout_s = 2 must be at least the ")
     longest = int(problem.partition("at least the ")[2].partition(" s ")[0])
     assert planned(server={"request_timeout_s": longest + 1}).problems == []
 
 
-def test_too_little_memory_is_told_with_changes_that_help() -> None:
+def test_too_little_memory_is_reported_with_changes_that_help() -> None:
     plan = planned(model={"recompute": "none"}, parallel={"context": 1, "data": 8})
     (problem,) = plan.problems
     assert problem.startswith("memory of a trainer rank of stage 0 = ")
@@ -94,7 +94,7 @@ def test_no_single_change_helps_a_rank_that_is_far_too_small() -> None:
     assert problem.endswith(": take more GPUs for the trainer and cut the model further")
 
 
-def test_gpus_that_do_not_match_the_settings_are_told_with_those_that_would() -> None:
+def test_gpus_that_do_not_match_the_settings_are_reported_with_those_that_would() -> None:
     found = planned(ClusterSize("h100-80gb", trainer_gpus=32, server_gpus=16)).problems
     assert found == [
         "parallel: tensor x pipeline x context x data = 16 ranks must be as many as the trainer's GPUs = 32: set "
@@ -103,13 +103,13 @@ def test_gpus_that_do_not_match_the_settings_are_told_with_those_that_would() ->
     ]
 
 
-def test_a_cache_too_small_for_one_response_is_told() -> None:
+def test_a_cache_too_small_for_one_response_is_reported() -> None:
     (problem,) = planned(server={"max_total_tokens": 5000}).problems
     assert problem.startswith("server: the KV cache of 5,000 tokens next to 30.5 GB of weights must hold")
     assert "9,216: raise server.tensor_parallel = 2 or server.max_total_tokens" in problem
 
 
-def test_a_host_too_small_for_the_snapshots_is_told() -> None:
+def test_a_host_too_small_for_the_snapshots_is_reported() -> None:
     bounded = {"mode": "bounded", "max_staleness": 40}
     few = {"num_prompts": 4, "mini_batch_prompts": 4}
     (problem,) = planned(staleness=bounded, checkpoint={"every_steps": 0}, batch=few).problems
@@ -117,7 +117,7 @@ def test_a_host_too_small_for_the_snapshots_is_told() -> None:
     assert "the largest part falls with a smaller bound or delay of staleness (" in problem
 
 
-def test_the_best_split_is_found_and_told_as_settings() -> None:
+def test_the_best_split_is_found_and_given_as_settings() -> None:
     plan = planned(ClusterSize("h100-80gb", total_gpus=32))
     assert [(one.trainer_gpus, one.server_gpus) for one in plan.splits] != []
     assert {one.trainer_gpus + one.server_gpus for one in plan.splits} == {32}

@@ -112,7 +112,7 @@ def test_an_empty_file_is_refused(tmp_path, text):
         read_rollouts(tmp_path / "rows", VOCABULARY, False)
 
 
-def test_problems_are_told_together_and_not_by_the_thousand(tmp_path):
+def test_problems_are_listed_together_and_not_by_the_thousand(tmp_path):
     with pytest.raises(UserError) as raised:
         read(tmp_path / "rows", {"group": 1.5, "reward": "x"}, *[[]] * 30)
     problems = raised.value.problems

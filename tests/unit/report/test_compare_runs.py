@@ -141,7 +141,7 @@ def test_asked_for_metrics_are_drawn_with_the_asked_for_mean(tmp_path: Path) -> 
     assert "opacity: 0.25" not in compare(tmp_path, folder, "--metrics", "ratio/max", "--smooth", "1")
 
 
-def test_more_runs_than_colors_are_told_apart(tmp_path: Path) -> None:
+def test_more_runs_than_colors_are_distinguished(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / f"run-{n}", accuracies(0.1, 0.2, 0.3)) for n in range(11)]
     page = compare(tmp_path, *folders, "--metrics", "reward/accuracy")
     assert page.count("stroke-dasharray") == 1
@@ -194,7 +194,7 @@ def test_damaged_files_of_a_run_do_not_end_the_tool(tmp_path: Path) -> None:
         (["{tmp}/a", "--output", "{tmp}/absent/page.html"], ""),
     ],
 )
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
 ) -> None:
     make_run(tmp_path / "a", accuracies(0.5))
@@ -225,7 +225,7 @@ def test_bad_input_is_told_in_one_line(
         (["a", "--output", "runs/demo/metrics.jsonl"], "it must end in .html"),
     ],
 )
-def test_wrong_options_are_told_in_one_line(
+def test_wrong_options_are_reported_in_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:

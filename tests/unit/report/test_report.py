@@ -116,7 +116,7 @@ def test_colors_follow_the_page():
     assert not re.search("#[0-9a-f]{6}", svg)
 
 
-def test_all_phases_are_told_with_their_share_and_longest_step(tmp_path):
+def test_all_phases_are_listed_with_their_share_and_longest_step(tmp_path):
     entries = [
         Entry(0, 1.0, {"time/train_s": 1.0, "time/step_s": 4.0}),
         Entry(1, 2.0, {"time/train_s": 5.0, "time/step_s": 8.0}),
@@ -171,7 +171,7 @@ def test_a_setting_of_another_version_is_shown_and_breaks_nothing(tmp_path):
     assert_safe(write_report(tmp_path).read_text())
 
 
-def test_alarms_are_told_before_the_curves(tmp_path):
+def test_alarms_are_listed_before_the_curves(tmp_path):
     write_run(tmp_path, [Entry(0, 1.0, {"reward/accuracy": 0.5})])
     alarm = {"step": 12, "name": "entropy_collapse", "seen": "entropy 0.01 nats", "remedy": "explore more", "time": 1.0}
     lines = [json.dumps(alarm), json.dumps({"step": 13, "name": "other", "line": HOSTILE}), '{"step": 14, "na']

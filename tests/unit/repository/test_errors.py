@@ -50,7 +50,7 @@ def library_error(*_: object) -> int:
         (KeyboardInterrupt(), INTERRUPTED, ["interrupted"]),
     ],
 )  # fmt: skip
-def test_an_expected_error_is_told_without_a_traceback(
+def test_an_expected_error_is_reported_without_a_traceback(
     capsys: pytest.CaptureFixture[str], error: BaseException, status: int, lines: list[str]
 ) -> None:
     assert run_reporting(raising(error), "name", reads_given_files=True) == status

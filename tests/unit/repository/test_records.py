@@ -38,7 +38,7 @@ def test_a_batch_with_its_arrays_comes_back_as_it_was() -> None:
                     assert value == wanted
 
 
-def test_no_array_and_an_empty_one_are_told_apart() -> None:
+def test_no_array_and_an_empty_one_are_distinguished() -> None:
     empty = msgspec.structs.replace(GROUPS[0].responses[0], behavior_log_probs=np.zeros(0, np.float32))
     group = CollectedGroup(issued=GROUPS[0].issued, responses=[empty, GROUPS[0].responses[1]])
     one, other = records.decode(CollectedGroup, records.encode(group)).responses

@@ -67,7 +67,7 @@ def test_normalisation(answer: str, normal: str) -> None:
     assert normalise(answer) == normal
 
 
-def test_what_was_compared_is_told() -> None:
+def test_the_compared_part_is_reported() -> None:
     assert grade("Answer: $7$ km", "8").extracted == "7"
     assert grade("none", "8").extracted is None
 

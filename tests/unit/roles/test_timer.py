@@ -34,8 +34,8 @@ class Ran(msgspec.Struct):
 
 
 def run_timer(config: RunConfig, servers: FakeServers, lost: Sequence[int] = ()) -> Ran:
-    """A run with a real collector and journal, and the timer in a thread. All servers start anew while they are told
-    of the versions `lost`, for the first time."""
+    """A run with a real collector and journal, and the timer in a thread. All servers restart when they first
+    get one of the versions `lost`."""
     written, leases, losing = Written(config.run_dir), [], set(lost)
 
     def announce(lease: PublishLease) -> list[int]:
@@ -83,7 +83,7 @@ def test_bounded_mode_keeps_its_bound(tmp_path: Path) -> None:
     assert all(lease.requests_in_flight for lease in ran.leases)
 
 
-def test_servers_that_come_back_get_the_version_of_now(tmp_path: Path) -> None:
+def test_servers_that_come_back_get_the_current_version(tmp_path: Path) -> None:
     # noticed while it waits for batch 3, for version 4's evaluation before it may publish 5, and for that of the end
     config = run_config(tmp_path, steps=5, delay=1, evaluate_every=4)
     ran = run_timer(config, FakeServers(2), lost=[2, 4, 5])
@@ -105,7 +105,7 @@ class Clock:
         self._slept_s += seconds
 
 
-def test_a_step_takes_as_long_as_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_takes_the_given_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     for module in ("roles.timer", "monitor.phases"):
         monkeypatch.setattr(f"minpro_megatron.{module}.time", clock)
@@ -147,7 +147,7 @@ def lease_of(servers: Sequence[RecordedServer], in_flight: bool = False) -> Publ
 VERSION = ("update_weight_version", {"new_version": "4", "abort_all_requests": False})
 
 
-def test_servers_are_told_their_version_and_keep_their_weights(tmp_path: Path, servers: list[RecordedServer]) -> None:
+def test_servers_get_their_version_and_keep_their_weights(tmp_path: Path, servers: list[RecordedServer]) -> None:
     announce = Announcer(run_config(tmp_path))
     assert announce(lease_of(servers)) == [0, 1]
     assert all(server.received == [VERSION, ("flush_cache", {})] for server in servers)

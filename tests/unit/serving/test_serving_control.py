@@ -91,7 +91,7 @@ def test_a_failure_names_server_request_and_reason(
     assert str(caught.value) == expected
 
 
-def test_all_failures_are_told(servers: list[RecordedServer], controls: list[ServerControl]) -> None:
+def test_all_failures_are_reported(servers: list[RecordedServer], controls: list[ServerControl]) -> None:
     for server in servers:
         server.answers["flush_cache"] = (400, "busy")
     with pytest.raises(ControlError, match=r"server 0 .*busy; server 1 .*busy"):

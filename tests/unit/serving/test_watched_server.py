@@ -388,7 +388,7 @@ def test_addresses_that_cannot_be_servers_are_refused(url: str, problem: str) ->
     assert external_urls(ServerConfig(urls=["http://b:2/", "https://c"])) == ["http://b:2", "https://c"]
 
 
-def test_nobody_listening_is_told_from_silence() -> None:
+def test_nobody_listening_is_distinguished_from_silence() -> None:
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as silent:

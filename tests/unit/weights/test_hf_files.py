@@ -134,7 +134,7 @@ def set_index(folder: Path, weight_map: object) -> None:
 
 
 def test_rows_of_a_tensor_are_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_files, "_MAPPED_BYTES", 20)  # mapped anew for almost every read
+    monkeypatch.setattr(hf_files, "_MAPPED_BYTES", 20)  # mapped again for almost every read
     reader = HfReader(write_sharded(tmp_path))
     assert reader.names() == ["a", "b"]
     for first, count in ((0, 12), (0, 5), (5, 7), (11, 1)):

@@ -133,7 +133,7 @@ def test_what_an_update_aborts_goes_on_where_the_weights_have_come_and_nowhere_e
             assert publication._leases.current is not None
             assert [server.index for server in publication._leases.current.servers] == [0]
             again = asyncio.create_task(it.groups.collect(issued(2), SAMPLING))
-            await again  # the other one is not lent
+            await again  # the other one is not leased
             publication._leases.end([0], first_time=False)
             await until(lambda: it.metric("current") == 2)
             await asyncio.gather(*(it.groups.collect(issued(number), SAMPLING) for number in (3, 4)))
@@ -142,7 +142,7 @@ def test_what_an_update_aborts_goes_on_where_the_weights_have_come_and_nowhere_e
     run(test())
 
 
-def test_a_lent_server_that_ends_keeps_no_group(tmp_path: Path) -> None:
+def test_a_leased_server_that_ends_keeps_no_group(tmp_path: Path) -> None:
     async def test() -> None:
         async with publishing(tmp_path) as (it, publication, groups):
             _, sound = publication.engines
