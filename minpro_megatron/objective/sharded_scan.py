@@ -14,6 +14,9 @@ from torch import Tensor
 
 from minpro_megatron.objective.scan import IDENTITY, Operator, Runs, combined, unmasked
 
+# The loss functions of `objective.losses` are also used with other versions of torch: before 2.14 it has another name.
+_gather_into = vars(dist).get("all_gather_single") or vars(dist)["all_gather_into_tensor"]
+
 
 @cache  # a copy to a GPU waits for running kernels: once per mesh instead of once per micro-batch
 def _order_of_pieces(num_ranks: int, tensor_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -91,6 +94,6 @@ class ShardedScan:
         if self._group.size() == 1:
             gathered = totals
         else:
-            dist.all_gather_single(gathered, totals, group=self._group)
+            _gather_into(gathered, totals, group=self._group)
         by_rank = gathered.view(self._group.size(), self._num_sequences, 2)
         return by_rank.transpose(1, 2).reshape(-1, self._num_sequences)
