@@ -23,7 +23,7 @@ are expected (for Qwen3-14B 34 GB, which would just fit).
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +54,12 @@ OBJECTIVES = {
     "grpo": "GRPO with DAPO's clip",
     "gspo": "GSPO",
     "m2po": "M2PO",
-    "ctpo": "CTPO (arXiv:2605.07331)",  # not in the paper
+    # not in the paper
+    "ctpo": "CTPO (arXiv:2605.07331)",
+    "dppo": "DPPO (arXiv:2602.04879)",
+    "cppo": "CPPO (arXiv:2606.10968)",
+    "trm": "TRM (arXiv:2512.23075)",
+    "sapo": "SAPO (arXiv:2511.20347)",
 }
 
 Recipe = Callable[[], RunConfig]
@@ -123,10 +128,11 @@ def servers(count: int, tensor_parallel: int) -> ServerConfig:
     return ServerConfig(count=count, tensor_parallel=tensor_parallel, request_timeout_s=3600)
 
 
-def with_objective(config: RunConfig, objective: str) -> RunConfig:
-    """The same run with another objective at its own defaults; for objectives of the paper, those of its Table 3."""
+def with_objective(config: RunConfig, objective: str, settings: Sequence[str] = ()) -> RunConfig:
+    """The same run with another objective at its own defaults (for objectives of the paper, those of its Table 3), and
+    with other `settings` where they are given, as "objective.threshold=0.2"."""
     name = f"{config.name.removesuffix(config.objective.name)}{objective.replace('_', '-')}"
-    return with_overrides(config, [f"name={name}", f"objective.name={objective}"])
+    return with_overrides(config, [f"name={name}", f"objective.name={objective}", *settings])
 
 
 def on_policy(config: RunConfig) -> RunConfig:
@@ -178,13 +184,14 @@ def one_machine(config: RunConfig, parallel: ParallelConfig, server: ServerConfi
     return with_overrides(moved, [f"name={config.name}-one-machine", f"optimizer.cpu_offload={cpu_offload}"])
 
 
-def variants(minpro: Recipe) -> dict[str, Recipe]:
+def variants(minpro: Recipe, settings: Mapping[str, Sequence[str]] | None = None) -> dict[str, Recipe]:
     """The recipes, by name, that are variants of a model's main run: every objective, off-policy and on-policy, and
-    those that need only that run. A module lists them as its VARIANTS (launch/recipe.py)."""
+    those that need only that run. A module lists them as its VARIANTS (launch/recipe.py). `settings` are those of
+    objectives whose papers have other ones for this model than by default."""
     runs = {"minpro": minpro}
     for objective, title in OBJECTIVES.items():
         if objective != "minpro":
-            edit = partial(with_objective, objective=objective)
+            edit = partial(with_objective, objective=objective, settings=(settings or {}).get(objective, ()))
             runs[objective] = _edited(minpro, edit, f"{title}, two global steps off-policy.")
         runs[f"{objective}_on_policy"] = _edited(runs[objective], on_policy, f"{title} on-policy.")
     never_wait = "with servers that never wait: no token older than two versions."

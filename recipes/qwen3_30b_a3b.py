@@ -36,4 +36,4 @@ def minpro_one_machine() -> RunConfig:
     return paper.one_machine(minpro(), mesh, paper.servers(count=2, tensor_parallel=2), cpu_offload=1.0)
 
 
-VARIANTS = paper.variants(minpro)
+VARIANTS = paper.variants(minpro, {"cppo": ["objective.threshold=0.2"]})  # arXiv:2606.10968, section 4.1

@@ -7,11 +7,17 @@ from pydantic import Field, model_validator
 from minpro_megatron.config.base import Section
 
 Aggregation = Literal["token_mean", "sequence_mean"]
+Divergence = Literal["total_variation", "kl"]
 
 _NAME = "Name of the objective; it selects the objective's section of settings."
 _AGGREGATION = (
     "Average of the loss. token_mean averages it over all tokens of the mini-batch; sequence_mean first averages it "
     "over the tokens of each response, then over the responses."
+)
+
+_DIVERGENCE = (
+    "Estimate, from the sampled token alone, of the divergence of the policy pi from the sampling policy mu: |pi - mu| "
+    "(total_variation), or KL(mu || pi) of this token against all others, in nats (kl)."
 )
 
 
@@ -128,6 +134,111 @@ class M2poWinsorizedConfig(ObjectiveSection):
     )
 
 
+class TrustRegionSection(ObjectiveSection):
+    """What DPPO and CPPO share: the divergence of their trust region, and a limit of the ratio."""
+
+    divergence: Divergence = Field(default="total_variation", description=_DIVERGENCE)
+    largest_ratio: float | None = Field(
+        default=None,
+        ge=1,
+        description="The importance ratio is limited to this value; null means no limit.",
+    )
+
+
+class DppoConfig(TrustRegionSection):
+    """DPPO, arXiv:2602.04879: the ratio of the tokens whose probability stays near that of the sampling policy.
+
+    The thresholds are those of the paper's large runs; it has 0.15 for LoRA. With divergence = kl it has 0.05.
+    """
+
+    name: Literal["dppo"] = Field(default="dppo", description=_NAME)
+    threshold_low: float = Field(
+        default=0.2,
+        ge=0,
+        description="Largest divergence of a token with a negative advantage whose probability has fallen.",
+    )
+    threshold_high: float = Field(
+        default=0.2,
+        ge=0,
+        description="Largest divergence of a token with a positive advantage whose probability has risen.",
+    )
+    largest_ratio: float | None = Field(
+        default=20.0,
+        ge=1,
+        description="The importance ratio is limited to this value; null means no limit. The default is that of the "
+        "authors' implementation in verl; the paper warns of small values.",
+    )
+
+
+class CppoConfig(TrustRegionSection):
+    """CPPO, arXiv:2606.10968: DPPO with a position-weighted threshold and a budget for the divergence of the prefix.
+
+    The defaults are those of the paper's dense models; for Qwen3-30B-A3B it has threshold = 0.2. With divergence = kl
+    it has threshold = 0.1 and budget = 0.002.
+    """
+
+    name: Literal["cppo"] = Field(default="cppo", description=_NAME)
+    threshold: float = Field(default=0.15, ge=0, description="Largest weighted divergence of a token.")
+    budget: float = Field(
+        default=0.02,
+        ge=0,
+        description="Weighted mean of the divergences of the earlier tokens beyond which the threshold shrinks.",
+    )
+    smallest_weight: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Weight of the divergence of the last token of a response; that of the first is 1.",
+    )
+    horizon: int | None = Field(
+        default=None,
+        gt=0,
+        description="Position, counted in trained tokens, at which the weight has reached smallest_weight; null means "
+        "the last trained token of each response.",
+    )
+
+
+class TrmConfig(TrustRegionSection):
+    """Trust region masking, arXiv:2512.23075: the ratio, without whole sequences that have left a trust region.
+
+    The default is TRM-Max of the paper; its TRM-Avg has mean_divergence = 0.001, and both together 0.1 and 0.002.
+    """
+
+    name: Literal["trm"] = Field(default="trm", description=_NAME)
+    divergence: Divergence = Field(default="kl", description=_DIVERGENCE)
+    max_divergence: float | None = Field(
+        default=0.05,
+        ge=0,
+        description="Sequences in which the divergence of a token is larger are excluded; null means no limit.",
+    )
+    mean_divergence: float | None = Field(
+        default=None,
+        ge=0,
+        description="Sequences in which the mean divergence of the tokens is larger are excluded; null means no limit.",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> "TrmConfig":
+        if self.max_divergence is None and self.mean_divergence is None:
+            raise ValueError("max_divergence and mean_divergence are both null: trm needs one of them")
+        return self
+
+
+class SapoConfig(ObjectiveSection):
+    """SAPO, arXiv:2511.20347: a sigmoid of the ratio in place of a clip."""
+
+    name: Literal["sapo"] = Field(default="sapo", description=_NAME)
+    aggregation: Aggregation = Field(default="sequence_mean", description=_AGGREGATION)
+    temperature_positive: float = Field(
+        default=1.0,
+        gt=0,
+        description="Temperature of the gate of tokens with a positive advantage; a larger one narrows the gate.",
+    )
+    temperature_negative: float = Field(
+        default=1.05, gt=0, description="Temperature of the gate of all other tokens; a larger one narrows the gate."
+    )
+
+
 class CtpoConfig(ObjectiveSection):
     """CTPO, arXiv:2605.07331: PPO's clip on the product of the ratios up to t, bounds growing with sqrt(t).
 
@@ -171,6 +282,10 @@ ObjectiveConfig = Annotated[
     | M2poConfig
     | M2poWinsorizedConfig
     | CtpoConfig
+    | DppoConfig
+    | CppoConfig
+    | TrmConfig
+    | SapoConfig
     | PrefixRatioConfig
     | PrefixFilterConfig
     | ScaledCispoConfig

@@ -14,10 +14,14 @@ from minpro_megatron.objective.losses import (
     scaled_cispo_loss,
     shuffled_minpro_loss,
 )
+from minpro_megatron.objective.smooth_losses import sapo_loss
+from minpro_megatron.objective.trust_region_losses import cppo_loss, dppo_loss, trm_loss
 
 __all__ = [
     "cispo_loss",
+    "cppo_loss",
     "ctpo_loss",
+    "dppo_loss",
     "group_advantages",
     "grpo_loss",
     "gspo_loss",
@@ -26,6 +30,8 @@ __all__ = [
     "minpro_loss",
     "prefix_filter_loss",
     "prefix_ratio_loss",
+    "sapo_loss",
     "scaled_cispo_loss",
     "shuffled_minpro_loss",
+    "trm_loss",
 ]

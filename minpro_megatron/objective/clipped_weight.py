@@ -1,4 +1,4 @@
-"""The form - sg(clip(weight)) * advantage * log pi, which MinPRO and CISPO share: every token keeps a gradient."""
+"""The form - sg(weight) * advantage * log pi: the weight carries no gradient, and no clip stops that of log pi."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,12 @@ from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
 
 
 def clipped_weight_terms(tokens: PolicyTokens, weight_L: Tensor, settings: ClippedWeightSection) -> ObjectiveTerms:
-    """The terms of a weight that is clipped to 1 - clip_low .. 1 + clip_high and carries no gradient itself."""
+    """The terms of a weight that is clipped to 1 - clip_low .. 1 + clip_high, as MinPRO and CISPO have them."""
     clipped = torch.clamp(weight_L, 1 - settings.clip_low, 1 + settings.clip_high)
-    coefficients = clipped * tokens.advantages_L
-    return ObjectiveTerms(
-        coefficients, -coefficients * tokens.log_probs_L, clipped, clipped != weight_L, ~tokens.is_trained_L
-    )
+    return weighted_terms(tokens, clipped, clipped != weight_L)
+
+
+def weighted_terms(tokens: PolicyTokens, weight_L: Tensor, clipped_L: Tensor) -> ObjectiveTerms:
+    """The terms of `weight_L`, of which `clipped_L` says where a clip changed it."""
+    coefficients = weight_L * tokens.advantages_L
+    return ObjectiveTerms(coefficients, -coefficients * tokens.log_probs_L, weight_L, clipped_L, ~tokens.is_trained_L)

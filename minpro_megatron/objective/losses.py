@@ -1,86 +1,17 @@
-"""The objectives as functions for one's own training loop; docs/python_api.md describes their use.
-
-Every function computes with the same code as a run of this project: `objective.registry`.
+"""Loss functions for one's own training loop: MinPRO and the objectives that clip a ratio; docs/python_api.md describes
+their use. Every function computes with the same code as a run of this project: `objective.registry`.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypedDict, Unpack
+from typing import Unpack
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from minpro_megatron.config import objective as config
-from minpro_megatron.config.objective import Aggregation, ObjectiveSection
-from minpro_megatron.metrics.metric import values
-from minpro_megatron.objective.corrections import OtherLogProbs
-from minpro_megatron.objective.diagnostics import Statistics, as_metrics, token_statistics
-from minpro_megatron.objective.registry import OBJECTIVES
-from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, summed_loss, summed_value
-from minpro_megatron.objective.token_batch import ContextLayout, TokenBatch, refuse_unknown_layout, token_batch
-
-# statistics of inputs that these functions do not have: entropies, the server's log-probs, and staleness
-_NOT_MEASURED = ("policy/entropy", "mismatch/")
-_OF_STALENESS = "_by_staleness/"
+from minpro_megatron.config.objective import Aggregation
+from minpro_megatron.objective.loss_call import LossOptions, loss_function, objective_loss
 
 
-class LossOptions(TypedDict, total=False):
-    """The arguments that all functions share beside the four tensors."""
-
-    cu_seqlens: Tensor | Sequence[int] | None
-    denominator: float | Tensor | None
-    context_group: dist.ProcessGroup | None
-    context_layout: ContextLayout
-    metrics: dict[str, float] | None
-
-
-_SHARED_DOCUMENTATION = """
-
-    Args:
-        log_probs: log-probs of the sampled tokens under the current policy, with gradient: padded [B, T], or packed
-            [L] with `cu_seqlens`.
-        old_log_probs: the same tokens under the policy that sampled them, of the same shape.
-        advantages: one for each token, or one for each sequence ([B], or [sequences]).
-        mask: 1 (or True) for the tokens that are trained, of the same shape; other tokens may have any values.
-        aggregation: "token_mean" averages over tokens; "sequence_mean" over each sequence, then over sequences.
-        cu_seqlens: for packed tensors, the start of each sequence and the end of the last, [sequences + 1].
-        denominator: divides the sum over tokens (or sequences). Default: the number of trained tokens (sequences with
-            a trained token) of this batch, over all ranks of `context_group`.
-        context_group: the ranks that hold shards of these sequences. The result is then this rank's part of the loss;
-            the loss is the sum over the group.
-        context_layout: "zigzag", of 2C equal chunks of each sequence rank r of C has chunks r and 2C - 1 - r, one
-            after the other; "contiguous", rank r has the r-th of C equal chunks.
-        metrics: a dict that receives statistics of the batch by name, the same on all ranks of `context_group`.
-
-    Returns:
-        The loss, a scalar.
-
-    Raises:
-        ValueError: shapes or boundaries do not agree, or a setting is outside its range.
-    """
-
-
-def _loss_function[Function: Callable[..., Tensor]](function: Function) -> Function:
-    """Writes out `**options` in the function's signature and documentation, as help() and editors show them."""
-    signature = inspect.signature(function)
-    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    shared = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default="zigzag" if name == "context_layout" else None,
-            annotation=annotation,
-        )
-        for name, annotation in LossOptions.__annotations__.items()
-    ]
-    function.__signature__ = signature.replace(parameters=[*own, *shared])  # pyright: ignore[reportFunctionMemberAccess]
-    function.__doc__ = (function.__doc__ or "") + _SHARED_DOCUMENTATION
-    return function
-
-
-@_loss_function
+@loss_function
 def minpro_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_low: float = 1.0, clip_high: float = 4.0, aggregation: Aggregation = "token_mean",
@@ -92,7 +23,7 @@ def minpro_loss(
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
 
 
-@_loss_function
+@loss_function
 def cispo_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_low: float = 1.0, clip_high: float = 4.0, aggregation: Aggregation = "token_mean",
@@ -103,7 +34,7 @@ def cispo_loss(
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
 
 
-@_loss_function
+@loss_function
 def grpo_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float = 10.0, aggregation: Aggregation = "token_mean",
@@ -115,7 +46,7 @@ def grpo_loss(
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
 
 
-@_loss_function
+@loss_function
 def gspo_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_low: float = 2e-3, clip_high: float = 2e-3, aggregation: Aggregation = "sequence_mean",
@@ -126,7 +57,7 @@ def gspo_loss(
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
 
 
-@_loss_function
+@loss_function
 def m2po_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     second_moment: float = 0.04, aggregation: Aggregation = "token_mean",
@@ -139,7 +70,7 @@ def m2po_loss(
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
 
 
-@_loss_function
+@loss_function
 def m2po_winsorized_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     second_moment: float = 0.04, clip_low: float = 0.3, clip_high: float = 0.5,
@@ -154,7 +85,7 @@ def m2po_winsorized_loss(
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
 
 
-@_loss_function
+@loss_function
 def ctpo_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     log_clip_low: float = 0.025, log_clip_high: float = 0.05, log_dual_clip: float = 0.05,
@@ -173,7 +104,7 @@ def ctpo_loss(
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
 
 
-@_loss_function
+@loss_function
 def prefix_ratio_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_low: float = 1.0, clip_high: float = 4.0, aggregation: Aggregation = "token_mean",
@@ -185,7 +116,7 @@ def prefix_ratio_loss(
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
 
 
-@_loss_function
+@loss_function
 def prefix_filter_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     quantile: float = 0.01, clip_low: float = 1.0, clip_high: float = 4.0, aggregation: Aggregation = "token_mean",
@@ -199,7 +130,7 @@ def prefix_filter_loss(
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
 
 
-@_loss_function
+@loss_function
 def scaled_cispo_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_low: float = 1.0, clip_high: float = 4.0, aggregation: Aggregation = "token_mean",
@@ -211,7 +142,7 @@ def scaled_cispo_loss(
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
 
 
-@_loss_function
+@loss_function
 def shuffled_minpro_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     seed: int, clip_low: float = 1.0, clip_high: float = 4.0, aggregation: Aggregation = "token_mean",
@@ -221,58 +152,3 @@ def shuffled_minpro_loss(
     similar positions. Give a different `seed` for every update, the same on all ranks."""
     settings = config.ShuffledMinproConfig(clip_low=clip_low, clip_high=clip_high, aggregation=aggregation)
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, seed=seed, **options)
-
-
-def objective_loss(
-    settings: ObjectiveSection,
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-    denominator: float | Tensor | None = None,
-    context_group: dist.ProcessGroup | None = None,
-    context_layout: ContextLayout = "zigzag",
-    metrics: dict[str, float] | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """The loss of the objective that `settings` (a section of config.objective) selects. The other arguments are those
-    of minpro_loss; `seed` is for objectives that draw random numbers."""
-    refuse_unknown_layout(context_layout)
-    if isinstance(denominator, (int, float)) and not denominator > 0:
-        raise ValueError(f"denominator = {denominator}: it must be above 0")
-    batch = token_batch(log_probs, old_log_probs, advantages, mask, cu_seqlens, context_group, context_layout)
-    terms = _terms(settings, batch, seed)
-    weight_L = batch.weights(settings.aggregation)
-    own_count = weight_L.double().sum()
-    if metrics is not None:
-        metrics.update(_measured(batch, terms, (summed_value(terms, weight_L), own_count)))
-    if denominator is None:
-        denominator = batch.ranks.sum(own_count).clamp(min=1)
-    loss = summed_loss(batch.log_probs_L, terms, weight_L)
-    return loss / (denominator.to(loss.dtype) if isinstance(denominator, Tensor) else denominator)
-
-
-def _terms(settings: ObjectiveSection, batch: TokenBatch, seed: int) -> ObjectiveTerms:
-    objective, tokens = OBJECTIVES[getattr(settings, "name")], batch.tokens  # noqa: B009 (every objective's section has it)
-    if objective.survey is not None:
-        (surveyed_L,) = objective.survey(MiniBatch([tokens], batch.ranks, seed), settings)
-        tokens = replace(tokens, surveyed_L=surveyed_L)
-    return objective.terms(tokens, settings)
-
-
-def _measured(batch: TokenBatch, terms: ObjectiveTerms, loss: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """The statistics of the whole batch by the names of metrics.declared, without those of inputs that are missing."""
-    none_L = torch.zeros_like(batch.tokens.log_probs_L)
-    others = OtherLogProbs(behavior_L=none_L, rollout_L=none_L, proximal_L=none_L, reference_L=none_L)
-    staleness_L = torch.zeros_like(batch.tokens.ids_L)
-    value, count = loss
-    mine = token_statistics(batch.tokens, terms, none_L, others, staleness_L, (value, float(count)))
-    by_rank = batch.ranks.gather(mine.numbers).view(-1, len(mine.numbers))
-    merged, _ = as_metrics([Statistics(numbers, mine.histograms) for numbers in by_rank])
-    return {
-        name: value
-        for name, value in values(merged).items()
-        if not name.startswith(_NOT_MEASURED) and _OF_STALENESS not in name
-    }

@@ -18,6 +18,7 @@ class PolicyTokens:
     """An objective's inputs for the local slots, all without gradient. L: local slots."""
 
     log_probs_L: Tensor  # float32, under the current policy
+    old_log_probs_L: Tensor  # under the policy of the ratio's denominator; any value where masked
     log_ratio_L: Tensor  # float64: delta_t = log pi - log pi_old, clamped to +-20, 0 where masked
     advantages_L: Tensor
     mask_L: Tensor  # 1 for trained response tokens
@@ -119,7 +120,8 @@ def policy_tokens(
     difference counts as +-20 like every large one, and NaN stays NaN in the loss and the gradient."""
     log_probs_L = log_probs_L.detach()
     log_ratio = torch.where(mask_L > 0, log_difference(log_probs_L, behavior_log_probs_L), 0.0)
-    return PolicyTokens(log_probs_L, log_ratio, advantages_L, mask_L, scan, ids_L, surveyed_L)
+    old_log_probs_L = behavior_log_probs_L.detach()
+    return PolicyTokens(log_probs_L, old_log_probs_L, log_ratio, advantages_L, mask_L, scan, ids_L, surveyed_L)
 
 
 def log_difference(log_probs_L: Tensor, others_L: Tensor) -> Tensor:

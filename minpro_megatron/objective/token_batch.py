@@ -43,7 +43,7 @@ def token_batch(
     context_group: dist.ProcessGroup | None = None,
     context_layout: ContextLayout = "zigzag",
 ) -> TokenBatch:
-    """The batch whose tensors are padded [B, T], or packed [L] with `cu_seqlens`. `objective.losses.LossOptions`
+    """The batch whose tensors are padded [B, T], or packed [L] with `cu_seqlens`. `objective.loss_call.LossOptions`
     describes the arguments.
 
     Raises ValueError if shapes, sequence boundaries and layout do not agree.

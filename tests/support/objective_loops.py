@@ -15,12 +15,16 @@ import torch
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import (
     Aggregation,
+    CppoConfig,
     CtpoConfig,
+    DppoConfig,
     GrpoConfig,
     GspoConfig,
     M2poConfig,
     M2poWinsorizedConfig,
     PrefixFilterConfig,
+    SapoConfig,
+    TrmConfig,
 )
 from tests.support.ragged_tokens import Tokens, prefix_minima
 
@@ -167,6 +171,90 @@ def differentiated(tokens: Tokens, surrogate: Callable[[list[int]], Surrogate]) 
     return Expected(coefficients.tolist(), values.tolist())
 
 
+# ---- objectives that keep the tokens inside a trust region
+
+
+def sampled_divergence(tokens: Tokens, place: int, kind: str) -> float:
+    """arXiv:2602.04879, equations 13 and 14: the two-way distribution (this token, any other)."""
+    new, old = (min(1.0, math.exp(float(log[place]))) for log in (tokens.log_probs, tokens.behavior))
+    if kind == "total_variation":
+        return abs(old - new)
+    others = [-math.expm1(min(0.0, float(log[place]))) for log in (tokens.behavior, tokens.log_probs)]
+    return -old * tokens.log_ratios[place] + others[0] * math.log((others[0] + 1e-8) / (others[1] + 1e-8))
+
+
+def ratios_of(tokens: Tokens, kept: Callable[[int], bool], largest: float | None) -> Expected:
+    """min(rho, largest) as the weight of the kept tokens; arXiv:2602.04879, equation 23."""
+    result = Expected([], [])
+    for place, rho in enumerate(tokens.ratios):
+        weight = (min(rho, largest) if largest is not None else rho) if kept(place) else 0.0
+        result.coefficients.append(weight * float(tokens.advantages[place]))
+        result.values.append(-weight * float(tokens.advantages[place]) * float(tokens.log_probs[place]))
+    return result
+
+
+def dppo(tokens: Tokens, settings: DppoConfig) -> Expected:
+    """arXiv:2602.04879, equation 12, with a threshold for each side."""
+
+    def kept(place: int) -> bool:
+        if not tokens.mask[place]:
+            return False
+        advantage, rho = tokens.advantages[place], tokens.ratios[place]
+        divergence = sampled_divergence(tokens, place, settings.divergence)
+        if advantage > 0 and rho > 1:
+            return divergence <= settings.threshold_high
+        return not (advantage < 0 and rho < 1 and divergence > settings.threshold_low)
+
+    return ratios_of(tokens, kept, settings.largest_ratio)
+
+
+def cppo(tokens: Tokens, settings: CppoConfig) -> Expected:
+    """arXiv:2606.10968, Algorithm 1, a token of a response at a time."""
+    mask = [False] * len(tokens.mask)
+    for place in tokens.trained_of_sequences():
+        spent = allowed = 0.0
+        last = (len(place) if settings.horizon is None else settings.horizon) - 1
+        for t, one in enumerate(place, start=1):
+            progress = 0.0 if t == 1 else 1.0 if t > last else (t - 1) / last
+            weight = 1 - (1 - settings.smallest_weight) * progress
+            weighted_divergence = weight * sampled_divergence(tokens, one, settings.divergence)
+            limit = min(settings.threshold, settings.threshold + settings.budget * allowed - spent)
+            toward = float(tokens.advantages[one]) * (tokens.ratios[one] - 1) <= 0
+            mask[one] = toward or weighted_divergence <= limit
+            spent, allowed = spent + weighted_divergence, allowed + weight
+    return ratios_of(tokens, mask.__getitem__, settings.largest_ratio)
+
+
+def trm(tokens: Tokens, settings: TrmConfig) -> Expected:
+    """arXiv:2512.23075: a mask of 0 or 1 for a whole response, by its largest or its mean divergence."""
+    mask = [False] * len(tokens.mask)
+    for place in tokens.trained_of_sequences():
+        found = [sampled_divergence(tokens, one, settings.divergence) for one in place]
+        kept = settings.max_divergence is None or max(found) <= settings.max_divergence
+        if settings.mean_divergence is not None:
+            kept = kept and math.fsum(found) / len(found) <= settings.mean_divergence
+        for one in place:
+            mask[one] = kept
+    return ratios_of(tokens, mask.__getitem__, settings.largest_ratio)
+
+
+# ---- objectives with a smooth weight
+
+
+def sapo(tokens: Tokens, settings: SapoConfig) -> Expected:
+    """arXiv:2511.20347, equations 5 and 6: the gate, differentiated by autograd."""
+
+    def surrogate(place: list[int]) -> Surrogate:
+        advantage = advantages(tokens, place)
+        tau = torch.tensor(
+            [settings.temperature_positive if one > 0 else settings.temperature_negative for one in advantage.tolist()],
+            dtype=torch.float64,
+        )
+        return lambda log_ratios: 4 / tau / (1 + (-tau * (log_ratios.exp() - 1)).exp()) * advantage
+
+    return differentiated(tokens, surrogate)
+
+
 # ---- what M2PO and the prefix filter choose from a whole mini-batch
 
 
@@ -237,6 +325,10 @@ LOOPS: dict[str, Callable[[Tokens, Any], Expected]] = {
     "m2po": m2po,
     "m2po_winsorized": m2po_winsorized,
     "ctpo": ctpo,
+    "dppo": dppo,
+    "cppo": cppo,
+    "trm": trm,
+    "sapo": sapo,
     "prefix_ratio": lambda tokens, s: weighted(tokens, prefix_ratio_weights(tokens), s.clip_low, s.clip_high),
     "prefix_filter": prefix_filter,
     "scaled_cispo": lambda tokens, s: weighted(tokens, tokens.ratios, s.clip_low, s.clip_high),

@@ -117,7 +117,7 @@ def test_runs_of_a_model_differ_in_nothing_but_objective_and_delay(module: str) 
         values = load_recipe(f"{module}:{recipe}").model_dump()
         return {**values, "name": "", "objective": {}, "staleness": {**values["staleness"], "delay_steps": 0}}
 
-    for objective in [*OBJECTIVES, "ctpo"]:
+    for objective in paper.OBJECTIVES:
         assert rest(objective) == rest(f"{objective}_on_policy") == rest("minpro")
 
 
@@ -164,6 +164,8 @@ def test_variants_are_what_their_names_say() -> None:
     assert qwen3_8b.VARIANTS["cispo_bounded"]().objective == qwen3_8b.VARIANTS["cispo"]().objective
     ctpo = qwen3_8b.VARIANTS["ctpo"]().objective
     assert (ctpo.name, ctpo.aggregation) == ("ctpo", "sequence_mean")
+    dense, mixture = (module.VARIANTS["cppo"]().objective for module in (qwen3_8b, qwen3_30b_a3b))
+    assert (dense.name, dense.threshold, mixture.threshold) == ("cppo", 0.15, 0.2)
     longer = qwen3_8b.VARIANTS["minpro_long_context"]()
     assert (longer.parallel.context, longer.parallel.data) == (2 * base.parallel.context, base.parallel.data // 2)
     assert longer.sampling.max_response_tokens == 30712
@@ -251,4 +253,4 @@ def test_the_error_for_an_unknown_recipe_lists_the_known_ones(module: str) -> No
     (line,) = caught.value.problems
     known = line.partition("it has: ")[2].split(", ")
     assert known == [recipe.partition(":")[2] for recipe in ALL if module_of(recipe) == module]
-    assert {*OBJECTIVES, "ctpo_on_policy", "minpro_long_context"} <= {*known}
+    assert {*paper.OBJECTIVES, "ctpo_on_policy", "minpro_long_context"} <= {*known}

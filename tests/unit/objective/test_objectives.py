@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from minpro_megatron.config import objective as config
-from minpro_megatron.config.objective import ObjectiveSection
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import ObjectiveTerms, policy_tokens, summed_loss, summed_value
@@ -42,6 +41,10 @@ OTHERS: dict[str, Any] = {
     "m2po": config.M2poConfig(second_moment=0.3),
     "m2po_winsorized": config.M2poWinsorizedConfig(second_moment=0.3, clip_low=0.05, clip_high=0.1),
     "ctpo": config.CtpoConfig(log_clip_low=0.4, log_clip_high=0.2, log_dual_clip=0.6, log_clamp=1.5),
+    "dppo": config.DppoConfig(threshold_low=0.05, threshold_high=0.1, largest_ratio=1.5),
+    "cppo": config.CppoConfig(threshold=0.3, budget=0.15, smallest_weight=0.5, largest_ratio=1.5),
+    "trm": config.TrmConfig(divergence="total_variation", max_divergence=0.6, mean_divergence=0.15),
+    "sapo": config.SapoConfig(temperature_positive=0.7, temperature_negative=2.0),
     "prefix_ratio": config.PrefixRatioConfig(clip_low=0.9, clip_high=0.2),
     "prefix_filter": config.PrefixFilterConfig(quantile=0.3, clip_high=0.5),
     "scaled_cispo": config.ScaledCispoConfig(clip_low=0.5, clip_high=1.5),
@@ -96,7 +99,7 @@ def test_what_a_token_weighs_and_whether_it_was_clipped_or_left_out(name: str) -
         assert (terms.weight_L.numpy() == 0)[tokens.trained & left_out].all()
 
 
-def weighted_by(name: str, tokens: Tokens, settings: ObjectiveSection) -> np.ndarray:
+def weighted_by(name: str, tokens: Tokens, settings: Any) -> np.ndarray:
     """What would multiply the advantage if nothing were clipped."""
     ratios = np.array(tokens.ratios)
     if name == "minpro":
@@ -111,6 +114,9 @@ def weighted_by(name: str, tokens: Tokens, settings: ObjectiveSection) -> np.nda
     if name == "gspo":
         for place in tokens.trained_of_sequences():
             ratios[place] = np.exp(np.mean(np.array(tokens.log_ratios)[place]))
+    if name == "sapo":
+        tau = np.where(tokens.advantages > 0, settings.temperature_positive, settings.temperature_negative)
+        return ratios / np.cosh(np.minimum(tau * (ratios - 1), 700) / 2) ** 2
     return ratios
 
 
