@@ -118,3 +118,22 @@ def test_the_tests_that_the_table_of_damage_names_exist() -> None:
     named = set(re.findall(r"\b(\w+\.py)\b", text))
     assert len(named) > 20
     assert named <= {path.name for path in (ROOT / "tests").rglob("*.py")}
+
+
+def test_the_readme_has_the_figures_of_the_records() -> None:
+    def found(record: str, pattern: str) -> tuple[str, ...]:
+        match = re.search(pattern, (ROOT / record).read_text(encoding="utf-8"))
+        assert match is not None, record
+        return match.groups()
+
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    cases, loss, tensor = found(
+        "tests/mesh/matrix_result.md", r"(\d+) of \1 cases\. Largest differences: loss (\S+),.*gradient tensor (\S+),"
+    )
+    assert f"{cases} cases" in readme
+    assert f"loss within {loss} and every gradient tensor within {tensor}" in readme
+    cases, equal = found("tests/e2e/crash_matrix_result.md", r"(\d+) of \1 cases: (\d+) equal,")
+    assert f"{cases} of {cases} cases" in readme
+    assert f"{equal} equal an undisturbed run bit for bit" in readme
+    (error,) = found("benchmarks/plan_run.md", r"Mean error (\d+) %")
+    assert f"by {error} % on average" in readme
