@@ -7,7 +7,11 @@
 #
 # MINPRO_PYTHON names the interpreter (3.12 or 3.13); otherwise a working one is searched for.
 # With an NVIDIA driver the full train and serve extras go in, without one the CPU environment.
+#
+# Several checkouts may use one environment (MINPRO_VENV). Its command `minpro` runs the code of the checkout that made
+# it; make, python -m minpro_megatron and the files of tools/ run that of the checkout in which they are called.
 set -euo pipefail
+unset PYTHONPATH # what is installed must not be confused with what lies in a checkout
 
 # Only bash builtins up to the search for Python: what is on PATH is not known to work yet.
 SCRIPT_DIR=${BASH_SOURCE[0]%/*}
@@ -75,12 +79,11 @@ machine_kind() {
     fi
 }
 
-# The path of the checkout counts: the project is installed editable, from there.
 hash_inputs() {
-    "$PY" - "$1" pyproject.toml environment/*.txt environment/setup.sh environment/sglang_cpu/*.* \
+    "$PY" - "$1" pyproject.toml environment/*.txt environment/setup.sh environment/owner.py environment/sglang_cpu/*.* \
         environment/sglang_cpu/src/*/*.py <<'PYTHON'
 import hashlib, pathlib, sys
-digest = hashlib.sha256(f"{sys.argv[1]} {sys.version} {pathlib.Path.cwd()}".encode())
+digest = hashlib.sha256(f"{sys.argv[1]} {sys.version}".encode())
 for name in sys.argv[2:]:
     digest.update(name.encode() + b"\0" + pathlib.Path(name).read_bytes() + b"\0")
 print(digest.hexdigest())
@@ -101,7 +104,8 @@ PYTHON
 
 is_up_to_date() {
     [ -f "$STAMP" ] && [ -f "$INSTALLED" ] && ! must_rebuild &&
-        [ "$(<"$STAMP")" = "$(hash_inputs "$(<"$STATE.kind")")" ] && installed "$INSTALLED"
+        [ "$(<"$STAMP")" = "$(hash_inputs "$(<"$STATE.kind")")" ] && installed "$INSTALLED" &&
+        "$PY" environment/owner.py >/dev/null
 }
 
 # An interrupted or broken environment, or one of another kind or Python, is built again; pip updates any other.
@@ -190,7 +194,11 @@ PYTHON
     pinned --no-build-isolation -r "$STATE.requirements"
 }
 
+# Not over the installation of another checkout that is still there.
 install_project() {
+    local owner
+    owner=$("$PY" environment/owner.py) || owner=$ROOT
+    [ "$owner" -ef "$ROOT" ] || return 0
     pip_install --no-deps --no-build-isolation --editable .
 }
 

@@ -12,6 +12,7 @@ from minpro_megatron.command_line import PROGRAM, did_you_mean
 from minpro_megatron.errors import INTERRUPTED
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+_OF_THIS_FOLDER = "python -m minpro_megatron"
 
 
 class Command(NamedTuple):
@@ -102,7 +103,9 @@ def _use_this_code() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that `arguments` name (by default those of this process); returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    program = PROGRAM if Path(sys.argv[0]).name == PROGRAM else "python -m minpro_megatron"
+    program = PROGRAM if Path(sys.argv[0]).name == PROGRAM else _OF_THIS_FOLDER
+    if program == PROGRAM and _is_another_checkout(Path.cwd()):
+        print(f"note: {PROGRAM} runs the code in {CHECKOUT}; that of this folder: {_OF_THIS_FOLDER}", file=sys.stderr)
     if not given:
         return _refuse(f"a command is missing; see {program} --help")
     name, *rest = given
@@ -117,6 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS and name not in ROLES:
         return _refuse(f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; see {program} --help")
     return run_command(name, rest, f"{program} {name}")
+
+
+def _is_another_checkout(folder: Path) -> bool:
+    """Whether the folder has this project's code, but not the code that runs."""
+    code = folder / "minpro_megatron" / "__main__.py"
+    return code.is_file() and not code.samefile(__file__)
 
 
 def _refuse(problem: str) -> int:

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from minpro_megatron.__main__ import CHECKOUT
+from minpro_megatron.__main__ import CHECKOUT, main
 from minpro_megatron.launch.recipe import load_recipe
 from tests.support.command_errors import errors_of
 from tests.support.run_examples import example_config, write_example_files
@@ -80,6 +80,17 @@ def recipes(tmp_path, monkeypatch):
 def test_a_users_error_is_one_line_and_status_2(recipes, capsys, arguments, pattern):
     line = errors_of(capsys, *arguments)[0]
     assert re.search(pattern, line), line
+
+
+def test_the_command_of_another_checkout_says_whose_code_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "minpro_megatron").mkdir()
+    (tmp_path / "minpro_megatron" / "__main__.py").touch()
+    monkeypatch.setattr(sys, "argv", ["/environment/bin/minpro", "--version"])
+    for folder in (CHECKOUT, tmp_path):
+        monkeypatch.chdir(folder)
+        assert main() == 0
+    note = f"note: minpro runs the code in {CHECKOUT}; that of this folder: python -m minpro_megatron\n"
+    assert capsys.readouterr().err == note
 
 
 def test_every_wrong_setting_has_its_line(recipes, capsys):

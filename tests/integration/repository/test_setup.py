@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ from types import ModuleType
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from environment.owner import owner
 
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = ROOT / "environment"
@@ -147,6 +150,23 @@ def test_setup_refuses_to_empty_a_folder_that_is_no_virtual_environment(tmp_path
     assert result.returncode == 1
     assert "not a virtual environment" in result.stderr
     assert precious.read_text() == "x"
+
+
+def test_an_environment_stays_that_of_the_checkout_that_made_it(tmp_path: Path):
+    """Set-up in another checkout asks this file, and installs the project only where it names none."""
+    checkout, packages = tmp_path / "a checkout", tmp_path / "packages"
+    information = packages / "minpro_megatron-0.1.0.dist-info"
+    information.mkdir(parents=True)
+    checkout.mkdir()
+    (information / "METADATA").write_text("Name: minpro-megatron\nVersion: 0.1.0\n")
+    assert owner(str(packages)) is None
+    stated = {"url": checkout.as_uri(), "dir_info": {"editable": True}}
+    (information / "direct_url.json").write_text(json.dumps(stated))
+    assert owner(str(packages)) is None  # the checkout was removed
+    (checkout / "pyproject.toml").touch()
+    assert owner(str(packages)) == checkout
+    (information / "direct_url.json").write_text(json.dumps(stated | {"dir_info": {}}))
+    assert owner(str(packages)) is None  # an installed wheel is that of no checkout
 
 
 def test_shell_scripts_pass_shellcheck():
