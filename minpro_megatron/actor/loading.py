@@ -1,6 +1,6 @@
 """Builds a run's policy from its settings and loads its initial weights."""
 
-from minpro_megatron.actor.model import DTYPES, ModelFeatures, build_model
+from minpro_megatron.actor.model import DTYPES, build_model, features_of
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.checkpoints.converted_model import load_weights
 from minpro_megatron.config.run import RunConfig
@@ -15,9 +15,6 @@ def load_policy(config: RunConfig, mesh: Mesh, *, records_log_probs: bool = Fals
     match it.
     """
     architecture = read_architecture(config.model.hf_path)
-    features = ModelFeatures(
-        config.model.recompute, routing_replay=config.model.routing_replay != "none", backend=config.model.backend
-    )
-    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features)
+    chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features_of(config))
     load_weights(chunks, architecture, config.model.megatron_path, mesh)
     return Policy(config, architecture, chunks, mesh, records_log_probs=records_log_probs), architecture

@@ -1,16 +1,20 @@
 """The Megatron-Core model of an architecture on a mesh. The only file that constructs GPTModel."""
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minpro_megatron.actor.backends.select import LayerBackend, select_backend
+from minpro_megatron.actor.library_fields import field_values
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
 from minpro_megatron.parallel.mesh import Mesh
 
@@ -24,6 +28,22 @@ class ModelFeatures:
     recompute: str = "none"  # as in config.model.ModelConfig
     routing_replay: bool = False
     backend: str = "auto"  # as in config.model.ModelConfig
+    attention_backend: str = "auto"  # as in config.model.ModelConfig
+    dispatcher: str = "alltoall"  # as in config.parallel.ParallelConfig
+    megatron: Mapping[str, Any] = field(default_factory=dict)  # the setting model.megatron
+
+
+def features_of(config: RunConfig) -> ModelFeatures:
+    """The features of the model that a run trains."""
+    model = config.model
+    return ModelFeatures(
+        recompute=model.recompute,
+        routing_replay=model.routing_replay != "none",
+        backend=model.backend,
+        attention_backend=model.attention_backend,
+        dispatcher=config.parallel.dispatcher,
+        megatron=model.megatron,
+    )
 
 
 PLAIN = ModelFeatures()
@@ -38,16 +58,32 @@ def build_model(
     """
     refuse_uneven_cuts(architecture, mesh.config)
     backend = select_backend(features.backend, mesh.device, dtype)
-    config = transformer_config(architecture, mesh, dtype, features, backend)
+    config = transformer_config(architecture, mesh.config, dtype, features, backend)
     chunks = mesh.config.virtual_pipeline
     return [_build_chunk(architecture, mesh, config, backend, chunk if chunks > 1 else None) for chunk in range(chunks)]
 
 
 def transformer_config(
-    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, features: ModelFeatures, backend: LayerBackend
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    features: ModelFeatures,
+    backend: LayerBackend,
 ) -> TransformerConfig:
-    parallel = mesh.config
-    return TransformerConfig(
+    """Megatron's configuration of the model on a mesh of these degrees; `features.megatron` replaces the values of this
+    project. Raises UserError if it does not fit Megatron's class."""
+    own = _own_fields(architecture, parallel, dtype, features, backend)
+    return TransformerConfig(**own | field_values(TransformerConfig, "model.megatron", features.megatron))
+
+
+def _own_fields(
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    features: ModelFeatures,
+    backend: LayerBackend,
+) -> dict[str, Any]:
+    return dict(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_attention_heads,
@@ -83,6 +119,7 @@ def transformer_config(
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         **_RECOMPUTE[features.recompute],
+        attention_backend=AttnBackend[features.attention_backend],
         **_mixture_settings(architecture, features),
         **backend.settings(mixture=architecture.num_experts > 0),
     )
@@ -106,7 +143,8 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def _mixture_settings(architecture: Architecture, features: ModelFeatures) -> dict[str, Any]:
-    dispatcher = {"moe_token_dispatcher_type": "alltoall"}  # the default refuses rows of different lengths
+    # Megatron's default, allgather, refuses rows of different lengths; flex is DeepEP's kernels here
+    dispatcher = {"moe_token_dispatcher_type": features.dispatcher, "moe_flex_dispatcher_backend": "deepep"}
     if not architecture.num_experts:
         return dispatcher  # checked for dense models too
     return dispatcher | {

@@ -10,11 +10,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -22,6 +18,7 @@ from minpro_megatron.actor.dispatchers import release_after_forward
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.actor.forward import ForwardStep, LossFunction, MicroBatch
 from minpro_megatron.actor.loss import PolicyLoss, score, with_survey
+from minpro_megatron.actor.megatron_configs import ddp_config
 from minpro_megatron.actor.optimizer import make_optimizer
 from minpro_megatron.actor.routing import (
     ChunkRouters,
@@ -92,9 +89,9 @@ class Policy:
         self._mesh = mesh
         self.modules = chunks
         self._place = RankSlice(mesh.context.size(), mesh.context.rank(), mesh.tensor.size(), mesh.tensor.rank())
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        buffers = ddp_config(config.parallel)
         self._chunks: list[Any] = [
-            DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+            DistributedDataParallel(chunk.config, buffers, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
         self._optimizer = make_optimizer(config.optimizer, self._chunks)

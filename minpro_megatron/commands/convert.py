@@ -21,7 +21,7 @@ from minpro_megatron.command_line import command_parser, make_console
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import UserError, run_reporting
 
-AXES = tuple(ParallelConfig.model_fields)
+AXES = tuple(ParallelConfig.axes())
 
 
 def parse_parallel(text: str) -> ParallelConfig:

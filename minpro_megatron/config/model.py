@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.config.library_settings import ModelFields
 
 LayerBackendName = Literal["transformer_engine", "torch"]
 
@@ -36,6 +37,11 @@ class ModelConfig(Section):
         description="Implementation of the layers. auto selects Transformer Engine with device = cuda and dtype = "
         "bfloat16, where it must be installed, and torch otherwise.",
     )
+    attention_backend: Literal["auto", "flash", "fused"] = Field(
+        default="auto",
+        description="Kernels of Transformer Engine's attention: those of FlashAttention (flash) or of cuDNN (fused), "
+        "or its own choice (auto). The torch layers have one attention only.",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="Activations that are recomputed in the backward pass to save memory: none, those of attention "
@@ -47,4 +53,10 @@ class ModelConfig(Section):
         "behavior log-prob was computed (R2). rollout: scoring and updates route it to the experts that the server "
         "chose when it sampled the token (R3). Routes take one byte per token, layer and chosen expert (two bytes with "
         "more than 256 experts), in host memory (scored) or in files of the run folder (rollout).",
+    )
+    megatron: ModelFields = Field(
+        default={},
+        description="Further fields of Megatron-Core's TransformerConfig, by its names, which replace the values that "
+        "this project sets, such as model.megatron.apply_rope_fusion=false on the command line. Fields that another "
+        "setting decides are refused. The planner does not know them.",
     )

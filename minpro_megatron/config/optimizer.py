@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.config.library_settings import OptimizerFields
 
 
 class OptimizerConfig(Section):
@@ -27,4 +28,10 @@ class OptimizerConfig(Section):
         le=1,
         description="Fraction of the weights whose float32 copies and moments are kept and updated in host memory. It "
         "needs device = cuda and model.dtype = bfloat16.",
+    )
+    megatron: OptimizerFields = Field(
+        default={},
+        description="Further fields of Megatron-Core's OptimizerConfig, by its names, such as "
+        "optimizer.megatron.pin_cpu_grads=false on the command line. Fields that another setting decides are refused. "
+        "The planner does not know them.",
     )

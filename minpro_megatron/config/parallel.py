@@ -1,11 +1,12 @@
 """How the trainer's ranks are laid out over the mesh axes."""
 
 from math import lcm
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.config.library_settings import DdpFields
 
 
 class ParallelConfig(Section):
@@ -36,6 +37,22 @@ class ParallelConfig(Section):
         ge=0,
         description="Data-parallel degree; 0 selects the smallest one with which the expert axes fit.",
     )
+    dispatcher: Literal["alltoall", "flex"] = Field(
+        default="alltoall",
+        description="How tokens reach the ranks of their experts: alltoall (NCCL), or flex, the kernels of DeepEP, "
+        "which has to be installed. flex has not been tested on GPUs.",
+    )
+    ddp: DdpFields = Field(
+        default={},
+        description="Further fields of Megatron-Core's DistributedDataParallelConfig, by its names, such as "
+        "parallel.ddp.bucket_size=40000000 on the command line. Fields that another setting decides are refused. The "
+        "planner does not know them.",
+    )
+
+    @classmethod
+    def axes(cls) -> list[str]:
+        """The settings that are degrees, or numbers of layers."""
+        return [name for name in cls.model_fields if name not in ("dispatcher", "ddp")]
 
     @property
     def sequence_parallel(self) -> bool:
@@ -98,5 +115,10 @@ class ParallelConfig(Section):
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(
                 f"virtual_pipeline = {self.virtual_pipeline} needs pipeline > 1; set virtual_pipeline to 1"
+            )
+        if self.dispatcher == "flex" and experts == 1:
+            raise ValueError(
+                "dispatcher = flex exchanges tokens between ranks, but expert x expert_tensor = 1: raise expert, or "
+                "set dispatcher to alltoall"
             )
         return self

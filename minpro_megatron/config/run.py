@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -17,7 +17,7 @@ from minpro_megatron.config.data import DataConfig
 from minpro_megatron.config.debug import DebugConfig
 from minpro_megatron.config.evaluation import EvaluationConfig
 from minpro_megatron.config.loss import LossConfig
-from minpro_megatron.config.model import ModelConfig
+from minpro_megatron.config.model import ModelConfig, layer_backend_of
 from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
 from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.parallel import ParallelConfig
@@ -134,6 +134,12 @@ class RunConfig(Section):
     def _runs_on_device(self) -> None:
         if self.device == "cpu" and self.model.dtype != "float32":
             raise ValueError(f"model.dtype = {self.model.dtype} needs device = cuda; set model.dtype to float32")
+        attention = self.model.attention_backend
+        if attention != "auto" and layer_backend_of(self.model.backend, self.device, self.model.dtype) == "torch":
+            raise ValueError(
+                f"model.attention_backend = {attention} selects kernels of Transformer Engine, and the layers are "
+                "torch's (model.backend, device and model.dtype decide this); set it to auto"
+            )
         if self.device == "cuda" and self.model.dtype == "bfloat16":
             return
         if self.model.backend == "transformer_engine":
@@ -199,7 +205,7 @@ def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
             )
         path = current_name(path.strip())
         target, key = _find_setting(values, path, assignment)
-        value = _parse_value(text, target[key])
+        value = _parse_value(text, target.get(key))
         if path == "objective.name" and value != target[key]:
             values["objective"] = _objective_defaults(value)
         else:
@@ -217,10 +223,21 @@ def _find_setting(values: dict[str, Any], path: str, assignment: str) -> tuple[d
                 f"override {assignment!r}: there is no section {section!r}{hint}; known: {', '.join(target)}"
             )
         target = target[section]
-    if key not in target:
+    if key not in target and not _is_dictionary(sections):
         hint = _settings_named(key, values) or did_you_mean(key, target)
         raise UserError(f"override {assignment!r}: there is no setting {key!r}{hint}; known: {', '.join(target)}")
     return target, key
+
+
+def _is_dictionary(path: list[str]) -> bool:
+    """Whether the setting at `path` is a dictionary whose keys the user chooses, such as server.arguments."""
+    annotation: Any = RunConfig
+    for name in path:
+        fields = getattr(annotation, "model_fields", {})
+        if name not in fields:
+            return False
+        annotation = fields[name].annotation
+    return get_origin(annotation) is dict
 
 
 def _settings_named(key: str, values: dict[str, Any]) -> str:

@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.config.library_settings import ServerArguments
 
 
 class ServerConfig(Section):
@@ -43,6 +44,18 @@ class ServerConfig(Section):
         description="Port of the first server; the next ones use the following ports. 0 selects free ports.",
     )
     tensor_parallel: int = Field(default=1, ge=1, description="Tensor-parallel degree of each server.")
+    expert_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="Expert-parallel degree of each server: 1, or tensor_parallel, with which each GPU has whole "
+        "experts.",
+    )
+    memory_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Fraction of a GPU's memory for a server's weights and KV cache together; null lets SGLang decide.",
+    )
     device: Literal["cpu", "cuda"] = Field(default="cuda", description="Device on which the servers compute.")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Data type of the servers' weights; it should be model.dtype."
@@ -52,6 +65,13 @@ class ServerConfig(Section):
     )
     max_running_requests: int = Field(
         default=256, ge=1, description="Maximum number of requests that a server processes at the same time."
+    )
+    arguments: ServerArguments = Field(
+        default={},
+        description="Further options of SGLang's server, by their names with underscores, such as "
+        "server.arguments.chunked_prefill_size=4096 on the command line; they replace the values that this project "
+        "sets. true gives --option, false --no-option, null leaves the option out, and a list gives several values. "
+        "Options that another setting decides are refused. The planner does not know them.",
     )
     start_timeout_s: float = Field(
         default=900,
@@ -102,6 +122,19 @@ class ServerConfig(Section):
         """The number of requests sent to one server at a time. It exceeds the number that runs at the same time, so
         that the server's queue is not empty when a response ends."""
         return max(1, round(1.25 * self.max_running_requests))
+
+    @model_validator(mode="after")
+    def _settings_of_the_engine(self) -> "ServerConfig":
+        if self.expert_parallel not in (1, self.tensor_parallel):  # SGLang 0.5.23 refuses it too, in the server's log
+            raise ValueError(
+                f"expert_parallel = {self.expert_parallel} must be 1 or tensor_parallel = {self.tensor_parallel}"
+            )
+        changed = {"memory_fraction": None, "expert_parallel": 1, "arguments": {}}
+        given = [name for name, default in changed.items() if getattr(self, name) != default]
+        if given and (self.urls or self.engine != "sglang"):
+            why = "servers at urls are not started by the run" if self.urls else f"engine = {self.engine}"
+            raise ValueError(f"{given[0]} is for the SGLang servers that a run starts, and {why}; remove it")
+        return self
 
     @field_validator("placement", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from rich.table import Table
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.weights.plan import Plan, RankKind
 
-DEGREES = tuple(axis for axis in ParallelConfig.model_fields if axis not in ("data", "pipeline_layers"))
+DEGREES = tuple(axis for axis in ParallelConfig.axes() if axis not in ("data", "pipeline_layers"))
 
 
 def print_plan(console: Console, plan: Plan) -> None:

@@ -157,7 +157,8 @@ def server_memory(config: RunConfig, a: Architecture, gpu: GpuKind) -> ServerMem
     groups = max(1, a.num_query_groups // server.tensor_parallel)
     per_token = 2 * a.num_layers * groups * a.head_dim * element
     update = largest_bucket_bytes(config, a)
-    free = round(SERVER_STATIC_SHARE * gpu.memory_bytes) - weights
+    static = SERVER_STATIC_SHARE if server.memory_fraction is None else server.memory_fraction
+    free = round(static * gpu.memory_bytes) - weights
     fitting = max(0, free // per_token)
     tokens = min(fitting, server.max_total_tokens or fitting)
     used = weights + tokens * per_token
@@ -167,7 +168,7 @@ def server_memory(config: RunConfig, a: Architecture, gpu: GpuKind) -> ServerMem
         kv_tokens=tokens,
         kv_cache=tokens * per_token,
         update=update,
-        total=used + round((1 - SERVER_STATIC_SHARE) * gpu.memory_bytes),
+        total=used + round((1 - static) * gpu.memory_bytes),
     )
 
 

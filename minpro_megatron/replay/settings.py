@@ -43,11 +43,11 @@ def parse_parallel(text: str) -> dict[str, Any]:
 
     Raises UserError for an unknown axis or a degree that is not a number.
     """
-    known = ", ".join(ParallelConfig.model_fields)
+    known = ", ".join(ParallelConfig.axes())
     degrees: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         axis, _, degree = (piece.strip() for piece in part.partition("="))
-        if axis not in ParallelConfig.model_fields:
+        if axis not in ParallelConfig.axes():
             raise UserError(f"--parallel {text}: there is no axis {axis!r}; known: {known}")
         if axis in degrees:
             raise UserError(f"--parallel {text}: {axis} is given twice")

@@ -45,7 +45,9 @@ def described(settings: Mapping[str, Any]) -> dict[str, list[Setting]]:
     sections: dict[str, list[Setting]] = {"run": []}
     for name, value in flat(settings):
         section = name.partition(".")[0] if "." in name else "run"
-        setting = Setting(name, value, defaults.get(name), descriptions.get(name, ""))
+        # an entry of a dictionary, such as server.arguments.chunked_prefill_size, has the description of the dictionary
+        description = descriptions.get(name) or descriptions.get(name.rpartition(".")[0], "")
+        setting = Setting(name, value, defaults.get(name), description)
         sections.setdefault(section, []).append(setting)
     return {section: found for section, found in sections.items() if found}
 

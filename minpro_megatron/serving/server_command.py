@@ -1,8 +1,11 @@
 """The command line and the environment of a rollout server's process."""
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
@@ -44,7 +47,7 @@ def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list
     """SGLang's command line. It does not contain the API key, which `server_environment` passes."""
     server = config.server
     length = context_length(config)
-    arguments = {
+    arguments: dict[str, JsonValue] = {
         "model-path": config.model.hf_path,
         "host": server.host,
         "port": port,
@@ -74,16 +77,47 @@ def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list
         arguments |= {"base-gpu-id": place * server.tensor_parallel}
     if cache is not None:
         arguments |= {"max-total-tokens": cache}
-    command = [sys.executable, "-m", "minpro_megatron.serving.sglang_main"]
-    for name, value in arguments.items():
-        command += [f"--{name}", str(value)]
+    if server.memory_fraction is not None:
+        arguments |= {"mem-fraction-static": server.memory_fraction}
+    if server.expert_parallel > 1:
+        arguments |= {"ep-size": server.expert_parallel}
     if config.model.routing_replay == "rollout":
-        command.append("--enable-return-routed-experts")
+        arguments |= {"enable-return-routed-experts": True}
     if needs_synchronous_scheduling(config):
-        command.append("--disable-overlap-schedule")
+        arguments |= {"disable-overlap-schedule": True}
     # Tokens in, tokens out: the tokenizer stays in collect. An idle scheduler would otherwise keep a core
     # busy.
-    return [*command, "--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
+    arguments |= {"skip-tokenizer-init": True, "skip-server-warmup": True, "sleep-on-idle": True}
+    arguments |= {name.replace("_", "-"): value for name, value in server.arguments.items()}
+    command = [sys.executable, "-m", "minpro_megatron.serving.sglang_main"]
+    for name, value in arguments.items():
+        command += option(name, value)
+    return command
+
+
+def option(name: str, value: JsonValue) -> list[str]:
+    """One option of SGLang's command line, with its value in the form that SGLang's parser expects.
+
+    >>> option("gc-threshold", [10, 5]), option("sleep-on-idle", True), option("sleep-on-idle", None)
+    (['--gc-threshold', '10', '5'], ['--sleep-on-idle'], [])
+    """
+    match value:
+        case None:
+            return []
+        case True:
+            return [f"--{name}"]
+        case False:
+            return [f"--no-{name}"]
+        case list():
+            return [f"--{name}", *map(_as_text, value)]
+        case _:
+            text = _as_text(value)
+            # in one part, a value that begins with "-" is not mistaken for an option
+            return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+
+
+def _as_text(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def needs_synchronous_scheduling(config: RunConfig) -> bool:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from minpro_megatron.config.run import RunConfig, with_overrides
+from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.fleet.fleet import Fleet
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.records import ServerAddress
@@ -75,6 +76,29 @@ def test_the_command_line_on_gpus(tmp_path: Path, hf_path: Path) -> None:
     assert "torch_native" not in text
     assert "max-total-tokens" not in text
     assert "SGLANG_USE_CPU_ENGINE" not in server_environment(on_gpus, {})
+
+
+def test_options_of_sglang_are_handed_on(tmp_path: Path, hf_path: Path) -> None:
+    arguments = {
+        "chunked_prefill_size": 2048,  # instead of this project's 4096 on a CPU
+        "sampling_backend": None,  # left to SGLang
+        "enable_mixed_chunk": True,
+        "enable_symm_mem": False,
+        "gc_threshold": [700, 10],
+        "radix_eviction_policy_config": {"threshold": 4},
+        "served_model_name": "-x",
+    }
+    settings = config(tmp_path, hf_path, tensor_parallel=2, expert_parallel=2, memory_fraction=0.8, arguments=arguments)
+    assert server_command(settings, 0, 31000, 0)[3:] == [
+        "--model-path", str(hf_path), "--host", "127.0.0.1", "--port", "31000", "--device", "cpu",
+        "--dtype", "float32", "--tp-size", "2", "--context-length", "22", "--max-running-requests", "256",
+        "--random-seed", str(derive_seed(settings.seed, "server", 0)), "--weight-version", "0",
+        "--log-level-http", "warning", "--decode-log-interval", "1000", "--attention-backend", "torch_native",
+        "--chunked-prefill-size", "2048", "--max-total-tokens", "5632", "--mem-fraction-static", "0.8",
+        "--ep-size", "2", "--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle", "--enable-mixed-chunk",
+        "--no-enable-symm-mem", "--gc-threshold", "700", "10", "--radix-eviction-policy-config", '{"threshold": 4}',
+        "--served-model-name=-x",
+    ]  # fmt: skip
 
 
 def test_servers_draw_from_different_random_numbers(tmp_path: Path, hf_path: Path) -> None:
