@@ -56,10 +56,13 @@ OBJECTIVES = {
     "m2po": "M2PO",
     # not in the paper
     "ctpo": "CTPO (arXiv:2605.07331)",
+    "ctpo_geomean": "CTPO on geometric means (arXiv:2605.07331)",
     "dppo": "DPPO (arXiv:2602.04879)",
     "cppo": "CPPO (arXiv:2606.10968)",
     "trm": "TRM (arXiv:2512.23075)",
     "sapo": "SAPO (arXiv:2511.20347)",
+    "vespo": "VESPO (arXiv:2602.10693)",
+    "pnpo": "PNPO (arXiv:2608.01418)",
 }
 
 Recipe = Callable[[], RunConfig]

@@ -1,6 +1,6 @@
 """The settings of each policy objective; the objective's name selects its section."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -239,39 +239,100 @@ class SapoConfig(ObjectiveSection):
     )
 
 
-class CtpoConfig(ObjectiveSection):
+class VespoConfig(ObjectiveSection):
+    """VESPO, arXiv:2602.10693: a smooth function of the product of a sequence's ratios as the weight of its tokens."""
+
+    name: Literal["vespo"] = Field(default="vespo", description=_NAME)
+    power_positive: float = Field(
+        default=2.0, ge=0, description="Power of the product in the weight of sequences with an advantage of 0 or more."
+    )
+    decay_positive: float = Field(
+        default=3.0, gt=0, description="Exponential decay in the weight of sequences with an advantage of 0 or more."
+    )
+    power_negative: float = Field(
+        default=3.0, ge=0, description="Power of the product in the weight of sequences with a negative advantage."
+    )
+    decay_negative: float = Field(
+        default=2.0, gt=0, description="Exponential decay in the weight of sequences with a negative advantage."
+    )
+
+
+class PnpoConfig(ObjectiveSection):
+    """PNPO, arXiv:2608.01418: the geometric mean of the ratios up to a token as its weight."""
+
+    name: Literal["pnpo"] = Field(default="pnpo", description=_NAME)
+    smallest_weight: float | None = Field(
+        default=None, ge=0, description="Tokens with a smaller weight are excluded; null means no limit."
+    )
+    largest_weight: float | None = Field(
+        default=None, gt=0, description="Tokens with a larger weight are excluded; null means no limit."
+    )
+
+    @model_validator(mode="after")
+    def _limits_are_in_order(self) -> "PnpoConfig":
+        low, high = self.smallest_weight, self.largest_weight
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"smallest_weight = {low} must not exceed largest_weight = {high}")
+        return self
+
+
+class CtpoSection(ObjectiveSection):
+    """What both forms of CTPO share: bounds whose logarithms are multiples of a power of the position t."""
+
+    aggregation: Aggregation = Field(default="sequence_mean", description=_AGGREGATION)
+    log_clip_low: float = Field(
+        default=0.025,
+        ge=0,
+        description="The lower bound at token t is exp(-log_clip_low * t^position_exponent).",
+    )
+    log_clip_high: float = Field(
+        default=0.05, ge=0, description="The upper bound at token t is exp(log_clip_high * t^position_exponent)."
+    )
+    log_dual_clip: float = Field(
+        default=0.05,
+        ge=0,
+        description="The upper bound at tokens with a negative advantage is exp(log_dual_clip * t^position_exponent).",
+    )
+    position_exponent: float = Field(
+        default=0.5,
+        ge=-1,
+        le=1,
+        description="Power of the position t in the bounds; 0 gives every token the same ones.",
+    )
+    log_clamp: float | None = Field(
+        default=None,
+        gt=0,
+        description="The log of the clipped value is clamped to this absolute value, in nats; null means no limit.",
+    )
+
+    @model_validator(mode="after")
+    def _dual_clip_is_not_inside_the_clip(self) -> Self:
+        if self.log_dual_clip < self.log_clip_high:
+            raise ValueError(
+                f"log_dual_clip = {self.log_dual_clip} must not be below log_clip_high = {self.log_clip_high}"
+            )
+        return self
+
+
+class CtpoConfig(CtpoSection):
     """CTPO, arXiv:2605.07331: PPO's clip on the product of the ratios up to t, bounds growing with sqrt(t).
 
     The authors' code: aggregation = token_mean, log_clamp = 10.
     """
 
     name: Literal["ctpo"] = Field(default="ctpo", description=_NAME)
-    aggregation: Aggregation = Field(default="sequence_mean", description=_AGGREGATION)
-    log_clip_low: float = Field(
-        default=0.025, ge=0, description="The lower bound of the product at token t is exp(-log_clip_low * sqrt(t))."
-    )
-    log_clip_high: float = Field(
-        default=0.05, ge=0, description="The upper bound of the product at token t is exp(log_clip_high * sqrt(t))."
-    )
-    log_dual_clip: float = Field(
-        default=0.05,
-        ge=0,
-        description="The upper bound of the product at tokens with a negative advantage is "
-        "exp(log_dual_clip * sqrt(t)).",
-    )
-    log_clamp: float | None = Field(
-        default=None,
-        gt=0,
-        description="The log of the product is clamped to this absolute value, in nats; null means no limit.",
-    )
 
-    @model_validator(mode="after")
-    def _dual_clip_is_not_inside_the_clip(self) -> "CtpoConfig":
-        if self.log_dual_clip < self.log_clip_high:
-            raise ValueError(
-                f"log_dual_clip = {self.log_dual_clip} must not be below log_clip_high = {self.log_clip_high}"
-            )
-        return self
+
+class CtpoGeomeanConfig(CtpoSection):
+    """CTPO on the geometric mean of the ratios up to t, as in its authors' code: bounds shrinking with sqrt(t)."""
+
+    name: Literal["ctpo_geomean"] = Field(default="ctpo_geomean", description=_NAME)
+    position_exponent: float = Field(
+        default=-0.5,
+        ge=-1,
+        le=1,
+        description="Power of the position t in the bounds; 0 gives every token the same ones.",
+    )
 
 
 ObjectiveConfig = Annotated[
@@ -282,10 +343,13 @@ ObjectiveConfig = Annotated[
     | M2poConfig
     | M2poWinsorizedConfig
     | CtpoConfig
+    | CtpoGeomeanConfig
     | DppoConfig
     | CppoConfig
     | TrmConfig
     | SapoConfig
+    | VespoConfig
+    | PnpoConfig
     | PrefixRatioConfig
     | PrefixFilterConfig
     | ScaledCispoConfig

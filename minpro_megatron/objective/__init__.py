@@ -3,6 +3,7 @@
 from minpro_megatron.objective.advantages import group_advantages
 from minpro_megatron.objective.losses import (
     cispo_loss,
+    ctpo_geomean_loss,
     ctpo_loss,
     grpo_loss,
     gspo_loss,
@@ -14,12 +15,13 @@ from minpro_megatron.objective.losses import (
     scaled_cispo_loss,
     shuffled_minpro_loss,
 )
-from minpro_megatron.objective.smooth_losses import sapo_loss
+from minpro_megatron.objective.smooth_losses import pnpo_loss, sapo_loss, vespo_loss
 from minpro_megatron.objective.trust_region_losses import cppo_loss, dppo_loss, trm_loss
 
 __all__ = [
     "cispo_loss",
     "cppo_loss",
+    "ctpo_geomean_loss",
     "ctpo_loss",
     "dppo_loss",
     "group_advantages",
@@ -28,10 +30,12 @@ __all__ = [
     "m2po_loss",
     "m2po_winsorized_loss",
     "minpro_loss",
+    "pnpo_loss",
     "prefix_filter_loss",
     "prefix_ratio_loss",
     "sapo_loss",
     "scaled_cispo_loss",
     "shuffled_minpro_loss",
     "trm_loss",
+    "vespo_loss",
 ]

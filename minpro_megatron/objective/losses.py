@@ -89,15 +89,36 @@ def m2po_winsorized_loss(
 def ctpo_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
     log_clip_low: float = 0.025, log_clip_high: float = 0.05, log_dual_clip: float = 0.05,
-    log_clamp: float | None = None, aggregation: Aggregation = "sequence_mean",
+    position_exponent: float = 0.5, log_clamp: float | None = None, aggregation: Aggregation = "sequence_mean",
     **options: Unpack[LossOptions],
 ) -> Tensor:  # fmt: skip
-    """CTPO, arXiv:2605.07331: PPO's clip of the product of the ratios up to t, with bounds exp(-log_clip_low sqrt(t))
-    and exp(log_clip_high sqrt(t)), for A_t < 0 also exp(log_dual_clip sqrt(t))."""
+    """CTPO, arXiv:2605.07331: PPO's clip of the product of the ratios up to t, with bounds exp(-log_clip_low t^p) and
+    exp(log_clip_high t^p), for A_t < 0 also exp(log_dual_clip t^p), where p is position_exponent."""
     settings = config.CtpoConfig(
         log_clip_low=log_clip_low,
         log_clip_high=log_clip_high,
         log_dual_clip=log_dual_clip,
+        position_exponent=position_exponent,
+        log_clamp=log_clamp,
+        aggregation=aggregation,
+    )
+    return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
+
+
+@loss_function
+def ctpo_geomean_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
+    log_clip_low: float = 0.025, log_clip_high: float = 0.05, log_dual_clip: float = 0.05,
+    position_exponent: float = -0.5, log_clamp: float | None = None, aggregation: Aggregation = "sequence_mean",
+    **options: Unpack[LossOptions],
+) -> Tensor:  # fmt: skip
+    """CTPO as a variant in its authors' code: PPO's clip of the geometric mean of the ratios up to t, with bounds that
+    shrink with the position."""
+    settings = config.CtpoGeomeanConfig(
+        log_clip_low=log_clip_low,
+        log_clip_high=log_clip_high,
+        log_dual_clip=log_dual_clip,
+        position_exponent=position_exponent,
         log_clamp=log_clamp,
         aggregation=aggregation,
     )

@@ -18,15 +18,17 @@ from minpro_megatron.objective.controls import (
     small_prefix_ratios,
 )
 from minpro_megatron.objective.cppo import cppo
-from minpro_megatron.objective.ctpo import ctpo
+from minpro_megatron.objective.ctpo import ctpo, ctpo_geomean
 from minpro_megatron.objective.dppo import dppo
 from minpro_megatron.objective.grpo import grpo
 from minpro_megatron.objective.gspo import gspo
 from minpro_megatron.objective.m2po import large_second_moments, m2po, m2po_winsorized, winsorizing_log_ratio
 from minpro_megatron.objective.minpro import minpro
+from minpro_megatron.objective.pnpo import pnpo
 from minpro_megatron.objective.sapo import sapo
 from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, PolicyTokens
 from minpro_megatron.objective.trm import trm
+from minpro_megatron.objective.vespo import vespo
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,13 @@ OBJECTIVES: dict[str, Objective] = {
     "m2po": Objective(m2po, survey=large_second_moments),
     "m2po_winsorized": Objective(m2po_winsorized, survey=winsorizing_log_ratio),
     "ctpo": Objective(ctpo),
+    "ctpo_geomean": Objective(ctpo_geomean),
     "dppo": Objective(dppo),
     "cppo": Objective(cppo),
     "trm": Objective(trm),
     "sapo": Objective(sapo),
+    "vespo": Objective(vespo),
+    "pnpo": Objective(pnpo),
     "prefix_ratio": Objective(prefix_ratio),
     "prefix_filter": Objective(prefix_filter, survey=small_prefix_ratios),
     # it multiplies the learning rate and not the gradient: Adam's normalization would cancel a factor on the gradient

@@ -22,3 +22,38 @@ def sapo_loss(
         temperature_positive=temperature_positive, temperature_negative=temperature_negative, aggregation=aggregation
     )
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
+
+
+@loss_function
+def vespo_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
+    power_positive: float = 2.0, decay_positive: float = 3.0, power_negative: float = 3.0, decay_negative: float = 2.0,
+    aggregation: Aggregation = "token_mean",
+    **options: Unpack[LossOptions],
+) -> Tensor:  # fmt: skip
+    """VESPO, arXiv:2602.10693: -W^k exp(lambda (1 - W)) A_t log pi_t, where W is the product of the ratios of the
+    sequence and (k, lambda) are (power_positive, decay_positive) for A_t >= 0, (power_negative, decay_negative)
+    otherwise."""
+    settings = config.VespoConfig(
+        power_positive=power_positive,
+        decay_positive=decay_positive,
+        power_negative=power_negative,
+        decay_negative=decay_negative,
+        aggregation=aggregation,
+    )
+    return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
+
+
+@loss_function
+def pnpo_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
+    smallest_weight: float | None = None, largest_weight: float | None = None,
+    aggregation: Aggregation = "token_mean",
+    **options: Unpack[LossOptions],
+) -> Tensor:  # fmt: skip
+    """PNPO, arXiv:2608.01418: -w_t A_t log pi_t, where w_t is the geometric mean of the ratios up to t, without the
+    tokens whose w_t is outside smallest_weight .. largest_weight (None: no limit)."""
+    settings = config.PnpoConfig(
+        smallest_weight=smallest_weight, largest_weight=largest_weight, aggregation=aggregation
+    )
+    return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)

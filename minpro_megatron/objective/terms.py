@@ -71,6 +71,11 @@ class PolicyTokens:
         """float64: log of the product of the ratios up to and with this token."""
         return self.scan.inclusive(self.log_ratio_L, "sum")
 
+    @property
+    def prefix_mean_log_ratio_L(self) -> Tensor:
+        """float64: log of the geometric mean of the ratios up to and with this token."""
+        return self.prefix_log_ratio_L / (self.earlier_L + 1)
+
 
 @dataclass(frozen=True)
 class ObjectiveTerms:

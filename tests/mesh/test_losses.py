@@ -34,13 +34,18 @@ def columns(layout: ContextLayout, rank: int) -> np.ndarray:
 def losses(inputs: LossInputs, **arguments: object) -> Found:
     found = {}
     for name in FUNCTIONS:
-        for aggregation in ("token_mean", "sequence_mean"):
+        # the aggregation is the same code for every objective: both for one of them, and each in turn for the others
+        for aggregation in ("token_mean", "sequence_mean") if name == "minpro" else (_aggregation(name),):
             metrics: dict[str, float] = {}
             loss, gradient = inputs.loss(
                 name, aggregation=aggregation, metrics=metrics, **arguments, **ARGUMENTS.get(name, {})
             )
             found[f"{name} {aggregation}"] = (loss, gradient, metrics)
     return found
+
+
+def _aggregation(name: str) -> str:
+    return ("token_mean", "sequence_mean")[list(FUNCTIONS).index(name) % 2]
 
 
 def _on_rank(mesh: Mesh, inputs: LossInputs) -> dict[str, Found]:

@@ -17,14 +17,18 @@ from minpro_megatron.config.objective import (
     Aggregation,
     CppoConfig,
     CtpoConfig,
+    CtpoGeomeanConfig,
+    CtpoSection,
     DppoConfig,
     GrpoConfig,
     GspoConfig,
     M2poConfig,
     M2poWinsorizedConfig,
+    PnpoConfig,
     PrefixFilterConfig,
     SapoConfig,
     TrmConfig,
+    VespoConfig,
 )
 from tests.support.ragged_tokens import Tokens, prefix_minima
 
@@ -104,21 +108,37 @@ def gspo(tokens: Tokens, settings: GspoConfig) -> Expected:
 
 def ctpo(tokens: Tokens, settings: CtpoConfig) -> Expected:
     """arXiv:2605.07331: PPO's clip on stop_gradient(rho_1 ... rho_t-1) rho_t, bounds growing with sqrt(t)."""
-    products = log_products(tokens)
+    return clipped_by_position(tokens, log_products(tokens), settings)
 
+
+def ctpo_geomean(tokens: Tokens, settings: CtpoGeomeanConfig) -> Expected:
+    """The code of arXiv:2605.07331's authors: the geometric mean up to t in place of the product."""
+    return clipped_by_position(tokens, log_prefix_means(tokens), settings)
+
+
+def log_prefix_means(tokens: Tokens) -> list[float]:
+    """log of the geometric mean of rho_1 ... rho_t; 0 for masked tokens."""
+    logs = log_products(tokens)
+    for place in tokens.trained_of_sequences():
+        for t, one in enumerate(place, start=1):
+            logs[one] /= t
+    return logs
+
+
+def clipped_by_position(tokens: Tokens, logs: Sequence[float], settings: CtpoSection) -> Expected:
     def surrogate(place: list[int]) -> Surrogate:
-        root = torch.arange(1, len(place) + 1, dtype=torch.float64) ** 0.5
+        scale = torch.arange(1, len(place) + 1, dtype=torch.float64) ** settings.position_exponent
         limit = 700.0 if settings.log_clamp is None else settings.log_clamp
-        product = torch.tensor([clip(products[one], -limit, limit) for one in place], dtype=torch.float64)
+        clamped = torch.tensor([clip(logs[one], -limit, limit) for one in place], dtype=torch.float64)
 
         def objective(log_ratios: torch.Tensor) -> torch.Tensor:
             this_factor = (log_ratios - log_ratios.detach()).exp()  # 1, with the gradient of rho_t / rho_t
             return ppo(
-                product.exp() * this_factor,
+                clamped.exp() * this_factor,
                 advantages(tokens, place),
-                (-settings.log_clip_low * root).exp(),
-                (settings.log_clip_high * root).exp(),
-                (settings.log_dual_clip * root).exp(),
+                (-settings.log_clip_low * scale).exp(),
+                (settings.log_clip_high * scale).exp(),
+                (settings.log_dual_clip * scale).exp(),
             )
 
         return objective
@@ -255,6 +275,33 @@ def sapo(tokens: Tokens, settings: SapoConfig) -> Expected:
     return differentiated(tokens, surrogate)
 
 
+def vespo_weights(tokens: Tokens, settings: VespoConfig) -> list[float]:
+    """arXiv:2602.10693: phi(W) = W^c1 exp(c2 (1 - W)) of a response's product of ratios W."""
+    weights = [1.0] * len(tokens.mask)
+    for place in tokens.trained_of_sequences():
+        product = math.exp(clip(math.fsum(tokens.log_ratios[one] for one in place), -20.0, 20.0))
+        for one in place:
+            if tokens.advantages[one] >= 0:
+                power, decay = settings.power_positive, settings.decay_positive
+            else:
+                power, decay = settings.power_negative, settings.decay_negative
+            weights[one] = product**power * math.exp(decay * (1 - product))
+    return weights
+
+
+def pnpo(tokens: Tokens, settings: PnpoConfig) -> Expected:
+    """arXiv:2608.01418: (rho_1 ... rho_t)^(1/t), and rejection by it."""
+    low = 0.0 if settings.smallest_weight is None else settings.smallest_weight
+    high = math.inf if settings.largest_weight is None else settings.largest_weight
+    weights = [math.exp(log) for log in log_prefix_means(tokens)]
+    return weighted_as_they_are(tokens, [one if low <= one <= high else 0.0 for one in weights])
+
+
+def weighted_as_they_are(tokens: Tokens, weights: Sequence[float]) -> Expected:
+    coefficients = [w * float(a) for w, a in zip(weights, tokens.advantages, strict=True)]
+    return Expected(coefficients, [-c * float(log) for c, log in zip(coefficients, tokens.log_probs, strict=True)])
+
+
 # ---- what M2PO and the prefix filter choose from a whole mini-batch
 
 
@@ -325,10 +372,13 @@ LOOPS: dict[str, Callable[[Tokens, Any], Expected]] = {
     "m2po": m2po,
     "m2po_winsorized": m2po_winsorized,
     "ctpo": ctpo,
+    "ctpo_geomean": ctpo_geomean,
     "dppo": dppo,
     "cppo": cppo,
     "trm": trm,
     "sapo": sapo,
+    "vespo": lambda tokens, s: weighted_as_they_are(tokens, vespo_weights(tokens, s)),
+    "pnpo": pnpo,
     "prefix_ratio": lambda tokens, s: weighted(tokens, prefix_ratio_weights(tokens), s.clip_low, s.clip_high),
     "prefix_filter": prefix_filter,
     "scaled_cispo": lambda tokens, s: weighted(tokens, tokens.ratios, s.clip_low, s.clip_high),

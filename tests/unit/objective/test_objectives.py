@@ -40,11 +40,16 @@ OTHERS: dict[str, Any] = {
     "gspo": config.GspoConfig(clip_low=0.1, clip_high=0.15),
     "m2po": config.M2poConfig(second_moment=0.3),
     "m2po_winsorized": config.M2poWinsorizedConfig(second_moment=0.3, clip_low=0.05, clip_high=0.1),
-    "ctpo": config.CtpoConfig(log_clip_low=0.4, log_clip_high=0.2, log_dual_clip=0.6, log_clamp=1.5),
+    "ctpo": config.CtpoConfig(
+        log_clip_low=0.4, log_clip_high=0.2, log_dual_clip=0.6, position_exponent=0.2, log_clamp=1.5
+    ),
+    "ctpo_geomean": config.CtpoGeomeanConfig(log_clip_low=0.4, log_clip_high=0.2, log_dual_clip=0.6),
     "dppo": config.DppoConfig(threshold_low=0.05, threshold_high=0.1, largest_ratio=1.5),
     "cppo": config.CppoConfig(threshold=0.3, budget=0.15, smallest_weight=0.5, largest_ratio=1.5),
     "trm": config.TrmConfig(divergence="total_variation", max_divergence=0.6, mean_divergence=0.15),
     "sapo": config.SapoConfig(temperature_positive=0.7, temperature_negative=2.0),
+    "vespo": config.VespoConfig(power_positive=1.0, decay_positive=0.5, power_negative=0.5, decay_negative=4.0),
+    "pnpo": config.PnpoConfig(smallest_weight=0.8, largest_weight=1.3),
     "prefix_ratio": config.PrefixRatioConfig(clip_low=0.9, clip_high=0.2),
     "prefix_filter": config.PrefixFilterConfig(quantile=0.3, clip_high=0.5),
     "scaled_cispo": config.ScaledCispoConfig(clip_low=0.5, clip_high=1.5),
@@ -114,6 +119,10 @@ def weighted_by(name: str, tokens: Tokens, settings: Any) -> np.ndarray:
     if name == "gspo":
         for place in tokens.trained_of_sequences():
             ratios[place] = np.exp(np.mean(np.array(tokens.log_ratios)[place]))
+    if name in ("pnpo", "ctpo_geomean"):
+        return np.exp(loops.log_prefix_means(tokens))
+    if name == "vespo":
+        return np.array(loops.vespo_weights(tokens, settings))
     if name == "sapo":
         tau = np.where(tokens.advantages > 0, settings.temperature_positive, settings.temperature_negative)
         return ratios / np.cosh(np.minimum(tau * (ratios - 1), 700) / 2) ** 2
@@ -162,6 +171,23 @@ def test_ctpo_of_three_tokens_by_hand() -> None:
     terms = terms_of("ctpo", tokens, DEFAULTS["ctpo"])
     np.testing.assert_allclose(terms.coefficients_L, [2.08, 1.9968, 0], rtol=1e-12, atol=0)
     assert float(terms.value_L[2]) == pytest.approx(-2 * math.exp(0.05 * 3**0.5), rel=1e-12)
+
+
+def test_ctpos_geometric_mean_of_three_tokens_by_hand() -> None:
+    # means 1.04, .9992, 1.0317; bounds exp(.05 / sqrt t) = 1.0513, 1.0360, 1.0293
+    terms = terms_of("ctpo_geomean", one_sequence([1.04, 0.96, 1.1], advantage=2.0), DEFAULTS["ctpo_geomean"])
+    np.testing.assert_allclose(terms.coefficients_L, [2.08, 2 * (1.04 * 0.96) ** 0.5, 0], rtol=1e-12, atol=0)
+    assert float(terms.value_L[2]) == pytest.approx(-2 * math.exp(0.05 / 3**0.5), rel=1e-12)
+
+
+def test_sapo_vespo_and_pnpo_by_hand() -> None:
+    sapo = terms_of("sapo", one_sequence([0.5, 1.0, 2.0, 5.0]), config.SapoConfig())
+    np.testing.assert_allclose(sapo.weight_L, [0.47, 1, 1.5729, 0.3533], atol=5e-5)
+    for advantage, expected in ((1.0, 1.1204), (-1.0, 0.3398)):  # the product is .5
+        vespo = terms_of("vespo", one_sequence([2.0, 9.0, 0.25], advantage, mask=[1, 0, 1]), config.VespoConfig())
+        np.testing.assert_allclose(vespo.weight_L[[0, 2]], expected, atol=5e-5)
+    pnpo = terms_of("pnpo", one_sequence([1.5, 0.5, 9.0, 2.0], mask=[1, 1, 0, 1]), config.PnpoConfig())
+    np.testing.assert_allclose(pnpo.weight_L[[0, 1, 3]], [1.5, 0.8660, 1.1447], atol=5e-5)
 
 
 def test_gspo_of_two_sequences_by_hand() -> None:
@@ -219,6 +245,17 @@ def test_weights_beyond_the_clip_keep_the_clips_gradient(name: str) -> None:
         terms = terms_of(name, one_sequence([ratio], advantage=-2.0), settings)
         assert float(terms.coefficients_L) == pytest.approx(-2.0 * weight, rel=1e-12)
         assert bool(terms.clipped_L)
+
+
+def test_wrong_versions_of_smooth_weights_are_far_from_the_loop() -> None:
+    """Scans that run on into the next sequence, and temperatures that are exchanged."""
+    tokens = random_tokens(7, drift=0.2)
+    joined = replace(tokens, sequence=np.zeros_like(tokens.sequence))
+    exchanged = config.SapoConfig(temperature_positive=2.0, temperature_negative=0.7)
+    wrong = {name: terms_of(name, joined, OTHERS[name]) for name in ("vespo", "pnpo", "ctpo_geomean")}
+    for name, terms in (wrong | {"sapo": terms_of("sapo", tokens, exchanged)}).items():
+        expected = np.array(LOOPS[name](tokens, OTHERS[name]).coefficients)
+        assert np.abs(terms.coefficients_L.numpy() - expected)[tokens.trained].max() > 0.1, name
 
 
 # ---- relations between objectives
