@@ -20,7 +20,14 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import ActorConfig
 
-from minpro_megatron.config.objective import CispoConfig, GrpoConfig, GspoConfig, ObjectiveSection
+from minpro_megatron.config.objective import (
+    CispoConfig,
+    DppoConfig,
+    GrpoConfig,
+    GspoConfig,
+    ObjectiveSection,
+    SapoConfig,
+)
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import policy_tokens, summed_loss
@@ -49,8 +56,9 @@ class Batch:
         )
 
 
-def random_batch(seed: int, drift: float, far: bool, shortest: int) -> Batch:
-    """All numbers are float32 numbers, so that both precisions start from the same values."""
+def random_batch(seed: int, drift: float, far: bool, shortest: int, probabilities: bool) -> Batch:
+    """All numbers are float32 numbers, so that both precisions start from the same values. With `probabilities` no
+    log-prob exceeds 0; otherwise the behavior's may, of which only the difference to the policy's is read."""
     random = torch.Generator().manual_seed(seed)
     shape = (SEQUENCES, LONGEST)
     lengths = torch.randint(shortest, LONGEST + 1, (SEQUENCES, 1), generator=random)
@@ -63,7 +71,8 @@ def random_batch(seed: int, drift: float, far: bool, shortest: int) -> Batch:
         chosen = torch.rand(shape, generator=random) < 0.1
         difference = torch.where(chosen, 120 * torch.rand(shape, generator=random) - 60, difference)
     advantages = torch.empty(SEQUENCES, 1).normal_(0, 1, generator=random).expand(shape)
-    return Batch(log_probs, log_probs - difference, advantages, mask.float(), inside)
+    behavior = log_probs - difference
+    return Batch(log_probs, behavior.clamp(max=0) if probabilities else behavior, advantages, mask.float(), inside)
 
 
 @dataclass(frozen=True)
@@ -75,12 +84,16 @@ class Case:
     drift: float
     far: bool = False
     shortest: int = 1  # sequence
+    probabilities: bool = False  # all log-probs are at most 0
     clamped: bool = False  # verl gets log-ratios that are already clamped to +-20
     deviation: str = ""  # what verl intentionally does differently
     float32: float = 2e-6  # maximum relative difference; verl computes ratios and sums in float32, we do not
     float64: float = 1e-12
 
 
+REGION = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 20.0}
+KL_REGION = {"clip_ratio_low": 0.05, "clip_ratio_high": 0.05, "clip_ratio_c": 20.0}
+TEMPERATURES = {"tau_pos": 1.0, "tau_neg": 1.05}
 CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 10.0}
 WIDE = {"clip_ratio_low": 1.0, "clip_ratio_high": 4.0}
 NARROW = {"clip_ratio_low": 2e-3, "clip_ratio_high": 2e-3}
@@ -104,6 +117,21 @@ def cases() -> list[Case]:
             Case("gspo", "gspo", gspo, NARROW, 0.02, deviation=adds, float64=float64),
             Case("gspo", "gspo", gspo, NARROW, 1.2, deviation=adds, float64=float64),
         ]
+        dppo = DppoConfig(aggregation=aggregation)
+        kl = DppoConfig(aggregation=aggregation, divergence="kl", threshold_low=0.05, threshold_high=0.05)
+        for verl, settings, region, far in (
+            ("dppo_tv", dppo, REGION, False),
+            ("dppo_tv", dppo, REGION, True),
+            ("dppo_kl", kl, KL_REGION, False),
+        ):
+            found.append(
+                Case("dppo", verl, settings, region, 1.2, far, probabilities=True, deviation=adds, float64=float64)
+            )
+    sapo = SapoConfig()
+    found += [
+        Case("sapo", "sapo", sapo, TEMPERATURES, 1.2, deviation=ADDS, float32=1e-5, float64=2e-8),
+        Case("sapo", "sapo", sapo, TEMPERATURES, 1.2, far=True, deviation=ADDS, float32=1e-5, float64=2e-8),
+    ]
     gspo = GspoConfig(aggregation="token_mean")
     found.append(Case("gspo", "gspo", gspo, NARROW, 1.2, far=True, shortest=20, clamped=True, deviation=CLAMPS_MEAN))
     return found
@@ -145,7 +173,7 @@ def largest_differences(case: Case, dtype: torch.dtype, num_batches: int) -> tup
     """(loss, gradient), relative; verl's shares of clipped and of dual-clipped tokens, mean over the batches."""
     loss_difference = gradient_difference = clipped = dual_clipped = 0.0
     for seed in range(num_batches):
-        batch = random_batch(seed, case.drift, case.far, case.shortest).to(dtype)
+        batch = random_batch(seed, case.drift, case.far, case.shortest, case.probabilities).to(dtype)
         loss, gradient = ours(batch, case)
         verl_loss, verl_gradient, metrics = verls(batch, case)
         size = abs(verl_loss) + verl_gradient.abs().sum().item()
