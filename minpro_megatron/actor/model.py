@@ -12,7 +12,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minpro_megatron.actor.backends.select import LayerBackend, select_backend
+from minpro_megatron.actor.backends.torch_backend import TorchLayers
 from minpro_megatron.actor.library_fields import field_values
+from minpro_megatron.config.model import RecomputedModule, recomputed_modules
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
@@ -25,7 +27,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class ModelFeatures:
     """Options of a model besides its architecture. They change no global name and no value of the weights."""
 
-    recompute: str = "none"  # as in config.model.ModelConfig
+    recompute: str = "none"  # these three as in config.model.ModelConfig
+    recompute_modules: tuple[RecomputedModule, ...] = ()
+    recompute_layers: int = 0
     routing_replay: bool = False
     backend: str = "auto"  # as in config.model.ModelConfig
     attention_backend: str = "auto"  # as in config.model.ModelConfig
@@ -38,6 +42,8 @@ def features_of(config: RunConfig) -> ModelFeatures:
     model = config.model
     return ModelFeatures(
         recompute=model.recompute,
+        recompute_modules=model.recompute_modules,
+        recompute_layers=model.recompute_layers,
         routing_replay=model.routing_replay != "none",
         backend=model.backend,
         attention_backend=model.attention_backend,
@@ -118,7 +124,7 @@ def _own_fields(
         # one pair are matched by their order and would be swapped; overlapped messages use two process groups.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
-        **_RECOMPUTE[features.recompute],
+        **_recomputation(features, fused=not isinstance(backend, TorchLayers), mixture=architecture.num_experts > 0),
         attention_backend=AttnBackend[features.attention_backend],
         **_mixture_settings(architecture, features),
         **backend.settings(mixture=architecture.num_experts > 0),
@@ -135,11 +141,16 @@ def _pipeline_layout(parallel: ParallelConfig) -> Any:  # a list, which Megatron
     return layout
 
 
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
+def _recomputation(features: ModelFeatures, fused: bool, mixture: bool) -> dict[str, Any]:
+    if features.recompute == "none":
+        return {}
+    if features.recompute == "selective":
+        modules = recomputed_modules(features.recompute_modules, fused, mixture)
+        return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+    if features.recompute_layers:
+        block = {"recompute_method": "block", "recompute_num_layers": features.recompute_layers}
+        return {"recompute_granularity": "full", **block}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def _mixture_settings(architecture: Architecture, features: ModelFeatures) -> dict[str, Any]:

@@ -11,6 +11,7 @@ forward of a micro-batch: between two forwards the schedule may run other micro-
 backward pass that recomputes a layer calls its router again, in the order of the forwards.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from minpro_megatron.batching.routes import refuse_other_routes, shard_routes, wrong_choice
@@ -98,8 +100,8 @@ class ReplayedRouting:
                 router.set_target_indices(indices)
                 router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
         yield
-        for router in routers:
-            if self._routers.recomputed:
+        for index, router in enumerate(routers):
+            if index < self._routers.num_recomputed:
                 router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
             else:
                 router.clear_indices()  # otherwise they would accumulate until the end of the mini-batch
@@ -148,7 +150,7 @@ class ChunkRouters:
 
     def __init__(self, chunks: Sequence[GPTModel], num_experts: int) -> None:
         self.device = next(chunks[0].parameters()).device
-        self.recomputed = chunks[0].config.recompute_granularity == "full"  # backward calls the routers again
+        self.num_recomputed = _num_recomputed(chunks[0].config)
         self.dtype = torch.uint8 if num_experts <= 256 else torch.int16
         layers: list[list[Any]] = [list(chunk.decoder.layers) if num_experts else [] for chunk in chunks]
         self._by_chunk = [[layer.mlp.router.router_replay for layer in own_layers] for own_layers in layers]
@@ -169,6 +171,13 @@ class ChunkRouters:
                 continue
             router.clear_router_replay_action()
             router.clear_indices()
+
+
+def _num_recomputed(config: TransformerConfig) -> float:
+    """The number of layers at the start of each chunk whose routers backward calls again."""
+    if config.recompute_granularity != "full":
+        return 0
+    return math.inf if config.recompute_method == "uniform" else config.recompute_num_layers or 0
 
 
 def _recorded(router: RouterReplay) -> Tensor:

@@ -1,13 +1,16 @@
 """The model and how it is computed."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.library_settings import ModelFields
+from minpro_megatron.errors import UserError
 
 LayerBackendName = Literal["transformer_engine", "torch"]
+RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe_act"]
 
 
 def layer_backend_of(backend: str, device: str, dtype: str) -> LayerBackendName:
@@ -17,6 +20,25 @@ def layer_backend_of(backend: str, device: str, dtype: str) -> LayerBackendName:
     if backend == "auto":
         return "transformer_engine" if device == "cuda" and dtype == "bfloat16" else "torch"
     return "torch" if backend == "torch" else "transformer_engine"
+
+
+def recomputed_modules(chosen: Sequence[RecomputedModule], fused: bool, mixture: bool) -> tuple[RecomputedModule, ...]:
+    """The parts of a layer that model.recompute = selective recomputes; `chosen`: model.recompute_modules, `fused`: the
+    layers are Transformer Engine's, `mixture`: they have experts. The model and its plan decide by it.
+
+    Raises UserError for a part that these layers do not have or that Megatron-Core cannot recompute in them.
+    """
+    if not chosen:
+        return (("moe_act", "layernorm") if mixture else ("mlp",)) if fused else ("core_attn",)
+    layers = ("Transformer Engine's" if fused else "torch's") + (" of a mixture" if mixture else " of a dense model")
+    missing = {
+        "mlp": mixture,
+        "moe_act": not (fused and mixture),
+        "layernorm": fused and not mixture,  # both norms are parts of projections
+    }
+    if wrong := [module for module in chosen if missing.get(module)]:
+        raise UserError(f"model.recompute_modules: {wrong[0]} cannot be recomputed in layers like {layers}; remove it")
+    return tuple(chosen)
 
 
 class ModelConfig(Section):
@@ -44,8 +66,21 @@ class ModelConfig(Section):
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
-        description="Activations that are recomputed in the backward pass to save memory: none, those of attention "
-        "(selective), or those of whole layers (full).",
+        description="Activations that are recomputed in the backward pass to save memory: none, those of the parts "
+        "of a layer in recompute_modules (selective), or those of whole layers (full).",
+    )
+    recompute_modules: tuple[RecomputedModule, ...] = Field(
+        default=(),
+        description="Parts of every layer that recompute = selective recomputes: attention (core_attn), the norms that "
+        "are not fused with a projection (layernorm), a dense feed-forward layer (mlp), the activation of the experts "
+        "(moe_act, Transformer Engine only). Empty: core_attn with the torch layers; with Transformer Engine, whose "
+        "attention saves little, moe_act and layernorm for a mixture of experts and mlp for a dense model.",
+    )
+    recompute_layers: int = Field(
+        default=0,
+        ge=0,
+        description="Number of layers that recompute = full recomputes in each stage (in each model chunk of an "
+        "interleaved pipeline), its first ones. 0: all layers.",
     )
     routing_replay: Literal["none", "scored", "rollout"] = Field(
         default="none",
@@ -60,3 +95,18 @@ class ModelConfig(Section):
         "this project sets, such as model.megatron.apply_rope_fusion=false on the command line. Fields that another "
         "setting decides are refused. The planner does not know them.",
     )
+
+    @field_validator("recompute_modules", mode="before")
+    @classmethod
+    def _added_up(cls, value: Any) -> Any:
+        """Also accepts the form moe_act+layernorm, as parallel.pipeline_layers."""
+        return tuple(value.split("+")) if isinstance(value, str) and value else value
+
+    @model_validator(mode="after")
+    def _recomputation_is_used(self) -> "ModelConfig":
+        for key, needed in (("recompute_modules", "selective"), ("recompute_layers", "full")):
+            if getattr(self, key) and self.recompute != needed:
+                raise ValueError(
+                    f"{key} is for recompute = {needed}, and recompute = {self.recompute}; remove it, or set recompute"
+                )
+        return self

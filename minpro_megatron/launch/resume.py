@@ -30,7 +30,8 @@ BEFORE_SETTINGS = (LOCK_FILE, STARTS)
 # The settings that may change between two incarnations: where and how the run computes, how long, and what it keeps.
 # Any other change would make its second half a different experiment.
 _MAY_CHANGE = (
-    "name", "runs_dir", "num_global_steps", "device", "model.recompute", "model.backend", "optimizer.cpu_offload",
+    "name", "runs_dir", "num_global_steps", "device", "model.recompute", "model.recompute_modules",
+    "model.recompute_layers", "model.backend", "model.attention_backend", "optimizer.cpu_offload",
     "parallel", "server", "publish", "checkpoint", "batch.max_tokens_per_row", "batch.packing", "collector.host",
     "collector.port", "collector.journal_keep_steps", "collector.journal_keep_routes", "reward.timeout_s",
     "reward.workers",

@@ -10,6 +10,7 @@ Engine's part follows its modules' save_for_backward and has not been measured.
 
 from dataclasses import dataclass
 
+from minpro_megatron.config.model import RecomputedModule, recomputed_modules
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.models.architecture import Architecture
 
@@ -35,6 +36,14 @@ class Compute:
     fused: bool  # Transformer Engine's layers, else torch's
     recompute: str  # none, selective or full
     expert_imbalance: float  # number of rows of the busiest rank's experts, divided by the mean
+    recompute_modules: tuple[RecomputedModule, ...] = ()  # as in config.model.ModelConfig
+    recompute_layers: int = 0  # as in config.model.ModelConfig
+
+    def modules(self, mixture: bool) -> tuple[RecomputedModule, ...]:
+        """The parts of a layer that are recomputed on their own."""
+        if self.recompute != "selective":
+            return ()
+        return recomputed_modules(self.recompute_modules, self.fused, mixture)
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,18 @@ def layer_activations(a: Architecture, parallel: ParallelConfig, row: Row, compu
     attention = _attention(a, parallel, row, compute)
     routed, rest, backward = _feed_forward(a, parallel, tokens, local, compute)
     hidden = a.hidden_size * local * element
+    modules = compute.modules(a.num_experts > 0)
     if compute.fused:
         norms = 2 * hidden  # their outputs; their inputs are the residual stream
     else:
         # torch's norm computes in float32 and also keeps the normalised input
         norms = 2 * hidden + 2 * a.hidden_size * local * FLOAT32
         norms += 0 if element == FLOAT32 else 2 * a.hidden_size * local * FLOAT32
+    if "layernorm" in modules:  # Transformer Engine's first norm is a part of the projection after it
+        again = hidden if compute.fused else norms
+        norms, backward = norms - again, backward + again
+    elif "mlp" in modules and compute.fused:  # the second norm is a part of the feed-forward layer
+        norms, backward = norms - hidden, backward + hidden
     residual = 2 * hidden  # before attention and before the feed-forward layer
     return LayerActivations(
         inputs=hidden, kept=residual + norms + attention + routed + rest, routed=routed, backward=backward
@@ -100,7 +115,7 @@ def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Com
         statistics = heads + (heads + keys // a.head_dim) + 2 + 4 * a.head_dim  # and rotary angles
         if parallel.context > 1:
             inside += row.sequence_tokens  # a mask of as many columns
-    if compute.recompute == "selective":
+    if "core_attn" in compute.modules(a.num_experts > 0):
         # attention's inputs instead of its saved tensors
         inside = 0 if compute.fused else queries + keys
         statistics -= heads
@@ -116,15 +131,18 @@ def _feed_forward(
         width = a.ffn_hidden_size // parallel.tensor
         kept = (3 if compute.fused else 5) * width * tokens * element
         backward = (2 * width * tokens + a.hidden_size * local) * element
+        if "mlp" in compute.modules(mixture=False):
+            kept, backward = 0, backward + kept
         return 0, kept, backward
     width = a.expert_ffn_hidden_size // parallel.expert_tensor
     # a rank gets as many rows as it sends; those of expert-tensor ranks come together
     spread = compute.expert_imbalance if parallel.expert > 1 else 1.0
     rows = round(local * a.num_experts_per_token * parallel.expert_tensor * spread)
-    routed = rows * (a.hidden_size + (3 if compute.fused else 5) * width) * element
+    activation = rows * width * element if "moe_act" in compute.modules(mixture=True) else 0
+    routed = rows * (a.hidden_size + (3 if compute.fused else 5) * width) * element - activation
     # logits, probabilities and the routing map
     router = local * a.num_experts * (3 * FLOAT32 + 8) + 2 * 8 * local * a.num_experts_per_token
-    backward = rows * (2 * width + 2 * a.hidden_size) * element
+    backward = rows * (2 * width + 2 * a.hidden_size) * element + activation
     return routed, router, backward
 
 
@@ -149,12 +167,12 @@ def stage_activations(
     """`num_micro_batches`: number per data-parallel rank and update."""
     chunks = parallel.chunk_layers(a.num_layers)[stage :: parallel.pipeline]
     layer = layer_activations(a, parallel, row, compute)
-    full = compute.recompute == "full"
+    again = [recomputed_layers(compute.recompute, compute.recompute_layers, layers) for layers in chunks]
     in_flight = _in_flight(parallel, stage, num_micro_batches)
-    layers = sum(chunks) * in_flight
+    only_inputs, whole = sum(again) * in_flight, (sum(chunks) - sum(again)) * in_flight
     local = row.tokens // parallel.context // parallel.tensor
     hidden = a.hidden_size * local * compute.element_bytes
-    saved = layers * (layer.inputs if full else layer.kept)
+    saved = only_inputs * layer.inputs + whole * layer.kept
     last = stage == parallel.pipeline - 1
     if last:
         saved += hidden + hidden // compute.element_bytes * FLOAT32  # the final norm's output and normalised input
@@ -165,10 +183,18 @@ def stage_activations(
     return StageActivations(
         micro_batches=in_flight,
         saved=round(saved),
-        routed=0 if full else round(layers * layer.routed),
-        backward=layer.backward + (layer.kept if full else 0),
+        routed=round(whole * layer.routed),
+        backward=layer.backward + (layer.kept if only_inputs else 0),
         logits=logit_bytes(a, parallel, row, compute) if last else 0,
     )
+
+
+def recomputed_layers(recompute: str, chosen: int, layers: int) -> int:
+    """The number of `layers`, those of a model chunk, that are recomputed as a whole. `chosen`:
+    model.recompute_layers."""
+    if recompute != "full":
+        return 0
+    return min(chosen, layers) if chosen else layers
 
 
 def _in_flight(parallel: ParallelConfig, stage: int, num_micro_batches: int) -> float:

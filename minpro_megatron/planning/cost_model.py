@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from minpro_megatron.actor.flops import forward_flops
+from minpro_megatron.config.model import layer_backend_of, recomputed_modules
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture
+from minpro_megatron.planning.activations import recomputed_layers
 from minpro_megatron.planning.gpus import GpuKind
 from minpro_megatron.planning.memory import ELEMENT_BYTES, ServerMemory, checkpoint_bytes, state_bytes
 from minpro_megatron.planning.parameters import active_parameters, optimizer_degrees, stage_parameters
@@ -100,6 +102,21 @@ class TrainerCost:
     gpus_per_node: int
     calibration: Calibration
 
+    def _recomputed(self, forward: float, attention: float, products: float) -> float:
+        """Seconds of recomputation, from those of one forward pass and of its parts."""
+        model, a = self.config.model, self.architecture
+        if model.recompute == "full":
+            chunks = self.config.parallel.chunk_layers(a.num_layers)
+            layers = sum(recomputed_layers("full", model.recompute_layers, chunk) for chunk in chunks)
+            return forward * layers / a.num_layers
+        if model.recompute == "none":
+            return 0.0
+        fused = layer_backend_of(model.backend, self.config.device, model.dtype) == "transformer_engine"
+        modules = recomputed_modules(model.recompute_modules, fused, a.num_experts > 0)
+        # norms and activations read and write memory only, in a small share of the time
+        feed_forward = a.num_layers * 3 * a.hidden_size * a.ffn_hidden_size / active_parameters(a)
+        return attention * ("core_attn" in modules) + products * feed_forward * ("mlp" in modules)
+
     def step(self, batch: Batch) -> StepCost:
         config, parallel = self.config, self.config.parallel
         updates = config.batch.updates_per_step
@@ -108,7 +125,7 @@ class TrainerCost:
         routing = self._routing(batch)
         communication = self._communication(batch)
         forward = (products + routing + communication) / 3 * (1 + rows.surplus)
-        again = {"none": 0.0, "selective": attention / 3, "full": forward}[config.model.recompute]
+        again = self._recomputed(forward, attention / 3, products / 3)
         surveys = config.objective.name in ("m2po", "m2po_winsorized", "prefix_filter", "shuffled_minpro")
         again += forward * surveys
         busy = 3 * forward + again

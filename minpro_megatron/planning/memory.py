@@ -80,7 +80,15 @@ class HostMemory:
 def compute_of(config: RunConfig, expert_imbalance: float = EXPERT_IMBALANCE) -> Compute:
     model = config.model
     fused = layer_backend_of(model.backend, config.device, model.dtype) == "transformer_engine"
-    return Compute(config.device, ELEMENT_BYTES[model.dtype], fused, model.recompute, expert_imbalance)
+    return Compute(
+        config.device,
+        ELEMENT_BYTES[model.dtype],
+        fused,
+        model.recompute,
+        expert_imbalance,
+        model.recompute_modules,
+        model.recompute_layers,
+    )
 
 
 def _owned_parameters(config: RunConfig, a: Architecture, stage: int) -> int:

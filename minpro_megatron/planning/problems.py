@@ -84,6 +84,23 @@ def host_problems(host: HostMemory, gpu: GpuKind) -> list[str]:
     ]
 
 
+def least_recomputation(config: RunConfig, a: Architecture, limit: int) -> str:
+    """The setting with which a run that recomputes whole layers recomputes the fewest of them and every rank still fits
+    into `limit` bytes; empty if that is the setting of `config`."""
+    model = config.model
+    if model.recompute != "full":
+        return ""
+    largest = max(config.parallel.chunk_layers(a.num_layers))
+    choices = {"recompute = none": {"recompute": "none", "recompute_layers": 0}}
+    choices |= {f"recompute_layers = {layers}": {"recompute_layers": layers} for layers in range(1, largest)}
+    for name, choice in choices.items():
+        if choice.get("recompute_layers") == model.recompute_layers and "recompute" not in choice:
+            return ""
+        if largest_rank(stage_memories(_with(config, model=choice), a)).total <= limit:
+            return f"model.{name}"
+    return ""
+
+
 def _fitting_changes(config: RunConfig, a: Architecture, limit: int) -> Iterator[str]:
     """Changes of settings with which every rank fits, the cheapest first."""
     for names, changed in _changes(config):
@@ -98,16 +115,20 @@ def _fitting_changes(config: RunConfig, a: Architecture, limit: int) -> Iterator
 def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """Single changes that save memory with the same number of GPUs, then the same with full recomputation."""
     model, parallel, batch = config.model, config.parallel, config.batch
-    for recompute in ("selective", "full"):
-        if recompute != model.recompute and model.recompute != "full":
-            yield f"model.recompute = {recompute}", _with(config, model={"recompute": recompute})
+    whole = _with(config, model={"recompute": "full", "recompute_modules": (), "recompute_layers": 0})
+    if model.recompute == "none":
+        yield "model.recompute = selective", _with(config, model={"recompute": "selective"})
+    if model.recompute != "full":
+        yield "model.recompute = full", whole
+    if model.recompute_layers:
+        yield "model.recompute_layers = 0", whole
     longest = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
     if batch.max_tokens_per_row // 2 >= longest:
         row = batch.max_tokens_per_row // 2
         yield f"batch.max_tokens_per_row = {row}", _with(config, batch={"max_tokens_per_row": row})
-    for base in (config, _with(config, model={"recompute": "full"})):
+    for base in (config, whole):
         also_changed = [] if base is config else ["model.recompute = full"]
-        if also_changed and model.recompute == "full":
+        if also_changed and base == config:
             return
         for axis in ("expert", "context", "tensor", "pipeline"):
             changed = _doubled(parallel, axis)

@@ -15,6 +15,7 @@ from minpro_megatron.planning.first_checkpoint import first_checkpoint
 from minpro_megatron.planning.modes import ModeTime
 from minpro_megatron.planning.parameters import active_parameters, model_parameters
 from minpro_megatron.planning.plan import Plan
+from minpro_megatron.planning.problems import least_recomputation
 from minpro_megatron.planning.routes import batches_with_routes
 
 
@@ -30,6 +31,8 @@ def print_plan(console: Console, plan: Plan, modes: Sequence[ModeTime] = ()) -> 
         console.print(f"[bold red]does not fit:[/] {escape(problem)}", soft_wrap=True)
     if not plan.problems:
         console.print(f"[bold green]fits[/]; settings: {' '.join(plan.settings)}", highlight=False, soft_wrap=True)
+        if less := least_recomputation(plan.config, plan.architecture, plan.cluster.kind.memory_bytes):
+            console.print(f"fits with less recomputation too: {less}", highlight=False, soft_wrap=True)
 
 
 def _heading(console: Console, plan: Plan) -> None:

@@ -98,8 +98,16 @@ def _recomputed(mesh: Mesh, hf_path: str, config: RunConfig, sequences: list) ->
     from minpro_megatron.weights.local import load_hf_tensors
 
     architecture, norms = read_architecture(hf_path), {}
-    for recompute in ("none", "selective", "full"):
-        chunks = build_model(architecture, mesh, torch.float32, ModelFeatures(recompute, backend=BACKENDS[0]))
+    ways = {
+        "none": ModelFeatures("none", backend=BACKENDS[0]),
+        # the activation of the experts, and the norm before them
+        "selective": ModelFeatures("selective", backend=BACKENDS[0]),
+        "attention": ModelFeatures("selective", recompute_modules=("core_attn",), backend=BACKENDS[0]),
+        "full": ModelFeatures("full", backend=BACKENDS[0]),
+        "one layer": ModelFeatures("full", recompute_layers=1, backend=BACKENDS[0]),
+    }
+    for recompute, features in ways.items():
+        chunks = build_model(architecture, mesh, torch.float32, features)
         load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path))
         policy = Policy(config, architecture, chunks, mesh)
         norms[recompute] = [policy.update(sequences, LEARNING_RATE).grad_norm for _ in range(2)]
@@ -197,7 +205,9 @@ def test_a_step_equals_transformers(place: int, found: Found, starts: dict[str, 
 
 def test_recomputing_changes_no_gradient(found: Found) -> None:
     for norms in found.by_name["recomputed"]:
-        assert norms["selective"] == norms["full"] == norms["none"]
+        # Megatron runs a nested backward pass for parts whose output it discards, which rounds some sums differently.
+        assert norms.pop("selective") == pytest.approx(norms["none"], rel=1e-6)
+        assert norms == dict.fromkeys(norms, norms["none"])
 
 
 def test_what_is_chosen_and_switched_on(found: Found) -> None:

@@ -8,6 +8,7 @@ of Transformer Engine are not: what runs on a GPU has to be tried on one.
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,9 +36,9 @@ def install() -> None:
         RMSNorm=RMSNorm,
         DotProductAttention=DotProductAttention,
     )
-    float8 = {"FP8GlobalStateManager": _Absent, "fp8_autocast": _Absent, "fp8_model_init": _Absent}
+    float8 = {"FP8GlobalStateManager": _NoFloat8, "fp8_autocast": _no_context, "fp8_model_init": _Absent}
     package.pytorch.fp8 = _module("transformer_engine.pytorch.fp8", **float8)
-    recompute = {"CudaRNGStatesTracker": _Absent, "activation_recompute_forward": _Absent}
+    recompute = {"CudaRNGStatesTracker": _Absent, "activation_recompute_forward": _no_context}
     package.pytorch.distributed = _module("transformer_engine.pytorch.distributed", **recompute)
     package.pytorch.tensor = _module("transformer_engine.pytorch.tensor", QuantizedTensor=_Absent)
     routers = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
@@ -51,6 +52,18 @@ def _module(name: str, **content: Any) -> Any:
     vars(module).update(content)
     sys.modules[name] = module
     return module
+
+
+class _NoFloat8:
+    """Float8 is off, as Megatron asks when it recomputes a part of a layer."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+
+def _no_context(**settings: Any) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class _Absent:

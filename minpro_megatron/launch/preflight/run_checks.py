@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from minpro_megatron.checkpoints.manifest import is_run_checkpoint
 from minpro_megatron.checkpoints.run_checkpoint import is_exported_from
+from minpro_megatron.config.model import layer_backend_of, recomputed_modules
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.in_run import load_benchmarks
@@ -121,8 +122,12 @@ def _hf_model(config: RunConfig) -> Iterator[str]:
 def _mesh_fits_model(config: RunConfig) -> Iterator[str]:
     if not (Path(config.model.hf_path) / "config.json").is_file():
         return  # already reported
+    model = config.model
+    fused = layer_backend_of(model.backend, config.device, model.dtype) == "transformer_engine"
     try:
-        refuse_uneven_cuts(read_architecture(config.model.hf_path), config.parallel)
+        architecture = read_architecture(model.hf_path)
+        refuse_uneven_cuts(architecture, config.parallel)
+        recomputed_modules(model.recompute_modules, fused, architecture.num_experts > 0)
     except UserError as error:
         yield str(error)
 

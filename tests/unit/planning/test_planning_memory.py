@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from minpro_megatron.config.model import RecomputedModule
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.run import with_overrides
 from minpro_megatron.models.known_models.find import find_architecture, known_names
 from minpro_megatron.planning.activations import (
     Compute,
@@ -17,6 +19,7 @@ from minpro_megatron.planning.activations import (
 from minpro_megatron.planning.gpus import GIB, GPU_KINDS, gpu_kind
 from minpro_megatron.planning.memory import host_memory, publish_bytes, rank_memory, server_memory, state_bytes
 from minpro_megatron.planning.parameters import active_parameters, model_parameters, stage_parameters
+from minpro_megatron.planning.problems import largest_rank, least_recomputation, stage_memories
 from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.weights.plan import rank_kinds
 from tests.support.planned_runs import run_to_plan
@@ -114,6 +117,36 @@ def test_recomputation_keeps_less() -> None:
     hidden = 8192 * 4096 * 2
     # two micro-batches in flight, 18 layers' inputs each, the embedding's output, and what goes to the next stage
     assert saved("full") == 2 * 18 * hidden + 2 * hidden + 2 * hidden
+
+
+def test_some_layers_or_some_parts_can_be_recomputed() -> None:
+    row, hidden = Row(8192, 8192), 8192 * 2048 * 2
+
+    def saved(recompute: str, modules: tuple[RecomputedModule, ...] = (), layers: int = 0) -> int:
+        compute = Compute("cuda", 2, True, recompute, 1.0, modules, layers)
+        return stage_activations(MIXTURE, ParallelConfig(), row, 8, compute, 0).saved
+
+    kept, inputs = ((saved("none") - saved("full")) / 48 + hidden, hidden)
+    assert saved("full", layers=12) == saved("none") - 12 * (kept - inputs)
+    assert saved("full", layers=99) == saved("full")
+    # per layer: the second norm's output, and the activations of 8 experts of width 768 for each token
+    assert saved("none") - saved("selective", ("layernorm",)) == 48 * hidden
+    assert saved("none") - saved("selective", ("moe_act",)) == 48 * 8192 * 8 * 768 * 2
+    assert saved("selective") == saved("selective", ("moe_act", "layernorm"))
+    dense = Compute("cuda", 2, True, "selective", 1.0)
+    whole = layer_activations(DENSE, ParallelConfig(), row, replace(dense, recompute="none"))
+    without_mlp = layer_activations(DENSE, ParallelConfig(), row, dense)
+    assert whole.kept - without_mlp.kept == (3 * 12288 + 4096) * 8192 * 2
+    assert without_mlp.backward - whole.backward == whole.kept - without_mlp.kept
+
+
+def test_the_planner_names_the_least_recomputation_that_fits() -> None:
+    config, roomy = run_to_plan(), 10**15
+    assert least_recomputation(config, MIXTURE, roomy) == "model.recompute = none"
+    assert least_recomputation(config, MIXTURE, 0) == ""
+    limit = largest_rank(stage_memories(with_overrides(config, ["model.recompute_layers=20"]), MIXTURE)).total
+    assert least_recomputation(config, MIXTURE, limit) == "model.recompute_layers = 20"
+    assert least_recomputation(with_overrides(config, ["model.recompute_layers=20"]), MIXTURE, limit) == ""
 
 
 @pytest.mark.parametrize(
