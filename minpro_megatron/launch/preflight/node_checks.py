@@ -16,6 +16,7 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.fleet.open_files import limit_problem
 from minpro_megatron.launch.node_roles import host_on_node, node_gpus, roles_on
 from minpro_megatron.launch.preflight.gpu_count import count_gpus
+from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cuda_version, software_problems
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.run_checks import port_problems
 from minpro_megatron.launch.starts import Report
@@ -34,7 +35,9 @@ def node_problems(config: RunConfig, share: NodeShare, address: str, visible: st
     """One problem for each reason why this node cannot run its share. `visible`: CUDA_VISIBLE_DEVICES of the job."""
     needed, found = sum(node_gpus(config, share)), list[Problem]()
     if needed:
-        found += gpu_problems(needed, count_gpus(), gpu_memory(), visible)
+        found += gpu_problems(needed, present := count_gpus(), gpu_memory(), visible)
+        if present:
+            found += map(Problem, software_problems(driver_cuda_version(), c_compiler()))
     hosts = [host_on_node(host, address) for host in (config.server.host, config.collector.host)]
     servers = range(share.first_server, share.first_server + share.num_servers)
     found += port_problems(config, servers, hosts[0], hosts[1] if share.collects else "")

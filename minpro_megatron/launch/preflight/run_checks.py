@@ -16,6 +16,7 @@ from minpro_megatron.files.disk_space import existing_parent, free_bytes
 from minpro_megatron.fleet.open_files import limit_problem
 from minpro_megatron.launch.preflight.backend_check import layer_backend_problems
 from minpro_megatron.launch.preflight.gpu_count import count_gpus
+from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cuda_version, software_problems
 from minpro_megatron.launch.preflight.library_checks import megatron_field_problems, server_argument_problems
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.prompt_checks import data_problems
@@ -240,6 +241,8 @@ def _gpus(config: RunConfig) -> Iterator[str]:
             f"parallel's world size {trainer} + server.count x server.tensor_parallel {servers} = "
             f"{trainer + servers} GPUs: {present} visible; trainer and servers cannot share GPUs: lower one of them"
         )
+    if present:
+        yield from software_problems(driver_cuda_version(), c_compiler())
 
 
 def _disk_space(config: RunConfig) -> Iterator[str]:
