@@ -38,6 +38,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "recipes": _here("recipes", "list the recipes"),
         "settings": _here("settings", "list the settings with their values, defaults and descriptions"),
         "plan": _here("plan", "predict whether a run fits on a cluster, and how long a step takes"),
+        "rehearse": _here("rehearse", "run a trainer rank at full size on tensors without content, without a GPU"),
     },
     "models and data": {
         "convert": _here("convert", "convert between Hugging Face and Megatron checkpoints"),

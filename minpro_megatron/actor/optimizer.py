@@ -1,5 +1,6 @@
 """Megatron's distributed optimizer for the chunks of a policy."""
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ def make_optimizer(config: OptimizerConfig, chunks: Sequence[Any]) -> Any:
     for part in parts[:-1]:
         part._defer_param_sync = True
     if config.cpu_offload:
+        # Megatron makes the optimizer of whole parameters first, then that of the rank's shards. The copies of whole
+        # parameters in host memory are in a reference cycle, which would stay until Python looks for cycles.
+        gc.collect()
         for part in parts:
             cpu_offload.make_gradients(part.optimizer)
     return optimizer

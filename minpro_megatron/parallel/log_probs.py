@@ -109,6 +109,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 del logits
                 _add_product(d_weight[block], d_logits.t(), hidden_CH, 1 / settings.temperature)
                 _add_product(d_hidden_CH, d_logits, weight_BH, 1 / settings.temperature)
+                del d_logits  # before the next block's are made
             d_hidden[part] = _reduce_scatter(d_hidden_CH, group)
         return d_hidden, d_weight.to(weight_VH.dtype), None, None
 

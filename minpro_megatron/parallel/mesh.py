@@ -108,7 +108,7 @@ def open_mesh(
                 f"parallel: tensor x pipeline x context x data = {config.world_size} ranks are needed, "
                 f"{dist.get_world_size()} were started"
             )
-        yield _build_mesh(config, device, seed, timeout)
+        yield build_mesh(config, device, seed, timeout)
     except BaseException:
         _leave(aborted=device.type == "cuda")
         raise
@@ -130,7 +130,8 @@ def _group_timeout(hang_timeout_s: float) -> timedelta:
     return timedelta(minutes=math.ceil(max(MIN_GROUP_TIMEOUT_S, hang_timeout_s + WATCHDOG_MARGIN_S) / 60))
 
 
-def _build_mesh(config: ParallelConfig, device: torch.device, seed: int, timeout: timedelta) -> Mesh:
+def build_mesh(config: ParallelConfig, device: torch.device, seed: int, timeout: timedelta) -> Mesh:
+    """The mesh of this process's default process group, which exists. Collective."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,

@@ -4,8 +4,9 @@ Counted tensor by tensor as megatron-core 0.19.2 and the two layer backends save
 T tokens of the context shard of a row, L of them after sequence parallelism, R rows routed to the rank's experts,
 Q width of its query heads, K of its key heads (and of its value heads), F of its feed-forward layer or expert.
 
-tests/mesh/test_planned_memory.py compares the torch backend with tensors counted during real updates; Transformer
-Engine's part follows its modules' save_for_backward and has not been measured.
+tests/mesh/test_planned_memory.py compares the torch backend with tensors counted during real updates, and
+benchmarks/plan_run.md compares Transformer Engine's part with rehearsed ranks (docs/rehearsal.md); no GPU has confirmed
+it.
 """
 
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class LayerActivations:
     inputs: int  # kept with full recomputation
     kept: int  # kept by forward, including the inputs, with no or selective recomputation
     routed: int  # included in kept: rows that were sent to the rank's experts
-    backward: int  # additional, while the layer's backward runs
+    backward: int  # additional, while the layer's backward runs or, before it, its recomputed forward
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class StageActivations:
     micro_batches: float  # in flight at once; of an interleaved schedule, in runs of layers over the stage's number
     saved: int  # by the forward passes of the micro-batches in flight
     routed: int  # included in saved: rows sent to experts
-    backward: int  # additional, in a layer's backward; includes the layer itself with full recomputation
+    backward: int  # additional, as of a layer; includes the recomputed layer without its inputs, which are saved
     logits: int  # additional, while log-probs or their gradient are computed
 
     @property
@@ -137,28 +138,35 @@ def _feed_forward(
     width = a.expert_ffn_hidden_size // parallel.expert_tensor
     # a rank gets as many rows as it sends; those of expert-tensor ranks come together
     spread = compute.expert_imbalance if parallel.expert > 1 else 1.0
-    rows = round(local * a.num_experts_per_token * parallel.expert_tensor * spread)
+    sent = local * a.num_experts_per_token
+    rows = round(sent * parallel.expert_tensor * spread)
     activation = rows * width * element if "moe_act" in compute.modules(mixture=True) else 0
     routed = rows * (a.hidden_size + (3 if compute.fused else 5) * width) * element - activation
     # logits, probabilities and the routing map
     router = local * a.num_experts * (3 * FLOAT32 + 8) + 2 * 8 * local * a.num_experts_per_token
     backward = rows * (2 * width + 2 * a.hidden_size) * element + activation
+    if parallel.expert > 1:
+        # at the end of forward megatron still holds the rows as sent, as received, as the experts' results, and as
+        # these are sorted to be sent back
+        backward = max(backward, (sent + 3 * rows) * a.hidden_size * element)
     return routed, router, backward
 
 
 def logit_bytes(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> int:
     """Additional bytes while the last stage computes log-probs or their gradient: blocks of logits and, in backward,
-    the float32 sums behind the gradients of hidden states and output layer."""
+    the float32 sums behind the gradients of hidden states and output layer, and at last the latter in the weight's
+    dtype."""
     block_tokens, block_columns = LOGIT_BLOCKS[compute.device]
     tokens = min(block_tokens, row.tokens // parallel.context)
     columns = a.padded_vocab_size // parallel.tensor
     block = tokens * min(block_columns, columns)
     if compute.device == "cpu":
         return 4 * block * FLOAT32  # logits, and the inputs of exponentials and sums; not compiled into one kernel
-    gradients = columns * a.hidden_size * (FLOAT32 + compute.element_bytes)
+    sums = columns * a.hidden_size * FLOAT32
     hidden = tokens * a.hidden_size * (FLOAT32 + compute.element_bytes)
     own = row.tokens // parallel.context // parallel.tensor * a.hidden_size * compute.element_bytes
-    return block * (FLOAT32 + compute.element_bytes) + gradients + hidden + own
+    blocks = block * (FLOAT32 + compute.element_bytes)
+    return sums + own + hidden + max(blocks, columns * a.hidden_size * compute.element_bytes)
 
 
 def stage_activations(
@@ -175,16 +183,19 @@ def stage_activations(
     saved = only_inputs * layer.inputs + whole * layer.kept
     last = stage == parallel.pipeline - 1
     if last:
-        saved += hidden + hidden // compute.element_bytes * FLOAT32  # the final norm's output and normalised input
+        # the final norm's output and, with torch's layers, its normalised input
+        saved += hidden + (0 if compute.fused else hidden // compute.element_bytes * FLOAT32)
     if stage == 0:
         saved += hidden * in_flight  # the embedding's output
+    if compute.fused:
+        saved += row.sequence_tokens * a.head_dim * FLOAT32  # rotary angles, which stay
     if parallel.pipeline > 1:
         saved += 2 * hidden  # received from, or sent to, the neighbouring stages
     return StageActivations(
         micro_batches=in_flight,
         saved=round(saved),
         routed=round(whole * layer.routed),
-        backward=layer.backward + (layer.kept if only_inputs else 0),
+        backward=layer.backward + (layer.kept - layer.inputs if only_inputs else 0),
         logits=logit_bytes(a, parallel, row, compute) if last else 0,
     )
 

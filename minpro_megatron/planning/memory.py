@@ -33,6 +33,7 @@ class RankMemory:
     optimizer: int
     activations: StageActivations
     publish: int  # buckets of a broadcast on rank 0, outside training
+    building: int  # total of tensors at the start, while weights and their copy in megatron's buffers exist
     context: int  # outside the allocator
     fragments: int
 
@@ -42,7 +43,8 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        return self.states + max(self.activations.peak, self.publish) + self.context + self.fragments
+        tensors = max(self.states + max(self.activations.peak, self.publish), self.building)
+        return tensors + self.context + self.fragments
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,17 @@ def state_bytes(config: RunConfig, a: Architecture, stage: int) -> tuple[int, in
     return held.total * element, held.total * GRADIENT_BYTES, round((1 - offload) * states * each), on_host
 
 
+def building_bytes(config: RunConfig, a: Architecture, stage: int) -> int:
+    """Bytes on a rank of the stage while megatron copies its weights into buffers and makes those of the gradients:
+    first the dense parameters, whose originals are then released, then the experts; then the optimizer's float32 copies
+    are made."""
+    held, element = stage_parameters(a, config.parallel, stage), ELEMENT_BYTES[config.model.dtype]
+    both = held.total * (element + GRADIENT_BYTES)
+    dense = held.total * element + held.dense * (element + GRADIENT_BYTES)
+    copies = 0 if element == 4 else round((1 - config.optimizer.cpu_offload) * _owned_parameters(config, a, stage) * 4)
+    return max(dense, both + held.experts * element, both + copies)
+
+
 def largest_bucket_bytes(config: RunConfig, a: Architecture) -> int:
     """A parameter that is larger than a bucket is sent as a bucket of its own."""
     vocabulary = a.padded_vocab_size * a.hidden_size
@@ -152,6 +165,7 @@ def rank_memory(
         optimizer=optimizer,
         activations=activations,
         publish=publish_bytes(config, a, stage),
+        building=building_bytes(config, a, stage),
         context=CONTEXT_BYTES[config.device],
         fragments=round(ALLOCATOR_SHARE * (weights + gradients + optimizer + activations.peak)),
     )

@@ -68,7 +68,7 @@ def rank_of(parallel: ParallelConfig, rank: int) -> Iterator[Mesh]:
     dist.destroy_process_group()
     dist.init_process_group("fake", rank=rank, world_size=parallel.world_size, store=FakeStore())
     with mock.patch.object(dist, "new_group", fake_group), mock.patch("torch.cuda.current_device", return_value=meta):
-        yield mesh._build_mesh(parallel, meta, seed=0, timeout=timedelta(minutes=30))
+        yield mesh.build_mesh(parallel, meta, seed=0, timeout=timedelta(minutes=30))
 
 
 def _full_size(mesh: Mesh, architecture: Architecture, parallel: ParallelConfig) -> list[dict[str, Any]]:

@@ -173,7 +173,7 @@ def test_logits_are_a_block_and_the_output_layers_gradient() -> None:
     parallel = ParallelConfig(tensor=4)
     found = logit_bytes(MIXTURE, parallel, Row(32768, 32768), GPU)
     block, columns, hidden = 8192 * 8192, 151_936 // 4, 2048
-    assert found == 6 * block + 6 * columns * hidden + 6 * 8192 * hidden + 2 * 32768 // 4 * hidden
+    assert found == 6 * block + 4 * columns * hidden + 6 * 8192 * hidden + 2 * 32768 // 4 * hidden
     assert logit_bytes(MIXTURE, parallel, Row(65536, 65536), GPU) - found == 2 * 32768 // 4 * hidden
 
 
@@ -262,6 +262,18 @@ def test_a_ranks_total_counts_publication_apart_from_training() -> None:
     assert rank.total == parts
     large = rank_memory(run_to_plan(publish={"bucket_bytes": 40 * GIB}), MIXTURE, Row(32768, 9216), 4, 0, 1.3)
     assert large.total == parts - rank.activations.peak + large.publish
+
+
+def test_building_holds_the_originals_of_what_is_being_copied() -> None:
+    config = run_to_plan(parallel={"tensor": 2, "context": 2, "expert": 8, "data": 8})
+    held = stage_parameters(MIXTURE, config.parallel, 0)
+    rank = rank_memory(config, MIXTURE, Row(32768, 9216), 4, 0, 1.3)
+    assert rank.building == rank.weights + rank.gradients + 2 * held.experts
+    dense = rank_memory(run_to_plan(parallel={"expert": 1}), DENSE, Row(32768, 9216), 4, 0, 1.3)
+    assert dense.building == 2 * dense.weights + dense.gradients
+    few = run_to_plan(parallel={"tensor": 2, "context": 2, "expert": 8, "data": 2})  # many states on each rank
+    rank = rank_memory(few, MIXTURE, Row(32768, 9216), 4, 0, 1.3)
+    assert rank.building == pytest.approx(rank.weights + rank.gradients + rank.optimizer / 3, abs=8)
 
 
 def test_publishing_holds_two_buffers_and_the_next_bucket_in_shards_and_whole() -> None:

@@ -43,6 +43,7 @@ ORDER = [
     ["roles"],
     ["launch"],
     ["replay"],
+    ["rehearsal"],
     ["model_comparison", "tiny_model"],
     ["commands"],
     ["__main__"],
@@ -55,7 +56,7 @@ LINKED = ["recipes", "cluster"]
 # Third-party modules that only some folders may import.
 ONLY_IN = {
     "megatron.core.parallel_state": ["parallel"],
-    "megatron": ["parallel", "weights", "host_memory", "checkpoints", "actor"],
+    "megatron": ["parallel", "weights", "host_memory", "checkpoints", "actor", "rehearsal"],
 }
 NO_TORCH = [
     "terminal_text",

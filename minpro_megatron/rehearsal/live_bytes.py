@@ -1,0 +1,134 @@
+"""The bytes of tensors that are alive, by device, phase and the line of code that allocated them."""
+
+import inspect
+import os
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minpro_megatron.rehearsal.record import Phase
+
+_MAX_LINES = 12
+_PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+_OWN_FOLDER = str(Path(__file__).resolve().parent) + os.sep
+_NOT_CALLERS = (str(Path(torch.__file__).parent) + os.sep, _OWN_FOLDER, "<")
+
+
+class LiveBytes:
+    """Counts storages from their first appearance until they are released. Phases nest: a tensor counts in all that are
+    open, and "update > optimizer" is a phase within "update"."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, Phase] = {}
+        self.interrupted: str | None = None  # the innermost phase that an exception has left
+        self._open: list[Phase] = []
+        self._live: Counter[str] = Counter()  # by device type
+        self._lines: Counter[tuple[str, str]] = Counter()  # by device type and line
+        self._known: set[int] = set()
+        self._inside_kernel = 0
+        self._new_peaks: set[str] = set()  # open phases whose peak lines are not yet taken
+
+    @property
+    def phase(self) -> str:
+        return self._open[-1].name if self._open else "start"
+
+    @contextmanager
+    def in_phase(self, name: str) -> Iterator[Phase]:
+        """Context manager: what happens inside belongs to the phase. A phase may be entered again."""
+        self._take_peak_lines()
+        if self._open and self.phase.endswith(f" > {name}"):  # already in it
+            yield self._open[-1]
+            return
+        full = f"{self.phase} > {name}" if self._open else name
+        phase = self.phases.setdefault(full, Phase(full))
+        self._open.append(phase)
+        for device, size in self._live.items():
+            phase.entry[device] = max(size, phase.entry.get(device, 0))
+        self._compare_with_peaks()
+        try:
+            yield phase
+        except Exception:
+            self.interrupted = self.interrupted or full
+            raise
+        finally:
+            self._take_peak_lines()
+            phase.left = {device: size for device, size in self._live.items() if size}
+            phase.left_lines = self._largest_lines()
+            self._open.pop()
+
+    @contextmanager
+    def one_kernel(self) -> Iterator[None]:
+        """Context manager: everything inside is one kernel, whose intermediate results take no memory."""
+        self._inside_kernel += 1
+        try:
+            yield
+        finally:
+            self._inside_kernel -= 1
+            self._compare_with_peaks()
+
+    def see(self, tensor: Tensor) -> None:
+        """Counts the tensor's storage, if it is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        device, size, line = tensor.device.type, storage.nbytes(), calling_line()
+        self._live[device] += size
+        self._lines[device, line] += size
+        weakref.finalize(storage, self._release, key, device, size, line)
+        if not self._inside_kernel:
+            self._compare_with_peaks()
+
+    def _release(self, key: int, device: str, size: int, line: str) -> None:
+        self._take_peak_lines()
+        self._known.discard(key)
+        self._live[device] -= size
+        self._lines[device, line] -= size
+
+    def _compare_with_peaks(self) -> None:
+        for phase in self._open:
+            for device, size in self._live.items():
+                if size > phase.peak.get(device, 0):
+                    phase.peak[device] = size
+                    if device == "cuda":
+                        self._new_peaks.add(phase.name)
+
+    def _take_peak_lines(self) -> None:
+        """At a release after a new peak: to sort the lines at every new peak would take most of the time."""
+        if self._new_peaks:
+            lines = self._largest_lines()
+            for name in self._new_peaks:
+                self.phases[name].peak_lines = lines
+            self._new_peaks.clear()
+
+    def _largest_lines(self) -> list[list[Any]]:
+        found = [[line, size] for (device, line), size in self._lines.items() if device == "cuda" and size]
+        return sorted(found, key=lambda one: -one[1])[:_MAX_LINES]
+
+
+def calling_line(of_project: bool = False) -> str:
+    """The line of code, outside torch and this folder, that is running: file:line function. `of_project`: the innermost
+    one of this package, if there is one. In a backward pass it begins with the name of the autograd function."""
+    frame, first = inspect.currentframe(), None
+    while frame:
+        file = frame.f_code.co_filename
+        if not file.startswith(_NOT_CALLERS) and "contextlib" not in file and "functools" not in file:
+            first = first or frame
+            if not of_project or file.startswith(_PACKAGE):
+                break
+        frame = frame.f_back
+    frame = frame or first
+    if frame is None:
+        line = "?"
+    else:
+        file = frame.f_code.co_filename.split("site-packages/")[-1].removeprefix(str(Path(_PACKAGE).parent) + os.sep)
+        line = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
+    node = torch._C._current_autograd_node()
+    return f"[backward {node.name()}] {line}" if node is not None else line

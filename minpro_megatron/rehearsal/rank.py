@@ -1,0 +1,173 @@
+"""Rehearses one rank: the real policy of a run on fake tensors, phase by phase."""
+
+import functools
+import resource
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minpro_megatron.batching.token_sequence import TokenSequence
+from minpro_megatron.config.run import RunConfig, with_overrides
+from minpro_megatron.errors import UserError
+from minpro_megatron.models.architecture import Architecture
+from minpro_megatron.models.known_models.find import find_architecture
+from minpro_megatron.rehearsal import cuda_without_driver, transformer_engine_shapes
+from minpro_megatron.rehearsal.comparison import compare_with_plan
+from minpro_megatron.rehearsal.kinds import place_of
+from minpro_megatron.rehearsal.observer import Observer
+from minpro_megatron.rehearsal.record import RankRehearsal
+from minpro_megatron.rehearsal.subject import PUBLISH, UPDATE, Rehearsed
+
+_SNAPSHOT = "sampling"
+_LONGEST_PROMPT = 1024
+_MAX_ERROR = 600  # characters of an exception in a report
+
+
+def rehearse_rank(what: Rehearsed) -> RankRehearsal:
+    """Runs build, score, two updates, snapshot and publication of one rank. Once per process: torch and Megatron are
+    changed for the rest of it. Raises UserError for a recipe or a rank that cannot be rehearsed."""
+    start = time.monotonic()
+    config, architecture = _checked(what)
+    observer = Observer()
+    transformer_engine_shapes.install()
+    cuda_without_driver.install(observer.compiled)
+    warnings.simplefilter("ignore")
+    with FakeTensorMode(allow_non_fake_inputs=True), observer:
+        policy = None
+        try:
+            policy = _run_phases(replace(what, config=config), architecture, observer)
+        except Exception as error:  # the code under rehearsal: whatever it raises is a finding
+            observer.problems[f"{observer.memory.interrupted}: {_described(error)}"] += 1
+        components = []
+        if policy is not None:
+            components = compare_with_plan(replace(what, config=config), architecture, policy, observer.memory)
+        return RankRehearsal(
+            recipe=what.recipe,
+            rank=what.rank,
+            place=place_of(config.parallel, what.rank),
+            problems=[f"{text}, {count} times" for text, count in observer.problems.items()],
+            phases=list(observer.memory.phases.values()),
+            collectives=observer.collectives.found,
+            host_reads=observer.host_reads,
+            components=components,
+            process_peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            seconds=time.monotonic() - start,
+        )
+
+
+def _checked(what: Rehearsed) -> tuple[RunConfig, Architecture]:
+    config = what.config
+    if config.device != "cuda":
+        raise UserError(
+            f"device = {config.device}: a rehearsal is of ranks on GPUs; give a recipe for them, or device=cuda"
+        )
+    if config.model.dtype != "bfloat16":
+        raise UserError(f"model.dtype = {config.model.dtype}: a rehearsal is of bfloat16; set model.dtype=bfloat16")
+    if not 0 <= what.rank < config.parallel.world_size:
+        raise UserError(f"rank = {what.rank}: the mesh has ranks 0 to {config.parallel.world_size - 1}")
+    architecture = find_architecture(config.model.hf_path)
+    if what.layers:
+        architecture = replace(architecture, num_layers=what.layers)
+    return with_overrides(config, ["model.backend=transformer_engine"]), architecture
+
+
+def _described(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "minpro_megatron" in frame.filename and "/rehearsal/" not in frame.filename]
+    place = f" at {ours[-1].filename.split('minpro_megatron/')[-1]}:{ours[-1].lineno}" if ours else ""
+    return f"{type(error).__name__}{place}: {' '.join(str(error).split())[:_MAX_ERROR]}"
+
+
+def _run_phases(what: Rehearsed, architecture: Architecture, observer: Observer) -> Any:
+    """The policy, after its phases."""
+    from minpro_megatron.actor.model import DTYPES, build_model, features_of
+    from minpro_megatron.actor.policy import Policy
+    from minpro_megatron.rehearsal import publication, unknown_values
+    from minpro_megatron.rehearsal.fake_mesh import open_fake_mesh
+
+    config, memory = what.config, observer.memory
+    mesh = open_fake_mesh(
+        config.parallel, cuda_without_driver.DEVICE, config.seed, what.rank, observer.collectives.backends
+    )
+    unknown_values.assume_even_routing(observer, what.imbalance)
+    local = config.batch.max_tokens_per_row // config.parallel.context // config.parallel.tensor
+    unknown_values.assume_received_shapes((local, 1, architecture.hidden_size))
+    _separate_log_probs(observer)
+    with memory.in_phase("build"):
+        chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features_of(config))
+        policy = Policy(config, architecture, chunks, mesh)
+    _separate_optimizer(policy, observer)
+    sequences = full_rows(config, what.rows)
+    with memory.in_phase("score"):
+        policy.score(sequences)
+    with memory.in_phase("snapshot"):
+        policy.take_snapshot(_SNAPSHOT)
+    with memory.in_phase("first update"):  # makes the optimizer's moments
+        policy.update(sequences, 1e-6)
+    with memory.in_phase(UPDATE):
+        result = policy.update(sequences, 1e-6)
+        assert result.applied, result
+    with memory.in_phase("score with a snapshot"), policy.use_snapshot(_SNAPSHOT):
+        policy.score(sequences)
+    if config.parallel.pipeline == 1:
+        with memory.in_phase(PUBLISH):
+            publication.gather_and_flatten(config, chunks, architecture, mesh)
+    return policy
+
+
+def full_rows(config: RunConfig, rows: int) -> list[TokenSequence]:
+    """`rows` full rows for every data-parallel rank: the longest sequence that is allowed, and one for the rest."""
+    tokens = config.batch.max_tokens_per_row
+    longest = min(config.sampling.max_prompt_tokens + config.sampling.max_response_tokens, tokens)
+    # several sequences of equal length, where the longest take less than half a row
+    lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+    made: list[TokenSequence] = []
+    slot = 0
+    for length in lengths * (rows * config.parallel.data_size):
+        response = length - min(_LONGEST_PROMPT, length // 2)
+        ones, zeros = np.ones(response, np.float32), np.zeros(response, np.float32)
+        made.append(
+            TokenSequence(
+                prompt_ids=np.zeros(length - response, np.int32),
+                response_ids=np.zeros(response, np.int32),
+                loss_mask=ones,
+                behavior_log_probs=zeros,
+                rollout_log_probs=zeros,
+                advantage=1.0,
+                first_slot=slot,
+                proximal_log_probs=zeros if config.loss.decoupled.enabled else None,
+                reference_log_probs=zeros if config.loss.kl.enabled else None,
+                staleness=np.zeros(response, np.int32),
+            )
+        )
+        slot += response
+    return made
+
+
+def _separate_log_probs(observer: Observer) -> None:
+    """Makes phases of the log-probs' forward and backward, whose logits are a component of their own."""
+    from minpro_megatron.parallel import log_probs
+
+    function: Any = log_probs._VocabParallelLogProbs
+    for name in ("forward", "backward"):
+        setattr(function, name, staticmethod(_in_phase(observer, f"log-probs {name}", getattr(function, name))))
+
+
+def _separate_optimizer(policy: Any, observer: Observer) -> None:
+    for name in ("prepare_grads", "get_grad_norm", "step"):
+        setattr(policy._optimizer, name, _in_phase(observer, "optimizer", getattr(policy._optimizer, name)))
+
+
+def _in_phase(observer: Observer, name: str, function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with observer.memory.in_phase(name):
+            return function(*args, **kwargs)
+
+    return call
