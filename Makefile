@@ -8,9 +8,10 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 HF_MODEL := artifacts/tiny_moe/hf/config.json
 MEGATRON_MODEL := artifacts/tiny_moe/megatron/manifest.json
-TIERS := $(wildcard tests/unit tests/integration tests/mesh tests/e2e tests/gpu)
+# The long files come first, so that both processes have work until the end.
+TIERS := $(wildcard tests/e2e tests/mesh tests/gpu tests/integration tests/unit)
 # Files of tests in two processes: more would only take turns here, and tests start processes of their own.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 SHELL_SCRIPTS := environment/setup.sh .ci/run
 
 .DEFAULT_GOAL := help
