@@ -18,7 +18,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +150,27 @@ def show_summary(summary: dict[str, Any], as_json: bool) -> None:
     )
 
 
+@contextmanager
+def without_pool_warnings() -> Iterator[None]:
+    """Each row of the output reports its own error."""
+    pool = logging.getLogger("minpro_megatron.rewards.pool")
+    before = pool.level
+    pool.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        pool.setLevel(before)
+
+
 def main(arguments: list[str] | None = None, prog: str = "minpro grade") -> int:
     """0 on success, 2 after a message about the input or the reward."""
     options = _parser(prog).parse_args(arguments)
-    logging.getLogger("minpro_megatron.rewards.pool").setLevel(logging.ERROR)  # each row reports its own error
 
     def grade() -> int:
-        show_summary(
-            asyncio.run(grade_file(options, read_rows(options.input, needs_source=options.reward is None))),
-            options.json,
-        )
+        rows = read_rows(options.input, needs_source=options.reward is None)
+        with without_pool_warnings():
+            summary = asyncio.run(grade_file(options, rows))
+        show_summary(summary, options.json)
         return 0
 
     return run_reporting(grade, reads_given_files=True)
