@@ -99,7 +99,7 @@ class FakeTrainer:
     async def _answer[Answer](
         self, ask: Callable[[], Awaitable[Answer | PublishLease | None]], version: int = -1
     ) -> Answer | PublishLease:
-        """What was asked for, after the weights of now went to servers that have lost them."""
+        """What was asked for, after the current weights were sent to servers that have lost them."""
         while True:
             self._request()
             answer = await ask()

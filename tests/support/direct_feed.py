@@ -56,7 +56,7 @@ class Direct:
 
 
 class Written:
-    """In the place of a RunWriter: what it was told."""
+    """Replaces a RunWriter and records its calls."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir

@@ -221,7 +221,7 @@ def test_a_launch_that_fails_says_which_role_and_why(recipes):
 
 
 def test_a_launch_that_ends_before_its_time_limit(recipes):
-    """In a Slurm job, whose end the trainer is told."""
+    """In a Slurm job, whose end is passed to the trainer."""
     end = {"policy_version": 3, "reason": "the time limit leaves 80 s", "saved": True}
     train = f"""echo '{json.dumps(end)}' > "$RUN/starts/0/early_end.json"; echo "by $SAVE_BY" """
     ended = launch(recipes, train, "sleep 60", SLURM_JOB_END_TIME="2000000000")

@@ -174,7 +174,7 @@ def test_an_interrupted_launcher_stops_everything(launched, number):
 
 @pytest.mark.parametrize("is_told", [False, True])
 def test_a_trainer_that_has_saved_ends_the_start(launched, tmp_path, is_told):
-    """By its time limit, or because the launcher was told to stop and allows the time for it."""
+    """By its time limit, or because the launcher was asked to stop and allows the time for it."""
     wait = f"until [ -e {tmp_path}/stop ]; do sleep 0.02; done; " if is_told else ""
     train = f"{STAY.removesuffix('wait')} {wait} touch {tmp_path}/saved; exit 0"
     run = launched({"serve": STAY, "collect": STAY, "train": train}, allowed_s=60)

@@ -251,7 +251,7 @@ def test_restored_groups_are_ready_or_repeated_and_ids_go_on() -> None:
 
     bounded = [Restored(Slot(4, -1, 1), ready=False), *restored[1:2], Restored(Slot(6, -1, 2), False, dropped=True)]
     other = BoundedSchedule(config("bounded", max_staleness=1), 2, bounded, 8)
-    # 4 consumed, 1 ready, 1 to repeat with the weights of now: 8 - 6 are free
+    # 4 consumed, 1 ready, 1 to repeat with the current weights: 8 - 6 are free
     assert other.to_issue() == [Slot(4, -1, 2), Slot(8, -1, 2), Slot(9, -1, 2)]
 
 

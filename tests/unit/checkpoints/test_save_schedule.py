@@ -1,4 +1,4 @@
-"""When the run saves and when a start ends early: by steps, by time, before a time limit, when it is told to stop."""
+"""When the run saves and when a start ends early: by steps, by time, before a time limit, when a stop is requested."""
 
 from pathlib import Path
 
