@@ -48,17 +48,18 @@ def test_a_converted_model_agrees_and_one_of_other_weights_does_not(tiny_model: 
     tensors = load_file(tiny_model.hf / "model.safetensors")
     tensors["model.layers.1.self_attn.o_proj.weight"] *= 10
     other = with_weights(tiny_model, tensors, tmp_path)
-    told = _compare(tiny_model.hf, other.megatron)
-    assert told == pytest.approx(_expected(tiny_model.hf, other.hf), rel=1e-3)
-    assert told["largest_difference"] > 1000 * same["largest_difference"]
-    assert told["mean_kl"] > 1e-3
-    assert 0 < told["top_1_agreement"] < 0.9
+    found = _compare(tiny_model.hf, other.megatron, status=1)
+    expected = _expected(tiny_model.hf, other.hf)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert found["largest_difference"] > 1000 * same["largest_difference"]
+    assert found["mean_kl"] > 1e-3
+    assert 0 < found["top_1_agreement"] < 0.9
 
 
-def _compare(hf: Path, megatron: Path) -> dict[str, float]:
+def _compare(hf: Path, megatron: Path, status: int = 0) -> dict[str, float]:
     texts = [option for text in TEXTS for option in ("--text", text)]
     done = _run("--hf", str(hf), "--megatron", str(megatron), "--parallel", "tensor=2", *texts, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return json.loads(done.stdout)
 
 
