@@ -67,8 +67,12 @@ def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None
     steps = [json.loads(line) for line in (launch.run_dir / "metrics.jsonl").read_text().splitlines()]
     trained = [line["metrics"] for line in steps if "objective/loss" in line["metrics"]]
     assert [metrics["staleness/max"] for metrics in trained] == [0, 1, 2, 2]
-    # Server and trainer compute the same log-probs from the same version of the weights: publishing worked.
-    assert max(metrics["mismatch/log_prob_abs_max"] for metrics in trained) < 1e-4
+    # Server and trainer compute the same log-probs from the same version of the weights: publishing worked. About one
+    # run in a hundred has a token whose second and third expert differ by less than float32's rounding (7e-8 in a case
+    # that was examined). There the two choose different experts, and the token's log-prob differs by about 1e-2. Under
+    # the weights of another version the mean difference is 0.2 to 0.5.
+    assert max(metrics["mismatch/log_prob_abs_mean"] for metrics in trained) < 1e-4
+    assert max(metrics["mismatch/log_prob_abs_max"] for metrics in trained) < 0.05
     # later updates of step 0 have moved away from the sampling weights, by more than rounding
     assert trained[0]["ratio/max"] > 1.01
     assert all(metrics["objective/loss"] for metrics in trained)
