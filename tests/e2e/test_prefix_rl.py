@@ -14,6 +14,7 @@ from minpro_megatron.prompts.prompts import load_prompts
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from tests.e2e import digits_reward
 from tests.e2e.conftest import ROOT, Launcher, TinyModel
+from tests.e2e.engine_mismatch import responses_that_differ
 
 pytestmark = pytest.mark.e2e
 
@@ -77,5 +78,5 @@ def test_a_run_goes_on_from_prefixes_that_the_tool_has_cut(
     assert len(steps) == 2
     for metrics in steps:
         assert {"reward/accuracy_by_prompt/plain", "reward/accuracy_by_prompt/prefixed"} <= metrics.keys()
-        # Server and trainer have the same context. The mean, because two experts of a token may be a tie (test_run.py).
         assert metrics["mismatch/log_prob_abs_mean"] < 1e-4
+    assert responses_that_differ(launch.run_dir) <= 1  # server and trainer have the same context

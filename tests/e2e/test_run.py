@@ -16,6 +16,7 @@ from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup
 from minpro_megatron.metrics.declared import METRICS
 from minpro_megatron.monitor.tensorboard_board import board_folder
 from tests.e2e.conftest import ROOT, SMALL_RUN, Launch, Launcher
+from tests.e2e.engine_mismatch import responses_that_differ
 from tests.e2e.recomputed import (
     UNSOURCED,
     is_in_the_same_bin,
@@ -67,12 +68,9 @@ def test_run_trains_publishes_and_leaves_its_results(launches: Launcher) -> None
     steps = [json.loads(line) for line in (launch.run_dir / "metrics.jsonl").read_text().splitlines()]
     trained = [line["metrics"] for line in steps if "objective/loss" in line["metrics"]]
     assert [metrics["staleness/max"] for metrics in trained] == [0, 1, 2, 2]
-    # Server and trainer compute the same log-probs from the same version of the weights: publishing worked. About one
-    # run in a hundred has a token whose second and third expert differ by less than float32's rounding (7e-8 in a case
-    # that was examined). There the two choose different experts, and the token's log-prob differs by about 1e-2. Under
-    # the weights of another version the mean difference is 0.2 to 0.5.
+    # Server and trainer compute the same log-probs from the same version of the weights: publishing worked.
+    assert responses_that_differ(launch.run_dir) <= 1
     assert max(metrics["mismatch/log_prob_abs_mean"] for metrics in trained) < 1e-4
-    assert max(metrics["mismatch/log_prob_abs_max"] for metrics in trained) < 0.05
     # later updates of step 0 have moved away from the sampling weights, by more than rounding
     assert trained[0]["ratio/max"] > 1.01
     assert all(metrics["objective/loss"] for metrics in trained)
