@@ -52,7 +52,7 @@ def install_cpu_device() -> None:
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _redirect_tensor_methods()
-    _redirect_cuda_module()
+    replace_cuda_functions(CPU)
     dist.all_to_all_single = _all_to_all_with_list_splits(dist.all_to_all_single)
     dist.all_gather = _all_gather_of_uneven_sizes(dist.all_gather)
 
@@ -117,9 +117,10 @@ class _DefaultGenerators:
         return torch.default_generator
 
 
-def _redirect_cuda_module() -> None:
+def replace_cuda_functions(current_device: torch.device) -> None:
+    """Replaces the functions of torch.cuda that Megatron-Core calls and that need a driver, in this process."""
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: CPU
+    cuda.current_device = lambda: current_device
     cuda.Stream = cuda.Event = _NoStream
     for name in ("current_stream", "default_stream", "stream"):
         setattr(cuda, name, lambda *args, **kwargs: _NoStream())

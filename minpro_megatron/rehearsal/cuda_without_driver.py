@@ -28,6 +28,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from minpro_megatron.errors import UserError
+from minpro_megatron.parallel.device import replace_cuda_functions
 
 DEVICE = torch.device("cuda", 0)
 _HAS_PRIMARY_CONTEXT = b"_ZNK2at4cuda6detail9CUDAHooks17hasPrimaryContextEa"
@@ -100,47 +101,11 @@ def _symbol_value(library: Path, symbol: bytes) -> int | None:
     return None
 
 
-class _Stream:
-    """A stream or event of a device on which everything happens in order."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __enter__(self) -> "_Stream":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        return None
-
-    def query(self) -> bool:
-        return True
-
-    def _nothing(self, *args: Any, **kwargs: Any) -> "_Stream":
-        return self
-
-    wait = wait_stream = wait_event = record = record_event = synchronize = _nothing
-
-
-class _HostGenerators:
-    """Replaces torch.cuda.default_generators: every index returns the host's generator."""
-
-    def __getitem__(self, index: Any) -> torch.Generator:
-        return torch.default_generator
-
-
 def _replace_cuda_functions() -> None:
+    replace_cuda_functions(DEVICE)
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: DEVICE
-    cuda.Stream = cuda.Event = _Stream
-    for name in ("current_stream", "default_stream", "stream"):
-        setattr(cuda, name, lambda *args, **kwargs: _Stream())
-    for name in ("set_device", "synchronize", "_lazy_init", "empty_cache", "reset_peak_memory_stats"):
+    for name in ("empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, lambda *args, **kwargs: None)
-    for name in ("range_push", "range_pop"):
-        setattr(cuda.nvtx, name, lambda *args, **kwargs: None)
-    cuda._lazy_call = lambda function, **kwargs: function()
-    cuda.manual_seed = torch.manual_seed
-    cuda.default_generators = _HostGenerators()
     # Megatron asks for the capability (of an H100 here) to choose its kernels
     cuda.get_device_capability = lambda *args: (9, 0)
     cuda.get_device_name = lambda *args: "NVIDIA H100 80GB HBM3"
@@ -148,7 +113,6 @@ def _replace_cuda_functions() -> None:
     any_torch: Any = torch
     any_torch.get_rng_state = functools.cache(torch.get_rng_state)
     any_torch.set_rng_state = lambda state: None
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda *args, **kwargs: None
 
 
