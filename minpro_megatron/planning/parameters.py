@@ -4,7 +4,6 @@ The numbers are the same as those of weights/plan.py, which counts them in the c
 submitting machine may not have torch. tests/unit/planning/test_planning_memory.py compares the two.
 """
 
-import math
 from dataclasses import dataclass
 
 from minpro_megatron.config.parallel import ParallelConfig
@@ -68,7 +67,3 @@ def optimizer_degrees(parallel: ParallelConfig) -> tuple[int, int]:
     """Numbers of ranks over which the optimizer's states are sharded: those of dense parameters, those of experts."""
     dense = parallel.data_size * parallel.context
     return dense, parallel.tensor * dense // (parallel.expert * parallel.expert_tensor)
-
-
-def cut(count: int, degree: int) -> int:
-    return math.ceil(count / degree)
