@@ -22,7 +22,7 @@ from minpro_megatron.cluster.profile import Profile, read_profile, refuse_placeh
 from minpro_megatron.cluster.records import JobRecord, records_folder, remember
 from minpro_megatron.cluster.shell import shell_of
 from minpro_megatron.cluster.slurm_job import JobError, JobState, active_jobs, job_name
-from minpro_megatron.command_line import Parser
+from minpro_megatron.command_line import Parser, add_recipe
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import FAILED, INTERRUPTED, SUCCEEDED, UserError, run_reporting
 from minpro_megatron.launch.preflight.run_checks import run_problems, warnings
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("recipe", metavar="RECIPE", help="module:function, such as recipes.demo:tiny_moe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run to change")
+    add_recipe(parser)
     parser.add_argument("--profile", type=Path, required=True, metavar="FILE", help="the cluster (cluster/profiles)")
     parser.add_argument(
         "--set", action="append", default=[], dest="changes", metavar="section.key=value",

@@ -56,25 +56,30 @@ def count(text: str) -> int:
     return int(text)
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The arguments `recipe` and `overrides`, for launch.recipe.load_recipe and apply_overrides."""
+    parser.add_argument("recipe", metavar="RECIPE", help="module:function, such as recipes.qwen3_30b_a3b:minpro")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run to change")
+
+
 def positive(text: str) -> float:
     """A number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return _number_between(text, 1e9, "number above 0")
 
 
 def share(text: str) -> float:
     """A number between 0 and 1."""
+    return _number_between(text, 1, "share between 0 and 1")
+
+
+def _number_between(text: str, limit: float, expected: str) -> float:
+    """A number above 0 and below `limit`."""
     try:
         value = float(text)
     except ValueError:
         value = 0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    if not 0 < value < limit:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {expected}")
     return value
 
 

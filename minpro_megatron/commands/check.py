@@ -1,6 +1,6 @@
 """The command `check`: the checks before a launch, without the launch."""
 
-from minpro_megatron.command_line import Parser
+from minpro_megatron.command_line import Parser, add_recipe
 from minpro_megatron.errors import UserError, run_reporting
 
 
@@ -11,8 +11,7 @@ def main(arguments: list[str] | None = None, prog: str = "minpro check") -> int:
         description="Checks a recipe as `launch` does before it starts anything: the settings, the files of model and "
         "data, the mesh, the rewards, the machine's ports, GPUs and disk, and the run folder. Nothing is written.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="module:function, such as recipes.demo:tiny_moe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
+    add_recipe(parser)
     options = parser.parse_args(arguments)
     return run_reporting(lambda: _check(options.recipe, options.overrides))
 

@@ -1,6 +1,6 @@
 """The command `launch`: a recipe with all roles on this machine."""
 
-from minpro_megatron.command_line import Parser
+from minpro_megatron.command_line import Parser, add_recipe
 from minpro_megatron.errors import run_reporting
 
 
@@ -11,8 +11,7 @@ def main(arguments: list[str] | None = None, prog: str = "minpro launch") -> int
         description="Runs a recipe with all roles on this machine. The same command resumes a run that has ended "
         "early, and shows the results of a run that has finished.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="module:function, such as recipes.demo:tiny_moe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
+    add_recipe(parser)
     options = parser.parse_args(arguments)
 
     def run() -> int:

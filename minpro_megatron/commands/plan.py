@@ -18,7 +18,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minpro_megatron.command_line import command_parser, make_console
+from minpro_megatron.command_line import add_recipe, command_parser, make_console
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import run_reporting
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
@@ -35,8 +35,7 @@ DOES_NOT_FIT, WRONG_COMMAND_LINE = 1, 2
 
 def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("recipe", help="module:function, such as recipes.qwen3_30b_a3b:minpro")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changed settings")
+    add_recipe(parser)
     parser.add_argument("--gpu", default="h100-80gb", choices=list(GPU_KINDS), help="kind of GPU (default: h100-80gb)")
     parser.add_argument("--gpus", type=int, default=0, help="of trainer and servers together: find the best split")
     parser.add_argument("--trainer-gpus", type=int, default=0, help="with --server-gpus: try only this split")

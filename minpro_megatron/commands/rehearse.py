@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from minpro_megatron.command_line import command_parser, count, make_console, positive, whole_number
+from minpro_megatron.command_line import add_recipe, command_parser, count, make_console, positive, whole_number
 from minpro_megatron.errors import FAILED, SUCCEEDED, RunFailed, run_reporting
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
     parser = command_parser(__doc__, prog)
-    parser.add_argument("recipe", help="module:function, such as recipes.qwen3_30b_a3b:minpro")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changed settings")
+    add_recipe(parser)
     ranks = parser.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=whole_number, default=0, metavar="R", help="the rank (default: 0)")
     ranks.add_argument("--all-kinds", action="store_true", help="one rank of each kind, one after the other")
