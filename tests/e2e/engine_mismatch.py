@@ -15,11 +15,11 @@ def responses_that_differ(run_dir: Path, limit: float = 1e-4) -> int:
     (7e-8 in a case that was examined in float64). There server and trainer choose different experts. Under the weights
     of another version nearly all responses differ."""
     with JournalReader(run_dir / FILE_NAME) as journal:
-        scored = [
-            response
+        differences = [
+            np.abs(response.behavior_log_probs - response.rollout_log_probs)
             for group in journal.groups()
             for response in group.responses
             if response.behavior_log_probs is not None and response.rollout_log_probs is not None
         ]
-        assert scored
-        return sum(bool((np.abs(one.behavior_log_probs - one.rollout_log_probs) > limit).any()) for one in scored)
+    assert differences
+    return sum(bool((of_tokens > limit).any()) for of_tokens in differences)
