@@ -28,8 +28,8 @@ from minpro_megatron.config.objective import (
     ObjectiveSection,
     SapoConfig,
 )
+from minpro_megatron.objective.across_ranks.scan import WholeSequenceScan
 from minpro_megatron.objective.registry import OBJECTIVES
-from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import policy_tokens, summed_loss
 
 SEQUENCES, LONGEST = 16, 200

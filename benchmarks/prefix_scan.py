@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from minpro_megatron.batching.shards import chunk_halves, context_shard, row_multiple, sequence_multiple
-from minpro_megatron.objective.sharded_scan import ShardedScan
+from minpro_megatron.objective.across_ranks.sharded_scan import ShardedScan
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 

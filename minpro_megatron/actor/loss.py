@@ -9,10 +9,10 @@ from torch import Tensor
 from minpro_megatron.actor.forward import MicroBatch, TokenScores
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import ObjectiveSection
+from minpro_megatron.objective.across_ranks.sharded_scan import ShardedScan
 from minpro_megatron.objective.corrections import OtherLogProbs, corrected
 from minpro_megatron.objective.diagnostics import Statistics, token_statistics
 from minpro_megatron.objective.registry import Objective
-from minpro_megatron.objective.sharded_scan import ShardedScan
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, policy_tokens, summed_loss, summed_value
 from minpro_megatron.parallel.mesh import Mesh
 

@@ -41,8 +41,8 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.host_memory.snapshots import WeightSnapshots
 from minpro_megatron.metrics.metric import Metric, mean
 from minpro_megatron.models.architecture import Architecture
+from minpro_megatron.objective.across_ranks.group_ranks import GroupRanks
 from minpro_megatron.objective.diagnostics import as_metrics
-from minpro_megatron.objective.group_ranks import GroupRanks
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import MiniBatch
 from minpro_megatron.parallel.mesh import Mesh

@@ -1,7 +1,7 @@
 """The objectives as functions for one's own training loop (docs/python_api.md). They need torch, numpy and pydantic."""
 
 from minpro_megatron.objective.advantages import group_advantages
-from minpro_megatron.objective.losses import (
+from minpro_megatron.objective.loss_functions.ratio_losses import (
     cispo_loss,
     ctpo_geomean_loss,
     ctpo_loss,
@@ -15,8 +15,8 @@ from minpro_megatron.objective.losses import (
     scaled_cispo_loss,
     shuffled_minpro_loss,
 )
-from minpro_megatron.objective.smooth_losses import pnpo_loss, sapo_loss, vespo_loss
-from minpro_megatron.objective.trust_region_losses import cppo_loss, dppo_loss, trm_loss
+from minpro_megatron.objective.loss_functions.smooth_losses import pnpo_loss, sapo_loss, vespo_loss
+from minpro_megatron.objective.loss_functions.trust_region_losses import cppo_loss, dppo_loss, trm_loss
 
 __all__ = [
     "cispo_loss",

@@ -1,6 +1,6 @@
 """The objectives by name. A run selects one when the policy is built.
 
-A new objective needs one function in a file of its own, one line here, and its settings in config/objective.py.
+A new objective needs one function in a file of formulas/, one line here, and its settings in config/objective.py.
 """
 
 from collections.abc import Callable
@@ -9,26 +9,26 @@ from typing import Any
 
 from torch import Tensor
 
-from minpro_megatron.objective.cispo import cispo
-from minpro_megatron.objective.controls import (
+from minpro_megatron.objective.formulas.cispo import cispo
+from minpro_megatron.objective.formulas.controls import (
     prefix_filter,
     prefix_ratio,
     shuffled_minpro,
     shuffled_prefix_minima,
     small_prefix_ratios,
 )
-from minpro_megatron.objective.cppo import cppo
-from minpro_megatron.objective.ctpo import ctpo, ctpo_geomean
-from minpro_megatron.objective.dppo import dppo
-from minpro_megatron.objective.grpo import grpo
-from minpro_megatron.objective.gspo import gspo
-from minpro_megatron.objective.m2po import large_second_moments, m2po, m2po_winsorized, winsorizing_log_ratio
-from minpro_megatron.objective.minpro import minpro
-from minpro_megatron.objective.pnpo import pnpo
-from minpro_megatron.objective.sapo import sapo
+from minpro_megatron.objective.formulas.cppo import cppo
+from minpro_megatron.objective.formulas.ctpo import ctpo, ctpo_geomean
+from minpro_megatron.objective.formulas.dppo import dppo
+from minpro_megatron.objective.formulas.grpo import grpo
+from minpro_megatron.objective.formulas.gspo import gspo
+from minpro_megatron.objective.formulas.m2po import large_second_moments, m2po, m2po_winsorized, winsorizing_log_ratio
+from minpro_megatron.objective.formulas.minpro import minpro
+from minpro_megatron.objective.formulas.pnpo import pnpo
+from minpro_megatron.objective.formulas.sapo import sapo
+from minpro_megatron.objective.formulas.trm import trm
+from minpro_megatron.objective.formulas.vespo import vespo
 from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, PolicyTokens
-from minpro_megatron.objective.trm import trm
-from minpro_megatron.objective.vespo import vespo
 
 
 @dataclass(frozen=True)

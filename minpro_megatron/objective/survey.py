@@ -2,8 +2,8 @@
 
 A survey runs after a forward-only pass over the mini-batch under the current weights, on every rank that has tokens.
 It returns one number for each of the rank's own tokens, which the objective reads in `surveyed_L`. The selections are
-exact over all ranks and micro-batches (`objective.ranking`); only histograms are exchanged. A token whose ratio is NaN
-is never excluded, so that the loss shows it. A mini-batch without trained tokens is not an error.
+exact over all ranks and micro-batches (`objective.across_ranks.ranking`); only histograms are exchanged. A token whose
+ratio is NaN is never excluded, so that the loss shows it. A mini-batch without trained tokens is not an error.
 
 Only these objectives need the extra pass, in every update: one forward in addition to forward and backward, so about a
 third more computation (a quarter more if activations are recomputed). The behavior log-probs cannot replace it: the

@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from minpro_megatron.objective.ranking import Ranks
-from minpro_megatron.objective.scan import PrefixScan
+from minpro_megatron.objective.across_ranks.ranking import Ranks
+from minpro_megatron.objective.across_ranks.scan import PrefixScan
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8 stays finite in float32, and so do products of two
 

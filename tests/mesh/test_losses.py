@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minpro_megatron.batching.shards import context_shard
-from minpro_megatron.objective.token_batch import ContextLayout
+from minpro_megatron.objective.loss_functions.token_batch import ContextLayout
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 from tests.support.loss_inputs import FUNCTIONS, LossInputs, padded

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from minpro_megatron.batching.shards import chunk_halves, context_shard, row_multiple, sequence_multiple, tensor_shard
-from minpro_megatron.objective.scan import IDENTITY, Operator
-from minpro_megatron.objective.sharded_scan import ShardedScan
+from minpro_megatron.objective.across_ranks.scan import IDENTITY, Operator
+from minpro_megatron.objective.across_ranks.sharded_scan import ShardedScan
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 from tests.support.long_cases import long_rows_after

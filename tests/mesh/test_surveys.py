@@ -12,9 +12,9 @@ from minpro_megatron.batching.row_lengths import padded_length, row_length
 from minpro_megatron.batching.row_shard import RankSlice
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.objective import M2poConfig, M2poWinsorizedConfig, PrefixFilterConfig
-from minpro_megatron.objective.group_ranks import GroupRanks
+from minpro_megatron.objective.across_ranks.group_ranks import GroupRanks
+from minpro_megatron.objective.across_ranks.sharded_scan import ShardedScan
 from minpro_megatron.objective.registry import OBJECTIVES
-from minpro_megatron.objective.sharded_scan import ShardedScan
 from minpro_megatron.objective.terms import MiniBatch, policy_tokens
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh

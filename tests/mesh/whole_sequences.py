@@ -9,9 +9,9 @@ from torch import Tensor
 
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.objective import ObjectiveSection
-from minpro_megatron.objective.ranking import OneRank
+from minpro_megatron.objective.across_ranks.ranking import OneRank
+from minpro_megatron.objective.across_ranks.scan import WholeSequenceScan
 from minpro_megatron.objective.registry import Objective
-from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import MiniBatch, PolicyTokens, policy_tokens, summed_loss
 from tests.mesh.reference import BatchLoss
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from minpro_megatron.config.objective import ObjectiveConfig, ObjectiveSection
-from minpro_megatron.objective.ranking import OneRank
+from minpro_megatron.objective.across_ranks.ranking import OneRank
+from minpro_megatron.objective.across_ranks.scan import WholeSequenceScan
 from minpro_megatron.objective.registry import OBJECTIVES
-from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, PolicyTokens, policy_tokens
 
 # every objective's settings as they are where nothing is set

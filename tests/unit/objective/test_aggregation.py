@@ -15,8 +15,8 @@ from minpro_megatron.batching.sequences import token_sequences, with_log_probs
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import Aggregation, CtpoConfig, GspoConfig, MinproConfig
+from minpro_megatron.objective.across_ranks.scan import WholeSequenceScan
 from minpro_megatron.objective.registry import OBJECTIVES
-from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import policy_tokens, summed_loss, summed_value
 from minpro_megatron.records import Batch
 from tests.support.batches import make_group

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from minpro_megatron.config import objective as config
+from minpro_megatron.objective.across_ranks.scan import WholeSequenceScan
 from minpro_megatron.objective.registry import OBJECTIVES
-from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import ObjectiveTerms, policy_tokens, summed_loss, summed_value
 from tests.support import objective_loops as loops
 from tests.support.objective_loops import LOOPS, clip

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from minpro_megatron.objective.ranking import Boundary, OneRank, Ranks, boundary, order_statistic, quantile, smallest
+from minpro_megatron.objective.across_ranks.ranking import (
+    Boundary,
+    OneRank,
+    Ranks,
+    boundary,
+    order_statistic,
+    quantile,
+    smallest,
+)
 from tests.support.lockstep_ranks import on_ranks
 
 TINY = 5e-324  # the smallest denormal

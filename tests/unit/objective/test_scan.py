@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minpro_megatron.objective.scan import IDENTITY, Operator, Runs, WholeSequenceScan
+from minpro_megatron.objective.across_ranks.scan import IDENTITY, Operator, Runs, WholeSequenceScan
 
 COMBINE = {"min": min, "sum": math.fsum}
 

@@ -14,7 +14,7 @@ from minpro_megatron.config.objective import (
     PrefixFilterConfig,
     ShuffledMinproConfig,
 )
-from minpro_megatron.objective.ranking import Ranks
+from minpro_megatron.objective.across_ranks.ranking import Ranks
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import MiniBatch
 from tests.support import objective_loops as loops

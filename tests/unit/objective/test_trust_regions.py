@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from minpro_megatron.config import objective as config
-from minpro_megatron.objective import trust_region
+from minpro_megatron.objective.across_ranks.scan import WholeSequenceScan
+from minpro_megatron.objective.formulas import trust_region
 from minpro_megatron.objective.registry import OBJECTIVES
-from minpro_megatron.objective.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import PolicyTokens
 from tests.support.objective_loops import LOOPS
 from tests.support.ragged_tokens import Tokens, one_sequence, terms_of

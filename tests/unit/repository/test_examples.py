@@ -10,7 +10,7 @@ from docs.examples.architecture import NAME, blocks_architecture, blocks_rows
 from docs.examples.objective import smooth_cispo
 from minpro_megatron.conversion.convert import to_hf, to_megatron
 from minpro_megatron.models import architecture
-from minpro_megatron.objective.scan import WholeSequenceScan
+from minpro_megatron.objective.across_ranks.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import policy_tokens, summed_loss
 from minpro_megatron.rewards.registry import load_reward
 from minpro_megatron.weights import table

@@ -48,6 +48,8 @@ ORDER = [
     ["commands"],
     ["__main__"],
 ]
+# Folders with rooms of their own, which hold to the same rule.
+ROOMS = {"objective": ["across_ranks", "formulas", "loss_functions"]}
 # The folders beside the package, and which of each other they may import; all of them may import the package.
 BESIDE = {"recipes": [], "cluster": [], "tools": [], "benchmarks": ["recipes", "cluster", "tools", "tests"]}
 # The folders beside the package that are also part of it, by a link: their modules import each other by the name that
@@ -167,6 +169,20 @@ def importers(parts: Iterable[str], module: str) -> list[str]:
 
 def test_imports_go_one_way():
     assert list(breaches(ROOT / PACKAGE, ORDER)) == []
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_the_rooms_of_a_folder_import_one_way(folder):
+    rooms = ROOMS[folder]
+    assert {path.parent.name for path in (ROOT / PACKAGE / folder).glob("*/*.py")} == set(rooms)
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for number, room in enumerate(rooms)
+        for path in sorted((ROOT / PACKAGE / folder / room).glob("*.py"))
+        for name in sorted(imported_names(path))
+        if any(is_within(name, f"{PACKAGE}.{folder}.{later}") for later in rooms[number + 1 :])
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, *BESIDE])

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minpro_megatron.objective.scan import IDENTITY, Operator, Runs, combined, unmasked
+from minpro_megatron.objective.across_ranks.scan import IDENTITY, Operator, Runs, combined, unmasked
 
-# The loss functions of `objective.losses` are also used with other versions of torch: before 2.14 it has another name.
+# `objective.loss_functions` is also used with other versions of torch: before 2.14 it has another name.
 _gather_into = vars(dist).get("all_gather_single") or vars(dist)["all_gather_into_tensor"]
 
 
@@ -32,7 +32,7 @@ def _order_of_pieces(num_ranks: int, tensor_size: int, device: torch.device) -> 
 
 
 class ShardedScan:
-    """Scans for one packed row; see `objective.scan.PrefixScan`. L: slots of this rank."""
+    """Scans for one packed row; see `objective.across_ranks.scan.PrefixScan`. L: slots of this rank."""
 
     def __init__(
         self,

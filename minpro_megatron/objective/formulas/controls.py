@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from minpro_megatron.config.objective import PrefixFilterConfig, PrefixRatioConfig, ShuffledMinproConfig
-from minpro_megatron.objective.clipped_weight import clipped_weight_terms
-from minpro_megatron.objective.ranking import quantile
+from minpro_megatron.objective.across_ranks.ranking import quantile
+from minpro_megatron.objective.formulas.clipped_weight import clipped_weight_terms
 from minpro_megatron.objective.survey import gather_selected, scatter_selected
 from minpro_megatron.objective.terms import MAX_LOG_RATIO, MiniBatch, ObjectiveTerms, PolicyTokens, position_bucket
 

@@ -1,4 +1,4 @@
-"""Collectives on tensors over the ranks of a group: implements `objective.ranking.Ranks`."""
+"""Collectives on tensors over the ranks of a group: implements `objective.across_ranks.ranking.Ranks`."""
 
 from dataclasses import dataclass
 

@@ -3,7 +3,7 @@
 import torch
 
 from minpro_megatron.config.objective import PnpoConfig
-from minpro_megatron.objective.clipped_weight import weighted_terms
+from minpro_megatron.objective.formulas.clipped_weight import weighted_terms
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
 
 

@@ -1,7 +1,7 @@
 """MinPRO: the importance ratio of a token times the smallest ratio before it in its response."""
 
 from minpro_megatron.config.objective import MinproConfig
-from minpro_megatron.objective.clipped_weight import clipped_weight_terms
+from minpro_megatron.objective.formulas.clipped_weight import clipped_weight_terms
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
 
 

@@ -1,8 +1,8 @@
 """CPPO: DPPO's trust region, tighter for early tokens and for tokens whose prefix has already diverged."""
 
 from minpro_megatron.config.objective import CppoConfig
+from minpro_megatron.objective.formulas.trust_region import DIVERGENCES, ratio_terms
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
-from minpro_megatron.objective.trust_region import DIVERGENCES, ratio_terms
 
 
 def cppo(tokens: PolicyTokens, settings: CppoConfig) -> ObjectiveTerms:
@@ -17,9 +17,9 @@ def cppo(tokens: PolicyTokens, settings: CppoConfig) -> ObjectiveTerms:
     (1, .9333, .8667, .8), Z = (.05, .1307, .0867, .04) and the limits (.15, .15, .0853, .0507): the third token is
     excluded, by the budget and not by the threshold.
 
-    D is estimated from the sampled token (`objective.trust_region`); the paper uses the 20 most likely tokens and finds
-    no difference (figure 6). For base models the paper derives `budget` from the 90 % quantile of each sequence's D,
-    between `budget` and twice that; here it is a constant, as the paper has it for post-trained models. The authors'
+    D is estimated from the sampled token (`trust_region` in this folder); the paper uses the 20 most likely tokens and
+    finds no difference (figure 6). For base models the paper derives `budget` from the 90 % quantile of each sequence's
+    D, between `budget` and twice that; here it is a constant, as the paper has it for post-trained models. The authors'
     implementation for verl has T = the longest response allowed (`horizon`) and ratios up to 20 (`largest_ratio`).
     """
     divergence = DIVERGENCES[settings.divergence](tokens)

@@ -1,7 +1,7 @@
 """CISPO: the importance ratio of a token, clipped, as the weight of its log-prob."""
 
 from minpro_megatron.config.objective import ClippedWeightSection
-from minpro_megatron.objective.clipped_weight import clipped_weight_terms
+from minpro_megatron.objective.formulas.clipped_weight import clipped_weight_terms
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
 
 

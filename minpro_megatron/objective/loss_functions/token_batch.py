@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minpro_megatron.config.objective import Aggregation
-from minpro_megatron.objective.group_ranks import GroupRanks
-from minpro_megatron.objective.ranking import OneRank, Ranks
-from minpro_megatron.objective.scan import PrefixScan, WholeSequenceScan
-from minpro_megatron.objective.sharded_scan import ShardedScan
+from minpro_megatron.objective.across_ranks.group_ranks import GroupRanks
+from minpro_megatron.objective.across_ranks.ranking import OneRank, Ranks
+from minpro_megatron.objective.across_ranks.scan import PrefixScan, WholeSequenceScan
+from minpro_megatron.objective.across_ranks.sharded_scan import ShardedScan
 from minpro_megatron.objective.terms import PolicyTokens, policy_tokens
 
 ContextLayout = Literal["zigzag", "contiguous"]
@@ -43,7 +43,7 @@ def token_batch(
     context_group: dist.ProcessGroup | None = None,
     context_layout: ContextLayout = "zigzag",
 ) -> TokenBatch:
-    """The batch whose tensors are padded [B, T], or packed [L] with `cu_seqlens`. `objective.loss_call.LossOptions`
+    """The batch whose tensors are padded [B, T], or packed [L] with `cu_seqlens`. `LossOptions` in `loss_call`
     describes the arguments.
 
     Raises ValueError if shapes, sequence boundaries and layout do not agree.

@@ -1,6 +1,6 @@
 """The loss of an objective from the tensors of a training loop, and what all loss functions have in common.
 
-`objective.losses`, `objective.trust_region_losses` and `objective.smooth_losses` have the functions themselves.
+The functions themselves are in `ratio_losses`, `trust_region_losses` and `smooth_losses` beside this file.
 """
 
 import inspect
@@ -16,9 +16,14 @@ from minpro_megatron.config.objective import ObjectiveSection
 from minpro_megatron.metrics.metric import values
 from minpro_megatron.objective.corrections import OtherLogProbs
 from minpro_megatron.objective.diagnostics import Statistics, as_metrics, token_statistics
+from minpro_megatron.objective.loss_functions.token_batch import (
+    ContextLayout,
+    TokenBatch,
+    refuse_unknown_layout,
+    token_batch,
+)
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, summed_loss, summed_value
-from minpro_megatron.objective.token_batch import ContextLayout, TokenBatch, refuse_unknown_layout, token_batch
 
 # statistics of inputs that these functions do not have: entropies, the server's log-probs, and staleness
 _NOT_MEASURED = ("policy/entropy", "mismatch/")

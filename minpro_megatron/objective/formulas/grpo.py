@@ -3,7 +3,7 @@
 import torch
 
 from minpro_megatron.config.objective import GrpoConfig
-from minpro_megatron.objective.pessimistic_clip import pessimistic_terms
+from minpro_megatron.objective.formulas.pessimistic_clip import pessimistic_terms
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
 
 

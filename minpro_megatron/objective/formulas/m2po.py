@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from minpro_megatron.config.objective import M2poConfig, M2poWinsorizedConfig
-from minpro_megatron.objective.pessimistic_clip import pessimistic_terms
-from minpro_megatron.objective.ranking import boundary, smallest
+from minpro_megatron.objective.across_ranks.ranking import boundary, smallest
+from minpro_megatron.objective.formulas.pessimistic_clip import pessimistic_terms
 from minpro_megatron.objective.survey import gather_selected, scatter_selected
 from minpro_megatron.objective.terms import MAX_LOG_RATIO, MiniBatch, ObjectiveTerms, PolicyTokens
 

@@ -1,8 +1,8 @@
 """DPPO: the importance ratio as the weight, without the tokens whose probability left a trust region."""
 
 from minpro_megatron.config.objective import DppoConfig
+from minpro_megatron.objective.formulas.trust_region import DIVERGENCES, ratio_terms
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
-from minpro_megatron.objective.trust_region import DIVERGENCES, ratio_terms
 
 
 def dppo(tokens: PolicyTokens, settings: DppoConfig) -> ObjectiveTerms:

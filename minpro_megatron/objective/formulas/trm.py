@@ -3,8 +3,8 @@
 import torch
 
 from minpro_megatron.config.objective import TrmConfig
+from minpro_megatron.objective.formulas.trust_region import DIVERGENCES, ratio_terms
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
-from minpro_megatron.objective.trust_region import DIVERGENCES, ratio_terms
 
 
 def trm(tokens: PolicyTokens, settings: TrmConfig) -> ObjectiveTerms:
@@ -16,8 +16,8 @@ def trm(tokens: PolicyTokens, settings: TrmConfig) -> ObjectiveTerms:
     excluded only if their means, .02 and .03, exceed it: the second.
 
     The paper's D is the KL divergence over the whole vocabulary, which needs all log-probs of the server. Here it is
-    estimated from the sampled token (`objective.trust_region`), a lower bound. The paper's own estimates from samples,
-    |log rho| and rho - 1 - log rho, are single draws that may be large where the distributions are close.
+    estimated from the sampled token (`trust_region` in this folder), a lower bound. The paper's own estimates from
+    samples, |log rho| and rho - 1 - log rho, are single draws that may be large where the distributions are close.
     """
     divergence = DIVERGENCES[settings.divergence](tokens)
     outside = torch.zeros_like(tokens.is_trained_L)

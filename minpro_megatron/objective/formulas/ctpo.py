@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from minpro_megatron.config.objective import CtpoConfig, CtpoGeomeanConfig, CtpoSection
-from minpro_megatron.objective.pessimistic_clip import pessimistic_terms
+from minpro_megatron.objective.formulas.pessimistic_clip import pessimistic_terms
 from minpro_megatron.objective.terms import MAX_LOG_RATIO, ObjectiveTerms, PolicyTokens
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minpro_megatron.config import objective as config
 from minpro_megatron.config.objective import Aggregation
-from minpro_megatron.objective.loss_call import LossOptions, loss_function, objective_loss
+from minpro_megatron.objective.loss_functions.loss_call import LossOptions, loss_function, objective_loss
 
 
 @loss_function

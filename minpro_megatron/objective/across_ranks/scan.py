@@ -1,7 +1,7 @@
 """Scans along a sequence's response tokens, independent of how the tokens are distributed over ranks.
 
 An objective does not know how sequences are sharded. It calls a `PrefixScan`: `WholeSequenceScan` if one process has
-whole sequences, `minpro_megatron.objective.sharded_scan.ShardedScan` if ranks have pieces of them.
+whole sequences, `minpro_megatron.objective.across_ranks.sharded_scan.ShardedScan` if ranks have pieces of them.
 
 Sums are accumulated and returned in float64: the error of a float32 sum over 20,000 log-ratios would exceed 1e-6, the
 accuracy of the coefficients.

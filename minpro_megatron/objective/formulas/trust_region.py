@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from minpro_megatron.objective.clipped_weight import weighted_terms
+from minpro_megatron.objective.formulas.clipped_weight import weighted_terms
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens
 
 _SMALL = 1e-8  # of two probabilities of any other token: their quotient stays finite where both are rounded to 0
