@@ -48,7 +48,8 @@ def advantages_and_trained(
     """(advantages, float32 [responses]; whether the group's tokens are trained on) of one group, from rewards and
     numbers of tokens.
 
-    `loss` sets the penalty for long responses and whether a group with equal rewards is excluded.
+    `loss` sets the estimator of the advantage, the penalty for long responses, and whether a group with equal rewards
+    is excluded.
     """
     penalty = loss.overlong_penalty
     if penalty.enabled:
@@ -57,7 +58,7 @@ def advantages_and_trained(
             for reward, length in zip(rewards, lengths, strict=True)
         ]
     trained = loss.equal_reward_groups == "keep" or len(set(rewards)) > 1
-    return group_advantages(rewards), trained
+    return group_advantages(rewards, loss.advantage), trained
 
 
 def with_log_probs(groups: list[list[TokenSequence]], **log_probs: np.ndarray) -> list[list[TokenSequence]]:

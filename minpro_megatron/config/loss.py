@@ -61,8 +61,14 @@ class OverlongPenaltyConfig(Section):
 
 
 class LossConfig(Section):
-    """Corrections and penalties that work with every objective and independently of each other."""
+    """The advantage, and corrections and penalties. They work with every objective and independently of each other."""
 
+    advantage: Literal["group_normalized", "group_mean", "leave_one_out"] = Field(
+        default="group_normalized",
+        description="Advantage of a response, from the rewards R of its group. group_normalized: (R - mean) / standard "
+        "deviation, as in GRPO. group_mean: R - mean, as in Dr. GRPO and PrefixRL's REINFORCE. leave_one_out: R minus "
+        "the mean of the other rewards, as in RLOO.",
+    )
     truncated_importance: TruncatedImportanceConfig = TruncatedImportanceConfig()
     icepop: IcePopConfig = IcePopConfig()
     decoupled: DecoupledConfig = DecoupledConfig()

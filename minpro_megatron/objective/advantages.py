@@ -1,28 +1,72 @@
-"""Advantages of a group of responses to one prompt."""
+"""Advantages of a group of responses to one prompt.
 
-from collections.abc import Sequence
+All estimators compare a response with the responses to the same prompt. A group of one response has nothing to compare
+with, so its advantage is 0, as for equal rewards.
+"""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 MIN_DEVIATION = 1e-6
 
 
-def group_advantages(rewards: Sequence[float]) -> np.ndarray:
-    """(R - mean) / (std with Bessel's correction + 1e-6), float32 [responses]; zeros for equal rewards.
+def group_normalized(rewards: np.ndarray) -> np.ndarray:
+    """(R - mean) / (standard deviation with Bessel's correction + 1e-6). GRPO, arXiv:2402.03300, section 4.1.2.
 
-    A group of one response has no other response to compare with: its advantage is 0, as for equal rewards.
-    arXiv:2402.03300, section 4.1.2. Raises ValueError if there are no rewards or one is not finite.
-
-    >>> group_advantages([1.0, 0.0]).round(4).tolist()
+    >>> group_normalized(np.array([1.0, 0.0])).round(4).tolist()
     [0.7071, -0.7071]
     """
+    if len(rewards) == 1:
+        return np.zeros(1)
+    return (rewards - rewards.mean()) / (rewards.std(ddof=1) + MIN_DEVIATION)
+
+
+def group_mean(rewards: np.ndarray) -> np.ndarray:
+    """R - mean, without a standard deviation. Dr. GRPO, arXiv:2503.20783, section 3.2; PrefixRL's REINFORCE,
+    arXiv:2601.18795.
+
+    >>> group_mean(np.array([1.0, 0.0, 0.0, 0.0])).tolist()
+    [0.75, -0.25, -0.25, -0.25]
+    """
+    return rewards - rewards.mean()
+
+
+def leave_one_out(rewards: np.ndarray) -> np.ndarray:
+    """R minus the mean of the other rewards: n / (n - 1) times `group_mean`. RLOO, arXiv:2402.14740, section 3.2.
+
+    >>> leave_one_out(np.array([1.0, 0.0, 0.0, 1.0])).round(4).tolist()
+    [0.6667, -0.6667, -0.6667, 0.6667]
+    """
+    num_others = max(len(rewards) - 1, 1)
+    return (rewards - rewards.mean()) * (len(rewards) / num_others)
+
+
+# float64 [responses] -> float64 [responses], by the name that loss.advantage has.
+ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "group_normalized": group_normalized,
+    "group_mean": group_mean,
+    "leave_one_out": leave_one_out,
+}
+
+
+def group_advantages(rewards: Sequence[float], estimator: str = "group_normalized") -> np.ndarray:
+    """The advantages of the responses with these rewards, float32 [responses]; zeros for equal rewards.
+
+    `estimator` is a name of ADVANTAGES. Raises ValueError for another one, if there are no rewards, and if one is not
+    finite.
+
+    >>> group_advantages([1.0, 0.0], "leave_one_out").tolist()
+    [1.0, -1.0]
+    """
+    if estimator not in ADVANTAGES:
+        raise ValueError(f"estimator = {estimator!r}: there is no such estimator; known: {', '.join(ADVANTAGES)}")
     values = np.asarray(rewards, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(f"rewards = {list(rewards)}: a group needs finite rewards, at least one")
-    centred = values - values.mean()
-    if np.ptp(values) == 0:
+    if np.ptp(values) == 0:  # the mean of equal numbers may differ from them in the last bit
         return np.zeros(len(values), np.float32)
-    return (centred / (values.std(ddof=1) + MIN_DEVIATION)).astype(np.float32)
+    return ADVANTAGES[estimator](values).astype(np.float32)
 
 
 def overlong_penalty(num_tokens: int, limit: int, buffer_tokens: int, scale: float) -> float:

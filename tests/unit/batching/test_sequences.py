@@ -107,6 +107,13 @@ def test_equal_reward_groups_are_kept_or_masked() -> None:
     assert all(counts[1])
 
 
+@pytest.mark.parametrize(("name", "size"), [("group_mean", 0.5), ("leave_one_out", 1.0)])
+def test_the_loss_selects_the_estimator_of_the_advantage(name: str, size: float) -> None:
+    found = sequences_of(make_batch(), LossConfig.model_validate({"advantage": name}))
+    advantages = [[sequence.advantage for sequence in group] for group in found]
+    assert advantages == [[size, -size], [0.0, 0.0], [-size, size]]
+
+
 def test_the_overlong_penalty_changes_rewards_before_the_advantage() -> None:
     penalty = OverlongPenaltyConfig(enabled=True, buffer_tokens=8)
     for plain, shaped in zip(
