@@ -16,6 +16,7 @@ from tests.support.imports_of_files import PACKAGE, ROOT, imported_names
 ORDER = [
     ["terminal_text", "command_line"],
     ["errors", "records"],
+    ["hooks"],
     ["files", "config"],
     ["run_folder"],
     ["metrics"],
@@ -65,6 +66,7 @@ NO_TORCH = [
     "command_line",
     "errors",
     "records",
+    "hooks",
     "run_folder",
     "files",
     "config",
