@@ -186,6 +186,7 @@ def measure_step(config: RunConfig, arguments: argparse.Namespace) -> dict[str, 
         "stalls": found["collector"]["stalls"],
         "bare_stalls": found["bare"]["stalls"],
         "threads": found["collector"]["threads"],
+        "bare_threads": found["bare"]["threads"],
         "start_bytes": start_bytes,
         "peak_bytes": peaks[-1],
         "journal_bytes": (folder / "journal.sqlite").stat().st_size,
@@ -198,9 +199,12 @@ def worst(stalls: Sequence[Sequence[float]], phases: Sequence[tuple[str, float, 
 
 
 def cpu_after(samples: Sequence[tuple[float, dict[str, float]]], begin: float) -> dict[str, float]:
-    """CPU seconds of each thread, and of the whole process, from `begin` to the last sample."""
+    """CPU seconds of each thread and process, and of the whole collector, from `begin` to its last sample."""
+    last: dict[str, float] = {}
+    for _, times in samples:
+        last |= times
     first = next((times for at, times in samples if at >= begin), samples[-1][1])
-    return {name: seconds - first.get(name, 0.0) for name, seconds in samples[-1][1].items()}
+    return {name: seconds - first.get(name, 0.0) for name, seconds in last.items()}
 
 
 def show_step(found: dict[str, Any], num_tokens: int, num_responses: int, console: Console) -> None:
@@ -229,7 +233,9 @@ def show_step(found: dict[str, Any], num_tokens: int, num_responses: int, consol
         )
     cpu = {name: 1e6 * value / (steps * num_tokens) for name, value in cpu_after(found["threads"], begin).items()}
     used = ", ".join(f"{name} {value:.2f}" for name, value in sorted(cpu.items(), key=lambda item: -item[1]))
-    console.print(f"microseconds of CPU a token since the start: {used}")
+    console.print(f"microseconds of CPU per token since the start: {used}")
+    beating = 1e6 * cpu_after(found["bare_threads"], begin)["MainThread"] / (steps * num_tokens)
+    console.print(f"  of MainThread, the benchmark's own heartbeat: about {beating:.2f}")
     console.print(
         f"collector's memory: {found['start_bytes'] / 2**30:.2f} GiB at the start, {found['peak_bytes'] / 2**30:.2f} "
         f"GiB at most; journal {found['journal_bytes'] / 2**30:.2f} GiB; load {found['load']:.1f}"

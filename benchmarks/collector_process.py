@@ -8,8 +8,11 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.roles import collect
@@ -27,12 +30,17 @@ async def heartbeat(stalls: list[tuple[float, float]]) -> None:
 
 
 def thread_times() -> dict[str, float]:
-    """CPU seconds of this process's threads so far, by name without number, and of the process."""
+    """CPU seconds of this process's threads so far, by name without number, of the process, and of the processes that
+    it has started, by module."""
     times: dict[str, float] = defaultdict(float, {"process": time.process_time()})
     for thread in threading.enumerate():
         if thread.ident is not None:
             name = re.sub(r"[-_\d]+$", "", thread.name)
             times[name] += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has just ended
+            used = child.cpu_times()
+            times[child.cmdline()[2].rpartition(".")[2]] += used.user + used.system
     return times
 
 
@@ -61,17 +69,20 @@ def run_collector(config: RunConfig, result: Path) -> None:
 
 
 def run_bare_loop(result: Path, ended: Any) -> None:
-    """An event loop with nothing but the heartbeat: how late this machine wakes an almost idle process."""
+    """An event loop with nothing but the heartbeat: how late this machine wakes an almost idle process, and the CPU
+    time that the heartbeat itself needs."""
     stalls: list[tuple[float, float]] = []
+    samples: list[tuple[float, dict[str, float]]] = []
 
     async def main() -> None:
         beating = asyncio.create_task(heartbeat(stalls))
         while not ended.is_set():
-            await asyncio.sleep(0.1)
+            samples.append((time.monotonic(), thread_times()))
+            await asyncio.sleep(0.2)
         beating.cancel()
 
     asyncio.run(main())
-    result.write_text(json.dumps({"stalls": stalls}))
+    result.write_text(json.dumps({"stalls": stalls, "threads": samples}))
 
 
 def peak_bytes(pid: int) -> int:

@@ -14,7 +14,7 @@ from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.api_key import authorization
-from minpro_megatron.serving.client import SamplingParameters, ServerClient, answer_thread
+from minpro_megatron.serving.client import Check, SamplingParameters, ServerClient, check_here
 
 # The pause after a failure. It doubles with each further failure until a group succeeds.
 FIRST_SUSPENSION_S = 0.5
@@ -207,17 +207,17 @@ class Member:
         return self._rate if known else None
 
 
-def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddress], Client]:
-    """A function that creates clients of the run's servers. Raises ValueError if the API key is missing, or if routes
-    are requested from a model without experts."""
+def client_maker(config: RunConfig, facts: ModelFacts, check: Check = check_here) -> Callable[[ServerAddress], Client]:
+    """A function that creates clients of the run's servers, which check answers with `check`.
+
+    Raises ValueError if the API key is missing, or if routes are requested from a model without experts.
+    """
     headers = authorization(config)
     if config.model.routing_replay == "rollout" and not facts.num_experts:
         raise UserError(
             f"model.routing_replay = 'rollout': model.hf_path = {config.model.hf_path!r} has no experts "
             "(num_experts in config.json); set model.routing_replay to 'none'"
         )
-
-    thread = answer_thread()
 
     def make(address: ServerAddress) -> Client:
         return ServerClient(
@@ -226,7 +226,7 @@ def client_maker(config: RunConfig, facts: ModelFacts) -> Callable[[ServerAddres
             config.server.request_timeout_s,
             headers=headers,
             exact_versions=config.staleness.mode == "delay",
-            thread=thread,
+            check=check,
         )
 
     return make

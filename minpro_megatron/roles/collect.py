@@ -37,11 +37,13 @@ from minpro_megatron.prompts.prompts import (
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.rewards.pool import RewardPool
 from minpro_megatron.run_folder.start_fence import LOOK_EVERY_S, StartFence
+from minpro_megatron.serving.answer_processes import AnswerProcesses
 
 log = logging.getLogger(__name__)
 
-# Maximum time for which a thread that decodes an answer holds the interpreter while the event loop, which releases it
-# at each read of a socket, waits for it. With Python's default of 5 ms, answers would arrive at 64 KiB per 5 ms.
+# Maximum time for which a thread that encodes a batch or writes the journal holds the interpreter while the event loop,
+# which releases it at each read of a socket, waits for it. With Python's default of 5 ms, answers would then arrive at
+# 64 KiB per 5 ms.
 SWITCH_INTERVAL_S = 0.0005
 # Time for which a failed collector still answers a trainer that is between two requests.
 FAILURE_DELIVERY_S = 1.0
@@ -137,7 +139,8 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     rewards = RewardPool(reward.function, reward.workers, reward.timeout_s, by_source=reward.by_source)
     await stack.enter_async_context(rewards)
     stack.callback(partial(_log_rewards, rewards))
-    recorder, make_client = collector_recorder(config, incarnation), client_maker(config, facts)
+    answers = stack.enter_context(AnswerProcesses(facts))
+    recorder, make_client = collector_recorder(config, incarnation), client_maker(config, facts, answers.check)
     if recorder is not None:
         stack.callback(recorder.close)
         make_client = traced_clients(make_client, recorder)

@@ -21,6 +21,7 @@ from minpro_megatron.prompts.prompts import TokenizedPrompt
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import IssuedGroup
 from minpro_megatron.rewards.pool import RewardPool
+from minpro_megatron.serving.answer_processes import AnswerProcesses
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.errors import ServerError
 
@@ -105,7 +106,9 @@ class Sampler:
         rewards = RewardPool(reward.function, reward.workers, reward.timeout_s, by_source=reward.by_source)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(rewards)
-            fleet = await stack.enter_async_context(Fleet(self._config, self._facts, self._incarnation))
+            answers = stack.enter_context(AnswerProcesses(self._facts))
+            make_client = client_maker(self._config, self._facts, answers.check)
+            fleet = await stack.enter_async_context(Fleet(self._config, self._facts, self._incarnation, make_client))
             await fleet.wait_until_ready(start_limit_s(self._config.server))
             version = await self._served_version(fleet)
             if sampled_version not in (None, version):

@@ -1,6 +1,6 @@
 """A server's answer to a group's requests: decoded, with every field checked before it is used.
 
-Nothing here blocks on input or output, so a large answer can be checked in a thread.
+Nothing here blocks on input or output, so a large answer can be checked in another process (answer_processes.py).
 """
 
 import math
@@ -76,7 +76,7 @@ class _Answer(msgspec.Struct):
     meta_info: _MetaInfo
 
 
-# First the list, then each answer separately: a decoding thread releases the GIL only between two calls.
+# First the list, then each answer separately, so that an error names the request.
 _LIST_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
 _DECODER = msgspec.json.Decoder(_Answer)
 
@@ -89,7 +89,7 @@ class AnswerChecker:
     """
 
     def __init__(self, server: str, facts: ModelFacts, exact_versions: bool) -> None:
-        self._server = server
+        self.server, self.exact_versions = server, exact_versions
         self._facts = facts
         self._check_versions = self._exact if exact_versions else self._rising
         self._route_bytes = 6 * facts.num_layers * facts.experts_per_token  # per token, in base64
@@ -102,15 +102,17 @@ class AnswerChecker:
         route_bytes = self._route_bytes * (request.num_prompt_tokens + request.max_tokens)
         return 16384 + 256 * request.max_tokens + (route_bytes if request.with_routes else 0)
 
-    def check(self, body: bytes, requests: Sequence[SentRequest]) -> list[SampledSequence]:
+    def check(self, body: bytes | bytearray, requests: Sequence[SentRequest]) -> list[SampledSequence]:
         """The answers in the order of the requests. Raises InvalidAnswer naming the first wrong field."""
         try:
             parts = _LIST_DECODER.decode(body)
         except msgspec.DecodeError as error:
-            raise InvalidAnswer(self._server, requests[0].request_id, "body", f"{error} in {body[:200]!r}") from None
+            raise InvalidAnswer(
+                self.server, requests[0].request_id, "body", f"{error} in {bytes(body[:200])!r}"
+            ) from None
         if len(parts) != len(requests):
             problem = f"{len(parts)} answers to {len(requests)} requests"
-            raise InvalidAnswer(self._server, requests[0].request_id, "body", problem)
+            raise InvalidAnswer(self.server, requests[0].request_id, "body", problem)
         return [
             self._check_one(self._decoded(part, place, request), request)
             for place, (part, request) in enumerate(zip(parts, requests, strict=True))
@@ -122,12 +124,12 @@ class AnswerChecker:
         except msgspec.DecodeError as error:
             # msgspec's message ends with the location, such as "at `$.meta_info.finish_reason`".
             path = str(error).rpartition("`$")[2].rstrip("`") if "`$" in str(error) else ""
-            raise InvalidAnswer(self._server, request.request_id, f"[{place}]{path}", str(error)) from None
+            raise InvalidAnswer(self.server, request.request_id, f"[{place}]{path}", str(error)) from None
 
     def _check_one(self, answer: _Answer, request: SentRequest) -> SampledSequence:
         meta, num_tokens = answer.meta_info, len(answer.output_ids)
         reason = meta.finish_reason.type
-        require = _Requirement(self._server, request.request_id)
+        require = _Requirement(self.server, request.request_id)
         require(meta.id == request.request_id, "meta_info.id", f"answers request {meta.id!r}")
         require(
             reason in ("stop", "length", ABORTED),
@@ -208,7 +210,7 @@ class AnswerChecker:
 
     def _versions(self, spans: list[_VersionSpan], num_tokens: int, request: SentRequest) -> np.ndarray:
         field = "meta_info.weight_versions"
-        require = _Requirement(self._server, request.request_id)
+        require = _Requirement(self.server, request.request_id)
         versions = np.empty(num_tokens, dtype=np.int32)
         covered = 0
         for span in spans:
@@ -221,7 +223,7 @@ class AnswerChecker:
         shown = [(span.version, span.start, span.end) for span in spans[:5]]
         require(covered == num_tokens, field, f"{shown} do not cover the {num_tokens} tokens in order")
         if problem := self._check_versions(versions, request.policy_version):
-            raise WrongPolicyVersion(self._server, request.request_id, field, problem)
+            raise WrongPolicyVersion(self.server, request.request_id, field, problem)
         return versions
 
     @staticmethod

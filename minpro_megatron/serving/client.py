@@ -4,7 +4,6 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -40,8 +39,6 @@ FIRST_PAUSE_S = 0.2
 MAX_EMPTY_ANSWERS = 20
 # A server sends an answer once it is complete, so a body that takes longer than this will not arrive.
 BODY_TIMEOUT_S = 120.0
-# Larger answers are checked in a thread: checking this number of bytes takes about half a millisecond.
-LARGE_ANSWER_BYTES = 64 * 1024
 # Answers of one server that are read or checked at a time: the others stay on the server, not in this process's memory.
 MAX_ANSWERS_AT_ONCE = 2
 CONNECT_TIMEOUT_S = 10.0
@@ -50,10 +47,12 @@ KEEP_ALIVE_S = 4.0
 ABORT_TIMEOUT_S = 2.0
 
 
-def answer_thread() -> ThreadPoolExecutor:
-    """The thread that checks large answers, for all servers of a process. With several such threads the event loop,
-    which releases the GIL at each poll of its sockets, would wait for all of them to get it back."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
+Check = Callable[[AnswerChecker, bytes, Sequence[SentRequest]], Awaitable[list[SampledSequence]]]
+
+
+async def check_here(checker: AnswerChecker, body: bytes, requests: Sequence[SentRequest]) -> list[SampledSequence]:
+    """Checks an answer in this process and thread. For long responses use `AnswerProcesses.check`."""
+    return checker.check(body, requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class ServerClient:
 
     `request_timeout_s` is measured from sending a request to the last byte of its answer, so it includes the time in
     the server's own queue. `headers` are sent with every request (see serving/api_key.py); `exact_versions` is
-    AnswerChecker's. `thread` checks large answers.
+    AnswerChecker's. `check` calls the checker, possibly in another process.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class ServerClient:
         *,
         headers: Mapping[str, str] | None = None,
         exact_versions: bool = True,
-        thread: ThreadPoolExecutor | None = None,
+        check: Check = check_here,
     ) -> None:
         self.address = address
         self.name = f"server {address.index} at {address.url}"
@@ -95,7 +94,7 @@ class ServerClient:
         self._exact_versions = exact_versions
         self._checker = AnswerChecker(self.name, facts, exact_versions)
         self._session: aiohttp.ClientSession | None = None
-        self._thread = thread or answer_thread()
+        self._check = check
         self._room = asyncio.Semaphore(MAX_ANSWERS_AT_ONCE)
         self._aborts: set[asyncio.Task[None]] = set()
 
@@ -235,7 +234,7 @@ class ServerClient:
                 body = await self._body(response, sent)
                 answered = True
                 self._check_status(response, body, first)
-                return await self._checked(body, sent)
+                return await self._check(self._checker, body, sent)
         except aiohttp.ConnectionTimeoutError as error:
             raise ServerUnavailable(self.name, first, "connection", named(error)) from None
         except TimeoutError as error:
@@ -270,11 +269,6 @@ class ServerClient:
             if len(body) > MAX_INFO_BYTES:
                 raise InvalidAnswer(self.name, "model_info", "body", f"more than {MAX_INFO_BYTES} bytes")
         return bytes(body)
-
-    async def _checked(self, body: bytes, sent: Sequence[SentRequest]) -> list[SampledSequence]:
-        if len(body) < LARGE_ANSWER_BYTES:
-            return self._checker.check(body, sent)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._checker.check, body, sent)
 
     def _check_status(self, response: aiohttp.ClientResponse, body: bytes, request_id: str) -> None:
         if response.status == HTTPStatus.OK:
@@ -330,6 +324,8 @@ class _Response:
             self.num_empty_answers += 1
             return
         self.num_empty_answers = 0
+        if self.is_finished:
+            return  # the rest is for the next request
         self.token_ids = self.token_ids + part.token_ids.tolist()
         self._left -= num_tokens
         self._policy_version = int(part.policy_versions[-1])

@@ -12,11 +12,8 @@ from minpro_megatron.fleet import member as member_module
 from minpro_megatron.fleet.dispatch import Ticket
 from minpro_megatron.fleet.fleet import Fleet, FleetError
 from minpro_megatron.fleet.generation import GenerationError
-from minpro_megatron.fleet.member import client_maker
 from minpro_megatron.metrics.declared import check_declared
-from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving import client as client_module
-from minpro_megatron.serving.client import ServerClient
 from tests.support.fake_engine import FakeEngine
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.running_fleet import FAULTS, INCARNATION, WATCH_INTERVAL_S, Running, config, run, running, until
@@ -399,11 +396,3 @@ def test_a_missing_key_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("THE_KEY", raising=False)
     with pytest.raises(ValueError, match=r"server\.api_key_variable = 'THE_KEY': this environment variable is not set"):
         Fleet(config(tmp_path, 1, api_key_variable="THE_KEY"), FACTS, INCARNATION)
-
-
-def test_one_thread_checks_the_answers_of_all_servers(tmp_path: Path) -> None:
-    make = client_maker(config(tmp_path, 2), FACTS)
-    clients = [make(ServerAddress(index=index, url="http://127.0.0.1:1", tensor_parallel=1)) for index in range(2)]
-    first, second = (client._thread for client in clients if isinstance(client, ServerClient))
-    assert first is second
-    assert first._max_workers == 1

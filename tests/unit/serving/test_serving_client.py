@@ -1,15 +1,17 @@
 """The data-plane client against a server that answers in SGLang's recorded format, right and wrong."""
 
 import asyncio
-import threading
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from aiohttp import web
 
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving import client as client_module
-from minpro_megatron.serving.answers import AnswerChecker, SampledSequence
+from minpro_megatron.serving.answers import AnswerChecker, SampledSequence, SentRequest
 from minpro_megatron.serving.client import ServerClient
 from minpro_megatron.serving.errors import (
     AnswerTimeout,
@@ -19,7 +21,7 @@ from minpro_megatron.serving.errors import (
     ServerUnavailable,
 )
 from tests.support.fake_engine import FakeEngine
-from tests.support.sglang_answers import FACTS, PROMPT, SAMPLING, answers, changed, generate, log_prob
+from tests.support.sglang_answers import FACTS, PROMPT, SAMPLING, answers, changed, generate
 
 
 @pytest.fixture(autouse=True)
@@ -160,22 +162,26 @@ def test_an_endless_answer_is_cut_off() -> None:
         generate(endless)
 
 
-def test_a_large_answer_is_checked_outside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[str] = []
-    check = AnswerChecker.check
+def test_the_given_function_calls_the_checker() -> None:
+    bodies: list[int] = []
 
-    def noted(self: AnswerChecker, body: bytes, requests: Any) -> list[SampledSequence]:
-        threads.append(threading.current_thread().name)
-        return check(self, body, requests)
+    async def noted(checker: AnswerChecker, body: bytes, requests: Sequence[SentRequest]) -> list[SampledSequence]:
+        bodies.append(len(body))
+        return checker.check(body, requests)
 
-    monkeypatch.setattr(AnswerChecker, "check", noted)
-    generate(changed(lambda made: None))
-    monkeypatch.setattr(client_module, "LARGE_ANSWER_BYTES", 100)
-    generate(changed(lambda made: None))
-    with pytest.raises(InvalidAnswer):
-        generate(changed(log_prob(0.1)))
-    assert threads[0] == "MainThread"
-    assert [name.startswith("answers") for name in threads[1:]] == [True, True]
+    sequences = generate(changed(lambda made: None), check=noted)
+    assert [len(sequence.token_ids) for sequence in sequences] == [3, 4]
+    assert len(bodies) == 1
+
+
+def test_a_finished_response_is_not_copied_into_a_request() -> None:
+    response = client_module._Response([1, 2], seed=7, max_tokens=9, policy_version=3)
+    part = SampledSequence(np.array([5], np.int32), np.zeros(1, np.float32), np.full(1, 3, np.int32), "abort")
+    response.add(part)
+    assert response.token_ids == [1, 2, 5]
+    response.add(dataclasses.replace(part, finish_reason="stop"))
+    assert response.is_finished
+    assert response.token_ids == [1, 2, 5]
 
 
 def test_few_answers_of_a_server_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
