@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from minpro_megatron.cluster.profile import SshSettings
+from minpro_megatron.command_line import did_you_mean
 from minpro_megatron.errors import UserError
 from minpro_megatron.files.replacement import replace_file
 
@@ -48,7 +49,8 @@ def recall(folder: Path, job: str) -> JobRecord:
     found = [record for record in all_records(folder) if job in (record.name, record.job_id)]
     if not found:
         known = sorted({record.name for record in all_records(folder)})
-        raise UserError(f"job {job!r}: not submitted from this machine; known: {', '.join(known) or 'none'}")
+        hint = did_you_mean(job, known)
+        raise UserError(f"job {job!r}: not submitted from this machine{hint}; known: {', '.join(known) or 'none'}")
     return max(found, key=lambda record: record.submitted_at)
 
 

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +15,16 @@ _UNLIMITED_WIDTH = 1000
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports what is wrong in one line, with exit status 2."""
+    """Reports what is wrong in one line, with exit status 2. A value that is not among an option's choices, or the name
+    of a command that does not exist, is reported with the choices that are most similar."""
+
+    # argparse has no public way to add to this message before Python 3.14.
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}{did_you_mean(str(value), choices)}; known: {', '.join(choices)}"
+            )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
@@ -27,9 +36,18 @@ def command_parser(docstring: str | None, prog: str) -> Parser:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The hint ` (did you mean ...?)` with the known names that are most similar to `given`; empty without any."""
-    similar = difflib.get_close_matches(given, list(known), n=2, cutoff=0.7)
-    return f" (did you mean {' or '.join(similar)}?)" if similar else ""
+    """The hint ` (did you mean ...?)` with up to two known names: those that begin with `given`, then the most similar.
+    Empty without any. Upper and lower case are the same.
+
+    >>> did_you_mean("H100", ["h100-80gb", "h200-141gb"]), did_you_mean("nothing", ["h100-80gb"])
+    (' (did you mean h100-80gb?)', '')
+    """
+    by_lower_case = {name.lower(): name for name in known}
+    wanted = given.lower()
+    longer = [name for name in by_lower_case if len(wanted) > 2 and name.startswith(wanted)]
+    similar = [*longer, *difflib.get_close_matches(wanted, list(by_lower_case), n=2, cutoff=0.7)]
+    shown = [by_lower_case[name] for name in list(dict.fromkeys(similar))[:2]]
+    return f" (did you mean {' or '.join(shown)}?)" if shown else ""
 
 
 def make_console() -> "Console":

@@ -24,10 +24,11 @@ PAGE_BYTES = 16384
 # Errors of a lock request on a file system without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
+GROUP_STATES = ("issued", "collected", "scored", "consumed", "dropped")
 # Arrays are little-endian bytes: token ids int32, log-probs float32, versions as int32 pairs (version, tokens). The
 # arrays of a pruned response and their checksums (journal_checksums.py) are NULL. The reward of a response that was not
 # graded is NULL too; its group is dropped.
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE groups (
     group_id INTEGER PRIMARY KEY,
     issued_version INTEGER NOT NULL,
@@ -35,7 +36,7 @@ CREATE TABLE groups (
     prompt_id TEXT NOT NULL,
     source TEXT NOT NULL,
     prompt_token_ids BLOB NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('issued', 'collected', 'scored', 'consumed', 'dropped')),
+    state TEXT NOT NULL CHECK (state IN {GROUP_STATES}),
     oldest_version INTEGER,
     newest_version INTEGER,
     consumed_step INTEGER,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minpro_megatron.command_line import Parser, command_parser, count
 from minpro_megatron.errors import run_reporting
-from minpro_megatron.report.comparison import USUAL_METRICS, read_runs, write_comparison
+from minpro_megatron.report.usual_metrics import USUAL_METRICS
 
 
 def _page(text: str) -> Path:
@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None, prog: str = "minpro compare") -> in
     options = _parser(prog).parse_args(arguments)
 
     def compare() -> int:
+        from minpro_megatron.report.comparison import read_runs, write_comparison  # imports matplotlib
+
         write_comparison(read_runs(options.runs), options.output, options.metrics, options.smooth)
         print(f"wrote {options.output}")
         return 0

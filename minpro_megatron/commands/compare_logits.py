@@ -17,12 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minpro_megatron.command_line import command_parser, make_console
+from minpro_megatron.config.mesh_option import add_parallel
+from minpro_megatron.config.options import SettingOption
 from minpro_megatron.errors import run_reporting
 
 if TYPE_CHECKING:
     from minpro_megatron.model_comparison.comparison import Comparison
 
 DIFFER = 1
+OPTIONS = (
+    SettingOption("--dtype", "model.dtype", default="bfloat16", default_text="bfloat16 on GPUs, float32 on the CPU"),
+    SettingOption("--backend", "model.backend"),
+)
 
 
 def main(arguments: list[str] | None = None, prog: str = "minpro compare-logits") -> int:
@@ -30,16 +36,16 @@ def main(arguments: list[str] | None = None, prog: str = "minpro compare-logits"
     parser = command_parser(__doc__, prog)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face model folder")
     parser.add_argument("--megatron", type=Path, help="converted model, or a run's checkpoint")
-    parser.add_argument("--parallel", default="", metavar="AXIS=N,...", help="the mesh (default: one rank)")
+    add_parallel(parser)
     parser.add_argument("--text", action="append", default=[], help="a text to compare on; may be repeated")
     parser.add_argument("--ids", action="append", default=[], metavar="ID,ID,...", help="token ids; may be repeated")
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="data type on GPUs (default: bfloat16)"
-    )
-    backends = ["auto", "transformer_engine", "torch"]
-    parser.add_argument("--backend", choices=backends, default="auto", help="as model.backend (default: auto)")
+    for option in OPTIONS:
+        option.add_to(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = vars(parser.parse_args(arguments))
+    for option in OPTIONS:
+        if given[option.destination] is None:
+            given[option.destination] = option.value
     return run_reporting(lambda: _compare(given.pop("json"), given))
 
 

@@ -15,29 +15,9 @@ folder's pickles only metadata classes and plain data are unpickled. `plan` need
 import argparse
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from minpro_megatron.command_line import command_parser, make_console
-from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.errors import UserError, run_reporting
-
-AXES = tuple(ParallelConfig.axes())
-
-
-def parse_parallel(text: str) -> ParallelConfig:
-    """ "tensor=4,pipeline=2" as a mesh. Raises UserError naming the axis that is unknown, repeated or wrong."""
-    degrees: dict[str, str] = {}
-    for part in filter(None, text.split(",")):
-        axis, _, degree = part.partition("=")
-        if not degree or axis in degrees:
-            raise UserError(f"--parallel: {part!r} must be axis=degree, each axis once; known: {', '.join(AXES)}")
-        degrees[axis] = degree
-    try:
-        return ParallelConfig.model_validate(degrees)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = f"{'.'.join(map(str, first['loc']))} = {first['input']}: " if first["loc"] else ""
-        raise UserError(f"--parallel: {field}{first['msg']}; known axes: {', '.join(AXES)}") from None
+from minpro_megatron.config.mesh_option import add_parallel, parallel_config
+from minpro_megatron.errors import run_reporting
 
 
 def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
@@ -64,11 +44,7 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
         command.add_argument("--verify", action="store_true", help="compare the result with its source, bit by bit")
     plan = commands.add_parser("plan", help="parameters and bytes of each rank")
     plan.add_argument("--hf", type=Path, required=True, help="folder with config.json")
-    plan.add_argument(
-        "--parallel",
-        default="",
-        help=f"axis=degree,...; axes: {', '.join(AXES)} (layers of each stage, such as pipeline_layers=3+2)",
-    )
+    add_parallel(plan)
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser.parse_args(arguments)
 
@@ -104,6 +80,6 @@ def _plan(options: argparse.Namespace) -> int:
     from minpro_megatron.conversion.memory_table import print_plan
     from minpro_megatron.weights.plan import make_plan
 
-    plan = make_plan(options.hf, parse_parallel(options.parallel))
+    plan = make_plan(options.hf, parallel_config(options.parallel))
     print(plan.as_json()) if options.json else print_plan(make_console(), plan)
     return 0 if not plan.hf_tensors_missed + plan.hf_tensors_absent else 2

@@ -9,7 +9,8 @@ servers is tried and the fastest is shown. Nothing is started, no GPU is needed,
 or its name if it is a released Qwen3. Exit status: 0 if the run fits, 1 if not, 2 for a wrong command line.
 
 Durations are based on data sheets and a few published measurements (planning/cost_model.py). Values that a run's
-settings do not determine, above all the lengths of responses, are assumed and can be given here. benchmarks/plan_run.md
+settings do not determine, above all the lengths of responses, are assumed and can be given here: all options but the
+recipe's settings describe the cluster or these assumptions, so none is a setting of a run. benchmarks/plan_run.md
 compares the model with published runs.
 """
 
@@ -18,7 +19,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minpro_megatron.command_line import add_recipe, command_parser, make_console
+from minpro_megatron.command_line import add_recipe, command_parser, make_console, positive, whole_number
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import run_reporting
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
@@ -28,7 +29,7 @@ from minpro_megatron.planning.modes import other_modes
 from minpro_megatron.planning.numbers import numbers
 from minpro_megatron.planning.plan import ClusterSize, plan_run
 from minpro_megatron.planning.tables import print_plan
-from minpro_megatron.planning.workload import Workload
+from minpro_megatron.planning.workload import PROMPT_TOKENS, RESPONSE_SHARE, Workload
 
 DOES_NOT_FIT, WRONG_COMMAND_LINE = 1, 2
 
@@ -37,14 +38,24 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
     parser = command_parser(__doc__, prog)
     add_recipe(parser)
     parser.add_argument("--gpu", default="h100-80gb", choices=list(GPU_KINDS), help="kind of GPU (default: h100-80gb)")
-    parser.add_argument("--gpus", type=int, default=0, help="of trainer and servers together: find the best split")
-    parser.add_argument("--trainer-gpus", type=int, default=0, help="with --server-gpus: try only this split")
-    parser.add_argument("--server-gpus", type=int, default=0, help="with --trainer-gpus: try only this split")
-    parser.add_argument("--gpus-per-node", type=int, default=0, help="default: the kind's usual node")
-    parser.add_argument("--mean-prompt-tokens", type=float, help="default: 200, or the longest allowed if that is less")
-    parser.add_argument("--mean-response-tokens", type=float, help="default: 40 %% of sampling.max_response_tokens")
     parser.add_argument(
-        "--time-limit-hours", type=float, help="of one start of the job: is a checkpoint reached in it?"
+        "--gpus", type=whole_number, default=0, help="of trainer and servers together: find the best split"
+    )
+    parser.add_argument("--trainer-gpus", type=whole_number, default=0, help="with --server-gpus: try only this split")
+    parser.add_argument("--server-gpus", type=whole_number, default=0, help="with --trainer-gpus: try only this split")
+    parser.add_argument("--gpus-per-node", type=whole_number, default=0, help="default: the kind's usual node")
+    parser.add_argument(
+        "--mean-prompt-tokens",
+        type=float,
+        help=f"default: {PROMPT_TOKENS}, or the longest allowed if that is less",
+    )
+    parser.add_argument(
+        "--mean-response-tokens",
+        type=float,
+        help=f"default: {RESPONSE_SHARE:.0%} of sampling.max_response_tokens".replace("%", " %%"),
+    )
+    parser.add_argument(
+        "--time-limit-hours", type=positive, help="of one start of the job: is a checkpoint reached in it?"
     )
     parser.add_argument("--modes", action="store_true", help="also the step under other delays and bounds")
     parser.add_argument("--json", action="store_true", help="print all numbers instead of tables")

@@ -24,13 +24,20 @@ Written to DIR when everything is complete, summary.json last; other files in DI
                   - coefficient / (trained tokens of the row * rows with any) for sequence-mean; 0 for masked
                   tokens; prefix_min is 1 if no trained token comes before
     model/        Hugging Face folder of the weights after the last update
+
+Options that are settings of a run have the defaults and descriptions of these settings. Files, groups and the number of
+updates are the replay's own, and --set reaches the other settings that affect it.
 """
 
 from pathlib import Path
 
 from minpro_megatron.command_line import Parser, command_parser, count
+from minpro_megatron.config.mesh_option import add_parallel
+from minpro_megatron.config.options import field_at, given_settings
 from minpro_megatron.errors import run_reporting
-from minpro_megatron.replay.settings import SETTINGS, ReplayOptions
+from minpro_megatron.replay.settings import SETTING_OPTIONS, SETTINGS, ReplayOptions
+
+PACKING = {"on": True, "off": False}
 
 
 def _parser(prog: str) -> Parser:
@@ -55,23 +62,13 @@ def _parser(prog: str) -> Parser:
     updates = parser.add_argument_group("updates")
     updates.add_argument("--mini-batch-groups", type=count, metavar="N", help="groups per update (default: all)")
     updates.add_argument("--updates", type=count, metavar="N", help="default: one per mini-batch")
-    updates.add_argument("--learning-rate", metavar="X", help="default: 1e-6")
-    updates.add_argument("--weight-decay", metavar="X", help="default: 0.1")
-    updates.add_argument("--clip-grad", metavar="X", help="maximum gradient norm, 0 for no limit (default: 1.0)")
     ranks = parser.add_argument_group("ranks")
-    ranks.add_argument(
-        "--parallel",
-        default="",
-        metavar="AXIS=N,...",
-        help="tensor, pipeline, virtual_pipeline, context, expert, expert_tensor: 1 unless given; data: the smallest "
-        "that fits unless given; pipeline_layers=2+3+2: layers of each stage. tensor x pipeline x context x data ranks "
-        "are started",
-    )
-    ranks.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU for every rank")
-    ranks.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on the CPU, else bfloat16")
-    ranks.add_argument("--packing", choices=["on", "off"], default="on", help="several sequences per row (default: on)")
-    ranks.add_argument("--max-tokens-per-row", type=count, metavar="N", help="default: 4096, or the longest sequence")
-    ranks.add_argument("--seed", type=int, default=0, help="for objectives that draw random numbers (default: 0)")
+    add_parallel(ranks)
+    for container, options in ((updates, SETTING_OPTIONS["updates"]), (ranks, SETTING_OPTIONS["ranks"])):
+        for option in options:
+            option.add_to(container)
+    packing = (field_at("batch.packing").description or "").rstrip(".")
+    ranks.add_argument("--packing", choices=list(PACKING), help=f"{packing} (default: on)")
     return parser
 
 
@@ -82,6 +79,12 @@ def main(arguments: list[str] | None = None, prog: str = "minpro replay") -> int
     def run() -> int:
         from minpro_megatron.replay.run import run_replay  # imports torch
 
-        return run_replay(ReplayOptions(**given | {"packing": given["packing"] == "on"}))
+        every = [option for group in SETTING_OPTIONS.values() for option in group]
+        settings = given_settings(every, given)
+        if given["packing"] is not None:
+            settings["batch.packing"] = PACKING[given["packing"]]
+        not_own = {"packing", *(option.destination for option in every)}
+        own = {name: value for name, value in given.items() if name not in not_own}
+        return run_replay(ReplayOptions(**own, given=settings))
 
     return run_reporting(run)

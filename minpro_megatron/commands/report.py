@@ -10,7 +10,6 @@ from pathlib import Path
 from minpro_megatron.command_line import command_parser
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
-from minpro_megatron.report.report import write_report
 
 
 def _checked(run_dir: Path) -> Path:
@@ -27,6 +26,8 @@ def main(arguments: list[str] | None = None, prog: str = "minpro report") -> int
     options = parser.parse_args(arguments)
 
     def write() -> int:
+        from minpro_megatron.report.report import write_report  # imports what makes its pages
+
         print(f"wrote {write_report(_checked(options.run_dir))}")
         return 0
 

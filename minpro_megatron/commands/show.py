@@ -15,7 +15,6 @@ are shown as text if the tokenizer of the run's model is available, else as numb
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,15 +23,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from minpro_megatron.buffer.journal_reader import GroupRow, JournalReader, StoredGroup, StoredResponse
+from minpro_megatron.buffer.journal_file import GROUP_STATES
+from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup, StoredResponse
 from minpro_megatron.command_line import Parser, command_parser, make_console, whole_number
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.prompts.tokenizer import TextTokenizer
+from minpro_megatron.replay.stored_groups import export_groups, without_nan
 from minpro_megatron.report.rollout_tables import print_group, print_list
 
 DEFAULT_LIMIT = 40
-STATES = ("issued", "collected", "scored", "consumed", "dropped")
 
 
 def _range(number: Callable[[str], float]) -> Callable[[str], tuple[float | None, float | None]]:
@@ -62,7 +62,7 @@ def _parser(prog: str) -> Parser:
         help="mean reward of the group; --reward=-1:0 if it begins with a minus",
     )
     choose.add_argument("--staleness", type=_range(int), metavar="LO:HI", help="in global steps; of consumed groups")
-    choose.add_argument("--state", choices=STATES, action="append", help="may be given several times")
+    choose.add_argument("--state", choices=GROUP_STATES, action="append", help="may be given several times")
     choose.add_argument("--prompt-id", metavar="ID", help="the groups of this prompt")
     choose.add_argument(
         "--limit",
@@ -112,61 +112,6 @@ def load_tokenizer(run_dir: Path) -> TextTokenizer | None:
         return None
 
 
-def export_rows(group: StoredGroup) -> list[dict[str, Any]]:
-    """The group's responses as rows of minpro_megatron/replay/rollouts.py; none if behavior log-probs are missing."""
-    if not group.responses or any(r.token_ids is None or r.behavior_log_probs is None for r in group.responses):
-        return []
-    return [
-        {
-            "group": str(group.group_id),
-            "prompt_ids": group.prompt_token_ids.tolist(),
-            "response_ids": _list(response.token_ids),
-            "behavior_log_probs": _list(response.behavior_log_probs),
-            "rollout_log_probs": _list(response.rollout_log_probs),
-            "reward": response.reward,
-            "step": group.consumed_step,
-            "prompt_id": group.prompt_id,
-            "policy_versions": _list(response.policy_versions),
-            "finish_reason": response.finish_reason,
-        }
-        for response in group.responses
-    ]
-
-
-def _list(values: np.ndarray | None) -> list[Any] | None:
-    """For JSON, which has no NaN: null instead."""
-    if values is None:
-        return None
-    return [None if value != value else value for value in values.tolist()]
-
-
-def _export(reader: JournalReader, chosen: list[GroupRow], path: Path) -> str:
-    """A summary of what was written. Raises UserError if nothing can be written, or the file already exists."""
-    if path.exists():
-        raise UserError(f"--export {path}: the file exists; give a new name")
-    num_groups = num_rows = 0
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for row in chosen:
-                rows = [r for group in reader.groups("group_id = ?", (row.group_id,)) for r in export_rows(group)]
-                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-                num_groups += bool(rows)
-                num_rows += len(rows)
-        if not num_rows:
-            raise UserError(
-                f"--export {path}: none of the {len(chosen)} chosen groups has behavior log-probs: they are not scored "
-                "yet, or pruned; choose others, such as --state consumed and late steps"
-            )
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    left_out = len(chosen) - num_groups
-    return f"wrote {num_rows} rows of {num_groups} groups to {path}" + (
-        f"; {left_out} groups skipped: not scored yet, or pruned" if left_out else ""
-    )
-
-
 def _group_json(group: StoredGroup, shown: Sequence[StoredResponse], tokenizer: TextTokenizer | None) -> dict[str, Any]:
     def text(ids: np.ndarray | None) -> str | None:
         return tokenizer.text(ids) if tokenizer and ids is not None else None
@@ -174,7 +119,7 @@ def _group_json(group: StoredGroup, shown: Sequence[StoredResponse], tokenizer: 
     responses = []
     for response in shown:
         fields = response._asdict() | {"ratios": response.ratios}
-        arrays = {name: _list(value) for name, value in fields.items() if isinstance(value, np.ndarray)}
+        arrays = {name: without_nan(value) for name, value in fields.items() if isinstance(value, np.ndarray)}
         responses.append(fields | arrays | {"text": text(response.token_ids)})
     fields = group._asdict() | {"mean_reward": group.mean_reward, "prompt": text(group.prompt_token_ids)}
     return fields | {"prompt_token_ids": group.prompt_token_ids.tolist(), "responses": responses}
@@ -201,7 +146,7 @@ def _show(reader: JournalReader, options: argparse.Namespace, console: Console) 
         raise UserError(f"--group {options.group}: the journal has no such group, or a filter excludes it")
     chosen = found[:limit] if limit else found
     if options.export:
-        print(_export(reader, chosen, options.export))
+        print(export_groups(reader, chosen, options.export))
     elif options.group is not None:
         _show_group(reader, options, console)
     elif options.json:

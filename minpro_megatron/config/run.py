@@ -1,9 +1,10 @@
 """The settings of a run: one immutable object that every role reads from run.json."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, Literal, get_origin
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -41,9 +42,7 @@ class RunConfig(Section):
     runs_dir: str = Field(default="runs", description="Folder that contains the run folders.")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the run, from which every other seed is derived.")
     num_global_steps: int = Field(default=120, ge=1, description="Number of global steps of the run.")
-    device: str = Field(
-        default="cuda", pattern="^(cpu|cuda)$", description="Device on which the trainer's ranks compute."
-    )
+    device: Literal["cpu", "cuda"] = Field(default="cuda", description="Device on which the trainer's ranks compute.")
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -186,7 +185,15 @@ def parse_run_config(values: dict[str, Any]) -> RunConfig:
 def _problem(entry: Any) -> str:
     where = ".".join(str(part) for part in entry["loc"]) or "run"
     shown = "" if isinstance(entry["input"], dict | Section) else f" (got {entry['input']!r})"
-    return f"{where}: {entry['msg'].removeprefix('Value error, ')}{shown}"
+    return f"{where}: {entry['msg'].removeprefix('Value error, ')}{shown}{_similar_choice(entry)}"
+
+
+def _similar_choice(entry: Any) -> str:
+    """A hint at the permitted values that are most similar to the given one, if the permitted values are a list."""
+    context = entry.get("ctx", {})
+    choices = re.findall(r"'([^']+)'", str(context.get("expected") or context.get("expected_tags") or ""))
+    given = context.get("tag", entry["input"])
+    return did_you_mean(given, choices) if isinstance(given, str) else ""
 
 
 def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
@@ -266,4 +273,4 @@ def _objective_defaults(name: Any) -> dict[str, Any]:
     try:
         return TypeAdapter(ObjectiveConfig).validate_python({"name": name}).model_dump()
     except ValidationError as error:
-        raise UserError(f"objective.name: {entry['msg']}" for entry in error.errors()) from None
+        raise UserError(f"objective.name: {entry['msg']}{_similar_choice(entry)}" for entry in error.errors()) from None

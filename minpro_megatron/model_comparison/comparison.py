@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
+from minpro_megatron.config.mesh_option import parallel_config
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import SUCCEEDED, UserError
 from minpro_megatron.launch.launcher import closing_lines
@@ -20,7 +19,6 @@ from minpro_megatron.launch.supervisor import RoleCommand, Supervisor
 from minpro_megatron.model_comparison.job import ERROR, JOB, PROGRESS, RESULT
 from minpro_megatron.models.architecture import read_architecture, refuse_uneven_cuts
 from minpro_megatron.models.model_files import max_positions
-from minpro_megatron.replay.settings import parse_parallel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,12 +62,9 @@ class ComparisonOptions:
 def run_comparison(options: ComparisonOptions, tell: Callable[[str], None]) -> Comparison:
     """Computes the logits on a mesh of ranks, which are started here, and in this process. `tell` gets a line for each
     stage. Raises UserError if the models cannot be compared."""
-    try:
-        architecture = read_architecture(options.hf)
-        config = ParallelConfig(**parse_parallel(options.parallel))
-        refuse_uneven_cuts(architecture, config)
-    except ValidationError as error:
-        raise UserError(f"--parallel {options.parallel}: {one['msg']}" for one in error.errors()) from None
+    architecture = read_architecture(options.hf)
+    config = parallel_config(options.parallel)
+    refuse_uneven_cuts(architecture, config)
     sequences = token_sequences(options.hf, options.text, options.ids, architecture.vocab_size)
     device = "cuda" if count_gpus() >= config.world_size else "cpu"
     dtype = options.dtype if device == "cuda" else "float32"

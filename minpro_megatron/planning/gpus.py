@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from minpro_megatron.command_line import did_you_mean
 from minpro_megatron.errors import UserError
 
 GIB = 2**30
@@ -96,5 +97,8 @@ GPU_KINDS: dict[str, GpuKind] = {
 def gpu_kind(name: str) -> GpuKind:
     """The kind with this name. Raises UserError for a kind that is not in the table."""
     if name not in GPU_KINDS:
-        raise UserError(f"gpu = {name}: not known; known: {', '.join(GPU_KINDS)}; add it to planning/gpus.py")
+        raise UserError(
+            f"gpu = {name}: not known{did_you_mean(name, GPU_KINDS)}; known: {', '.join(GPU_KINDS)}; add it to "
+            "planning/gpus.py"
+        )
     return GPU_KINDS[name]

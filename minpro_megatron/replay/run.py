@@ -38,7 +38,7 @@ from minpro_megatron.replay.job import (
     write_job,
 )
 from minpro_megatron.replay.rollouts import Rollout, read_rollouts
-from minpro_megatron.replay.settings import ReplayOptions, replay_config, sized_for
+from minpro_megatron.replay.settings import ROW_TOKENS_SETTING, ReplayOptions, replay_config, sized_for
 
 MAX_LOG_PROB = 1e-3  # rounding of float32 sums of exponentials can exceed 0 a little
 LINES_INTERVAL_S = 2.0  # between lines of progress where there is no terminal for a live display
@@ -74,7 +74,7 @@ def run_replay(options: ReplayOptions) -> int:
 def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
     """Settings and rows. Raises UserError with one line per problem that can be found before the start."""
     config = replay_config(options, num_gpus := count_gpus())
-    if config.device == "cpu" and num_gpus and options.device is None:
+    if config.device == "cpu" and num_gpus and "device" not in options.given:
         print(
             f"{config.parallel.world_size} ranks for {num_gpus} GPUs: computing on the CPU in float32", file=sys.stderr
         )
@@ -154,10 +154,10 @@ def _hand_over(result: Path, output: Path) -> None:
 
 def _with_rows_long_enough(config: RunConfig, options: ReplayOptions, rollouts: list[Rollout]) -> RunConfig:
     multiple = sequence_multiple(config.parallel.context)
-    limit = options.max_tokens_per_row
-    for rollout in rollouts if limit else ():
+    limit = options.given.get(ROW_TOKENS_SETTING)
+    for rollout in rollouts if limit is not None else ():
         padded = -(-rollout.num_tokens // multiple) * multiple
-        if limit and padded > limit:
+        if limit is not None and padded > limit:
             raise UserError(
                 f"{options.rollouts}: line {rollout.line}: prompt_ids and response_ids are {rollout.num_tokens} "
                 f"tokens, {padded} with padding, more than --max-tokens-per-row {limit}; raise it"

@@ -1,19 +1,41 @@
 """Converts the options of a replay to validated run settings."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minpro_megatron.batching.shards import row_multiple
-from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.mesh_option import parse_parallel
+from minpro_megatron.config.options import SettingOption, with_flags
 from minpro_megatron.config.run import RunConfig, parse_run_config, with_overrides
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import ProjectError, UserError
 
 ROW_TOKENS = 4096  # of a packed row, unless a sequence is longer
+ROW_TOKENS_SETTING = "batch.max_tokens_per_row"
 # The settings that --set accepts in addition to the objective's; other settings of a run do not affect a replay.
 SETTINGS = ("loss.*", "optimizer.*", "sampling.temperature", "sampling.max_response_tokens")
 # The rows determine the size of an update and the length of a row (sized_for); these numbers only satisfy RunConfig.
 _ANY_BATCH = {"num_prompts": 1, "mini_batch_prompts": 1, "responses_per_prompt": 2**20, "max_tokens_per_row": 2**30}
+
+# The options that are settings of a run, by the title of their group in the help.
+SETTING_OPTIONS: dict[str, tuple[SettingOption, ...]] = {
+    "updates": (
+        SettingOption("--learning-rate", "optimizer.learning_rate", "X"),
+        SettingOption("--weight-decay", "optimizer.weight_decay", "X"),
+        SettingOption("--clip-grad", "optimizer.clip_grad", "X"),
+    ),
+    "ranks": (
+        SettingOption("--device", "device", default_text="cuda if there is a GPU for every rank"),
+        SettingOption("--dtype", "model.dtype", default_text="float32 on the CPU, else bfloat16"),
+        SettingOption(
+            "--max-tokens-per-row", ROW_TOKENS_SETTING, "N", default_text=f"{ROW_TOKENS}, or the longest sequence"
+        ),
+        SettingOption("--seed", "seed", "N"),
+    ),
+}
+FLAGS = {option.setting: option.flag for group in SETTING_OPTIONS.values() for option in group}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,36 +50,7 @@ class ReplayOptions:
     parallel: str = ""
     mini_batch_groups: int | None = None
     updates: int | None = None
-    learning_rate: str | None = None
-    weight_decay: str | None = None
-    clip_grad: str | None = None
-    packing: bool = True
-    max_tokens_per_row: int | None = None
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
-
-
-def parse_parallel(text: str) -> dict[str, Any]:
-    """{axis: degree} of "tensor=2,context=2"; "pipeline_layers=3+2+1" is a list.
-
-    Raises UserError for an unknown axis or a degree that is not a number.
-    """
-    known = ", ".join(ParallelConfig.axes())
-    degrees: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        axis, _, degree = (piece.strip() for piece in part.partition("="))
-        if axis not in ParallelConfig.axes():
-            raise UserError(f"--parallel {text}: there is no axis {axis!r}; known: {known}")
-        if axis in degrees:
-            raise UserError(f"--parallel {text}: {axis} is given twice")
-        listed = axis == "pipeline_layers"
-        numbers = [number.strip() for number in degree.split("+")] if listed else [degree]
-        if not all(number.isascii() and number.isdigit() for number in numbers):
-            needed = f"whole numbers, such as {axis}=2+3" if listed else f"a whole number, such as {axis}=2"
-            raise UserError(f"--parallel {text}: {axis} needs {needed} (got {degree!r})")
-        degrees[axis] = [int(number) for number in numbers] if listed else int(degree)
-    return degrees
+    given: Mapping[str, Any] = field(default_factory=dict)  # by `section.key`, the values of SETTING_OPTIONS
 
 
 def replay_config(options: ReplayOptions, num_gpus: int) -> RunConfig:
@@ -68,26 +61,23 @@ def replay_config(options: ReplayOptions, num_gpus: int) -> RunConfig:
     """
     values: dict[str, Any] = {
         "name": "replay",
-        "seed": options.seed,
         "device": "cpu",
         "model": {"hf_path": str(options.model), "megatron_path": "", "dtype": "float32"},
         "data": {"train_file": "", "heldout_file": ""},
         "parallel": parse_parallel(options.parallel),
-        "batch": {"packing": options.packing, **_ANY_BATCH},
+        "batch": _ANY_BATCH,
         "optimizer": {"warmup_global_steps": 0},
     }
     config = parse_run_config(values)
-    device = options.device or ("cuda" if num_gpus >= config.parallel.world_size else "cpu")
-    given = {
-        "device": device,
-        "model.dtype": options.dtype or ("bfloat16" if device == "cuda" else "float32"),
-        "objective.name": options.objective,
-        "optimizer.learning_rate": options.learning_rate,
-        "optimizer.weight_decay": options.weight_decay,
-        "optimizer.clip_grad": options.clip_grad,
-    }
-    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
-    config = with_overrides(config, overrides + [_override(assignment) for assignment in options.settings])
+    device = options.given.get("device") or ("cuda" if num_gpus >= config.parallel.world_size else "cpu")
+    chosen = {"device": device, "model.dtype": "bfloat16" if device == "cuda" else "float32", **options.given}
+    chosen.pop(ROW_TOKENS_SETTING, None)  # sized_for applies it, with the lengths of the rows
+    try:
+        config = with_overrides(config, [f"{setting}={json.dumps(value)}" for setting, value in chosen.items()])
+    except ProjectError as error:
+        raise with_flags(error, FLAGS) from None
+    assignments = [f"objective.name={options.objective}", *map(_override, options.settings)]
+    config = with_overrides(config, assignments)
     if config.device == "cuda" and num_gpus < config.parallel.world_size:
         raise UserError(
             f"--device cuda: {config.parallel.world_size} ranks need a GPU each, {num_gpus} are visible; lower "

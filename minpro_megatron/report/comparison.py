@@ -23,14 +23,8 @@ from minpro_megatron.report.pages import percent, render, reward_text, short
 from minpro_megatron.report.report import ALARMS_FILE
 from minpro_megatron.report.run_history import figures_of, valid_history
 from minpro_megatron.report.settings import defaults_for, flat
+from minpro_megatron.report.usual_metrics import USUAL_METRICS
 
-# The metrics that are shown by default.
-USUAL_METRICS = (
-    "eval/pass_at_1", "eval/mean_reward", "reward/accuracy", "reward/mean", "policy/entropy", "ratio/max", "ratio/min",
-    "prefix_min/mean",
-    "objective/effective_sample_size", "objective/clipped_fraction", "staleness/mean", "optimizer/grad_norm",
-    "mismatch/kl_k3", "response/length_mean", "throughput/response_tokens_per_s", "time/step_s",
-)  # fmt: skip
 _DASHES = ("-", "--", ":", "-.")  # for more runs than there are colors
 _IS_A_NAME = ("name", "runs_dir")  # settings that do not affect what a run computes
 

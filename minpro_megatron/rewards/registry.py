@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import msgspec
 
+from minpro_megatron.command_line import did_you_mean
 from minpro_megatron.errors import UserError
 
 
@@ -34,8 +35,8 @@ def check_reward_name(name: str, field: str = "reward.function") -> None:
     """Raises UserError, naming `field`, if `name` is neither a known reward nor an import path."""
     if name not in REWARDS and not _IMPORT_PATH.fullmatch(name):
         raise UserError(
-            f"{field} = {name!r}: there is no such reward; known: {', '.join(sorted(REWARDS))}, or the import path of "
-            "your own function, such as package.module:function"
+            f"{field} = {name!r}: there is no such reward{did_you_mean(name, REWARDS)}; known: "
+            f"{', '.join(sorted(REWARDS))}, or the import path of your own function, such as package.module:function"
         )
 
 

@@ -10,7 +10,12 @@ from minpro_megatron.replay.settings import ReplayOptions
 from tests.support.replay_rows import GOOD, VOCABULARY, write_rows
 
 OPTIONS = ReplayOptions(
-    model=Path("model"), rollouts=Path("rows"), output=Path("out"), objective="minpro", settings=[], device="cpu"
+    model=Path("model"),
+    rollouts=Path("rows"),
+    output=Path("out"),
+    objective="minpro",
+    settings=[],
+    given={"device": "cpu"},
 )
 HF_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -49,7 +49,7 @@ def test_what_can_grade_is_no_problem(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("maths", "there is no such reward; known: calculator, dapo, dapo_boxed, math, or the import path"),
+        ("maths", "there is no such reward (did you mean math?); known: calculator, dapo, dapo_boxed, math, or"),
         ("my_graders:", "there is no such reward; known: "),
         ("my_graders:nope", "reward 'my_graders:nope' cannot be loaded: AttributeError: module 'my_graders' has no "),
         ("nowhere:grade", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'; the module must be"),

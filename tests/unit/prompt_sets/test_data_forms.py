@@ -376,7 +376,9 @@ def test_answers_that_the_grader_does_not_accept_are_reported(
 
 def test_an_unknown_grader_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_rows(tmp_path / "in.jsonl", ROWS)
-    assert "there is no such reward; known: calculator" in refusal(capsys, "custom", path, *CUSTOM, "--reward", "maths")
+    assert "there is no such reward (did you mean math?); known: calculator" in refusal(
+        capsys, "custom", path, *CUSTOM, "--reward", "maths"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from minpro_megatron.config.mesh_option import parse_parallel
 from minpro_megatron.errors import UserError
 from minpro_megatron.replay.batches import replay_batches
 from minpro_megatron.replay.run import checked_replay
-from minpro_megatron.replay.settings import parse_parallel, replay_config
+from minpro_megatron.replay.settings import replay_config
 from tests.support.replay_options import OPTIONS, options
 
 __all__ = ["options"]  # a fixture
@@ -29,25 +30,27 @@ def test_without_options_the_papers_numbers_hold():
 
 def test_options_and_settings_reach_the_policy():
     settings = ["clip_high=3.5", "objective.clip_low=0.5", "loss.kl.enabled=true", "sampling.temperature=0.7"]
-    config = replay_config(replace(OPTIONS, settings=settings, learning_rate="1e-3", clip_grad="7"), num_gpus=0)
+    given = {"device": "cpu", "optimizer.learning_rate": 1e-3, "optimizer.clip_grad": 7.0, "batch.packing": False}
+    config = replay_config(replace(OPTIONS, settings=settings, given=given | {"seed": 5}), num_gpus=0)
     assert config.objective.model_dump()["clip_high"] == 3.5
     assert config.objective.model_dump()["clip_low"] == 0.5
     assert config.loss.kl.enabled
+    assert (config.batch.packing, config.seed) == (False, 5)
     assert (config.sampling.temperature, config.optimizer.learning_rate, config.optimizer.clip_grad) == (0.7, 1e-3, 7)
 
 
 @pytest.mark.parametrize(("num_gpus", "device", "dtype"), [(0, "cpu", "float32"), (2, "cuda", "bfloat16")])
 def test_it_computes_on_gpus_where_every_rank_has_one(num_gpus, device, dtype):
-    config = replay_config(replace(OPTIONS, device=None, parallel="tensor=2"), num_gpus)
+    config = replay_config(replace(OPTIONS, given={}, parallel="tensor=2"), num_gpus)
     assert (config.device, config.model.dtype) == (device, dtype)
-    assert replay_config(replace(OPTIONS, device=None, parallel="tensor=4"), num_gpus).device == "cpu"
+    assert replay_config(replace(OPTIONS, given={}, parallel="tensor=4"), num_gpus).device == "cpu"
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         ({"objective": "dapo"}, "objective.name: .*'dapo'.*'minpro', 'cispo'"),
-        ({"settings": ["clip=4"]}, "no setting 'clip'; known: aggregation, clip_low, clip_high, name"),
+        ({"settings": ["clip=4"]}, r"no setting 'clip' \(did you mean clip_low or clip_high\?\); known: aggregation, "),
         ({"settings": ["clip_high"]}, "expected section.key=value"),
         ({"settings": ["clip_high=-1"]}, "clip_high: Input should be greater than or equal to 0"),
         ({"settings": ["clip_high=NaN"]}, "clip_high: Input should be a finite number"),
@@ -55,9 +58,9 @@ def test_it_computes_on_gpus_where_every_rank_has_one(num_gpus, device, dtype):
         ({"settings": ["staleness.delay_steps=3"]}, "no effect in a replay; known: .* loss.*"),
         ({"settings": ["optimizer.warmup_global_steps=3"]}, "constant"),
         ({"settings": ["loss.kl.enable=true"]}, "no setting 'enable'"),
-        ({"learning_rate": "fast"}, "optimizer.learning_rate: Input should be a valid number"),
-        ({"clip_grad": "-1"}, "optimizer.clip_grad: Input should be greater than or equal to 0"),
-        ({"parallel": "tensors=2"}, "no axis 'tensors'; known: tensor, pipeline, "),
+        ({"given": {"optimizer.clip_grad": -1.0}}, "^--clip-grad: Input should be greater than or equal to 0"),
+        ({"given": {"seed": -1}}, "^--seed: Input should be greater than or equal to 0"),
+        ({"parallel": "tensors=2"}, r"no axis 'tensors' \(did you mean tensor.*; known: tensor, pipeline, "),
         ({"parallel": "tensor=2,tensor=2"}, "tensor is given twice"),
         ({"parallel": "tensor=two"}, "tensor needs a whole number"),
         ({"parallel": "tensor"}, "tensor needs a whole number"),
@@ -65,8 +68,8 @@ def test_it_computes_on_gpus_where_every_rank_has_one(num_gpus, device, dtype):
         ({"parallel": "pipeline=2,pipeline_layers=3+2+1"}, "3 numbers for pipeline x virtual_pipeline = 2 x 1 = 2"),
         ({"parallel": "tensor=0"}, "parallel.tensor: Input should be greater than or equal to 1"),
         ({"parallel": "expert=2,data=1"}, "must divide tensor x context x data"),
-        ({"dtype": "bfloat16"}, "needs device = cuda"),
-        ({"device": "cuda", "parallel": "data=4"}, "4 ranks need a GPU each, 1 are visible"),
+        ({"given": {"device": "cpu", "model.dtype": "bfloat16"}}, "--dtype = bfloat16 needs --device = cuda"),
+        ({"given": {"device": "cuda"}, "parallel": "data=4"}, "4 ranks need a GPU each, 1 are visible"),
     ],
     ids=str,
 )
@@ -107,7 +110,10 @@ def test_a_mini_batch_without_a_trained_token_is_refused_if_an_update_uses_it(op
         ({"rollouts": Path("/nowhere.jsonl")}, "--rollouts /nowhere.jsonl: No such file"),
         ({"parallel": "tensor=8"}, "parallel.tensor = 8 must divide the model's num_attention_heads = 4"),
         ({"parallel": "expert=2"}, "has no experts"),
-        ({"max_tokens_per_row": 4}, "line 1: prompt_ids and response_ids are 5 tokens, 5 with padding"),
+        (
+            {"given": {"batch.max_tokens_per_row": 4}},
+            "line 1: prompt_ids and response_ids are 5 tokens, 5 with",
+        ),
         ({"settings": ["loss.icepop.enabled=true"]}, "line 1: rollout_log_probs"),
     ],
     ids=str,

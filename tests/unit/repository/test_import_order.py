@@ -88,6 +88,9 @@ NO_TORCH = [
 ]
 # What parses its arguments before it imports torch, in the functions that need it.
 LATE_TORCH = ["commands"]
+# What a command imports only after it has parsed its arguments, so that its help is shown at once: each of these takes
+# between a tenth of a second and two seconds.
+LATE_IN_COMMANDS = ("aiohttp", "jinja2", "matplotlib", "pyarrow", "requests", "safetensors", "sympy", "transformers")
 # Of folders that do import torch, the files that a submitting machine, the launcher or the collector reads.
 FILES_WITHOUT_TORCH = [
     f"{PACKAGE}.{name}"
@@ -223,21 +226,36 @@ def test_what_needs_no_torch_imports_none():
     assert importers(NO_TORCH, "torch") == []
 
 
-def test_what_runs_without_torch_imports_nothing_that_needs_it():
-    """Through whatever other files of the package."""
+def imported_at_start(starts: Iterable[str]) -> dict[str, set[str]]:
+    """By module of the package that is imported when these are, through whatever other files: all that it imports."""
     modules = modules_of(ROOT / PACKAGE)
-    starts = [name for name in modules if name.split(".")[1] in [*NO_TORCH, *LATE_TORCH]]
-    seen, waiting = set(), [*starts, *FILES_WITHOUT_TORCH]
-    needing = []
+    found: dict[str, set[str]] = {}
+    waiting = list(starts)
     while waiting:
         name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        found = imported_names(modules[name], lazily=False)
-        needing += [name for one in found if is_within(one, "torch") or is_within(one, "megatron")]
-        waiting += [one for one in found if one in modules]
-    assert needing == []
+        if name not in found:
+            found[name] = imported_names(modules[name], lazily=False)
+            waiting += [one for one in found[name] if one in modules]
+    return found
+
+
+def importing(found: Mapping[str, set[str]], modules: Iterable[str]) -> list[str]:
+    return [
+        f"{name} imports {one}"
+        for name, others in found.items()
+        for one in sorted(others)
+        if any(is_within(one, module) for module in modules)
+    ]
+
+
+def test_what_runs_without_torch_imports_nothing_that_needs_it():
+    starts = [name for name in modules_of(ROOT / PACKAGE) if name.split(".")[1] in [*NO_TORCH, *LATE_TORCH]]
+    assert importing(imported_at_start([*starts, *FILES_WITHOUT_TORCH]), ("torch", "megatron")) == []
+
+
+def test_the_help_of_a_command_imports_nothing_that_is_slow():
+    starts = [name for name in modules_of(ROOT / PACKAGE) if name.split(".")[1] == "commands"]
+    assert importing(imported_at_start(starts), LATE_IN_COMMANDS) == []
 
 
 def test_recipes_import_only_settings():

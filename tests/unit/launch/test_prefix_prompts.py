@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from minpro_megatron.commands import prefixes
-from minpro_megatron.commands.prefixes import PROMPTS, Cuts, cut_places, first_right_responses, next_tasks, prefixes_of
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
+from minpro_megatron.launch import prefix_prompts
+from minpro_megatron.launch.prefix_prompts import PROMPTS, first_right_responses, next_tasks
+from minpro_megatron.prompt_sets.prefixes import Cuts, cut_places, prefixes_of, training_rows
 from minpro_megatron.prompts.prompts import TokenizedPrompt, load_prompts
 from minpro_megatron.records import Prompt
 from minpro_megatron.tiny_model import warm_start
@@ -138,7 +140,7 @@ def test_a_prefix_has_the_tokens_that_the_trace_begins_with() -> None:
 
 def test_rows_are_three_prefixed_to_one_plain_and_a_run_reads_them(tmp_path: Path) -> None:
     prompts = [prompt(0, pass_rate=0.25), prompt(1), prompt(2)]
-    rows = prefixes.training_rows(prompts, {"p0": "abcdefghij", "p2": "xy"}, Bytes(), CUTS)
+    rows = training_rows(prompts, {"p0": "abcdefghij", "p2": "xy"}, Bytes(), CUTS)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = load_prompts(path, "data.train_file")
@@ -169,7 +171,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             file.append(group(f"p{number}", 0, ("8", 0.0, "stop"), ("8", 0.0, "stop")))
 
     calls: list[int] = []
-    monkeypatch.setattr(prefixes, "sample_traces", sample)
+    monkeypatch.setattr(prefix_prompts, "sample_traces", sample)
     names = {"--model": model, "--prompts": tmp_path / "hard.jsonl", "--output": tmp_path / "out.jsonl"}
     options = [str(part) for pair in names.items() for part in pair]
     return [*options, "--max-samples", "2", "--reward", "calculator", "--engine", "reference"]
@@ -191,7 +193,7 @@ def test_other_cuts_sample_nothing_again(given: list[str], tmp_path: Path, monke
     async def sample(*_: object) -> None:
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(prefixes, "sample_traces", sample)
+    monkeypatch.setattr(prefix_prompts, "sample_traces", sample)
     assert prefixes.main(given) == 0
     assert (tmp_path / "out.jsonl").read_text() == first
     assert prefixes.main([*given, "--prefixes", "1", "--longest", "0.5"]) == 0

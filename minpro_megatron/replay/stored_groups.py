@@ -1,0 +1,67 @@
+"""The groups of a run's journal as rows that a replay reads."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minpro_megatron.buffer.journal_reader import GroupRow, JournalReader, StoredGroup
+from minpro_megatron.errors import UserError
+
+
+def export_rows(group: StoredGroup) -> list[dict[str, Any]]:
+    """The group's responses as rows of `replay.rollouts`; none if behavior log-probs are missing."""
+    if not group.responses or any(r.token_ids is None or r.behavior_log_probs is None for r in group.responses):
+        return []
+    return [
+        {
+            "group": str(group.group_id),
+            "prompt_ids": group.prompt_token_ids.tolist(),
+            "response_ids": without_nan(response.token_ids),
+            "behavior_log_probs": without_nan(response.behavior_log_probs),
+            "rollout_log_probs": without_nan(response.rollout_log_probs),
+            "reward": response.reward,
+            "step": group.consumed_step,
+            "prompt_id": group.prompt_id,
+            "policy_versions": without_nan(response.policy_versions),
+            "finish_reason": response.finish_reason,
+        }
+        for response in group.responses
+    ]
+
+
+def without_nan(values: np.ndarray | None) -> list[Any] | None:
+    """For JSON, which has no NaN: null instead."""
+    if values is None:
+        return None
+    return [None if value != value else value for value in values.tolist()]
+
+
+def export_groups(reader: JournalReader, chosen: Sequence[GroupRow], path: Path) -> str:
+    """A summary of what was written. Raises UserError if nothing can be written, or the file already exists."""
+    if path.exists():
+        raise UserError(f"--export {path}: the file exists; give a new name")
+    num_groups = num_rows = 0
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for row in chosen:
+                rows = [r for group in reader.groups("group_id = ?", (row.group_id,)) for r in export_rows(group)]
+                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+                num_groups += bool(rows)
+                num_rows += len(rows)
+        if not num_rows:
+            raise UserError(
+                f"--export {path}: none of the {len(chosen)} chosen groups has behavior log-probs: they are not scored "
+                "yet, or pruned; choose others, such as --state consumed and late steps"
+            )
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    left_out = len(chosen) - num_groups
+    return f"wrote {num_rows} rows of {num_groups} groups to {path}" + (
+        f"; {left_out} groups skipped: not scored yet, or pruned" if left_out else ""
+    )
