@@ -21,27 +21,32 @@ _ALTERNATIVES = re.compile(r"\^\(([a-z|]+)\)\$")  # a pattern that only lists wo
 def settings_page() -> str:
     """docs/reference/settings.md: the sections of a run's settings, without those of `objective` and `loss`."""
     introduction = (
-        "Every setting of a run, by section; those of `objective` and `loss` have [a page of their "
-        "own](objective_settings.md). A setting is changed on the command line as `section.key=value`, where the "
-        "value is JSON or plain text. A recipe sets it in the section's class, a class of `config/`. `run.json` in a "
-        "run folder has the values of that run. A setting without a default must be given by the recipe."
+        "Every setting of a run, by section; those of `objective` and of `loss` have pages of their own, "
+        "[objective_settings.md](objective_settings.md) and [loss_settings.md](loss_settings.md). A setting is changed "
+        "on the command line as `section.key=value`, where the value is JSON or plain text. A recipe sets it in the "
+        "section's class, a class of `config/`. `run.json` in a run folder has the values of that run. A setting "
+        "without a default must be given by the recipe."
     )
-    chosen = (found for found in _sections(RunConfig) if not _is_of_loss(found[0]))
+    chosen = (found for found in _sections(RunConfig) if not found[0].startswith(("objective", "loss")))
     return _page(introduction, chosen)
 
 
 def objective_settings_page() -> str:
-    """docs/reference/objective_settings.md: the sections `objective`, one table for each objective, and `loss`."""
+    """docs/reference/objective_settings.md: the section `objective`, one table for each objective."""
     introduction = (
-        "`objective.name` selects the objective, and with it the settings of the section `objective`. The settings of"
-        " `loss` work with every objective. [objectives.md](../objectives.md) explains them."
+        "`objective.name` selects the objective, and with it the settings of the section `objective`. "
+        "[objectives.md](../objectives.md) explains them."
     )
-    chosen = (found for found in _sections(RunConfig) if _is_of_loss(found[0]))
-    return _page(introduction, chosen)
+    return _page(introduction, (found for found in _sections(RunConfig) if found[0].startswith("objective")))
 
 
-def _is_of_loss(title: str) -> bool:
-    return title.startswith(("objective", "loss"))
+def loss_settings_page() -> str:
+    """docs/reference/loss_settings.md: the section `loss`."""
+    introduction = (
+        "The settings of `loss` work with every objective. [objectives.md](../objectives.md#corrections-and-penalties) "
+        "explains them."
+    )
+    return _page(introduction, (found for found in _sections(RunConfig) if found[0].startswith("loss")))
 
 
 def _page(introduction: str, sections: Iterable[tuple[str, type[BaseModel]]]) -> str:

@@ -10,7 +10,8 @@ from minpro_megatron.actor.forward import MicroBatch, TokenScores
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import ObjectiveSection
 from minpro_megatron.objective.across_ranks.sharded_scan import ShardedScan
-from minpro_megatron.objective.corrections import OtherLogProbs, corrected
+from minpro_megatron.objective.correction_statistics import CorrectionStatistics, correction_statistics
+from minpro_megatron.objective.corrections import Effects, OtherLogProbs, corrected
 from minpro_megatron.objective.diagnostics import Statistics, token_statistics
 from minpro_megatron.objective.registry import Objective
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, policy_tokens, summed_loss, summed_value
@@ -21,6 +22,7 @@ class TrainedTokens(NamedTuple):
     """The results of training on a micro-batch."""
 
     statistics: Statistics
+    corrections: CorrectionStatistics | None  # None if no correction is enabled
     by_slot: dict[str, Any]
 
 
@@ -36,7 +38,7 @@ class PolicyLoss:
     def train(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, TrainedTokens]:
         """The loss summed over the local slots, their number of trained tokens, and their results."""
         row = micro_batch.row
-        tokens, terms, others = self._terms(scores, micro_batch)
+        tokens, terms, effects, others = self._terms(scores, micro_batch)
         by_sequence = self.objective_settings.aggregation == "sequence_mean"
         weight = micro_batch.tensor("sequence_weight_L") if by_sequence else tokens.mask_L
         # Megatron divides the gradients by the sum of these counts over micro-batches, data and context ranks, but
@@ -49,7 +51,11 @@ class PolicyLoss:
         return (
             summed_loss(scores.log_probs_L, terms, weight),
             weight.new_full((), count, dtype=torch.int),
-            TrainedTokens(statistics, by_slot(micro_batch, {"log_probs": scores.log_probs_L.detach()})),
+            TrainedTokens(
+                statistics,
+                correction_statistics(tokens, effects),
+                by_slot(micro_batch, {"log_probs": scores.log_probs_L.detach()}),
+            ),
         )
 
     def survey(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, PolicyTokens]:
@@ -60,7 +66,7 @@ class PolicyLoss:
     def inspect(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Per-token results by name, each [L], and the `slots` that they belong to."""
         nothing = scores.log_probs_L.new_zeros(())
-        tokens, terms, _ = self._terms(scores, micro_batch)
+        tokens, terms, _, _ = self._terms(scores, micro_batch)
         found = {
             "log_probs": scores.log_probs_L.detach(),
             "coefficients": torch.where(tokens.is_trained_L, terms.coefficients_L, 0.0),
@@ -70,11 +76,11 @@ class PolicyLoss:
 
     def _terms(
         self, scores: TokenScores, micro_batch: MicroBatch
-    ) -> tuple[PolicyTokens, ObjectiveTerms, OtherLogProbs]:
+    ) -> tuple[PolicyTokens, ObjectiveTerms, Effects, OtherLogProbs]:
         others = self._others(micro_batch)
         tokens = self._tokens(scores, micro_batch, others)
         terms = self.objective.terms(tokens, self.objective_settings)
-        return tokens, corrected(terms, scores.log_probs_L, others, self.settings), others
+        return tokens, *corrected(terms, tokens, others, self.settings), others
 
     def _tokens(self, scores: TokenScores, micro_batch: MicroBatch, others: OtherLogProbs) -> PolicyTokens:
         mask = micro_batch.tensor("mask_L")

@@ -41,6 +41,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.host_memory.snapshots import WeightSnapshots
 from minpro_megatron.metrics.metric import Metric, mean
 from minpro_megatron.models.architecture import Architecture
+from minpro_megatron.objective import correction_statistics
 from minpro_megatron.objective.across_ranks.group_ranks import GroupRanks
 from minpro_megatron.objective.diagnostics import as_metrics
 from minpro_megatron.objective.registry import OBJECTIVES
@@ -227,10 +228,11 @@ class Policy:
         self._optimizer.zero_grad()
         trained = self._run(self._loss.train, micro_batches, routing, forward_only=False)
         metrics, histograms = as_metrics([one.statistics for one in trained])
+        corrections = correction_statistics.as_metrics([one.corrections for one in trained if one.corrections])
         log_probs = None
         if self._records_log_probs:
             log_probs = self._by_token([one.by_slot for one in trained], ["log_probs"], sequences)["log_probs"]
-        return metrics | row_metrics, histograms, log_probs
+        return metrics | corrections | row_metrics, histograms, log_probs
 
     def save(self, folder: Path, in_background: bool = False) -> ShardWrite:
         """Start to write weights and optimizer state into the empty `folder`, in a form that any mesh can load. The

@@ -10,7 +10,8 @@ Rows of FILE, one JSON object per line:
     behavior_log_probs  [float]  one per response token, under the weights that sampled it
     reward              float
     loss_mask           [0|1]    optional: 0 excludes a response token, also from scans and counts
-    rollout_log_probs   [float]  the engine's; needed if loss.truncated_importance or loss.icepop is enabled
+    rollout_log_probs   [float]  the engine's; needed by loss.truncated_importance, icepop, sequence_importance,
+                                 rejection and off_policy_masking
 Other fields are ignored. A group of one row and a group with equal rewards have advantage 0. All rows are checked
 before any rank starts; errors are reported with file, line and field, one line per problem, and exit status 2.
 

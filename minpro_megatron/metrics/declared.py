@@ -163,6 +163,19 @@ METRICS: dict[str, Declaration] = {
     "objective/masked_fraction": Declaration(
         "share", "mean", "Share of response tokens that the objective or a correction masked"
     ),
+    "corrections/weight_mean": Declaration(
+        "", "mean", "Mean factor by which the enabled corrections (loss.*) weigh the response tokens"
+    ),
+    "corrections/icepop_tokens": Declaration("share", "mean", "Share of response tokens that loss.icepop masked"),
+    "corrections/decoupled_tokens": Declaration("share", "mean", "Share of response tokens that loss.decoupled masked"),
+    "corrections/rejection_tokens": Declaration("share", "mean", "Share of response tokens that loss.rejection masked"),
+    "corrections/rejection_sequences": Declaration("share", "mean", "Share of responses that loss.rejection masked"),
+    "corrections/off_policy_masking_tokens": Declaration(
+        "share", "mean", "Share of response tokens that loss.off_policy_masking masked"
+    ),
+    "corrections/off_policy_masking_sequences": Declaration(
+        "share", "mean", "Share of responses that loss.off_policy_masking masked"
+    ),
     "staleness/min": Declaration("global steps", "min", "Staleness of the freshest group of the batch"),
     "staleness/mean": Declaration(
         "global steps",

@@ -54,6 +54,8 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
         "effective sample size by position": ["objective/effective_sample_size_by_position/.*"],
         "effective sample size by staleness": ["objective/effective_sample_size_by_staleness/.*"],
         "clipped and masked tokens": ["objective/clipped_fraction$", "objective/masked_fraction$"],
+        "masked by corrections": ["corrections/.*_tokens$", "corrections/.*_sequences$"],
+        "weight of corrections": ["corrections/weight_mean$"],
     },
     "optimisation": {
         "entropy": ["policy/entropy$"],

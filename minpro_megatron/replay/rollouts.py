@@ -111,7 +111,11 @@ def _read_row(number: int, line: bytes, types: dict[str, Any]) -> tuple[list[str
 
 
 def _missing(field: str) -> str:
-    why = " (loss.truncated_importance and loss.icepop need it)" if field == "rollout_log_probs" else ""
+    why = (
+        " (the enabled corrections of the engines' mismatch need it, such as loss.truncated_importance)"
+        if field == "rollout_log_probs"
+        else ""
+    )
     return f"{field}: the field is missing{why}"
 
 

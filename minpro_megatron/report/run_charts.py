@@ -239,6 +239,18 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
     ),
     (
         OBJECTIVE,
+        "Masked by corrections",
+        "Shares of response tokens that the enabled corrections masked.",
+        lines(
+            Line("corrections/rejection_tokens", "rejection", RED),
+            Line("corrections/off_policy_masking_tokens", "off-policy masking", ORANGE),
+            Line("corrections/icepop_tokens", "IcePop", BLUE),
+            Line("corrections/decoupled_tokens", "decoupled", GREEN),
+            kind="share",
+        ),
+    ),
+    (
+        OBJECTIVE,
         "Effective sample size",
         "Squared mean over mean square: the share of the tokens that would suffice if all had the same weight.",
         lines(

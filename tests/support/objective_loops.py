@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minpro_megatron.config.loss import LossConfig
+from minpro_megatron.config.loss import LossConfig, RejectionConfig
 from minpro_megatron.config.objective import (
     Aggregation,
     CppoConfig,
@@ -413,8 +413,9 @@ def corrected(expected: Expected, tokens: Tokens, others: OtherNumbers, loss: Lo
     """`expected` is the objective's, with its ratios against `others.proximal` where `loss` decouples them."""
     result = Expected([], [])
     estimates, slopes = kl(tokens.log_probs, others.reference, loss.kl.estimator)
+    of_sequences = sequence_factors(tokens, others, loss)
     for place, behavior in enumerate(tokens.behavior):
-        factor = token_factor(
+        factor = of_sequences[place] * token_factor(
             ratio=between(behavior, others.rollout[place]),
             proximal_ratio=between(others.proximal[place], behavior),
             loss=loss,
@@ -441,6 +442,37 @@ def token_factor(ratio: float, proximal_ratio: float, loss: LossConfig) -> float
     if loss.decoupled.enabled:
         factor *= proximal_ratio if proximal_ratio <= loss.decoupled.largest_weight else 0.0
     return factor
+
+
+def sequence_factors(tokens: Tokens, others: OtherNumbers, loss: LossConfig) -> list[float]:
+    """The weight of a token's sequence, min(product of pi_trainer / pi_server, cap), and 0 where it is rejected (verl's
+    rollout correction) or masked as off-policy (arXiv:2512.02556, section 3.1). 1 for masked tokens."""
+    factors = [1.0] * len(tokens.mask)
+    for trained in tokens.trained_of_sequences():
+        mismatch = [clip(float(tokens.behavior[place]) - float(others.rollout[place]), -20, 20) for place in trained]
+        away = [clip(float(others.rollout[place]) - float(tokens.log_probs[place]), -20, 20) for place in trained]
+        estimates = [{"k1": -d, "k2": d * d / 2, "k3": math.expm1(d) - d}[loss.rejection.estimator] for d in mismatch]
+        for place, estimate in zip(trained, estimates, strict=True):
+            if loss.sequence_importance.enabled:
+                product = math.exp(clip(math.fsum(mismatch), -20, 20))
+                factors[place] *= min(product, loss.sequence_importance.cap)
+            if loss.rejection.enabled and is_rejected(estimate, estimates, loss.rejection):
+                factors[place] = 0.0
+            limit = loss.off_policy_masking.largest_mean_log_ratio
+            if loss.off_policy_masking.enabled and limit is not None and tokens.advantages[place] < 0:
+                factors[place] *= math.fsum(away) / len(away) <= limit
+    return factors
+
+
+def is_rejected(estimate: float, estimates: list[float], settings: RejectionConfig) -> bool:
+    statistic = {
+        "token": estimate,
+        "sum": math.fsum(estimates),
+        "mean": math.fsum(estimates) / len(estimates),
+        "max": max(estimates),
+    }[settings.statistic]
+    too_low = settings.low is not None and statistic < settings.low
+    return too_low or (settings.high is not None and statistic > settings.high)
 
 
 def between(log_numerator: float, log_denominator: float) -> float:

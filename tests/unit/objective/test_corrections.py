@@ -7,16 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from minpro_megatron.config.loss import (
     DecoupledConfig,
     IcePopConfig,
     KlConfig,
     LossConfig,
+    OffPolicyMaskingConfig,
+    RejectionConfig,
+    SequenceImportanceConfig,
     TruncatedImportanceConfig,
 )
 from minpro_megatron.config.objective import GrpoConfig, MinproConfig
-from minpro_megatron.objective.corrections import OtherLogProbs, corrected, kl_estimate
+from minpro_megatron.metrics import metric
+from minpro_megatron.metrics.declared import METRICS
+from minpro_megatron.objective.correction_statistics import CorrectionStatistics, as_metrics, correction_statistics
+from minpro_megatron.objective.corrections import Effects, OtherLogProbs, corrected, kl_estimate
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import ObjectiveTerms, summed_loss
 from tests.support import objective_loops as loops
@@ -31,6 +38,31 @@ DECOUPLED: Switches = {"decoupled": DecoupledConfig(enabled=True)}
 KL: dict[str, Switches] = {
     f"kl {name}": {"kl": KlConfig(enabled=True, estimator=name, coefficient=0.3)} for name in ("k1", "k2", "k3")
 }
+SEQUENCE: Switches = {"sequence_importance": SequenceImportanceConfig(enabled=True)}
+OFF_POLICY: Switches = {"off_policy_masking": OffPolicyMaskingConfig(enabled=True, largest_mean_log_ratio=0.1)}
+# bounds that keep some of the random tokens' sequences and reject others
+BOUNDS: dict[tuple[str, str], tuple[float | None, float | None]] = {
+    ("token", "k1"): (-0.5, 1.0),
+    ("token", "k2"): (None, 0.3),
+    ("token", "k3"): (None, 0.3),
+    ("sum", "k1"): (-1.0, 1.0),
+    ("sum", "k2"): (0.5, 4.0),
+    ("sum", "k3"): (None, 4.0),
+    ("mean", "k1"): (-0.2, None),
+    ("mean", "k2"): (None, 0.3),
+    ("mean", "k3"): (0.1, 0.4),
+    ("max", "k1"): (0.5, 1.5),
+    ("max", "k2"): (None, 1.2),
+    ("max", "k3"): (None, 1.5),
+}
+REJECTIONS: dict[str, Switches] = {
+    f"rejection, {statistic} of {estimator}": {
+        "rejection": RejectionConfig.model_validate(
+            {"enabled": True, "statistic": statistic, "estimator": estimator, "low": low, "high": high}
+        )
+    }
+    for (statistic, estimator), (low, high) in BOUNDS.items()
+}
 SWITCHES: dict[str, Switches] = {
     "nothing": {},
     "truncated importance": TRUNCATED,
@@ -40,7 +72,12 @@ SWITCHES: dict[str, Switches] = {
     "truncated, low cap": {"truncated_importance": TruncatedImportanceConfig(enabled=True, cap=0.7)},
     "narrow icepop, truncated": TRUNCATED | {"icepop": IcePopConfig(enabled=True, low=0.9, high=1.2)},
     "decoupled, low limit": {"decoupled": DecoupledConfig(enabled=True, largest_weight=0.9)},
-    "everything": TRUNCATED | ICEPOP | DECOUPLED | KL["kl k3"],
+    "sequence importance": SEQUENCE,
+    "sequence importance, low cap": {"sequence_importance": SequenceImportanceConfig(enabled=True, cap=0.7)},
+    **REJECTIONS,
+    "off-policy masking": OFF_POLICY,
+    "everything": TRUNCATED | ICEPOP | REJECTIONS["rejection, max of k2"] | OFF_POLICY | DECOUPLED | KL["kl k3"],
+    "everything of sequences": SEQUENCE | REJECTIONS["rejection, mean of k3"] | OFF_POLICY | DECOUPLED | KL["kl k3"],
 }
 
 
@@ -60,12 +97,8 @@ def found_terms(
     )
     given = OtherLogProbs(behavior, rollout, proximal, reference)
     against = replace(tokens, behavior=given.denominator(loss).numpy())
-    return corrected(
-        terms_of(name, against, DEFAULTS[name], dtype),
-        torch.tensor(tokens.log_probs, dtype=dtype),
-        given,
-        loss,
-    )
+    terms = terms_of(name, against, DEFAULTS[name], dtype)
+    return corrected(terms, against.for_objective(dtype), given, loss)[0]
 
 
 def expected_terms(tokens: Tokens, others: OtherNumbers, loss: LossConfig) -> Expected:
@@ -94,7 +127,9 @@ def test_corrections_equal_the_loop(switches: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("switches", ["truncated importance", "icepop", "everything"])
+@pytest.mark.parametrize(
+    "switches", ["truncated importance", "icepop", "everything", "off-policy masking", "everything of sequences"]
+)
 def test_corrections_work_around_every_objective(name: str, switches: str) -> None:
     tokens, loss = random_tokens(53), LossConfig(**SWITCHES[switches])
     others = others_of(tokens, 54)
@@ -115,6 +150,7 @@ def test_left_out_tokens_are_those_beyond_the_limits(switches: str) -> None:
         ratio = loops.between(float(tokens.behavior[place]), float(others.rollout[place]))
         weight = loops.between(float(others.proximal[place]), float(tokens.behavior[place]))
         outside = loss.icepop.enabled and not loss.icepop.low <= ratio <= loss.icepop.high
+        outside = outside or loops.sequence_factors(tokens, others, loss)[place] == 0
         too_heavy = loss.decoupled.enabled and weight > loss.decoupled.largest_weight
         assert bool(terms.excluded_L[place]) == (outside or too_heavy)
         assert not terms.excluded_L[place] or not terms.clipped_L[place]
@@ -126,7 +162,9 @@ def test_nothing_switched_on_is_the_objective_itself() -> None:
     terms = terms_of("minpro", tokens, MinproConfig())
     anything = torch.full((len(tokens.mask),), math.nan)
     others = OtherLogProbs(anything, anything, anything, anything)
-    assert corrected(terms, torch.tensor(tokens.log_probs), others, LossConfig()) is terms
+    found, effects = corrected(terms, tokens.for_objective(torch.float32), others, LossConfig())
+    assert found is terms
+    assert effects == Effects()
 
 
 @pytest.mark.parametrize(
@@ -182,6 +220,117 @@ def test_decoupled_with_an_unchanged_proximal_policy_is_importance_sampling(name
     found = found_terms(name, tokens, others, loss).coefficients_L.numpy()
     expected = np.array(tokens.ratios) * tokens.advantages
     np.testing.assert_allclose(found[tokens.trained], expected[tokens.trained], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# ---- whole sequences
+
+
+@pytest.mark.parametrize("switches", [*REJECTIONS, "off-policy masking", "sequence importance, low cap"])
+def test_the_random_sequences_are_on_both_sides_of_every_bound(switches: str) -> None:
+    """So that the comparisons with the loop above compare something."""
+    tokens, loss = random_tokens(51), LossConfig(**SWITCHES[switches])
+    factors = np.array(loops.sequence_factors(tokens, others_of(tokens, 52), loss))[tokens.trained]
+    assert len(set(factors.tolist())) > 1
+    assert factors.min() == 0 or factors.max() == loss.sequence_importance.cap
+
+
+def test_a_sequence_weighs_the_product_of_its_ratios() -> None:
+    """d = log trainer - log server = (.5, .2, .4) and (.1, -.3); the fourth token is given, not sampled."""
+    given = Tokens(
+        np.full(6, -1.0),
+        np.array([-1.0, -1.2, -1.5, -9.0, -2.0, -2.1]),
+        np.ones(6),
+        np.array([1.0, 1, 1, 0, 1, 1]),
+        np.array([0, 0, 0, 0, 1, 1]),
+    )
+    rollout = given.behavior - np.array([0.5, 0.2, 0.4, 7.0, 0.1, -0.3])
+    others = OtherNumbers(rollout, given.behavior, given.behavior)
+    plain = found_terms("cispo", given, others, LossConfig(), torch.float64).coefficients_L
+    for cap, expected in ((5.0, [math.exp(1.1)] * 3 + [math.exp(-0.2)] * 2), (2.0, [2.0] * 3 + [math.exp(-0.2)] * 2)):
+        loss = LossConfig(sequence_importance=SequenceImportanceConfig(enabled=True, cap=cap))
+        found = found_terms("cispo", given, others, loss, torch.float64).coefficients_L / plain
+        np.testing.assert_allclose(found[given.trained], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "away", "is_masked"), [(-1.0, 0.11, True), (-1.0, 0.09, False), (1.0, 0.11, False), (0.0, 5.0, False)]
+)
+def test_off_policy_masking_case_by_case(advantage: float, away: float, is_masked: bool) -> None:
+    """The mean of log(pi_server / pi) decides, whichever of drift and mismatch has caused it."""
+    behavior = np.array([-1.0, -2.0])
+    tokens = Tokens(behavior - away, behavior + 3, np.full(2, advantage), np.ones(2), np.zeros(2, np.int64))
+    others = OtherNumbers(behavior + np.array([0.5, -0.5]), behavior, behavior)
+    terms = found_terms("cispo", tokens, others, LossConfig(**OFF_POLICY), torch.float64)
+    assert terms.excluded_L.tolist() == [is_masked] * 2
+
+
+@pytest.mark.parametrize("switches", ["everything", "everything of sequences", *REJECTIONS, "off-policy masking"])
+def test_given_tokens_in_the_middle_are_transparent(switches: str) -> None:
+    """Tokens that the policy did not sample change nothing for the others, whatever numbers they carry."""
+    tokens, loss = random_tokens(73), LossConfig(**SWITCHES[switches])
+    others = others_of(tokens, 74)
+    without = OtherNumbers(*(values[tokens.trained] for values in vars(others).values()))
+    expected = found_terms("minpro", tokens.where(tokens.trained), without, loss)
+    found = found_terms("minpro", tokens, others, loss)
+    for name in ("coefficients_L", "value_L", "excluded_L"):
+        np.testing.assert_allclose(
+            getattr(found, name)[tokens.trained], getattr(expected, name), rtol=TOLERANCE, atol=TOLERANCE
+        )
+
+
+def test_what_corrections_did_is_counted() -> None:
+    """Over trained tokens, and over sequences that have one; merged over micro-batches."""
+    tokens, loss = random_tokens(75), LossConfig(**SWITCHES["everything of sequences"])
+    others = others_of(tokens, 76)
+    halves = [tokens.sequence < 6, tokens.sequence >= 6]
+    parts = [effects_of(tokens, others, loss, where) for where in halves]
+    found = metric.values(as_metrics(parts))
+    rejected = np.array(loops.sequence_factors(tokens, others, LossConfig(rejection=loss.rejection))) == 0
+    off_policy = np.array(loops.sequence_factors(tokens, others, LossConfig(**OFF_POLICY))) == 0
+    firsts = [trained[0] for trained in tokens.trained_of_sequences()]
+    pairs = list(zip(others.proximal, tokens.behavior, strict=True))
+    weights = np.array([loops.between(new, old) for new, old in pairs])
+    products = np.array(
+        loops.sequence_factors(tokens, others, LossConfig(sequence_importance=loss.sequence_importance))
+    )
+    assert found == pytest.approx(
+        {
+            "corrections/weight_mean": (weights * products)[tokens.trained].mean(),
+            "corrections/rejection_tokens": rejected[tokens.trained].mean(),
+            "corrections/rejection_sequences": rejected[firsts].mean(),
+            "corrections/off_policy_masking_tokens": off_policy[tokens.trained].mean(),
+            "corrections/off_policy_masking_sequences": off_policy[firsts].mean(),
+            "corrections/decoupled_tokens": (weights > loss.decoupled.largest_weight)[tokens.trained].mean(),
+        },
+        rel=1e-12,
+    )
+    assert 0 < found["corrections/rejection_sequences"] < 1
+    assert set(found) <= set(METRICS)
+
+
+def effects_of(tokens: Tokens, others: OtherNumbers, loss: LossConfig, where: np.ndarray) -> CorrectionStatistics:
+    here, elsewhere = tokens.where(where), [values[where] for values in vars(others).values()]
+    given = OtherLogProbs(*(torch.tensor(numbers) for numbers in (here.behavior, *elsewhere)))
+    seen = here.for_objective(torch.float32)
+    _, effects = corrected(OBJECTIVES["cispo"].terms(seen, DEFAULTS["cispo"]), seen, given, loss)
+    found = correction_statistics(seen, effects)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"rejection": {"low": None, "high": None}}, "low and high are both null"),
+        ({"rejection": {"low": 1.0, "high": 0.5}}, "low = 1.0 must not exceed high = 0.5"),
+        ({"off_policy_masking": {"enabled": True}}, "largest_mean_log_ratio is null"),
+        (SEQUENCE | TRUNCATED, "sequence_importance and truncated_importance are both enabled"),
+        (SEQUENCE | ICEPOP, "sequence_importance and icepop are both enabled"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: Switches, problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        LossConfig.model_validate(settings)
 
 
 # ---- KL
@@ -246,6 +395,9 @@ def test_tokens_that_are_left_out_still_pay_the_kl_penalty() -> None:
 USED = {
     "truncated importance": ["behavior", "rollout"],
     "icepop": ["behavior", "rollout"],
+    "sequence importance": ["behavior", "rollout"],
+    **{name: ["behavior", "rollout"] for name in REJECTIONS},
+    "off-policy masking": ["rollout"],
     "decoupled": ["behavior", "proximal"],
     "kl k1": ["reference"],
     "kl k2": ["reference"],
