@@ -12,6 +12,9 @@ import msgspec
 import numpy as np
 
 NOT_GRADED = math.nan  # replaces a missing reward
+# Replace the values of given tokens, which no policy has sampled.
+NOT_SAMPLED = -1  # as the policy version
+NO_LOG_PROB = math.nan
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,14 +65,30 @@ class StoredRoutes(Record, frozen=True, kw_only=True):
     sha256: str
 
 
+class Turn(Record, frozen=True, kw_only=True):
+    """What happened in one turn of an episode: the policy sampled tokens, and the environment answered or ended it."""
+
+    sampled_tokens: int
+    given_tokens: int = 0  # the answer as the policy reads it, with the chat template's markers; 0: the episode ended
+    tool_calls: int = 0
+    seconds: float = 0.0  # until the environment had answered
+    problem: str = ""  # why a tool call failed; the policy received this as text
+
+
 class Response(Record, frozen=True, kw_only=True):
-    """One sampled response. `token_ids` includes the stop token if there was one."""
+    """One response. `token_ids` includes the stop token if there was one.
+
+    In an episode, given tokens (the answers of the environment) stand between the sampled ones. They have the version
+    NOT_SAMPLED and the log-prob NO_LOG_PROB; the first and the last token are always sampled.
+    """
 
     token_ids: np.ndarray  # int32 [response tokens]
     rollout_log_probs: np.ndarray  # float32 [response tokens], as SGLang reported them
     policy_versions: np.ndarray  # int32 [response tokens]: the version that sampled each token
     finish_reason: str  # "stop" or "length"
     reward: float  # NOT_GRADED: it could not be graded, and its group is excluded from training
+    loss_mask: np.ndarray | None = None  # uint8 [response tokens]: 1 if sampled, 0 if given; None: all are sampled
+    turns: list[Turn] = []  # of an episode
     # the experts that the server chose, uint8 or int16 [prompt + response tokens - 1, layers, experts per token]: the
     # last token was sampled but never went through the model (routing replay R3)
     routed_experts: np.ndarray | None = None
@@ -79,6 +98,18 @@ class Response(Record, frozen=True, kw_only=True):
     @property
     def is_graded(self) -> bool:
         return not math.isnan(self.reward)
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.token_ids) if self.loss_mask is None else int(np.count_nonzero(self.loss_mask))
+
+    def of_sampled(self, values: np.ndarray) -> np.ndarray:
+        """Those of `values`, one for each response token, that belong to sampled tokens."""
+        return values if self.loss_mask is None else values[self.loss_mask != 0]
+
+    def without_given(self, values: np.ndarray) -> np.ndarray:
+        """`values`, float32 [response tokens], with NO_LOG_PROB for given tokens."""
+        return values if self.loss_mask is None else np.where(self.loss_mask != 0, values, np.float32(NO_LOG_PROB))
 
 
 class CollectedGroup(Record, frozen=True, kw_only=True):
@@ -90,11 +121,11 @@ class CollectedGroup(Record, frozen=True, kw_only=True):
 
     @property
     def oldest_version(self) -> int:
-        return min(int(response.policy_versions.min()) for response in self.responses)
+        return min(int(one.of_sampled(one.policy_versions).min()) for one in self.responses)
 
     @property
     def newest_version(self) -> int:
-        return max(int(response.policy_versions.max()) for response in self.responses)
+        return max(int(one.of_sampled(one.policy_versions).max()) for one in self.responses)
 
     @property
     def is_scored(self) -> bool:
@@ -109,7 +140,8 @@ class Batch(Record, frozen=True, kw_only=True):
 
 
 class BehaviorLogProbs(Record, frozen=True, kw_only=True):
-    """The trainer's log-probs of batch `index` under its sampling weights: [group][response], float32 [tokens]."""
+    """The trainer's log-probs of batch `index` under its sampling weights: [group][response], float32 [tokens], with
+    NO_LOG_PROB for given tokens."""
 
     index: int
     policy_version: int  # of the weights that computed them; -1: each token under its own version (bounded mode)
@@ -122,7 +154,7 @@ class TrainedStep(Record, frozen=True, kw_only=True):
     step: int
     policy_version: int
     # under the policy at the update that trained on the token: [group][response], float32 [tokens]; NaN for tokens
-    # without an update; empty if not recorded
+    # without an update and for given ones; empty if not recorded
     log_probs: list[list[np.ndarray]] = []
 
 

@@ -17,7 +17,7 @@ from minpro_megatron.actor.policy import Policy
 from minpro_megatron.actor.scoring import BatchScoring, ScoredBatch
 from minpro_megatron.actor.start_gate import refuse_broken_scores, refuse_different_models
 from minpro_megatron.actor.updates import TrainedBatch, Updates
-from minpro_megatron.batching.sequences import behavior_record, trained_step
+from minpro_megatron.batching.sequences import behavior_record, sampled_tokens, trained_step
 from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.checkpoints.checkpoint_folder import score_of
 from minpro_megatron.checkpoints.manifest import RunManifest, TrainerState
@@ -164,9 +164,10 @@ class Trainer:
             self._clock.phase("score", guarded=f"scoring batch {index}"),
         ):
             scored = self._scoring.behavior(batch)
-            refuse_broken_scores(index, scored.log_probs)
+            sampled = sampled_tokens(batch)
+            refuse_broken_scores(index, scored.log_probs[sampled])
             if index == 0:
-                refuse_different_models(flat(scored.groups), scored.log_probs)
+                refuse_different_models(flat(scored.groups), scored.log_probs, sampled)
             if self._feed and not all(group.is_scored for group in batch.groups):
                 version = fetch.version if self._config.staleness.mode == "delay" else -1
                 self._feed.scored(behavior_record(batch, version, scored.log_probs))

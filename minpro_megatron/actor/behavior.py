@@ -8,6 +8,7 @@ import numpy as np
 from minpro_megatron.actor.policy import Policy
 from minpro_megatron.actor.routing import Routes
 from minpro_megatron.batching.token_sequence import TokenSequence
+from minpro_megatron.records import NO_LOG_PROB, NOT_SAMPLED
 
 # Returns a context manager inside which the model has the weights of a policy version.
 WeightsOf = Callable[[int], AbstractContextManager[None]]
@@ -31,12 +32,14 @@ def score_by_version(
     """Log-probs of response tokens, float32 [tokens], each under the version that sampled it. Collective.
 
     `versions` has an int32 array [response tokens] for each sequence of each mini-batch, or None for a sequence that is
-    not to be scored: the result excludes it. Rows are packed as the updates will pack them: with other neighbors in a
-    row the rounding differs, and a mixture of experts then sometimes chooses other experts. A batch of one version
-    costs one pass; with several versions, each costs a pass over the rows that have a sequence with tokens of it.
+    not to be scored: the result excludes it. Given tokens (NOT_SAMPLED) get NO_LOG_PROB. Rows are packed as the updates
+    will pack them: with other neighbors in a row the rounding differs, and a mixture of experts then sometimes chooses
+    other experts. A batch of one version costs one pass; with several versions, each costs a pass over the rows that
+    have a sequence with tokens of it.
     """
-    found = [[None if one is None else np.empty(len(one), np.float32) for one in own] for own in versions]
-    for version in sorted({int(one) for own in flat(versions) if own is not None for one in np.unique(own)}):
+    found = [[None if one is None else np.full(len(one), NO_LOG_PROB, np.float32) for one in own] for own in versions]
+    present = {int(one) for own in flat(versions) if own is not None for one in np.unique(own)}
+    for version in sorted(present - {NOT_SAMPLED}):
         with weights_of(version):
             for mini_batch, own, into in zip(mini_batches, versions, found, strict=True):
                 _score_version(policy, mini_batch, own, version, into)

@@ -21,10 +21,14 @@ MAX_START_FAR_SHARE = 1e-3
 WARN_NATS = {"float32": 1e-2, "bfloat16": 2.0}  # for one token
 
 
-def refuse_different_models(sequences: Sequence[TokenSequence], log_probs: np.ndarray) -> None:
-    """Raises RunFailed if the servers sampled the first batch with weights other than the trainer's initial ones."""
+def refuse_different_models(
+    sequences: Sequence[TokenSequence], log_probs: np.ndarray, sampled: np.ndarray | None = None
+) -> None:
+    """Raises RunFailed if the servers sampled the first batch with weights other than the trainer's initial ones.
+    `sampled`, bool [all response tokens], says which tokens are compared (None: all): given ones have no log-probs."""
     rollout = np.concatenate([sequence.rollout_log_probs for sequence in sequences])
-    mismatch = float(np.abs(rollout - log_probs).mean())
+    differences = np.abs(rollout - log_probs)
+    mismatch = float((differences if sampled is None else differences[sampled]).mean())
     if not mismatch <= MAX_START_MISMATCH:
         raise RunFailed(
             f"batch 0: the servers' log-probs differ from the trainer's by {mismatch:.3g} nats per token (limit "

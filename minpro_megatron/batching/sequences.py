@@ -8,7 +8,7 @@ import numpy as np
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.objective.advantages import group_advantages, overlong_penalty
-from minpro_megatron.records import Batch, BehaviorLogProbs, TrainedStep
+from minpro_megatron.records import Batch, BehaviorLogProbs, Response, TrainedStep
 
 
 def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) -> list[list[TokenSequence]]:
@@ -28,18 +28,40 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
                 TokenSequence(
                     prompt_ids=group.issued.prompt_token_ids,
                     response_ids=response.token_ids,
-                    loss_mask=np.full(num_tokens, float(trained), np.float32),
+                    loss_mask=_loss_mask(response, trained),
                     behavior_log_probs=np.zeros(num_tokens, np.float32),
                     rollout_log_probs=response.rollout_log_probs,
                     advantage=float(advantage),
                     first_slot=first_slot,
-                    staleness=batch.index - response.policy_versions,
+                    staleness=_staleness(response, batch.index),
                     routed_experts=response.routed_experts if stored is None else stored,
                 )
             )
             first_slot += num_tokens
         groups.append(sequences)
     return groups
+
+
+def _loss_mask(response: Response, trained: bool) -> np.ndarray:
+    if response.loss_mask is None or not trained:
+        return np.full(len(response.token_ids), float(trained), np.float32)
+    return response.loss_mask.astype(np.float32)
+
+
+def _staleness(response: Response, step: int) -> np.ndarray:
+    """int32 [response tokens]; 0 for given tokens."""
+    staleness = step - response.policy_versions
+    return staleness if response.loss_mask is None else np.where(response.loss_mask != 0, staleness, 0)
+
+
+def sampled_tokens(batch: Batch) -> np.ndarray:
+    """bool [all response tokens of the batch in canonical order]: whether the policy sampled the token."""
+    masks = [
+        np.ones(len(response.token_ids), bool) if response.loss_mask is None else response.loss_mask != 0
+        for group in batch.groups
+        for response in group.responses
+    ]
+    return np.concatenate(masks)
 
 
 def advantages_and_trained(
@@ -110,8 +132,9 @@ def trained_step(batch: Batch, policy_version: int, log_probs: Sequence[np.ndarr
 
 
 def _by_response(batch: Batch, values: np.ndarray) -> list[list[np.ndarray]]:
-    """Splits one value per response token of the batch, in canonical order, into [group][response]."""
+    """Splits one value per response token of the batch, in canonical order, into [group][response]. Given tokens get
+    NO_LOG_PROB."""
     ends = np.cumsum([len(response.token_ids) for group in batch.groups for response in group.responses])
     assert len(values) == ends[-1], "values of another batch"
     pieces = iter(np.split(values, ends[:-1]))
-    return [[next(pieces) for _ in group.responses] for group in batch.groups]
+    return [[response.without_given(next(pieces)) for response in group.responses] for group in batch.groups]

@@ -9,7 +9,8 @@ from minpro_megatron.records import StoredRoutes
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One prompt with one response, and the values that the objective needs. Arrays cover the response's tokens."""
+    """One prompt with one response, and the values that the objective needs. Arrays cover the response's tokens. Of a
+    token that is not trained on, log-probs and staleness may have any value, NaN included: no result depends on it."""
 
     prompt_ids: np.ndarray  # int32 [prompt tokens]
     response_ids: np.ndarray  # int32 [response tokens]

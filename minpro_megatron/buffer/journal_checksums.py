@@ -4,8 +4,8 @@ Each checksum is a CRC-32, which detects every change within 32 adjacent bits an
 covers the row's key as well as its values, so values in the wrong row are detected too:
 
     groups.checksum               the whole row; written again with each change of the row
-    responses.checksum            the response without its arrays; stays after the arrays are pruned
-    responses.arrays_checksum     token ids, rollout log-probs and versions
+    responses.checksum            the response without its arrays, with its turns; stays after the arrays are pruned
+    responses.arrays_checksum     token ids, rollout log-probs, versions and loss mask
     responses.behavior_checksum   behavior log-probs; trained_checksum and routes_checksum likewise
     beginnings.checksum           the whole row
 
@@ -15,7 +15,7 @@ journal's CPU time (benchmarks/collector_load.md).
 
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,8 @@ class ResponseRow(NamedTuple):
     behavior_checksum: int | None
     trained_checksum: int | None
     routes_checksum: int | None
+    loss_mask: bytes | None
+    turns: str | None
 
 
 RESPONSE_COLUMNS = ", ".join(ResponseRow._fields)
@@ -78,10 +80,24 @@ def checksum(*values: int | float | str | bytes | None) -> int:
 
 
 def response_checksum(
-    group_id: int, place: int, sampling_seed: int, num_tokens: int, finish_reason: str, reward: float | None
+    group_id: int,
+    place: int,
+    sampling_seed: int,
+    num_tokens: int,
+    finish_reason: str,
+    reward: float | None,
+    turns: str | None = None,
 ) -> int:
-    """responses.checksum"""
-    return checksum(group_id, place, sampling_seed, num_tokens, finish_reason, reward)
+    """responses.checksum. Without turns it is that of journals from before there were episodes."""
+    values = group_id, place, sampling_seed, num_tokens, finish_reason, reward
+    return checksum(*values) if turns is None else checksum(*values, turns)
+
+
+def arrays_checksum(
+    group_id: int, place: int, arrays: Sequence[bytes | None], loss_mask: bytes | None = None
+) -> int | None:
+    """responses.arrays_checksum. Without a loss mask it is that of journals from before there were episodes."""
+    return part_checksum(group_id, place, "arrays", *arrays, *([] if loss_mask is None else [loss_mask]))
 
 
 def part_checksum(group_id: int, place: int, part: str, *values: bytes | str | None) -> int | None:
@@ -140,11 +156,11 @@ def _damage(row: ResponseRow) -> str:
     """The part of the response that differs from what was recorded; "" if there is none."""
     key = row.group_id, row.place
     scalars = row.sampling_seed, row.num_tokens, row.finish_reason, row.reward
-    if response_checksum(*key, *scalars) != row.checksum:
-        return "its seed, length, stop reason or reward differ from their checksum"
+    if response_checksum(*key, *scalars, row.turns) != row.checksum:
+        return "its seed, length, stop reason, reward or turns differ from their checksum"
     arrays = row.token_ids, row.rollout_log_probs, row.policy_versions
-    if part_checksum(*key, "arrays", *arrays) != row.arrays_checksum:
-        return "its tokens, rollout log-probs or versions differ from their checksum"
+    if arrays_checksum(*key, arrays, row.loss_mask) != row.arrays_checksum:
+        return "its tokens, rollout log-probs, versions or loss mask differ from their checksum"
     if part_checksum(*key, "behavior", row.behavior_log_probs) != row.behavior_checksum:
         return "its behavior log-probs differ from their checksum"
     if part_checksum(*key, "trained", row.trained_log_probs) != row.trained_checksum:
@@ -163,6 +179,12 @@ def _disagreement(row: ResponseRow) -> str:
             return f"{name} has {len(data) / 4:g} values for {row.num_tokens} tokens"
     if row.token_ids is None or row.policy_versions is None:
         return ""
+    sampled = np.ones(row.num_tokens, bool)
+    if row.loss_mask is not None:
+        mask = np.frombuffer(row.loss_mask, np.uint8)
+        if len(mask) != row.num_tokens or mask.max(initial=0) > 1 or not (mask[:1].all() and mask[-1:].all()):
+            return f"its loss mask is not one of {row.num_tokens} tokens of which the first and the last are sampled"
+        sampled = mask > 0
     lengths = np.frombuffer(row.policy_versions, "<i4").reshape(-1, 2)[:, 1]
     if (lengths < 1).any() or lengths.sum() != row.num_tokens:
         return f"its versions cover {lengths.sum()} tokens, but it has {row.num_tokens}"
@@ -170,6 +192,6 @@ def _disagreement(row: ResponseRow) -> str:
         return "a token id is negative"
     for name in ("rollout_log_probs", "behavior_log_probs"):
         data = getattr(row, name)
-        if data is not None and not np.isfinite(np.frombuffer(data, "<f4")).all():
+        if data is not None and not np.isfinite(np.frombuffer(data, "<f4")[sampled]).all():
             return f"{name} has a value that is not finite"
     return ""

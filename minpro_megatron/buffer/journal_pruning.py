@@ -32,6 +32,7 @@ class Pruned(Enum):
         "behavior_checksum",
         "trained_checksum",
         "routes_checksum",
+        "loss_mask",
     )
     ROUTES = ("routes", "routes_checksum")
 

@@ -13,10 +13,17 @@ import numpy as np
 
 from minpro_megatron.buffer.journal_checksums import GROUP_COLUMNS, Damage, group_damage, responses_of
 from minpro_megatron.buffer.journal_errors import JournalError
-from minpro_megatron.buffer.journal_file import FILE_NAME, SCHEMA_VERSION, has_locks
+from minpro_megatron.buffer.journal_file import (
+    EPISODE_COLUMNS,
+    FILE_NAME,
+    SCHEMA_VERSION,
+    WITHOUT_EPISODES,
+    has_locks,
+)
+from minpro_megatron.buffer.journal_rows import loss_mask_of, turns_of
 from minpro_megatron.buffer.route_files import RouteFiles
 from minpro_megatron.errors import UserError
-from minpro_megatron.records import EvaluationResult, StoredRoutes
+from minpro_megatron.records import EvaluationResult, StoredRoutes, Turn
 
 MAX_SNAPSHOT_BYTES = 2 << 30
 _SNAPSHOT_ATTEMPTS = 5
@@ -36,11 +43,17 @@ class StoredResponse(NamedTuple):
     finish_reason: str
     reward: float | None  # None: it could not be graded, and the group was dropped
     token_ids: np.ndarray | None  # int32
-    policy_versions: np.ndarray | None  # int32
+    policy_versions: np.ndarray | None  # int32; NOT_SAMPLED for given tokens
     rollout_log_probs: np.ndarray | None  # float32
     behavior_log_probs: np.ndarray | None  # float32, once scored
     trained_log_probs: np.ndarray | None  # float32, of the policy at the update that trained on it, once consumed
     routes: str | None  # the location of its routes in the run's route files; None: none were kept
+    loss_mask: np.ndarray | None  # uint8: 1 for sampled tokens, 0 for given ones; None: all are sampled
+    turns: list[Turn]  # of an episode
+
+    @property
+    def num_given(self) -> int:
+        return 0 if self.loss_mask is None else int(np.count_nonzero(self.loss_mask == 0))
 
     @property
     def ratios(self) -> np.ndarray | None:
@@ -147,7 +160,9 @@ class JournalReader:
         try:
             with self._reading():
                 found = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            if found != SCHEMA_VERSION:
+            if found == WITHOUT_EPISODES:
+                self._add_missing_columns()
+            elif found != SCHEMA_VERSION:
                 raise JournalError(f"{self.path}: format {found}; this version reads {SCHEMA_VERSION}")
         except JournalError:
             self._stack.close()
@@ -190,6 +205,12 @@ class JournalReader:
             if self._file_state() == before:
                 return copy
         raise JournalError(f"{self.path}: the run keeps writing to it; try again in a moment")
+
+    def _add_missing_columns(self) -> None:
+        """Makes a journal from before there were episodes look like a current one. A view of this connection hides the
+        table, so the file does not change."""
+        missing = ", ".join(f"NULL AS {column.split()[0]}" for column in EPISODE_COLUMNS)
+        self._connection.execute(f"CREATE TEMP VIEW responses AS SELECT *, {missing} FROM main.responses")
 
     def _file_state(self) -> tuple[int, int, bytes]:
         status = self.path.stat()
@@ -269,6 +290,7 @@ class JournalReader:
             if spans is not None:
                 versions, lengths = spans.reshape(-1, 2).T
                 fields["policy_versions"] = np.repeat(versions, lengths)
+            fields["loss_mask"], fields["turns"] = loss_mask_of(row.loss_mask), turns_of(row.turns)
             found.append(StoredResponse(**fields))
         return found
 

@@ -22,6 +22,7 @@ import numpy as np
 from minpro_megatron.buffer.journal_checksums import seal_groups
 from minpro_megatron.buffer.journal_damage import discard_damaged_responses, discard_responses, refuse_needed_rows
 from minpro_megatron.buffer.journal_errors import REPLACE, JournalError
+from minpro_megatron.buffer.journal_rows import loss_mask_of, turns_of
 from minpro_megatron.buffer.route_files import RouteFiles
 from minpro_megatron.records import NOT_GRADED, Response
 
@@ -133,19 +134,32 @@ def restore_groups(connection: sqlite3.Connection, routes: RouteFiles) -> tuple[
 
 def _responses(connection: sqlite3.Connection, group_id: int, routes: RouteFiles) -> list[Response]:
     rows = connection.execute(
-        "SELECT token_ids, rollout_log_probs, policy_versions, finish_reason, reward, behavior_log_probs, routes"
+        "SELECT token_ids, rollout_log_probs, policy_versions, finish_reason, reward, behavior_log_probs, routes,"
+        " loss_mask, turns"
         " FROM responses WHERE group_id = ? ORDER BY place",
         (group_id,),
     ).fetchall()
     responses = []
-    for token_ids, rollout_log_probs, spans, finish_reason, reward, behavior_log_probs, place_of_routes in rows:
+    for (
+        tokens,
+        rollout_log_probs,
+        spans,
+        finish_reason,
+        reward,
+        behavior_log_probs,
+        place_of_routes,
+        mask,
+        turns,
+    ) in rows:
         versions, lengths = np.frombuffer(spans, dtype="<i4").reshape(-1, 2).T
         response = Response(
-            token_ids=np.frombuffer(token_ids, dtype="<i4"),
+            token_ids=np.frombuffer(tokens, dtype="<i4"),
             rollout_log_probs=np.frombuffer(rollout_log_probs, dtype="<f4"),
             policy_versions=np.repeat(versions, lengths),
             finish_reason=finish_reason,
             reward=NOT_GRADED if reward is None else reward,
+            loss_mask=loss_mask_of(mask),
+            turns=turns_of(turns),
             behavior_log_probs=None if behavior_log_probs is None else np.frombuffer(behavior_log_probs, dtype="<f4"),
             stored_routes=None if place_of_routes is None else routes.verified(group_id, json.loads(place_of_routes)),
         )

@@ -15,13 +15,15 @@ class WrongScores(ProjectError, ValueError):
 
 
 def check_scores(batch: Batch, scores: BehaviorLogProbs) -> None:
-    """Raises WrongScores unless the scores are one finite log-prob per response token of the batch."""
+    """Raises WrongScores unless the scores are one finite log-prob per sampled token of the batch. Given tokens may
+    have any value."""
     where = f"scores of batch {batch.index}"
-    sampled_with = [response.policy_versions for group in batch.groups for response in group.responses]
+    sampled_with = [one.of_sampled(one.policy_versions) for group in batch.groups for one in group.responses]
     if scores.policy_version >= 0 and any((versions != scores.policy_version).any() for versions in sampled_with):
         found = sorted({int(version) for versions in sampled_with for version in np.unique(versions)})
         raise WrongScores(f"{where}: computed with version {scores.policy_version}, sampled with {found}")
-    for name, _, log_probs in _by_response(where, batch, scores.log_probs):
+    for name, response, values in _by_response(where, batch, scores.log_probs):
+        log_probs = response.of_sampled(values)
         if not np.isfinite(log_probs).all() or (log_probs > MAX_LOG_PROB).any():
             raise WrongScores(f"{name}: a value is not finite, or above 0")
 

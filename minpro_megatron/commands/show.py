@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from rich.console import Console
 
@@ -120,7 +121,8 @@ def _group_json(group: StoredGroup, shown: Sequence[StoredResponse], tokenizer: 
     for response in shown:
         fields = response._asdict() | {"ratios": response.ratios}
         arrays = {name: without_nan(value) for name, value in fields.items() if isinstance(value, np.ndarray)}
-        responses.append(fields | arrays | {"text": text(response.token_ids)})
+        turns = [msgspec.structs.asdict(turn) for turn in response.turns]
+        responses.append(fields | arrays | {"turns": turns, "text": text(response.token_ids)})
     fields = group._asdict() | {"mean_reward": group.mean_reward, "prompt": text(group.prompt_token_ids)}
     return fields | {"prompt_token_ids": group.prompt_token_ids.tolist(), "responses": responses}
 

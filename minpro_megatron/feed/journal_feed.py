@@ -192,6 +192,8 @@ class JournalFeed:
             reward=stored.reward,
             stored_routes=reader.stored_routes(group.group_id, stored) if self._routes else None,
             behavior_log_probs=stored.behavior_log_probs,
+            loss_mask=stored.loss_mask,
+            turns=stored.turns,
         )
 
     def _refuse_unknown_tokens(self, token_ids: Sequence[np.ndarray], group: StoredGroup) -> None:

@@ -17,7 +17,7 @@ from minpro_megatron.monitor.samples import MAX_TOKENS, write_samples
 from minpro_megatron.monitor.step_line import evaluation_line, step_line
 from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.writer import RunWriter
-from minpro_megatron.records import Batch, CollectedGroup, CollectorTotals, EvaluationResult
+from minpro_megatron.records import Batch, CollectedGroup, CollectorTotals, EvaluationResult, Response
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ def _of_kind(groups: Sequence[CollectedGroup], right_reward: float) -> dict[str,
 
 
 def token_staleness(batch: Batch, step: int) -> np.ndarray:
-    """The staleness of every response token of the batch as global step `step` consumes it, int32."""
-    return np.concatenate([step - r.policy_versions for group in batch.groups for r in group.responses])
+    """The staleness of every sampled token of the batch as global step `step` consumes it, int32."""
+    return np.concatenate([step - r.of_sampled(r.policy_versions) for group in batch.groups for r in group.responses])
 
 
 def derived_metrics(scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -175,7 +175,7 @@ class StepReport:
             self._alarms.failed_at_end(self._last_step, failed)
 
     def _rates(self, scalars: Mapping[str, float], batch: Batch) -> dict[str, float]:
-        response_tokens = sum(len(response.token_ids) for group in batch.groups for response in group.responses)
+        response_tokens = sum(response.num_sampled for group in batch.groups for response in group.responses)
         rates = {
             "throughput/response_tokens_per_s": response_tokens / scalars["time/step_s"],
             "overlap/trainer_wait_share": scalars["time/wait_for_batch_s"] / scalars["time/step_s"],
@@ -214,23 +214,27 @@ class StepReport:
                 "answer": group.issued.prompt.answer,
                 "reward": group.responses[0].reward,
             }
-            | self._tokens(group.responses[0].token_ids, first_token)
+            | self._tokens(group.responses[0], first_token)
             for group, first_token in zip(batch.groups[:8], first_tokens, strict=False)
         ]
         self._writer.text(step, "samples", "\n\n".join(_as_markdown(sample) for sample in samples))
         write_samples(self._writer.run_dir, samples)
 
-    def _tokens(self, token_ids: np.ndarray, first_token: int) -> dict[str, Any]:
+    def _tokens(self, response: Response, first_token: int) -> dict[str, Any]:
         """The response's tokens with their ratios, for the report; `first_token` is its position in the batch."""
         if self._log_ratios is None:
             return {}
-        shown = token_ids[:MAX_TOKENS]
-        log_ratios = self._log_ratios[first_token : first_token + len(shown)]
-        return {
-            "num_tokens": len(token_ids),
+        shown = response.token_ids[:MAX_TOKENS]
+        log_ratios = self._log_ratios[first_token : first_token + len(response.token_ids)]
+        ratios = np.exp(np.clip(response.without_given(log_ratios), -MAX_LOG_RATIO, MAX_LOG_RATIO))[: len(shown)]
+        found = {
+            "num_tokens": len(response.token_ids),
             "tokens": [self._response_text(shown[place : place + 1]) for place in range(len(shown))],
-            "ratios": np.exp(np.clip(log_ratios, -MAX_LOG_RATIO, MAX_LOG_RATIO)).tolist(),
+            "ratios": [None if math.isnan(ratio) else ratio for ratio in ratios.tolist()],
         }
+        if response.loss_mask is None:
+            return found
+        return found | {"given": (response.loss_mask[: len(shown)] == 0).tolist()}
 
 
 def _as_markdown(sample: Mapping[str, Any]) -> str:

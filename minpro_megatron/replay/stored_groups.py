@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minpro_megatron.buffer.journal_reader import GroupRow, JournalReader, StoredGroup
+from minpro_megatron.buffer.journal_reader import GroupRow, JournalReader, StoredGroup, StoredResponse
 from minpro_megatron.errors import UserError
 
 
@@ -21,8 +21,9 @@ def export_rows(group: StoredGroup) -> list[dict[str, Any]]:
             "group": str(group.group_id),
             "prompt_ids": group.prompt_token_ids.tolist(),
             "response_ids": without_nan(response.token_ids),
-            "behavior_log_probs": without_nan(response.behavior_log_probs),
-            "rollout_log_probs": without_nan(response.rollout_log_probs),
+            "behavior_log_probs": _numbers(response, response.behavior_log_probs),
+            "rollout_log_probs": _numbers(response, response.rollout_log_probs),
+            **({} if response.loss_mask is None else {"loss_mask": response.loss_mask.tolist()}),
             "reward": response.reward,
             "step": group.consumed_step,
             "prompt_id": group.prompt_id,
@@ -31,6 +32,13 @@ def export_rows(group: StoredGroup) -> list[dict[str, Any]]:
         }
         for response in group.responses
     ]
+
+
+def _numbers(response: StoredResponse, values: np.ndarray | None) -> list[Any] | None:
+    """The values of a row, which must be numbers: those of given tokens, which the loss mask excludes, become 0."""
+    if values is None or response.loss_mask is None:
+        return without_nan(values)
+    return without_nan(np.where(response.loss_mask != 0, values, 0))
 
 
 def without_nan(values: np.ndarray | None) -> list[Any] | None:

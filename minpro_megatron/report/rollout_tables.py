@@ -1,6 +1,6 @@
 """Groups and their tokens on a terminal. Untrusted text is escaped, and never interpreted as markup."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -11,7 +11,10 @@ from rich.text import Text
 
 from minpro_megatron.buffer.journal_reader import GroupRow, StoredGroup, StoredResponse
 from minpro_megatron.prompts.tokenizer import TextTokenizer
+from minpro_megatron.records import NOT_SAMPLED, Turn
 from minpro_megatron.terminal_text import visible
+
+GIVEN = "bright_black"  # the style of tokens that the environment gave
 
 
 def print_list(console: Console, rows: Sequence[GroupRow], num_found: int) -> None:
@@ -69,9 +72,15 @@ def _print_response(console: Console, response: StoredResponse, tokenizer: TextT
         _line(console, ", ".join(parts))
         _line(console, "its tokens are no longer in the journal (collector.journal_keep_steps)")
         return
-    spans = [f"{len(list(members))} of version {version}" for version, members in groupby(versions.tolist())]
+    spans = [
+        f"{len(list(members))} " + ("given" if version == NOT_SAMPLED else f"of version {version}")
+        for version, members in groupby(versions.tolist())
+    ]
     _line(console, ", ".join([*parts, " then ".join(spans)]))
-    _print_text(console, response.token_ids, tokenizer)
+    for number, turn in enumerate(response.turns, start=1):
+        _line(console, _turn(number, turn))
+    for ids, style in _parts(response):
+        _print_text(console, ids, tokenizer, style)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("place", justify="right")
     table.add_column("token", overflow="fold")
@@ -86,20 +95,40 @@ def _print_response(console: Console, response: StoredResponse, tokenizer: TextT
     for place, (token_id, version) in enumerate(zip(response.token_ids.tolist(), versions.tolist(), strict=True)):
         token = tokenizer.text(np.asarray([token_id])) if tokenizer else ""
         numbers = [column[place] if column else "-" for column in columns]
-        cells = [str(place), visible(token), str(token_id), str(version), *numbers]
-        table.add_row(*(Text(cell) for cell in cells))
+        shown = "given" if version == NOT_SAMPLED else str(version)
+        cells = [str(place), visible(token), str(token_id), shown, *numbers]
+        table.add_row(*(Text(cell, GIVEN if version == NOT_SAMPLED else "") for cell in cells))
     console.print(table)
 
 
-def _print_text(console: Console, token_ids: np.ndarray, tokenizer: TextTokenizer | None) -> None:
+def _turn(number: int, turn: Turn) -> str:
+    facts = [f"{turn.sampled_tokens} sampled", f"{turn.given_tokens} given"]
+    if turn.given_tokens or turn.tool_calls or turn.problem:
+        facts += [f"{turn.tool_calls} tool calls", f"{turn.seconds:.2f} s"]
+    return f"turn {number}: {', '.join(facts)}" + (f"; failed: {visible(turn.problem)}" if turn.problem else "")
+
+
+def _parts(response: StoredResponse) -> Iterator[tuple[np.ndarray, str]]:
+    """The token ids of each turn of the policy and of the environment, with the style to print them in."""
+    assert response.token_ids is not None
+    mask = response.loss_mask
+    if mask is None:
+        yield response.token_ids, ""
+        return
+    cuts = np.flatnonzero(np.diff(mask)) + 1
+    for ids, sampled in zip(np.split(response.token_ids, cuts), np.split(mask, cuts), strict=True):
+        yield ids, "" if sampled[0] else GIVEN
+
+
+def _print_text(console: Console, token_ids: np.ndarray, tokenizer: TextTokenizer | None, style: str = "") -> None:
     """Every line after a bar, so that no line can be mistaken for one of this tool."""
     lines = tokenizer.text(token_ids).split("\n") if tokenizer else [" ".join(map(str, token_ids.tolist()))]
     for line in lines:
-        _line(console, f"  │ {visible(line)}")
+        _line(console, f"  │ {visible(line)}", style)
 
 
-def _line(console: Console, text: str) -> None:
-    console.print(Text(text), soft_wrap=True)
+def _line(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(text, style), soft_wrap=True)
 
 
 def _versions(row: GroupRow) -> str:

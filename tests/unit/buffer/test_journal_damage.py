@@ -21,6 +21,7 @@ from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup
 from minpro_megatron.buffer.journal_restore import RestoredGroup
 from minpro_megatron.buffer.staleness import Beginning
 from minpro_megatron.records import Batch, CollectedGroup, IssuedGroup, Response
+from tests.support.episodes import as_episode
 from tests.support.journal_feeds import NUM_STEPS, make_feed
 from tests.support.rollout_fakes import NUM_PROMPTS, collected, issued_groups
 from tests.support.stored_runs import behavior, trained, write_run
@@ -109,8 +110,10 @@ def write_groups(run_dir: Path) -> None:
 
 
 def with_routes(issued: IssuedGroup) -> CollectedGroup:
+    """The second response is an episode, so that it has a value in every column."""
     routes = [np.full((4, 2, 1), place, np.uint8) for place in range(len(issued.sampling_seeds))]
-    return collected(issued, routes=routes)
+    first, second = collected(issued, routes=routes).responses
+    return CollectedGroup(issued=issued, responses=[first, as_episode(second, (1, 0, 0, 1))])
 
 
 def restore(run_dir: Path, version: int, delay_mode: bool) -> tuple[list[RestoredGroup], int]:
