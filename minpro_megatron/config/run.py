@@ -16,6 +16,7 @@ from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.collector import CollectorConfig
 from minpro_megatron.config.data import DataConfig
 from minpro_megatron.config.debug import DebugConfig
+from minpro_megatron.config.environment import EnvironmentConfig
 from minpro_megatron.config.evaluation import EvaluationConfig
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.model import ModelConfig, layer_backend_of
@@ -54,6 +55,7 @@ class RunConfig(Section):
     staleness: StalenessConfig = StalenessConfig()
     server: ServerConfig = ServerConfig()
     publish: PublishConfig = PublishConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     reward: RewardConfig = RewardConfig()
     collector: CollectorConfig = CollectorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -101,10 +103,24 @@ class RunConfig(Section):
                 f"loss.overlong_penalty.buffer_tokens = {penalty.buffer_tokens} must not exceed "
                 f"sampling.max_response_tokens = {sampling.max_response_tokens}: lower it"
             )
+        self._episodes_can_be_sampled()
         self._routes_can_be_replayed()
         self._runs_on_device()
         self._watched_parts_exist()
         return self
+
+    def _episodes_can_be_sampled(self) -> None:
+        environment, turns = self.environment, self.sampling.max_turns
+        if environment.enabled != (turns > 1):
+            raise ValueError(
+                f"sampling.max_turns = {turns} with environment.name = {environment.name}: without an environment a "
+                "response has one turn, and with one the policy needs at least 2 to read an answer; set both"
+            )
+        if environment.enabled and not self.data.chat_template:
+            raise ValueError(
+                f"environment.name = {environment.name} needs data.chat_template = true: the template's markers of a "
+                "turn surround the environment's answers; set it, or environment.name to none"
+            )
 
     def _routes_can_be_replayed(self) -> None:
         is_bounded, replay = self.staleness.mode == "bounded", self.model.routing_replay

@@ -14,7 +14,16 @@ class SamplingConfig(Section):
     )
     max_prompt_tokens: int = Field(default=2048, ge=1, description="Maximum length of a prompt in tokens.")
     max_response_tokens: int = Field(
-        default=20480, ge=1, description="Maximum length of a response in tokens; longer ones are truncated."
+        default=20480,
+        ge=1,
+        description="Maximum length of a response in tokens, including the answers of an environment; longer ones are "
+        "truncated.",
+    )
+    max_turns: int = Field(
+        default=1,
+        ge=1,
+        description="Maximum number of turns that the policy has in a response. More than one needs an environment "
+        "(environment.name), which answers between them.",
     )
     extra_stop_tokens: list[str] = Field(
         default=[],

@@ -12,6 +12,7 @@ import msgspec
 
 from minpro_megatron.errors import UserError
 from minpro_megatron.files.replacement import replace_file
+from minpro_megatron.records import Turn
 
 SETTINGS_FILE, SAMPLES_FILE = "settings.json", "samples.jsonl"
 MAX_COMPARED_CHARS = 200
@@ -26,6 +27,7 @@ class SampledResponse(msgspec.Struct, frozen=True):
     reward: float | None  # None: it could not be graded
     extracted: str | None = None
     problem: str | None = None
+    turns: list[Turn] = []  # of an episode
 
 
 class SampledGroup(msgspec.Struct, frozen=True):

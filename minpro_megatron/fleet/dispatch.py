@@ -93,6 +93,16 @@ class Dispatcher:
             loads.put(member)
         self._assign()
 
+    def change_load(self, member: Member, num_requests: int) -> None:
+        """Counts so many requests more (or fewer) for a server that a group holds, because some of the group's
+        responses wait for something else meanwhile. The server may have too many when they continue."""
+        member.num_requests += num_requests
+        loads = self._loads_of(member)
+        if member in loads:
+            loads.put(member)
+        if num_requests < 0:
+            self._assign()
+
     def dispatch(self, changed: Member | None = None) -> None:
         """Assigns servers to waiting groups. Call it whenever a server may accept more work than before: `changed`, or
         any server if it is None."""

@@ -14,7 +14,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.errors import ProjectError
 from minpro_megatron.fleet.dispatch import Dispatcher, Ticket
-from minpro_megatron.fleet.member import Client, Key, Member, client_maker
+from minpro_megatron.fleet.member import Client, Key, Member, MemberGone, client_maker
 from minpro_megatron.fleet.open_files import max_groups_under_way
 from minpro_megatron.fleet.probes import ProbeEvents, Probes
 from minpro_megatron.fleet.totals import FleetTotals
@@ -195,6 +195,19 @@ class Fleet:
                 return await self._dispatcher.acquire(ticket, num_requests, tried)
         except TimeoutError:
             raise FleetError(self._describe_full_queue()) from None
+
+    async def until_current(self, member: Member) -> None:
+        """Returns once a server that a group holds may get another request of it: not while the trainer may change its
+        weights. Raises MemberGone if the server has left, or does not get the current weights."""
+        while not self._is_current(member) or member.is_lent:
+            is_here = self._members.get(member.key) is member and member.is_well
+            if not is_here or self.version not in (member.held_version, member.named_version):
+                raise MemberGone(f"{member.name} does not hold the current weights any more")
+            await asyncio.sleep(self._watch_interval_s)
+
+    def change_load(self, member: Member, num_requests: int) -> None:
+        """See Dispatcher.change_load."""
+        self._dispatcher.change_load(member, num_requests)
 
     def release(self, member: Member, num_requests: int) -> None:
         """Records that the group for which `acquire` returned this server has ended there."""

@@ -10,7 +10,9 @@ import numpy as np
 
 from minpro_megatron.errors import ProjectError
 from minpro_megatron.fleet.dispatch import Ticket
+from minpro_megatron.fleet.episodes import EpisodeRules, sampled_parts
 from minpro_megatron.fleet.fleet import Fleet
+from minpro_megatron.fleet.held_server import HeldServer
 from minpro_megatron.fleet.member import Key, MemberGone
 from minpro_megatron.records import NOT_GRADED, CollectedGroup, IssuedGroup, Prompt, Response
 from minpro_megatron.rewards.pool import RewardPool
@@ -47,8 +49,16 @@ class GroupCollector:
     Evaluation groups start once no training group waits.
     """
 
-    def __init__(self, fleet: Fleet, rewards: RewardPool, tokenizer: ResponseDecoder) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        rewards: RewardPool,
+        tokenizer: ResponseDecoder,
+        episodes: EpisodeRules | None = None,
+    ) -> None:
+        """`episodes`: the environment that answers the responses' turns; None: a response is one request."""
         self._fleet = fleet
+        self._episodes = episodes
         self._rewards = rewards
         self._tokenizer = tokenizer
         self._tickets = itertools.count()
@@ -60,13 +70,7 @@ class GroupCollector:
         The remaining rewards of a training group are cancelled once one of its responses could not be graded.
         """
         sequences = await self.sample(issued, sampling)
-        prompt = issued.prompt
-        texts = graded_texts(prompt, await self.response_texts(sequences))
-        judged = await self._rewards.judge_all(
-            texts, prompt.answer, prompt.source, stop_at_failure=not issued.is_evaluation
-        )
-        rewards = [NOT_GRADED if found.reward is None else found.reward for found in judged]
-        rewards += [NOT_GRADED] * (len(texts) - len(rewards))
+        rewards, problem = await self._graded(issued, sequences)
         responses = [
             Response(
                 token_ids=sequence.token_ids,
@@ -74,22 +78,42 @@ class GroupCollector:
                 policy_versions=sequence.policy_versions,
                 finish_reason=sequence.finish_reason,
                 reward=reward,
+                loss_mask=sequence.loss_mask,
+                turns=list(sequence.turns),
                 routed_experts=sequence.routed_experts,
             )
             for sequence, reward in zip(sequences, rewards, strict=True)
         ]
-        problem = next((found.problem for found in judged if found.problem is not None), "")
         return CollectedGroup(issued=issued, responses=responses, grading_problem=problem)
 
+    async def _graded(self, issued: IssuedGroup, sequences: Sequence[SampledSequence]) -> tuple[list[float], str]:
+        """(reward of each sequence, why one could not be graded). A response whose environment failed is not graded."""
+        prompt, failures = issued.prompt, [sequence.failure for sequence in sequences]
+        if not issued.is_evaluation and any(failures):
+            return [NOT_GRADED] * len(sequences), next(filter(None, failures))
+        texts = graded_texts(prompt, await self.response_texts(sequences))
+        judged = await self._rewards.judge_all(
+            texts, prompt.answer, prompt.source, stop_at_failure=not issued.is_evaluation
+        )
+        rewards = [NOT_GRADED if found.reward is None else found.reward for found in judged]
+        rewards += [NOT_GRADED] * (len(texts) - len(rewards))
+        rewards = [NOT_GRADED if failed else reward for reward, failed in zip(rewards, failures, strict=True)]
+        problems = [*failures, *(found.problem for found in judged)]
+        return rewards, next(filter(None, problems), "")
+
     async def response_texts(self, sequences: Sequence[SampledSequence]) -> list[str]:
-        """The text of each sequence as the grader receives it; a given prefix is not in it."""
+        """The text of each sequence as the grader receives it: what the policy wrote, one turn after the other. A given
+        prefix is not in it, nor is what an environment gave: printing an answer is not the same as giving it."""
+        parts = [sampled_parts(sequence) for sequence in sequences]
         # In a thread: a group may have 150,000 tokens, and other answers should not wait while they are decoded.
-        ids = [sequence.token_ids for sequence in sequences]
-        return await asyncio.to_thread(self._tokenizer.response_texts, ids)
+        ids = [ids for of_sequence in parts for ids in of_sequence]
+        texts = iter(await asyncio.to_thread(self._tokenizer.response_texts, ids))
+        return ["\n".join(next(texts) for _ in of_sequence) for of_sequence in parts]
 
     async def sample(self, issued: IssuedGroup, sampling: SamplingParameters) -> list[SampledSequence]:
         """Only the group's sequences; otherwise as `collect`."""
         fleet, ticket = self._fleet, Ticket(issued.is_evaluation, next(self._tickets))
+        episodes = self._episodes.begin(issued, sampling) if self._episodes else None
         num_requests = len(issued.sampling_seeds)
         tried: set[Key] = set()
         num_failures = 0
@@ -97,9 +121,12 @@ class GroupCollector:
             member = await fleet.acquire(ticket, num_requests, tried)
             tried.add(member.key)
             try:
-                sequences = await member.generate(
-                    issued.prompt_token_ids, issued.sampling_seeds, sampling, issued.policy_version
-                )
+                if episodes:
+                    sequences = await episodes.run(HeldServer(fleet, member))
+                else:
+                    sequences = await member.generate(
+                        issued.prompt_token_ids, issued.sampling_seeds, sampling, issued.policy_version
+                    )
                 fleet.count("groups")
                 return sequences
             except MemberGone as error:

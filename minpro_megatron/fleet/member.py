@@ -120,6 +120,11 @@ class Member:
         """Whether the server can be given work or weights, as far as is known."""
         return self.has_joined and self.answers and self.generation.is_well and not self.restart_requested
 
+    @property
+    def is_lent(self) -> bool:
+        """Whether the trainer may change the weights at this time."""
+        return not self._is_back.is_set()
+
     def lend(self) -> None:
         """The trainer may change the weights from now on: answers and continuations wait until `take_back`."""
         self._is_back.clear()

@@ -32,6 +32,8 @@ SETTING_OPTIONS: dict[str, tuple[SettingOption, ...]] = {
         SettingOption("--max-response-tokens", "sampling.max_response_tokens", "N", MAX_RESPONSE_TOKENS),
         SettingOption("--temperature", "evaluation.temperature", "X", TEMPERATURE),
         SettingOption("--top-p", "evaluation.top_p", "X", TOP_P),
+        SettingOption("--environment", "environment.name", "NAME"),
+        SettingOption("--max-turns", "sampling.max_turns", "N"),
         SettingOption("--seed", "seed", "N"),
     ),
     "grading": (
@@ -113,6 +115,7 @@ def run_config(options: EvaluationOptions) -> RunConfig:
             section, _, key = setting.partition(".")
             chosen[setting] = values[section][key]
         by_source |= options.run.reward.by_source
+        chosen |= {f"environment.{key}": value for key, value in values["environment"].items()}
     chosen |= options.settings
     if chosen["server.device"] is None:
         chosen["server.device"] = "cuda" if chosen["server.engine"] == "sglang" and count_gpus() else "cpu"
@@ -140,12 +143,15 @@ def wording(options: EvaluationOptions, config: RunConfig) -> str:
     """One line: how questions are presented, sampled and graded, and where that comes from."""
     data, sampling, evaluation = config.data, config.sampling, config.evaluation
     template = "with the model's chat template" if data.chat_template else "without a chat template"
+    turns = ""
+    if config.environment.enabled:
+        turns = f"; environment {config.environment.name}, at most {sampling.max_turns} turns"
     arguments = f" {data.chat_template_arguments}" if data.chat_template_arguments else ""
     origin = f"; from {options.run.run_dir}/run.json unless given" if options.run is not None else ""
     return (
         f"wording: instruction {data.instruction!r}, {template}{arguments}; at most {sampling.max_prompt_tokens} "
         f"prompt and {sampling.max_response_tokens} response tokens; temperature {evaluation.temperature:g}, top-p "
-        f"{evaluation.top_p:g}; reward {config.reward.function}{origin}"
+        f"{evaluation.top_p:g}{turns}; reward {config.reward.function}{origin}"
     )
 
 

@@ -62,6 +62,7 @@ def sampling_settings(
     """The settings that determine the samples: an evaluation resumes only with the same ones. The number of servers and
     the distribution of work over them are not included."""
     samples, server = samples_per_prompt(options), config.server
+    episodes = {"environment": config.environment.model_dump(), "max_turns": config.sampling.max_turns}
     return {
         "model": str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
         "model_files": _model_fingerprint(Path(options.model)),
@@ -83,6 +84,7 @@ def sampling_settings(
         "reward": config.reward.function,
         "seed": config.seed,
         "servers": "of others (--urls)" if server.urls else f"{server.engine}, {server.dtype}",
+        **(episodes if config.environment.enabled else {}),
     }
 
 

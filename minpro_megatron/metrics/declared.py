@@ -194,6 +194,18 @@ METRICS: dict[str, Declaration] = {
     "response/truncated_fraction": Declaration(
         "share", "mean", "Share of responses that were truncated at the length limit"
     ),
+    "episode/turns": Declaration(
+        "turns", "mean", "Mean number of the policy's turns per response, with an environment"
+    ),
+    "episode/given_fraction": Declaration(
+        "share", "mean", "Share of the response tokens that the environment gave; no loss sees them"
+    ),
+    "episode/tool_calls": Declaration("calls", "mean", "Mean number of tool calls per response"),
+    "episode/failed_turns": Declaration(
+        "share", "mean", "Share of the environment's answers that report a failure, such as an error of a tool"
+    ),
+    "episode/answer_s": Declaration("s", "mean", "Mean time until the environment had answered a turn"),
+    "episode/answer_s_max": Declaration("s", "max", "Longest time until the environment had answered a turn"),
     "optimizer/grad_norm": Declaration("", "mean", "Mean global gradient norm of the step's updates, before clipping"),
     "optimizer/grad_norm_max": Declaration(
         "", "max", "Largest global gradient norm of the step's updates, before clipping"

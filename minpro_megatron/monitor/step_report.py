@@ -56,9 +56,32 @@ def batch_metrics(batch: Batch, step: int, right_reward: float) -> dict[str, Met
     of_kinds = {kind: _of_kind(groups, right_reward) for kind, groups in kinds.items() if groups}
     for kind, metrics in of_kinds.items():
         found |= {f"{name}_by_prompt/{kind}": metric for name, metric in metrics.items()}
+    found |= _of_episodes(responses)
     merged = merge(list(of_kinds.values()))
     merged["response/length_mean"] = merged.pop("response/length")
     return found | merged
+
+
+def _of_episodes(responses: Sequence[Response]) -> dict[str, Metric]:
+    """The metrics of an environment; none without one."""
+    turns = [turn for response in responses for turn in response.turns]
+    if not turns:
+        return {}
+    asked = [turn for turn in turns if turn.seconds > 0]
+    num_tokens = sum(len(response.token_ids) for response in responses)
+    found = {
+        "episode/turns": mean(len(turns), len(responses)),
+        "episode/given_fraction": mean(num_tokens - sum(one.num_sampled for one in responses), num_tokens),
+        "episode/tool_calls": mean(sum(turn.tool_calls for turn in turns), len(responses)),
+    }
+    if not asked:
+        return found
+    seconds = [turn.seconds for turn in asked]
+    return found | {
+        "episode/failed_turns": mean(sum(bool(turn.problem) for turn in asked), len(asked)),
+        "episode/answer_s": mean(math.fsum(seconds), len(asked)),
+        "episode/answer_s_max": largest(max(seconds)),
+    }
 
 
 def _kind(group: CollectedGroup) -> str:

@@ -51,8 +51,26 @@ class ChatTemplate:
         before, _, after = text.rpartition(response)
         return after if before else ""
 
+    def around_answer(self, role: str) -> tuple[str, str]:
+        """The texts that the template writes between the assistant's response and a following message of `role`, and
+        after that message until the assistant's next response begins. Raises UserError as render_all does, and if the
+        template changes the texts of these messages."""
+        response, answer = "a response", "an answer to it"
+        reply = {"role": role, "content": answer}
+        (text,) = self._render(["a question"], response, TIME_LIMIT_S, reply=reply)
+        head, found, after = text.rpartition(answer)
+        _, also_found, before = head.rpartition(response)
+        if not found or not also_found:
+            raise self._error(f"it does not show a message of the role {role!r} as it is, which environment.role needs")
+        return before, after
+
     def _render(
-        self, questions: Sequence[str], response: str | None, time_limit_s: float, systems: Sequence[str] | None = None
+        self,
+        questions: Sequence[str],
+        response: str | None,
+        time_limit_s: float,
+        systems: Sequence[str] | None = None,
+        reply: Mapping[str, str] | None = None,
     ) -> list[str]:
         limit_s = time_limit_s + TIME_LIMIT_PER_PROMPT_S * len(questions)
         request = {
@@ -61,6 +79,7 @@ class ChatTemplate:
             "questions": list(questions),
             "systems": list(systems or [""] * len(questions)),
             "answer": response,
+            "reply": reply,
             "memory_bytes": MEMORY_LIMIT_BYTES,
             "cpu_s": int(limit_s) + 1,
         }

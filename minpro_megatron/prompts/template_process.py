@@ -1,8 +1,8 @@
 """Renders chat templates in a separate process: a template comes with a model and is untrusted code.
 
 Run as a file, isolated from this package. Reads from standard input a JSON object `{"template", "variables",
-"questions", "systems", "answer", "memory_bytes", "cpu_s"}` and writes `{"texts"}` or `{"error"}`. The environment is
-the same as in transformers (utils/chat_template_utils.py); the tests check that it does not differ.
+"questions", "systems", "answer", "reply", "memory_bytes", "cpu_s"}` and writes `{"texts"}` or `{"error"}`. The
+environment is the same as in transformers (utils/chat_template_utils.py); the tests check that it does not differ.
 """
 
 import json
@@ -50,13 +50,20 @@ def make_environment() -> ImmutableSandboxedEnvironment:
 
 
 def render_all(
-    template: str, variables: dict[str, Any], questions: list[str], systems: list[str], answer: str | None = None
+    template: str,
+    variables: dict[str, Any],
+    questions: list[str],
+    systems: list[str],
+    answer: str | None = None,
+    reply: dict[str, str] | None = None,
 ) -> list[str]:
     """Each question as the user's only turn, after its system message unless that is empty, up to where the assistant
-    begins; with an `answer` also the assistant's complete turn. Raises jinja2.TemplateError."""
+    begins; with an `answer` also the assistant's complete turn; with a `reply`, which is a message, this too, and the
+    beginning of the assistant's next turn. Raises jinja2.TemplateError."""
     compiled = make_environment().from_string(template)
-    given = {"tools": None, "documents": None, "add_generation_prompt": answer is None} | variables
-    turn = [] if answer is None else [{"role": "assistant", "content": answer}]
+    opens = answer is None or reply is not None
+    given = {"tools": None, "documents": None, "add_generation_prompt": opens} | variables
+    turn = [] if answer is None else [{"role": "assistant", "content": answer}, *([reply] if reply else [])]
     chats = [
         [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}, *turn]
         for text, system in zip(questions, systems, strict=True)
@@ -69,7 +76,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (request["memory_bytes"], request["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_s"], request["cpu_s"]))
     try:
-        names = ("template", "variables", "questions", "systems", "answer")
+        names = ("template", "variables", "questions", "systems", "answer", "reply")
         answer = {"texts": render_all(*(request[name] for name in names))}
     except Exception as error:  # a template's errors may be of any type
         answer = {"error": f"{type(error).__name__}: {error}"}

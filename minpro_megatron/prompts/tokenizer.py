@@ -1,6 +1,7 @@
 """Conversion between text and token ids with only the `tokenizers` library: transformers' tokenizers import torch."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -27,6 +28,21 @@ class TextTokenizer:
                 f"{facts.vocabulary_size}; tokenizer and model do not belong together"
             )
         self._stop_token_ids = frozenset(facts.stop_token_ids)
+        self._path = path
+
+    @cached_property
+    def _literal(self) -> Tokenizer:
+        """The tokenizer for which special tokens in a text are ordinary characters."""
+        tokenizer = Tokenizer.from_file(str(self._path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def encode_given(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids of texts that others wrote, int32: special tokens in them are ordinary characters."""
+        encodings = self._literal.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of each text, int32, without begin or end tokens: the text is the whole prompt."""

@@ -15,6 +15,7 @@ from minpro_megatron.collector.tracing import TracingObserver, collector_recorde
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import SUCCEEDED, TERMINATED, ProjectError, RunBlocked, report, report_unexpected
 from minpro_megatron.evaluation.in_run import EvaluationSet, benchmark_sets
+from minpro_megatron.fleet.episode_rules import episode_rules
 from minpro_megatron.fleet.fleet import Fleet, start_limit_s
 from minpro_megatron.fleet.generation import GroupCollector
 from minpro_megatron.fleet.member import client_maker
@@ -145,7 +146,8 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
         stack.callback(recorder.close)
         make_client = traced_clients(make_client, recorder)
     fleet = await stack.enter_async_context(Fleet(config, facts, incarnation, make_client))
-    collect_group, observer = GroupCollector(fleet, rewards, tokenizer).collect, None
+    episodes = await episode_rules(config, facts, tokenizer, stack)
+    collect_group, observer = GroupCollector(fleet, rewards, tokenizer, episodes).collect, None
     if recorder is not None:
         collect_group, observer = traced_groups(collect_group, recorder), TracingObserver(recorder)
     stream = PromptStream(training, config)

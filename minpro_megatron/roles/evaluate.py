@@ -13,6 +13,7 @@ from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import ProjectError, first_error
 from minpro_megatron.evaluation.benchmarks import SAMPLES_PER_REQUEST
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
+from minpro_megatron.fleet.episode_rules import episode_rules
 from minpro_megatron.fleet.fleet import Fleet, start_limit_s
 from minpro_megatron.fleet.generation import GroupCollector, graded_texts
 from minpro_megatron.fleet.member import client_maker
@@ -117,7 +118,8 @@ class Sampler:
                     f"version {sampled_version}: give another --output"
                 )
             self._ready()
-            groups = GroupCollector(fleet, rewards, self._tokenizer)
+            episodes = await episode_rules(self._config, self._facts, self._tokenizer, stack)
+            groups = GroupCollector(fleet, rewards, self._tokenizer, episodes)
             try:
                 async with asyncio.TaskGroup() as running:
                     readmitting = running.create_task(self._readmit(fleet, version))
@@ -179,9 +181,10 @@ class Sampler:
                     text=text,
                     num_tokens=len(sequence.token_ids),
                     finish_reason=sequence.finish_reason,
-                    reward=found.reward,
+                    reward=None if sequence.failure else found.reward,
                     extracted=found.extracted,
-                    problem=found.problem,
+                    problem=sequence.failure or found.problem,
+                    turns=list(sequence.turns),
                 )
                 for text, sequence, found in zip(texts, sequences, judged, strict=True)
             ],

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from minpro_megatron.models.model_files import ModelFacts
+from minpro_megatron.records import Turn
 from minpro_megatron.serving.errors import InvalidAnswer, WrongPolicyVersion
 
 # Rounding may raise the log-prob of a certain token above 0 by a few units in the last place.
@@ -28,6 +29,10 @@ class SampledSequence:
     finish_reason: str  # "stop", "length", or "abort" for a part that the server returned unfinished
     # uint8 or int16 [prompt tokens + tokens - 1, layers, experts per token]; None if they were not requested
     routed_experts: np.ndarray | None = None
+    # of an episode (fleet/episodes.py)
+    loss_mask: np.ndarray | None = None  # uint8: 1 for sampled tokens, 0 for given ones; None: all are sampled
+    turns: tuple[Turn, ...] = ()
+    failure: str = ""  # why its environment failed: the group must not be trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,10 +281,11 @@ def _nothing_sampled() -> SampledSequence:
 
 
 def joined(parts: Sequence[SampledSequence]) -> SampledSequence:
-    """Joins the parts of a sequence, each of which except the last was aborted and continued by the next.
+    """Joins the parts of a sequence, each of which except the last was continued by the next: because it was aborted,
+    or because the next part was given by an environment or follows a given one.
 
-    A position's routes are those of the request that processed it first: later requests, with other weights, only
-    recompute it.
+    A position's routes are those of the request that processed it first: later requests, perhaps with other weights,
+    only recompute it. Given parts have no routes of their own: the request after them processes them first.
     """
     sampled = [part for part in parts if len(part.token_ids)]
     if len(sampled) == 1:

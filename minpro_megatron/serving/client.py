@@ -60,12 +60,14 @@ class SamplingParameters:
     """How the tokens of a request are sampled. Training requests keep top_p at 1.
 
     `with_routes`: the answer must include the experts that the model chose for each token (routing replay R3).
+    `cache_key`: where weights change during requests, requests with the same key share their prefix cache.
     """
 
     temperature: float
     max_response_tokens: int
     top_p: float = 1.0
     with_routes: bool = False
+    cache_key: str = ""
 
 
 class ServerClient:
@@ -211,8 +213,10 @@ class ServerClient:
                 "rid": [request.request_id for request in sent],
                 # The prefix cache may be from earlier weights, if publish.flush_cache is off, and with pause mode
                 # in_place, which cannot empty it. So a cached prefix serves only requests of the same version; if
-                # weights change during requests, only requests of the same group.
-                "extra_key": f"version {sent[0].policy_version}" if self._exact_versions else sent[0].request_id,
+                # weights change during requests, only requests of the same group, or of the same key.
+                "extra_key": f"version {sent[0].policy_version}"
+                if self._exact_versions
+                else sampling.cache_key or sent[0].request_id,
                 "input_ids": [response.token_ids for response in responses],
                 "sampling_params": [
                     {**shared, "max_new_tokens": request.max_tokens, "sampling_seed": response.seed}

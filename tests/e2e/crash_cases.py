@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from tests.e2e.crashes import CrashPoint, Moment, Victim
+from tests.e2e.episode_environment import EPISODES
 
 KILLED = 1  # a role died
 LAUNCHER_KILLED, LAUNCHER_TERMINATED, GOES_ON = -9, 130, 0
@@ -23,6 +24,8 @@ GENERATE = "minpro_megatron.fleet.member:Member.generate"
 FEED = "minpro_megatron.feed.feed:Feed"
 WRITE_REPORT = "minpro_megatron.report.run_end:write_report"
 WRITE_SUMMARY = "minpro_megatron.report.run_end:write_summary"
+TURN = "minpro_megatron.fleet.episodes:_Episode"
+ANSWER = "tests.e2e.episode_environment:Again.answer"
 BOUNDED_MODE = ("staleness.mode=bounded", "staleness.max_staleness=2")
 
 # A checkpoint is there as soon as its step has ended, and not some time in the next one.
@@ -58,6 +61,10 @@ class Case:
     @property
     def bounded(self) -> bool:
         return "staleness.mode=bounded" in self.overrides
+
+    @property
+    def has_episodes(self) -> bool:
+        return EPISODES[0] in self.overrides
 
 
 def each_role_in_each_phase() -> list[Case]:
@@ -197,6 +204,32 @@ def bounded() -> list[Case]:
     return [Case(f"bounded: {name}", (point,), status, BOUNDED_MODE) for name, (point, status) in crashed.items()]
 
 
+def in_episodes() -> list[Case]:
+    """In each state of a turn: to be sampled, sampled, put to the environment, answered, joined to its group."""
+    asked = CrashPoint("collect", ANSWER, call=90)
+    collect = {
+        "a turn not sent": CrashPoint("collect", f"{TURN}._sampled", call=130),
+        "a turn sampled, not put": CrashPoint("collect", f"{TURN}._sampled", call=130, moment="after"),
+        "the environment works": asked,
+        "a turn answered": CrashPoint("collect", f"{TURN}._answered", call=90, moment="after"),
+        "an episode over, its group not": CrashPoint("collect", f"{TURN}._joined", call=70, moment="after"),
+    }
+    server = {
+        "a turn sent": CrashPoint("collect", GENERATE, call=130, victim="server"),
+        "the environment works": replace(asked, victim="server"),
+    }
+    return [
+        Case("episodes, undisturbed once more", (), overrides=EPISODES),
+        *(
+            Case(f"episodes: collect killed, {what}", (point,), overrides=EPISODES + AT_ONCE)
+            for what, point in collect.items()
+        ),
+        *(Case(f"episodes: a server killed, {what}", (point,), GOES_ON, EPISODES) for what, point in server.items()),
+        Case("episodes, bounded: collect killed", (asked,), overrides=EPISODES + BOUNDED_MODE),
+        Case("episodes, bounded: a server killed", (server["a turn sent"],), GOES_ON, EPISODES + BOUNDED_MODE),
+    ]
+
+
 def of_sglang() -> list[Case]:
     """With SGLang's own servers, whose tokens are others every time."""
     engine = ("server.engine=sglang",)
@@ -217,5 +250,6 @@ def all_cases() -> list[Case]:
         *without_restart(),
         *from_outside(),
         *bounded(),
+        *in_episodes(),
         *of_sglang(),
     ]

@@ -5,8 +5,11 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from minpro_megatron.buffer.journal_reader import JournalReader
+from minpro_megatron.records import NOT_SAMPLED
 from tests.e2e.conftest import TinyModel
 from tests.e2e.crashes import (
     DELAY,
@@ -18,6 +21,7 @@ from tests.e2e.crashes import (
     Results,
     make_model,
 )
+from tests.e2e.episode_environment import EPISODES
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,35 @@ def undisturbed(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> R
     run.finish()
     check_undisturbed(run.run_dir, model)
     return Results.read(run.run_dir)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_episodes(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Of the same run with an environment."""
+    run = CrashRun(model, tmp_path_factory.mktemp("episodes"), "undisturbed", *EPISODES)
+    run.finish()
+    check_undisturbed(run.run_dir, model)
+    check_episodes(run.run_dir)
+    return Results.read(run.run_dir)
+
+
+def check_episodes(run_dir: Path) -> None:
+    """Most responses have several turns; what the environment gave has neither log-probs nor a version."""
+    with JournalReader(run_dir) as reader:
+        responses = [response for group in reader.groups("state = 'consumed'") for response in group.responses]
+    with_given = [response for response in responses if response.loss_mask is not None]
+    assert len(with_given) > len(responses) // 2
+    assert {len(response.turns) for response in with_given} == {2, 3}
+    for response in with_given:
+        assert response.loss_mask is not None
+        given = response.loss_mask == 0
+        assert sum(turn.given_tokens for turn in response.turns) == np.count_nonzero(given)
+        assert sum(turn.sampled_tokens for turn in response.turns) == np.count_nonzero(~given)
+        for name in ("rollout_log_probs", "behavior_log_probs", "trained_log_probs"):
+            values = getattr(response, name)
+            assert np.isnan(values[given]).all(), name
+            assert np.isfinite(values[~given]).all(), name
+        assert (response.policy_versions[given] == NOT_SAMPLED).all()
 
 
 def check_undisturbed(run_dir: Path, model: TinyModel) -> None:

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file
 from minpro_megatron.monitor.environment import git_commit
 from tests.e2e.conftest import ROOT, TinyModel
 from tests.e2e.crash_cases import GOES_ON, Case, all_cases
-from tests.e2e.crash_checks import check_bounded, model, undisturbed
+from tests.e2e.crash_checks import check_bounded, model, undisturbed, undisturbed_episodes
 from tests.e2e.crash_table import Row, Table
 from tests.e2e.crashes import STEPS, CrashPoint, CrashRun, Launched, Results, differing
 
-__all__ = ["model", "undisturbed"]  # fixtures
+__all__ = ["model", "undisturbed", "undisturbed_episodes"]  # fixtures
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -49,10 +49,12 @@ LAUNCH_LIMIT_S = 500
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_run_goes_on(case: Case, model: TinyModel, undisturbed: Results, tmp_path: Path) -> None:
+def test_run_goes_on(case: Case, model: TinyModel, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     recorded = TABLE.read()
     if os.environ.get("CRASHES_RESUME") and case.name in recorded:
         pytest.skip("recorded")
+    kind = "undisturbed_episodes" if case.has_episodes else "undisturbed"
+    undisturbed: Results = request.getfixturevalue(kind)
     with _disk_of_its_own(case, tmp_path):
         row = _tried(case, CrashRun(model, tmp_path, "run", *case.overrides), undisturbed)
     TABLE.write(recorded | {case.name: row}, [one.name for one in CASES])

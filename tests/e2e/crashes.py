@@ -22,6 +22,7 @@ import psutil
 
 from minpro_megatron.monitor.history import read_history
 from tests.e2e.conftest import ROOT, TinyModel
+from tests.e2e.episode_environment import CHAT_TEMPLATE
 
 STEPS, PROMPTS, RESPONSES, DELAY, EVERY = 6, 4, 8, 2, 2
 POINTS = Path(__file__).with_name("crash_points")
@@ -74,6 +75,7 @@ def make_model(folder: Path) -> TinyModel:
     convert = ["tools/convert_checkpoint.py", "to-megatron", "--hf", model.hf, "--output", model.megatron]
     for command in ([*make, "--output", model.hf], convert):
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, timeout=400, capture_output=True)
+        (model.hf / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     # one answer to all prompts: the most frequent one, so that rewards differ within groups and training raises them
     for name in ("train", "heldout"):
         rows = (ROOT / "recipes" / "data" / f"calculator_{name}.jsonl").read_text().splitlines()
@@ -200,7 +202,7 @@ class Results:
             }
             columns = (
                 "group_id, sampling_seed, token_ids, rollout_log_probs, policy_versions, finish_reason, reward,"
-                " behavior_log_probs, trained_log_probs"
+                " behavior_log_probs, trained_log_probs, loss_mask"
             )
             responses: dict[int, list[tuple]] = {}
             for row in journal.execute(f"SELECT {columns} FROM responses ORDER BY group_id, place"):

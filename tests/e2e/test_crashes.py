@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import TinyModel
-from tests.e2e.crash_checks import check_bounded, model, undisturbed
+from tests.e2e.crash_checks import check_bounded, check_episodes, model, undisturbed, undisturbed_episodes
 from tests.e2e.crashes import (
     CrashPoint,
     CrashRun,
     Results,
     differing,
 )
+from tests.e2e.episode_environment import EPISODES
 
-__all__ = ["model", "undisturbed"]  # fixtures
+__all__ = ["model", "undisturbed", "undisturbed_episodes"]  # fixtures
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -71,3 +72,19 @@ def test_a_bounded_run_whose_launcher_is_killed_while_a_checkpoint_is_named_lose
     assert (launched.status, launched.reached) == (-9, True), launched.output
     run.finish()
     check_bounded(run.run_dir, undisturbed)
+
+
+@pytest.mark.long
+def test_a_run_with_episodes_whose_server_and_collector_are_killed_between_turns_equals_the_undisturbed_one(
+    model: TinyModel, undisturbed_episodes: Results, tmp_path: Path
+) -> None:
+    run = CrashRun(model, tmp_path, "episodes", *EPISODES)
+    asked = CrashPoint("collect", "tests.e2e.episode_environment:Again.answer", call=90)
+    launched = run.launch(asked)
+    assert (launched.status, launched.reached) == (1, True), launched.output
+    assert "error: the role collect was ended by signal SIGKILL" in launched.output
+    sent = CrashPoint("collect", "minpro_megatron.fleet.member:Member.generate", call=30, victim="server")
+    launched = run.launch(sent)
+    assert (launched.status, launched.reached) == (0, True), f"{launched.output}\n{run.logs()}"
+    check_episodes(run.run_dir)
+    assert differing(Results.read(run.run_dir), undisturbed_episodes) == []

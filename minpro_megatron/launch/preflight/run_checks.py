@@ -15,6 +15,7 @@ from minpro_megatron.feed.journal_feed import journal_problems
 from minpro_megatron.files.disk_space import existing_parent, free_bytes
 from minpro_megatron.fleet.open_files import limit_problem
 from minpro_megatron.launch.preflight.backend_check import layer_backend_problems
+from minpro_megatron.launch.preflight.environment_check import environment_problems
 from minpro_megatron.launch.preflight.gpu_count import count_gpus
 from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cuda_version, software_problems
 from minpro_megatron.launch.preflight.library_checks import megatron_field_problems, server_argument_problems
@@ -56,7 +57,7 @@ def run_problems(config: RunConfig) -> list[str]:
     if "train" in roles:
         checks += [_mesh_fits_model, _megatron_model, layer_backend_problems, megatron_field_problems, wandb_problems]
     checks += [data_problems] if "collect" in roles else [journal_problems]
-    checks += [reward_problems] if "collect" in roles else []
+    checks += [reward_problems, environment_problems] if "collect" in roles else []
     checks += [_servers, server_argument_problems] if "serve" in roles else []
     checks += [_run_folder, _disk_space]
     return [problem for check in checks for problem in check(config)]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minpro_megatron.config.data import DataConfig
 from minpro_megatron.config.run import with_overrides
+from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.prompts import template_process
 from minpro_megatron.prompts.chat_template import ChatTemplate
@@ -197,7 +198,57 @@ def test_a_template_that_fails_or_never_ends_is_one_line(tmp_path: Path, templat
 def test_a_template_process_whose_collector_is_gone_ends_by_itself() -> None:
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     request = {"template": endless, "variables": {}, "questions": ["q"], "systems": [""]}
-    request |= {"answer": None, "memory_bytes": 2**31, "cpu_s": 1}
+    request |= {"answer": None, "reply": None, "memory_bytes": 2**31, "cpu_s": 1}
     command = [sys.executable, "-I", template_process.__file__]
     run = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, timeout=60)
     assert run.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
+
+
+WITH_TOOLS = """\
+{%- for message in messages %}
+    {%- if message.role == "tool" %}
+        {%- if loop.first or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+
+@pytest.mark.parametrize("role", ["tool", "user"])
+def test_an_answer_stands_between_the_templates_marks(tmp_path: Path, role: str) -> None:
+    """The prompt, the response, and the answer between the two texts are the chat as transformers renders it."""
+    folder = write_model(tmp_path, WITH_TOOLS)
+    template = ChatTemplate(str(folder), {"enable_thinking": False})
+    (prompt,) = template.render_all(["2+2?"])
+    before, after = template.around_answer(role)
+    assert before.startswith("<|im_end|>\n<|im_start|>user\n")
+    chat = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "print(2+2)"},
+        {"role": role, "content": "4"},
+    ]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    first = prompt.removesuffix("<think>\n\n</think>\n\n")  # this template shows it only where a response is to come
+    assert f"{first}print(2+2){before}4{after}" == expected
+    assert after.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_template_that_does_not_show_answers_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "{% for message in messages %}{% if message.role != 'tool' %}{{ message.content }}"
+                         "{% endif %}{% endfor %}")  # fmt: skip
+    with pytest.raises(UserError, match="does not show a message of the role 'tool' as it is"):
+        ChatTemplate(str(folder), {}).around_answer("tool")

@@ -104,7 +104,7 @@ def named_settings(page: Path) -> set[str]:
     if page.name.startswith("coming_from"):
         text = re.sub(r"^(\|[^|]*\|).*$", r"\1", text, flags=re.MULTILINE)
     found = re.findall(r"`'?([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", text)
-    files = (".py", ".toml", ".jsonl")
+    files = (".py", ".toml", ".json", ".jsonl")
     return {name for name in found if name.partition(".")[0] in SECTIONS and Path(name).suffix not in files}
 
 

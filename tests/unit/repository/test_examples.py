@@ -1,5 +1,6 @@
-"""The examples of docs/extending.md do what they are examples of."""
+"""The examples of docs/extending.md and docs/episodes.md do what they are examples of."""
 
+import asyncio
 import math
 from pathlib import Path
 
@@ -8,10 +9,14 @@ import torch
 
 from docs.examples.architecture import NAME, blocks_architecture, blocks_rows
 from docs.examples.objective import smooth_cispo
+from minpro_megatron.config.environment import EnvironmentConfig
 from minpro_megatron.conversion.convert import to_hf, to_megatron
+from minpro_megatron.environments.environment import Answer, EpisodeTurn
+from minpro_megatron.environments.registry import make_environment
 from minpro_megatron.models import architecture
 from minpro_megatron.objective.across_ranks.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import policy_tokens, summed_loss
+from minpro_megatron.records import Prompt
 from minpro_megatron.rewards.registry import load_reward
 from minpro_megatron.weights import table
 from tests.support.hf_models import MIXTURE, Watch, assert_same_files, make_model, read_tensors
@@ -48,6 +53,19 @@ def test_an_objective_gives_a_loss_with_a_gradient_outside_of_a_run() -> None:
 )
 def test_a_run_can_grade_with_the_reward(response: str, answer: str, reward: float) -> None:
     assert load_reward("docs.examples.reward:grade")(response, answer) == reward
+
+
+def test_an_environment_answers_turns() -> None:
+    environment = make_environment(EnvironmentConfig(name="docs.examples.environment:Guessing"))
+    prompt = Prompt(id="p", source="s", text="guess", answer="7")
+
+    def answer_to(text: str) -> Answer | None:
+        return asyncio.run(environment.answer(EpisodeTurn(prompt, group_id=0, seed=1, text=text)))
+
+    assert answer_to("2 + 3 is 5") == Answer("too small")
+    assert answer_to("12") == Answer("too large")
+    assert answer_to("so it is 7") is None
+    assert answer_to("I do not know") is None
 
 
 def test_a_model_of_the_architecture_is_converted_there_and_back(

@@ -27,6 +27,7 @@ ORDER = [
     ["serving"],
     ["rewards"],
     ["prompts"],
+    ["environments"],
     ["prompt_sets"],
     ["buffer"],
     ["feed", "fleet"],
