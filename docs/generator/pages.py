@@ -21,6 +21,7 @@ def all_pages() -> dict[Path, str]:
         ("settings.md", "Settings", settings.settings_page()),
         ("objective_settings.md", "Settings of the objective", settings.objective_settings_page()),
         ("loss_settings.md", "Settings of the loss", settings.loss_settings_page()),
+        ("environment_settings.md", "Settings of the environment", settings.environment_settings_page()),
         ("metrics.md", "Metrics", f"{_METRICS}\n\n{metric_table()}"),
     ]
     note = "<!-- Written by `python -m docs.generator` from the code. Do not edit. -->"

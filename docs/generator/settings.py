@@ -19,16 +19,17 @@ _ALTERNATIVES = re.compile(r"\^\(([a-z|]+)\)\$")  # a pattern that only lists wo
 
 
 def settings_page() -> str:
-    """docs/reference/settings.md: the sections of a run's settings, without those of `objective` and `loss`."""
+    """docs/reference/settings.md: the sections of a run's settings that have no page of their own."""
     introduction = (
-        "Every setting of a run, by section; those of `objective` and of `loss` have pages of their own, "
-        "[objective_settings.md](objective_settings.md) and [loss_settings.md](loss_settings.md). A setting is changed "
+        "Every setting of a run, by section; those of `objective`, `loss` and `environment` have pages of their own, "
+        "[objective_settings.md](objective_settings.md), [loss_settings.md](loss_settings.md) and "
+        "[environment_settings.md](environment_settings.md). A setting is changed "
         "on the command line as `section.key=value`, where the value is JSON or plain text. A recipe sets it in the "
         "section's class, a class of `config/`. `run.json` in a run folder has the values of that run. A setting "
         "without a default must be given by the recipe."
     )
-    chosen = (found for found in _sections(RunConfig) if not found[0].startswith(("objective", "loss")))
-    return _page(introduction, chosen)
+    elsewhere = ("objective", "loss", "environment")
+    return _page(introduction, (found for found in _sections(RunConfig) if not found[0].startswith(elsewhere)))
 
 
 def objective_settings_page() -> str:
@@ -47,6 +48,12 @@ def loss_settings_page() -> str:
         "explains them."
     )
     return _page(introduction, (found for found in _sections(RunConfig) if found[0].startswith("loss")))
+
+
+def environment_settings_page() -> str:
+    """docs/reference/environment_settings.md: the section `environment`."""
+    introduction = "The settings of `environment`. [episodes.md](../episodes.md) explains them."
+    return _page(introduction, (found for found in _sections(RunConfig) if found[0].startswith("environment")))
 
 
 def _page(introduction: str, sections: Iterable[tuple[str, type[BaseModel]]]) -> str:

@@ -3,8 +3,9 @@
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import cast
 
-from minpro_megatron.config.environment import EnvironmentConfig
+from minpro_megatron.config.environment import PYTHON_TOOL, EnvironmentConfig
 from minpro_megatron.environments.environment import Environment
+from minpro_megatron.environments.python_tool.tool import PythonTool
 from minpro_megatron.errors import UserError
 from minpro_megatron.hooks.hook import Hook, is_import_path
 
@@ -13,10 +14,12 @@ SETTING = "environment.name"
 
 def make_environment(settings: EnvironmentConfig) -> Environment:
     """The environment that the settings name. Raises UserError if there is none, or if it cannot be made."""
+    if settings.name == PYTHON_TOOL:
+        return PythonTool(settings.python_tool)
     if not is_import_path(settings.name):
         raise UserError(
-            f"{SETTING} = {settings.name!r}: there is no such environment; known: none, or the import path of "
-            "your own class, such as package.module:Class"
+            f"{SETTING} = {settings.name!r}: there is no such environment; known: none, {PYTHON_TOOL}, or the import "
+            "path of your own class, such as package.module:Class"
         )
     hook = Hook(SETTING, settings.name)
     with hook.running():

@@ -2,6 +2,7 @@
 
 from contextlib import AsyncExitStack
 
+from minpro_megatron.config.environment import PYTHON_TOOL
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.environments.framing import Framing
 from minpro_megatron.environments.registry import make_environment, opened
@@ -32,5 +33,5 @@ async def episode_rules(
         decoder=tokenizer,
         vocabulary_size=facts.vocabulary_size,
         max_turns=config.sampling.max_turns,
-        timeout_s=settings.timeout_s,
+        timeout_s=None if settings.name == PYTHON_TOOL else settings.timeout_s,
     )

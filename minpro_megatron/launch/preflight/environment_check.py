@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
+from minpro_megatron.config.environment import PYTHON_TOOL
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.environments.python_tool.sandbox import check_isolation
 from minpro_megatron.environments.registry import make_environment
 from minpro_megatron.errors import UserError
 from minpro_megatron.fleet.episode_rules import make_framing
@@ -16,6 +18,8 @@ def environment_problems(config: RunConfig) -> Iterator[str]:
         return
     try:
         make_environment(config.environment)
+        if config.environment.name == PYTHON_TOOL:
+            check_isolation(config.environment.python_tool)
     except UserError as error:
         yield str(error)
     except Exception as error:
