@@ -6,6 +6,7 @@ minpro cancel NAME     (the run's name or the job's number)
 import argparse
 import sys
 
+from minpro_megatron.cluster import pods
 from minpro_megatron.cluster.local_job import refuse_local
 from minpro_megatron.cluster.records import recall, records_folder
 from minpro_megatron.cluster.shell import shell_of
@@ -26,10 +27,10 @@ def _cancel(options: argparse.Namespace) -> int:
     refuse_local(record, "end it with Ctrl-C in the terminal where it was submitted")
     shell = shell_of(record.ssh_settings)
     try:
-        state = look_up(shell, record.job_id, record.log_folder)
+        state = pods.look_up(record) if record.is_of_pods else look_up(shell, record.job_id, record.log_folder)
         if state.has_ended:
             raise UserError(f"job {record.job_id} has ended already: {state}")
-        cancel(shell, record.job_id)
+        pods.cancel(record) if record.is_of_pods else cancel(shell, record.job_id)
     except JobError as error:
         raise UserError(str(error)) from None
     print(f"job {record.job_id}: cancellation requested")

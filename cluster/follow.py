@@ -11,6 +11,7 @@ from minpro_megatron.cluster.shell import Shell
 from minpro_megatron.cluster.slurm_job import JobError, JobState, log_files, look_up
 
 POLL_S = 2.0
+POD_POLL_S = 15.0
 _BLOCK_BYTES = 256 * 1024
 # slurmctld may be restarted during a job of several days.
 _MAX_SILENCE_S = 600.0
@@ -69,3 +70,31 @@ def follow(
         if state.has_ended:
             return state
         time.sleep(POLL_S)
+
+
+def follow_state(
+    look: Callable[[], JobState],
+    job_id: str,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    poll_s: float = POD_POLL_S,
+) -> JobState:
+    """Reports changes of the job's state until it has ended; returns its last state. Raises JobError.
+
+    A failed state has to be seen twice: a TrainJob also has it for a moment before its pods are started again."""
+    shown, last, answered = "", "", time.monotonic()
+    while True:
+        try:
+            state = look()
+            answered = time.monotonic()
+        except JobError:
+            if time.monotonic() - answered > _MAX_SILENCE_S:
+                raise
+            time.sleep(poll_s)
+            continue
+        if str(state) != shown and (not state.has_ended or str(state) == last or state.has_succeeded):
+            shown = str(state)
+            say(f"job {job_id}: {shown}")
+        if state.has_ended and (state.has_succeeded or str(state) == last):
+            return state
+        last = str(state)
+        time.sleep(poll_s)

@@ -6,6 +6,7 @@ minpro logs NAME [--follow]
 import argparse
 import sys
 
+from minpro_megatron.cluster import pods
 from minpro_megatron.cluster.follow import LogTail, follow
 from minpro_megatron.cluster.local_job import refuse_local, trainer_log
 from minpro_megatron.cluster.records import recall, records_folder
@@ -30,6 +31,9 @@ def _logs(options: argparse.Namespace) -> int:
         print("\n".join(trainer_log(record)))
         return 0
     refuse_local(record, "follow it in the terminal where it was submitted")
+    if record.is_of_pods:
+        pods.show_logs(record)
+        return 0
     shell = shell_of(record.ssh_settings)
     if not options.follow:
         LogTail(shell, record.log_folder, record.job_id, sys.stdout).show_news()

@@ -1,4 +1,4 @@
-"""The only file that uses NeMo-Run: a run as an experiment of one task, packaged, sent and submitted with sbatch.
+"""A run on Slurm or on this machine: an experiment of NeMo-Run with one task, packaged, sent and submitted.
 
 NeMo-Run's script starts several tasks of a group 30 s apart, takes the status of the one that ends first and polls
 once per minute. Here the group is one srun over all nodes instead, with one process per node
@@ -6,11 +6,8 @@ once per minute. Here the group is one srun over all nodes instead, with one pro
 exit status is the job's.
 """
 
-import io
 import logging
 import shlex
-import subprocess
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,17 +22,13 @@ from nemo_run.config import get_nemorun_home
 from nemo_run.core.packaging.base import Packager
 from torchx.specs.api import AppState
 
-import minpro_megatron
-from minpro_megatron import __version__
-from minpro_megatron.cluster.paths import CHECKOUT
+from minpro_megatron.cluster.job_files import RUN_FILE, TOPOLOGY_FILE, JobFiles, archive_code
 from minpro_megatron.cluster.profile import Profile
 from minpro_megatron.cluster.slurm_job import JOB_PREFIX
 from minpro_megatron.cluster.tunnel import tunnel
 from minpro_megatron.errors import TO_BE_CONTINUED, WRONG_INPUT, UserError
 from minpro_megatron.launch.job_status import EXIT_STATUS_VARIABLE, STATED
 
-_PACKAGE = Path(minpro_megatron.__file__).parent
-RUN_FILE, TOPOLOGY_FILE = "run.json", "topology.json"
 # NeMo-Run's name for the job's folder inside the job; without a container it is replaced by the real path.
 _CONFIGS = "/nemo_run/configs"
 # Remedies for a failing command of the submission; the command itself reports its error.
@@ -90,16 +83,6 @@ _SETUP = _SETUP.replace("@WRONG_INPUT@", str(WRONG_INPUT)).replace("@TO_BE_CONTI
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobFiles:
-    """The contents of the job: the run's settings, its nodes, and the name of both."""
-
-    name: str
-    run_json: str
-    topology_json: str
-    num_nodes: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Submitted:
     """A job that sbatch has accepted: its number, and the folder of its logs on the cluster."""
 
@@ -121,42 +104,8 @@ class WorkingTree(Packager):
         for file, text in self.configs.items():
             (configs / file).write_text(text, encoding="utf-8")
         archive = Path(job_dir, f"{name}.tar.gz")
-        with tarfile.open(archive, "w:gz", compresslevel=3) as tar:
-            for file, name in code_files().items():
-                tar.add(file, arcname=name, recursive=False)
-            revision = revision_of(CHECKOUT).encode()
-            entry = tarfile.TarInfo("REVISION")
-            entry.size = len(revision)
-            tar.addfile(entry, io.BytesIO(revision))
+        archive_code(archive)
         return str(archive)
-
-
-def code_files() -> dict[Path, str]:
-    """The files that the job gets, in their current state, and their names in its archive: those of the checkout, or
-    those of the installed package."""
-    if (CHECKOUT / ".git").exists():
-        return {CHECKOUT / name: name for name in files_of(CHECKOUT)}
-    files = [path for path in sorted(_PACKAGE.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
-    return {path: str(path.relative_to(_PACKAGE.parent)) for path in files}
-
-
-def files_of(checkout: Path) -> list[str]:
-    """The files and links of the checkout that git knows or does not ignore."""
-    listed = _git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    names = [name for name in sorted(set(listed.split("\0"))) if name]
-    return [name for name in names if (checkout / name).is_file() or (checkout / name).is_symlink()]
-
-
-def revision_of(checkout: Path) -> str:
-    """The commit, with "+changes" if the checkout differs from it; of an installed package its version."""
-    if not (checkout / ".git").exists():
-        return f"minpro-megatron {__version__}\n"
-    changed = "+changes" if _git(checkout, "status", "--porcelain") else ""
-    return _git(checkout, "rev-parse", "HEAD").strip() + changed + "\n"
-
-
-def _git(checkout: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=checkout, check=True, capture_output=True, text=True).stdout
 
 
 def script_of(files: JobFiles, profile: Profile) -> str:
@@ -199,7 +148,7 @@ def run_here(files: JobFiles, profile: Profile) -> bool:
     start = f"{files.name}_{time.time_ns()}"
     configs = Path(profile.jobs_folder) / "local" / start
     configs.mkdir(parents=True)
-    for name, text in ((RUN_FILE, files.run_json), (TOPOLOGY_FILE, files.topology_json)):
+    for name, text in files.configs.items():
         (configs / name).write_text(text, encoding="utf-8")
     script = _script(profile.python, [*_arguments(profile, str(configs)), "--start", start, "--index", "0"])
     executor = nemo_run.LocalExecutor(env_vars=dict(profile.environment))
@@ -286,7 +235,7 @@ def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
         setup_lines=_setup_lines(profile),
         retries=profile.restarts,
         tunnel=tunnel(profile.ssh, profile.jobs_folder if profile.ssh else str(base / "experiments")),
-        packager=WorkingTree(configs={RUN_FILE: files.run_json, TOPOLOGY_FILE: files.topology_json}),
+        packager=WorkingTree(configs=files.configs),
         poll_estimated_start_time=False,
     )
 

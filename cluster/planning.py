@@ -1,6 +1,7 @@
 """Checks with the planner whether the run fits the GPUs and the time limit of the profile, before anything is sent."""
 
-from minpro_megatron.cluster.profile import Profile, seconds_of
+from minpro_megatron.cluster.profile import Profile
+from minpro_megatron.cluster.sections import seconds_of
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.launch.roles import roles_of

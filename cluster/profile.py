@@ -6,101 +6,42 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from minpro_megatron.cluster.paths import CHECKOUT
+from minpro_megatron.cluster.sections import (
+    AbsolutePath,
+    ContainerSettings,
+    KubernetesSettings,
+    Line,
+    OptionalPath,
+    SkypilotSettings,
+    SlurmSettings,
+    SshSettings,
+)
 from minpro_megatron.config.base import Section
 from minpro_megatron.errors import UserError
 from minpro_megatron.launch.topology import TopologySettings
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 # The words in capital letters in cluster/profiles, as a part of a path or the whole value.
-_PLACEHOLDER = re.compile(r"(?<![\w-])(ACCOUNT|PARTITION|PROJECT|REGISTRY|CHECKOUT)(?![\w-])")
+_PLACEHOLDER = re.compile(r"(?<![\w-])(ACCOUNT|PARTITION|PROJECT|REGISTRY|CHECKOUT|NAMESPACE|CLAIM|CONTEXT)(?![\w-])")
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)")
-# NeMo-Run uses these in its own command lines without quoting them.
-_UNQUOTED = r"[A-Za-z0-9_./@%+=:,-]*"
-AbsolutePath = Annotated[str, Field(pattern=rf"^/{_UNQUOTED}$")]
-OptionalPath = Annotated[str, Field(pattern=rf"^(/{_UNQUOTED})?$")]
-Word = Annotated[str, Field(pattern=rf"^{_UNQUOTED}$")]
-# Each of these is on a line of the job's script, quoted.
-Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
-
-
-def seconds_of(time: str) -> int | None:
-    """A time limit in sbatch's format, in seconds; None: there is no limit. A single number is minutes, two numbers are
-    minutes and seconds; after days they are hours and so on.
-
-    >>> seconds_of("90"), seconds_of("10:30"), seconds_of("24:00:00"), seconds_of("1-12"), seconds_of("0")
-    (5400, 630, 86400, 129600, None)
-    """
-    if time in ("UNLIMITED", "0"):
-        return None
-    days, _, rest = time.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    first = 3600 if days or len(parts) == 3 else 60
-    return int(days or 0) * 86400 + sum(part * first // 60**place for place, part in enumerate(parts))
-
-
-class SlurmSettings(Section):
-    """Options of sbatch, by the names that sbatch uses."""
-
-    account: Line = ""
-    partition: Line = ""
-    qos: Line = ""
-    time: str = Field(
-        default="24:00:00",
-        pattern=r"^((\d+-)?\d+(:\d+){0,2}|UNLIMITED)$",
-        description="limit of one start, [days-]hours:minutes:seconds",
-    )
-    end_early_s: int = Field(
-        default=300,
-        ge=0,
-        description="SIGTERM is sent this long before the time limit. The trainer saves a checkpoint and the job is "
-        "restarted; if it is late it may continue to save until a minute before the limit. 0: the limit ends the job",
-    )
-    constraint: Line = ""
-    exclude: Line = Field(default="", description="nodes to exclude")
-    mem: Line = Field(default="0", description="memory per node; 0: all of it; empty: the cluster's default")
-    exclusive: bool = True
-    cpus_per_task: int = Field(default=0, ge=0, description="CPUs per node; 0: all CPUs of an exclusive node")
-    gres: Line = Field(default="", description="GPUs, if the cluster does not know --gpus-per-node")
-    interface: Line = Field(default="", description="network interface between the nodes; empty: that of their names")
-    additional: dict[Word, Line] = Field(default={}, description="further options of sbatch, name = value")
-    srun: list[Line] = Field(default=[], description="further options of srun, such as --no-container-mount-home")
-
-    @model_validator(mode="after")
-    def _has_time_before_its_end(self) -> "SlurmSettings":
-        limit_s = seconds_of(self.time)
-        if limit_s is not None and self.end_early_s >= limit_s:
-            raise ValueError(
-                f"slurm.end_early_s = {self.end_early_s} must be less than slurm.time = {self.time} ({limit_s} s), or "
-                "every start would end at once: raise slurm.time, or set slurm.end_early_s to 0"
-            )
-        return self
-
-
-class ContainerSettings(Section):
-    """The image of the job's processes (Pyxis). The workspace is mounted in any case."""
-
-    image: Line = ""
-    mounts: list[Line] = Field(default=[], description="SOURCE:TARGET, such as /lustre/data:/lustre/data:ro")
-
-
-class SshSettings(Section):
-    """How the cluster is reached from other machines; without it the profile is for its own login nodes."""
-
-    host: Word
-    user: Word
-    port: int = Field(default=22, ge=1, le=65535)
-    identity: Word = Field(default="", description="private key file; empty: the agent's keys")
+# The sections that each executor reads, besides those of all executors.
+_SECTIONS = {
+    "slurm": {"slurm", "container", "ssh"},
+    "kubernetes": {"kubernetes", "container"},
+    "skypilot": {"skypilot", "container"},
+    "local": set[str](),
+}
 
 
 class Profile(Section):
     """How jobs are submitted, and where they run."""
 
-    executor: Literal["slurm", "local"] = "slurm"
+    executor: Literal["slurm", "kubernetes", "skypilot", "local"] = "slurm"
     gpu: str = Field(default="h100-80gb", description="kind of the nodes' GPUs, as the planner calls it")
     workspace: AbsolutePath = Field(
         description="folder on the file system that all nodes share; relative paths of settings, and paths inside this "
@@ -124,6 +65,8 @@ class Profile(Section):
         default="", description="shell file on the cluster that exports API keys; readable only by you"
     )
     slurm: SlurmSettings = SlurmSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()
+    skypilot: SkypilotSettings = SkypilotSettings()
     container: ContainerSettings = ContainerSettings()
     ssh: SshSettings | None = None
     topology: TopologySettings = TopologySettings()
@@ -152,10 +95,50 @@ class Profile(Section):
         return values
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Profile":
-        if self.executor == "local" and self.ssh is not None:
-            raise ValueError("executor = local runs on this machine: remove [ssh], or set executor to slurm")
+    def _has_the_sections_of_its_executor(self) -> "Profile":
+        others = set().union(*_SECTIONS.values()) - _SECTIONS[self.executor]
+        if given := sorted(others & self.model_fields_set):
+            names = ", ".join(f"[{name}]" for name in given)
+            raise ValueError(f"executor = {self.executor} does not use {names}: remove it, or change executor")
         return self
+
+    @model_validator(mode="after")
+    def _has_what_its_executor_needs(self) -> "Profile":
+        if found := [*self._problems_of_pods(), *self._problems_of_skypilot()]:
+            raise ValueError("; ".join(found))
+        return self
+
+    def _problems_of_pods(self) -> Iterator[str]:
+        if self.executor not in ("kubernetes", "skypilot"):
+            return
+        if not self.container.image:
+            yield f"container.image is missing: with executor = {self.executor} every node runs an image"
+        if self.container.mounts:
+            yield f"container.mounts is not used with executor = {self.executor}, where a claim is mounted: remove it"
+        if not PurePosixPath(self.jobs_folder).is_relative_to(self.workspace):
+            yield f"job_dir = {self.job_dir} must be inside workspace = {self.workspace}, which all nodes mount"
+        if self.executor == "kubernetes" and not self.kubernetes.claim:
+            yield "kubernetes.claim is missing: name a PersistentVolumeClaim that all pods can write (ReadWriteMany)"
+
+    def _problems_of_skypilot(self) -> Iterator[str]:
+        if self.executor != "skypilot":
+            return
+        sky = self.skypilot
+        on_kubernetes = sky.infra.startswith(("k8s", "kubernetes"))
+        if not sky.infra:
+            yield "skypilot.infra is missing: k8s/CONTEXT, or a cloud such as aws/us-east-1"
+        elif not on_kubernetes and sky.claim:
+            yield f"skypilot.claim = {sky.claim} needs skypilot.infra = k8s/...: mount a file system in skypilot.setup"
+        elif not sky.claim and not sky.setup:
+            yield (
+                f"skypilot.setup is empty: give the commands that mount the shared file system at {self.workspace}"
+                + (", or skypilot.claim" if on_kubernetes else "")
+            )
+        if self.topology.gpus_per_node and not sky.accelerator:
+            yield (
+                f"skypilot.accelerator is missing for topology.gpus_per_node = {self.topology.gpus_per_node}: give "
+                "SkyPilot's name of the GPU, such as H100"
+            )
 
 
 def read_profile(path: Path, assignments: list[str]) -> Profile:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from minpro_megatron.cluster.profile import SshSettings
+from minpro_megatron.cluster.sections import SshSettings
 from minpro_megatron.command_line import did_you_mean
 from minpro_megatron.errors import UserError
 from minpro_megatron.files.replacement import replace_file
@@ -26,12 +26,19 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     log_folder: str
     submitted_at: float
     ssh: dict | None = None
+    executor: str = "slurm"  # of jobs elsewhere than on this machine
+    namespace: str = ""  # of Kubernetes
     process_id: int | None = None
     exit_status: int | None = None
 
     @property
     def is_local(self) -> bool:
         return self.process_id is not None
+
+    @property
+    def is_of_pods(self) -> bool:
+        """Whether Kubernetes or SkyPilot runs the job."""
+        return self.executor in ("kubernetes", "skypilot")
 
     @property
     def ssh_settings(self) -> SshSettings | None:

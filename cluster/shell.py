@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from minpro_megatron.cluster.profile import SshSettings
+from minpro_megatron.cluster.sections import SshSettings
 
 CONNECTION_LOST = 255
 

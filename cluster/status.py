@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import PurePosixPath
 
+from minpro_megatron.cluster import pods
 from minpro_megatron.cluster.local_job import LAST_LINES, local_state, trainer_log
 from minpro_megatron.cluster.records import JobRecord, all_records, recall, records_folder
 from minpro_megatron.cluster.shell import Shell, shell_of
@@ -30,7 +31,7 @@ def _status(options: argparse.Namespace) -> int:
     for record in records:
         shell = shell_of(record.ssh_settings)
         try:
-            state = local_state(record) if record.is_local else look_up(shell, record.job_id, record.log_folder)
+            state = _state(record, shell)
         except JobError as error:
             if options.job:
                 raise UserError(str(error)) from None
@@ -42,12 +43,18 @@ def _status(options: argparse.Namespace) -> int:
     return int(failed and options.job is not None)
 
 
+def _state(record: JobRecord, shell: Shell) -> JobState:
+    if record.is_local:
+        return local_state(record)
+    return pods.look_up(record) if record.is_of_pods else look_up(shell, record.job_id, record.log_folder)
+
+
 def status_lines(record: JobRecord, state: JobState, shell: Shell) -> list[str]:
     """The job's state and, if it is running, the last lines of its log."""
     lines = [f"{record.name}  job {record.job_id}: {state}; run in {PurePosixPath(record.run_dir)}"]
     if state.state == "RUNNING" and record.is_local:
         lines += [f"  {line}" for line in trainer_log(record)[-LAST_LINES:]]
-    elif state.state == "RUNNING":
+    elif state.state == "RUNNING" and not record.is_of_pods:
         command = f"tail -qn 3 {record.log_folder}/log-*_{record.job_id}_{state.restarts}.out"
         lines += [f"  {line}" for line in shell.run(command, warn=True).stdout.splitlines()]
     return lines

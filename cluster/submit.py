@@ -11,11 +11,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from minpro_megatron.cluster.follow import follow
+from minpro_megatron.cluster import pods
+from minpro_megatron.cluster.follow import follow, follow_state
+from minpro_megatron.cluster.job_files import JobFiles
 from minpro_megatron.cluster.paths import in_workspace
 from minpro_megatron.cluster.planning import plan_problems
 from minpro_megatron.cluster.profile import Profile, read_profile, refuse_placeholders
@@ -28,9 +29,6 @@ from minpro_megatron.errors import FAILED, INTERRUPTED, SUCCEEDED, UserError, ru
 from minpro_megatron.launch.preflight.run_checks import run_problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.topology import Topology, lay_out
-
-if TYPE_CHECKING:
-    from minpro_megatron.cluster.nemo import JobFiles
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -72,7 +70,11 @@ def _submit(options: argparse.Namespace) -> int:
             from minpro_megatron.cluster.nemo import script_of
 
             print(f"# the job's script\n{script_of(_files(config, topology), profile)}")
+        elif profile.executor in ("kubernetes", "skypilot"):
+            print(pods.description(_files(config, topology), profile))
         return 0
+    if profile.executor in ("kubernetes", "skypilot"):
+        return _run_pods(config, topology, profile, options.detach)
     if profile.ssh is None:  # the run's files are on this machine's file system
         if found := run_problems(config):
             raise UserError(found)
@@ -118,7 +120,7 @@ def shares(topology: Topology) -> list[str]:
     return lines
 
 
-def _files(config: RunConfig, topology: Topology) -> "JobFiles":
+def _files(config: RunConfig, topology: Topology) -> JobFiles:
     from minpro_megatron.cluster.nemo import JobFiles
 
     return JobFiles(
@@ -152,7 +154,7 @@ def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) 
     )
     remember(records_folder(), record)
     print(f"job {job.job_id}: submitted as {job_name(config.name)}; logs in {job.folder}, run in {config.run_dir}")
-    print(f"minpro status {config.name}   (or cluster.logs, cluster.cancel)", flush=True)
+    print(f"minpro status {config.name}   (or minpro logs, minpro cancel)", flush=True)
     if detach:
         return 0
     try:
@@ -163,6 +165,32 @@ def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) 
     except JobError as error:
         raise UserError(f"{error}; the job may still run: minpro status {config.name}") from None
     return conclude(state, record)
+
+
+def _run_pods(config: RunConfig, topology: Topology, profile: Profile, detach: bool) -> int:
+    """Submits to Kubernetes or SkyPilot, and reports the job's states until it has ended."""
+    job_id = pods.submit(_files(config, topology), profile, records_folder())
+    record = JobRecord(
+        name=config.name,
+        job_id=job_id,
+        run_dir=str(config.run_dir),
+        log_folder=str(config.run_dir / "logs"),
+        submitted_at=time.time(),
+        executor=profile.executor,
+        namespace=profile.kubernetes.namespace if profile.executor == "kubernetes" else "",
+    )
+    remember(records_folder(), record)
+    print(f"job {job_id}: submitted; run in {config.run_dir}")
+    print(f"minpro status {config.name}   (or minpro logs, minpro cancel)", flush=True)
+    if detach:
+        return 0
+    try:
+        return conclude(follow_state(lambda: pods.look_up(record), job_id), record)
+    except KeyboardInterrupt:
+        print(f"\nno longer following; the job continues: minpro status {config.name}")
+        return INTERRUPTED
+    except JobError as error:
+        raise UserError(f"{error}; the job may still run: minpro status {config.name}") from None
 
 
 def conclude(state: JobState, record: JobRecord) -> int:

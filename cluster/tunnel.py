@@ -4,7 +4,7 @@ from typing import Any
 
 from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
 
-from minpro_megatron.cluster.profile import SshSettings
+from minpro_megatron.cluster.sections import SshSettings
 
 
 def tunnel(ssh: SshSettings | None, job_dir: str = "") -> Any:

@@ -15,10 +15,12 @@ def main(arguments: list[str] | None = None, prog: str = "minpro node") -> int:
     )
     parser.add_argument("--config", type=Path, required=True, help="the run's settings, written by `submit`")
     parser.add_argument("--topology", type=Path, required=True, help="shares of the nodes, written by `submit`")
+    parser.add_argument("--job", metavar="NAME", help="name of the job, the same for all starts (default: Slurm's job)")
     parser.add_argument(
         "--start",
         metavar="NAME",
-        help="name of this start, the same on all nodes and new for every start (default: Slurm's job)",
+        help="name of this start, the same on all nodes and new for every start (default: Slurm's job and restart); "
+        "with --job it is the job's name, a hyphen and a number",
     )
     parser.add_argument("--index", type=int, metavar="N", help="index of this node, from 0 (default: Slurm's)")
     parser.add_argument("--interface", default="", metavar="NAME", help="network interface that connects the nodes")

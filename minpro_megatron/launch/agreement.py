@@ -68,9 +68,9 @@ def make_plan(node: ThisNode, held: ExitStack) -> tuple[Start, Plan]:
 def _stalled(node: ThisNode, version: int) -> list[str]:
     """A problem if the previous two starts of this job both ended without a new checkpoint, because a third one
     would end in the same way."""
-    if int(node.environment.get("SLURM_RESTART_COUNT", "0") or 0) < NUM_STALLED_STARTS:
+    if not node.job:
         return []
-    before = starts_of_job(node.config.run_dir, node.key.rpartition("-")[0])[-NUM_STALLED_STARTS:]
+    before = starts_of_job(node.config.run_dir, node.job)[-NUM_STALLED_STARTS:]
     if len(before) < NUM_STALLED_STARTS or any(plan.policy_version != version for _, plan in before):
         return []
     numbers = " and ".join(str(start.incarnation + 1) for start, _ in before)

@@ -56,6 +56,7 @@ class NodeOptions:
 
     config: Path
     topology: Path
+    job: str | None = None
     start: str | None = None
     index: int | None = None
     interface: str = ""
@@ -77,6 +78,7 @@ def run_node(options: NodeOptions, environment: Mapping[str, str] = os.environ) 
         config=config,
         topology=topology,
         index=index,
+        job=_job(options, environment),
         key=_key(options, environment),
         host=environment.get("SLURMD_NODENAME") or socket.gethostname(),
         environment=environment,
@@ -103,9 +105,19 @@ def _index(options: NodeOptions, num_nodes: int, environment: Mapping[str, str])
     return given
 
 
-def _key(options: NodeOptions, environment: Mapping[str, str]) -> str:
+def _job(options: NodeOptions, environment: Mapping[str, str]) -> str:
+    """The job's name, the same for all of its starts; empty if nothing restarts it."""
     if options.start:
-        return options.start
+        return options.job or ""
+    return f"slurm-{environment['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environment else ""
+
+
+def _key(options: NodeOptions, environment: Mapping[str, str]) -> str:
+    job, start = options.job, options.start
+    if start and job and start.rpartition("-")[0] != job:
+        raise UserError(f"--start {start}: with --job {job} it must be {job}-NUMBER")
+    if start:
+        return start
     if "SLURM_JOB_ID" not in environment:
         raise UserError("--start is missing: give all nodes of this start the same new name")
     return f"slurm-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT', '0')}"
@@ -215,8 +227,8 @@ class _Node:
         if outcome.failures:
             self._this.say(
                 f"the trainer's ranks cannot reach each other over {place.interface} ({place.address}): name another "
-                "interface in the profile (slurm.interface), or give NCCL_IB_HCA or NCCL_SOCKET_IFNAME under "
-                "environment; NCCL_DEBUG=INFO there shows what NCCL tries",
+                "interface in the profile (slurm.interface, kubernetes.interface or skypilot.interface), or give "
+                "NCCL_IB_HCA or NCCL_SOCKET_IFNAME under environment; NCCL_DEBUG=INFO there shows what NCCL tries",
                 file=sys.stderr,
             )
         return outcome

@@ -13,12 +13,14 @@ from minpro_megatron.terminal_text import visible
 
 @dataclass(frozen=True, kw_only=True)
 class ThisNode:
-    """The node `index` of a start, which all its nodes call `key`. `interface` has the address at which the other nodes
-    reach this one; with a single node it is loopback."""
+    """The node `index` of a start, which all its nodes call `key`. `job` is the name that all starts of a job share;
+    empty: nothing restarts this. `interface` has the address at which the other nodes reach this one; with a single
+    node it is loopback."""
 
     config: RunConfig
     topology: Topology
     index: int
+    job: str
     key: str
     host: str
     environment: Mapping[str, str]

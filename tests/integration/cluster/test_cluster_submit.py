@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minpro_megatron.cluster import submit
+from minpro_megatron.cluster import job_files, submit
 from minpro_megatron.cluster.paths import CHECKOUT
 from minpro_megatron.cluster.planning import plan_problems
 from minpro_megatron.cluster.profile import read_profile
@@ -210,7 +210,7 @@ def test_the_job_gets_the_code_as_it_is_now(tmp_path: Path, monkeypatch: pytest.
     (checkout / "link").symlink_to(tmp_path)
     for name in ("old.py", "new file.py", "ignored"):
         (checkout / name).write_text("2")
-    monkeypatch.setattr(nemo, "CHECKOUT", checkout)
+    monkeypatch.setattr(job_files, "CHECKOUT", checkout)
     archive = nemo.WorkingTree(configs={"run.json": "{}\n"}).package(tmp_path, str(job), "a")
     with tarfile.open(archive) as tar:
         assert sorted(tar.getnames()) == [".gitignore", "REVISION", "link", "new file.py", "old.py"]
@@ -227,8 +227,8 @@ def test_the_job_of_an_installed_package_gets_the_package(tmp_path: Path, monkey
     package = tmp_path / "site-packages" / "minpro_megatron"
     (package / "recipes").mkdir(parents=True)
     (package / "recipes" / "demo.py").write_text("1")
-    monkeypatch.setattr(nemo, "CHECKOUT", tmp_path)
-    monkeypatch.setattr(nemo, "_PACKAGE", package)
+    monkeypatch.setattr(job_files, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(job_files, "_PACKAGE", package)
     archive = nemo.WorkingTree().package(tmp_path, str(tmp_path), "a")
     with tarfile.open(archive) as tar:
         assert tar.getnames() == ["minpro_megatron/recipes/demo.py", "REVISION"]
@@ -242,7 +242,7 @@ def test_a_refusal_of_the_cluster_is_reported_in_its_words(
     (tmp_path / program).write_text(f"#!/bin/bash\necho '{program}: error: no such partition' >&2; exit 3\n")
     (tmp_path / program).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(nemo, "code_files", dict)
+    monkeypatch.setattr(job_files, "code_files", dict)
     files = nemo.JobFiles(name="a", run_json="{}", topology_json="{}", num_nodes=2)
     with pytest.raises(UserError) as refused:
         nemo.submit(files, read_profile(H100, [f"workspace={tmp_path}"]))

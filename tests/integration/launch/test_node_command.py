@@ -58,6 +58,22 @@ def test_two_starts_in_a_row_without_a_new_checkpoint_are_the_last(folder, roles
     assert run_all(given, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2"}) == [2, 0]
 
 
+def test_the_starts_of_a_job_are_counted_by_its_name_without_slurm(folder, roles_started):
+    config = example_config(folder)
+    for job, statuses in (("minpro-a-1f", [0, 0, 2]), ("minpro-a-2f", [0])):
+        for number, status in enumerate(statuses):
+            given = options(folder, config, job=job, start=f"{job}-{number}")
+            assert run_all(given, {})[0] == status
+    # a start without a job is nobody's restart, however many there were
+    assert [run_all(options(folder, config, start=f"a-{number}"), {})[0] for number in range(3)] == [0, 0, 0]
+
+
+def test_a_start_has_the_name_of_its_job(folder):
+    given = options(folder, example_config(folder), job="a", start="b-0", index=0)
+    with pytest.raises(UserError, match="--start b-0: with --job a it must be a-NUMBER"):
+        run_node(given, {})
+
+
 def test_every_new_checkpoint_allows_two_more_starts(folder, roles_started, capsys):
     config = example_config(folder)
     assert restarts(folder, 0, 2, capsys)[0] == [0, 0]

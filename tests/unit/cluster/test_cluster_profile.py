@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from minpro_megatron.cluster.paths import CHECKOUT, in_workspace, path_in_workspace
-from minpro_megatron.cluster.profile import read_profile, seconds_of
+from minpro_megatron.cluster.profile import read_profile
+from minpro_megatron.cluster.sections import seconds_of
 from minpro_megatron.errors import UserError
 from tests.support.run_examples import example_config
 
