@@ -4,10 +4,12 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import pkgutil
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,7 @@ from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.errors import UserError
 
 BUNDLED = "minpro_megatron"  # the package that has the project's recipes: recipes.demo is minpro_megatron.recipes.demo
+RECIPES = "recipes"
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -44,8 +47,10 @@ def list_recipes(name: str) -> list[str]:
     """A line for each recipe of the module `name`, or of the modules in the package of this name: its name for `launch`
     and the first line of its docstring. Raises UserError for a name that cannot be imported."""
     module = _import(name, f"recipes of {name!r}")
-    inside = sorted(found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []), f"{name}."))
-    modules = {one: _import(one, f"recipes of {name!r}") for one in inside}
+    inside = {found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []), f"{name}.")}
+    if name == RECIPES:  # the user's, and those of this project that they do not replace
+        inside.update(_bundled_names())
+    modules = {one: _import(one, f"recipes of {name!r}") for one in sorted(inside)}
     found = [
         (f"{called}:{function_name}", (inspect.getdoc(function) or "").partition("\n")[0])
         for called, one in {name: module, **modules}.items()
@@ -71,7 +76,7 @@ def _import(module_name: str, what: str) -> ModuleType:
         wanted = f"{BUNDLED}.{module_name}" if (error.name or "").startswith(f"{BUNDLED}.") else module_name
         if error.name and (wanted == error.name or wanted.startswith(f"{error.name}.")):
             missing = error.name.removeprefix(f"{BUNDLED}.")
-            hint = did_you_mean(missing, _bundled_names())
+            hint = did_you_mean(missing, [*_own_names(), *_bundled_names()])
             raise UserError(
                 f"{what}: there is no module {missing!r}{hint}; run from the folder that contains it"
             ) from None
@@ -81,21 +86,68 @@ def _import(module_name: str, what: str) -> ModuleType:
 
 
 def _full_name(name: str) -> str:
-    """The importable name of a module: `recipes` and what is in it are part of this project wherever a command is
-    called, unless the current folder has such a module of its own."""
-    if name.partition(".")[0] != "recipes":
+    """The importable name of a module. `recipes` and what is in it are the user's, if the current folder or PYTHONPATH
+    has such a module, else this project's, wherever a command is called."""
+    if name.partition(".")[0] != RECIPES:
         return name
-    try:
-        own = importlib.util.find_spec(name)
-    except ModuleNotFoundError:
-        own = None
-    is_own = own is not None and own.origin is not None and _PROJECT not in Path(own.origin).resolve().parents
-    return name if is_own else f"{BUNDLED}.{name}"
+    own = _own_spec(name)
+    if own is None:
+        return f"{BUNDLED}.{name}"
+    if name in _bundled_names():
+        place = own.origin or ", ".join(own.submodule_search_locations or ())
+        print(f"note: {name} is {place}; this project's is {BUNDLED}.{name}", file=sys.stderr)
+    _use_own_recipes()
+    return name
+
+
+def _own_spec(name: str) -> ModuleSpec | None:
+    """Where the user's module `recipes` or `recipes.NAME` is; None if there is none.
+
+    A folder of this name needs no __init__.py. The import system would prefer this project's package to such a folder
+    where the root of a checkout is on the path, as it is after an editable installation.
+    """
+    places: list[str] | None = _own_places()
+    found = None
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        found = PathFinder.find_spec(".".join(parts[:length]), places)
+        if found is None:
+            return None
+        places = list(found.submodule_search_locations or ())
+    return found
+
+
+def _own_places() -> list[str]:
+    """The folders that may hold the user's recipes: the current one, and what is on the path before this project."""
+    entries = [Path(entry).resolve() for entry in [os.getcwd(), *sys.path]]
+    before = entries[: entries.index(_PROJECT)] if _PROJECT in entries else entries
+    return [str(entry) for entry in before]
+
+
+def _use_own_recipes() -> None:
+    """Makes `recipes` the user's package for this process, so that its modules can import each other."""
+    spec = _own_spec(RECIPES)
+    assert spec is not None  # a module in it has been found
+    loaded = sys.modules.get(RECIPES)
+    if loaded is not None and getattr(loaded, "__spec__", None) == spec:
+        return
+    for name in [name for name in sys.modules if name.partition(".")[0] == RECIPES]:
+        del sys.modules[name]
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[RECIPES] = module
+    if spec.loader is not None:
+        spec.loader.exec_module(module)
+
+
+def _own_names() -> list[str]:
+    own = _own_spec(RECIPES)
+    places = own.submodule_search_locations if own is not None else None
+    return [found.name for found in pkgutil.iter_modules(places or [], f"{RECIPES}.")]
 
 
 def _bundled_names() -> list[str]:
-    package = importlib.import_module(f"{BUNDLED}.recipes")
-    return [found.name for found in pkgutil.iter_modules(package.__path__, "recipes.")]
+    package = importlib.import_module(f"{BUNDLED}.{RECIPES}")
+    return [found.name for found in pkgutil.iter_modules(package.__path__, f"{RECIPES}.")]
 
 
 def _import_file(path: Path) -> ModuleType:
