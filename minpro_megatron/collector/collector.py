@@ -162,9 +162,11 @@ class Collector:
 
     async def _sample(self, issued: IssuedGroup) -> None:
         group = await self._collect_group(issued, self._training)
+        # Before anything is awaited: the journal takes longer for a graded group, and groups without grades that end
+        # after it would be counted before it.
+        self._grading.collected(group)
         accepted = self._accepts(group)
         group = await self._journal.collect(group, accepted)
-        self._grading.collected(group)
         async with self._changes.making():
             self._schedule.collected(issued.group_id, accepted)
             if accepted:
