@@ -40,7 +40,8 @@ def run_config(
     over_sampling: float = 1.0,
     keep_steps: int = 50,
 ) -> RunConfig:
-    """Delay mode, or bounded mode where `max_staleness` is given. The run folder is made, as a launcher makes it."""
+    """Delay mode, or bounded mode where `max_staleness` is given. In a folder that exists the run folder is made, as a
+    launcher makes it."""
     bounded = {"mode": "bounded", "max_staleness": max_staleness} if max_staleness else {}
     config = RunConfig.model_validate(
         {
@@ -65,7 +66,8 @@ def run_config(
             "evaluation": {"num_prompts": 2, "samples_per_prompt": 2, "every_steps": evaluate_every},
         }
     )
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    if runs_dir.is_dir():
+        config.run_dir.mkdir(exist_ok=True)
     return config
 
 
