@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,7 +14,6 @@ from minpro_megatron.config.listing import as_text, sections_in
 from minpro_megatron.config.run import RunConfig
 
 _BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
-_ALTERNATIVES = re.compile(r"\^\(([a-z|]+)\)\$")  # a pattern that only lists words, such as ^(cpu|cuda)$
 
 
 def settings_page() -> str:
@@ -109,9 +107,7 @@ def _choices(field: FieldInfo) -> list[Any]:
         return [True, False]
     if get_origin(field.annotation) is Literal:
         return list(get_args(field.annotation))
-    patterns = [bound.pattern for bound in field.metadata if getattr(bound, "pattern", None)]
-    alternatives = _ALTERNATIVES.fullmatch(patterns[0]) if patterns else None
-    return alternatives[1].split("|") if alternatives else []
+    return []
 
 
 def _type_name(annotation: Any) -> str:
