@@ -68,7 +68,18 @@ class GroupEpisodes:
     async def run(self, server: Server) -> list[SampledSequence]:
         """All episodes from where they are to their end. Raises the first error of the server; the episodes then keep
         their complete turns, and `run` continues them on another server."""
-        tasks = [asyncio.create_task(one.run(server)) for one in self._episodes]
+        all_over, num_left = asyncio.Event(), len(self._episodes)
+
+        async def run(episode: _Episode) -> SampledSequence:
+            nonlocal num_left
+            sequence = await episode.run(server)
+            num_left -= 1
+            if num_left:  # until the group is over, its server may have another request in place of this episode
+                await server.idle(all_over.wait())
+            all_over.set()
+            return sequence
+
+        tasks = [asyncio.create_task(run(one)) for one in self._episodes]
         try:
             return list(await asyncio.gather(*tasks))
         finally:

@@ -87,7 +87,8 @@ class ScriptedServer:
         self._facts, self._policy, self._fail_at = facts, policy, dict(fail_at or {})
         self.version, self._with_routes = version, with_routes
         self.requests: list[tuple[list[int], int, int, int]] = []  # (tokens, seed, tokens left, version)
-        self.num_idle = self.most_idle = 0
+        self.num_waits = 0
+        self.num_idle = 0
 
     async def sample(
         self, prompt_token_ids: np.ndarray, seed: int, sampling: SamplingParameters, policy_version: int
@@ -111,7 +112,7 @@ class ScriptedServer:
 
     async def idle[Result](self, waiting: Awaitable[Result]) -> Result:
         self.num_idle += 1
-        self.most_idle = max(self.most_idle, self.num_idle)
+        self.num_waits += 1
         try:
             return await waiting
         finally:

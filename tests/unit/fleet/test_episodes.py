@@ -274,7 +274,7 @@ def test_an_environment_that_does_not_answer_in_time(world: World) -> None:
     server = ScriptedServer(world.facts, world.says("3"))
     (found,) = run(made, issued([1]), server)
     assert "not answered within environment.timeout_s = 0.01 s" in found.failure
-    assert (server.most_idle, server.num_idle) == (1, 0)
+    assert (server.num_waits, server.num_idle) == (1, 0)
 
 
 def test_token_ids_of_the_environment_are_inserted_as_they_are(world: World) -> None:

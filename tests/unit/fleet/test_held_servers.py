@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.environments.environment import Answer, EpisodeTurn
 from minpro_megatron.fleet.episodes import EpisodeRules
 from minpro_megatron.fleet.fleet import Fleet
@@ -34,6 +35,7 @@ class TurnClient:
         self._says = [[*ids.tolist(), *facts.stop_token_ids] for ids in tokenizer.encode_all(["3", "x"])]
         self.version = 0
         self.fails = False
+        self.slow_seeds: set[int] = set()  # the only ones that wait for the gate; empty: all do
         self.gate = asyncio.Event()
         self.gate.set()
         self.requests: list[tuple[int, str]] = []  # (seed, cache key)
@@ -63,7 +65,8 @@ class TurnClient:
         if self.fails:
             raise ServerUnavailable(self.name, "r", "connection", "refused")
         version = self.version
-        await self.gate.wait()
+        if not self.slow_seeds or seed in self.slow_seeds:
+            await self.gate.wait()
         ids = np.asarray(self._says[len(prompt_token_ids) > 3], np.int32)
         return [SampledSequence(ids, np.full(len(ids), -0.5, np.float32), np.full(len(ids), version, np.int32), "stop")]
 
@@ -239,5 +242,25 @@ def test_a_group_whose_environment_failed_is_not_graded(tmp_path: Path, is_evalu
         found = await groups.collect(group, SAMPLING)
         assert found.grading_problem == "the environment raised OSError: no tool"
         assert [response.is_graded for response in found.responses] == [False, is_evaluation]
+
+    rig.run(use)
+
+
+def test_a_server_takes_other_work_when_some_episodes_of_a_group_are_over(tmp_path: Path) -> None:
+    """The server has room for two groups, of each of which one episode is over and the other goes on."""
+    rig = Rig(tmp_path, count=1, max_running_requests=3)
+    (client,) = rig.clients
+    rig.tool.free.set()
+
+    async def use(fleet: Fleet, groups: GroupCollector) -> None:
+        client.slow_seeds = {derive_seed(1, "turn", 1), derive_seed(11, "turn", 1)}
+        client.gate.clear()
+        tasks = [asyncio.create_task(groups.collect(issued([10 * n, 10 * n + 1]), SAMPLING)) for n in range(3)]
+        await until(lambda: len(client.requests) == 3 * 2 * 2)
+        assert [task.done() for task in tasks[:2]] == [False, False]
+        client.gate.set()
+        for task in tasks:
+            checked(await task)
+        assert [member.num_requests for member in fleet._members.values()] == [0]
 
     rig.run(use)
