@@ -179,6 +179,25 @@ def test_variants_are_what_their_names_say() -> None:
     }  # fmt: skip
 
 
+def test_the_tool_run_has_the_figures_of_ctpos_script() -> None:
+    """Typed from ctpo.sh of horizon-llm/CTPO."""
+    config = qwen3_14b.ctpo_tool()
+    batch, sampling, objective = config.batch, config.sampling, config.objective
+    assert (batch.num_prompts, batch.mini_batch_prompts, batch.responses_per_prompt) == (512, 32, 8)
+    assert (sampling.max_prompt_tokens, sampling.max_response_tokens, sampling.max_turns) == (16000, 8000, 5)
+    assert (config.num_global_steps, config.optimizer.learning_rate, config.staleness.delay_steps) == (305, 1e-6, 0)
+    assert objective.name == "ctpo"
+    bounds = (objective.log_clip_low, objective.log_clip_high, objective.log_dual_clip, objective.position_exponent)
+    assert bounds == (0.025, 0.05, 0.05, 0.5)
+    assert (objective.aggregation, objective.log_clamp) == ("token_mean", 10)
+    importance = config.loss.sequence_importance
+    assert (importance.enabled, importance.cap) == (True, 5)
+    assert config.data.chat_template_arguments == {"enable_thinking": False}
+    assert Path(config.model.hf_path).parts[-2:] == ("Qwen3-14B", "hf")
+    tool = config.environment.python_tool
+    assert (config.environment.name, tool.max_calls_per_turn, tool.max_output_chars) == ("python_tool", 1, 12000)
+
+
 def test_a_share_of_other_than_eight_gpus_is_no_machine() -> None:
     with pytest.raises(AssertionError):
         paper.one_machine(qwen3_8b.minpro(), ParallelConfig(tensor=4), paper.servers(5, 1), cpu_offload=0)
