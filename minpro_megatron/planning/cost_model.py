@@ -264,6 +264,10 @@ class DecodingServer:
         fitting = int(self.memory.kv_tokens / self.mean_context)
         return max(1, min(self.config.server.max_running_requests, fitting))
 
+    @property
+    def kv_tokens(self) -> int:
+        return self.memory.kv_tokens
+
     @cached_property
     def _active(self) -> int:
         return active_parameters(self.architecture)

@@ -31,6 +31,11 @@ class ServerModel(Protocol):
         """Maximum number of concurrent responses."""
         ...
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that fit into the KV cache."""
+        ...
+
     def iteration_s(self, running: int, context_tokens: float) -> float:
         """Seconds for one token of each of `running` responses with `context_tokens` tokens so far in total, including
         prompts."""
@@ -157,7 +162,11 @@ class _Server:
         return max(self.now, self.stalled_until) + max(left, 0.0) * self.iteration_s
 
     def admit(self, numbers: "itertools.count[int]") -> None:
+        """Starts waiting responses while there are slots and the KV cache has room. Those that run may outgrow it a
+        little before the next one ends; a server would then interrupt some of them."""
         while self.waiting and len(self.running) < self.model.max_running:
+            if self.running and self.context + self.waiting[0][2] > self.model.kv_tokens:
+                return
             group, length, prompt, first = self.waiting.popleft()
             if first:  # a group's other responses find the prompt in the prefix cache
                 self.stalled_until = max(self.now, self.stalled_until) + self.model.prefill_s(prompt)

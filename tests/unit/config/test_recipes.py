@@ -103,7 +103,8 @@ def test_the_figures_are_the_papers(module: str, objective: str, on_policy: bool
         assert settings.items() <= values[section].items()
     assert Path(config.model.hf_path).parts[-2:] == (model, "hf")
     assert Path(config.data.train_file).name == "dapo.jsonl"
-    assert {one.name: one.samples_per_prompt for one in config.evaluation.benchmarks} == BENCHMARK_SAMPLES
+    samples = {one.name: one.samples_per_prompt for one in config.evaluation.benchmarks}
+    assert samples == {name: min(32, of_paper) for name, of_paper in BENCHMARK_SAMPLES.items()}
     assert not any(getattr(config.loss, name).enabled for name in ("kl", "decoupled", "icepop", "overlong_penalty"))
 
 

@@ -15,6 +15,7 @@ class Steady:
 
     num_servers: int = 1
     max_running: int = 1000
+    kv_tokens: int = 1_000_000
     prefill: float = 0.0  # s a token
 
     def iteration_s(self, running: int, context_tokens: float) -> float:
@@ -167,6 +168,16 @@ def test_responses_that_end_leave_the_cache() -> None:
         steps=1,
     )
     assert found.batch_s == [pytest.approx(200 + (200 + 2) / 2)]
+
+
+def test_no_more_start_than_the_cache_has_room_for() -> None:
+    """Prompts of 50 tokens in a cache of 120: the third response starts when the first two have ended at 60 each."""
+    prompts = {"lengths": lambda group: Lengths(50, [10, 10]), "prompts": 2, "steps": 1}
+    roomy, full = (simulate({"delay_steps": 0}, server=Steady(kv_tokens=room), **prompts) for room in (1000, 120))
+    assert roomy.batch_s == [pytest.approx(10)]
+    assert full.batch_s == [pytest.approx(20)]
+    smallest = simulate({"delay_steps": 0}, server=Steady(kv_tokens=1), **prompts)  # one response always runs
+    assert smallest.batch_s == [pytest.approx(4 * 10)]
 
 
 def test_no_more_run_at_once_than_a_server_takes() -> None:
