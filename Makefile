@@ -12,10 +12,12 @@ MEGATRON_MODEL := artifacts/tiny_moe/megatron/manifest.json
 TIERS := $(wildcard tests/e2e tests/mesh tests/gpu tests/integration tests/unit)
 # Files of tests in two processes: more would only take turns here, and tests start processes of their own.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+# Rehearsals (docs/rehearsal.md) use the Python files of the version that GPU machines install.
+TE_PYTHON := $(VENV)/share/transformer_engine_python
 SHELL_SCRIPTS := environment/setup.sh .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-integration test-mesh test-matrix test-crashes test-chaos test-e2e test-gpu test-long lint format constraints clean
+.PHONY: help setup transformer-engine-python demo test test-unit test-integration test-mesh test-matrix test-crashes test-chaos test-e2e test-gpu test-long lint format constraints clean
 # A model whose writing was interrupted is made again.
 .DELETE_ON_ERROR:
 
@@ -25,6 +27,13 @@ help: ## this list
 
 setup: ## make or update the virtual environment (.venv or $MINPRO_VENV)
 	@environment/setup.sh
+
+transformer-engine-python: $(TE_PYTHON) ## fetch Transformer Engine's Python files (1 MB), for rehearsals without a GPU
+
+$(TE_PYTHON): environment/constraints_gpu.txt | setup
+	rm -rf $@ $@.new
+	$(PYTHON) -m pip install --quiet --no-deps --target $@.new $$(grep '^transformer-engine==' $<)
+	mv $@.new $@
 
 demo: setup $(HF_MODEL) $(MEGATRON_MODEL) ## train a tiny MoE here: real Megatron-Core, real SGLang
 	$(PYTHON) -m minpro_megatron launch recipes.demo:tiny_moe $(ARGS)
@@ -36,13 +45,13 @@ $(HF_MODEL): minpro_megatron/tiny_model/warm_start.py | setup
 $(MEGATRON_MODEL): $(HF_MODEL) minpro_megatron/conversion/convert.py | setup
 	$(PYTHON) tools/convert_checkpoint.py to-megatron --hf $(<D) --output $(@D)
 
-test: setup ## the tests that run on this machine within minutes: unit, integration, mesh, e2e
+test: setup transformer-engine-python ## the tests that run on this machine within minutes: unit, integration, mesh, e2e
 	$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not long" $(TIERS) $(ARGS)
 
 test-unit: setup ## what starts no process and does not sleep: functions, records, settings (a minute)
 	$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not long" tests/unit $(ARGS)
 
-test-integration: setup ## single parts with the processes they start: launcher, graders, templates, submission
+test-integration: setup transformer-engine-python ## single parts with the processes they start: launcher, graders, templates, submission
 	$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not long" tests/integration $(ARGS)
 
 test-mesh: setup ## Megatron-Core on 2 to 8 gloo ranks
@@ -51,7 +60,7 @@ test-mesh: setup ## Megatron-Core on 2 to 8 gloo ranks
 test-matrix: setup ## all meshes of up to 8 ranks, into tests/mesh/matrix_result.md; RESUME=1 goes on (20-40 min)
 	MATRIX_RESUME=$(RESUME) $(PYTHON) -m pytest tests/mesh/matrix.py $(ARGS)
 
-test-long: setup ## what make test leaves out: more runs, kills, SGLang, eval, Slurm, full-size meshes (30-60 min)
+test-long: setup transformer-engine-python ## what make test leaves out: more runs, kills, SGLang, eval, Slurm, full-size meshes (30-60 min)
 	$(PYTHON) -m pytest -m long tests/unit tests/integration tests/mesh tests/e2e $(ARGS)
 
 test-gpu: setup ## what needs a GPU (skipped without one)

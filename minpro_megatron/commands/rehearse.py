@@ -15,18 +15,15 @@ and 2 GB of memory. Exit status: 0 without a problem, 1 with one, 2 for a wrong 
 
 import argparse
 import json
-import subprocess
-import sys
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from minpro_megatron.command_line import add_recipe, command_parser, count, make_console, positive, whole_number
-from minpro_megatron.errors import FAILED, SUCCEEDED, RunFailed, run_reporting
+from minpro_megatron.errors import FAILED, SUCCEEDED, run_reporting
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 
 if TYPE_CHECKING:
     from minpro_megatron.rehearsal.record import RankRehearsal
+    from minpro_megatron.rehearsal.subject import Rehearsed
 
 
 def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
@@ -54,7 +51,12 @@ def main(arguments: list[str] | None = None, prog: str = "minpro rehearse") -> i
 
 
 def _rehearse(options: argparse.Namespace) -> int:
-    found = _of_all_kinds(options) if options.all_kinds else [_of_rank(options)]
+    from minpro_megatron.rehearsal.processes import rehearse_kinds
+    from minpro_megatron.rehearsal.subject import Rehearsed
+
+    config = apply_overrides(load_recipe(options.recipe), options.overrides)
+    what = Rehearsed(options.recipe, config, options.rank, options.layers, options.imbalance)
+    found = list(rehearse_kinds(what, options.overrides)) if options.all_kinds else [_of_rank(what)]
     if options.json:
         print(json.dumps([one.as_json() for one in found], indent=1))
     else:
@@ -66,30 +68,7 @@ def _rehearse(options: argparse.Namespace) -> int:
     return FAILED if any(one.problems for one in found) else SUCCEEDED
 
 
-def _of_rank(options: argparse.Namespace) -> "RankRehearsal":
+def _of_rank(what: "Rehearsed") -> "RankRehearsal":
     from minpro_megatron.rehearsal.rank import rehearse_rank
-    from minpro_megatron.rehearsal.subject import Rehearsed
 
-    config = apply_overrides(load_recipe(options.recipe), options.overrides)
-    return rehearse_rank(Rehearsed(options.recipe, config, options.rank, options.layers, options.imbalance))
-
-
-def _of_all_kinds(options: argparse.Namespace) -> "list[RankRehearsal]":
-    """Each in a process of its own, because a rehearsal changes torch for the rest of its process."""
-    from minpro_megatron.rehearsal.kinds import representatives
-    from minpro_megatron.rehearsal.record import RankRehearsal
-
-    config = apply_overrides(load_recipe(options.recipe), options.overrides)
-    found = []
-    with TemporaryDirectory() as folder:
-        for rank in representatives(config.parallel):
-            output = Path(folder, f"{rank}.json")
-            command = [sys.executable, "-m", "minpro_megatron", "rehearse", options.recipe, *options.overrides]
-            command += ["--rank", str(rank), "--imbalance", str(options.imbalance), "--json"]
-            command += ["--layers", str(options.layers)] if options.layers else []
-            with output.open("w") as file:
-                status = subprocess.run(command, stdout=file, check=False).returncode
-            if status not in (SUCCEEDED, FAILED) or not output.stat().st_size:
-                raise RunFailed(f"rank {rank}: its rehearsal ended with exit status {status} and no result")
-            found.append(RankRehearsal.from_json(json.loads(output.read_text())[0]))
-    return found
+    return rehearse_rank(what)

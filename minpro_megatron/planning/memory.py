@@ -17,6 +17,10 @@ GRADIENT_BYTES = 4  # float32
 CONTEXT_BYTES = {"cuda": 3 * GIB, "cpu": 0}
 ALLOCATOR_SHARE = 0.05
 PROCESS_HOST_BYTES = {"cuda": 4 * GIB, "cpu": GIB}  # of a rank: interpreter, libraries, pinned buffers
+# Transformer Engine keeps a workspace of cuBLAS for products, and four for those of experts, from the first pass on:
+# 32 MiB and 1 KiB each on Hopper and Blackwell, 4 MiB on other GPUs (2.20.2, pytorch/cpp_extensions/gemm.py:46).
+WORKSPACE_BYTES = 32 * 2**20 + 1024
+GROUPED_WORKSPACES = 4
 # SGLang 0.5.23 reserves a tenth to an eighth of the GPU for activations and CUDA graphs (server_args.py,
 # mem_fraction_static); the rest is weights and KV cache.
 SERVER_STATIC_SHARE = 0.87
@@ -34,6 +38,7 @@ class RankMemory:
     activations: StageActivations
     publish: int  # buckets of a broadcast on rank 0, outside training
     building: int  # total of tensors at the start, while weights and their copy in megatron's buffers exist
+    workspaces: int  # of Transformer Engine, which stay
     context: int  # outside the allocator
     fragments: int
 
@@ -43,7 +48,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        tensors = max(self.states + max(self.activations.peak, self.publish), self.building)
+        tensors = max(self.states + self.workspaces + max(self.activations.peak, self.publish), self.building)
         return tensors + self.context + self.fragments
 
 
@@ -166,6 +171,7 @@ def rank_memory(
         activations=activations,
         publish=publish_bytes(config, a, stage),
         building=building_bytes(config, a, stage),
+        workspaces=(1 + (GROUPED_WORKSPACES if a.num_experts else 0)) * WORKSPACE_BYTES if compute.fused else 0,
         context=CONTEXT_BYTES[config.device],
         fragments=round(ALLOCATOR_SHARE * (weights + gradients + optimizer + activations.peak)),
     )

@@ -83,7 +83,7 @@ def _rank_table(plan: Plan) -> Table:
             rank.activations.saved + rank.activations.backward - rank.activations.routed,
             rank.activations.routed,
             rank.activations.logits,
-            rank.context + rank.fragments,
+            rank.workspaces + rank.context + rank.fragments,
             rank.total,
         )
         table.add_row(str(rank.stage), *map(decimal, sizes))

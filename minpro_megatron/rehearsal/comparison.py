@@ -11,6 +11,8 @@ from minpro_megatron.rehearsal.live_bytes import LiveBytes
 from minpro_megatron.rehearsal.record import Component, Phase
 from minpro_megatron.rehearsal.subject import PUBLISH, UPDATE, Rehearsed
 
+_OF_WORKSPACES = " get_cublas_workspace"  # the function of Transformer Engine that allocates them
+
 
 def compare_with_plan(what: Rehearsed, architecture: Architecture, policy: Any, memory: LiveBytes) -> list[Component]:
     """Bytes on the device, component by component, and of the host."""
@@ -20,19 +22,21 @@ def compare_with_plan(what: Rehearsed, architecture: Architecture, policy: Any, 
     stage = policy._mesh.pipeline.rank()
     plan = rank_memory(config, architecture, row, what.rows, stage, what.imbalance)
     sizes = _state_sizes(policy)
-    states = sum(sizes.values())
     update = phases[UPDATE]
+    workspaces = sum(size for line, size in update.left_lines if line.endswith(_OF_WORKSPACES))
+    states = sum(sizes.values()) + workspaces
     found = [
         Component("weights", sizes["weights"], plan.weights),
         Component("gradients", sizes["gradients"], plan.gradients),
         Component("optimizer", sizes["optimizer"], plan.optimizer),
+        Component("workspaces", workspaces, plan.workspaces),
         *_last_stage(phases, states, plan.activations),
         Component("activations' peak", update.peak["cuda"] - states, plan.activations.peak),
         Component("left after an update", update.left["cuda"] - states, 0),
-        Component("training", update.peak["cuda"], plan.states + plan.activations.peak),
+        Component("training", update.peak["cuda"], plan.states + plan.workspaces + plan.activations.peak),
         Component("building", phases["build"].peak["cuda"], plan.building),
     ]
-    if PUBLISH in phases and policy._mesh.rank == 0:
+    if policy._mesh.rank % (config.parallel.world_size // config.parallel.pipeline) == 0:  # else it sends little
         found.append(Component("publishing", phases[PUBLISH].peak["cuda"] - states, plan.publish))
     # a snapshot, and the current weights while it is in their place
     on_host = 2 * plan.weights + state_bytes(config, architecture, stage)[3]

@@ -21,6 +21,7 @@ import platform
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -106,9 +107,13 @@ def _replace_cuda_functions() -> None:
     cuda: Any = torch.cuda
     for name in ("empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, lambda *args, **kwargs: None)
-    # Megatron asks for the capability (of an H100 here) to choose its kernels
+    # Megatron and Transformer Engine ask for the GPU (an H100 here) to choose their kernels
     cuda.get_device_capability = lambda *args: (9, 0)
     cuda.get_device_name = lambda *args: "NVIDIA H100 80GB HBM3"
+    cuda.get_device_properties = lambda *args: SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=79 * 2**30
+    )
+    cuda.is_current_stream_capturing = lambda: False
     # random states are no tensors of the run: one real state, made once, stands for all
     any_torch: Any = torch
     any_torch.get_rng_state = functools.cache(torch.get_rng_state)

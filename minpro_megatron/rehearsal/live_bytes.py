@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from minpro_megatron.rehearsal.record import Phase
 _MAX_LINES = 12
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 _OWN_FOLDER = str(Path(__file__).resolve().parent) + os.sep
+_INSTALLED_IN = re.compile(r".*/site-packages/|.*/(?=transformer_engine/pytorch/)")
 _NOT_CALLERS = (str(Path(torch.__file__).parent) + os.sep, _OWN_FOLDER, "<")
 
 
@@ -128,7 +130,7 @@ def calling_line(of_project: bool = False) -> str:
     if frame is None:
         line = "?"
     else:
-        file = frame.f_code.co_filename.split("site-packages/")[-1].removeprefix(str(Path(_PACKAGE).parent) + os.sep)
+        file = _INSTALLED_IN.split(frame.f_code.co_filename)[-1].removeprefix(str(Path(_PACKAGE).parent) + os.sep)
         line = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
     node = torch._C._current_autograd_node()
     return f"[backward {node.name()}] {line}" if node is not None else line

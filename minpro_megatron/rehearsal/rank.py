@@ -13,16 +13,15 @@ import numpy as np
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minpro_megatron.batching.token_sequence import TokenSequence
-from minpro_megatron.config.run import RunConfig, with_overrides
-from minpro_megatron.errors import UserError
+from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture
-from minpro_megatron.models.known_models.find import find_architecture
-from minpro_megatron.rehearsal import cuda_without_driver, transformer_engine_shapes
+from minpro_megatron.rehearsal import cuda_without_driver
 from minpro_megatron.rehearsal.comparison import compare_with_plan
 from minpro_megatron.rehearsal.kinds import place_of
 from minpro_megatron.rehearsal.observer import Observer
 from minpro_megatron.rehearsal.record import RankRehearsal
 from minpro_megatron.rehearsal.subject import PUBLISH, UPDATE, Rehearsed
+from minpro_megatron.rehearsal.transformer_engine import package as transformer_engine
 
 _SNAPSHOT = "sampling"
 _LONGEST_PROMPT = 1024
@@ -33,10 +32,10 @@ def rehearse_rank(what: Rehearsed) -> RankRehearsal:
     """Runs build, score, two updates, snapshot and publication of one rank. Once per process: torch and Megatron are
     changed for the rest of it. Raises UserError for a recipe or a rank that cannot be rehearsed."""
     start = time.monotonic()
-    config, architecture = _checked(what)
+    config, architecture = what.checked()
     observer = Observer()
-    transformer_engine_shapes.install()
     cuda_without_driver.install(observer.compiled)
+    transformer_engine.install()
     warnings.simplefilter("ignore")
     with FakeTensorMode(allow_non_fake_inputs=True), observer:
         policy = None
@@ -61,22 +60,6 @@ def rehearse_rank(what: Rehearsed) -> RankRehearsal:
         )
 
 
-def _checked(what: Rehearsed) -> tuple[RunConfig, Architecture]:
-    config = what.config
-    if config.device != "cuda":
-        raise UserError(
-            f"device = {config.device}: a rehearsal is of ranks on GPUs; give a recipe for them, or device=cuda"
-        )
-    if config.model.dtype != "bfloat16":
-        raise UserError(f"model.dtype = {config.model.dtype}: a rehearsal is of bfloat16; set model.dtype=bfloat16")
-    if not 0 <= what.rank < config.parallel.world_size:
-        raise UserError(f"rank = {what.rank}: the mesh has ranks 0 to {config.parallel.world_size - 1}")
-    architecture = find_architecture(config.model.hf_path)
-    if what.layers:
-        architecture = replace(architecture, num_layers=what.layers)
-    return with_overrides(config, ["model.backend=transformer_engine"]), architecture
-
-
 def _described(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "minpro_megatron" in frame.filename and "/rehearsal/" not in frame.filename]
@@ -96,6 +79,7 @@ def _run_phases(what: Rehearsed, architecture: Architecture, observer: Observer)
         config.parallel, cuda_without_driver.DEVICE, config.seed, what.rank, observer.collectives.backends
     )
     unknown_values.assume_even_routing(observer, what.imbalance)
+    unknown_values.keep_rows_of_experts()
     local = config.batch.max_tokens_per_row // config.parallel.context // config.parallel.tensor
     unknown_values.assume_received_shapes((local, 1, architecture.hidden_size))
     _separate_log_probs(observer)
@@ -115,9 +99,8 @@ def _run_phases(what: Rehearsed, architecture: Architecture, observer: Observer)
         assert result.applied, result
     with memory.in_phase("score with a snapshot"), policy.use_snapshot(_SNAPSHOT):
         policy.score(sequences)
-    if config.parallel.pipeline == 1:
-        with memory.in_phase(PUBLISH):
-            publication.gather_and_flatten(config, chunks, architecture, mesh)
+    with memory.in_phase(PUBLISH):
+        publication.gather_and_flatten(config, chunks, architecture, mesh)
     return policy
 
 

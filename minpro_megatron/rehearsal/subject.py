@@ -1,8 +1,11 @@
 """What is rehearsed: the settings of a run, and one rank of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.run import RunConfig, with_overrides
+from minpro_megatron.errors import UserError
+from minpro_megatron.models.architecture import Architecture
+from minpro_megatron.models.known_models.find import find_architecture
 
 # Names of phases
 UPDATE = "update"
@@ -23,3 +26,20 @@ class Rehearsed:
     def rows(self) -> int:
         """Micro-batches per data-parallel rank: enough to fill the pipeline."""
         return 2 * self.config.parallel.pipeline
+
+    def checked(self) -> tuple[RunConfig, Architecture]:
+        """The settings with Transformer Engine's layers, and the model. Raises UserError for a recipe or a rank that
+        cannot be rehearsed."""
+        config = self.config
+        if config.device != "cuda":
+            raise UserError(
+                f"device = {config.device}: a rehearsal is of ranks on GPUs; give a recipe for them, or device=cuda"
+            )
+        if config.model.dtype != "bfloat16":
+            raise UserError(f"model.dtype = {config.model.dtype}: a rehearsal is of bfloat16; set model.dtype=bfloat16")
+        if not 0 <= self.rank < config.parallel.world_size:
+            raise UserError(f"rank = {self.rank}: the mesh has ranks 0 to {config.parallel.world_size - 1}")
+        architecture = find_architecture(config.model.hf_path)
+        if self.layers:
+            architecture = replace(architecture, num_layers=self.layers)
+        return with_overrides(config, ["model.backend=transformer_engine"]), architecture

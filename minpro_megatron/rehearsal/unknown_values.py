@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from transformer_engine.pytorch import GroupedLinear
 
 from minpro_megatron.rehearsal.observer import Observer
 
@@ -46,6 +47,20 @@ def _even(total: int, parts: int) -> np.ndarray:
     sizes = np.full(parts, total // parts)
     sizes[: total % parts] += 1
     return sizes
+
+
+def keep_rows_of_experts() -> None:
+    """Megatron gives the rows of each expert to Transformer Engine as a list, which it makes a tensor of, and a list
+    again: the tensor keeps the list."""
+    layer: Any = GroupedLinear
+    original = layer.forward
+
+    def forward(self: Any, rows: torch.Tensor, sizes: list[int], **settings: Any) -> Any:
+        on_host: Any = torch.empty(len(sizes), dtype=torch.int64)
+        on_host.known_values = list(sizes)
+        return original(self, rows, on_host, **settings)
+
+    layer.forward = forward
 
 
 def assume_received_shapes(shape: Sequence[int]) -> None:

@@ -1,17 +1,12 @@
 """Ranks of the recipes, rehearsed at full width: no mismatch, the planner's memory, the expected collectives."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from minpro_megatron.launch.recipe import list_recipes
 from minpro_megatron.rehearsal.record import RankRehearsal
+from tests.support.rehearsed_ranks import needs_transformer_engine, rehearse
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, needs_transformer_engine]
 
 MIXTURE = "recipes.qwen3_30b_a3b:minpro"
 MODELS = ("recipes.qwen3_30b_a3b", "recipes.qwen3_14b", "recipes.qwen3_8b")
@@ -19,15 +14,6 @@ MAX_ERROR = 0.05  # of the planner
 # Where the host waits for the device in an update: Megatron's dispatcher reads the numbers of tokens of each expert,
 # forward and recomputed, asynchronously; the project reads the statistics once and the gradient norm once.
 UPDATE_READS = {"copy to host (asynchronous)", "copy to host", "item"}
-
-
-def rehearse(*arguments: str, program: tuple[str, ...] = ("-m", "minpro_megatron", "rehearse")) -> list[RankRehearsal]:
-    command = [sys.executable, *program, *arguments, "--json"]
-    root = Path(__file__).resolve().parents[3]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout, done.stderr[-2000:]
-    return [RankRehearsal.from_json(one) for one in json.loads(done.stdout)]
 
 
 def assert_planned(rank: RankRehearsal, *names: str, within: float = MAX_ERROR) -> None:
@@ -41,7 +27,8 @@ def assert_planned(rank: RankRehearsal, *names: str, within: float = MAX_ERROR) 
 def test_a_rank_of_the_mixture_with_two_layers() -> None:
     (rank,) = rehearse(MIXTURE, "--layers", "2")
     assert rank.problems == []
-    assert_planned(rank, "weights", "gradients", "optimizer", "training", "building", "publishing", "host")
+    names = ("weights", "gradients", "optimizer", "workspaces", "training", "building", "publishing", "host")
+    assert_planned(rank, *names)
     (left,) = [one.measured for one in rank.components if one.name == "left after an update"]
     assert left < 0.02e9  # rotary angles, and values of the last micro-batch
     of_optimizer = [one for one in rank.collectives if one.phase == "update > optimizer"]
@@ -104,3 +91,6 @@ def test_every_kind_of_stage(settings: list[str]) -> None:
     for rank in ranks:
         assert rank.problems == []
         assert_planned(rank, "training", "building", "host", within=0.1)
+        assert "publish" in [phase.name for phase in rank.phases]
+        if rank.rank == 0:
+            assert_planned(rank, "publishing", within=0.1)

@@ -258,10 +258,17 @@ def test_a_checkpoints_copy_is_that_of_the_ranks_own_states() -> None:
 
 def test_a_ranks_total_counts_publication_apart_from_training() -> None:
     rank = rank_memory(run_to_plan(), MIXTURE, Row(32768, 9216), 4, 0, 1.3)
-    parts = rank.states + rank.activations.peak + rank.context + rank.fragments
+    parts = rank.states + rank.workspaces + rank.activations.peak + rank.context + rank.fragments
     assert rank.total == parts
     large = rank_memory(run_to_plan(publish={"bucket_bytes": 40 * GIB}), MIXTURE, Row(32768, 9216), 4, 0, 1.3)
     assert large.total == parts - rank.activations.peak + large.publish
+
+
+def test_transformer_engine_keeps_workspaces_of_cublas() -> None:
+    row = Row(32768, 9216)
+    mixture, dense = (rank_memory(run_to_plan(), a, row, 4, 0, 1.3) for a in (MIXTURE, DENSE))
+    assert mixture.workspaces == 5 * dense.workspaces == 5 * (32 * 2**20 + 1024)
+    assert rank_memory(run_to_plan(model={"backend": "torch"}), DENSE, row, 4, 0, 1.3).workspaces == 0
 
 
 def test_building_holds_the_originals_of_what_is_being_copied() -> None:
