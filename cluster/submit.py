@@ -41,6 +41,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only print the nodes' roles and the job's script")
     parser.add_argument("--force", action="store_true", help="submit even if the planner expects that it does not fit")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="first rehearse a trainer rank of each kind (`minpro rehearse`): minutes",
+    )
     parser.add_argument("--detach", action="store_true", help="do not wait for the job's end")
     return parser
 
@@ -64,6 +69,10 @@ def _submit(options: argparse.Namespace) -> int:
             f"executor = local: it runs one node, and stays until its end; this run has {len(topology.nodes)} nodes: "
             "leave out --detach, raise topology.gpus_per_node, or use a profile of a cluster"
         )
+    if options.rehearse:
+        from minpro_megatron.rehearsal.verdict import refuse_what_does_not_fit
+
+        refuse_what_does_not_fit(options.recipe, config, options.overrides, profile.gpu)
     if options.dry_run:
         print(f"\n# run.json\n{config.to_json()}")
         if profile.executor == "slurm":

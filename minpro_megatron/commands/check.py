@@ -2,6 +2,7 @@
 
 from minpro_megatron.command_line import Parser, add_recipe
 from minpro_megatron.errors import UserError, run_reporting
+from minpro_megatron.planning.gpus import GPU_KINDS
 
 
 def main(arguments: list[str] | None = None, prog: str = "minpro check") -> int:
@@ -12,11 +13,22 @@ def main(arguments: list[str] | None = None, prog: str = "minpro check") -> int:
         "data, the mesh, the rewards, the machine's ports, GPUs and disk, and the run folder. Nothing is written.",
     )
     add_recipe(parser)
-    options = parser.parse_args(arguments)
-    return run_reporting(lambda: _check(options.recipe, options.overrides))
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="also rehearse a trainer rank of each kind (`minpro rehearse`): minutes for each",
+    )
+    parser.add_argument(
+        "--gpu",
+        default="h100-80gb",
+        choices=list(GPU_KINDS),
+        help="kind of GPU into which a rehearsed rank must fit (default: h100-80gb)",
+    )
+    options = parser.parse_intermixed_args(arguments)  # settings may come before and after options
+    return run_reporting(lambda: _check(options.recipe, options.overrides, options.gpu if options.rehearse else ""))
 
 
-def _check(recipe: str, overrides: list[str]) -> int:
+def _check(recipe: str, overrides: list[str], rehearsed_gpu: str) -> int:
     from minpro_megatron.launch.preflight.run_checks import problems, warnings
     from minpro_megatron.launch.recipe import apply_overrides, load_recipe
     from minpro_megatron.launch.resume import finished_summary
@@ -29,5 +41,9 @@ def _check(recipe: str, overrides: list[str]) -> int:
         raise UserError(found)
     for warning in warnings(config):
         print(f"warning: {warning}")
+    if rehearsed_gpu:
+        from minpro_megatron.rehearsal.verdict import refuse_what_does_not_fit
+
+        refuse_what_does_not_fit(recipe, config, overrides, rehearsed_gpu)
     print(f"no problem found: the run {config.name} can start here; its folder will be {config.run_dir}")
     return 0

@@ -35,13 +35,17 @@ def rank_problems(config: RunConfig, a: Architecture, gpu: GpuKind, ranks: list[
     worst, limit = largest_rank(ranks), gpu.memory_bytes
     if worst.total <= limit:
         return []
-    found = list(_fitting_changes(config, a, limit))[:MAX_REMEDIES]
-    remedy = f"set {' or '.join(found)}" if found else "take more GPUs for the trainer and cut the model further"
     return [
         f"memory of a trainer rank of stage {worst.stage} = {worst.total / 1e9:.1f} GB (states "
         f"{worst.states / 1e9:.1f}, activations {worst.activations.peak / 1e9:.1f}) must be at most the "
-        f"{limit / 1e9:.1f} GB of {gpu.name}: {remedy}"
+        f"{limit / 1e9:.1f} GB of {gpu.name}: {memory_remedy(config, a, limit)}"
     ]
+
+
+def memory_remedy(config: RunConfig, a: Architecture, limit: int) -> str:
+    """What to do so that every trainer rank fits into `limit` bytes."""
+    found = list(_fitting_changes(config, a, limit))[:MAX_REMEDIES]
+    return f"set {' or '.join(found)}" if found else "take more GPUs for the trainer and cut the model further"
 
 
 def server_problems(config: RunConfig, memory: ServerMemory) -> list[str]:
