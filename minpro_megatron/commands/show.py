@@ -10,7 +10,8 @@ yet, or pruned) are skipped. RUN_DIR may also be a journal.sqlite. An active run
 state at the time when the tool was started.
 
 Prompts and responses are untrusted text: control characters in them are shown as \\x1b, \\u202e and so on. Tokens
-are shown as text if the tokenizer of the run's model is available, else as numbers.
+are shown as text if the tokenizer of the run's model is available, else as numbers. The options choose groups and the
+form in which they are shown; none is a setting of a run.
 """
 
 import argparse
