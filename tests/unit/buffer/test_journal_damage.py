@@ -26,7 +26,7 @@ from tests.support.journal_feeds import NUM_STEPS, make_feed
 from tests.support.rollout_fakes import NUM_PROMPTS, collected, issued_groups
 from tests.support.stored_runs import behavior, trained, write_run
 
-NUM_FLIPS = 120
+NUM_FLIPS = 60
 GROUP = 4  # of batch 1, which step 1 has consumed
 WHERE = {"groups": f"group_id = {GROUP}", "responses": f"group_id = {GROUP} AND place = 1"}
 

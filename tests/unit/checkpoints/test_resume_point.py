@@ -148,7 +148,8 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, name):
     written = path.read_bytes()
     expected = read_latest(tmp_path)
     refused = 0
-    for place, bit in itertools.product(range(len(written)), (0, 3, 5)):
+    for place in range(len(written)):
+        bit = (0, 3, 5)[place % 3]
         flipped = bytearray(written)
         flipped[place] ^= 1 << bit
         path.write_bytes(flipped)
@@ -159,7 +160,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, name):
             found = error.problems
             refused += 1
         assert found == expected or (isinstance(found, list) and len(found) == 1), (place, bit)
-    assert refused > 2 * len(written)  # all but white space and the digits of equal numbers
+    assert refused > 2 / 3 * len(written)  # all but white space and the digits of equal numbers
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_digest(tmp_path):

@@ -159,7 +159,7 @@ def fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return fused
 
 
-@pytest.mark.parametrize("piece_bytes", [50, 16 << 20])
+@pytest.mark.parametrize("piece_bytes", [200, 16 << 20])
 @pytest.mark.parametrize("num_files", [1, 3])
 def test_fused_experts_become_those_of_the_original_format(
     num_files: int, piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
