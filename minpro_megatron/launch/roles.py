@@ -12,6 +12,8 @@ from minpro_megatron.launch.supervisor import RoleCommand
 # first broadcast fails ("invalid argument"), so all roles get SGLang's default
 # (sglang/srt/entrypoints/engine.py, _set_envs_and_config).
 NCCL_MEMORY = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+# Settings of torch's allocator for GPUs: the name since torch 2.9, and the older one.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def roles_of(config: RunConfig) -> tuple[str, ...]:
@@ -70,10 +72,19 @@ def role_environments(
     if config.device == "cuda":
         shared = NCCL_MEMORY | shared
     gpus = {"serve": server_gpus, "train": trainer_gpus}
+    allocators = {"train": _allocator(environment)} if config.device == "cuda" else {}
     return {
-        role: shared | {"CUDA_VISIBLE_DEVICES": gpus.get(role, "")} | dict(own.get(role, {}))
+        role: shared | {"CUDA_VISIBLE_DEVICES": gpus.get(role, "")} | allocators.get(role, {}) | dict(own.get(role, {}))
         for role in roles_of(config)
     }
+
+
+def _allocator(environment: Mapping[str, str]) -> dict[str, str]:
+    """Lets the trainer's allocator grow its segments, so that rows of many lengths leave less memory unused; {} if the
+    user has chosen. Servers keep torch's default: SGLang allocates its pools once."""
+    if any(name in environment for name in ALLOCATOR_VARIABLES):
+        return {}
+    return {ALLOCATOR_VARIABLES[0]: "expandable_segments:True"}
 
 
 def torchrun(world_size: int) -> list[str]:

@@ -9,6 +9,7 @@ from minpro_megatron.planning.activations import Compute, Row, StageActivations,
 from minpro_megatron.planning.gpus import GIB, GpuKind
 from minpro_megatron.planning.parameters import model_parameters, optimizer_degrees, stage_parameters
 from minpro_megatron.planning.routes import route_host_bytes
+from minpro_megatron.planning.server_share import static_share
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 GRADIENT_BYTES = 4  # float32
@@ -21,9 +22,6 @@ PROCESS_HOST_BYTES = {"cuda": 4 * GIB, "cpu": GIB}  # of a rank: interpreter, li
 # 32 MiB and 1 KiB each on Hopper and Blackwell, 4 MiB on other GPUs (2.20.2, pytorch/cpp_extensions/gemm.py:46).
 WORKSPACE_BYTES = 32 * 2**20 + 1024
 GROUPED_WORKSPACES = 4
-# SGLang 0.5.23 reserves a tenth to an eighth of the GPU for activations and CUDA graphs (server_args.py,
-# mem_fraction_static); the rest is weights and KV cache.
-SERVER_STATIC_SHARE = 0.87
 EXPERT_IMBALANCE = 1.3  # without an auxiliary loss the experts are unbalanced: rows of the busiest rank over the mean
 
 
@@ -185,7 +183,7 @@ def server_memory(config: RunConfig, a: Architecture, gpu: GpuKind) -> ServerMem
     groups = max(1, a.num_query_groups // server.tensor_parallel)
     per_token = 2 * a.num_layers * groups * a.head_dim * element
     update = largest_bucket_bytes(config, a)
-    static = SERVER_STATIC_SHARE if server.memory_fraction is None else server.memory_fraction
+    static = static_share(server, gpu.memory_bytes) if server.memory_fraction is None else server.memory_fraction
     free = round(static * gpu.memory_bytes) - weights
     fitting = max(0, free // per_token)
     tokens = min(fitting, server.max_total_tokens or fitting)

@@ -68,6 +68,18 @@ def test_trainer_and_servers_of_one_nccl_group_allocate_alike(tmp_path):
     assert "NCCL_CUMEM_ENABLE" not in commands(example_config(tmp_path))["train"].environment
 
 
+def test_the_trainers_allocator_grows_its_segments_unless_the_user_has_chosen(tmp_path):
+    server = {"device": "cuda", "count": 2}
+    config = example_config(tmp_path, device="cuda", server=server, parallel={"tensor": 2})
+    made = commands(config, {})
+    assert made["train"].environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in made["serve"].environment
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        given = commands(config, {name: "backend:native"})["train"].environment
+        assert {key: value for key, value in given.items() if key.endswith("ALLOC_CONF")} == {name: "backend:native"}
+    assert "PYTORCH_ALLOC_CONF" not in commands(example_config(tmp_path), {})["train"].environment
+
+
 def test_ranks_that_compute_adamw_on_the_cpu_have_threads_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(roles, "usable_cpus", lambda: 96)
     model = {"hf_path": str(tmp_path / "hf"), "megatron_path": str(tmp_path / "megatron"), "dtype": "bfloat16"}
