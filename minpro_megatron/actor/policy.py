@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from minpro_megatron.actor.dispatchers import release_after_forward
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.actor.forward import ForwardStep, LossFunction, MicroBatch
+from minpro_megatron.actor.learning_rate import effective_sample_size_factor
 from minpro_megatron.actor.loss import PolicyLoss, score, with_survey
 from minpro_megatron.actor.megatron_configs import ddp_config
 from minpro_megatron.actor.optimizer import make_optimizer
@@ -36,7 +37,6 @@ from minpro_megatron.batching.row_shard import RankSlice
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.checkpoints.shard_writing import ShardWrite
 from minpro_megatron.checkpoints.training_state import load_training_state, run_identity, save_training_state
-from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.host_memory.snapshots import WeightSnapshots
 from minpro_megatron.metrics.metric import Metric, mean
@@ -193,8 +193,9 @@ class Policy:
             unknown = np.full(num_tokens, np.nan, np.float32) if self._records_log_probs else None
             return UpdateResult(0.0, learning_rate, skipped="no trained token", log_probs=unknown)
         metrics, histograms, log_probs = self.accumulate_gradient(sequences, seed, routes)
-        if self._objective.learning_rate_factor is not None:
-            learning_rate *= self._global_mean(metrics, self._objective.learning_rate_factor)
+        if (factor := self._learning_rate_factor(metrics)) is not None:
+            learning_rate *= factor
+            metrics = metrics | {"optimizer/learning_rate_factor": mean(factor, 1)}
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         # Megatron's step() would apply a NaN gradient to the weights: it checks for NaN only with fp16's loss scaler
@@ -284,6 +285,16 @@ class Policy:
             for row, name in enumerate(names)
         }
 
+    def _learning_rate_factor(self, metrics: dict[str, Metric]) -> float | None:
+        """The factor that the mini-batch gives the learning rate, the same on every rank; None: nothing scales it."""
+        factors, optimizer = [], self._config.optimizer
+        if self._objective.learning_rate_factor is not None:
+            factors.append(self._global_mean(metrics, self._objective.learning_rate_factor))
+        if optimizer.scale_by_effective_sample_size:
+            ratio, square = (self._global_mean(metrics, f"ratio/sequence_{name}") for name in ("mean", "square_mean"))
+            factors.append(effective_sample_size_factor(ratio, square, optimizer.reference_effective_sample_size))
+        return math.prod(factors) if factors else None
+
     def _global_mean(self, metrics: dict[str, Metric], name: str) -> float:
         part = metrics.get(name)
         sums = [part.total, part.count] if part else [0.0, 0.0]
@@ -359,8 +370,3 @@ class Policy:
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     return cast(torch.Tensor, getattr(parameter, "main_grad"))  # noqa: B009 (Megatron's own attribute)
-
-
-def learning_rate_at(config: OptimizerConfig, step: int) -> float:
-    """The learning rate of global step `step` (from 0): linear warm-up over whole global steps, then constant."""
-    return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_global_steps))

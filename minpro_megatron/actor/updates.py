@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minpro_megatron.actor.learning_rate import learning_rate_at
 from minpro_megatron.actor.memory import rank_memory
-from minpro_megatron.actor.policy import Policy, UpdateResult, learning_rate_at
+from minpro_megatron.actor.policy import Policy, UpdateResult
 from minpro_megatron.actor.routing import Routes
 from minpro_megatron.actor.start_gate import refuse_unequal_start
 from minpro_megatron.batching.token_sequence import TokenSequence

@@ -61,9 +61,18 @@ METRICS: dict[str, Declaration] = {
     "ratio/min": Declaration("", "min", "Smallest importance ratio of a response token"),
     "ratio/max": Declaration("", "max", "Largest importance ratio of a response token"),
     "ratio/square_mean": Declaration("", "mean", "Mean squared importance ratio of the response tokens"),
+    "ratio/sequence_mean": Declaration(
+        "", "mean", "Mean importance ratio of a whole response: the product of those of its tokens, within exp(+-20)"
+    ),
+    "ratio/sequence_square_mean": Declaration("", "mean", "Mean squared importance ratio of a whole response"),
     "ratio/log_second_moment": Declaration("nats^2", "mean", "Mean squared log of the importance ratio"),
     "ratio/effective_sample_size": Declaration(
         "share", "derived", "Effective sample size of the importance ratios: (mean ratio)^2 / mean squared ratio"
+    ),
+    "ratio/sequence_effective_sample_size": Declaration(
+        "share",
+        "derived",
+        "Effective sample size of the importance ratios of whole responses: (mean ratio)^2 / mean squared ratio",
     ),
     "ratio/quantile_01": Declaration(
         "", "derived", "1 % quantile of the importance ratio (accurate to 3 % of its log)"
@@ -211,6 +220,12 @@ METRICS: dict[str, Declaration] = {
         "", "max", "Largest global gradient norm of the step's updates, before clipping"
     ),
     "optimizer/learning_rate": Declaration("", "max", "Largest learning rate of the step's updates"),
+    "optimizer/learning_rate_factor": Declaration(
+        "",
+        "mean",
+        "Mean factor of the scheduled learning rate: that of optimizer.scale_by_effective_sample_size, or of an "
+        "objective that scales it",
+    ),
     "optimizer/skipped_updates": Declaration(
         "updates",
         "sum",

@@ -109,10 +109,10 @@ def derived_metrics(scalars: Mapping[str, float], histograms: Mapping[str, np.nd
     derived = {}
     for name, square in scalars.items():
         area, _, rest = name.partition("/")
-        _, found, suffix = rest.partition("square_")  # mean, or by_position/<first> and the like
+        row, found, suffix = rest.partition("square_")  # mean, or by_position/<first> and the like
         if found and square > 0:
-            of = "" if suffix == "mean" else f"_{suffix}"
-            derived[f"{area}/effective_sample_size{of}"] = scalars[name.replace(found, "", 1)] ** 2 / square
+            of, kind = "" if suffix == "mean" else f"_{suffix}", row if row == "sequence_" else ""
+            derived[f"{area}/{kind}effective_sample_size{of}"] = scalars[name.replace(found, "", 1)] ** 2 / square
     for name, counts in histograms.items():
         if counts.any():
             called, of_log = QUANTILES[name]

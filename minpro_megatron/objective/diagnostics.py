@@ -15,7 +15,7 @@ from torch import Tensor
 from minpro_megatron.metrics.histograms import BINS_PER_SIDE, NUM_BINS, SCALE, STEP
 from minpro_megatron.metrics.metric import Metric, Reduction, merge
 from minpro_megatron.objective.corrections import OtherLogProbs, kl_estimate
-from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, position_bucket
+from minpro_megatron.objective.terms import MAX_LOG_RATIO, ObjectiveTerms, PolicyTokens, position_bucket
 
 POSITION_BUCKETS = [str(2**b) for b in range(18)]  # named by their first position: 1, 2-3, 4-7, ... 131072 and beyond
 STALENESS_BUCKETS = [str(steps) for steps in range(17)]  # the last contains all larger values
@@ -46,6 +46,8 @@ _MEASURES = (
     _Measure("ratio/min", "ratio", "min"),
     _Measure("ratio/max", "ratio", "max"),
     _Measure("ratio/square_mean", "ratio_square", "mean"),
+    _Measure("ratio/sequence_mean", "sequence_ratio", "mean", observations="last"),
+    _Measure("ratio/sequence_square_mean", "sequence_ratio_square", "mean", observations="last"),
     _Measure("ratio/log_second_moment", "log_ratio_square", "mean"),
     _Measure("ratio/min_position", "min_position", "mean", observations="has_min_ratio"),
     _Measure("mismatch/log_prob_abs_mean", "mismatch_abs", "mean"),
@@ -163,6 +165,9 @@ def _rows(
     ratio, log_ratio_square = log_ratio.exp(), log_ratio**2
     mismatch = others.rollout_L - others.behavior_L  # log of (engine / trainer) under the same weights
     has_min_ratio, min_position = _position_of_minimum(tokens)
+    # a sequence is counted at its last trained token, where the product of the ratios so far is that of all
+    last = (tokens.is_trained_L & (tokens.earlier_L + 1 == tokens.trained_L)).double()
+    sequence_ratio = tokens.prefix_log_ratio_L.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * last
     return {
         "trained": torch.ones_like(log_ratio),
         "prefix_log_ratio": tokens.prefix_log_ratio_L,
@@ -177,6 +182,9 @@ def _rows(
         "ratio": ratio,
         "ratio_square": ratio**2,
         "log_ratio_square": log_ratio_square,
+        "last": last,
+        "sequence_ratio": sequence_ratio,
+        "sequence_ratio_square": sequence_ratio**2,
         "has_min_ratio": has_min_ratio.double(),
         "min_position": min_position,
         "mismatch_abs": mismatch.abs().double(),

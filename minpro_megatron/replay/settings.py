@@ -16,6 +16,9 @@ ROW_TOKENS = 4096  # of a packed row, unless a sequence is longer
 ROW_TOKENS_SETTING = "batch.max_tokens_per_row"
 # The settings that --set accepts in addition to the objective's; other settings of a run do not affect a replay.
 SETTINGS = ("loss.*", "optimizer.*", "sampling.temperature", "sampling.max_response_tokens")
+_OF_SCHEDULES = tuple(
+    f"optimizer.{name}" for name in ("warmup_global_steps", "schedule", "decay_global_steps", "min_learning_rate")
+)
 # The rows determine the size of an update and the length of a row (sized_for); these numbers only satisfy RunConfig.
 _ANY_BATCH = {"num_prompts": 1, "mini_batch_prompts": 1, "responses_per_prompt": 2**20, "max_tokens_per_row": 2**30}
 
@@ -92,7 +95,7 @@ def _override(assignment: str) -> str:
         raise UserError(f"--set {assignment}: choose the objective with --objective")
     if "." not in key or key.startswith("objective."):
         return assignment if "." in key else f"objective.{assignment.strip()}"
-    if key == "optimizer.warmup_global_steps":
+    if key in _OF_SCHEDULES:
         raise UserError(f"--set {assignment}: a replay's learning rate is constant; set optimizer.learning_rate")
     if key in SETTINGS or f"{key.partition('.')[0]}.*" in SETTINGS:
         return assignment

@@ -256,6 +256,7 @@ CHARTS: list[tuple[str, str, str, Draw]] = [
         lines(
             Line("objective/effective_sample_size", "of the weights", BLUE),
             Line("ratio/effective_sample_size", "of the ratios", GREY),
+            Line("ratio/sequence_effective_sample_size", "of the responses' ratios", GREEN),
             kind="share",
         ),
     ),

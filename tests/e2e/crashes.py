@@ -98,6 +98,8 @@ class CrashRun:
         self._command += ["batch.mini_batch_prompts=2", "batch.max_tokens_per_row=64"]  # several rows an update
         self._command += ["evaluation.num_prompts=4", "evaluation.samples_per_prompt=4", "evaluation.every_steps=2"]
         self._command += ["optimizer.learning_rate=1e-3", "optimizer.warmup_global_steps=0", "loss.kl.enabled=true"]
+        self._command += ["optimizer.schedule=cosine", f"optimizer.decay_global_steps={STEPS}"]
+        self._command += ["optimizer.min_learning_rate=5e-4"]  # every step has another rate
         self._command += ["publish.bucket_bytes=40000"]  # several buckets
         self._command += ["server.engine=reference", "server.start_timeout_s=300", "server.health_interval_s=0.5"]
         self._command += overrides

@@ -49,7 +49,10 @@ def test_means_and_extremes_are_those_of_a_loop(drawn: tuple) -> None:
     minima, weights = np.array(prefix_minima(tokens))[trained], np.array(weights_of(tokens))[trained]
     found = values(statistics_of(tokens, staleness, entropies)[0])
     logs = np.log(ratios)
+    products = np.exp([math.fsum(np.array(tokens.log_ratios)[of]) for of in tokens.trained_of_sequences()])
     expected = {
+        "ratio/sequence_mean": products.mean(),
+        "ratio/sequence_square_mean": (products**2).mean(),
         "policy/entropy": entropies[trained].mean(),
         "ratio/mean": ratios.mean(),
         "ratio/min": ratios.min(),

@@ -57,6 +57,7 @@ def test_it_computes_on_gpus_where_every_rank_has_one(num_gpus, device, dtype):
         ({"settings": ["name=grpo"]}, "choose the objective with --objective"),
         ({"settings": ["staleness.delay_steps=3"]}, "no effect in a replay; known: .* loss.*"),
         ({"settings": ["optimizer.warmup_global_steps=3"]}, "constant"),
+        ({"settings": ["optimizer.schedule=linear"]}, "constant"),
         ({"settings": ["loss.kl.enable=true"]}, "no setting 'enable'"),
         ({"given": {"optimizer.clip_grad": -1.0}}, "^--clip-grad: Input should be greater than or equal to 0"),
         ({"given": {"seed": -1}}, "^--seed: Input should be greater than or equal to 0"),
