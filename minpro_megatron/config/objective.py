@@ -276,6 +276,13 @@ class PnpoConfig(ObjectiveSection):
         return self
 
 
+class P3oConfig(ObjectiveSection):
+    """P3O, arXiv:2605.12380: the ratio, capped at the effective sample size of the mini-batch's ratios, and a KL term
+    whose factor is what that lacks to 1. It has no setting of its own."""
+
+    name: Literal["p3o"] = Field(default="p3o", description=_NAME)
+
+
 class CtpoSection(ObjectiveSection):
     """What both forms of CTPO share: bounds whose logarithms are multiples of a power of the position t."""
 
@@ -350,6 +357,7 @@ ObjectiveConfig = Annotated[
     | SapoConfig
     | VespoConfig
     | PnpoConfig
+    | P3oConfig
     | PrefixRatioConfig
     | PrefixFilterConfig
     | ScaledCispoConfig

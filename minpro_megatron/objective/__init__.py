@@ -15,7 +15,7 @@ from minpro_megatron.objective.loss_functions.ratio_losses import (
     scaled_cispo_loss,
     shuffled_minpro_loss,
 )
-from minpro_megatron.objective.loss_functions.smooth_losses import pnpo_loss, sapo_loss, vespo_loss
+from minpro_megatron.objective.loss_functions.smooth_losses import p3o_loss, pnpo_loss, sapo_loss, vespo_loss
 from minpro_megatron.objective.loss_functions.trust_region_losses import cppo_loss, dppo_loss, trm_loss
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "m2po_loss",
     "m2po_winsorized_loss",
     "minpro_loss",
+    "p3o_loss",
     "pnpo_loss",
     "prefix_filter_loss",
     "prefix_ratio_loss",

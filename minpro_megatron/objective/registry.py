@@ -24,6 +24,7 @@ from minpro_megatron.objective.formulas.grpo import grpo
 from minpro_megatron.objective.formulas.gspo import gspo
 from minpro_megatron.objective.formulas.m2po import large_second_moments, m2po, m2po_winsorized, winsorizing_log_ratio
 from minpro_megatron.objective.formulas.minpro import minpro
+from minpro_megatron.objective.formulas.p3o import effective_sample_size, p3o
 from minpro_megatron.objective.formulas.pnpo import pnpo
 from minpro_megatron.objective.formulas.sapo import sapo
 from minpro_megatron.objective.formulas.trm import trm
@@ -56,6 +57,7 @@ OBJECTIVES: dict[str, Objective] = {
     "sapo": Objective(sapo),
     "vespo": Objective(vespo),
     "pnpo": Objective(pnpo),
+    "p3o": Objective(p3o, survey=effective_sample_size),
     "prefix_ratio": Objective(prefix_ratio),
     "prefix_filter": Objective(prefix_filter, survey=small_prefix_ratios),
     # it multiplies the learning rate and not the gradient: Adam's normalization would cancel a factor on the gradient

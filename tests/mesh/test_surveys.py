@@ -101,4 +101,6 @@ def test_surveys_and_coefficients_are_those_of_whole_sequences(degrees: dict[str
             trained = tokens.trained[ids]
             np.testing.assert_allclose(coefficients[trained], expected[ids][trained], rtol=1e-11, atol=1e-11)
             if seen.surveyed_L is not None:
-                np.testing.assert_array_equal(found[trained], seen.surveyed_L.numpy()[ids][trained], err_msg=name)
+                surveyed_here = seen.surveyed_L.numpy()[ids][trained]
+                rounding = 1e-14 if name == "p3o" else 0.0  # its sums are added in another order
+                np.testing.assert_allclose(found[trained], surveyed_here, rtol=rounding, err_msg=name)

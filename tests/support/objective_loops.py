@@ -289,6 +289,22 @@ def vespo_weights(tokens: Tokens, settings: VespoConfig) -> list[float]:
     return weights
 
 
+def p3o(tokens: Tokens) -> Expected:
+    """arXiv:2605.12380, equations 11 and 12; the KL is differentiated by autograd."""
+    place = [one for of in tokens.trained_of_sequences() for one in of]
+    ratios = [tokens.ratios[one] for one in place]
+    share = math.fsum(ratios) ** 2 / (len(ratios) * math.fsum(ratio**2 for ratio in ratios))
+    weights = [min(ratio, share) for ratio in tokens.ratios]
+    plain = weighted_as_they_are(tokens, weights)
+    d = torch.tensor(tokens.log_ratios, dtype=torch.float64, requires_grad=True)
+    divergence = (1 - share) * (torch.expm1(-d) + d)
+    (slope,) = torch.autograd.grad(divergence.sum(), d)
+    return Expected(
+        (np.array(plain.coefficients) - slope.numpy()).tolist(),
+        (np.array(plain.values) + divergence.detach().numpy()).tolist(),
+    )
+
+
 def pnpo(tokens: Tokens, settings: PnpoConfig) -> Expected:
     """arXiv:2608.01418: (rho_1 ... rho_t)^(1/t), and rejection by it."""
     low = 0.0 if settings.smallest_weight is None else settings.smallest_weight
@@ -379,6 +395,7 @@ LOOPS: dict[str, Callable[[Tokens, Any], Expected]] = {
     "sapo": sapo,
     "vespo": lambda tokens, s: weighted_as_they_are(tokens, vespo_weights(tokens, s)),
     "pnpo": pnpo,
+    "p3o": lambda tokens, s: p3o(tokens),
     "prefix_ratio": lambda tokens, s: weighted(tokens, prefix_ratio_weights(tokens), s.clip_low, s.clip_high),
     "prefix_filter": prefix_filter,
     "scaled_cispo": lambda tokens, s: weighted(tokens, tokens.ratios, s.clip_low, s.clip_high),

@@ -57,3 +57,15 @@ def pnpo_loss(
         smallest_weight=smallest_weight, largest_weight=largest_weight, aggregation=aggregation
     )
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
+
+
+@loss_function
+def p3o_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
+    aggregation: Aggregation = "token_mean",
+    **options: Unpack[LossOptions],
+) -> Tensor:  # fmt: skip
+    """P3O, arXiv:2605.12380: -min(rho_t, e) A_t log pi_t + (1 - e) KL(pi || old), where e is the effective sample size
+    of the batch's ratios, (sum rho)^2 / (N sum rho^2), and KL the k3 estimate from the sampled token."""
+    settings = config.P3oConfig(aggregation=aggregation)
+    return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
