@@ -17,7 +17,7 @@ TE_PYTHON := $(VENV)/share/transformer_engine_python
 SHELL_SCRIPTS := environment/setup.sh .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup transformer-engine-python demo test test-unit test-integration test-mesh test-matrix test-crashes test-chaos test-e2e test-gpu test-long lint format constraints clean
+.PHONY: help setup transformer-engine-python demo test test-unit test-integration test-mesh test-matrix test-crashes test-chaos test-e2e test-gpu gpu-check gpu-check-wheels test-long lint format constraints clean
 # A model whose writing was interrupted is made again.
 .DELETE_ON_ERROR:
 
@@ -63,8 +63,14 @@ test-matrix: setup ## all meshes of up to 8 ranks, into tests/mesh/matrix_result
 test-long: setup transformer-engine-python ## what make test leaves out: more runs, kills, SGLang, eval, Slurm, full-size meshes (30-60 min)
 	$(PYTHON) -m pytest -m long tests/unit tests/integration tests/mesh tests/e2e $(ARGS)
 
-test-gpu: setup ## what needs a GPU (skipped without one)
+test-gpu: setup ## the checks of gpu-check as tests (skipped without a GPU)
 	$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+gpu-check: setup ## check on one GPU that kernels, memory and copies work, into benchmarks/gpu_checks.md (8 min)
+	$(PYTHON) -m minpro_megatron gpu-check $(ARGS)
+
+gpu-check-wheels: setup ## collect the wheels that gpu-check needs on a machine without a network, into build/
+	$(PYTHON) environment/gpu_check_wheels.py
 
 test-crashes: setup ## every role killed in every phase, into tests/e2e/crash_matrix_result.md; RESUME=1 goes on (1-2 h)
 	CRASHES_RESUME=$(RESUME) $(PYTHON) -m pytest tests/e2e/crash_matrix.py $(ARGS)

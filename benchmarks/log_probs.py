@@ -19,72 +19,32 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from minpro_megatron.gpu_checks.log_prob_ways import (
+    TEMPERATURE,
+    Problem,
+    Way,
+    in_chunks,
+    make_problem,
+    naive,
+    of_whole_logits,
+    ours,
+    verl_torch,
+    verl_triton,
+)
+from minpro_megatron.gpu_checks.meter import Meter
 from minpro_megatron.parallel import log_probs as module
-from minpro_megatron.parallel.log_probs import vocab_parallel_log_probs
 
-TEMPERATURE = 0.9
 MIB = 1 << 20
 PATIENCE_S = 1800  # maximum wait for other processes to stop using the processors
 
-Implementation = Callable[["Problem"], tuple[Tensor, Tensor]]
 Seconds = tuple[float, float]  # forward, backward
-
-
-@dataclass(frozen=True)
-class Problem:
-    hidden_TH: Tensor
-    weight_VH: Tensor
-    labels_T: Tensor
-    upstream_T: Tensor
-
-    @property
-    def flops_of_a_product(self) -> float:
-        return 2.0 * self.hidden_TH.numel() * self.weight_VH.shape[0]
-
-
-def make_problem(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype, device: str) -> Problem:
-    """Filled in place, so that creating it needs no more memory than keeping it."""
-    random = torch.Generator(device).manual_seed(0)
-    hidden_TH = torch.empty(tokens, hidden, dtype=dtype, device=device).normal_(0, 1, generator=random)
-    weight_VH = torch.empty(vocabulary, hidden, dtype=dtype, device=device).normal_(0, 0.05, generator=random)
-    labels = torch.randint(0, vocabulary, (tokens,), generator=random, device=device)
-    upstream = torch.empty(tokens, device=device).normal_(0, 1, generator=random)
-    return Problem(hidden_TH.requires_grad_(), weight_VH.requires_grad_(), labels, upstream)
-
-
-class _OneRank:
-    """A process group of one rank, which sends nothing."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
-
-
-def ours(problem: Problem) -> tuple[Tensor, Tensor]:
-    return vocab_parallel_log_probs(
-        problem.hidden_TH,
-        problem.weight_VH,
-        problem.labels_T,
-        vocab_size=problem.weight_VH.shape[0],
-        temperature=TEMPERATURE,
-        group=cast(dist.ProcessGroup, _OneRank()),
-    )
-
-
-def naive(problem: Problem) -> tuple[Tensor, Tensor]:
-    return _of_whole_logits(problem.hidden_TH @ problem.weight_VH.t(), problem.labels_T)
 
 
 class _OneDnnLogits(torch.autograd.Function):
@@ -102,33 +62,12 @@ class _OneDnnLogits(torch.autograd.Function):
 
 def naive_with_our_product(problem: Problem) -> tuple[Tensor, Tensor]:
     """Shows the benefit of the blocks separately from that of the faster matrix product on a CPU."""
-    return _of_whole_logits(cast(Tensor, _OneDnnLogits.apply(problem.hidden_TH, problem.weight_VH)), problem.labels_T)
+    return of_whole_logits(cast(Tensor, _OneDnnLogits.apply(problem.hidden_TH, problem.weight_VH)), problem.labels_T)
 
 
-def _of_whole_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    log_softmax = (logits.float() / TEMPERATURE).log_softmax(-1)
-    log_probs = log_softmax.gather(1, labels[:, None])[:, 0]
-    with torch.no_grad():
-        entropies = -(log_softmax.exp() * log_softmax).sum(-1)
-    return log_probs, entropies
-
-
-def verl_torch(problem: Problem) -> tuple[Tensor, Tensor]:
-    from verl.utils.experimental.torch_functional import FusedLinearForPPO
-
-    return FusedLinearForPPO()(problem.hidden_TH, problem.weight_VH, problem.labels_T, TEMPERATURE)
-
-
-def verl_triton(problem: Problem) -> tuple[Tensor, Tensor]:
-    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
-
-    arguments = (problem.hidden_TH, problem.weight_VH, problem.labels_T, TEMPERATURE, "none", None)
-    return cast(tuple[Tensor, Tensor], linear_cross_entropy(*arguments))
-
-
-def implementations(device: str, dtype: torch.dtype) -> dict[str, Implementation]:
+def implementations(device: str, dtype: torch.dtype) -> dict[str, Way]:
     """By name, in the order of the table; verl's where it is installed."""
-    found: dict[str, Implementation] = {"naive": naive, "ours": ours}
+    found: dict[str, Way] = {"naive": naive, "ours": ours, "chunks of tokens": in_chunks}
     if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         found["naive, oneDNN product"] = naive_with_our_product
     if util.find_spec("verl") is None:
@@ -140,7 +79,7 @@ def implementations(device: str, dtype: torch.dtype) -> dict[str, Implementation
     return found
 
 
-def seconds(problem: Problem, implementation: Implementation) -> tuple[float, float, tuple[Tensor, ...]]:
+def seconds(problem: Problem, implementation: Way) -> tuple[float, float, tuple[Tensor, ...]]:
     """(forward seconds, backward seconds, (log-probs, entropies, d hidden)); frees the weight's gradient."""
     problem.hidden_TH.grad = problem.weight_VH.grad = None
     start = _now(problem)
@@ -155,7 +94,7 @@ def seconds(problem: Problem, implementation: Implementation) -> tuple[float, fl
     return middle - start, end - middle, (log_probs.detach(), entropies.detach(), d_hidden)
 
 
-def undisturbed_seconds(name: str, problem: Problem, implementation: Implementation, others: float) -> Seconds:
+def undisturbed_seconds(name: str, problem: Problem, implementation: Way, others: float) -> Seconds:
     """(forward, backward) of a run during which other processes took less than a share `others` of the processors."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
@@ -196,21 +135,7 @@ def _now(problem: Problem) -> float:
     return time.perf_counter()
 
 
-def product_rate(problem: Problem) -> float:
-    """FLOP/s of hidden @ weight.t() and of a square product of 8,192, whichever is faster."""
-    rates = []
-    square = torch.randn(8192, 8192, dtype=problem.hidden_TH.dtype, device=problem.hidden_TH.device)
-    columns = problem.weight_VH.detach()[: 4 * len(square)]
-    for left, right in ((square, square), (problem.hidden_TH.detach(), columns.t())):
-        torch.mm(left, right)
-        start = _now(problem)
-        for _ in range(10):
-            torch.mm(left, right)
-        rates.append(10 * 2.0 * left.numel() * right.shape[1] / (_now(problem) - start))
-    return max(rates)
-
-
-def time_in_turns(problem: Problem, named: dict[str, Implementation], rounds: int, others: float) -> None:
+def time_in_turns(problem: Problem, named: dict[str, Way], rounds: int, others: float) -> None:
     expected = seconds(problem, naive)[2]
     differences = {name: _differences(seconds(problem, run)[2], expected) for name, run in named.items()}  # warms up
     spent: dict[str, list[Seconds]] = {name: [] for name in named}
@@ -219,7 +144,7 @@ def time_in_turns(problem: Problem, named: dict[str, Implementation], rounds: in
         for name, implementation in named.items():
             spent[name].append(undisturbed_seconds(name, problem, implementation, others))
         if problem.hidden_TH.is_cuda:
-            rates.append(product_rate(problem))
+            rates.append(Meter(problem.hidden_TH.device).product_rate(problem.hidden_TH.dtype))
     print("\n| | forward s | backward s | both s, median (min - max) | of naive | log-prob | entropy | d hidden |")
     print("|---|---|---|---|---|---|---|---|")
     naive_s = statistics.median(map(sum, spent["naive"]))
@@ -249,7 +174,7 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} - {max(values):.3f})"
 
 
-def extra_memory(problem: Problem, implementation: Implementation) -> int:
+def extra_memory(problem: Problem, implementation: Way) -> int:
     """Peak bytes above the inputs and the gradients that are returned; meant for a fresh process."""
     small = make_problem(64, 256, 64, problem.hidden_TH.dtype, problem.hidden_TH.device.type)
     seconds(small, implementation)  # loads libraries, starts threads, compiles

@@ -38,6 +38,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "recipes": _here("recipes", "list the recipes"),
         "settings": _here("settings", "list the settings with their values, defaults and descriptions"),
         "plan": _here("plan", "predict whether a run fits on a cluster, and how long a step takes"),
+        "gpu-check": _here("gpu_check", "check on one GPU, in a few minutes, that kernels, memory and copies work"),
         "rehearse": _here("rehearse", "run a trainer rank at full size on tensors without content, without a GPU"),
     },
     "models and data": {

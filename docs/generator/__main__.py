@@ -1,4 +1,5 @@
-"""Writes the reference pages of the documentation, docs/reference/, from the code: commands, settings and metrics.
+"""Writes the reference pages of the documentation, docs/reference/, from the code: commands, settings and metrics; and
+the README's line on GPUs, from the record of `minpro gpu-check`.
 
     python -m docs.generator            # write the pages
     python -m docs.generator --check    # exit with 1 if a page is not what the code gives
@@ -10,6 +11,8 @@ import argparse
 import sys
 
 from docs.generator.pages import FOLDER, all_pages
+from docs.generator.status import README, with_status
+from minpro_megatron.files.replacement import replace_file
 
 
 def main() -> int:
@@ -28,7 +31,14 @@ def main() -> int:
         else:
             path.write_text(pages[path], encoding="utf-8")
             print(f"wrote {path.name}")
-    return 1 if check and (old or left) else 0
+    readme = README.read_text(encoding="utf-8")
+    outdated = with_status(readme) != readme
+    if outdated and check:
+        print("README.md does not state the record of the GPU checks: run python -m docs.generator")
+    elif outdated:
+        replace_file(README, with_status(readme))
+        print("wrote the status in README.md")
+    return 1 if check and (old or left or outdated) else 0
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ them to the host; what it then does with them, and all of the optimizer's arithm
 and Transformer Engine's optimizer for what stays on the GPU are not tried.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from tests.mesh.conftest import Start
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import make_sequences
 from tests.mesh.steps import step_config
+from tests.support.offload_without_gpu import offload_works_here
 
 pytestmark = pytest.mark.mesh
 
@@ -32,36 +31,6 @@ RESUMED = [  # with what fraction it was saved, and is loaded, and whether the l
     (0.5, 1.0, True),
     (0.5, 0.5, False),
 ]
-
-
-class _OnHost(torch.Tensor):
-    """A tensor that megatron has copied to the host, and what is computed from it."""
-
-
-@contextmanager
-def _tensors_pass_for_the_gpus() -> Iterator[None]:
-    tensor: Any = torch.Tensor
-    pin = tensor.pin_memory
-    tensor.is_cuda = property(lambda self: not isinstance(self, _OnHost))
-    tensor.pin_memory = lambda self: self.as_subclass(_OnHost)  # what megatron does to each copy on the host
-    try:
-        yield
-    finally:
-        tensor.pin_memory = pin
-        del tensor.is_cuda
-
-
-def _offload_works_here() -> None:
-    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-
-    hybrid: Any = HybridDeviceOptimizer
-    sort = hybrid._get_sub_optimizer_param_groups
-
-    def sort_as_on_a_gpu(self: Any, fraction: float) -> Any:
-        with _tensors_pass_for_the_gpus():
-            return sort(self, fraction)
-
-    hybrid._get_sub_optimizer_param_groups = sort_as_on_a_gpu
 
 
 def _policy(mesh: Mesh, config: RunConfig, hf_path: str, fraction: float) -> tuple[Any, Any]:
@@ -82,7 +51,7 @@ def _policy(mesh: Mesh, config: RunConfig, hf_path: str, fraction: float) -> tup
 def _train_save_load(
     mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list[TokenSequence]
 ) -> dict[str, Any]:
-    _offload_works_here()
+    offload_works_here()
     policies = {fraction: _policy(mesh, config, hf_path, fraction) for fraction in FRACTIONS}
     found: dict[str, Any] = {
         "on_host": {fraction: _fraction_on_host(policy) for fraction, (_, policy) in policies.items()},

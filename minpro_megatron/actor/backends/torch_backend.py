@@ -91,6 +91,25 @@ def padded_layout(lengths: list[int], context_size: int, context_rank: int, devi
     )
 
 
+def packed_attention(
+    query_THD: Tensor, key_value_T2GD: Tensor, layout: PaddedLayout, softmax_scale: float | None
+) -> Tensor:
+    """Attention inside each sequence of a packed row, [T, H * D]. The keys and values are those of all context ranks,
+    in the order of the ranks."""
+    key, value = key_value_T2GD[layout.key_index_NK].permute(2, 0, 3, 1, 4)  # each [N, G, K, D]
+    query = query_THD[layout.query_index_NQ].transpose(1, 2)  # [N, H, Q, D]
+    out_NHQD = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=layout.mask_N1QK,
+        is_causal=layout.mask_N1QK is None,
+        scale=softmax_scale,
+        enable_gqa=True,
+    )
+    return out_NHQD.transpose(1, 2).flatten(0, 1)[layout.query_slot_T].flatten(1)
+
+
 class _GatherAcrossRanks(torch.autograd.Function):
     """[T, ...] on every rank -> [ranks * T, ...] in the order of the ranks; backward sums each rank's part over the
     ranks."""
@@ -143,18 +162,7 @@ class TorchAttention(MegatronModule):
         key_value = torch.stack([key_TGD, value_TGD], dim=1)
         if self.context_group.size() > 1:
             key_value = _GatherAcrossRanks.apply(key_value, self.context_group)
-        key, value = key_value[layout.key_index_NK].permute(2, 0, 3, 1, 4)  # each [N, G, K, D]
-        query = query_THD[layout.query_index_NQ].transpose(1, 2)  # [N, H, Q, D]
-        out_NHQD = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=layout.mask_N1QK,
-            is_causal=layout.mask_N1QK is None,
-            scale=self.softmax_scale,
-            enable_gqa=True,
-        )
-        return out_NHQD.transpose(1, 2).flatten(0, 1)[layout.query_slot_T].flatten(1)
+        return packed_attention(query_THD, key_value, layout, self.softmax_scale)
 
     def _layout(self, packed: PackedSeqParams) -> PaddedLayout:
         """The layout of the row. The first layer computes it; it is stored with the row for the other layers."""

@@ -46,6 +46,7 @@ ORDER = [
     ["launch"],
     ["replay"],
     ["rehearsal"],
+    ["gpu_checks"],
     ["model_comparison", "tiny_model"],
     ["commands"],
     ["__main__"],
@@ -60,7 +61,7 @@ LINKED = ["recipes", "cluster"]
 # Third-party modules that only some folders may import.
 ONLY_IN = {
     "megatron.core.parallel_state": ["parallel"],
-    "megatron": ["parallel", "weights", "host_memory", "checkpoints", "actor", "rehearsal"],
+    "megatron": ["parallel", "weights", "host_memory", "checkpoints", "actor", "rehearsal", "gpu_checks"],
 }
 NO_TORCH = [
     "terminal_text",
