@@ -25,7 +25,7 @@ class Prompt(Record, frozen=True, kw_only=True):
     """A task: `text` is the question, without instruction and chat template; the reward compares with `answer`.
 
     `prefix` is a given beginning of the response, which the policy continues (arXiv:2601.18795). `system` is the system
-    message before the question, for a chat template.
+    message before the question, for a chat template. `metadata` is whatever the row has there, for the reward.
     """
 
     id: str
@@ -35,6 +35,7 @@ class Prompt(Record, frozen=True, kw_only=True):
     prefix: str = ""
     pass_rate: float | None = None  # fraction of right responses of some model, if known
     system: str = ""
+    metadata: Any = None
 
 
 class IssuedGroup(Record, frozen=True, kw_only=True):
@@ -126,6 +127,14 @@ class CollectedGroup(Record, frozen=True, kw_only=True):
     @property
     def newest_version(self) -> int:
         return max(int(one.of_sampled(one.policy_versions).max()) for one in self.responses)
+
+    def without_metadata(self) -> "CollectedGroup":
+        """The group without the row's metadata: only the reward needs it, and it may be large."""
+        prompt = self.issued.prompt
+        if prompt.metadata is None:
+            return self
+        issued = msgspec.structs.replace(self.issued, prompt=msgspec.structs.replace(prompt, metadata=None))
+        return msgspec.structs.replace(self, issued=issued)
 
     @property
     def is_scored(self) -> bool:

@@ -38,7 +38,7 @@ from minpro_megatron.records import (
     TrainedStep,
 )
 from minpro_megatron.reference_engine.model import Model
-from minpro_megatron.rewards.registry import Grade, load_reward
+from minpro_megatron.rewards.registry import Grade, load_response_reward
 
 
 class GroupSampler:
@@ -48,7 +48,7 @@ class GroupSampler:
         self._sampling: SamplingConfig = config.sampling
         self._stops = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens).stop_token_ids
         self._tokenizer = tokenizer
-        self._reward = load_reward(config.reward.function)
+        self._reward = load_response_reward(config.reward.function)
         longest = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
         architecture = read_architecture(config.model.hf_path)
         self._model = BatchedModel(Model.from_hf(architecture, config.model.hf_path, longest), longest)

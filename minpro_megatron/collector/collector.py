@@ -228,7 +228,7 @@ class Collector:
     def _batch(self, index: int) -> Batch:
         chosen = self._schedule.batch(index)
         assert chosen is not None
-        return Batch(index=index, groups=[self._groups[group_id] for group_id in chosen.group_ids])
+        return Batch(index=index, groups=[self._groups[group_id].without_metadata() for group_id in chosen.group_ids])
 
     async def scored(self, scores: BehaviorLogProbs) -> None:
         """Stores a batch's behavior log-probs. Raises WrongScores if they do not fit the batch."""

@@ -33,7 +33,8 @@ class GradingWatch:
         if self._in_a_row >= self._limit:
             raise GradingError(
                 f"{self._in_a_row} groups in a row could not be graded, the last one of prompt "
-                f"{group.issued.prompt.id!r}: {group.grading_problem}; correct the code of the grader "
-                f"of source {group.issued.prompt.source!r} (reward.function, reward.by_source) and launch the same "
-                "command again; another grader, or other answers in data.train_file, need a new name=..."
+                f"{group.issued.prompt.id!r}: {group.grading_problem}; correct the grader of source "
+                f"{group.issued.prompt.source!r} (reward.function, reward.by_source), or start its service again "
+                "(reward.urls), and launch the same command again; another grader, or other answers in "
+                "data.train_file, need a new name=..."
             )

@@ -7,7 +7,9 @@ Each row is `{"data_source": ..., "ground_truth": ..., "response": ...}`; with -
 printed unchanged, with the new fields `reward`, `extracted` (the part of the response that was compared; null: none
 was found) and `seconds`. If the grader twice hung, died, raised or returned no finite number, `reward` is null and
 `problem` gives the reason. Without --reward the data source selects the reward: `calculator` calculator, `math_dapo`
-dapo, all others math. Responses are untrusted text: anything but printable ASCII is escaped.
+dapo, all others math. A reward that grades whole groups, and a service (`--reward http --url URL`), get each row as a
+group of one response, with the row's fields `prompt` and `metadata`, if it has them, and without token ids. Responses
+are untrusted text: anything but printable ASCII is escaped.
 """
 
 import argparse
@@ -23,9 +25,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import ValidationError
+
 from minpro_megatron.command_line import Parser, command_parser, count, positive
+from minpro_megatron.config.reward import RewardConfig
 from minpro_megatron.errors import UserError, run_reporting
-from minpro_megatron.rewards.pool import Judged, RewardPool
+from minpro_megatron.records import Prompt
+from minpro_megatron.rewards.graders import Graders, SampledText
+from minpro_megatron.rewards.judging import Judged
+from minpro_megatron.rewards.registry import HTTP
 
 DEFAULT_REWARD = "math"
 REWARD_BY_SOURCE = {"calculator": "calculator", "math_dapo": "dapo"}
@@ -41,11 +50,14 @@ Row = dict[str, Any]
 def _parser(prog: str) -> Parser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("--input", type=Path, required=True, metavar="FILE.jsonl", help="the rows to grade")
-    parser.add_argument("--reward", metavar="NAME", help="one for all rows: a known reward, or package.module:function")
+    parser.add_argument(
+        "--reward", metavar="NAME", help="one for all rows: a known reward, http, or package.module:function"
+    )
     parser.add_argument(
         "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="grading processes (the processors)"
     )
     parser.add_argument("--timeout", type=positive, default=5.0, metavar="SECONDS", help="processor time per response")
+    parser.add_argument("--url", action="append", default=[], help="a service for --reward http; may be repeated")
     parser.add_argument("--json", action="store_true", help="the summary on standard error as one JSON object")
     return parser
 
@@ -88,18 +100,45 @@ def _checked(row: Any, needs_source: bool) -> Row:
     return row
 
 
-async def graded(pool: RewardPool, rows: Sequence[Row], workers: int) -> AsyncIterator[tuple[Row, Judged]]:
-    """The rows in their order with their judgements; `workers` of them are graded at a time."""
-    limit = asyncio.Semaphore(workers)
+def _settings(options: argparse.Namespace) -> RewardConfig:
+    if options.reward == HTTP and not options.url:
+        raise UserError("--reward http: give the address of a service with --url")
+    try:
+        return RewardConfig(
+            function=options.reward or DEFAULT_REWARD,
+            by_source={} if options.reward else REWARD_BY_SOURCE,
+            workers=options.workers,
+            timeout_s=options.timeout,
+            urls=options.url,
+        )
+    except ValidationError as error:
+        raise UserError("--url: " + entry["msg"].removeprefix("Value error, ") for entry in error.errors()) from None
+
+
+async def graded(graders: Graders, rows: Sequence[Row], at_once: int) -> AsyncIterator[tuple[Row, Judged]]:
+    """The rows in their order with their judgements; `at_once` of them are graded at a time."""
+    limit = asyncio.Semaphore(at_once)
 
     async def judge(row: Row) -> Judged:
         async with limit:
-            return (await pool.judge_all([row["response"]], row["ground_truth"], row.get("data_source", "")))[0]
+            response = SampledText(row["response"], np.zeros(0, np.int32), "stop")
+            return (await graders.judge(_prompt(row), [response]))[0]
 
     for start in range(0, len(rows), BLOCK_ROWS):
         block = rows[start : start + BLOCK_ROWS]
         for row, judged in zip(block, await asyncio.gather(*map(judge, block)), strict=True):
             yield row, judged
+
+
+def _prompt(row: Row) -> Prompt:
+    question, source = str(row.get("prompt", "")), row.get("data_source", "")
+    return Prompt(
+        id=str(row.get("id", "")),
+        source=source,
+        text=question,
+        answer=row["ground_truth"],
+        metadata=row.get("metadata"),
+    )
 
 
 def printed(row: Row, judged: Judged) -> str:
@@ -115,9 +154,10 @@ async def grade_file(options: argparse.Namespace, rows: Sequence[Row]) -> dict[s
     rewards: Counter[float] = Counter()
     start = shown = time.monotonic()
     done = 0
-    by_source = {} if options.reward else REWARD_BY_SOURCE
-    async with RewardPool(options.reward or DEFAULT_REWARD, options.workers, options.timeout, by_source) as pool:
-        async for row, judged in graded(pool, rows, options.workers):
+    settings = _settings(options)
+    async with Graders(settings) as graders:
+        at_once = max(options.workers, settings.concurrency)
+        async for row, judged in graded(graders, rows, at_once):
             print(printed(row, judged))
             rewards.update([] if judged.reward is None else [judged.reward])
             done += 1
@@ -130,8 +170,8 @@ async def grade_file(options: argparse.Namespace, rows: Sequence[Row]) -> dict[s
         "rows": len(rows),
         "mean_reward": rewards.total() and sum(reward * count for reward, count in rewards.items()) / rewards.total(),
         "rewards": {str(reward): count for reward, count in sorted(rewards.items())},
-        "timed_out": pool.num_timed_out,
-        "failed": pool.num_failed,
+        "timed_out": graders.num_timed_out,
+        "failed": graders.num_failed,
         "seconds": seconds,
         "rows_per_s": len(rows) / seconds,
     }
@@ -151,15 +191,15 @@ def show_summary(summary: dict[str, Any], as_json: bool) -> None:
 
 
 @contextmanager
-def without_pool_warnings() -> Iterator[None]:
+def without_failure_warnings() -> Iterator[None]:
     """Each row of the output reports its own error."""
-    pool = logging.getLogger("minpro_megatron.rewards.pool")
-    before = pool.level
-    pool.setLevel(logging.ERROR)
+    failures = logging.getLogger("minpro_megatron.rewards.failures")
+    before = failures.level
+    failures.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        pool.setLevel(before)
+        failures.setLevel(before)
 
 
 def main(arguments: list[str] | None = None, prog: str = "minpro grade") -> int:
@@ -168,7 +208,7 @@ def main(arguments: list[str] | None = None, prog: str = "minpro grade") -> int:
 
     def grade() -> int:
         rows = read_rows(options.input, needs_source=options.reward is None)
-        with without_pool_warnings():
+        with without_failure_warnings():
             summary = asyncio.run(grade_file(options, rows))
         show_summary(summary, options.json)
         return 0

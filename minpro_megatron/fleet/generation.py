@@ -15,7 +15,7 @@ from minpro_megatron.fleet.fleet import Fleet
 from minpro_megatron.fleet.held_server import HeldServer
 from minpro_megatron.fleet.member import Key, MemberGone
 from minpro_megatron.records import NOT_GRADED, CollectedGroup, IssuedGroup, Prompt, Response
-from minpro_megatron.rewards.pool import RewardPool
+from minpro_megatron.rewards.graders import Graders, SampledText
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.errors import OutOfFiles, ServerError
@@ -38,6 +38,14 @@ def graded_texts(prompt: Prompt, texts: Sequence[str]) -> list[str]:
     return [prompt.prefix + text for text in texts]
 
 
+def texts_to_grade(texts: Sequence[str], sequences: Sequence[SampledSequence]) -> list[SampledText]:
+    """What the graders get for each sequence."""
+    return [
+        SampledText(text, sequence.token_ids, sequence.finish_reason)
+        for text, sequence in zip(texts, sequences, strict=True)
+    ]
+
+
 class GenerationError(ProjectError):
     """A group could not be sampled on healthy servers, even after retries."""
 
@@ -52,14 +60,14 @@ class GroupCollector:
     def __init__(
         self,
         fleet: Fleet,
-        rewards: RewardPool,
+        graders: Graders,
         tokenizer: ResponseDecoder,
         episodes: EpisodeRules | None = None,
     ) -> None:
         """`episodes`: the environment that answers the responses' turns; None: a response is one request."""
         self._fleet = fleet
         self._episodes = episodes
-        self._rewards = rewards
+        self._graders = graders
         self._tokenizer = tokenizer
         self._tickets = itertools.count()
 
@@ -69,7 +77,7 @@ class GroupCollector:
 
         The remaining rewards of a training group are cancelled once one of its responses could not be graded.
         """
-        sequences = await self.sample(issued, sampling)
+        sequences = await self.sample(issued, sampling)  # from here on the group occupies no server
         rewards, problem = await self._graded(issued, sequences)
         responses = [
             Response(
@@ -92,8 +100,8 @@ class GroupCollector:
         if not issued.is_evaluation and any(failures):
             return [NOT_GRADED] * len(sequences), next(filter(None, failures))
         texts = graded_texts(prompt, await self.response_texts(sequences))
-        judged = await self._rewards.judge_all(
-            texts, prompt.answer, prompt.source, stop_at_failure=not issued.is_evaluation
+        judged = await self._graders.judge(
+            prompt, texts_to_grade(texts, sequences), stop_at_failure=not issued.is_evaluation
         )
         rewards = [NOT_GRADED if found.reward is None else found.reward for found in judged]
         rewards += [NOT_GRADED] * (len(texts) - len(rewards))

@@ -41,6 +41,10 @@ SETTING_OPTIONS: dict[str, tuple[SettingOption, ...]] = {
         SettingOption("--right-reward", "reward.right_reward", "X"),
         SettingOption("--reward-workers", "reward.workers", "N"),
         SettingOption("--reward-timeout-s", "reward.timeout_s", "X"),
+        SettingOption("--reward-urls", "reward.urls", "URL,..."),
+        SettingOption("--reward-concurrency", "reward.concurrency", "N"),
+        SettingOption("--reward-attempt-timeout-s", "reward.attempt_timeout_s", "X"),
+        SettingOption("--reward-deadline-s", "reward.deadline_s", "X"),
     ),
     "servers": (
         SettingOption("--urls", "server.urls", "URL,..."),

@@ -34,7 +34,7 @@ _MAY_CHANGE = (
     "model.recompute_layers", "model.backend", "model.attention_backend", "optimizer.cpu_offload",
     "parallel", "server", "publish", "checkpoint", "batch.max_tokens_per_row", "batch.packing", "collector.host",
     "collector.port", "collector.journal_keep_steps", "collector.journal_keep_routes", "reward.timeout_s",
-    "reward.workers",
+    "reward.workers", "reward.urls", "reward.concurrency", "reward.attempt_timeout_s", "reward.deadline_s",
     "data.accept_changed_inputs", "debug.hang_timeout_s", "debug.trace_steps", "debug.profile_steps",
     "debug.profile_ranks", "alarms", "wandb",
 )  # fmt: skip

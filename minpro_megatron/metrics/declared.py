@@ -50,6 +50,12 @@ METRICS: dict[str, Declaration] = {
         "sum",
         "Number of responses since the start that were not graded because the grader exceeded its time limit",
     ),
+    "reward/attempts_failed": Declaration(
+        "attempts",
+        "sum",
+        "Number of failed attempts since the start to grade a group by a service or an async function; they were "
+        "repeated",
+    ),
     "reward/groups_not_graded": Declaration(
         "groups", "sum", "Number of groups dropped since the start because a response could not be graded"
     ),

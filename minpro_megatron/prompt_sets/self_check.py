@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from minpro_megatron.config.reward import RIGHT_REWARD
 from minpro_megatron.rewards.alternatives import alternatives
-from minpro_megatron.rewards.registry import Grade, load_reward
+from minpro_megatron.rewards.registry import Grade, load_response_reward
 
 _BOX, _LINE, _BARE = "So it is $\\boxed{{{}}}$.", "Answer: {}", "{}"
 # The form that a grader looks for; a user's grader may look for any.
@@ -24,7 +24,7 @@ def grader_check(reward: str) -> Callable[[str], Refusal | None]:
 
     Raises UserError for a reward that cannot be loaded.
     """
-    grade = load_reward(reward)
+    grade = load_response_reward(reward)
     forms = _FORMS.get(reward, (_BOX, _LINE, _BARE))
 
     def is_accepted(response: str, answer: str) -> bool:

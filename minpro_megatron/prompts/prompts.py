@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -32,11 +32,13 @@ class _Row(msgspec.Struct):
     pass_rate: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     prefix: str = ""
     system: str = ""
+    metadata: Any = None
 
 
 def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
     """The prompts of a JSON Lines file of `{"id", "source", "prompt", "answer"}` and optionally `"pass_rate"`,
-    `"prefix"` and `"system"`. Other fields, empty lines and a byte order mark are ignored.
+    `"prefix"`, `"system"` and `"metadata"`, which may have any content. Other fields, empty lines and a byte order mark
+    are ignored.
 
     `setting` is the name of the setting that holds the path. Raises UserError naming file, line and field if a row
     is damaged, a prompt is empty, or an id is not unique, and if there are no rows.
@@ -65,6 +67,7 @@ def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
                 prefix=row.prefix,
                 pass_rate=row.pass_rate,
                 system=row.system,
+                metadata=row.metadata,
             )
         )
     if not prompts:
@@ -85,7 +88,13 @@ def _read_lines(path: Path, setting: str) -> list[bytes]:
 
 def _read_row(path: Path, number: int, line: bytes) -> _Row:
     try:
-        return msgspec.json.decode(line, type=_Row)
+        row = msgspec.json.decode(line, type=_Row)
+        msgspec.msgpack.encode(row.metadata)  # the form in which graders receive it
+        return row
+    except OverflowError:
+        raise UserError(
+            f"{path}, line {number}: metadata has an integer of more than 64 bits; write it as a text"
+        ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         remedy = problem_of_schema(path, line) or "correct the row or remove it"
         raise UserError(f"{path}, line {number}: {error}; {remedy}") from None

@@ -9,21 +9,20 @@ times as long, for a grader that waits.
 """
 
 import asyncio
-import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
 
 from minpro_megatron.errors import ProjectError, UserError
-from minpro_megatron.rewards.registry import check_reward_name
-from minpro_megatron.rewards.worker import LENGTH, OUT_OF_MEMORY, Judgement
-
-log = logging.getLogger(__name__)
+from minpro_megatron.rewards.failures import FailureCounts
+from minpro_megatron.rewards.forms import Form, GroupToGrade
+from minpro_megatron.rewards.judging import GradingFailed, Judged, Judgement
+from minpro_megatron.rewards.registry import HTTP, check_reward_name
+from minpro_megatron.rewards.worker import LENGTH, OUT_OF_MEMORY, Request
 
 WORKER_MODULE = "minpro_megatron.rewards.worker"
 START_TIMEOUT_S = 120.0
@@ -39,23 +38,11 @@ MEMORY_LIMIT_BYTES = 4 * 2**30
 # After this number of consecutive responses that could not be graded the grader is considered broken: a new process for
 # each would only cost time. One successful grade resets the count.
 MAX_RETRIES_IN_A_ROW = 8
-# The number of failures that are logged individually; later ones are only counted.
-MAX_LOGGED_FAILURES = 5
 _TIME_SIGNALS = (-signal.SIGPROF, -signal.SIGALRM)
 
 
 class RewardWorkerError(ProjectError):
     """A grading process does not start at all: a fault of the installation, not of a response."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A response's reward, the part that was compared and the grader's time; or, without a reward, the problem."""
-
-    reward: float | None
-    extracted: str | None = None
-    seconds: float | None = None
-    problem: str | None = None
 
 
 class _Failure(NamedTuple):
@@ -78,6 +65,7 @@ class _Worker:
         self._timeout_s = timeout_s
         self._wall_s = wall_s
         self._process: asyncio.subprocess.Process | None = None
+        self.forms: dict[str, Form] = {}  # of the rewards by name, once the process has started
 
     async def start(self) -> None:
         if self._process is not None:
@@ -86,7 +74,7 @@ class _Worker:
             *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
         try:
-            refusal = await asyncio.wait_for(self._read(), START_TIMEOUT_S)
+            ready = await asyncio.wait_for(self._read(), START_TIMEOUT_S)
         except (TimeoutError, asyncio.IncompleteReadError):
             await self.kill()
             raise RewardWorkerError(
@@ -95,35 +83,57 @@ class _Worker:
         except asyncio.CancelledError:
             await self.kill()  # its first output would be taken for an answer
             raise
-        if refusal:
+        forms = msgspec.msgpack.decode(ready, type=dict[str, Form] | str)
+        if isinstance(forms, str):
             await self.kill()
-            raise UserError(refusal.decode())
+            raise UserError(forms)
+        self.forms = forms
 
     async def grade_some(self, reward: str, texts: Sequence[str], answer: str) -> list[Judgement | _Failure]:
         """The results of `texts` up to the first one that hangs or kills the grader, which is the last result. The
         limits apply to each response."""
         await self.start()
-        assert self._process is not None
-        assert self._process.stdin is not None
         results: list[Judgement | _Failure] = []
         try:
             # All at once: a round trip between two processes per response would cost more than most
             # graders.
             for text in texts:
-                request = msgspec.msgpack.encode((reward, text, answer))
-                self._process.stdin.write(LENGTH.pack(len(request)) + request)
+                self._write(Request(reward, text, answer))
             while len(results) < len(texts):
                 found = msgspec.msgpack.decode(await self._read_within(self._wall_s), type=Judgement | str)
                 results.append(found if isinstance(found, Judgement) else _Failure(f"grader failed: {found}", False))
         except TimeoutError:
             await self.kill()
-            results.append(_Failure(f"grader took more than {self._wall_s:g} s of wall time", True))
+            results.append(_late(self._wall_s))
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
             results.append(self._explained(await self.kill()))
         except asyncio.CancelledError:
             await self.kill()  # its answers would be taken for those of the next responses
             raise
         return results
+
+    async def grade_group(self, reward: str, group: GroupToGrade) -> list[Judgement] | _Failure:
+        """The results of the responses of a group. The limits are multiplied by the number of responses."""
+        await self.start()
+        wall_s = self._wall_s * max(1, len(group.responses))
+        try:
+            self._write(Request(reward, group=group))
+            found = msgspec.msgpack.decode(await self._read_within(wall_s), type=list[Judgement] | str)
+        except TimeoutError:
+            await self.kill()
+            return _late(wall_s)
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
+            return self._explained(await self.kill())
+        except asyncio.CancelledError:
+            await self.kill()  # its answer would be taken for that of the next group
+            raise
+        return found if isinstance(found, list) else _Failure(f"grader failed: {found}", False)
+
+    def _write(self, request: Request) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        body = msgspec.msgpack.encode(request)
+        self._process.stdin.write(LENGTH.pack(len(body)) + body)
 
     def _explained(self, exit_status: int) -> _Failure:
         if exit_status in _TIME_SIGNALS:
@@ -162,12 +172,12 @@ class _Worker:
         return await process.wait()
 
 
-class RewardPool:
-    """`num_workers` grading processes; use inside `async with`.
+def _late(wall_s: float) -> _Failure:
+    return _Failure(f"grader took more than {wall_s:g} s of wall time", True)
 
-    `num_failed` counts responses without a reward because their grader raised, returned no finite number or died;
-    `num_timed_out` counts those whose grader exceeded its time.
-    """
+
+class RewardPool:
+    """`num_workers` grading processes for functions that are not async; use inside `async with`."""
 
     def __init__(
         self,
@@ -177,9 +187,10 @@ class RewardPool:
         by_source: Mapping[str, str] | None = None,
         command: Sequence[str] | None = None,
         wall_factor: float = WALL_FACTOR,
+        counts: FailureCounts | None = None,
     ) -> None:
         """`reward` grades the prompts of all sources that are not in `by_source`. `timeout_s` is the processor time
-        for one response.
+        for one response; `counts` counts the failures.
 
         `command` replaces the worker's command line and `wall_factor` WALL_FACTOR, in tests. Raises UserError for an
         unknown reward. One that cannot be imported raises it on entering.
@@ -190,14 +201,12 @@ class RewardPool:
             check_reward_name(name, f"reward.by_source[{source!r}]")
         wall_s = wall_factor * timeout_s
         # The pool ends a worker that exceeds its wall time; a worker ends itself only if its collector has been killed.
-        command = command or worker_command(
-            sorted({reward, *self._by_source.values()}), timeout_s, ORPHAN_FACTOR * wall_s
-        )
+        functions = sorted({reward, *self._by_source.values()} - {HTTP})
+        command = command or worker_command(functions, timeout_s, ORPHAN_FACTOR * wall_s)
         self._workers = [_Worker(command, timeout_s, wall_s) for _ in range(num_workers)]
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._failures_in_a_row = 0
-        self.num_failed = 0
-        self.num_timed_out = 0
+        self._counts = counts or FailureCounts()
 
     async def __aenter__(self) -> "RewardPool":
         # The first worker is started now: a failing start should be known before anything is sampled.
@@ -209,12 +218,23 @@ class RewardPool:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(worker.kill() for worker in self._workers))
 
+    def form(self, reward: str) -> Form:
+        """The form of a reward's function, which the first worker has reported."""
+        return self._workers[0].forms.get(reward, "response")
+
+    @property
+    def num_failed(self) -> int:
+        """Responses without a reward because their grader raised, returned no finite number or died."""
+        return self._counts.num_failed
+
+    @property
+    def num_timed_out(self) -> int:
+        """Responses without a reward because their grader exceeded its time."""
+        return self._counts.num_timed_out
+
     def metrics(self) -> dict[str, float]:
         """Counts since the start, under the names that metrics.metric declares."""
-        return {
-            "reward/grader_failed": float(self.num_failed),
-            "reward/grader_timed_out": float(self.num_timed_out),
-        }
+        return self._counts.metrics()
 
     async def judge_all(
         self, texts: Sequence[str], answer: str, source: str, stop_at_failure: bool = False
@@ -234,6 +254,23 @@ class RewardPool:
             self._idle.put_nowait(worker)
         return judged
 
+    async def judge_group(self, reward: str, group: GroupToGrade) -> list[Judgement]:
+        """The judgements of a group's responses by the group form of a reward. Raises GradingFailed if that fails, also
+        when it is repeated in a new process."""
+        worker = await self._idle.get()
+        try:
+            result = await worker.grade_group(reward, group)
+            if isinstance(result, _Failure) and self._failures_in_a_row < MAX_RETRIES_IN_A_ROW:
+                await worker.kill()
+                result = await worker.grade_group(reward, group)
+        finally:
+            self._idle.put_nowait(worker)
+        if isinstance(result, _Failure):
+            self._failures_in_a_row += 1
+            raise GradingFailed(result.problem, result.timed_out)
+        self._failures_in_a_row = 0
+        return result
+
     async def _judged(
         self, worker: _Worker, reward: str, text: str, answer: str, result: Judgement | _Failure
     ) -> Judged:
@@ -244,19 +281,5 @@ class RewardPool:
             self._failures_in_a_row = 0
             return Judged(result.reward, result.extracted, result.seconds)
         self._failures_in_a_row += 1
-        self._count(result, text, answer)
+        self._counts.count(result.problem, result.timed_out, text, answer)
         return Judged(None, problem=result.problem)
-
-    def _count(self, failure: _Failure, text: str, answer: str) -> None:
-        if failure.timed_out:
-            self.num_timed_out += 1
-        else:
-            self.num_failed += 1
-        total = self.num_failed + self.num_timed_out
-        if total <= MAX_LOGGED_FAILURES:
-            log.warning("no reward for %r against %r: %s", text[-200:], answer[:200], failure.problem)
-        elif total.bit_count() == 1:  # 8, 16, 32, ...
-            log.warning(
-                "no reward for %d responses since the start: grader failed for %d, exceeded its time for %d; the last "
-                "one: %s", total, self.num_failed, self.num_timed_out, failure.problem,
-            )  # fmt: skip

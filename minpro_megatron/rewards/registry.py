@@ -1,25 +1,13 @@
-"""Reward functions by name or import path, for `reward.function` and `reward.by_source`."""
+"""Rewards by name or import path, for `reward.function` and `reward.by_source`."""
 
-import importlib
-import re
-from collections.abc import Callable
-from typing import Any, cast
-
-import msgspec
+from typing import cast
 
 from minpro_megatron.command_line import did_you_mean
 from minpro_megatron.errors import UserError
+from minpro_megatron.hooks.hook import Hook, is_import_path
+from minpro_megatron.rewards.forms import Grade, ResponseReward, RewardFunction, form_of
 
-
-class Grade(msgspec.Struct, frozen=True, array_like=True):
-    """A response's reward, and the part of it that was compared (None: all of it, or no answer was found)."""
-
-    reward: float
-    extracted: str | None = None
-
-
-# (response text, answer) -> reward. A function that extracts the answer from the response returns a Grade, for audits.
-RewardFunction = Callable[[str, str], float | Grade]
+__all__ = ["HTTP", "REWARDS", "Grade", "check_reward_name", "load_response_reward", "load_reward"]
 
 # A module is imported only in processes that grade with it: some need heavy libraries.
 REWARDS = {
@@ -28,31 +16,37 @@ REWARDS = {
     "dapo_boxed": "minpro_megatron.rewards.dapo:grade_boxed",
     "math": "minpro_megatron.rewards.mathematics:grade",
 }
-_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+HTTP = "http"  # the services of reward.urls
 
 
 def check_reward_name(name: str, field: str = "reward.function") -> None:
     """Raises UserError, naming `field`, if `name` is neither a known reward nor an import path."""
-    if name not in REWARDS and not _IMPORT_PATH.fullmatch(name):
+    if name not in REWARDS and name != HTTP and not is_import_path(name):
+        names = sorted([*REWARDS, HTTP])
         raise UserError(
-            f"{field} = {name!r}: there is no such reward{did_you_mean(name, REWARDS)}; known: "
-            f"{', '.join(sorted(REWARDS))}, or the import path of your own function, such as package.module:function"
+            f"{field} = {name!r}: there is no such reward{did_you_mean(name, names)}; known: {', '.join(names)}, or "
+            "the import path of your own function, such as package.module:function"
         )
 
 
 def load_reward(name: str) -> RewardFunction:
-    """The function of this name. Raises UserError for an unknown one, and for one that cannot be imported."""
+    """The function of this name. Raises UserError for an unknown one, for one that cannot be imported, and for one that
+    has none of the forms of a reward."""
     check_reward_name(name)
-    module, _, function = REWARDS.get(name, name).partition(":")
+    if name == HTTP:
+        raise UserError(f"reward {name!r} is no function: the services of reward.urls grade the responses")
+    hook = Hook("reward", REWARDS.get(name, name))
+    found = hook.load()
     try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except Exception as error:
-        raise UserError(
-            f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}; the module must be importable from "
-            "the folder in which the run is started"
-        ) from error
-    if not callable(found):
-        raise UserError(
-            f"reward {name!r} is not a function but of type {type(found).__name__}; give one of (response text, answer)"
-        )
+        form_of(found)
+    except UserError as error:
+        raise UserError(f"{hook}: {error}") from None
     return cast(RewardFunction, found)
+
+
+def load_response_reward(name: str) -> ResponseReward:
+    """As `load_reward`, for callers that have one response and no group. Raises UserError for the other forms too."""
+    found = load_reward(name)
+    if (form := form_of(found)) != "response":
+        raise UserError(f"reward {name!r} has the form {form!r}, and here a function (response, answer) is needed")
+    return cast(ResponseReward, found)

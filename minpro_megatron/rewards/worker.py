@@ -1,100 +1,109 @@
 """The grading process: `python -m minpro_megatron.rewards.worker MEMORY_BYTES CPU_SECONDS WALL_SECONDS REWARD...`.
 
-Reads one MessagePack triple (reward's name, response text, answer) at a time from standard input, each after its
-length in four bytes, and writes a Judgement the same way, or a text with the error. Its first output is empty, or a
-text with the reason why it cannot grade. Ends when its input ends.
+Reads one Request at a time from standard input, as MessagePack after its length in four bytes, and writes the same way
+a Judgement, for a group a list of them, or a text with the error. Its first output are the forms of the rewards by
+name, or a text with the reason why it cannot grade. Ends when its input ends.
 
-A response that needs more than CPU_SECONDS of processor time ends the process with SIGPROF. The limit is on processor
-time because the wall time of a normal grade depends on the load of the machine.
+A response that needs more than CPU_SECONDS of processor time ends the process with SIGPROF, and so does a group that
+needs as much for each of its responses. The limit is on processor time because the wall time of a normal grade depends
+on the load of the machine.
 """
 
-import math
 import os
 import resource
 import signal
 import struct
 import sys
-import time
-from collections.abc import Mapping
-from typing import BinaryIO, SupportsFloat
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO, cast
 
 import msgspec
 
-from minpro_megatron.rewards.registry import Grade, RewardFunction, load_reward
+from minpro_megatron.rewards.forms import Form, GroupReward, GroupToGrade, ResponseReward, RewardFunction, form_of
+from minpro_megatron.rewards.judging import ErrorReports, Judgement, judge, judge_group
+from minpro_megatron.rewards.registry import load_reward
 
 LENGTH = struct.Struct("<I")
-MAX_EXTRACTED_CHARS = 500
-MAX_PROBLEM_CHARS = 500
 OUT_OF_MEMORY = 3  # exit status
-_DECODER = msgspec.msgpack.Decoder(tuple[str, str, str])
 
 
-class Judgement(msgspec.Struct, frozen=True, array_like=True):
-    """A response's reward, the part of the response that was compared, and the grading time."""
+class Request(msgspec.Struct, frozen=True, array_like=True):
+    """Grade one response with the reward `name`, or a whole group."""
 
-    reward: float
-    extracted: str | None
-    seconds: float
-
-
-def judge(reward: RewardFunction, text: str, answer: str) -> Judgement | str:
-    """The judgement, or a text saying what the grader raised or returned in place of a finite number."""
-    start = time.perf_counter()
-    try:
-        result = reward(text, answer)
-        grade = result if isinstance(result, Grade) else Grade(result)
-        number = _finite(grade.reward)
-        extracted = None if grade.extracted is None else str(grade.extracted)[:MAX_EXTRACTED_CHARS]
-    except MemoryError:
-        # Allocated memory may stay in a cache, and the next responses would fail because of it: use a new process.
-        os._exit(OUT_OF_MEMORY)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:MAX_PROBLEM_CHARS]
-    return Judgement(number, extracted, time.perf_counter() - start)
+    name: str
+    text: str = ""
+    answer: str = ""
+    group: GroupToGrade | None = None
 
 
-def _finite(value: object) -> float:
-    """Raises TypeError for anything that is not a number (including a text) and ValueError for inf and nan."""
-    if not isinstance(value, SupportsFloat):
-        raise TypeError(f"the grader returned {str(value)[:80]!r} of type {type(value).__name__} instead of a number")
-    if not math.isfinite(number := float(value)):
-        raise ValueError(f"the grader returned {number}, which is not a finite number")
-    return number
+_DECODER = msgspec.msgpack.Decoder(Request)
 
 
 def serve(rewards: Mapping[str, RewardFunction], cpu_s: float, wall_s: float, source: BinaryIO, sink: BinaryIO) -> None:
     """Grades the requests from `source` until it ends. A response that takes more than `cpu_s` of processor time, or
     `wall_s` of wall time, ends the process."""
+    reports = ErrorReports()
     while len(header := source.read(LENGTH.size)) == LENGTH.size:
-        name, text, answer = _DECODER.decode(source.read(LENGTH.unpack(header)[0]))
+        request = _DECODER.decode(source.read(LENGTH.unpack(header)[0]))
+        share = 1 if request.group is None else max(1, len(request.group.responses))
         # The default action of both signals ends the process even during a call into C.
-        signal.setitimer(signal.ITIMER_PROF, cpu_s)
-        signal.setitimer(signal.ITIMER_REAL, wall_s)
-        result = msgspec.msgpack.encode(judge(rewards[name], text, answer))
+        signal.setitimer(signal.ITIMER_PROF, share * cpu_s)
+        signal.setitimer(signal.ITIMER_REAL, share * wall_s)
+        result = msgspec.msgpack.encode(_graded(rewards[request.name], request, reports))
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _send(sink, result)
+        send(sink, result)
 
 
-def _send(sink: BinaryIO, body: bytes) -> None:
+def _graded(reward: RewardFunction, request: Request, reports: ErrorReports) -> Judgement | list[Judgement] | str:
+    try:
+        if request.group is not None:
+            return judge_group(cast(GroupReward, reward), request.group)
+        return judge(cast(ResponseReward, reward), request.text, request.answer)
+    except MemoryError:
+        # Allocated memory may stay in a cache, and the next responses would fail because of it: use a new process.
+        os._exit(OUT_OF_MEMORY)
+    except Exception as error:
+        return reports.text(request.name, error)
+
+
+def send(sink: BinaryIO, body: bytes) -> None:
+    """Writes a message after its length."""
     sink.write(LENGTH.pack(len(body)) + body)
     sink.flush()
 
 
-def main() -> None:
-    memory_limit, cpu_s, wall_s, *names = sys.argv[1:]
-    # A reward function that prints must not write into the answers: keep the pipe for them, and redirect standard
-    # output to stderr.
+def output_for_answers() -> BinaryIO:
+    """The pipe for the answers. Standard output becomes standard error: a reward function that prints must not write
+    into the answers."""
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    return sink
+
+
+def loaded(names: Sequence[str], sink: BinaryIO) -> dict[str, RewardFunction] | None:
+    """The rewards by name, after their forms were sent; None after a refusal was sent."""
     try:
         rewards = {name: load_reward(name) for name in names}
     except ValueError as error:
-        _send(sink, str(error).encode())
-        return
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory_limit), int(memory_limit)))
-    _send(sink, b"")  # ready: imports do not count towards the first time limit
-    serve(rewards, float(cpu_s), float(wall_s), sys.stdin.buffer, sink)
+        send(sink, msgspec.msgpack.encode(str(error)))
+        return None
+    forms: dict[str, Form] = {name: form_of(reward) for name, reward in rewards.items()}
+    send(sink, msgspec.msgpack.encode(forms))  # ready: imports do not count towards the first time limit
+    return rewards
+
+
+def limit_memory(num_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
+
+
+def main() -> None:
+    memory_limit, cpu_s, wall_s, *names = sys.argv[1:]
+    sink = output_for_answers()
+    rewards = loaded(names, sink)
+    if rewards is not None:
+        limit_memory(int(memory_limit))
+        serve(rewards, float(cpu_s), float(wall_s), sys.stdin.buffer, sink)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from minpro_megatron.prompts.prompts import (
     tokenize,
 )
 from minpro_megatron.prompts.tokenizer import TextTokenizer
-from minpro_megatron.rewards.pool import RewardPool
+from minpro_megatron.rewards.graders import Graders
 from minpro_megatron.run_folder.start_fence import LOOK_EVERY_S, StartFence
 from minpro_megatron.serving.answer_processes import AnswerProcesses
 
@@ -136,10 +136,8 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     training, heldout, benchmarks = await asyncio.to_thread(_read_prompts, config, tokenizer)
-    reward = config.reward
-    rewards = RewardPool(reward.function, reward.workers, reward.timeout_s, by_source=reward.by_source)
-    await stack.enter_async_context(rewards)
-    stack.callback(partial(_log_rewards, rewards))
+    graders = await stack.enter_async_context(Graders(config.reward))
+    stack.callback(partial(_log_failed_grades, graders))
     answers = stack.enter_context(AnswerProcesses(facts))
     recorder, make_client = collector_recorder(config, incarnation), client_maker(config, facts, answers.check)
     if recorder is not None:
@@ -147,11 +145,11 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
         make_client = traced_clients(make_client, recorder)
     fleet = await stack.enter_async_context(Fleet(config, facts, incarnation, make_client))
     episodes = await episode_rules(config, facts, tokenizer, stack)
-    collect_group, observer = GroupCollector(fleet, rewards, tokenizer, episodes).collect, None
+    collect_group, observer = GroupCollector(fleet, graders, tokenizer, episodes).collect, None
     if recorder is not None:
         collect_group, observer = traced_groups(collect_group, recorder), TracingObserver(recorder)
     stream = PromptStream(training, config)
-    collector = Collector(config, journal, stream, heldout, collect_group, fleet, benchmarks, rewards.metrics, observer)
+    collector = Collector(config, journal, stream, heldout, collect_group, fleet, benchmarks, graders.metrics, observer)
     manifest = read_latest(config.run_dir)
     if manifest is not None:
         await collector.restore(manifest.policy_version, manifest.num_global_steps)
@@ -185,11 +183,11 @@ def _read_prompts(
     )
 
 
-def _log_rewards(rewards: RewardPool) -> None:
-    if rewards.num_failed or rewards.num_timed_out:
+def _log_failed_grades(graders: Graders) -> None:
+    if graders.num_failed or graders.num_timed_out:
         log.warning(
             "responses without a reward since the start: grader failed for %d, exceeded its time for %d",
-            rewards.num_failed, rewards.num_timed_out,
+            graders.num_failed, graders.num_timed_out,
         )  # fmt: skip
 
 

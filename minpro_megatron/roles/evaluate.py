@@ -15,13 +15,13 @@ from minpro_megatron.evaluation.benchmarks import SAMPLES_PER_REQUEST
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
 from minpro_megatron.fleet.episode_rules import episode_rules
 from minpro_megatron.fleet.fleet import Fleet, start_limit_s
-from minpro_megatron.fleet.generation import GroupCollector, graded_texts
+from minpro_megatron.fleet.generation import GroupCollector, graded_texts, texts_to_grade
 from minpro_megatron.fleet.member import client_maker
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.prompts.prompts import TokenizedPrompt
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import IssuedGroup
-from minpro_megatron.rewards.pool import RewardPool
+from minpro_megatron.rewards.graders import Graders
 from minpro_megatron.serving.answer_processes import AnswerProcesses
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.errors import ServerError
@@ -103,10 +103,8 @@ class Sampler:
 
         Raises EvaluationError, FleetError or GenerationError.
         """
-        reward = self._config.reward
-        rewards = RewardPool(reward.function, reward.workers, reward.timeout_s, by_source=reward.by_source)
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(rewards)
+            graders = await stack.enter_async_context(Graders(self._config.reward))
             answers = stack.enter_context(AnswerProcesses(self._facts))
             make_client = client_maker(self._config, self._facts, answers.check)
             fleet = await stack.enter_async_context(Fleet(self._config, self._facts, self._incarnation, make_client))
@@ -119,11 +117,11 @@ class Sampler:
                 )
             self._ready()
             episodes = await episode_rules(self._config, self._facts, self._tokenizer, stack)
-            groups = GroupCollector(fleet, rewards, self._tokenizer, episodes)
+            groups = GroupCollector(fleet, graders, self._tokenizer, episodes)
             try:
                 async with asyncio.TaskGroup() as running:
                     readmitting = running.create_task(self._readmit(fleet, version))
-                    pending = [running.create_task(self._sample(task, version, groups, rewards)) for task in tasks]
+                    pending = [running.create_task(self._sample(task, version, groups, graders)) for task in tasks]
                     await asyncio.gather(*pending)
                     readmitting.cancel()
             except ExceptionGroup as failures:  # they fail together: one cause is reported
@@ -165,12 +163,12 @@ class Sampler:
                     f"{self._config.server.start_timeout_s:g} s; run the same command again when one is available"
                 )
 
-    async def _sample(self, task: Task, version: int, groups: GroupCollector, rewards: RewardPool) -> None:
+    async def _sample(self, task: Task, version: int, groups: GroupCollector, graders: Graders) -> None:
         prompt = task.group.prompt
         issued = msgspec.structs.replace(task.group, policy_version=version)
         sequences = await groups.sample(issued, self._sampling)
         texts = await groups.response_texts(sequences)
-        judged = await rewards.judge_all(graded_texts(prompt, texts), prompt.answer, prompt.source)
+        judged = await graders.judge(prompt, texts_to_grade(graded_texts(prompt, texts), sequences))
         group = SampledGroup(
             benchmark=task.benchmark,
             policy_version=version,

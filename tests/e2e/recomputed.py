@@ -17,8 +17,8 @@ from minpro_megatron.records import EvaluationResult
 
 MAX_WEIGHT = 5.0  # MinPRO's clip of the demo: 1 - 1 to 1 + 4
 UNSOURCED = (
-    "reward/grader_", "reward/groups_not_graded", "policy/entropy", "optimizer/", "batch/padding_fraction",
-    "batch/imbalance", "time/", "overlap/server_idle_share",
+    "reward/grader_", "reward/attempts_failed", "reward/groups_not_graded", "policy/entropy", "optimizer/",
+    "batch/padding_fraction", "batch/imbalance", "time/", "overlap/server_idle_share",
     "fleet/members", "fleet/current", "fleet/outdated", "fleet/slow", "fleet/groups_in_flight", "fleet/groups_waiting",
     "fleet/idle_s", "fleet/hung", "fleet/out_of_files", "fleet/failed_evaluations", "fleet/retries",
     "fleet/moved_groups", "fleet/restarts", "fleet/tokens_per_s/", "publish/",

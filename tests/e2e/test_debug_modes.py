@@ -18,7 +18,7 @@ SMALL = (*SMALL_RUN, "num_global_steps=3")
 # What follows from the weights, the batches and the scores, and from no clock.
 COMPUTED = ("objective/", "optimizer/", "ratio/", "prefix_min/", "policy/", "reward/", "staleness/", "mismatch/")
 # counts of the collector, which has no part in training on a journal
-GRADING = ("reward/grader_failed", "reward/grader_timed_out", "reward/groups_not_graded")
+GRADING = ("reward/grader_failed", "reward/grader_timed_out", "reward/attempts_failed", "reward/groups_not_graded")
 
 
 def computed(run_dir: Path) -> list[dict[str, float]]:

@@ -12,7 +12,8 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.fleet.fleet import Fleet
 from minpro_megatron.fleet.generation import GroupCollector
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, ServerAddress
-from minpro_megatron.rewards.pool import Judged
+from minpro_megatron.rewards.graders import SampledText
+from minpro_megatron.rewards.judging import Judged
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.endpoints import remove_server_address, write_server_address
 from tests.support import faulty_proxy
@@ -26,10 +27,10 @@ SERVER = {"request_timeout_s": 60, "health_interval_s": 0.02, "unhealthy_after_s
 
 
 class FakeRewards:
-    async def judge_all(
-        self, texts: Sequence[str], answer: str, source: str, stop_at_failure: bool = False
+    async def judge(
+        self, prompt: Prompt, responses: Sequence[SampledText], stop_at_failure: bool = False
     ) -> list[Judged]:
-        return [Judged(float(len(text))) for text in texts]
+        return [Judged(float(len(response.text))) for response in responses]
 
 
 class FakeTokenizer:

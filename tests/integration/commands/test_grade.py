@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from minpro_megatron.commands.grade import FIELDS, main, printed, read_rows
-from minpro_megatron.rewards.pool import Judged
+from minpro_megatron.rewards.judging import Judged
 
 ROW = {"data_source": "calculator", "ground_truth": "24", "response": "24"}
 
@@ -59,7 +59,8 @@ def test_one_reward_for_all_rows_and_a_summary_for_programs(tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("nonsense", "known: calculator, dapo, dapo_boxed, math, or the import path"),
+        ("nonsense", "known: calculator, dapo, dapo_boxed, http, math, or the import path"),
+        ("http", "--reward http: give the address of a service with --url"),
         ("no_such_package.module:grade", "No module named 'no_such_package'"),
         ("tests.support.hostile_rewards:missing", "has no attribute 'missing'"),
         ("tests.support.hostile_rewards:NUMBER", "not a function but of type int"),
@@ -69,7 +70,7 @@ def test_a_reward_that_cannot_be_used_is_reported(tmp_path: Path, capsys, reward
     status, rows, errors = grade(capsys, write(tmp_path / "rows.jsonl", ROW), "--reward", reward)
     assert (status, rows) == (2, [])
     assert message in errors
-    assert repr(reward) in errors
+    assert reward in errors
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """A grader that is not there is named before a process of the run starts."""
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from minpro_megatron.config.run import with_overrides
 from minpro_megatron.launch.preflight.reward_check import reward_problems
 from minpro_megatron.launch.preflight.run_checks import problems
+from tests.support.reward_service import RewardService
 from tests.support.rollout_fakes import write_rows
 from tests.support.run_examples import example_config, write_example_files
 
@@ -49,12 +53,12 @@ def test_what_can_grade_is_no_problem(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("maths", "there is no such reward (did you mean math?); known: calculator, dapo, dapo_boxed, math, or"),
+        ("maths", "there is no such reward (did you mean math?); known: calculator, dapo, dapo_boxed, http, math, or"),
         ("my_graders:", "there is no such reward; known: "),
-        ("my_graders:nope", "reward 'my_graders:nope' cannot be loaded: AttributeError: module 'my_graders' has no "),
+        ("my_graders:nope", "it cannot be loaded: AttributeError: module 'my_graders' has no "),
         ("nowhere:grade", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'; the module must be"),
         ("broken_graders:grade", "cannot be loaded: ModuleNotFoundError: No module named 'not_installed_anywhere'"),
-        ("my_graders:number", "is not a function but of type int; give one of (response text, answer)"),
+        ("my_graders:number", "it is not a function but of type int"),
         (
             "fatal_graders:grade",
             "its import ended the grading process with exit code 9 (no licence); correct the module",
@@ -115,3 +119,61 @@ def test_rows_of_every_file_are_tried_with_the_grader_of_their_source(folder: Pa
 def test_preflight_asks(folder: Path) -> None:
     (problem,) = problems(example_config(folder, reward={"function": "maths"}))
     assert problem.startswith("reward.function = 'maths': there is no such reward")
+
+
+FORMS = """
+async def patient(group): return [float(one.text == group.answer) for one in group.responses]
+def whole(group): return [float(one.text == group.answer) for one in group.responses]
+async def none(group): return None
+async def fails(group): return [group.metadata["level"]] * len(group.responses)
+def short(group): return [1.0]
+def three(a, b, c): return 1.0
+async def two(a, b): return 1.0
+"""
+
+
+@pytest.mark.parametrize("name", ["patient", "whole"])
+def test_the_other_forms_are_called_on_groups(folder: Path, name: str) -> None:
+    (folder / "my_forms.py").write_text(FORMS)
+    assert found(folder, function=f"my_forms:{name}") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("none", "TypeError: the grader returned 'None' of type NoneType instead of a list of numbers for the resp"),
+        ("fails", "TypeError: 'NoneType' object is not subscriptable for the response '2' and the answer '2' (prompt"),
+        ("short", "ValueError: the grader returned 1 rewards for 2 responses for the response '2'"),
+        ("three", "its arguments are (a, b, c); a reward is a function (response, answer), or a function or async"),
+        ("two", "its arguments are (a, b); a reward is a function (response, answer), or a function or async"),
+    ],
+)
+def test_a_function_of_another_form_is_one_line(folder: Path, name: str, told: str) -> None:
+    (folder / "my_forms.py").write_text(FORMS)
+    (line,) = found(folder, function=f"my_forms:{name}")
+    assert line.startswith(f"reward.function = 'my_forms:{name}': {told}")
+
+
+def test_every_service_is_asked(folder: Path) -> None:
+    with RewardService().running() as service, RewardService(share=1, faults=["internal_error"]).running() as broken:
+        assert found(folder, function="http", urls=[service.url]) == []
+        lines = found(folder, by_source={"test": "http"}, urls=[service.url, broken.url, "http://127.0.0.1:9/"])
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        f"reward.urls: {broken.url}: status 500: 'the judge is out of memory' (for prompt '1' of "
+    )
+    assert lines[1].startswith("reward.urls: http://127.0.0.1:9/: ClientConnectorError: ")
+    assert all(line.endswith("; start the service, or correct the address or its answer") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        ({"function": "http"}, "reward: urls = []: function or by_source says http; give a service"),
+        ({"by_source": {"s": "http"}}, "reward: urls = []: function or by_source says http; give a service"),
+        ({"function": "http", "urls": ["localhost:80"]}, "urls: 'localhost:80' is not the address of a service"),
+    ],
+)
+def test_the_services_are_given_with_http(folder: Path, reward: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        with_overrides(example_config(folder), [f"reward={json.dumps(reward)}"])

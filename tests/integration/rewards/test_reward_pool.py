@@ -16,9 +16,11 @@ import psutil
 import pytest
 
 from minpro_megatron.rewards import pool as pool_module
+from minpro_megatron.rewards.forms import Grade
+from minpro_megatron.rewards.judging import Judgement, judge
 from minpro_megatron.rewards.pool import RewardPool, RewardWorkerError
-from minpro_megatron.rewards.registry import Grade, load_reward
-from minpro_megatron.rewards.worker import LENGTH, Judgement, judge
+from minpro_megatron.rewards.registry import load_reward
+from minpro_megatron.rewards.worker import LENGTH, Request
 
 SPIN, SLEEP = "tests.support.hostile_rewards:spin", "tests.support.hostile_rewards:sleep"
 
@@ -36,7 +38,7 @@ def read(n):
 def write(data):
     sys.stdout.buffer.write(struct.pack("<I", len(data)) + data); sys.stdout.buffer.flush()
 def judged(reward): write(b"\\x93\\xcb" + struct.pack(">d", reward) + b"\\xc0\\xcb" + bytes(8))
-write(b"")
+write(b"\\x80")
 while True:
     body = read(struct.unpack("<I", read(4))[0])
     if b"once" in body and count: judged(1.0); continue
@@ -229,7 +231,7 @@ def test_a_reward_that_cannot_be_loaded_is_reported_before_anything_is_graded() 
         async with RewardPool("calculator", 1, 5.0, {"mine": "tests.support.hostile_rewards:missing"}):
             raise AssertionError("started")
 
-    with pytest.raises(ValueError, match=r"'tests.support.hostile_rewards:missing' cannot be loaded: AttributeError"):
+    with pytest.raises(ValueError, match=r"hostile_rewards:missing: it cannot be loaded: AttributeError"):
         asyncio.run(main())
 
 
@@ -248,7 +250,7 @@ def test_a_worker_whose_collector_was_killed_ends_itself() -> None:
 def exit_status(reward: str, cpu_s: float, wall_s: float) -> int:
     """Of a real worker with these limits that grades one response and whose input stays open."""
     command = [sys.executable, "-m", "minpro_megatron.rewards.worker", str(2**32), str(cpu_s), str(wall_s), reward]
-    request = msgspec.msgpack.encode((reward, "1", "1"))
+    request = msgspec.msgpack.encode(Request(reward, "1", "1"))
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdin is not None
         worker.stdin.write(LENGTH.pack(len(request)) + request)
@@ -280,7 +282,9 @@ def test_waiting_costs_no_processor_time() -> None:
     ],
 )
 def test_what_is_no_finite_number_is_no_reward(value: Any, problem: str) -> None:
-    assert judge(lambda text, answer: value, "text", "answer") == problem
+    with pytest.raises((TypeError, ValueError)) as error:
+        judge(lambda text, answer: value, "text", "answer")
+    assert f"{type(error.value).__name__}: {error.value}" == problem
 
 
 @pytest.mark.parametrize("value", [1, True, 1.0, np.float32(1), np.int64(1), Grade(1, "4")])

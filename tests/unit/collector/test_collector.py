@@ -13,6 +13,7 @@ from minpro_megatron.buffer.scores import check_scores, check_trained
 from minpro_megatron.collector.changes import CollectorFailed
 from minpro_megatron.collector.grading_watch import MAX_GROUPS_IN_A_ROW, GradingError, GradingWatch
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.prompts.prompts import TokenizedPrompt
 from minpro_megatron.records import (
     Batch,
     BehaviorLogProbs,
@@ -22,6 +23,7 @@ from minpro_megatron.records import (
     IssuedGroup,
     TrainedStep,
 )
+from tests.support import collector_rig
 from tests.support.collector_rig import FakeTrainer, HeldServers, collecting
 from tests.support.rollout_fakes import (
     NUM_PROMPTS,
@@ -31,6 +33,7 @@ from tests.support.rollout_fakes import (
     issued_groups,
     run_config,
     scores_of,
+    tokenized_prompts,
 )
 
 
@@ -171,6 +174,21 @@ def test_a_step_without_a_single_grade_ends_the_run(tmp_path: Path, max_stalenes
 
     with pytest.raises(GradingError, match=reason):
         asyncio.run(main())
+
+
+def test_the_trainer_does_not_get_the_metadata_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_metadata(count: int) -> list[TokenizedPrompt]:
+        return [
+            TokenizedPrompt(msgspec.structs.replace(one.prompt, metadata={"tests": ["a"]}), one.token_ids)
+            for one in tokenized_prompts(count)
+        ]
+
+    monkeypatch.setattr(collector_rig, "tokenized_prompts", with_metadata)
+    servers = FakeServers()
+    trainer, _ = run_whole(run_config(tmp_path, steps=2, delay=0), servers)
+    assert {str(group.prompt.metadata) for group in training_groups(servers)} == {"{'tests': ['a']}"}
+    trained = [group for batch in trainer.trained.values() for group in batch.groups]
+    assert [group.issued.prompt.metadata for group in trained] == [None] * len(trained)
 
 
 def test_of_a_large_batch_a_part_is_enough_to_know_a_broken_grader() -> None:

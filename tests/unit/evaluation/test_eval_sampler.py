@@ -15,7 +15,8 @@ from minpro_megatron.fleet.generation import GroupCollector
 from minpro_megatron.prompts.prompts import TokenizedPrompt
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
-from minpro_megatron.rewards.pool import Judged
+from minpro_megatron.rewards.graders import SampledText
+from minpro_megatron.rewards.judging import Judged
 from minpro_megatron.roles.evaluate import Sampler, plan
 from minpro_megatron.serving.answers import SampledSequence
 from tests.support.run_examples import example_config
@@ -67,9 +68,9 @@ class Rewards:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    async def judge_all(self, texts: Sequence[str], answer: str, source: str) -> list[Judged]:
-        self.texts += texts
-        return [Judged(float(text == answer)) for text in texts]
+    async def judge(self, prompt: Prompt, responses: Sequence[SampledText]) -> list[Judged]:
+        self.texts += [response.text for response in responses]
+        return [Judged(float(response.text == prompt.answer)) for response in responses]
 
 
 def sampled(folder: Path, prefix: str, graders: Rewards) -> SampledGroup:

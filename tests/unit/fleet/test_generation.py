@@ -12,8 +12,9 @@ from minpro_megatron.fleet import fleet as fleet_module
 from minpro_megatron.fleet.fleet import Fleet
 from minpro_megatron.fleet.generation import GroupCollector
 from minpro_megatron.models.model_files import ModelFacts
-from minpro_megatron.records import CollectedGroup, IssuedGroup, ServerAddress
-from minpro_megatron.rewards.pool import Judged
+from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, ServerAddress
+from minpro_megatron.rewards.graders import SampledText
+from minpro_megatron.rewards.judging import Judged
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.endpoints import write_server_address
 from tests.support.fake_client import FakeClient
@@ -26,11 +27,11 @@ FACTS = ModelFacts(vocabulary_size=64, stop_token_ids=(1,), max_position_embeddi
 class FakeRewards:
     """The length of a text; of prompts with the answer "none" the first response cannot be graded."""
 
-    async def judge_all(
-        self, texts: Sequence[str], answer: str, source: str, stop_at_failure: bool = False
+    async def judge(
+        self, prompt: Prompt, responses: Sequence[SampledText], stop_at_failure: bool = False
     ) -> list[Judged]:
-        judged = [Judged(float(len(text))) for text in texts]
-        if answer == "none":
+        judged = [Judged(float(len(response.text))) for response in responses]
+        if prompt.answer == "none":
             judged[0] = Judged(None, problem="grader died")
             return judged[:1] if stop_at_failure else judged
         return judged
@@ -41,8 +42,29 @@ class FakeTokenizer:
         return ["x" * len(token_ids) for token_ids in responses]
 
 
+class SlowRewards(FakeRewards):
+    """Grades nothing until `num_groups` groups are sampled and wait for their grades."""
+
+    def __init__(self, num_groups: int) -> None:
+        self._num_missing = num_groups
+        self._all_wait = asyncio.Event()
+
+    async def judge(
+        self, prompt: Prompt, responses: Sequence[SampledText], stop_at_failure: bool = False
+    ) -> list[Judged]:
+        self._num_missing -= 1
+        if not self._num_missing:
+            self._all_wait.set()
+        await self._all_wait.wait()
+        return await super().judge(prompt, responses, stop_at_failure)
+
+
 def collect(
-    tmp_path: Path, clients: Sequence[FakeClient], groups: Sequence[IssuedGroup], max_running_requests: int = 256
+    tmp_path: Path,
+    clients: Sequence[FakeClient],
+    groups: Sequence[IssuedGroup],
+    max_running_requests: int = 256,
+    rewards: FakeRewards | None = None,
 ) -> list[CollectedGroup]:
     values = run_config(tmp_path).model_dump()
     values["server"] |= {"count": len(clients), "max_running_requests": max_running_requests}
@@ -57,7 +79,7 @@ def collect(
 
         async with Fleet(config, FACTS, 0, make_client, watch_interval_s=0.005) as fleet:
             await fleet.wait_until_ready(5)
-            collector = GroupCollector(fleet, FakeRewards(), FakeTokenizer())  # type: ignore[arg-type]
+            collector = GroupCollector(fleet, rewards or FakeRewards(), FakeTokenizer())  # type: ignore[arg-type]
             return await asyncio.gather(*(collector.collect(group, SAMPLING) for group in groups))
 
     return asyncio.run(main())
@@ -135,6 +157,14 @@ def test_few_open_files_bound_the_groups_over_all_servers(
     collect(tmp_path, clients, groups)
     assert sum(client.most_in_flight for client in clients) == 3
     assert sum(len(client.groups) for client in clients) == len(groups)
+
+
+def test_a_group_that_is_graded_occupies_no_server(tmp_path: Path, groups: list[IssuedGroup]) -> None:
+    """The server has room for two groups, and samples all of them before the first one is graded."""
+    client, rewards = FakeClient("a", steps=3), SlowRewards(len(groups))
+    found = collect(tmp_path, [client], groups, max_running_requests=4, rewards=rewards)
+    assert client.most_in_flight == 2
+    assert [response.reward for group in found for response in group.responses] == [3.0] * len(groups) * RESPONSES
 
 
 def test_concurrency_is_bounded_and_groups_start_in_order(tmp_path: Path, groups: list[IssuedGroup]) -> None:

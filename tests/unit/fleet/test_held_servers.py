@@ -16,7 +16,8 @@ from minpro_megatron.fleet.generation import GroupCollector
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import CollectedGroup, ServerAddress
-from minpro_megatron.rewards.pool import Judged
+from minpro_megatron.rewards.graders import SampledText
+from minpro_megatron.rewards.judging import Judged
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.endpoints import remove_server_address, write_server_address
@@ -93,11 +94,11 @@ class Rewards:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    async def judge_all(
-        self, texts: Sequence[str], answer: str, source: str, stop_at_failure: bool = False
+    async def judge(
+        self, prompt: Prompt, responses: Sequence[SampledText], stop_at_failure: bool = False
     ) -> list[Judged]:
-        self.texts += texts
-        return [Judged(1.0) for _ in texts]
+        self.texts += [response.text for response in responses]
+        return [Judged(1.0) for _ in responses]
 
 
 class Rig:

@@ -45,9 +45,16 @@ def test_rows_become_prompts(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("metadata", [{"tests": [["1", 2.5]], "level": None}, ["a"], "text", 0])
+def test_the_metadata_of_a_row_may_be_anything(tmp_path: Path, metadata: object) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [row(1, metadata=metadata), row(2)])
+    assert [prompt.metadata for prompt in load_prompts(path, "data.train_file")] == [metadata, None]
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
+        (json.dumps(row(2, metadata={"seed": 2**70})), "line 2: metadata has an integer of more than 64 bits; write"),
         ('{"id": "x", "source": "s", "prompt": "1="', "line 2: .*truncated"),
         (json.dumps(row(2, answer=5)), r"line 2: .*`str`, got `int` - at `\$.answer`"),
         (json.dumps({"id": "x"}), "line 2: .*missing required field `source`"),

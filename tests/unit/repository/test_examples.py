@@ -3,7 +3,9 @@
 import asyncio
 import math
 from pathlib import Path
+from typing import cast
 
+import msgspec
 import pytest
 import torch
 
@@ -17,7 +19,9 @@ from minpro_megatron.models import architecture
 from minpro_megatron.objective.across_ranks.scan import WholeSequenceScan
 from minpro_megatron.objective.terms import policy_tokens, summed_loss
 from minpro_megatron.records import Prompt
-from minpro_megatron.rewards.registry import load_reward
+from minpro_megatron.rewards.forms import GroupReward, GroupToGrade, ResponseToGrade, form_of
+from minpro_megatron.rewards.judging import judge_group
+from minpro_megatron.rewards.registry import load_response_reward, load_reward
 from minpro_megatron.weights import table
 from tests.support.hf_models import MIXTURE, Watch, assert_same_files, make_model, read_tensors
 from tests.support.ragged_tokens import random_tokens
@@ -52,7 +56,18 @@ def test_an_objective_gives_a_loss_with_a_gradient_outside_of_a_run() -> None:
     [("3 and 4 give 7", "7", 1.0), ("7.0", "7", 1.0), ("-7", "7", 0.0), ("", "7", 0.0)],
 )
 def test_a_run_can_grade_with_the_reward(response: str, answer: str, reward: float) -> None:
-    assert load_reward("docs.examples.reward:grade")(response, answer) == reward
+    assert load_response_reward("docs.examples.reward:grade")(response, answer) == reward
+
+
+def test_a_run_can_grade_groups_with_the_reward() -> None:
+    function = load_reward("docs.examples.reward:grade_group")
+    assert form_of(function) == "group"
+    responses = [ResponseToGrade(text=text) for text in ("it is 7", "7.2", "8", "")]
+    responses.append(ResponseToGrade(text="7", finish_reason="length"))
+    group = GroupToGrade(id="p", source="s", prompt="3+4", answer="7", responses=responses)
+    assert [one.reward for one in judge_group(cast(GroupReward, function), group)] == [1.0, 0.0, 0.0, 0.0, 0.5]
+    tolerant = msgspec.structs.replace(group, metadata={"tolerance": 0.25})
+    assert [one.reward for one in judge_group(cast(GroupReward, function), tolerant)] == [1.0, 1.0, 0.0, 0.0, 0.5]
 
 
 def test_an_environment_answers_turns() -> None:
