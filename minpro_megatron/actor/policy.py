@@ -44,7 +44,7 @@ from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.objective import correction_statistics
 from minpro_megatron.objective.across_ranks.group_ranks import GroupRanks
 from minpro_megatron.objective.diagnostics import as_metrics
-from minpro_megatron.objective.registry import OBJECTIVES
+from minpro_megatron.objective.registry import objective_for
 from minpro_megatron.objective.terms import MiniBatch
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.local import global_parameters
@@ -100,7 +100,7 @@ class Policy:
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self._optimizer.scale_loss
-        self._objective = OBJECTIVES[config.objective.name]
+        self._objective = objective_for(config.objective)
         self._loss = PolicyLoss(mesh, self._objective, config.objective, config.loss)
         self.identity = run_identity(config, architecture)
         self._vocab_size, self._num_experts = architecture.vocab_size, architecture.num_experts

@@ -80,7 +80,7 @@ def advantages_and_trained(
             for reward, length in zip(rewards, lengths, strict=True)
         ]
     trained = loss.equal_reward_groups == "keep" or len(set(rewards)) > 1
-    return group_advantages(rewards, loss.advantage), trained
+    return group_advantages(rewards, loss.advantage, lengths), trained
 
 
 def with_log_probs(groups: list[list[TokenSequence]], **log_probs: np.ndarray) -> list[list[TokenSequence]]:

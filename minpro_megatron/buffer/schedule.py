@@ -98,10 +98,10 @@ class DelaySchedule:
     """Batch k is sampled entirely with version max(0, k - n), and a version is published when its batches are complete.
 
     The batches of a version are issued in waves. Each wave has as many groups as the batches still need, times
-    `over_sampling` where batch.dynamic_sampling drops some of them. A batch consists of its first accepted groups once
-    a wave has ended with enough of them. Without that filter one wave is enough, unless a group could not be graded. A
-    wave starts when the previous one has ended for all batches of the version, so that the prompt that replaces a
-    dropped one does not depend on which group ends first.
+    `over_sampling` where batch.dynamic_sampling or data.filter drops some of them. A batch consists of its first
+    accepted groups once a wave has ended with enough of them. Without those filters one wave is enough, unless a group
+    could not be graded. A wave starts when the previous one has ended for all batches of the version, so that the
+    prompt that replaces a dropped one does not depend on which group ends first.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class DelaySchedule:
         self._delay = config.staleness.delay_steps
         self._num_steps = config.num_global_steps
         self._num_prompts = config.batch.num_prompts
-        self._over_sampling = config.batch.over_sampling if config.batch.dynamic_sampling else 1.0
+        self._over_sampling = config.batch.over_sampling if config.drops_groups else 1.0
         self._next_group = next_group
         self._next_step = version
         self._batches: dict[int, _DelayBatch] = {}
@@ -315,7 +315,8 @@ def _refuse_hopeless_filter(num_dropped: int, num_prompts: int) -> None:
     if num_dropped > MAX_DROPPED_FACTOR * num_prompts:
         raise ScheduleError(
             f"{num_dropped} groups were dropped for a batch of batch.num_prompts = {num_prompts}, either because their "
-            "rewards were equal (batch.dynamic_sampling) or because they could not be graded "
-            "(reward/groups_not_graded). In the first case the prompts are all too easy or all too hard for this "
-            "policy: choose others, or set batch.dynamic_sampling to false; in the second case correct the grader"
+            "rewards were equal (batch.dynamic_sampling), because data.filter dropped them, or because they could not "
+            "be graded (reward/groups_not_graded). In the first two cases the prompts are all too easy or all too hard "
+            "for this policy: choose others, or set batch.dynamic_sampling to false and correct data.filter; in the "
+            "last case correct the grader"
         )

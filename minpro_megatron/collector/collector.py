@@ -18,6 +18,7 @@ from minpro_megatron.collector.changes import CollectorFailed, StateChanges
 from minpro_megatron.collector.consumption import checked_staleness, log_batch
 from minpro_megatron.collector.events import CollectorObserver
 from minpro_megatron.collector.grading_watch import GradingWatch
+from minpro_megatron.collector.group_filter import GroupFilter
 from minpro_megatron.collector.leases import Conflict, Leases, Servers
 from minpro_megatron.collector.restoring import restore_state
 from minpro_megatron.collector.retention import JournalRetention
@@ -69,6 +70,7 @@ class Collector:
         self._journal = journal
         self._stream = stream
         self._collect_group = collect_group
+        self._filter = GroupFilter(config)
         self._grading = GradingWatch(config.batch.num_prompts)
         self._grading_metrics = grading_metrics
         sampling = config.sampling
@@ -165,18 +167,12 @@ class Collector:
         # Before anything is awaited: the journal takes longer for a graded group, and groups without grades that end
         # after it would be counted before it.
         self._grading.collected(group)
-        accepted = self._accepts(group)
+        accepted = self._filter.keeps(group)
         group = await self._journal.collect(group, accepted)
         async with self._changes.making():
             self._schedule.collected(issued.group_id, accepted)
             if accepted:
                 self._groups[issued.group_id] = group
-
-    def _accepts(self, group: CollectedGroup) -> bool:
-        """Whether a step may train on the group; if not, another one is sampled in its place."""
-        if group.grading_problem:
-            return False
-        return not self._config.batch.dynamic_sampling or len({response.reward for response in group.responses}) > 1
 
     def _metrics(self) -> dict[str, float]:
         return {**self._grading_metrics(), "reward/groups_not_graded": float(self._grading.num_groups)}

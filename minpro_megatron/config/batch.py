@@ -29,8 +29,8 @@ class BatchConfig(Section):
         default=1.0,
         ge=1,
         le=10,
-        description="With staleness.mode = delay and dynamic_sampling: number of groups that are sampled for each "
-        "group that the batch still needs.",
+        description="With staleness.mode = delay, and dynamic_sampling or data.filter: number of groups that are "
+        "sampled for each group that the batch still needs.",
     )
     packing: bool = Field(
         default=True,

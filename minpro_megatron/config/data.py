@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.instructions import instruction_text
+from minpro_megatron.hooks.hook import is_import_path
 
 
 class DataConfig(Section):
@@ -16,8 +17,8 @@ class DataConfig(Section):
     heldout_file: str = Field(description="JSON Lines file of the held-out prompts that evaluations use.")
     accept_changed_inputs: bool = Field(
         default=False,
-        description="Resume the run although the content of its data files, benchmarks or model files has changed "
-        "since its first start. The report then lists what changed and when.",
+        description="Resume the run although the content of its data files, benchmarks, model files or hooks has "
+        "changed since its first start. The report then lists what changed and when.",
     )
     instruction: str = Field(
         default="none",
@@ -53,6 +54,19 @@ class DataConfig(Section):
         "prompts with a high pass_rate come first and those without one last; later epochs are shuffled. none: every "
         "epoch is shuffled.",
     )
+
+    filter: str = Field(
+        default="",
+        description="Your own function as package.module:function that decides which graded groups are trained on; "
+        "for a group that it drops, another prompt is sampled. batch.dynamic_sampling drops groups of equal rewards.",
+    )
+
+    @field_validator("filter")
+    @classmethod
+    def _filter_is_a_function(cls, path: str) -> str:
+        if path and not is_import_path(path):
+            raise ValueError("it must be the import path of your own function, such as package.module:function")
+        return path
 
     @property
     def selects_by_pass_rate(self) -> bool:

@@ -2,9 +2,13 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.hooks.hook import is_import_path
+
+# The names of objective.advantages.ADVANTAGES.
+ADVANTAGES = ("group_normalized", "group_mean", "leave_one_out")
 
 
 class TruncatedImportanceConfig(Section):
@@ -119,11 +123,11 @@ class OverlongPenaltyConfig(Section):
 class LossConfig(Section):
     """The advantage, and corrections and penalties. They work with every objective and independently of each other."""
 
-    advantage: Literal["group_normalized", "group_mean", "leave_one_out"] = Field(
+    advantage: str = Field(
         default="group_normalized",
         description="Advantage of a response, from the rewards R of its group. group_normalized: (R - mean) / standard "
         "deviation, as in GRPO. group_mean: R - mean, as in Dr. GRPO and PrefixRL's REINFORCE. leave_one_out: R minus "
-        "the mean of the other rewards, as in RLOO.",
+        "the mean of the other rewards, as in RLOO. Or your own function as package.module:function.",
     )
     truncated_importance: TruncatedImportanceConfig = TruncatedImportanceConfig()
     icepop: IcePopConfig = IcePopConfig()
@@ -160,3 +164,13 @@ class LossConfig(Section):
             self.off_policy_masking,
         )
         return any(correction.enabled for correction in corrections)
+
+    @field_validator("advantage")
+    @classmethod
+    def _advantage_is_known(cls, name: str) -> str:
+        if name not in ADVANTAGES and not is_import_path(name):
+            raise ValueError(
+                f"there is no such advantage; known: {', '.join(ADVANTAGES)}, or the import path of your own function, "
+                "such as package.module:function"
+            )
+        return name

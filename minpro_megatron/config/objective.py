@@ -1,10 +1,11 @@
 """The settings of each policy objective; the objective's name selects its section."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.hooks.hook import is_import_path
 
 Aggregation = Literal["token_mean", "sequence_mean"]
 Divergence = Literal["total_variation", "kl"]
@@ -342,25 +343,42 @@ class CtpoGeomeanConfig(CtpoSection):
     )
 
 
+class ImportedObjectiveConfig(ObjectiveSection):
+    """Your own objective: a function `(PolicyTokens, settings) -> ObjectiveTerms` (docs/extending.md)."""
+
+    name: str = Field(default="package.module:function", description="Import path of the function.")
+    settings: dict[str, Any] = Field(default={}, description="Settings that the function receives as a dictionary.")
+
+
+_IMPORTED = "import path"
+
+
+def objective_name(value: Any) -> str | None:
+    """The objective that a section belongs to, by its name."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return _IMPORTED if isinstance(name, str) and is_import_path(name) else name
+
+
 ObjectiveConfig = Annotated[
-    MinproConfig
-    | CispoConfig
-    | GrpoConfig
-    | GspoConfig
-    | M2poConfig
-    | M2poWinsorizedConfig
-    | CtpoConfig
-    | CtpoGeomeanConfig
-    | DppoConfig
-    | CppoConfig
-    | TrmConfig
-    | SapoConfig
-    | VespoConfig
-    | PnpoConfig
-    | P3oConfig
-    | PrefixRatioConfig
-    | PrefixFilterConfig
-    | ScaledCispoConfig
-    | ShuffledMinproConfig,
-    Field(discriminator="name"),
+    Annotated[MinproConfig, Tag("minpro")]
+    | Annotated[CispoConfig, Tag("cispo")]
+    | Annotated[GrpoConfig, Tag("grpo")]
+    | Annotated[GspoConfig, Tag("gspo")]
+    | Annotated[M2poConfig, Tag("m2po")]
+    | Annotated[M2poWinsorizedConfig, Tag("m2po_winsorized")]
+    | Annotated[CtpoConfig, Tag("ctpo")]
+    | Annotated[CtpoGeomeanConfig, Tag("ctpo_geomean")]
+    | Annotated[DppoConfig, Tag("dppo")]
+    | Annotated[CppoConfig, Tag("cppo")]
+    | Annotated[TrmConfig, Tag("trm")]
+    | Annotated[SapoConfig, Tag("sapo")]
+    | Annotated[VespoConfig, Tag("vespo")]
+    | Annotated[PnpoConfig, Tag("pnpo")]
+    | Annotated[P3oConfig, Tag("p3o")]
+    | Annotated[PrefixRatioConfig, Tag("prefix_ratio")]
+    | Annotated[PrefixFilterConfig, Tag("prefix_filter")]
+    | Annotated[ScaledCispoConfig, Tag("scaled_cispo")]
+    | Annotated[ShuffledMinproConfig, Tag("shuffled_minpro")]
+    | Annotated[ImportedObjectiveConfig, Tag(_IMPORTED)],
+    Field(discriminator=Discriminator(objective_name)),
 ]

@@ -4,7 +4,8 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -67,6 +68,11 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def drops_groups(self) -> bool:
+        """Whether groups are dropped because of their rewards, so that more of them are sampled than are trained on."""
+        return self.batch.dynamic_sampling or bool(self.data.filter)
 
     @model_validator(mode="before")
     @classmethod
@@ -254,13 +260,20 @@ def _find_setting(values: dict[str, Any], path: str, assignment: str) -> tuple[d
 
 def _is_dictionary(path: list[str]) -> bool:
     """Whether the setting at `path` is a dictionary whose keys the user chooses, such as server.arguments."""
-    annotation: Any = RunConfig
+    annotations: list[Any] = [RunConfig]
     for name in path:
-        fields = getattr(annotation, "model_fields", {})
-        if name not in fields:
-            return False
-        annotation = fields[name].annotation
-    return get_origin(annotation) is dict
+        found = [getattr(section, "model_fields", {}).get(name) for section in annotations]
+        annotations = [one for field in found if field is not None for one in _members(field.annotation)]
+    return any(get_origin(annotation) is dict for annotation in annotations)
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union, without what Annotated adds to them; another type alone."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [member for argument in get_args(annotation) for member in _members(argument)]
+    return [annotation]
 
 
 def _settings_named(key: str, values: dict[str, Any]) -> str:

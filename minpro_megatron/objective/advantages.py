@@ -5,8 +5,12 @@ with, so its advantage is 0, as for equal rewards.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Protocol
 
 import numpy as np
+
+from minpro_megatron.hooks.hook import Hook, is_import_path
 
 MIN_DEVIATION = 1e-6
 
@@ -50,23 +54,58 @@ ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def group_advantages(rewards: Sequence[float], estimator: str = "group_normalized") -> np.ndarray:
+class AdvantageFunction(Protocol):
+    """The advantages of a group's responses, from their rewards (float64 [responses], after the penalty for long
+    responses) and their numbers of tokens (int64 [responses]). It must depend on nothing else: every rank of the
+    trainer calls it, and all must get the same numbers."""
+
+    def __call__(self, rewards: np.ndarray, lengths: np.ndarray, /) -> Sequence[float] | np.ndarray: ...
+
+
+def group_advantages(
+    rewards: Sequence[float], estimator: str = "group_normalized", lengths: Sequence[int] | None = None
+) -> np.ndarray:
     """The advantages of the responses with these rewards, float32 [responses]; zeros for equal rewards.
 
-    `estimator` is a name of ADVANTAGES. Raises ValueError for another one, if there are no rewards, and if one is not
-    finite.
+    `estimator` is a name of ADVANTAGES, or the import path of an AdvantageFunction, which also needs the responses'
+    numbers of tokens, `lengths`, and decides by itself what equal rewards mean. Raises ValueError for another one, if
+    there are no rewards, and if one is not finite, and HookError if the function does not return one finite number per
+    response.
 
     >>> group_advantages([1.0, 0.0], "leave_one_out").tolist()
     [1.0, -1.0]
     """
-    if estimator not in ADVANTAGES:
+    if estimator not in ADVANTAGES and not is_import_path(estimator):
         raise ValueError(f"estimator = {estimator!r}: there is no such estimator; known: {', '.join(ADVANTAGES)}")
     values = np.asarray(rewards, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(f"rewards = {list(rewards)}: a group needs finite rewards, at least one")
+    if estimator not in ADVANTAGES:
+        assert lengths is not None, "a function of the user's needs the numbers of tokens"
+        return _imported(Hook("loss.advantage", estimator), values, np.asarray(lengths, np.int64))
     if np.ptp(values) == 0:  # the mean of equal numbers may differ from them in the last bit
         return np.zeros(len(values), np.float32)
     return ADVANTAGES[estimator](values).astype(np.float32)
+
+
+@cache
+def _function(hook: Hook) -> AdvantageFunction:
+    return hook.load()
+
+
+def _imported(hook: Hook, rewards: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    function = _function(hook)
+    with hook.running():
+        found = function(rewards.copy(), lengths.copy())
+    try:
+        advantages = np.asarray(found, np.float64)
+    except (TypeError, ValueError):
+        raise hook.error(f"it must return numbers, one per response, not {type(found).__name__}") from None
+    if advantages.shape != rewards.shape:
+        raise hook.error(f"it returned shape {advantages.shape} for {len(rewards)} responses; return one number each")
+    if not np.isfinite(advantages).all():
+        raise hook.error(f"it returned {advantages.tolist()} for the rewards {rewards.tolist()}; all must be finite")
+    return advantages.astype(np.float32)
 
 
 def overlong_penalty(num_tokens: int, limit: int, buffer_tokens: int, scale: float) -> float:

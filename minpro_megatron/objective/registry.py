@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from minpro_megatron.config.objective import ImportedObjectiveConfig, ObjectiveSection
+from minpro_megatron.hooks.hook import Hook
 from minpro_megatron.objective.formulas.cispo import cispo
 from minpro_megatron.objective.formulas.controls import (
     prefix_filter,
@@ -29,6 +31,7 @@ from minpro_megatron.objective.formulas.pnpo import pnpo
 from minpro_megatron.objective.formulas.sapo import sapo
 from minpro_megatron.objective.formulas.trm import trm
 from minpro_megatron.objective.formulas.vespo import vespo
+from minpro_megatron.objective.imported import imported_objective
 from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, PolicyTokens
 
 
@@ -40,6 +43,13 @@ class Objective:
     terms: Callable[[PolicyTokens, Any], ObjectiveTerms]
     survey: Callable[[MiniBatch, Any], list[Tensor]] | None = None
     learning_rate_factor: str | None = None
+
+
+def objective_for(settings: ObjectiveSection) -> Objective:
+    """The objective that `settings` select. Raises UserError if its import path cannot be loaded."""
+    if isinstance(settings, ImportedObjectiveConfig):
+        return Objective(imported_objective(Hook("objective.name", settings.name)))
+    return OBJECTIVES[getattr(settings, "name")]  # noqa: B009 (every objective's section has it)
 
 
 OBJECTIVES: dict[str, Objective] = {

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from minpro_megatron.config.objective import ImportedObjectiveConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.architecture import Architecture
@@ -37,6 +38,11 @@ class Rehearsed:
             )
         if config.model.dtype != "bfloat16":
             raise UserError(f"model.dtype = {config.model.dtype}: a rehearsal is of bfloat16; set model.dtype=bfloat16")
+        if isinstance(config.objective, ImportedObjectiveConfig):
+            raise UserError(
+                f"objective.name = {config.objective.name}: the results of an imported objective are checked, and a "
+                "rehearsal has no values to check; rehearse an objective of the project"
+            )
         if not 0 <= self.rank < config.parallel.world_size:
             raise UserError(f"rank = {self.rank}: the mesh has ranks 0 to {config.parallel.world_size - 1}")
         architecture = find_architecture(config.model.hf_path)

@@ -1,4 +1,4 @@
-"""Checks that a run resumes with the data and the model of its first start, by content and not by name."""
+"""Checks that a run resumes with the data, the model and the hooks of its first start, by content and not by name."""
 
 import hashlib
 import json
@@ -7,11 +7,14 @@ from pathlib import Path
 
 from minpro_megatron.checkpoints.manifest import read_manifest
 from minpro_megatron.checkpoints.resume_point import read_latest
+from minpro_megatron.config.hooked import hooks_of
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.roles import roles_of
 from minpro_megatron.models.text_files import text_files
 from minpro_megatron.run_folder.run_inputs import InputChange, RunInputs, read_inputs, write_inputs
 
+# In the name of a hook's file, such as `loss.advantage = package.module:function`, and in no other name.
+HOOK_SIGN = " = "
 # Settings of paths of inputs: the run may resume with the same contents in another place.
 INPUT_PATHS = ("data.train_file", "data.heldout_file", "model.hf_path", "model.megatron_path")
 
@@ -32,6 +35,9 @@ def _digests(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.heldout_file", _of_file(Path(config.data.heldout_file))
         for benchmark in config.evaluation.benchmarks:
             yield f"evaluation.benchmarks {benchmark.name}", _of_file(Path(benchmark.file))
+    for hook in hooks_of(config):
+        if (source := hook.source_file()) is not None:
+            yield str(hook), _of_file(source)
     for name in text_files(hf):
         yield f"model.hf_path/{name}", _of_file(hf / name)
     if "train" in roles:
@@ -73,4 +79,6 @@ def record_inputs(config: RunConfig, goes_on: bool) -> None:
 
 
 def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    """The names whose digests differ. Older versions did not record the files of hooks: those are not changes."""
+    names = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+    return sorted(name for name in names if name in before or HOOK_SIGN not in name)

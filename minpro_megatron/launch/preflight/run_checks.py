@@ -18,6 +18,7 @@ from minpro_megatron.launch.preflight.backend_check import layer_backend_problem
 from minpro_megatron.launch.preflight.environment_check import environment_problems
 from minpro_megatron.launch.preflight.gpu_count import count_gpus
 from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cuda_version, software_problems
+from minpro_megatron.launch.preflight.hook_check import hook_problems
 from minpro_megatron.launch.preflight.library_checks import megatron_field_problems, server_argument_problems
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.prompt_checks import data_problems
@@ -58,6 +59,7 @@ def run_problems(config: RunConfig) -> list[str]:
         checks += [_mesh_fits_model, _megatron_model, layer_backend_problems, megatron_field_problems, wandb_problems]
     checks += [data_problems] if "collect" in roles else [journal_problems]
     checks += [reward_problems, environment_problems] if "collect" in roles else []
+    checks += [hook_problems]
     checks += [_servers, server_argument_problems] if "serve" in roles else []
     checks += [_run_folder, _disk_space]
     return [problem for check in checks for problem in check(config)]

@@ -22,7 +22,7 @@ from minpro_megatron.objective.loss_functions.token_batch import (
     refuse_unknown_layout,
     token_batch,
 )
-from minpro_megatron.objective.registry import OBJECTIVES
+from minpro_megatron.objective.registry import objective_for
 from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, summed_loss, summed_value
 
 # statistics of inputs that these functions do not have: entropies, the server's log-probs, and staleness
@@ -116,7 +116,7 @@ def objective_loss(
 
 
 def _terms(settings: ObjectiveSection, batch: TokenBatch, seed: int) -> ObjectiveTerms:
-    objective, tokens = OBJECTIVES[getattr(settings, "name")], batch.tokens  # noqa: B009 (every objective's section has it)
+    objective, tokens = objective_for(settings), batch.tokens
     if objective.survey is not None:
         (surveyed_L,) = objective.survey(MiniBatch([tokens], batch.ranks, seed), settings)
         tokens = replace(tokens, surveyed_L=surveyed_L)

@@ -1,6 +1,8 @@
 """A run continues with the data and the model that it was begun with, wherever they are."""
 
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from minpro_megatron.launch.preflight.run_checks import problems
 from minpro_megatron.launch.run_folder import prepare
 from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.report.report import write_report
-from minpro_megatron.run_folder.run_inputs import InputChange, read_inputs
+from minpro_megatron.run_folder.run_inputs import InputChange, RunInputs, read_inputs, write_inputs
 from tests.support.run_examples import PROMPT, TOKENIZER, example_config, save_checkpoint, write_example_files
 
 
@@ -62,6 +64,47 @@ def test_another_content_under_the_same_name_is_refused(tmp_path: Path, name: st
     (problem,) = problems(longer)
     assert f"the content of {name} is not that with which the run in {config.run_dir} was started" in problem
     assert "data.accept_changed_inputs=true" in problem
+
+
+HOOK = "hooks_of_an_input_test:shorter"
+HOOK_CODE = "def shorter(rewards, lengths): return rewards - lengths.mean() * 0\n"
+
+
+def begun_run_with_a_hook(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    (folder / "hooks_of_an_input_test.py").write_text(HOOK_CODE)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
+    write_example_files(folder)
+    config = with_overrides(example_config(folder), [f"loss.advantage={HOOK}"])
+    prepare(config, begin_start(config.run_dir).incarnation)
+    save_checkpoint(config, 2)
+    return config
+
+
+def test_another_source_file_of_a_hook_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = begun_run_with_a_hook(tmp_path, monkeypatch)
+    recorded = read_inputs(config.run_dir)
+    assert recorded is not None
+    digest = hashlib.sha256(HOOK_CODE.encode()).hexdigest()
+    assert recorded.digests[f"loss.advantage = {HOOK}"] == digest
+    assert json.loads((config.run_dir / "run.json").read_text())["loss"]["advantage"] == HOOK
+    assert problems(config) == []
+    (tmp_path / "hooks_of_an_input_test.py").write_text(HOOK_CODE.replace("* 0", "* 1e-3"))
+    (problem,) = problems(config)
+    assert f"the content of loss.advantage = {HOOK} is not that with which the run in" in problem
+
+
+def test_a_run_of_a_version_that_did_not_record_hooks_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = begun_run_with_a_hook(tmp_path, monkeypatch)
+    recorded = read_inputs(config.run_dir)
+    assert recorded is not None
+    old = {name: digest for name, digest in recorded.digests.items() if HOOK not in name}
+    write_inputs(config.run_dir, RunInputs(old))
+    assert problems(config) == []
+    prepare(config, begin_start(config.run_dir).incarnation)
+    assert read_inputs(config.run_dir) == RunInputs(recorded.digests)  # from now on it is compared, and no change noted
 
 
 def test_a_change_that_is_accepted_is_in_the_report(tmp_path: Path) -> None:

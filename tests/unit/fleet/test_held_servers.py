@@ -15,7 +15,7 @@ from minpro_megatron.fleet.fleet import Fleet
 from minpro_megatron.fleet.generation import GroupCollector
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.prompts.tokenizer import TextTokenizer
-from minpro_megatron.records import CollectedGroup, ServerAddress
+from minpro_megatron.records import CollectedGroup, Prompt, ServerAddress
 from minpro_megatron.rewards.graders import SampledText
 from minpro_megatron.rewards.judging import Judged
 from minpro_megatron.serving.answers import SampledSequence

@@ -29,7 +29,7 @@ from tests.support.ragged_tokens import random_tokens
 
 def test_the_objective_is_its_loop_over_tokens() -> None:
     tokens = random_tokens(0, drift=2.0)
-    terms = smooth_cispo(tokens.for_objective(torch.float32), None)
+    terms = smooth_cispo(tokens.for_objective(torch.float32), {})
     for place, trained in enumerate(tokens.trained):
         if trained:
             weight = 2 * tokens.ratios[place] / (1 + tokens.ratios[place])
@@ -43,7 +43,7 @@ def test_an_objective_gives_a_loss_with_a_gradient_outside_of_a_run() -> None:
     mask = torch.tensor([1.0, 1.0, 1.0, 0.0])
     scan = WholeSequenceScan(torch.tensor([0, 0, 1, 1]), mask)
     tokens = policy_tokens(log_probs, behavior, torch.tensor([1.0, 1.0, -1.0, -1.0]), mask, scan, torch.arange(4))
-    loss = summed_loss(log_probs, smooth_cispo(tokens, None), mask) / mask.sum()
+    loss = summed_loss(log_probs, smooth_cispo(tokens, {}), mask) / mask.sum()
     loss.backward()
     ratios = [math.exp(0.2), math.exp(-0.3), 1.0]
     expected = [-2 * ratio / (1 + ratio) * sign / 3 for ratio, sign in zip(ratios, (1, 1, -1), strict=True)] + [0.0]
