@@ -24,6 +24,7 @@ def assert_planned(rank: RankRehearsal, *names: str, within: float = MAX_ERROR) 
         assert abs(error) <= within, f"{rank.recipe} rank {rank.rank}, {name}: planned {error:+.1%}"
 
 
+@pytest.mark.timeout(600)
 def test_a_rank_of_the_mixture_with_two_layers() -> None:
     (rank,) = rehearse(MIXTURE, "--layers", "2")
     assert rank.problems == []

@@ -13,7 +13,7 @@ import pytest
 from tests.integration.rehearsal.layers_of_a_rank import CLASSES
 from tests.support.rehearsed_ranks import needs_transformer_engine, run_python
 
-pytestmark = [pytest.mark.integration, pytest.mark.long, needs_transformer_engine]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1200), needs_transformer_engine]
 
 RECIPES = ("recipes.qwen3_30b_a3b:minpro", "recipes.qwen3_14b:minpro")  # a mixture, and a dense model
 GIVEN_BY_PLACE = {"hidden", "rows", "query", "key", "value"}  # the stand-in's names of tensors
