@@ -20,6 +20,7 @@ FOLDER = "minpro_megatron.checkpoints.checkpoint_folder:CheckpointFolder.publish
 NAME_FILE = "minpro_megatron.checkpoints.checkpoint_folder:replace_file"
 JOURNAL = "minpro_megatron.buffer.journal:Journal"
 IN_TRANSACTION = "minpro_megatron.buffer.journal:_expect_rows"
+GRADE = "minpro_megatron.rewards.graders:Graders.judge"
 GENERATE = "minpro_megatron.fleet.member:Member.generate"
 FEED = "minpro_megatron.feed.feed:Feed"
 WRITE_REPORT = "minpro_megatron.report.run_end:write_report"
@@ -33,6 +34,7 @@ AT_ONCE = ("checkpoint.asynchronous=false",)
 # Each phase in the process that it belongs to, at global step 3: there is a checkpoint of version 2.
 PHASES = {
     "generating": CrashPoint("collect", GENERATE, call=30),
+    "grading": CrashPoint("collect", GRADE, call=30),
     "scoring": CrashPoint("train", FORWARD, call=2, within=SCORE, within_call=10),
     "mid-update": CrashPoint("train", FORWARD, call=2, within=UPDATE, within_call=8),
     "publishing": CrashPoint("train", SEND, moment="after", within=PUBLISH, within_call=4),
@@ -68,13 +70,13 @@ class Case:
 
 
 def each_role_in_each_phase() -> list[Case]:
-    """kill -9 of serve, collect and train while each of the six phases is under way."""
+    """kill -9 of serve, collect and train while each of the seven phases is under way."""
     cases = []
     victims: tuple[Victim, ...] = ("serve", "collect", "train")
     for phase, point in PHASES.items():
         for victim in victims:
             its_own = point.victim if victim == point.process else victim
-            overrides = AT_ONCE if phase == "generating" else ()
+            overrides = AT_ONCE if phase in ("generating", "grading") else ()
             cases.append(Case(f"{victim} killed, {phase}", (replace(point, victim=its_own),), overrides=overrides))
     return cases
 
@@ -83,6 +85,7 @@ def in_collect() -> list[Case]:
     """Before and after each commit."""
     moments: dict[str, tuple[str, int, Moment]] = {
         "groups issued, not sent": ("issue", 4, "after"),
+        "group graded, not committed": ("collect", 22, "before"),
         "group committed, not counted": ("collect", 22, "after"),
         "scores not committed, the next version samples": ("score", 5, "before"),
         "scores committed, not answered": ("score", 6, "after"),
