@@ -33,8 +33,16 @@ class GradingWatch:
         if self._in_a_row >= self._limit:
             raise GradingError(
                 f"{self._in_a_row} groups in a row could not be graded, the last one of prompt "
-                f"{group.issued.prompt.id!r}: {group.grading_problem}; correct the grader of source "
-                f"{group.issued.prompt.source!r} (reward.function, reward.by_source), or start its service again "
-                "(reward.urls), and launch the same command again; another grader, or other answers in "
-                "data.train_file, need a new name=..."
+                f"{group.issued.prompt.id!r}: {group.grading_problem}; {_remedy(group)}"
             )
+
+
+def _remedy(group: CollectedGroup) -> str:
+    turns = (turn for response in group.responses for turn in response.turns)
+    if any(turn.problem == group.grading_problem for turn in turns):
+        return "correct the code of the environment (environment.name) and launch the same command again"
+    return (
+        f"correct the grader of source {group.issued.prompt.source!r} (reward.function, reward.by_source), or start "
+        "its service again (reward.urls), and launch the same command again; another grader, or other answers in "
+        "data.train_file, need a new name=..."
+    )

@@ -237,6 +237,7 @@ class StepReport:
                 "answer": group.issued.prompt.answer,
                 "reward": group.responses[0].reward,
             }
+            | _shown_turns(group.responses[0])
             | self._tokens(group.responses[0], first_token)
             for group, first_token in zip(batch.groups[:8], first_tokens, strict=False)
         ]
@@ -258,6 +259,19 @@ class StepReport:
         if response.loss_mask is None:
             return found
         return found | {"given": (response.loss_mask[: len(shown)] == 0).tolist()}
+
+
+def _shown_turns(response: Response) -> dict[str, str]:
+    """The turns of an episode, each with what was sampled and given, for the report."""
+    if not response.turns:
+        return {}
+    turns = []
+    for turn in response.turns:
+        facts = f"{turn.sampled_tokens} sampled"
+        if turn.given_tokens or turn.seconds:
+            facts += f", {turn.given_tokens} given after {turn.seconds:.1f} s"
+        turns.append(facts + (f" ({turn.problem})" if turn.problem else ""))
+    return {"turns": "; ".join(turns)}
 
 
 def _as_markdown(sample: Mapping[str, Any]) -> str:

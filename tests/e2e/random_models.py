@@ -40,3 +40,11 @@ def log_probs_by_transformers(folder: Path, prompt: list[int], response: np.ndar
         logits = model(tokens).logits[0, len(prompt) - 1 : -1].double()
     chosen = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(response.tolist()).unsqueeze(1))
     return chosen[:, 0].numpy()
+
+
+def routes_by_transformers(folder: Path, tokens: list[int]) -> np.ndarray:
+    """The experts of each token and layer, in order of their numbers: [tokens, layers, experts a token]."""
+    model = model_of_transformers(folder)
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens]), output_router_logits=True).router_logits
+    return torch.stack([layer.topk(2).indices.sort().values for layer in logits], dim=1).numpy()

@@ -30,7 +30,12 @@ from minpro_megatron.serving.control import ControlError, ServerControl
 from minpro_megatron.serving.endpoints import write_server_address
 from minpro_megatron.serving.errors import WrongPolicyVersion
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
-from tests.e2e.random_models import log_probs_by_transformers, model_of_transformers, save_random_model
+from tests.e2e.random_models import (
+    log_probs_by_transformers,
+    model_of_transformers,
+    routes_by_transformers,
+    save_random_model,
+)
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.running_fleet import FAULTS, FakeRewards, FakeTokenizer, until
 
@@ -49,14 +54,6 @@ KEY = "k-9d1f77ab"
 type PauseMode = Literal["abort", "retract", "in_place"]
 # Of SGLang: HTTP, scheduler, detokenizer.
 NUM_PROCESSES = {"reference": 1, "sglang": 3}
-
-
-def routes_by_transformers(folder: Path, tokens: list[int]) -> np.ndarray:
-    """The experts of each token and layer, in order of their numbers: [tokens, layers, experts a token]."""
-    model = model_of_transformers(folder)
-    with torch.no_grad():
-        logits = model(torch.tensor([tokens]), output_router_logits=True).router_logits
-    return torch.stack([layer.topk(2).indices.sort().values for layer in logits], dim=1).numpy()
 
 
 @dataclass
