@@ -1,16 +1,22 @@
 """How many files and connections the collector may have open at a time, and how many it needs.
 
-Every group in flight is a connection, so 32 servers need more of them than the usual soft limit of 1,024.
+Every group in flight is a connection, and with an environment every response of it, so 32 servers need more of them
+than the usual soft limit of 1,024.
 """
 
 import resource
 
+from minpro_megatron.config.environment import PYTHON_TOOL
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.serving.endpoints import num_servers
 
 # Journal, logs, the collector's own interface, libraries, route files being written.
 BASE_FILES = 256
 FILES_PER_REWARD_WORKER = 4
+# The pipes to a process that runs code, or a connection to a sandbox service.
+FILES_PER_TOOL_CALL = 4
+# Episodes that wait for their tool give their places to others; when all of them continue, there are so many.
+MOST_EPISODES_PER_PLACE = 2
 # Checks of a server's version and health, and aborts.
 OTHER_CONNECTIONS_PER_SERVER = 4
 # The soft limit is raised at least to this value, if the hard limit allows it, as SGLang's servers do.
@@ -19,9 +25,12 @@ MIN_SOFT_LIMIT = 65536
 
 def files_needed(config: RunConfig) -> int:
     """The maximum number of open files of a collector, or of the command `eval`."""
-    smallest = min(_group_sizes(config))
-    groups = max(1, config.server.max_requests_under_way // smallest)
-    return _other_files(config) + num_servers(config.server) * groups
+    sizes, requests = _group_sizes(config), config.server.max_requests_under_way
+    if config.environment.enabled:
+        connections = MOST_EPISODES_PER_PLACE * max(requests, *sizes)
+    else:
+        connections = max(1, requests // min(sizes))
+    return _other_files(config) + num_servers(config.server) * connections
 
 
 def _group_sizes(config: RunConfig) -> list[int]:
@@ -32,8 +41,10 @@ def _group_sizes(config: RunConfig) -> list[int]:
 
 
 def _other_files(config: RunConfig) -> int:
+    tool = config.environment.python_tool.workers if config.environment.name == PYTHON_TOOL else 0
     return (
         BASE_FILES
+        + FILES_PER_TOOL_CALL * tool
         + FILES_PER_REWARD_WORKER * config.reward.workers
         + OTHER_CONNECTIONS_PER_SERVER * num_servers(config.server)
     )
@@ -59,7 +70,8 @@ def max_groups_under_way(config: RunConfig) -> int | None:
     if soft >= files_needed(config):
         return None
     # A connection stays open for seconds after its answer, so connections of finished groups count too.
-    return max(1, (soft - _other_files(config)) // 2)
+    per_group = max(_group_sizes(config)) if config.environment.enabled else 1
+    return max(1, (soft - _other_files(config)) // (2 * per_group))
 
 
 def limit_problem(config: RunConfig) -> str | None:

@@ -47,6 +47,29 @@ def test_every_group_under_way_is_a_connection() -> None:
         assert files_needed(config(samples_per_prompt=samples)) == others + 32 * of_server
 
 
+def with_environment(made: RunConfig, name: str) -> RunConfig:
+    values = made.model_dump()
+    values["environment"]["name"] = name
+    values["sampling"]["max_turns"] = 3
+    values["data"]["chat_template"] = True
+    return RunConfig.model_validate(values)
+
+
+def test_every_turn_of_an_episode_is_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the 320 requests a server: those that gave their places away for a tool may all continue."""
+    others = open_files.BASE_FILES + open_files.FILES_PER_REWARD_WORKER
+    of_server = 2 * 320 + open_files.OTHER_CONNECTIONS_PER_SERVER
+    own = with_environment(config(), "package.module:Class")
+    assert files_needed(own) == others + 32 * of_server
+    tool = with_environment(config(), "python_tool")
+    assert files_needed(tool) == files_needed(own) + 16 * open_files.FILES_PER_TOOL_CALL
+    Limits(monkeypatch, 4096, 4096)
+    plain, of_episodes = max_groups_under_way(config()), max_groups_under_way(own)
+    assert plain is None
+    other_files = others + 32 * open_files.OTHER_CONNECTIONS_PER_SERVER
+    assert of_episodes == (4096 - other_files) // (2 * 8)
+
+
 def test_the_soft_limit_is_raised_as_far_as_needed_and_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     for soft, hard, expected in ((1024, 2**20, 65536), (1024, 4096, 4096), (100_000, 2**20, 100_000)):
         limits = Limits(monkeypatch, soft, hard)
