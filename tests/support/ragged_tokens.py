@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ class Tokens:
             torch.arange(len(self.mask)) if ids is None else torch.tensor(ids),
         )
 
-    @property
+    # Cached, because the loops over tokens ask for one entry at a time.
+    @cached_property
     def log_ratios(self) -> list[float]:
         """delta_t = log pi - log pi_old, kept within +-20."""
         return [
@@ -53,7 +55,7 @@ class Tokens:
             for new, old in zip(self.log_probs, self.behavior, strict=True)
         ]
 
-    @property
+    @cached_property
     def ratios(self) -> list[float]:
         return [math.exp(delta) for delta in self.log_ratios]
 
@@ -67,7 +69,7 @@ class Tokens:
         return [of.tolist() for of in places if len(of)]
 
     def where(self, chosen: np.ndarray) -> "Tokens":
-        return Tokens(*(values[chosen] for values in vars(self).values()))
+        return Tokens(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 def random_tokens(seed: int, num_sequences: int = 12, longest: int = 30, drift: float = 0.7) -> Tokens:
