@@ -44,6 +44,7 @@ HARDEST = Case("moe", Degrees(tensor=2, pipeline=2, expert=2, context=2), packin
 COVER = pairwise_cover(all_cases({kind: model_architecture(kind) for kind in ("moe", "dense")}), first=HARDEST)
 # their sums over a sequence are those of other objectives; test_surveys.py also compares them on shards
 SIMILAR = ["cispo", "prefix_ratio", "ctpo_geomean", "dppo", "sapo", "pnpo"]
+OF_SEQUENCES = ["cppo", "dppo", "trm", "sapo", "vespo", "pnpo", "ctpo", "ctpo_geomean", "gspo"]
 SURVEYING = [name for name, objective in OBJECTIVES.items() if objective.survey is not None]
 # What the factorisations leave out: tied embeddings, which two pipeline stages share, virtual stages, cut experts.
 SPECIAL = [
@@ -105,10 +106,13 @@ def test_rows_and_order_change_nothing(starts: dict, minpro_steps: dict) -> None
     [
         ("tied", {"tensor": 2, "context": 2}, [name for name in OBJECTIVES if name not in SIMILAR]),
         pytest.param("tied", {"tensor": 2, "context": 2}, SIMILAR, marks=pytest.mark.long),
+        # the last stage alone computes the loss; the sums over a sequence still run over its context ranks
+        ("dense", {"pipeline": 2, "context": 2}, ["cppo", "vespo"]),
+        pytest.param("moe", {"pipeline": 2, "tensor": 2, "expert": 2}, OF_SEQUENCES, marks=pytest.mark.long),
         # those that look at the whole mini-batch first, over all ranks that hold tokens
         pytest.param("moe", {"pipeline": 2, "data": 2, "expert": 2}, SURVEYING, marks=pytest.mark.long),
     ],
-    ids=["tensor x context", "tensor x context, similar", "pipeline x data"],
+    ids=["tensor x context", "tensor x context, similar", "pipeline x context", "pipeline x tensor", "pipeline x data"],
 )
 def test_every_objective_equals_itself_over_whole_sequences(
     kind: str, parallel: dict[str, int], names: list[str], starts: dict
