@@ -5,13 +5,15 @@ Run as a file, so that it starts quickly and imports nothing of this package. Re
 Writes one to standard output: `{"ended", "status", "output"}`, where `ended` is "exit", "timeout", "output" (too much
 of it) or "unavailable" (the isolation is not possible here; `output` says why).
 
-Isolated code runs as process 1 of Linux namespaces of its own (user, mounts, network, processes, IPC, host name):
+Isolated code runs in Linux namespaces of its own (user, mounts, network, processes, IPC, host name):
 
 - it sees the folders in `visible`, read-only, and an empty folder in memory, where it starts; nothing else;
 - it has no network interface, no capability, and no other process to see or to signal;
 - when it ends, or is ended, the kernel ends all processes that it has started.
 
-This process ends with its parent, and the code with this process, also by SIGKILL.
+This process ends with its parent, and the code with this process, also by SIGKILL. The code itself is not process 1 of
+its namespaces: it could refuse the signal that the kernel sends at the end of a parent (PR_SET_PDEATHSIG), and live on.
+Process 1 is a copy of this program, which the code can neither trace nor signal.
 """
 
 import contextlib
@@ -28,7 +30,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 _MS_BIND, _MS_REC, _MS_PRIVATE, _MS_NOSUID, _MS_NODEV = 4096, 16384, 1 << 18, 2, 4
 _MNT_DETACH, _AT_FDCWD, _AT_RECURSIVE = 2, -100, 0x8000
 _MOUNT_ATTR_READ_ONLY, _MOUNT_ATTR_NOSUID = 1, 2
@@ -130,7 +132,7 @@ def _start_here(request: dict[str, Any], folder: str, output: int, problem: int)
 
 
 def _start_isolated(request: dict[str, Any], folder: str, output: int, problem: int) -> int:
-    """The process that enters new namespaces, and waits for the code, which is process 1 in them."""
+    """The process that enters new namespaces, and waits for process 1 in them, which starts the code."""
     is_inside, says_inside = os.pipe()
     is_mapped, says_mapped = os.pipe()
     child = os.fork()
@@ -158,16 +160,37 @@ def _start_isolated(request: dict[str, Any], folder: str, output: int, problem: 
         os.setresgid(_ROOT, _ROOT, _ROOT)
         os.setresuid(_ROOT, _ROOT, _ROOT)
         _end_with_parent()  # a change of user clears it
+        first = os.fork()
+        if first:
+            os.close(problem)
+            os.close(output)
+            os._exit(_exit_code(os.waitpid(first, 0)[1]))
+        os.setsid()
+        _enter(request, folder)
+        _drop_privileges()
+        _refuse_the_code()
         code = os.fork()
         if code:
             os.close(problem)
             os.close(output)
-            os._exit(_exit_code(os.waitpid(code, 0)[1]))
+            os._exit(_exit_code(_status_of(code)))
         os.setsid()
-        _enter(request, folder)
-        _limit(request, request["processes"])
-        _drop_privileges()
+        _limit(request, request["processes"] + 1)  # process 1 may belong to the same user
         _execute(request, _WORK, output)
+
+
+def _refuse_the_code() -> None:
+    """Before process 1 starts the code: the code cannot trace it, and the kernel drops all signals that it sends."""
+    _checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # dropped, unless process 1 has a handler, as Python has for this one
+
+
+def _status_of(code: int) -> int:
+    """The status of the code when it has ended. Process 1 is also the parent of all processes that lose their own."""
+    while True:
+        pid, status = os.wait()
+        if pid == code:
+            return status
 
 
 def _map_users(child: int) -> None:

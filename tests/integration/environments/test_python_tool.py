@@ -89,7 +89,7 @@ DISK = "open('big', 'wb').write(bytes(8 << 20))"
         (ENDLESS, {}, "the code was ended because it printed more than 2000 characters"),
         (SILENT, {"timeout_s": 1}, "the code was ended after the time limit of 1 s"),
         (DISK, {}, "the code ended with status 1"),
-        ("import os\nos.abort()", {}, "the code ended with status 139"),
+        ("import os\nos.abort()", {}, "the code ended with status 134"),
         ("raise ValueError('mine')", {}, "the code ended with status 1"),
         ("import sys\nsys.exit(3)", {}, "the code ended with status 3"),
         (
@@ -147,12 +147,24 @@ def test_code_reaches_no_network() -> None:
 def test_code_can_end_no_process_but_its_own() -> None:
     answer = answer_to(
         "import os, signal\n"
-        f"for pid in (os.getppid(), -1, 2, {os.getpid()}):\n"
+        f"for pid in (os.getppid(), -1, 3, {os.getpid()}):\n"
         "    try: os.kill(pid, signal.SIGKILL)\n"
         "    except OSError: pass\n"
         "print('still here', os.getpid(), os.getppid())"
     )
-    assert answer == Answer("still here 1 0", tool_calls=1)
+    assert answer == Answer("still here 2 1", tool_calls=1)
+
+
+@needs_isolation
+def test_code_can_neither_signal_nor_trace_the_process_that_ends_it() -> None:
+    answer = answer_to(
+        "import ctypes, os, signal, time\n"
+        "for one in (signal.SIGINT, signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL): os.kill(1, one)\n"
+        "time.sleep(0.3)\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "print(libc.ptrace(16, 1, 0, 0), ctypes.get_errno())"  # PTRACE_ATTACH, EPERM
+    )
+    assert answer == Answer("-1 1", tool_calls=1)
 
 
 @needs_isolation
@@ -178,6 +190,16 @@ def test_what_code_leaves_running_ends_with_it() -> None:
     assert left_processes() == []
 
 
+# PR_SET_PDEATHSIG: the kernel is to send no signal at the end of the parent.
+OUTLIVE = "import ctypes, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\ntime.sleep(600)"
+
+
+@needs_isolation
+def test_code_that_refuses_to_end_with_its_parent_ends_at_the_limit_of_time() -> None:
+    assert answer_to(OUTLIVE, timeout_s=2).problem == "the code was ended after the time limit of 2 s"
+    assert left_processes() == []
+
+
 @needs_isolation
 def test_code_ends_with_the_process_that_waits_for_it() -> None:
     """A cancelled call, as when the group moves to another server; kill -9 of the process between them."""
@@ -185,7 +207,7 @@ def test_code_ends_with_the_process_that_waits_for_it() -> None:
     async def main() -> None:
         async with PythonTool(SETTINGS) as tool:
             for end in ("cancel", "kill"):
-                task = asyncio.create_task(tool.answer(turn_of("import time\ntime.sleep(600)")))
+                task = asyncio.create_task(tool.answer(turn_of(OUTLIVE)))
                 while not (
                     found := [p for p in psutil.Process().children() if "sandbox_process" in " ".join(p.cmdline())]
                 ):
