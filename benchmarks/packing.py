@@ -17,7 +17,7 @@ import numpy as np
 
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.batching.packing import pack_rows, share_rows
-from minpro_megatron.batching.row_lengths import row_length, with_row_padding
+from minpro_megatron.batching.row_lengths import padding_sequences, row_length, with_row_padding
 from minpro_megatron.models.known_models.find import find_architecture
 
 # mean and sigma of log-normal responses, limit, all in tokens
@@ -143,6 +143,24 @@ def _surpluses(name: str, data: int, cost: Callable[[int], float], arguments: ar
     return [", ".join(f"{100 * statistics.median(of):.1f}" for of in zip(*found[kind], strict=True)) for kind in KINDS]
 
 
+def count_numbers(arguments: argparse.Namespace) -> None:
+    """How many numbers of sequences the rows of 64 updates have, without and with sequences of padding."""
+    cost = forward_flops(find_architecture(MODEL)).of
+    print("\n| lengths | numbers of sequences in a row | last update with a new one | powers of two | more tokens, % |")
+    print("|---|---|---|---|---|")
+    for name in DISTRIBUTIONS:
+        seen: dict[int, int] = {}
+        added = tokens = 0
+        for update in range(64):
+            for row in _rows(draw(name, arguments.sequences, update), cost, arguments.row_tokens, 6):
+                seen.setdefault(len(row), update)
+                added += sum(padding_sequences(len(row), CONTEXT))
+                tokens += sum(row)
+        powers = {number + len(padding_sequences(number, CONTEXT)) for number in seen}
+        cells = (len(seen), max(seen.values()) + 1, len(powers), f"{100 * added / tokens:.3f}")
+        print(f"| {name} | {' | '.join(map(str, cells))} |", flush=True)
+
+
 def time_packing(arguments: argparse.Namespace) -> None:
     cost = forward_flops(find_architecture(MODEL)).of
     print("\n| sequences | rows | pack_rows, s | Karmarkar-Karp over the same number of parts, s |\n|---|---|---|---|")
@@ -172,6 +190,7 @@ def main() -> None:
     parser.add_argument("--most-compared", type=int, default=2_048)
     arguments = parser.parse_args()
     compare(arguments)
+    count_numbers(arguments)
     time_packing(arguments)
 
 

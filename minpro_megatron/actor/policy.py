@@ -32,7 +32,7 @@ from minpro_megatron.actor.routing import (
 )
 from minpro_megatron.batching.collate import shard_row
 from minpro_megatron.batching.packing import imbalance, pack_rows, share_rows
-from minpro_megatron.batching.row_lengths import padded_length, row_length, with_row_padding
+from minpro_megatron.batching.row_lengths import padded_length, padding_sequences, row_length, with_row_padding
 from minpro_megatron.batching.row_shard import RankSlice
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.checkpoints.shard_writing import ShardWrite
@@ -105,6 +105,8 @@ class Policy:
         self.identity = run_identity(config, architecture)
         self._vocab_size, self._num_experts = architecture.vocab_size, architecture.num_experts
         self._cost = forward_flops(architecture)
+        layers = [layer for chunk in chunks for layer in chunk.modules()]
+        self._pads_counts = any(getattr(layer, "has_graph_for_each_count", False) for layer in layers)
         self._routers = ChunkRouters(chunks, architecture.num_experts)
         self._rollout_routes = (
             RolloutRoutes(self._routers, architecture, mesh) if config.model.routing_replay == "rollout" else None
@@ -320,11 +322,15 @@ class Policy:
         if wanted is not None:
             rows = [row for row in rows if any(wanted[index] for index in row)]
         rows += [[] for _ in range(-len(rows) % multiple)]
-        computed = [self._computed_lengths([lengths[index] for index in row]) for row in rows]
+        padding = [padding_sequences(len(row), place.context_size) if self._pads_counts else [] for row in rows]
+        computed = [
+            self._computed_lengths([*(lengths[index] for index in row), *extra])
+            for row, extra in zip(rows, padding, strict=True)
+        ]
         row_costs = [sum(map(self._cost.of, of_row)) for of_row in computed]
         shares = share_rows(row_costs, data.size())
         shards = [
-            shard_row([sequences[index] for index in rows[row]], sum(computed[row]), place)
+            shard_row([sequences[index] for index in rows[row]], sum(computed[row]), place, padding[row])
             for row in shares[data.rank()]
         ]
         real, total = sum(sequence.num_tokens for sequence in sequences), sum(map(sum, computed))

@@ -16,14 +16,18 @@ from minpro_megatron.batching.token_sequence import TokenSequence
 _PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "proximal_log_probs", "reference_log_probs", "staleness")
 
 
-def shard_row(sequences: Sequence[TokenSequence], row_tokens: int, place: RankSlice) -> RowShard:
+def shard_row(
+    sequences: Sequence[TokenSequence], row_tokens: int, place: RankSlice, padding: Sequence[int] = ()
+) -> RowShard:
     """This rank's share of the packed row that holds `sequences` and is padded to `row_tokens`.
 
-    The row's padding belongs to its last sequence; a row without sequences has one sequence that is all padding. The
+    `padding` are the lengths of further sequences that are all padding (row_lengths.padding_sequences). The rest of the
+    row's padding belongs to its last sequence; a row without sequences has one sequence that is all padding. The
     token ids of padding are those of the row in turn, so that routers send it to many experts, and not to the few of
     one id.
     """
-    lengths = with_row_padding([padded_length(sequence, place.context_size) for sequence in sequences], row_tokens)
+    own = [padded_length(sequence, place.context_size) for sequence in sequences]
+    lengths = with_row_padding([*own, *padding], row_tokens)
     row = _whole_row(sequences, lengths)
     held = context_shard(lengths, place.context_size, place.context_rank)
     piece = tensor_shard(len(held), place.tensor_size, place.tensor_rank)

@@ -23,6 +23,21 @@ def row_length(lengths: Sequence[int], context_size: int, tensor_size: int) -> i
     return -(-max(sum(lengths), multiple) // multiple) * multiple
 
 
+def padding_sequences(num_sequences: int, context_size: int) -> list[int]:
+    """The lengths of the short sequences of padding that make the number of a row's sequences a power of two.
+
+    Transformer Engine 2.18 and later give cuDNN 9.24 and later the row's boundaries as they are, and keep a graph for
+    each number of sequences (use_cu_seqlens_directly in its fused_attn_f16_arbitrary_seqlen.cu). Without this padding a
+    rank would prepare a graph whenever it meets a new number, while the other ranks wait. Sequences without tokens
+    would do as well, but cuDNN supports them from 9.25 on only (issue 943 of NVIDIA/cudnn-frontend).
+
+    >>> padding_sequences(5, 2)
+    [4, 4, 4]
+    """
+    missing = (1 << (num_sequences - 1).bit_length()) - num_sequences if num_sequences else 0
+    return [sequence_multiple(context_size)] * missing
+
+
 def with_row_padding(lengths: Sequence[int], row_tokens: int) -> list[int]:
     """The lengths of a row's sequences in the row of `row_tokens`, whose padding belongs to its last sequence; a row
     without sequences has one that is all padding."""

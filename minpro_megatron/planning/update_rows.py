@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.batching.packing import pack_rows, share_rows
-from minpro_megatron.batching.row_lengths import row_length, with_row_padding
+from minpro_megatron.batching.row_lengths import padding_sequences, row_length, with_row_padding
 from minpro_megatron.batching.shards import sequence_multiple
+from minpro_megatron.config.model import layer_backend_of
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture
 
@@ -32,9 +33,11 @@ def update_rows(config: RunConfig, architecture: Architecture, sequence_tokens: 
     if batch.packing:
         rows = pack_rows(lengths, [cost.of(length) for length in lengths], batch.max_tokens_per_row, ranks)
     rows += [[] for _ in range(-len(rows) % ranks)]
-    row_costs = []
+    model, row_costs = config.model, []
+    pads_counts = layer_backend_of(model.backend, config.device, model.dtype) != "torch"
     for row in rows:
         own = [lengths[index] for index in row]
+        own += padding_sequences(len(row), parallel.context) if pads_counts else []
         computed = with_row_padding(own, row_length(own, parallel.context, parallel.tensor))
         row_costs.append(sum(map(cost.of, computed)))
     shares = share_rows(row_costs, data)

@@ -5,11 +5,13 @@ Here meshes in which every pair of choices occurs (`make test` takes the first o
 """
 
 from collections.abc import Sequence
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from minpro_megatron.objective.registry import OBJECTIVES
+from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.conftest import Start
 from tests.mesh.harness import run_mesh
 from tests.mesh.meshes import Case, Degrees, all_cases, pairwise_cover
@@ -31,6 +33,7 @@ from tests.mesh.steps import (
     LaidOut,
     MeshStep,
     differences,
+    loaded_policy,
     step_config,
     take_steps,
 )
@@ -99,6 +102,35 @@ def test_rows_and_order_change_nothing(starts: dict, minpro_steps: dict) -> None
     for step in steps:
         assert step.loss == pytest.approx(steps[0].loss, rel=MAX_REORDERED)
         assert differences(step, minpro_steps["dense"]).breaches == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "parallel"), [("dense", {}), ("moe", {"tensor": 2, "context": 2, "expert": 2})], ids=str
+)
+def test_sequences_of_padding_change_nothing(
+    kind: str, parallel: dict[str, int], starts: dict, minpro_steps: dict
+) -> None:
+    """The rows that Transformer Engine's layers get (row_lengths.padding_sequences), with torch's layers."""
+    config = step_config(parallel, row_tokens=5 * SHORTEST_ROW)
+    layout = (config, in_order(starts[kind].groups))
+    degrees = config.parallel.model_dump()
+    (without, twelve), (with_them, sixteen) = run_mesh(both_kinds_of_rows, starts[kind].hf_path, layout, **degrees)[0]
+    assert (twelve, sixteen) == ([12], [16])  # sequences in each row
+    assert with_them.loss == pytest.approx(without.loss, rel=MAX_REORDERED)
+    assert differences(with_them, minpro_steps[kind]).breaches == []
+
+
+def both_kinds_of_rows(mesh: Mesh, hf_path: str, layout: LaidOut) -> list[tuple[MeshStep, list[int]]]:
+    """The step and the number of sequences in each row, without and with sequences of padding."""
+    from minpro_megatron.actor.backends.torch_backend import TorchAttention
+
+    found, (config, sequences) = [], layout
+    for pads in (False, True):
+        with patch.object(TorchAttention, "has_graph_for_each_count", pads, create=True):
+            (step,) = take_steps(mesh, hf_path, [layout])
+            micro_batches, _ = loaded_policy(mesh, config, hf_path)[1]._micro_batches(sequences)
+        found.append((step, [len(one.row.padded_lengths) for one in micro_batches]))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,10 @@ def found(starts: dict[str, Start], tmp_path_factory: pytest.TempPathFactory) ->
     to_megatron(Path(start.hf_path), folder / "converted", no_display)
     for backend in BACKENDS:
         (folder / backend).mkdir()
-    cases = [(starts[kind].hf_path, step_config(parallel), in_order(starts[kind].groups)) for kind, parallel in STEPS]
+    cases = [  # several sequences in a row, so that some of them are padding
+        (starts[kind].hf_path, step_config(parallel, row_tokens=1024), in_order(starts[kind].groups))
+        for kind, parallel in STEPS
+    ]
     return Found(start, folder, run_with_stand_in(f"{__name__}:with_stand_in", cases, start.hf_path, str(folder)))
 
 

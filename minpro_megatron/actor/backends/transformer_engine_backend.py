@@ -51,6 +51,7 @@ class TransformerEngineRMSNorm(te.RMSNorm):
 class TransformerEngineAttention(TEDotProductAttention):
     """Flash or cuDNN attention inside each sequence of a packed row; context ranks exchange keys and values."""
 
+    has_graph_for_each_count = True  # of sequences in a row: see batching.row_lengths.padding_sequences
     get_extra_state = torch.nn.Module.get_extra_state
     set_extra_state = torch.nn.Module.set_extra_state
 

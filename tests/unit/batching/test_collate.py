@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from minpro_megatron.batching.collate import shard_row
+from minpro_megatron.batching.row_lengths import padded_length, padding_sequences, row_length
 from minpro_megatron.batching.row_shard import RankSlice
 from minpro_megatron.batching.token_sequence import TokenSequence
 from tests.support.numbered_sequences import SIZES, all_shards, numbered_sequences
@@ -98,6 +99,33 @@ def test_positions_start_again_with_every_sequence_and_run_on_into_the_rows_padd
     lengths[-1] += 60 - sum(lengths)
     assert shard.padded_lengths == lengths
     assert shard.position_ids_S.tolist() == [place for length in lengths for place in range(length)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sequences_of_padding_move_no_token(sizes: tuple[int, int]) -> None:
+    """Every rank has the same tokens of the sequences, and those of the padding train on nothing."""
+    context_size, tensor_size = sizes
+    sequences = numbered_sequences(4, 5)
+    own = [padded_length(sequence, context_size) for sequence in sequences]
+    extra = padding_sequences(len(sequences), context_size)
+    assert len(extra) == 3
+    row_tokens = row_length([*own, *extra], context_size, tensor_size)
+    for context_rank in range(context_size):
+        for tensor_rank in range(tensor_size):
+            place = RankSlice(context_size, context_rank, tensor_size, tensor_rank)
+            shard = shard_row(sequences, row_tokens, place, extra)
+            assert len(shard.padded_lengths) == 8
+            assert shard.padded_lengths[: len(own)] == own
+            padding = shard.sequence_L >= len(sequences)
+            assert not shard.mask_L[padding].any()
+            assert (shard.flat_slot_L[padding] == -1).all()
+    held = sum(sequence.num_tokens for sequence in sequences)
+    whole = [shard_row(sequences, held + 9, RankSlice(1, 0, 1, 0), padding) for padding in ([], [1, 1, 1])]
+    for name in ("input_ids_S", "position_ids_S", "label_ids_S", "mask_L", "advantages_L", "flat_slot_L", "sequence_L"):
+        without, with_them = (getattr(shard, name)[:held] for shard in whole)
+        assert np.array_equal(without, with_them), name
+    assert whole[0].num_tokens == whole[1].num_tokens
+    assert whole[0].num_sequences == whole[1].num_sequences
 
 
 def test_padding_has_many_token_ids() -> None:
