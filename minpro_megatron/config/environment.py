@@ -28,7 +28,7 @@ class PythonToolConfig(Section):
     timeout_s: float = Field(default=10.0, gt=0, description="Limit in seconds for the code of one call.")
     memory_mb: int = Field(default=1024, ge=64, description="Limit of memory in MiB for each process of a call.")
     max_processes: int = Field(default=16, ge=1, description="Limit of processes and threads of a call.")
-    max_file_mb: int = Field(default=16, ge=0, description="Limit of the size in MiB of all files that a call writes.")
+    max_file_mb: int = Field(default=16, ge=1, description="Limit of the size in MiB of all files that a call writes.")
     max_output_chars: int = Field(
         default=12000, ge=1, description="Characters of a call's output that the policy receives; the rest is cut."
     )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,33 @@ class SandboxFailed(RuntimeError):
 
 
 class Sandbox:
-    """Runs at most `settings.workers` pieces of code at a time."""
+    """Runs at most `settings.workers` pieces of code at a time; use inside `with`."""
 
     def __init__(self, settings: PythonToolConfig) -> None:
         self._settings = settings
         self._room = asyncio.Semaphore(settings.workers)
+        # What a killed process leaves is removed at the end.
+        self._folder = _temporary_folder()
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
 
     async def run(self, code: str) -> Outcome:
         """The outcome of the code. Raises SandboxFailed if it could not be started."""
         async with self._room:
-            process = await asyncio.create_subprocess_exec(
-                *_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment()
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    env=_environment(),
+                )  # fmt: skip
+            except OSError as error:  # no more files, processes or memory
+                raise SandboxFailed(f"no process could be started: {error}") from error
             try:
                 async with asyncio.timeout(self._settings.timeout_s + START_S):
-                    answer, error = await process.communicate(_request(self._settings, code))
+                    answer, error = await process.communicate(_request(self._settings, code, self._folder.name))
             except TimeoutError:
                 raise SandboxFailed(f"no result within {START_S:g} s after the limit of the code") from None
             finally:
@@ -56,10 +69,11 @@ def isolation_problem(settings: PythonToolConfig) -> str:
     if not sys.platform.startswith("linux"):
         return "isolation needs the namespaces of Linux"
     try:
-        run = subprocess.run(
-            _command(), input=_request(settings, "print(6 * 7)"), capture_output=True, env=_environment(),
-            timeout=settings.timeout_s + START_S,
-        )  # fmt: skip
+        with _temporary_folder() as folder:
+            run = subprocess.run(
+                _command(), input=_request(settings, "print(6 * 7)", folder), capture_output=True, env=_environment(),
+                timeout=settings.timeout_s + START_S,
+            )  # fmt: skip
         found = _read(settings, run.stdout, run.stderr)
     except (SandboxFailed, subprocess.TimeoutExpired, OSError) as error:
         return str(error)
@@ -86,10 +100,15 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name in ("PATH", "LD_LIBRARY_PATH")}
 
 
-def _request(settings: PythonToolConfig, code: str) -> bytes:
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="minpro-tool-", ignore_cleanup_errors=True)
+
+
+def _request(settings: PythonToolConfig, code: str, folder: str) -> bytes:
     request = {
         "code": code,
         "isolated": settings.sandbox == "isolated",
+        "folder": folder,
         "python": sys.executable,
         "visible": [sys.prefix, sys.base_prefix],
         "timeout_s": settings.timeout_s,

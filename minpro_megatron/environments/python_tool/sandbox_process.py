@@ -1,9 +1,10 @@
 """Runs one piece of untrusted Python code, isolated from this machine: `python -I -S -B sandbox_process.py`.
 
 Run as a file, so that it starts quickly and imports nothing of this package. Reads a JSON object from standard input:
-`{"code", "isolated", "python", "visible", "timeout_s", "memory_bytes", "processes", "file_bytes", "output_bytes"}`.
-Writes one to standard output: `{"ended", "status", "output"}`, where `ended` is "exit", "timeout", "output" (too much
-of it) or "unavailable" (the isolation is not possible here; `output` says why).
+`{"code", "isolated", "folder", "python", "visible", "timeout_s", "memory_bytes", "processes", "file_bytes",
+"output_bytes"}`. If this process is killed, the caller removes what it leaves in `folder`. Writes one to standard
+output: `{"ended", "status", "output"}`, where `ended` is "exit", "timeout", "output" (too much of it) or "unavailable"
+(the isolation is not possible here; `output` says why).
 
 Isolated code runs in Linux namespaces of its own (user, mounts, network, processes, IPC, host name):
 
@@ -43,6 +44,9 @@ _NOBODY = 65534
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64")
 _WORK = "/tool-work"  # where the code runs; no folder that is shown has this name
+# Settings of the namespaces that become 0: no namespaces inside these ones, and no shared memory and messages of System
+# V, which no limit of a process counts once it has detached them.
+_DENIED = ("user/max_user_namespaces", "kernel/shmmni", "kernel/msgmni")
 _LOOK_S = 0.05
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -62,7 +66,9 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     """Starts the code, and ends it at the limits of time and output."""
     output, writes_output = os.pipe()
     problem, writes_problem = os.pipe()
-    folder = tempfile.mkdtemp(prefix="tool-")  # what the code sees is mounted on it; without isolation it works in it
+    folder = tempfile.mkdtemp(
+        prefix="tool-", dir=request["folder"]
+    )  # what the code sees is mounted on it; without isolation it works in it
     try:
         start = _start_isolated if request["isolated"] else _start_here
         child = start(request, folder, writes_output, writes_problem)
@@ -207,11 +213,14 @@ def _map_users(child: int) -> None:
 
 def _enter(request: dict[str, Any], folder: str) -> None:
     """Replaces all that is seen of the file system."""
-    with contextlib.suppress(OSError):  # /proc/sys may be read-only
-        _write("/proc/sys/user/max_user_namespaces", "0")  # no namespaces inside these ones
+    os.umask(0o022)  # the code may have another user, who must be able to enter the folders that are made here
+    for name in _DENIED:
+        with contextlib.suppress(OSError):  # /proc/sys may be read-only, or the kernel older than 5.19
+            _write(f"/proc/sys/{name}", "0")
     _step("private mounts", lambda: _mount(None, "/", None, _MS_REC | _MS_PRIVATE))
     _step("a folder in memory", lambda: _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755"))
-    for path in dict.fromkeys([*_SYSTEM, *request["visible"]]):
+    # an outer folder comes before those inside it, which it shows too
+    for path in sorted({*_SYSTEM, *request["visible"]}, key=len):
         _show(path, folder)
     os.makedirs(f"{folder}/dev")
     for device in _DEVICES:
@@ -287,7 +296,8 @@ def _limit(request: dict[str, Any], processes: int | None) -> None:
 def _execute(request: dict[str, Any], folder: str, output: int) -> NoReturn:
     """Replaces this process by Python with the code."""
     path = f"{folder}/main.py"
-    _write(path, request["code"])
+    # "surrogatepass": of a text that is no Unicode, Python itself shall complain
+    _write(path, request["code"], errors="surrogatepass")
     nothing = os.open("/dev/null", os.O_RDONLY)
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
@@ -338,8 +348,8 @@ def _checked(result: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+def _write(path: str, text: str, errors: str = "strict") -> None:
+    with open(path, "w", encoding="utf-8", errors=errors) as file:
         file.write(text)
 
 

@@ -38,7 +38,7 @@ class PythonTool:
         check_isolation(self._settings)
         if self._settings.sandbox == "none":
             log.warning("environment.python_tool.sandbox = none: code of the policy runs with this user's rights")
-        self._runner = Sandbox(self._settings)
+        self._runner = self._stack.enter_context(Sandbox(self._settings))
         return self
 
     async def __aexit__(self, *error: object) -> None:

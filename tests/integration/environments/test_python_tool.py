@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -225,6 +226,69 @@ def test_code_ends_with_the_process_that_waits_for_it() -> None:
                 assert await asyncio.to_thread(left_processes) == []
 
     asyncio.run(main())
+
+
+@needs_isolation
+@pytest.mark.skipif(not os.access("/proc/sys/kernel/shmmni", os.W_OK), reason="/proc/sys is read-only")
+def test_code_that_no_limit_of_a_process_counts_is_refused() -> None:
+    """Segments of System V stay when a process has detached them: a loop could fill the machine's memory."""
+    answer = answer_to(
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "print(libc.shmget(0, 1 << 20, 0o1600), libc.msgget(0, 0o1600))"
+    )
+    assert answer == Answer("-1 -1", tool_calls=1)
+
+
+@pytest.mark.parametrize("sandbox_kind", [pytest.param("isolated", marks=needs_isolation), "none"])
+def test_code_that_is_no_unicode_is_a_fault_of_the_code(sandbox_kind: str) -> None:
+    async def main() -> Answer | None:
+        async with PythonTool(SETTINGS.model_copy(update={"sandbox": sandbox_kind})) as tool:
+            call = r'{"name": "code_interpreter", "arguments": {"code": "print(1) # \ud800"}}'
+            return await tool.answer(EpisodeTurn(Prompt(id="p", source="s", text="", answer=""), 0, 1, call))
+
+    answer = asyncio.run(main())
+    assert answer is not None
+    assert answer.problem == "the code ended with status 1"
+    assert "SyntaxError" in answer.text
+
+
+@needs_isolation
+def test_a_strict_umask_of_the_collector_does_not_lock_the_code_out() -> None:
+    before = os.umask(0o077)
+    try:
+        assert answer_to("print(1)") == Answer("1", tool_calls=1)
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("sandbox_kind", [pytest.param("isolated", marks=needs_isolation), "none"])
+def test_a_cancelled_call_leaves_no_files(sandbox_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def found() -> set[str]:
+        return {str(path) for path in (*tmp_path.glob("*"), *Path("/tmp").glob("tool-*"))}
+
+    before = found()
+
+    async def main() -> None:
+        async with PythonTool(SETTINGS.model_copy(update={"sandbox": sandbox_kind})) as tool:
+            task = asyncio.create_task(tool.answer(turn_of("import time\nopen('big', 'w')\ntime.sleep(600)")))
+            while not list(tmp_path.glob("*/tool-*")) and not found() - before:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(1)
+            task.cancel()
+            await asyncio.wait({task})
+
+    asyncio.run(main())
+    assert found() == before
+
+
+def test_a_process_that_cannot_be_started_is_told_to_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the collector can open no more files: an error would exclude the group from training."""
+    monkeypatch.setattr(sandbox, "_command", lambda: ["/no/such/program"])
+    answer = answer_to("print(1)", sandbox="none")
+    assert answer.text == "error: the tool is not available at this time"
+    assert answer.problem.startswith("not run: no process could be started: [Errno 2]")
 
 
 def test_without_isolation_a_run_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
