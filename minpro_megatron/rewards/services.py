@@ -98,7 +98,7 @@ class RewardServices:
         try:
             answer = _DECODER.decode(content)
             return judgements(answer.rewards, len(group.responses), time.perf_counter() - start)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise GradingFailed(f"{url}: the answer is invalid: {error}: {_shown(content)}") from None
         except ValueError as error:
             raise GradingFailed(f"{url}: {error}") from None

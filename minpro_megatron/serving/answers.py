@@ -81,6 +81,8 @@ class _Answer(msgspec.Struct):
     meta_info: _MetaInfo
 
 
+# Of a body that is no JSON, has text that is no UTF-8, or is nested very deeply.
+NOT_DECODED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 # First the list, then each answer separately, so that an error names the request.
 _LIST_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
 _DECODER = msgspec.json.Decoder(_Answer)
@@ -111,7 +113,7 @@ class AnswerChecker:
         """The answers in the order of the requests. Raises InvalidAnswer naming the first wrong field."""
         try:
             parts = _LIST_DECODER.decode(body)
-        except msgspec.DecodeError as error:
+        except NOT_DECODED as error:
             raise InvalidAnswer(
                 self.server, requests[0].request_id, "body", f"{error} in {bytes(body[:200])!r}"
             ) from None
@@ -126,7 +128,7 @@ class AnswerChecker:
     def _decoded(self, part: msgspec.Raw, place: int, request: SentRequest) -> _Answer:
         try:
             return _DECODER.decode(part)
-        except msgspec.DecodeError as error:
+        except NOT_DECODED as error:
             # msgspec's message ends with the location, such as "at `$.meta_info.finish_reason`".
             path = str(error).rpartition("`$")[2].rstrip("`") if "`$" in str(error) else ""
             raise InvalidAnswer(self.server, request.request_id, f"[{place}]{path}", str(error)) from None

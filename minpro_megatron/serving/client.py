@@ -16,7 +16,7 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answer_limits import MAX_INFO_BYTES
-from minpro_megatron.serving.answers import ABORTED, AnswerChecker, SampledSequence, SentRequest, joined
+from minpro_megatron.serving.answers import ABORTED, NOT_DECODED, AnswerChecker, SampledSequence, SentRequest, joined
 from minpro_megatron.serving.errors import (
     WRONG_KEY,
     AnswerTimeout,
@@ -158,7 +158,7 @@ class ServerClient:
         self._check_status(response, body, "model_info")
         try:
             return int(msgspec.json.decode(body, type=dict)["weight_version"])
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+        except (*NOT_DECODED, KeyError, TypeError, ValueError) as error:
             raise InvalidAnswer(self.name, "model_info", "weight_version", named(error)) from error
 
     async def generates(self, timeout_s: float) -> bool:

@@ -59,6 +59,10 @@ async def garbage(request: web.Request, rewards: list[float]) -> web.StreamRespo
     return web.Response(body=b"\xff\x00<html>gateway</html>")
 
 
+async def nested(request: web.Request, rewards: list[float]) -> web.StreamResponse:
+    return web.Response(text='{"new": ' + "[" * 20000)
+
+
 async def too_few(request: web.Request, rewards: list[float]) -> web.StreamResponse:
     return web.json_response({"rewards": rewards[:-1]})
 
@@ -69,7 +73,19 @@ async def texts(request: web.Request, rewards: list[float]) -> web.StreamRespons
 
 FAULTS: dict[str, Fault] = {
     function.__name__: function
-    for function in (delayed, late, dropped, half, internal_error, not_a_number, infinite, garbage, too_few, texts)
+    for function in (
+        delayed,
+        late,
+        dropped,
+        half,
+        internal_error,
+        not_a_number,
+        infinite,
+        garbage,
+        nested,
+        too_few,
+        texts,
+    )
 }
 LATE_S = 2.0
 

@@ -66,9 +66,8 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     """Starts the code, and ends it at the limits of time and output."""
     output, writes_output = os.pipe()
     problem, writes_problem = os.pipe()
-    folder = tempfile.mkdtemp(
-        prefix="tool-", dir=request["folder"]
-    )  # what the code sees is mounted on it; without isolation it works in it
+    # What the code sees is mounted on it; without isolation the code works in it.
+    folder = tempfile.mkdtemp(prefix="tool-", dir=request["folder"])
     try:
         start = _start_isolated if request["isolated"] else _start_here
         child = start(request, folder, writes_output, writes_problem)

@@ -92,7 +92,7 @@ class SandboxService:
             raise SandboxFailed(f"{url}: {type(error).__name__}: {error}") from error
         try:
             return msgspec.json.decode(body, type=_Result)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise SandboxFailed(f"{url}: {error} in {body[:200]!r}") from None
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:

@@ -155,6 +155,7 @@ TOLD = {
     "not_a_number": "the answer is invalid: JSON is malformed",
     "infinite": "the answer is invalid: ",
     "garbage": "the answer is invalid: ",
+    "nested": "the answer is invalid: ",
     "too_few": "the grader returned 1 rewards for 2 responses",
     "texts": "the answer is invalid: Expected `float`, got `str`",
 }

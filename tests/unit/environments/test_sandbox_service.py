@@ -87,6 +87,8 @@ def test_answers_of_the_service(made: dict[str, Any], text: str, problem: str) -
     [
         lambda: web.Response(status=504, text="gateway timeout"),
         lambda: web.Response(text="no JSON"),
+        lambda: web.Response(body=b'{"status": "\xff"}'),
+        lambda: web.Response(text='{"files": ' + "[" * 20000),
         lambda: web.json_response({"run_result": {}}),
         lambda: web.json_response(result("SandboxError")),
     ],

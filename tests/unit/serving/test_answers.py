@@ -68,10 +68,22 @@ def test_tokens_of_another_version_are_refused(change: Callable[[list[Answer]], 
         generate(changed(change))
 
 
-@pytest.mark.parametrize("text", ['[{"output_ids": [1', "<html>busy</html>", "", "[NaN, NaN]", "{}"])
-def test_garbage_is_no_answer(text: str) -> None:
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b'[{"output_ids": [1',
+        b"<html>busy</html>",
+        b"",
+        b"[NaN, NaN]",
+        b"{}",
+        b"[" * 20000,
+        b'[{"new": ' + b"[" * 20000 + b"]" * 20000 + b"}, {}]",
+        b'[{"output_ids": [1], "meta_info": {"id": "\xff"}}, {}]',
+    ],
+)
+def test_garbage_is_no_answer(sent: bytes) -> None:
     async def handler(request: web.Request, body: dict[str, Any]) -> web.Response:
-        return web.Response(text=text)
+        return web.Response(body=sent)
 
     with pytest.raises(InvalidAnswer):
         generate(handler)
