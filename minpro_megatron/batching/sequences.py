@@ -20,7 +20,8 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
     for group in batch.groups:
         rewards = [response.reward for response in group.responses]
         lengths = [len(response.token_ids) for response in group.responses]
-        advantages, trained = advantages_and_trained(rewards, lengths, loss, max_response_tokens)
+        sampled = [response.num_sampled for response in group.responses]
+        advantages, trained = advantages_and_trained(rewards, lengths, sampled, loss, max_response_tokens)
         sequences = []
         for response, advantage in zip(group.responses, advantages, strict=True):
             num_tokens, stored = len(response.token_ids), response.stored_routes
@@ -65,10 +66,14 @@ def sampled_tokens(batch: Batch) -> np.ndarray:
 
 
 def advantages_and_trained(
-    rewards: Sequence[float], lengths: Sequence[int], loss: LossConfig, max_response_tokens: int
+    rewards: Sequence[float],
+    lengths: Sequence[int],
+    sampled: Sequence[int],
+    loss: LossConfig,
+    max_response_tokens: int,
 ) -> tuple[np.ndarray, bool]:
     """(advantages, float32 [responses]; whether the group's tokens are trained on) of one group, from rewards and
-    numbers of tokens.
+    numbers of tokens: `lengths` with given tokens, as sampling.max_response_tokens counts them, `sampled` without.
 
     `loss` sets the estimator of the advantage, the penalty for long responses, and whether a group with equal rewards
     is excluded.
@@ -80,7 +85,7 @@ def advantages_and_trained(
             for reward, length in zip(rewards, lengths, strict=True)
         ]
     trained = loss.equal_reward_groups == "keep" or len(set(rewards)) > 1
-    return group_advantages(rewards, loss.advantage, lengths), trained
+    return group_advantages(rewards, loss.advantage, sampled), trained
 
 
 def with_log_probs(groups: list[list[TokenSequence]], **log_probs: np.ndarray) -> list[list[TokenSequence]]:

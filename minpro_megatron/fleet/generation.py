@@ -39,9 +39,9 @@ def graded_texts(prompt: Prompt, texts: Sequence[str]) -> list[str]:
 
 
 def texts_to_grade(texts: Sequence[str], sequences: Sequence[SampledSequence]) -> list[SampledText]:
-    """What the graders get for each sequence."""
+    """What the graders get for each sequence: token ids, like texts, without those that an environment gave."""
     return [
-        SampledText(text, sequence.token_ids, sequence.finish_reason)
+        SampledText(text, np.concatenate(sampled_parts(sequence)), sequence.finish_reason)
         for text, sequence in zip(texts, sequences, strict=True)
     ]
 

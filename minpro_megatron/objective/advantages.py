@@ -68,9 +68,9 @@ def group_advantages(
     """The advantages of the responses with these rewards, float32 [responses]; zeros for equal rewards.
 
     `estimator` is a name of ADVANTAGES, or the import path of an AdvantageFunction, which also needs the responses'
-    numbers of tokens, `lengths`, and decides by itself what equal rewards mean. Raises ValueError for another one, if
-    there are no rewards, and if one is not finite, and HookError if the function does not return one finite number per
-    response.
+    numbers of sampled tokens, `lengths`, and decides by itself what equal rewards mean. Raises ValueError for another
+    one, if there are no rewards, and if one is not finite, and HookError if the function does not return one finite
+    number per response.
 
     >>> group_advantages([1.0, 0.0], "leave_one_out").tolist()
     [1.0, -1.0]

@@ -52,7 +52,8 @@ def _batch(
     for group in groups:
         rewards = [rollouts[row].reward for row in group]
         lengths = [len(rollouts[row].response_ids) for row in group]
-        advantages, trained = advantages_and_trained(rewards, lengths, loss, max_response_tokens)
+        sampled = [int(np.count_nonzero(rollouts[row].loss_mask)) for row in group]
+        advantages, trained = advantages_and_trained(rewards, lengths, sampled, loss, max_response_tokens)
         for row, advantage in zip(group, advantages, strict=True):
             rollout = rollouts[row]
             mask = rollout.loss_mask if trained else np.zeros_like(rollout.loss_mask)

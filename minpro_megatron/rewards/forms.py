@@ -29,7 +29,8 @@ class ResponseToGrade(msgspec.Struct, frozen=True, kw_only=True):
     """One response to the prompt of a group."""
 
     text: str  # with the given prefix of the prompt, if it has one
-    token_ids: list[int] = []  # as they were sampled, with the stop token if there was one, and without the prefix
+    # those that were sampled, with the stop token if there was one; without the prefix and what an environment gave
+    token_ids: list[int] = []
     finish_reason: str = "stop"  # or "length"
 
 

@@ -8,7 +8,8 @@ from minpro_megatron.batching.sequences import behavior_record, token_sequences,
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.loss import LossConfig, OverlongPenaltyConfig
 from minpro_megatron.records import Batch, decode, encode
-from tests.support.batches import make_batch
+from tests.support.batches import make_batch, make_group
+from tests.support.episodes import as_episode
 
 
 def sequences_of(batch: Batch, loss: LossConfig | None = None) -> list[list[TokenSequence]]:
@@ -35,6 +36,18 @@ def test_every_response_is_a_sequence_with_its_groups_advantage() -> None:
             assert sequence.rollout_log_probs.tolist() == response.rollout_log_probs.tolist()
             assert sequence.loss_mask.tolist() == [1.0] * len(response.token_ids)
             assert sequence.num_tokens == len(group.issued.prompt_token_ids) + len(response.token_ids)
+
+
+def test_an_advantage_by_lengths_counts_sampled_tokens_and_the_penalty_all_of_them() -> None:
+    """A response of 5 tokens of which an environment gave 3 costs as much as one of 2, but uses the limit up."""
+    group = make_group(1, 3, [1.0, 1.0], [5, 2])
+    responses = [as_episode(group.responses[0], [1, 0, 0, 0, 1]), group.responses[1]]
+    batch = Batch(index=0, groups=[msgspec.structs.replace(group, responses=responses)])
+    loss = LossConfig(advantage="docs.examples.advantage:shorter_is_better", equal_reward_groups="keep")
+    assert [sequence.advantage for sequence in token_sequences(batch, loss, max_response_tokens=8)[0]] == [0.0, 0.0]
+    penalty = OverlongPenaltyConfig(enabled=True, buffer_tokens=6, scale=6.0)
+    penalized = token_sequences(batch, LossConfig(overlong_penalty=penalty), max_response_tokens=8)[0]
+    assert [round(sequence.advantage, 4) for sequence in penalized] == [-round(0.5**0.5, 4), round(0.5**0.5, 4)]
 
 
 def test_routes_of_the_servers_stay_with_their_response() -> None:

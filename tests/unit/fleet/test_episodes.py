@@ -14,6 +14,7 @@ from minpro_megatron.environments.environment import Answer, EpisodeTurn, PastTu
 from minpro_megatron.environments.framing import CUT, Framing
 from minpro_megatron.errors import UserError
 from minpro_megatron.fleet.episodes import EpisodeRules, sampled_parts
+from minpro_megatron.fleet.generation import texts_to_grade
 from minpro_megatron.fleet.member import MemberGone
 from minpro_megatron.records import IssuedGroup
 from minpro_megatron.serving.answers import SampledSequence
@@ -106,6 +107,8 @@ def test_turns_and_answers_are_joined_in_order(world: World) -> None:
     assert [turn.text for turn in environment.turns] == ["3", "4", "a ten"]
     assert environment.turns[2].earlier == (PastTurn("3", "=4"), PastTurn("4", "=5"))
     assert [part.tolist() for part in sampled_parts(found)] == parts[::2]
+    (graded,) = texts_to_grade(["3\n4\na ten"], [found])
+    assert graded.token_ids.tolist() == [token for part in parts[::2] for token in part]
     seeds = [seed for _, seed, _, _ in server.requests]
     assert seeds == [9, derive_seed(9, "turn", 1), derive_seed(9, "turn", 2)]
     lengths = [left for _, _, left, _ in server.requests]
