@@ -1,7 +1,8 @@
 """What an environment is: it answers the policy's turns until the episode ends."""
 
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from minpro_megatron.records import Prompt
@@ -43,6 +44,29 @@ class Answer:
     token_ids: Sequence[int] | None = None
     tool_calls: int = 0
     problem: str = ""  # why a tool call failed, for the records; the policy reads only the text
+
+
+def checked_answer(answer: object) -> Answer | None:
+    """The answer of an environment, with values that the journal and the trainer can read. Raises TypeError naming the
+    field for others: they must not be recorded."""
+    if answer is None:
+        return None
+    if not isinstance(answer, Answer):
+        raise TypeError(f"`answer` must return an Answer or None, not {type(answer).__name__}")
+    for name in ("text", "problem"):
+        if not isinstance(value := getattr(answer, name), str):
+            raise TypeError(f"Answer.{name} must be a str, not {type(value).__name__}")
+    try:
+        tool_calls = operator.index(answer.tool_calls)
+    except TypeError:
+        raise TypeError(f"Answer.tool_calls must be an int, not {type(answer.tool_calls).__name__}") from None
+    return replace(answer, tool_calls=int(tool_calls), problem=recordable(answer.problem))
+
+
+def recordable(text: str) -> str:
+    """The text with a question mark for each lone surrogate, as in names of files that are no UTF-8: the journal's JSON
+    cannot hold them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class Environment(Protocol):

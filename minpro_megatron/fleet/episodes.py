@@ -15,7 +15,14 @@ import msgspec
 import numpy as np
 
 from minpro_megatron.config.seeds import derive_seed
-from minpro_megatron.environments.environment import Answer, Environment, EpisodeTurn, PastTurn
+from minpro_megatron.environments.environment import (
+    Answer,
+    Environment,
+    EpisodeTurn,
+    PastTurn,
+    checked_answer,
+    recordable,
+)
 from minpro_megatron.environments.framing import Framing, checked_ids
 from minpro_megatron.records import NO_LOG_PROB, NOT_SAMPLED, IssuedGroup, Turn
 from minpro_megatron.serving.answers import SampledSequence, joined
@@ -130,7 +137,7 @@ class _Episode:
         (text,) = await asyncio.to_thread(self._rules.decoder.response_texts, [sampled.token_ids])
         began = time.monotonic()
         try:
-            answer = await server.idle(self._ask(text))
+            answer = checked_answer(await server.idle(self._ask(text)))
             given = None if answer is None else await asyncio.to_thread(self._given_ids, answer)
         except Exception as error:  # of the environment: any
             self._failure = _described(error, self._rules.timeout_s)
@@ -198,4 +205,4 @@ def _given_part(token_ids: np.ndarray) -> SampledSequence:
 def _described(error: Exception, timeout_s: float | None) -> str:
     if isinstance(error, TimeoutError) and timeout_s is not None:
         return f"the environment has not answered within environment.timeout_s = {timeout_s:g} s"
-    return f"the environment raised {type(error).__name__}: {' '.join(str(error).split())}"
+    return recordable(f"the environment raised {type(error).__name__}: {' '.join(str(error).split())}")

@@ -5,10 +5,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from minpro_megatron.buffer.journal_rows import turns_of, turns_text
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.environments.environment import Answer, EpisodeTurn, PastTurn
 from minpro_megatron.environments.framing import CUT, Framing
@@ -252,19 +254,33 @@ def test_versions_rise_over_turns(world: World) -> None:
     [
         (KeyError("no such tool"), "the environment raised KeyError: 'no such tool'"),
         (Answer(token_ids=[64]), "must be ids of the model's 64 tokens"),
+        ("=4", "`answer` must return an Answer or None, not str"),
+        (Answer("=4", problem=None), "Answer.problem must be a str, not NoneType"),  # type: ignore[arg-type]
+        (Answer(4), "Answer.text must be a str, not int"),  # type: ignore[arg-type]
+        (Answer("=4", tool_calls=1.5), "Answer.tool_calls must be an int, not float"),  # type: ignore[arg-type]
+        (FileNotFoundError("no file b\udc80"), "the environment raised FileNotFoundError: no file b?"),
     ],
 )
-def test_an_error_of_the_environment_ends_only_its_episode(
-    world: World, answer: Answer | Exception, failure: str
-) -> None:
+def test_an_error_of_the_environment_ends_only_its_episode(world: World, answer: Any, failure: str) -> None:
     environment = ScriptedEnvironment(lambda turn: answer if turn.seed == 1 else plus_one(turn))
     made = rules(world.tokenizer, world.facts, environment)
     broken, whole = run(made, issued([1, 2]), ScriptedServer(world.facts, world.says("3", "x")))
     assert failure in broken.failure
     assert failure in broken.turns[0].problem
+    assert turns_of(turns_text(broken.turns)) == list(broken.turns)
     assert broken.token_ids.tolist() == world.turn("3")
     assert whole.failure == ""
     assert len(whole.turns) == 2
+
+
+def test_what_an_environment_states_can_be_recorded(world: World) -> None:
+    stated = Answer("=4", tool_calls=np.int64(2), problem="no file b\udc80")  # type: ignore[arg-type]
+    environment = ScriptedEnvironment(lambda turn: None if turn.earlier else stated)
+    (found,) = run(
+        rules(world.tokenizer, world.facts, environment), issued([1]), ScriptedServer(world.facts, world.says("3", "x"))
+    )
+    first, _ = turns_of(turns_text(found.turns))
+    assert (first.tool_calls, first.problem) == (2, "no file b?")
 
 
 def test_an_environment_that_does_not_answer_in_time(world: World) -> None:
