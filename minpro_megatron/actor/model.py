@@ -124,6 +124,8 @@ def _own_fields(
         # one pair are matched by their order and would be swapped; overlapped messages use two process groups.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
+        # once a stage has sent its output, only the output's place in the graph is needed
+        deallocate_pipeline_outputs=parallel.pipeline > 1,
         **_recomputation(features, fused=not isinstance(backend, TorchLayers), mixture=architecture.num_experts > 0),
         attention_backend=AttnBackend[features.attention_backend],
         **_mixture_settings(architecture, features),

@@ -100,6 +100,10 @@ class Policy:
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self._optimizer.scale_loss
+        # with overlap_grad_reduce only the backward of the last micro-batch may send gradients
+        pauses: Any = [chunk.no_sync for chunk in self._chunks]
+        for chunk in chunks:
+            chunk.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]  # the form that each schedule expects
         self._objective = objective_for(config.objective)
         self._loss = PolicyLoss(mesh, self._objective, config.objective, config.loss)
         self.identity = run_identity(config, architecture)

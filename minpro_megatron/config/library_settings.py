@@ -105,7 +105,7 @@ _OWNED: dict[str, dict[str, str]] = {
         "model.dtype": "fp8_param_gather fp4_param_gather",
         "the update divides and checks the gradient": "check_for_nan_in_grad check_for_large_grads "
         "average_in_collective gradient_reduce_div_fusion",
-        "updates do not overlap with communication": "overlap_grad_reduce overlap_param_gather align_param_gather "
+        "updates do not overlap with the gathering of parameters": "overlap_param_gather align_param_gather "
         "delay_wgrad_compute",
     },
 }  # fmt: skip
