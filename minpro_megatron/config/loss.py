@@ -45,8 +45,8 @@ class RejectionConfig(Section):
     enabled: bool = Field(default=False, description="Switch the rejection on.")
     statistic: Literal["token", "sum", "mean", "max"] = Field(
         default="mean",
-        description="sum, mean or max of the estimate over the trained tokens of a sequence, which mask whole "
-        "sequences; token: the estimate of each token, which masks single tokens.",
+        description="What is compared with the bounds. sum, mean or max: of the estimate over the trained tokens of a "
+        "sequence, which mask whole sequences; token: the estimate of each token, which masks single tokens.",
     )
     estimator: Literal["k1", "k2", "k3"] = Field(
         default="k3",
