@@ -44,9 +44,9 @@ _NOBODY = 65534
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64")
 _WORK = "/tool-work"  # where the code runs; no folder that is shown has this name
-# Settings of the namespaces that become 0: no namespaces inside these ones, and no shared memory and messages of System
-# V, which no limit of a process counts once it has detached them.
-_DENIED = ("user/max_user_namespaces", "kernel/shmmni", "kernel/msgmni")
+# Settings of the namespaces: no namespaces inside these ones, and nothing of System V (shared memory, messages and
+# semaphores), whose memory no limit of a process counts.
+_DENIED = {"user/max_user_namespaces": "0", "kernel/shmmni": "0", "kernel/msgmni": "0", "kernel/sem": "0 0 0 0"}
 _LOOK_S = 0.05
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -213,9 +213,9 @@ def _map_users(child: int) -> None:
 def _enter(request: dict[str, Any], folder: str) -> None:
     """Replaces all that is seen of the file system."""
     os.umask(0o022)  # the code may have another user, who must be able to enter the folders that are made here
-    for name in _DENIED:
+    for name, value in _DENIED.items():
         with contextlib.suppress(OSError):  # /proc/sys may be read-only, or the kernel older than 5.19
-            _write(f"/proc/sys/{name}", "0")
+            _write(f"/proc/sys/{name}", value)
     _step("private mounts", lambda: _mount(None, "/", None, _MS_REC | _MS_PRIVATE))
     _step("a folder in memory", lambda: _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755"))
     # an outer folder comes before those inside it, which it shows too

@@ -231,12 +231,13 @@ def test_code_ends_with_the_process_that_waits_for_it() -> None:
 @needs_isolation
 @pytest.mark.skipif(not os.access("/proc/sys/kernel/shmmni", os.W_OK), reason="/proc/sys is read-only")
 def test_code_that_no_limit_of_a_process_counts_is_refused() -> None:
-    """Segments of System V stay when a process has detached them: a loop could fill the machine's memory."""
+    """Segments of System V stay when a process has detached them, and its semaphores are memory of the kernel (65 GB
+    with the usual limits): a loop could fill the machine's memory."""
     answer = answer_to(
         "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-        "print(libc.shmget(0, 1 << 20, 0o1600), libc.msgget(0, 0o1600))"
+        "print(libc.shmget(0, 1 << 20, 0o1600), libc.msgget(0, 0o1600), libc.semget(0, 32000, 0o1600))"
     )
-    assert answer == Answer("-1 -1", tool_calls=1)
+    assert answer == Answer("-1 -1 -1", tool_calls=1)
 
 
 @pytest.mark.parametrize("sandbox_kind", [pytest.param("isolated", marks=needs_isolation), "none"])
