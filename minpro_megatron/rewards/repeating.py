@@ -8,6 +8,7 @@ from minpro_megatron.rewards.judging import GradingFailed
 
 FIRST_PAUSE_S = 0.5
 MAX_PAUSE_S = 30.0
+MIN_ATTEMPT_S = 0.5  # left for a repeated attempt: one with less would fail for that reason and hide the real one
 
 
 async def repeated[Result](
@@ -32,7 +33,7 @@ async def repeated[Result](
             failure = error
         on_failure(failure)
         pause_s, wait_s = min(2 * pause_s, MAX_PAUSE_S), pause_s * random.uniform(0.5, 1.0)
-        if loop.time() + wait_s >= deadline:
+        if loop.time() + wait_s + MIN_ATTEMPT_S > deadline:
             limit = f"within reward.deadline_s = {deadline_s:g} s"
         elif num_attempts == max_attempts:
             limit = "as often as a function is called"

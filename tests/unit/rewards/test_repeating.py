@@ -84,8 +84,15 @@ def test_an_attempt_knows_how_much_time_is_left() -> None:
         raise GradingFailed("failure")
 
     with pytest.raises(GradingFailed):
-        run(attempt, deadline_s=8)
-    assert told == pytest.approx([8, 7.5, 6.5, 4.5, 0.5], abs=0.4)
+        run(attempt, deadline_s=9)
+    assert told == pytest.approx([9, 8.5, 7.5, 5.5, 1.5], abs=0.4)
+
+
+def test_no_attempt_is_made_with_so_little_time_that_it_would_hide_the_failure_before() -> None:
+    attempt, calls = failing(100)
+    with pytest.raises(GradingFailed, match=r"failure 4 \(attempt 4, within reward\.deadline_s = 7\.8 s\)"):
+        run(attempt, deadline_s=7.8)
+    assert len(calls) == 4  # a fifth one after 7.5 s would have 0.3 s
 
 
 def test_other_errors_are_no_failures_of_grading() -> None:
