@@ -183,6 +183,7 @@ def _of_tokens(responses: list[list[dict[str, float]]]) -> dict[str, float]:
     column = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     delta, minimum, mismatch = column["delta"], column["prefix_min/mean"], column["mismatch"]
     ratio, weight = np.exp(delta), column["objective/weight"]
+    sequence_ratio = np.exp(np.clip([response[-1]["prefix_ratio/log"] for response in responses], -20, 20))
     found = {
         "ratio/mean": ratio.mean(),
         "ratio/min": ratio.min(),
@@ -190,6 +191,9 @@ def _of_tokens(responses: list[list[dict[str, float]]]) -> dict[str, float]:
         "ratio/square_mean": (ratio**2).mean(),
         "ratio/log_second_moment": (delta**2).mean(),
         "ratio/effective_sample_size": ratio.mean() ** 2 / (ratio**2).mean(),
+        "ratio/sequence_mean": sequence_ratio.mean(),
+        "ratio/sequence_square_mean": (sequence_ratio**2).mean(),
+        "ratio/sequence_effective_sample_size": sequence_ratio.mean() ** 2 / (sequence_ratio**2).mean(),
         "ratio/min_position": column["share"][column["is_smallest"] > 0].mean(),
         "policy/kl_k1": -delta.mean(),
         "policy/kl_k2": (delta**2 / 2).mean(),
