@@ -136,6 +136,7 @@ def _garbage_in_empty_experts(mesh: Mesh) -> Any:
     return _run(mesh, "grouped_products", grouped=wrong)
 
 
+@pytest.mark.long
 def test_grouped_products_fail_for_experts_without_tokens() -> None:
     for function in (_experts_of_the_next, _garbage_in_empty_experts):
         (outcome,) = run_mesh(function)
@@ -153,6 +154,7 @@ def _routes_not_followed(mesh: Mesh) -> Any:
     return _run(mesh, "routing_replay")
 
 
+@pytest.mark.long
 def test_replay_fails_if_the_routers_choose() -> None:
     (outcome,) = run_mesh(_routes_not_followed)
     assert "score_passes_on_other_experts" in _words(outcome)
@@ -191,6 +193,7 @@ def _snapshots_with(mesh: Mesh, defect: str) -> Any:
     return _run(mesh, "snapshots")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("defect", "problems"),
     [
@@ -234,6 +237,7 @@ def _offload_with(mesh: Mesh, defect: str) -> Any:
     return _run(mesh, "optimizer_offload", meter=meter)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("defect", "problems"),
     [
@@ -262,6 +266,7 @@ def test_attention_passes() -> None:
     assert outcome.problems == []
 
 
+@pytest.mark.long
 def test_attention_fails_without_its_masks() -> None:
     from minpro_megatron.actor.backends.torch_backend import packed_attention
 
@@ -274,6 +279,7 @@ def test_attention_fails_without_its_masks() -> None:
     assert _words(_attention(attention=unmasked)) == ["context_error", "context_gradient_error"]
 
 
+@pytest.mark.long
 def test_attention_fails_if_it_holds_the_scores() -> None:
     from minpro_megatron.gpu_checks import attention
 
