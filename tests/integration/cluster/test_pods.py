@@ -172,7 +172,7 @@ def test_a_workspace_that_is_not_mounted_is_not_tried_again(executor: str, node:
 def test_nodes_that_do_not_find_each_other_are_a_failed_start(node: Callable[..., Node]) -> None:
     one = node("skypilot", "restarts=1")
     assert one.run(NUMBER_STATUS="69").returncode == 75
-    time.sleep(1.1)  # starts without a name are told apart by the second
+    time.sleep(1.1)  # starts without a name differ by the second in which they begin
     assert one.run(NUMBER_STATUS="69").returncode == 69
 
 

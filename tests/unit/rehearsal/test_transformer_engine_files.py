@@ -1,4 +1,4 @@
-"""Where the Python files of Transformer Engine are looked for, and what the user is told without them."""
+"""Where the Python files of Transformer Engine are looked for, and what the message says without them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which rehearsed ranks speak against a launch, and what the user is told."""
+"""Which rehearsed ranks speak against a launch, and the message about them."""
 
 from typing import Any
 
