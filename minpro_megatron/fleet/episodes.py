@@ -7,6 +7,7 @@ prefix cache. If the server fails, the group continues on another one, after the
 import asyncio
 import logging
 import time
+import traceback
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -141,7 +142,8 @@ class _Episode:
             given = None if answer is None else await asyncio.to_thread(self._given_ids, answer)
         except Exception as error:  # of the environment: any
             self._failure = _described(error, self._rules.timeout_s)
-            log.warning("group %d: %s", self._issued.group_id, self._failure, exc_info=error)
+            trace = recordable("".join(traceback.format_exception(error)))  # a log file cannot hold lone surrogates
+            log.warning("group %d: %s\n%s", self._issued.group_id, self._failure, trace)
             return self._end(_with(turn, problem=self._failure, seconds=time.monotonic() - began), "stop")
         seconds = time.monotonic() - began
         if answer is None or given is None:

@@ -261,11 +261,14 @@ def test_versions_rise_over_turns(world: World) -> None:
         (FileNotFoundError("no file b\udc80"), "the environment raised FileNotFoundError: no file b?"),
     ],
 )
-def test_an_error_of_the_environment_ends_only_its_episode(world: World, answer: Any, failure: str) -> None:
+def test_an_error_of_the_environment_ends_only_its_episode(
+    world: World, answer: Any, failure: str, caplog: pytest.LogCaptureFixture
+) -> None:
     environment = ScriptedEnvironment(lambda turn: answer if turn.seed == 1 else plus_one(turn))
     made = rules(world.tokenizer, world.facts, environment)
     broken, whole = run(made, issued([1, 2]), ScriptedServer(world.facts, world.says("3", "x")))
     assert failure in broken.failure
+    assert failure in caplog.text.encode().decode()  # a log file holds it
     assert failure in broken.turns[0].problem
     assert turns_of(turns_text(broken.turns)) == list(broken.turns)
     assert broken.token_ids.tolist() == world.turn("3")
