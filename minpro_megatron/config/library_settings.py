@@ -72,6 +72,7 @@ _OWNED: dict[str, dict[str, str]] = {
         "the update divides and reduces the gradient": "calculate_per_token_loss finalize_model_grads_func "
         "grad_scale_func moe_grad_scale_func mtp_grad_scale_func no_sync_func grad_sync_func param_sync_func",
         "rows of tokens have lengths of their own": "variable_seq_lengths overlap_p2p_comm batch_p2p_comm",
+        "pipeline stages free what they have sent": "deallocate_pipeline_outputs",
         "the loss is the policy objective, without auxiliary losses": "moe_router_load_balancing_type "
         "moe_aux_loss_coeff moe_z_loss_coeff",
         "a token's log-prob must not depend on random numbers or on other tokens": "hidden_dropout attention_dropout "

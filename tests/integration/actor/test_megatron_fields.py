@@ -71,7 +71,7 @@ def test_the_refused_names_are_fields(dictionary: str) -> None:
 
 
 def test_given_fields_replace_those_of_the_project() -> None:
-    given = {"deallocate_pipeline_outputs": True, "apply_rope_fusion": False, "moe_permute_fusion": False}
+    given = {"masked_softmax_fusion": False, "apply_rope_fusion": False, "moe_permute_fusion": False}
     features = ModelFeatures(attention_backend="fused", dispatcher="flex", megatron=given)
     parallel = ParallelConfig(expert=2)
     found = transformer_config(MIXTURE, parallel, torch.float32, features, TorchLayers(torch.device("cpu")))
