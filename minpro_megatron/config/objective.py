@@ -1,6 +1,6 @@
 """The settings of each policy objective; the objective's name selects its section."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -24,6 +24,9 @@ _DIVERGENCE = (
 
 class ObjectiveSection(Section):
     """The setting of every objective: how the losses of tokens are averaged over the optimizer mini-batch."""
+
+    # Whether the objective needs the log-probs of the whole mini-batch before its loss, which is one more forward pass.
+    surveys_mini_batch: ClassVar[bool] = False
 
     aggregation: Aggregation = Field(default="token_mean", description=_AGGREGATION)
 
@@ -56,6 +59,7 @@ class PrefixRatioConfig(ClippedWeightSection):
 class PrefixFilterConfig(ClippedWeightSection):
     """CISPO without the tokens of the smallest prefix ratios: the second failed attempt of arXiv:2601.22718."""
 
+    surveys_mini_batch: ClassVar[bool] = True
     name: Literal["prefix_filter"] = Field(default="prefix_filter", description=_NAME)
     quantile: float = Field(default=0.01, gt=0, lt=1, description="Share of the mini-batch's tokens that are masked.")
 
@@ -69,6 +73,7 @@ class ScaledCispoConfig(ClippedWeightSection):
 class ShuffledMinproConfig(ClippedWeightSection):
     """MinPRO with the prefix minima permuted among tokens at similar positions: does the prefix itself matter?"""
 
+    surveys_mini_batch: ClassVar[bool] = True
     name: Literal["shuffled_minpro"] = Field(default="shuffled_minpro", description=_NAME)
 
 
@@ -110,6 +115,7 @@ class GspoConfig(ObjectiveSection):
 class M2poConfig(ObjectiveSection):
     """M2PO, arXiv:2510.01161, Algorithm 1: harmful tokens are masked until their second moment is small enough."""
 
+    surveys_mini_batch: ClassVar[bool] = True
     name: Literal["m2po"] = Field(default="m2po", description=_NAME)
     second_moment: float = Field(
         default=0.04,
@@ -121,6 +127,7 @@ class M2poConfig(ObjectiveSection):
 class M2poWinsorizedConfig(ObjectiveSection):
     """M2PO as in its authors' code: one clip for all tokens, found by capping the squared log-ratios."""
 
+    surveys_mini_batch: ClassVar[bool] = True
     name: Literal["m2po_winsorized"] = Field(default="m2po_winsorized", description=_NAME)
     second_moment: float = Field(
         default=0.04,
@@ -281,6 +288,7 @@ class P3oConfig(ObjectiveSection):
     """P3O, arXiv:2605.12380: the ratio, capped at the effective sample size of the mini-batch's ratios, and a KL term
     whose factor is what that lacks to 1. It has no setting of its own."""
 
+    surveys_mini_batch: ClassVar[bool] = True
     name: Literal["p3o"] = Field(default="p3o", description=_NAME)
 
 

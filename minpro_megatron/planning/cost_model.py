@@ -126,8 +126,7 @@ class TrainerCost:
         communication = self._communication(batch)
         forward = (products + routing + communication) / 3 * (1 + rows.surplus)
         again = self._recomputed(forward, attention / 3, products / 3)
-        surveys = config.objective.name in ("m2po", "m2po_winsorized", "prefix_filter", "shuffled_minpro", "p3o")
-        again += forward * surveys
+        again += forward * config.objective.surveys_mini_batch
         busy = 3 * forward + again
         bubble_share = (parallel.pipeline - 1) / parallel.virtual_pipeline / rows.micro_batches
         optimizer = updates * self._optimizer()

@@ -19,7 +19,7 @@ from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import MiniBatch
 from tests.support import objective_loops as loops
 from tests.support.lockstep_ranks import on_ranks
-from tests.support.ragged_tokens import Tokens, cut, far_tokens, one_sequence, prefix_minima, random_tokens
+from tests.support.ragged_tokens import DEFAULTS, Tokens, cut, far_tokens, one_sequence, prefix_minima, random_tokens
 
 SURVEYS: dict[str, ObjectiveSection] = {
     "m2po": M2poConfig(second_moment=0.2),
@@ -28,6 +28,14 @@ SURVEYS: dict[str, ObjectiveSection] = {
     "shuffled_minpro": ShuffledMinproConfig(),
 }
 Cut = list[list[np.ndarray]]  # [rank][micro-batch] places of tokens
+
+
+def test_the_settings_say_which_objectives_survey() -> None:
+    """The planner reads it there: it imports no torch."""
+    sections = {name: type(section) for name, section in DEFAULTS.items()}
+    assert {name: section.surveys_mini_batch for name, section in sections.items()} == {
+        name: objective.survey is not None for name, objective in OBJECTIVES.items()
+    }
 
 
 def whole(tokens: Tokens) -> Cut:
