@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 from aiohttp import web
@@ -100,7 +101,7 @@ class RewardService:
         self.url = ""
         self.most_under_way = 0
         self._under_way = 0
-        self._to_fail = 0.0
+        self._to_fail = Fraction()  # exact: of ten steps of 0.1, none is lost to rounding
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self._under_way += 1
@@ -114,7 +115,7 @@ class RewardService:
         group = await request.json()
         self.received.append(group)
         rewards = [grade(response["text"], group["answer"]) for response in group["responses"]]
-        self._to_fail += self.share
+        self._to_fail += Fraction(self.share).limit_denominator(1000)
         if self._to_fail < 1:
             return web.json_response({"rewards": rewards})
         self._to_fail -= 1
