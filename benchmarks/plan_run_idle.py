@@ -9,6 +9,7 @@ settings the simulator predicts how long either side waits; the measured waits a
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class MeasuredServer:
 
     num_servers: int
     max_running: int
+    kv_tokens: int
     token_s: float
 
     def iteration_s(self, running: int, context_tokens: float) -> float:
@@ -65,8 +67,9 @@ def compare(run_dir: Path) -> tuple[IdleShares, IdleShares]:
     phases = Phases(mean("time/score_s"), mean("time/train_s"), mean("time/publish_s"), mean("publish/paused_s"))
     rates = [step[name] for step in middle for name in step if name.startswith("fleet/tokens_per_s/")]
     token_s = sum(1 / rate for rate in rates) / len(rates)
+    kv_tokens = config.server.max_total_tokens or sys.maxsize  # the model of such a run is too small to fill it
     # requests in a server's own queue are part of the measured rate, so all requests of a server count as running
-    server = MeasuredServer(config.server.count, config.server.max_requests_under_way, token_s)
+    server = MeasuredServer(config.server.count, config.server.max_requests_under_way, kv_tokens, token_s)
     limits = config.sampling
     workload = Workload(min(8, limits.max_prompt_tokens), min(mean("response/length_mean"), limits.max_response_tokens))
     first, last = off_policy + 2, off_policy + 12

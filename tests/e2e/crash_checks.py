@@ -56,6 +56,7 @@ def check_episodes(run_dir: Path) -> None:
     assert {len(response.turns) for response in with_given} == {2, 3}
     for response in with_given:
         assert response.loss_mask is not None
+        assert response.policy_versions is not None
         given = response.loss_mask == 0
         assert sum(turn.given_tokens for turn in response.turns) == np.count_nonzero(given)
         assert sum(turn.sampled_tokens for turn in response.turns) == np.count_nonzero(~given)

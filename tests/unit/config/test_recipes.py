@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from minpro_megatron.__main__ import main
+from minpro_megatron.config.objective import CtpoConfig
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.errors import UserError
@@ -187,7 +188,7 @@ def test_the_tool_run_has_the_figures_of_ctpos_script() -> None:
     assert (batch.num_prompts, batch.mini_batch_prompts, batch.responses_per_prompt) == (512, 32, 8)
     assert (sampling.max_prompt_tokens, sampling.max_response_tokens, sampling.max_turns) == (16000, 8000, 5)
     assert (config.num_global_steps, config.optimizer.learning_rate, config.staleness.delay_steps) == (305, 1e-6, 0)
-    assert objective.name == "ctpo"
+    assert isinstance(objective, CtpoConfig)
     bounds = (objective.log_clip_low, objective.log_clip_high, objective.log_dual_clip, objective.position_exponent)
     assert bounds == (0.025, 0.05, 0.05, 0.5)
     assert (objective.aggregation, objective.log_clamp) == ("token_mean", 10)
