@@ -68,7 +68,7 @@ def by_grade(prompt: Prompt) -> list[bool]:
 
 
 async def by_pool(pool: RewardPool, prompts: list[Prompt]) -> list[list[bool]]:
-    judged = await asyncio.gather(*(pool.judge_all(responses, truth, "math") for truth, responses in prompts))
+    judged = await asyncio.gather(*(pool.judge_all("math", responses, truth) for truth, responses in prompts))
     return [[one.reward == 1.0 for one in some] for some in judged]
 
 
@@ -98,7 +98,7 @@ def timed(record: Record) -> Iterator[None]:
 async def measure(all_prompts: list[Prompt], rounds: int) -> None:
     ways: dict[str, Record] = defaultdict(Record)
     with multiprocessing.get_context("spawn").Pool(2) as processes:
-        async with RewardPool("math", 1, 60.0) as one, RewardPool("math", 2, 60.0) as two:
+        async with RewardPool(["math"], 1, 60.0) as one, RewardPool(["math"], 2, 60.0) as two:
             processes.map(by_math_verify, WARM_UP, chunksize=1)
             await by_pool(one, WARM_UP)
             await by_pool(two, WARM_UP)

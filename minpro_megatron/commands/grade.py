@@ -56,7 +56,10 @@ def _parser(prog: str) -> Parser:
     parser.add_argument(
         "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="grading processes (the processors)"
     )
-    parser.add_argument("--timeout", type=positive, default=5.0, metavar="SECONDS", help="processor time per response")
+    default_s = RewardConfig.model_fields["timeout_s"].default
+    parser.add_argument(
+        "--timeout", type=positive, default=default_s, metavar="SECONDS", help="processor time per response"
+    )
     parser.add_argument("--url", action="append", default=[], help="a service for --reward http; may be repeated")
     parser.add_argument("--json", action="store_true", help="the summary on standard error as one JSON object")
     return parser

@@ -10,11 +10,11 @@ from contextlib import suppress
 import msgspec
 
 from minpro_megatron.errors import UserError
+from minpro_megatron.pipe_messages import framed, next_message
 from minpro_megatron.rewards.async_worker import AsyncRequest, AsyncResult
 from minpro_megatron.rewards.forms import GroupToGrade
 from minpro_megatron.rewards.judging import GradingFailed, Judgement
 from minpro_megatron.rewards.pool import MEMORY_LIMIT_BYTES, START_TIMEOUT_S, RewardWorkerError
-from minpro_megatron.rewards.worker import LENGTH
 
 WORKER_MODULE = "minpro_megatron.rewards.async_worker"
 
@@ -40,7 +40,7 @@ class _Process:
     async def _read_results(self) -> None:
         try:
             while True:
-                result = msgspec.msgpack.decode(await read_message(self.process), type=AsyncResult)
+                result = msgspec.msgpack.decode(await _next_message(self.process), type=AsyncResult)
                 if (future := self.waiting.pop(result.number, None)) is not None and not future.done():
                     future.set_result(result)
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
@@ -57,11 +57,9 @@ class _Process:
             self.waiting.clear()
 
 
-async def read_message(process: asyncio.subprocess.Process) -> bytes:
-    """The next message of a worker. Raises IncompleteReadError if there is none."""
+async def _next_message(process: asyncio.subprocess.Process) -> bytes:
     assert process.stdout is not None
-    (length,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
-    return await process.stdout.readexactly(length)
+    return await next_message(process.stdout)
 
 
 class AsyncPool:
@@ -93,7 +91,7 @@ class AsyncPool:
         body = msgspec.msgpack.encode(AsyncRequest(number, reward, group))
         assert running.process.stdin is not None
         try:
-            running.process.stdin.write(LENGTH.pack(len(body)) + body)
+            running.process.stdin.write(framed(body))
             async with asyncio.timeout(within_s):
                 await running.process.stdin.drain()
                 answer = await future
@@ -118,7 +116,7 @@ class AsyncPool:
             *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
         try:
-            ready = msgspec.msgpack.decode(await asyncio.wait_for(read_message(process), START_TIMEOUT_S))
+            ready = msgspec.msgpack.decode(await asyncio.wait_for(_next_message(process), START_TIMEOUT_S))
         except (TimeoutError, asyncio.IncompleteReadError):
             process.kill()
             await process.wait()

@@ -1,9 +1,9 @@
 """The process of async rewards: `python -m minpro_megatron.rewards.async_worker MEMORY_BYTES ATTEMPT_SECONDS
 BLOCKED_SECONDS REWARD...`.
 
-Reads one AsyncRequest at a time, in the framing of rewards/worker.py, and writes an AsyncResult for each, in the order
-in which they end. A group that takes more than ATTEMPT_SECONDS is cancelled. Its first output is that of the other
-worker. Ends when its input has ended and the last group is graded.
+Reads one AsyncRequest at a time, as a message of MessagePack (pipe_messages.py), and writes an AsyncResult for each,
+in the order in which they end. A group that takes more than ATTEMPT_SECONDS is cancelled. Its first output is that of
+the other worker. Ends when its input has ended and the last group is graded.
 
 A function that computes without awaiting anything stops all groups, so the process ends with SIGALRM once its event
 loop has not run for BLOCKED_SECONDS.
@@ -20,9 +20,10 @@ from typing import Any, BinaryIO, cast
 
 import msgspec
 
+from minpro_megatron.pipe_messages import next_message, output_for_messages, write_message
 from minpro_megatron.rewards.forms import GroupToGrade, RewardFunction
 from minpro_megatron.rewards.judging import ErrorReports, Judgement, judgements
-from minpro_megatron.rewards.worker import LENGTH, limit_memory, loaded, output_for_answers, send
+from minpro_megatron.rewards.worker import limit_memory, loaded
 
 ALIVE_EVERY_S = 0.25
 
@@ -70,15 +71,14 @@ async def serve(
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), source)
 
     async def answer(request: AsyncRequest) -> None:
-        send(sink, msgspec.msgpack.encode(await graded(rewards[request.name], request, attempt_s, reports)))
+        write_message(sink, msgspec.msgpack.encode(await graded(rewards[request.name], request, attempt_s, reports)))
 
     alive = asyncio.create_task(_show_life(blocked_s))
     try:
         async with asyncio.TaskGroup() as tasks:
             with suppress(asyncio.IncompleteReadError):
                 while True:
-                    (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-                    tasks.create_task(answer(_DECODER.decode(await reader.readexactly(length))))
+                    tasks.create_task(answer(_DECODER.decode(await next_message(reader))))
     finally:
         alive.cancel()
 
@@ -91,7 +91,7 @@ async def _show_life(blocked_s: float) -> None:
 
 def main() -> None:
     memory_limit, attempt_s, blocked_s, *names = sys.argv[1:]
-    sink = output_for_answers()
+    sink = output_for_messages()
     rewards = loaded(names, sink)
     if rewards is not None:
         limit_memory(int(memory_limit))

@@ -70,9 +70,7 @@ class Graders:
                 self._services = await stack.enter_async_context(services)
             functions = [name for name in settings.names if name != HTTP]
             if functions:
-                pool = RewardPool(
-                    settings.function, settings.workers, settings.timeout_s, settings.by_source, counts=self._counts
-                )
+                pool = RewardPool(functions, settings.workers, settings.timeout_s, counts=self._counts)
                 self._pool = await stack.enter_async_context(pool)
                 if asynchronous := [name for name in functions if pool.form(name) == "async"]:
                     processes = AsyncPool(asynchronous, settings.attempt_timeout_s)
@@ -107,7 +105,7 @@ class Graders:
             assert self._pool is not None, "use `async with` around the graders"
             if self._pool.form(name) == "response":
                 texts = [response.text for response in responses]
-                return await self._pool.judge_all(texts, prompt.answer, prompt.source, stop_at_failure)
+                return await self._pool.judge_all(name, texts, prompt.answer, stop_at_failure)
         try:
             found = await self._judge_group(name, group_to_grade(prompt, responses))
         except GradingFailed as error:

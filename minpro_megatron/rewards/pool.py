@@ -11,18 +11,18 @@ times as long, for a grader that waits.
 import asyncio
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
 
 from minpro_megatron.errors import ProjectError, UserError
+from minpro_megatron.pipe_messages import framed, next_message
 from minpro_megatron.rewards.failures import FailureCounts
 from minpro_megatron.rewards.forms import Form, GroupToGrade
 from minpro_megatron.rewards.judging import GradingFailed, Judged, Judgement
-from minpro_megatron.rewards.registry import HTTP, check_reward_name
-from minpro_megatron.rewards.worker import LENGTH, OUT_OF_MEMORY, Request
+from minpro_megatron.rewards.worker import OUT_OF_MEMORY, Request
 
 WORKER_MODULE = "minpro_megatron.rewards.worker"
 START_TIMEOUT_S = 120.0
@@ -132,8 +132,7 @@ class _Worker:
     def _write(self, request: Request) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        body = msgspec.msgpack.encode(request)
-        self._process.stdin.write(LENGTH.pack(len(body)) + body)
+        self._process.stdin.write(framed(msgspec.msgpack.encode(request)))
 
     def _explained(self, exit_status: int) -> _Failure:
         if exit_status in _TIME_SIGNALS:
@@ -159,8 +158,7 @@ class _Worker:
     async def _read(self) -> bytes:
         assert self._process is not None
         assert self._process.stdout is not None
-        (length,) = LENGTH.unpack(await self._process.stdout.readexactly(LENGTH.size))
-        return await self._process.stdout.readexactly(length)
+        return await next_message(self._process.stdout)
 
     async def kill(self) -> int:
         """Ends the process, if there is one. Returns its exit status, which is its own if it had already ended."""
@@ -181,28 +179,22 @@ class RewardPool:
 
     def __init__(
         self,
-        reward: str,
+        rewards: Sequence[str],
         num_workers: int,
         timeout_s: float,
-        by_source: Mapping[str, str] | None = None,
         command: Sequence[str] | None = None,
         wall_factor: float = WALL_FACTOR,
         counts: FailureCounts | None = None,
     ) -> None:
-        """`reward` grades the prompts of all sources that are not in `by_source`. `timeout_s` is the processor time
-        for one response; `counts` counts the failures.
+        """For the `rewards`, by their names. `timeout_s` is the processor time for one response; `counts` counts the
+        failures.
 
-        `command` replaces the worker's command line and `wall_factor` WALL_FACTOR, in tests. Raises UserError for an
-        unknown reward. One that cannot be imported raises it on entering.
+        `command` replaces the worker's command line and `wall_factor` WALL_FACTOR, in tests. A reward that cannot be
+        imported raises UserError on entering.
         """
-        self._default, self._by_source = reward, dict(by_source or {})
-        check_reward_name(reward)
-        for source, name in self._by_source.items():
-            check_reward_name(name, f"reward.by_source[{source!r}]")
         wall_s = wall_factor * timeout_s
         # The pool ends a worker that exceeds its wall time; a worker ends itself only if its collector has been killed.
-        functions = sorted({reward, *self._by_source.values()} - {HTTP})
-        command = command or worker_command(functions, timeout_s, ORPHAN_FACTOR * wall_s)
+        command = command or worker_command(rewards, timeout_s, ORPHAN_FACTOR * wall_s)
         self._workers = [_Worker(command, timeout_s, wall_s) for _ in range(num_workers)]
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._failures_in_a_row = 0
@@ -237,11 +229,10 @@ class RewardPool:
         return self._counts.metrics()
 
     async def judge_all(
-        self, texts: Sequence[str], answer: str, source: str, stop_at_failure: bool = False
+        self, reward: str, texts: Sequence[str], answer: str, stop_at_failure: bool = False
     ) -> list[Judged]:
-        """The judged responses to one prompt of `source`, in order. With `stop_at_failure` the list ends at the first
+        """The responses to one prompt, judged by `reward`, in order. With `stop_at_failure` the list ends at the first
         response that cannot be graded."""
-        reward = self._by_source.get(source, self._default)
         worker = await self._idle.get()
         judged: list[Judged] = []
         try:

@@ -1,6 +1,6 @@
 """The grading process: `python -m minpro_megatron.rewards.worker MEMORY_BYTES CPU_SECONDS WALL_SECONDS REWARD...`.
 
-Reads one Request at a time from standard input, as MessagePack after its length in four bytes, and writes the same way
+Reads one Request at a time from standard input, as a message of MessagePack (pipe_messages.py), and writes the same way
 a Judgement, for a group a list of them, or a text with the error. Its first output are the forms of the rewards by
 name, or a text with the reason why it cannot grade. Ends when its input ends.
 
@@ -12,18 +12,17 @@ on the load of the machine.
 import os
 import resource
 import signal
-import struct
 import sys
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO, cast
 
 import msgspec
 
+from minpro_megatron.pipe_messages import output_for_messages, read_message, write_message
 from minpro_megatron.rewards.forms import Form, GroupReward, GroupToGrade, ResponseReward, RewardFunction, form_of
 from minpro_megatron.rewards.judging import ErrorReports, Judgement, judge, judge_group
 from minpro_megatron.rewards.registry import load_reward
 
-LENGTH = struct.Struct("<I")
 OUT_OF_MEMORY = 3  # exit status
 
 
@@ -43,8 +42,8 @@ def serve(rewards: Mapping[str, RewardFunction], cpu_s: float, wall_s: float, so
     """Grades the requests from `source` until it ends. A response that takes more than `cpu_s` of processor time, or
     `wall_s` of wall time, ends the process."""
     reports = ErrorReports()
-    while len(header := source.read(LENGTH.size)) == LENGTH.size:
-        request = _DECODER.decode(source.read(LENGTH.unpack(header)[0]))
+    while (body := read_message(source)) is not None:
+        request = _DECODER.decode(body)
         share = 1 if request.group is None else max(1, len(request.group.responses))
         # The default action of both signals ends the process even during a call into C.
         signal.setitimer(signal.ITIMER_PROF, share * cpu_s)
@@ -52,7 +51,7 @@ def serve(rewards: Mapping[str, RewardFunction], cpu_s: float, wall_s: float, so
         result = msgspec.msgpack.encode(_graded(rewards[request.name], request, reports))
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        send(sink, result)
+        write_message(sink, result)
 
 
 def _graded(reward: RewardFunction, request: Request, reports: ErrorReports) -> Judgement | list[Judgement] | str:
@@ -67,29 +66,15 @@ def _graded(reward: RewardFunction, request: Request, reports: ErrorReports) -> 
         return reports.text(request.name, error)
 
 
-def send(sink: BinaryIO, body: bytes) -> None:
-    """Writes a message after its length."""
-    sink.write(LENGTH.pack(len(body)) + body)
-    sink.flush()
-
-
-def output_for_answers() -> BinaryIO:
-    """The pipe for the answers. Standard output becomes standard error: a reward function that prints must not write
-    into the answers."""
-    sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return sink
-
-
 def loaded(names: Sequence[str], sink: BinaryIO) -> dict[str, RewardFunction] | None:
     """The rewards by name, after their forms were sent; None after a refusal was sent."""
     try:
         rewards = {name: load_reward(name) for name in names}
     except ValueError as error:
-        send(sink, msgspec.msgpack.encode(str(error)))
+        write_message(sink, msgspec.msgpack.encode(str(error)))
         return None
     forms: dict[str, Form] = {name: form_of(reward) for name, reward in rewards.items()}
-    send(sink, msgspec.msgpack.encode(forms))  # ready: imports do not count towards the first time limit
+    write_message(sink, msgspec.msgpack.encode(forms))  # ready: imports do not count towards the first time limit
     return rewards
 
 
@@ -99,7 +84,7 @@ def limit_memory(num_bytes: int) -> None:
 
 def main() -> None:
     memory_limit, cpu_s, wall_s, *names = sys.argv[1:]
-    sink = output_for_answers()
+    sink = output_for_messages()
     rewards = loaded(names, sink)
     if rewards is not None:
         limit_memory(int(memory_limit))

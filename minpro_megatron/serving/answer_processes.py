@@ -18,7 +18,8 @@ from typing import BinaryIO, cast
 import msgspec
 
 from minpro_megatron.models.model_files import ModelFacts
-from minpro_megatron.serving.answer_worker import Job, decode_result, encode_facts, read_message, write_message
+from minpro_megatron.pipe_messages import read_message, write_message
+from minpro_megatron.serving.answer_worker import Job, decode_result, encode_facts
 from minpro_megatron.serving.answers import AnswerChecker, SampledSequence, SentRequest
 from minpro_megatron.serving.errors import InvalidAnswer
 

@@ -2,13 +2,10 @@
 
 The first message on standard input has the facts of the model (`encode_facts`). Each further one is a `Job` and, as a
 message of its own, the body of a server's answer. For each job the process writes one message to standard output:
-the sequences, or the reason why the answer is refused (`decode_result`). Every message comes after its length in eight
-bytes. The process ends when its input ends.
+the sequences, or the reason why the answer is refused (`decode_result`). The process ends when its input ends.
 """
 
-import os
 import signal
-import struct
 import sys
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -17,10 +14,9 @@ import msgspec
 import numpy as np
 
 from minpro_megatron.models.model_files import ModelFacts
+from minpro_megatron.pipe_messages import output_for_messages, read_message, write_message
 from minpro_megatron.serving.answers import AnswerChecker, SampledSequence, SentRequest
 from minpro_megatron.serving.errors import InvalidAnswer, WrongPolicyVersion
-
-LENGTH = struct.Struct("<Q")
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True):
@@ -108,22 +104,6 @@ def _encodable(sequence: SampledSequence) -> _Sequence:
     )
 
 
-def read_message(source: BinaryIO) -> bytearray | None:
-    """The next message; None at the end of the input."""
-    header = source.read(LENGTH.size)
-    if len(header) < LENGTH.size:
-        return None
-    message = bytearray(LENGTH.unpack(header)[0])
-    # readinto fills a buffered stream's whole request unless the input ends
-    return message if source.readinto(message) == len(message) else None  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def write_message(sink: BinaryIO, message: bytes | bytearray) -> None:
-    sink.write(LENGTH.pack(len(message)))
-    sink.write(message)
-    sink.flush()
-
-
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
     """Answers the jobs from `source` until it ends."""
     if (first := read_message(source)) is None:
@@ -135,9 +115,7 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the collector, which ends this process's input
-    sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not write into the results
-    serve(sys.stdin.buffer, sink)
+    serve(sys.stdin.buffer, output_for_messages())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ process of its own because a user's module may do anything when it is imported. 
 """
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import ProjectError
 from minpro_megatron.hooks.hook import Hook, is_import_path
 from minpro_megatron.objective.advantages import group_advantages
+from minpro_megatron.pipe_messages import output_for_messages
 from minpro_megatron.records import CollectedGroup, IssuedGroup, Prompt, Response
 
 REWARDS = [1.0, 0.0, 0.0, 0.5]
@@ -74,10 +74,9 @@ def _group() -> CollectedGroup:
 
 
 def main() -> None:
-    sink = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # a module that prints must not write into the result
+    sink = output_for_messages()
     found = list(problems(RunConfig.from_json(sys.stdin.read())))
-    sink.write(json.dumps(found))
+    sink.write(json.dumps(found).encode())
 
 
 if __name__ == "__main__":

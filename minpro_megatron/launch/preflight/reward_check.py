@@ -2,6 +2,7 @@
 will grade, a service with a request."""
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from minpro_megatron.config.reward import RewardConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.in_run import load_benchmarks
+from minpro_megatron.pipe_messages import framed, read_message
 from minpro_megatron.prompts.prompts import load_prompts, select_prompts
 from minpro_megatron.records import Prompt
 from minpro_megatron.rewards.async_pool import async_worker_command
@@ -24,7 +26,7 @@ from minpro_megatron.rewards.judging import GradingFailed, Judgement
 from minpro_megatron.rewards.pool import START_TIMEOUT_S, WALL_FACTOR, worker_command
 from minpro_megatron.rewards.registry import HTTP, REWARDS, check_reward_name
 from minpro_megatron.rewards.services import RewardServices
-from minpro_megatron.rewards.worker import LENGTH, Request
+from minpro_megatron.rewards.worker import Request
 
 ROWS_PER_FILE = 6  # number of rows for the trial of a grader, spread over the rows that it grades
 
@@ -222,8 +224,7 @@ def _about(trial: Trial, problem: str) -> str:
 
 
 def _stream(requests: Sequence[Request | AsyncRequest]) -> bytes:
-    bodies = [msgspec.msgpack.encode(request) for request in requests]
-    return b"".join(LENGTH.pack(len(body)) + body for body in bodies)
+    return b"".join(framed(msgspec.msgpack.encode(request)) for request in requests)
 
 
 def _place() -> tuple[str, str]:
@@ -242,11 +243,8 @@ def _ended(
         return None
 
 
-def _bodies(stream: bytes) -> Iterator[bytes]:
+def _bodies(stream: bytes) -> Iterator[bytearray]:
     """The messages that the worker has written, without their lengths."""
-    place = 0
-    while place + LENGTH.size <= len(stream):
-        (length,) = LENGTH.unpack_from(stream, place)
-        start, place = place + LENGTH.size, place + LENGTH.size + length
-        if place <= len(stream):  # otherwise the process ended while it was writing
-            yield stream[start:place]
+    source = io.BytesIO(stream)
+    while (body := read_message(source)) is not None:  # None also if the process ended while it was writing
+        yield body

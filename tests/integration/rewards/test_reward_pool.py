@@ -8,19 +8,23 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import msgspec
 import numpy as np
 import psutil
 import pytest
 
+from minpro_megatron.config.reward import RewardConfig
+from minpro_megatron.pipe_messages import write_message
+from minpro_megatron.records import Prompt
 from minpro_megatron.rewards import pool as pool_module
 from minpro_megatron.rewards.forms import Grade
-from minpro_megatron.rewards.judging import Judgement, judge
+from minpro_megatron.rewards.graders import Graders, SampledText
+from minpro_megatron.rewards.judging import Judged, Judgement, judge
 from minpro_megatron.rewards.pool import RewardPool, RewardWorkerError
 from minpro_megatron.rewards.registry import load_reward
-from minpro_megatron.rewards.worker import LENGTH, Request
+from minpro_megatron.rewards.worker import Request
 
 SPIN, SLEEP = "tests.support.hostile_rewards:spin", "tests.support.hostile_rewards:sleep"
 
@@ -36,11 +40,11 @@ def read(n):
     if len(data) < n: sys.exit(0)
     return data
 def write(data):
-    sys.stdout.buffer.write(struct.pack("<I", len(data)) + data); sys.stdout.buffer.flush()
+    sys.stdout.buffer.write(struct.pack("<Q", len(data)) + data); sys.stdout.buffer.flush()
 def judged(reward): write(b"\\x93\\xcb" + struct.pack(">d", reward) + b"\\xc0\\xcb" + bytes(8))
 write(b"\\x80")
 while True:
-    body = read(struct.unpack("<I", read(4))[0])
+    body = read(struct.unpack("<Q", read(8))[0])
     if b"once" in body and count: judged(1.0); continue
     if b"spin" in body: os.kill(os.getpid(), signal.SIGPROF)
     if b"hang" in body: time.sleep(60)
@@ -58,7 +62,7 @@ def with_pool(use: Callable[[RewardPool], Awaitable[None]], timeout_s: float = 6
     """`timeout_s` is of wall time: the grader above knows no other."""
     with TemporaryDirectory() as folder:
         command = [sys.executable, "-I", "-S", "-c", WORKER, folder]
-        pool = RewardPool("calculator", num_workers, timeout_s, command=command, wall_factor=1)
+        pool = RewardPool(["calculator"], num_workers, timeout_s, command=command, wall_factor=1)
 
         async def main() -> None:
             async with pool:
@@ -69,7 +73,7 @@ def with_pool(use: Callable[[RewardPool], Awaitable[None]], timeout_s: float = 6
 
 
 async def graded(pool: RewardPool, *texts: str) -> list[float | None]:
-    return [judged.reward for judged in await pool.judge_all(texts, "1", "s")]
+    return [judged.reward for judged in await pool.judge_all("calculator", texts, "1")]
 
 
 def test_rewards_come_in_order() -> None:
@@ -108,7 +112,7 @@ def test_a_grade_that_fails_once_is_tried_again_in_a_new_process(fault: str) -> 
 
 def test_a_group_that_is_of_no_use_any_more_is_not_graded_further() -> None:
     async def use(pool: RewardPool) -> None:
-        judged = await pool.judge_all(["right", "raise", "die", "right"], "1", "s", stop_at_failure=True)
+        judged = await pool.judge_all("calculator", ["right", "raise", "die", "right"], "1", stop_at_failure=True)
         assert [(one.reward, one.problem) for one in judged] == [(1.0, None), (None, "grader failed: Error")]
         assert await graded(pool, "wrong") == [0.0]
 
@@ -184,7 +188,9 @@ def test_no_process_is_left() -> None:
 
 def test_a_worker_that_cannot_start_is_an_error_of_the_installation() -> None:
     async def main() -> None:
-        async with RewardPool("calculator", 1, 1.0, command=[sys.executable, "-I", "-S", "-c", "raise SystemExit(3)"]):
+        async with RewardPool(
+            ["calculator"], 1, 1.0, command=[sys.executable, "-I", "-S", "-c", "raise SystemExit(3)"]
+        ):
             raise AssertionError("started")
 
     with pytest.raises(RewardWorkerError, match="did not start"):
@@ -193,17 +199,17 @@ def test_a_worker_that_cannot_start_is_an_error_of_the_installation() -> None:
 
 def test_an_unknown_reward_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"reward.function = 'nonsense'.*known: calculator"):
-        RewardPool("nonsense", 1, 1.0)
+        Graders(RewardConfig(function="nonsense"))
     with pytest.raises(ValueError, match="known: calculator"):
         load_reward("nonsense")
 
 
 def test_the_real_worker_grades() -> None:
     async def main() -> None:
-        async with RewardPool("calculator", 1, 5.0) as pool:
-            judged = await pool.judge_all(["24", "25", "024", ""], "24", "s")
+        async with RewardPool(["calculator"], 1, 5.0) as pool:
+            judged = await pool.judge_all("calculator", ["24", "25", "024", ""], "24")
             assert [one.reward for one in judged] == [1.0, 0.0, 0.0, 0.0]
-            (judged,) = await pool.judge_all(["24"], "twenty-four", "s")
+            (judged,) = await pool.judge_all("calculator", ["24"], "twenty-four")
             assert judged.reward is None
             assert "ValueError: answer: 'twenty-four' is not an integer" in (judged.problem or "")
             assert pool.num_failed == 1
@@ -214,11 +220,16 @@ def test_the_real_worker_grades() -> None:
 def test_each_source_has_its_own_reward_and_the_compared_part_is_reported() -> None:
     async def main() -> None:
         by_source = {"maths": "dapo", "mine": "tests.support.hostile_rewards:three"}
-        async with RewardPool("calculator", 1, 5.0, by_source) as pool:
+
+        async def judged_of(source: str, *texts: str) -> list[Judged]:
+            responses = [SampledText(text, np.zeros(0, np.int32), "stop") for text in texts]
+            return await graders.judge(Prompt(id="1", source=source, text="", answer="24"), responses)
+
+        async with Graders(RewardConfig(function="calculator", by_source=by_source, workers=1)) as graders:
             rewards = {"anything": [1.0, 0.0], "maths": [-1.0, 1.0], "mine": [3.0, 3.0]}
             for source, expected in rewards.items():
-                assert [j.reward for j in await pool.judge_all(["24", "Answer: 24"], "24", source)] == expected
-            (judged,) = await pool.judge_all(["so\nAnswer: $7$"], "24", "maths")
+                assert [j.reward for j in await judged_of(source, "24", "Answer: 24")] == expected
+            (judged,) = await judged_of("maths", "so\nAnswer: $7$")
             assert (judged.reward, judged.extracted, judged.problem) == (-1.0, "7", None)
             assert judged.seconds is not None
             assert 0 < judged.seconds < 1
@@ -228,7 +239,7 @@ def test_each_source_has_its_own_reward_and_the_compared_part_is_reported() -> N
 
 def test_a_reward_that_cannot_be_loaded_is_reported_before_anything_is_graded() -> None:
     async def main() -> None:
-        async with RewardPool("calculator", 1, 5.0, {"mine": "tests.support.hostile_rewards:missing"}):
+        async with RewardPool(["calculator", "tests.support.hostile_rewards:missing"], 1, 5.0):
             raise AssertionError("started")
 
     with pytest.raises(ValueError, match=r"hostile_rewards:missing: it cannot be loaded: AttributeError"):
@@ -238,7 +249,7 @@ def test_a_reward_that_cannot_be_loaded_is_reported_before_anything_is_graded() 
 @pytest.mark.parametrize("name", ["nonsense", "package.module", ":grade", "a b:c", "a:b.c", "a..b:c", "../x:y"])
 def test_a_reward_of_a_source_is_checked_by_its_form_at_once(name: str) -> None:
     with pytest.raises(ValueError, match=r"reward.by_source\['s'\] = .*known: .*import path"):
-        RewardPool("calculator", 1, 1.0, {"s": name})
+        Graders(RewardConfig(by_source={"s": name}))
 
 
 def test_a_worker_whose_collector_was_killed_ends_itself() -> None:
@@ -252,9 +263,7 @@ def exit_status(reward: str, cpu_s: float, wall_s: float) -> int:
     command = [sys.executable, "-m", "minpro_megatron.rewards.worker", str(2**32), str(cpu_s), str(wall_s), reward]
     request = msgspec.msgpack.encode(Request(reward, "1", "1"))
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
-        assert worker.stdin is not None
-        worker.stdin.write(LENGTH.pack(len(request)) + request)
-        worker.stdin.flush()
+        write_message(cast(BinaryIO, worker.stdin), request)
         return worker.wait(60)
 
 
@@ -262,8 +271,8 @@ def test_waiting_costs_no_processor_time() -> None:
     """A grader that waits is given ten times as long: on a busy machine every grader waits for its turn."""
 
     async def main() -> None:
-        async with RewardPool(SLEEP, 1, 0.1) as pool:
-            (judged,) = await pool.judge_all(["0.3"], "1", "s")
+        async with RewardPool([SLEEP], 1, 0.1) as pool:
+            (judged,) = await pool.judge_all(SLEEP, ["0.3"], "1")
             assert judged.reward == 1.0
             assert (judged.seconds or 0) > 0.3
 

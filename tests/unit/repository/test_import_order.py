@@ -15,7 +15,7 @@ from tests.support.imports_of_files import PACKAGE, ROOT, imported_names
 # Folders (and files) of the package. Each may import those of earlier lines, and itself.
 ORDER = [
     ["terminal_text", "command_line"],
-    ["errors", "records"],
+    ["errors", "records", "pipe_messages"],
     ["hooks"],
     ["files", "config"],
     ["run_folder"],
