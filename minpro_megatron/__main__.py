@@ -41,13 +41,16 @@ GROUPS: dict[str, dict[str, Command]] = {
         "gpu-check": _here("gpu_check", "check on one GPU, in a few minutes, that kernels, memory and copies work"),
         "rehearse": _here("rehearse", "run a trainer rank at full size on tensors without content, without a GPU"),
     },
-    "models and data": {
+    "models": {
         "convert": _here("convert", "convert between Hugging Face and Megatron checkpoints"),
         "compare-logits": _here("compare_logits", "compare a Megatron checkpoint on a mesh with its original"),
+        "tiny-model": _here("tiny_model", "make the tiny model of the demo"),
+    },
+    "prompts": {
         "prepare": _here("prepare", "make prompt files from data sets"),
+        "pass-rates": _here("pass_rates", "measure how often a model solves each prompt of a file"),
         "prefixes": _here("prefixes", "make the prompts of PrefixRL, with prefixes of correct responses"),
         "grade": _here("grade", "grade responses from a file as a run does"),
-        "tiny-model": _here("tiny_model", "make the tiny model of the demo"),
     },
     "results of a run": {
         "eval": _here("eval", "sample benchmarks and report accuracy, pass@k and maj@k"),

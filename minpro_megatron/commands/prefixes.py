@@ -15,21 +15,16 @@ The options of servers, sampling and grading are those of `minpro eval`, which a
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from minpro_megatron.command_line import command_parser, count, share
-from minpro_megatron.config.options import given_settings
 from minpro_megatron.errors import run_reporting
-from minpro_megatron.launch.evaluation_options import SETTING_OPTIONS, naming_flags
-
-# The options of `eval`; the prompts of a run have its instruction, and every token may be sampled.
-_OWN_DEFAULTS = {"data.instruction": "none", "evaluation.top_p": 1.0}
-OPTIONS = {
-    title: [replace(option, default=_OWN_DEFAULTS.get(option.setting, option.default)) for option in group]
-    for title, group in SETTING_OPTIONS.items()
-}
+from minpro_megatron.launch.evaluation_options import (
+    OWN_PROMPTS_OPTIONS,
+    naming_flags,
+    own_prompts_settings,
+    without_settings,
+)
 
 
 def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
@@ -45,7 +40,7 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
     add("--shortest", type=share, default=0.4, metavar="X", help="least share of a trace's tokens (default: 0.4)")
     add("--longest", type=share, default=0.8, metavar="X", help="largest share of a trace's tokens (default: 0.8)")
     add("--max-samples", type=count, default=128, metavar="N", help="samples per prompt at most (default: 128)")
-    for title, group in OPTIONS.items():
+    for title, group in OWN_PROMPTS_OPTIONS.items():
         container = parser.add_argument_group(title)
         for option in group:
             option.add_to(container)
@@ -62,11 +57,7 @@ def main(arguments: list[str] | None = None, prog: str = "minpro prefixes") -> i
     def run() -> int:
         from minpro_megatron.launch.prefix_prompts import PrefixOptions, make_prefixes  # the parts of an evaluation
 
-        every = [option for group in OPTIONS.values() for option in group]
-        defaults = {option.setting: option.value for option in every if option.value is not None}
-        settings = {option.destination for option in every}
-        own: dict[str, Any] = {name: value for name, value in given.items() if name not in settings}
         with naming_flags():
-            return make_prefixes(PrefixOptions(**own, settings=defaults | given_settings(every, given)))
+            return make_prefixes(PrefixOptions(**without_settings(given), settings=own_prompts_settings(given)))
 
     return run_reporting(run, reads_given_files=True)

@@ -62,7 +62,7 @@ def evaluate(options: EvaluationOptions) -> int:
 def _evaluate(options: EvaluationOptions) -> int:
     model, options = options.model, with_hf_model(options)
     config = run_config(options)
-    _check(config)
+    check_before_sampling(config)
     samples = samples_per_prompt(options)
     compared = [_read_results(folder) for folder in options.compare]
     prompts = read_benchmarks(options, config)
@@ -76,7 +76,7 @@ def _evaluate(options: EvaluationOptions) -> int:
         tasks = plan(prompts, samples, config.seed, [group.key for group in done])
         if tasks:
             wanted = {name: samples[name] * len(tokenized) for name, tokenized in prompts.items()}
-            status = _sample(config, file, tasks, done, wanted)
+            status = sample_missing(config, file, tasks, done, wanted)
             if status:
                 return status
             done = list(file.groups(text_to_compare))
@@ -89,7 +89,7 @@ def _evaluate(options: EvaluationOptions) -> int:
     return 0
 
 
-def _check(config: RunConfig) -> None:
+def check_before_sampling(config: RunConfig) -> None:
     """Raises UserError for errors that would otherwise appear only after the servers have started."""
     looks = [
         lambda: given_api_key(config.server),
@@ -107,10 +107,11 @@ def _check(config: RunConfig) -> None:
         raise UserError(problems)
 
 
-def _sample(
+def sample_missing(
     config: RunConfig, file: SampleFile, tasks: Sequence[Task], done: Sequence[SampledGroup], wanted: dict[str, int]
 ) -> int:
-    """Samples the tasks with its own servers, or with external ones. Returns the exit status."""
+    """Samples the tasks with its own servers, or with external ones. Returns the exit status. `wanted`: responses by
+    benchmark, of which `done` has some."""
     raise_file_limit(config)
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s eval %(levelname)s %(message)s", stream=sys.stderr, force=True

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minpro_megatron.config.options import SettingOption, nested, with_flags
+from minpro_megatron.config.options import SettingOption, given_settings, nested, with_flags
 from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.errors import ProjectError, UserError
 from minpro_megatron.evaluation.benchmarks import (
@@ -60,6 +60,27 @@ SETTING_OPTIONS: dict[str, tuple[SettingOption, ...]] = {
     ),
 }
 ALL_OPTIONS = [option for options in SETTING_OPTIONS.values() for option in options]
+# The same options for the commands that sample the prompts of a run's own file: those have no instruction unless the
+# run has one, and every token may be sampled, as in training.
+_OWN_DEFAULTS: Mapping[str, Any] = {"data.instruction": "none", "evaluation.top_p": 1.0}
+OWN_PROMPTS_OPTIONS = {
+    title: [replace(option, default=_OWN_DEFAULTS.get(option.setting, option.default)) for option in group]
+    for title, group in SETTING_OPTIONS.items()
+}
+
+
+def own_prompts_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """By `section.key`, the values of OWN_PROMPTS_OPTIONS: those given on the command line, else the defaults."""
+    every = [option for group in OWN_PROMPTS_OPTIONS.values() for option in group]
+    return {option.setting: option.value for option in every if option.value is not None} | given_settings(every, given)
+
+
+def without_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a command line that are not settings."""
+    settings = {option.destination for option in ALL_OPTIONS}
+    return {name: value for name, value in given.items() if name not in settings}
+
+
 # What messages about the settings of an evaluation are to be named.
 FLAGS = {option.setting: option.flag for option in ALL_OPTIONS} | {"model.hf_path": "--model"}
 # What an evaluation with --run takes from the run's settings: the wording, the limits and the reward.

@@ -44,7 +44,7 @@ def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
     is damaged, a prompt is empty, or an id is not unique, and if there are no rows.
     """
     path = Path(path)
-    lines = _read_lines(path, setting)
+    lines = read_lines(path, setting)
     prompts: list[Prompt] = []
     line_of_id: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -75,7 +75,9 @@ def load_prompts(path: Path | str, setting: str) -> list[Prompt]:
     return prompts
 
 
-def _read_lines(path: Path, setting: str) -> list[bytes]:
+def read_lines(path: Path, setting: str) -> list[bytes]:
+    """The lines of a JSON Lines file, without a byte order mark. Raises UserError, with the name of the setting or
+    option that holds the path, if it cannot be read or is another kind of file."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)

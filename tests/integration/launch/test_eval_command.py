@@ -139,7 +139,7 @@ def sampled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             file.append(SampledGroup("gsm8k", 0, task.group.prompt.id, task.first_sample, responses))
         return 0
 
-    monkeypatch.setattr(evaluation, "_sample", sample)
+    monkeypatch.setattr(evaluation, "sample_missing", sample)
     return asked
 
 

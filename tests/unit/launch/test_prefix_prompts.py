@@ -15,7 +15,7 @@ from minpro_megatron.launch.prefix_prompts import PROMPTS, first_right_responses
 from minpro_megatron.prompt_sets.prefixes import Cuts, cut_places, prefixes_of, training_rows
 from minpro_megatron.prompts.prompts import TokenizedPrompt, load_prompts
 from minpro_megatron.records import Prompt
-from minpro_megatron.tiny_model import warm_start
+from tests.support.calculator_models import write_calculator_model
 
 CUTS = Cuts(count=3, shortest=0.4, longest=0.8, seed=0)
 
@@ -155,12 +155,7 @@ def test_rows_are_three_prefixed_to_one_plain_and_a_run_reads_them(tmp_path: Pat
 @pytest.fixture
 def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command's options for a model of random weights; sampling is replaced by what stands in `sampled`."""
-    tokenizer = warm_start.build_tokenizer()
-    model = tmp_path / "hf"
-    model.mkdir()
-    tokenizer.save_pretrained(model)
-    facts = {"vocab_size": len(tokenizer), "eos_token_id": 1, "max_position_embeddings": 64}
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"} | facts))
+    model = write_calculator_model(tmp_path / "hf")
     rows = [{"id": f"p{n}", "source": "s", "prompt": f"{n}+1=", "answer": "7"} for n in range(3)]
     (tmp_path / "hard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
