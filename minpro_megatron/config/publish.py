@@ -10,16 +10,17 @@ from minpro_megatron.config.base import Section
 class PublishConfig(Section):
     """After every global step the trainer sends its weights to all servers as the next policy version."""
 
-    transport: Literal["broadcast", "disk"] = Field(
+    transport: Literal["broadcast", "shared_memory", "disk"] = Field(
         default="broadcast",
         description="Path of the weights. broadcast sends the ranks' shards through one process group (NCCL, gloo on "
-        "CPU); disk writes a Hugging Face folder in run_dir, which trainer and servers must both see. disk is also "
-        "used after a broadcast has failed.",
+        "CPU). shared_memory copies them to host memory that servers on the same machine read; two buckets must fit "
+        "into /dev/shm. disk writes a Hugging Face folder in run_dir, which trainer and servers must both see; it is "
+        "also used after another transport has failed.",
     )
     bucket_bytes: int = Field(
         default=512 << 20,
         ge=1,
-        description="Size in bytes of one bucket of a broadcast; a larger parameter, such as the embedding of a large "
+        description="Size in bytes of one bucket of a transfer; a larger parameter, such as the embedding of a large "
         "model, is a bucket of its own. Rank 0 holds up to four buckets at a time and every server one. On a CPU "
         "16 MiB are faster.",
     )

@@ -113,6 +113,7 @@ class RunConfig(Section):
         self._routes_can_be_replayed()
         self._runs_on_device()
         self._watched_parts_exist()
+        self._servers_are_reached()
         return self
 
     def _episodes_can_be_sampled(self) -> None:
@@ -185,6 +186,13 @@ class RunConfig(Section):
         if debug.profile_steps and (beyond := [rank for rank in debug.profile_ranks if rank >= num_ranks]):
             raise UserError(
                 f"debug.profile_ranks: the mesh has ranks 0 to {num_ranks - 1}, but not {beyond[0]}; remove it"
+            )
+
+    def _servers_are_reached(self) -> None:
+        if self.publish.transport == "shared_memory" and self.server.urls:
+            raise ValueError(
+                "publish.transport = shared_memory with server.urls: the trainer can share memory only with servers "
+                "that the run starts on its machine; set it to broadcast or disk, or remove server.urls"
             )
 
     def to_json(self) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minpro_megatron.errors import ProjectError
 
+SHARED_MEMORY = Path("/dev/shm")  # the file system of POSIX shared memory on Linux
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -103,6 +103,12 @@ class _Demand:
         self._shares = self._on_one_node or settings.share_nodes
         self._servers_per_node = -(-servers // self._serve_nodes) if servers else 0
 
+    @property
+    def _num_nodes(self) -> int:
+        """0 without ranks and servers."""
+        both = (self._train_nodes, self._serve_nodes)
+        return max(both) if self._shares else sum(both)
+
     def _nodes(self, count: int, gpus_of_one: int, chosen: int) -> int:
         if not count:
             return 0
@@ -120,6 +126,11 @@ class _Demand:
             yield from self._training_problems()
         if self._servers:
             yield from self._serving_problems()
+        if self._ranks and self._servers and config.publish.transport == "shared_memory" and self._num_nodes > 1:
+            yield (
+                f"publish.transport = shared_memory with {self._num_nodes} nodes: the trainer can share memory only "
+                "with servers on its node; set it to broadcast, or let the run fit on one node"
+            )
         if self._shares and self._ranks and self._servers and not self._on_one_node:
             wanted = self._ranks // self._train_nodes * self._rank_gpus + self._servers_per_node * self._server_gpus
             if wanted > gpus:
@@ -172,8 +183,7 @@ class _Demand:
             )
 
     def topology(self) -> Topology:
-        separate = self._train_nodes + self._serve_nodes
-        num_nodes = max(1, max(self._train_nodes, self._serve_nodes) if self._shares else separate)
+        num_nodes = max(1, self._num_nodes)
         first_serving = num_nodes - self._serve_nodes
         collecting = (first_serving if self._servers else 0) if "collect" in roles_of(self._config) else None
         nodes = []

@@ -58,7 +58,7 @@ class ServerMemory:
     kv_bytes_per_token: int  # on one GPU
     kv_tokens: int  # that fit, or the number in the settings
     kv_cache: int
-    update: int  # a bucket of new weights
+    update: int  # a bucket of new weights; 0 where it is read from shared memory
     total: int  # of the static part, and the share that SGLang reserves
 
     @property
@@ -75,11 +75,12 @@ class HostMemory:
     checkpoint: int  # while one is written in the background: a copy of it (benchmarks/checkpoint_memory.md)
     offloaded: int  # optimizer.cpu_offload
     routes: int  # model.routing_replay
+    buckets: int  # publish.transport = shared_memory
     processes: int
 
     @property
     def total(self) -> int:
-        return self.snapshots + self.checkpoint + self.offloaded + self.routes + self.processes
+        return self.snapshots + self.checkpoint + self.offloaded + self.routes + self.buckets + self.processes
 
 
 def compute_of(config: RunConfig, expert_imbalance: float = EXPERT_IMBALANCE) -> Compute:
@@ -141,15 +142,25 @@ def largest_bucket_bytes(config: RunConfig, a: Architecture) -> int:
     return max(config.publish.bucket_bytes, max(vocabulary, feed_forward) * ELEMENT_BYTES[config.model.dtype])
 
 
+def shared_bucket_bytes(config: RunConfig, a: Architecture) -> int:
+    """Bytes of the two buckets of publish.transport = shared_memory, in the memory of rank 0's host; 0 for others."""
+    if config.publish.transport != "shared_memory":
+        return 0
+    whole = model_parameters(a) * ELEMENT_BYTES[config.model.dtype]
+    return 2 * min(whole, largest_bucket_bytes(config, a))
+
+
 def publish_bytes(config: RunConfig, a: Architecture, stage: int) -> int:
-    """Bytes on a rank of the stage, in addition to its states, while weights are published by broadcast. On stage 0
-    they are rank 0's, which gathers the model; other ranks hold the shards that they send."""
+    """Bytes on a rank of the stage, in addition to its states, while weights are published. On stage 0 they are rank
+    0's, which gathers the model; other ranks hold the shards that they send."""
     bucket, tensor = config.publish.bucket_bytes, config.parallel.tensor
     largest = largest_bucket_bytes(config, a)
     if stage > 0:
         return largest // tensor
     received = largest if config.parallel.pipeline > 1 else largest - largest // tensor
     merged = largest if tensor > 1 else 0
+    if config.publish.transport == "shared_memory":  # its buffers are in the host's memory
+        return received + merged
     # The buffer being sent and the one before it, and the next bucket in shards and as whole parameters; then the
     # shards are released, and the bucket is copied into the older buffer, which may have to be as large.
     return max(largest + bucket + received + merged, 2 * largest + max(received, merged))
@@ -182,7 +193,7 @@ def server_memory(config: RunConfig, a: Architecture, gpu: GpuKind) -> ServerMem
     # ranks hold whole key heads
     groups = max(1, a.num_query_groups // server.tensor_parallel)
     per_token = 2 * a.num_layers * groups * a.head_dim * element
-    update = largest_bucket_bytes(config, a)
+    update = 0 if config.publish.transport == "shared_memory" else largest_bucket_bytes(config, a)
     static = static_share(server, gpu.memory_bytes) if server.memory_fraction is None else server.memory_fraction
     free = round(static * gpu.memory_bytes) - weights
     fitting = max(0, free // per_token)
@@ -214,5 +225,6 @@ def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_t
         checkpoint=ranks_per_node * checkpoint_bytes(config, a, 0) if copied else 0,
         offloaded=ranks_per_node * offloaded,
         routes=route_host_bytes(config, a, batch_tokens, ranks_per_node),
+        buckets=shared_bucket_bytes(config, a),
         processes=ranks_per_node * PROCESS_HOST_BYTES[config.device],
     )

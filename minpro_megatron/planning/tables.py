@@ -102,6 +102,7 @@ def _other_memory_table(plan: Plan) -> Table:
         ("", "copy of a checkpoint to write", decimal(host.checkpoint)),
         ("", "optimizer offload", decimal(host.offloaded)),
         ("", "routes", decimal(host.routes)),
+        ("", "buckets of new weights in shared memory", decimal(host.buckets)),
         ("", f"{host.ranks} ranks and all of it", decimal(host.total)),
     ]
     if plan.route_file_bytes:

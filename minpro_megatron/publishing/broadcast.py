@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minpro_megatron.parallel.device import process_group_backend
+from minpro_megatron.publishing.sender import BucketMemory
 from minpro_megatron.publishing.update_group import UpdateGroup
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.addresses import is_loopback
@@ -41,8 +42,8 @@ class Broadcaster:
         self._members: frozenset[ServerAddress] = frozenset()
         self._group: UpdateGroup | None = None
         self._sending: _Sending | None = None
-        # Memory for two buckets, kept until all are sent: the kernel would zero new memory page by page.
-        self._memory: list[Tensor] = []
+        # kept until all buckets are sent: the kernel would zero new memory page by page
+        self._memory = bucket_memory()
 
     def connect(self, controls: Mapping[int, ServerControl]) -> None:
         """Makes the group of rank 0 and these servers if it does not exist. Raises ServersFailed."""
@@ -69,7 +70,7 @@ class Broadcaster:
     def send(self, bucket: Sequence[tuple[str, Tensor]], weight_version: int | str) -> None:
         """Starts to send the tensors once the previous bucket has arrived; meanwhile the caller may gather the next.
         Raises ServersFailed for either bucket."""
-        flat = self._flatten([tensor for _, tensor in bucket])
+        flat = self._memory.fill([tensor for _, tensor in bucket])
         self._wait()
         assert self._group is not None, "connect comes first"
         receiving = start_for_all(
@@ -88,17 +89,6 @@ class Broadcaster:
         """Waits until every server has loaded what was sent. Raises ServersFailed."""
         self._wait()
         self._memory.clear()
-
-    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The concatenated bytes of the tensors, in the buffer that is not being sent."""
-        num_bytes = sum(tensor.nbytes for tensor in tensors)
-        memory = self._memory.pop(0) if len(self._memory) > 1 else None
-        if memory is None or len(memory) < num_bytes:
-            memory = None  # released before the larger one is allocated
-            memory = torch.empty(num_bytes, dtype=torch.uint8, device=tensors[0].device)
-        self._memory.append(memory)
-        parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-        return torch.cat(parts, out=memory[:num_bytes])
 
     def _wait(self) -> None:
         if self._sending is not None:
@@ -141,6 +131,11 @@ class Broadcaster:
     def _name(self, index: int) -> str:
         address = self._controls[index].address
         return f"server {index} at {address.url}"
+
+
+def bucket_memory() -> BucketMemory:
+    """Buffers on the device of the tensors that fill them."""
+    return BucketMemory(lambda num_bytes, device: torch.empty(num_bytes, dtype=torch.uint8, device=device))
 
 
 def own_address(servers: Iterable[ServerAddress]) -> str:

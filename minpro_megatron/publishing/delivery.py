@@ -12,21 +12,20 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from minpro_megatron.config.publish import PublishConfig
-from minpro_megatron.publishing.broadcast import Broadcaster
 from minpro_megatron.publishing.canary import Difference
+from minpro_megatron.publishing.sender import PublishError, Sender, Transport
 from minpro_megatron.records import PublishLease
 from minpro_megatron.serving.calls import PendingCalls, ServersFailed, for_all, start_for_all
-from minpro_megatron.serving.control import ControlError, GreedyAnswer, ServerControl, WeightsChecksum
+from minpro_megatron.serving.control import GreedyAnswer, ServerControl, WeightsChecksum
 
 log = logging.getLogger(__name__)
 
-Transport = Literal["broadcast", "disk"]
-MAX_BROADCASTS = 3  # before the transport "disk" is used
+MAX_TRANSFERS = 3  # before the transport "disk" is used
 # A larger mean difference is logged with the server's name: engines in bfloat16 differ by about 0.01.
 NOTED_CANARY_NATS = 0.1
 # The version of a server's weights until the last bucket has arrived. Policy versions have at most nine digits (see
@@ -41,17 +40,13 @@ class Limits:
 
     probe_s: float = 5.0  # for a server to answer that it is alive
     clean_up_s: float = 10.0
-    # For a server to compute the checksum of its weights after a failed broadcast: seconds for the largest models.
+    # For a server to compute the checksum of its weights after a failed transfer: seconds for the largest models.
     proof_s: float = 120.0
     # For a request that transfers no weights. A server needs a fraction of a second for it; one that takes this long
     # hangs, and with publish.timeout_s the trainer would wait for it as long as for the transfer of a large model.
     quick_request_s: float = 60.0
     # With requests in flight a canary waits behind them. The checksum and version of such a busy server are known.
     canary_patience_s: float = 20.0
-
-
-class PublishError(ControlError):
-    """New weights did not arrive at any server: the fault is in the trainer or its settings."""
 
 
 @dataclass
@@ -61,7 +56,7 @@ class Delivery:
     settings: PublishConfig
     lease: PublishLease
     controls: dict[int, ServerControl]  # of the servers without a failure so far, by index
-    broadcaster: Broadcaster
+    sender: Sender
     # the checksums of this version on other servers, by tensor-parallel size; None: the version is new. If others have
     # the version already, a fault is the server's own: it is excluded, and the run continues.
     published: dict[int, str] | None = None
@@ -79,7 +74,7 @@ class Delivery:
     )  # one answer per prompt of the lease, by server
     transport: Transport | None = None  # of the next transfer; None: no transfer is needed
     used: Transport | None = None
-    _broadcasts: int = 0
+    _transfers: int = 0
     _paused_at: float | None = None
     _excluded: list[ServerControl] = field(default_factory=list)
 
@@ -98,27 +93,27 @@ class Delivery:
         found = start_for_all(asked, "weights_checksum").results()
         return oldest, {self._tensor_parallel(index): checksum.engine for index, checksum in found.items()}
 
-    def by_broadcast(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], num_buckets: int) -> None:
+    def by_buckets(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], num_buckets: int) -> None:
         """Sends the buckets to all servers. If one server fails, the transfer has failed for all and must be repeated
         with those that are alive: see `transport`."""
-        self._broadcasts += 1
+        self._transfers += 1
         try:
             self._pause()
             self._begin()
-            self.broadcaster.connect(self.controls)
+            self.sender.connect(self.controls)
             start, remaining, num_bytes = time.monotonic(), num_buckets, 0
             for bucket in buckets:
                 remaining -= 1
-                self.broadcaster.send(bucket, INCOMPLETE if remaining else self.lease.version)
+                self.sender.send(bucket, INCOMPLETE if remaining else self.lease.version)
                 num_bytes += sum(tensor.nbytes for _, tensor in bucket)
                 del bucket  # its bytes are copied: the tensors are released before the next bucket is gathered
-            self.broadcaster.finish()
+            self.sender.finish()
             self.num_bytes, self.transfer_s = num_bytes, time.monotonic() - start
             for_all(self.controls.values(), "end_weight_update")
         except ServersFailed as error:
-            self._after_failed_broadcast(error)
+            self._after_failed_transfer(error)
         else:
-            self._conclude("broadcast")
+            self._conclude(self.settings.transport)
 
     def from_disk(self, folder: Path, num_bytes: int, written_s: float) -> None:
         """Requests all servers to load the Hugging Face folder, which took `written_s` to write. A server that fails is
@@ -288,9 +283,9 @@ class Delivery:
         self.failures[index] = line if line.startswith(at) else f"{at}: {line}"
         log.warning("version %d: excluded: %s", self.lease.version, self.failures[index])
 
-    def _after_failed_broadcast(self, error: ServersFailed) -> None:
+    def _after_failed_transfer(self, error: ServersFailed) -> None:
         """Resets the servers that can continue, so that a transfer may start, and decides how it is repeated."""
-        self.broadcaster.close()
+        self.sender.close()
         dead = self._failing("model_info", self.limits.probe_s)
         for index in dead:
             self._exclude(index, error.failures.get(index, dead[index]))
@@ -298,18 +293,18 @@ class Delivery:
         calls.results()
         failed = calls.failures()
         # A server that refuses has no session open. A server answers /model_info even while its weight process waits
-        # for a broadcast that will never arrive; only a checksum request waits for the GPU.
+        # for a bucket that will never arrive; only a checksum request waits for the GPU.
         stuck = {index: failed[index] for index in calls.late()}
         stuck |= self._failing("weights_checksum", self.limits.proof_s, but=stuck)
         for index, line in stuck.items():
-            self._exclude(index, f"{line}, after a failed broadcast; it is restarted", is_late=True)
+            self._exclude(index, f"{line}, after a failed transfer; it is restarted", is_late=True)
         lines = "; ".join(error.failures.values())
         if not self.controls:
             self.transport = None
-        elif (dead or stuck) and self._broadcasts < MAX_BROADCASTS:
-            log.warning("version %d: broadcast again without server %s", self.lease.version, sorted(dead | stuck))
+        elif (dead or stuck) and self._transfers < MAX_TRANSFERS:
+            log.warning("version %d: sending again without server %s", self.lease.version, sorted(dead | stuck))
         else:
-            log.warning("version %d: broadcast failed, servers load from disk: %s", self.lease.version, lines)
+            log.warning("version %d: transfer failed, servers load from disk: %s", self.lease.version, lines)
             self.transport = "disk"
 
     def _failing(self, method: str, limit_s: float, but: Container[int] = ()) -> dict[int, str]:

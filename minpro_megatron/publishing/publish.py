@@ -7,16 +7,20 @@ from functools import partial
 from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from minpro_megatron.config.publish import PublishConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.publishing.broadcast import Broadcaster
 from minpro_megatron.publishing.canary import Continuation, differences, distinct_continuations
-from minpro_megatron.publishing.delivery import Delivery, PublishError, Transport
+from minpro_megatron.publishing.delivery import Delivery
 from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.publishing.publish_report import PublishReport
+from minpro_megatron.publishing.sender import PublishError, Sender, Transport
+from minpro_megatron.publishing.shared_memory import SharedMemorySender
 from minpro_megatron.records import PublishLease
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.control import ServerControl
@@ -36,7 +40,7 @@ class Publisher:
         self._gatherer = gatherer
         self._mesh = mesh
         self._score_canaries = score_canaries
-        self._broadcaster = Broadcaster(mesh.device, config.publish.timeout_s)
+        self._sender = make_sender(config.publish, mesh.device)
         self._headers = authorization(config) if mesh.rank == 0 else {}
         # the servers' state after the last publication: its version, and checksums by tensor-parallel size
         self._published: tuple[int, dict[int, str]] | None = None
@@ -68,8 +72,9 @@ class Publisher:
         return report if delivery else None
 
     def close(self) -> None:
-        """Closes the servers' update group: otherwise they would wait in it, and this process for them at exit."""
-        self._broadcaster.close()
+        """Closes the servers' update group, if there is one: otherwise they would wait in it, and this process for them
+        at exit."""
+        self._sender.close()
 
     def _on_rank_0[Result](self, delivery: Delivery | None, function: Callable[[Delivery], Result]) -> Result:
         """Calls `function` with rank 0's delivery and returns the result on all ranks. Collective; a PublishError is
@@ -92,7 +97,7 @@ class Publisher:
         published = None
         if self._published is not None and self._published[0] == lease.version:
             published = self._published[1]
-        return Delivery(self._config.publish, lease, controls, self._broadcaster, published)
+        return Delivery(self._config.publish, lease, controls, self._sender, published)
 
     def _first_transport(self, delivery: Delivery, changed: bool) -> Transport | None:
         if changed and self._published is None:  # the weights must differ from the servers' initial ones
@@ -105,7 +110,7 @@ class Publisher:
             if delivery.transport == "disk":
                 self._through_files(delivery, buckets)
             else:
-                delivery.by_broadcast(buckets, self._gatherer.num_buckets(self._config.publish.bucket_bytes))
+                delivery.by_buckets(buckets, self._gatherer.num_buckets(self._config.publish.bucket_bytes))
         finally:
             _drain(buckets)  # buckets not sent because a server failed: the other ranks still gather them
         return delivery.transport
@@ -170,6 +175,11 @@ class Publisher:
             canaries=canaries,
             late=sorted(delivery.late),
         )
+
+
+def make_sender(settings: PublishConfig, device: torch.device) -> Sender:
+    """What sends buckets by the transport of the settings; with disk, nothing is sent by it."""
+    return SharedMemorySender() if settings.transport == "shared_memory" else Broadcaster(device, settings.timeout_s)
 
 
 def _drain(buckets: Iterator[object]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from minpro_megatron.metrics.metric import Metric, largest, mean, merge, total, values
 from minpro_megatron.publishing.canary import Difference
-from minpro_megatron.publishing.delivery import Transport
+from minpro_megatron.publishing.sender import Transport
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,13 @@ class FromDistributed(msgspec.Struct):
     load_format: Literal["flattened_bucket"] | None = None
 
 
+class FromTensor(msgspec.Struct):
+    serialized_named_tensors: list[str]
+    load_format: Literal["flattened_bucket"]
+    flush_cache: bool = True
+    weight_version: str | None = None
+
+
 class FromDisk(msgspec.Struct):
     model_path: str
     flush_cache: bool = True

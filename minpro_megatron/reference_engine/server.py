@@ -23,6 +23,7 @@ from minpro_megatron.reference_engine.requests import (
     DestroyGroup,
     FromDisk,
     FromDistributed,
+    FromTensor,
     Generate,
     InitGroup,
     Pause,
@@ -30,6 +31,7 @@ from minpro_megatron.reference_engine.requests import (
     ResponseMaker,
     UpdateVersion,
 )
+from minpro_megatron.reference_engine.shared_buckets import read_bucket
 from minpro_megatron.reference_engine.update_groups import UpdateGroups, UpdateRefused
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Server:
             "/init_weights_update_group": self._init_group,
             "/destroy_weights_update_group": self._destroy_group,
             "/update_weights_from_distributed": self._update_from_distributed,
+            "/update_weights_from_tensor": self._update_from_tensor,
             "/update_weights_from_disk": self._update_from_disk,
             "/update_weight_version": self._update_version,
             "/weights_checker": self._check_weights,
@@ -186,10 +189,7 @@ class Server:
     async def _update_from_distributed(self, request: web.Request) -> web.Response:
         asked = await _decoded(request, FromDistributed)
         if not self._update_is_open:
-            return _outcome(
-                "update_weights_from_distributed must run between begin_weight_update() and end_weight_update()",
-                success=False,
-            )
+            return _outside_of_an_update("update_weights_from_distributed")
         try:
             tensors = await asyncio.to_thread(
                 self._groups.receive,
@@ -200,6 +200,17 @@ class Server:
                 asked.load_format is not None,
             )
         except (UpdateRefused, RuntimeError) as error:
+            return _outcome(str(error), success=False)
+        return await self._load(tensors, asked.weight_version, asked.flush_cache, "update parameter online")
+
+    async def _update_from_tensor(self, request: web.Request) -> web.Response:
+        asked = await _decoded(request, FromTensor)
+        if not self._update_is_open:
+            return _outside_of_an_update("update_weights_from_tensor")
+        messages = asked.serialized_named_tensors
+        try:
+            tensors = await asyncio.to_thread(read_bucket, messages[0] if messages else "")
+        except UpdateRefused as error:
             return _outcome(str(error), success=False)
         return await self._load(tensors, asked.weight_version, asked.flush_cache, "update parameter online")
 
@@ -273,6 +284,10 @@ async def _decoded[Fields](request: web.Request, kind: type[Fields]) -> Fields:
 
 def _json(content: Any, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
     return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json")
+
+
+def _outside_of_an_update(request: str) -> web.Response:
+    return _outcome(f"{request} must run between begin_weight_update() and end_weight_update()", success=False)
 
 
 def _outcome(message: str, success: bool = True) -> web.Response:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minpro_megatron.publishing.update_group import join_update_group
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class UpdateRefused(Exception):
@@ -70,14 +70,14 @@ class UpdateGroups:
                 f"Failed to receive weights: Group {group_name} not in {list(self._groups)}. "
                 "Please call `init_weights_update_group` first."
             )
-        unknown = sorted(set(dtypes) - _DTYPES.keys())
+        unknown = sorted(set(dtypes) - DTYPES.keys())
         if unknown or not len(names) == len(dtypes) == len(shapes):
             raise UpdateRefused(
                 f"Failed to receive weights: {len(names)} names, {len(dtypes)} dtypes (unknown: {unknown}), "
                 f"{len(shapes)} shapes"
             )
         group = self._groups[group_name]
-        kinds = [_DTYPES[dtype] for dtype in dtypes]
+        kinds = [DTYPES[dtype] for dtype in dtypes]
         if flat:
             return list(zip(names, _receive_flat(group, kinds, shapes), strict=True))
         tensors = [torch.empty(*shape, dtype=kind) for kind, shape in zip(kinds, shapes, strict=True)]

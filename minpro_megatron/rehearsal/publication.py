@@ -1,9 +1,10 @@
-"""The rank's part in publishing weights, with the real gatherer and the real buffers of the broadcast."""
+"""The rank's part in publishing weights, with the real gatherer and the real buffers of a bucket."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel
 
 from minpro_megatron.config.parallel import ParallelConfig
@@ -11,13 +12,14 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.publishing import gather
-from minpro_megatron.publishing.broadcast import Broadcaster
+from minpro_megatron.publishing.broadcast import bucket_memory
+from minpro_megatron.publishing.sender import BucketMemory
 from minpro_megatron.weights.splits import Replicated
 from minpro_megatron.weights.table import Entry, entries
 
 
 def gather_and_flatten(config: RunConfig, chunks: Sequence[GPTModel], architecture: Architecture, mesh: Mesh) -> None:
-    """Gathers all buckets; on rank 0 also copies each into a buffer of the broadcast. What the other ranks announce is
+    """Gathers all buckets; on rank 0 also copies each into a buffer of the transport. What the other ranks announce is
     worked out from their places on the mesh; an AssertionError if that differs for this rank from what it holds."""
 
     def announced(self: Any, own: Any) -> list[Any]:
@@ -31,12 +33,17 @@ def gather_and_flatten(config: RunConfig, chunks: Sequence[GPTModel], architectu
         gatherer = gather.WeightGatherer(chunks, architecture, mesh)
     finally:
         kind.from_all_ranks = from_all_ranks
-    broadcaster = Broadcaster(mesh.device, config.publish.timeout_s)
+    on_host = config.publish.transport == "shared_memory"
+    memory = BucketMemory(host_bytes) if on_host else bucket_memory()
     for bucket in gatherer.buckets(config.publish.bucket_bytes):
         if bucket:
-            broadcaster._flatten([tensor for _, tensor in bucket])
+            memory.fill([tensor for _, tensor in bucket])
         del bucket
-    broadcaster.finish()
+
+
+def host_bytes(num_bytes: int, _: torch.device) -> torch.Tensor:
+    """In place of shared memory: tensors without content have none."""
+    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def held_by_all(parallel: ParallelConfig, architecture: Architecture) -> list[dict[str, gather._Held]]:

@@ -146,6 +146,22 @@ class ServerControl:
             fields["load_format"] = load_format
         self._post("update_weights_from_distributed", fields)
 
+    def update_weights_from_tensor(
+        self, *, serialized_named_tensors: Sequence[str], weight_version: int | str, flush_cache: bool = False
+    ) -> None:
+        """Loads tensors from memory that this process shares with the server's processes, of the form that SGLang calls
+        flattened_bucket: one message for each tensor-parallel rank; blocks until they are loaded.
+
+        An unknown name is accepted without effect: compare `weights_checksum`.
+        """
+        fields = {
+            "serialized_named_tensors": list(serialized_named_tensors),
+            "load_format": "flattened_bucket",
+            "weight_version": str(weight_version),
+            "flush_cache": flush_cache,
+        }
+        self._post("update_weights_from_tensor", fields)
+
     def end_weight_update(self) -> None:
         self._post("end_weight_update", {})
 

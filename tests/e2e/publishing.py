@@ -81,9 +81,9 @@ class Trainer:
 
 def _on_rank(mesh: Mesh, config: RunConfig, hf_path: Path, folder: Path) -> None:
     from minpro_megatron.actor.policy import Policy
-    from minpro_megatron.publishing.delivery import PublishError
     from minpro_megatron.publishing.gather import WeightGatherer
     from minpro_megatron.publishing.publish import Publisher
+    from minpro_megatron.publishing.sender import PublishError
     from tests.mesh.steps import loaded_model
 
     architecture, chunks = loaded_model(mesh, str(hf_path))

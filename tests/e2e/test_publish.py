@@ -108,11 +108,16 @@ def held(fleet: Fleet) -> list[tuple[int, str]]:
     return [(control.policy_version(), control.weights_checksum().engine) for control in controls]
 
 
+TRANSPORTS = [{"transport": transport} for transport in ("broadcast", "shared_memory")]
+
+
+@pytest.mark.parametrize("trainer", TRANSPORTS, indirect=True, ids=lambda settings: settings["transport"])
 def test_both_servers_hold_what_the_ranks_hold(fleet: Fleet, trainer: Trainer) -> None:
     before = held(fleet)
     for number in range(2):
         report = trainer.publish(fleet.step())
-        assert (report.held_by, report.failures, report.transport) == ([0, 1], {}, "broadcast")
+        assert (report.held_by, report.failures) == ([0, 1], {})
+        assert report.transport == trainer.config.publish.transport
         assert held(fleet) == [(fleet.version, report.checksum)] * 2
         assert report.checksum != before[0][1]
         assert report.num_bytes == (fleet.folder / "model.safetensors").stat().st_size - header_bytes(fleet.folder)
@@ -126,6 +131,24 @@ def test_both_servers_hold_what_the_ranks_hold(fleet: Fleet, trainer: Trainer) -
 def header_bytes(folder: Path) -> int:
     with (folder / "model.safetensors").open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
+
+
+@pytest.mark.long
+def test_shared_memory_gives_the_weights_that_a_broadcast_gives(fleet: Fleet, tmp_path: Path) -> None:
+    """Bit by bit: the servers compute the checksums."""
+    found = []
+    for settings in TRANSPORTS:
+        folder = tmp_path / settings["transport"]
+        folder.mkdir()
+        config = make_config(fleet.folder.parent, fleet.folder, fleet.config.server.engine, **settings)
+        trainer = Trainer(config, fleet.folder, folder)
+        trainer.start()
+        trainer.publish(fleet.step(factor=1.5))  # other weights, so that the next publication has to replace them
+        report = trainer.publish(fleet.step(factor=1.07))
+        trainer.end()
+        assert (report.held_by, report.transport) == ([0, 1], settings["transport"])
+        found.append([checksum for _, checksum in held(fleet)])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("trainer", [{"transport": "disk"}], indirect=True)
@@ -192,7 +215,10 @@ def test_requests_in_flight_live_through_it(fleet: Fleet, trainer: Trainer) -> N
             assert len(answer["output_ids"]) == num_tokens
 
 
-def test_a_server_that_dies_in_a_broadcast_is_left_out_and_comes_back_later(fleet: Fleet, trainer: Trainer) -> None:
+@pytest.mark.parametrize(
+    "trainer", long_after(1, TRANSPORTS), indirect=True, ids=lambda settings: settings["transport"]
+)
+def test_a_server_that_dies_in_a_transfer_is_left_out_and_comes_back_later(fleet: Fleet, trainer: Trainer) -> None:
     trainer.publish(fleet.step())
     victim = fleet.processes[1]
     assert victim._process is not None
@@ -202,7 +228,7 @@ def test_a_server_that_dies_in_a_broadcast_is_left_out_and_comes_back_later(flee
     assert report.held_by == [0]
     assert list(report.failures) == [1]
     assert report.failures[1].startswith(f"server 1 at {victim.address.url}")
-    assert report.transport == "broadcast"
+    assert report.transport == trainer.config.publish.transport
     assert report.total_s < trainer.config.publish.timeout_s
     survivor = fleet.control(0)
     assert (survivor.policy_version(), survivor.weights_checksum().engine) == (fleet.version, report.checksum)
@@ -213,14 +239,15 @@ def test_a_server_that_dies_in_a_broadcast_is_left_out_and_comes_back_later(flee
     assert (report.held_by, list(report.failures)) == ([0], [1])
 
     stop_servers([victim])
+    starts = victim.address.start
     victim.start()
     assert victim.wait_until_ready(170)
-    assert victim.address.start == 1
+    assert victim.address.start == starts + 1
     # only the newcomer needs the version that the other holds already
     report = trainer.publish(Step(fleet.version, [victim.address], factor=1.0, changed=False))
     assert (report.held_by, report.failures) == ([1], {})
     report = trainer.publish(fleet.step())
-    assert (report.held_by, report.failures, report.transport) == ([0, 1], {}, "broadcast")
+    assert (report.held_by, report.failures, report.transport) == ([0, 1], {}, trainer.config.publish.transport)
     assert held(fleet) == [(fleet.version, report.checksum)] * 2
 
 

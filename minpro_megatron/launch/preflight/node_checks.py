@@ -19,6 +19,7 @@ from minpro_megatron.launch.preflight.gpu_count import count_gpus
 from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cuda_version, software_problems
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.run_checks import port_problems
+from minpro_megatron.launch.preflight.shared_memory_check import shared_memory_problems
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
 from minpro_megatron.models.weight_files import weight_problem
@@ -43,6 +44,7 @@ def node_problems(config: RunConfig, share: NodeShare, address: str, visible: st
     found += port_problems(config, servers, hosts[0], hosts[1] if share.collects else "")
     if share.collects and (problem := limit_problem(config)):
         found.append(Problem(problem))
+    found += map(Problem, shared_memory_problems(config) if share.ranks else [])
     missing = list(file_problems(files_needed(config, share), config.run_dir))
     return [*found, *missing, *([] if missing else weight_problems(config, share))]
 

@@ -23,6 +23,7 @@ from minpro_megatron.launch.preflight.library_checks import megatron_field_probl
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.prompt_checks import data_problems
 from minpro_megatron.launch.preflight.reward_check import reward_problems
+from minpro_megatron.launch.preflight.shared_memory_check import shared_memory_problems
 from minpro_megatron.launch.preflight.stop_tokens import stop_token_warnings
 from minpro_megatron.launch.resume import foreign_entries, holds_a_run, obstacles
 from minpro_megatron.launch.roles import gpus_needed, roles_of
@@ -48,7 +49,8 @@ Check = Callable[[RunConfig], Iterable[str]]
 
 def problems(config: RunConfig) -> list[str]:
     """One line for each problem that would stop this run on this machine: setting, value, rule and remedy."""
-    return [*run_problems(config), *_ports(config), *_gpus(config), *_open_files(config)]
+    found = [*run_problems(config), *_ports(config), *_gpus(config), *_open_files(config)]
+    return [*found, *(shared_memory_problems(config) if "train" in roles_of(config) else [])]
 
 
 def run_problems(config: RunConfig) -> list[str]:

@@ -12,12 +12,15 @@ import pytest
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.launch.preflight import run_checks as preflight
 from minpro_megatron.launch.preflight.run_checks import problems, warnings
+from minpro_megatron.launch.preflight.shared_memory_check import shared_memory_problems
 from minpro_megatron.launch.run_folder import claimed
 from minpro_megatron.launch.starts import begin_start
 from minpro_megatron.models.architecture import read_architecture
+from minpro_megatron.planning.memory import shared_bucket_bytes
 from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.planning.workload import Workload, batch_of
 from tests.support.run_examples import PROMPT, example_config, write_example_files
+from tests.support.small_disk import fill, small_disk
 
 
 @pytest.fixture
@@ -310,6 +313,24 @@ def test_gpus_must_be_there(folder, monkeypatch, present, pattern):
     config = example_config(folder, device="cuda", server={"device": "cuda"}, parallel={"tensor": 2})
     found = problems(config)
     assert [bool(re.search(str(pattern), problem)) for problem in found] == ([True] if pattern else [])
+
+
+def test_buckets_must_fit_into_shared_memory(folder):
+    config = with_overrides(example_config(folder), ["publish.transport=shared_memory"])
+    assert problems(config) == []
+    with small_disk(folder / "shm") as disk:
+        needed = shared_bucket_bytes(config, read_architecture(config.model.hf_path))
+        fill(disk, leave=needed // 4096 * 4096 + 4096)
+        assert list(shared_memory_problems(config, disk)) == []
+        fill(disk)
+        [line] = shared_memory_problems(config, disk)
+    assert re.search(r"^publish.transport = shared_memory .*two buckets are .*has 0.0 kB free: .*--shm-size", line)
+    assert list(shared_memory_problems(example_config(folder), disk)) == []
+
+
+def test_memory_is_not_shared_with_servers_of_others(folder):
+    with pytest.raises(ValueError, match=r"publish.transport = shared_memory with server.urls: .* set it to broadcast"):
+        with_overrides(example_config(folder), ["publish.transport=shared_memory", 'server.urls=["http://a:1"]'])
 
 
 def test_disk_space_must_do(folder, monkeypatch):

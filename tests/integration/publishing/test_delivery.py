@@ -18,7 +18,8 @@ from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.publishing import delivery as module
 from minpro_megatron.publishing.broadcast import GRACE_S, Broadcaster, own_address
 from minpro_megatron.publishing.canary import Difference, differences, distinct_continuations
-from minpro_megatron.publishing.delivery import Delivery, Limits, PublishError
+from minpro_megatron.publishing.delivery import Delivery, Limits
+from minpro_megatron.publishing.sender import PublishError
 from minpro_megatron.records import PublishLease, ServerAddress
 from minpro_megatron.serving.answers import AnswerChecker, SentRequest
 from minpro_megatron.serving.control import GreedyAnswer, ServerControl
@@ -225,7 +226,7 @@ def test_a_refused_broadcast_ends_at_once_and_the_disk_is_next(
     servers[0].hung = {"init_weights_update_group"}
     delivery = deliver(transport="broadcast", timeout_s=60)
     start = time.monotonic()
-    delivery.by_broadcast([], num_buckets=1)
+    delivery.by_buckets([], num_buckets=1)
     assert time.monotonic() - start < GRACE_S / 2  # neither the time limit nor the time for servers to notice
     assert delivery.transport == "disk"
     assert sorted(delivery.controls) == [0, 1]
@@ -240,10 +241,10 @@ def test_the_dead_are_left_out_and_the_broadcast_repeated(servers: list[Recorded
     servers[1].answers["init_weights_update_group"] = servers[1].answers["model_info"] = (503, "")
     servers[0].answers["init_weights_update_group"] = (400, "the group was closed")
     delivery = deliver(transport="broadcast")
-    delivery.by_broadcast([], num_buckets=1)
+    delivery.by_buckets([], num_buckets=1)
     assert (sorted(delivery.controls), delivery.transport) == ([0], "broadcast")
     assert "init_weights_update_group" in delivery.failures[1]
-    delivery.by_broadcast([], num_buckets=1)
+    delivery.by_buckets([], num_buckets=1)
     assert delivery.transport == "disk"  # alone, and it still refuses
 
 
@@ -259,12 +260,12 @@ def test_a_server_that_a_broken_broadcast_leaves_stuck_is_left_out(
         server.answers["end_weight_update"] = (400, "no session is open")
     servers[1].hung = {path}
     delivery = deliver(transport="broadcast", limits=limits)
-    delivery.by_broadcast([], num_buckets=1)
+    delivery.by_buckets([], num_buckets=1)
     assert (sorted(delivery.controls), delivery.transport) == ([0], "broadcast")
-    assert f"{path}: no answer within 0.1 s, after a failed broadcast; it is restarted" in delivery.failures[1]
+    assert f"{path}: no answer within 0.1 s, after a failed transfer; it is restarted" in delivery.failures[1]
     assert delivery.late == {1}
     servers[0].answers["weights_checker"] = (400, "CUDA error")
-    delivery.by_broadcast([], num_buckets=1)
+    delivery.by_buckets([], num_buckets=1)
     assert (delivery.controls, delivery.transport) == ({}, None)
 
 
@@ -427,8 +428,8 @@ class Recorder(Broadcaster):
 
 def test_only_the_last_bucket_makes_it_the_version(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
     delivery = deliver(transport="broadcast")
-    delivery.broadcaster = recorder = Recorder()
-    delivery.by_broadcast(iter([[("a", torch.ones(3))], [("b", torch.ones(2))]]), num_buckets=2)
+    delivery.sender = recorder = Recorder()
+    delivery.by_buckets(iter([[("a", torch.ones(3))], [("b", torch.ones(2))]]), num_buckets=2)
     assert recorder.sent == [(["a"], module.INCOMPLETE), (["b"], VERSION)]
     assert (delivery.num_bytes, delivery.used, delivery.transport) == (20, "broadcast", None)
     assert servers[0].paths == ["begin_weight_update", "end_weight_update", "flush_cache", *VERIFIED]
@@ -436,7 +437,7 @@ def test_only_the_last_bucket_makes_it_the_version(servers: list[RecordedServer]
 
 def test_a_buckets_tensors_are_released_before_the_next_are_gathered(deliver: MakeDelivery) -> None:
     delivery, alive = deliver(transport="broadcast"), []
-    delivery.broadcaster = Recorder()
+    delivery.sender = Recorder()
 
     def gathered() -> Iterator[list[tuple[str, torch.Tensor]]]:
         previous: list[weakref.ref] = []
@@ -449,5 +450,5 @@ def test_a_buckets_tensors_are_released_before_the_next_are_gathered(deliver: Ma
             alive.append(sum(reference() is not None for reference in previous))
             yield [(name, watched(torch.ones(3)))]
 
-    delivery.by_broadcast(gathered(), num_buckets=3)
+    delivery.by_buckets(gathered(), num_buckets=3)
     assert alive == [0, 0, 0]

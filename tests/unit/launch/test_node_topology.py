@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from minpro_megatron.config.publish import PublishConfig
 from minpro_megatron.launch.topology import TopologySettings, lay_out, read_topology
 from tests.support.run_examples import example_config
 
@@ -84,6 +85,19 @@ def test_other_roles_need_other_nodes(tmp_path):
 def test_impossible_layouts_are_refused_with_a_remedy(tmp_path, parallel, server, settings, problem):
     with pytest.raises(ValueError, match=problem):
         shares(gpu_run(tmp_path, parallel, **server), **settings)
+
+
+def test_memory_is_shared_on_one_node_only(tmp_path):
+    """Servers on another machine would not find it."""
+    publish = PublishConfig(transport="shared_memory")
+    one, many = (
+        gpu_run(tmp_path, parallel, count=2).model_copy(update={"publish": publish})
+        for parallel in ({"tensor": 4}, {"tensor": 4, "pipeline": 2})
+    )
+    assert shares(one) == [(4, 0, 2, True)]
+    for settings in ({}, {"train_nodes": 2, "serve_nodes": 2, "share_nodes": True}):
+        with pytest.raises(ValueError, match=r"publish.transport = shared_memory with 2 nodes: .* set it to broadcast"):
+            shares(many, **settings)
 
 
 def test_it_travels_as_json(tmp_path):

@@ -17,7 +17,14 @@ from minpro_megatron.planning.activations import (
     stage_activations,
 )
 from minpro_megatron.planning.gpus import GIB, GPU_KINDS, gpu_kind
-from minpro_megatron.planning.memory import host_memory, publish_bytes, rank_memory, server_memory, state_bytes
+from minpro_megatron.planning.memory import (
+    host_memory,
+    publish_bytes,
+    rank_memory,
+    server_memory,
+    shared_bucket_bytes,
+    state_bytes,
+)
 from minpro_megatron.planning.parameters import active_parameters, model_parameters, stage_parameters
 from minpro_megatron.planning.problems import largest_rank, least_recomputation, stage_memories
 from minpro_megatron.planning.routes import route_file_bytes
@@ -233,6 +240,18 @@ def test_routes_of_the_servers_take_disk_until_a_checkpoint_includes_the_step(
     assert route_file_bytes(config, MIXTURE, 1e6) == batches * 1e6 * 48 * 8
     of_a_node = 1e6 * 48 * 8 * 8 / config.parallel.world_size  # while a batch is scored
     assert host_memory(config, MIXTURE, ranks_per_node=8, batch_tokens=1e6).routes == of_a_node
+
+
+def test_buckets_are_in_shared_memory_or_on_the_gpus() -> None:
+    config = run_to_plan()
+    shared = with_overrides(config, ["publish.transport=shared_memory"])
+    largest = 151936 * 2048 * 2  # the embedding in bfloat16, larger than publish.bucket_bytes
+    assert host_memory(config, MIXTURE, ranks_per_node=8, batch_tokens=1e6).buckets == 0
+    assert host_memory(shared, MIXTURE, ranks_per_node=8, batch_tokens=1e6).buckets == 2 * largest
+    saved = publish_bytes(config, MIXTURE, 0) - publish_bytes(shared, MIXTURE, 0)
+    assert saved == largest + config.publish.bucket_bytes
+    tiny = replace(MIXTURE, num_layers=1, num_experts=0, vocab_size=1000)
+    assert shared_bucket_bytes(shared, tiny) == 2 * 2 * model_parameters(tiny)
 
 
 def test_recorded_routes_take_host_memory_while_a_batch_waits() -> None:
