@@ -98,7 +98,8 @@ def _own_fields(
         ffn_hidden_size=architecture.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
-        qk_layernorm=True,
+        qk_layernorm=architecture.qk_norm,
+        add_qkv_bias=architecture.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
@@ -177,7 +178,7 @@ def _build_chunk(
 ) -> GPTModel:
     last_chunk = chunk is None or chunk == mesh.config.virtual_pipeline - 1
     with warnings.catch_warnings():
-        # GPTModel warns of its successor (HybridModel), which cannot build Qwen3 in this release
+        # GPTModel warns of its successor (HybridModel), which cannot build these models in this release
         warnings.simplefilter("ignore")
         model = GPTModel(
             config=config,

@@ -59,7 +59,8 @@ class Place:
     @property
     def state_object(self) -> str | None:
         """The key of the (empty) extra state that Megatron expects for every linear layer's weight."""
-        if not self.key.rsplit(".", 2)[-2].startswith("linear_"):
+        *_, module, parameter = self.key.split(".")
+        if not module.startswith("linear_") or parameter != "weight":
             return None
         at, of = (".".join(map(str, numbers)) for numbers in (self.index, self.sizes))
         return f"{self.key.removesuffix('weight')}_extra_state/shard_{at}_{of}"

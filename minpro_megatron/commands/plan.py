@@ -6,7 +6,7 @@
 
 Without --gpus the GPUs are those of the recipe's mesh and servers; with it, every split of them between trainer and
 servers is tried and the fastest is shown. Nothing is started, no GPU is needed, and of the model only its config.json,
-or its name if it is a released Qwen3. Exit status: 0 if the run fits, 1 if not, 2 for a wrong command line.
+or its name if it is a known release. Exit status: 0 if the run fits, 1 if not, 2 for a wrong command line.
 
 Durations are based on data sheets and a few published measurements (planning/cost_model.py). Values that a run's
 settings do not determine, above all the lengths of responses, are assumed and can be given here: all options but the

@@ -9,7 +9,7 @@ snapshot and publication. The output is the memory on device and host by phase, 
 every collective, every place where the host waits for the device, and every mismatch of devices, dtypes or shapes.
 Nothing is computed or sent. docs/rehearsal.md explains what this shows, and what only a GPU can show.
 
-Of the model only config.json is read, or its name if it is a released Qwen3. A rank takes a few minutes on one core,
+Of the model only config.json is read, or its name if it is a known release. A rank takes a few minutes on one core,
 and 2 GB of memory. Exit status: 0 without a problem, 1 with one, 2 for a wrong command line.
 """
 

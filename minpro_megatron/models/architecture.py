@@ -1,12 +1,12 @@
 """The architecture that a Hugging Face config.json describes, as one frozen record, for the supported models."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import UserError
+from minpro_megatron.models.config_fields import ConfigFields
 from minpro_megatron.models.model_files import read_json_object
 
 VOCABULARY_MULTIPLE = 128  # fixed for every mesh, so that a checkpoint fits every tensor degree up to 128
@@ -16,7 +16,7 @@ MAX_LAYERS, MAX_EXPERTS = 4096, 65536
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a Qwen3 dense or Qwen3-MoE model. `num_experts` is 0 for a dense one."""
+    """Sizes and parts of a supported model. `num_experts` is 0 for a dense one."""
 
     name: str
     num_layers: int
@@ -33,6 +33,8 @@ class Architecture:
     norm_epsilon: float
     tied_embeddings: bool
     normalized_routing: bool = True  # the router's weights of a token's chosen experts add up to 1
+    qkv_bias: bool = False  # the projections to queries, keys and values add a bias
+    qk_norm: bool = True  # the queries and keys of every head are normalized
 
     @property
     def padded_vocab_size(self) -> int:
@@ -57,46 +59,11 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     if not isinstance(name, str) or name not in _READERS:
         raise UserError(f"{where}: architectures = {name!r} is not known; known: {', '.join(_READERS)}")
     _refuse_quantized(where, config)
-    _refuse_unsupported(where, config)
+    _refuse_scaled_rotary(where, config)
     try:
-        return _READERS[name](_Fields(config, where))
+        return _READERS[name](ConfigFields(config, where))
     except KeyError as error:
         raise UserError(f"{where}: {error.args[0]} is missing; use the config.json of the released model") from None
-
-
-class _Fields:
-    """The values of a config.json, with their types checked. Raises KeyError for a missing value, and ValueError with
-    the file's name for a value of another type or far outside any model's range."""
-
-    def __init__(self, config: dict[str, Any], where: str) -> None:
-        self._config, self._where = config, where
-
-    def has(self, field: str) -> bool:
-        return self._config.get(field) is not None
-
-    def size(self, field: str, largest: int = 1 << 24) -> int:
-        """A count: an integer from 1 to `largest`. Sizes decide how much is allocated, so damage must be found here."""
-        value = self._config[field]
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            raise UserError(f"{self._where}: {field} = {value!r} must be an integer from 1 to {largest}")
-        return value
-
-    def number(self, field: str, within: dict[str, Any] | None = None) -> float:
-        """A finite number above 0, from the config or one of its objects."""
-        value = (self._config if within is None else within)[field]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise UserError(f"{self._where}: {field} = {value!r} must be a number above 0")
-        return float(value)
-
-    def switch(self, field: str) -> bool:
-        """true or false; absent is false, as in transformers."""
-        value = self._config.get(field)
-        if not isinstance(value, bool | None):
-            raise UserError(f"{self._where}: {field} = {value!r} must be true or false")
-        return bool(value)
-
-    def inner(self, field: str) -> dict[str, Any]:
-        return self._config.get(field) or {}
 
 
 def _refuse_quantized(where: str, config: dict[str, Any]) -> None:
@@ -109,37 +76,49 @@ def _refuse_quantized(where: str, config: dict[str, Any]) -> None:
         )
 
 
-# field -> (transformers' default, the only supported value)
-_DENSE_ONLY = {
-    "attention_bias": (False, False),
-    "use_sliding_window": (False, False),
-    "hidden_act": ("silu", "silu"),
-}
-_MIXTURE_ONLY = {
-    "decoder_sparse_step": (1, 1),  # every layer is an MoE layer
-    "mlp_only_layers": ([], []),
-}
-
-
-def _refuse_unsupported(where: str, config: dict[str, Any]) -> None:
+def _refuse_scaled_rotary(where: str, config: dict[str, Any]) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_parameters = {rope!r} must be an object")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"{where}: rope type {rope!r} is not supported; only the default rotary embedding is")
-    mixture = config["architectures"][0] == "Qwen3MoeForCausalLM"
-    for field, (absent, supported) in (_DENSE_ONLY | (_MIXTURE_ONLY if mixture else {})).items():
-        value = absent if config.get(field) is None else config[field]
-        if value != supported:
-            raise UserError(f"{where}: {field} = {value!r} is not supported; only {supported!r} is")
 
 
-def _qwen3(fields: _Fields) -> Architecture:
+def _qwen3(fields: ConfigFields) -> Architecture:
+    fields.only("attention_bias", False, False)
+    fields.only("use_sliding_window", False, False)
     return _transformer(fields, "Qwen3ForCausalLM", fields.size("intermediate_size"))
 
 
-def _transformer(fields: _Fields, name: str, ffn_hidden_size: int) -> Architecture:
-    """The fields that both architectures have, without experts."""
+def _qwen2(fields: ConfigFields) -> Architecture:
+    """The bias of the projections is a part of the architecture, and no field of its config.json."""
+    fields.only("use_sliding_window", False, False)
+    dense = _transformer(fields, "Qwen2ForCausalLM", fields.size("intermediate_size"))
+    return replace(dense, qkv_bias=True, qk_norm=False)
+
+
+def _qwen3_moe(fields: ConfigFields) -> Architecture:
+    fields.only("attention_bias", False, False)
+    fields.only("use_sliding_window", False, False)
+    fields.only("decoder_sparse_step", 1, 1)  # every layer is an MoE layer
+    fields.only("mlp_only_layers", [], [])
+    width = fields.size("moe_intermediate_size")
+    # a model without dense layers need not state their width
+    dense_width = fields.size("intermediate_size") if fields.has("intermediate_size") else width
+    # transformers 5 writes num_local_experts where the released checkpoints say num_experts
+    num_experts = fields.size("num_local_experts" if fields.has("num_local_experts") else "num_experts", MAX_EXPERTS)
+    return replace(
+        _transformer(fields, "Qwen3MoeForCausalLM", dense_width),
+        num_experts=num_experts,
+        num_experts_per_token=fields.size("num_experts_per_tok", num_experts),
+        expert_ffn_hidden_size=width,
+        normalized_routing=fields.switch("norm_topk_prob"),
+    )
+
+
+def _transformer(fields: ConfigFields, name: str, ffn_hidden_size: int) -> Architecture:
+    """The fields that all architectures have, without experts."""
+    fields.only("hidden_act", "silu", "silu")
     rope, heads = fields.inner("rope_parameters"), fields.size("num_attention_heads")
     hidden_size = fields.size("hidden_size")
     return Architecture(
@@ -161,22 +140,7 @@ def _transformer(fields: _Fields, name: str, ffn_hidden_size: int) -> Architectu
     )
 
 
-def _qwen3_moe(fields: _Fields) -> Architecture:
-    width = fields.size("moe_intermediate_size")
-    # a model without dense layers need not state their width
-    dense_width = fields.size("intermediate_size") if fields.has("intermediate_size") else width
-    # transformers 5 writes num_local_experts where the released checkpoints say num_experts
-    num_experts = fields.size("num_local_experts" if fields.has("num_local_experts") else "num_experts", MAX_EXPERTS)
-    return replace(
-        _transformer(fields, "Qwen3MoeForCausalLM", dense_width),
-        num_experts=num_experts,
-        num_experts_per_token=fields.size("num_experts_per_tok", num_experts),
-        expert_ffn_hidden_size=width,
-        normalized_routing=fields.switch("norm_topk_prob"),
-    )
-
-
-_READERS = {"Qwen3ForCausalLM": _qwen3, "Qwen3MoeForCausalLM": _qwen3_moe}
+_READERS = {"Qwen2ForCausalLM": _qwen2, "Qwen3ForCausalLM": _qwen3, "Qwen3MoeForCausalLM": _qwen3_moe}
 
 
 def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> None:

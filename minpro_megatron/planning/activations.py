@@ -104,16 +104,18 @@ def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Com
     keys = max(a.num_query_groups // parallel.tensor, 1) * a.head_dim
     heads = a.num_attention_heads // parallel.tensor
     if compute.fused:
-        # joint projection (its values are views of it), norm inputs, rotated queries and keys, output
-        elements = (queries + 2 * keys) + 2 * (queries + keys) + queries
+        # joint projection (its values are views of it), rotated queries and keys, output
+        elements = (queries + 2 * keys) + (queries + keys) + queries
+        elements += (queries + keys) * a.qk_norm  # the norms' inputs
         inside = 0
-        statistics = heads + (heads + keys // a.head_dim)  # of softmax and of the norms
+        statistics = heads + (heads + keys // a.head_dim) * a.qk_norm  # of softmax and of the norms
     else:
-        # joint projection, queries made contiguous, normalised queries and keys, output
-        elements = (queries + 2 * keys) + queries + (queries + keys) + queries
+        # the norms keep the joint projection, the queries made contiguous, and the normalised queries and keys; else
+        # only the output is kept, because the rotation and the layout in blocks need no inputs in backward
+        elements = queries + ((queries + 2 * keys) + queries + (queries + keys)) * a.qk_norm
         # laid out as [sequence, position] blocks: queries, keys and values of all context ranks, output
         inside = 2 * queries + 2 * keys * parallel.context
-        statistics = heads + (heads + keys // a.head_dim) + 2 + 4 * a.head_dim  # and rotary angles
+        statistics = heads + (heads + keys // a.head_dim) * a.qk_norm + 2 + 4 * a.head_dim  # and rotary angles
         if parallel.context > 1:
             inside += row.sequence_tokens  # a mask of as many columns
     if "core_attn" in compute.modules(a.num_experts > 0):

@@ -26,8 +26,8 @@ class RankParameters:
 def layer_parameters(a: Architecture, tensor: int, expert: int, expert_tensor: int) -> tuple[int, int]:
     """(dense, expert) parameters of one layer on a rank."""
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    norms = 2 * a.hidden_size + 2 * a.head_dim
-    attention = a.hidden_size * (queries + 2 * keys) // tensor + a.hidden_size * queries // tensor
+    norms = 2 * a.hidden_size + 2 * a.head_dim * a.qk_norm
+    attention = (a.hidden_size + a.qkv_bias) * (queries + 2 * keys) // tensor + a.hidden_size * queries // tensor
     if not a.num_experts:
         return norms + attention + 3 * a.hidden_size * a.ffn_hidden_size // tensor, 0
     router = a.num_experts * a.hidden_size

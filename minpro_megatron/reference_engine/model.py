@@ -1,9 +1,9 @@
-"""Qwen3 and Qwen3-MoE in float32, one token of one sequence at a time.
+"""The supported models in float32, one token of one sequence at a time.
 
 The arithmetic for a token depends only on the weights and on the tokens before it: not on a batch, other sequences, or
 shapes that vary with other requests. On one thread the same tokens therefore give the same bits. The formulas are those
-of transformers 5.19 (models/qwen3_moe/modeling_qwen3_moe.py). On a tiny model, where the time per token is mostly
-overhead, this implementation is four times as fast.
+of transformers 5.19 (models/qwen3_moe/modeling_qwen3_moe.py and its neighbours). On a tiny model, where the time per
+token is mostly overhead, this implementation is four times as fast.
 
 Shapes: V vocabulary, H hidden, Q query heads, G key/value heads, D head, T tokens so far, F feed-forward, E experts,
 K experts of a token.
@@ -50,20 +50,29 @@ class _Attention:
         heads = self._query_heads + 2 * self._groups
         self._query_key_value = torch.empty(heads * self._head, model.hidden_size)
         self._output = torch.empty(model.hidden_size, self._query_heads * self._head)
-        self._query_norm_D, self._key_norm_D = torch.empty(self._head), torch.empty(self._head)
+        self._bias = torch.empty(heads * self._head) if model.qkv_bias else None
+        self._norms_D = torch.empty(2, self._head) if model.qk_norm else None  # of the queries, and of the keys
         self._nothing = torch.zeros(1)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         queries, groups = self._query_heads * self._head, self._groups * self._head
-        parts = self._query_key_value.split([queries, groups, groups])
-        yield from zip(("q_proj.weight", "k_proj.weight", "v_proj.weight"), parts, strict=True)
-        yield from (("o_proj.weight", self._output), ("q_norm.weight", self._query_norm_D))
-        yield "k_norm.weight", self._key_norm_D
+        for kind, together in (("weight", self._query_key_value), ("bias", self._bias)):
+            if together is not None:
+                parts = together.split([queries, groups, groups])
+                yield from zip((f"q_proj.{kind}", f"k_proj.{kind}", f"v_proj.{kind}"), parts, strict=True)
+        yield "o_proj.weight", self._output
+        if self._norms_D is not None:
+            yield from (("q_norm.weight", self._norms_D[0]), ("k_norm.weight", self._norms_D[1]))
 
     def __call__(self, hidden_H: Tensor, cache: Tensor, position: int, cosine_D: Tensor, sine_D: Tensor) -> Tensor:
-        heads = (self._query_key_value @ hidden_H).view(-1, self._head)
-        queries, keys, values = heads.split([self._query_heads, self._groups, self._groups])
-        rotated = torch.cat((self._norm(queries, self._query_norm_D), self._norm(keys, self._key_norm_D)))
+        projected = self._query_key_value @ hidden_H
+        if self._bias is not None:
+            projected = projected + self._bias
+        heads = projected.view(-1, self._head)
+        rotated, values = heads.split([self._query_heads + self._groups, self._groups])
+        if self._norms_D is not None:
+            queries, keys = rotated.split([self._query_heads, self._groups])
+            rotated = torch.cat((self._norm(queries, self._norms_D[0]), self._norm(keys, self._norms_D[1])))
         rotated = torch.addcmul(rotated * cosine_D, rotated.roll(self._head // 2, -1), sine_D)
         queries, keys = rotated.split([self._query_heads, self._groups])
         cache[position, 0], cache[position, 1] = keys, values

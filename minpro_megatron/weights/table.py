@@ -86,9 +86,9 @@ def check_shape(name: str, found: Shape, expected: Shape) -> None:
         )
 
 
-def _qwen3_rows(a: Architecture) -> list[Row]:
+def _attention_rows(a: Architecture) -> list[Row]:
     vocabulary = Vocabulary(a.padded_vocab_size)
-    embedding, hidden, head = (a.vocab_size, a.hidden_size), (a.hidden_size,), (a.head_dim,)
+    embedding, hidden = (a.vocab_size, a.hidden_size), (a.hidden_size,)
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     layer, hf = "decoder.layers.{layer}.", "model.layers.{layer}."
     attention, hf_attention = layer + "self_attention.", hf + "self_attn."
@@ -102,8 +102,8 @@ def _qwen3_rows(a: Architecture) -> list[Row]:
         Row("embedding.word_embeddings.weight", {EMBEDDING: embedding}, vocabulary),
         Row(layer + "input_layernorm.weight", {hf + "input_layernorm.weight": hidden}, Replicated()),
         Row(attention + "linear_qkv.weight", projections, groups),
-        Row(attention + "q_layernorm.weight", {hf_attention + "q_norm.weight": head}, Replicated()),
-        Row(attention + "k_layernorm.weight", {hf_attention + "k_norm.weight": head}, Replicated()),
+        *(_qkv_bias_rows(attention, projections, groups) if a.qkv_bias else []),
+        *(_qk_norm_rows(attention, hf_attention, a.head_dim) if a.qk_norm else []),
         Row(
             attention + "linear_proj.weight",
             {hf_attention + "o_proj.weight": (a.hidden_size, queries)},
@@ -115,6 +115,18 @@ def _qwen3_rows(a: Architecture) -> list[Row]:
     if not a.tied_embeddings:
         rows.append(Row("output_layer.weight", {OUTPUT: embedding}, vocabulary))
     return rows
+
+
+def _qkv_bias_rows(megatron: str, projections: dict[str, Shape], groups: QueryGroups) -> list[Row]:
+    biases = {name.removesuffix("weight") + "bias": shape[:1] for name, shape in projections.items()}
+    return [Row(megatron + "linear_qkv.bias", biases, groups)]
+
+
+def _qk_norm_rows(megatron: str, hf: str, head_dim: int) -> list[Row]:
+    return [
+        Row(f"{megatron}{part}_layernorm.weight", {f"{hf}{part}_norm.weight": (head_dim,)}, Replicated())
+        for part in ("q", "k")
+    ]
 
 
 def _mlp_rows(megatron: str, hf: str, hidden: int, width: int, axis: Axis) -> list[Row]:
@@ -138,8 +150,9 @@ def _expert_rows(a: Architecture) -> list[Row]:
 
 
 _TABLES: dict[str, list[Callable[[Architecture], list[Row]]]] = {
-    "Qwen3ForCausalLM": [_qwen3_rows, _dense_mlp_rows],
-    "Qwen3MoeForCausalLM": [_qwen3_rows, _expert_rows],
+    "Qwen2ForCausalLM": [_attention_rows, _dense_mlp_rows],
+    "Qwen3ForCausalLM": [_attention_rows, _dense_mlp_rows],
+    "Qwen3MoeForCausalLM": [_attention_rows, _expert_rows],
 }
 
 

@@ -21,16 +21,23 @@ class Start(NamedTuple):
     groups: Groups
 
 
-@pytest.fixture(scope="session")
-def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Start]:
-    """One for each kind of model that `reference.make_model` knows."""
-    made = {}
-    for kind in ("moe", "dense", "tied"):
+class Starts(dict[str, Start]):
+    """One for each kind of model that `reference.make_model` knows, made when it is asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self._factory = factory
+
+    def __missing__(self, kind: str) -> Start:
         model = make_model(kind)
-        path: Path = tmp_path_factory.mktemp(kind)
+        path: Path = self._factory.mktemp(kind)
         model.save_pretrained(path)
-        made[kind] = Start(model, str(path), ragged_groups(model, TEMPERATURE))
-    mixture = made["moe"]
-    # float32 logits are right to about 1e-6
-    assert smallest_routing_gap(mixture.model, in_order(mixture.groups)) > 5e-5, "take another seed for the batch"
-    return made
+        start = self[kind] = Start(model, str(path), ragged_groups(model, TEMPERATURE))
+        if kind == "moe":  # float32 logits are right to about 1e-6
+            assert smallest_routing_gap(model, in_order(start.groups)) > 5e-5, "take another seed for the batch"
+        return start
+
+
+@pytest.fixture(scope="session")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Starts:
+    return Starts(tmp_path_factory)

@@ -1,10 +1,13 @@
 """Models whose memory is planned and counted."""
 
+from dataclasses import replace
+from typing import Any
+
 from minpro_megatron.models.architecture import Architecture
 
 
-def architecture(mixture: bool) -> Architecture:
-    return Architecture(
+def architecture(mixture: bool, **changes: Any) -> Architecture:
+    plain = Architecture(
         name="Qwen3MoeForCausalLM" if mixture else "Qwen3ForCausalLM",
         num_layers=4,
         hidden_size=64,
@@ -20,3 +23,4 @@ def architecture(mixture: bool) -> Architecture:
         norm_epsilon=1e-6,
         tied_embeddings=False,
     )
+    return replace(plain, **changes)

@@ -1,12 +1,11 @@
 """A training step with Hugging Face transformers, plain autograd and torch AdamW: what every mesh must reproduce."""
 
 import copy
-import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,13 +13,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.models.qwen3 import modeling_qwen3
-from transformers.models.qwen3_moe import modeling_qwen3_moe
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.optimizer import OptimizerConfig
-from minpro_megatron.models.architecture import Architecture, read_architecture
+from minpro_megatron.models.architecture import Architecture, parse_architecture
 
 COMMON = {
     "vocab_size": 77,  # not a multiple of anything: the padding columns must stay out of the softmax
@@ -36,19 +40,38 @@ COMMON = {
 }
 
 
+# Other families, in shapes that are odd for every mesh.
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "qwen2": Qwen2Config(
+        **{**COMMON, "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10},
+        intermediate_size=44,
+        architectures=["Qwen2ForCausalLM"],
+    ),
+}
+
+
 def make_model(kind: str) -> PreTrainedModel:
-    """A small Qwen3-MoE ("moe") or dense Qwen3 ("dense", "tied": embedding and output layer are one), with weights
-    large enough that attention and routing matter; "moe of 5", "tied of 3": with so many layers."""
+    """A small Qwen3-MoE ("moe"), a dense Qwen3 ("dense", "tied": embedding and output layer are one) or one of
+    FAMILIES, with weights large enough that attention and routing matter; "moe of 5", "tied of 3": with so many
+    layers."""
     torch.manual_seed(0)
-    config = model_config(kind)
-    model = Qwen3MoeForCausalLM(config) if isinstance(config, Qwen3MoeConfig) else Qwen3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(model_config(kind))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in name else parameter * 5)
+            parameter.copy_(random_values(name, parameter))
     return model
 
 
-def model_config(kind: str) -> Qwen3Config | Qwen3MoeConfig:
+def random_values(name: str, parameter: Tensor) -> Tensor:
+    """Values for a parameter that transformers initialized, in which it would leave norms at 1 and biases at 0."""
+    if "norm" in name:
+        return torch.rand_like(parameter) + 0.5
+    return torch.rand_like(parameter) - 0.5 if name.endswith("bias") else parameter * 5
+
+
+def model_config(kind: str) -> PreTrainedConfig:
+    if kind in FAMILIES:
+        return FAMILIES[kind]
     kind, _, layers = kind.partition(" of ")
     common = {**COMMON, "num_hidden_layers": int(layers)} if layers else COMMON
     if kind == "moe":
@@ -58,18 +81,14 @@ def model_config(kind: str) -> Qwen3Config | Qwen3MoeConfig:
             "norm_topk_prob": True,
             "moe_intermediate_size": 16,
         }
-        return Qwen3MoeConfig(**common, intermediate_size=64, **experts)
+        return Qwen3MoeConfig(**common, intermediate_size=64, **experts, architectures=["Qwen3MoeForCausalLM"])
     # six layers: pipelines of three and six stages are possible, where the mixture allows two and four
     own = {"tied": {"tie_word_embeddings": True}, "dense": {"num_hidden_layers": 6}}[kind]
-    return Qwen3Config(**{**common, **own}, intermediate_size=64)
+    return Qwen3Config(**{**common, **own}, intermediate_size=64, architectures=["Qwen3ForCausalLM"])
 
 
 def model_architecture(kind: str) -> Architecture:
-    name = "Qwen3MoeForCausalLM" if kind == "moe" else "Qwen3ForCausalLM"
-    with tempfile.TemporaryDirectory() as folder:
-        settings = model_config(kind).to_dict() | {"architectures": [name]}
-        Path(folder, "config.json").write_text(json.dumps(settings))
-        return read_architecture(folder)
+    return parse_architecture(model_config(kind).to_dict(), kind)
 
 
 def make_sequences(count: int, longest: int, seed: int = 0) -> list[TokenSequence]:
@@ -186,8 +205,7 @@ def in_float64(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     wide.set_attn_implementation("eager")
     if "Moe" in type(model).__name__:
         wide.set_experts_implementation("eager")  # the grouped product of the default knows no float64
-    dense = mock.patch.object(modeling_qwen3, "torch", _WideTorch())
-    with dense, mock.patch.object(modeling_qwen3_moe, "torch", _WideTorch()):
+    with mock.patch.object(sys.modules[type(model).__module__], "torch", _WideTorch()):
         yield wide
 
 

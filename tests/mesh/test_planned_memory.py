@@ -21,6 +21,8 @@ pytestmark = pytest.mark.mesh
 
 PROMPT_TOKENS, SEQUENCE_TOKENS, ROW_TOKENS = 16, 128, 256
 MAX_ERROR = 0.1  # of each quantity
+QWEN2: dict[str, Any] = {"name": "Qwen2ForCausalLM", "qkv_bias": True, "qk_norm": False}
+FAMILIES = [(QWEN2, {}), (QWEN2, {"tensor": 2, "context": 2})]
 
 
 def run_config(degrees: dict[str, int], recompute: str) -> RunConfig:
@@ -120,7 +122,17 @@ def _moment_bytes(optimizer: Any) -> int:
     ids=str,
 )
 def test_planned_bytes_are_those_that_live(mixture: bool, degrees: dict[str, int], recompute: str, rows: int) -> None:
-    a, config = architecture(mixture), run_config(degrees, recompute)
+    compare_with_plan(architecture(mixture), degrees, recompute, rows)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("changes", "degrees"), FAMILIES, ids=str)
+def test_planned_bytes_of_other_families_are_those_that_live(changes: dict[str, Any], degrees: dict[str, int]) -> None:
+    compare_with_plan(architecture(mixture=False, **changes), degrees, "none", rows=1)
+
+
+def compare_with_plan(a: Architecture, degrees: dict[str, int], recompute: str, rows: int) -> None:
+    config = run_config(degrees, recompute)
     batch = sequences(rows * ROW_TOKENS // SEQUENCE_TOKENS, a.vocab_size)
     ranks = run_mesh(_measure, config, a, batch, **degrees)
     row = Row(ROW_TOKENS, SEQUENCE_TOKENS)

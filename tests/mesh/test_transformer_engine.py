@@ -35,6 +35,7 @@ STEPS: list[tuple[str, dict[str, int]]] = [
     ("moe", {"tensor": 2, "expert_tensor": 2, "data": 2, "expert": 2}),
     ("dense", {"tensor": 2, "context": 2}),
     ("tied", {"pipeline": 2}),
+    ("qwen2", {"tensor": 2, "context": 2}),
 ]
 SAVED_ON: dict[str, int] = {"tensor": 2, "expert": 2}
 CROSSINGS = [  # who saved, who loads; torch's own: test_training_state.py

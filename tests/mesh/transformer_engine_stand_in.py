@@ -136,7 +136,7 @@ class Linear(_Module):
         device: Any = "cuda",
     ) -> None:
         super().__init__()
-        assert not bias
+        assert not (bias and parallel_mode != "column")
         assert not return_bias
         assert not fuse_wgrad_accumulation
         assert parallel_mode in ("column", "row", None)
@@ -146,11 +146,12 @@ class Linear(_Module):
         if parallel_mode:
             sizes[parallel_mode == "row"] //= tp_size
         self.weight = _weight(sizes, parallel_mode, params_dtype, device)
+        self.bias = _weight(sizes[:1], parallel_mode, params_dtype, device) if bias else None
 
     def forward(self, hidden: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
         if self.parallel_mode == "row":
             return self._sum_over_ranks(F.linear(hidden, self.weight))
-        return F.linear(self._whole_sequence(hidden) if self.parallel_mode else hidden, self.weight)
+        return F.linear(self._whole_sequence(hidden) if self.parallel_mode else hidden, self.weight, self.bias)
 
     def _whole_sequence(self, hidden: Tensor) -> Tensor:
         from megatron.core.tensor_parallel import mappings

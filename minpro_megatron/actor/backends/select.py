@@ -24,7 +24,7 @@ class LayerBackend(Protocol):
         ...
 
     def layer(self, config: TransformerConfig) -> ModuleSpec:
-        """One decoder layer of a Qwen3 model."""
+        """One decoder layer of the model."""
         ...
 
 

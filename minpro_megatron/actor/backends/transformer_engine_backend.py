@@ -100,8 +100,8 @@ class TransformerEngineLayers:
                         linear_qkv=modules.column_parallel_layer_norm_linear(),  # type: ignore[arg-type]
                         core_attention=modules.core_attention(),
                         linear_proj=modules.row_parallel_linear(),
-                        q_layernorm=TransformerEngineRMSNorm,
-                        k_layernorm=TransformerEngineRMSNorm,
+                        q_layernorm=TransformerEngineRMSNorm if config.qk_layernorm else None,
+                        k_layernorm=TransformerEngineRMSNorm if config.qk_layernorm else None,
                     ),
                 ),
                 self_attn_bda=add_residual,

@@ -1,4 +1,7 @@
-"""The config.json of models for which runs are planned before the models are downloaded: one JSON file per model."""
+"""The config.json of models for which runs are planned before the models are downloaded: one JSON file per model.
+
+Each has the values of the config.json of the release that its name says, or that it names as `_name_or_path`.
+"""
 
 import json
 from pathlib import Path
@@ -9,7 +12,7 @@ from minpro_megatron.models.architecture import Architecture, parse_architecture
 
 FOLDER = Path(__file__).resolve().parent
 # Suffixes of releases of a model with the same sizes.
-_VARIANTS = ("-base", "-instruct-2507", "-thinking-2507")
+_VARIANTS = ("-base", "-instruct", "-instruct-2507", "-thinking-2507")
 
 
 def known_names() -> list[str]:

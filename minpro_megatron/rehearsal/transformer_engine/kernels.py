@@ -56,12 +56,16 @@ def generic_gemm(
     quantizer: None,
     out_dtype: int | None,
     bias: Tensor | None,
+    bias_dtype: int,
+    gelu: bool,
+    gelu_input: None,
+    is_gradient: bool,
     *unused: Any,
     **also_unused: Any,
-) -> tuple[Tensor, None, None, None]:
-    """(product, no gradient of a bias, no input of an activation, nothing else) (gemm.cpp:144)."""
+) -> tuple[Tensor, Tensor | None, None, None]:
+    """(product, gradient of a bias, no input of an activation, nothing else) (gemm.cpp:144)."""
     assert quantizer is None
-    assert bias is None
+    assert not gelu
     assert a.dtype == b.dtype, (a.dtype, b.dtype)
     assert a.is_cuda
     assert b.is_cuda
@@ -69,7 +73,11 @@ def generic_gemm(
     if out is None:
         out = _empty(a, *shape, dtype=None if out_dtype is None else _torch_dtype(out_dtype))
     assert out.numel() == torch.Size(shape).numel(), (out.shape, shape)
-    return out, None, None, None
+    if bias is None:
+        return out, None, None, None
+    columns = b.shape[-1] if is_gradient else shape[-1]
+    assert bias.shape == (columns,), (bias.shape, columns)
+    return out, _empty(a, columns, dtype=out.dtype) if is_gradient else None, None, None
 
 
 def _torch_dtype(number: int) -> torch.dtype:

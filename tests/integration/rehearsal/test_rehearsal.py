@@ -95,3 +95,17 @@ def test_every_kind_of_stage(settings: list[str]) -> None:
         assert "publish" in [phase.name for phase in rank.phases]
         if rank.rank == 0:
             assert_planned(rank, "publishing", within=0.1)
+
+
+# A model of each family besides Qwen3, on a mesh that divides it, with nothing recomputed.
+FAMILIES = {"qwen2.5-7b": ("parallel.tensor=4", "parallel.data=2")}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", FAMILIES)
+def test_a_rank_of_another_family(model: str) -> None:
+    settings = (f"model.hf_path={model}", "model.recompute=none", *FAMILIES[model])
+    (rank,) = rehearse("recipes.qwen3_8b:minpro", *settings, "--layers", "3")
+    assert rank.problems == []
+    assert_planned(rank, "weights", "gradients", "optimizer", "training", "building", "publishing")
