@@ -107,6 +107,10 @@ class Engine:
             raise CacheInUse
         self._prefixes.clear()
 
+    def is_idle(self) -> bool:
+        """Whether no response is under way; while generation is paused, new ones may wait."""
+        return not (self._running or self._waiting or (self._arriving and not self._is_paused))
+
     def load_weights(self, tensors: list[tuple[str, torch.Tensor]], version: str | None) -> None:
         """Raises ValueError for a wrong shape. Running responses keep their caches, prompts do not."""
         self.model.load(tensors)

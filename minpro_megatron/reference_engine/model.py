@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.nn import functional
 
 from minpro_megatron.errors import UserError
@@ -153,6 +153,7 @@ class Model:
         self._head_VH = self._embedding_VH if architecture.tied_embeddings else torch.empty_like(self._embedding_VH)
         self._cosines, self._sines = _rotations(architecture, max_tokens)
         self.weights: Mapping[str, Tensor] = dict(self._named_weights())
+        self._released: list[tuple[UntypedStorage, int]] = []  # and their bytes
 
     @classmethod
     def from_hf(cls, architecture: Architecture, hf_path: str, max_tokens: int) -> Self:
@@ -190,12 +191,27 @@ class Model:
         for weight, tensor, _ in known:
             weight.copy_(tensor)
 
+    def release(self) -> None:
+        """Frees the memory of the weights until `resume`."""
+        blocks = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in self.weights.values()}
+        self._released = [(block, block.nbytes()) for block in blocks.values()]
+        for block, _ in self._released:
+            block.resize_(0)
+
+    def resume(self) -> None:
+        """Allocates the memory of the weights again. They are NaN until `load`, so that a weight that is not sent
+        cannot pass for the right one."""
+        for block, num_bytes in self._released:
+            block.resize_(num_bytes)
+        self._released = []
+        for weight in self.weights.values():
+            weight.fill_(torch.nan)
+
     def checksums(self) -> dict[str, str]:
         """16 hexadecimal digits of each tensor's SHA-256."""
-        return {
-            name: hashlib.sha256(weight.contiguous().numpy().data).hexdigest()[:16]
-            for name, weight in self.weights.items()
-        }
+        # of copies: torch does not free memory that numpy has seen
+        copies = ((name, weight.clone(memory_format=torch.contiguous_format)) for name, weight in self.weights.items())
+        return {name: hashlib.sha256(copy.numpy().data).hexdigest()[:16] for name, copy in copies}
 
     def step(self, token: int, cache: KeyValueCache) -> Tensor:
         """The last layer's output [H] for `token`, which follows the tokens in the cache and is added to it."""

@@ -17,6 +17,7 @@ import msgspec
 from aiohttp import web
 
 from minpro_megatron.reference_engine.engine import CacheInUse, Engine
+from minpro_megatron.reference_engine.memory import MemoryParts, OccupiedMemory
 from minpro_megatron.reference_engine.requests import (
     Abort,
     CheckWeights,
@@ -58,6 +59,7 @@ class Server:
         self._make_responses = ResponseMaker(vocabulary_size, frozenset(stop_token_ids), context_length)
         self._authorization = None if api_key is None else f"Bearer {api_key}"
         self._groups = UpdateGroups()
+        self._memory = OccupiedMemory(engine)
         self._update_is_open = False
 
     def application(self) -> web.Application:
@@ -84,6 +86,8 @@ class Server:
             "/update_weights_from_disk": self._update_from_disk,
             "/update_weight_version": self._update_version,
             "/weights_checker": self._check_weights,
+            "/release_memory_occupation": self._release_memory,
+            "/resume_memory_occupation": self._resume_memory,
             "/freeze_gc": self._freeze_gc,
         }
         application.add_routes([web.get(path, handler) for path, handler in gets.items()])
@@ -250,6 +254,8 @@ class Server:
 
     async def _check_weights(self, request: web.Request) -> web.Response:
         await _decoded(request, CheckWeights)
+        if not await self._between_tokens(lambda: self._memory.has_weights):
+            return _outcome("the weights are released", success=False)
         checksums = await self._between_tokens(self._engine.model.checksums)
         lines = (f"{name}={checksum}\n" for name, checksum in sorted(checksums.items()))
         total = hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -257,6 +263,16 @@ class Server:
         place |= {"role": "target", "rank": 0, "size": 1}
         rank = {"checksums": checksums, "per_gpu_checksum": total, "parallelism_info": [place]}
         return _json({"success": True, "message": "Success.", "ranks": [rank], "per_engine_checksum": total})
+
+    async def _release_memory(self, request: web.Request) -> web.Response:
+        asked = await _decoded(request, MemoryParts)
+        await self._between_tokens(lambda: self._memory.release(asked))
+        return _json(None)
+
+    async def _resume_memory(self, request: web.Request) -> web.Response:
+        asked = await _decoded(request, MemoryParts)
+        await self._between_tokens(lambda: self._memory.resume(asked))
+        return _json(None)
 
     async def _freeze_gc(self, _: web.Request) -> web.Response:
         gc.freeze()

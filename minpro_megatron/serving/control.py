@@ -18,6 +18,8 @@ from minpro_megatron.serving.answer_limits import MAX_CONTROL_BYTES, MAX_INFO_BY
 # make SGLang treat the request as greedy: a batch of only greedy requests returns log-probs of temperature 1.
 GREEDY_TOP_P = 1e-9
 
+MemoryPart = Literal["weights", "kv_cache"]
+
 
 class ControlError(ProjectError):
     """A server refused or failed a control request; the message names server, request and reason."""
@@ -173,6 +175,15 @@ class ServerControl:
     def update_weight_version(self, *, weight_version: int) -> None:
         """Changes the version that the server reports for its weights; the weights do not change."""
         self._post("update_weight_version", {"new_version": str(weight_version), "abort_all_requests": False})
+
+    def release_memory_occupation(self, *, tags: Sequence[MemoryPart]) -> None:
+        """Frees these parts of the server's memory. A server that is not idle ends: see serving/handover.py."""
+        self._post("release_memory_occupation", {"tags": list(tags)})
+
+    def resume_memory_occupation(self, *, tags: Sequence[MemoryPart]) -> None:
+        """Allocates these parts again. The weights are undefined until they are sent. A part that is not released ends
+        the server."""
+        self._post("resume_memory_occupation", {"tags": list(tags)})
 
     def weights_checksum(self) -> WeightsChecksum:
         """The checksums that the server computes over its current weights."""

@@ -29,6 +29,7 @@ from minpro_megatron.serving.client import MAX_ATTEMPTS, SamplingParameters, Ser
 from minpro_megatron.serving.control import ControlError, ServerControl
 from minpro_megatron.serving.endpoints import write_server_address
 from minpro_megatron.serving.errors import WrongPolicyVersion
+from minpro_megatron.serving.handover import release_memory
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
 from tests.e2e.random_models import (
     log_probs_by_transformers,
@@ -177,6 +178,42 @@ def test_new_weights_are_used_and_their_version_is_reported(running: Running) ->
     _load_once_idle(control, running.folder)
     assert control.weights_checksum() == before
     control.close()
+
+
+def test_a_server_gives_its_memory_away_and_takes_it_back_with_other_weights(running: Running) -> None:
+    """While requests are under way, which must be ended first: SGLang ends when it releases memory while it is busy."""
+    control = running.control()
+    before = control.weights_checksum()
+    asyncio.run(_release_while_sampling(running, control))
+    assert control.policy_version() == 0  # it answers, and is not taken for dead
+    control.resume_memory_occupation(tags=["weights"])
+    control.update_weights_from_disk(model_path=str(running.other_folder), weight_version=1, flush_cache=False)
+    assert control.weights_checksum().engine != before.engine
+    control.resume_memory_occupation(tags=["kv_cache"])
+    control.continue_generation()
+    sampled = running.generate(version=1)
+    assert running.largest_difference(running.other_folder, sampled) < 1e-4
+    release_memory(control)
+    for part in ("weights", "kv_cache"):
+        control.resume_memory_occupation(tags=[part])
+    control.update_weights_from_disk(model_path=str(running.folder), weight_version=0)
+    control.continue_generation()
+    assert control.weights_checksum() == before
+    control.close()
+
+
+async def _release_while_sampling(running: Running, control: ServerControl) -> None:
+    """Responses are under way when the release is asked for; what it aborts is not continued."""
+    sampling = SamplingParameters(1.0, MAX_RESPONSE_TOKENS)
+    async with running.client() as client:
+        requests = [asyncio.create_task(client.generate(PROMPTS[0], [seed], sampling, 0)) for seed in range(64)]
+        await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
+        releasing = asyncio.create_task(asyncio.to_thread(release_memory, control))
+        await asyncio.wait([releasing])
+        for request in requests:  # those that the release has aborted wait in the server to be continued
+            request.cancel()
+        await asyncio.wait(requests)
+        releasing.result()
 
 
 def _load_once_idle(control: ServerControl, folder: Path) -> None:

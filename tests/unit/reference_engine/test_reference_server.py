@@ -11,11 +11,14 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from safetensors.torch import save_file
 
+from minpro_megatron.reference_engine import memory
 from minpro_megatron.reference_engine.engine import Engine
+from minpro_megatron.reference_engine.model import Model
 from minpro_megatron.reference_engine.server import Server
 from tests.support.reference_models import computed, random_model, random_tensors, sampled, spans
 
 STOP_TOKEN = 31
+SEEDED = {"max_new_tokens": 4, "sampling_seed": 5, "ignore_eos": True}
 
 
 class Post:
@@ -217,6 +220,81 @@ def test_a_cache_in_use_is_not_flushed(tmp_path: Path):
         await ask("/continue_generation")
         assert [version for version, *_ in spans((await generating)[1])] == ["0", "1"]
         assert (await ask("/flush_cache"))[0] == 200
+
+    serve(test)
+
+
+def test_released_weights_take_no_memory_and_come_back_when_they_are_sent(tmp_path: Path):
+    save_file(dict(random_tensors(1)), tmp_path / "model.safetensors")
+    both = {"tags": ["kv_cache", "weights"]}
+
+    async def test(ask: Post) -> None:
+        model = ask._engine.model
+        num_bytes = sum(weight.nbytes for weight in model.weights.values())
+        assert occupied(model) == num_bytes
+        before = await ask("/weights_checker", {"action": "checksum"})
+        await ask("/generate", greedy([1, 2]))
+        assert await ask("/pause_generation", {"mode": "abort"}) == (
+            200,
+            {"message": "Generation paused successfully.", "status": "ok"},
+        )
+        assert await ask("/release_memory_occupation", both) == (200, None)
+        assert occupied(model) == 0
+        assert (await ask("/model_info", method="GET"))[1]["weight_version"] == "0"
+        status, answer = await ask("/weights_checker", {"action": "checksum"})
+        assert (status, answer["message"]) == (400, "the weights are released")
+        waiting = asyncio.create_task(ask("/generate", greedy([1, 2])))
+        assert await ask("/resume_memory_occupation", {"tags": ["weights"]}) == (200, None)
+        assert occupied(model) == num_bytes
+        assert all(weight.isnan().all() for weight in model.weights.values())
+        loaded = {"model_path": str(tmp_path), "weight_version": "1", "flush_cache": False}
+        assert (await ask("/update_weights_from_disk", loaded))[0] == 200
+        assert (await ask("/weights_checker", {"action": "checksum"}))[1] != before[1]
+        assert await ask("/resume_memory_occupation", {"tags": ["kv_cache"]}) == (200, None)
+        assert (await ask("/continue_generation"))[0] == 200
+        _, answer = await waiting
+        assert spans(answer) == [("1", 0, 4)]
+        request = {"input_ids": [1, 2], "sampling_params": SEEDED, "return_logprob": True}
+        _, after = await ask("/generate", request)
+        assert sampled(after) == computed([1, 2], 5, 4, [random_model(1)])
+
+    serve(test)
+
+
+def occupied(model: Model) -> int:
+    """Bytes of the weights in memory."""
+    blocks = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in model.weights.values()}
+    return sum(block.nbytes() for block in blocks.values())
+
+
+@pytest.mark.parametrize("path", ["/release_memory_occupation", "/resume_memory_occupation"])
+def test_what_ends_sglang_ends_the_engine(path: str, monkeypatch: pytest.MonkeyPatch):
+    """A release while a response is under way, and the resumption of what was not released."""
+
+    class Ended(Exception):
+        pass
+
+    def end(why: str) -> None:
+        raise Ended(why)
+
+    monkeypatch.setattr(memory, "end_process", end)
+
+    async def test(ask: Post) -> None:
+        go_on, calls = threading.Event(), ask._engine._calls
+        stuck = ask._engine.call(go_on.wait)
+        generating = asyncio.create_task(ask("/generate", greedy([1])))
+        while calls.qsize() < 1:
+            await asyncio.sleep(0.001)
+        asked = asyncio.create_task(ask(path, {"tags": ["weights"]}))
+        while calls.qsize() < 2:
+            await asyncio.sleep(0.001)
+        go_on.set()
+        assert (await asked)[0] == 500
+        assert len((await generating)[1]["output_ids"]) == 4  # nothing was freed
+        assert await asyncio.wrap_future(stuck)
+        status, answer = await ask(path, {"tags": ["all of it"]})
+        assert status == 400
+        assert "all of it" in answer["error"]["message"]
 
     serve(test)
 
