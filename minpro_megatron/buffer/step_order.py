@@ -19,6 +19,18 @@ weights that compute them.
 
 With n = 0, and in bounded mode, whose batches contain tokens up to the current version, a batch is fetched right before
 its step.
+
+Where trainer and servers share their GPUs they work in turns. The servers do everything that their version has to
+sample, then release their memory, and take it back for the next version. With n = 2 a run of four global steps is then:
+
+    step 0: release (version 0 has sampled batches 0, 1 and 2), fetch 0, fetch 1, fetch 2, train 0, save 1, publish 1
+    step 1: release (version 1 has sampled batch 3), fetch 3 (scored with version 1), train 1, save 2, publish 2
+    step 2: release (version 2 has nothing to sample but evaluations), train 2, save 3, publish 3
+    step 3: release, train 3, save 4, publish 4
+
+Each batch is sampled and scored with the same versions as above. The weights that sampled it are in place when it is
+scored, so the trainer keeps no copy of earlier ones. A checkpoint copies the states from the device, which they leave
+when the version is published, so it comes before that.
 """
 
 from collections.abc import Iterator
@@ -50,13 +62,20 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class Release:
+    """The servers have done all work of `version` and release their memory until the next version is published."""
+
+    version: int
+
+
+@dataclass(frozen=True)
 class Save:
     """The step is reported, and saving a checkpoint of `version` may start."""
 
     version: int
 
 
-Event = Fetch | Train | Publish | Save
+Event = Release | Fetch | Train | Publish | Save
 
 
 def steps_ahead(staleness: StalenessConfig) -> int:
@@ -66,24 +85,26 @@ def steps_ahead(staleness: StalenessConfig) -> int:
 
 @dataclass(frozen=True)
 class StepOrder:
-    """The order of global steps `first` to `num_steps` - 1; `ahead` is `steps_ahead` of the run."""
+    """The order of global steps `first` to `num_steps` - 1; `ahead` is `steps_ahead` of the run. `in_turns`: trainer
+    and servers share their GPUs."""
 
     num_steps: int
     ahead: int
     first: int = 0
+    in_turns: bool = False
 
     @property
     def steps(self) -> range:
         return range(self.first, self.num_steps)
 
     def before_first_step(self) -> Iterator[Fetch]:
-        """The batches that are fetched before the first step.
+        """The batches that are fetched before the first step; in turns it is the first step that fetches them.
 
         >>> [fetch.batch for fetch in StepOrder(num_steps=6, ahead=2, first=3).before_first_step()]
         [3, 4]
         """
-        for batch in range(self.first, min(self.first + self.ahead, self.num_steps)):
-            yield Fetch(batch, self.first)
+        if not self.in_turns:
+            yield from self._fetches(self.first, self.first + self.ahead, self.first)
 
     def of_step(self, step: int) -> Iterator[Event]:
         """What happens in global step `step`, in order.
@@ -91,6 +112,9 @@ class StepOrder:
         >>> list(StepOrder(num_steps=4, ahead=2).of_step(1))
         [Train(step=1), Publish(version=2), Fetch(batch=3, version=1), Save(version=2)]
         """
+        if self.in_turns:
+            yield from self._turn(step)
+            return
         if self.ahead == 0:
             yield Fetch(step, step)
         yield Train(step)
@@ -98,3 +122,15 @@ class StepOrder:
         if self.ahead and step + self.ahead < self.num_steps:
             yield Fetch(step + self.ahead, step)
         yield Save(step + 1)
+
+    def _turn(self, step: int) -> Iterator[Event]:
+        yield Release(step)
+        yield from self._fetches(step if step == self.first else step + self.ahead, step + self.ahead + 1, step)
+        yield Train(step)
+        yield Save(step + 1)
+        yield Publish(step + 1)
+
+    def _fetches(self, first: int, end: int, version: int) -> Iterator[Fetch]:
+        """Of the batches `first` to `end` - 1, as far as the run has them."""
+        for batch in range(first, min(end, self.num_steps)):
+            yield Fetch(batch, version)

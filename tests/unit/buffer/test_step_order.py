@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from minpro_megatron.buffer.staleness import sampling_version
-from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train
+from minpro_megatron.buffer.step_order import Fetch, Publish, Release, Save, StepOrder, Train
 
 CASES = [(n, ahead, first) for n, ahead, first in product(range(6), range(5), range(6)) if first <= n]
 
@@ -53,3 +53,44 @@ def test_a_checkpoint_comes_after_the_scores_that_its_weights_cannot_compute(
             fetched.add(event.batch)
         if isinstance(event, Save):
             assert fetched >= set(range(first, min(event.version + ahead, num_steps)))
+
+
+@pytest.mark.parametrize(("num_steps", "ahead", "first"), CASES)
+def test_in_turns_each_step_does_the_same_and_the_servers_never_hold_memory_while_it_trains(
+    num_steps: int, ahead: int, first: int
+) -> None:
+    apart = events_of(StepOrder(num_steps, ahead, first))
+    events = events_of(StepOrder(num_steps, ahead, first, in_turns=True))
+    released = False
+    for event in events:
+        match event:
+            case Release(version):
+                assert not released
+                assert version == sum(isinstance(one, Train) for one in events[: events.index(event)]) + first
+                released = True
+            case Publish():
+                assert released
+                released = False
+            case _:
+                assert released
+    assert not released  # the last version is evaluated
+    assert {event for event in events if not isinstance(event, Release)} == set(apart)
+    assert len(events) == len(apart) + num_steps - first
+
+
+@pytest.mark.parametrize(("num_steps", "ahead", "first"), CASES)
+def test_in_turns_a_batch_is_scored_with_the_weights_in_place_and_before_they_change(
+    num_steps: int, ahead: int, first: int
+) -> None:
+    in_place, fetched = first, set()
+    for event in events_of(StepOrder(num_steps, ahead, first, in_turns=True)):
+        match event:
+            case Fetch(batch, version):
+                assert version == in_place
+                assert first > 0 or version == sampling_version(batch, ahead)
+                fetched.add(batch)
+            case Train(step):
+                assert fetched >= {step, *range(first, min(step + ahead + 1, num_steps))}
+                in_place = step + 1
+            case Save(version) | Publish(version):
+                assert version == in_place
