@@ -12,7 +12,7 @@ from minpro_megatron.commands import prefixes
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
 from minpro_megatron.launch import prefix_prompts
 from minpro_megatron.launch.prefix_prompts import PROMPTS, first_right_responses, next_tasks
-from minpro_megatron.prompt_sets.prefixes import Cuts, cut_places, prefixes_of, training_rows
+from minpro_megatron.prompt_sets.prefixes import Cuts, Texts, Trace, cut_places, prefixes_of, training_rows
 from minpro_megatron.prompts.prompts import TokenizedPrompt, load_prompts
 from minpro_megatron.records import Prompt
 from tests.support.calculator_models import write_calculator_model
@@ -101,10 +101,14 @@ def test_rounding_does_not_move_a_bound() -> None:
     assert list(cut_places(3, Cuts(3, 0.01, 0.99, 0))) == [1, 2]
 
 
+def cut_texts(trace: str, prompt_id: str, tokenizer: Texts, cuts: Cuts = CUTS) -> list[str]:
+    return [one.text for one in prefixes_of(Trace(trace), prompt_id, tokenizer, cuts)]
+
+
 def test_all_places_are_equally_likely() -> None:
     trace, seen = "abcdefghijklmno", Counter()  # 15 tokens of a byte each
     for number in range(1400):
-        cut = prefixes_of(trace, f"p{number}", Bytes(), CUTS)
+        cut = cut_texts(trace, f"p{number}", Bytes())
         assert cut == sorted(set(cut), key=len)
         assert len(cut) == 3
         assert all(trace.startswith(text) for text in cut)
@@ -115,10 +119,10 @@ def test_all_places_are_equally_likely() -> None:
 
 def test_cuts_depend_on_seed_and_id_alone() -> None:
     trace = "abcdefghijklmno"
-    first = prefixes_of(trace, "p", Bytes(), CUTS)
-    assert prefixes_of(trace, "p", Bytes(), CUTS) == first
-    others = [prefixes_of(trace, f"q{number}", Bytes(), CUTS) for number in range(5)]
-    reseeded = [prefixes_of(trace, "p", Bytes(), Cuts(3, 0.4, 0.8, seed)) for seed in range(1, 6)]
+    first = cut_texts(trace, "p", Bytes())
+    assert cut_texts(trace, "p", Bytes()) == first
+    others = [cut_texts(trace, f"q{number}", Bytes()) for number in range(5)]
+    reseeded = [cut_texts(trace, "p", Bytes(), Cuts(3, 0.4, 0.8, seed)) for seed in range(1, 6)]
     assert any(other != first for other in others)
     assert any(other != first for other in reseeded)
 
@@ -126,21 +130,23 @@ def test_cuts_depend_on_seed_and_id_alone() -> None:
 def test_no_cut_lies_inside_a_character() -> None:
     trace = "ab€€cd€€ef"  # 3 bytes each
     for number in range(50):
-        for text in prefixes_of(trace, f"p{number}", Bytes(), CUTS):
+        for text in cut_texts(trace, f"p{number}", Bytes()):
             assert trace.startswith(text)
             assert 0.4 * 18 <= len(text.encode()) <= 0.8 * 18
-    assert prefixes_of("€", "p", Bytes(), Cuts(3, 0.1, 0.9, 0)) == []
+    assert cut_texts("€", "p", Bytes(), Cuts(3, 0.1, 0.9, 0)) == []
 
 
 def test_a_prefix_has_the_tokens_that_the_trace_begins_with() -> None:
     """Places 4 to 8 of 10 tokens; at 6 and 8 the text alone would be other tokens."""
     for number in range(20):
-        assert prefixes_of("abcdefghij", f"p{number}", EndsMatter(), CUTS) == ["abcd", "abcde", "abcdefg"]
+        assert cut_texts("abcdefghij", f"p{number}", EndsMatter()) == ["abcd", "abcde", "abcdefg"]
 
 
 def test_rows_are_three_prefixed_to_one_plain_and_a_run_reads_them(tmp_path: Path) -> None:
     prompts = [prompt(0, pass_rate=0.25), prompt(1), prompt(2)]
-    rows = training_rows(prompts, {"p0": "abcdefghij", "p2": "xy"}, Bytes(), CUTS)
+    traces = {"p0": Trace("abcdefghij"), "p2": Trace("xy", origin="run before")}
+    prefixes = {name: prefixes_of(trace, name, Bytes(), CUTS) for name, trace in traces.items()}
+    rows = training_rows(prompts, traces, prefixes)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = load_prompts(path, "data.train_file")
@@ -150,6 +156,31 @@ def test_rows_are_three_prefixed_to_one_plain_and_a_run_reads_them(tmp_path: Pat
     # the pass rate is the plain prompt's
     assert all(one.prefix and one.pass_rate is None for one in read[1:4])
     assert all((one.text, one.answer) == (prompts[0].text, prompts[0].answer) for one in read[:4])
+    assert [row["trace"]["from"] for row in rows if "prefix" in row] == ["sampled"] * 3 + ["run before"]
+    assert all(row["trace"]["given"] == len(row["prefix"]) for row in rows if "prefix" in row)
+
+
+def test_a_row_keeps_its_system_message_and_metadata() -> None:
+    """The chat template presents the one, and the reward reads the other."""
+    whole = Prompt(id="p", source="s", text="?", answer="1", system="Be brief.", metadata={"level": [1, None]})
+    trace = Trace("abcdefghij")
+    rows = training_rows([whole], {"p": trace}, {"p": prefixes_of(trace, "p", Bytes(), CUTS)})
+    assert len(rows) == 4
+    assert all((row["system"], row["metadata"]) == ("Be brief.", {"level": [1, None]}) for row in rows)
+
+
+def test_a_trace_is_cut_between_the_tokens_that_were_sampled() -> None:
+    """Sampled tokens need not be those that the text has by itself; a cut is made only where both are the same."""
+    sampled = np.asarray([ord("a"), ord("b"), ord("c"), ord("f") + 1000, ord("g"), ord("h") + 1000], np.int32)
+    cuts = Cuts(count=5, shortest=0.01, longest=0.99, seed=0)
+    found = prefixes_of(Trace("abcfgh", token_ids=sampled), "p", EndsMatter(), cuts)
+    # after 4 tokens the text ends with the f that was sampled; after 5, f is inside the text and another token
+    assert [(one.text, one.num_tokens, one.trace_tokens) for one in found] == [
+        ("a", 1, 6),
+        ("ab", 2, 6),
+        ("abc", 3, 6),
+        ("abcf", 4, 6),
+    ]
 
 
 @pytest.fixture
@@ -159,24 +190,25 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     rows = [{"id": f"p{n}", "source": "s", "prompt": f"{n}+1=", "answer": "7"} for n in range(3)]
     (tmp_path / "hard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    async def sample(config: object, file: SampleFile, prompts: object, max_samples: int, seed: int) -> None:
-        calls.append(max_samples)
+    async def sample(work: object, file: SampleFile) -> None:
         file.append(group("p0", 0, ("1,2,3,4,5,6,7", 1.0, "stop"), ("8", 0.0, "stop")))
         for number in (1, 2):
             file.append(group(f"p{number}", 0, ("8", 0.0, "stop"), ("8", 0.0, "stop")))
 
-    calls: list[int] = []
-    monkeypatch.setattr(prefix_prompts, "sample_traces", sample)
+    monkeypatch.setattr(prefix_prompts, "sample_rounds", sample)
     names = {"--model": model, "--prompts": tmp_path / "hard.jsonl", "--output": tmp_path / "out.jsonl"}
     options = [str(part) for pair in names.items() for part in pair]
     return [*options, "--max-samples", "2", "--reward", "calculator", "--engine", "reference"]
 
 
 def test_the_command_writes_rows_plain_rows_and_a_report(given: list[str], tmp_path: Path) -> None:
-    assert prefixes.main([*given, "--plain-output", str(tmp_path / "plain.jsonl")]) == 0
+    others = ["--plain-output", str(tmp_path / "plain.jsonl"), "--demonstrations", str(tmp_path / "sft.jsonl")]
+    assert prefixes.main([*given, *others]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [("prefix" in row, row["prompt"]) for row in rows] == [(False, "0+1=")] + [(True, "0+1=")] * 3
     assert [json.loads(line) for line in (tmp_path / "plain.jsonl").read_text().splitlines()] == rows[:1]
+    demonstrations = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
+    assert demonstrations == [rows[0] | {"response": "1,2,3,4,5,6,7", "trace": "sampled"}]
     report = json.loads((tmp_path / "out.report.json").read_text())
     assert report == {"prompts": 3, "samples": 6, "plain_rows": 1, "prefixed_rows": 3}
 
@@ -188,7 +220,7 @@ def test_other_cuts_sample_nothing_again(given: list[str], tmp_path: Path, monke
     async def sample(*_: object) -> None:
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(prefix_prompts, "sample_traces", sample)
+    monkeypatch.setattr(prefix_prompts, "sample_rounds", sample)
     assert prefixes.main(given) == 0
     assert (tmp_path / "out.jsonl").read_text() == first
     assert prefixes.main([*given, "--prefixes", "1", "--longest", "0.5"]) == 0
