@@ -43,3 +43,27 @@ def prefixed() -> RunConfig:
 def plain() -> RunConfig:
     """The same run on the same problems without prefixes, to compare."""
     return with_overrides(prefixed(), ["name=plain-rl", f"data.train_file={FOLDER / 'plain.jsonl'}"])
+
+
+def supervised() -> RunConfig:
+    """Supervised fine-tuning on the traces that the prefixes are cut from, for six epochs of 48 traces."""
+    return with_overrides(
+        prefixed(),
+        [
+            "name=prefix-rl-sft",
+            "objective.name=sft",
+            f"data.demonstrations={FOLDER / 'demonstrations.jsonl'}",
+            "num_global_steps=18",
+            "batch.num_prompts=16",
+            "batch.mini_batch_prompts=16",
+            "batch.responses_per_prompt=1",
+            "staleness.delay_steps=0",
+        ],
+    )
+
+
+def after_supervised() -> RunConfig:
+    """The run on plain problems, from the weights of `supervised`."""
+    folder = FOLDER / "after_sft"
+    paths = [f"model.hf_path={folder / 'hf'}", f"model.megatron_path={folder / 'megatron'}"]
+    return with_overrides(plain(), ["name=sft-then-rl", *paths])

@@ -61,7 +61,7 @@ class PolicyLoss:
     def survey(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, PolicyTokens]:
         """The tokens in the form that the objective takes, for its survey of the mini-batch."""
         nothing = scores.log_probs_L.new_zeros(())
-        return nothing, nothing.int(), self._tokens(scores, micro_batch, self._others(micro_batch))
+        return nothing, nothing.int(), self._tokens(scores, micro_batch, self._others(scores, micro_batch))
 
     def inspect(self, scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Per-token results by name, each [L], and the `slots` that they belong to."""
@@ -77,7 +77,7 @@ class PolicyLoss:
     def _terms(
         self, scores: TokenScores, micro_batch: MicroBatch
     ) -> tuple[PolicyTokens, ObjectiveTerms, Effects, OtherLogProbs]:
-        others = self._others(micro_batch)
+        others = self._others(scores, micro_batch)
         tokens = self._tokens(scores, micro_batch, others)
         terms = self.objective.terms(tokens, self.objective_settings)
         return tokens, *corrected(terms, tokens, others, self.settings), others
@@ -103,8 +103,10 @@ class PolicyLoss:
             micro_batch.surveyed_L,
         )
 
-    @staticmethod
-    def _others(micro_batch: MicroBatch) -> OtherLogProbs:
+    def _others(self, scores: TokenScores, micro_batch: MicroBatch) -> OtherLogProbs:
+        if not self.objective_settings.compares_policies:  # every ratio is 1
+            own = scores.log_probs_L.detach()
+            return OtherLogProbs(behavior_L=own, rollout_L=own, proximal_L=own, reference_L=own)
         return OtherLogProbs(
             behavior_L=micro_batch.tensor("behavior_log_probs_L"),
             rollout_L=micro_batch.tensor("rollout_log_probs_L"),

@@ -43,7 +43,7 @@ from minpro_megatron.metrics.metric import Metric, mean
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.objective import correction_statistics
 from minpro_megatron.objective.across_ranks.group_ranks import GroupRanks
-from minpro_megatron.objective.diagnostics import as_metrics
+from minpro_megatron.objective.diagnostics import as_metrics, without_comparisons
 from minpro_megatron.objective.registry import objective_for
 from minpro_megatron.objective.terms import MiniBatch
 from minpro_megatron.parallel.mesh import Mesh
@@ -235,6 +235,8 @@ class Policy:
         self._optimizer.zero_grad()
         trained = self._run(self._loss.train, micro_batches, routing, forward_only=False)
         metrics, histograms = as_metrics([one.statistics for one in trained])
+        if not self._config.objective.compares_policies:
+            metrics, histograms = without_comparisons(metrics), {}
         corrections = correction_statistics.as_metrics([one.corrections for one in trained if one.corrections])
         log_probs = None
         if self._records_log_probs:

@@ -89,6 +89,8 @@ class Updates:
 
     def _refuse_an_unequal_start(self, result: UpdateResult, step: int) -> None:
         """Checks the first mini-batch of global step 0 that has a token to train on."""
+        if not self._config.objective.compares_policies:
+            return
         if (
             self._config.staleness.behavior_log_probs == "rollout"
         ):  # those differ by the rounding of the servers' engine
@@ -109,10 +111,11 @@ class Updates:
             return
         metrics = values(merge(self._mesh.from_all_ranks(result.metrics)))
         names = self._policy.parameters_with_broken_gradient()
+        ratio = f", largest ratio {metrics['ratio/max']:.4g}" if "ratio/max" in metrics else ""
         raise RunFailed(
             f"global step {step}, update {self.count}: the gradient was not finite {self._broken_in_a_row} times in "
-            f"a row. Loss {metrics['objective/loss']:.4g}, largest ratio {metrics['ratio/max']:.4g}, entropy "
-            f"{metrics['policy/entropy']:.4g}; {len(names)} parameters have such gradients, first {names[:3]}. "
+            f"a row. Loss {metrics['objective/loss']:.4g}{ratio}, entropy {metrics['policy/entropy']:.4g}; "
+            f"{len(names)} parameters have such gradients, first {names[:3]}. "
             "If the loss is not finite either, the weights or the log-probs are broken: restart from earlier weights "
             "and lower optimizer.learning_rate; if it is, the backward pass overflowed: inspect those parameters"
         )

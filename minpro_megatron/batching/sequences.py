@@ -21,7 +21,10 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
         rewards = [response.reward for response in group.responses]
         lengths = [len(response.token_ids) for response in group.responses]
         sampled = [response.num_sampled for response in group.responses]
-        advantages, trained = advantages_and_trained(rewards, lengths, sampled, loss, max_response_tokens)
+        if any(response.is_graded for response in group.responses):
+            advantages, trained = advantages_and_trained(rewards, lengths, sampled, loss, max_response_tokens)
+        else:  # demonstrations, whose loss has no advantage
+            advantages, trained = np.zeros(len(rewards), np.float32), True
         sequences = []
         for response, advantage in zip(group.responses, advantages, strict=True):
             num_tokens, stored = len(response.token_ids), response.stored_routes

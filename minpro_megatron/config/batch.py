@@ -11,8 +11,9 @@ class BatchConfig(Section):
     num_prompts: int = Field(default=512, ge=1, description="Number of prompts per global step.")
     responses_per_prompt: int = Field(
         default=8,
-        ge=2,
-        description="Number of responses per prompt: the prompt group within which advantages are computed.",
+        ge=1,
+        description="Number of responses per prompt: the prompt group within which advantages are computed. At least "
+        "2; 1 with data.demonstrations.",
     )
     mini_batch_prompts: int = Field(default=32, ge=1, description="Number of prompts per optimizer update.")
     max_tokens_per_row: int = Field(

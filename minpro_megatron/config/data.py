@@ -33,6 +33,12 @@ class DataConfig(Section):
     chat_template_arguments: dict[str, str | int | float | bool] = Field(
         default={}, description='Variables of the chat template, such as {"enable_thinking": false}.'
     )
+    demonstrations: str = Field(
+        default="",
+        description='JSON Lines file of `{"id", "prompt", "response"}`: the run trains on these responses (supervised '
+        "fine-tuning, objective.name=sft) without servers, rewards and evaluations; train_file and heldout_file are "
+        "not read. Empty: it trains on sampled responses.",
+    )
     source_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default={},
         description="Relative weight of each source of train_file among the prompt groups; all sources must be named, "

@@ -27,6 +27,8 @@ class ObjectiveSection(Section):
 
     # Whether the objective needs the log-probs of the whole mini-batch before its loss, which is one more forward pass.
     surveys_mini_batch: ClassVar[bool] = False
+    # Whether the loss compares the policy with the one that sampled the tokens.
+    compares_policies: ClassVar[bool] = True
 
     aggregation: Aggregation = Field(default="token_mean", description=_AGGREGATION)
 
@@ -351,6 +353,13 @@ class CtpoGeomeanConfig(CtpoSection):
     )
 
 
+class SftConfig(ObjectiveSection):
+    """Supervised fine-tuning on data.demonstrations: the mean negative log-prob of the responses' tokens."""
+
+    compares_policies: ClassVar[bool] = False
+    name: Literal["sft"] = Field(default="sft", description=_NAME)
+
+
 class ImportedObjectiveConfig(ObjectiveSection):
     """Your own objective: a function `(PolicyTokens, settings) -> ObjectiveTerms` (docs/extending.md)."""
 
@@ -387,6 +396,7 @@ ObjectiveConfig = Annotated[
     | Annotated[PrefixFilterConfig, Tag("prefix_filter")]
     | Annotated[ScaledCispoConfig, Tag("scaled_cispo")]
     | Annotated[ShuffledMinproConfig, Tag("shuffled_minpro")]
+    | Annotated[SftConfig, Tag("sft")]
     | Annotated[ImportedObjectiveConfig, Tag(_IMPORTED)],
     Field(discriminator=Discriminator(objective_name)),
 ]

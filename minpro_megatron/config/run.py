@@ -70,6 +70,11 @@ class RunConfig(Section):
         return Path(self.runs_dir) / self.name
 
     @property
+    def samples_responses(self) -> bool:
+        """Whether the run samples what it trains on: not on another run's journal, and not on demonstrations."""
+        return not (self.debug.journal or self.data.demonstrations)
+
+    @property
     def drops_groups(self) -> bool:
         """Whether groups are dropped because of their rewards, so that more of them are sampled than are trained on."""
         return self.batch.dynamic_sampling or bool(self.data.filter)
@@ -109,12 +114,56 @@ class RunConfig(Section):
                 f"loss.overlong_penalty.buffer_tokens = {penalty.buffer_tokens} must not exceed "
                 f"sampling.max_response_tokens = {sampling.max_response_tokens}: lower it"
             )
+        self._demonstrations_agree()
         self._episodes_can_be_sampled()
         self._routes_can_be_replayed()
         self._runs_on_device()
         self._watched_parts_exist()
         self._servers_are_reached()
         return self
+
+    def _demonstrations_agree(self) -> None:
+        given, size = self.data.demonstrations, self.batch.responses_per_prompt
+        if bool(given) != (self.objective.name == "sft"):
+            raise ValueError(
+                f"data.demonstrations = {given!r} with objective.name = {self.objective.name}: sft is the objective of "
+                "runs on demonstrations, and of no others; set both or neither"
+            )
+        if not given:
+            if size < 2:
+                raise ValueError(
+                    f"batch.responses_per_prompt = {size} must be at least 2: advantages are computed within the group"
+                )
+            return
+        if size != 1:
+            raise ValueError(
+                f"batch.responses_per_prompt = {size} with data.demonstrations: a demonstration is one response; set "
+                "it to 1"
+            )
+        wrong = {name: values for name, values in self._of_sampled_responses().items() if values[0] != values[1]}
+        for name, (value, needed) in wrong.items():
+            raise ValueError(
+                f"{name} = {value} with data.demonstrations: it is about sampled responses, and there are none; set "
+                f"it to {needed}"
+            )
+
+    def _of_sampled_responses(self) -> dict[str, tuple[Any, Any]]:
+        """The settings that demonstrations make meaningless: their values, and those that switch them off."""
+        corrections = [name for name, section in self.loss if getattr(section, "enabled", False)]
+        return {
+            "staleness.mode": (self.staleness.mode, "delay"),
+            "staleness.delay_steps": (self.staleness.delay_steps, 0),
+            "staleness.behavior_log_probs": (self.staleness.behavior_log_probs, "trainer"),
+            "sampling.temperature": (self.sampling.temperature, 1.0),
+            "batch.dynamic_sampling": (self.batch.dynamic_sampling, False),
+            "data.filter": (self.data.filter, ""),
+            "model.routing_replay": (self.model.routing_replay, "none"),
+            "optimizer.scale_by_effective_sample_size": (self.optimizer.scale_by_effective_sample_size, False),
+            "environment.name": (self.environment.name, "none"),
+            "debug.journal": (self.debug.journal, ""),
+            "debug.trainer": (self.debug.trainer, "megatron"),
+            **{f"loss.{name}.enabled": (True, False) for name in corrections},
+        }
 
     def _episodes_can_be_sampled(self) -> None:
         environment, turns = self.environment, self.sampling.max_turns

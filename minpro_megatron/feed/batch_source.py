@@ -7,7 +7,8 @@ from minpro_megatron.records import Batch, BehaviorLogProbs, CollectorTotals, Pu
 
 
 class BatchSource(Protocol):
-    """The collector (feed.feed.Feed), or the journal of another run (feed.journal_feed.JournalFeed).
+    """The collector (feed.feed.Feed), the journal of another run (feed.journal_feed.JournalFeed), or demonstrations
+    (feed.demonstration_feed.DemonstrationFeed).
 
     The docstrings of Feed describe the methods and their order; each method blocks until it has its answer.
     """

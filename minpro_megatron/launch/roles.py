@@ -18,7 +18,7 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 def roles_of(config: RunConfig) -> tuple[str, ...]:
     """The roles of the run."""
-    if config.debug.journal:
+    if not config.samples_responses:
         return ("train",)
     return ("serve", "collect", "timer" if config.debug.trainer == "timer" else "train")
 

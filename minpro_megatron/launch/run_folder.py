@@ -85,7 +85,7 @@ def first_lines(config: RunConfig, incarnation: int, goes_on: bool) -> list[str]
         manifest = read_latest(config.run_dir)
         where = f"from its checkpoint after global step {manifest.policy_version}" if manifest else "from its beginning"
         lines.append(f"it resumes {where} (start {incarnation + 1} of this run)")
-        if manifest is not None and config.staleness.mode == "delay" and not config.debug.journal:
+        if manifest is not None and config.staleness.mode == "delay" and config.samples_responses:
             lines += _longer_run_lines(config, manifest)
     return lines
 

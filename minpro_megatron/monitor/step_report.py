@@ -42,16 +42,17 @@ def batch_metrics(batch: Batch, step: int, right_reward: float) -> dict[str, Met
     stale = [step - group.oldest_version for group in batch.groups]
     truncated = sum(response.finish_reason == "length" for response in responses)
     prompts = sum(len(group.responses) * len(group.issued.prompt_token_ids) for group in batch.groups)
-    found = {
+    found = {"response/length_max": largest(max(lengths)), "batch/tokens": total(sum(lengths) + prompts)}
+    if not any(response.is_graded for response in responses):  # demonstrations: nobody sampled or graded them
+        return found | {"response/length_mean": mean(sum(lengths), len(lengths))}
+    found |= {
         "reward/mean": mean(math.fsum(rewards), len(responses)),
         "reward/min": smallest(min(rewards)),
         "reward/max": largest(max(rewards)),
         "staleness/min": smallest(min(stale)),
         "staleness/mean": mean(sum(stale), len(stale)),
         "staleness/max": largest(max(stale)),
-        "response/length_max": largest(max(lengths)),
         "response/truncated_fraction": mean(truncated, len(responses)),
-        "batch/tokens": total(sum(lengths) + prompts),
     }
     of_kinds = {kind: _of_kind(groups, right_reward) for kind, groups in kinds.items() if groups}
     for kind, metrics in of_kinds.items():
@@ -235,7 +236,7 @@ class StepReport:
                 "prompt": group.issued.prompt.text + group.issued.prompt.prefix,
                 "response": self._response_text(group.responses[0].token_ids),
                 "answer": group.issued.prompt.answer,
-                "reward": group.responses[0].reward,
+                "reward": group.responses[0].reward if group.responses[0].is_graded else None,
             }
             | _shown_turns(group.responses[0])
             | self._tokens(group.responses[0], first_token)
@@ -280,4 +281,5 @@ def _as_markdown(sample: Mapping[str, Any]) -> str:
     if len(text) > MAX_SAMPLE_CHARACTERS:
         text = f"{text[:MAX_SAMPLE_CHARACTERS]} ... ({len(text)} characters)"
     shown = [*text.splitlines(), f"(answer: {' '.join(sample['answer'].split())})"]
-    return f"**reward {sample['reward']:g}**\n\n" + "\n".join(f"    {line}" for line in shown)
+    heading = "demonstration" if sample["reward"] is None else f"reward {sample['reward']:g}"
+    return f"**{heading}**\n\n" + "\n".join(f"    {line}" for line in shown)

@@ -3,7 +3,7 @@
 A micro-batch's statistics are one vector: this needs fewer small operations, and one copy to the host for all values.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -154,6 +154,11 @@ def as_metrics(micro_batches: Sequence[Statistics]) -> tuple[dict[str, Metric], 
     ]
     histograms = torch.stack([one.histograms for one in micro_batches]).sum(0).cpu().numpy()
     return merge(parts), dict(zip(_HISTOGRAMS, histograms, strict=True))
+
+
+def without_comparisons(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Those of the metrics that compare no policies and have a meaning without ratios."""
+    return {name: metric for name, metric in metrics.items() if name in ("objective/loss", "policy/entropy")}
 
 
 def _rows(

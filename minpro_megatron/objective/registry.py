@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minpro_megatron.config.objective import ImportedObjectiveConfig, ObjectiveSection
+from minpro_megatron.config.objective import ImportedObjectiveConfig, ObjectiveSection, SftConfig
 from minpro_megatron.hooks.hook import Hook
 from minpro_megatron.objective.formulas.cispo import cispo
 from minpro_megatron.objective.formulas.controls import (
@@ -24,6 +24,7 @@ from minpro_megatron.objective.formulas.ctpo import ctpo, ctpo_geomean
 from minpro_megatron.objective.formulas.dppo import dppo
 from minpro_megatron.objective.formulas.grpo import grpo
 from minpro_megatron.objective.formulas.gspo import gspo
+from minpro_megatron.objective.formulas.likelihood import negative_log_likelihood
 from minpro_megatron.objective.formulas.m2po import large_second_moments, m2po, m2po_winsorized, winsorizing_log_ratio
 from minpro_megatron.objective.formulas.minpro import minpro
 from minpro_megatron.objective.formulas.p3o import effective_sample_size, p3o
@@ -49,6 +50,8 @@ def objective_for(settings: ObjectiveSection) -> Objective:
     """The objective that `settings` select. Raises UserError if its import path cannot be loaded."""
     if isinstance(settings, ImportedObjectiveConfig):
         return Objective(imported_objective(Hook("objective.name", settings.name)))
+    if isinstance(settings, SftConfig):  # not among OBJECTIVES, which are those of reinforcement learning
+        return Objective(negative_log_likelihood)
     return OBJECTIVES[getattr(settings, "name")]  # noqa: B009 (every objective's section has it)
 
 

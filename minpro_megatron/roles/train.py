@@ -18,6 +18,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import FAILED, SUCCEEDED, ProjectError, report, report_unexpected
 from minpro_megatron.feed.background import BackgroundScores
 from minpro_megatron.feed.batch_source import BatchSource
+from minpro_megatron.feed.demonstration_feed import DemonstrationFeed
 from minpro_megatron.feed.feed import Feed
 from minpro_megatron.feed.journal_feed import JournalFeed
 from minpro_megatron.models.architecture import Architecture
@@ -84,7 +85,8 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
         torch.set_num_threads(1)  # the ranks run in parallel
     first = mesh.rank == 0
     _say(config, mesh, "loading the model")
-    policy, architecture = load_policy(config, mesh, records_log_probs=config.collector.journal_ratios)
+    shows_ratios = config.collector.journal_ratios and config.objective.compares_policies
+    policy, architecture = load_policy(config, mesh, records_log_probs=shows_ratios)
     gatherer = WeightGatherer(policy.modules, architecture, mesh)
     publisher = Publisher(config, gatherer, mesh, policy.score_canaries)
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh, fence.check)
@@ -150,6 +152,8 @@ def _compute(config: RunConfig, architecture: Architecture, mesh: Mesh) -> Train
 def _feed(config: RunConfig, incarnation: int, tokenizer: TextTokenizer) -> BatchSource:
     if config.debug.journal:
         return JournalFeed(config, tokenizer.text)
+    if config.data.demonstrations:
+        return DemonstrationFeed(config)
     feed = Feed(
         config.run_dir,
         incarnation,

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 
 from minpro_megatron.config.listing import sections_in
-from minpro_megatron.config.objective import ImportedObjectiveConfig, ObjectiveConfig, ObjectiveSection
+from minpro_megatron.config.objective import ImportedObjectiveConfig, ObjectiveConfig, ObjectiveSection, SftConfig
 from minpro_megatron.objective.across_ranks.ranking import OneRank
 from minpro_megatron.objective.across_ranks.scan import WholeSequenceScan
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import MiniBatch, ObjectiveTerms, PolicyTokens, policy_tokens
 
-# the settings of every objective of the project as they are where nothing is set
+# the settings of every objective of reinforcement learning as they are where nothing is set
 DEFAULTS: dict[str, Any] = {
     section.model_fields["name"].default: section()
     for section in sections_in(ObjectiveConfig)
-    if section is not ImportedObjectiveConfig
+    if section not in (ImportedObjectiveConfig, SftConfig)
 }
 
 

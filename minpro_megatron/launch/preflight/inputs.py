@@ -16,7 +16,13 @@ from minpro_megatron.run_folder.run_inputs import InputChange, RunInputs, read_i
 # In the name of a hook's file, such as `loss.advantage = package.module:function`, and in no other name.
 HOOK_SIGN = " = "
 # Settings of paths of inputs: the run may resume with the same contents in another place.
-INPUT_PATHS = ("data.train_file", "data.heldout_file", "model.hf_path", "model.megatron_path")
+INPUT_PATHS = (
+    "data.train_file",
+    "data.heldout_file",
+    "data.demonstrations",
+    "model.hf_path",
+    "model.megatron_path",
+)
 
 
 def input_digests(config: RunConfig) -> dict[str, str]:
@@ -35,6 +41,8 @@ def _digests(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.heldout_file", _of_file(Path(config.data.heldout_file))
         for benchmark in config.evaluation.benchmarks:
             yield f"evaluation.benchmarks {benchmark.name}", _of_file(Path(benchmark.file))
+    if config.data.demonstrations:
+        yield "data.demonstrations", _of_file(Path(config.data.demonstrations))
     for hook in hooks_of(config):
         if (source := hook.source_file()) is not None:
             yield str(hook), _of_file(source)

@@ -100,6 +100,8 @@ def files_needed(config: RunConfig, share: NodeShare) -> list[tuple[str, Path]]:
         files += [("evaluation.benchmarks", Path(benchmark.file)) for benchmark in config.evaluation.benchmarks]
     if config.debug.journal:
         files.append(("debug.journal", Path(config.debug.journal)))
+    if config.data.demonstrations:
+        files.append(("data.demonstrations", Path(config.data.demonstrations)))
     return files
 
 

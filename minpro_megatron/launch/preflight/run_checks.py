@@ -11,6 +11,7 @@ from minpro_megatron.config.model import layer_backend_of, recomputed_modules
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.in_run import load_benchmarks
+from minpro_megatron.feed.demonstration_feed import demonstration_problems
 from minpro_megatron.feed.journal_feed import journal_problems
 from minpro_megatron.files.disk_space import existing_parent, free_bytes
 from minpro_megatron.fleet.open_files import limit_problem
@@ -59,12 +60,17 @@ def run_problems(config: RunConfig) -> list[str]:
     checks: list[Check] = [_steps, _hf_model]
     if "train" in roles:
         checks += [_mesh_fits_model, _megatron_model, layer_backend_problems, megatron_field_problems, wandb_problems]
-    checks += [data_problems] if "collect" in roles else [journal_problems]
+    checks += [data_problems] if config.samples_responses else [_replaced_rollouts]
     checks += [reward_problems, environment_problems] if "collect" in roles else []
     checks += [hook_problems]
     checks += [_servers, server_argument_problems] if "serve" in roles else []
     checks += [_run_folder, _disk_space]
     return [problem for check in checks for problem in check(config)]
+
+
+def _replaced_rollouts(config: RunConfig) -> Iterable[str]:
+    """Problems of what the run trains on in place of rollouts of its own."""
+    return demonstration_problems(config) if config.data.demonstrations else journal_problems(config)
 
 
 def warnings(config: RunConfig) -> list[str]:

@@ -23,6 +23,8 @@ from tests.support.stored_runs import write_run
 
 NUM_PROMPTS, RESPONSES, STEPS = 3, 2, 2  # of stored_runs
 ON_GPUS = ["device=cuda", "server.device=cuda", "server.count=3", "server.tensor_parallel=2", "parallel.tensor=4"]
+SFT = ["objective.name=sft", "data.demonstrations=sft.jsonl", "batch.responses_per_prompt=1"]
+SFT += ["staleness.delay_steps=0"]
 
 
 def config_with(folder: Path, *overrides: str) -> RunConfig:
@@ -35,6 +37,7 @@ def config_with(folder: Path, *overrides: str) -> RunConfig:
         ([], ("serve", "collect", "train"), (4, 6)),
         (["debug.trainer=timer"], ("serve", "collect", "timer"), (0, 6)),
         (["debug.journal=runs/other"], ("train",), (4, 0)),
+        (SFT, ("train",), (4, 0)),
         (['server.urls=["http://10.0.0.1:30000"]'], ("serve", "collect", "train"), (4, 0)),
         (["server.engine=reference"], ("serve", "collect", "train"), (4, 0)),
         (["server.device=cpu", "debug.trainer=timer"], ("serve", "collect", "timer"), (0, 0)),

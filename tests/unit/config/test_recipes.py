@@ -239,9 +239,12 @@ def test_the_list_names_every_recipe_with_its_purpose() -> None:
     assert "recipes.qwen3_8b:cispo_on_policy" in ALL
     assert all(len(line.split(None, 1)) == 2 for line in lines), "a recipe without docstring"
     assert list_recipes("recipes.prefix_rl") == [
-        "recipes.prefix_rl:prefixed  Three quarters of the prompts include 40 to 80 % of a correct response "
+        "recipes.prefix_rl:prefixed          Three quarters of the prompts include 40 to 80 % of a correct response "
         "(`minpro prefixes`).",
-        "recipes.prefix_rl:plain     The same run on the same problems without prefixes, to compare.",
+        "recipes.prefix_rl:plain             The same run on the same problems without prefixes, to compare.",
+        "recipes.prefix_rl:supervised        Supervised fine-tuning on the traces that the prefixes are cut from, for "
+        "six epochs of 48 traces.",
+        "recipes.prefix_rl:after_supervised  The run on plain problems, from the weights of `supervised`.",
     ]
     assert not any("paper:" in line for line in lines)  # its functions make recipes and are none
 
