@@ -51,10 +51,10 @@ def prepare(folder: Path) -> None:
         command("tools/make_tiny_model.py", "--task", "calculator_steps", "--output", hf)
     if not (megatron / "manifest.json").exists():
         command("tools/convert_checkpoint.py", "to-megatron", "--hf", hf, "--output", megatron)
-    if not (folder / "prefixed.jsonl").exists():
+    if not (folder / "demonstrations.jsonl").exists():
         config = prefix_rl.prefixed()
         files = ["--prompts", "recipes/data/calculator_steps_train.jsonl", "--output", folder / "prefixed.jsonl"]
-        files += ["--plain-output", folder / "plain.jsonl"]
+        files += ["--plain-output", folder / "plain.jsonl", "--demonstrations", folder / "demonstrations.jsonl"]
         sampling = ["--max-samples", 32, "--reward", config.reward.function, "--engine", "reference"]
         sampling += ["--max-prompt-tokens", config.sampling.max_prompt_tokens]
         sampling += ["--max-response-tokens", config.sampling.max_response_tokens]
