@@ -2,10 +2,11 @@
 
     minpro tiny-model --output artifacts/tiny_moe/hf
     minpro tiny-model --task calculator_steps --output artifacts/steps_moe/hf
+    minpro tiny-model --task products --output artifacts/products/hf
 
 The model knows most answers (greedy decoding is mostly correct) without giving them reliably (sampling is mostly
-wrong), which reinforcement learning can improve: see minpro_megatron/tiny_model/warm_start.py. An earlier output is
-replaced.
+wrong), which reinforcement learning can improve: see minpro_megatron/tiny_model/warm_start.py. Products it cannot
+compute, but it knows how to call a calculator for them. An earlier output is replaced.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from minpro_megatron.command_line import command_parser, count, make_console, whole_number
 from minpro_megatron.errors import run_reporting
 
-TASKS = ("calculator", "calculator_steps")
+TASKS = ("calculator", "calculator_steps", "products")
 DATA_FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "data"
 
 

@@ -8,6 +8,7 @@ wrong), which reinforcement learning can improve. Held-out prompts are never tra
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +23,13 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minpro_megatron.files.replacement import check_replaceable, new_folder
-from minpro_megatron.prompt_sets import calculator_steps, rows
+from minpro_megatron.prompt_sets import calculator_steps, products, rows
 from minpro_megatron.prompt_sets.calculator import HELDOUT_FILE
 from minpro_megatron.rewards import calculator
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 CHARACTERS = "0123456789+-*/=(). ,:$%\n"
+_TOKENS = re.compile(rf"{EOS}|[\s\S]")
 IGNORED = -100  # the label that cross_entropy skips
 LINES_EVERY_STEPS = 100  # steps between progress lines if there is no terminal for a live display
 
@@ -179,6 +181,7 @@ class Task:
     spoiled: Callable[[Pair, float, random.Random], Pair]
     settings: WarmStart
     hidden_size: int
+    chat_template: str | None = None  # of the tokenizer, for a task with an environment
 
 
 TASKS = {
@@ -190,6 +193,15 @@ TASKS = {
         calculator_steps.spoiled,
         WarmStart(seed=0, steps=400, batch_size=64, learning_rate=5e-3, wrong_share=0.35),
         64,
+    ),
+    # Half of the first turns are calls and the others answers at once. The measured accuracy is of answers at once.
+    "products": Task(
+        products.HELDOUT_FILE,
+        products.synthetic_pairs,
+        products.spoiled,
+        WarmStart(seed=0, steps=1000, batch_size=64, learning_rate=5e-3),
+        64,
+        products.CHAT_TEMPLATE,
     ),
 }
 
@@ -214,14 +226,18 @@ def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> tuple[torch
     """
     # One character is one token: looking characters up is some 50 times faster than calling the tokenizer.
     vocabulary = tokenizer.get_vocab()
-    sequences = [[vocabulary[c] for c in prompt + answer] + [vocabulary[EOS]] for prompt, answer in pairs]
-    longest = max(len(sequence) for sequence in sequences)
-    tokens = torch.tensor([sequence + [vocabulary[PAD]] * (longest - len(sequence)) for sequence in sequences])
+
+    def ids(text: str) -> list[int]:
+        return [vocabulary[token] for token in _TOKENS.findall(text)]
+
+    parts = [(ids(prompt), ids(answer + EOS)) for prompt, answer in pairs]
+    longest = max(len(prompt) + len(answer) for prompt, answer in parts)
+    padding = [longest - len(prompt) - len(answer) for prompt, answer in parts]
+    tokens = torch.tensor(
+        [[*one, *two, *[vocabulary[PAD]] * left] for (one, two), left in zip(parts, padding, strict=True)]
+    )
     labels = torch.tensor(
-        [
-            [IGNORED] * len(prompt) + sequence[len(prompt) :] + [IGNORED] * (longest - len(sequence))
-            for sequence, (prompt, _) in zip(sequences, pairs, strict=True)
-        ]
+        [[IGNORED] * len(one) + two + [IGNORED] * left for (one, two), left in zip(parts, padding, strict=True)]
     )
     return tokens[:, :-1], labels[:, 1:]
 
@@ -310,6 +326,7 @@ def make_checkpoint(options: TinyModelOptions, console: Console) -> Accuracy:
     task = TASKS[options.task]
     heldout = read_pairs(options.data / task.heldout_file)
     tokenizer = build_tokenizer()
+    tokenizer.chat_template = task.chat_template
     hidden_size = task.hidden_size if options.hidden_size is None else options.hidden_size
     model = build_model(tokenizer, hidden_size, options.layers, options.seed)
     steps = task.settings.steps if options.steps is None else options.steps

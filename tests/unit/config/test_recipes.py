@@ -16,7 +16,7 @@ from minpro_megatron.evaluation.benchmarks import BENCHMARKS
 from minpro_megatron.launch.recipe import list_recipes, load_recipe
 from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
 from minpro_megatron.models.known_models.find import find_architecture
-from minpro_megatron.recipes import demo, paper, prefix_rl, qwen3_8b, qwen3_14b, qwen3_30b_a3b
+from minpro_megatron.recipes import demo, paper, prefix_rl, products, qwen3_8b, qwen3_14b, qwen3_30b_a3b
 from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.weights.plan import RankKind, rank_kinds
 from tests.support.released_configs import QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
@@ -232,6 +232,15 @@ def test_the_small_prefix_run_keeps_the_demos_learner() -> None:
     )
     plain = prefix_rl.plain().model_dump()
     assert {key for key, value in ours.model_dump().items() if value != plain[key]} == {"name", "data"}
+
+
+def test_the_runs_with_and_without_the_tool_differ_in_nothing_else() -> None:
+    ours, without = products.with_tool(), products.without_tool()
+    ours_has, without_has = ours.model_dump(), without.model_dump()
+    assert {key for key, value in ours_has.items() if value != without_has[key]} == {"name", "environment", "sampling"}
+    assert ours.sampling.model_copy(update={"max_turns": 1}) == without.sampling
+    assert ours.environment.enabled
+    assert not without.environment.enabled
 
 
 def test_the_list_names_every_recipe_with_its_purpose() -> None:

@@ -88,5 +88,5 @@ def test_a_spoiled_step_is_gone_on_from() -> None:
 
 def test_a_task_has_settings_of_its_own() -> None:
     assert tuple(warm_start.TASKS) == tiny_model.TASKS
-    first, steps = warm_start.TASKS.values()
+    first, steps, _ = warm_start.TASKS.values()
     assert (steps.settings.steps, steps.hidden_size, first.settings.steps, first.hidden_size) == (400, 64, 1400, 128)
