@@ -32,7 +32,8 @@ from minpro_megatron.fleet.generation import GroupCollector
 from minpro_megatron.fleet.held_server import HeldServer
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.records import IssuedGroup, Prompt, ServerAddress
-from minpro_megatron.rewards.pool import Judged
+from minpro_megatron.rewards.graders import SampledText
+from minpro_megatron.rewards.judging import Judged
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.endpoints import write_server_address
@@ -136,10 +137,10 @@ class Words:
 
 
 class NoRewards:
-    async def judge_all(
-        self, texts: Sequence[str], answer: str, source: str, stop_at_failure: bool = False
+    async def judge(
+        self, prompt: Prompt, responses: Sequence[SampledText], stop_at_failure: bool = False
     ) -> list[Judged]:
-        return [Judged(0.0) for _ in texts]
+        return [Judged(0.0) for _ in responses]
 
 
 def settings(root: Path) -> RunConfig:
