@@ -22,7 +22,7 @@ LEFT_OUT = 3  # steps at the start, and at the end as many as the run is off-pol
 
 @dataclass(frozen=True)
 class MeasuredServer:
-    """A server with the measured rate (planning.simulator.ServerModel)."""
+    """A server with the measured rate (planning.simulated_server.ServerModel)."""
 
     num_servers: int
     max_running: int

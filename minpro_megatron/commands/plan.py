@@ -29,7 +29,7 @@ from minpro_megatron.planning.modes import other_modes
 from minpro_megatron.planning.numbers import numbers
 from minpro_megatron.planning.plan import ClusterSize, plan_run
 from minpro_megatron.planning.tables import print_plan
-from minpro_megatron.planning.workload import PROMPT_TOKENS, RESPONSE_SHARE, Workload
+from minpro_megatron.planning.workload import ANSWER_S, ANSWER_TOKENS, PROMPT_TOKENS, RESPONSE_SHARE, Workload
 
 DOES_NOT_FIT, WRONG_COMMAND_LINE = 1, 2
 
@@ -53,6 +53,20 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
         "--mean-response-tokens",
         type=float,
         help=f"default: {RESPONSE_SHARE:.0%} of sampling.max_response_tokens".replace("%", " %%"),
+    )
+    episodes = "of a run with an environment"
+    parser.add_argument(
+        "--mean-turns", type=positive, help=f"of the policy, {episodes} (default: half of sampling.max_turns + 1)"
+    )
+    parser.add_argument(
+        "--answer-tokens",
+        type=whole_number,
+        help=f"of each answer, {episodes}; they count as response tokens (default: {ANSWER_TOKENS})",
+    )
+    parser.add_argument(
+        "--answer-seconds",
+        type=positive,
+        help=f"until the environment has answered a turn, {episodes} (default: {ANSWER_S:g})",
     )
     parser.add_argument(
         "--time-limit-hours", type=positive, help="of one start of the job: is a checkpoint reached in it?"
@@ -78,7 +92,14 @@ def main(arguments: list[str] | None = None, prog: str = "minpro plan") -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     config = apply_overrides(load_recipe(options.recipe), options.overrides)
-    workload = Workload.of(config, options.mean_response_tokens, options.mean_prompt_tokens)
+    workload = Workload.of(
+        config,
+        options.mean_response_tokens,
+        options.mean_prompt_tokens,
+        options.mean_turns,
+        options.answer_tokens,
+        options.answer_seconds,
+    )
     plan = plan_run(config, cluster_of(options, config), workload)
     if options.time_limit_hours:
         found = time_limit_problems(plan, 3600 * options.time_limit_hours)

@@ -255,7 +255,7 @@ class TrainerCost:
 
 @dataclass(frozen=True)
 class DecodingServer:
-    """A server's iteration as memory traffic, computation and overhead (planning.simulator.ServerModel)."""
+    """A server's iteration as memory traffic, computation and overhead (planning.simulated_server.ServerModel)."""
 
     config: RunConfig
     architecture: Architecture

@@ -9,7 +9,8 @@ from minpro_megatron.config.evaluation import BenchmarkConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.evaluation.benchmarks import BENCHMARKS
 from minpro_megatron.evaluation.sampling import HELDOUT
-from minpro_megatron.planning.simulator import Lengths, Timeline
+from minpro_megatron.planning.simulated_server import Lengths
+from minpro_megatron.planning.simulator import Timeline
 from minpro_megatron.planning.workload import GroupLengths, Workload
 from minpro_megatron.prompts.prompts import load_prompts
 
@@ -44,7 +45,7 @@ def evaluation_lengths(config: RunConfig, workload: Workload) -> list[Lengths]:
         parts = [min(size, samples - first) for first in range(0, samples, size)]
         for group in range(prompts * len(parts)):
             lengths = draw(group)
-            found.append(Lengths(lengths.prompt, lengths.responses[: parts[group % len(parts)]]))
+            found.append(lengths.first(parts[group % len(parts)]))
     return found
 
 

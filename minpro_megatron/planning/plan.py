@@ -22,7 +22,8 @@ from minpro_megatron.planning.problems import (
     stage_memories,
 )
 from minpro_megatron.planning.routes import route_file_bytes
-from minpro_megatron.planning.simulator import Lengths, Phases, Simulation, Timeline
+from minpro_megatron.planning.simulated_server import Lengths
+from minpro_megatron.planning.simulator import Phases, Simulation, Timeline
 from minpro_megatron.planning.workload import GroupLengths, Workload, batch_of
 
 STEADY_STEPS = 4  # number of steps over which shares and durations are averaged

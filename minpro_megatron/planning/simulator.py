@@ -1,47 +1,22 @@
 """A discrete-event simulation of the trainer and the servers of a run, for their waiting times.
 
 The trainer follows the order of a run (`StepOrder`); the collector's schedules (buffer/schedule.py) decide which groups
-start and are consumed, and when weights may be published. A server generates one token per iteration for each running
-response; the duration of an iteration depends on their number and lengths. Evaluations are sampled as in a run
-(evaluation/in_run.py): after the training groups, and a version is not replaced before its evaluation has ended.
+start and are consumed, and when weights may be published. Servers are simulated in simulated_server.py. Evaluations are
+sampled as in a run (evaluation/in_run.py): after the training groups, and a version is not replaced before its
+evaluation has ended.
 """
 
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from minpro_megatron.buffer.schedule import make_schedule
 from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.config.run import RunConfig
-
-MAX_STRETCH = 512  # tokens per response after which the duration of an iteration is computed again
-
-
-class ServerModel(Protocol):
-    """The speed of one server."""
-
-    @property
-    def num_servers(self) -> int: ...
-
-    @property
-    def max_running(self) -> int:
-        """Maximum number of concurrent responses."""
-        ...
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens that fit into the KV cache."""
-        ...
-
-    def iteration_s(self, running: int, context_tokens: float) -> float:
-        """Seconds for one token of each of `running` responses with `context_tokens` tokens so far in total, including
-        prompts."""
-        ...
-
-    def prefill_s(self, tokens: float) -> float: ...
+from minpro_megatron.planning.simulated_server import Lengths, Server, ServerModel, Turn
 
 
 @dataclass(frozen=True)
@@ -54,14 +29,6 @@ class Phases:
     pause: float  # of the servers, at the beginning of a publication
     checkpoint: float = 0.0  # of a step that saves
     checkpoint_every: int = 0  # steps; 0: never
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of a group: of its prompt, and of each of its responses."""
-
-    prompt: int
-    responses: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -82,7 +49,7 @@ class Timeline:
     slots: int  # of all servers: responses that they could process at once
     slot_s: list[float]  # at each end of a step: the sum over responses so far of their time on a server
     batch_s: list[float]  # from the first issue of a step's groups to the end of the last one
-    request_s: list[float]  # of each group: from its request to its answer
+    request_s: list[float]  # of each request, which is a group's or a turn's: until its answer
     evaluations: dict[int, tuple[float, float]]  # by policy version: from its publication to the last sample
 
     def window(self, first: int, last: int) -> tuple[float, float]:
@@ -121,87 +88,6 @@ def _overlap(start: float, end: float, low: float, high: float) -> float:
     return max(0.0, min(end, high) - max(start, low))
 
 
-@dataclass
-class _Server:
-    model: ServerModel
-    index: int
-    now: float = 0.0
-    stalled_until: float = 0.0  # by prefills and publications
-    tokens: float = 0.0  # of a response that has run from the beginning
-    running: list[tuple[float, int, int]] = field(default_factory=list)  # (tokens at its end, number, group)
-    waiting: deque[tuple[int, int, int, bool]] = field(default_factory=deque)  # (group, tokens, prompt's, first of it)
-    context: float = 0.0
-    num_groups: int = 0
-    num_requests: int = 0  # of these groups: one per response
-    busy_since: float = 0.0
-    busy: list[tuple[float, float]] = field(default_factory=list)
-    stamp: int = 0  # of its event that counts
-    iteration_s: float = 1.0  # since that event was planned
-    slot_s: float = 0.0  # until `now`
-
-    def slot_s_at(self, time: float) -> float:
-        """The sum over responses of their time here until `time`, before which no response ends."""
-        return self.slot_s + len(self.running) * max(0.0, time - self.now)
-
-    def advance(self, time: float) -> None:
-        """Advances to `time`, before which no response ends."""
-        self.slot_s = self.slot_s_at(time)
-        worked = time - max(self.now, self.stalled_until)
-        if worked > 0 and self.running:
-            gained = worked / self.iteration_s
-            self.tokens += gained
-            self.context += gained * len(self.running)
-        self.now = max(self.now, time)
-
-    def next_event(self) -> float | None:
-        """The time at which the next response ends or the duration of an iteration has to be computed again."""
-        if not self.running:
-            return None
-        self.iteration_s = self.model.iteration_s(len(self.running), self.context)
-        left = min(self.running[0][0] - self.tokens, MAX_STRETCH)
-        return max(self.now, self.stalled_until) + max(left, 0.0) * self.iteration_s
-
-    def admit(self, numbers: "itertools.count[int]") -> None:
-        """Starts waiting responses while there are slots and the KV cache has room. Those that run may outgrow it a
-        little before the next one ends; a server would then interrupt some of them."""
-        while self.waiting and len(self.running) < self.model.max_running:
-            if self.running and self.context + self.waiting[0][2] > self.model.kv_tokens:
-                return
-            group, length, prompt, first = self.waiting.popleft()
-            if first:  # a group's other responses find the prompt in the prefix cache
-                self.stalled_until = max(self.now, self.stalled_until) + self.model.prefill_s(prompt)
-            self.context += prompt  # which every response reads separately
-            heapq.heappush(self.running, (self.tokens + length, next(numbers), group))
-
-    def ended(self) -> list[int]:
-        """The groups of the responses that end at the current time."""
-        found = []
-        while self.running and self.running[0][0] <= self.tokens + 1e-6:
-            found.append(heapq.heappop(self.running)[2])
-        if found:
-            self.context *= len(self.running) / (len(self.running) + len(found))
-        return found
-
-    def take(self, group: int, lengths: Lengths) -> None:
-        if not self.num_groups:
-            self.busy_since = self.now
-        self.num_groups += 1
-        self.num_requests += len(lengths.responses)
-        for place, length in enumerate(lengths.responses):
-            self.waiting.append((group, length, lengths.prompt, place == 0))
-
-    def release(self, num_requests: int) -> None:
-        self.num_groups -= 1
-        self.num_requests -= num_requests
-        if not self.num_groups:
-            self.busy.append((self.busy_since, self.now))
-
-    def pause(self, until: float, compute_again: bool) -> None:
-        """Pauses for a publication; `compute_again`: the KV cache of running responses is computed again."""
-        again = self.model.prefill_s(self.context) if compute_again and self.running else 0.0
-        self.stalled_until = max(self.stalled_until, until) + again
-
-
 # A request of the trainer to the simulation: to wait for a condition, or to spend seconds.
 _Request = tuple[str, int, float | Callable[[], bool]]
 
@@ -220,7 +106,7 @@ class Simulation:
         """`lengths` of a training group, by its number; `evaluations`: the groups that are sampled in addition to the
         training groups with some policy versions."""
         self._config, self._phases, self._lengths = config, phases, lengths
-        self._servers = [_Server(server, index) for index in range(server.num_servers)]
+        self._servers = [Server(server, index) for index in range(server.num_servers)]
         self._loads = [(0, index) for index in range(server.num_servers)]
         self._max_requests = config.server.max_requests_under_way
         self._queue: deque[int] = deque()
@@ -231,13 +117,13 @@ class Simulation:
         ] = {}  # by negative numbers; numbers of training groups are positive
         self._evaluation_left = 0  # groups that have not ended
         self._evaluated: dict[int, tuple[float, float]] = {}
-        self._sent: dict[int, float] = {}
         self._request_s: list[float] = []
         self._left: dict[int, int] = {}  # responses of a group that have not ended
-        self._server_of: dict[int, _Server] = {}
+        self._server_of: dict[int, Server] = {}
         self._issued: dict[int, float] = {}
         self._ended: dict[int, float] = {}
-        self._events: list[tuple[float, int, _Server]] = []
+        self._events: list[tuple[float, int, Server]] = []
+        self._answers: list[tuple[float, int, int, Turn]] = []  # (time, number, pauses of its server so far, next turn)
         self._numbers = itertools.count()
         self._spans: list[Span] = []
         self._step_ends: list[float] = []
@@ -323,14 +209,13 @@ class Simulation:
                 return
             queue.popleft()
             self._left[group], self._server_of[group] = len(lengths.responses), server
-            self._sent[group] = self._now
             server.advance(self._now)
             server.take(group, lengths)
-            heapq.heappush(self._loads, (server.num_requests, server.index))
+            self._change_load(server, 0)
             server.admit(self._numbers)
             self._plan_event(server)
 
-    def _least_loaded(self) -> _Server:
+    def _least_loaded(self) -> Server:
         """The first of the servers with the fewest requests. The heap also has entries of earlier loads."""
         while self._loads[0][0] != self._servers[self._loads[0][1]].num_requests:
             heapq.heappop(self._loads)
@@ -347,10 +232,11 @@ class Simulation:
     def _lengths_of(self, group: int) -> Lengths:
         return self._evaluation_lengths[group] if group < 0 else self._lengths(group)
 
-    def _end_group(self, group: int, server: _Server) -> None:
-        server.release(len(self._lengths_of(group).responses))
-        heapq.heappush(self._loads, (server.num_requests, server.index))
-        self._request_s.append(self._now - self._sent.pop(group))
+    def _end_group(self, group: int, server: Server) -> None:
+        lengths = self._lengths_of(group)
+        server.release()
+        if not lengths.turns:
+            self._change_load(server, -len(lengths.responses))
         if group >= 0:
             self._ended[group] = self._now
             self._schedule.collected(group, accepted=True)
@@ -359,31 +245,65 @@ class Simulation:
         version = self._schedule.version  # a version is not replaced before its evaluation has ended
         self._evaluated[version] = (self._evaluated[version][0], self._now)
 
-    def _plan_event(self, server: _Server) -> None:
+    def _plan_event(self, server: Server) -> None:
         server.stamp = next(self._numbers)
         time = server.next_event()
         if time is not None:
             heapq.heappush(self._events, (time, server.stamp, server))
 
     def _step_to(self, limit: float | None) -> None:
-        """Advances to the next end of a group, or to `limit` if that is earlier."""
-        group_ended = False
-        while not group_ended:
+        """Advances to the next time at which a server has room for another group, or to `limit` if that is earlier."""
+        room = False
+        while not room:
             while self._events and self._events[0][1] != self._events[0][2].stamp:
                 heapq.heappop(self._events)
-            if not self._events or (limit is not None and limit <= self._events[0][0]):
-                assert limit is not None, "the trainer waits and no group is in progress"
+            answered = self._answers[0][0] if self._answers else math.inf
+            next_event = self._events[0][0] if self._events else math.inf
+            if limit is not None and limit <= min(answered, next_event):
                 self._now = max(self._now, limit)
                 return
+            assert self._events or self._answers, "the trainer waits and no group is in progress"
+            if answered <= next_event:
+                self._resume()
+                continue
             self._now, _, server = heapq.heappop(self._events)
             server.advance(self._now)
-            for group in server.ended():
-                self._left[group] -= 1
-                if not self._left[group]:
-                    group_ended = True
-                    self._end_group(group, server)
+            for turn in server.ended():
+                room = self._end_turn(turn, server) or room
             server.admit(self._numbers)
             self._plan_event(server)
+
+    def _end_turn(self, turn: Turn, server: Server) -> bool:
+        """Whether the server has room for another group now. An episode that is over or waits for an answer keeps no
+        place (fleet/held_server.py); a response without turns does until its group is over."""
+        lengths = self._lengths_of(turn.group)
+        if lengths.turns or self._left[turn.group] == 1:  # the end of a request
+            self._request_s.append(self._now - turn.sent)
+        if lengths.turns:
+            self._change_load(server, -1)
+        if turn.turns > 1:
+            time = self._now + lengths.answer_s
+            following = turn.next(lengths.answer_tokens, time)
+            heapq.heappush(self._answers, (time, next(self._numbers), server.num_pauses, following))
+            return True
+        self._left[turn.group] -= 1
+        if not self._left[turn.group]:
+            self._end_group(turn.group, server)
+        return bool(lengths.turns) or not self._left[turn.group]
+
+    def _resume(self) -> None:
+        """The first answer reaches its episode, whose cached tokens are those of older weights after a publication."""
+        self._now, _, pauses, turn = heapq.heappop(self._answers)
+        server = self._server_of[turn.group]
+        server.advance(self._now)
+        server.waiting.append(turn if pauses == server.num_pauses else replace(turn, prefill=turn.context))
+        self._change_load(server, 1)
+        server.admit(self._numbers)
+        self._plan_event(server)
+
+    def _change_load(self, server: Server, requests: int) -> None:
+        server.num_requests += requests
+        heapq.heappush(self._loads, (server.num_requests, server.index))
 
     def _timeline(self) -> Timeline:
         for server in self._servers:

@@ -17,6 +17,7 @@ from minpro_megatron.planning.parameters import active_parameters, model_paramet
 from minpro_megatron.planning.plan import Plan
 from minpro_megatron.planning.problems import least_recomputation
 from minpro_megatron.planning.routes import batches_with_routes
+from minpro_megatron.planning.workload import Workload
 
 
 def print_plan(console: Console, plan: Plan, modes: Sequence[ModeTime] = ()) -> None:
@@ -49,11 +50,19 @@ def _heading(console: Console, plan: Plan) -> None:
         f"{mesh.data_size}), {plan.num_servers} servers of {config.server.tensor_parallel}",
         f"per step: {config.batch.num_prompts} prompts x {config.batch.responses_per_prompt} responses in "
         f"{config.batch.updates_per_step} updates; assumed {load.mean_prompt_tokens:.0f} prompt and "
-        f"{load.mean_response_tokens:.0f} response tokens on average (at most {config.sampling.max_response_tokens:,})",
+        f"{load.mean_response_tokens:.0f} response tokens on average (at most {config.sampling.max_response_tokens:,})"
+        + _episodes(load),
         sep="\n",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _episodes(load: Workload) -> str:
+    if load.episodes is None:
+        return ""
+    turns, tokens, seconds = load.episodes.mean_turns, load.episodes.answer_tokens, load.episodes.answer_s
+    return f", in {turns:g} turns with answers of {tokens} tokens after {seconds:g} s"
 
 
 def _number(count: float) -> str:

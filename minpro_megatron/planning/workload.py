@@ -9,7 +9,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import UserError
 from minpro_megatron.planning.cost_model import Batch
-from minpro_megatron.planning.simulator import Lengths
+from minpro_megatron.planning.simulated_server import Lengths
 
 QUANTILES = 512
 # Default assumptions: a response has this share of sampling.max_response_tokens, and a prompt has the number of tokens
@@ -17,20 +17,34 @@ QUANTILES = 512
 RESPONSE_SHARE = 0.4
 PROMPT_TOKENS = 200
 SPREAD = 0.7  # standard deviation of the log of a response's length, before truncation at the limit
+# An environment's answer: a few printed numbers or the last lines of an error, with the template's markers.
+ANSWER_TOKENS = 100
+# An environment's time for it. The Python tool takes 0.12 s of processor time for a line of code, on two busy cores 0.3
+# to 0.6 s; the policy's programs compute and import more.
+ANSWER_S = 1.0
 
 
 @dataclass(frozen=True)
 class Workload:
     """Lengths of responses are log-normal, truncated at sampling.max_response_tokens; `mean_response_tokens` is the
-    mean after the truncation."""
+    mean after the truncation. In episodes it includes the tokens that the environment gives."""
 
     mean_prompt_tokens: float
     mean_response_tokens: float
     spread: float = SPREAD
+    episodes: "EpisodeWorkload | None" = None  # for a run with an environment
 
     @staticmethod
-    def of(config: RunConfig, response_tokens: float | None = None, prompt_tokens: float | None = None) -> "Workload":
-        """The given means, and assumptions for the others. Raises ValueError for a mean beyond the run's limits."""
+    def of(
+        config: RunConfig,
+        response_tokens: float | None = None,
+        prompt_tokens: float | None = None,
+        turns: float | None = None,
+        answer_tokens: int | None = None,
+        answer_s: float | None = None,
+    ) -> "Workload":
+        """The given means, and assumptions for the others. Raises UserError for a mean beyond the run's limits, and for
+        a mean of episodes in a run without an environment."""
         limit, prompts = config.sampling.max_response_tokens, config.sampling.max_prompt_tokens
         response = RESPONSE_SHARE * limit if response_tokens is None else response_tokens
         prompt = min(PROMPT_TOKENS, prompts) if prompt_tokens is None else prompt_tokens
@@ -43,7 +57,42 @@ class Workload:
             raise UserError(
                 f"mean prompt tokens = {prompt:g} must be above 0 and at most sampling.max_prompt_tokens = {prompts}"
             )
-        return Workload(prompt, response)
+        return Workload(prompt, response, episodes=EpisodeWorkload.of(config, turns, answer_tokens, answer_s))
+
+
+@dataclass(frozen=True)
+class EpisodeWorkload:
+    """What is assumed of the episodes of a run with an environment."""
+
+    mean_turns: float  # of the policy
+    answer_tokens: int  # of each of the environment's answers, with its markers
+    answer_s: float  # seconds until the environment has answered
+
+    @staticmethod
+    def of(
+        config: RunConfig, turns: float | None, answer_tokens: int | None, answer_s: float | None
+    ) -> "EpisodeWorkload | None":
+        """The given means, and assumptions for the others; None for a run without an environment."""
+        if not config.environment.enabled:
+            given = {"mean turns": turns, "answer tokens": answer_tokens, "answer seconds": answer_s}
+            for name, value in given.items():
+                if value is not None:
+                    raise UserError(
+                        f"{name} = {value:g}: this is of episodes, and environment.name = none has none; leave it "
+                        "out, or set environment.name"
+                    )
+            return None
+        most = config.sampling.max_turns
+        mean = (1 + most) / 2 if turns is None else turns  # any number of turns is as likely as another
+        if not 1 <= mean <= most:
+            raise UserError(f"mean turns = {mean:g} must be at least 1 and at most sampling.max_turns = {most}")
+        tokens = ANSWER_TOKENS if answer_tokens is None else answer_tokens
+        return EpisodeWorkload(mean, tokens, ANSWER_S if answer_s is None else answer_s)
+
+    def turns(self, response_tokens: int, draw: random.Random) -> int:
+        """Of a response of that length: the mean rounded up or down, or fewer if answers were more than half of it."""
+        whole = int(self.mean_turns) + (draw.random() < self.mean_turns % 1)
+        return min(whole, 1 + response_tokens // (2 * max(1, self.answer_tokens)))
 
 
 def response_quantiles(workload: Workload, limit: int) -> list[int]:
@@ -80,6 +129,7 @@ class GroupLengths:
         self._quantiles = response_quantiles(workload, config.sampling.max_response_tokens)
         self._prompt = max(1, round(workload.mean_prompt_tokens))
         self._per_group = config.batch.responses_per_prompt
+        self._episodes = workload.episodes
         self._seed, self._purpose = config.seed, purpose
         self._drawn: dict[int, Lengths] = {}
 
@@ -90,7 +140,11 @@ class GroupLengths:
 
     def _draw(self, group: int) -> Lengths:
         draw = random.Random(derive_seed(self._seed, self._purpose, group))
-        return Lengths(self._prompt, [draw.choice(self._quantiles) for _ in range(self._per_group)])
+        responses = [draw.choice(self._quantiles) for _ in range(self._per_group)]
+        if self._episodes is None:
+            return Lengths(self._prompt, responses)
+        turns = [self._episodes.turns(response, draw) for response in responses]
+        return Lengths(self._prompt, responses, turns, self._episodes.answer_tokens, self._episodes.answer_s)
 
 
 def batch_of(config: RunConfig, workload: Workload) -> Batch:

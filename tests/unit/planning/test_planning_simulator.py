@@ -1,55 +1,10 @@
 """The simulation of trainer and servers against schedules worked out by hand."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 
-from minpro_megatron.planning.simulator import Lengths, Phases, Simulation, Timeline
-from tests.support.planned_runs import run_to_plan
-
-
-@dataclass(frozen=True)
-class Steady:
-    """A token takes a second, whatever runs beside it."""
-
-    num_servers: int = 1
-    max_running: int = 1000
-    kv_tokens: int = 1_000_000
-    prefill: float = 0.0  # s a token
-
-    def iteration_s(self, running: int, context_tokens: float) -> float:
-        return 1.0
-
-    def prefill_s(self, tokens: float) -> float:
-        return tokens * self.prefill
-
-
-PHASES = Phases(score=1, train=4, publish=0.5, pause=0.5)
-
-
-def simulate(
-    staleness: dict[str, Any],
-    phases: Phases = PHASES,
-    server: Any = None,
-    lengths: Any = None,
-    prompts: int = 4,
-    steps: int = 12,
-    evaluations: dict[int, list[Lengths]] | None = None,
-    **settings: Any,
-) -> Timeline:
-    """Groups of two responses of 10 tokens, four groups a step."""
-    server = server or Steady()
-    config = run_to_plan(
-        server={"max_running_requests": server.max_running},
-        batch={"num_prompts": prompts, "mini_batch_prompts": prompts, "responses_per_prompt": 2},
-        staleness=staleness,
-        checkpoint={"every_steps": 0},
-        parallel={"tensor": 1, "context": 1, "expert": 1, "data": 1},
-        **settings,
-    )
-    given = lengths or (lambda group: Lengths(0, [10, 10]))
-    return Simulation(config, phases, server, given, evaluations).run(steps)
+from minpro_megatron.planning.simulated_server import Lengths
+from minpro_megatron.planning.simulator import Phases, Timeline
+from tests.support.simulated_steps import PHASES, SlowedByContext, Steady, simulate
 
 
 def test_without_delay_everything_happens_in_turn() -> None:
@@ -148,14 +103,6 @@ def test_groups_wait_for_the_first_server_with_room() -> None:
     )
     assert found.batch_s == [pytest.approx(30)]
     assert [sum(end - start for start, end in server) for server in found.busy] == [pytest.approx(30)] * 2
-
-
-@dataclass(frozen=True)
-class SlowedByContext(Steady):
-    """A token takes as many seconds as there are tokens in the cache, prompts included."""
-
-    def iteration_s(self, running: int, context_tokens: float) -> float:
-        return context_tokens
 
 
 def test_responses_that_end_leave_the_cache() -> None:
