@@ -151,8 +151,7 @@ class Server:
         found = []
         while self.running and self.running[0][0] <= self.tokens + 1e-6:
             found.append(heapq.heappop(self.running)[2])
-        if found:
-            self.context *= len(self.running) / (len(self.running) + len(found))
+        self.context = max(0.0, self.context - sum(turn.context + turn.length for turn in found))
         return found
 
     def take(self, group: int, lengths: Lengths) -> None:

@@ -17,7 +17,7 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.fleet.episodes import EpisodeRules
 from minpro_megatron.fleet.fleet import Fleet
 from minpro_megatron.fleet.generation import GroupCollector
-from minpro_megatron.planning.simulated_server import Lengths
+from minpro_megatron.planning.simulated_server import Lengths, Server
 from minpro_megatron.planning.simulator import Phases
 from minpro_megatron.planning.workload import GroupLengths, Workload, response_quantiles
 from minpro_megatron.records import ServerAddress
@@ -25,7 +25,7 @@ from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.client import SamplingParameters
 from minpro_megatron.serving.endpoints import write_server_address
 from tests.support.planned_runs import run_to_plan
-from tests.support.simulated_steps import Steady, simulate
+from tests.support.simulated_steps import SlowedByContext, Steady, simulate
 
 EPISODES = {
     "environment": {"name": "python_tool"},
@@ -110,6 +110,28 @@ def test_the_whole_context_is_computed_again_after_a_publication(answer_s: float
         publish={"pause_mode": "in_place"},  # what runs keeps its cache
     )
     assert set(server.prefills) == expected
+
+
+def test_what_has_ended_leaves_the_cache_with_its_own_tokens() -> None:
+    """A response of 100 tokens ends while another one that began later, after a prompt of 5, has 10."""
+    server, numbers = Server(Steady(), 0), iter(range(10))
+    server.take(0, Lengths(0, [100]))
+    server.admit(numbers)  # type: ignore[arg-type]
+    server.next_event()
+    server.advance(90)
+    server.take(1, Lengths(5, [20]))
+    server.admit(numbers)  # type: ignore[arg-type]
+    server.next_event()
+    server.advance(100)
+    assert [turn.group for turn in server.ended()] == [0]
+    assert server.context == pytest.approx(5 + 10)
+
+
+def test_responses_read_what_is_in_the_cache_and_no_more() -> None:
+    """A token takes as many seconds as there are tokens in the cache at the start of its stretch."""
+    lengths = Lengths(100, [1, 2 + 10 + 1], [1, 2], answer_tokens=10, answer_s=50)
+    # both to one token; the second one's own 101 tokens once more; then prompt, two tokens and answer
+    assert batch_s(lengths, server=SlowedByContext()) == pytest.approx(200 + 101 + 50 + 112)
 
 
 # --- against the fleet ---
