@@ -56,6 +56,15 @@ def test_code_is_run_with_the_libraries_of_the_environment() -> None:
     assert answer == Answer("6\nlate", tool_calls=1)
 
 
+@pytest.mark.parametrize("kind", [pytest.param("isolated", marks=needs_isolation), "none"])
+def test_code_has_a_lower_priority_than_the_collector_and_cannot_raise_it(kind: str) -> None:
+    """Root may, without isolation."""
+    raised = "try:\n    os.nice(-1)\n    print('raised')\nexcept OSError:\n    print('refused')"
+    answer = answer_to(f"import os\nprint(os.nice(0))\n{raised}", sandbox=kind)
+    own, may_raise = os.nice(0), kind == "none" and os.geteuid() == 0
+    assert answer.text == f"{min(own + 10, 19)}\n{'raised' if may_raise else 'refused'}"
+
+
 @needs_isolation
 def test_calls_do_not_see_each_other() -> None:
     async def main() -> Answer | None:
