@@ -97,5 +97,5 @@ constraints: ## pin the installed versions (ARGS=--gpu: those of GPU machines to
 	$(PYTHON) environment/write_constraints.py $(ARGS)
 
 clean: ## remove the tiny models, caches and build leftovers; keeps the environment, runs/ and what else is in artifacts/
-	rm -rf artifacts/tiny_moe artifacts/prefix_rl artifacts/products artifacts/stability_study build dist *.egg-info .pytest_cache .ruff_cache environment/sglang_cpu/build
+	rm -rf artifacts/tiny_moe artifacts/prefix_rl artifacts/products build dist *.egg-info .pytest_cache .ruff_cache environment/sglang_cpu/build
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

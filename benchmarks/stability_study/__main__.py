@@ -1,67 +1,84 @@
-"""Does the prefix minimum keep training stable when rollouts are many updates old? The study behind stability_study.md.
+"""MinPRO and eight other objectives on responses that are many updates old: the study of stability_study.md.
 
-    .venv/bin/python -m benchmarks.stability_study [--workers 2]            # all of it: hours on two cores
-    .venv/bin/python -m benchmarks.stability_study sweep|run|report
+    nice -n 15 .venv/bin/python -m benchmarks.stability_study run   # hours; start it again to resume
+    .venv/bin/python -m benchmarks.stability_study status
+    .venv/bin/python -m benchmarks.stability_study merge OTHER.jsonl ...
+    .venv/bin/python -m benchmarks.stability_study repeat NUMBER ...
+    .venv/bin/python -m benchmarks.stability_study report
 
-sweep: the learning rate, by the rule in grid.py. run: every objective x delay x seed at that rate. report: table,
-pictures and differences in benchmarks/stability_study.md, only from the stored curves. A stored run is not repeated;
-an interrupted one starts again and gives the same curves.
+run: the learning rates are selected, then every objective, delay and seed is run, by the protocol in
+stability_study/protocol.md; one thread for each process, and several processes may share a record. merge: adds the runs
+of other records. repeat: does the runs of these lines of the record again (the first is 1) and compares every digit.
+report: writes the results, from the record alone, into stability_study.md.
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
-from benchmarks.stability_study.analysis import final_accuracy
-from benchmarks.stability_study.grid import SEEDS, choose_rate, study_keys, sweep_keys, sweep_table
-from benchmarks.stability_study.prepare import fingerprint, prepare
+import torch
+
+from benchmarks.stability_study.grid import NUM_STUDY_RUNS, OBJECTIVES
+from benchmarks.stability_study.record import as_line, merge, read_record
 from benchmarks.stability_study.report import write_report
-from benchmarks.stability_study.work import run_missing, stored
+from benchmarks.stability_study.trial import TrialSettings
+from benchmarks.stability_study.warm_start import initial_weights
+from benchmarks.stability_study.work import chosen_rates, missing_keys, repeated, run_missing
 
 FOLDER = Path(__file__).resolve().parent
-STAGES = ("sweep", "run", "report")
+NEEDED = {"merge": "merge needs the files to add", "repeat": "repeat needs numbers of lines"}
+STAGES = ("run", "status", "merge", "repeat", "report")
 
 
-def chosen_rate(results: Path) -> float:
-    """The learning rate, from the stored runs of the sweep. Raises ValueError if some are missing."""
-    keys = sweep_keys()
-    found = stored(results, keys)
-    if missing := [key.name for key in keys if key not in found]:
-        raise ValueError(
-            f"{results}: {len(missing)} runs of the sweep are missing, first {missing[0]}; run sweep first"
-        )
-    return choose_rate(sweep_table({key: final_accuracy(run) for key, run in found.items()}))
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def status(path: Path) -> str:
+    record = read_record(path)
+    by_stage = [sum(key.stage == stage for key in record) for stage in ("selection", "study")]
+    return (
+        f"{path}: {by_stage[0]} runs of the selection, which is complete for {len(chosen_rates(record))} of "
+        f"{len(OBJECTIVES)} objectives; {by_stage[1]} of {NUM_STUDY_RUNS} runs of the study; next: "
+        f"{next((key.name for key in missing_keys(record)), 'nothing, the record is complete')}"
+    )
+
+
+def _repeated(path: Path, number: str) -> int:
+    """0 if that line of the record is got again, else 1."""
+    trials = list(read_record(path).values())
+    if not number.isdecimal() or not 1 <= int(number) <= len(trials):
+        raise ValueError(f"{number}: give the number of a line of {path}, 1 to {len(trials)}")
+    trial = trials[int(number) - 1]
+    same = as_line(repeated(trial, initial_weights(), TrialSettings())) == as_line(trial)
+    say(f"{trial.key.name}: {'the same' if same else 'ANOTHER'} result as in the record, made with {trial.machine}")
+    return 0 if same else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="stage", help="sweep, run, report (all)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one core each (2)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of `run`")
-    parser.add_argument("--results", type=Path, default=FOLDER / "results", help="folder of the stored curves")
-    parser.add_argument("--runs-dir", type=Path, default=FOLDER.parents[1] / "runs" / "stability_study")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("inputs", nargs="*", help="of merge: the records to add; of repeat: numbers of lines")
+    parser.add_argument("--record", type=Path, default=FOLDER / "results.jsonl", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    stages = options.stages or list(STAGES)
-    if unknown := sorted(set(stages) - set(STAGES)):
-        parser.error(f"{unknown[0]!r} is no stage; known: {', '.join(STAGES)}")
-    num_failed = 0
+    if bool(options.inputs) != (options.stage in NEEDED):
+        parser.error(NEEDED.get(options.stage, f"{options.stage} takes no further words"))
+    torch.set_num_threads(1)
     try:
-        if {"sweep", "run"} & set(stages):
-            prepare()
-            inputs = fingerprint()
-            work = options.results, options.runs_dir, inputs, options.workers
-            if "sweep" in stages:
-                num_failed += run_missing(sweep_keys(), *work)
-            if "run" in stages and not num_failed:
-                rate = chosen_rate(options.results)
-                print(f"learning rate {rate:g}", flush=True)
-                num_failed += run_missing(study_keys(rate, options.seeds), *work)
-        if "report" in stages and not num_failed:
-            write_report(options.results, chosen_rate(options.results), FOLDER)
+        if options.stage == "run":
+            run_missing(options.record, initial_weights(), TrialSettings(), say)
+        if options.stage == "merge":
+            print(f"{merge(options.record, [Path(name) for name in options.inputs])} runs added")
+        if options.stage == "repeat":
+            return max(_repeated(options.record, number) for number in options.inputs)
+        if options.stage == "report":
+            write_report(options.record, FOLDER)
+        print(status(options.record))
     except ValueError as error:
         print(f"stability_study: {error}", file=sys.stderr)
         return 1
-    return min(num_failed, 1)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,95 +1,118 @@
-"""Statistics of the report: final and peak accuracy, collapse, paired differences. Pure arithmetic."""
+"""What the protocol asks of the record: comparisons with their corrections, collapse and mechanism. Pure arithmetic."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 
-from scipy.stats import t as student
+from benchmarks.stability_study.grid import DELAYS, LONGEST, OBJECTIVES
+from benchmarks.stability_study.measures import Difference, collapse_version, difference, holm, paired
+from benchmarks.stability_study.record import StoredTrial, heldout_curve, primary_metric, versions
+from benchmarks.stability_study.trial import COMPARED, TrialKey
 
-from benchmarks.stability_study.curves import StoredRun
+RELEVANT = 0.03  # the smallest advantage in held-out accuracy that would matter
+PRIMARY = ("cispo", LONGEST)
+CONTROLS = (("scaled_cispo", LONGEST), ("shuffled_minpro", LONGEST))
+REST = tuple(
+    (objective, delay)
+    for delay in reversed(DELAYS)
+    for objective in OBJECTIVES
+    if objective != "minpro" and (objective, delay) not in (PRIMARY, *CONTROLS)
+)
+FAMILIES = {"primary": (PRIMARY,), "controls": CONTROLS, "others": REST}
 
-FINAL_EVALUATIONS = 3  # the final accuracy is the mean of this number of last evaluations
-COLLAPSE_SHARE = 0.5
-CONFIDENCE = 0.95
+type Record = Mapping[TrialKey, StoredTrial]
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean over seeds with its standard error (NaN for one seed)."""
+class Comparison:
+    """MinPRO less another objective at a delay, in the primary metric."""
 
-    value: float
-    error: float
-    count: int
-
-    @property
-    def half_width(self) -> float:
-        """The half width of the interval of Student's t with `count` - 1 degrees of freedom."""
-        if self.count < 2:
-            return math.nan
-        return float(student.ppf((1 + CONFIDENCE) / 2, self.count - 1)) * self.error
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.count > 1 and abs(self.value) > self.half_width
+    family: str
+    objective: str
+    delay: int
+    difference: Difference
+    adjusted_p: float  # by Holm's method, within the family
+    interval: tuple[float, float]  # with 95 % for the whole family
 
 
-def mean_over_seeds(values: Sequence[float]) -> Mean:
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Mean(fmean(values), error, len(values))
+def by_seed(
+    record: Record, objective: str, delay: int, value: Callable[[StoredTrial], float] = primary_metric
+) -> dict[int, float]:
+    """A number of each run of the study with that objective and delay, by seed."""
+    return {
+        key.seed: value(trial)
+        for key, trial in record.items()
+        if (key.stage, key.objective, key.delay) == ("study", objective, delay)
+    }
 
 
-def final_accuracy(run: StoredRun) -> float:
-    """The mean of the last held-out evaluations; 0 if the trainer ended the run early."""
-    return 0.0 if run.given_up else fmean(run.heldout[-FINAL_EVALUATIONS:])
-
-
-def peak_accuracy(run: StoredRun) -> float:
-    return max(run.heldout)
-
-
-def collapse_version(versions: Sequence[int], accuracies: Sequence[float]) -> int | None:
-    """The first evaluated version from which on the accuracy stays below half of its previous maximum; None if there is
-    none. A dip that recovers is not a collapse.
-
-    >>> collapse_version([0, 5, 10, 15, 20], [0.2, 0.8, 0.3, 0.5, 0.1])
-    20
-    """
-    for place in range(1, len(accuracies)):
-        limit = COLLAPSE_SHARE * max(accuracies[:place])
-        if all(accuracy < limit for accuracy in accuracies[place:]):
-            return versions[place]
-    return None
-
-
-def collapse(run: StoredRun) -> int | None:
-    """In global steps: `collapse_version`, or the step at which the trainer ended the run early."""
-    found = collapse_version(run.versions, run.heldout)
-    if found is None and run.given_up:
-        return len(run)
+def comparisons(record: Record) -> list[Comparison]:
+    """All comparisons of the protocol, family by family. Raises ValueError if the record lacks a cell."""
+    found = []
+    for family, cells in FAMILIES.items():
+        differences = [
+            paired(by_seed(record, "minpro", delay), by_seed(record, objective, delay)) for objective, delay in cells
+        ]
+        adjusted = holm([one.p_value for one in differences])
+        for (objective, delay), one, p_value in zip(cells, differences, adjusted, strict=True):
+            found.append(Comparison(family, objective, delay, one, p_value, one.interval(len(cells))))
     return found
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Mean:
-    """The mean of `ours` - `theirs` over the seeds that both have, by seed. Raises ValueError if there are none."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
-        raise ValueError(f"no seed in common: {sorted(ours)} and {sorted(theirs)}")
-    return mean_over_seeds([ours[seed] - theirs[seed] for seed in seeds])
+def verdict(low: float, high: float) -> str:
+    """What an interval of MinPRO's advantage says, by the protocol's rule.
+
+    >>> verdict(0.01, 0.09), verdict(-0.01, 0.02), verdict(-0.02, 0.06)
+    ('for', 'against: no relevant advantage', 'undecided')
+    """
+    if low > 0:
+        return "for"
+    if high < 0:
+        return "against: worse"
+    return "against: no relevant advantage" if high < RELEVANT else "undecided"
 
 
-def mean_curve(runs: Sequence[StoredRun], column: str) -> list[float]:
-    """By global step, over the runs that reached it; values that are not finite are excluded."""
-    longest = max(len(run) for run in runs)
-    curve = []
-    for step in range(longest):
-        values = [run.columns[column][step] for run in runs if step < len(run)]
-        finite = [value for value in values if math.isfinite(value)]
-        curve.append(fmean(finite) if finite else math.nan)
-    return curve
+def collapse(trial: StoredTrial) -> int | None:
+    """The version at which the run collapsed; a run without a finite gradient collapsed there at the latest."""
+    found = collapse_version(versions(trial), heldout_curve(trial))
+    return found if found is not None or trial.ended_at is None else trial.ended_at
 
 
-def mean_of_column(run: StoredRun, column: str) -> float:
-    """Over the run's global steps."""
-    finite = [value for value in run.columns[column] if math.isfinite(value)]
-    return fmean(finite) if finite else math.nan
+def steps_to_collapse(trial: StoredTrial) -> float:
+    """Global steps until the collapse, all of the run's if there was none."""
+    found = collapse(trial)
+    return float(trial.num_global_steps if found is None else found)
+
+
+def relative_variance(trial: StoredTrial, objective: str) -> float:
+    """The mean logarithm of (trace of the gradient's covariance / its squared norm) of `objective`, over the updates at
+    which the run compared gradients; NaN if all of them were 0."""
+    logs = [
+        math.log(one[f"{objective}/variance"] / one[f"{objective}/squared_norm"])
+        for one in trial.compared
+        if one[f"{objective}/squared_norm"] > 0 and one[f"{objective}/variance"] > 0
+    ]
+    return fmean(logs) if logs else math.nan
+
+
+def variance_ratio(record: Record, visited_by: str) -> Difference:
+    """Log of MinPRO's relative variance over CISPO's at the same weights and on the same responses, of the runs of
+    `visited_by` at the longest delay; over seeds."""
+    cispo, minpro = COMPARED
+    logs = by_seed(
+        record, visited_by, LONGEST, lambda trial: relative_variance(trial, minpro) - relative_variance(trial, cispo)
+    )
+    return difference([value for value in logs.values() if math.isfinite(value)])
+
+
+def mean_by_position(trials: Sequence[StoredTrial], name: str) -> dict[int, float]:
+    """A statistic by the first position of its bucket, the mean over runs."""
+    prefix = f"{name}_by_position/"
+    positions = sorted({int(one.removeprefix(prefix)) for trial in trials for one in trial.means if prefix in one})
+    return {place: fmean(trial.means[f"{prefix}{place}"] for trial in trials) for place in positions}
+
+
+def mean_curve(trials: Sequence[StoredTrial]) -> list[float]:
+    """Held-out accuracy by evaluated version, the mean over runs."""
+    return [fmean(values) for values in zip(*(heldout_curve(trial) for trial in trials), strict=True)]

@@ -1,95 +1,72 @@
-"""The runs of the study, and the rule by which its learning rate was chosen."""
+"""Which runs the study has, in their order, and the rule that chooses each objective's learning rate.
+
+protocol.md beside this file gives the reasons. Nothing here was changed after its first run.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
-from minpro_megatron.config.run import RunConfig, with_overrides
-from minpro_megatron.recipes import stability_study
+from benchmarks.stability_study.trial import TrialKey
 
-OBJECTIVES = (
-    "minpro",
-    "cispo",
-    "scaled_cispo",
-    "shuffled_minpro",
-    "prefix_ratio",
-    "prefix_filter",
-    "grpo",
-    "gspo",
-    "m2po",
-    "ctpo",
-)
-DELAYS = (0, 2, 8)  # global steps
-SEEDS = (0, 1, 2)
+MAIN = ("minpro", "cispo", "scaled_cispo", "shuffled_minpro")
+OTHERS = ("grpo", "gspo", "m2po", "ctpo", "cppo")
+OBJECTIVES = (*MAIN, *OTHERS)
+DELAYS = (0, 4, 16)  # global steps
+LONGEST = DELAYS[-1]
+SEEDS = tuple(range(5))
+MORE_SEEDS = tuple(range(10))  # of MAIN at the longest delay
 
-# The sweep was fixed before its first run. It uses the two most common objectives without any prefix, on a seed that
-# no run of the study has, and chooses the largest rate at which on-policy training is still within ON_POLICY_MARGIN of
-# the best on-policy result while the longest delay costs at least STALENESS_LOSS; accuracies are the mean of both
-# objectives' final ones. If no rate does, it chooses the one with the largest loss among those within the margin.
-# One thing was changed after the first five of its runs: they showed 2.5e-4, then the lowest rate, ahead of 5e-4 even
-# on-policy, so the rates 2.5e-4 .. 4e-3 were moved down by a factor of four. The rule was not changed.
-SWEPT_OBJECTIVES = ("grpo", "cispo")
-SWEPT_DELAYS = (0, 8)
-SWEPT_RATES = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)
-SWEEP_SEED = 100
-ON_POLICY_MARGIN = 0.05
-STALENESS_LOSS = 0.10
+SELECTION_SEEDS = (100, 101)
+RATES = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4)  # a factor of two from one to the next
+EXTENSIONS = 2  # further rates at most, if the best one is at an end of the tried ones
 
 
-@dataclass(frozen=True, order=True)
-class RunKey:
-    """One run. Seeds decide the order of the prompts and the sampling, the same for every objective and delay."""
-
-    objective: str
-    delay_steps: int
-    seed: int
-    learning_rate: float
-
-    @property
-    def name(self) -> str:
-        return f"{self.objective}-delay{self.delay_steps}-seed{self.seed}-rate{self.learning_rate:g}"
-
-    def config(self, runs_dir: str, *overrides: str) -> RunConfig:
-        settings = [f"name={self.name}", f"runs_dir={runs_dir}", f"seed={self.seed}"]
-        settings += [f"objective.name={self.objective}", f"staleness.delay_steps={self.delay_steps}"]
-        settings += [f"optimizer.learning_rate={self.learning_rate}", *overrides]
-        return with_overrides(stability_study.run(), settings)
+def selection_keys(objective: str, rates: Sequence[float]) -> list[TrialKey]:
+    return [TrialKey("selection", objective, LONGEST, seed, rate) for rate in sorted(rates) for seed in SELECTION_SEEDS]
 
 
-def sweep_keys() -> list[RunKey]:
-    return [
-        RunKey(objective, delay, SWEEP_SEED, rate)
-        for rate in SWEPT_RATES
-        for delay in SWEPT_DELAYS
-        for objective in SWEPT_OBJECTIVES
-    ]
+def next_rates(means: Mapping[float, float]) -> tuple[float, ...]:
+    """The rates to try for an objective, of which `means` has those already tried with their primary metric.
 
+    First RATES; then, while the best is the smallest or the largest of all, the one beyond it, EXTENSIONS times at
+    most. Empty: there is nothing more to try.
 
-def study_keys(learning_rate: float, seeds: Sequence[int] = SEEDS) -> list[RunKey]:
-    """Seed by seed, so that an interrupted study has complete seeds."""
-    return [
-        RunKey(objective, delay, seed, learning_rate) for seed in seeds for delay in DELAYS for objective in OBJECTIVES
-    ]
-
-
-def sweep_table(final: Mapping[RunKey, float]) -> dict[float, tuple[float, float]]:
-    """(final accuracy on-policy, with the longest delay) by rate; means over the swept objectives."""
-    return {
-        rate: (
-            fmean(final[RunKey(name, SWEPT_DELAYS[0], SWEEP_SEED, rate)] for name in SWEPT_OBJECTIVES),
-            fmean(final[RunKey(name, SWEPT_DELAYS[1], SWEEP_SEED, rate)] for name in SWEPT_OBJECTIVES),
-        )
-        for rate in SWEPT_RATES
-    }
-
-
-def choose_rate(table: Mapping[float, tuple[float, float]]) -> float:
-    """The rate of the study by the rule above.
-
-    >>> choose_rate({1e-4: (0.90, 0.88), 2e-4: (0.93, 0.7), 4e-4: (0.91, 0.6), 8e-4: (0.5, 0.1)})
-    0.0004
+    >>> next_rates({6.25e-5: 0.2, 1.25e-4: 0.6})
+    (0.00025, 0.0005)
+    >>> next_rates({6.25e-5: 0.2, 1.25e-4: 0.6, 2.5e-4: 0.8, 5e-4: 0.9})
+    (0.001,)
+    >>> next_rates({6.25e-5: 0.2, 1.25e-4: 0.6, 2.5e-4: 0.8, 5e-4: 0.1})
+    ()
     """
-    best = max(on_policy for on_policy, _ in table.values())
-    learning = {rate: row for rate, row in table.items() if row[0] >= best - ON_POLICY_MARGIN}
-    hurt = [rate for rate, (on_policy, stale) in learning.items() if on_policy - stale >= STALENESS_LOSS]
-    return max(hurt) if hurt else max(learning, key=lambda rate: learning[rate][0] - learning[rate][1])
+    if untried := tuple(rate for rate in RATES if rate not in means):
+        return untried
+    smallest, largest, best = min(means), max(means), chosen_rate(means)
+    if len(means) == len(RATES) + EXTENSIONS or smallest < best < largest:
+        return ()
+    return (best / 2,) if best == smallest else (best * 2,)
+
+
+def chosen_rate(means: Mapping[float, float]) -> float:
+    """The rate with the highest primary metric; of equal ones the smallest."""
+    return min(means, key=lambda rate: (-means[rate], rate))
+
+
+def study_keys(rates: Mapping[str, float]) -> list[TrialKey]:
+    """Every run of the study, seed by seed; `rates` has the learning rate of each objective."""
+    keys = []
+    for seed in MORE_SEEDS:
+        for delay in reversed(DELAYS):
+            for objective in OBJECTIVES:
+                if seed in SEEDS or (delay == LONGEST and objective in MAIN):
+                    keys.append(TrialKey("study", objective, delay, seed, rates[objective]))
+    return keys
+
+
+NUM_STUDY_RUNS = len(study_keys(dict.fromkeys(OBJECTIVES, 0.0)))
+
+
+def means_by_rate(values: Mapping[TrialKey, float]) -> dict[float, float]:
+    """The means over SELECTION_SEEDS of one objective's selection runs, for the rates that have them all."""
+    rates = sorted({key.learning_rate for key in values})
+    by_rate = {rate: [value for key, value in values.items() if key.learning_rate == rate] for rate in rates}
+    return {rate: fmean(found) for rate, found in by_rate.items() if len(found) == len(SELECTION_SEEDS)}

@@ -1,202 +1,182 @@
-"""benchmarks/stability_study.md: tables and pictures from the stored curves, between two marks; other text is kept."""
+"""The results in stability_study.md, between its two markers, and all tables in tables.md: from the record alone.
+
+While runs are missing, the page says how many there are and nothing about their results.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.stability_study.analysis import (
-    COLLAPSE_SHARE,
-    CONFIDENCE,
-    FINAL_EVALUATIONS,
-    Mean,
+    Comparison,
+    Record,
+    by_seed,
     collapse,
-    final_accuracy,
-    mean_of_column,
-    mean_over_seeds,
-    paired,
-    peak_accuracy,
+    comparisons,
+    mean_by_position,
+    steps_to_collapse,
+    variance_ratio,
+    verdict,
 )
-from benchmarks.stability_study.curves import StoredRun, read_stored
-from benchmarks.stability_study.figures import write_figures
-from benchmarks.stability_study.grid import (
-    DELAYS,
-    OBJECTIVES,
-    ON_POLICY_MARGIN,
-    STALENESS_LOSS,
-    SWEPT_DELAYS,
-    sweep_keys,
-    sweep_table,
-)
-from benchmarks.stability_study.work import stored
-from minpro_megatron.files.replacement import replace_file
+from benchmarks.stability_study.grid import DELAYS, LONGEST, NUM_STUDY_RUNS, OBJECTIVES, RATES
+from benchmarks.stability_study.measures import difference, paired
+from benchmarks.stability_study.picture import write_picture
+from benchmarks.stability_study.record import StoredTrial, primary_metric, read_record
+from benchmarks.stability_study.work import chosen_rates, selection_means
 
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-PICTURES = {
-    "final.png": "Final held-out accuracy: a dot for each seed, lines are means",
-    "heldout.png": "Held-out accuracy against global steps: thin lines are seeds, thick ones means",
-    "reward.png": "Training reward against global steps, running mean of five steps",
-    "entropy.png": "Entropy of the policy at response tokens",
-    "clipped.png": "Share of the tokens whose weight was clipped, or that were left out (none: drawn at 1e-5)",
-}
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def write_report(results: Path, learning_rate: float, folder: Path) -> None:
-    """Rewrites the tables in `folder`.md and the pictures in `folder`. Raises ValueError if no run is stored."""
-    runs = study_runs(results, learning_rate)
-    if not runs:
-        raise ValueError(f"{results}: no run at the rate {learning_rate:g} is stored; run the stage `run` first")
-    swept = {key: final_accuracy(run) for key, run in stored(results, sweep_keys()).items()}
-    parts = [_sweep(sweep_table(swept), learning_rate), *tables(runs)]
-    parts += [f"![{title}](stability_study/{name})\n\n*{title}.*" for name, title in PICTURES.items()]
-    path = folder.with_suffix(".md")
-    replace_file(path, with_tables(path.read_text(encoding="utf-8"), "\n\n".join(parts)))
-    write_figures(runs, folder)
-    print(f"wrote {path} and {len(PICTURES)} pictures from {len(runs)} runs")
+def write_report(path: Path, folder: Path) -> None:
+    """Writes the results into `folder`.md; of a complete record also tables and picture into `folder`.
+
+    Raises ValueError for runs of different setups.
+    """
+    record = read_record(path)
+    if len(setups := {trial.setup for trial in record.values()}) > 1:
+        raise ValueError(f"{path} has runs of {len(setups)} setups, {', '.join(sorted(setups))}; keep one of them")
+    page = folder.with_suffix(".md")
+    if is_complete(record):
+        write_picture(record, folder / "heldout.png")
+        (folder / "tables.md").write_text(all_tables(record))
+    text = results(record) if is_complete(record) else progress(record)
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
 
 
-def study_runs(results: Path, learning_rate: float) -> list[StoredRun]:
-    """All stored runs of the study at this rate, whatever their seeds, in the order of objectives, delays, seeds."""
-    swept = set(sweep_keys())
-    runs = [read_stored(path) for path in sorted(results.glob("*.jsonl"))]
-    chosen = [run for run in runs if run.key not in swept and run.key.learning_rate == learning_rate]
-    return sorted(chosen, key=lambda run: (OBJECTIVES.index(run.key.objective), run.key.delay_steps, run.key.seed))
+def is_complete(record: Record) -> bool:
+    return sum(key.stage == "study" for key in record) == NUM_STUDY_RUNS
 
 
-def with_tables(text: str, tables: str) -> str:
-    """`text` with `tables` between its marks. Raises ValueError if it does not have both, once, in order."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in after:
-        raise ValueError(f"stability_study.md: the marks {BEGIN} and {END} must each stand in it once, in this order")
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
-
-
-def tables(runs: Sequence[StoredRun]) -> list[str]:
-    num_seeds = len({run.key.seed for run in runs})
-    return [
-        f"### Final and peak accuracy ({len(runs)} runs, {num_seeds} seeds)\n\n"
-        f"Held-out accuracy, mean ± standard error over seeds. Final: the mean of the last {FINAL_EVALUATIONS} "
-        "evaluations of a run; peak: the largest one.\n\n" + _accuracies(runs),
-        "### Collapse\n\nSeeds that collapsed, of all, and at which global step: the first evaluated version from "
-        f"which on the held-out accuracy stays below {COLLAPSE_SHARE:g} times its largest value before.\n\n"
-        + _collapses(runs),
-        f"### MinPRO less each other objective, final accuracy\n\nMean of the differences seed by seed with its "
-        f"{CONFIDENCE:.0%} interval (Student's t); bold where the interval excludes 0. No correction for the number "
-        "of comparisons.\n\n" + _differences(runs, final_accuracy),
-        "### The same for the mean of a run's held-out accuracies (speed and stability together)\n\n"
-        + _differences(runs, mean_accuracy),
-        *[_diagnostics(runs, delay) for delay in DELAYS],
-    ]
-
-
-def mean_accuracy(run: StoredRun) -> float:
-    """Over all evaluations of the run; 0 for those missing because the run ended early."""
-    return math.fsum(run.heldout) / (len(run.heldout) if not run.given_up else _num_evaluations(run))
-
-
-def _num_evaluations(run: StoredRun) -> int:
-    every = run.versions[1] - run.versions[0] if len(run.versions) > 1 else run.num_steps
-    return 1 + -(-run.num_steps // every)
-
-
-def _of(runs: Sequence[StoredRun], objective: str, delay: int) -> list[StoredRun]:
-    return [run for run in runs if run.key.objective == objective and run.key.delay_steps == delay]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _delay_names() -> list[str]:
-    return [f"delay {delay}" if delay else "on-policy" for delay in DELAYS]
-
-
-def _sweep(table: dict[float, tuple[float, float]], chosen: float) -> str:
-    rows = [
-        [f"**{rate:g}**" if rate == chosen else f"{rate:g}", *(f"{value:.3f}" for value in (*row, row[0] - row[1]))]
-        for rate, row in table.items()
-    ]
-    names = ["learning rate", *(f"final accuracy, delay {delay}" for delay in SWEPT_DELAYS), "lost"]
+def progress(record: Record) -> str:
+    num_study = sum(key.stage == "study" for key in record)
     return (
-        "### The learning rate\n\nMeans over GRPO and CISPO, one seed that the study does not have. Rule, fixed before "
-        f"the sweep: the largest rate with on-policy accuracy within {ON_POLICY_MARGIN:g} of the best at which the "
-        f"longest delay costs {STALENESS_LOSS:g} or more; if there is none, the rate within the margin that loses "
-        "most.\n\n" + _table(names, rows)
+        f"**{num_study} of {NUM_STUDY_RUNS} runs of the study are in the record**, and {len(record) - num_study} runs "
+        f"of the selection of learning rates, which is complete for {len(chosen_rates(record))} of {len(OBJECTIVES)} "
+        "objectives. No conclusion is drawn before all are there."
     )
 
 
-def _accuracies(runs: Sequence[StoredRun]) -> str:
+def results(record: Record) -> str:
+    """What a complete record says, on one screen."""
+    compared = [one for one in comparisons(record) if one.family != "others"]
+    caption = "Held-out accuracy against global steps: means over seeds, bands of one standard error"
+    return "\n\n".join(
+        [
+            "MinPRO less another objective at the longest delay, in the primary metric:",
+            _comparison_table(compared),
+            "\n".join(f"- {line}" for line in _mechanism(record)),
+            f"![{caption}](stability_study/heldout.png)",
+            "Held-out accuracy of the last third, mean ± standard error over seeds; runs that collapsed, of all:",
+            _accuracies(record),
+            "All comparisons, the selection of the learning rates and the prefix minima by position: "
+            "[tables](stability_study/tables.md).",
+        ]
+    )
+
+
+def all_tables(record: Record) -> str:
+    parts = [_rates(record), _comparisons(record), _positions(record), _machines(record)]
+    return "# Tables of the stability study\n\n" + "\n\n".join(parts) + "\n"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _rates(record: Record) -> str:
+    """The selection, which also shows how stable the objectives are at equal rates."""
+    rates, rows = chosen_rates(record), []
+    for objective in OBJECTIVES:
+        found = selection_means(record, objective)
+        cells = [f"**{rate:g}: {mean:.3f}**" if rate == rates[objective] else f"{rate:g}: {mean:.3f}"
+                 for rate, mean in sorted(found.items())]  # fmt: skip
+        common = [t for k, t in record.items() if (k.stage, k.objective) == ("selection", objective)
+                  and k.learning_rate in RATES]  # fmt: skip
+        num_collapsed = sum(collapse(trial) is not None for trial in common)
+        mean = fmean(primary_metric(trial) for trial in common)
+        rows.append([f"`{objective}`", ", ".join(cells), f"{mean:.3f}", f"{num_collapsed} of {len(common)}"])
+    return (
+        f"## Learning rates, delay {LONGEST}\n\nPrimary metric of the selection runs by rate, bold: chosen; its mean "
+        "over the rates that all objectives have, and collapsed runs with those rates (described, not tested).\n\n"
+        + table(["objective", "rate: metric", "mean", "collapsed"], rows)
+    )
+
+
+def _accuracies(record: Record) -> str:
     rows = []
     for objective in OBJECTIVES:
-        row = [f"`{objective}`"]
-        for measure in (final_accuracy, peak_accuracy):
-            for delay in DELAYS:
-                found = [measure(run) for run in _of(runs, objective, delay)]
-                row.append(_shown(mean_over_seeds(found)) if found else "-")
-        rows.append(row)
-    names = [f"{kind}, {delay}" for kind in ("final", "peak") for delay in _delay_names()]
-    return _table(["objective", *names], rows)
-
-
-def _shown(mean: Mean) -> str:
-    return f"{mean.value:.3f}" + (f" ± {mean.error:.3f}" if mean.count > 1 else "")
-
-
-def _collapses(runs: Sequence[StoredRun]) -> str:
-    rows = []
-    for objective in OBJECTIVES:
-        row = [f"`{objective}`"]
+        cells = []
         for delay in DELAYS:
-            found = [collapse(run) for run in _of(runs, objective, delay)]
-            steps = sorted(step for step in found if step is not None)
-            row.append(f"{len(steps)} of {len(found)}" + (f": {', '.join(map(str, steps))}" if steps else ""))
-        rows.append(row)
-    return _table(["objective", *_delay_names()], rows)
+            values = difference(list(by_seed(record, objective, delay).values()))
+            ended = [value for value in by_seed(record, objective, delay, _collapsed).values() if value]
+            cells.append(f"{values.mean:.3f} ± {values.error:.3f}; {len(ended)} of {values.count}")
+        rows.append([f"`{objective}`", *cells])
+    return table(["objective", *(f"delay {delay}" for delay in DELAYS)], rows)
 
 
-def _differences(runs: Sequence[StoredRun], measure: Callable[[StoredRun], float]) -> str:
-    rows = []
-    for objective in OBJECTIVES[1:]:
-        row = [f"`{objective}`"]
-        for delay in DELAYS:
-            ours, theirs = (
-                {run.key.seed: measure(run) for run in _of(runs, name, delay)} for name in (OBJECTIVES[0], objective)
-            )
-            row.append(_difference(paired(ours, theirs)) if ours.keys() & theirs.keys() else "-")
-        rows.append(row)
-    return _table(["minpro less", *_delay_names()], rows)
+def _collapsed(trial: StoredTrial) -> float:
+    return float(collapse(trial) is not None)
 
 
-def _difference(mean: Mean) -> str:
-    if mean.count < 2:
-        return f"{mean.value:+.3f}"
-    low, high = mean.value - mean.half_width, mean.value + mean.half_width
-    text = f"{mean.value:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return f"**{text}**" if mean.excludes_zero else text
+def _comparisons(record: Record) -> str:
+    return (
+        "## MinPRO less each other objective\n\nPaired by seed. Intervals have 95 % for their family together "
+        "(Bonferroni), p-values are adjusted within it (Holm).\n\n" + _comparison_table(comparisons(record))
+    )
 
 
-def _diagnostics(runs: Sequence[StoredRun], delay: int) -> str:
-    """Diagnostics of the runs of one delay."""
-    rows = []
-    for objective in OBJECTIVES:
-        chosen = _of(runs, objective, delay)
-        if not chosen:
-            continue
-        rows.append(
-            [
-                f"`{objective}`",
-                f"{mean_over_seeds([run.columns['entropy'][-1] for run in chosen]).value:.3f}",
-                *(_over_runs(chosen, name) for name in ("clipped", "masked", "effective_sample_size", "ratio_99")),
-                *(_over_runs(chosen, name) for name in ("log_ratio_square", "prefix_min_mean", "grad_norm")),
-                _over_runs(chosen, "truncated"),
-            ]
+def _comparison_table(compared: Sequence[Comparison]) -> str:
+    columns = ["family", "MinPRO less", "delay", "seeds", "difference", "interval", "p", "verdict"]
+    return table(columns, [_comparison_row(one) for one in compared])
+
+
+def _comparison_row(one: Comparison) -> list[str]:
+    low, high = one.interval
+    cells = [f"{one.difference.mean:+.3f}", f"[{low:+.3f}, {high:+.3f}]", f"{one.adjusted_p:.3g}", verdict(low, high)]
+    return [one.family, f"`{one.objective}`", str(one.delay), str(one.difference.count), *cells]
+
+
+def _mechanism(record: Record) -> list[str]:
+    later = paired(*(by_seed(record, name, LONGEST, steps_to_collapse) for name in ("minpro", "cispo")))
+    lines = [f"MinPRO's runs at delay {LONGEST} last {later.mean:+.1f} global steps longer than CISPO's until a "
+             f"collapse or the end ({_interval(later.interval())})."]  # fmt: skip
+    for name in ("scaled_cispo", "shuffled_minpro"):
+        gain = paired(by_seed(record, name, LONGEST), by_seed(record, "cispo", LONGEST))
+        lines.append(f"`{name}` less CISPO: {gain.mean:+.3f} ({_interval(gain.interval())}).")
+    for name in ("minpro", "cispo"):
+        ratio = variance_ratio(record, name)
+        bounds = tuple(math.exp(bound) for bound in ratio.interval())
+        lines.append(
+            f"Relative variance of MinPRO's gradient over CISPO's, at the weights of `{name}`: "
+            f"{math.exp(ratio.mean):.3f} ({_interval(bounds)})."
         )
-    head = ["objective", "entropy at the end", "clipped", "left out", "effective sample size", "99 % of the ratios"]
-    head += ["squared log-ratio", "mean prefix minimum", "gradient norm", "truncated"]
-    name = f"delay {delay}" if delay else "on-policy"
-    return f"### Inside the runs, {name}\n\nMeans over the global steps and seeds.\n\n" + _table(head, rows)
+    return lines
 
 
-def _over_runs(runs: Sequence[StoredRun], column: str) -> str:
-    return f"{mean_over_seeds([mean_of_column(run, column) for run in runs]).value:.3g}"
+def _interval(bounds: tuple[float, ...]) -> str:
+    return f"95 %: {bounds[0]:.3f} to {bounds[1]:.3f}"
+
+
+def _positions(record: Record) -> str:
+    """Whether the prefix minimum had length to act in MinPRO's runs."""
+    rows = []
+    for delay in DELAYS:
+        chosen = [t for k, t in record.items() if (k.stage, k.objective, k.delay) == ("study", "minpro", delay)]
+        minima, gaps = (mean_by_position(chosen, name) for name in ("prefix_min/mean", "prefix_ratio/gap_abs"))
+        rows.append([str(delay), *(f"{minima[place]:.3f} / {gaps[place]:.3f}" for place in minima)])
+    return (
+        "## The prefix minimum by position\n\nMinPRO's runs: mean prefix minimum / mean distance of "
+        "log(prefix minimum x ratio) from the logarithm of the product; columns are the first positions of buckets.\n\n"
+        + table(["delay", *map(str, minima)], rows)
+    )
+
+
+def _machines(record: Record) -> str:
+    counts = Counter(trial.machine for trial in record.values())
+    return "## Machines\n\n" + table(
+        ["machine", "runs"], [[name, str(count)] for name, count in sorted(counts.items())]
+    )

@@ -1,106 +1,129 @@
-"""Runs of the study, one process each, several at a time; a finished run has its stored file and is not repeated."""
+"""Runs what the record lacks, one run at a time; several processes may work at one record.
 
-import multiprocessing
-import os
-import threading
+A process claims a run by a lock that ends with the process, so one that was killed leaves nothing to clean up.
+"""
+
+import fcntl
+import hashlib
+import json
+import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
-from benchmarks.stability_study.analysis import final_accuracy, peak_accuracy
-from benchmarks.stability_study.curves import StoredRun, read_stored
-from benchmarks.stability_study.grid import RunKey
+import torch
+from torch import Tensor
 
+from benchmarks.stability_study.grid import (
+    OBJECTIVES,
+    chosen_rate,
+    means_by_rate,
+    next_rates,
+    selection_keys,
+    study_keys,
+)
+from benchmarks.stability_study.record import StoredTrial, append, primary_metric, read_record, stored_trial
+from benchmarks.stability_study.trial import Trial, TrialKey, TrialSettings
+from benchmarks.stability_study.warm_start import digest
 
-def stored_path(results: Path, key: RunKey) -> Path:
-    return results / f"{key.name}.jsonl"
-
-
-def stored(results: Path, keys: Sequence[RunKey], inputs: str | None = None) -> dict[RunKey, StoredRun]:
-    """The stored runs among `keys`. Raises ValueError for a run of another model or other prompts than `inputs`, or, if
-    that is None, than those of the first run."""
-    found = {}
-    for key in keys:
-        path = stored_path(results, key)
-        if path.exists():
-            run = found[key] = read_stored(path)
-            inputs = inputs or run.inputs
-            if run.inputs != inputs:
-                raise ValueError(
-                    f"{path}: its model and prompts have the fingerprint {run.inputs}, others {inputs}; curves of "
-                    "different ones cannot be compared: give another --results"
-                )
-    return found
+type Record = Mapping[TrialKey, StoredTrial]
 
 
-def run_missing(
-    keys: Sequence[RunKey],
-    results: Path,
-    runs_dir: Path,
-    inputs: str,
-    workers: int,
-    overrides: Sequence[str] = (),
-) -> int:
-    """Trains the runs that are not stored yet, in the order of `keys`. Returns the number of failures, which
-    are already reported.
-
-    `inputs` is the fingerprint of model and prompts; `overrides` change the recipe's settings, as on a command line.
-    """
-    todo = [key for key in keys if key not in stored(results, keys, inputs)]
-    print(f"{len(keys) - len(todo)} of {len(keys)} runs are there, {len(todo)} to do", flush=True)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the fork server, which inherits it
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.stability_study.one_run"])
-    started, num_ended, num_failed = time.monotonic(), 0, 0
-    waiting, running = list(todo), {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                key = waiting.pop(0)
-                arguments = (key, str(runs_dir), str(stored_path(results, key)), inputs, overrides)
-                process: Any = context.Process(target=_worker, args=arguments)
-                process.start()
-                running[process.sentinel] = (process, key, time.monotonic())
-            for sentinel in wait(list(running)):
-                process, key, begun = running.pop(sentinel)
-                process.join()
-                num_ended += 1
-                num_failed += process.exitcode != 0
-                rate = num_ended / (time.monotonic() - started)
-                left = timedelta(seconds=round((len(todo) - num_ended) / rate))
-                print(
-                    f"[{num_ended}/{len(todo)}] {_outcome(process.exitcode, results, key)}  "
-                    f"{time.monotonic() - begun:.0f} s  {rate * 60:.2f} runs/min  left {left}",
-                    flush=True,
-                )
-    finally:
-        for process, _, _ in running.values():
-            process.kill()
-    return num_failed
+def setup_digest(initial: Mapping[str, Tensor], settings: TrialSettings) -> str:
+    """Of what all runs of a record have in common. Runs with different ones cannot be compared."""
+    text = json.dumps(asdict(settings), sort_keys=True) + digest(initial)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _outcome(exit_code: int, results: Path, key: RunKey) -> str:
-    if exit_code:
-        return f"{key.name}: FAILED with status {exit_code}"
-    run = read_stored(stored_path(results, key))
-    end = f"  given up: {run.given_up}" if run.given_up else ""
-    return f"{key.name}: final {final_accuracy(run):.3f}, peak {peak_accuracy(run):.3f}{end}"
+def machine() -> str:
+    """What decides the last bits of a sum beside the program: torch, and the instructions that its kernels use."""
+    return f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _end_with_the_study() -> None:
-    """Ends this run with the study, because its result would not be used. The parent process is the fork server, which
-    lives as long as its runs."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def selection_means(record: Record, objective: str) -> dict[float, float]:
+    """The primary metric by learning rate, of those rates of an objective whose selection runs are all there."""
+    found = {
+        key: primary_metric(trial)
+        for key, trial in record.items()
+        if key.stage == "selection" and key.objective == objective
+    }
+    return means_by_rate(found)
 
 
-def _worker(key: RunKey, runs_dir: str, path: str, inputs: str, overrides: Sequence[str]) -> None:
-    threading.Thread(target=_end_with_the_study, daemon=True).start()
-    from benchmarks.stability_study.one_run import run_and_store  # torch and megatron, which the fork server has
+def chosen_rates(record: Record) -> dict[str, float]:
+    """The learning rate of each objective whose selection is complete."""
+    means = {objective: selection_means(record, objective) for objective in OBJECTIVES}
+    return {objective: chosen_rate(found) for objective, found in means.items() if not next_rates(found)}
 
-    run_and_store(key, runs_dir, Path(path), inputs, *overrides)
+
+def missing_keys(record: Record) -> list[TrialKey]:
+    """The runs that the record lacks and that can be known yet, in order: the selection's, then the study's, which need
+    every objective's rate."""
+    selection = [
+        key
+        for objective in OBJECTIVES
+        for key in selection_keys(objective, next_rates(selection_means(record, objective)))
+    ]
+    rates = chosen_rates(record)
+    study = study_keys(rates) if len(rates) == len(OBJECTIVES) else []
+    return [key for key in (*selection, *study) if key not in record]
+
+
+@contextmanager
+def claimed(folder: Path, key: TrialKey) -> Iterator[bool]:
+    """Whether this process may do the run: no other one does at the moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{key.name.replace(' ', '-')}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def run_missing(path: Path, initial: Mapping[str, Tensor], settings: TrialSettings, say: Callable[[str], None]) -> None:
+    """Does runs until the record at `path` is complete or other processes have claimed the rest."""
+    claims, times = path.with_name(f"{path.stem}_claims"), path.with_name(f"{path.stem}_times.jsonl")
+    started, done = time.monotonic(), 0
+    while key := _next_claimed(path, claims, initial, settings, times):
+        done += 1
+        record = read_record(path)
+        left = len(missing_keys(record))
+        rate = done / (time.monotonic() - started)
+        say(
+            f"{key.name}: {primary_metric(record[key]):.3f}; {len(record)} runs in the record, {left} known to be "
+            f"missing, {3600 * rate:.1f} runs/h, {timedelta(seconds=round(left / rate))} left"
+        )
+
+
+def repeated(trial: StoredTrial, initial: Mapping[str, Tensor], settings: TrialSettings) -> StoredTrial:
+    """The run once more. Raises ValueError if it was made with other settings or initial weights."""
+    if trial.setup != setup_digest(initial, settings):
+        raise ValueError(f"{trial.key.name}: its setup {trial.setup} is not today's, {setup_digest(initial, settings)}")
+    return _done(trial.key, initial, settings)
+
+
+def _done(key: TrialKey, initial: Mapping[str, Tensor], settings: TrialSettings) -> StoredTrial:
+    result = Trial(key, initial, settings).run()
+    return stored_trial(key, result, settings, setup_digest(initial, settings), machine())
+
+
+def _next_claimed(
+    path: Path, claims: Path, initial: Mapping[str, Tensor], settings: TrialSettings, times: Path
+) -> TrialKey | None:
+    """Does the first missing run that no other process does, and returns its key; None if there is none."""
+    for key in missing_keys(read_record(path)):
+        with claimed(claims, key) as mine:
+            if mine and key not in read_record(path):
+                wall, processor = time.monotonic(), time.process_time()
+                append(path, _done(key, initial, settings))
+                spent = {"wall_s": round(time.monotonic() - wall, 1)}
+                spent["processor_s"] = round(time.process_time() - processor, 1)
+                with times.open("a") as file:
+                    file.write(json.dumps({"run": key.name, **spent}) + "\n")
+                return key
+    return None

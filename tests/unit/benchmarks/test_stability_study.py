@@ -1,252 +1,282 @@
-"""The stability study: batched sampling against the reference engine, stored curves, and the report's arithmetic."""
+"""The stability study's grid, record, statistics and page, on made-up results with known answers."""
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
-import torch
+from scipy.stats import false_discovery_control, ttest_rel
 
+from benchmarks.stability_study import grid, work
+from benchmarks.stability_study.__main__ import main
 from benchmarks.stability_study.analysis import (
+    CONTROLS,
+    FAMILIES,
+    PRIMARY,
+    REST,
+    by_seed,
     collapse,
-    collapse_version,
-    final_accuracy,
-    mean_curve,
-    mean_over_seeds,
-    paired,
-    peak_accuracy,
+    comparisons,
+    steps_to_collapse,
+    variance_ratio,
+    verdict,
 )
-from benchmarks.stability_study.batched_model import BatchedModel
-from benchmarks.stability_study.curves import (
-    COLUMNS,
-    RESPONSES,
-    StoredRun,
-    append_responses,
-    read_run,
-    read_stored,
-    responses_digest,
-    write_stored,
-)
-from benchmarks.stability_study.figures import hard_clipped, running_mean
-from benchmarks.stability_study.grid import (
-    DELAYS,
-    OBJECTIVES,
-    SWEEP_SEED,
-    RunKey,
-    choose_rate,
-    study_keys,
-    sweep_keys,
-    sweep_table,
-)
-from benchmarks.stability_study.report import BEGIN, END, mean_accuracy, tables, with_tables
-from benchmarks.stability_study.work import stored, stored_path
-from minpro_megatron.monitor.history import Entry, encode_entry
+from benchmarks.stability_study.grid import DELAYS, LONGEST, MAIN, NUM_STUDY_RUNS, OBJECTIVES, RATES, study_keys
+from benchmarks.stability_study.measures import collapse_version, difference, holm, last_third, paired
+from benchmarks.stability_study.record import StoredTrial, append, as_line, merge, primary_metric, read_record
+from benchmarks.stability_study.report import BEGIN, END, write_report
+from benchmarks.stability_study.trial import TrialKey
 from minpro_megatron.objective.registry import OBJECTIVES as REGISTERED
-from minpro_megatron.reference_engine.model import KeyValueCache
-from minpro_megatron.reference_engine.sampling import Sampler, SamplingParameters
-from tests.support.reference_models import architecture, one_thread, random_model, random_tensors
-from tests.support.study_runs import KEY, made_run
 
-STOPS, MAX_RESPONSE = (7, 17, 27), 12
+KEY = TrialKey("study", "minpro", 16, 0, 2.5e-4)
+RATE: dict[str, float] = dict.fromkeys(OBJECTIVES, 2.5e-4)
 
 
-@torch.inference_mode()
-def one_by_one(model_seed: int, prompt: list[int], seed: int, temperature: float) -> tuple[list[int], list[float], str]:
-    """Tokens, log-probs and finish reason as the reference engine gives them."""
-    model, cache = random_model(model_seed), KeyValueCache(architecture(), 40)
-    sampler = Sampler(SamplingParameters(temperature=temperature, sampling_seed=seed))
-    for token in prompt[:-1]:
-        model.step(token, cache)
-    tokens, log_probs = [prompt[-1]], []
-    while len(log_probs) < MAX_RESPONSE:
-        token, log_prob = sampler(model.logits(model.step(tokens[-1], cache)))
-        tokens.append(token)
-        log_probs.append(log_prob)
-        if token in STOPS and len(log_probs) < MAX_RESPONSE:
-            return tokens[1:], log_probs, "stop"
-    return tokens[1:], log_probs, "length"
+def made(key: TrialKey, accuracy: float, log_variance: float = 0.0) -> StoredTrial:
+    """A run whose accuracy is constant after its start; MinPRO's relative variance is exp(log_variance) of CISPO's."""
+    gradients = {"cispo/squared_norm": 2.0, "cispo/variance": 6.0, "minpro/squared_norm": 1.0}
+    return StoredTrial(
+        key, "setup", "machine", 30, 5, None, [0.1, *[accuracy] * 6], {"reward": [accuracy] * 6},
+        {"prefix_min/mean_by_position/1": 1.0, "prefix_min/mean_by_position/32": 0.6,
+         "prefix_ratio/gap_abs_by_position/1": 0.0, "prefix_ratio/gap_abs_by_position/32": 0.4},
+        [gradients | {"minpro/variance": 3.0 * math.exp(log_variance)}],
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_batched_sampling_gives_the_reference_engines_tokens(temperature: float) -> None:
-    # a stop token in a prompt stops nothing; the short prompts' responses are over before the long one's
-    prompts = [*[[5, 6, 7]] * 8, [8, 9, 10, 11, 17, 12, 13, 14], [12, 13, 14, 16]]
-    seeds = list(range(7, 17))
-    with one_thread():
-        batched = BatchedModel(random_model(0), 40)
-        batched.load(random_tensors(1))
-        found = batched.sample(prompts, seeds, temperature, MAX_RESPONSE, STOPS)
-        expected = [one_by_one(1, prompt, seed, temperature) for prompt, seed in zip(prompts, seeds, strict=True)]
-    for one, (tokens, log_probs, reason) in zip(found, expected, strict=True):
-        assert one.token_ids.tolist() == tokens
-        assert np.abs(one.log_probs - np.array(log_probs)).max() < 2e-5
-        assert one.finish_reason == reason
-    assert {reason for _, _, reason in expected} == {"stop", "length"}
+def made_record(advantage: Callable[[TrialKey], float], seed: int, noise: float = 0.02) -> dict[TrialKey, StoredTrial]:
+    """A complete record: accuracy 0.6 + advantage(key) + the seed's part + noise."""
+    random = np.random.default_rng(seed)
+    of_seed = random.normal(0, 0.1, 10)
+    keys = [
+        TrialKey("selection", objective, LONGEST, place, rate)
+        for objective in OBJECTIVES for rate in RATES for place in grid.SELECTION_SEEDS
+    ]  # fmt: skip
+    record = {key: made(key, 0.5 + 0.1 * (key.learning_rate == 2.5e-4)) for key in keys}
+    for key in study_keys(RATE):
+        accuracy = 0.6 + advantage(key) + of_seed[key.seed] + random.normal(0, noise)
+        record[key] = made(key, float(accuracy), -0.5 + random.normal(0, 0.05))
+    return record
 
 
-def test_more_sequences_than_fit_are_sampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts, seeds = [[5, 6]] * 5, [1, 2, 3, 4, 5]
-    with one_thread():
-        model = BatchedModel(random_model(1), 40)
-        whole = model.sample(prompts, seeds, 1.0, 6, STOPS)
-        monkeypatch.setattr("benchmarks.stability_study.batched_model.MAX_SEQUENCES", 2)
-        parts = model.sample(prompts, seeds, 1.0, 6, STOPS)
-    assert [one.token_ids.tolist() for one in parts] == [one.token_ids.tolist() for one in whole]
-    assert len({tuple(one.token_ids) for one in whole}) > 1
-
-
-def test_a_dense_model_is_refused() -> None:
-    from minpro_megatron.reference_engine.model import Model
-
-    with pytest.raises(ValueError, match="a dense model"):
-        BatchedModel(Model(architecture(num_experts=0), 8), 8)
-
-
-def test_every_run_of_the_grid_has_its_own_name_and_the_same_seeds() -> None:
-    keys = study_keys(5e-4, seeds=[0, 1])
-    assert len({key.name for key in keys}) == len(keys) == len(OBJECTIVES) * len(DELAYS) * 2
+def test_the_grid_has_the_protocols_seeds() -> None:
+    keys = study_keys(RATE)
+    assert len(set(keys)) == len(keys) == NUM_STUDY_RUNS == 9 * 3 * 5 + 4 * 5
     assert set(OBJECTIVES) <= REGISTERED.keys()
-    assert [key.seed for key in keys[: len(keys) // 2]] == [0] * (len(keys) // 2)  # whole seeds first
-    assert SWEEP_SEED not in {key.seed for key in study_keys(5e-4)}
-    config = RunKey("ctpo", 8, 3, 2e-4).config("runs", "num_global_steps=9")
-    assert (config.objective.name, config.staleness.delay_steps, config.seed) == ("ctpo", 8, 3)
-    assert (config.optimizer.learning_rate, config.num_global_steps) == (2e-4, 9)
+    for objective in OBJECTIVES:
+        for delay in DELAYS:
+            seeds = [key.seed for key in keys if (key.objective, key.delay) == (objective, delay)]
+            assert seeds == list(range(10 if objective in MAIN and delay == LONGEST else 5))
+    assert not {key.seed for key in keys} & set(grid.SELECTION_SEEDS)
 
 
-def test_the_rate_is_the_largest_that_learns_on_policy_and_is_hurt_by_staleness() -> None:
-    assert choose_rate({1: (0.90, 0.70), 2: (0.93, 0.82), 4: (0.88, 0.60), 8: (0.87, 0.1)}) == 4
-    # nowhere does staleness cost enough: where it costs most among those that learn
-    assert choose_rate({1: (0.90, 0.88), 2: (0.93, 0.85), 4: (0.92, 0.89), 8: (0.5, 0.1)}) == 2
-    final = {key: 0.5 + 0.1 * (key.objective == "grpo") - 0.01 * key.delay_steps for key in sweep_keys()}
-    for rate, row in sweep_table(final).items():
-        assert row == (pytest.approx(0.55), pytest.approx(0.47)), rate
+def test_a_rate_is_tried_beyond_the_best_twice_at_most() -> None:
+    means = {rate: -rate for rate in RATES}
+    assert grid.next_rates({}) == RATES
+    assert grid.next_rates(dict(list(means.items())[1:])) == RATES[:1]  # not before all of them are there
+    for _ in range(grid.EXTENSIONS):
+        (rate,) = grid.next_rates(means)
+        assert rate == min(means) / 2
+        means[rate] = -rate
+    assert grid.next_rates(means) == ()
+    assert grid.chosen_rate({1.0: 0.5, 2.0: 0.7, 3.0: 0.7}) == 2.0
 
 
-def test_stored_curves_come_back(tmp_path: Path) -> None:
-    run, path = made_run(), tmp_path / "run.jsonl"
-    write_stored(path, run)
-    again = read_stored(path)
-    assert math.isnan(again.columns["loss"][1])
-    again.columns["loss"][1] = run.columns["loss"][1] = 0.0  # NaN is unlike itself
-    assert again == run
-    path.write_text(path.read_text().replace('"format":1', '"format":0'))
-    with pytest.raises(ValueError, match="format = 0 instead of 1"):
-        read_stored(path)
+def test_the_study_waits_for_every_rate_and_an_interrupted_one_goes_on() -> None:
+    record = dict[TrialKey, StoredTrial]()
+    order = list[TrialKey]()
+    while missing := work.missing_keys(record):
+        key = missing[0]
+        assert key not in record
+        order.append(key)
+        # minpro's best rate is the largest of all, that of others 2.5e-4
+        best = key.learning_rate if key.objective == "minpro" else -abs(math.log(key.learning_rate / 2.5e-4))
+        record[key] = made(key, best)
+    stages = [key.stage for key in order]
+    assert stages == sorted(stages)  # selection before study
+    assert stages.count("study") == NUM_STUDY_RUNS
+    assert stages.count("selection") == 2 * (4 * 9 + grid.EXTENSIONS)
+    assert work.chosen_rates(record) == RATE | {"minpro": 4 * max(RATES)}
+    assert {key.learning_rate for key in order if key.stage == "study" and key.objective == "minpro"} == {
+        4 * max(RATES)
+    }
 
 
-def test_a_run_folder_becomes_curves(tmp_path: Path) -> None:
-    metrics = dict.fromkeys(COLUMNS.values(), 1 / 3)
-    lines = [encode_entry(Entry(step, 0.0, metrics | {"reward/accuracy": step / 10})) for step in range(3)]
-    lines.insert(1, encode_entry(Entry(0, 0.0, {"eval/pass_at_1": 0.5})))
-    (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    (tmp_path / "evaluations.jsonl").write_text(
-        '{"policy_version": 0, "pass_at_1": 0.123456789, "standard_error": 0}\n'
-    )
-    for step in range(3):
-        append_responses(tmp_path, step, [np.array([step, 1], np.int32)])
-    run = read_run(tmp_path, KEY, "ab12", 3, None)
-    assert run.columns["accuracy"] == [0.0, 0.1, 0.2]
-    assert run.columns["entropy"] == [0.33333] * 3
-    assert (run.versions, run.heldout) == ([0], [0.12346])
-    assert len(set(run.responses)) == len((tmp_path / RESPONSES).read_text().splitlines()) == 3
+def test_a_claimed_run_is_left_to_the_process_that_has_it(tmp_path: Path) -> None:
+    with work.claimed(tmp_path, KEY) as first, work.claimed(tmp_path, KEY) as second:
+        assert (first, second) == (True, False)
+    with work.claimed(tmp_path, KEY) as again:
+        assert again
 
 
-def test_digests_tell_responses_apart() -> None:
-    one = responses_digest([np.array([1, 2], np.int32), np.array([3], np.int32)])
-    assert one == responses_digest([np.array([1, 2], np.int64), np.array([3], np.int64)])
-    assert one != responses_digest([np.array([1], np.int32), np.array([2, 3], np.int32)])
+def test_records_survive_a_cut_and_merge_if_they_agree(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl"
+    runs = [made(replace(KEY, seed=seed), 0.1 * seed) for seed in range(3)]
+    append(ours, runs[0])
+    with ours.open("a") as file:
+        file.write(as_line(runs[1])[:-20])  # a process was killed
+    assert list(read_record(ours).values()) == runs[:1]
+    append(ours, runs[1])
+    append(theirs, runs[1])
+    append(theirs, runs[2])
+    assert merge(ours, [theirs]) == 1
+    assert list(read_record(ours).values()) == runs
+    assert merge(ours, [theirs]) == 0
+    other = tmp_path / "other.jsonl"
+    append(other, replace(runs[2], heldout=[0.0]))
+    before = ours.read_bytes()
+    with pytest.raises(ValueError, match="different results of study minpro delay 16 seed 2"):
+        merge(ours, [other])
+    assert ours.read_bytes() == before
+    other.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"other\.jsonl, line 1: no run of the study"):
+        read_record(other)
 
 
-def test_curves_of_other_inputs_are_not_mixed(tmp_path: Path) -> None:
-    keys = [replace(KEY, seed=seed) for seed in (0, 1, 2)]
-    for key, inputs in zip(keys, ("aa", "bb"), strict=False):
-        write_stored(stored_path(tmp_path, key), replace(made_run(key), inputs=inputs))
-    assert stored(tmp_path, keys[:1], "aa").keys() == {keys[0]}
-    with pytest.raises(ValueError, match="fingerprint bb, others aa"):
-        stored(tmp_path, keys)
-    with pytest.raises(ValueError, match="fingerprint aa, others cc"):
-        stored(tmp_path, keys, "cc")
+def test_the_primary_metric_is_the_last_thirds_mean_and_0_after_an_end() -> None:
+    run = replace(made(KEY, 0.0), heldout=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    assert last_third(range(0, 31, 5), run.heldout) == primary_metric(run) == pytest.approx(0.65)
+    ended = replace(run, heldout=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], ended_at=27)
+    assert primary_metric(ended) == pytest.approx(0.3)
+    assert collapse(ended) == 30
+    assert collapse(replace(ended, heldout=[0.0, 0.0], ended_at=7)) == 7
+    assert (collapse(run), steps_to_collapse(run)) == (None, 30)
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "expected"),
-    [
-        ([0.2, 0.6, 0.9, 0.8, 0.7], None),
-        ([0.2, 0.8, 0.3, 0.5, 0.6], None),  # a dip that recovers
-        ([0.2, 0.8, 0.3, 0.5, 0.39], 40),
-        ([0.2, 0.8, 0.39, 0.3, 0.1], 20),
-        ([0.2, 0.05, 0.0, 0.0, 0.0], 10),  # it never learnt
-        ([0.2], None),
-    ],
-)
-def test_collapse_is_a_fall_below_half_of_the_peak_that_stays(accuracies: list[float], expected: int | None) -> None:
-    assert collapse_version(list(range(0, 10 * len(accuracies), 10)), accuracies) == expected
+def test_a_dip_that_recovers_is_no_collapse() -> None:
+    versions = [0, 5, 10, 15, 20]
+    assert collapse_version(versions, [0.2, 0.8, 0.3, 0.5, 0.3]) == 20
+    assert collapse_version(versions, [0.2, 0.8, 0.3, 0.3, 0.1]) == 10
+    assert collapse_version(versions, [0.2, 0.8, 0.3, 0.5, 0.4]) is None
 
 
-def test_final_and_peak_accuracy() -> None:
-    run = made_run(heldout=(0.2, 0.9, 0.6, 0.3, 0.3))
-    assert final_accuracy(run) == pytest.approx(0.4)
-    assert peak_accuracy(run) == 0.9
-    assert mean_accuracy(run) == pytest.approx(0.46)
-    assert collapse(run) == 6
-    given_up = replace(made_run(heldout=(0.2, 0.9)), given_up="not finite", num_steps=8)
-    assert final_accuracy(given_up) == 0.0
-    assert mean_accuracy(given_up) == pytest.approx(1.1 / 5)  # of versions 0, 2, 4, 6, 8
-    assert collapse(given_up) == len(given_up)
+def test_intervals_cover_and_p_values_are_students() -> None:
+    random = np.random.default_rng(1)
+    for count, comparisons_made in ((5, 1), (10, 1), (5, 21)):
+        draws = random.normal(0.3, 1.0, (4000, count))
+        covered = [
+            low < 0.3 < high for low, high in (difference(list(row)).interval(comparisons_made) for row in draws)
+        ]
+        expected = 1 - 0.05 / comparisons_made
+        assert abs(fmean(covered) - expected) < 4 * math.sqrt(expected * (1 - expected) / 4000)
+    ours, theirs = random.normal(0.5, 0.1, 6), random.normal(0.4, 0.1, 6)
+    found = paired(dict(enumerate(ours)), dict(enumerate(theirs)) | {9: 5.0})  # seed 9 has no partner
+    expected = ttest_rel(ours, theirs)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert found.interval() == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert math.isnan(difference([0.3]).p_value)
+    assert difference([0.3]).interval() == (-math.inf, math.inf)
 
 
-def test_differences_are_taken_seed_by_seed() -> None:
-    ours, theirs = {0: 0.5, 1: 0.7, 2: 0.9, 9: 0.0}, {2: 0.7, 1: 0.6, 0: 0.5, 8: 1.0}
-    mean = paired(ours, theirs)
-    assert mean.value == pytest.approx(0.1)
-    assert mean.error == pytest.approx(0.1 / math.sqrt(3))
-    assert mean.half_width == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-4)  # t, 2 degrees of freedom
-    assert not mean.excludes_zero
-    assert paired({0: 0.5, 1: 0.61, 2: 0.7}, {0: 0.3, 1: 0.4, 2: 0.5}).excludes_zero
-    assert not mean_over_seeds([0.4]).excludes_zero
-    with pytest.raises(ValueError, match="no seed in common"):
-        paired({0: 1.0}, {1: 1.0})
+def test_holm_keeps_the_error_rate_of_a_family() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm 1979, worked out by hand
+    assert holm([math.nan, 0.02])[1] == pytest.approx(0.04)
+    random = np.random.default_rng(2)
+    families = random.random((2000, 21))
+    wrong = fmean(min(holm(list(family))) < 0.05 for family in families)
+    assert abs(wrong - 0.05) < 4 * math.sqrt(0.05 * 0.95 / 2000)
+    # never below the adjustment that controls less, the false discovery rate
+    assert all((np.array(holm(list(row))) >= false_discovery_control(row) - 1e-12).all() for row in families[:50])
 
 
-def test_mean_curves_go_as_far_as_any_run_does() -> None:
-    long, short = made_run(steps=6), made_run(steps=2)
-    short.columns["accuracy"][:] = [1.0, math.nan]
-    assert mean_curve([long, short], "accuracy")[:3] == [0.5, 0.125, 0.25]
-    assert hard_clipped([long]) == [0.25 * step for step in range(6)]
-    assert running_mean([1.0, math.nan, 5.0], 3) == [1.0, 3.0, 5.0]
+def test_the_families_have_every_comparison_once() -> None:
+    cells = [cell for family in FAMILIES.values() for cell in family]
+    assert sorted(cells) == sorted((name, delay) for name in OBJECTIVES if name != "minpro" for delay in DELAYS)
+    assert len(set(cells)) == len(cells)
+    assert (PRIMARY, len(CONTROLS), len(REST)) == (("cispo", 16), 2, 21)
 
 
-def runs_of_two_seeds() -> list[StoredRun]:
-    """MinPRO ends 0.1 (seed 0) or 0.3 (seed 1) above everything else; with delay 8 everything else collapses."""
-    runs = []
-    for key in study_keys(5e-4, seeds=[0, 1]):
-        end = 0.7 if key.objective == "minpro" else 0.6 - 0.2 * key.seed
-        end = 0.1 if key.objective != "minpro" and key.delay_steps == 8 else end
-        runs.append(made_run(key, heldout=(0.2, 0.9, end, end, end)))
-    return runs
+def test_a_planted_effect_is_found_and_none_is_not() -> None:
+    def planted(key: TrialKey) -> float:
+        return 0.06 if key.objective in ("minpro", "shuffled_minpro") and key.delay == LONGEST else 0.0
+
+    found = {(one.family, one.objective, one.delay): one for one in comparisons(made_record(planted, 5))}
+    primary = found["primary", "cispo", LONGEST]
+    assert primary.difference.mean == pytest.approx(0.06, abs=0.02)
+    assert (primary.difference.count, verdict(*primary.interval)) == (10, "for")
+    assert verdict(*found["controls", "scaled_cispo", LONGEST].interval) == "for"
+    assert verdict(*found["controls", "shuffled_minpro", LONGEST].interval) != "for"  # the control does as well
+    assert found["others", "grpo", LONGEST].difference.count == 5
+    assert found["others", "cispo", 0].adjusted_p > 0.05
 
 
-def test_the_tables_say_what_the_curves_do() -> None:
-    accuracies, collapses, differences, *_ = tables(runs_of_two_seeds())
-    assert "60 runs, 2 seeds" in accuracies
-    assert re.search(r"`minpro` \| 0.700 ± 0.000 .* 0.900 ± 0.000 \|\n", accuracies)
-    assert "`grpo` | 0.500 ± 0.100 | 0.500 ± 0.100 | 0.100 ± 0.000 |" in accuracies
-    assert "`minpro` | 0 of 2 | 0 of 2 | 0 of 2 |" in collapses
-    assert "`grpo` | 1 of 2: 4 | 1 of 2: 4 | 2 of 2: 4, 4 |" in collapses
-    # the differences 0.1 and 0.3: 0.2 -+ 12.706 * 0.1; and twice 0.6, exactly
-    row = "`grpo` | +0.200 [-1.071, +1.471] | +0.200 [-1.071, +1.471] | **+0.600 [+0.600, +0.600]** |"
-    assert row in differences
-    assert "minpro less" in differences
-    assert "`minpro` |" not in differences
+def test_without_an_effect_the_primary_claim_is_made_in_one_study_of_forty() -> None:
+    verdicts = []
+    for seed in range(300):
+        record = {key: run for key, run in made_record(lambda _: 0.0, seed).items() if key.delay == LONGEST}
+        one = paired(by_seed(record, "minpro", LONGEST), by_seed(record, "cispo", LONGEST))
+        verdicts.append(verdict(*one.interval()))
+    share = verdicts.count("for") / len(verdicts)
+    assert share < 0.025 + 4 * math.sqrt(0.025 * 0.975 / 300)
+    assert verdicts.count("against: no relevant advantage") > 200  # noise of 0.02 is small enough to exclude 0.03
 
 
-def test_tables_take_the_place_between_the_marks() -> None:
-    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    once = with_tables(text, "new")
-    assert once == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
-    assert with_tables(once, "new") == once
-    for broken in (text.replace(END, ""), text.replace(BEGIN, ""), text + text, f"{END}\n{BEGIN}"):
-        with pytest.raises(ValueError, match="must each stand in it once"):
-            with_tables(broken, "new")
+def test_the_relative_variance_is_compared_at_the_same_weights() -> None:
+    ratio = variance_ratio(made_record(lambda _: 0.0, 3), "cispo")
+    assert math.exp(ratio.mean) == pytest.approx(math.exp(-0.5), rel=0.05)
+    assert ratio.count == 10
+    assert ratio.interval()[1] < 0
+
+
+def page_of(record: dict[TrialKey, StoredTrial], folder: Path) -> str:
+    """The page that is written for a record, with text around its results."""
+    path, page = folder / "study" / "results.jsonl", folder / "study.md"
+    for trial in record.values():
+        append(path, trial)
+    page.write_text(f"before\n{BEGIN}\nformer\n{END}\nafter\n")
+    for _ in range(2):  # the second time changes nothing
+        write_report(path, path.parent)
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n\n")
+    assert text.endswith(f"\n\n{END}\nafter\n")
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def test_a_page_without_all_runs_draws_no_conclusion(tmp_path: Path) -> None:
+    record = made_record(lambda _: 0.0, 4)
+    record.pop(KEY)
+    text = page_of(record, tmp_path)
+    assert text.startswith(f"**{NUM_STUDY_RUNS - 1} of {NUM_STUDY_RUNS} runs of the study are in the record**")
+    assert "complete for 9 of 9" in text
+    assert "\n" not in text
+    assert not (tmp_path / "study" / "tables.md").exists()
+
+
+def test_runs_of_different_setups_are_not_compared(tmp_path: Path) -> None:
+    record = {KEY: made(KEY, 0.5), (other := replace(KEY, seed=1)): replace(made(other, 0.5), setup="another")}
+    with pytest.raises(ValueError, match="has runs of 2 setups, another, setup; keep one"):
+        page_of(record, tmp_path)
+
+
+def test_the_page_of_a_complete_record(tmp_path: Path) -> None:
+    text = page_of(made_record(lambda key: 0.08 * (key.objective == "minpro"), 6), tmp_path)
+    tables = (tmp_path / "study" / "tables.md").read_text()
+    primary = re.search(r"\| primary \| `cispo` \| 16 \| 10 \| \+0\.0[6-9]\d \| .* \| for \|", text)
+    assert primary is not None
+    assert primary[0] in tables
+    assert text.count("| controls |") == 2
+    assert "| others |" not in text
+    assert tables.count("| others |") == len(REST)
+    assert tables.count("**0.00025: 0.600**") == len(OBJECTIVES)
+    assert f"| machine | {NUM_STUDY_RUNS + 72} |" in tables
+    assert (tmp_path / "study" / "heldout.png").stat().st_size > 20_000
+
+
+def test_wrong_commands_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    with pytest.raises(SystemExit):
+        main(["merge", "--record", str(record)])
+    assert "merge needs the files to add" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "none.jsonl"), "--record", str(record)]) == 1
+    assert "there is no such file" in capsys.readouterr().err
+    append(record, made(KEY, 0.5))
+    assert main(["repeat", "2", "--record", str(record)]) == 1
+    assert f"2: give the number of a line of {record}, 1 to 1" in capsys.readouterr().err
+    assert main(["repeat", "1", "--record", str(record)]) == 1
+    assert "its setup setup is not today's" in capsys.readouterr().err
+    record.unlink()
+    assert main(["status", "--record", str(record)]) == 0
+    assert f"0 of {NUM_STUDY_RUNS} runs of the study; next: selection minpro" in capsys.readouterr().out
