@@ -39,6 +39,7 @@ from minpro_megatron.checkpoints.shard_writing import ShardWrite
 from minpro_megatron.checkpoints.training_state import load_training_state, run_identity, save_training_state
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.host_memory.snapshots import WeightSnapshots
+from minpro_megatron.host_memory.trainer_memory import TrainerMemory
 from minpro_megatron.metrics.metric import Metric, mean
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.objective import correction_statistics
@@ -96,6 +97,7 @@ class Policy:
             for index, chunk in enumerate(chunks)
         ]
         self._optimizer = make_optimizer(config.optimizer, self._chunks)
+        self._memory = TrainerMemory(self._chunks, self._optimizer)
         release_after_forward(chunks)
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
@@ -227,6 +229,7 @@ class Policy:
         `update` calls this and then the optimizer's step.
         """
         self._snapshots.refuse_while_swapped("the gradient would be that of other weights")
+        self._memory.refuse_while_away("update")
         micro_batches, row_metrics = self._micro_batches(sequences)
         routing = self._routing(sequences, micro_batches, routes)
         micro_batches = self._surveyed(micro_batches, seed, routing)
@@ -247,21 +250,40 @@ class Policy:
         """Start to write weights and optimizer state into the empty `folder`, in a form that any mesh can load. The
         next update may start at once; `complete` of the returned ShardWrite finishes the write."""
         self._snapshots.refuse_while_swapped("save")
+        self._memory.refuse_while_away("save")
         return save_training_state(self.modules, self._optimizer, folder, self._mesh, in_background)
 
     def load(self, folder: Path) -> int:
         """Restore what `save` wrote. Returns the number of updates that the optimizer has made. Raises ValueError if
         the optimizer's state is not restored completely."""
         self._snapshots.refuse_while_swapped("load")
+        self._memory.refuse_while_away("load")
         return load_training_state(self.modules, self._optimizer, folder, self._mesh)
 
     def take_snapshot(self, name: str) -> None:
         """Save a snapshot of the current weights in host memory as `name`."""
+        self._memory.refuse_while_away("snapshot", but_states=True)
         self._snapshots.keep(name)
 
     def use_snapshot(self, name: str) -> AbstractContextManager[None]:
         """Context manager: inside it the model has the weights of snapshot `name`, for scoring. Updates are refused."""
+        self._memory.refuse_while_away("snapshot", but_states=True)
         return self._snapshots.swapped_in(name)
+
+    def to_host(self, but_weights: bool = False) -> None:
+        """Releases the device's memory: optimizer states move to host memory, gradients are dropped, and the weights
+        move too unless `but_weights`, with which scoring still works. What has moved already stays there."""
+        self._snapshots.refuse_while_swapped("to_host")
+        self._memory.to_host(but_weights)
+
+    def to_device(self) -> None:
+        """Undoes `to_host`, bit for bit, whatever part has moved."""
+        self._memory.to_device()
+
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of this rank that are in host memory because of `to_host`."""
+        return self._memory.parked_bytes
 
     def _surveyed(self, micro_batches: list[MicroBatch], seed: int, routing: Routing) -> list[MicroBatch]:
         """The micro-batches with the results of the objective's survey; costs a forward pass if it has a survey."""
@@ -363,6 +385,7 @@ class Policy:
         forward_only: bool,
     ) -> list[Any]:
         """The loss function's value for each micro-batch; empty on ranks without the last pipeline stage."""
+        self._memory.refuse_while_away("forward", but_states=True)
         iterators = [iter(micro_batches) for _ in self._chunks]
         temperature = self._config.sampling.temperature
         try:

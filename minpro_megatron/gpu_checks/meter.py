@@ -45,6 +45,13 @@ class Meter:
         torch.cuda.synchronize(self.device)
         return torch.cuda.memory_allocated(self.device)
 
+    def reserved_bytes(self) -> int | None:
+        """Bytes that the allocator keeps from other processes: those of tensors, and its cache."""
+        if not self._counts:
+            return None
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.memory_reserved(self.device)
+
     def peak_bytes(self, work: Callable[[], object]) -> int | None:
         """The most bytes of tensors during the work, above those before it."""
         if not self._counts:

@@ -97,6 +97,14 @@ CHECKS = (
         on_mesh=True,
     ),
     Check(
+        "parked_memory",
+        "the policy's memory moves to pinned host memory and back: the same bits, bytes for other processes, the rate",
+        "parked_memory",
+        expected_s=40,
+        limit_s=80,
+        on_mesh=True,
+    ),
+    Check(
         "optimizer_offload",
         "the optimizer in host memory: the same updates, and the bytes that the plan says it saves",
         "optimizer_offload",

@@ -43,6 +43,8 @@ class WeightGatherer:
     def buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """HF names and tensors on rank 0, in buckets of at most `bucket_bytes`; empty lists elsewhere. Collective.
         A parameter larger than `bucket_bytes` is a bucket of its own."""
+        first = next(iter(self._parameters.values()))
+        assert first.untyped_storage().nbytes(), "the weights are in host memory"
         for bucket in self._plan(bucket_bytes):
             yield self._collect(bucket)
 

@@ -19,14 +19,23 @@ class LiveMeter(Meter):
 
 
 class GivenMeter(Meter):
-    """Reports what it was given, after it has done the work; `held` is reported call by call."""
+    """Reports what it was given, after it has done the work; `held` and `reserved` are reported call by call."""
 
-    def __init__(self, held: list[int] | None = None, peak: int | None = None, waits: int | None = None) -> None:
+    def __init__(
+        self,
+        held: list[int] | None = None,
+        peak: int | None = None,
+        waits: int | None = None,
+        reserved: list[int] | None = None,
+    ) -> None:
         super().__init__(torch.device("cpu"))
-        self._held, self._peak, self._waits = held or [], peak, waits
+        self._held, self._peak, self._waits, self._reserved = held or [], peak, waits, reserved or []
 
     def held_bytes(self) -> int | None:
         return self._held.pop(0) if self._held else None
+
+    def reserved_bytes(self) -> int | None:
+        return self._reserved.pop(0) if self._reserved else None
 
     def peak_bytes(self, work: Callable[[], object]) -> int | None:
         work()

@@ -47,7 +47,7 @@ def _all_pass(mesh: Mesh, names: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "names",
     [
-        ["grouped_products", "routing_replay", "snapshots", "optimizer_offload", "model_slice none"],
+        ["grouped_products", "routing_replay", "snapshots", "parked_memory", "optimizer_offload", "model_slice none"],
         pytest.param(["model_slice selective", "model_slice full"], marks=pytest.mark.long),
     ],
     ids=lambda names: names[-1],
@@ -212,6 +212,52 @@ def _snapshots_with(mesh: Mesh, defect: str) -> Any:
 def test_snapshots_and_checkpoints_fail(defect: str, problems: list[str]) -> None:
     (outcome,) = run_mesh(_snapshots_with, defect)
     assert _words(outcome) == problems
+
+
+def _parked_with(mesh: Mesh, defect: str) -> Any:
+    from minpro_megatron.gpu_checks import parked_memory
+    from minpro_megatron.host_memory.parked_storages import ParkedStorages
+    from minpro_megatron.host_memory.trainer_memory import TrainerMemory
+    from minpro_megatron.planning.memory import state_bytes
+
+    parked: Any = ParkedStorages
+    memory: Any = TrainerMemory
+    shapes, _ = parked_memory.SMALL
+    planned = sum(state_bytes(shapes.config("cpu"), shapes.architecture(), 0)[:3])
+    left, kept = 0, 0
+    if defect == "a byte changes":
+        back = parked.to_device
+
+        def changed(self: Any) -> None:
+            for host in self._host[:1]:
+                host[:1].add_(1)
+            back(self)
+
+        parked.to_device = changed
+    elif defect == "moments stay":
+        memory._state_tensors = lambda self: iter(())
+    elif defect == "gradients stay":
+        left = planned // 4
+    elif defect == "the allocator keeps it":
+        kept = planned
+    meter = GivenMeter(held=[100, 100 + left], reserved=[200, 200 + kept])
+    return _run(mesh, "parked_memory", meter=meter)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("defect", "problems"),
+    [
+        ("none", []),
+        ("a byte changes", ["weights_different"]),
+        ("moments stay", ["moved_bytes_over_plan"]),
+        ("gradients stay", ["left_bytes_over_plan"]),
+        ("the allocator keeps it", ["kept_by_allocator_over_plan"]),
+    ],
+)
+def test_parked_memory_fails(defect: str, problems: list[str]) -> None:
+    (outcome,) = run_mesh(_parked_with, defect)
+    assert _words(outcome) == problems, outcome.problems
 
 
 def _offload_with(mesh: Mesh, defect: str) -> Any:
