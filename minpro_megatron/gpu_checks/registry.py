@@ -105,6 +105,13 @@ CHECKS = (
         on_mesh=True,
     ),
     Check(
+        "shared_memory",
+        "a bucket of weights goes through shared memory to a server's place on the GPU: the same bits, the rates",
+        "shared_memory",
+        expected_s=20,
+        limit_s=60,
+    ),
+    Check(
         "optimizer_offload",
         "the optimizer in host memory: the same updates, and the bytes that the plan says it saves",
         "optimizer_offload",
