@@ -93,10 +93,12 @@ def _gradients(policy: Any) -> Iterator[Tensor]:
 
 
 def _states(policy: Any) -> Iterator[Tensor]:
+    """With the offload also what stays in host memory on a GPU: here it is on the same device, and moves."""
     for part in policy._optimizer.chained_optimizers:
-        yield from (parameter for group in part.optimizer.param_groups for parameter in group["params"])
-        for state in part.optimizer.state.values():
-            yield from (value for _, value in sorted(state.items()) if isinstance(value, Tensor))
+        for adam in (part.optimizer, *getattr(part.optimizer, "sub_optimizers", ())):
+            yield from (parameter for group in adam.param_groups for parameter in group["params"])
+            for state in adam.state.values():
+                yield from (value for _, value in sorted(state.items()) if isinstance(value, Tensor))
 
 
 def _digests(tensors: Iterable[Tensor]) -> list[str]:
