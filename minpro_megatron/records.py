@@ -198,6 +198,8 @@ class PublishLease(Record, frozen=True, kw_only=True):
     version: int
     servers: list[ServerAddress]
     evaluations: list[EvaluationResult]  # all evaluations finished so far
+    # Shared GPUs: all work of the version before is done, and the servers' memory is the trainer's until publish_end.
+    releases: bool = False
     requests_in_flight: bool = False  # bounded mode: pause the servers before the transfer, continue after it
     canary_prompts: list[list[int]] = []  # token ids whose greedy continuations show that the weights have arrived
     metrics: dict[str, float] = {}  # from servers and collector since the last lease

@@ -4,6 +4,8 @@
     GET  /v1/batch/{index}               Batch, or LEASE_FIRST, or NOT_READY
     POST /v1/scored                      BehaviorLogProbs
     POST /v1/consumed                    TrainedStep
+    POST /v1/release_begin/{version}     PublishLease, or LEASE_FIRST, or NOT_READY
+    POST /v1/released/{version}          {"servers": [indices]}
     POST /v1/publish_begin/{version}     PublishLease, or LEASE_FIRST, or NOT_READY
     POST /v1/publish_end/{version}       {"held_by": [server indices], "late": [server indices]}
     POST /v1/checkpoint_begin/{version}
@@ -64,6 +66,10 @@ class _Published(msgspec.Struct):
     late: list[int] = []
 
 
+class _Released(msgspec.Struct):
+    servers: list[int]
+
+
 class CollectorApi:
     """Serves a collector, once there is one, to trainers of one incarnation; use inside `async with`.
 
@@ -93,6 +99,8 @@ class CollectorApi:
         application.router.add_get(r"/v1/batch/{index:\d{1,9}}", self._batch)
         application.router.add_post("/v1/scored", self._scored)
         application.router.add_post("/v1/consumed", self._consumed)
+        application.router.add_post(r"/v1/release_begin/{version:\d{1,9}}", self._release_begin)
+        application.router.add_post(r"/v1/released/{version:\d{1,9}}", self._released)
         application.router.add_post(r"/v1/publish_begin/{version:\d{1,9}}", self._publish_begin)
         application.router.add_post(r"/v1/publish_end/{version:\d{1,9}}", self._publish_end)
         application.router.add_post(r"/v1/checkpoint_begin/{version:\d{1,9}}", self._checkpoint_begin)
@@ -184,6 +192,16 @@ class CollectorApi:
     async def _consumed(self, request: web.Request) -> web.Response:
         trained = await asyncio.to_thread(records.decode, TrainedStep, await request.read())
         await (await self._must_be_ready()).consumed(trained)
+        return web.Response()
+
+    async def _release_begin(self, request: web.Request) -> web.Response:
+        collector, version = await self._must_be_ready(), int(request.match_info["version"])
+        lease = await collector.release_begin(version, self._long_poll_s)
+        return await _answer(lease, wanted=lease is not None and lease.releases)
+
+    async def _released(self, request: web.Request) -> web.Response:
+        released = msgspec.json.decode(await request.read(), type=_Released)
+        await (await self._must_be_ready()).released(int(request.match_info["version"]), released.servers)
         return web.Response()
 
     async def _publish_begin(self, request: web.Request) -> web.Response:

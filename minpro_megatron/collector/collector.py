@@ -80,7 +80,7 @@ class Collector:
         )
         self._evaluations = Evaluations(config, [heldout_set(config, heldout), *benchmarks], collect_group)
         canaries = [prompt.token_ids.tolist() for prompt in heldout[:NUM_CANARY_PROMPTS]]
-        self._leases = Leases(servers, canaries, self._evaluations, self._metrics)
+        self._leases = Leases(servers, canaries, self._evaluations, self._metrics, config.server.takes_turns)
         self._changes = StateChanges()
         self._writing_status = asyncio.Lock()
         self._beginnings: Sequence[Beginning] = (RUN_START,)
@@ -263,6 +263,31 @@ class Collector:
             self._next_step = step + 1
         self._retention.consumed(self._next_step)
 
+    async def release_begin(self, version: int, timeout_s: float) -> PublishLease | None:
+        """Shared GPUs: permission to release the servers' memory, because all work of `version` has ended; None if it
+        continues past `timeout_s`. It is the lease of the version that the servers receive afterwards: the next one, or
+        `version` itself if the trainer resumes from it. One for servers that have lost `version` may come first."""
+        if version != self._version:
+            raise Conflict(f"release for version {version}: the servers hold version {self._version}")
+        following = version + 1 if self._serving else version
+        if following > self._num_steps:
+            raise Conflict(f"release for version {version}: the run ends with it")
+        if lease := self._leases.released_already(following):
+            return lease
+
+        def may_release() -> bool:
+            return not self._evaluations.due(version) and self._may_publish()
+
+        if await self._wait_until(may_release if self._serving else self._leases.can_grant, timeout_s):
+            self._leases.grant(following, requests_in_flight=False, releases=True)
+        return self._leases.current
+
+    async def released(self, version: int, servers: Sequence[int]) -> None:
+        """The servers of these indices have released their memory for the lease of `version`. Returns once the others
+        have no process, so that the trainer may use the memory."""
+        self._changes.raise_failure()
+        await self._leases.keep_only(version, servers)
+
     async def publish_begin(self, version: int, timeout_s: float) -> PublishLease | None:
         """Permission to publish `version`; None if work under the previous version continues past `timeout_s`. A lease
         of the previous version may be returned first: publish that one to restarted servers, and ask again."""
@@ -272,6 +297,9 @@ class Collector:
             raise Conflict(f"publish version {version}: the next one is {expected} of {self._num_steps}")
         if self._next_step != version:
             raise Conflict(f"publish version {version}: step {version - 1} has not consumed its batch")
+        if lease := self._leases.released_already(version):
+            self._observer.lease_granted(version)
+            return lease
         # after a restart the servers hold the initial weights, and nothing is in flight on them
         if await self._wait_until(self._may_publish if self._serving else self._leases.can_grant, timeout_s):
             in_flight = self._serving and self._config.staleness.mode == "bounded"
@@ -290,6 +318,7 @@ class Collector:
         first_time = version != self._version or not self._serving
         if first_time:
             await self._journal.publish(version)
+        await self._leases.let_start()
         self._leases.end(held_by, first_time, late)
         async with self._changes.making():
             if version != self._version:

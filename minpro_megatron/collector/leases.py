@@ -40,6 +40,14 @@ class Servers(Protocol):
         """Stops giving work to these servers and requests their restart."""
         ...
 
+    async def keep_only(self, released: Sequence[ServerAddress]) -> None:
+        """Shared GPUs: returns once no server but these, which have released their memory, has a process."""
+        ...
+
+    async def let_start(self) -> None:
+        """Shared GPUs: servers that have ended may be started again."""
+        ...
+
     def metrics(self) -> dict[str, float]: ...
 
 
@@ -52,9 +60,12 @@ class Leases:
         canary_prompts: list[list[int]],
         evaluations: Evaluations,
         more_metrics: Callable[[], Mapping[str, float]] = dict,
+        in_turns: bool = False,
     ) -> None:
-        """`more_metrics`: metrics that a lease reports to the trainer besides those of servers and evaluations."""
+        """`more_metrics`: metrics that a lease reports to the trainer besides those of servers and evaluations.
+        `in_turns`: the servers share their GPUs with the trainer."""
         self._servers = servers
+        self._in_turns = in_turns
         self._more_metrics = more_metrics
         self._canary_prompts = canary_prompts
         self._evaluations = evaluations  # the trainer reports those that have ended
@@ -67,9 +78,10 @@ class Leases:
     def can_grant(self) -> bool:
         return bool(self._servers.members())
 
-    def grant(self, version: int, requests_in_flight: bool) -> None:
-        """Grants a lease of `version`, which is new to the servers, for all servers that answer."""
-        self.current = self._make(version, self._servers.members(), requests_in_flight)
+    def grant(self, version: int, requests_in_flight: bool, releases: bool = False) -> None:
+        """Grants a lease of `version`, which is new to the servers, for all servers that answer. `releases`: their
+        memory is the trainer's until the lease ends."""
+        self.current = self._make(version, self._servers.members(), requests_in_flight, releases)
         self._idle_before = self._idle_now(self.current.metrics)
 
     def grant_again(self, version: int, requests_in_flight: bool) -> bool:
@@ -81,7 +93,9 @@ class Leases:
                 for server in self._servers.outdated()
                 if now >= self._not_before.get((server.index, server.start), 0.0)
             ]
-            if not behind:
+            # On shared GPUs they get the next version's weights, unless there is nobody left to sample for this one:
+            # the trainer would need memory while other servers work.
+            if not behind or (self._in_turns and len(behind) < len(self._servers.members())):
                 return False
             self.current = self._make(version, behind, requests_in_flight)
         return self.current.version == version
@@ -94,10 +108,27 @@ class Leases:
             self._serverless_since = now
         return now - self._serverless_since
 
+    def released_already(self, version: int) -> PublishLease | None:
+        """The current lease, if it is that of `version` and the servers have released their memory for it."""
+        lease = self.current
+        return lease if lease is not None and lease.releases and lease.version == version else None
+
+    async def keep_only(self, version: int, released: Sequence[int]) -> None:
+        """The servers of these indices have released their memory for the lease of `version`. Returns once all others
+        are gone, so that the trainer may use the memory."""
+        self.check_end(version)
+        assert self.current is not None
+        await self._servers.keep_only([server for server in self.current.servers if server.index in released])
+
     def check_end(self, version: int) -> None:
         """Raises Conflict unless the current lease is for `version`."""
         if self.current is None or version != self.current.version:
-            raise Conflict(f"publish_end of version {version}: there is no lease for it")
+            raise Conflict(f"version {version}: there is no lease for it")
+
+    async def let_start(self) -> None:
+        """On shared GPUs, before a lease ends: the trainer's memory is free again."""
+        if self._in_turns:
+            await self._servers.let_start()
 
     def end(self, held_by: Sequence[int], first_time: bool, late: Sequence[int] = ()) -> None:
         """Ends the lease: the servers of these indices hold its version. `first_time`: no other servers do. Servers
@@ -115,11 +146,14 @@ class Leases:
         hanging = [server for server in lease.servers if server.index in late and server.index not in held_by]
         self._servers.request_restart(hanging, f"late with an answer while version {lease.version} was published")
 
-    def _make(self, version: int, servers: list[ServerAddress], requests_in_flight: bool) -> PublishLease:
+    def _make(
+        self, version: int, servers: list[ServerAddress], requests_in_flight: bool, releases: bool = False
+    ) -> PublishLease:
         self._servers.lend(servers)
         return PublishLease(
             version=version,
             servers=servers,
+            releases=releases,
             evaluations=list(self._evaluations.results),
             requests_in_flight=requests_in_flight,
             canary_prompts=self._canary_prompts,

@@ -123,6 +123,11 @@ class ServerConfig(Section):
         that the server's queue is not empty when a response ends."""
         return max(1, round(1.25 * self.max_running_requests))
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether trainer and servers use the same GPUs one after the other. No value of `placement` says so yet."""
+        return self.placement != "disaggregated"
+
     @model_validator(mode="after")
     def _settings_of_the_engine(self) -> "ServerConfig":
         if self.expert_parallel not in (1, self.tensor_parallel):  # SGLang 0.5.23 refuses it too, in the server's log

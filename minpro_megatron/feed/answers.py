@@ -16,6 +16,14 @@ def answer_to[Answer](ask: Callable[[], Answer | PublishLease], send: Send) -> A
         send(answer)
 
 
+def release_for(ask: Callable[[], PublishLease], send: Send) -> PublishLease:
+    """The lease under which the servers release their memory. Others that are returned before it are fulfilled by
+    `send`."""
+    while not (lease := ask()).releases:
+        send(lease)
+    return lease
+
+
 def lease_for(version: int, ask: Callable[[], PublishLease], send: Send) -> PublishLease:
     """The lease of `version`. Leases of other versions that are returned before it are fulfilled by `send`."""
     while (lease := ask()).version != version:

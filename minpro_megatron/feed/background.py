@@ -57,6 +57,14 @@ class BackgroundScores:
         self._wait()
         self._feed.consumed(trained)
 
+    def release_begin(self, version: int) -> PublishLease:
+        self._wait()
+        return self._feed.release_begin(version)
+
+    def released(self, version: int, servers: Sequence[int]) -> None:
+        self._wait()
+        self._feed.released(version, servers)
+
     def publish_begin(self, version: int) -> PublishLease:
         self._wait()
         return self._feed.publish_begin(version)

@@ -59,6 +59,13 @@ class DemonstrationFeed:
     def consumed(self, trained: TrainedStep) -> None:
         """Does nothing: the file does not change."""
 
+    def release_begin(self, version: int) -> PublishLease:
+        """A lease without servers, because there are none that have memory."""
+        return PublishLease(version=version + 1, servers=[], evaluations=[], releases=True)
+
+    def released(self, version: int, servers: Sequence[int]) -> None:
+        assert not servers, "there are no servers"
+
     def publish_begin(self, version: int) -> PublishLease:
         """A lease without servers, because there are none to publish to."""
         return PublishLease(version=version, servers=[], evaluations=[])

@@ -37,6 +37,8 @@ class Feed:
 
         batch(v + n), scored(...), consumed(...), publish_begin(v + 1), [publish], publish_end(v + 1, servers)
 
+    and before it, where trainer and servers share their GPUs, `release_begin(v), [release], released(v + 1, servers)`.
+
     Every method blocks until it has its answer, and raises FeedError if there will be none. If a method returns a
     PublishLease instead of the requested record, servers have lost the current version: publish it to them, call
     `publish_end`, and repeat the request.
@@ -101,6 +103,17 @@ class Feed:
     def consumed(self, trained: TrainedStep) -> None:
         """Reports that a step has trained on its batch."""
         self._send("POST", "consumed", records.encode(trained))
+
+    def release_begin(self, version: int) -> PublishLease:
+        """Shared GPUs: waits until all work of `version` has ended, and returns the lease of the version that follows.
+        The servers' memory may be released until `publish_end`. A lease that does not `releases` comes before it, for
+        servers that have lost `version`."""
+        return self._record("POST", f"release_begin/{version}", PublishLease)
+
+    def released(self, version: int, servers: Sequence[int]) -> None:
+        """Reports which servers have released their memory for the lease of `version`. Returns once the others are
+        gone: the memory is the trainer's."""
+        self._send("POST", f"released/{version}", msgspec.json.encode({"servers": list(servers)}))
 
     def publish_begin(self, version: int) -> PublishLease:
         """Waits until the servers may receive new weights, and returns the lease for them. If servers have lost an

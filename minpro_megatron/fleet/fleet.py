@@ -18,6 +18,7 @@ from minpro_megatron.fleet.member import Client, Key, Member, MemberGone, client
 from minpro_megatron.fleet.open_files import max_groups_under_way
 from minpro_megatron.fleet.probes import ProbeEvents, Probes
 from minpro_megatron.fleet.totals import FleetTotals
+from minpro_megatron.fleet.turns import Turns
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.endpoints import num_servers, read_server_addresses, request_restart
@@ -88,6 +89,7 @@ class Fleet:
             watch_interval_s,
             ProbeEvents(self._notify, self._fail, self.count, self.out_of_files, self.request_restart),
         )
+        self._turns = Turns(config.run_dir, incarnation, self._num_expected, watch_interval_s)
         self._out_of_files_at = -float("inf")
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -156,6 +158,14 @@ class Fleet:
         self._probes.start_due()
         if outdated := [address.index for address in self.outdated()]:
             log.warning("version %d: servers %s do not hold it and get no work", version, outdated)
+
+    async def keep_only(self, released: Sequence[ServerAddress]) -> None:
+        """Shared GPUs: returns once no server but these, which have released their memory, has a process."""
+        await self._turns.keep_only(released)
+
+    async def let_start(self) -> None:
+        """Shared GPUs: servers that have ended may be started again."""
+        await self._turns.let_start()
 
     def request_restart(self, servers: Sequence[ServerAddress], reason: str) -> None:
         """Asks `serve` to restart these servers; until then they get neither work nor weights."""

@@ -70,7 +70,8 @@ def node_commands(
     fabric = fabric_environment(place, environment) if len(topology.nodes) > 1 else {}
     threads = offload_threads(config, share.ranks, environment)
     own = {"train": trainer_environment(config.device) | threads | fabric, "serve": fabric}
-    environments = role_environments(config, environment, *gpu_shares(*node_gpus(config, share), environment), own)
+    gpus = gpu_shares(*node_gpus(config, share), environment, config.server.takes_turns)
+    environments = role_environments(config, environment, *gpus, own)
     starts = {"train": node_torchrun(topology, place)}
     options = ["--config", str(config_file), "--incarnation", str(incarnation)]
     return [

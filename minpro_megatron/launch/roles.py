@@ -36,7 +36,7 @@ def role_commands(
     own = {
         "train": trainer_environment(config.device) | offload_threads(config, config.parallel.world_size, environment)
     }
-    trainer_gpus, server_gpus = gpu_shares(*gpus_needed(config), environment)
+    trainer_gpus, server_gpus = gpu_shares(*gpus_needed(config), environment, config.server.takes_turns)
     environments = role_environments(config, environment, trainer_gpus, server_gpus, own)
     options = ["--config", str(config_file), "--incarnation", str(incarnation)]
     return [
@@ -137,8 +137,15 @@ def gpus_needed(config: RunConfig) -> tuple[int, int]:
     return trainer, server.count * server.tensor_parallel if server.device == "cuda" and own_servers else 0
 
 
-def gpu_shares(trainer: int, servers: int, environment: Mapping[str, str]) -> tuple[str, str]:
-    """CUDA_VISIBLE_DEVICES for this number of GPUs of the trainer and of the servers: disjoint, "" without a GPU."""
+def gpus_together(config: RunConfig, trainer: int, servers: int) -> int:
+    """The number of GPUs of one machine on which the trainer has `trainer` and the servers have `servers` of them."""
+    return max(trainer, servers) if config.server.takes_turns else trainer + servers
+
+
+def gpu_shares(trainer: int, servers: int, environment: Mapping[str, str], in_turns: bool = False) -> tuple[str, str]:
+    """CUDA_VISIBLE_DEVICES for this number of GPUs of the trainer and of the servers, "" without a GPU: disjoint, or
+    the same ones `in_turns`."""
     given = environment.get("CUDA_VISIBLE_DEVICES")
     visible = given.split(",") if given else [str(index) for index in range(trainer + servers)]
-    return ",".join(visible[:trainer]), ",".join(visible[trainer : trainer + servers])
+    first = 0 if in_turns else trainer
+    return ",".join(visible[:trainer]), ",".join(visible[first : first + servers])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from minpro_megatron.buffer.schedule import make_schedule
-from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
+from minpro_megatron.buffer.step_order import Fetch, Publish, Release, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.planning.simulated_server import Lengths, Server, ServerModel, Turn
 
@@ -27,13 +27,14 @@ class Phases:
     train: float
     publish: float
     pause: float  # of the servers, at the beginning of a publication
+    release: float = 0.0  # on shared GPUs: of the servers' memory, and the return of the trainer's states to the device
     checkpoint: float = 0.0  # of a step that saves
     checkpoint_every: int = 0  # steps; 0: never
 
 
 @dataclass(frozen=True)
 class Span:
-    """The trainer spent start .. end (s) in a phase: wait, score, train, publish or checkpoint."""
+    """The trainer spent start .. end (s) in a phase: wait, release, score, train, publish or checkpoint."""
 
     phase: str
     step: int
@@ -155,12 +156,15 @@ class Simulation:
     def _trainer(self, num_steps: int) -> Generator[_Request]:
         """The requests of the trainer in the first `num_steps` steps of a longer run."""
         ahead = steps_ahead(self._config.staleness)
-        order = StepOrder(num_steps + ahead, ahead)
+        order = StepOrder(num_steps + ahead, ahead, in_turns=self._config.server.takes_turns)
         for fetch in order.before_first_step():
             yield from self._fetch_and_score(fetch.batch, 0)
         for step in range(num_steps):
             for event in order.of_step(step):
                 match event:
+                    case Release():
+                        yield ("wait", step, self._has_done_all)
+                        yield ("release", step, self._phases.release)
                     case Fetch():
                         yield from self._fetch_and_score(event.batch, step)
                     case Train():
@@ -175,10 +179,14 @@ class Simulation:
                             yield ("checkpoint", step, self._phases.checkpoint)
 
     def _publish(self, step: int) -> Generator[_Request]:
-        yield ("wait", step, lambda: self._schedule.may_publish() and not self._evaluation_left)
+        yield ("wait", step, self._has_done_all)
         self._pause(self._phases.pause)
         yield ("publish", step, self._phases.publish)
         self._schedule.published()
+
+    def _has_done_all(self) -> bool:
+        """Whether the servers have no work of the current version left."""
+        return self._schedule.may_publish() and not self._evaluation_left
 
     def _fetch_and_score(self, index: int, step: int) -> Generator[_Request]:
         yield ("wait", step, lambda: self._schedule.batch(index) is not None)

@@ -76,22 +76,18 @@ class Delivery:
     used: Transport | None = None
     _transfers: int = 0
     _paused_at: float | None = None
+    _has_cache: bool = True
     _excluded: list[ServerControl] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.transport = self.settings.transport if self.controls else None
 
-    def versions_and_checksums(self) -> tuple[int, dict[int, str]] | None:
-        """(oldest version that a server reports, checksums by tensor-parallel size of the servers with that version);
-        None if no server reports a version. No server is excluded."""
-        calls = start_for_all(self.controls.values(), "policy_version")
-        versions = calls.results()
-        if not versions:
-            return None
-        oldest = min(versions.values())
-        asked = [self.controls[index] for index, version in versions.items() if version == oldest]
-        found = start_for_all(asked, "weights_checksum").results()
-        return oldest, {self._tensor_parallel(index): checksum.engine for index, checksum in found.items()}
+    def take_back(self) -> None:
+        """On shared GPUs, before the first transfer: the servers get memory for weights, and for the cache after it."""
+        self._each("resume_memory_occupation", tags=["weights"])
+        self._has_cache = False
+        if not self.controls:
+            self.transport = None
 
     def by_buckets(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], num_buckets: int) -> None:
         """Sends the buckets to all servers. If one server fails, the transfer has failed for all and must be repeated
@@ -224,6 +220,10 @@ class Delivery:
         """After the weights are loaded: flush, continue, and verify the weights of each server."""
         self.used, self.transport = used, None
         settings, in_flight = self.settings, self.lease.requests_in_flight
+        if not self._has_cache:
+            self._each("resume_memory_occupation", tags=["kv_cache"])
+            self._each("continue_generation", quick=True)
+            self._has_cache = True
         if settings.flush_cache and not (in_flight and settings.pause_mode == "in_place"):
             self._each("flush_cache", quick=True)
         if self._paused_at is not None:

@@ -18,6 +18,7 @@ from minpro_megatron.publishing.broadcast import Broadcaster
 from minpro_megatron.publishing.canary import Continuation, differences, distinct_continuations
 from minpro_megatron.publishing.delivery import Delivery
 from minpro_megatron.publishing.gather import WeightGatherer
+from minpro_megatron.publishing.held_weights import HeldWeights, held_weights
 from minpro_megatron.publishing.publish_report import PublishReport
 from minpro_megatron.publishing.sender import PublishError, Sender, Transport
 from minpro_megatron.publishing.shared_memory import SharedMemorySender
@@ -42,8 +43,11 @@ class Publisher:
         self._score_canaries = score_canaries
         self._sender = make_sender(config.publish, mesh.device)
         self._headers = authorization(config) if mesh.rank == 0 else {}
-        # the servers' state after the last publication: its version, and checksums by tensor-parallel size
-        self._published: tuple[int, dict[int, str]] | None = None
+        self._published: HeldWeights | None = None  # after the last publication
+
+    def begin_from(self, held: HeldWeights | None) -> None:
+        """Notes what the servers held when they first released their memory, where they share the trainer's GPUs."""
+        self._published = held
 
     def publish(self, lease: PublishLease | None, changed: bool) -> PublishReport | None:
         """Sends the weights as the lease's version to its servers. Collective: `lease` on rank 0, None elsewhere;
@@ -55,6 +59,8 @@ class Publisher:
         start = time.monotonic()
         delivery = None if lease is None else self._delivery(lease)
         try:
+            if self._config.server.takes_turns:
+                self._on_rank_0(delivery, Delivery.take_back)
             transport = self._on_rank_0(delivery, lambda own: self._first_transport(own, changed))
             while transport is not None:
                 buckets = self._gatherer.buckets(self._config.publish.bucket_bytes)
@@ -95,13 +101,13 @@ class Publisher:
         timeout_s = self._config.publish.timeout_s
         controls = {server.index: ServerControl(server, timeout_s, size, self._headers) for server in lease.servers}
         published = None
-        if self._published is not None and self._published[0] == lease.version:
-            published = self._published[1]
+        if self._published is not None and self._published.version == lease.version:
+            published = self._published.checksums
         return Delivery(self._config.publish, lease, controls, self._sender, published)
 
     def _first_transport(self, delivery: Delivery, changed: bool) -> Transport | None:
         if changed and self._published is None:  # the weights must differ from the servers' initial ones
-            self._published = delivery.versions_and_checksums()
+            self._published = held_weights(delivery.controls.values())
         return delivery.transport
 
     def _transfer(self, delivery: Delivery, buckets: Iterator[list[tuple[str, Tensor]]]) -> Transport | None:
@@ -138,7 +144,7 @@ class Publisher:
     def _check_change(self, delivery: Delivery, changed: bool) -> None:
         """Raises PublishError if the servers agree on weights that cannot be this version's."""
         version, checksums = delivery.lease.version, delivery.checksums
-        before, known = self._published or (version, {})
+        before, known = self._published or HeldWeights(version, {})
         same = [size for size, checksum in checksums.items() if known.get(size) == checksum]
         if changed and version > before and same:
             raise PublishError(
@@ -146,7 +152,7 @@ class Publisher:
                 "the tensor names match the servers' model? SGLang ignores unknown names silently"
             )
         if checksums:
-            self._published = (version, (known if version == before else {}) | checksums)
+            self._published = HeldWeights(version, (known if version == before else {}) | checksums)
 
     def _ask_canaries(self, delivery: Delivery) -> tuple[list[list[int]], list[Continuation]]:
         """The prompts and the servers' continuations of them, for the trainer's log-probs."""

@@ -44,6 +44,8 @@ class OccupiedMemory:
         if "weights" in parts and self.has_weights:
             self._engine.model.release()
         self._released |= parts
+        if not self.has_weights:
+            log.info("the weights are released")
 
     def resume(self, asked: MemoryParts) -> None:
         parts = _parts(asked)

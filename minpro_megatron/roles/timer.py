@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
+from minpro_megatron.buffer.step_order import Fetch, Publish, Release, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import SUCCEEDED, ProjectError, report, report_unexpected
-from minpro_megatron.feed.answers import answer_to, lease_for
+from minpro_megatron.feed.answers import answer_to, lease_for, release_for
 from minpro_megatron.feed.background import BackgroundScores
 from minpro_megatron.feed.batch_source import BatchSource
 from minpro_megatron.feed.feed import Feed
@@ -139,13 +139,16 @@ class Timer:
         self.feed.start(0)
         self._sampling_since = time.monotonic()
         self._meter = ServerMeter(self._sampling_since)
-        order = StepOrder(self.config.num_global_steps, steps_ahead(self.config.staleness))
+        ahead, in_turns = steps_ahead(self.config.staleness), self.config.server.takes_turns
+        order = StepOrder(self.config.num_global_steps, ahead, in_turns=in_turns)
         for fetch in order.before_first_step():
             self._fetch_and_score(fetch)
         for step in order.steps:
             self._clock.lap()
             for event in order.of_step(step):
                 match event:
+                    case Release(version):
+                        self._wait_for_turn(version)
                     case Fetch():
                         self._fetch_and_score(event)
                     case Train():
@@ -167,6 +170,11 @@ class Timer:
     @property
     def _delay_mode(self) -> bool:
         return self.config.staleness.mode == "delay"
+
+    def _wait_for_turn(self, version: int) -> None:
+        """The servers only wait: their weights, which nobody would send to them again, remain in their memory."""
+        with self._clock.phase("wait_for_batch"):
+            release_for(lambda: self.feed.release_begin(version), self._send)
 
     def _fetch_and_score(self, fetch: Fetch) -> None:
         index = fetch.batch

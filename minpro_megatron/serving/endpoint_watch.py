@@ -11,6 +11,7 @@ from minpro_megatron.serving.endpoints import (
     restart_requested,
     write_server_address,
 )
+from minpro_megatron.serving.turn_files import Turn, confirm_turn, read_turn
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,41 @@ class RestartRequests:
         except OSError as error:  # a network file system may fail briefly
             log.warning("restart requests for server %d cannot be read: %s", self._index, error)
             return None
+
+
+class TurnWatch:
+    """Checks several times per second, if trainer and servers share their GPUs, whether a server may have a process."""
+
+    def __init__(self, config: RunConfig, index: int, incarnation: int) -> None:
+        self._run_dir, self._index, self._incarnation = config.run_dir, index, incarnation
+        self._is_needed = config.server.takes_turns
+        self._turn = Turn(number=0, released=None)
+        self._confirmed = 0
+
+    @property
+    def is_servers_turn(self) -> bool:
+        return self._turn.released is None
+
+    def allows(self, start: int) -> bool:
+        """Whether start `start` of the server may have a process."""
+        if self._is_needed:
+            try:
+                self._turn = read_turn(self._run_dir, self._incarnation)
+            except OSError as error:  # a network file system may fail briefly
+                log.warning("whose turn it is cannot be read for server %d: %s", self._index, error)
+        return self._turn.allows(self._index, start)
+
+    def confirm(self) -> None:
+        """States that the turn holds for the server, unless it has been stated."""
+        number = self._turn.number
+        if number == self._confirmed:
+            return
+        try:
+            confirm_turn(self._run_dir, self._index, number, self._incarnation)
+        except OSError as error:
+            log.warning("server %d: it cannot be stated that turn %d holds: %s", self._index, number, error)
+        else:
+            self._confirmed = number
 
 
 class StatedAddress:

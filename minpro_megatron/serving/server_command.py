@@ -83,6 +83,8 @@ def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list
         arguments |= {"ep-size": server.expert_parallel}
     if config.model.routing_replay == "rollout":
         arguments |= {"enable-return-routed-experts": True}
+    if server.takes_turns and server.device == "cuda":  # on the CPU SGLang only pretends to release memory
+        arguments |= {"enable-memory-saver": True}
     if needs_synchronous_scheduling(config):
         arguments |= {"disable-overlap-schedule": True}
     # Tokens in, tokens out: the tokenizer stays in collect. An idle scheduler would otherwise keep a core

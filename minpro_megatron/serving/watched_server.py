@@ -16,7 +16,7 @@ from minpro_megatron.config.server import ServerConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.api_key import authorization
-from minpro_megatron.serving.endpoint_watch import RestartRequests, StatedAddress
+from minpro_megatron.serving.endpoint_watch import RestartRequests, StatedAddress, TurnWatch
 from minpro_megatron.serving.health import Health, Question, ask, ask_to_generate, overlaps_scheduling
 from minpro_megatron.serving.server_command import needs_synchronous_scheduling
 from minpro_megatron.serving.server_process import ServerProcess, ServerStartError, stop_servers
@@ -95,15 +95,29 @@ class OwnServer:
         self._silence = _Silence(config.server, self._ask)
         self._restart_requests = RestartRequests(config, server.index, incarnation)
         self._statement = StatedAddress(config, incarnation)
+        self._turns = TurnWatch(config, server.index, incarnation)
         self._was_ready = False
         self._restarted_at: deque[float] = deque()  # within the last server.restart_window_s
 
     def tick(self) -> None:
         """Starts, announces, checks or restarts the server. Raises ServerStartError if its first start fails."""
+        is_up = self._phase != self._start
+        if not self._turns.allows(self._server.address.start if is_up else -1) and is_up:
+            self._stop_for_the_trainer()
+        self._turns.confirm()
         self._phase()
 
+    def _stop_for_the_trainer(self) -> None:
+        """The GPUs are the trainer's, and this server has not released its memory: it is starting, or has failed."""
+        if self.address_is_stated:
+            self._failed(f"server {self._server.index} at {self._server.address.url} has not released its memory")
+            return
+        log.info("server %d is stopped, and started again in the servers' turn", self._server.index)
+        stop_servers([self._server])
+        self._phase = self._start
+
     def _start(self) -> None:
-        if time.monotonic() < self._restart_at:
+        if time.monotonic() < self._restart_at or not self._turns.is_servers_turn:
             return
         self.given_up = None
         self._started_at, self._readiness = time.monotonic(), None

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from minpro_megatron.buffer.journal import Journal
-from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
+from minpro_megatron.buffer.step_order import Fetch, Publish, Release, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.collector.collector import Collector
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.prompts.prompts import PromptStream
@@ -67,9 +67,12 @@ class FakeTrainer:
         self._collector, self._crash_at, self.num_requests = collector, crash_at, 0
         self._ready: dict[int, Batch] = {}
         first = self.checkpoint or 0
-        order = StepOrder(self._config.num_global_steps, steps_ahead(self._config.staleness), first)
+        ahead, in_turns = steps_ahead(self._config.staleness), self._config.server.takes_turns
+        order = StepOrder(self._config.num_global_steps, ahead, first, in_turns)
         self._request()
         collector.start(first)
+        if self.checkpoint is not None and in_turns:
+            await self._release(first)
         if self.checkpoint is not None:
             await self._publish(first)
         for fetch in order.before_first_step():
@@ -77,6 +80,8 @@ class FakeTrainer:
         for step in order.steps:
             for event in order.of_step(step):
                 match event:
+                    case Release(version):
+                        await self._release(version)
                     case Fetch():
                         await self._fetch(event.batch)
                     case Train():
@@ -116,6 +121,18 @@ class FakeTrainer:
             self._request()
             exact = self._config.staleness.mode == "delay"
             await self._collector.scored(scores_of(batch, None if exact else -1))
+
+    async def _release(self, version: int) -> None:
+        while True:
+            self._request()
+            lease = await self._collector.release_begin(version, TIMEOUT_S)
+            assert lease is not None, "no lease in time"
+            if lease.releases:
+                break
+            await self._send(lease)
+        self._request()
+        released = [server.index for server in lease.servers if server.index not in self.refused_by]
+        await self._collector.released(lease.version, released)
 
     async def _publish(self, version: int) -> None:
         lease = await self._answer(lambda: self._collector.publish_begin(version, TIMEOUT_S), version)

@@ -35,6 +35,14 @@ class Direct:
     def consumed(self, trained: TrainedStep) -> None:
         self._wait(self._collector.consumed(trained))
 
+    def release_begin(self, version: int) -> PublishLease:
+        lease = self._wait(self._collector.release_begin(version, TIMEOUT_S))
+        assert lease is not None, "the lease did not come"
+        return lease
+
+    def released(self, version: int, servers: Sequence[int]) -> None:
+        self._wait(self._collector.released(version, servers))
+
     def publish_begin(self, version: int) -> PublishLease:
         lease = self._wait(self._collector.publish_begin(version, TIMEOUT_S))
         assert lease is not None, "the lease did not come"

@@ -39,6 +39,7 @@ def run_config(
     dynamic_sampling: bool = False,
     over_sampling: float = 1.0,
     keep_steps: int = 50,
+    placement: str = "disaggregated",
 ) -> RunConfig:
     """Delay mode, or bounded mode where `max_staleness` is given. In a folder that exists the run folder is made, as a
     launcher makes it."""
@@ -66,6 +67,7 @@ def run_config(
             "evaluation": {"num_prompts": 2, "samples_per_prompt": 2, "every_steps": evaluate_every},
         }
     )
+    config = config.model_copy(update={"server": config.server.model_copy(update={"placement": placement})})
     if runs_dir.is_dir():
         config.run_dir.mkdir(exist_ok=True)
     return config
@@ -149,6 +151,7 @@ class FakeServers:
         self.in_flight = 0
         self.issued: list[IssuedGroup] = []
         self.restarts_requested: list[tuple[int, int]] = []
+        self.kept: list[list[int] | None] = []  # by turn: the servers that keep their process; None: it is theirs
         self.fail_with: Exception | None = None
         self._exact = exact
         self._longest = longest
@@ -173,6 +176,13 @@ class FakeServers:
             assert self.in_flight == 0, "published while requests are in flight"
         self.version = version
         self._held = {index: version if index in held_by else None for index in self._starts}
+
+    async def keep_only(self, released: Sequence[ServerAddress]) -> None:
+        assert self.in_flight == 0, "released while requests are in flight"
+        self.kept.append([server.index for server in released])
+
+    async def let_start(self) -> None:
+        self.kept.append(None)
 
     def metrics(self) -> dict[str, float]:
         return {"fleet/members": float(len(self._starts))}

@@ -18,7 +18,7 @@ from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.route_files import RouteFiles
 from minpro_megatron.buffer.schedule import Restored, ScheduleError, Slot, make_schedule
 from minpro_megatron.buffer.staleness import RUN_START, Beginning, beginning_after
-from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
+from minpro_megatron.buffer.step_order import Fetch, Publish, Release, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import Batch, CollectedGroup
 from tests.support.journal_in_memory import LOG_PROBS, Inline, InMemoryFile, issued_group, sampled, with_scores
@@ -64,12 +64,14 @@ def random_config(rng: random.Random, mode: str) -> RunConfig:
         "dynamic_sampling": dynamic,
         "over_sampling": rng.choice([1.0, 1.5, 3.0]),
     }
+    placement = rng.choice(["disaggregated", "shared"]) if mode == "delay" else "disaggregated"
     staleness = {"mode": mode, "delay_steps": rng.randint(0, 4), "max_staleness": rng.randint(1, 4)}
     return BASE.model_copy(
         update={
             "num_global_steps": rng.randint(1, 8),
             "batch": BASE.batch.model_copy(update=batch),
             "staleness": BASE.staleness.model_copy(update=staleness),
+            "server": BASE.server.model_copy(update={"placement": placement}),
         }
     )
 
@@ -227,7 +229,8 @@ class SimulatedRun:
 
     async def _trainer(self, first: int) -> AsyncIterator[Wait | None]:
         """The order of a run: yields None where time passes, and what it waits for where it does."""
-        order = StepOrder(self.config.num_global_steps, steps_ahead(self.config.staleness), first)
+        ahead, in_turns = steps_ahead(self.config.staleness), self.config.server.takes_turns
+        order = StepOrder(self.config.num_global_steps, ahead, first, in_turns)
         yield None
         if not self._serving:
             await self._publish(first)
@@ -237,6 +240,9 @@ class SimulatedRun:
         for step in order.steps:
             for event in order.of_step(step):
                 match event:
+                    case Release():
+                        yield self._schedule.may_publish
+                        self._serving = False  # what is issued now would be sampled by servers without memory
                     case Fetch(index):
                         assert self._schedule.is_sampled_by_now(index)
                         yield lambda index=index: self._schedule.batch(index)

@@ -45,10 +45,11 @@ def simulate(
     evaluations: dict[int, list[Lengths]] | None = None,
     responses: int = 2,
     max_running_requests: int = 0,
+    in_turns: bool = False,
     **settings: Any,
 ) -> Timeline:
     """Groups of two responses of 10 tokens, four groups a step; `max_running_requests`: another limit than the
-    server's own."""
+    server's own; `in_turns`: trainer and servers share their GPUs."""
     server = server or Steady()
     config = run_to_plan(
         server={"max_running_requests": max_running_requests or server.max_running},
@@ -58,5 +59,7 @@ def simulate(
         parallel={"tensor": 1, "context": 1, "expert": 1, "data": 1},
         **settings,
     )
+    if in_turns:
+        config = config.model_copy(update={"server": config.server.model_copy(update={"placement": "shared"})})
     given = lengths or (lambda group: Lengths(0, [10, 10]))
     return Simulation(config, phases, server, given, evaluations).run(steps)

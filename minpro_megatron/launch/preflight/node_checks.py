@@ -20,6 +20,7 @@ from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cud
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.run_checks import port_problems
 from minpro_megatron.launch.preflight.shared_memory_check import shared_memory_problems
+from minpro_megatron.launch.roles import gpus_together
 from minpro_megatron.launch.starts import Report
 from minpro_megatron.launch.topology import NodeShare
 from minpro_megatron.models.weight_files import weight_problem
@@ -34,7 +35,7 @@ _QUERY = ["nvidia-smi", "--query-gpu=index,memory.used,memory.total", "--format=
 
 def node_problems(config: RunConfig, share: NodeShare, address: str, visible: str | None) -> list[Problem]:
     """One problem for each reason why this node cannot run its share. `visible`: CUDA_VISIBLE_DEVICES of the job."""
-    needed, found = sum(node_gpus(config, share)), list[Problem]()
+    needed, found = gpus_together(config, *node_gpus(config, share)), list[Problem]()
     if needed:
         found += gpu_problems(needed, present := count_gpus(), gpu_memory(), visible)
         if present:

@@ -27,7 +27,7 @@ from minpro_megatron.launch.preflight.reward_check import reward_problems
 from minpro_megatron.launch.preflight.shared_memory_check import shared_memory_problems
 from minpro_megatron.launch.preflight.stop_tokens import stop_token_warnings
 from minpro_megatron.launch.resume import foreign_entries, holds_a_run, obstacles
-from minpro_megatron.launch.roles import gpus_needed, roles_of
+from minpro_megatron.launch.roles import gpus_needed, gpus_together, roles_of
 from minpro_megatron.models.architecture import read_architecture, refuse_uneven_cuts
 from minpro_megatron.models.text_files import text_files
 from minpro_megatron.models.weight_files import weight_problem
@@ -247,10 +247,10 @@ def _gpus(config: RunConfig) -> Iterator[str]:
         fields = [name for name, count in (("device", trainer), ("server.device", servers)) if count]
         remedy = " ".join(f"{field}=cpu" for field in fields)
         yield f"{' and '.join(fields)} = cuda: no usable NVIDIA GPU on this machine; set {remedy}"
-    elif present < trainer + servers:
+    elif present < (needed := gpus_together(config, trainer, servers)):
         yield (
-            f"parallel's world size {trainer} + server.count x server.tensor_parallel {servers} = "
-            f"{trainer + servers} GPUs: {present} visible; trainer and servers cannot share GPUs: lower one of them"
+            f"parallel's world size {trainer} and server.count x server.tensor_parallel {servers}, with "
+            f"server.placement = {config.server.placement}, need {needed} GPUs: {present} visible; lower one of them"
         )
     if present:
         yield from software_problems(driver_cuda_version(), c_compiler())

@@ -91,6 +91,29 @@ def test_a_whole_run_over_http(tmp_path: Path, long_poll_s: float) -> None:
     run_trainer(config, servers, trainer, long_poll_s)
 
 
+def test_a_run_in_turns_over_http(tmp_path: Path) -> None:
+    config, servers = run_config(tmp_path, steps=2, delay=0, placement="shared"), FakeServers(2)
+
+    def trainer(feed: Feed) -> None:
+        feed.start(0)
+        for step in range(2):
+            lease = feed.release_begin(step)
+            assert (lease.version, lease.releases, lease.servers) == (step + 1, True, servers.members())
+            feed.released(step + 1, [0, 1])
+            batch = feed.batch(step)
+            assert isinstance(batch, Batch)
+            feed.scored(scores_of(batch))
+            feed.consumed(trained(step))
+            assert feed.publish_begin(step + 1) == lease
+            feed.publish_end(step + 1, [0, 1])
+        with pytest.raises(FeedError, match="release for version 2: the run ends with it"):
+            feed.release_begin(2)
+        feed.finish()
+
+    run_trainer(config, servers, trainer)
+    assert servers.kept == [[0, 1], None] * 2
+
+
 def test_requests_out_of_order_are_refused_with_the_reason(tmp_path: Path) -> None:
     config, servers = run_config(tmp_path, steps=4, delay=1), FakeServers()
 

@@ -19,6 +19,7 @@ from minpro_megatron.publishing import delivery as module
 from minpro_megatron.publishing.broadcast import GRACE_S, Broadcaster, own_address
 from minpro_megatron.publishing.canary import Difference, differences, distinct_continuations
 from minpro_megatron.publishing.delivery import Delivery, Limits
+from minpro_megatron.publishing.held_weights import held_weights
 from minpro_megatron.publishing.sender import PublishError
 from minpro_megatron.records import PublishLease, ServerAddress
 from minpro_megatron.serving.answers import AnswerChecker, SentRequest
@@ -98,6 +99,26 @@ def test_with_requests_in_flight(mode: str, servers: list[RecordedServer], deliv
         assert server.paths == expected
         assert server.received[0][1] == {"mode": mode}
     assert delivery.paused_s > 0
+
+
+def test_servers_on_shared_gpus_take_their_memory_back_around_the_transfer(
+    servers: list[RecordedServer], deliver: MakeDelivery
+) -> None:
+    """The cache only once the weights are there; until then no request is let in. A server that fails is left out."""
+    servers[1].answers["resume_memory_occupation"] = (500, "no memory")
+    delivery = deliver()
+    delivery.take_back()
+    delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    delivery.close()
+    resume = "resume_memory_occupation"
+    loaded = ["update_weights_from_disk", resume, "continue_generation", "flush_cache", *VERIFIED]
+    assert servers[0].paths == [resume, *loaded]
+    assert [body for path, body in servers[0].received if path == resume] == [
+        {"tags": ["weights"]},
+        {"tags": ["kv_cache"]},
+    ]
+    assert (servers[1].paths, sorted(delivery.controls)) == ([resume], [0])
+    assert "no memory" in delivery.failures[1]
 
 
 def test_the_cache_stays_in_the_given_folder(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
@@ -378,10 +399,10 @@ def test_canaries_that_are_late(
 def test_what_the_servers_start_with(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
     servers[0].answers["model_info"] = (200, {"weight_version": "0"})
     servers[1].answers["weights_checker"] = checksum("6f")
-    assert deliver().versions_and_checksums() == (0, {1: "5e"})
+    assert held_weights(deliver().controls.values()) == (0, {1: "5e"})
     for server in servers:
         server.answers["model_info"] = (200, {"weight_version": "default"})
-    assert deliver().versions_and_checksums() is None
+    assert held_weights(deliver().controls.values()) is None
 
 
 def test_the_address_that_servers_can_reach() -> None:

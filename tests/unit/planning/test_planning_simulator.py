@@ -15,6 +15,22 @@ def test_without_delay_everything_happens_in_turn() -> None:
     assert [span.phase for span in found.spans[:5]] == ["wait", "score", "train", "wait", "publish"]
 
 
+@pytest.mark.parametrize("delay", [0, 1, 5])
+def test_on_shared_gpus_the_servers_and_the_trainer_work_in_turns(delay: int) -> None:
+    """Also with a delay; at the beginning the first version samples a batch more for each step of it."""
+    phases = Phases(score=1, train=4, publish=0.5, pause=0.5, release=2)
+    evaluated = {3: [Lengths(0, [30])]}
+    found = simulate({"delay_steps": delay}, phases, in_turns=True, evaluations=evaluated)
+    one = 10 + 2 + 1 + 4 + 0.5
+    assert found.step_ends[0] == pytest.approx(10 + 2 + (delay + 1) * 1 + 4)  # the step is reported before it publishes
+    assert found.step_s(1, 3) == pytest.approx(one)
+    assert found.step_s(3, 4) == pytest.approx(one + 20)  # the evaluation of its version is done in the servers' turn
+    assert found.phase_s("release", 4, 10) == pytest.approx(6 * 2)
+    assert found.idle_share(4, 10) == pytest.approx(7.5 / one)
+    order = ["wait", "release", "wait", "score", "train", "wait", "publish"]
+    assert [span.phase for span in found.spans if span.step == 4] == order
+
+
 @pytest.mark.parametrize("delay", [1, 2, 5])
 def test_a_delay_overlaps_updates_with_generation(delay: int) -> None:
     """From publication to publication: 10 s of generation beside scoring (1 s) and updates (4 s), then 0.5 s."""

@@ -14,6 +14,7 @@ from minpro_megatron.serving import endpoint_watch, watched_server
 from minpro_megatron.serving.endpoints import endpoint_file, read_server_addresses, request_restart
 from minpro_megatron.serving.health import Health, Question, ask, overlaps_scheduling
 from minpro_megatron.serving.server_process import ServerStartError
+from minpro_megatron.serving.turn_files import last_confirmed, write_turn
 from minpro_megatron.serving.watched_server import ExternalServer, OwnServer, external_urls
 from tests.support.recorded_server import RecordedServer
 from tests.support.rollout_fakes import run_config
@@ -77,7 +78,10 @@ class Setting:
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **server: object) -> None:
         values = run_config(tmp_path).model_dump()
         values["server"] |= SERVER | server
-        self.config = RunConfig.model_validate(values)
+        placement = values["server"].pop("placement")
+        config = RunConfig.model_validate(values)
+        in_place = config.server.model_copy(update={"placement": placement})
+        self.config = config.model_copy(update={"server": in_place})
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         self.health: Health | None = Health.ANSWERS
         self.overlaps: bool | None = None
@@ -158,6 +162,58 @@ def test_a_first_start_that_fails_is_not_repeated(tmp_path: Path, monkeypatch: p
     with pytest.raises(ServerStartError, match=expected):
         pass_time(server, 60)
     assert setting.process.num_starts <= 1
+
+
+def test_in_the_trainers_turn_only_servers_that_have_released_their_memory_have_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, monkeypatch, placement="shared")
+    folder, process, server = setting.config.run_dir, setting.process, setting.own()
+
+    def turn(number: int, released: list[ServerAddress] | None) -> None:
+        write_turn(folder, number, released, INCARNATION)
+        server.tick()
+        assert last_confirmed(folder, 0, INCARNATION) == number
+
+    pass_time(server, 1)
+    first = process.address
+    turn(1, [first])
+    pass_time(server, 10)
+    assert (setting.stated(), process.num_starts, process.num_ends) == ([0], 1, 0)
+    process.exit_status = -9  # it ends while the trainer has its memory: started in the servers' turn
+    pass_time(server, 100)
+    assert (setting.stated(), process.num_starts) == ([], 1)
+    turn(2, None)
+    pass_time(server, 1)
+    assert (setting.stated(), process.num_starts) == ([1], 2)
+    turn(3, [first])  # an earlier start has released its memory, and not this one
+    assert (setting.stated(), process.exit_status) == ([], -9)
+    turn(4, None)
+    process.ready = False
+    pass_time(server, 10)
+    assert process.num_starts == 3
+    turn(5, [])  # while it starts, which is no failure
+    assert process.exit_status == -9
+    pass_time(server, 200)
+    process.ready = True
+    turn(6, None)
+    pass_time(server, 1)
+    assert (setting.stated(), process.num_starts) == ([3], 4)
+
+
+def test_a_server_that_never_releases_its_memory_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(tmp_path, monkeypatch, placement="shared", max_restarts=2)
+    server = setting.own()
+    pass_time(server, 1)
+    for number in range(1, 6, 2):
+        assert server.given_up is None
+        write_turn(setting.config.run_dir, number, [], INCARNATION)
+        server.tick()
+        write_turn(setting.config.run_dir, number + 1, None, INCARNATION)
+        pass_time(server, 10)
+    assert server.given_up is not None
+    assert "max_restarts = 2" in server.given_up
+    assert "has not released its memory" in server.given_up
 
 
 def test_a_server_that_ends_is_restarted_after_ever_longer_pauses_and_so_often_only(
