@@ -34,7 +34,7 @@ from minpro_megatron.models.architecture import Architecture, read_architecture
 from minpro_megatron.models.model_files import read_json_object
 from minpro_megatron.models.text_files import CONFIG, copy_texts, state_dtype
 from minpro_megatron.models.weight_files import INDEX, SINGLE_FILE, read_weight_map, shard_names, write_index
-from minpro_megatron.weights.hf_files import CASTABLE, SHARD_BYTES, HfReader, dtype_name
+from minpro_megatron.weights.hf_files import SHARD_BYTES, HfReader, dtype_name
 from minpro_megatron.weights.safetensors_stream import TensorHeader, write_safetensors
 from minpro_megatron.weights.table import EMBEDDING, OUTPUT, Entry, check_names, check_shape, entries
 
@@ -202,6 +202,7 @@ def _pieces(entry: Entry, reader: HfReader, dtype: torch.dtype) -> Iterator[tupl
 
 def _check_tensors(reader: HfReader, architecture: Architecture, cast_to: torch.dtype | None) -> torch.dtype:
     """The dtype to write. Raises UserError unless the folder's tensors are exactly those of the table."""
+    reader.refuse_quantized()
     check_names(architecture, reader.names(), str(reader.path))
     for entry in entries(architecture):
         for name, shape in zip(entry.hf, entry.shapes, strict=True):
@@ -211,10 +212,6 @@ def _check_tensors(reader: HfReader, architecture: Architecture, cast_to: torch.
         if name not in reader.tensors:
             continue
         found = reader.tensors[name].dtype
-        if not isinstance(found, torch.dtype) and found not in CASTABLE:
-            raise UserError(
-                f"{reader.path}: {name} is {found}: these are quantized or unknown weights; use the bfloat16 release"
-            )
         if cast_to is None and not isinstance(dtype, torch.dtype):
             raise UserError(
                 f"{reader.path}: {EMBEDDING} is {dtype}, but a model must be float32 or bfloat16; give --dtype "

@@ -32,6 +32,11 @@ def read_weight_map(folder: Path) -> dict[str, str]:
                     "programs differ in which one they load; move one set elsewhere"
                 )
             return {}
+        if parts := sorted(path.name for path in folder.glob("*.safetensors")):
+            raise UserError(
+                f"{folder}: there are {len(parts)} files such as {parts[0]}, but no {INDEX} that says what they hold; "
+                "download it too"
+            )
         raise UserError(
             f"{folder}: there is neither {SINGLE_FILE} nor {INDEX}; pickled weights are refused, "
             "convert them to safetensors first"

@@ -77,6 +77,16 @@ class HfReader:
     def names(self) -> list[str]:
         return list(self.tensors)
 
+    def refuse_quantized(self) -> None:
+        """Raises UserError that names the first tensor of a dtype that no weights are trained in, such as float8. Their
+        scales are tensors of their own, so that without this check they would be reported as unknown names."""
+        for name, tensor in self.tensors.items():
+            if not isinstance(tensor.dtype, torch.dtype) and tensor.dtype not in CASTABLE:
+                raise UserError(
+                    f"{self.path}: {name} is {tensor.dtype}: these are quantized or unknown weights; use the release "
+                    "in bfloat16"
+                )
+
     def read(self, name: str) -> Tensor:
         """The whole tensor. Its memory is a mapping of the file and must not be written to."""
         if name in self.tensors and self.tensors[name].within:

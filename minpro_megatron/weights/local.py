@@ -50,6 +50,7 @@ def load_hf_tensors(
     Raises ValueError if the names or shapes of the folder's tensors differ from the table, or if a parameter has no
     tensor: no weight is skipped, and no parameter stays uninitialized.
     """
+    reader.refuse_quantized()
     check_names(architecture, reader.names(), str(reader.path))
     parameters = global_parameters(chunks, architecture.num_experts, mesh)
     missing = set(parameters)

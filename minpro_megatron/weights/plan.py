@@ -13,7 +13,6 @@ from pathlib import Path
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.models.architecture import Architecture, read_architecture, refuse_uneven_cuts
-from minpro_megatron.models.weight_files import INDEX, SINGLE_FILE
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.splits import Split
 from minpro_megatron.weights.table import Entry, Shape, coverage, entries
@@ -72,11 +71,12 @@ class Plan:
 def make_plan(hf: Path, parallel: ParallelConfig) -> Plan:
     """The plan of the model in the folder `hf`, of which only config.json is needed.
 
-    Its tensors are those of the weight files if there are any, else those that transformers would write.
+    Its tensors are those of the weight files if there are any, else those that transformers would write, also where
+    the folder has an index of files that were not downloaded.
     Raises ValueError for an unknown architecture, or a mesh that does not divide the model."""
     architecture = read_architecture(hf)
     refuse_uneven_cuts(architecture, parallel)
-    if (hf / INDEX).is_file() or (hf / SINGLE_FILE).is_file():
+    if any(hf.glob("*.safetensors")):
         shapes = {name: tensor.shape for name, tensor in HfReader(hf).tensors.items()}
     else:
         shapes = transformers_tensors(hf)

@@ -126,11 +126,20 @@ def test_a_tied_model_may_state_its_output_layer_again(tmp_path: Path) -> None:
             r"norm.weight is torch.float32 and model.*; give --dtype bfloat16",
         ),
         (
+            lambda t: t.update(
+                {
+                    "model.norm.weight": torch.zeros(8).to(torch.float8_e4m3fn),
+                    "model.norm.weight_scale_inv": torch.zeros(1),
+                }
+            ),
+            r"model.norm.weight is F8_E4M3: these are quantized or unknown weights; use the release in bfloat16",
+        ),
+        (
             lambda t: t.update({name: x.half() for name, x in t.items()}),
             r"embed_tokens.weight is F16, .*; give --dtype bfloat16",
         ),
     ],
-    ids=["missing", "extra", "shape", "mixed", "float16"],
+    ids=["missing", "extra", "shape", "mixed", "float8", "float16"],
 )
 def test_weights_that_would_not_come_through_are_refused(
     change: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path

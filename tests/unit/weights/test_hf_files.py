@@ -158,6 +158,15 @@ def test_an_index_that_does_not_fit_its_files_is_refused(weight_map: object, mes
         HfReader(tmp_path)
 
 
+def test_numbered_files_without_their_index_are_refused(tmp_path: Path) -> None:
+    set_index(write_sharded(tmp_path), {})
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"there are 2 files such as a.safetensors, but no model.safetensors.index.json"
+    ):
+        HfReader(tmp_path)
+
+
 def test_two_sets_of_weights_are_refused_and_both_are_named(tmp_path: Path) -> None:
     both = write_sharded(tmp_path)
     save_file(TENSORS, both / "model.safetensors")

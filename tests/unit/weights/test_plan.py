@@ -28,6 +28,12 @@ def test_config_alone_tells_tensors_and_parameters(tmp_path: Path) -> None:
     assert sum(kind.num_ranks for kind in plan.rank_kinds) == 8
 
 
+def test_an_index_whose_files_were_not_downloaded_is_no_obstacle(tmp_path: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00005.safetensors"}}
+    (folder_with(tmp_path, QWEN3_8B) / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert make_plan(tmp_path, ParallelConfig()).parameters == 8_190_735_360
+
+
 def test_the_bytes_are_those_of_mixed_precision_adam(tmp_path: Path) -> None:
     """Qwen3-30B-A3B on one pipeline stage: 128 experts of 3 * 768 * 2048 in 48 layers, over 8 expert ranks."""
     architecture = read_architecture(folder_with(tmp_path, QWEN3_30B_A3B))
