@@ -17,8 +17,10 @@ from minpro_megatron.actor.library_fields import field_values
 from minpro_megatron.config.model import RecomputedModule, recomputed_modules
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import UserError
 from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
 from minpro_megatron.parallel.mesh import Mesh
+from minpro_megatron.weights.rotary import inverse_frequencies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -79,7 +81,9 @@ def transformer_config(
     """Megatron's configuration of the model on a mesh of these degrees; `features.megatron` replaces the values of this
     project. Raises UserError if it does not fit Megatron's class."""
     own = _own_fields(architecture, parallel, dtype, features, backend)
-    return TransformerConfig(**own | field_values(TransformerConfig, "model.megatron", features.megatron))
+    config = TransformerConfig(**own | field_values(TransformerConfig, "model.megatron", features.megatron))
+    _scale_attention(config, architecture)
+    return config
 
 
 def _own_fields(
@@ -130,8 +134,27 @@ def _own_fields(
         **_recomputation(features, fused=not isinstance(backend, TorchLayers), mixture=architecture.num_experts > 0),
         attention_backend=AttnBackend[features.attention_backend],
         **_mixture_settings(architecture, features),
-        **backend.settings(mixture=architecture.num_experts > 0),
+        **backend.settings(mixture=architecture.num_experts > 0) | _unfused_rotation(architecture),
     )
+
+
+def _unfused_rotation(architecture: Architecture) -> dict[str, Any]:
+    scaled = architecture.rope_scaling is not None and architecture.rope_scaling.attention_factor != 1
+    return {"apply_rope_fusion": False} if scaled else {}
+
+
+def _scale_attention(config: Any, architecture: Architecture) -> None:
+    """YaRN's factor on rotated queries and keys. Megatron's attention computes it from an attribute that its class of
+    configurations does not declare, and the fused rotation of packed rows leaves it out."""
+    scaling = architecture.rope_scaling
+    if scaling is None or scaling.attention_factor == 1:
+        return
+    if config.apply_rope_fusion:
+        raise UserError(
+            "model.megatron.apply_rope_fusion = true: the fused rotation leaves out YaRN's attention factor, which "
+            f"{architecture.name} has here; remove the setting"
+        )
+    config.yarn_rotary_scaling_factor = scaling.factor
 
 
 def _pipeline_layout(parallel: ParallelConfig) -> Any:  # a list, which Megatron converts into an object of its own
@@ -188,12 +211,12 @@ def _build_chunk(
             pre_process=mesh.is_first_pipeline_stage and chunk in (None, 0),
             post_process=mesh.is_last_pipeline_stage and last_chunk,
             position_embedding_type="rope",
-            rotary_base=int(architecture.rope_theta),
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             parallel_output=True,
             pg_collection=mesh.groups,
             vp_stage=chunk,
         )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture, mesh.device)
     return model.to(mesh.device)
 
 

@@ -8,6 +8,7 @@ from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.config_fields import ConfigFields
 from minpro_megatron.models.model_files import read_json_object
+from minpro_megatron.models.rope_scaling import RopeScaling, read_rope
 
 VOCABULARY_MULTIPLE = 128  # fixed for every mesh, so that a checkpoint fits every tensor degree up to 128
 # Far above any model's: with a damaged config.json the table of tensors must not fill the memory.
@@ -35,6 +36,7 @@ class Architecture:
     normalized_routing: bool = True  # the router's weights of a token's chosen experts add up to 1
     qkv_bias: bool = False  # the projections to queries, keys and values add a bias
     qk_norm: bool = True  # the queries and keys of every head are normalized
+    rope_scaling: RopeScaling | None = None
 
     @property
     def padded_vocab_size(self) -> int:
@@ -59,7 +61,6 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     if not isinstance(name, str) or name not in _READERS:
         raise UserError(f"{where}: architectures = {name!r} is not known; known: {', '.join(_READERS)}")
     _refuse_quantized(where, config)
-    _refuse_scaled_rotary(where, config)
     try:
         return _READERS[name](ConfigFields(config, where))
     except KeyError as error:
@@ -76,14 +77,6 @@ def _refuse_quantized(where: str, config: dict[str, Any]) -> None:
         )
 
 
-def _refuse_scaled_rotary(where: str, config: dict[str, Any]) -> None:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_parameters = {rope!r} must be an object")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{where}: rope type {rope!r} is not supported; only the default rotary embedding is")
-
-
 def _qwen3(fields: ConfigFields) -> Architecture:
     fields.only("attention_bias", False, False)
     fields.only("use_sliding_window", False, False)
@@ -95,6 +88,12 @@ def _qwen2(fields: ConfigFields) -> Architecture:
     fields.only("use_sliding_window", False, False)
     dense = _transformer(fields, "Qwen2ForCausalLM", fields.size("intermediate_size"))
     return replace(dense, qkv_bias=True, qk_norm=False)
+
+
+def _llama(fields: ConfigFields) -> Architecture:
+    fields.only("attention_bias", False, False)
+    fields.only("mlp_bias", False, False)
+    return replace(_transformer(fields, "LlamaForCausalLM", fields.size("intermediate_size")), qk_norm=False)
 
 
 def _qwen3_moe(fields: ConfigFields) -> Architecture:
@@ -119,8 +118,8 @@ def _qwen3_moe(fields: ConfigFields) -> Architecture:
 def _transformer(fields: ConfigFields, name: str, ffn_hidden_size: int) -> Architecture:
     """The fields that all architectures have, without experts."""
     fields.only("hidden_act", "silu", "silu")
-    rope, heads = fields.inner("rope_parameters"), fields.size("num_attention_heads")
-    hidden_size = fields.size("hidden_size")
+    heads, hidden_size = fields.size("num_attention_heads"), fields.size("hidden_size")
+    rope_theta, rope_scaling = read_rope(fields)
     return Architecture(
         name=name,
         num_layers=fields.size("num_hidden_layers", MAX_LAYERS),
@@ -133,14 +132,19 @@ def _transformer(fields: ConfigFields, name: str, ffn_hidden_size: int) -> Archi
         num_experts_per_token=0,
         expert_ffn_hidden_size=0,
         vocab_size=fields.size("vocab_size"),
-        # required: the default differs between versions of transformers, and a wrong value makes every result wrong
-        rope_theta=fields.number("rope_theta", rope if rope.get("rope_theta") else None),
+        rope_theta=rope_theta,
         norm_epsilon=fields.number("rms_norm_eps"),
         tied_embeddings=fields.switch("tie_word_embeddings"),
+        rope_scaling=rope_scaling,
     )
 
 
-_READERS = {"Qwen2ForCausalLM": _qwen2, "Qwen3ForCausalLM": _qwen3, "Qwen3MoeForCausalLM": _qwen3_moe}
+_READERS = {
+    "LlamaForCausalLM": _llama,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+}
 
 
 def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> None:

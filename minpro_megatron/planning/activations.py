@@ -107,6 +107,8 @@ def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Com
         # joint projection (its values are views of it), rotated queries and keys, output
         elements = (queries + 2 * keys) + (queries + keys) + queries
         elements += (queries + keys) * a.qk_norm  # the norms' inputs
+        if a.rope_scaling is not None and a.rope_scaling.attention_factor != 1:
+            elements += 4 * a.head_dim  # the rotation is not fused, and keeps its cosines and sines
         inside = 0
         statistics = heads + (heads + keys // a.head_dim) * a.qk_norm  # of softmax and of the norms
     else:

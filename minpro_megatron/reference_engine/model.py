@@ -20,6 +20,7 @@ from torch.nn import functional
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.weights.hf_files import HfReader
+from minpro_megatron.weights.rotary import inverse_frequencies
 
 
 class KeyValueCache:
@@ -234,7 +235,7 @@ class Model:
 
 def _rotations(model: Architecture, max_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
     """Cosines and sines [D] by position; the sines have the signs of rotate_half, so that a roll can replace it."""
-    frequencies = 1.0 / (model.rope_theta ** (torch.arange(0, model.head_dim, 2, dtype=torch.float) / model.head_dim))
-    angles = torch.arange(max_tokens, dtype=torch.float).unsqueeze(1) * frequencies
-    cosines, sines = angles.cos(), angles.sin()
+    angles = torch.arange(max_tokens, dtype=torch.float).unsqueeze(1) * inverse_frequencies(model)
+    factor = 1.0 if model.rope_scaling is None else model.rope_scaling.attention_factor
+    cosines, sines = angles.cos() * factor, angles.sin() * factor
     return list(torch.cat((cosines, cosines), 1)), list(torch.cat((-sines, sines), 1))

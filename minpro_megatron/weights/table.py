@@ -150,6 +150,7 @@ def _expert_rows(a: Architecture) -> list[Row]:
 
 
 _TABLES: dict[str, list[Callable[[Architecture], list[Row]]]] = {
+    "LlamaForCausalLM": [_attention_rows, _dense_mlp_rows],
     "Qwen2ForCausalLM": [_attention_rows, _dense_mlp_rows],
     "Qwen3ForCausalLM": [_attention_rows, _dense_mlp_rows],
     "Qwen3MoeForCausalLM": [_attention_rows, _expert_rows],

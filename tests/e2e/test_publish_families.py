@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.serving.control import ServerControl
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
 from tests.e2e.publishing import Step, Trainer
-from tests.mesh.reference import random_values
+from tests.mesh.reference import LLAMA3, YARN, random_values
 
 pytestmark = [
     pytest.mark.e2e,
@@ -36,7 +36,12 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
     "dtype": torch.float32,
 }
-FAMILIES: dict[str, PreTrainedConfig] = {"qwen2": Qwen2Config(**COMMON)}
+TIED: dict[str, Any] = COMMON | {"tie_word_embeddings": True}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "qwen2": Qwen2Config(**COMMON),
+    "llama": LlamaConfig(**TIED, rope_parameters=LLAMA3),
+    "yarn": Qwen3Config(**COMMON, head_dim=16, rope_parameters=YARN),
+}
 
 
 def run_config(folder: Path) -> RunConfig:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -40,12 +41,40 @@ COMMON = {
 }
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 # Other families, in shapes that are odd for every mesh.
 FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(
         **{**COMMON, "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10},
         intermediate_size=44,
         architectures=["Qwen2ForCausalLM"],
+    ),
+    # the pretraining's positions are few, so that both scalings change what the sequences of the tests give
+    "llama": LlamaConfig(
+        **{
+            **COMMON,
+            "hidden_size": 30,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+        }
+        | {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
+        intermediate_size=52,
+        architectures=["LlamaForCausalLM"],
+    ),
+    "yarn": Qwen3Config(
+        **{**COMMON, "num_key_value_heads": 2, "rope_parameters": YARN},
+        intermediate_size=36,
+        architectures=["Qwen3ForCausalLM"],
     ),
 }
 

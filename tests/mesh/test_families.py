@@ -28,13 +28,27 @@ MESHES: dict[str, list[dict[str, Any]]] = {
         {"tensor": 4},  # two ranks compute the same key and value head
         {},
     ],
+    "llama": [
+        {"context": 2, "tensor": 2},
+        {"pipeline": 3, "data": 2},
+        {"pipeline": 2, "pipeline_layers": (2, 1), "context": 2},
+    ],
+    "yarn": [
+        {"context": 2, "tensor": 2},
+        {"pipeline": 2, "virtual_pipeline": 2, "context": 2},
+        {"tensor": 4},
+    ],
 }
 STEPS = [
     row
     for family, meshes in MESHES.items()
     for row in long_rows_after(1, [(family, mesh, place % 2 == 0) for place, mesh in enumerate(meshes)])
 ]
-SAVED_ON: dict[str, dict[str, int]] = {"qwen2": {"tensor": 2, "pipeline": 2}}
+SAVED_ON: dict[str, dict[str, int]] = {
+    "qwen2": {"tensor": 2, "pipeline": 2},
+    "llama": {"pipeline": 3},
+    "yarn": {"tensor": 2, "data": 2},
+}
 LENGTHS = (2, 37)
 
 

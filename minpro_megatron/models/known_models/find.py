@@ -32,6 +32,7 @@ def known_name(hf_path: str) -> str | None:
     """
     names = set(known_names())
     for part in reversed(hf_path.lower().split("/")):
+        part = part.removeprefix("meta-")  # Meta-Llama-3.1-8B is the earlier name of Llama-3.1-8B
         for variant in _VARIANTS:
             part = part.removesuffix(variant)
         if part in names:

@@ -10,8 +10,13 @@ from minpro_megatron.models.known_models.find import find_architecture, known_co
 from minpro_megatron.planning.parameters import model_parameters
 from minpro_megatron.weights.table import entries
 
-# The numbers of parameters that the hub's pages of the releases state (those of their safetensors files).
+# The numbers of parameters that the hub's pages of the releases state (those of their safetensors files; for the tied
+# Qwen3 models, whose files hold the embedding twice, without the second one).
 PUBLISHED = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-3b": 3_085_938_688,
@@ -23,10 +28,13 @@ PUBLISHED = {
     "qwen2.5-math-7b": 7_615_616_512,
     "qwen2.5-math-72b": 72_706_203_648,
     "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
     "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
 }
 
 
@@ -48,6 +56,7 @@ def test_the_planner_and_the_table_count_what_the_release_has(name: str, paramet
         ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"),
         ("/models/Qwen2.5-Math-1.5B/hf", "qwen2.5-math-1.5b"),
         ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
         ("Qwen/Qwen2.5-Coder-7B", None),
     ],
 )
