@@ -15,8 +15,8 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.benchmarks import BENCHMARKS
 from minpro_megatron.launch.recipe import list_recipes, load_recipe
 from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
-from minpro_megatron.models.known_models.find import find_architecture
-from minpro_megatron.recipes import demo, paper, prefix_rl, products, qwen3_8b, qwen3_14b, qwen3_30b_a3b
+from minpro_megatron.models.known_models.find import find_architecture, known_config
+from minpro_megatron.recipes import demo, llama31_8b, paper, prefix_rl, products, qwen3_8b, qwen3_14b, qwen3_30b_a3b
 from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.weights.plan import RankKind, rank_kinds
 from tests.support.released_configs import QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "recipes.qwen3_30b_a3b": QWEN3_30B_A3B | BASE,
     "recipes.qwen3_8b": QWEN3_8B | BASE,
     "recipes.qwen3_14b": QWEN3_14B | BASE,
+    "recipes.llama31_8b": known_config("llama-3.1-8b"),
 }
 # module -> (model, global steps, prompts a global step, prompts an update)
 RUNS = {
@@ -143,7 +144,13 @@ def test_the_mesh_fits_the_model_and_the_memory(recipe: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "gpus"), [("recipes.qwen3_30b_a3b", 64), ("recipes.qwen3_8b", 32), ("recipes.qwen3_14b", 32)]
+    ("module", "gpus"),
+    [
+        ("recipes.qwen3_30b_a3b", 64),
+        ("recipes.qwen3_8b", 32),
+        ("recipes.qwen3_14b", 32),
+        ("recipes.llama31_8b", 32),
+    ],
 )
 def test_the_gpus_are_those_that_the_module_names(module: str, gpus: int) -> None:
     for recipe in (one for one in LARGE if module_of(one) == module):
@@ -198,6 +205,20 @@ def test_the_tool_run_has_the_figures_of_ctpos_script() -> None:
     assert Path(config.model.hf_path).parts[-2:] == ("Qwen3-14B", "hf")
     tool = config.environment.python_tool
     assert (config.environment.name, tool.max_calls_per_turn, tool.max_output_chars) == ("python_tool", 1, 12000)
+
+
+def test_the_llama_run_is_reinforce_on_prefixed_prompts() -> None:
+    """Of arXiv:2601.18795: the model, prefixed prompts, only the current policy's responses, and no division of
+    advantages by their standard deviation. With one update a step every ratio is 1."""
+    config = llama31_8b.prefix_rl()
+    assert Path(config.model.hf_path).parts[-2:] == ("Llama-3.1-8B-Instruct", "hf")
+    assert Path(config.data.train_file).name == "dapo_prefixed.jsonl"
+    assert (config.staleness.delay_steps, config.batch.updates_per_step, config.loss.advantage) == (0, 1, "group_mean")
+    assert config.data.chat_template
+    plain = llama31_8b.plain_rl()
+    assert Path(plain.data.train_file).name == "dapo_plain.jsonl"
+    changed = {key for key, value in plain.model_dump().items() if value != config.model_dump()[key]}
+    assert changed == {"name", "data"}
 
 
 def test_a_share_of_other_than_eight_gpus_is_no_machine() -> None:
@@ -279,7 +300,7 @@ def test_what_has_no_recipes_is_refused(name: str, message: str) -> None:
     assert line.startswith(message)
 
 
-@pytest.mark.parametrize("module", MODELS)
+@pytest.mark.parametrize("module", RUNS)
 def test_the_error_for_an_unknown_recipe_lists_the_known_ones(module: str) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(f"{module}:nope")
