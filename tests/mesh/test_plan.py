@@ -19,6 +19,7 @@ import torch.distributed as dist
 from minpro_megatron.checkpoints.sharded_files import place
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.models.architecture import Architecture, read_architecture
+from minpro_megatron.models.known_models.find import known_config
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.plan import RankKind, make_plan, rank_kinds
 from minpro_megatron.weights.table import entries
@@ -29,7 +30,14 @@ from tests.support.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_14B, QWEN
 
 pytestmark = pytest.mark.mesh
 
-RELEASED = {"30B-A3B": QWEN3_30B_A3B, "8B": QWEN3_8B, "14B": QWEN3_14B, "0.6B": QWEN3_0_6B}
+RELEASED = {
+    "30B-A3B": QWEN3_30B_A3B,
+    "8B": QWEN3_8B,
+    "14B": QWEN3_14B,
+    "0.6B": QWEN3_0_6B,
+    "Qwen2.5-7B": known_config("qwen2.5-7b"),
+    "Llama-3.2-1B": known_config("llama-3.2-1b"),
+}
 MESHES = [
     ("30B-A3B", {"tensor": 4, "pipeline": 2, "expert": 8, "context": 2}),
     pytest.param("30B-A3B", {"expert": 8}, marks=pytest.mark.long),
@@ -48,6 +56,8 @@ MESHES = [
     ("8B", {"tensor": 4, "context": 2}),
     pytest.param("14B", {"tensor": 8, "pipeline": 4, "data": 2}, marks=pytest.mark.long),
     pytest.param("0.6B", {"tensor": 2, "pipeline": 2}, marks=pytest.mark.long),
+    pytest.param("Qwen2.5-7B", {"tensor": 4, "pipeline": 2}, marks=pytest.mark.long),  # biases
+    pytest.param("Llama-3.2-1B", {"tensor": 2, "pipeline": 2}, marks=pytest.mark.long),
 ]
 
 

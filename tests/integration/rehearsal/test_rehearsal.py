@@ -98,7 +98,10 @@ def test_every_kind_of_stage(settings: list[str]) -> None:
 
 
 # A model of each family besides Qwen3, on a mesh that divides it, with nothing recomputed.
-FAMILIES = {"qwen2.5-7b": ("parallel.tensor=4", "parallel.data=2")}
+FAMILIES = {
+    "qwen2.5-7b": ("parallel.tensor=4", "parallel.data=2"),
+    "llama-3.1-8b": ("parallel.tensor=4", "parallel.data=2"),
+}
 
 
 @pytest.mark.long

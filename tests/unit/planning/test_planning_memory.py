@@ -47,7 +47,7 @@ GPU = Compute("cuda", 2, fused=True, recompute="none", expert_imbalance=1.0)
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3-0.6b"])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3-0.6b", "qwen2.5-7b", "llama-3.2-1b"])
 def test_every_stage_holds_what_the_table_of_weights_says(name: str, degrees: dict[str, Any]) -> None:
     a = replace(find_architecture(name), num_layers=8)  # the table has a row for each of 128 experts in every layer
     if not a.num_experts:
