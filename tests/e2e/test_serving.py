@@ -357,7 +357,9 @@ def version_one(running: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     control = running.control()
     control.update_weights_from_disk(model_path=str(running.folder), weight_version=1)
     yield
+    control.pause_generation("abort")  # a request of which the fleet no longer waits for an answer may still run
     control.update_weights_from_disk(model_path=str(running.folder), weight_version=0)
+    control.continue_generation()
     control.close()
 
 
