@@ -40,6 +40,7 @@ from minpro_megatron.gpu_checks.log_prob_ways import (
 )
 from minpro_megatron.gpu_checks.meter import Meter
 from minpro_megatron.parallel import log_probs as module
+from minpro_megatron.parallel.products import cpu_product
 
 MIB = 1 << 20
 PATIENCE_S = 1800  # maximum wait for other processes to stop using the processors
@@ -51,13 +52,13 @@ class _OneDnnLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_TH, weight_VH)
-        return module._cpu_product(hidden_TH, weight_VH.t())
+        return cpu_product(hidden_TH, weight_VH.t())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         hidden_TH, weight_VH = ctx.saved_tensors
         d_logits = gradients[0]
-        return module._cpu_product(d_logits, weight_VH), module._cpu_product(d_logits.t(), hidden_TH)
+        return cpu_product(d_logits, weight_VH), cpu_product(d_logits.t(), hidden_TH)
 
 
 def naive_with_our_product(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,11 @@
 """Log-probs from vocabulary shards equal the whole softmax in float64: values, entropies and gradients."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,48 +13,12 @@ from minpro_megatron.parallel import log_probs as module
 from minpro_megatron.parallel.log_probs import vocab_parallel_log_probs
 from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
+from tests.mesh.log_prob_cases import CASES, ONE_RANK, ROUNDED, TOKENS, VOCABULARY, Case, inputs
 from tests.support.long_cases import long_after
 
 pytestmark = pytest.mark.mesh
 
-TOKENS, HIDDEN, VOCABULARY, PADDED = 24, 16, 77, 128  # with 4 ranks one has 13 real columns and one has none
 NAMES = ("log_probs", "entropies", "hidden", "weight")
-ROUNDED = 2**-8  # of a bfloat16 result
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    chunk_tokens: int | None = None
-    block_columns: int = module.CPU_BLOCK[1]
-    temperature: float = 1.0
-    scale: float = 1.0  # of the hidden states: large logits underflow in the softmax
-    dtype: str = "float32"
-    tolerance: float = 2e-5
-
-
-CASES = [
-    Case("plain"),
-    Case("one token a chunk, one column a block", chunk_tokens=1, block_columns=1),
-    Case("uneven chunks and blocks, temperature", chunk_tokens=5, block_columns=9, temperature=0.7),
-    Case("chunk longer than the row, hot", chunk_tokens=1000, temperature=1.6),
-    Case("probabilities that underflow", scale=60.0, chunk_tokens=4, block_columns=16, tolerance=2e-3),
-    Case("bfloat16", dtype="bfloat16", temperature=0.9, block_columns=7),
-]
-
-
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(hidden, weight with huge padding rows, labels, upstream gradient) of the whole row, in the case's dtype."""
-    random = np.random.default_rng(0)
-    dtype = getattr(torch, case.dtype)
-    hidden = torch.from_numpy(random.normal(0, case.scale, (TOKENS, HIDDEN))).to(dtype)
-    weight = torch.from_numpy(random.normal(0, 0.6, (PADDED, HIDDEN)))
-    weight[VOCABULARY:] = 9.0
-    labels = torch.from_numpy(random.integers(0, VOCABULARY, TOKENS))
-    labels[:2] = torch.tensor([0, VOCABULARY - 1])
-    upstream = torch.from_numpy(random.normal(0, 1, TOKENS)).float()
-    upstream[3] = 0  # a masked token
-    return hidden, weight.to(dtype), labels, upstream
 
 
 def _log_probs_on_rank(mesh: Mesh, cases: list[Case]) -> list[dict[str, np.ndarray]]:
@@ -168,19 +131,6 @@ def test_what_is_not_finite_gives_nan_and_only_there(tensor: int) -> None:
             values = np.concatenate([rank[index][name] for rank in ranks])
             np.testing.assert_array_equal(np.isnan(values), expected, err_msg=f"{fault.name}: {name}")
             assert np.isfinite(values[~expected]).all(), f"{fault.name}: {name}"
-
-
-class _OneRank:
-    """A process group of one rank, which nothing is ever sent over."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
-
-
-ONE_RANK = cast(dist.ProcessGroup, _OneRank())
 
 
 class _LargestTensor(TorchDispatchMode):
