@@ -53,15 +53,16 @@ class IssuedGroup(Record, frozen=True, kw_only=True):
     is_evaluation: bool = False  # measured and not stored; training groups have priority
 
 
-class StoredRoutes(Record, frozen=True, kw_only=True):
-    """The location of a response's routes: an array in a file that all ranks can read (batching/stored_routes.py).
+class StoredArray(Record, frozen=True, kw_only=True):
+    """The location of a response's routes or supports: an array in a file that all ranks can read
+    (batching/stored_arrays.py).
 
-    A batch of long responses has tens of gigabytes of routes; a rank needs only those of its own rows and layers.
+    A batch of long responses has tens of gigabytes of them; a rank needs only those of its own rows and layers.
     """
 
     path: str
     offset: int  # bytes
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: str
     sha256: str
 
@@ -93,7 +94,11 @@ class Response(Record, frozen=True, kw_only=True):
     # the experts that the server chose, uint8 or int16 [prompt + response tokens - 1, layers, experts per token]: the
     # last token was sampled but never went through the model (routing replay R3)
     routed_experts: np.ndarray | None = None
-    stored_routes: StoredRoutes | None = None  # replaces the array once the journal has stored the routes in a file
+    stored_routes: StoredArray | None = None  # replaces the array once the journal has stored the routes in a file
+    # the token ids that truncated sampling (sampling.top_k) could choose from, int32, in the form of
+    # batching/supports.py; the rollout log-probs are then those of the softmax over them
+    supports: np.ndarray | None = None
+    stored_supports: StoredArray | None = None  # replaces the array as stored_routes does
     behavior_log_probs: np.ndarray | None = None  # float32 [response tokens], once the trainer has scored it
 
     @property

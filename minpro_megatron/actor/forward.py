@@ -13,7 +13,9 @@ from torch import Tensor
 
 from minpro_megatron.actor.routing import Routing
 from minpro_megatron.batching.row_shard import RowShard
-from minpro_megatron.parallel.log_probs import vocab_parallel_log_probs
+from minpro_megatron.batching.supports import RowSupports
+from minpro_megatron.parallel.kept_columns import KeptColumns
+from minpro_megatron.parallel.log_probs import kept_log_probs, vocab_parallel_log_probs
 from minpro_megatron.parallel.mesh import Mesh
 
 
@@ -25,6 +27,7 @@ class MicroBatch:
     index: int  # its index in the mini-batch on this data-parallel rank
     device: torch.device
     surveyed_L: Tensor | None = None  # result of the objective's survey of the mini-batch, per slot
+    supports: RowSupports | None = None  # with support replay, on the last pipeline stage
 
     def tensor(self, name: str) -> Tensor:
         return torch.from_numpy(getattr(self.row, name)).to(self.device, non_blocking=True)
@@ -50,10 +53,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The model's results for the slots of a micro-batch. float32 [L]; only the log-probs carry a gradient."""
+    """The model's results for the slots of a micro-batch. float32 [L]; only the log-probs carry a gradient.
+
+    With support replay the log-probs are those of the softmax over the kept ids, the entropies those of the whole
+    softmax.
+    """
 
     log_probs_L: Tensor
     entropies_L: Tensor
+    kept_masses_L: Tensor | None = None  # the probability of the kept ids in the whole softmax, with support replay
 
 
 # Computed by the last pipeline stage from a micro-batch's scores, in the form that Megatron's schedules require:
@@ -80,12 +88,12 @@ class ForwardStep:
                 micro_batch.tensor("position_ids_S")[None],
                 None,
                 packed_seq_params=micro_batch.packed_seq_params,
-                output_processor=self._log_probs_and_entropies,
+                output_processor=self._scores,
                 output_processor_context=micro_batch,
             )
-        return output, lambda output_2L: self.loss(TokenScores(output_2L[0], output_2L[1].detach()), micro_batch)
+        return output, lambda output_NL: self.loss(TokenScores(output_NL[0], *output_NL[1:].detach()), micro_batch)
 
-    def _log_probs_and_entropies(
+    def _scores(
         self,
         *,
         hidden_states: Tensor,
@@ -94,13 +102,12 @@ class ForwardStep:
         context: MicroBatch,
         **unused: Any,
     ) -> Tensor:
-        """[2, L]: log-probs of the labels, and entropies, from the sequence-sharded hidden states [L, 1, H]."""
-        log_probs, entropies = vocab_parallel_log_probs(
-            hidden_states[:, 0],
-            output_layer.weight if output_weight is None else output_weight,
-            context.tensor("label_ids_S"),
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
-            group=self.mesh.tensor,
-        )
-        return torch.stack([log_probs, entropies])
+        """The tensors of TokenScores that there are, [2 or 3, L], from the sequence-sharded hidden states [L, 1, H]."""
+        weight = output_layer.weight if output_weight is None else output_weight
+        inputs = hidden_states[:, 0], weight, context.tensor("label_ids_S")
+        settings = {"vocab_size": self.vocab_size, "temperature": self.temperature, "group": self.mesh.tensor}
+        if context.supports is None:
+            return torch.stack(vocab_parallel_log_probs(*inputs, **settings))
+        columns = len(weight)
+        kept = KeptColumns.of(*context.supports, self.mesh.tensor.rank() * columns, columns, weight.device)
+        return torch.stack(kept_log_probs(*inputs, kept, **settings))

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from minpro_megatron.actor.forward import MicroBatch, TokenScores
+from minpro_megatron.actor.kept_ids import support_statistics
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.objective import ObjectiveSection
 from minpro_megatron.objective.across_ranks.sharded_scan import ShardedScan
-from minpro_megatron.objective.correction_statistics import CorrectionStatistics, correction_statistics
+from minpro_megatron.objective.correction_statistics import correction_statistics
 from minpro_megatron.objective.corrections import Effects, OtherLogProbs, corrected
 from minpro_megatron.objective.diagnostics import Statistics, token_statistics
+from minpro_megatron.objective.mean_statistics import MeanStatistics
 from minpro_megatron.objective.registry import Objective
 from minpro_megatron.objective.terms import ObjectiveTerms, PolicyTokens, policy_tokens, summed_loss, summed_value
 from minpro_megatron.parallel.mesh import Mesh
@@ -22,7 +24,7 @@ class TrainedTokens(NamedTuple):
     """The results of training on a micro-batch."""
 
     statistics: Statistics
-    corrections: CorrectionStatistics | None  # None if no correction is enabled
+    means: list[MeanStatistics]  # of the corrections that are enabled, and of support replay
     by_slot: dict[str, Any]
 
 
@@ -48,12 +50,16 @@ class PolicyLoss:
         loss = summed_value(terms, weight), own_count
         staleness = micro_batch.tensor("staleness_L")
         statistics = token_statistics(tokens, terms, scores.entropies_L, others, staleness, loss)
+        means = (
+            correction_statistics(tokens, effects),
+            support_statistics(tokens, scores, micro_batch.supports, self.mesh),
+        )
         return (
             summed_loss(scores.log_probs_L, terms, weight),
             weight.new_full((), count, dtype=torch.int),
             TrainedTokens(
                 statistics,
-                correction_statistics(tokens, effects),
+                [one for one in means if one is not None],
                 by_slot(micro_batch, {"log_probs": scores.log_probs_L.detach()}),
             ),
         )

@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from minpro_megatron.actor.dispatchers import release_after_forward
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.actor.forward import ForwardStep, LossFunction, MicroBatch
+from minpro_megatron.actor.kept_ids import with_supports
 from minpro_megatron.actor.learning_rate import effective_sample_size_factor
 from minpro_megatron.actor.loss import PolicyLoss, score, with_survey
 from minpro_megatron.actor.megatron_configs import ddp_config
@@ -40,9 +41,9 @@ from minpro_megatron.checkpoints.training_state import load_training_state, run_
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.host_memory.snapshots import WeightSnapshots
 from minpro_megatron.host_memory.trainer_memory import TrainerMemory
-from minpro_megatron.metrics.metric import Metric, mean
+from minpro_megatron.metrics.metric import Metric, mean, merge
 from minpro_megatron.models.architecture import Architecture
-from minpro_megatron.objective import correction_statistics
+from minpro_megatron.objective import mean_statistics
 from minpro_megatron.objective.across_ranks.group_ranks import GroupRanks
 from minpro_megatron.objective.diagnostics import as_metrics, without_comparisons
 from minpro_megatron.objective.registry import objective_for
@@ -130,6 +131,7 @@ class Policy:
         forward, if the servers' routes are replayed and are missing or do not match the model.
         """
         micro_batches, _ = self._micro_batches(sequences, wanted)
+        micro_batches = self._restricted(sequences, micro_batches)
         routing = self._routing(sequences, micro_batches, routes)
         return self._score(sequences, micro_batches, routing)
 
@@ -159,6 +161,7 @@ class Policy:
         assert self._rollout_routes is None, "the servers' routes are replayed: there are none to record"
         recorded = RecordedRouting(self._routers)
         micro_batches, _ = self._micro_batches(sequences)
+        micro_batches = self._restricted(sequences, micro_batches)
         return self._score(sequences, micro_batches, recorded), recorded.routes
 
     def _score(
@@ -178,11 +181,17 @@ class Policy:
             return ReplayedRouting(self._routers, routes)
         return FreeRouting() if recorded is None else ReplayedRouting(self._routers, recorded)
 
+    def _restricted(self, sequences: Sequence[TokenSequence], micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with the ids that truncated sampling kept, if responses are sampled so."""
+        top_k = self._config.sampling.top_k
+        return with_supports(sequences, micro_batches, top_k, self._vocab_size, self._mesh) if top_k else micro_batches
+
     def inspect(self, sequences: Sequence[TokenSequence], seed: int = 0) -> dict[str, np.ndarray]:
         """The per-token values that an update on the mini-batch `sequences` would compute, float32 [all response
         tokens] by name, on every rank: log_probs, coefficients (-d loss / d log-prob, times the divisor of the
         aggregation; 0 where masked) and prefix_min."""
         micro_batches, _ = self._micro_batches(sequences)
+        micro_batches = self._restricted(sequences, micro_batches)
         routing = self._routing(sequences, micro_batches)
         micro_batches = self._surveyed(micro_batches, seed, routing)
         outputs = self._run_forward(self._loss.inspect, micro_batches, routing)
@@ -231,6 +240,7 @@ class Policy:
         self._snapshots.refuse_while_swapped("the gradient would be that of other weights")
         self._memory.refuse_while_away("update")
         micro_batches, row_metrics = self._micro_batches(sequences)
+        micro_batches = self._restricted(sequences, micro_batches)
         routing = self._routing(sequences, micro_batches, routes)
         micro_batches = self._surveyed(micro_batches, seed, routing)
         for chunk in self._chunks:
@@ -240,11 +250,13 @@ class Policy:
         metrics, histograms = as_metrics([one.statistics for one in trained])
         if not self._config.objective.compares_policies:
             metrics, histograms = without_comparisons(metrics), {}
-        corrections = correction_statistics.as_metrics([one.corrections for one in trained if one.corrections])
+        means = merge(
+            [mean_statistics.as_metrics(of_kind) for of_kind in zip(*(one.means for one in trained), strict=True)]
+        )
         log_probs = None
         if self._records_log_probs:
             log_probs = self._by_token([one.by_slot for one in trained], ["log_probs"], sequences)["log_probs"]
-        return metrics | corrections | row_metrics, histograms, log_probs
+        return metrics | means | row_metrics, histograms, log_probs
 
     def save(self, folder: Path, in_background: bool = False) -> ShardWrite:
         """Start to write weights and optimizer state into the empty `folder`, in a form that any mesh can load. The

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minpro_megatron.batching.routes import refuse_other_routes, shard_routes, wrong_choice
 from minpro_megatron.batching.row_shard import RowShard
-from minpro_megatron.batching.stored_routes import with_routes_read
+from minpro_megatron.batching.stored_arrays import with_routes_read
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.architecture import Architecture

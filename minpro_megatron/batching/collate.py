@@ -52,6 +52,11 @@ def shard_row(
         staleness_L=row["staleness"][local],
         position_L=row["position_ids"][local],
         routed_experts=[sequence.routed_experts for sequence in sequences],
+        sequence_S=row["sequence"][held],
+        response_index_S=row["response_index"][held],
+        is_trained_S=row["mask"][held] > 0,
+        response_lengths=[len(sequence.response_ids) for sequence in sequences],
+        supports=[sequence.supports for sequence in sequences],
     )
 
 
@@ -62,6 +67,7 @@ def _whole_row(sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> di
         "input_ids": np.resize(ids, total).astype(np.int64),
         "label_ids": np.zeros(total, np.int64),
         "flat_slot": np.full(total, -1, np.int64),
+        "response_index": np.full(total, -1, np.int64),
         "staleness": np.zeros(total, np.int64),
         "sequence": np.repeat(np.arange(len(lengths)), lengths),
         "position_ids": np.concatenate([np.arange(length) for length in lengths]),
@@ -94,6 +100,7 @@ def _whole_row(sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> di
             values = getattr(sequence, name)
             row[name][response] = 0 if values is None else values
         row["advantages"][response] = sequence.advantage
+        row["response_index"][response] = np.arange(len(sequence.response_ids))
         row["flat_slot"][response] = sequence.first_slot + np.arange(len(sequence.response_ids))
         start += length
     return row

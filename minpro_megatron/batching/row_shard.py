@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minpro_megatron.records import StoredRoutes
+from minpro_megatron.records import StoredArray
 
 
 @dataclass(frozen=True)
@@ -40,4 +40,10 @@ class RowShard:
     flat_slot_L: np.ndarray  # int64: the label's index in the batch's flat response-token array, -1 for none
     staleness_L: np.ndarray  # int64: global steps
     position_L: np.ndarray  # int64: the slot's position in its sequence, padding included
-    routed_experts: Sequence[np.ndarray | StoredRoutes | None]  # of the whole row's sequences, as in TokenSequence
+    routed_experts: Sequence[np.ndarray | StoredArray | None]  # of the whole row's sequences, as in TokenSequence
+    # of every tensor rank, because the log-probs of a chunk of tokens are computed together
+    sequence_S: np.ndarray  # int64: as sequence_L
+    response_index_S: np.ndarray  # int64: the label's index among the response tokens of its sequence, -1 for none
+    is_trained_S: np.ndarray  # bool: as mask_L
+    response_lengths: Sequence[int]  # of the whole row's sequences
+    supports: Sequence[np.ndarray | StoredArray | None]  # of the whole row's sequences, as in TokenSequence

@@ -27,7 +27,7 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
             advantages, trained = np.zeros(len(rewards), np.float32), True
         sequences = []
         for response, advantage in zip(group.responses, advantages, strict=True):
-            num_tokens, stored = len(response.token_ids), response.stored_routes
+            num_tokens = len(response.token_ids)
             sequences.append(
                 TokenSequence(
                     prompt_ids=group.issued.prompt_token_ids,
@@ -38,7 +38,8 @@ def token_sequences(batch: Batch, loss: LossConfig, max_response_tokens: int) ->
                     advantage=float(advantage),
                     first_slot=first_slot,
                     staleness=_staleness(response, batch.index),
-                    routed_experts=response.routed_experts if stored is None else stored,
+                    routed_experts=response.stored_routes or response.routed_experts,
+                    supports=response.stored_supports or response.supports,
                 )
             )
             first_slot += num_tokens

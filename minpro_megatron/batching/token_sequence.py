@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minpro_megatron.records import StoredRoutes
+from minpro_megatron.records import StoredArray
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class TokenSequence:
     reference_log_probs: np.ndarray | None = None
     staleness: np.ndarray | None = None  # int32 [response tokens], in global steps; None: 0
     # the experts that the server chose, uint8 or int16 [all tokens but the last, layers, experts per token]
-    routed_experts: np.ndarray | StoredRoutes | None = None
+    routed_experts: np.ndarray | StoredArray | None = None
+    supports: np.ndarray | StoredArray | None = None  # what truncated sampling kept, as batching/supports.py has it
 
     @property
     def num_tokens(self) -> int:

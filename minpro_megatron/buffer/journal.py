@@ -26,13 +26,15 @@ from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.journal_file import JournalFile
 from minpro_megatron.buffer.journal_pruning import Pruned, prune_groups, release_free_pages
 from minpro_megatron.buffer.journal_restore import (
+    NOTHING_NEEDED,
+    Needed,
     RestoredGroup,
-    groups_with_routes,
+    groups_with_files,
     restore_groups,
     roll_back,
 )
 from minpro_megatron.buffer.journal_rows import log_prob_rows, response_row
-from minpro_megatron.buffer.route_files import RouteFiles
+from minpro_megatron.buffer.route_files import Places, RouteFiles
 from minpro_megatron.buffer.staleness import RUN_START, Beginning
 from minpro_megatron.records import (
     Batch,
@@ -68,19 +70,19 @@ class Journal:
             await self._file.close()
 
     async def restore(
-        self, version: int, num_prompts: int, delay_mode: bool, needs_routes: bool = False
+        self, version: int, num_prompts: int, delay_mode: bool, needed: Needed = NOTHING_NEEDED
     ) -> tuple[list[RestoredGroup], int]:
         """Rolls the journal back to the checkpoint of `version` (0: the run's start).
 
         Returns the groups that are not consumed at that point, in order of id, and the first id that was never used.
         Groups with tokens of later versions are sampled again, because those weights no longer exist. So are groups
-        whose routes have been removed, if the run `needs_routes`, and damaged groups, with a warning. Raises
+        whose routes or supports have been removed, if these are `needed`, and damaged groups, with a warning. Raises
         JournalError if something that the checkpoint includes is missing, or is damaged and cannot be sampled again.
         """
 
         def work(connection: sqlite3.Connection) -> list[str]:
             try:
-                return roll_back(connection, version, num_prompts, delay_mode, needs_routes)
+                return roll_back(connection, version, num_prompts, delay_mode, needed)
             except JournalError as error:
                 raise JournalError(f"{self._file.path}: {error}") from None
 
@@ -89,8 +91,8 @@ class Journal:
             log.warning("%s: %s", self._file.path, line)
         if len(damaged) > MAX_DAMAGE_LINES:
             log.warning("%s: %d more groups are damaged", self._file.path, len(damaged) - MAX_DAMAGE_LINES)
-        with_routes = await self._file.run(groups_with_routes)
-        await asyncio.to_thread(self._routes.remove_others, with_routes)
+        with_files = await self._file.run(groups_with_files)
+        await asyncio.to_thread(self._routes.remove_others, with_files)
         return await self._file.run(lambda connection: restore_groups(connection, self._routes))
 
     async def begin(self, beginning: Beginning) -> None:
@@ -131,13 +133,13 @@ class Journal:
         await self._file.transaction(write)
 
     async def collect(self, group: CollectedGroup, accepted: bool) -> CollectedGroup:
-        """Records a group's responses. `accepted` is False for a group that is dropped; its routes are not kept.
-        Returns the group without its routes in memory: they are now in files."""
+        """Records a group's responses. `accepted` is False for a group that is dropped; its routes and supports
+        are not kept. Returns the group without these in memory: they are now in files."""
         group_id = group.issued.group_id
-        routes = [None] * len(group.responses)
+        stored = [Places()] * len(group.responses)
         if accepted:
-            routes = await asyncio.to_thread(self._routes.write, group)
-        rows = [response_row(group, place, of_response) for place, of_response in enumerate(routes)]
+            stored = await asyncio.to_thread(self._routes.write, group)
+        rows = [response_row(group, place, of_response) for place, of_response in enumerate(stored)]
         versions = group.oldest_version, group.newest_version
         state = ("collected" if accepted else "dropped", *versions, len(rows), group_id)
 
@@ -153,7 +155,7 @@ class Journal:
             seal_group_ids(connection, [group_id])
 
         await self._file.transaction(write)
-        return self._routes.without_arrays(group, routes)
+        return self._routes.without_arrays(group, stored)
 
     async def score(self, index: int, scored: Sequence[tuple[CollectedGroup, list[np.ndarray]]]) -> None:
         """Records the behavior log-probs of groups of batch `index`: for each group, one array per response."""
@@ -227,8 +229,8 @@ class Journal:
         await self._file.run(lambda connection: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
 
     async def prune(self, before_step: int, what: Pruned = Pruned.EVERYTHING) -> None:
-        """Removes the tokens, log-probs and routes, or only the routes, of groups consumed before `before_step` and of
-        dropped groups of the same age. Their prompts, states, rewards and lengths stay.
+        """Removes the tokens, log-probs and files (routes and supports), or only the files, of groups consumed before
+        `before_step` and of dropped groups of the same age. Their prompts, states, rewards and lengths stay.
 
         Pruning runs in pieces, so that other calls wait for at most one piece. `close` stops it after a piece, and so
         may a crash; the next pruning removes the rest.

@@ -6,7 +6,7 @@ covers the row's key as well as its values, so values in the wrong row are detec
     groups.checksum               the whole row; written again with each change of the row
     responses.checksum            the response without its arrays, with its turns; stays after the arrays are pruned
     responses.arrays_checksum     token ids, rollout log-probs, versions and loss mask
-    responses.behavior_checksum   behavior log-probs; trained_checksum and routes_checksum likewise
+    responses.behavior_checksum   behavior log-probs; trained_checksum, routes_checksum and supports_checksum likewise
     beginnings.checksum           the whole row
 
 The tables `versions` and `evaluations` have none, because training does not read them. Checksums take a tenth of the
@@ -49,6 +49,8 @@ class ResponseRow(NamedTuple):
     routes_checksum: int | None
     loss_mask: bytes | None
     turns: str | None
+    supports: str | None
+    supports_checksum: int | None
 
 
 RESPONSE_COLUMNS = ", ".join(ResponseRow._fields)
@@ -167,6 +169,8 @@ def _damage(row: ResponseRow) -> str:
         return "its log-probs at the update differ from their checksum"
     if part_checksum(*key, "routes", row.routes) != row.routes_checksum:
         return "the location of its routes differs from its checksum"
+    if part_checksum(*key, "supports", row.supports) != row.supports_checksum:
+        return "the location of its kept ids differs from its checksum"
     return _disagreement(row)
 
 

@@ -17,10 +17,11 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 FILE_NAME = "journal.sqlite"
-SCHEMA_VERSION = 6
-# The formats that can be upgraded in place, by adding the columns that the next ones have.
-WITHOUT_EPISODES = 5
-EPISODE_COLUMNS = ("loss_mask BLOB", "turns TEXT")
+SCHEMA_VERSION = 7
+_OF_EPISODES = ("loss_mask BLOB", "turns TEXT")
+_OF_SUPPORTS = ("supports TEXT", "supports_checksum INTEGER")
+# The formats that can be upgraded in place, each with the columns of `responses` that it lacks.
+MISSING_COLUMNS = {5: (*_OF_EPISODES, *_OF_SUPPORTS), 6: _OF_SUPPORTS}
 # Arrays of long responses have about 100 KB. With SQLite's default of 4 KiB per page, writing them takes 1.5 times as
 # long (benchmarks/collector_load.md).
 PAGE_BYTES = 16384
@@ -29,7 +30,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 GROUP_STATES = ("issued", "collected", "scored", "consumed", "dropped")
 # Arrays are little-endian bytes: token ids int32, log-probs float32, versions as int32 pairs (version, tokens), and
-# loss masks uint8, which are NULL if all tokens are sampled. `turns` is JSON, NULL for a response to one request. The
+# loss masks uint8, which are NULL if all tokens are sampled. `routes` and `supports` say where in the run's route files
+# the arrays are (route_files.py). `turns` is JSON, NULL for a response to one request. The
 # arrays of a pruned response and their checksums (journal_checksums.py) are NULL. The reward of a response that was not
 # graded is NULL too; its group is dropped.
 _SCHEMA = f"""
@@ -70,6 +72,8 @@ CREATE TABLE responses (
     routes_checksum INTEGER,
     loss_mask BLOB,
     turns TEXT,
+    supports TEXT,
+    supports_checksum INTEGER,
     PRIMARY KEY (group_id, place)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE versions (version INTEGER PRIMARY KEY, published_at REAL NOT NULL) STRICT;
@@ -191,8 +195,8 @@ def _make_ready(connection: sqlite3.Connection, path: Path) -> None:
     found = connection.execute("PRAGMA user_version").fetchone()[0]
     if found == 0:
         connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    elif found == WITHOUT_EPISODES:
-        added = "; ".join(f"ALTER TABLE responses ADD COLUMN {column}" for column in EPISODE_COLUMNS)
+    elif found in MISSING_COLUMNS:
+        added = "; ".join(f"ALTER TABLE responses ADD COLUMN {column}" for column in MISSING_COLUMNS[found])
         connection.executescript(f"BEGIN IMMEDIATE; {added}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     elif found != SCHEMA_VERSION:
         raise JournalError(

@@ -12,14 +12,14 @@ PAGES_PER_PIECE = 256
 
 _LOOK = (
     "SELECT group_id, (consumed_step < :before_step OR (state = 'dropped' AND newest_version < :before_step))"
-    " AND EXISTS (SELECT 1 FROM responses WHERE responses.group_id = groups.group_id AND {first} IS NOT NULL)"
+    " AND EXISTS (SELECT 1 FROM responses WHERE responses.group_id = groups.group_id AND {present})"
     " FROM groups WHERE group_id > :after ORDER BY group_id LIMIT :limit"
 )
 _FORGET = "UPDATE responses SET {changes} WHERE group_id = ?"
 
 
 class Pruned(Enum):
-    """The columns of a response that are set to NULL. The first one shows whether the others are still present."""
+    """The columns of a response that are set to NULL."""
 
     EVERYTHING = (
         "token_ids",
@@ -33,8 +33,15 @@ class Pruned(Enum):
         "trained_checksum",
         "routes_checksum",
         "loss_mask",
+        "supports",
+        "supports_checksum",
     )
-    ROUTES = ("routes", "routes_checksum")
+    FILES = ("routes", "routes_checksum", "supports", "supports_checksum")
+
+    @property
+    def present(self) -> str:
+        """The SQL condition for a response that still has the columns."""
+        return "token_ids IS NOT NULL" if self is Pruned.EVERYTHING else "(routes IS NOT NULL OR supports IS NOT NULL)"
 
 
 class PrunedPiece(NamedTuple):
@@ -49,7 +56,7 @@ def prune_groups(connection: sqlite3.Connection, what: Pruned, before_step: int,
     caller's transaction."""
     group_ids, looked_at = [], None
     values = {"before_step": before_step, "after": after, "limit": GROUPS_SCANNED_PER_PIECE}
-    for group_id, is_due in connection.execute(_LOOK.format(first=what.value[0]), values):
+    for group_id, is_due in connection.execute(_LOOK.format(present=what.present), values):
         looked_at = group_id
         if is_due:
             group_ids.append(group_id)

@@ -1,10 +1,9 @@
 """Reads a run's journal without changing it, for tools and for training again on its rollouts."""
 
-import json
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,17 +12,11 @@ import numpy as np
 
 from minpro_megatron.buffer.journal_checksums import GROUP_COLUMNS, Damage, group_damage, responses_of
 from minpro_megatron.buffer.journal_errors import JournalError
-from minpro_megatron.buffer.journal_file import (
-    EPISODE_COLUMNS,
-    FILE_NAME,
-    SCHEMA_VERSION,
-    WITHOUT_EPISODES,
-    has_locks,
-)
+from minpro_megatron.buffer.journal_file import FILE_NAME, MISSING_COLUMNS, SCHEMA_VERSION, has_locks
 from minpro_megatron.buffer.journal_rows import loss_mask_of, turns_of
 from minpro_megatron.buffer.route_files import RouteFiles
 from minpro_megatron.errors import UserError
-from minpro_megatron.records import EvaluationResult, StoredRoutes, Turn
+from minpro_megatron.records import EvaluationResult, StoredArray, Turn
 
 MAX_SNAPSHOT_BYTES = 2 << 30
 _SNAPSHOT_ATTEMPTS = 5
@@ -50,6 +43,7 @@ class StoredResponse(NamedTuple):
     routes: str | None  # the location of its routes in the run's route files; None: none were kept
     loss_mask: np.ndarray | None  # uint8: 1 for sampled tokens, 0 for given ones; None: all are sampled
     turns: list[Turn]  # of an episode
+    supports: str | None  # as routes: the location of what truncated sampling kept
 
     @property
     def num_given(self) -> int:
@@ -115,6 +109,7 @@ class StoredStep(NamedTuple):
     num_responses: int
     num_whole: int  # responses that have tokens and behavior log-probs: neither pruned nor unscored
     num_routes: int  # responses that have routes
+    num_supports: int  # responses that have supports
     smallest_staleness: int
     largest_staleness: int
 
@@ -129,9 +124,11 @@ SELECT {", ".join(GroupRow._fields)} FROM (
 """
 _STEPS = """
 SELECT consumed_step, count(*), min(num_responses), max(num_responses), max(length(prompt_token_ids)) / 4,
-    max(longest), sum(num_responses), sum(num_whole), sum(num_routes), min(staleness), max(staleness)
+    max(longest), sum(num_responses), sum(num_whole), sum(num_routes), sum(num_supports),
+    min(staleness), max(staleness)
 FROM groups JOIN (
     SELECT group_id, count(*) AS num_responses, max(num_tokens) AS longest, count(routes) AS num_routes,
+        count(supports) AS num_supports,
         sum(token_ids IS NOT NULL AND behavior_log_probs IS NOT NULL) AS num_whole
     FROM responses GROUP BY group_id
 ) USING (group_id) WHERE state = 'consumed' GROUP BY consumed_step ORDER BY consumed_step
@@ -160,8 +157,8 @@ class JournalReader:
         try:
             with self._reading():
                 found = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            if found == WITHOUT_EPISODES:
-                self._add_missing_columns()
+            if found in MISSING_COLUMNS:
+                self._add_columns(MISSING_COLUMNS[found])
             elif found != SCHEMA_VERSION:
                 raise JournalError(f"{self.path}: format {found}; this version reads {SCHEMA_VERSION}")
         except JournalError:
@@ -206,10 +203,10 @@ class JournalReader:
                 return copy
         raise JournalError(f"{self.path}: the run keeps writing to it; try again in a moment")
 
-    def _add_missing_columns(self) -> None:
-        """Makes a journal from before there were episodes look like a current one. A view of this connection hides the
-        table, so the file does not change."""
-        missing = ", ".join(f"NULL AS {column.split()[0]}" for column in EPISODE_COLUMNS)
+    def _add_columns(self, columns: Sequence[str]) -> None:
+        """Makes a journal of an earlier format look like a current one. A view of this connection hides the table, so
+        the file does not change."""
+        missing = ", ".join(f"NULL AS {column.split()[0]}" for column in columns)
         self._connection.execute(f"CREATE TEMP VIEW responses AS SELECT *, {missing} FROM main.responses")
 
     def _file_state(self) -> tuple[int, int, bytes]:
@@ -268,13 +265,16 @@ class JournalReader:
             )
             return [EvaluationResult(**dict(zip(names, row, strict=True))) for row in rows]
 
-    def stored_routes(self, group_id: int, response: StoredResponse) -> StoredRoutes | None:
+    def stored_routes(self, group_id: int, response: StoredResponse) -> StoredArray | None:
         """The location of the experts that the server chose; None if none were kept. Raises JournalError if the run's
         route file is missing or damaged."""
-        if response.routes is None:
-            return None
         with self._reading():
-            return RouteFiles(self.path.parent).verified(group_id, json.loads(response.routes))
+            return RouteFiles(self.path.parent).verified(group_id, response.routes)
+
+    def stored_supports(self, group_id: int, response: StoredResponse) -> StoredArray | None:
+        """As stored_routes, of what truncated sampling kept."""
+        with self._reading():
+            return RouteFiles(self.path.parent).verified(group_id, response.supports, "kept ids")
 
     def _responses(self, group_id: int, size: int | None) -> list[StoredResponse]:
         rows, damage = responses_of(self._connection, group_id, size)

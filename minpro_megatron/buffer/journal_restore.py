@@ -6,14 +6,13 @@ before s have not consumed are therefore treated as follows:
 - a group with a token of a version above s is sampled again, with the same prompt and seeds;
 - a group issued at a version above s is deleted; it will be issued again under the same id;
 - a group of a batch that is completely scored without it is surplus, and dropped (delay mode);
-- a group whose tokens or (if the run needs them) routes have been pruned is sampled again;
+- a group whose tokens or (if the run needs them) routes or supports have been pruned is sampled again;
 - a group whose behavior log-probs are known is ready: scores are computed once and never change;
 - a group without scores is ready if all its tokens are of version s, which the trainer can still score; otherwise it is
   sampled again;
 - a damaged group (journal_checksums.py) is sampled again, as far as that is possible (journal_damage.py).
 """
 
-import json
 import sqlite3
 from typing import NamedTuple
 
@@ -39,9 +38,17 @@ class RestoredGroup(NamedTuple):
     responses: list[Response]
 
 
+class Needed(NamedTuple):
+    """What the run needs besides the tokens of a group."""
+
+    routes: bool = False  # of the servers (R3)
+    supports: bool = False  # what truncated sampling kept
+
+
+NOTHING_NEEDED = Needed()
 _PRUNED = (
     "SELECT 1 FROM responses WHERE responses.group_id = groups.group_id"
-    " AND (token_ids IS NULL OR (:needs_routes AND routes IS NULL))"
+    " AND (token_ids IS NULL OR (:needs_routes AND routes IS NULL) OR (:needs_supports AND supports IS NULL))"
 )
 _SURPLUS = (
     "state = 'collected' AND (SELECT count(*) FROM groups AS others WHERE others.batch_index = groups.batch_index"
@@ -50,12 +57,12 @@ _SURPLUS = (
 
 
 def roll_back(
-    connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool, needs_routes: bool = False
+    connection: sqlite3.Connection, version: int, num_prompts: int, delay_mode: bool, needed: Needed = NOTHING_NEEDED
 ) -> list[str]:
     """Changes the journal's states as described above, inside the caller's transaction. Returns a line for each damaged
     group that is not needed. Raises JournalError if the journal lacks something that the checkpoint of `version`
     includes, or if something needed is damaged."""
-    values = {"version": version, "needs_routes": needs_routes}
+    values = {"version": version, "needs_routes": needed.routes, "needs_supports": needed.supports}
     connection.execute("REINDEX groups")  # a damaged index selects wrong rows without any error
     damaged = refuse_needed_rows(connection, version, num_prompts, delay_mode)
     for table, column in (("versions", "version"), ("evaluations", "policy_version"), ("beginnings", "version")):
@@ -107,15 +114,16 @@ def _check(connection: sqlite3.Connection, version: int, num_prompts: int, delay
     if lost and delay_mode:
         raise JournalError(
             f"{lost} groups sampled with versions before {version} are lost, but the checkpoint includes them: the "
-            "journal is older than the checkpoint, or has pruned their tokens (collector.journal_keep_steps) or "
-            "routes (collector.journal_keep_routes); restore the journal that belongs to it, or resume from another "
-            "checkpoint"
+            "journal is older than the checkpoint, or has pruned their tokens (collector.journal_keep_steps), or "
+            "routes or kept ids (collector.journal_keep_routes); restore the journal that belongs to it, or resume "
+            "from another checkpoint"
         )
 
 
-def groups_with_routes(connection: sqlite3.Connection) -> list[int]:
-    """The groups whose routes are in files."""
-    return [row[0] for row in connection.execute("SELECT DISTINCT group_id FROM responses WHERE routes IS NOT NULL")]
+def groups_with_files(connection: sqlite3.Connection) -> list[int]:
+    """The groups whose routes or supports are in files."""
+    query = "SELECT DISTINCT group_id FROM responses WHERE routes IS NOT NULL OR supports IS NOT NULL"
+    return [row[0] for row in connection.execute(query)]
 
 
 def restore_groups(connection: sqlite3.Connection, routes: RouteFiles) -> tuple[list[RestoredGroup], int]:
@@ -135,7 +143,7 @@ def restore_groups(connection: sqlite3.Connection, routes: RouteFiles) -> tuple[
 def _responses(connection: sqlite3.Connection, group_id: int, routes: RouteFiles) -> list[Response]:
     rows = connection.execute(
         "SELECT token_ids, rollout_log_probs, policy_versions, finish_reason, reward, behavior_log_probs, routes,"
-        " loss_mask, turns"
+        " loss_mask, turns, supports"
         " FROM responses WHERE group_id = ? ORDER BY place",
         (group_id,),
     ).fetchall()
@@ -150,6 +158,7 @@ def _responses(connection: sqlite3.Connection, group_id: int, routes: RouteFiles
         place_of_routes,
         mask,
         turns,
+        place_of_supports,
     ) in rows:
         versions, lengths = np.frombuffer(spans, dtype="<i4").reshape(-1, 2).T
         response = Response(
@@ -161,7 +170,8 @@ def _responses(connection: sqlite3.Connection, group_id: int, routes: RouteFiles
             loss_mask=loss_mask_of(mask),
             turns=turns_of(turns),
             behavior_log_probs=None if behavior_log_probs is None else np.frombuffer(behavior_log_probs, dtype="<f4"),
-            stored_routes=None if place_of_routes is None else routes.verified(group_id, json.loads(place_of_routes)),
+            stored_routes=routes.verified(group_id, place_of_routes),
+            stored_supports=routes.verified(group_id, place_of_supports, "kept ids"),
         )
         responses.append(response)
     return responses

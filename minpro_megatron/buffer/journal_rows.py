@@ -11,11 +11,12 @@ from minpro_megatron.buffer.journal_checksums import (
     part_checksum,
     response_checksum,
 )
+from minpro_megatron.buffer.route_files import Places
 from minpro_megatron.records import CollectedGroup, Turn
 
 
-def response_row(group: CollectedGroup, place: int, routes: str | None) -> ResponseRow:
-    """The row of response `place`; `routes` is the location of its routes."""
+def response_row(group: CollectedGroup, place: int, stored: Places) -> ResponseRow:
+    """The row of response `place`, whose routes and supports are `stored` in a file."""
     key, response = (group.issued.group_id, place), group.responses[place]
     scalars = {
         "sampling_seed": int(group.issued.sampling_seeds[place]),
@@ -35,14 +36,16 @@ def response_row(group: CollectedGroup, place: int, routes: str | None) -> Respo
         policy_versions=arrays[2],
         behavior_log_probs=None,
         trained_log_probs=None,
-        routes=routes,
+        routes=stored.routes,
         checksum=response_checksum(*key, **scalars, turns=turns),
         arrays_checksum=arrays_checksum(*key, arrays, loss_mask),
         behavior_checksum=None,
         trained_checksum=None,
-        routes_checksum=part_checksum(*key, "routes", routes),
+        routes_checksum=part_checksum(*key, "routes", stored.routes),
         loss_mask=loss_mask,
         turns=turns,
+        supports=stored.supports,
+        supports_checksum=part_checksum(*key, "supports", stored.supports),
     )
 
 

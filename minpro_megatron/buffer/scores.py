@@ -7,7 +7,7 @@ import numpy as np
 
 from minpro_megatron.errors import ProjectError
 from minpro_megatron.records import Batch, BehaviorLogProbs, CollectedGroup, Response, TrainedStep
-from minpro_megatron.serving.answers import MAX_LOG_PROB
+from minpro_megatron.serving.answer_arrays import MAX_LOG_PROB
 
 
 class WrongScores(ProjectError, ValueError):

@@ -74,9 +74,14 @@ class Collector:
         self._grading = GradingWatch(config.batch.num_prompts)
         self._grading_metrics = grading_metrics
         sampling = config.sampling
-        # evaluations get no routes: they are not trained on, and routes are many times larger than tokens
+        # evaluations get no routes and no kept ids: they are not trained on, and both may far exceed the tokens
         self._training = SamplingParameters(
-            sampling.temperature, sampling.max_response_tokens, with_routes=config.model.routing_replay == "rollout"
+            sampling.temperature,
+            sampling.max_response_tokens,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            with_supports=sampling.top_k > 0,
+            with_routes=config.model.routing_replay == "rollout",
         )
         self._evaluations = Evaluations(config, [heldout_set(config, heldout), *benchmarks], collect_group)
         canaries = [prompt.token_ids.tolist() for prompt in heldout[:NUM_CANARY_PROMPTS]]
@@ -88,7 +93,7 @@ class Collector:
         self._serving = True  # servers hold the schedule's version
         self._next_step = 0
         self._groups: dict[int, CollectedGroup] = {}  # accepted and not yet consumed, by id
-        self._retention = JournalRetention(config, journal, self._training.with_routes, self.fail)
+        self._retention = JournalRetention(config, journal, self.fail)
         self._finished = False
 
     @property
@@ -105,9 +110,7 @@ class Collector:
 
         Raises JournalError if journal and checkpoint do not belong together, UserError if the prompts have changed.
         """
-        restored = await restore_state(
-            self._config, self._journal, self._stream, version, former_end, self._training.with_routes
-        )
+        restored = await restore_state(self._config, self._journal, self._stream, version, former_end)
         self._groups, self._beginnings, self._schedule = restored.groups, restored.beginnings, restored.schedule
         self._next_step = self._retention.resumed_from = version
         self._serving = version == 0  # the servers start from the initial weights

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minpro_megatron.buffer.journal import Journal
-from minpro_megatron.buffer.journal_restore import RestoredGroup
+from minpro_megatron.buffer.journal_restore import Needed, RestoredGroup
 from minpro_megatron.buffer.schedule import Restored, Schedule, Slot, make_schedule
 from minpro_megatron.buffer.staleness import RUN_START, Beginning, beginning_after
 from minpro_megatron.config.run import RunConfig
@@ -33,11 +33,11 @@ async def restore_state(
     stream: PromptStream,
     version: int,
     former_end: int | None,
-    with_routes: bool,
 ) -> RestoredState:
     """The state at the checkpoint of `version`; arguments and errors as of Collector.restore."""
     delay_mode = config.staleness.mode == "delay"
-    found, next_group = await journal.restore(version, config.batch.num_prompts, delay_mode, with_routes)
+    needed = Needed(routes=config.model.routing_replay == "rollout", supports=config.sampling.top_k > 0)
+    found, next_group = await journal.restore(version, config.batch.num_prompts, delay_mode, needed)
     beginnings = await _restore_beginnings(config, journal, version, former_end)
     groups = {}
     for group in found:

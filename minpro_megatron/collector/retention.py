@@ -14,15 +14,13 @@ from minpro_megatron.errors import RunBlocked
 class JournalRetention:
     """Prunes the journal in the background, one piece after the other. Use it in the collector's event loop."""
 
-    def __init__(
-        self, config: RunConfig, journal: Journal, with_routes: bool, fail: Callable[[str], Awaitable[None]]
-    ) -> None:
-        """`with_routes`: the groups have the servers' routes. `fail` is called with the message of an error."""
+    def __init__(self, config: RunConfig, journal: Journal, fail: Callable[[str], Awaitable[None]]) -> None:
+        """`fail` is called with the message of an error."""
         self.resumed_from = 0  # the version of the checkpoint that this start resumed from
         self.pruning: asyncio.Task[None] | None = None
         self._settings = config.collector
         self._journal = journal
-        self._with_routes = with_routes
+        self._has_files = config.model.routing_replay == "rollout" or config.sampling.top_k > 0
         self._fail = fail
         self._writes_checkpoints = config.checkpoint.saves_before_end and config.debug.trainer == "megatron"
         self._checkpoints_begun: set[int] = set()  # by this trainer
@@ -43,12 +41,12 @@ class JournalRetention:
             self._start(self.resumed_from or next_step, next_step)
 
     def _start(self, needed_from: int, next_step: int) -> None:
-        """Prunes what steps before `needed_from` consumed: the routes at once, the rest after journal_keep_steps
-        steps."""
+        """Prunes what steps before `needed_from` consumed: routes and kept ids at once, the rest after
+        journal_keep_steps steps."""
         keep = self._settings.journal_keep_steps
         due = {Pruned.EVERYTHING: min(needed_from, next_step - keep) if keep else 0}
-        if self._with_routes and not self._settings.journal_keep_routes:
-            due[Pruned.ROUTES] = needed_from
+        if self._has_files and not self._settings.journal_keep_routes:
+            due[Pruned.FILES] = needed_from
         due = {what: before_step for what, before_step in due.items() if before_step > 0}
         if due:
             # During the trainer's next step: gigabytes take minutes, and new records meanwhile wait for one piece.

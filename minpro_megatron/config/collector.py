@@ -30,7 +30,7 @@ class CollectorConfig(SectionWithRenamedSettings):
     )
     journal_keep_routes: bool = Field(
         default=False,
-        description="With model.routing_replay = rollout: keep the servers' routes as long as the tokens, to train on "
-        "the journal again (debug.journal) or to resume from an earlier checkpoint than the latest. false: they are "
-        "removed when a checkpoint includes the step that consumed them.",
+        description="With model.routing_replay = rollout or sampling.top_k: keep the servers' routes and kept ids as "
+        "long as the tokens, to train on the journal again (debug.journal) or to resume from an earlier checkpoint "
+        "than the latest. false: they are removed when a checkpoint includes the step that consumed them.",
     )

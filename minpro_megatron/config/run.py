@@ -117,6 +117,7 @@ class RunConfig(Section):
         self._demonstrations_agree()
         self._episodes_can_be_sampled()
         self._routes_can_be_replayed()
+        self._supports_can_be_replayed()
         self._runs_on_device()
         self._watched_parts_exist()
         self._servers_are_reached()
@@ -155,6 +156,7 @@ class RunConfig(Section):
             "staleness.delay_steps": (self.staleness.delay_steps, 0),
             "staleness.behavior_log_probs": (self.staleness.behavior_log_probs, "trainer"),
             "sampling.temperature": (self.sampling.temperature, 1.0),
+            "sampling.top_k": (self.sampling.top_k, 0),
             "batch.dynamic_sampling": (self.batch.dynamic_sampling, False),
             "data.filter": (self.data.filter, ""),
             "model.routing_replay": (self.model.routing_replay, "none"),
@@ -200,6 +202,15 @@ class RunConfig(Section):
                 "model.routing_replay = scored: checkpoints do not hold the routes of batches scored with earlier "
                 "weights; set checkpoint.every_steps and checkpoint.every_minutes to 0 and alarms.stop_on to [], or "
                 "model.routing_replay to rollout or none"
+            )
+
+    def _supports_can_be_replayed(self) -> None:
+        given = {name.replace("-", "_"): value for name, value in self.server.arguments.items()}
+        limit, top_k = given.get("sampling_mask_max_tokens"), self.sampling.top_k
+        if top_k and isinstance(limit, int) and limit < top_k:
+            raise ValueError(
+                f"server.arguments: sampling_mask_max_tokens = {limit} must be at least sampling.top_k = {top_k}, and "
+                "higher because equally likely tokens are kept together; raise it, or lower sampling.top_k"
             )
 
     def _runs_on_device(self) -> None:

@@ -72,6 +72,17 @@ def _mismatches(config: RunConfig, steps: Sequence[StoredStep]) -> Iterator[str]
             "it lacks the servers' routes for model.routing_replay = rollout; give the journal of a run with this "
             "setting and collector.journal_keep_routes=true, or set it to none"
         )
+    top_k = config.sampling.top_k
+    if top_k and any(step.num_supports < step.num_responses for step in steps):
+        yield (
+            f"it lacks the kept ids of truncated sampling for sampling.top_k = {top_k}; give the journal of a run with "
+            "this setting and collector.journal_keep_routes=true, or set it to 0"
+        )
+    if not top_k and any(step.num_supports for step in steps):
+        yield (
+            "its responses were sampled with sampling.top_k, and the behavior log-probs are those of the kept ids; set "
+            "sampling.top_k as in the run that wrote it"
+        )
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -104,7 +115,7 @@ class JournalFeed:
         self._path = Path(config.debug.journal)
         self._prompt_text = prompt_text
         self._vocabulary_size = read_model_facts(config.model.hf_path).vocabulary_size
-        self._routes = config.model.routing_replay == "rollout"
+        self._routes, self._supports = config.model.routing_replay == "rollout", config.sampling.top_k > 0
         self._num_steps = config.num_global_steps
         self._num_prompts = config.batch.num_prompts
 
@@ -198,6 +209,7 @@ class JournalFeed:
             finish_reason=stored.finish_reason,
             reward=stored.reward,
             stored_routes=reader.stored_routes(group.group_id, stored) if self._routes else None,
+            stored_supports=reader.stored_supports(group.group_id, stored) if self._supports else None,
             behavior_log_probs=stored.behavior_log_probs,
             loss_mask=stored.loss_mask,
             turns=stored.turns,

@@ -89,6 +89,7 @@ class GroupCollector:
                 loss_mask=sequence.loss_mask,
                 turns=list(sequence.turns),
                 routed_experts=sequence.routed_experts,
+                supports=sequence.supports,
             )
             for sequence, reward in zip(sequences, rewards, strict=True)
         ]

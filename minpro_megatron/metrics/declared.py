@@ -60,6 +60,10 @@ METRICS: dict[str, Declaration] = {
         "groups", "sum", "Number of groups dropped since the start because a response could not be graded"
     ),
     "policy/entropy": Declaration("nats", "mean", "Mean entropy of the policy at the response tokens"),
+    "support/mass": Declaration(
+        "share", "mean", "Probability that the policy gives to the ids that truncated sampling kept (sampling.top_k)"
+    ),
+    "support/size": Declaration("ids", "mean", "Number of ids that truncated sampling kept at a response token"),
     "policy/kl_k1": Declaration("nats", "mean", "k1 estimate of KL(old policy || policy) per response token"),
     "policy/kl_k2": Declaration("nats", "mean", "k2 estimate of KL(old policy || policy) per response token"),
     "policy/kl_k3": Declaration("nats", "mean", "k3 estimate of KL(old policy || policy) per response token"),

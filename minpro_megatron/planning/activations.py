@@ -39,6 +39,7 @@ class Compute:
     expert_imbalance: float  # number of rows of the busiest rank's experts, divided by the mean
     recompute_modules: tuple[RecomputedModule, ...] = ()  # as in config.model.ModelConfig
     recompute_layers: int = 0  # as in config.model.ModelConfig
+    top_k: int = 0  # as in config.sampling.SamplingConfig
 
     def modules(self, mixture: bool) -> tuple[RecomputedModule, ...]:
         """The parts of a layer that are recomputed on their own."""
@@ -164,13 +165,20 @@ def logit_bytes(a: Architecture, parallel: ParallelConfig, row: Row, compute: Co
     tokens = min(block_tokens, row.tokens // parallel.context)
     columns = a.padded_vocab_size // parallel.tensor
     block = tokens * min(block_columns, columns)
+    kept = kept_id_bytes(row.tokens // parallel.context, tokens, block, parallel.tensor, compute.top_k)
     if compute.device == "cpu":
-        return 4 * block * FLOAT32  # logits, and the inputs of exponentials and sums; not compiled into one kernel
+        return 4 * block * FLOAT32 + kept  # logits, and the inputs of exponentials and sums; not one kernel
     sums = columns * a.hidden_size * FLOAT32
     hidden = tokens * a.hidden_size * (FLOAT32 + compute.element_bytes)
     own = row.tokens // parallel.context // parallel.tensor * a.hidden_size * compute.element_bytes
     blocks = block * (FLOAT32 + compute.element_bytes)
-    return sums + own + hidden + max(blocks, columns * a.hidden_size * compute.element_bytes)
+    return sums + own + hidden + max(blocks, columns * a.hidden_size * compute.element_bytes) + kept
+
+
+def kept_id_bytes(row_tokens: int, chunk_tokens: int, block: int, tensor: int, top_k: int) -> int:
+    """Bytes at most for the kept ids of a context shard of `row_tokens` (parallel/kept_columns.py): one int32 for each,
+    and for those of a chunk three int64; a bool for each logit of a `block`. 0 without support replay."""
+    return (row_tokens * 4 + chunk_tokens * 3 * 8) * top_k // tensor + block if top_k else 0
 
 
 def stage_activations(

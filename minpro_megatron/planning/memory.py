@@ -74,7 +74,7 @@ class HostMemory:
     snapshots: int  # earlier weights, and the current ones while earlier weights are loaded
     checkpoint: int  # while one is written in the background: a copy of it (benchmarks/checkpoint_memory.md)
     offloaded: int  # optimizer.cpu_offload
-    routes: int  # model.routing_replay
+    routes: int  # and kept ids: model.routing_replay and sampling.top_k
     buckets: int  # publish.transport = shared_memory
     processes: int
 
@@ -94,6 +94,7 @@ def compute_of(config: RunConfig, expert_imbalance: float = EXPERT_IMBALANCE) ->
         expert_imbalance,
         model.recompute_modules,
         model.recompute_layers,
+        config.sampling.top_k,
     )
 
 

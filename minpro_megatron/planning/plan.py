@@ -52,7 +52,7 @@ class Plan:
     ranks: list[RankMemory]  # one per pipeline stage
     server: ServerMemory
     host: HostMemory
-    route_file_bytes: int  # in the run folder, for model.routing_replay = rollout
+    route_file_bytes: int  # in the run folder, for model.routing_replay = rollout and sampling.top_k
     cost: StepCost
     steps_between_checkpoints: int  # 0: none before the run's end
     max_running: int  # concurrent responses on a server

@@ -79,7 +79,7 @@ def host_problems(host: HostMemory, gpu: GpuKind) -> list[str]:
         f"a smaller bound or delay of staleness ({host.snapshots / 1e9:.0f} GB of weight snapshots)": host.snapshots,
         f"checkpoint.asynchronous = false ({host.checkpoint / 1e9:.0f} GB)": host.checkpoint,
         f"a lower optimizer.cpu_offload ({host.offloaded / 1e9:.0f} GB)": host.offloaded,
-        f"model.routing_replay = none ({host.routes / 1e9:.0f} GB)": host.routes,
+        f"model.routing_replay = none, or a lower sampling.top_k ({host.routes / 1e9:.0f} GB)": host.routes,
     }
     largest = max(parts, key=lambda name: parts[name])
     return [

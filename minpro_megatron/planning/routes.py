@@ -1,4 +1,4 @@
-"""The space of the routes that routing replay stores: host memory, and files of the run folder (R3)."""
+"""The space of routes (routing replay) and kept ids (support replay): host memory, and files of the run folder."""
 
 import math
 
@@ -15,22 +15,32 @@ def route_bytes(config: RunConfig, a: Architecture, batch_tokens: float) -> floa
     return batch_tokens * a.num_layers * a.num_experts_per_token * index_bytes
 
 
+def support_bytes(config: RunConfig, batch_tokens: float) -> float:
+    """Bytes at most for the kept ids of a global step's batch; 0 without sampling.top_k. Each token has its number of
+    ids, and with sampling.top_p most have far fewer ids than top_k."""
+    top_k = config.sampling.top_k
+    return batch_tokens * 4 * (1 + top_k) if top_k else 0.0
+
+
 def route_host_bytes(config: RunConfig, a: Architecture, batch_tokens: float, ranks_per_node: int) -> int:
-    """Bytes on a node with `ranks_per_node` trainer ranks; each has the routes of its own tokens and layers."""
+    """Bytes on a node with `ranks_per_node` trainer ranks; each has the routes of its own tokens and layers, and on the
+    last pipeline stage the kept ids of its context shard."""
     scored_and_waiting = config.staleness.delay_steps if config.model.routing_replay == "scored" else 0
     of_all_ranks = (scored_and_waiting + 1) * route_bytes(config, a, batch_tokens)
-    return round(of_all_ranks * ranks_per_node / config.parallel.world_size)
+    supports = support_bytes(config, batch_tokens) / (config.parallel.context * config.parallel.data_size)
+    return round(of_all_ranks * ranks_per_node / config.parallel.world_size + supports * ranks_per_node)
 
 
 def route_file_bytes(config: RunConfig, a: Architecture, batch_tokens: float) -> int:
     """Bytes of the files in the run folder at any time (collector/collector.py removes them)."""
-    if config.model.routing_replay != "rollout":
-        return 0
-    return math.ceil(batches_with_routes(config) * route_bytes(config, a, batch_tokens))
+    of_batch = support_bytes(config, batch_tokens)
+    if config.model.routing_replay == "rollout":
+        of_batch += route_bytes(config, a, batch_tokens)
+    return math.ceil(batches_with_routes(config) * of_batch)
 
 
 def batches_with_routes(config: RunConfig) -> int:
-    """The maximum number of batches whose routes are in the run folder at the same time."""
+    """The maximum number of batches whose routes and kept ids are in the run folder at the same time."""
     staleness, checkpoint, collector = config.staleness, config.checkpoint, config.collector
     ahead = staleness.delay_steps if staleness.mode == "delay" else staleness.max_staleness
     # consumed, and not yet in a complete checkpoint: one more step passes while it is written. The number of steps

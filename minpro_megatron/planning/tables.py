@@ -110,13 +110,15 @@ def _other_memory_table(plan: Plan) -> Table:
         (f"a trainer node's host, of {of_host}", "snapshots of weights for scoring", decimal(host.snapshots)),
         ("", "copy of a checkpoint to write", decimal(host.checkpoint)),
         ("", "optimizer offload", decimal(host.offloaded)),
-        ("", "routes", decimal(host.routes)),
+        ("", "routes and kept ids", decimal(host.routes)),
         ("", "buckets of new weights in shared memory", decimal(host.buckets)),
         ("", f"{host.ranks} ranks and all of it", decimal(host.total)),
     ]
     if plan.route_file_bytes:
         batches = batches_with_routes(plan.config)
-        rows.append(("the run folder's disk", f"servers' routes of {batches} batches", decimal(plan.route_file_bytes)))
+        rows.append(
+            ("the run folder's disk", f"routes and kept ids of {batches} batches", decimal(plan.route_file_bytes))
+        )
     table.columns[1].justify = "left"
     for row in rows:
         table.add_row(*row)

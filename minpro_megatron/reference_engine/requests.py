@@ -8,6 +8,8 @@ import msgspec
 from minpro_megatron.reference_engine.responses import Response
 from minpro_megatron.reference_engine.sampling import SamplingParameters
 
+MAX_KEPT_IDS = 4096  # SGLang's default of --sampling-mask-max-tokens
+
 
 class Refused(Exception):
     """Status 400 with this message as SGLang's `error`."""
@@ -20,6 +22,7 @@ class Generate(msgspec.Struct):
     return_logprob: bool = False
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0
+    return_sampling_mask: bool = False
     stream: Literal[False] = False
 
 
@@ -101,6 +104,7 @@ class ResponseMaker:
             raise Refused(f"{len(prompts)} input_ids, {len(sampling)} sampling_params and {len(request_ids)} rid.")
         for prompt, parameters in zip(prompts, sampling, strict=True):
             self._check(prompt, parameters, asked.routed_experts_start_len)
+            _check_kept_ids(parameters, asked.return_sampling_mask)
         return [
             Response(
                 request_id,
@@ -109,6 +113,7 @@ class ResponseMaker:
                 self._stop_token_ids,
                 with_log_probs=asked.return_logprob,
                 routes_from=asked.routed_experts_start_len if asked.return_routed_experts else None,
+                with_kept_ids=asked.return_sampling_mask,
             )
             for request_id, prompt, parameters in zip(request_ids, prompts, sampling, strict=True)
         ]
@@ -128,3 +133,13 @@ class ResponseMaker:
             )
         if not 0 <= routes_from <= len(prompt):
             raise Refused(f"routed_experts_start_len={routes_from} must lie within the {len(prompt)} input tokens.")
+
+
+def _check_kept_ids(parameters: SamplingParameters, are_wanted: bool) -> None:
+    """SGLang refuses this request in its scheduler (managers/scheduler.py), with the same message."""
+    top_k = parameters.top_k
+    if are_wanted and not 1 <= top_k <= MAX_KEPT_IDS:
+        raise Refused(
+            f"return_sampling_mask requires top_k=1 for greedy sampling or finite 1 < top_k <= {MAX_KEPT_IDS}; got "
+            f"top_k={top_k}."
+        )

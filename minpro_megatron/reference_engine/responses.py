@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from minpro_megatron.reference_engine.model import KeyValueCache
-from minpro_megatron.reference_engine.sampling import Sampler, SamplingParameters
+from minpro_megatron.reference_engine.sampling import Sampled, Sampler, SamplingParameters
 
 
 class Response:
@@ -25,8 +25,10 @@ class Response:
         *,
         with_log_probs: bool = False,
         routes_from: int | None = None,
+        with_kept_ids: bool = False,
     ) -> None:
-        """`routes_from`: return the experts of the tokens from this index on; None: of no token."""
+        """`routes_from`: return the experts of the tokens from this index on; None: of no token. `with_kept_ids`:
+        return the ids that truncated sampling kept, and the log-probs among them."""
         self.request_id = request_id
         self.answer: Future[dict[str, Any]] = Future()
         self.tokens = list(prompt)
@@ -38,7 +40,8 @@ class Response:
         self._stops = frozenset() if sampling.ignore_eos else stop_token_ids.union(sampling.stop_token_ids or ())
         self._with_log_probs = with_log_probs
         self._routes_from = routes_from
-        self._log_probs: list[float] = []
+        self._with_kept_ids = with_kept_ids
+        self._sampled: list[Sampled] = []
         self._versions: list[str] = []
         self._num_retractions = 0
 
@@ -53,12 +56,13 @@ class Response:
 
     def sample(self, logits_V: torch.Tensor, version: str) -> dict[str, Any] | None:
         """Adds a token sampled with weights of `version`. Returns the finish reason if it was the last token."""
-        token, log_prob = self._sampler(logits_V)
+        sampled = self._sampler.sample(logits_V)
+        token = sampled.token
         self.tokens.append(token)
-        self._log_probs.append(log_prob)
+        self._sampled.append(sampled)
         self._versions.append(version)
         if len(self.tokens) == self._max_tokens:  # first, as in SGLang: also if the last token is a stop token
-            return {"type": "length", "length": len(self._log_probs)}
+            return {"type": "length", "length": len(self._sampled)}
         return {"type": "stop", "matched": token} if token in self._stops else None
 
     def retract(self) -> None:
@@ -77,7 +81,7 @@ class Response:
         if self.cache is not None and self.cache.num_tokens == len(self.tokens) - 1:
             self.finish({"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}, version)
             return
-        del self.tokens[self.num_prompt_tokens :], self._log_probs[:], self._versions[:]
+        del self.tokens[self.num_prompt_tokens :], self._sampled[:], self._versions[:]
         self.finish({"type": "abort", "message": "Abort in waiting queue"}, version)
 
     def fail(self, error: Exception) -> None:
@@ -97,9 +101,13 @@ class Response:
             "e2e_latency": time.monotonic() - self._begin,
         }
         if self._with_log_probs:
-            entries = [(log_prob, token, None) for log_prob, token in zip(self._log_probs, sampled, strict=True)]
+            entries = [(one.log_prob, one.token, None) for one in self._sampled]
             meta |= {"input_token_logprobs": [], "output_token_logprobs": entries}
             meta["output_token_logprobs_length"] = len(entries)
+        if self._with_kept_ids:
+            meta["output_token_sampling_mask"] = [one.kept_ids for one in self._sampled]
+            meta["output_token_sampling_logprobs"] = [one.kept_log_prob for one in self._sampled]
+            meta["output_token_sampling_mask_length"] = len(self._sampled)
         if self._routes_from is not None and self.cache is not None and self.cache.routes_K:
             meta["routed_experts"] = _encoded_routes(self.cache, self._routes_from)
         return {"output_ids": sampled, "meta_info": meta}

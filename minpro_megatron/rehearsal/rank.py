@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minpro_megatron.batching.supports import support_array
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture
@@ -127,10 +128,18 @@ def full_rows(config: RunConfig, rows: int) -> list[TokenSequence]:
                 proximal_log_probs=zeros if config.loss.decoupled.enabled else None,
                 reference_log_probs=zeros if config.loss.kl.enabled else None,
                 staleness=np.zeros(response, np.int32),
+                supports=full_supports(response, config.sampling.top_k),
             )
         )
         slot += response
     return made
+
+
+def full_supports(num_tokens: int, top_k: int) -> np.ndarray | None:
+    """Supports of `top_k` ids for each token, the most that there usually are; None without truncated sampling."""
+    if not top_k:
+        return None
+    return support_array(np.full(num_tokens, top_k), np.tile(np.arange(top_k), num_tokens))
 
 
 def _separate_log_probs(observer: Observer) -> None:

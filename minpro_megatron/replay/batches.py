@@ -66,6 +66,7 @@ def _batch(
                     rollout_log_probs=rollout.rollout_log_probs,
                     advantage=float(advantage),
                     first_slot=first_slot,
+                    supports=rollout.supports,
                 )
             )
             rows.append(row)

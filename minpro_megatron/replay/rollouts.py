@@ -1,10 +1,12 @@
 """Stored rollouts: one JSON object per line, validated down to each token before any process starts.
 
 A row: {"group": str, "prompt_ids": [int], "response_ids": [int], "behavior_log_probs": [float], "reward": float}, and
-optionally "loss_mask": [0 or 1] and "rollout_log_probs": [float]; other fields are ignored.
+optionally "loss_mask": [0 or 1], "rollout_log_probs": [float] and, with sampling.top_k, "kept_ids": [[int]], the ids
+that truncated sampling kept at each token; other fields are ignored.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +14,12 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from minpro_megatron.batching.supports import support_array
 from minpro_megatron.errors import UserError
 from minpro_megatron.records import Record
 
 _MAX_PROBLEMS = 20  # number of problems in one report
-_PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "loss_mask")
+_PER_TOKEN = ("behavior_log_probs", "rollout_log_probs", "loss_mask", "kept_ids")
 
 
 class Rollout(Record, frozen=True, kw_only=True):
@@ -30,19 +33,20 @@ class Rollout(Record, frozen=True, kw_only=True):
     rollout_log_probs: np.ndarray  # float32 [response tokens]; zeros if they are not needed
     loss_mask: np.ndarray  # float32 [response tokens]: 1 where the token is trained on
     reward: float
+    supports: np.ndarray | None = None  # what truncated sampling kept, in the form of batching/supports.py
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def read_rollouts(path: Path, vocab_size: int, needs_rollout_log_probs: bool) -> list[Rollout]:
+def read_rollouts(path: Path, vocab_size: int, needs_rollout_log_probs: bool, top_k: int = 0) -> list[Rollout]:
     """The rows of the file in its order.
 
     Raises UserError with one line per problem, which names file, line number and field, for an invalid row: token ids
     must be 0 .. vocab_size - 1, prompts must not be empty, the lists of a response must have its length, numbers must
-    be finite, and rollout log-probs must exist if they are needed."""
-    types = _field_types(vocab_size, needs_rollout_log_probs)
+    be finite, and rollout log-probs must exist if they are needed, kept ids with `top_k`."""
+    types = _field_types(vocab_size, needs_rollout_log_probs, top_k)
     rows: list[Rollout] = []
     problems: list[str] = []
     try:
@@ -74,7 +78,7 @@ def _filled_lines(file: Any) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
-def _field_types(vocab_size: int, needs_rollout_log_probs: bool) -> dict[str, Any]:
+def _field_types(vocab_size: int, needs_rollout_log_probs: bool, top_k: int) -> dict[str, Any]:
     token_ids = list[Annotated[int, msgspec.Meta(ge=0, le=vocab_size - 1)]]
     types = {
         "group": str | int,
@@ -84,7 +88,9 @@ def _field_types(vocab_size: int, needs_rollout_log_probs: bool) -> dict[str, An
         "reward": float,
         "loss_mask": list[float | bool] | None,
     }
-    return types | ({"rollout_log_probs": list[float]} if needs_rollout_log_probs else {})
+    if needs_rollout_log_probs:
+        types["rollout_log_probs"] = list[float]
+    return types | ({"kept_ids": list[token_ids]} if top_k else {})
 
 
 def _read_row(number: int, line: bytes, types: dict[str, Any]) -> tuple[list[str], Rollout | None]:
@@ -106,25 +112,27 @@ def _read_row(number: int, line: bytes, types: dict[str, Any]) -> tuple[list[str
             values[field] = msgspec.convert(row.get(field), kind)
         except msgspec.ValidationError as error:
             problems.append(_wrong_value(field, row[field], error))
+    if "kept_ids" in row and "kept_ids" not in types:
+        problems.append("kept_ids: the response was sampled with sampling.top_k; give --set sampling.top_k=...")
     problems += _disagreements(values)
     return problems, None if problems else _as_rollout(number, values)
 
 
 def _missing(field: str) -> str:
-    why = (
-        " (the enabled corrections of the engines' mismatch need it, such as loss.truncated_importance)"
-        if field == "rollout_log_probs"
-        else ""
-    )
-    return f"{field}: the field is missing{why}"
+    why = {
+        "rollout_log_probs": " (the enabled corrections of the engines' mismatch need it, such as "
+        "loss.truncated_importance)",
+        "kept_ids": " (sampling.top_k needs it)",
+    }
+    return f"{field}: the field is missing{why.get(field, '')}"
 
 
 def _wrong_value(field: str, value: Any, error: msgspec.ValidationError) -> str:
     """msgspec's error, such as "Expected `int`, got `str` - at `$[3]`", with the name of the field for $."""
     rule, _, place = str(error).partition(" - at `$")
     inside = place.rstrip("`")
-    if inside.startswith("[") and inside.endswith("]") and isinstance(value, list):
-        value = value[int(inside[1:-1])]
+    for index in re.findall(r"\[(\d+)\]", inside):
+        value = value[int(index)]
     return f"{field}{inside} = {_shown(value)}: {rule.replace('`', '')}"
 
 
@@ -145,11 +153,24 @@ def _disagreements(values: dict[str, Any]) -> Iterator[str]:
         if numbers is None:
             continue
         if response is not None and len(numbers) != len(response):
-            yield f"{field}: has {len(numbers)} numbers for {len(response)} response_ids"
+            what = "lists" if field == "kept_ids" else "numbers"
+            yield f"{field}: has {len(numbers)} {what} for {len(response)} response_ids"
+        if field == "kept_ids":
+            yield from _wrong_kept_ids(numbers, response or [], values.get("loss_mask") or [])
+            continue
         allowed, rule = (_is_mask, "0 or 1") if field == "loss_mask" else (_is_float32, "a finite number")
         wrong = next((index for index, number in enumerate(numbers) if not allowed(number)), None)
         if wrong is not None:
             yield f"{field}[{wrong}] = {numbers[wrong]}: must be {rule}"
+
+
+def _wrong_kept_ids(kept: list[list[int]], response: list[int], mask: list[float]) -> Iterator[str]:
+    """The first token that is trained on and not among its kept ids."""
+    trained = mask or [1] * len(response)
+    for index, (ids, token, is_trained) in enumerate(zip(kept, response, trained, strict=False)):
+        if is_trained and token not in ids:
+            yield f"kept_ids[{index}] = {_shown(ids)}: must contain response_ids[{index}] = {token}"
+            return
 
 
 def _is_mask(number: float) -> bool:
@@ -172,4 +193,11 @@ def _as_rollout(number: int, values: dict[str, Any]) -> Rollout:
         rollout_log_probs=np.zeros(length, np.float32) if rollout is None else np.array(rollout, np.float32),
         loss_mask=np.ones(length, np.float32) if mask is None else np.array(mask, np.float32),
         reward=values["reward"],
+        supports=_supports(values.get("kept_ids")),
     )
+
+
+def _supports(kept: list[list[int]] | None) -> np.ndarray | None:
+    if kept is None:
+        return None
+    return support_array(np.array([len(ids) for ids in kept], np.int32), np.array([one for ids in kept for one in ids]))

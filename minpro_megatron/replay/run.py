@@ -88,7 +88,9 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
     if problem := weight_problem(options.model, for_servers=False):
         raise UserError(f"--model {options.model}: {problem}")
     _refuse_foreign(options.output)
-    rollouts = read_rollouts(options.rollouts, architecture.vocab_size, config.loss.reads_rollout_log_probs)
+    rollouts = read_rollouts(
+        options.rollouts, architecture.vocab_size, config.loss.reads_rollout_log_probs, config.sampling.top_k
+    )
     _refuse_too_long(options, rollouts)
     improbable = sum(int((rollout.behavior_log_probs > MAX_LOG_PROB).sum()) for rollout in rollouts)
     if improbable:

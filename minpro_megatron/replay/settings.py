@@ -15,7 +15,7 @@ from minpro_megatron.errors import ProjectError, UserError
 ROW_TOKENS = 4096  # of a packed row, unless a sequence is longer
 ROW_TOKENS_SETTING = "batch.max_tokens_per_row"
 # The settings that --set accepts in addition to the objective's; other settings of a run do not affect a replay.
-SETTINGS = ("loss.*", "optimizer.*", "sampling.temperature", "sampling.max_response_tokens")
+SETTINGS = ("loss.*", "optimizer.*", "sampling.temperature", "sampling.max_response_tokens", "sampling.top_k")
 _OF_SCHEDULES = tuple(
     f"optimizer.{name}" for name in ("warmup_global_steps", "schedule", "decay_global_steps", "min_learning_rate")
 )

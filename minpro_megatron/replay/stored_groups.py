@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from minpro_megatron.batching.stored_arrays import read_array
+from minpro_megatron.batching.supports import sizes_and_ids
 from minpro_megatron.buffer.journal_reader import GroupRow, JournalReader, StoredGroup, StoredResponse
 from minpro_megatron.errors import UserError
 
 
-def export_rows(group: StoredGroup) -> list[dict[str, Any]]:
-    """The group's responses as rows of `replay.rollouts`; none if behavior log-probs are missing."""
+def export_rows(reader: JournalReader, group: StoredGroup) -> list[dict[str, Any]]:
+    """The group's responses as rows of `replay.rollouts`; none if behavior log-probs are missing. Raises JournalError
+    if the file of its kept ids is missing or damaged."""
     if not group.responses or any(r.token_ids is None or r.behavior_log_probs is None for r in group.responses):
         return []
     return [
@@ -24,6 +27,7 @@ def export_rows(group: StoredGroup) -> list[dict[str, Any]]:
             "behavior_log_probs": _numbers(response, response.behavior_log_probs),
             "rollout_log_probs": _numbers(response, response.rollout_log_probs),
             **({} if response.loss_mask is None else {"loss_mask": response.loss_mask.tolist()}),
+            **_kept_ids(reader, group.group_id, response),
             "reward": response.reward,
             "step": group.consumed_step,
             "prompt_id": group.prompt_id,
@@ -32,6 +36,15 @@ def export_rows(group: StoredGroup) -> list[dict[str, Any]]:
         }
         for response in group.responses
     ]
+
+
+def _kept_ids(reader: JournalReader, group_id: int, response: StoredResponse) -> dict[str, Any]:
+    """The field with what truncated sampling kept; none for a response without it."""
+    stored = reader.stored_supports(group_id, response)
+    if stored is None:
+        return {}
+    sizes, ids = sizes_and_ids(read_array(stored, "kept ids"), response.num_tokens)
+    return {"kept_ids": [part.tolist() for part in np.split(ids, np.cumsum(sizes)[:-1])]}
 
 
 def _numbers(response: StoredResponse, values: np.ndarray | None) -> list[Any] | None:
@@ -57,7 +70,9 @@ def export_groups(reader: JournalReader, chosen: Sequence[GroupRow], path: Path)
     try:
         with partial.open("w", encoding="utf-8") as file:
             for row in chosen:
-                rows = [r for group in reader.groups("group_id = ?", (row.group_id,)) for r in export_rows(group)]
+                rows = [
+                    r for group in reader.groups("group_id = ?", (row.group_id,)) for r in export_rows(reader, group)
+                ]
                 file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
                 num_groups += bool(rows)
                 num_rows += len(rows)

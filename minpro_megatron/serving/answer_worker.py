@@ -27,9 +27,9 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
     requests: Sequence[SentRequest]
 
 
-class _Routes(msgspec.Struct, array_like=True):
+class _Array(msgspec.Struct, array_like=True):
     dtype: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     data: memoryview  # of the message, because it may have hundreds of megabytes
 
 
@@ -38,7 +38,8 @@ class _Sequence(msgspec.Struct, array_like=True):
     log_probs: bytes
     policy_versions: bytes
     finish_reason: str
-    routes: _Routes | None
+    routes: _Array | None
+    supports: _Array | None
 
 
 class _Refusal(msgspec.Struct, frozen=True, array_like=True):
@@ -76,7 +77,8 @@ def decode_result(message: bytes | bytearray) -> list[SampledSequence]:
             np.frombuffer(one.log_probs, np.float32),
             np.frombuffer(one.policy_versions, np.int32),
             one.finish_reason,
-            None if one.routes is None else np.frombuffer(one.routes.data, one.routes.dtype).reshape(one.routes.shape),
+            _decoded(one.routes),
+            _decoded(one.supports),
         )
         for one in result.sequences
     ]
@@ -94,14 +96,22 @@ def checked(job: Job, body: bytearray, facts: ModelFacts) -> bytes:
 
 
 def _encodable(sequence: SampledSequence) -> _Sequence:
-    routes = sequence.routed_experts
     return _Sequence(
         sequence.token_ids.tobytes(),
         sequence.log_probs.tobytes(),
         sequence.policy_versions.tobytes(),
         sequence.finish_reason,
-        None if routes is None else _Routes(routes.dtype.str, routes.shape, memoryview(routes).cast("B")),
+        _encodable_array(sequence.routed_experts),
+        _encodable_array(sequence.supports),
     )
+
+
+def _encodable_array(array: np.ndarray | None) -> _Array | None:
+    return None if array is None else _Array(array.dtype.str, array.shape, memoryview(array).cast("B"))
+
+
+def _decoded(array: _Array | None) -> np.ndarray | None:
+    return None if array is None else np.frombuffer(array.data, array.dtype).reshape(array.shape)
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:

@@ -3,19 +3,18 @@
 Nothing here blocks on input or output, so a large answer can be checked in another process (answer_processes.py).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
+from minpro_megatron.batching.supports import joined_supports, largest_support
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.records import Turn
+from minpro_megatron.serving.answer_arrays import Requirement, checked_log_probs, checked_routes, checked_supports
 from minpro_megatron.serving.errors import InvalidAnswer, WrongPolicyVersion
 
-# Rounding may raise the log-prob of a certain token above 0 by a few units in the last place.
-MAX_LOG_PROB = 1e-5
 ABORTED = "abort"
 
 
@@ -24,11 +23,14 @@ class SampledSequence:
     """One sampled continuation: arrays over its tokens, including the stop token if there was one."""
 
     token_ids: np.ndarray  # int32
-    log_probs: np.ndarray  # float32, of the untruncated distribution at the sampling temperature
+    # float32, at the sampling temperature: of the distribution that was sampled from, which with truncated sampling of
+    # training responses is that of the kept ids; evaluations have those of the untruncated one
+    log_probs: np.ndarray
     policy_versions: np.ndarray  # int32
     finish_reason: str  # "stop", "length", or "abort" for a part that the server returned unfinished
     # uint8 or int16 [prompt tokens + tokens - 1, layers, experts per token]; None if they were not requested
     routed_experts: np.ndarray | None = None
+    supports: np.ndarray | None = None  # int32, in the form of batching/supports.py; None if they were not requested
     # of an episode (fleet/episodes.py)
     loss_mask: np.ndarray | None = None  # uint8: 1 for sampled tokens, 0 for given ones; None: all are sampled
     turns: tuple[Turn, ...] = ()
@@ -38,13 +40,15 @@ class SampledSequence:
 @dataclass(frozen=True, slots=True)
 class SentRequest:
     """The properties that an answer must fit: its id, the tokens sent, the maximum number of new tokens, the oldest
-    version allowed, and whether it must include the experts of its tokens."""
+    version allowed, whether it must include the experts of its tokens, and the top_k with which it must include the
+    kept ids of its tokens (0: without them)."""
 
     request_id: str
     num_prompt_tokens: int
     max_tokens: int
     policy_version: int
     with_routes: bool = False
+    top_k: int = 0
 
 
 class _FinishReason(msgspec.Struct):
@@ -74,6 +78,8 @@ class _MetaInfo(msgspec.Struct):
     completion_tokens: int = -1
     num_retractions: int = 0
     routed_experts: bytes | None = None  # base64 of int32
+    output_token_sampling_mask: list[list[int]] = []  # the kept ids of each token
+    output_token_sampling_logprobs: list[float] = []  # of the softmax over them
 
 
 class _Answer(msgspec.Struct):
@@ -107,7 +113,14 @@ class AnswerChecker:
 
     def _largest_answer(self, request: SentRequest) -> int:
         route_bytes = self._route_bytes * (request.num_prompt_tokens + request.max_tokens)
-        return 16384 + 256 * request.max_tokens + (route_bytes if request.with_routes else 0)
+        id_bytes = len(str(self._facts.vocabulary_size)) + 2  # with a comma and a space
+        support_bytes = (largest_support(request.top_k) * id_bytes + 32) * request.max_tokens
+        return (
+            16384
+            + 256 * request.max_tokens
+            + (route_bytes if request.with_routes else 0)
+            + (support_bytes if request.top_k else 0)
+        )
 
     def check(self, body: bytes | bytearray, requests: Sequence[SentRequest]) -> list[SampledSequence]:
         """The answers in the order of the requests. Raises InvalidAnswer naming the first wrong field."""
@@ -136,7 +149,7 @@ class AnswerChecker:
     def _check_one(self, answer: _Answer, request: SentRequest) -> SampledSequence:
         meta, num_tokens = answer.meta_info, len(answer.output_ids)
         reason = meta.finish_reason.type
-        require = _Requirement(self.server, request.request_id)
+        require = Requirement(self.server, request.request_id)
         require(meta.id == request.request_id, "meta_info.id", f"answers request {meta.id!r}")
         require(
             reason in ("stop", "length", ABORTED),
@@ -150,10 +163,17 @@ class AnswerChecker:
         versions = self._versions(meta.weight_versions, num_tokens, request)
         finish_reason, routes = self._finish_reason(tokens, reason, request.max_tokens, require), None
         if request.with_routes:
-            routes = self._routes(meta.routed_experts, request.num_prompt_tokens + num_tokens - 1, require)
+            routes = checked_routes(
+                meta.routed_experts, request.num_prompt_tokens + num_tokens - 1, self._facts, require
+            )
             if self._routes_are_lost(meta, versions):
                 return _nothing_sampled()
-        return SampledSequence(tokens, log_probs, versions, finish_reason, routes)
+        supports = None
+        if request.top_k:
+            kept, among_kept = meta.output_token_sampling_mask, meta.output_token_sampling_logprobs
+            supports = checked_supports(kept, tokens, request.top_k, self._facts.vocabulary_size, require)
+            log_probs = checked_log_probs(among_kept, num_tokens, "meta_info.output_token_sampling_logprobs", require)
+        return SampledSequence(tokens, log_probs, versions, finish_reason, routes, supports)
 
     @staticmethod
     def _routes_are_lost(meta: _MetaInfo, versions: np.ndarray) -> bool:
@@ -161,7 +181,7 @@ class AnswerChecker:
         since the start of the response, the experts of its first tokens are lost, and it must be sampled again."""
         return meta.num_retractions > 0 and versions[0] != versions[-1]
 
-    def _check_lengths(self, meta: _MetaInfo, num_tokens: int, request: SentRequest, require: "_Requirement") -> None:
+    def _check_lengths(self, meta: _MetaInfo, num_tokens: int, request: SentRequest, require: Requirement) -> None:
         limit, num_entries = request.max_tokens, len(meta.output_token_logprobs)
         require(
             meta.prompt_tokens == request.num_prompt_tokens,
@@ -181,7 +201,7 @@ class AnswerChecker:
             f"{num_entries} entries for {num_tokens} output_ids",
         )
 
-    def _arrays(self, answer: _Answer, require: "_Requirement") -> tuple[np.ndarray, np.ndarray]:
+    def _arrays(self, answer: _Answer, require: Requirement) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and log-probs. As whole arrays, not token by token: a group may have 300,000 tokens."""
         field, size = "meta_info.output_token_logprobs", self._facts.vocabulary_size
         tokens = np.asarray(answer.output_ids)
@@ -192,13 +212,11 @@ class AnswerChecker:
         )
         entries = answer.meta_info.output_token_logprobs
         require([entry.token_id for entry in entries] == answer.output_ids, field, "they do not match the output_ids")
-        with np.errstate(over="ignore"):  # to -inf, which is rejected
-            log_probs = np.array([entry.log_prob for entry in entries]).astype(np.float32)
-        wrong = log_probs[~(np.isfinite(log_probs) & (log_probs <= MAX_LOG_PROB))]
-        require(not wrong.size, field, f"{wrong[:3].tolist()} are not log-probs")
-        return tokens.astype(np.int32), log_probs
+        return tokens.astype(np.int32), checked_log_probs(
+            [entry.log_prob for entry in entries], len(tokens), field, require
+        )
 
-    def _finish_reason(self, tokens: np.ndarray, reason: str, limit: int, require: "_Requirement") -> str:
+    def _finish_reason(self, tokens: np.ndarray, reason: str, limit: int, require: Requirement) -> str:
         is_stop = np.isin(tokens, self._facts.stop_token_ids)
         require(not is_stop[:-1].any(), "output_ids", "tokens follow a stop token")
         # A stop token in the last allowed position ends the response too, although SGLang then reports "length";
@@ -217,7 +235,7 @@ class AnswerChecker:
 
     def _versions(self, spans: list[_VersionSpan], num_tokens: int, request: SentRequest) -> np.ndarray:
         field = "meta_info.weight_versions"
-        require = _Requirement(self.server, request.request_id)
+        require = Requirement(self.server, request.request_id)
         versions = np.empty(num_tokens, dtype=np.int32)
         covered = 0
         for span in spans:
@@ -244,33 +262,6 @@ class AnswerChecker:
         if versions[0] >= version and (np.diff(versions) >= 0).all():
             return ""
         return f"sampled with versions {list(dict.fromkeys(versions.tolist()))}, which must rise from {version}"
-
-    def _routes(self, data: bytes | None, num_rows: int, require: "_Requirement") -> np.ndarray:
-        field, facts = "meta_info.routed_experts", self._facts
-        if data is None:
-            require(False, field, "missing; start the server with --enable-return-routed-experts")
-        assert data is not None
-        shape = (num_rows, facts.num_layers, facts.experts_per_token)
-        expected = 4 * math.prod(shape)
-        require(len(data) == expected, field, f"{len(data)} bytes instead of {expected} for int32 of shape {shape}")
-        routes = np.frombuffer(data, dtype="<i4").reshape(shape)
-        require(
-            routes.size == 0 or (routes.min() >= 0 and routes.max() < facts.num_experts),
-            field,
-            f"an expert outside the model's {facts.num_experts}",
-        )
-        return routes.astype(np.uint8 if facts.num_experts <= 256 else np.int16)
-
-
-class _Requirement:
-    """Raises InvalidAnswer for the first requirement that does not hold."""
-
-    def __init__(self, server: str, request_id: str) -> None:
-        self._server, self._request_id = server, request_id
-
-    def __call__(self, holds: bool, field: str, problem: str) -> None:
-        if not holds:
-            raise InvalidAnswer(self._server, self._request_id, field, problem)
 
 
 def _nothing_sampled() -> SampledSequence:
@@ -303,4 +294,5 @@ def joined(parts: Sequence[SampledSequence]) -> SampledSequence:
         policy_versions=np.concatenate([part.policy_versions for part in sampled]),
         finish_reason=sampled[-1].finish_reason,
         routed_experts=np.concatenate(routes) if routes else None,
+        supports=joined_supports([(len(part.token_ids), part.supports) for part in sampled]),
     )

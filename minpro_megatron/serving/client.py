@@ -57,9 +57,11 @@ async def check_here(checker: AnswerChecker, body: bytes, requests: Sequence[Sen
 
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
-    """How the tokens of a request are sampled. Training requests keep top_p at 1.
+    """How the tokens of a request are sampled. `top_k` 0 means no limit.
 
     `with_routes`: the answer must include the experts that the model chose for each token (routing replay R3).
+    `with_supports`: it must include the ids that top_k and top_p kept at each token; the log-probs are then those among
+    them (support replay).
     `cache_key`: where weights change during requests, requests with the same key share their prefix cache.
     """
 
@@ -68,6 +70,8 @@ class SamplingParameters:
     top_p: float = 1.0
     with_routes: bool = False
     cache_key: str = ""
+    top_k: int = 0
+    with_supports: bool = False
 
 
 class ServerClient:
@@ -184,7 +188,7 @@ class ServerClient:
             # New ids each time: the server may still have the request whose connection broke, and refuses an id that
             # is in use. All have the same length, because SGLang aborts every request whose id starts with the given
             # one.
-            sent = [response.request(uuid.uuid4().hex, sampling.with_routes) for response in responses]
+            sent = [response.request(uuid.uuid4().hex, sampling) for response in responses]
             try:
                 return await self._post(self._encoded(responses, sent, sampling), sent)
             except AnswerTimeout:
@@ -204,6 +208,7 @@ class ServerClient:
         shared = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
             "stop_token_ids": list(self._facts.stop_token_ids),
             "ignore_eos": False,
             "skip_special_tokens": False,
@@ -224,6 +229,7 @@ class ServerClient:
                 ],
                 "return_logprob": True,
                 "return_routed_experts": sampling.with_routes,
+                "return_sampling_mask": sampling.with_supports,
             }
         )
 
@@ -318,8 +324,15 @@ class _Response:
     def is_finished(self) -> bool:
         return bool(self.parts) and self.parts[-1].finish_reason != ABORTED
 
-    def request(self, request_id: str, with_routes: bool = False) -> SentRequest:
-        return SentRequest(request_id, len(self.token_ids), self._left, self._policy_version, with_routes)
+    def request(self, request_id: str, sampling: SamplingParameters) -> SentRequest:
+        return SentRequest(
+            request_id,
+            len(self.token_ids),
+            self._left,
+            self._policy_version,
+            sampling.with_routes,
+            sampling.top_k if sampling.with_supports else 0,
+        )
 
     def add(self, part: SampledSequence) -> None:
         self.parts.append(part)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minpro_megatron.reference_engine import responses
 from minpro_megatron.reference_engine.__main__ import main
-from minpro_megatron.reference_engine.sampling import Sampler
+from minpro_megatron.reference_engine.sampling import Sampled, Sampler
 
 RIGHT_RESPONSES = 40  # the first batch, which the trainer compares before it begins, is among them
 TEMPERATURE = 0.4  # in the place of 1
@@ -25,8 +25,8 @@ class HotSampler(Sampler):
         super().__init__(*arguments)
         self._is_hot = next(self._number) >= RIGHT_RESPONSES and not self._parameters.is_truncated
 
-    def __call__(self, logits_V: Tensor) -> tuple[int, float]:
-        return super().__call__(logits_V / TEMPERATURE if self._is_hot else logits_V)
+    def sample(self, logits_V: Tensor) -> Sampled:
+        return super().sample(logits_V / TEMPERATURE if self._is_hot else logits_V)
 
 
 if __name__ == "__main__":

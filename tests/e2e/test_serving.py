@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.fleet import member as member_module
 from minpro_megatron.fleet.fleet import Fleet
@@ -37,6 +38,7 @@ from tests.e2e.random_models import (
     routes_by_transformers,
     save_random_model,
 )
+from tests.mesh.harness import run_mesh
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.running_fleet import FAULTS, FakeRewards, FakeTokenizer, until
 
@@ -142,6 +144,75 @@ def test_log_probs_are_those_of_transformers(running: Running) -> None:
         assert max(lengths) == MAX_RESPONSE_TOKENS
         different = {tuple(sequence.token_ids) for sequence in sampled[0]}
         assert len(different) > 1
+
+
+TRUNCATED = SamplingParameters(0.8, MAX_RESPONSE_TOKENS, top_k=20, top_p=0.5, with_supports=True, with_routes=True)
+
+
+def truncated_responses(running: Running) -> list[tuple[list[int], SampledSequence]]:
+    async def main() -> list[list[SampledSequence]]:
+        async with running.client() as client:
+            return await asyncio.gather(*(client.generate(prompt, list(range(8)), TRUNCATED, 0) for prompt in PROMPTS))
+
+    sampled = asyncio.run(main())
+    return [(prompt, one) for prompt, sequences in zip(PROMPTS, sampled, strict=True) for one in sequences]
+
+
+def test_kept_ids_are_the_likeliest_and_the_log_probs_are_those_among_them(running: Running) -> None:
+    plain_differences, sizes_found = [], set()
+    for prompt, sequence in truncated_responses(running):
+        assert sequence.supports is not None
+        sizes, ids = np.split(sequence.supports, [len(sequence.token_ids)])
+        tokens = torch.tensor([prompt + sequence.token_ids.tolist()])
+        with torch.no_grad():
+            logits = model_of_transformers(running.folder)(tokens).logits[0, len(prompt) - 1 : -1].double()
+        log_probs = (logits / TRUNCATED.temperature).log_softmax(-1).numpy()
+        for token, kept, own, reported in zip(
+            sequence.token_ids, np.split(ids, np.cumsum(sizes)[:-1]), log_probs, sequence.log_probs, strict=True
+        ):
+            ordered = np.sort(np.exp(own))[::-1]
+            wanted = min(TRUNCATED.top_k, int((np.cumsum(ordered) - ordered <= TRUNCATED.top_p).sum()))
+            assert abs(np.exp(own[kept]).sum() - ordered[:wanted].sum()) < 1e-4  # two ids may be equally likely
+            assert len(kept) == wanted or abs(np.cumsum(ordered)[wanted - 1] - TRUNCATED.top_p) < 1e-4
+            assert abs(reported - (own[token] - np.logaddexp.reduce(own[kept]))) < 1e-4
+            plain_differences.append(abs(reported - own[token]))
+            sizes_found.add(len(kept))
+    assert np.mean(plain_differences) > 0.02  # of the softmax over the vocabulary, which the trainer must not take
+    assert len(sizes_found) > 3
+
+
+def _score_on_rank(mesh: Any, config: RunConfig, sequences: list[Any]) -> np.ndarray:
+    from minpro_megatron.actor.model import ModelFeatures, build_model
+    from minpro_megatron.actor.policy import Policy
+    from minpro_megatron.models.architecture import read_architecture
+    from minpro_megatron.weights.hf_files import HfReader
+    from minpro_megatron.weights.local import load_hf_tensors
+
+    architecture = read_architecture(config.model.hf_path)
+    chunks = build_model(architecture, mesh, torch.float32, ModelFeatures(routing_replay=True))
+    load_hf_tensors(chunks, architecture, mesh, HfReader(config.model.hf_path))
+    return Policy(config, architecture, chunks, mesh).score(sequences)
+
+
+def test_with_kept_ids_the_ratios_of_step_0_are_1_again(running: Running) -> None:
+    """Between the server that sampled and a trainer on two tensor-parallel ranks, with the same weights."""
+    sequences, first_slot = [], 0
+    for prompt, one in truncated_responses(running):
+        numbers = {"behavior_log_probs": one.log_probs, "rollout_log_probs": one.log_probs, "advantage": 0.0}
+        of_server = {"routed_experts": one.routed_experts, "supports": one.supports, "first_slot": first_slot}
+        mask = np.ones(len(one.token_ids), np.float32)
+        ids = np.asarray(prompt, np.int32)
+        sequences.append(TokenSequence(ids, one.token_ids, mask, **numbers, **of_server))
+        first_slot += len(one.token_ids)
+    reported = np.concatenate([one.rollout_log_probs for one in sequences])
+    largest = {}
+    for top_k in (TRUNCATED.top_k, 0):
+        sampling = running.config.sampling.model_copy(update={"temperature": TRUNCATED.temperature, "top_k": top_k})
+        config = running.config.model_copy(update={"sampling": sampling})
+        scores = run_mesh(_score_on_rank, config, sequences, deadline_s=300, tensor=2)[0]
+        largest[top_k] = np.abs(np.exp(scores - reported) - 1).max()
+    assert largest[TRUNCATED.top_k] < 1e-3
+    assert largest[0] > 0.1
 
 
 def test_the_key_shows_nowhere(running: Running) -> None:

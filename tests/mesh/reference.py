@@ -144,12 +144,25 @@ def make_sequences(count: int, longest: int, seed: int = 0) -> list[TokenSequenc
 
 
 def response_log_probs(model: PreTrainedModel, sequence: TokenSequence, temperature: float) -> Tensor:
-    """log pi of the response tokens given everything before them, from the whole logits. [response tokens]"""
+    """log pi of the response tokens given everything before them, from the whole logits, or from those of the ids that
+    truncated sampling kept. [response tokens]"""
     ids = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids])).long()
     logits = model(ids[None]).logits[0] / temperature
     first = len(sequence.prompt_ids)
-    log_probs = logits.log_softmax(-1)[first - 1 : -1]
+    logits = logits[first - 1 : -1]
+    if sequence.supports is not None:
+        logits = logits.masked_fill(~is_kept(sequence, logits.shape[1]), -torch.inf)
+    log_probs = logits.log_softmax(-1)
     return log_probs.gather(1, ids[first:, None])[:, 0]
+
+
+def is_kept(sequence: TokenSequence, vocabulary: int) -> Tensor:
+    """bool [response tokens, vocabulary]: what truncated sampling kept; everything for tokens without kept ids."""
+    assert isinstance(sequence.supports, np.ndarray)
+    sizes, ids = np.split(sequence.supports, [len(sequence.response_ids)])
+    kept = torch.zeros(len(sizes), vocabulary, dtype=torch.bool)
+    kept[np.repeat(np.arange(len(sizes)), sizes), ids] = True
+    return kept | torch.from_numpy(sizes == 0)[:, None]
 
 
 def minpro_token_losses(log_probs: Tensor, behavior: Tensor, mask: Tensor, advantage: float) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.parallel.mesh import Mesh
-from minpro_megatron.records import StoredRoutes
+from minpro_megatron.records import StoredArray
 from tests.mesh.forced_routes import follow_routes, with_own_routes
 from tests.mesh.harness import run_mesh
 from tests.mesh.reference import (
@@ -140,7 +140,7 @@ def _in_a_file(sequences: Sequence[TokenSequence], path: Path) -> list[TokenSequ
             assert isinstance(routes, np.ndarray)
             place = {"path": str(path), "offset": file.tell(), "shape": routes.shape, "dtype": routes.dtype.str}
             digest = hashlib.sha256(routes.tobytes()).hexdigest()
-            stored.append(replace(sequence, routed_experts=StoredRoutes(sha256=digest, **place)))
+            stored.append(replace(sequence, routed_experts=StoredArray(sha256=digest, **place)))
             file.write(routes.tobytes())
     return stored
 
@@ -213,7 +213,7 @@ def test_routes_that_do_not_fit_are_refused_by_every_rank_before_any_forward(giv
     routes = start.sequences[longest].routed_experts
     assert isinstance(routes, np.ndarray)
     stored = _in_a_file(start.sequences, tmp_path / "0.bin")[longest].routed_experts
-    assert isinstance(stored, StoredRoutes)
+    assert isinstance(stored, StoredArray)
     outside, twice = routes.copy(), routes.copy()
     outside[3, 2, 1], twice[3, 2] = EXPERTS, 4  # one token's, in the first row of one rank
     broken = {

@@ -98,7 +98,10 @@ def sequence(version: int, seed: int, length: int = 3) -> SampledSequence:
 
 
 def collected(
-    issued: IssuedGroup, versions: Sequence[int] | None = None, routes: Sequence[np.ndarray | None] = ()
+    issued: IssuedGroup,
+    versions: Sequence[int] | None = None,
+    routes: Sequence[np.ndarray | None] = (),
+    supports: Sequence[np.ndarray] = (),
 ) -> CollectedGroup:
     """The group as sampled from its seeds; the tokens of every response have `versions` one after the other, so that
     these are the responses' lengths; without them, lengths vary and the version is the one it was issued for."""
@@ -113,6 +116,7 @@ def collected(
                 finish_reason="length",
                 reward=float(seed % 2),
                 routed_experts=routes[place] if routes else None,
+                supports=supports[place] if supports else None,
             )
         )
     return CollectedGroup(issued=issued, responses=responses)
@@ -201,6 +205,7 @@ class FakeServers:
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
         self.issued.append(issued)
         routes = [np.full((4, 1, 1), issued.group_id, np.uint8)] * RESPONSES if sampling.with_routes else ()
+        supports = [np.full(6, issued.group_id, np.int32)] * RESPONSES if sampling.with_supports else ()
         while self.version not in self._held.values():
             await asyncio.sleep(0.001)
         first_version = self.version
@@ -214,8 +219,8 @@ class FakeServers:
                 raise self.fail_with
             if self._exact:
                 assert issued.policy_version == self.version, "sampled with another version than it was issued for"
-                return collected(issued, routes=routes)
-            return collected(issued, versions=[first_version, self.version], routes=routes)
+                return collected(issued, routes=routes, supports=supports)
+            return collected(issued, versions=[first_version, self.version], routes=routes, supports=supports)
         finally:
             self.in_flight -= 1
 

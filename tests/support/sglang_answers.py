@@ -61,10 +61,11 @@ def generate(
     facts: ModelFacts = FACTS,
     aborted_ids: list[str] | None = None,
     with_routes: bool = False,
+    top_k: int = 0,
     **options: Any,
 ) -> list[SampledSequence]:
     """Two responses to `prompt` from a server with this handler, as version 3; `options` are the client's."""
-    sampling = dataclasses.replace(SAMPLING, with_routes=with_routes)
+    sampling = dataclasses.replace(SAMPLING, with_routes=with_routes, top_k=top_k, with_supports=top_k > 0)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         return await handler(request, msgspec.json.decode(await request.read()))

@@ -269,7 +269,11 @@ def _disk_space(config: RunConfig) -> Iterator[str]:
     routes, of_it = _route_files(config), ""
     if routes:
         needed += routes
-        of_it = f", {routes / 1e9:.1f} GB of it for the servers' routes (model.routing_replay = rollout)"
+        replayed = {
+            "the servers' routes (model.routing_replay = rollout)": config.model.routing_replay == "rollout",
+            f"kept ids (sampling.top_k = {config.sampling.top_k})": config.sampling.top_k > 0,
+        }
+        of_it = f", {routes / 1e9:.1f} GB of it for {' and '.join(name for name, used in replayed.items() if used)}"
     free = free_bytes(config.run_dir)
     if free < needed:
         yield (
@@ -279,7 +283,7 @@ def _disk_space(config: RunConfig) -> Iterator[str]:
 
 
 def _route_files(config: RunConfig) -> int:
-    """Bytes of the servers' routes, with the planner's assumption about the length of responses."""
+    """Bytes of the servers' routes and kept ids, with the planner's assumption about the length of responses."""
     if "collect" not in roles_of(config):
         return 0
     try:

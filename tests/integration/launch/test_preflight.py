@@ -361,6 +361,8 @@ def test_routes_of_the_servers_count_as_disk_space(folder, monkeypatch):
     size = route_file_bytes(config, architecture, tokens)
     assert size > 0
     assert f"GB needed, {size / 1e9:.1f} GB of it for the servers' routes (model.routing" in only_problem(config)
+    kept = with_overrides(example_config(folder), ["sampling.top_k=20"])
+    assert re.search(r"GB needed, [0-9.]+ GB of it for kept ids \(sampling.top_k = 20\)", only_problem(kept))
 
 
 def test_all_problems_come_at_once(tmp_path):

@@ -29,18 +29,22 @@ NUM_TOKENS = 2000
 CHECKER = AnswerChecker("server 5", MIXTURE, exact_versions=True)
 
 
-def requests(with_routes: bool) -> list[SentRequest]:
-    return [SentRequest(request_id, 3, NUM_TOKENS, 3, with_routes) for request_id in IDS]
+def requests(replayed: bool) -> list[SentRequest]:
+    """`replayed`: with routes and kept ids."""
+    return [SentRequest(request_id, 3, NUM_TOKENS, 3, replayed, 4 if replayed else 0) for request_id in IDS]
 
 
-def body(change: Callable[[list[Answer]], object] = lambda made: None, with_routes: bool = False) -> bytes:
+def body(change: Callable[[list[Answer]], object] = lambda made: None, replayed: bool = False) -> bytes:
     """Two responses, of NUM_TOKENS and NUM_TOKENS - 1 tokens."""
     made = []
     for request_id, length in zip(IDS, (NUM_TOKENS, NUM_TOKENS - 1), strict=True):
         tokens = [(7 * place) % 250 for place in range(length)]
         tokens[-1] = 258 if length < NUM_TOKENS else 9
         made.append(answer(request_id, tokens))
-        if with_routes:
+        if replayed:
+            kept = [[token, 250 + token] for token in tokens]
+            made[-1]["meta_info"]["output_token_sampling_mask"] = kept
+            made[-1]["meta_info"]["output_token_sampling_logprobs"] = [-0.5] * length
             routes = np.random.default_rng(length).integers(0, 300, (length + 2, 2, 3), dtype="<i4")
             made[-1]["meta_info"]["routed_experts"] = base64.b64encode(routes.tobytes()).decode()
     change(made)
@@ -60,14 +64,14 @@ def workers(parent: psutil.Process | None = None) -> list[psutil.Process]:
     return [child for child in children if answer_processes.WORKER_MODULE in child.cmdline()]
 
 
-def check(processes: AnswerProcesses, data: bytes, with_routes: bool = False) -> list[SampledSequence]:
-    return asyncio.run(processes.check(CHECKER, data, requests(with_routes)))
+def check(processes: AnswerProcesses, data: bytes, replayed: bool = False) -> list[SampledSequence]:
+    return asyncio.run(processes.check(CHECKER, data, requests(replayed)))
 
 
 def assert_equal(found: list[SampledSequence], expected: list[SampledSequence]) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.finish_reason == other.finish_reason
-        for name in ("token_ids", "log_probs", "policy_versions", "routed_experts"):
+        for name in ("token_ids", "log_probs", "policy_versions", "routed_experts", "supports"):
             values, wanted = getattr(one, name), getattr(other, name)
             assert (values is None) == (wanted is None)
             if wanted is not None:
@@ -75,12 +79,12 @@ def assert_equal(found: list[SampledSequence], expected: list[SampledSequence]) 
                 assert np.array_equal(values, wanted)
 
 
-@pytest.mark.parametrize("with_routes", [False, True])
-def test_the_result_is_that_of_the_checker(processes: AnswerProcesses, with_routes: bool) -> None:
-    data = body(with_routes=with_routes)
-    expected = CHECKER.check(data, requests(with_routes))
+@pytest.mark.parametrize("replayed", [False, True])
+def test_the_result_is_that_of_the_checker(processes: AnswerProcesses, replayed: bool) -> None:
+    data = body(replayed=replayed)
+    expected = CHECKER.check(data, requests(replayed))
     assert [len(sequence.token_ids) for sequence in expected] == [NUM_TOKENS, NUM_TOKENS - 1]
-    assert_equal(check(processes, data, with_routes), expected)
+    assert_equal(check(processes, data, replayed), expected)
 
 
 def wrong_version(made: list[Answer]) -> None:

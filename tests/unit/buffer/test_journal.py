@@ -184,7 +184,7 @@ def test_a_journal_goes_on_where_it_was_closed(tmp_path: Path) -> None:
         (lambda path: path.mkdir(), "cannot be opened .*unable to open"),
         (
             lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 1").connection.close(),
-            "cannot be opened .*format 1, this version reads 6; continue with the version that started",
+            "cannot be opened .*format 1, this version reads 7; continue with the version that started",
         ),
     ],
 )

@@ -112,7 +112,8 @@ def write_groups(run_dir: Path) -> None:
 def with_routes(issued: IssuedGroup) -> CollectedGroup:
     """The second response is an episode, so that it has a value in every column."""
     routes = [np.full((4, 2, 1), place, np.uint8) for place in range(len(issued.sampling_seeds))]
-    first, second = collected(issued, routes=routes).responses
+    supports = [np.array([1, 1, 2, 3], np.int32) + place for place in range(len(issued.sampling_seeds))]
+    first, second = collected(issued, routes=routes, supports=supports).responses
     return CollectedGroup(issued=issued, responses=[first, as_episode(second, (1, 0, 0, 1))])
 
 
@@ -137,8 +138,9 @@ def plain(groups: list[RestoredGroup]) -> dict[int, tuple]:
 def content(response: Response) -> tuple:
     arrays = response.token_ids, response.rollout_log_probs, response.policy_versions, response.behavior_log_probs
     values = [None if array is None else array.tobytes() for array in arrays]
-    routes = None if response.stored_routes is None else response.stored_routes.sha256
-    return (*values, response.finish_reason, response.reward, routes)
+    stored = (response.stored_routes, response.stored_supports)
+    digests = [None if one is None else one.sha256 for one in stored]
+    return (*values, response.finish_reason, response.reward, *digests)
 
 
 @pytest.mark.parametrize(("table", "column"), COLUMNS)
@@ -279,8 +281,8 @@ def test_values_that_were_recorded_wrong_are_noticed_as_well(
     """Their checksums agree: they were recorded so."""
     monkeypatch.setattr("minpro_megatron.buffer.journal_checksums.part_checksum", lambda *_: None)
     with closing(sqlite3.connect(run_dir / FILE_NAME)) as connection, connection:
-        checksums = "arrays_checksum = NULL, behavior_checksum = NULL, trained_checksum = NULL, routes_checksum = NULL"
-        connection.execute(f"UPDATE responses SET {checksums}")
+        parts = ("arrays", "behavior", "trained", "routes", "supports")
+        connection.execute(f"UPDATE responses SET {', '.join(f'{part}_checksum = NULL' for part in parts)}")
         connection.execute(f"UPDATE responses SET {change} WHERE group_id = {GROUP} AND place = 0")
     with JournalReader(run_dir) as reader, pytest.raises(JournalError, match=told):
         list(reader.groups())

@@ -15,7 +15,7 @@ from minpro_megatron.actor.start_gate import refuse_different_models
 from minpro_megatron.batching.sequences import behavior_record, sampled_tokens, token_sequences, trained_step
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_errors import JournalError
-from minpro_megatron.buffer.journal_file import EPISODE_COLUMNS, FILE_NAME, SCHEMA_VERSION, WITHOUT_EPISODES
+from minpro_megatron.buffer.journal_file import FILE_NAME, MISSING_COLUMNS, SCHEMA_VERSION
 from minpro_megatron.buffer.journal_reader import JournalReader
 from minpro_megatron.buffer.scores import WrongScores, check_scores, check_trained
 from minpro_megatron.config.loss import LossConfig
@@ -85,20 +85,22 @@ def test_a_changed_mask_or_turn_is_noticed(tmp_path: Path, change: str, seen: st
         list(reader.groups())
 
 
-def test_a_journal_from_before_episodes_is_read_and_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", MISSING_COLUMNS)
+def test_a_journal_of_an_earlier_format_is_read_and_resumed(tmp_path: Path, version: int) -> None:
     run = write_run(tmp_path / "old")
     path = tmp_path / "old" / FILE_NAME
     with closing(sqlite3.connect(path)) as connection, connection:
-        for column in EPISODE_COLUMNS:
+        for column in MISSING_COLUMNS[version]:
             connection.execute(f"ALTER TABLE responses DROP COLUMN {column.split()[0]}")
-        connection.execute(f"PRAGMA user_version = {WITHOUT_EPISODES}")
+        connection.execute(f"PRAGMA user_version = {version}")
     before = path.read_bytes()
     with JournalReader(path) as reader:
         stored = list(reader.groups())
         assert len(reader.rows()) == len(run.groups) + 1
         assert [step.num_whole for step in reader.steps().values()] == [2 * NUM_PROMPTS] * 2
     assert path.read_bytes() == before
-    assert all(response.loss_mask is None and response.turns == [] for g in stored for response in g.responses)
+    for response in (response for group in stored for response in group.responses):
+        assert (response.loss_mask, response.turns, response.supports) == (None, [], None)
 
     async def use(journal: Journal) -> None:
         restored, _ = await journal.restore(0, NUM_PROMPTS, delay_mode=True)
@@ -164,7 +166,7 @@ def test_scores_of_given_tokens_are_none_at_all() -> None:
 def test_exported_rollouts_are_masked_and_can_be_replayed(tmp_path: Path) -> None:
     write_episodes(tmp_path)
     with JournalReader(tmp_path) as reader:
-        rows = [row for group in reader.groups("state = 'consumed'") for row in export_rows(group)]
+        rows = [row for group in reader.groups("state = 'consumed'") for row in export_rows(reader, group)]
     path = tmp_path / "rollouts.jsonl"
     path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     first, second, *_ = read_rollouts(path, vocab_size=1000, needs_rollout_log_probs=True)
@@ -176,7 +178,7 @@ def test_exported_rollouts_are_masked_and_can_be_replayed(tmp_path: Path) -> Non
 def test_a_journal_feeds_its_masks(tmp_path: Path) -> None:
     run = write_episodes(tmp_path)
     feed = object.__new__(JournalFeed)
-    feed._prompt_text, feed._vocabulary_size, feed._routes = lambda ids: "", 1000, False
+    feed._prompt_text, feed._vocabulary_size, feed._routes, feed._supports = lambda ids: "", 1000, False, False
     with JournalReader(tmp_path) as reader:
         for stored, group in zip(reader.groups("state = 'consumed'"), run.groups, strict=False):
             for found, written in zip(feed._group(reader, stored, 0).responses, group.responses, strict=True):

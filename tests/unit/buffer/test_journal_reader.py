@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from minpro_megatron.batching.stored_routes import read_routes
+from minpro_megatron.batching.stored_arrays import read_array
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup
@@ -148,7 +148,7 @@ def test_routes_and_evaluations(tmp_path: Path) -> None:
         group = next(reader.groups("group_id = 2"))
         stored = reader.stored_routes(2, group.responses[0])
         assert stored is not None
-        np.testing.assert_array_equal(read_routes(stored), routes + 2, strict=True)
+        np.testing.assert_array_equal(read_array(stored), routes + 2, strict=True)
         assert reader.stored_routes(2, group.responses[1]) is None
         assert reader.evaluations() == [result]
         assert reader.steps()[0].num_routes == NUM_PROMPTS
@@ -192,7 +192,7 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 1")
-    with pytest.raises(JournalError, match="format 1; this version reads 6"):
+    with pytest.raises(JournalError, match="format 1; this version reads 7"):
         JournalReader(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """A journal taken back to a checkpoint: of every group it is known whether it is ready, repeated, or forgotten."""
 
+import json
 import resource
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -9,11 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from minpro_megatron.batching.stored_routes import read_routes
+from minpro_megatron.batching.stored_arrays import read_array
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.journal_pruning import Pruned
-from minpro_megatron.buffer.journal_restore import RestoredGroup, roll_back
+from minpro_megatron.buffer.journal_restore import Needed, RestoredGroup, roll_back
 from minpro_megatron.buffer.route_files import FOLDER, RouteFiles
 from minpro_megatron.records import Batch, CollectedGroup, EvaluationResult
 from tests.support.journal_in_memory import InMemoryFile, in_memory
@@ -255,7 +256,7 @@ def test_routes_are_kept_in_files_and_come_back(tmp_path: Path) -> None:
         assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["0.bin", "1.bin"]
         groups, _ = await journal.restore(0, NUM_PROMPTS, True)
         places = [response.stored_routes for group in groups for response in group.responses]
-        found = [None if place is None else read_routes(place) for place in places]
+        found = [None if place is None else read_array(place) for place in places]
         for one, other in zip(found, [*ROUTES, None, ROUTES[0], None, None], strict=True):
             assert (one is None) == (other is None)
             if one is not None and other is not None:
@@ -287,7 +288,7 @@ def test_damaged_routes_are_named(tmp_path: Path, damage: Callable[[Path], objec
 def test_routes_of_an_unknown_dtype_are_refused(tmp_path: Path) -> None:
     place = {"offset": 0, "shape": [1, 1, 1], "dtype": "<f8", "sha256": ""}
     with pytest.raises(JournalError, match=r"0.bin: routes of dtype '<f8'; known"):
-        RouteFiles(tmp_path).read(0, place)
+        RouteFiles(tmp_path).verified(0, json.dumps(place))
 
 
 def test_pruned_routes_are_removed(tmp_path: Path) -> None:
@@ -312,14 +313,66 @@ def test_pruned_routes_leave_the_tokens_and_are_no_part_of_a_run_that_needs_them
             await journal.collect(group, accepted=True)
             await journal.score(step, with_log_probs([group]))
             await journal.consume(Batch(index=step, groups=[group]), [0])
-        await journal.prune(1, Pruned.ROUTES)
+        await journal.prune(1, Pruned.FILES)
         assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["1.bin"]
         assert file.rows("SELECT count(*) FROM responses WHERE token_ids IS NULL") == [(0,)]
-        groups, _ = await journal.restore(1, 1, True, needs_routes=True)
+        groups, _ = await journal.restore(1, 1, True, Needed(routes=True))
         assert [(group.group_id, fate(group)) for group in groups] == [(1, READY)]
         groups, _ = await journal.restore(0, 1, True)
         assert [fate(group) for group in groups] == [READY, READY]
-        groups, _ = await journal.restore(0, 1, True, needs_routes=True)
+        groups, _ = await journal.restore(0, 1, True, Needed(routes=True))
+        assert [fate(group) for group in groups] == [REPEATED, READY]
+
+    in_memory(use, tmp_path)
+
+
+SUPPORTS = [np.array([2, 1, 3, 4, 5, 6], np.int32), np.array([1, 7], np.int32)]
+
+
+def test_supports_lie_beside_the_routes_and_come_back_with_them(tmp_path: Path) -> None:
+    async def use(journal: Journal, file: InMemoryFile) -> None:
+        issued = issued_groups(range(3))
+        await journal.issue(issued)
+        await journal.collect(collected(issued[0], routes=ROUTES, supports=SUPPORTS), accepted=True)
+        kept = await journal.collect(collected(issued[1], supports=SUPPORTS), accepted=True)
+        assert all(response.supports is None for response in kept.responses)
+        await journal.collect(collected(issued[2], supports=SUPPORTS), accepted=False)
+        assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["0.bin", "1.bin"]
+        groups, _ = await journal.restore(0, NUM_PROMPTS, True, Needed(supports=True))
+        responses = [response for group in groups for response in group.responses]
+        for response, supports in zip(responses, 2 * SUPPORTS, strict=True):
+            assert response.stored_supports is not None
+            np.testing.assert_array_equal(read_array(response.stored_supports), supports, strict=True)
+        for response, routes in zip(responses[:2], ROUTES, strict=True):
+            assert response.stored_routes is not None
+            np.testing.assert_array_equal(read_array(response.stored_routes), routes, strict=True)
+        assert [response.stored_routes for response in responses[2:]] == [None, None]
+        assert [response.stored_supports for response in responses[2:]] == [
+            response.stored_supports for response in kept.responses
+        ]
+        path = tmp_path / FOLDER / "1.bin"
+        path.write_bytes(path.read_bytes()[:-4])
+        with pytest.raises(JournalError, match=f"{FOLDER}/1.bin: these kept ids are damaged"):
+            await journal.restore(0, NUM_PROMPTS, True)
+
+    in_memory(use, tmp_path)
+
+
+@pytest.mark.parametrize("with_routes", [False, True])
+def test_pruned_supports_are_no_part_of_a_run_that_needs_them(tmp_path: Path, with_routes: bool) -> None:
+    async def use(journal: Journal, file: InMemoryFile) -> None:
+        issued = issued_groups(range(2))
+        await journal.issue(issued)
+        routes = ROUTES if with_routes else []
+        for step, group in enumerate([collected(one, routes=routes, supports=SUPPORTS) for one in issued]):
+            await journal.collect(group, accepted=True)
+            await journal.score(step, with_log_probs([group]))
+            await journal.consume(Batch(index=step, groups=[group]), [0])
+        await journal.prune(1, Pruned.FILES)
+        assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["1.bin"]
+        groups, _ = await journal.restore(0, 1, True)
+        assert [fate(group) for group in groups] == [READY, READY]
+        groups, _ = await journal.restore(0, 1, True, Needed(supports=True))
         assert [fate(group) for group in groups] == [REPEATED, READY]
 
     in_memory(use, tmp_path)

@@ -106,6 +106,13 @@ def test_a_name_that_looks_like_a_number_stays_a_name(config):
         ),
         (["staleness.delay_steps=-1"], r"^staleness.delay_steps: .*\(got -1\)$"),
         (["batch.num_prompts=5"], "batch.num_prompts = 5 must be a multiple of batch.mini_batch_prompts = 2"),
+        (["sampling.top_p=0.9"], r"^sampling: top_p = 0.9 needs top_k: SGLang reports .* set top_k too, or top_p to 1"),
+        (["sampling.top_k=1"], r"^sampling: top_k = 1 leaves no choice"),
+        (["sampling.top_k=4097"], r"^sampling.top_k: .*less than or equal to 4096 \(got 4097\)"),
+        (
+            ["sampling.top_k=50", 'server.arguments={"sampling-mask-max-tokens": 40}'],
+            r"sampling_mask_max_tokens = 40 must be at least sampling.top_k = 50",
+        ),
         (["sampling.max_response_tokens=100"], r"116 must fit in a row: raise batch.max_tokens_per_row = 64"),
         (["parallel.data=32"], "16 sequences for parallel.data = 32 ranks: raise batch.mini_batch_prompts"),
         (["model.dtype=bfloat16"], "model.dtype = bfloat16 needs device = cuda; set model.dtype to float32"),

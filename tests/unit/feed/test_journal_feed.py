@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from minpro_megatron.batching.stored_routes import read_routes
+from minpro_megatron.batching.stored_arrays import read_array
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_checksums import seal_groups
 from minpro_megatron.buffer.journal_errors import JournalError
@@ -77,8 +77,25 @@ def test_routes_come_along_where_they_are_replayed(tmp_path: Path) -> None:
     for group in make_feed(tmp_path, "model.routing_replay=rollout").batch(1).groups:
         for response in group.responses:
             assert response.stored_routes is not None
-            assert read_routes(response.stored_routes).tolist() == [[[group.issued.group_id]] * 2] * 3
+            assert read_array(response.stored_routes).tolist() == [[[group.issued.group_id]] * 2] * 3
     assert make_feed(tmp_path).batch(1).groups[0].responses[0].stored_routes is None
+
+
+def test_kept_ids_come_along_where_responses_were_sampled_with_top_k(tmp_path: Path) -> None:
+    def with_supports(group: CollectedGroup) -> CollectedGroup:
+        supports = np.arange(4, dtype=np.int32) + group.issued.group_id
+        responses = [msgspec.structs.replace(response, supports=supports) for response in group.responses]
+        return msgspec.structs.replace(group, responses=responses)
+
+    write_run(tmp_path / "stored", NUM_STEPS, change=with_supports)
+    for group in make_feed(tmp_path, "sampling.top_k=9").batch(1).groups:
+        for response in group.responses:
+            assert response.stored_supports is not None
+            assert read_array(response.stored_supports).tolist() == [
+                group.issued.group_id + place for place in range(4)
+            ]
+    with pytest.raises(ValueError, match=r"set sampling\.top_k as in the run that wrote it"):
+        make_feed(tmp_path)
 
 
 def other_sizes(group: CollectedGroup) -> CollectedGroup:
@@ -118,6 +135,7 @@ async def prune(journal: Journal, run: StoredRun) -> None:
             "it holds no routes of scoring for model.routing_replay = scored",
         ),
         ({}, ["model.routing_replay=rollout"], "it lacks the servers' routes for model.routing_replay = rollout"),
+        ({}, ["sampling.top_k=9"], "it lacks the kept ids of truncated sampling for sampling.top_k = 9; give the"),
     ],
 )
 def test_what_does_not_fit_is_named_before_training(

@@ -22,8 +22,9 @@ from minpro_megatron.config.loss import (
 from minpro_megatron.config.objective import GrpoConfig, MinproConfig
 from minpro_megatron.metrics import metric
 from minpro_megatron.metrics.declared import METRICS
-from minpro_megatron.objective.correction_statistics import CorrectionStatistics, as_metrics, correction_statistics
+from minpro_megatron.objective.correction_statistics import correction_statistics
 from minpro_megatron.objective.corrections import Effects, OtherLogProbs, corrected, kl_estimate
+from minpro_megatron.objective.mean_statistics import MeanStatistics, as_metrics
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.objective.terms import ObjectiveTerms, summed_loss
 from tests.support import objective_loops as loops
@@ -308,7 +309,7 @@ def test_what_corrections_did_is_counted() -> None:
     assert set(found) <= set(METRICS)
 
 
-def effects_of(tokens: Tokens, others: OtherNumbers, loss: LossConfig, where: np.ndarray) -> CorrectionStatistics:
+def effects_of(tokens: Tokens, others: OtherNumbers, loss: LossConfig, where: np.ndarray) -> MeanStatistics:
     here, elsewhere = tokens.where(where), [values[where] for values in vars(others).values()]
     given = OtherLogProbs(*(torch.tensor(numbers) for numbers in (here.behavior, *elsewhere)))
     seen = here.for_objective(torch.float32)

@@ -254,6 +254,25 @@ def test_buckets_are_in_shared_memory_or_on_the_gpus() -> None:
     assert shared_bucket_bytes(shared, tiny) == 2 * 2 * model_parameters(tiny)
 
 
+def test_kept_ids_take_disk_as_routes_do_and_memory_of_the_last_stage() -> None:
+    settings = {"sampling": {"top_k": 50}, "parallel": {"tensor": 4, "context": 2, "pipeline": 2, "expert": 8}}
+    config = run_to_plan(**settings)
+    of_batch = 1e6 * 4 * 51  # the ids and their number
+    assert route_file_bytes(config, MIXTURE, 1e6) == (3 + 10 + 1) * of_batch
+    of_node = 8 * of_batch / (2 * config.parallel.data_size)  # every tensor rank has those of its context shard
+    assert host_memory(config, MIXTURE, ranks_per_node=8, batch_tokens=1e6).routes == round(of_node)
+    both = run_to_plan(**settings, model={"routing_replay": "rollout"})
+    assert route_file_bytes(both, MIXTURE, 1e6) == (3 + 10 + 1) * (of_batch + 1e6 * 48 * 8)
+    without = run_to_plan(parallel=settings["parallel"])
+
+    def logits(one: Any, stage: int) -> int:
+        return rank_memory(one, MIXTURE, Row(32768, 9216), 4, stage, 1.3).activations.logits
+
+    # int32 for the row, three int64 for a chunk of 8,192 tokens, and a bool for each logit of a block
+    added = (16384 * 4 + 8192 * 24) * 50 // 4 + 8192 * 8192
+    assert [logits(config, stage) - logits(without, stage) for stage in (0, 1)] == [0, added]
+
+
 def test_recorded_routes_take_host_memory_while_a_batch_waits() -> None:
     config = run_to_plan(model={"routing_replay": "scored"}, checkpoint={"every_steps": 0})
     assert config.staleness.delay_steps == 2

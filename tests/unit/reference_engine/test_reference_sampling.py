@@ -56,6 +56,25 @@ def test_log_probs_are_of_the_whole_distribution_at_the_temperature(temperature,
         assert temperature > 1e-6 or token == 1
 
 
+@pytest.mark.parametrize(
+    ("parameters", "kept"),
+    [
+        ({"top_k": 3}, [1, 2, 0]),
+        ({"top_k": 4, "top_p": 0.6, "temperature": 0.8}, [1]),
+        ({"top_k": 4, "top_p": 0.7, "temperature": 0.8}, [1, 2]),
+        ({"top_k": 3, "temperature": 0.0}, [1]),
+    ],
+)
+def test_kept_ids_are_the_likeliest_and_the_log_prob_is_that_among_them(parameters, kept):
+    sampler = Sampler(SamplingParameters(sampling_seed=1, **parameters))
+    probs = float64_probs(LOGITS_V, parameters.get("temperature") or 1.0)
+    for _ in range(10):
+        sampled = sampler.sample(LOGITS_V)
+        assert sampled.kept_ids == kept
+        assert abs(sampled.kept_log_prob - math.log(probs[sampled.token] / sum(probs[token] for token in kept))) < 1e-6
+        assert abs(sampled.log_prob - math.log(probs[sampled.token])) < 1e-6
+
+
 def test_a_seed_is_a_stream_of_its_own():
     def tokens(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParameters(sampling_seed=seed))

@@ -104,6 +104,7 @@ def test_a_list_of_prompts_has_a_list_of_answers():
         (greedy([[1], [2]], rid=["a", "a"]), "Duplicate request ID detected: a"),
         (greedy([1, 2], return_routed_experts=True, routed_experts_start_len=3), "routed_experts_start_len=3"),
         (greedy([1], stream=True), "stream"),
+        (greedy([1], return_sampling_mask=True), "return_sampling_mask requires top_k=1"),
         ({"input_ids": [1], "sampling_params": {"bogus": 1}}, "unknown field `bogus`"),
         ({"input_ids": [1], "sampling_params": {"top_p": 0}}, "top_p"),
         ({"input_ids": "text"}, "input_ids"),

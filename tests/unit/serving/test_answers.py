@@ -297,3 +297,87 @@ def test_damaged_routes_are_refused(change: Callable[[Answer], None], problem: s
     with pytest.raises(InvalidAnswer, match=problem) as caught:
         generate(handler, facts=MOE, with_routes=True)
     assert caught.value.kind == "routed_experts"
+
+
+TOP_K = 3
+
+
+def with_kept_ids(made: list[Answer]) -> list[Answer]:
+    """Adds the kept ids: each token's own, and in turn one or two more."""
+    for one in made:
+        ids = one["output_ids"]
+        kept = [[300 + place, token] if place % 2 else [token, 1, 400] for place, token in enumerate(ids)]
+        one["meta_info"]["output_token_sampling_mask"] = kept
+        one["meta_info"]["output_token_sampling_logprobs"] = [-0.25 * (place + 1) for place in range(len(ids))]
+    return made
+
+
+def test_kept_ids_come_as_one_array_with_the_log_probs_among_them() -> None:
+    seen: list[dict[str, Any]] = []
+
+    async def handler(request: web.Request, body: dict[str, Any]) -> web.Response:
+        seen.append(body)
+        return web.json_response(with_kept_ids(answers(body)))
+
+    first, second = generate(handler, top_k=TOP_K)
+    assert seen[0]["return_sampling_mask"] is True
+    assert [parameters["top_k"] for parameters in seen[0]["sampling_params"]] == [TOP_K] * 2
+    assert first.supports is not None
+    assert first.supports.dtype == np.int32
+    assert first.supports.tolist() == [3, 2, 3, 7, 1, 400, 301, 8, 258, 1, 400]
+    assert first.log_probs.tolist() == [-0.25, -0.5, -0.75]  # and not those of the whole softmax
+    assert second.log_probs.tolist() == [-0.25, -0.5, -0.75, -1.0]
+    plain = generate(handler)[0]
+    assert (plain.supports, plain.log_probs.tolist()) == (None, [-0.5, -1.0, -1.5])
+
+
+def test_a_continued_response_has_the_kept_ids_of_all_its_parts() -> None:
+    aborting = Aborting()
+
+    async def handler(request: web.Request, body: dict[str, Any]) -> web.Response:
+        plain = await aborting(request, body)
+        assert plain.body is not None
+        made = msgspec.json.decode(plain.body, type=list[dict[str, Any]])  # type: ignore[arg-type]
+        return web.json_response(with_kept_ids(made))
+
+    for sequence in generate(handler, top_k=TOP_K, exact_versions=False):
+        assert sequence.supports is not None
+        sizes, ids = np.split(sequence.supports, [len(sequence.token_ids)])
+        assert sizes.sum() == len(ids)
+        of_tokens = np.split(ids, np.cumsum(sizes)[:-1])
+        assert all(token in own for token, own in zip(sequence.token_ids, of_tokens, strict=True))
+
+
+def kept(change: Callable[[Any], object]) -> Callable[[Answer], object]:
+    return lambda one: change(one["meta_info"]["output_token_sampling_mask"])
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "problem"),
+    [
+        (lambda one: one["meta_info"].pop("output_token_sampling_mask"), "mask", "missing; connect to the server"),
+        (kept(lambda ids: ids.pop()), "mask", "kept ids of 3 tokens for 4 output_ids"),
+        (kept(lambda ids: ids[1].clear()), "mask", "a sampled token is not among its kept ids"),
+        (kept(lambda ids: ids[1].remove(8)), "mask", "a sampled token is not among its kept ids"),
+        (kept(lambda ids: ids[0].append(400)), "mask", "a kept id is there twice"),
+        (kept(lambda ids: ids[2].append(512)), "mask", "a kept id outside the vocabulary of 512"),
+        (kept(lambda ids: ids[2].append(-1)), "mask", "a kept id outside the vocabulary of 512"),
+        (kept(lambda ids: ids[2].extend(range(100, 200))), "mask", "103 kept ids of a token exceed 76"),
+        (kept(lambda ids: ids.__setitem__(0, [7.5])), "mask", "Expected `int`"),
+        (lambda one: one["meta_info"]["output_token_sampling_logprobs"].pop(), "logprobs", "3 entries for 4"),
+        (
+            lambda one: one["meta_info"]["output_token_sampling_logprobs"].__setitem__(1, 0.5),
+            "logprobs",
+            r"\[0.5\] are not log-probs",
+        ),
+    ],
+)
+def test_damaged_kept_ids_are_refused(change: Callable[[Answer], object], field: str, problem: str) -> None:
+    async def handler(request: web.Request, body: dict[str, Any]) -> web.Response:
+        made = with_kept_ids(answers(body))
+        change(made[1])
+        return web.json_response(made)
+
+    with pytest.raises(InvalidAnswer, match=problem) as caught:
+        generate(handler, top_k=TOP_K)
+    assert caught.value.kind == f"output_token_sampling_{field}"

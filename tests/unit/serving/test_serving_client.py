@@ -43,10 +43,11 @@ def test_a_group_is_one_request_with_a_seed_and_an_id_for_each_response() -> Non
     assert len(set(body["rid"])) == 2
     assert {len(request_id) for request_id in body["rid"]} == {32}
     assert body["return_logprob"] is True
+    assert body["return_sampling_mask"] is False
     assert body["extra_key"] == "version 3"  # what the server has cached of other weights is of no use
     assert body["sampling_params"][0] | {"sampling_seed": 0} == {
-        "max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "stop_token_ids": [258], "ignore_eos": False,
-        "skip_special_tokens": False, "sampling_seed": 0,
+        "max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "stop_token_ids": [258],
+        "ignore_eos": False, "skip_special_tokens": False, "sampling_seed": 0,
     }  # fmt: skip
     assert (first.token_ids.tolist(), first.finish_reason) == ([7, 8, 258], "stop")
     assert (second.token_ids.tolist(), second.finish_reason) == ([7, 8, 9, 10], "length")

@@ -12,7 +12,7 @@ from minpro_megatron.batching.collate import shard_row
 from minpro_megatron.batching.routes import refuse_other_routes, shard_routes
 from minpro_megatron.batching.row_shard import RankSlice, RowShard
 from minpro_megatron.batching.sequences import token_sequences
-from minpro_megatron.batching.stored_routes import read_routes, with_routes_read
+from minpro_megatron.batching.stored_arrays import read_array, with_routes_read
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.route_files import RouteFiles
 from minpro_megatron.config.loss import LossConfig
@@ -75,7 +75,7 @@ def test_what_is_not_as_the_journal_has_it_is_refused(tmp_path: Path) -> None:
     assert stored is not None
     expected = group.responses[1].routed_experts
     assert expected is not None
-    assert read_routes(stored).tolist() == expected.tolist()
+    assert read_array(stored).tolist() == expected.tolist()
     path = Path(stored.path)
     for wrong, message in (
         (replace(stored, offset=0), "damaged"),
@@ -84,12 +84,12 @@ def test_what_is_not_as_the_journal_has_it_is_refused(tmp_path: Path) -> None:
         (replace(stored, path=str(tmp_path / "none")), "cannot be read"),
     ):
         with pytest.raises(ValueError, match=f"^{wrong.path}: .*{message}"):
-            read_routes(wrong)
+            read_array(wrong)
     data = path.read_bytes()
     for content in (b"", data[:-1], data[: stored.offset], data[:-1] + bytes([data[-1] ^ 1])):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"^{stored.path}: these routes are damaged"):
-            read_routes(stored)
+            read_array(stored)
 
 
 def test_the_collector_gives_places_and_no_arrays(tmp_path: Path) -> None:
@@ -106,6 +106,6 @@ def test_the_collector_gives_places_and_no_arrays(tmp_path: Path) -> None:
             for response in group.responses:
                 assert response.routed_experts is None
                 assert response.stored_routes is not None
-                assert read_routes(response.stored_routes).tolist() == [[[group.issued.group_id]] * 2] * 3
+                assert read_array(response.stored_routes).tolist() == [[[group.issued.group_id]] * 2] * 3
 
     asyncio.run(main())
