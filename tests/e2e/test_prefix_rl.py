@@ -105,7 +105,11 @@ def check_traces_of_the_run(folder: Path, run_dir: Path, tokenizer: TextTokenize
             for response in group.responses:
                 if response.reward == 1.0 and response.finish_reason == "stop":
                     assert response.token_ids is not None
-                    right.setdefault(problem, []).append([*given, *response.token_ids[:-1].tolist()])
+                    sampled = np.asarray([*given, *response.token_ids[:-1]], np.int32)
+                    text = tokenizer.response_text(sampled)
+                    # a text without the special tokens that random weights sample has tokens of its own
+                    tokens = sampled if tokenizer.text(sampled) == text else tokenizer.encode_all([text])[0]
+                    right.setdefault(problem, []).append(tokens.tolist())
     for row in prefixed:
         (tokens,) = tokenizer.encode_all([row["prefix"]])
         assert row["trace"]["from"] == "run prefixed"
