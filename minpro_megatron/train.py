@@ -18,7 +18,7 @@ from minpro_megatron.actor.scoring import BatchScoring, ScoredBatch
 from minpro_megatron.actor.start_gate import refuse_broken_scores, refuse_different_models
 from minpro_megatron.actor.updates import TrainedBatch, Updates
 from minpro_megatron.batching.sequences import behavior_record, sampled_tokens, trained_step
-from minpro_megatron.buffer.step_order import Fetch, Publish, Save, StepOrder, Train, steps_ahead
+from minpro_megatron.buffer.step_order import Fetch, Publish, Release, Save, StepOrder, Train, steps_ahead
 from minpro_megatron.checkpoints.checkpoint_folder import score_of
 from minpro_megatron.checkpoints.manifest import RunManifest, TrainerState
 from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints
@@ -36,9 +36,11 @@ from minpro_megatron.monitor.watchdog import Watchdog
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.publishing.publish import Publisher
 from minpro_megatron.publishing.publish_report import PublishReport, publication_metrics
+from minpro_megatron.publishing.turns import ServerTurns
 from minpro_megatron.records import Batch, CollectorTotals, EvaluationResult, PublishLease
 
 PHASES = ("wait_for_batch", "score", "train", "publish", "checkpoint", "monitor")
+OF_TURNS = ("turn",)  # in addition, on GPUs that the servers share
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,18 @@ class Trainer:
         rank_zero: RankZero | None = None,
         resumed_from: RunManifest | None = None,
         tracer: Tracer | None = None,
+        turns: ServerTurns | None = None,
     ) -> None:
-        """`resumed_from` is the checkpoint that this start resumes from. `rank_zero` is given only on rank 0."""
+        """`resumed_from` is the checkpoint that this start resumes from. `rank_zero` is given only on rank 0. `turns`:
+        the servers share the trainer's GPUs, and have released their memory before the policy was loaded."""
         self._config, self._mesh, self._policy = config, mesh, policy
         self._publisher, self._checkpoints, self._resumed_from = publisher, checkpoints, resumed_from
         self._feed = rank_zero.feed if rank_zero else None
         self._report = rank_zero.report if rank_zero else None
         self._may_write = rank_zero.may_write if rank_zero else lambda: None
+        self._turns = turns
         self._tracer = tracer or NoTracer()
-        self._clock = PhaseClock(PHASES, self._tracer, watchdog)
+        self._clock = PhaseClock(PHASES if turns is None else PHASES + OF_TURNS, self._tracer, watchdog)
         self._versions = KeptVersions(policy, config.staleness)
         self._scoring = BatchScoring(config, policy, self._versions)
         self._updates = Updates(config, mesh, policy)
@@ -101,7 +106,8 @@ class Trainer:
         If this start ends before the run, raises AlarmStop or EndedEarly on all ranks after a last checkpoint.
         """
         first = self._begin()
-        order = StepOrder(self._config.num_global_steps, steps_ahead(self._config.staleness), first)
+        ahead, in_turns = steps_ahead(self._config.staleness), self._config.server.takes_turns
+        order = StepOrder(self._config.num_global_steps, ahead, first, in_turns)
         for fetch in order.before_first_step():
             self._fetch_and_score(fetch)
         self._clock.lap()
@@ -131,6 +137,8 @@ class Trainer:
         batch = trained = None
         for event in order.of_step(step):
             match event:
+                case Release(version):
+                    self._release(version)
                 case Fetch():
                     self._fetch_and_score(event)
                 case Train():
@@ -143,6 +151,20 @@ class Trainer:
                     assert trained is not None
                     alarms = self._write(step, batch, trained)
                     self._saving.after_step(self._state(version), alarms)
+
+    def _release(self, version: int) -> None:
+        """Takes the memory of the GPUs once the servers have done all work of `version`."""
+        turns = self._turns
+        assert turns is not None, "the order has turns"
+        if not turns.is_trainers:  # as it is since before the model was loaded
+            with self._clock.phase("wait_for_batch"):
+                lease = turns.await_release(version, self._send)
+            with self._clock.phase("turn", guarded=f"releasing the servers' memory for global step {version}"):
+                turns.release(lease)
+                self._policy.to_device()
+        assert turns.lease is not None, "the servers have released their memory"
+        self._note_evaluations(turns.lease.evaluations)
+        self._fleet = turns.lease.metrics  # the step is reported before it publishes
 
     def _state(self, version: int) -> TrainerState:
         return TrainerState(
@@ -176,7 +198,8 @@ class Trainer:
     def _train(self, step: int) -> tuple[Batch, TrainedBatch]:
         scored = self._scored.pop(step)
         with self._clock.phase("train"):
-            self._versions.keep()
+            if self._turns is None:  # in turns nothing is scored with earlier weights
+                self._versions.keep()
             with self._clock.guard(f"scoring for global step {step}"):
                 mini_batches = self._scoring.complete(scored)
             trained = self._updates.run_step(step, mini_batches, scored.routes, self._clock.guard)
@@ -198,19 +221,35 @@ class Trainer:
             )
         with self._clock.phase("publish"):
             self._send(lease, changed)
-            self._note_scores(lease.evaluations)
-            if self._report:
-                self._report.evaluations(lease.evaluations)
+            self._note_evaluations(lease.evaluations)
 
     def _send(self, lease: PublishLease, changed: bool = False) -> None:
-        """Sends the lease's version to the lease's servers."""
+        """Sends the lease's version to the lease's servers. On shared GPUs it is their turn afterwards."""
+        servers, turns = lease.servers, self._turns
+        if turns is not None:
+            if not turns.is_trainers:  # servers that have restarted in their turn
+                turns.release(lease)
+                self._policy.to_device()
+            lease = turns.within_reach(lease)
+            self._policy.to_host(but_weights=True)
         with self._clock.guard(f"publishing version {lease.version}"), self._versions.weights_of(lease.version):
             report = self._publisher.publish(lease if self._mesh.rank == 0 else None, changed)
+        if turns is not None:
+            self._policy.to_host()
+            turns.returned()
         if self._feed and report:
-            self._feed.publish_end(lease.version, report.held_by, report.late)
-            if lease.servers:  # empty when training on a journal
+            # on shared GPUs a server without the weights may also lack memory: it is restarted
+            late = report.late if turns is None else [one.index for one in servers if one.index not in report.held_by]
+            self._feed.publish_end(lease.version, report.held_by, late)
+            if servers:  # empty when training on a journal
                 self._publications.append(report)
                 self._fleet = lease.metrics
+
+    def _note_evaluations(self, results: Sequence[EvaluationResult]) -> None:
+        """Takes note of all evaluations so far."""
+        self._note_scores(results)
+        if self._report:
+            self._report.evaluations(results)
 
     def _note_scores(self, results: Sequence[EvaluationResult]) -> None:
         """Stores the scores of held-out evaluations, which decide which checkpoints are the best."""
@@ -236,4 +275,7 @@ class Trainer:
         self._note_scores(totals.evaluations)
         if self._report:
             self._report.finished(totals)
+        if self._turns is not None:  # the weights are yet to be exported
+            self._turns.reclaim()
+            self._policy.to_device()
         return totals if self._feed else None

@@ -119,6 +119,8 @@ class RunConfig(Section):
         self._routes_can_be_replayed()
         self._supports_can_be_replayed()
         self._runs_on_device()
+        if self.server.takes_turns:
+            self._turns_are_possible()
         self._watched_parts_exist()
         self._servers_are_reached()
         return self
@@ -233,6 +235,37 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.cpu_offload = {self.optimizer.cpu_offload} moves the float32 state of bfloat16 weights "
                 "from a GPU to its host: it needs device = cuda and model.dtype = bfloat16; set it to 0"
+            )
+
+    def _turns_are_possible(self) -> None:
+        server, remedy = self.server, "or set server.placement to disaggregated"
+        if self.staleness.mode != "delay":
+            raise ValueError(
+                f"server.placement = shared with staleness.mode = {self.staleness.mode}: in bounded mode the servers "
+                "never stop sampling, and so never release their memory; set staleness.mode to delay, " + remedy
+            )
+        if server.urls:
+            raise ValueError(
+                "server.placement = shared with server.urls: the run has to start and stop the servers that use its "
+                "GPUs; remove server.urls, " + remedy
+            )
+        if self.device != server.device:
+            raise ValueError(
+                f"server.placement = shared with device = {self.device} and server.device = {server.device}: trainer "
+                "and servers then have nothing to share; set both to the same, " + remedy
+            )
+        if self.device == "cpu":
+            return
+        if self.publish.transport == "broadcast":
+            raise ValueError(
+                "server.placement = shared with publish.transport = broadcast: NCCL refuses a group with two members "
+                "on one GPU; choose another transport, " + remedy
+            )
+        needed, ranks = server.count * server.tensor_parallel, self.parallel.world_size
+        if needed > ranks:
+            raise ValueError(
+                f"server.placement = shared: server.count x server.tensor_parallel = {needed} exceeds the trainer's "
+                f"{ranks} GPUs; lower one of them, " + remedy
             )
 
     def _watched_parts_exist(self) -> None:

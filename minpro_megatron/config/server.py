@@ -28,9 +28,12 @@ class ServerConfig(Section):
         description="Name of the environment variable that holds the servers' API key. Empty: servers that the run "
         "starts use a random key from the run folder, and external servers get no key.",
     )
-    placement: Literal["disaggregated"] = Field(
+    placement: Literal["disaggregated", "shared"] = Field(
         default="disaggregated",
-        description="Placement of the servers. disaggregated, the only choice: they use other GPUs than the trainer.",
+        description="Placement of the servers. disaggregated: they use other GPUs than the trainer, and both work at "
+        "the same time. shared: they use the trainer's GPUs, on one machine, in turns: the servers sample all that "
+        "their version has to sample and release their memory, then the trainer takes its states from host memory and "
+        "trains. It needs staleness.mode = delay.",
     )
     count: int = Field(default=1, ge=1, description="Number of servers to start; ignored if urls is set.")
     host: str = Field(
@@ -125,8 +128,8 @@ class ServerConfig(Section):
 
     @property
     def takes_turns(self) -> bool:
-        """Whether trainer and servers use the same GPUs one after the other. No value of `placement` says so yet."""
-        return self.placement != "disaggregated"
+        """Whether trainer and servers share their GPUs."""
+        return self.placement == "shared"
 
     @model_validator(mode="after")
     def _settings_of_the_engine(self) -> "ServerConfig":
@@ -145,9 +148,5 @@ class ServerConfig(Section):
     @classmethod
     def _not_colocated(cls, value: Any) -> Any:
         if value == "colocated":
-            raise ValueError(
-                "trainer and servers on the same GPUs are not supported: they work at the same time, and neither "
-                "releases its memory for the other; set disaggregated and divide the GPUs between parallel and server, "
-                "as recipes.qwen3_30b_a3b:minpro_one_machine does with eight"
-            )
+            raise ValueError("trainer and servers on the same GPUs are called shared here; set shared")
         return value

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
-from minpro_megatron.launch.roles import roles_of
+from minpro_megatron.launch.roles import gpus_together, roles_of
 
 
 class TopologySettings(Section):
@@ -97,7 +97,7 @@ class _Demand:
         self._rank_gpus, self._server_gpus = rank_gpus, server_gpus
         gpus = settings.gpus_per_node
         is_chosen = settings.train_nodes or settings.serve_nodes
-        self._on_one_node = not is_chosen and ranks * rank_gpus + servers * server_gpus <= gpus
+        self._on_one_node = not is_chosen and gpus_together(config, ranks * rank_gpus, servers * server_gpus) <= gpus
         self._train_nodes = self._nodes(ranks, rank_gpus, settings.train_nodes)
         self._serve_nodes = self._nodes(servers, server_gpus, settings.serve_nodes)
         self._shares = self._on_one_node or settings.share_nodes
@@ -121,6 +121,13 @@ class _Demand:
         if not gpus and (self._rank_gpus or self._server_gpus):
             fields = [name for name, one in (("device", self._rank_gpus), ("server.device", self._server_gpus)) if one]
             yield f"topology.gpus_per_node = 0: {' and '.join(fields)} = cuda need GPUs: give the GPUs per node"
+            return
+        if self._config.server.takes_turns and not self._on_one_node:
+            yield (
+                "server.placement = shared: trainer and servers must be on one node, and this job needs several: lower "
+                "parallel.data and server.count, leave topology.train_nodes and topology.serve_nodes out, or set "
+                "disaggregated"
+            )
             return
         if self._ranks:
             yield from self._training_problems()

@@ -259,6 +259,9 @@ METRICS: dict[str, Declaration] = {
     "time/score_s": Declaration(
         "s", "max", "Time of the scoring pass that computes the behavior log-probs of a coming batch"
     ),
+    "time/turn_s": Declaration(
+        "s", "max", "Shared GPUs: time of releasing the servers' memory and taking the trainer's states from the host"
+    ),
     "time/train_s": Declaration("s", "max", "Time of forward and backward passes and optimizer updates"),
     "time/publish_s": Declaration("s", "max", "Time of sending the weights to the servers and verifying them"),
     "time/checkpoint_s": Declaration("s", "max", "Time for which the checkpoint before the step delayed training"),

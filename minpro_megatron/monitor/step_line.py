@@ -11,6 +11,7 @@ _FIGURES = (
 _SECONDS = (
     ("waiting", "time/wait_for_batch_s"), ("scoring", "time/score_s"), ("training", "time/train_s"),
     ("publishing", "time/publish_s"), ("checkpoint", "time/checkpoint_s"),
+    ("turn", "time/turn_s"),
 )  # fmt: skip
 
 

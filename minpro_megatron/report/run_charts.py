@@ -31,6 +31,7 @@ _PHASES = {
     "time/score_s": ("score", GREEN),
     "time/publish_s": ("publish", ORANGE),
     "time/checkpoint_s": ("checkpoint", RED),
+    "time/turn_s": ("turn", TEAL),
     "time/monitor_s": ("metrics", PURPLE),
 }
 

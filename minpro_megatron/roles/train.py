@@ -38,6 +38,7 @@ from minpro_megatron.parallel.rank_errors import record_errors
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.publishing.publish import Publisher
+from minpro_megatron.publishing.turns import ServerTurns
 from minpro_megatron.records import CollectorTotals
 from minpro_megatron.report.run_end import record_end
 from minpro_megatron.run_folder.early_end import EarlyEnd, read_stop_request, write_early_end
@@ -84,29 +85,35 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
     if config.device == "cpu":
         torch.set_num_threads(1)  # the ranks run in parallel
     first = mesh.rank == 0
+    resumed_from = mesh.from_rank_0(read_latest(config.run_dir) if first else None)
+    first_step = resumed_from.policy_version if resumed_from else 0
+    feed = turns = None
+    if config.server.takes_turns:  # the memory of the GPUs is the servers' until they have sampled the first batches
+        feed = _feed(config, incarnation) if first else None
+        turns = ServerTurns(config, mesh, feed)
+        _say(config, mesh, "waiting for the servers to sample the first batch and to release their memory")
+        turns.begin(first_step)
     _say(config, mesh, "loading the model")
     shows_ratios = config.collector.journal_ratios and config.objective.compares_policies
     policy, architecture = load_policy(config, mesh, records_log_probs=shows_ratios)
     gatherer = WeightGatherer(policy.modules, architecture, mesh)
     publisher = Publisher(config, gatherer, mesh, policy.score_canaries)
+    if turns is not None:
+        publisher.begin_from(turns.initial)
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh, fence.check)
-    resumed_from = mesh.from_rank_0(read_latest(config.run_dir) if first else None)
-    first_step = resumed_from.policy_version if resumed_from else 0
     tracer = open_tracer(config, incarnation, mesh.rank, policy.modules, first_step)
     stacks = config.run_dir / "logs" / f"stacks-rank-{mesh.rank}.txt"
     watchdog = TracedWatchdog(stacks, config.debug.hang_timeout_s, tracer)
-    make_trainer = partial(
-        Trainer, config, mesh, policy, publisher, checkpoints, watchdog, resumed_from=resumed_from, tracer=tracer
-    )
+    optional = {"resumed_from": resumed_from, "tracer": tracer, "turns": turns}
+    make_trainer = partial(Trainer, config, mesh, policy, publisher, checkpoints, watchdog, **optional)
     _say(config, mesh, "waiting for the first batch")
     if not first:
         with closing(tracer), closing(publisher):
             make_trainer().run()
         _export(config, gatherer, mesh)
         return
-    facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
-    tokenizer = TextTokenizer(config.model.hf_path, facts)
-    feed = _feed(config, incarnation, tokenizer)
+    tokenizer = _tokenizer(config)
+    feed = feed or _feed(config, incarnation)
     schedule = SaveSchedule(config, save_by, partial(_stop_request, config, incarnation))
     write_environment(config.run_dir)
     boards = [WandbBoard(config)] if config.wandb.enabled else []
@@ -149,9 +156,14 @@ def _compute(config: RunConfig, architecture: Architecture, mesh: Mesh) -> Train
     )
 
 
-def _feed(config: RunConfig, incarnation: int, tokenizer: TextTokenizer) -> BatchSource:
+def _tokenizer(config: RunConfig) -> TextTokenizer:
+    facts = read_model_facts(config.model.hf_path, config.sampling.extra_stop_tokens)
+    return TextTokenizer(config.model.hf_path, facts)
+
+
+def _feed(config: RunConfig, incarnation: int) -> BatchSource:
     if config.debug.journal:
-        return JournalFeed(config, tokenizer.text)
+        return JournalFeed(config, _tokenizer(config).text)
     if config.data.demonstrations:
         return DemonstrationFeed(config)
     feed = Feed(

@@ -26,6 +26,7 @@ FEED = "minpro_megatron.feed.feed:Feed"
 WRITE_REPORT = "minpro_megatron.report.run_end:write_report"
 WRITE_SUMMARY = "minpro_megatron.report.run_end:write_summary"
 TURN = "minpro_megatron.fleet.episodes:_Episode"
+TURNS = "minpro_megatron.publishing.turns:ServerTurns"
 ANSWER = "tests.e2e.episode_environment:Again.answer"
 BOUNDED_MODE = ("staleness.mode=bounded", "staleness.max_staleness=2")
 
@@ -233,6 +234,40 @@ def in_episodes() -> list[Case]:
     ]
 
 
+def in_turns() -> list[Case]:
+    """In every transition between the turns of trainer and servers, from the first to the last."""
+    turns = ("server.placement=shared",)
+    released = CrashPoint("collect", "minpro_megatron.collector.collector:Collector.released", call=3)
+    freed = CrashPoint("server", "minpro_megatron.reference_engine.memory:OccupiedMemory.release", call=3)
+    resumed = CrashPoint("server", "minpro_megatron.reference_engine.memory:OccupiedMemory.resume", call=5)
+    took_over = CrashPoint("train", f"{TURNS}.release", call=3, moment="after")
+    gave_back = CrashPoint("train", f"{TURNS}.returned", call=3)
+    trainer = {
+        "before the first release": CrashPoint("train", f"{TURNS}.begin"),
+        "after the first release, without a model": CrashPoint("train", f"{TURNS}.begin", moment="after"),
+        "the servers have released": took_over,
+        "mid-update, the servers have released": PHASES["mid-update"],
+        "publishing": PHASES["publishing"],
+        "given back, not told": gave_back,
+    }
+    servers = {
+        "asked to release": freed,
+        "released": replace(freed, moment="after"),
+        "mid-update": replace(PHASES["mid-update"], victim="server"),
+        "asked for memory again": resumed,
+        "with weights, without a cache": replace(resumed, call=6),
+        "generating": replace(PHASES["generating"], victim="server"),
+    }
+    return [
+        Case("turns, undisturbed once more", (), overrides=turns),
+        *(Case(f"turns: rank 0 killed, {what}", (point,), overrides=turns) for what, point in trainer.items()),
+        Case("turns: collect killed, told of the release", (released,), overrides=turns),
+        Case("turns: collect killed, servers kept", (replace(released, moment="after"),), overrides=turns),
+        Case("turns: serve killed, the servers have released", (replace(took_over, victim="serve"),), overrides=turns),
+        *(Case(f"turns: a server killed, {what}", (point,), GOES_ON, turns) for what, point in servers.items()),
+    ]
+
+
 def of_sglang() -> list[Case]:
     """With SGLang's own servers, whose tokens are others every time."""
     engine = ("server.engine=sglang",)
@@ -254,5 +289,6 @@ def all_cases() -> list[Case]:
         *from_outside(),
         *bounded(),
         *in_episodes(),
+        *in_turns(),
         *of_sglang(),
     ]

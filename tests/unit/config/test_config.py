@@ -94,9 +94,32 @@ def test_a_name_that_looks_like_a_number_stays_a_name(config):
         (["optimizer.learning_rate=NaN"], r"^optimizer.learning_rate: .*finite number"),
         (
             ["server.placement=colocated"],
-            r"^server.placement: trainer and servers on the same GPUs are not supported: ",
+            r"^server.placement: trainer and servers on the same GPUs are called shared here; set shared",
         ),
-        (["server.placement=shared"], r"^server.placement: Input should be 'disaggregated' \(got 'shared'\)$"),
+        (["server.placement=same"], r"^server.placement: Input should be 'disaggregated' or 'shared' \(got 'same'\)$"),
+        (
+            ["server.placement=shared", "staleness.mode=bounded"],
+            r"mode = bounded: in bounded mode the servers never stop",
+        ),
+        (["server.placement=shared", 'server.urls=["http://10.0.0.7:1"]'], r"has to start and stop the servers"),
+        (
+            ["server.placement=shared", "server.device=cuda"],
+            r"device = cpu and server.device = cuda: .* nothing to share",
+        ),
+        (
+            ["device=cuda", "server.device=cuda", "server.placement=shared"],
+            r"publish.transport = broadcast: NCCL refuses",
+        ),
+        (
+            [
+                "device=cuda",
+                "server.device=cuda",
+                "server.placement=shared",
+                "publish.transport=disk",
+                "server.count=3",
+            ],
+            r"server.count x server.tensor_parallel = 3 exceeds the trainer's 1 GPUs; lower one",
+        ),
         (["device=tpu"], r"^device: Input should be 'cpu' or 'cuda' \(got 'tpu'\)$"),
         (["name=../elsewhere"], r"^name: .*pattern.* \(got '../elsewhere'\)$"),
         (["objective.name=reinforce"], r"^objective.name: .*'reinforce'.*'minpro', 'cispo', 'grpo'"),
