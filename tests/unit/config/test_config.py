@@ -172,8 +172,8 @@ def test_a_refusal_names_field_value_and_rule(config, assignments, pattern):
 
 
 def test_every_wrong_field_has_its_own_line(config):
-    lines = refusal(config, "seed=-1", "batch.responses_per_prompt=1").splitlines()
-    assert [line.split(":")[0] for line in lines] == ["seed", "batch.responses_per_prompt"]
+    lines = refusal(config, "seed=-1", "batch.num_prompts=0").splitlines()
+    assert [line.split(":")[0] for line in lines] == ["seed", "batch.num_prompts"]
 
 
 def test_unknown_fields_in_a_file_are_refused(config):
