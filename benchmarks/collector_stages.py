@@ -92,10 +92,10 @@ class Stages:
 
         async def ask(seeds: Sequence[int]) -> Answer:
             responses = [_Response(PROMPT, seed, sampling.max_response_tokens, 0) for seed in seeds]
-            sent = [response.request(f"{seed:032x}") for response, seed in zip(responses, seeds, strict=True)]
+            sent = [response.request(f"{seed:032x}", sampling) for response, seed in zip(responses, seeds, strict=True)]
             data = client._encoded(responses, sent, sampling)
             async with limit, session.post(f"{client.address.url}/generate", data=data) as response:
-                return await client._body(response, sent, sampling), sent
+                return await client._body(response, sent), sent
 
         answers = await self.awaited("HTTP receive", asyncio.gather(*(ask(seeds) for seeds in self._seeds)), 0)
         self.num_bytes["HTTP receive"] = sum(len(body) for body, _ in answers)
