@@ -189,6 +189,18 @@ def one_machine(config: RunConfig, parallel: ParallelConfig, server: ServerConfi
     return with_overrides(moved, [f"name={config.name}-one-machine", f"optimizer.cpu_offload={cpu_offload}"])
 
 
+def one_machine_in_turns(
+    config: RunConfig, parallel: ParallelConfig, server: ServerConfig, memory_fraction: float, cpu_offload: float = 0.0
+) -> RunConfig:
+    """The same run on eight GPUs of 80 GB, which trainer and servers both use, in turns. `memory_fraction` of a GPU is
+    for a server's weights and KV cache: the trainer keeps its weights until the servers' canaries are checked."""
+    assert parallel.world_size == server.count * server.tensor_parallel == 8
+    moved = config.model_copy(update={"parallel": parallel, "server": server})
+    changes = ["server.placement=shared", "publish.transport=shared_memory", f"optimizer.cpu_offload={cpu_offload}"]
+    name = f"name={config.name}-one-machine-shared"
+    return with_overrides(moved, [name, f"server.memory_fraction={memory_fraction}", *changes])
+
+
 def variants(minpro: Recipe, settings: Mapping[str, Sequence[str]] | None = None) -> dict[str, Recipe]:
     """The recipes, by name, that are variants of a model's main run: every objective, off-policy and on-policy, and
     those that need only that run. A module lists them as its VARIANTS (launch/recipe.py). `settings` are those of

@@ -34,6 +34,12 @@ def minpro_one_machine() -> RunConfig:
     return paper.one_machine(minpro(), mesh, paper.servers(count=2, tensor_parallel=2), cpu_offload=1.0)
 
 
+def minpro_one_machine_shared() -> RunConfig:
+    """MinPRO on eight GPUs of 80 GB that train and serve in turns: servers of four GPUs."""
+    mesh = ParallelConfig(tensor=4, data=2)
+    return paper.one_machine_in_turns(minpro(), mesh, paper.servers(count=2, tensor_parallel=4), memory_fraction=0.66)
+
+
 # The tool says nothing about itself: the prompt does.
 TOOL_INSTRUCTION = (
     "Solve the following math problem step by step. You can run Python code: write a block that begins with ```python "

@@ -31,4 +31,10 @@ def minpro_one_machine() -> RunConfig:
     return paper.one_machine(minpro(), mesh, paper.servers(count=6, tensor_parallel=1), cpu_offload=1.0)
 
 
+def minpro_one_machine_shared() -> RunConfig:
+    """MinPRO on eight GPUs of 80 GB that train and serve in turns: servers of two GPUs."""
+    mesh = ParallelConfig(tensor=2, context=2, data=2)
+    return paper.one_machine_in_turns(minpro(), mesh, paper.servers(count=4, tensor_parallel=2), memory_fraction=0.66)
+
+
 VARIANTS = paper.variants(minpro)

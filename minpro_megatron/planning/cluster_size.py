@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minpro_megatron.config.parallel import ParallelConfig
-from minpro_megatron.config.run import RunConfig
+from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.errors import UserError
 from minpro_megatron.planning.gpus import GpuKind, gpu_kind
 
@@ -59,6 +59,20 @@ def size_problems(config: RunConfig, cluster: ClusterSize) -> list[str]:
             f"{cluster.server_gpus}: {remedy}"
         )
     return problems
+
+
+def in_turns(config: RunConfig, cluster: ClusterSize) -> RunConfig | None:
+    """The settings with which trainer and servers take turns on all of `total_gpus`, for the planner to add a share of
+    memory for the servers; None if the mesh, the servers or other settings do not allow it."""
+    total, tensor = cluster.total_gpus, config.server.tensor_parallel
+    data, rest = divmod(total, model_ranks(config.parallel))
+    if not data or rest or total % tensor or total > cluster.node_size:
+        return None
+    changes = [f"parallel.data={data}", f"server.count={total // tensor}", "server.placement=shared"]
+    try:
+        return with_overrides(config, [*changes, "publish.transport=shared_memory"])
+    except UserError:  # bounded mode, too few sequences for the ranks, external servers
+        return None
 
 
 def splits(config: RunConfig, cluster: ClusterSize) -> Iterator[RunConfig]:

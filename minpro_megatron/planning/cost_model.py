@@ -17,6 +17,7 @@ from minpro_megatron.planning.activations import recomputed_layers
 from minpro_megatron.planning.gpus import GpuKind
 from minpro_megatron.planning.memory import ELEMENT_BYTES, ServerMemory, checkpoint_bytes, state_bytes
 from minpro_megatron.planning.parameters import active_parameters, optimizer_degrees, stage_parameters
+from minpro_megatron.planning.turns import moving_times
 from minpro_megatron.planning.update_rows import update_rows
 
 
@@ -54,6 +55,8 @@ class Calibration:
     # here: a tenth of the data sheets' 64 GB/s of PCIe 5.0, because such copies are made by one thread of the host and
     # all servers read at once.
     shared_memory_bytes_per_s: float = 6.4e9
+    # Of each turn: pausing, flushing, releasing and resuming memory, without copies. An assumption, not measured.
+    handover_s: float = 2.0
     update_fixed_s: float = 0.05  # packing, collating, metrics of an update
     disk_bytes_per_s: float = 2e9  # a node's share of a parallel file system
 
@@ -66,6 +69,8 @@ class StepCost:
     train: float
     publish: float
     pause: float  # included in publish: the servers are paused
+    release: float  # on shared GPUs: the servers release their memory, and the trainer's states return to the device
+    moving: float  # included in publish and release: copies of states between device and host
     checkpoint: float  # of a step with a save
     checkpoint_written: float  # from the start of a save until its files are written
     update: float  # one of train's
@@ -137,14 +142,19 @@ class TrainerCost:
         fixed = updates * self.calibration.update_fixed_s
         train = busy * (1 + bubble_share) + optimizer + fixed
         extra_passes = config.loss.kl.enabled + config.loss.decoupled.enabled
-        train += extra_passes * forward * (1 + bubble_share) + self._snapshot(1)
+        in_turns = config.server.takes_turns
+        train += extra_passes * forward * (1 + bubble_share) + self._snapshot(0 if in_turns else 1)
         score, swaps = self._scores()
+        moving = moving_times(config, self.architecture, self.gpu, self.calibration.host_link_share)
+        handover = self.calibration.handover_s if in_turns else 0.0
         return StepCost(
             score=score * forward * (1 + bubble_share)
             + self._snapshot(swaps),  # one mini-batch at a time, as for updates
             train=train,
-            publish=self._pause() + self.calibration.publish_fixed_s,
+            publish=self._pause() + self.calibration.publish_fixed_s + handover + moving.to_host,
             pause=self._pause(),
+            release=handover + moving.to_device,
+            moving=moving.to_host + moving.to_device,
             checkpoint=self._checkpoint()[0],
             checkpoint_written=self._checkpoint()[1],
             update=train / updates,
@@ -224,7 +234,8 @@ class TrainerCost:
         if settings.mode == "bounded":
             # a response spans one or two publications; each version is scored separately, on its rows
             return 2.0, 3 * min(2, settings.max_staleness)
-        return 1.0, 3 if settings.delay_steps else 0
+        # in turns a batch is scored before the weights that sampled it change
+        return 1.0, 3 if settings.delay_steps and not self.config.server.takes_turns else 0
 
     def _snapshot(self, copies: int) -> float:
         weights = state_bytes(self.config, self.architecture, 0)[0]

@@ -74,13 +74,15 @@ class HostMemory:
     snapshots: int  # earlier weights, and the current ones while earlier weights are loaded
     checkpoint: int  # while one is written in the background: a copy of it (benchmarks/checkpoint_memory.md)
     offloaded: int  # optimizer.cpu_offload
+    parked: int  # server.placement = shared: weights and optimizer states while servers use the GPUs
     routes: int  # and kept ids: model.routing_replay and sampling.top_k
     buckets: int  # publish.transport = shared_memory
     processes: int
 
     @property
     def total(self) -> int:
-        return self.snapshots + self.checkpoint + self.offloaded + self.routes + self.buckets + self.processes
+        of_states = self.snapshots + self.checkpoint + self.offloaded + self.parked
+        return of_states + self.routes + self.buckets + self.processes
 
 
 def compute_of(config: RunConfig, expert_imbalance: float = EXPERT_IMBALANCE) -> Compute:
@@ -212,10 +214,12 @@ def server_memory(config: RunConfig, a: Architecture, gpu: GpuKind) -> ServerMem
 
 def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_tokens: float) -> HostMemory:
     """`batch_tokens`: tokens of a global step's batch, including prompts."""
-    weights, _, _, offloaded = state_bytes(config, a, 0)
-    settings = config.staleness
+    weights, _, optimizer, offloaded = state_bytes(config, a, 0)
+    settings, in_turns = config.staleness, config.server.takes_turns
     copies = 1 if settings.mode == "delay" else settings.max_staleness + 1
-    if settings.mode == "bounded" or settings.delay_steps or config.loss.kl.enabled:
+    if in_turns:  # a batch is scored before the weights that sampled it change
+        copies = 0
+    if settings.mode == "bounded" or (settings.delay_steps and not in_turns) or config.loss.kl.enabled:
         copies += 1  # for the current weights meanwhile
     copies += config.loss.kl.enabled
     saves = config.checkpoint.saves_before_end or config.checkpoint.at_end
@@ -225,6 +229,7 @@ def host_memory(config: RunConfig, a: Architecture, ranks_per_node: int, batch_t
         snapshots=ranks_per_node * copies * weights,
         checkpoint=ranks_per_node * checkpoint_bytes(config, a, 0) if copied else 0,
         offloaded=ranks_per_node * offloaded,
+        parked=ranks_per_node * (weights + optimizer) if in_turns else 0,
         routes=route_host_bytes(config, a, batch_tokens, ranks_per_node),
         buckets=shared_bucket_bytes(config, a),
         processes=ranks_per_node * PROCESS_HOST_BYTES[config.device],

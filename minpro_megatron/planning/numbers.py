@@ -32,6 +32,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
             for rank in plan.ranks
         ],
         "server": asdict(plan.server) | {"count": plan.num_servers, "max_running": plan.max_running},
+        "turns": None if plan.turns is None else asdict(plan.turns),
         "host": asdict(plan.host) | {"total": plan.host.total},
         "route_files": plan.route_file_bytes,
         "step": {

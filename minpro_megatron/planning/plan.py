@@ -8,7 +8,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
 from minpro_megatron.models.known_models.find import find_architecture
-from minpro_megatron.planning.cluster_size import ClusterSize, model_ranks, size_problems
+from minpro_megatron.planning.cluster_size import ClusterSize, in_turns, model_ranks, size_problems
 from minpro_megatron.planning.cluster_size import splits as splits_of
 from minpro_megatron.planning.cost_model import Calibration, DecodingServer, StepCost, TrainerCost
 from minpro_megatron.planning.evaluations import EvaluationCost, evaluation_cost, evaluation_lengths
@@ -20,10 +20,12 @@ from minpro_megatron.planning.problems import (
     request_problems,
     server_problems,
     stage_memories,
+    turn_problems,
 )
 from minpro_megatron.planning.routes import route_file_bytes
 from minpro_megatron.planning.simulated_server import Lengths
 from minpro_megatron.planning.simulator import Phases, Simulation, Timeline
+from minpro_megatron.planning.turns import TurnMemory, fitting_share, turn_memory
 from minpro_megatron.planning.workload import GroupLengths, Workload, batch_of
 
 STEADY_STEPS = 4  # number of steps over which shares and durations are averaged
@@ -33,11 +35,12 @@ MAX_SPLITS = 8  # of which all are tried
 
 @dataclass(frozen=True)
 class SplitTime:
-    """A split of the GPUs, and the duration of a step with it."""
+    """A split of the GPUs, and the duration of a step with it. `in_turns`: both have all of them, in turns."""
 
     trainer_gpus: int
     server_gpus: int
     step_s: float
+    in_turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Plan:
     ranks: list[RankMemory]  # one per pipeline stage
     server: ServerMemory
     host: HostMemory
+    turns: TurnMemory | None  # of GPUs that trainer and servers share; None: they have GPUs of their own
     route_file_bytes: int  # in the run folder, for model.routing_replay = rollout and sampling.top_k
     cost: StepCost
     steps_between_checkpoints: int  # 0: none before the run's end
@@ -80,7 +84,12 @@ class Plan:
     @property
     def settings(self) -> list[str]:
         """The overrides on the run's command line for the mesh and the servers of this plan."""
-        return [f"parallel.data={self.config.parallel.data_size}", f"server.count={self.num_servers}"]
+        server = self.config.server
+        found = [f"parallel.data={self.config.parallel.data_size}", f"server.count={self.num_servers}"]
+        if server.takes_turns:
+            found += ["server.placement=shared", f"publish.transport={self.config.publish.transport}"]
+            found += [] if server.memory_fraction is None else [f"server.memory_fraction={server.memory_fraction:g}"]
+        return found
 
 
 def plan_run(
@@ -104,7 +113,7 @@ def plan_run(
         )
     if not cluster.total_gpus:
         return planner.plan(config, size_problems(config, cluster), [])
-    tried = best_first(list(splits_of(config, cluster)), planner.step_s)
+    tried = planner.tried(config)
     if not tried:
         raise UserError(
             f"gpus = {cluster.total_gpus}: no part of them can train: parallel.tensor x pipeline x context = "
@@ -113,7 +122,12 @@ def plan_run(
             f"{config.server.tensor_parallel} do not go into it; give more GPUs, or lower these"
         )
     splits = [
-        SplitTime(one.parallel.world_size, one.server.count * one.server.tensor_parallel, step_s)
+        SplitTime(
+            one.parallel.world_size,
+            one.server.count * one.server.tensor_parallel,
+            step_s,
+            in_turns=one.server.takes_turns,
+        )
         for step_s, one in tried
     ]
     return planner.plan(tried[0][1], [], splits)
@@ -161,9 +175,14 @@ class _Planner:
         with_evaluation = self._simulate(config, cost, server, last, {first: evaluated})
         ranks = stage_memories(config, self.architecture)
         host = host_memory(config, self.architecture, min(node, config.parallel.world_size), batch.tokens)
+        turns = turn_memory(config, gpu, ranks, server.memory) if config.server.takes_turns else None
         problems = [
             *problems,
-            *rank_problems(config, self.architecture, gpu, ranks),
+            *(
+                rank_problems(config, self.architecture, gpu, ranks)
+                if turns is None
+                else turn_problems(config, self.architecture, gpu, ranks, turns)
+            ),
             *server_problems(config, server.memory),
             *request_problems(config, with_evaluation),
             *host_problems(host, gpu),
@@ -178,6 +197,7 @@ class _Planner:
             ranks=ranks,
             server=server.memory,
             host=host,
+            turns=turns,
             route_file_bytes=route_file_bytes(config, self.architecture, batch.tokens),
             cost=cost,
             steps_between_checkpoints=_steps_between_checkpoints(config, step_s),
@@ -192,11 +212,28 @@ class _Planner:
             splits=splits,
         )
 
+    def tried(self, config: RunConfig) -> list[tuple[float, RunConfig]]:
+        """(seconds per step, settings) of every split of the GPUs that was tried, best first: on GPUs of their own,
+        unless the settings say that trainer and servers share them, and in turns on all of them."""
+        found = []
+        if not config.server.takes_turns:
+            found = best_first(list(splits_of(config, self.cluster)), self.step_s)
+        if (shared := in_turns(config, self.cluster)) is not None:
+            if not config.server.takes_turns or config.server.memory_fraction is None:
+                share = fitting_share(shared, self.cluster.kind, stage_memories(shared, self.architecture))
+                server = shared.server.model_copy(update={"memory_fraction": share})
+                shared = shared.model_copy(update={"server": server}) if share > 0 else shared
+            found.append((self.step_s(shared), shared))
+        return sorted(found, key=lambda one: one[0])
+
     def step_s(self, config: RunConfig) -> float:
         """Seconds per step; infinite if trainer or servers do not fit."""
-        server = self._server(config)
-        rank = largest_rank(stage_memories(config, self.architecture))
-        if rank.total > self.cluster.kind.memory_bytes or server.memory.kv_tokens == 0:
+        server, gpu = self._server(config), self.cluster.kind
+        ranks = stage_memories(config, self.architecture)
+        needed = largest_rank(ranks).total
+        if config.server.takes_turns:
+            needed = turn_memory(config, gpu, ranks, server.memory).largest
+        if needed > gpu.memory_bytes or server.memory.kv_tokens == 0:
             return math.inf
         cost = self._trainer(config).step(batch_of(config, self.workload))
         first, _ = _steady(config)
@@ -222,7 +259,15 @@ class _Planner:
     ) -> Timeline:
         # the length of a step is not known before the simulation: this is the trainer's work in it
         every = _steps_between_checkpoints(config, cost.score + cost.train + cost.publish)
-        phases = Phases(cost.score, cost.train, cost.publish, cost.pause, cost.checkpoint, every)
+        phases = Phases(
+            score=cost.score,
+            train=cost.train,
+            publish=cost.publish,
+            pause=cost.pause,
+            release=cost.release,
+            checkpoint=cost.checkpoint,
+            checkpoint_every=every,
+        )
         return Simulation(config, phases, server, self.lengths, evaluations).run(num_steps)
 
 

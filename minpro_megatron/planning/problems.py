@@ -11,6 +11,7 @@ from minpro_megatron.planning.activations import Row
 from minpro_megatron.planning.gpus import GpuKind
 from minpro_megatron.planning.memory import EXPERT_IMBALANCE, HostMemory, RankMemory, ServerMemory, rank_memory
 from minpro_megatron.planning.simulator import Timeline
+from minpro_megatron.planning.turns import SERVER_RESIDUE_BYTES, TurnMemory, fitting_share
 
 MAX_REMEDIES = 3  # number of remedies in a message
 
@@ -39,6 +40,35 @@ def rank_problems(config: RunConfig, a: Architecture, gpu: GpuKind, ranks: list[
         f"memory of a trainer rank of stage {worst.stage} = {worst.total / 1e9:.1f} GB (states "
         f"{worst.states / 1e9:.1f}, activations {worst.activations.peak / 1e9:.1f}) must be at most the "
         f"{limit / 1e9:.1f} GB of {gpu.name}: {memory_remedy(config, a, limit)}"
+    ]
+
+
+_MOMENTS = {
+    "training": "the trainer trains",
+    "receiving": "servers receive weights",
+    "canaries": "servers generate canaries and the trainer has its weights",
+    "sampling": "servers sample",
+}
+
+
+def turn_problems(
+    config: RunConfig, a: Architecture, gpu: GpuKind, ranks: list[RankMemory], memory: TurnMemory
+) -> list[str]:
+    """One line for each moment at which a GPU of server.placement = shared would need more memory than it has."""
+    limit = gpu.memory_bytes
+    fewer = "use a mesh with fewer weights on a rank"
+    share = f"set server.memory_fraction = {fitting_share(config, gpu, ranks):g}, or {fewer}"
+    remedies = {
+        "training": memory_remedy(config, a, limit - SERVER_RESIDUE_BYTES),
+        "receiving": f"raise server.tensor_parallel = {config.server.tensor_parallel}, or {fewer}",
+        "canaries": share,
+        "sampling": share,
+    }
+    return [
+        f"server.placement = shared: memory of a GPU while {_MOMENTS[name]} = {needed / 1e9:.1f} GB must be at most "
+        f"the {limit / 1e9:.1f} GB of {gpu.name}: {remedies[name]}"
+        for name, needed in vars(memory).items()
+        if needed > limit
     ]
 
 
@@ -79,6 +109,7 @@ def host_problems(host: HostMemory, gpu: GpuKind) -> list[str]:
         f"a smaller bound or delay of staleness ({host.snapshots / 1e9:.0f} GB of weight snapshots)": host.snapshots,
         f"checkpoint.asynchronous = false ({host.checkpoint / 1e9:.0f} GB)": host.checkpoint,
         f"a lower optimizer.cpu_offload ({host.offloaded / 1e9:.0f} GB)": host.offloaded,
+        f"server.placement = disaggregated ({host.parked / 1e9:.0f} GB of states in turns)": host.parked,
         f"model.routing_replay = none, or a lower sampling.top_k ({host.routes / 1e9:.0f} GB)": host.routes,
     }
     largest = max(parts, key=lambda name: parts[name])

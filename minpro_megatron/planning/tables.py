@@ -17,6 +17,7 @@ from minpro_megatron.planning.parameters import active_parameters, model_paramet
 from minpro_megatron.planning.plan import Plan
 from minpro_megatron.planning.problems import least_recomputation
 from minpro_megatron.planning.routes import batches_with_routes
+from minpro_megatron.planning.turns import TurnMemory
 from minpro_megatron.planning.workload import Workload
 
 
@@ -24,6 +25,8 @@ def print_plan(console: Console, plan: Plan, modes: Sequence[ModeTime] = ()) -> 
     _heading(console, plan)
     for table in (_rank_table(plan), _other_memory_table(plan), _step_table(plan)):
         console.print(table)
+    if plan.turns:
+        console.print(_turn_table(plan.turns, plan.cluster.kind.memory_bytes))
     if plan.splits:
         console.print(_split_table(plan))
     if modes:
@@ -43,11 +46,14 @@ def _heading(console: Console, plan: Plan) -> None:
     settings = config.staleness
     mode = f"delay {settings.delay_steps}" if settings.mode == "delay" else f"bounded {settings.max_staleness}"
     load = plan.workload
+    servers = f"{plan.num_servers} servers of {config.server.tensor_parallel}"
+    if plan.turns:
+        servers += ", in turns on the same GPUs"
     console.print(
         f"{config.name}: {a.name}, {_number(model_parameters(a))} parameters, {_number(active_parameters(a))} per "
         f"token; {mode}",
         f"{kind.name}, {plan.cluster.node_size} per node: {mesh.world_size} train ({degrees or 'no cut'}, data "
-        f"{mesh.data_size}), {plan.num_servers} servers of {config.server.tensor_parallel}",
+        f"{mesh.data_size}), {servers}",
         f"per step: {config.batch.num_prompts} prompts x {config.batch.responses_per_prompt} responses in "
         f"{config.batch.updates_per_step} updates; assumed {load.mean_prompt_tokens:.0f} prompt and "
         f"{load.mean_response_tokens:.0f} response tokens on average (at most {config.sampling.max_response_tokens:,})"
@@ -110,6 +116,7 @@ def _other_memory_table(plan: Plan) -> Table:
         (f"a trainer node's host, of {of_host}", "snapshots of weights for scoring", decimal(host.snapshots)),
         ("", "copy of a checkpoint to write", decimal(host.checkpoint)),
         ("", "optimizer offload", decimal(host.offloaded)),
+        ("", "states of the trainer while servers sample", decimal(host.parked)),
         ("", "routes and kept ids", decimal(host.routes)),
         ("", "buckets of new weights in shared memory", decimal(host.buckets)),
         ("", f"{host.ranks} ranks and all of it", decimal(host.total)),
@@ -132,7 +139,10 @@ def _step_table(plan: Plan) -> Table:
     table.add_row("generation (servers)", _seconds(plan.generation_s), "first group's start to the last one's end")
     table.add_row("scoring", _seconds(cost.score), "behavior log-probs")
     table.add_row(f"{cost.updates} updates", _seconds(cost.train), _update_parts(cost))
-    table.add_row("publishing", _seconds(cost.publish), "")
+    moved = f"states to the host and back, with the release: {_seconds(cost.moving)}" if plan.turns else ""
+    table.add_row("publishing", _seconds(cost.publish), moved)
+    if plan.turns:
+        table.add_row("release", _seconds(cost.release), "servers release their memory, states return to the GPUs")
     every = plan.steps_between_checkpoints
     of_it = f"every {every} steps" if every else "none before the end"
     table.add_row("checkpoint", _seconds(cost.checkpoint), f"{of_it}; {_first_checkpoint(plan)}")
@@ -184,7 +194,17 @@ def _split_table(plan: Plan) -> Table:
     table = _table("splits", "train", "serve", "s per step")
     for split in plan.splits:
         seconds = _seconds(split.step_s) if math.isfinite(split.step_s) else "does not fit"
-        table.add_row(str(split.trainer_gpus), str(split.server_gpus), seconds)
+        serve = "the same" if split.in_turns else str(split.server_gpus)
+        table.add_row(str(split.trainer_gpus), serve, seconds)
+    return table
+
+
+def _turn_table(turns: TurnMemory, limit: int) -> Table:
+    table = _table(f"memory of a shared GPU, of {decimal(limit)}", "moment", "total")
+    table.add_row("training, servers released", decimal(turns.training))
+    table.add_row("servers receive weights", decimal(turns.receiving))
+    table.add_row("canaries: whole servers, the trainer's weights", decimal(turns.canaries))
+    table.add_row("sampling, the trainer's states in host memory", decimal(turns.sampling))
     return table
 
 

@@ -6,7 +6,7 @@ import torch
 
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.planning.activations import Row, StageActivations
-from minpro_megatron.planning.memory import rank_memory, state_bytes
+from minpro_megatron.planning.memory import rank_memory, shared_bucket_bytes, state_bytes
 from minpro_megatron.rehearsal.live_bytes import LiveBytes
 from minpro_megatron.rehearsal.record import Component, Phase
 from minpro_megatron.rehearsal.subject import PUBLISH, UPDATE, Rehearsed
@@ -40,6 +40,8 @@ def compare_with_plan(what: Rehearsed, architecture: Architecture, policy: Any, 
         found.append(Component("publishing", phases[PUBLISH].peak["cuda"] - states, plan.publish))
     # a snapshot, and the current weights while it is in their place
     on_host = 2 * plan.weights + state_bytes(config, architecture, stage)[3]
+    if policy._mesh.rank == 0:
+        on_host += shared_bucket_bytes(config, architecture)
     found.append(Component("host", max(phase.peak.get("cpu", 0) for phase in phases.values()), on_host))
     return found
 

@@ -16,6 +16,7 @@ PHASES = {
     "score": ("scores", "#0f9d76"),
     "train": ("updates", "#2563eb"),
     "publish": ("publishes", "#d97706"),
+    "release": ("takes the GPUs over", "#db2777"),
     "checkpoint": ("checkpoint", "#7c3aed"),
 }
 SERVER_COLOR = "#64748b"

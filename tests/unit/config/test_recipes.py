@@ -16,6 +16,7 @@ from minpro_megatron.evaluation.benchmarks import BENCHMARKS
 from minpro_megatron.launch.recipe import list_recipes, load_recipe
 from minpro_megatron.models.architecture import Architecture, refuse_uneven_cuts
 from minpro_megatron.models.known_models.find import find_architecture, known_config
+from minpro_megatron.planning.plan import ClusterSize, plan_run
 from minpro_megatron.recipes import demo, llama31_8b, paper, prefix_rl, products, qwen3_8b, qwen3_14b, qwen3_30b_a3b
 from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.weights.plan import RankKind, rank_kinds
@@ -155,8 +156,9 @@ def test_the_mesh_fits_the_model_and_the_memory(recipe: str) -> None:
 def test_the_gpus_are_those_that_the_module_names(module: str, gpus: int) -> None:
     for recipe in (one for one in LARGE if module_of(one) == module):
         config = load_recipe(recipe)
-        wanted = 8 if recipe.endswith("_one_machine") else gpus
-        assert config.parallel.world_size + config.server.count * config.server.tensor_parallel == wanted
+        wanted = 8 if "_one_machine" in recipe else gpus
+        trains, serves = config.parallel.world_size, config.server.count * config.server.tensor_parallel
+        assert (max(trains, serves) if config.server.takes_turns else trains + serves) == wanted
 
 
 @pytest.mark.parametrize("recipe", LARGE)
@@ -219,6 +221,25 @@ def test_the_llama_run_is_reinforce_on_prefixed_prompts() -> None:
     assert Path(plain.data.train_file).name == "dapo_plain.jsonl"
     changed = {key for key, value in plain.model_dump().items() if value != config.model_dump()[key]}
     assert changed == {"name", "data"}
+
+
+@pytest.mark.parametrize("module", [qwen3_8b, qwen3_14b, qwen3_30b_a3b])
+def test_in_turns_both_have_all_eight_gpus(module: Any) -> None:
+    config, base = module.minpro_one_machine_shared(), module.minpro()
+    assert config.parallel.world_size == config.server.count * config.server.tensor_parallel == 8
+    assert (config.server.placement, config.publish.transport) == ("shared", "shared_memory")
+    changed = {"name": "", "parallel": 0, "server": 0, "optimizer": 0, "publish": 0}
+    assert config.model_dump() | changed == base.model_dump() | changed
+    plan = plan_run(config, ClusterSize("h100-80gb", 8, 8))
+    assert plan.problems == []
+    # the planner's error in memory is a few percent
+    assert plan.turns is not None
+    assert plan.turns.largest < 0.99 * plan.cluster.kind.memory_bytes
+    separate = module.minpro_one_machine()
+    apart = ClusterSize(
+        "h100-80gb", separate.parallel.world_size, separate.server.count * separate.server.tensor_parallel
+    )
+    assert plan.step_s < plan_run(separate, apart).step_s
 
 
 def test_a_share_of_other_than_eight_gpus_is_no_machine() -> None:
