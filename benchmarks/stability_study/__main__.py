@@ -37,10 +37,10 @@ def say(line: str) -> None:
 
 def status(path: Path) -> str:
     record = read_record(path)
-    by_stage = [sum(key.stage == stage for key in record) for stage in ("selection", "study")]
+    num_selection = sum(key.stage == "selection" for key in record)
     return (
-        f"{path}: {by_stage[0]} runs of the selection, which is complete for {len(chosen_rates(record))} of "
-        f"{len(OBJECTIVES)} objectives; {by_stage[1]} of {NUM_STUDY_RUNS} runs of the study; next: "
+        f"{path}: {num_selection} runs of the selection, which is complete for {len(chosen_rates(record))} of "
+        f"{len(OBJECTIVES)} objectives; {len(record) - num_selection} of {NUM_STUDY_RUNS} runs of the study; next: "
         f"{next((key.name for key in missing_keys(record)), 'nothing, the record is complete')}"
     )
 

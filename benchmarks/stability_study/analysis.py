@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from benchmarks.stability_study.grid import DELAYS, LONGEST, OBJECTIVES
+from benchmarks.stability_study.grid import COMMON_STAGE, DELAYS, LONGEST, MAIN, OBJECTIVES
 from benchmarks.stability_study.measures import Difference, collapse_version, difference, holm, paired
 from benchmarks.stability_study.record import StoredTrial, heldout_curve, primary_metric, versions
 from benchmarks.stability_study.trial import COMPARED, TrialKey
@@ -19,7 +19,13 @@ REST = tuple(
     for objective in OBJECTIVES
     if objective != "minpro" and (objective, delay) not in (PRIMARY, *CONTROLS)
 )
-FAMILIES = {"primary": (PRIMARY,), "controls": CONTROLS, "others": REST}
+COMMON = "common rate"
+FAMILIES = {
+    "primary": (PRIMARY,),
+    "controls": CONTROLS,
+    COMMON: tuple((objective, LONGEST) for objective in MAIN if objective != "minpro"),
+    "others": REST,
+}
 
 type Record = Mapping[TrialKey, StoredTrial]
 
@@ -37,13 +43,18 @@ class Comparison:
 
 
 def by_seed(
-    record: Record, objective: str, delay: int, value: Callable[[StoredTrial], float] = primary_metric
+    record: Record,
+    objective: str,
+    delay: int,
+    value: Callable[[StoredTrial], float] = primary_metric,
+    stage: str = "study",
 ) -> dict[int, float]:
-    """A number of each run of the study with that objective and delay, by seed."""
+    """A number of each run of the study with that objective and delay, by seed. `stage`: "study", with the objective's
+    own learning rate, or COMMON_STAGE."""
     return {
         key.seed: value(trial)
         for key, trial in record.items()
-        if (key.stage, key.objective, key.delay) == ("study", objective, delay)
+        if (key.stage, key.objective, key.delay) == (stage, objective, delay)
     }
 
 
@@ -51,8 +62,10 @@ def comparisons(record: Record) -> list[Comparison]:
     """All comparisons of the protocol, family by family. Raises ValueError if the record lacks a cell."""
     found = []
     for family, cells in FAMILIES.items():
+        stage = COMMON_STAGE if family == COMMON else "study"
         differences = [
-            paired(by_seed(record, "minpro", delay), by_seed(record, objective, delay)) for objective, delay in cells
+            paired(by_seed(record, "minpro", delay, stage=stage), by_seed(record, objective, delay, stage=stage))
+            for objective, delay in cells
         ]
         adjusted = holm([one.p_value for one in differences])
         for (objective, delay), one, p_value in zip(cells, differences, adjusted, strict=True):

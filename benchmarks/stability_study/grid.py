@@ -1,6 +1,6 @@
 """Which runs the study has, in their order, and the rule that chooses each objective's learning rate.
 
-protocol.md beside this file gives the reasons. Nothing here was changed after its first run.
+protocol.md beside this file gives the reasons, and lists what was changed after the first run of the selection.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,8 @@ MORE_SEEDS = tuple(range(10))  # of MAIN at the longest delay
 
 SELECTION_SEEDS = (100, 101)
 RATES = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4)  # a factor of two from one to the next
+COMMON_RATE = 5e-4  # of MAIN in the runs that compare them at equal rates
+COMMON_STAGE = "study_common_rate"
 EXTENSIONS = 2  # further rates at most, if the best one is at an end of the tried ones
 
 
@@ -52,14 +54,17 @@ def chosen_rate(means: Mapping[float, float]) -> float:
 
 
 def study_keys(rates: Mapping[str, float]) -> list[TrialKey]:
-    """Every run of the study, seed by seed; `rates` has the learning rate of each objective."""
+    """Every run of the study, seed by seed, and then those with COMMON_RATE; `rates` has the learning rate of each
+    objective."""
     keys = []
     for seed in MORE_SEEDS:
         for delay in reversed(DELAYS):
             for objective in OBJECTIVES:
                 if seed in SEEDS or (delay == LONGEST and objective in MAIN):
                     keys.append(TrialKey("study", objective, delay, seed, rates[objective]))
-    return keys
+    return keys + [
+        TrialKey(COMMON_STAGE, objective, LONGEST, seed, COMMON_RATE) for seed in MORE_SEEDS for objective in MAIN
+    ]
 
 
 NUM_STUDY_RUNS = len(study_keys(dict.fromkeys(OBJECTIVES, 0.0)))

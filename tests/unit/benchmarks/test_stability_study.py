@@ -14,6 +14,7 @@ from scipy.stats import false_discovery_control, ttest_rel
 from benchmarks.stability_study import grid, work
 from benchmarks.stability_study.__main__ import main
 from benchmarks.stability_study.analysis import (
+    COMMON,
     CONTROLS,
     FAMILIES,
     PRIMARY,
@@ -63,8 +64,11 @@ def made_record(advantage: Callable[[TrialKey], float], seed: int, noise: float 
 
 
 def test_the_grid_has_the_protocols_seeds() -> None:
-    keys = study_keys(RATE)
-    assert len(set(keys)) == len(keys) == NUM_STUDY_RUNS == 9 * 3 * 5 + 4 * 5
+    every = study_keys(RATE)
+    assert len(set(every)) == len(every) == NUM_STUDY_RUNS == 9 * 3 * 5 + 4 * 5 + 4 * 10
+    keys, common = ([key for key in every if key.stage == stage] for stage in ("study", grid.COMMON_STAGE))
+    assert {(key.objective, key.seed) for key in common} == {(name, seed) for name in MAIN for seed in range(10)}
+    assert {(key.delay, key.learning_rate) for key in common} == {(LONGEST, 5e-4)}
     assert set(OBJECTIVES) <= REGISTERED.keys()
     for objective in OBJECTIVES:
         for delay in DELAYS:
@@ -96,8 +100,8 @@ def test_the_study_waits_for_every_rate_and_an_interrupted_one_goes_on() -> None
         best = key.learning_rate if key.objective == "minpro" else -abs(math.log(key.learning_rate / 2.5e-4))
         record[key] = made(key, best)
     stages = [key.stage for key in order]
-    assert stages == sorted(stages)  # selection before study
-    assert stages.count("study") == NUM_STUDY_RUNS
+    assert stages == sorted(stages)  # selection before study, and that before the common rate
+    assert stages.count("study") + stages.count(grid.COMMON_STAGE) == NUM_STUDY_RUNS
     assert stages.count("selection") == 2 * (4 * 9 + grid.EXTENSIONS)
     assert work.chosen_rates(record) == RATE | {"minpro": 4 * max(RATES)}
     assert {key.learning_rate for key in order if key.stage == "study" and key.objective == "minpro"} == {
@@ -183,10 +187,11 @@ def test_holm_keeps_the_error_rate_of_a_family() -> None:
 
 
 def test_the_families_have_every_comparison_once() -> None:
-    cells = [cell for family in FAMILIES.values() for cell in family]
+    cells = [cell for family, cells in FAMILIES.items() if family != COMMON for cell in cells]
     assert sorted(cells) == sorted((name, delay) for name in OBJECTIVES if name != "minpro" for delay in DELAYS)
     assert len(set(cells)) == len(cells)
     assert (PRIMARY, len(CONTROLS), len(REST)) == (("cispo", 16), 2, 21)
+    assert FAMILIES[COMMON] == (PRIMARY, *CONTROLS)
 
 
 def test_a_planted_effect_is_found_and_none_is_not() -> None:
@@ -201,6 +206,16 @@ def test_a_planted_effect_is_found_and_none_is_not() -> None:
     assert verdict(*found["controls", "shuffled_minpro", LONGEST].interval) != "for"  # the control does as well
     assert found["others", "grpo", LONGEST].difference.count == 5
     assert found["others", "cispo", 0].adjusted_p > 0.05
+    assert verdict(*found[COMMON, "cispo", LONGEST].interval) == "for"
+
+
+def test_the_common_rate_compares_its_own_runs_only() -> None:
+    def planted(key: TrialKey) -> float:
+        return 0.1 if (key.objective, key.stage) == ("minpro", grid.COMMON_STAGE) else 0.0
+
+    found = {(one.family, one.objective): one for one in comparisons(made_record(planted, 7))}
+    assert verdict(*found[COMMON, "scaled_cispo"].interval) == "for"
+    assert verdict(*found["controls", "scaled_cispo"].interval) != "for"
 
 
 def test_without_an_effect_the_primary_claim_is_made_in_one_study_of_forty() -> None:
@@ -258,6 +273,7 @@ def test_the_page_of_a_complete_record(tmp_path: Path) -> None:
     assert primary is not None
     assert primary[0] in tables
     assert text.count("| controls |") == 2
+    assert text.count("| common rate |") == 3
     assert "| others |" not in text
     assert tables.count("| others |") == len(REST)
     assert tables.count("**0.00025: 0.600**") == len(OBJECTIVES)
