@@ -45,11 +45,11 @@ LEARNING = (
 )
 TRACED = range(1, 3)  # global steps
 STOPPED_WITHIN_S = 50  # of wall time: a busy machine needs more than the few seconds it takes otherwise
-# Nothing fails in this run, no alarm is raised, no benchmark is evaluated, no correction, no environment and no factor
-# of the learning rate is set, and there is no GPU.
+# Nothing fails in this run, no alarm is raised, no benchmark is evaluated, no correction, no environment, no top_k and
+# no factor of the learning rate is set, the servers have memory of their own, and there is no GPU.
 WHERE_IT_HAPPENS = (
     "fleet/failures/", "fleet/invalid_answers/", "evaluation/", "alarms/raised_by_kind/", "memory/gpu_",
-    "throughput/mfu", "corrections/", "episode/", "optimizer/learning_rate_factor",
+    "throughput/mfu", "corrections/", "episode/", "optimizer/learning_rate_factor", "support/", "time/turn_s",
 )  # fmt: skip
 HISTOGRAMS = {"ratio/log", "prefix_min/log", "prefix_ratio/gap", "response/length", "staleness/token"}
 

@@ -304,7 +304,7 @@ def test_ports_end_at_65535(folder):
     ("present", "pattern"),
     [
         (0, r"^device and server.device = cuda: no usable NVIDIA GPU .*set device=cpu server.device=cpu$"),
-        (2, r"^parallel's world size 2 \+ .*tensor_parallel 1 = 3 GPUs: 2 visible"),
+        (2, r"^parallel's world size 2 and .*tensor_parallel 1, with .*disaggregated, need 3 GPUs: 2 visible"),
         (3, None),
     ],
 )
