@@ -5,9 +5,10 @@
 
 Each prompt is sampled --samples times. The output has all rows of the prompt file in their order, with the fields
 `pass_rate`, the share of correct responses, and `measured`: the model, and the numbers of samples and of correct ones.
-All other fields keep their bytes. It may be the prompt file itself. With --selected, the rows whose pass rate is
-between the bounds are also written to a file of their own; without it, a run selects by data.min_pass_rate and
-data.max_pass_rate. pass@k over the prompts, with 95 % intervals, is printed, and is in OUTPUT's name with .report.json.
+All other fields keep their bytes. It may be the prompt file itself; no other file may be one that is given or written.
+With --selected, the rows whose pass rate is between the bounds are also written to a file of their own; without it, a
+run selects by data.min_pass_rate and data.max_pass_rate. pass@k over the prompts, with 95 % intervals, is printed, and
+is in OUTPUT's name with .pass_rates.json.
 
 A prompt's `prefix` is given to the model, so the pass rates of prefixed prompts are measured too (PrefixRL,
 arXiv:2601.18795). A response that cannot be graded counts as wrong.

@@ -15,6 +15,7 @@ from minpro_megatron.files.replacement import replace_file
 from minpro_megatron.launch.evaluation import check_before_sampling, sample_missing
 from minpro_megatron.launch.evaluation_options import EvaluationOptions, run_config, wording
 from minpro_megatron.launch.evaluation_prompts import read_benchmarks, sampling_settings
+from minpro_megatron.launch.own_prompts import check_written_files
 from minpro_megatron.launch.preflight.reward_check import grader_problems
 from minpro_megatron.prompt_sets.pass_rates import Measured, rows_with_pass_rates
 from minpro_megatron.prompts.prompts import read_lines
@@ -41,6 +42,11 @@ class PassRateOptions:
     def folder(self) -> Path:
         return self.samples_folder or self.output.with_suffix(".pass_rates")
 
+    @property
+    def report(self) -> Path:
+        """Not .report.json: that of `minpro prepare` stands beside the prompt file, which may be the output."""
+        return self.output.with_suffix(".pass_rates.json")
+
     def selects(self, found: Measured) -> bool:
         return self.min_pass_rate <= found.pass_rate <= self.max_pass_rate
 
@@ -48,6 +54,11 @@ class PassRateOptions:
 def measure_pass_rates(options: PassRateOptions) -> int:
     """Samples what is missing, and writes the files. Returns the exit status. Raises UserError for errors in the
     input."""
+    check_written_files(
+        {"--prompts": [options.prompts]},
+        {"--output": options.output, "--selected": options.selected, "the report of --output": options.report},
+        rewritten=[("--output", "--prompts")],
+    )
     asked = EvaluationOptions(
         model=options.model,
         benchmarks=[PROMPTS],
@@ -115,7 +126,7 @@ def _report(options: PassRateOptions, scores: BenchmarkScores, counts: Sequence[
     if options.selected:
         report["selected"] = num_selected
         print(f"wrote {num_selected} of {scores.num_prompts} prompts to {options.selected}")
-    replace_file(options.output.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
+    replace_file(options.report, json.dumps(report, indent=2) + "\n")
     for k in ks:
         found = scores.pass_at_k[k]
         print(f"pass@{k:<4d} {found.value:.4f}  ({found.low:.4f} to {found.high:.4f})")

@@ -20,6 +20,7 @@ from minpro_megatron.launch.evaluation_options import FLAGS, EvaluationOptions, 
 from minpro_megatron.launch.evaluation_prompts import read_benchmarks, sampling_settings
 from minpro_megatron.launch.given_traces import GivenTraces, add_traces_of_run, add_traces_of_texts
 from minpro_megatron.launch.measured_cuts import MeasuredCuts
+from minpro_megatron.launch.own_prompts import check_written_files
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.prompt_sets.cut_search import Band
 from minpro_megatron.prompt_sets.prefixes import Cuts, Prefix, Trace, prefixes_of, training_rows
@@ -52,6 +53,10 @@ class PrefixOptions:
     bands: Sequence[Band]
     cut_samples: int
     settings: Mapping[str, Any]
+
+    @property
+    def report(self) -> Path:
+        return self.output.with_suffix(".report.json")
 
     @property
     def sampled_at_most(self) -> int:
@@ -187,6 +192,15 @@ def _tell(work: PrefixWork, groups: Sequence[SampledGroup]) -> None:
 
 def make_prefixes(options: PrefixOptions) -> int:
     """Samples, cuts and writes. Returns the exit status. Raises UserError and ValueError for errors in the input."""
+    check_written_files(
+        {"--prompts": [options.prompts], "--texts": options.texts},
+        {
+            "--output": options.output,
+            "--plain-output": options.plain_output,
+            "--demonstrations": options.demonstrations,
+            "the report of --output": options.report,
+        },
+    )
     folder = options.samples_folder or options.output.with_suffix(".samples")
     asked = EvaluationOptions(
         model=options.model,
@@ -254,7 +268,7 @@ def _write(work: PrefixWork, groups: Sequence[SampledGroup], given: GivenTraces)
         whole = [row | {"response": traces[row["id"]].text, "trace": traces[row["id"]].origin} for row in plain]
         replace_file(options.demonstrations, _json_lines(whole))
     text = json.dumps(counts | ({"unused_traces": given.unused} if given.unused else {}), indent=2)
-    replace_file(options.output.with_suffix(".report.json"), text + "\n")
+    replace_file(options.report, text + "\n")
     for name, number in counts.items():
         print(f"{number:8d} {name.replace('_', ' ')}")
     print(f"wrote {options.output}")

@@ -51,7 +51,7 @@ def test_nothing_is_written_before_every_prompt_has_its_samples(given: list[str]
         row | {"pass_rate": RIGHT[row["id"]] / 4, "measured": facts | {"right": RIGHT[row["id"]]}} for row in ROWS
     ]
     assert [one.pass_rate for one in load_prompts(tmp_path / "out.jsonl", "data.train_file")] == [1.0, 0.0, 0.75]
-    report = json.loads((tmp_path / "out.report.json").read_text())
+    report = json.loads((tmp_path / "out.pass_rates.json").read_text())
     # of four samples with three right, every pair has a right one
     assert report["pass_at_k"] == pytest.approx({"1": 1.75 / 3, "2": 2 / 3, "4": 2 / 3})
     assert (report["never_right"], report["always_right"], report["ungraded_responses"]) == (1, 1, 0)
@@ -60,6 +60,7 @@ def test_nothing_is_written_before_every_prompt_has_its_samples(given: list[str]
 def test_other_bounds_and_the_prompt_file_itself_as_output_sample_nothing_again(
     given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "in.report.json").write_text("what `minpro prepare` dropped")
     folder = ["--samples-folder", str(tmp_path / "samples")]
     while pass_rates.main([*given, *folder]):
         pass
@@ -69,6 +70,7 @@ def test_other_bounds_and_the_prompt_file_itself_as_output_sample_nothing_again(
     bounds = ["--selected", str(hard), "--max-pass-rate", "0.75"]
     assert pass_rates.main([*given, *folder, *bounds, "--output", str(tmp_path / "in.jsonl")]) == 0
     assert (tmp_path / "in.jsonl").read_bytes() == written
+    assert (tmp_path / "in.report.json").read_text() == "what `minpro prepare` dropped"
     assert [json.loads(line)["id"] for line in hard.read_text().splitlines()] == ["p0", "p1"]
     assert pass_rates.main([*given, *folder]) == 0  # from the file that has its pass rates
     assert (tmp_path / "out.jsonl").read_bytes() == written
@@ -105,3 +107,29 @@ def test_impossible_options_are_refused(
 def test_a_missing_prompt_file_is_named_by_its_option(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert pass_rates.main([*given, "--prompts", "elsewhere.jsonl"]) == 2
     assert "--prompts = 'elsewhere.jsonl': No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--selected", "in.jsonl"], "--selected {0}/in.jsonl is the file of --prompts, which it would replace"),
+        (["--selected", "out.jsonl"], "--selected {0}/out.jsonl is the file of --output, which"),
+        (["--selected", "link.jsonl"], "--selected {0}/link.jsonl is the file of --prompts, which"),
+        (["--selected", "in.jsonl", "--output", "in.jsonl"], "--selected {0}/in.jsonl is the file of --prompts, which"),
+        (["--selected", "out.pass_rates.json"], "the report of --output {0}/out.pass_rates.json is the file of --sel"),
+    ],
+)
+def test_no_file_is_written_in_place_of_another(
+    given: list[str],
+    arguments: list[str],
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(work, "sample_missing", None)  # refused before anything is sampled
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "in.jsonl")
+    before = (tmp_path / "in.jsonl").read_bytes()
+    assert pass_rates.main([*given, *(str(tmp_path / one) if "." in one else one for one in arguments)]) == 2
+    assert problem.format(tmp_path) in capsys.readouterr().err
+    assert (tmp_path / "in.jsonl").read_bytes() == before

@@ -257,3 +257,23 @@ def test_impossible_cuts_are_refused(
     with pytest.raises(SystemExit):
         prefixes.main([*given, option, value])
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--output", "hard.jsonl"], "--output {0}/hard.jsonl is the file of --prompts, which it would replace"),
+        (["--plain-output", "out.jsonl"], "--plain-output {0}/out.jsonl is the file of --output, which"),
+        (["--demonstrations", "texts.jsonl", "--texts", "texts.jsonl"], "--demonstrations {0}/texts.jsonl is the file"),
+        (["--demonstrations", "out.report.json"], "the report of --output {0}/out.report.json is the file of --demon"),
+    ],
+)
+def test_no_file_is_written_in_place_of_another(
+    given: list[str], arguments: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (tmp_path / "hard.jsonl").read_bytes()
+    (tmp_path / "texts.jsonl").write_text('{"id": "p0", "response": "7"}\n')
+    assert prefixes.main([*given, *(str(tmp_path / one) if "." in one else one for one in arguments)]) == 2
+    assert problem.format(tmp_path) in capsys.readouterr().err
+    assert (tmp_path / "hard.jsonl").read_bytes() == before
+    assert not (tmp_path / "out.samples").exists()
