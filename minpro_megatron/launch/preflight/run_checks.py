@@ -20,6 +20,7 @@ from minpro_megatron.launch.preflight.environment_check import environment_probl
 from minpro_megatron.launch.preflight.gpu_count import count_gpus
 from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cuda_version, software_problems
 from minpro_megatron.launch.preflight.hook_check import hook_problems
+from minpro_megatron.launch.preflight.length_check import length_problems
 from minpro_megatron.launch.preflight.library_checks import megatron_field_problems, server_argument_problems
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.prompt_checks import data_problems
@@ -39,7 +40,6 @@ from minpro_megatron.records import Prompt
 from minpro_megatron.serving.addresses import is_loopback
 from minpro_megatron.serving.api_key import given_api_key
 from minpro_megatron.serving.ports import listening_error
-from minpro_megatron.serving.server_command import context_length
 from minpro_megatron.serving.watched_server import external_urls
 
 _SPARE_BYTES = 512 * 1024**2  # logs, TensorBoard files and the journal of a short run
@@ -57,7 +57,7 @@ def problems(config: RunConfig) -> list[str]:
 def run_problems(config: RunConfig) -> list[str]:
     """The `problems` that are the same on every machine with access to the run's files."""
     roles = roles_of(config)
-    checks: list[Check] = [_steps, _hf_model]
+    checks: list[Check] = [_steps, _hf_model, length_problems]
     if "train" in roles:
         checks += [_mesh_fits_model, _megatron_model, layer_backend_problems, megatron_field_problems, wandb_problems]
     checks += [data_problems] if config.samples_responses else [_replaced_rollouts]
@@ -197,8 +197,6 @@ def _steps(config: RunConfig) -> Iterator[str]:
 
 def _servers(config: RunConfig) -> Iterator[str]:
     looks: list[Callable[[], object]] = [lambda: given_api_key(config.server), lambda: external_urls(config.server)]
-    if not config.server.urls and (Path(config.model.hf_path) / "config.json").is_file():
-        looks.append(lambda: context_length(config))
     for look in looks:
         try:
             look()

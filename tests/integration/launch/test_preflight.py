@@ -78,6 +78,27 @@ def test_what_does_not_fit_is_found_before_a_role_starts(folder, changes, proble
     assert only_problem(example_config(folder, **changes)) == problem
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.name=sft", "data.demonstrations={folder}/sft.jsonl", "batch.responses_per_prompt=1"],
+        ["debug.journal={folder}/other"],
+        ['server.urls=["http://127.0.0.1:1"]', "server.first_port=0"],
+    ],
+    ids=["demonstrations", "journal", "external servers"],
+)
+def test_trained_sequences_must_fit_the_model_without_own_servers_too(folder, overrides):
+    (folder / "sft.jsonl").write_text('{"id": "1", "prompt": "1+1=", "response": "2"}\n')
+    changes = ["staleness.delay_steps=0", *(override.format(folder=folder) for override in overrides)]
+    longest = with_overrides(
+        example_config(folder), [*changes, "batch.max_tokens_per_row=1024", "sampling.max_response_tokens=496"]
+    )
+    refusal = "sampling.max_prompt_tokens + sampling.max_response_tokens = 513 exceeds the model's max_position"
+    assert not [line for line in problems(longest) if "max_position_embeddings" in line]
+    found = problems(with_overrides(longest, ["sampling.max_response_tokens=497"]))
+    assert [line[: len(refusal)] for line in found if "max_position_embeddings" in line] == [refusal]
+
+
 def test_a_damaged_tokenizer_is_found(folder):
     (folder / "hf" / "tokenizer.json").write_text("{}")
     assert re.search(r"^model.hf_path = .*/hf: .*tokenizer.json: not a tokenizer", only_problem(example_config(folder)))
