@@ -12,7 +12,8 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.sampling import HELDOUT, EvaluationNotGraded, evaluate, evaluation_groups
 from minpro_megatron.fleet.generation import GenerationError
-from minpro_megatron.prompts.prompts import Rendering, TokenizedPrompt, load_prompts, tokenize
+from minpro_megatron.prompts.prompts import TokenizedPrompt, load_prompts, tokenize
+from minpro_megatron.prompts.rendering import Rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import CollectedGroup, EvaluationResult, IssuedGroup, Prompt
 from minpro_megatron.serving.client import SamplingParameters

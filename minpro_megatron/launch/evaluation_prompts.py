@@ -10,7 +10,8 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.benchmarks import BENCHMARKS
 from minpro_megatron.launch.evaluation_options import EvaluationOptions, samples_per_prompt
 from minpro_megatron.models.model_files import read_model_facts
-from minpro_megatron.prompts.prompts import TokenizedPrompt, load_prompts, make_rendering, tokenize
+from minpro_megatron.prompts.prompts import TokenizedPrompt, load_prompts, tokenize
+from minpro_megatron.prompts.rendering import make_rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
 

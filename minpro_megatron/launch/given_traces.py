@@ -16,7 +16,8 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.launch.recipe import read_config
 from minpro_megatron.models.model_files import ModelFacts, model_file, read_model_facts
 from minpro_megatron.prompt_sets.prefixes import Trace
-from minpro_megatron.prompts.prompts import make_rendering, read_lines
+from minpro_megatron.prompts.prompts import read_lines
+from minpro_megatron.prompts.rendering import make_rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
 from minpro_megatron.rewards.graders import Graders, SampledText
@@ -72,11 +73,10 @@ class _JournalTraces:
         try:
             self._facts = read_model_facts(path, config.sampling.extra_stop_tokens)
             self._tokenizer = TextTokenizer(path, self._facts)
-            rendered = make_rendering(config.data, path)(prompts)
+            encoded = make_rendering(config.data, path).encode(prompts, self._tokenizer)
             self._is_own_tokenizer = _tokenizer_file(path) == _tokenizer_file(model)
         except OSError as error:
             raise UserError(f"--runs {config.run_dir}: its tokenizer is needed to read its tokens: {error}") from None
-        encoded = self._tokenizer.encode_all(rendered)
         self.question_ids = {prompt.id: ids for prompt, ids in zip(prompts, encoded, strict=True)}
         self._config = config
 

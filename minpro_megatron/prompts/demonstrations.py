@@ -11,7 +11,8 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.prompts.chat_template import ChatTemplate
-from minpro_megatron.prompts.prompts import make_rendering, read_lines
+from minpro_megatron.prompts.prompts import read_lines
+from minpro_megatron.prompts.rendering import make_rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
 
@@ -50,7 +51,7 @@ def read_demonstrations(config: RunConfig) -> list[Demonstration]:
     facts = read_model_facts(config.model.hf_path)
     tokenizer = TextTokenizer(config.model.hf_path, facts)
     prompts = [_prompt(row) for row in rows]
-    encoded = tokenizer.encode_all(make_rendering(config.data, config.model.hf_path)(prompts))
+    encoded = make_rendering(config.data, config.model.hf_path).encode(prompts, tokenizer)
     prefixes = tokenizer.encode_all([row.prefix for row in rows])
     responses = tokenizer.encode_given([row.response for row in rows])
     end = np.asarray([_end_token(config, tokenizer, facts.stop_token_ids[0])], np.int32)

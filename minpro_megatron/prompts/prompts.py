@@ -11,13 +11,12 @@ import msgspec
 import numpy as np
 
 from minpro_megatron.config.data import DataConfig
-from minpro_megatron.config.instructions import instruct, instruction_text
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.errors import UserError
-from minpro_megatron.prompts.chat_template import ChatTemplate
 from minpro_megatron.prompts.other_files import problem_of_kind, problem_of_schema
 from minpro_megatron.prompts.prompt_order import EpochOrder, SourceDraw
+from minpro_megatron.prompts.rendering import AS_THEY_ARE, Rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import IssuedGroup, Prompt
 
@@ -169,44 +168,12 @@ class TokenizedPrompt:
     token_ids: np.ndarray  # int32
 
 
-Rendering = Callable[[Sequence[Prompt]], list[str]]
-
-
-def make_rendering(data: DataConfig, hf_path: str) -> Rendering:
-    """A function that converts prompts to the texts that the policy continues: instruction, then chat template, which
-    gets the system message. Without a template it raises UserError for a prompt with a system message.
-
-    Raises UserError or FileNotFoundError if a chat template is wanted and the model has none.
-    """
-    text = instruction_text(data.instruction)
-    if data.chat_template:
-        template = ChatTemplate(hf_path, data.chat_template_arguments)
-        return lambda prompts: template.render_all(
-            [instruct(text, prompt.text) for prompt in prompts], systems=[prompt.system for prompt in prompts]
-        )
-
-    def render(prompts: Sequence[Prompt]) -> list[str]:
-        if with_system := [prompt.id for prompt in prompts if prompt.system]:
-            raise UserError(
-                f"data.chat_template = false: the prompt {with_system[0]!r} has a system message, which only a chat "
-                "template can present; set data.chat_template to true, or remove `system` from the rows"
-            )
-        return [instruct(text, prompt.text) for prompt in prompts]
-
-    return render
-
-
-def as_they_are(prompts: Sequence[Prompt]) -> list[str]:
-    """The rendering without instruction and template."""
-    return [prompt.text for prompt in prompts]
-
-
 def tokenize(
     prompts: list[Prompt],
     tokenizer: TextTokenizer,
     max_tokens: int,
     setting: str,
-    rendering: Rendering = as_they_are,
+    rendering: Rendering = AS_THEY_ARE,
 ) -> list[TokenizedPrompt]:
     """The prompts of at most `max_tokens` tokens, including the prefix. Longer ones are dropped, with a warning that
     counts them.
@@ -230,14 +197,14 @@ def none_fits(setting: str, max_tokens: int) -> UserError:
 
 
 def fitting(
-    prompts: Sequence[Prompt], tokenizer: TextTokenizer, max_tokens: int, rendering: Rendering = as_they_are
+    prompts: Sequence[Prompt], tokenizer: TextTokenizer, max_tokens: int, rendering: Rendering = AS_THEY_ARE
 ) -> list[TokenizedPrompt]:
     """The prompts of 1 to `max_tokens` tokens, including the prefix.
 
     A prefix is tokenized separately from the text before it, so the boundary lies between the same tokens for every
     prefix.
     """
-    encoded = tokenizer.encode_all(rendering(prompts))
+    encoded = rendering.encode(prompts, tokenizer)
     prefixes = tokenizer.encode_all([prompt.prefix for prompt in prompts])
     return [
         TokenizedPrompt(prompt, np.concatenate([token_ids, prefix_ids]))

@@ -45,9 +45,27 @@ class TextTokenizer:
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The token ids of each text, int32, without begin or end tokens: the text is the whole prompt."""
+        """The token ids of each text, int32, without begin or end tokens: for a part of a prompt, and for a text that
+        holds its own."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_with_begin(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids of each text, int32, after the begin tokens of this tokenizer, such as `<|begin_of_text|>`. A
+        text that starts with them gets no second ones, and one without tokens stays empty."""
+        begin = self._begin_ids
+        return [
+            ids if not len(ids) or np.array_equal(ids[: len(begin)], begin) else np.concatenate([begin, ids])
+            for ids in self.encode_all(texts)
+        ]
+
+    @cached_property
+    def _begin_ids(self) -> np.ndarray:
+        """What the post-processor of tokenizer.json puts in front of every text, int32; empty for most models, such as
+        Qwen. What it puts behind is left out: the policy continues the text."""
+        encoding = self._tokenizer.encode("x", add_special_tokens=True)
+        mask = encoding.special_tokens_mask  # 1 for the tokens that the post-processor adds
+        return np.asarray(encoding.ids[: mask.index(0) if 0 in mask else 0], dtype=np.int32)
 
     def response_text(self, token_ids: np.ndarray) -> str:
         """The text that is graded: the response without its stop token and other special tokens."""

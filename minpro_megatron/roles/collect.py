@@ -30,11 +30,11 @@ from minpro_megatron.prompts.prompts import (
     PromptStream,
     TokenizedPrompt,
     load_prompts,
-    make_rendering,
     refuse_too_few,
     select_prompts,
     tokenize,
 )
+from minpro_megatron.prompts.rendering import make_rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.rewards.graders import Graders
 from minpro_megatron.run_folder.start_fence import LOOK_EVERY_S, StartFence

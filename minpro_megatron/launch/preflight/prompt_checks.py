@@ -10,11 +10,11 @@ from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.prompts.prompts import (
     fitting,
     load_prompts,
-    make_rendering,
     none_fits,
     refuse_too_few,
     select_prompts,
 )
+from minpro_megatron.prompts.rendering import make_rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
 
@@ -70,7 +70,7 @@ def _length_problems(config: RunConfig, files: dict[str, list[Prompt]]) -> Itera
     fails."""
     try:
         rendering = make_rendering(config.data, config.model.hf_path)
-        rendering([Prompt(id="", source="", text="a question", answer="")])
+        rendering.texts([Prompt(id="", source="", text="a question", answer="")])
     except (UserError, OSError) as error:
         yield str(error)
         return

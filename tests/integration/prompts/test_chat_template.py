@@ -16,7 +16,8 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.prompts import template_process
 from minpro_megatron.prompts.chat_template import ChatTemplate
-from minpro_megatron.prompts.prompts import make_rendering, tokenize
+from minpro_megatron.prompts.prompts import tokenize
+from minpro_megatron.prompts.rendering import make_rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
 from minpro_megatron.roles import collect
@@ -87,7 +88,7 @@ def test_text_and_tokens_are_those_of_transformers(tmp_path: Path, template: str
     data = DataConfig(train_file="", heldout_file="", chat_template=True, chat_template_arguments=arguments)
     rendering = make_rendering(data, str(model))
     prompts = [Prompt(id=str(n), source="s", text=text, answer="") for n, text in enumerate(QUESTIONS)]
-    assert rendering(prompts) == expected(model, QUESTIONS, tokens=False, **arguments)
+    assert rendering.texts(prompts) == expected(model, QUESTIONS, tokens=False, **arguments)
     kept = tokenize(prompts, text_tokenizer(model), 500, "data.train_file", rendering)
     assert [one.token_ids.tolist() for one in kept] == expected(model, QUESTIONS, tokens=True, **arguments)
     begins = [tokenized.token_ids.tolist().count(1) for tokenized in kept]
@@ -103,9 +104,9 @@ def test_a_system_message_comes_before_the_question(tmp_path: Path) -> None:
     theirs = PreTrainedTokenizerFast.from_pretrained(model)
     said = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, return_dict=False)
     data = DataConfig(train_file="", heldout_file="", chat_template=True)
-    assert make_rendering(data, str(model))(prompts) == said
+    assert make_rendering(data, str(model)).texts(prompts) == said
     with pytest.raises(ValueError, match=r"data.chat_template = false: the prompt '0' has a system message"):
-        make_rendering(DataConfig(train_file="", heldout_file=""), str(model))(prompts)
+        make_rendering(DataConfig(train_file="", heldout_file=""), str(model)).texts(prompts)
 
 
 def test_held_out_prompts_are_worded_as_training_ones(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from minpro_megatron.errors import UserError
 from minpro_megatron.launch.given_traces import GivenTraces, add_traces_of_run
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import NOT_SAMPLED, CollectedGroup, IssuedGroup, Prompt, Response
+from minpro_megatron.tiny_model.warm_start import PAD
 from tests.support.calculator_models import write_calculator_model
 from tests.support.journals import collect, in_journal
 from tests.support.run_examples import example_config
@@ -41,9 +44,11 @@ class Run:
         (folder / "run.json").write_text(json.dumps(values))
         self._tokenizer = TextTokenizer(str(model), read_model_facts(str(model)))
 
-    def add(self, one: Prompt, responses: Sequence[tuple[str, float]], **fields: object) -> None:
+    def add(
+        self, one: Prompt, responses: Sequence[tuple[str, float]], begin: Sequence[int] = (), **fields: object
+    ) -> None:
         """A group of complete responses, each with its reward."""
-        ids = np.concatenate(self._tokenizer.encode_all([one.text, one.prefix]))
+        ids = np.concatenate([np.asarray(begin, np.int32), *self._tokenizer.encode_all([one.text, one.prefix])])
         issued = IssuedGroup(
             group_id=len(self.groups),
             batch_index=0,
@@ -96,6 +101,20 @@ def test_a_prefixed_prompts_response_counts_with_its_prefix(model: Path, tmp_pat
     assert trace.token_ids is not None
     parts = [run.groups[0].issued.prompt_token_ids[len("2+1=") :], run.groups[0].responses[0].token_ids[:-1]]
     assert trace.token_ids.tolist() == np.concatenate(parts).tolist()
+
+
+def test_the_begin_token_belongs_to_the_question(model: Path, tmp_path: Path) -> None:
+    """A group without it had another prompt."""
+    path = model / "tokenizer.json"
+    begins = Tokenizer.from_file(str(path))
+    begins.post_processor = TemplateProcessing(single=f"{PAD} $A", special_tokens=[(PAD, 0)])
+    begins.save(str(path))
+    run = Run(tmp_path / "before", model)
+    run.add(prompt(0, prefix="1,2"), [(",3", 1.0)], begin=[0])
+    run.add(prompt(1), [("1,2", 1.0)])
+    given = run.traces(model)
+    assert {name: trace.text for name, trace in given.traces.items()} == {"p0": "1,2,3"}
+    assert given.unused == {"groups of other prompts": 1}
 
 
 def test_right_is_what_that_run_called_right(model: Path, tmp_path: Path) -> None:

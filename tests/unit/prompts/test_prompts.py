@@ -12,12 +12,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from minpro_megatron.config.data import DataConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import ModelFacts
-from minpro_megatron.prompts.prompts import PromptStream, load_prompts, make_rendering, tokenize
+from minpro_megatron.prompts.prompts import PromptStream, load_prompts, tokenize
+from minpro_megatron.prompts.rendering import Rendering, make_rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
 from tests.support.rollout_fakes import RESPONSES, run_config, tokenized_prompts, write_rows
 
 FACTS = ModelFacts(vocabulary_size=16, stop_token_ids=(1,), max_position_embeddings=64)
+WITH_ZERO = Rendering(lambda prompts: [f"{prompt.text}0" for prompt in prompts])
 
 
 def row(number: int, **changes: object) -> dict[str, object]:
@@ -140,7 +142,7 @@ def test_pass_rate_and_prefix_are_read_and_reach_the_group(tmp_path: Path, token
     rows = [row(1, pass_rate=1, prefix="12"), row(2, prefix=""), row(3, pass_rate=None)]
     prompts = load_prompts(write_rows(tmp_path / "rows.jsonl", rows), "data.train_file")
     assert [(prompt.prefix, prompt.pass_rate) for prompt in prompts] == [("12", 1.0), ("", None), ("", None)]
-    kept = tokenize(prompts, tokenizer, 7, "data.train_file", lambda given: [f"{one.text}0" for one in given])
+    kept = tokenize(prompts, tokenizer, 7, "data.train_file", WITH_ZERO)
     assert kept[0].token_ids.tolist() == [4, 13, 4, 14, 3, 4, 5]
     group = PromptStream(kept[:1], run_config(tmp_path)).group(0, 0, 0)
     assert group.prompt_token_ids.tolist() == [4, 13, 4, 14, 3, 4, 5]
@@ -170,7 +172,7 @@ def test_the_prefix_counts_for_the_limit(tmp_path: Path, tokenizer: TextTokenize
 )
 def test_the_instruction_wraps_the_question(instruction: str, text: str) -> None:
     data = DataConfig(train_file="", heldout_file="", instruction=instruction)
-    assert make_rendering(data, "no model is looked at")(
+    assert make_rendering(data, "no model is looked at").texts(
         [Prompt(id="0", source="s", text="What is {x}?", answer="")]
     ) == [text]
 
