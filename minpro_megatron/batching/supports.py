@@ -91,13 +91,14 @@ def _of_tokens(ids: np.ndarray, sizes: np.ndarray, index: np.ndarray) -> np.ndar
 
 
 def support_problem(supports: RowSupports, row: RowShard, vocab_size: int) -> str | None:
-    """The error in the supports of the row's slots, or None: each trained token must keep ids, its own among them."""
+    """The error in the supports of the row's slots, or None: each trained token must keep ids, and any token that does
+    its own among them. The log-prob of a label outside its softmax is NaN, and so is 0 times its gradient."""
     sizes_S, ids = supports
     if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
         return f"a kept id is outside the vocabulary of {vocab_size}"
     has_label = np.zeros(len(sizes_S), bool)
     slots = np.repeat(np.arange(len(sizes_S)), sizes_S)
     has_label[slots[ids == row.label_ids_S[slots]]] = True
-    if not has_label[row.is_trained_S].all():
+    if not has_label[row.is_trained_S | (sizes_S > 0)].all():
         return "a sampled token is not among its kept ids"
     return None

@@ -12,6 +12,8 @@ Rows of FILE, one JSON object per line:
     loss_mask           [0|1]    optional: 0 excludes a response token, also from scans and counts
     rollout_log_probs   [float]  the engine's; needed by loss.truncated_importance, icepop, sequence_importance,
                                  rejection and off_policy_masking
+    kept_ids            [[int]]  with sampling.top_k: what truncated sampling kept at each response token, its own id
+                                 among them; [] for tokens that loss_mask excludes and that were not sampled
 Other fields are ignored. A group of one row and a group with equal rewards have advantage 0. All rows are checked
 before any rank starts; errors are reported with file, line and field, one line per problem, and exit status 2.
 

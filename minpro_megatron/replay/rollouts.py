@@ -165,10 +165,10 @@ def _disagreements(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _wrong_kept_ids(kept: list[list[int]], response: list[int], mask: list[float]) -> Iterator[str]:
-    """The first token that is trained on and not among its kept ids."""
+    """The first token that is not among its kept ids. Only one that is not trained on may keep none."""
     trained = mask or [1] * len(response)
     for index, (ids, token, is_trained) in enumerate(zip(kept, response, trained, strict=False)):
-        if is_trained and token not in ids:
+        if (is_trained or ids) and token not in ids:
             yield f"kept_ids[{index}] = {_shown(ids)}: must contain response_ids[{index}] = {token}"
             return
 

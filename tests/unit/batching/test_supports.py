@@ -95,3 +95,21 @@ def test_a_trained_token_must_be_among_its_kept_ids_and_these_in_the_vocabulary(
     kept = np.repeat(np.arange(len(sizes_S)), sizes_S) != trained
     assert support_problem(RowSupports(none, ids[kept]), shard, 10**6) == "a sampled token is not among its kept ids"
     assert support_problem(RowSupports(sizes_S, ids), shard, int(ids.max())) is not None
+
+
+@pytest.mark.parametrize(("kept", "is_wrong"), [([8, 9], True), ([], False), ([8, 6], False)], ids=str)
+def test_a_masked_token_must_be_among_the_ids_it_keeps(kept: list[int], is_wrong: bool) -> None:
+    """A label outside its softmax makes the whole gradient NaN, also where the loss multiplies it by 0."""
+    (sequence,) = numbered_sequences(seed=3, count=1)
+    supports = support_array(np.array([1, len(kept), 1]), np.array([5, *kept, 7]))
+    masked = replace(
+        sequence,
+        response_ids=np.array([5, 6, 7], np.int32),
+        behavior_log_probs=np.zeros(3, np.float32),
+        rollout_log_probs=np.zeros(3, np.float32),
+        loss_mask=np.array([1, 0, 1], np.float32),
+        supports=supports,
+    )
+    (shard,) = all_shards([masked], 1, 1).values()
+    problem = support_problem(shard_supports(shard), shard, 10**6)
+    assert problem == ("a sampled token is not among its kept ids" if is_wrong else None)

@@ -31,13 +31,13 @@ def test_a_row_is_read_as_it_stands(tmp_path):
     assert second.loss_mask.tolist() == [1, 1, 1]
 
 
-KEPT = [[3, 5], [1, 2], [7, 0, 76]]  # the second token is masked: it need not be among its own
+KEPT = [[3, 5], [1, 76, 2], [7, 0, 76]]
 
 
 def test_kept_ids_are_read_with_top_k(tmp_path):
     (found,) = read_rollouts(write_rows(tmp_path / "rows", GOOD | {"kept_ids": KEPT}), VOCABULARY, False, top_k=3)
     assert found.supports is not None
-    assert found.supports.tolist() == [2, 2, 3, 3, 5, 1, 2, 7, 0, 76]
+    assert found.supports.tolist() == [2, 3, 3, 3, 5, 1, 76, 2, 7, 0, 76]
     (batch,) = replay_batches([found], None, LossConfig(), 8)
     assert batch.sequences[0].supports is found.supports
     assert decode(Rollout, encode(found)).supports.tolist() == found.supports.tolist()  # type: ignore[union-attr]
@@ -49,8 +49,10 @@ def test_kept_ids_are_read_with_top_k(tmp_path):
         (KEPT, 0, "kept_ids: the response was sampled with sampling.top_k; give --set sampling.top_k=..."),
         (None, 3, "kept_ids: the field is missing (sampling.top_k needs it)"),
         (KEPT[:2], 3, "kept_ids: has 2 lists for 3 response_ids"),
-        ([[3], [1], [7]], 3, "kept_ids[2] = [7]: must contain response_ids[2] = 0"),
-        ([[3], [1], [0, 77]], 3, "kept_ids[2][1] = 77: Expected int <= 76"),
+        ([[3], [76], [7]], 3, "kept_ids[2] = [7]: must contain response_ids[2] = 0"),
+        ([[3], [76], []], 3, "kept_ids[2] = []: must contain response_ids[2] = 0"),
+        ([[3], [1, 2], [0]], 3, "kept_ids[1] = [1, 2]: must contain response_ids[1] = 76"),  # also masked, see GOOD
+        ([[3], [76], [0, 77]], 3, "kept_ids[2][1] = 77: Expected int <= 76"),
     ],
 )
 def test_kept_ids_that_do_not_fit_are_named(tmp_path, kept, top_k, problem):
@@ -58,6 +60,13 @@ def test_kept_ids_that_do_not_fit_are_named(tmp_path, kept, top_k, problem):
     with pytest.raises(UserError) as refused:
         read_rollouts(write_rows(tmp_path / "rows", row), VOCABULARY, False, top_k)
     assert str(refused.value).startswith(f"{tmp_path / 'rows'}: line 1: {problem}")
+
+
+def test_a_masked_token_may_keep_no_ids(tmp_path):
+    row = GOOD | {"kept_ids": [[3, 5], [], [0]]}
+    (found,) = read_rollouts(write_rows(tmp_path / "rows", row), VOCABULARY, False, top_k=3)
+    assert found.supports is not None
+    assert found.supports.tolist() == [2, 0, 1, 3, 5, 0]
 
 
 def test_a_response_may_be_empty(tmp_path):
