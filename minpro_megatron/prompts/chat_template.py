@@ -11,6 +11,8 @@ from typing import Any
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import model_file, read_json_object
 
+# Two times that differ in all that a template may write of them, to the weekday and the second.
+_TIMES = ("2001-02-03T04:05:06", "2032-11-24T19:48:57")
 # For rendering. A template renders thousands of prompts per second; one that takes far longer is broken or malicious.
 TIME_LIMIT_S = 60.0
 TIME_LIMIT_PER_PROMPT_S = 0.01
@@ -64,6 +66,13 @@ class ChatTemplate:
             raise self._error(f"it does not show a message of the role {role!r} as it is, which environment.role needs")
         return before, after
 
+    def shows_time(self) -> bool:
+        """Whether the present time, or the date, changes the text. Raises UserError as render_all does."""
+        if "strftime_now" not in self._template:  # its only clock
+            return False
+        first, second = (self._render(["a question"], None, TIME_LIMIT_S, now=now) for now in _TIMES)
+        return first != second
+
     def _render(
         self,
         questions: Sequence[str],
@@ -71,6 +80,7 @@ class ChatTemplate:
         time_limit_s: float,
         systems: Sequence[str] | None = None,
         reply: Mapping[str, str] | None = None,
+        now: str | None = None,
     ) -> list[str]:
         limit_s = time_limit_s + TIME_LIMIT_PER_PROMPT_S * len(questions)
         request = {
@@ -80,6 +90,7 @@ class ChatTemplate:
             "systems": list(systems or [""] * len(questions)),
             "answer": response,
             "reply": reply,
+            "now": now,
             "memory_bytes": MEMORY_LIMIT_BYTES,
             "cpu_s": int(limit_s) + 1,
         }

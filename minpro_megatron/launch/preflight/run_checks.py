@@ -27,6 +27,7 @@ from minpro_megatron.launch.preflight.prompt_checks import data_problems
 from minpro_megatron.launch.preflight.reward_check import reward_problems
 from minpro_megatron.launch.preflight.shared_memory_check import shared_memory_problems
 from minpro_megatron.launch.preflight.stop_tokens import stop_token_warnings
+from minpro_megatron.launch.preflight.template_date import date_warnings
 from minpro_megatron.launch.resume import foreign_entries, holds_a_run, obstacles
 from minpro_megatron.launch.roles import gpus_needed, gpus_together, roles_of
 from minpro_megatron.models.architecture import read_architecture, refuse_uneven_cuts
@@ -77,7 +78,7 @@ def warnings(config: RunConfig) -> list[str]:
     """One line for each probable mistake that does not stop a run. Requires that there are no `run_problems`."""
     if "collect" not in roles_of(config):
         return []
-    return [*_shared_prompts(config), *stop_token_warnings(config), *_open_servers(config)]
+    return [*_shared_prompts(config), *stop_token_warnings(config), *date_warnings(config), *_open_servers(config)]
 
 
 def _open_servers(config: RunConfig) -> Iterator[str]:

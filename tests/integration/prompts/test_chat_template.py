@@ -199,7 +199,7 @@ def test_a_template_that_fails_or_never_ends_is_one_line(tmp_path: Path, templat
 def test_a_template_process_whose_collector_is_gone_ends_by_itself() -> None:
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     request = {"template": endless, "variables": {}, "questions": ["q"], "systems": [""]}
-    request |= {"answer": None, "reply": None, "memory_bytes": 2**31, "cpu_s": 1}
+    request |= {"answer": None, "reply": None, "now": None, "memory_bytes": 2**31, "cpu_s": 1}
     command = [sys.executable, "-I", template_process.__file__]
     run = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, timeout=60)
     assert run.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
