@@ -74,11 +74,14 @@ def comparisons(record: Record) -> list[Comparison]:
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval of MinPRO's advantage says, by the protocol's rule.
+    """What an interval of MinPRO's advantage says, by the protocol's rule. One without width comes from equal
+    differences, of two objectives that collapsed with every seed for instance; how they would vary is not known.
 
     >>> verdict(0.01, 0.09), verdict(-0.01, 0.02), verdict(-0.02, 0.06)
     ('for', 'against: no relevant advantage', 'undecided')
     """
+    if low == high:
+        return "undecided: no difference varies"
     if low > 0:
         return "for"
     if high < 0:
@@ -99,24 +102,29 @@ def steps_to_collapse(trial: StoredTrial) -> float:
 
 
 def relative_variance(trial: StoredTrial, objective: str) -> float:
-    """The mean logarithm of (trace of the gradient's covariance / its squared norm) of `objective`, over the updates at
-    which the run compared gradients; NaN if all of them were 0."""
-    logs = [
-        math.log(one[f"{objective}/variance"] / one[f"{objective}/squared_norm"])
-        for one in trial.compared
-        if one[f"{objective}/squared_norm"] > 0 and one[f"{objective}/variance"] > 0
-    ]
-    return fmean(logs) if logs else math.nan
+    """The logarithm of (trace of the gradient's covariance / squared norm of its expectation) of `objective`, both
+    averaged over the updates at which the run compared gradients; NaN if one of the averages is not above 0.
+
+    The expectation of a gradient's squared norm is that of the expected gradient plus the variance, which is therefore
+    subtracted. What is left is 0 or less at some updates, so that the averages are divided, not the numbers of each
+    update. The first update is left out: the policies are the same there, and with them the gradients of COMPARED,
+    which are far larger than later.
+    """
+    later = trial.compared[1:]
+    variance = sum(one[f"{objective}/variance"] for one in later)
+    squared_mean = sum(one[f"{objective}/squared_norm"] for one in later) - variance
+    return math.log(variance / squared_mean) if variance > 0 and squared_mean > 0 else math.nan
 
 
-def variance_ratio(record: Record, visited_by: str) -> Difference:
+def variance_ratio(record: Record, visited_by: str) -> Difference | None:
     """Log of MinPRO's relative variance over CISPO's at the same weights and on the same responses, of the runs of
-    `visited_by` at the longest delay; over seeds."""
+    `visited_by` at the longest delay; over seeds. None if a run has no estimate: without it, the others would be those
+    that happen to show a large gradient."""
     cispo, minpro = COMPARED
     logs = by_seed(
         record, visited_by, LONGEST, lambda trial: relative_variance(trial, minpro) - relative_variance(trial, cispo)
     )
-    return difference([value for value in logs.values() if math.isfinite(value)])
+    return difference(list(logs.values())) if all(map(math.isfinite, logs.values())) else None
 
 
 def mean_by_position(trials: Sequence[StoredTrial], name: str) -> dict[int, float]:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +22,7 @@ class StoredTrial:
     """A run of the record."""
 
     key: TrialKey
-    setup: str  # digest of settings and initial weights: runs that differ in it are not compared
+    setup: str  # digest of all settings and initial weights: runs that differ in it are not compared
     machine: str
     num_global_steps: int
     evaluate_every: int
@@ -114,8 +114,9 @@ def append(path: Path, trial: StoredTrial) -> None:
 
 
 def merge(path: Path, others: Iterable[Path]) -> int:
-    """Adds the runs of `others` that `path` has not; returns their number. Raises ValueError as `read_record` does, and
-    if two files disagree on a run; then nothing is written."""
+    """Adds the runs of `others` that `path` has not; returns their number. Of a run that several machines did with the
+    same numbers, the first line stays. Raises ValueError as `read_record` does, and if two files disagree on a run;
+    then nothing is written."""
     found, new = read_record(path), list[StoredTrial]()
     for other in others:
         if not other.exists():
@@ -124,9 +125,11 @@ def merge(path: Path, others: Iterable[Path]) -> int:
             if key not in found:
                 found[key] = trial
                 new.append(trial)
-            elif as_line(found[key]) != as_line(trial):
+            elif as_line(replace(trial, machine=(first := found[key]).machine)) != as_line(first):
                 raise ValueError(
-                    f"{other} and {path}: different results of {key.name}; a run gives the same everywhere"
+                    f"{other} and {path}: different results of {key.name}, made with {trial.machine} and "
+                    f"{first.machine}; if these are the same, a run should be too: find the cause with 'repeat'; if "
+                    f"not, remove the line from {other}, whatever its result is"
                 )
     for trial in new:
         append(path, trial)

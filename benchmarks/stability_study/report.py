@@ -33,7 +33,7 @@ from benchmarks.stability_study.grid import (
 from benchmarks.stability_study.measures import difference, paired
 from benchmarks.stability_study.picture import write_picture
 from benchmarks.stability_study.record import StoredTrial, primary_metric, read_record
-from benchmarks.stability_study.work import chosen_rates, selection_means
+from benchmarks.stability_study.work import chosen_rates, missing_keys, selection_means
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -41,7 +41,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 def write_report(path: Path, folder: Path) -> None:
     """Writes the results into `folder`.md; of a complete record also tables and picture into `folder`.
 
-    Raises ValueError for runs of different setups.
+    Raises ValueError for runs of different setups, and for one that is none of the study's.
     """
     record = read_record(path)
     if len(setups := {trial.setup for trial in record.values()}) > 1:
@@ -56,7 +56,7 @@ def write_report(path: Path, folder: Path) -> None:
 
 
 def is_complete(record: Record) -> bool:
-    return sum(key.stage != "selection" for key in record) == NUM_STUDY_RUNS
+    return not missing_keys(record)
 
 
 def progress(record: Record) -> str:
@@ -162,11 +162,11 @@ def _mechanism(record: Record) -> list[str]:
         lines.append(f"`{name}` less CISPO: {gain.mean:+.3f} ({_interval(gain.interval())}).")
     for name in ("minpro", "cispo"):
         ratio = variance_ratio(record, name)
-        bounds = tuple(math.exp(bound) for bound in ratio.interval())
-        lines.append(
-            f"Relative variance of MinPRO's gradient over CISPO's, at the weights of `{name}`: "
-            f"{math.exp(ratio.mean):.3f} ({_interval(bounds)})."
-        )
+        found = "not given, a run shows no mean gradient above its noise"
+        if ratio is not None:
+            bounds = tuple(math.exp(bound) for bound in ratio.interval())
+            found = f"{math.exp(ratio.mean):.3f} ({_interval(bounds)})"
+        lines.append(f"Relative variance of MinPRO's gradient over CISPO's, at the weights of `{name}`: {found}.")
     return lines
 
 

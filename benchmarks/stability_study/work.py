@@ -26,15 +26,17 @@ from benchmarks.stability_study.grid import (
     study_keys,
 )
 from benchmarks.stability_study.record import StoredTrial, append, primary_metric, read_record, stored_trial
-from benchmarks.stability_study.trial import Trial, TrialKey, TrialSettings
+from benchmarks.stability_study.trial import Trial, TrialKey, TrialSettings, objective_section
 from benchmarks.stability_study.warm_start import digest
 
 type Record = Mapping[TrialKey, StoredTrial]
 
 
 def setup_digest(initial: Mapping[str, Tensor], settings: TrialSettings) -> str:
-    """Of what all runs of a record have in common. Runs with different ones cannot be compared."""
-    text = json.dumps(asdict(settings), sort_keys=True) + digest(initial)
+    """Of what all runs of a record have in common, and of every objective's settings. Runs with different ones cannot
+    be compared."""
+    objectives = {name: objective_section(name).model_dump(mode="json") for name in OBJECTIVES}
+    text = json.dumps([asdict(settings), objectives], sort_keys=True) + digest(initial)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -61,7 +63,8 @@ def chosen_rates(record: Record) -> dict[str, float]:
 
 def missing_keys(record: Record) -> list[TrialKey]:
     """The runs that the record lacks and that can be known yet, in order: the selection's, then the study's, which need
-    every objective's rate."""
+    every objective's rate. Raises ValueError for a run that is none of the study's: the same objective, delay and seed
+    with another rate would replace the right one unseen."""
     selection = [
         key
         for objective in OBJECTIVES
@@ -69,6 +72,12 @@ def missing_keys(record: Record) -> list[TrialKey]:
     ]
     rates = chosen_rates(record)
     study = study_keys(rates) if len(rates) == len(OBJECTIVES) else []
+    if others := {key for key in record if key.stage != "selection"} - set(study):
+        chosen = f"which has the rates {', '.join(f'{name} {rate:g}' for name, rate in rates.items())}"
+        raise ValueError(
+            f"{min(others).name} is no run of the study, {chosen if study else 'whose rates are not all chosen'}; "
+            f"remove its line from the record ({len(others)} such lines)"
+        )
     return [key for key in (*selection, *study) if key not in record]
 
 
@@ -86,7 +95,13 @@ def claimed(folder: Path, key: TrialKey) -> Iterator[bool]:
 
 
 def run_missing(path: Path, initial: Mapping[str, Tensor], settings: TrialSettings, say: Callable[[str], None]) -> None:
-    """Does runs until the record at `path` is complete or other processes have claimed the rest."""
+    """Does runs until the record at `path` is complete or other processes have claimed the rest. Raises ValueError if
+    it has runs of another setup, with which new ones could not be compared."""
+    if others := {trial.setup for trial in read_record(path).values()} - {setup_digest(initial, settings)}:
+        raise ValueError(
+            f"{path} has runs of another setup, {', '.join(sorted(others))}, than today's, "
+            f"{setup_digest(initial, settings)}; go on with its own program, or begin another record with --record"
+        )
     claims, times = path.with_name(f"{path.stem}_claims"), path.with_name(f"{path.stem}_times.jsonl")
     started, done = time.monotonic(), 0
     while key := _next_claimed(path, claims, initial, settings, times):

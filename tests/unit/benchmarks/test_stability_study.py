@@ -2,14 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
-import numpy as np
 import pytest
-from scipy.stats import false_discovery_control, ttest_rel
 
 from benchmarks.stability_study import grid, work
 from benchmarks.stability_study.__main__ import main
@@ -20,47 +16,17 @@ from benchmarks.stability_study.analysis import (
     PRIMARY,
     REST,
     by_seed,
-    collapse,
     comparisons,
-    steps_to_collapse,
     variance_ratio,
     verdict,
 )
 from benchmarks.stability_study.grid import DELAYS, LONGEST, MAIN, NUM_STUDY_RUNS, OBJECTIVES, RATES, study_keys
-from benchmarks.stability_study.measures import collapse_version, difference, holm, last_third, paired
-from benchmarks.stability_study.record import StoredTrial, append, as_line, merge, primary_metric, read_record
-from benchmarks.stability_study.report import BEGIN, END, write_report
-from benchmarks.stability_study.trial import TrialKey
+from benchmarks.stability_study.measures import paired
+from benchmarks.stability_study.record import StoredTrial, append, as_line, merge, read_record
+from benchmarks.stability_study.report import BEGIN, END, results, write_report
+from benchmarks.stability_study.trial import COMPARED, TrialKey
 from minpro_megatron.objective.registry import OBJECTIVES as REGISTERED
-
-KEY = TrialKey("study", "minpro", 16, 0, 2.5e-4)
-RATE: dict[str, float] = dict.fromkeys(OBJECTIVES, 2.5e-4)
-
-
-def made(key: TrialKey, accuracy: float, log_variance: float = 0.0) -> StoredTrial:
-    """A run whose accuracy is constant after its start; MinPRO's relative variance is exp(log_variance) of CISPO's."""
-    gradients = {"cispo/squared_norm": 2.0, "cispo/variance": 6.0, "minpro/squared_norm": 1.0}
-    return StoredTrial(
-        key, "setup", "machine", 30, 5, None, [0.1, *[accuracy] * 6], {"reward": [accuracy] * 6},
-        {"prefix_min/mean_by_position/1": 1.0, "prefix_min/mean_by_position/32": 0.6,
-         "prefix_ratio/gap_abs_by_position/1": 0.0, "prefix_ratio/gap_abs_by_position/32": 0.4},
-        [gradients | {"minpro/variance": 3.0 * math.exp(log_variance)}],
-    )  # fmt: skip
-
-
-def made_record(advantage: Callable[[TrialKey], float], seed: int, noise: float = 0.02) -> dict[TrialKey, StoredTrial]:
-    """A complete record: accuracy 0.6 + advantage(key) + the seed's part + noise."""
-    random = np.random.default_rng(seed)
-    of_seed = random.normal(0, 0.1, 10)
-    keys = [
-        TrialKey("selection", objective, LONGEST, place, rate)
-        for objective in OBJECTIVES for rate in RATES for place in grid.SELECTION_SEEDS
-    ]  # fmt: skip
-    record = {key: made(key, 0.5 + 0.1 * (key.learning_rate == 2.5e-4)) for key in keys}
-    for key in study_keys(RATE):
-        accuracy = 0.6 + advantage(key) + of_seed[key.seed] + random.normal(0, noise)
-        record[key] = made(key, float(accuracy), -0.5 + random.normal(0, 0.05))
-    return record
+from tests.support.stability_records import AT_START, KEY, RATE, made, made_record
 
 
 def test_the_grid_has_the_protocols_seeds() -> None:
@@ -132,58 +98,15 @@ def test_records_survive_a_cut_and_merge_if_they_agree(tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     append(other, replace(runs[2], heldout=[0.0]))
     before = ours.read_bytes()
-    with pytest.raises(ValueError, match="different results of study minpro delay 16 seed 2"):
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    append(elsewhere, replace(runs[2], machine="another"))
+    assert merge(ours, [elsewhere]) == 0  # the same numbers: the first line stays
+    with pytest.raises(ValueError, match=r"different results of study minpro delay 16 seed 2.*remove the line from"):
         merge(ours, [other])
     assert ours.read_bytes() == before
     other.write_text("{}\n")
     with pytest.raises(ValueError, match=r"other\.jsonl, line 1: no run of the study"):
         read_record(other)
-
-
-def test_the_primary_metric_is_the_last_thirds_mean_and_0_after_an_end() -> None:
-    run = replace(made(KEY, 0.0), heldout=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
-    assert last_third(range(0, 31, 5), run.heldout) == primary_metric(run) == pytest.approx(0.65)
-    ended = replace(run, heldout=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], ended_at=27)
-    assert primary_metric(ended) == pytest.approx(0.3)
-    assert collapse(ended) == 30
-    assert collapse(replace(ended, heldout=[0.0, 0.0], ended_at=7)) == 7
-    assert (collapse(run), steps_to_collapse(run)) == (None, 30)
-
-
-def test_a_dip_that_recovers_is_no_collapse() -> None:
-    versions = [0, 5, 10, 15, 20]
-    assert collapse_version(versions, [0.2, 0.8, 0.3, 0.5, 0.3]) == 20
-    assert collapse_version(versions, [0.2, 0.8, 0.3, 0.3, 0.1]) == 10
-    assert collapse_version(versions, [0.2, 0.8, 0.3, 0.5, 0.4]) is None
-
-
-def test_intervals_cover_and_p_values_are_students() -> None:
-    random = np.random.default_rng(1)
-    for count, comparisons_made in ((5, 1), (10, 1), (5, 21)):
-        draws = random.normal(0.3, 1.0, (4000, count))
-        covered = [
-            low < 0.3 < high for low, high in (difference(list(row)).interval(comparisons_made) for row in draws)
-        ]
-        expected = 1 - 0.05 / comparisons_made
-        assert abs(fmean(covered) - expected) < 4 * math.sqrt(expected * (1 - expected) / 4000)
-    ours, theirs = random.normal(0.5, 0.1, 6), random.normal(0.4, 0.1, 6)
-    found = paired(dict(enumerate(ours)), dict(enumerate(theirs)) | {9: 5.0})  # seed 9 has no partner
-    expected = ttest_rel(ours, theirs)
-    assert found.p_value == pytest.approx(expected.pvalue)
-    assert found.interval() == pytest.approx(tuple(expected.confidence_interval(0.95)))
-    assert math.isnan(difference([0.3]).p_value)
-    assert difference([0.3]).interval() == (-math.inf, math.inf)
-
-
-def test_holm_keeps_the_error_rate_of_a_family() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm 1979, worked out by hand
-    assert holm([math.nan, 0.02])[1] == pytest.approx(0.04)
-    random = np.random.default_rng(2)
-    families = random.random((2000, 21))
-    wrong = fmean(min(holm(list(family))) < 0.05 for family in families)
-    assert abs(wrong - 0.05) < 4 * math.sqrt(0.05 * 0.95 / 2000)
-    # never below the adjustment that controls less, the false discovery rate
-    assert all((np.array(holm(list(row))) >= false_discovery_control(row) - 1e-12).all() for row in families[:50])
 
 
 def test_the_families_have_every_comparison_once() -> None:
@@ -229,16 +152,41 @@ def test_without_an_effect_the_primary_claim_is_made_in_one_study_of_forty() -> 
     assert verdicts.count("against: no relevant advantage") > 200  # noise of 0.02 is small enough to exclude 0.03
 
 
+def test_equal_differences_decide_nothing() -> None:
+    record = made_record(lambda _: 0.0, 8)
+    for key in [key for key in record if key.delay == 4 and key.objective in ("minpro", "cppo")]:
+        record[key] = made(key, 0.0)  # both collapsed, with every seed
+    one = next(one for one in comparisons(record) if (one.objective, one.delay) == ("cppo", 4))
+    assert (one.interval, math.isnan(one.adjusted_p)) == ((0.0, 0.0), True)
+    assert verdict(*one.interval) == "undecided: no difference varies"
+
+
 def test_the_relative_variance_is_compared_at_the_same_weights() -> None:
     ratio = variance_ratio(made_record(lambda _: 0.0, 3), "cispo")
+    assert ratio is not None
     assert math.exp(ratio.mean) == pytest.approx(math.exp(-0.5), rel=0.05)
     assert ratio.count == 10
     assert ratio.interval()[1] < 0
 
 
+def test_no_variance_ratio_is_given_if_a_run_shows_no_mean_gradient() -> None:
+    record = made_record(lambda _: 0.0, 3)
+    collapsed = {f"{name}/{of}": 0.0 for name in COMPARED for of in ("squared_norm", "variance")}
+    noise = {"cispo/squared_norm": 5.0, "cispo/variance": 6.0, "minpro/squared_norm": 3.0, "minpro/variance": 2.0}
+    for compared in ([AT_START, noise], [AT_START, collapsed], [AT_START]):
+        record[KEY] = replace(record[KEY], compared=compared)
+        assert variance_ratio(record, "minpro") is None
+        assert variance_ratio(record, "cispo") is not None
+    assert "at the weights of `minpro`: not given, a run shows no mean gradient above its noise" in results(record)
+    # An update without any advantage is one of those that the mean is taken over.
+    record[KEY] = replace(record[KEY], compared=[AT_START, noise | {"cispo/squared_norm": 8.0}, collapsed])
+    assert variance_ratio(record, "minpro") is not None
+
+
 def page_of(record: dict[TrialKey, StoredTrial], folder: Path) -> str:
     """The page that is written for a record, with text around its results."""
     path, page = folder / "study" / "results.jsonl", folder / "study.md"
+    folder.mkdir(exist_ok=True)
     for trial in record.values():
         append(path, trial)
     page.write_text(f"before\n{BEGIN}\nformer\n{END}\nafter\n")
@@ -258,6 +206,21 @@ def test_a_page_without_all_runs_draws_no_conclusion(tmp_path: Path) -> None:
     assert "complete for 9 of 9" in text
     assert "\n" not in text
     assert not (tmp_path / "study" / "tables.md").exists()
+
+
+def test_a_study_run_with_another_rate_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = made_record(lambda _: 0.0, 4)
+    other = replace(KEY, learning_rate=5e-4)
+    record[other] = made(other, 0.9)
+    with pytest.raises(ValueError, match=rf"{other.name} is no run of the study, .* minpro 0\.00025.*; remove"):
+        page_of(record, tmp_path)
+    assert main(["status", "--record", str(tmp_path / "study" / "results.jsonl")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    record.pop(KEY)  # as many runs as the study has, but not those
+    with pytest.raises(ValueError, match="is no run of the study"):
+        page_of(record, tmp_path / "again")
+    with pytest.raises(ValueError, match="is no run of the study, whose rates are not all chosen"):
+        work.missing_keys({KEY: record[replace(KEY, seed=1)]})
 
 
 def test_runs_of_different_setups_are_not_compared(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from benchmarks.stability_study.policy import Policy
 from benchmarks.stability_study.record import StoredTrial, append, as_line, read_record, stored_trial
 from benchmarks.stability_study.trial import Rollouts, Trial, TrialKey, TrialResult, TrialSettings, objective_section
 from benchmarks.stability_study.warm_start import initial_weights, noisy_responses
+from minpro_megatron.config.objective import ObjectiveSection
 from minpro_megatron.objective.advantages import group_advantages
 from minpro_megatron.objective.loss_functions.loss_call import objective_loss
 from tests.support.reference_models import one_thread
@@ -22,6 +23,7 @@ SMALL = TrialSettings(
     num_global_steps=3, num_prompts=4, responses_per_prompt=4, mini_batch_prompts=2, warmup_updates=1,
     evaluate_every=1, evaluation_prompts=8, compare_every=2,
 )  # fmt: skip
+RECORD = Path(work.__file__).parent / "results.jsonl"
 KEY = TrialKey("test", "minpro", 1, 9001, 1e-3)  # a seed of no other run
 
 
@@ -218,6 +220,22 @@ def test_an_interrupted_series_gives_the_same_record(tmp_path: Path, monkeypatch
     assert work.repeated(trial, initial_weights(), settings) == trial
     with pytest.raises(ValueError, match="its setup"):
         work.repeated(trial, initial_weights(), SMALL)
+    with pytest.raises(ValueError, match=r"has runs of another setup, .* go on with its own program"):
+        work.run_missing(whole, initial_weights(), SMALL, lines.append)
+
+
+def test_the_setup_covers_the_objectives_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = initial_weights()
+    before = work.setup_digest(weights, TrialSettings())
+    assert {trial.setup for trial in read_record(RECORD).values()} <= {before}
+    original = work.objective_section
+
+    def changed(name: str) -> ObjectiveSection:
+        section = original(name)
+        return section.model_copy(update={"aggregation": "sequence_mean"}) if name == "cppo" else section
+
+    monkeypatch.setattr(work, "objective_section", changed)
+    assert work.setup_digest(weights, TrialSettings()) != before
 
 
 def _interrupted_after(count: int) -> Callable[[Path, StoredTrial], None]:
