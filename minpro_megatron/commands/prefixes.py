@@ -19,8 +19,9 @@ such as 0.2:0.4, a bisection measures places with --cut-samples responses each u
 accuracy becomes the row's `pass_rate`, so that data.curriculum=easy_first trains on long prefixes first. A trace has no
 prefix for a band that none of its measured places is in.
 
-Samples are kept in --samples-folder: the same command resumes after an interruption, and with other cuts samples
-nothing again that it has. The servers are started by this command, or are external ones given with --urls.
+Samples are kept in --samples-folder: the same command resumes after an interruption, and with other cuts, a larger
+--max-samples or other sources it samples nothing again that it has. Episodes (--environment) are no traces.
+The servers are started by this command, or are external ones given with --urls.
 
 The options of servers, sampling and grading are those of `minpro eval`, which are settings of a run.
 """

@@ -58,10 +58,14 @@ def _load(options: EvaluationOptions, name: str) -> list[Prompt]:
 
 
 def sampling_settings(
-    options: EvaluationOptions, config: RunConfig, prompts: Mapping[str, Sequence[TokenizedPrompt]]
+    options: EvaluationOptions,
+    config: RunConfig,
+    prompts: Mapping[str, Sequence[TokenizedPrompt]],
+    *,
+    is_number_fixed: bool = True,
 ) -> dict[str, Any]:
     """The settings that determine the samples: an evaluation resumes only with the same ones. The number of servers and
-    the distribution of work over them are not included."""
+    the distribution of work over them are not included, nor is the number of samples unless it is fixed."""
     samples, server = samples_per_prompt(options), config.server
     episodes = {"environment": config.environment.model_dump(), "max_turns": config.sampling.max_turns}
     return {
@@ -69,7 +73,7 @@ def sampling_settings(
         "model_files": _model_fingerprint(Path(options.model)),
         "benchmarks": {
             name: {
-                "samples_per_prompt": samples[name],
+                **({"samples_per_prompt": samples[name]} if is_number_fixed else {}),
                 "num_prompts": len(tokenized),
                 "prompts_digest": _prompts_digest(tokenized),
             }

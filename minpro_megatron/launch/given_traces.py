@@ -15,14 +15,12 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.launch.recipe import read_config
 from minpro_megatron.models.model_files import ModelFacts, model_file, read_model_facts
-from minpro_megatron.prompt_sets.prefixes import Trace
+from minpro_megatron.prompt_sets.prefixes import PREFIXED, Trace
 from minpro_megatron.prompts.prompts import read_lines
 from minpro_megatron.prompts.rendering import make_rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
 from minpro_megatron.records import Prompt
 from minpro_megatron.rewards.graders import Graders, SampledText
-
-PREFIXED = "#prefix-"  # in the ids of prompts with a prefix, after the id of the plain prompt
 
 
 @dataclass

@@ -12,16 +12,13 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.samples import SampledGroup, SampleFile
 from minpro_megatron.evaluation.scores import BenchmarkScores, answers_of, powers_of_two, score_benchmark
 from minpro_megatron.files.replacement import replace_file
-from minpro_megatron.launch.evaluation import check_before_sampling, sample_missing
-from minpro_megatron.launch.evaluation_options import EvaluationOptions, run_config, wording
-from minpro_megatron.launch.evaluation_prompts import read_benchmarks, sampling_settings
-from minpro_megatron.launch.own_prompts import check_written_files
-from minpro_megatron.launch.preflight.reward_check import grader_problems
+from minpro_megatron.launch.evaluation import sample_missing
+from minpro_megatron.launch.evaluation_options import wording
+from minpro_megatron.launch.evaluation_prompts import sampling_settings
+from minpro_megatron.launch.own_prompts import PROMPTS, check_written_files, read_own_prompts
 from minpro_megatron.prompt_sets.pass_rates import Measured, rows_with_pass_rates
 from minpro_megatron.prompts.prompts import read_lines
 from minpro_megatron.roles.evaluate import plan
-
-PROMPTS = "prompts"  # the name in the file of samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,28 +56,16 @@ def measure_pass_rates(options: PassRateOptions) -> int:
         {"--output": options.output, "--selected": options.selected, "the report of --output": options.report},
         rewritten=[("--output", "--prompts")],
     )
-    asked = EvaluationOptions(
-        model=options.model,
-        benchmarks=[PROMPTS],
-        benchmark_files={PROMPTS: options.prompts},
-        samples={"": options.samples},
-        output=options.folder,
-        settings=options.settings,
-    )
-    config = run_config(asked)
-    check_before_sampling(config)
     lines = read_lines(options.prompts, "--prompts")  # now, so that a change meanwhile mixes no two files
-    prompts = read_benchmarks(asked, config)
-    if found := list(
-        grader_problems(config.reward, {"--prompts": [one.prompt for one in prompts[PROMPTS]]}, "--reward")
-    ):
-        raise UserError(found)
-    with SampleFile(options.folder, sampling_settings(asked, config, prompts)) as file:
-        print(wording(asked, config), flush=True)
+    samples = {PROMPTS: options.samples}
+    own = read_own_prompts(options.model, options.prompts, samples, options.folder, options.settings)
+    config = own.config
+    with SampleFile(options.folder, sampling_settings(own.asked, config, own.by_name)) as file:
+        print(wording(own.asked, config), flush=True)
         groups = list(file.groups(lambda response: ""))
-        tasks = plan(prompts, {PROMPTS: options.samples}, config.seed, [group.key for group in groups])
+        tasks = plan(own.by_name, samples, config.seed, [group.key for group in groups])
         if tasks:
-            wanted = {PROMPTS: options.samples * len(prompts[PROMPTS])}
+            wanted = {PROMPTS: options.samples * len(own.tokenized)}
             if status := sample_missing(config, file, tasks, groups, wanted):
                 return status
             groups = list(file.groups(lambda response: ""))

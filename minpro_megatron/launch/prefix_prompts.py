@@ -9,27 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minpro_megatron.config.environment import NO_ENVIRONMENT
 from minpro_megatron.config.options import with_flags
 from minpro_megatron.config.reward import RIGHT_REWARD, is_right
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import FAILED, ProjectError, UserError, report
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
 from minpro_megatron.files.replacement import replace_file
+from minpro_megatron.fleet.open_files import raise_file_limit
 from minpro_megatron.launch.evaluation import serving
-from minpro_megatron.launch.evaluation_options import FLAGS, EvaluationOptions, run_config
-from minpro_megatron.launch.evaluation_prompts import read_benchmarks, sampling_settings
+from minpro_megatron.launch.evaluation_options import FLAGS
+from minpro_megatron.launch.evaluation_prompts import sampling_settings
 from minpro_megatron.launch.given_traces import GivenTraces, add_traces_of_run, add_traces_of_texts
 from minpro_megatron.launch.measured_cuts import MeasuredCuts
-from minpro_megatron.launch.own_prompts import check_written_files
+from minpro_megatron.launch.own_prompts import PROMPTS, check_written_files, read_own_prompts
 from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.prompt_sets.cut_search import Band
 from minpro_megatron.prompt_sets.prefixes import Cuts, Prefix, Trace, prefixes_of, training_rows
 from minpro_megatron.prompts.prompts import TokenizedPrompt
 from minpro_megatron.prompts.tokenizer import TextTokenizer
-from minpro_megatron.rewards.registry import check_reward_name
 from minpro_megatron.roles.evaluate import EvaluationError, Sampler, Task, plan
 
-PROMPTS = "prompts"  # the name in the file of samples
 FIRST_SAMPLES = 8  # of every prompt; then twice as many of those without a correct one, and so on
 DEFAULT_MAX_SAMPLES = 128  # without other sources of traces
 
@@ -192,6 +192,11 @@ def _tell(work: PrefixWork, groups: Sequence[SampledGroup]) -> None:
 
 def make_prefixes(options: PrefixOptions) -> int:
     """Samples, cuts and writes. Returns the exit status. Raises UserError and ValueError for errors in the input."""
+    if (name := options.settings.get("environment.name", NO_ENVIRONMENT)) != NO_ENVIRONMENT:
+        raise UserError(
+            f"--environment = {name!r}: a trace is one turn of the model, and a response with an environment may have "
+            "several; leave the option out"
+        )
     check_written_files(
         {"--prompts": [options.prompts], "--texts": options.texts},
         {
@@ -202,24 +207,17 @@ def make_prefixes(options: PrefixOptions) -> int:
         },
     )
     folder = options.samples_folder or options.output.with_suffix(".samples")
-    asked = EvaluationOptions(
-        model=options.model,
-        benchmarks=[PROMPTS],
-        benchmark_files={PROMPTS: options.prompts},
-        samples={"": options.sampled_at_most or 1},  # those of cuts are not among the settings of the samples
-        output=folder,
-        settings=options.settings,
-    )
-    config = run_config(asked)
-    check_reward_name(config.reward.function, "--reward")
-    prompts = read_benchmarks(asked, config)
-    if given := [prompt.prompt.id for prompt in prompts[PROMPTS] if prompt.prompt.prefix]:
+    own = read_own_prompts(options.model, options.prompts, {}, folder, options.settings)
+    config = own.config
+    if given := [prompt.prompt.id for prompt in own.tokenized if prompt.prompt.prefix]:
         raise UserError(f"--prompts {options.prompts}: {given[0]!r} has a prefix already; give prompts without prefix")
-    tokenizer = TextTokenizer(asked.model, read_model_facts(asked.model, config.sampling.extra_stop_tokens))
-    traces = _given_traces(options, config, prompts[PROMPTS], tokenizer)
-    work = PrefixWork(options, config, prompts[PROMPTS], traces.traces, tokenizer)
-    with SampleFile(folder, sampling_settings(asked, config, prompts)) as file:
+    tokenizer = TextTokenizer(options.model, read_model_facts(options.model, config.sampling.extra_stop_tokens))
+    traces = _given_traces(options, config, own.tokenized, tokenizer)
+    work = PrefixWork(options, config, own.tokenized, traces.traces, tokenizer)
+    settings = sampling_settings(own.asked, config, own.by_name, is_number_fixed=False)
+    with SampleFile(folder, settings) as file:
         if work.next_tasks(read_groups(file, config.reward.right_reward)):
+            raise_file_limit(config)
             try:
                 asyncio.run(sample_rounds(work, file))
             except ProjectError as error:

@@ -13,6 +13,7 @@ from minpro_megatron.config.seeds import derive_seed
 from minpro_megatron.prompt_sets.pass_rates import Measured
 from minpro_megatron.records import Prompt
 
+PREFIXED = "#prefix-"  # in the ids of prompts with a prefix, after the id of the plain prompt
 SAMPLED = "sampled"  # the origin of the traces that the command itself samples
 
 
@@ -107,7 +108,7 @@ def training_rows(
         plain |= {} if prompt.metadata is None else {"metadata": prompt.metadata}
         rows.append(plain if prompt.pass_rate is None else plain | {"pass_rate": prompt.pass_rate})
         for number, prefix in enumerate(prefixes[prompt.id]):
-            row = plain | {"id": f"{prompt.id}#prefix-{number}", "prefix": prefix.text}
+            row = plain | {"id": f"{prompt.id}{PREFIXED}{number}", "prefix": prefix.text}
             if prefix.measured is not None:
                 row |= {"pass_rate": prefix.measured.pass_rate, "measured": msgspec.to_builtins(prefix.measured)}
             origin = traces[prompt.id].origin

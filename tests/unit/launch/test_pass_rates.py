@@ -9,6 +9,7 @@ import pytest
 from minpro_megatron.commands import pass_rates
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
+from minpro_megatron.launch import own_prompts
 from minpro_megatron.launch import pass_rates as work
 from minpro_megatron.prompts.prompts import load_prompts
 from minpro_megatron.roles.evaluate import Task
@@ -35,7 +36,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return 0 if len(tasks) <= LIMIT else 1
 
     monkeypatch.setattr(work, "sample_missing", sample)
-    monkeypatch.setattr(work, "grader_problems", lambda *given: [])  # it starts a process
+    monkeypatch.setattr(own_prompts, "grader_problems", lambda *given: [])  # it starts a process
     names = {"--model": tmp_path / "hf", "--prompts": tmp_path / "in.jsonl", "--output": tmp_path / "out.jsonl"}
     options = [str(part) for pair in names.items() for part in pair]
     return [*options, "--samples", "4", "--reward", "calculator", "--engine", "reference", *LENGTHS]

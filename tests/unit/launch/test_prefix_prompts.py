@@ -10,8 +10,10 @@ import pytest
 
 from minpro_megatron.commands import prefixes
 from minpro_megatron.evaluation.samples import SampledGroup, SampledResponse, SampleFile
-from minpro_megatron.launch import prefix_prompts
-from minpro_megatron.launch.prefix_prompts import PROMPTS, first_right_responses, next_tasks
+from minpro_megatron.launch import own_prompts, prefix_prompts
+from minpro_megatron.launch.given_traces import GivenTraces
+from minpro_megatron.launch.own_prompts import PROMPTS
+from minpro_megatron.launch.prefix_prompts import PrefixWork, first_right_responses, next_tasks
 from minpro_megatron.prompt_sets.prefixes import Cuts, Texts, Trace, cut_places, prefixes_of, training_rows
 from minpro_megatron.prompts.prompts import TokenizedPrompt, load_prompts
 from minpro_megatron.records import Prompt
@@ -196,8 +198,10 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             file.append(group(f"p{number}", 0, ("8", 0.0, "stop"), ("8", 0.0, "stop")))
 
     monkeypatch.setattr(prefix_prompts, "sample_rounds", sample)
+    monkeypatch.setattr(own_prompts, "grader_problems", lambda *given: [])  # it starts a process
     names = {"--model": model, "--prompts": tmp_path / "hard.jsonl", "--output": tmp_path / "out.jsonl"}
     options = [str(part) for pair in names.items() for part in pair]
+    options += ["--max-prompt-tokens", "16", "--max-response-tokens", "32"]
     return [*options, "--max-samples", "2", "--reward", "calculator", "--engine", "reference"]
 
 
@@ -225,6 +229,57 @@ def test_other_cuts_sample_nothing_again(given: list[str], tmp_path: Path, monke
     assert (tmp_path / "out.jsonl").read_text() == first
     assert prefixes.main([*given, "--prefixes", "1", "--longest", "0.5"]) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_more_samples_and_other_sources_resume(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the message for too few correct responses advises keeps the samples so far."""
+    assert prefixes.main(given) == 0
+
+    async def sample(work: PrefixWork, file: SampleFile) -> None:
+        asked = work.next_tasks(prefix_prompts.read_groups(file, 1.0))
+        assert {task.key for task in asked} == {(PROMPTS, f"p{n}", first) for n in (1, 2) for first in (2, 4, 6)}
+        file.append(group("p1", 2, ("1,2,3,4,5,6,7", 1.0, "stop"), ("8", 0.0, "stop")))
+
+    monkeypatch.setattr(prefix_prompts, "sample_rounds", sample)
+    assert prefixes.main([*given, "--max-samples", "8"]) == 0
+    assert json.loads((tmp_path / "out.report.json").read_text())["plain_rows"] == 2
+
+    def add(given_traces: GivenTraces, *_: object) -> None:
+        given_traces.traces["p2"] = Trace("3,4,5,6,7", "texts")
+
+    monkeypatch.setattr(prefix_prompts, "add_traces_of_texts", add)
+    assert prefixes.main([*given, "--max-samples", "0", "--texts", str(tmp_path / "texts.jsonl")]) == 0
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert (report["plain_rows"], report["samples"]) == (3, 8)
+
+
+def test_an_environment_is_refused(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A response of several turns has the environment's answers between them, which no prefix could repeat."""
+    episodes = ["--environment", "python_tool", "--max-turns", "2", "--chat-template"]
+    assert prefixes.main([*given, *episodes]) == 2
+    assert "--environment = 'python_tool': a trace is one turn" in capsys.readouterr().err
+    assert not (tmp_path / "out.samples").exists()
+
+
+def test_what_would_fail_after_the_servers_have_started_is_found_before(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    urls = ["--urls", "http://127.0.0.1:9", "--api-key-variable", "A_VARIABLE_THAT_IS_NOT_SET"]
+    assert prefixes.main([*given, *urls]) == 2
+    assert "A_VARIABLE_THAT_IS_NOT_SET" in capsys.readouterr().err
+    monkeypatch.setattr(own_prompts, "grader_problems", lambda *given: ["--reward: broken on a row of --prompts"])
+    assert prefixes.main(given) == 2
+    assert "--reward: broken on a row of --prompts" in capsys.readouterr().err
+    assert not (tmp_path / "out.samples").exists()
+
+
+def test_the_limit_on_open_files_is_raised_before_sampling(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    raised = []
+    monkeypatch.setattr(prefix_prompts, "raise_file_limit", raised.append)
+    assert prefixes.main(given) == 0
+    assert len(raised) == 1
 
 
 def test_wrong_input_is_reported_in_one_line(
