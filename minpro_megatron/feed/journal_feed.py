@@ -7,6 +7,7 @@ import numpy as np
 
 from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup, StoredResponse, StoredStep
+from minpro_megatron.buffer.journal_settings import top_k_of_run
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import read_model_facts
@@ -28,7 +29,7 @@ def journal_problems(config: RunConfig) -> list[str]:
     field = f"debug.journal = {config.debug.journal}"
     try:
         with JournalReader(Path(config.debug.journal)) as reader:
-            steps = reader.steps()
+            steps, top_k_of_journal = reader.steps(), top_k_of_run(reader.path)
     except JournalError as error:
         return [f"{field}: {error}"]
     if missing := [step for step in range(config.num_global_steps) if step not in steps]:
@@ -38,7 +39,8 @@ def journal_problems(config: RunConfig) -> list[str]:
             f"({held}); lower num_global_steps, or give another journal"
         ]
     wanted = [steps[step] for step in range(config.num_global_steps)]
-    return [f"{field}: {problem}" for problem in _mismatches(config, wanted)]
+    problems = [*_mismatches(config, wanted), *_wrong_supports(config.sampling.top_k, wanted, top_k_of_journal)]
+    return [f"{field}: {problem}" for problem in problems]
 
 
 def _mismatches(config: RunConfig, steps: Sequence[StoredStep]) -> Iterator[str]:
@@ -72,16 +74,30 @@ def _mismatches(config: RunConfig, steps: Sequence[StoredStep]) -> Iterator[str]
             "it lacks the servers' routes for model.routing_replay = rollout; give the journal of a run with this "
             "setting and collector.journal_keep_routes=true, or set it to none"
         )
-    top_k = config.sampling.top_k
-    if top_k and any(step.num_supports < step.num_responses for step in steps):
+
+
+def _wrong_supports(top_k: int, steps: Sequence[StoredStep], top_k_of_journal: int | None) -> Iterator[str]:
+    """`top_k_of_journal` is that of the run that wrote the steps, None if it is not known."""
+    truncated = bool(top_k_of_journal) or any(step.num_supports for step in steps)
+    pruned = [step.step for step in steps if step.num_supports < step.num_whole]
+    if truncated and pruned:
+        known = f" = {top_k_of_journal}" if top_k_of_journal else ""
         yield (
-            f"it lacks the kept ids of truncated sampling for sampling.top_k = {top_k}; give the journal of a run with "
-            "this setting and collector.journal_keep_routes=true, or set it to 0"
+            f"its responses were sampled with sampling.top_k{known}, but the kept ids of global steps "
+            f"{_ranges(pruned)} are no longer in it, and the behavior log-probs are those among them; give the "
+            "journal of a run with collector.journal_keep_routes=true"
         )
-    if not top_k and any(step.num_supports for step in steps):
+    elif truncated and not top_k:
         yield (
             "its responses were sampled with sampling.top_k, and the behavior log-probs are those of the kept ids; set "
             "sampling.top_k as in the run that wrote it"
+        )
+    elif top_k and top_k_of_journal == 0:
+        yield f"its run has sampling.top_k = 0, so there are no kept ids for sampling.top_k = {top_k}; set it to 0"
+    elif top_k and pruned:
+        yield (
+            f"it lacks the kept ids of truncated sampling for sampling.top_k = {top_k}; give the journal of a run with "
+            "this setting and collector.journal_keep_routes=true"
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from minpro_megatron.batching.stored_arrays import read_array
 from minpro_megatron.batching.supports import sizes_and_ids
 from minpro_megatron.buffer.journal_reader import GroupRow, JournalReader, StoredGroup, StoredResponse
+from minpro_megatron.buffer.journal_settings import top_k_of_run
 from minpro_megatron.errors import UserError
 
 
@@ -62,10 +63,12 @@ def without_nan(values: np.ndarray | None) -> list[Any] | None:
 
 
 def export_groups(reader: JournalReader, chosen: Sequence[GroupRow], path: Path) -> str:
-    """A summary of what was written. Raises UserError if nothing can be written, or the file already exists."""
+    """A summary of what was written. Raises UserError if nothing can be written, the file already exists, or a chosen
+    group's log-probs are those among kept ids that were pruned."""
     if path.exists():
         raise UserError(f"--export {path}: the file exists; give a new name")
     num_groups = num_rows = 0
+    top_k = top_k_of_run(reader.path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -73,6 +76,8 @@ def export_groups(reader: JournalReader, chosen: Sequence[GroupRow], path: Path)
                 rows = [
                     r for group in reader.groups("group_id = ?", (row.group_id,)) for r in export_rows(reader, group)
                 ]
+                if top_k and any("kept_ids" not in one for one in rows):
+                    raise UserError(f"--export {path}: {_without_kept_ids(top_k, row)}")
                 file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
                 num_groups += bool(rows)
                 num_rows += len(rows)
@@ -87,4 +92,13 @@ def export_groups(reader: JournalReader, chosen: Sequence[GroupRow], path: Path)
     left_out = len(chosen) - num_groups
     return f"wrote {num_rows} rows of {num_groups} groups to {path}" + (
         f"; {left_out} groups skipped: not scored yet, or pruned" if left_out else ""
+    )
+
+
+def _without_kept_ids(top_k: int, row: GroupRow) -> str:
+    step = "" if row.consumed_step is None else f" (global step {row.consumed_step})"
+    return (
+        f"the run has sampling.top_k = {top_k}, but the kept ids of group {row.group_id}{step} are no longer in the "
+        "journal, and its behavior log-probs are those among them; choose later steps with --step, or export from a "
+        "run with collector.journal_keep_routes=true"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from minpro_megatron.batching.supports import support_array
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.prompts.prompts import PromptStream
 from minpro_megatron.records import Batch, CollectedGroup
@@ -77,6 +78,16 @@ def write_run(
 
     asyncio.run(main())
     return run
+
+
+def with_kept_ids(group: CollectedGroup) -> CollectedGroup:
+    """The group as truncated sampling gives it: each token is among two ids."""
+    responses = []
+    for response in group.responses:
+        ids = response.token_ids
+        supports = support_array(np.full(len(ids), 2), np.stack([ids, (ids + 1) % 24], axis=1).reshape(-1))
+        responses.append(msgspec.structs.replace(response, supports=supports))
+    return msgspec.structs.replace(group, responses=responses)
 
 
 def with_versions(group: CollectedGroup, versions: list[int]) -> CollectedGroup:

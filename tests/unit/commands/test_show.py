@@ -13,12 +13,13 @@ from tokenizers import Tokenizer, models
 
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_checksums import seal_groups
+from minpro_megatron.buffer.journal_pruning import Pruned
 from minpro_megatron.commands.show import main
 from minpro_megatron.records import CollectedGroup
 from minpro_megatron.replay.rollouts import read_rollouts
 from minpro_megatron.terminal_text import visible
 from tests.support.rollout_fakes import NUM_PROMPTS, RESPONSES
-from tests.support.stored_runs import StoredRun, behavior, with_versions, write_run
+from tests.support.stored_runs import StoredRun, behavior, with_kept_ids, with_versions, write_run
 
 HOSTILE = "\x1b[2J[bold red]x[/] :smile: \u202e\x07\r\n\x85fake line"
 
@@ -180,6 +181,25 @@ def test_exported_groups_can_be_replayed(run: StoredRun, tmp_path: Path, capsys:
     other = tmp_path / "other.jsonl"
     assert main([str(run.run_dir), "--export", str(other), "--step", "1", "--limit", "1"]) == 0
     assert {row.group for row in read_rollouts(other, 24, False)} == {"3"}
+
+
+def test_pruned_kept_ids_are_not_left_out_of_the_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def prune_files(journal: Journal, run: StoredRun) -> None:
+        await journal.prune(before_step=1, what=Pruned.FILES)
+
+    run_dir, path = tmp_path / "run", tmp_path / "rows.jsonl"
+    write_run(run_dir, change=with_kept_ids, while_open=prune_files)
+    (run_dir / "run.json").write_text(json.dumps({"sampling": {"top_k": 20}}))
+    assert main([str(run_dir), "--export", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --export {path}: the run has sampling.top_k = 20, but the kept ids of group 0 (global step 0) are no "
+        "longer in the journal, and its behavior log-probs are those among them; choose later steps with --step, or "
+        "export from a run with collector.journal_keep_routes=true\n"
+    )
+    assert not path.exists()
+    assert main([str(run_dir), "--export", str(path), "--step", "1"]) == 0
+    rows = read_rollouts(path, 24, needs_rollout_log_probs=False, top_k=20)
+    assert len(rows) == NUM_PROMPTS * RESPONSES
 
 
 def test_a_group_as_json_has_everything(run: StoredRun, capsys: pytest.CaptureFixture[str]) -> None:

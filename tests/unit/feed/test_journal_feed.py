@@ -1,5 +1,6 @@
 """Another run's journal in the collector's place: its batches as they were consumed, or all that is wrong with it."""
 
+import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ from minpro_megatron.batching.stored_arrays import read_array
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_checksums import seal_groups
 from minpro_megatron.buffer.journal_errors import JournalError
+from minpro_megatron.buffer.journal_pruning import Pruned
 from minpro_megatron.feed.journal_feed import JournalFeed, journal_problems
 from minpro_megatron.records import BehaviorLogProbs, CollectedGroup, CollectorTotals, TrainedStep
 from tests.support.journal_feeds import NUM_STEPS, config_for, make_feed
 from tests.support.rollout_fakes import NUM_PROMPTS
-from tests.support.stored_runs import StoredRun, behavior, with_versions, write_run
+from tests.support.stored_runs import StoredRun, behavior, with_kept_ids, with_versions, write_run
 
 
 def test_every_batch_is_what_its_step_consumed(tmp_path: Path) -> None:
@@ -96,6 +98,45 @@ def test_kept_ids_come_along_where_responses_were_sampled_with_top_k(tmp_path: P
             ]
     with pytest.raises(ValueError, match=r"set sampling\.top_k as in the run that wrote it"):
         make_feed(tmp_path)
+
+
+async def prune_files(journal: Journal, run: StoredRun) -> None:
+    await journal.prune(before_step=2, what=Pruned.FILES)
+
+
+async def prune_all_files(journal: Journal, run: StoredRun) -> None:
+    await journal.prune(before_step=NUM_STEPS, what=Pruned.FILES)
+
+
+@pytest.mark.parametrize("top_k", [0, 9])
+@pytest.mark.parametrize(
+    ("pruning", "of_run", "problem"),
+    [
+        (prune_files, None, "sampling.top_k, but the kept ids of global steps 0 to 1 are no longer in it"),
+        (prune_all_files, 20, "sampling.top_k = 20, but the kept ids of global steps 0 to 2 are no longer in it"),
+    ],
+)
+def test_pruned_kept_ids_are_not_replaced_by_the_whole_softmax(
+    tmp_path: Path, top_k: int, pruning: Callable[..., Any], of_run: int | None, problem: str
+) -> None:
+    write_run(tmp_path / "stored", NUM_STEPS, change=with_kept_ids, while_open=pruning)
+    if of_run is not None:
+        (tmp_path / "stored" / "run.json").write_text(json.dumps({"sampling": {"top_k": of_run}}))
+    (found,) = journal_problems(config_for(tmp_path, f"sampling.top_k={top_k}"))
+    assert found == (
+        f"debug.journal = {tmp_path / 'stored'}: its responses were sampled with {problem}, and the behavior log-probs "
+        "are those among them; give the journal of a run with collector.journal_keep_routes=true"
+    )
+
+
+def test_a_run_without_top_k_is_trained_on_without_it(tmp_path: Path) -> None:
+    write_run(tmp_path / "stored", NUM_STEPS)
+    (tmp_path / "stored" / "run.json").write_text(json.dumps({"sampling": {"top_k": 0}}))
+    assert journal_problems(config_for(tmp_path)) == []
+    (found,) = journal_problems(config_for(tmp_path, "sampling.top_k=9"))
+    assert found.endswith(
+        "its run has sampling.top_k = 0, so there are no kept ids for sampling.top_k = 9; set it to 0"
+    )
 
 
 def other_sizes(group: CollectedGroup) -> CollectedGroup:
