@@ -58,6 +58,7 @@ def supervised() -> RunConfig:
             "batch.mini_batch_prompts=16",
             "batch.responses_per_prompt=1",
             "staleness.delay_steps=0",
+            "evaluation.every_steps=0",
         ],
     )
 

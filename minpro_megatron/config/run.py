@@ -17,6 +17,7 @@ from minpro_megatron.config.checkpoint import CheckpointConfig
 from minpro_megatron.config.collector import CollectorConfig
 from minpro_megatron.config.data import DataConfig
 from minpro_megatron.config.debug import DebugConfig
+from minpro_megatron.config.demonstrations import refuse_contradicting_demonstrations
 from minpro_megatron.config.environment import EnvironmentConfig
 from minpro_megatron.config.evaluation import EvaluationConfig
 from minpro_megatron.config.loss import LossConfig
@@ -114,7 +115,7 @@ class RunConfig(Section):
                 f"loss.overlong_penalty.buffer_tokens = {penalty.buffer_tokens} must not exceed "
                 f"sampling.max_response_tokens = {sampling.max_response_tokens}: lower it"
             )
-        self._demonstrations_agree()
+        refuse_contradicting_demonstrations(self)
         self._episodes_can_be_sampled()
         self._routes_can_be_replayed()
         self._supports_can_be_replayed()
@@ -124,50 +125,6 @@ class RunConfig(Section):
         self._watched_parts_exist()
         self._servers_are_reached()
         return self
-
-    def _demonstrations_agree(self) -> None:
-        given, size = self.data.demonstrations, self.batch.responses_per_prompt
-        if bool(given) != (self.objective.name == "sft"):
-            raise ValueError(
-                f"data.demonstrations = {given!r} with objective.name = {self.objective.name}: sft is the objective of "
-                "runs on demonstrations, and of no others; set both or neither"
-            )
-        if not given:
-            if size < 2:
-                raise ValueError(
-                    f"batch.responses_per_prompt = {size} must be at least 2: advantages are computed within the group"
-                )
-            return
-        if size != 1:
-            raise ValueError(
-                f"batch.responses_per_prompt = {size} with data.demonstrations: a demonstration is one response; set "
-                "it to 1"
-            )
-        wrong = {name: values for name, values in self._of_sampled_responses().items() if values[0] != values[1]}
-        for name, (value, needed) in wrong.items():
-            raise ValueError(
-                f"{name} = {value} with data.demonstrations: it is about sampled responses, and there are none; set "
-                f"it to {needed}"
-            )
-
-    def _of_sampled_responses(self) -> dict[str, tuple[Any, Any]]:
-        """The settings that demonstrations make meaningless: their values, and those that switch them off."""
-        corrections = [name for name, section in self.loss if getattr(section, "enabled", False)]
-        return {
-            "staleness.mode": (self.staleness.mode, "delay"),
-            "staleness.delay_steps": (self.staleness.delay_steps, 0),
-            "staleness.behavior_log_probs": (self.staleness.behavior_log_probs, "trainer"),
-            "sampling.temperature": (self.sampling.temperature, 1.0),
-            "sampling.top_k": (self.sampling.top_k, 0),
-            "batch.dynamic_sampling": (self.batch.dynamic_sampling, False),
-            "data.filter": (self.data.filter, ""),
-            "model.routing_replay": (self.model.routing_replay, "none"),
-            "optimizer.scale_by_effective_sample_size": (self.optimizer.scale_by_effective_sample_size, False),
-            "environment.name": (self.environment.name, "none"),
-            "debug.journal": (self.debug.journal, ""),
-            "debug.trainer": (self.debug.trainer, "megatron"),
-            **{f"loss.{name}.enabled": (True, False) for name in corrections},
-        }
 
     def _episodes_can_be_sampled(self) -> None:
         environment, turns = self.environment, self.sampling.max_turns

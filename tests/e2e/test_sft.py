@@ -22,6 +22,7 @@ def settings(folder: Path, num_steps: int = STEPS) -> list[str]:
     path = folder / "sft.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["objective.name=sft", f"data.demonstrations={path}", "staleness.delay_steps=0"]
+    given += ["evaluation.every_steps=0"]
     given += ["batch.responses_per_prompt=1", "batch.num_prompts=8", "batch.mini_batch_prompts=4"]
     given += ["optimizer.learning_rate=1e-3", "optimizer.warmup_global_steps=0", "checkpoint.every_steps=2"]
     return [*given, f"num_global_steps={num_steps}", "parallel.tensor=2", "parallel.expert=2"]
