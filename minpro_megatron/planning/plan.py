@@ -100,8 +100,16 @@ def plan_run(
 ) -> Plan:
     """The plan of `config` on `cluster`, which lists the problems.
 
-    Raises ValueError if no plan is possible: for an unknown model or kind of GPU, a mesh that does not divide the
-    model, or if the mesh allows no split."""
+    Raises ValueError if no plan is possible: for a run without rollouts of its own, an unknown model or kind of GPU, a
+    mesh that does not divide the model, or if the mesh allows no split."""
+    if not config.samples_responses:
+        name, value = ("data.demonstrations", config.data.demonstrations)
+        if not value:
+            name, value = "debug.journal", config.debug.journal
+        raise UserError(
+            f"{name} = {value}: only runs that sample responses can be planned, and this one has no servers and "
+            "publishes nothing; plan a run without it"
+        )
     architecture = find_architecture(config.model.hf_path)
     refuse_uneven_cuts(architecture, config.parallel)
     workload = workload or Workload.of(config)

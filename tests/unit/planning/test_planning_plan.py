@@ -9,6 +9,7 @@ import pytest
 
 from minpro_megatron.commands import plan as tool
 from minpro_megatron.config.run import with_overrides
+from minpro_megatron.errors import UserError
 from minpro_megatron.models.known_models.find import find_architecture
 from minpro_megatron.planning.cost_model import Batch, Calibration, DecodingServer, TrainerCost
 from minpro_megatron.planning.evaluations import ASSUMED_PROMPTS
@@ -248,6 +249,29 @@ def test_published_decoding_of_a_dense_model_is_met() -> None:
 def test_as_many_responses_run_as_the_cache_holds() -> None:
     assert server().max_running == 256
     assert server(server={"max_total_tokens": 20_000}).max_running == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {
+                "data": {"demonstrations": "sft.jsonl"},
+                "objective": {"name": "sft"},
+                "batch": {"responses_per_prompt": 1},
+                "staleness": {"delay_steps": 0},
+            },
+            "data.demonstrations = sft.jsonl: only runs that sample responses can be planned",
+        ),
+        (
+            {"debug": {"journal": "runs/other"}},
+            "debug.journal = runs/other: only runs that sample responses can be planned",
+        ),
+    ],
+)
+def test_runs_without_rollouts_of_their_own_are_not_planned(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_run(run_to_plan(**settings), ClusterSize("h100-80gb", 16, 8))
 
 
 @pytest.mark.parametrize("mean", [50, 2000, 7000, 8192])
