@@ -223,7 +223,11 @@ class Results:
             rollouts={group_id: [row[1:] for row in rows] for group_id, rows in responses.items()},
             states=states,
             evaluations=evaluations,
-            metrics=[(entry.step, entry.is_global_step, _computed(entry.metrics)) for entry in read_history(run_dir)],
+            # an evaluation is reported with its version's lease, which with shared GPUs has another place in a step
+            metrics=sorted(
+                ((entry.step, entry.is_global_step, _computed(entry.metrics)) for entry in read_history(run_dir)),
+                key=lambda entry: entry[:2],
+            ),
             summary={name: summary[name] for name in SUMMARY},
             weights={
                 path.name: hashlib.sha256(path.read_bytes()).hexdigest()
