@@ -232,6 +232,7 @@ class Trainer:
                 self._policy.to_device()
             lease = turns.within_reach(lease)
             self._policy.to_host(but_weights=True)
+            turns.await_all_ranks()
         with self._clock.guard(f"publishing version {lease.version}"), self._versions.weights_of(lease.version):
             report = self._publisher.publish(lease if self._mesh.rank == 0 else None, changed)
         if turns is not None:
@@ -276,6 +277,6 @@ class Trainer:
         if self._report:
             self._report.finished(totals)
         if self._turns is not None:  # the weights are yet to be exported
-            self._turns.reclaim()
+            self._turns.ended()
             self._policy.to_device()
         return totals if self._feed else None

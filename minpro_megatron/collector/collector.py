@@ -353,7 +353,7 @@ class Collector:
 
     async def finish(self, timeout_s: float) -> CollectorTotals | PublishLease | None:
         """The totals once the last version's evaluation has ended; None if that takes longer than `timeout_s`. A lease
-        may be returned first, as from `batch`."""
+        may be returned first, as from `batch`. On shared GPUs no server has a process any more."""
         if self._version != self._num_steps or not self._serving:
             raise Conflict(f"finish: version {self._version} of {self._num_steps} is published")
 
@@ -362,6 +362,7 @@ class Collector:
 
         if not await self._wait_until(evaluated, timeout_s):
             return self._leases.current
+        await self._leases.end_servers()
         totals = await self._journal.totals()
         return msgspec.structs.replace(totals, failed_evaluations=self._evaluations.num_failed)
 

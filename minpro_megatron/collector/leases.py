@@ -44,6 +44,10 @@ class Servers(Protocol):
         """Shared GPUs: returns once no server but these, which have released their memory, has a process."""
         ...
 
+    async def end_all(self) -> None:
+        """Shared GPUs: returns once no server has a process; none is started again."""
+        ...
+
     async def let_start(self) -> None:
         """Shared GPUs: servers that have ended may be started again."""
         ...
@@ -124,6 +128,11 @@ class Leases:
         """Raises Conflict unless the current lease is for `version`."""
         if self.current is None or version != self.current.version:
             raise Conflict(f"version {version}: there is no lease for it")
+
+    async def end_servers(self) -> None:
+        """On shared GPUs, when the servers have no more work: returns once the trainer may use all memory."""
+        if self._in_turns:
+            await self._servers.end_all()
 
     async def let_start(self) -> None:
         """On shared GPUs, before a lease ends: the trainer's memory is free again."""

@@ -22,6 +22,7 @@ _OWNED: dict[str, dict[str, str]] = {
         "server.dtype": "dtype",
         "server.tensor_parallel": "tp_size",
         "server.expert_parallel": "ep_size",
+        "server.placement": "enable_memory_saver",
         "server.memory_fraction": "mem_fraction_static",
         "server.max_total_tokens": "max_total_tokens",
         "server.max_running_requests": "max_running_requests",

@@ -163,6 +163,10 @@ class Fleet:
         """Shared GPUs: returns once no server but these, which have released their memory, has a process."""
         await self._turns.keep_only(released)
 
+    async def end_all(self) -> None:
+        """Shared GPUs: returns once no server has a process; none is started again."""
+        await self._turns.keep_only([], is_last=True)
+
     async def let_start(self) -> None:
         """Shared GPUs: servers that have ended may be started again."""
         await self._turns.let_start()

@@ -21,11 +21,11 @@ class Turns:
         self._poll_s = poll_s
         self._number = 0
 
-    async def keep_only(self, released: Sequence[ServerAddress]) -> None:
+    async def keep_only(self, released: Sequence[ServerAddress], is_last: bool = False) -> None:
         """Returns once no server but these has a process: the trainer may use the memory. Until `let_start` serve
-        starts none. Raises OSError if the message cannot be written."""
+        starts none. `is_last`: the run needs no server any more. Raises OSError if the message cannot be written."""
         self._number += 1
-        await asyncio.to_thread(write_turn, self._run_dir, self._number, released, self._incarnation)
+        await asyncio.to_thread(write_turn, self._run_dir, self._number, released, self._incarnation, is_last)
         loop = asyncio.get_running_loop()
         told_at = loop.time()
         while missing := await asyncio.to_thread(self._not_confirmed):

@@ -106,7 +106,7 @@ def shared_bytes(num_bytes: int) -> Tensor:
         raise PublishError(
             f"publish.transport = shared_memory: one of two buckets needs {as_size(num_bytes)} of shared memory, and "
             f"{SHARED_MEMORY} has {free} free: enlarge it (docker run --shm-size), lower publish.bucket_bytes, or set "
-            "publish.transport to broadcast"
+            "publish.transport to broadcast, or to disk with server.placement = shared"
         ) from None
 
 

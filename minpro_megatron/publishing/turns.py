@@ -70,18 +70,17 @@ class ServerTurns:
         """The lease without the servers that did not release their memory: they have no process any more."""
         return msgspec.structs.replace(lease, servers=[server for server in lease.servers if server in self._servers])
 
+    def await_all_ranks(self) -> None:
+        """Returns once every rank has called it: each has then freed what it frees before, and a server may use it."""
+        self._mesh.from_all_ranks(None)
+
     def returned(self) -> None:
-        """Notes that the trainer's memory is free."""
+        """Notes that the trainer's memory is free, once it is free on every rank."""
+        self.await_all_ranks()
         self.is_trainers = False
 
-    def reclaim(self) -> None:
-        """At the end of the run, when the servers have no more work: takes the memory of those that still answer."""
-        if self._feed:
-            calls = start_releasing(self._controls(self._servers))
-            calls.results()
-            for line in calls.failures().values():
-                log.warning("after the run a server does not release its memory: %s", line)
-        self._mesh.from_rank_0(None)
+    def ended(self) -> None:
+        """Notes that no server has a process any more."""
         self.is_trainers = True
 
     def _controls(self, servers: list[ServerAddress]) -> list[ServerControl]:

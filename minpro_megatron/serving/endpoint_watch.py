@@ -3,6 +3,8 @@
 import logging
 import time
 
+import msgspec
+
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.endpoints import (
@@ -49,12 +51,17 @@ class TurnWatch:
     def is_servers_turn(self) -> bool:
         return self._turn.released is None
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the servers have no more work in this run."""
+        return self._turn.is_last
+
     def allows(self, start: int) -> bool:
         """Whether start `start` of the server may have a process."""
         if self._is_needed:
             try:
                 self._turn = read_turn(self._run_dir, self._incarnation)
-            except OSError as error:  # a network file system may fail briefly
+            except (OSError, msgspec.DecodeError) as error:  # a network file system may fail briefly
                 log.warning("whose turn it is cannot be read for server %d: %s", self._index, error)
         return self._turn.allows(self._index, start)
 

@@ -16,10 +16,12 @@ from minpro_megatron.records import ServerAddress
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
-    """`released`: (index, start) of the servers that have released their memory; None: it is the servers' turn."""
+    """`released`: (index, start) of the servers that have released their memory; None: it is the servers' turn.
+    `is_last`: the servers have no more work in this run."""
 
     number: int
     released: list[tuple[int, int]] | None
+    is_last: bool = False
 
     def allows(self, index: int, start: int) -> bool:
         """Whether this start of a server may have a process."""
@@ -34,10 +36,12 @@ def _obeyed_name(index: int, incarnation: int) -> str:
     return f"endpoints/obeyed-{index}-start-{incarnation}.json"
 
 
-def write_turn(run_dir: Path, number: int, released: Collection[ServerAddress] | None, incarnation: int) -> None:
+def write_turn(
+    run_dir: Path, number: int, released: Collection[ServerAddress] | None, incarnation: int, is_last: bool = False
+) -> None:
     """Raises OSError."""
     kept = None if released is None else [(address.index, address.start) for address in released]
-    text = msgspec.json.encode(Turn(number=number, released=kept)).decode()
+    text = msgspec.json.encode(Turn(number=number, released=kept, is_last=is_last)).decode()
     replace_file_in(Path(run_dir), _turn_name(incarnation), text + "\n")
 
 

@@ -108,11 +108,18 @@ class OwnServer:
         self._phase()
 
     def _stop_for_the_trainer(self) -> None:
-        """The GPUs are the trainer's, and this server has not released its memory: it is starting, or has failed."""
-        if self.address_is_stated:
+        """The GPUs are the trainer's, and this server has not released its memory: it is starting, or has failed, or
+        the run needs it no more."""
+        if self.address_is_stated and not self._turns.is_last:
             self._failed(f"server {self._server.index} at {self._server.address.url} has not released its memory")
             return
-        log.info("server %d is stopped, and started again in the servers' turn", self._server.index)
+        later = (
+            "the run needs no server any more" if self._turns.is_last else "it is started again in the servers' turn"
+        )
+        log.info("server %d is stopped: %s", self._server.index, later)
+        if self.address_is_stated:
+            self._statement.withdraw(self._server.index)
+            self.address_is_stated = False
         stop_servers([self._server])
         self._phase = self._start
 

@@ -185,6 +185,9 @@ class FakeServers:
         assert self.in_flight == 0, "released while requests are in flight"
         self.kept.append([server.index for server in released])
 
+    async def end_all(self) -> None:
+        await self.keep_only([])
+
     async def let_start(self) -> None:
         self.kept.append(None)
 

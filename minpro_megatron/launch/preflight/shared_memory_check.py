@@ -15,8 +15,9 @@ def shared_memory_problems(config: RunConfig, file_system: Path = SHARED_MEMORY)
         return  # a missing model is reported elsewhere
     needed, free = shared_bucket_bytes(config, read_architecture(config.model.hf_path)), free_bytes(file_system)
     if free < needed:
+        other = "disk" if config.server.takes_turns else "broadcast"
         yield (
             f"publish.transport = shared_memory with publish.bucket_bytes = {config.publish.bucket_bytes}: two buckets "
             f"are {as_size(needed)}, and {file_system} has {as_size(free)} free: enlarge it (docker run --shm-size), "
-            "lower publish.bucket_bytes, or set publish.transport to broadcast"
+            f"lower publish.bucket_bytes, or set publish.transport to {other}"
         )

@@ -54,7 +54,7 @@ def test_the_batches_are_those_of_a_run_without_turns(tmp_path: Path, delay: int
     assert [(one.policy_version, one.pass_at_1) for one in totals.evaluations] == [
         (one.policy_version, one.pass_at_1) for one in apart_totals.evaluations
     ]
-    assert servers.kept == [[0, 1], None] * STEPS
+    assert servers.kept == [[0, 1], None] * STEPS + [[]]
     assert [lease.version for lease in turns.leases] == list(range(1, STEPS + 1))
 
 

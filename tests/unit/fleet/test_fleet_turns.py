@@ -28,5 +28,10 @@ def test_the_memory_is_the_trainers_once_every_server_has_confirmed(tmp_path: Pa
         await waiting
         await turns.let_start()
         assert read_turn(tmp_path, 3) == Turn(number=2, released=None)
+        ending = asyncio.create_task(turns.keep_only([], is_last=True))
+        while (found := read_turn(tmp_path, 3)).number == 2:
+            await asyncio.sleep(0.001)
+        assert found == Turn(number=3, released=[], is_last=True)
+        ending.cancel()
 
     asyncio.run(main())

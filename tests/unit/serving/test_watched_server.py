@@ -199,6 +199,23 @@ def test_in_the_trainers_turn_only_servers_that_have_released_their_memory_have_
     turn(6, None)
     pass_time(server, 1)
     assert (setting.stated(), process.num_starts) == ([3], 4)
+    write_turn(folder, 7, [], INCARNATION, is_last=True)  # the run needs it no more: no failure, and no restart
+    pass_time(server, 200)
+    assert last_confirmed(folder, 0, INCARNATION) == 7
+    assert (setting.stated(), process.exit_status, process.num_starts) == ([], -9, 4)
+    assert server.given_up is None
+
+
+def test_a_turn_that_cannot_be_read_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(tmp_path, monkeypatch, placement="shared")
+    server = setting.own()
+    pass_time(server, 1)
+    write_turn(setting.config.run_dir, 1, [setting.process.address], INCARNATION)
+    server.tick()
+    (damaged,) = (setting.config.run_dir / "endpoints").glob("turn-start-*.json")
+    damaged.write_text('{"number": 2, "relea')
+    pass_time(server, 5)
+    assert (setting.stated(), last_confirmed(setting.config.run_dir, 0, INCARNATION)) == ([0], 1)
 
 
 def test_a_server_that_never_releases_its_memory_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
