@@ -61,7 +61,8 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
     parser.add_argument(
         "--answer-tokens",
         type=whole_number,
-        help=f"of each answer, {episodes}; they count as response tokens (default: {ANSWER_TOKENS})",
+        help=f"of each answer, {episodes}; they count as response tokens (default: {ANSWER_TOKENS}, or fewer in short "
+        "responses)",
     )
     parser.add_argument(
         "--answer-seconds",

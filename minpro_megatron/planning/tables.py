@@ -68,7 +68,7 @@ def _episodes(load: Workload) -> str:
     if load.episodes is None:
         return ""
     turns, tokens, seconds = load.episodes.mean_turns, load.episodes.answer_tokens, load.episodes.answer_s
-    return f", in {turns:g} turns with answers of {tokens} tokens after {seconds:g} s"
+    return f", in {turns:.3g} turns with answers of {tokens} tokens after {seconds:g} s"
 
 
 def _number(count: float) -> str:

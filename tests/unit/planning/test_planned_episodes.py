@@ -249,9 +249,32 @@ def test_by_default_the_turns_are_in_the_middle_of_what_is_allowed() -> None:
     config = run_to_plan(**EPISODES)
     episodes = Workload.of(config).episodes
     assert episodes is not None
-    assert episodes.mean_turns == 2.5
+    assert episodes.mean_turns == pytest.approx(2.5, rel=0.01)
+    assert episodes.answer_tokens == 100
     assert Workload.of(run_to_plan()).episodes is None
     assert max(response_quantiles(Workload.of(config), 8192)) <= 8192  # the limit counts given tokens
+
+
+@pytest.mark.parametrize(
+    ("limit", "given"),
+    [(24, {}), (24, {"answer_tokens": 12}), (300, {"answer_tokens": 100}), (8192, {"turns": 3.9}), (1, {})],
+    ids=str,
+)
+def test_the_mean_of_turns_is_that_of_the_simulated_responses(limit: int, given: dict[str, Any]) -> None:
+    config = run_to_plan(**EPISODES | {"sampling": {"max_response_tokens": limit, "max_turns": 4}})
+    workload = Workload.of(config, **given)
+    assert workload.episodes is not None
+    lengths = GroupLengths(config, workload)
+    turns = [count for group in range(2000) for count in lengths(group).turns]
+    assert workload.episodes.mean_turns == pytest.approx(np.mean(turns), rel=0.02)
+
+
+def test_the_default_answer_leaves_room_for_the_policy() -> None:
+    config = run_to_plan(**EPISODES | {"sampling": {"max_response_tokens": 24, "max_turns": 2}})
+    episodes = Workload.of(config).episodes
+    assert episodes is not None
+    assert episodes.answer_tokens == 4  # half of a response of 9.6 tokens
+    assert 1.2 < episodes.mean_turns < 1.5
 
 
 @pytest.mark.parametrize(
@@ -259,6 +282,12 @@ def test_by_default_the_turns_are_in_the_middle_of_what_is_allowed() -> None:
     [
         (EPISODES, {"turns": 4.5}, "mean turns = 4.5 must be at least 1 and at most sampling.max_turns = 4"),
         (EPISODES, {"turns": 0.5}, "mean turns = 0.5 must be at least 1"),
+        (
+            EPISODES,
+            {"turns": 4.0, "answer_tokens": 100, "response_tokens": 300.0},
+            "mean turns = 4 cannot be kept: with answers of 100 tokens .* of 300 on average.* the mean is [12]",
+        ),
+        (EPISODES, {"answer_tokens": 8192}, "answer tokens = 8192 must be below sampling.max_response_tokens = 8192"),
         ({}, {"turns": 2.0}, "mean turns = 2: .* environment.name = none"),
         ({}, {"answer_tokens": 50}, "answer tokens = 50: .* environment.name = none"),
         ({}, {"answer_s": 1.5}, "answer seconds = 1.5: .* environment.name = none"),
