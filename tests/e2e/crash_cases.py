@@ -248,7 +248,7 @@ def in_turns() -> list[Case]:
         "the servers have released": took_over,
         "mid-update, the servers have released": PHASES["mid-update"],
         "publishing": PHASES["publishing"],
-        "given back, not told": gave_back,
+        "given back, not reported": gave_back,
     }
     servers = {
         "asked to release": freed,
@@ -261,7 +261,7 @@ def in_turns() -> list[Case]:
     return [
         Case("turns, undisturbed once more", (), overrides=turns),
         *(Case(f"turns: rank 0 killed, {what}", (point,), overrides=turns) for what, point in trainer.items()),
-        Case("turns: collect killed, told of the release", (released,), overrides=turns),
+        Case("turns: collect killed, release reported", (released,), overrides=turns),
         Case("turns: collect killed, servers kept", (replace(released, moment="after"),), overrides=turns),
         Case("turns: serve killed, the servers have released", (replace(took_over, victim="serve"),), overrides=turns),
         *(Case(f"turns: a server killed, {what}", (point,), GOES_ON, turns) for what, point in servers.items()),
