@@ -65,6 +65,8 @@ OBJECTIVES = {
     "sapo": "SAPO (arXiv:2511.20347)",
     "vespo": "VESPO (arXiv:2602.10693)",
     "pnpo": "PNPO (arXiv:2608.01418)",
+    "p3o": "P3O (arXiv:2605.12380)",
+    "sat": "SAT (arXiv:2607.18722)",
 }
 
 Recipe = Callable[[], RunConfig]

@@ -294,6 +294,33 @@ class P3oConfig(ObjectiveSection):
     name: Literal["p3o"] = Field(default="p3o", description=_NAME)
 
 
+class SatConfig(ObjectiveSection):
+    """SAT, arXiv:2607.18722: PPO's clip, contracted where a ratio lies in the tail of the mini-batch.
+
+    The defaults are the authors', for ratio = token and ratio = sequence alike. They do not say how they average.
+    """
+
+    surveys_mini_batch: ClassVar[bool] = True
+    name: Literal["sat"] = Field(default="sat", description=_NAME)
+    ratio: Literal["token", "sequence"] = Field(
+        default="token",
+        description="Ratio that is clipped: that of each token (SAT-GRPO), or the geometric mean of the ratios of its "
+        "sequence (SAT-GSPO).",
+    )
+    clip_low: float = Field(
+        default=0.2, ge=0, le=1, description="The lower bound of a ratio outside the tail is 1 - clip_low."
+    )
+    clip_high: float = Field(
+        default=0.2, ge=0, description="The upper bound of a ratio outside the tail is 1 + clip_high."
+    )
+    quantile: float = Field(
+        default=0.9,
+        gt=0,
+        lt=1,
+        description="Share of the mini-batch's tokens, those of the smallest absolute log-ratios, outside the tail.",
+    )
+
+
 class CtpoSection(ObjectiveSection):
     """What both forms of CTPO share: bounds whose logarithms are multiples of a power of the position t."""
 
@@ -392,6 +419,7 @@ ObjectiveConfig = Annotated[
     | Annotated[VespoConfig, Tag("vespo")]
     | Annotated[PnpoConfig, Tag("pnpo")]
     | Annotated[P3oConfig, Tag("p3o")]
+    | Annotated[SatConfig, Tag("sat")]
     | Annotated[PrefixRatioConfig, Tag("prefix_ratio")]
     | Annotated[PrefixFilterConfig, Tag("prefix_filter")]
     | Annotated[ScaledCispoConfig, Tag("scaled_cispo")]

@@ -16,7 +16,7 @@ from minpro_megatron.objective.loss_functions.ratio_losses import (
     shuffled_minpro_loss,
 )
 from minpro_megatron.objective.loss_functions.smooth_losses import p3o_loss, pnpo_loss, sapo_loss, vespo_loss
-from minpro_megatron.objective.loss_functions.trust_region_losses import cppo_loss, dppo_loss, trm_loss
+from minpro_megatron.objective.loss_functions.trust_region_losses import cppo_loss, dppo_loss, sat_loss, trm_loss
 
 __all__ = [
     "cispo_loss",
@@ -35,6 +35,7 @@ __all__ = [
     "prefix_filter_loss",
     "prefix_ratio_loss",
     "sapo_loss",
+    "sat_loss",
     "scaled_cispo_loss",
     "shuffled_minpro_loss",
     "trm_loss",

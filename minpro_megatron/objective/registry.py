@@ -30,6 +30,7 @@ from minpro_megatron.objective.formulas.minpro import minpro
 from minpro_megatron.objective.formulas.p3o import effective_sample_size, p3o
 from minpro_megatron.objective.formulas.pnpo import pnpo
 from minpro_megatron.objective.formulas.sapo import sapo
+from minpro_megatron.objective.formulas.sat import contractions, sat
 from minpro_megatron.objective.formulas.trm import trm
 from minpro_megatron.objective.formulas.vespo import vespo
 from minpro_megatron.objective.imported import imported_objective
@@ -71,6 +72,7 @@ OBJECTIVES: dict[str, Objective] = {
     "vespo": Objective(vespo),
     "pnpo": Objective(pnpo),
     "p3o": Objective(p3o, survey=effective_sample_size),
+    "sat": Objective(sat, survey=contractions),
     "prefix_ratio": Objective(prefix_ratio),
     "prefix_filter": Objective(prefix_filter, survey=small_prefix_ratios),
     # it multiplies the learning rate and not the gradient: Adam's normalization would cancel a factor on the gradient

@@ -76,6 +76,11 @@ class PolicyTokens:
         """float64: log of the geometric mean of the ratios up to and with this token."""
         return self.prefix_log_ratio_L / (self.earlier_L + 1)
 
+    @cached_property
+    def sequence_mean_log_ratio_L(self) -> Tensor:
+        """float64: log of the geometric mean of the ratios of the sequence's trained tokens."""
+        return self.scan.whole(self.log_ratio_L, "sum") / self.scan.whole(self.mask_L, "sum").clamp(min=1)
+
 
 @dataclass(frozen=True)
 class ObjectiveTerms:

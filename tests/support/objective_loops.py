@@ -27,6 +27,7 @@ from minpro_megatron.config.objective import (
     PnpoConfig,
     PrefixFilterConfig,
     SapoConfig,
+    SatConfig,
     TrmConfig,
     VespoConfig,
 )
@@ -157,6 +158,43 @@ def m2po_winsorized(tokens: Tokens, settings: M2poWinsorizedConfig) -> Expected:
         return lambda log_ratios: ppo(log_ratios.exp(), advantages(tokens, place), low, high)
 
     return differentiated(tokens, surrogate)
+
+
+def sat(tokens: Tokens, settings: SatConfig) -> Expected:
+    """arXiv:2607.18722, equations 3.1 to 3.6 of the authors' project page, q over the mini-batch."""
+    logs, factors = sat_log_ratios(tokens, settings), sat_contractions(tokens, settings)
+
+    def surrogate(place: list[int]) -> Surrogate:
+        low = [1 - settings.clip_low * (factors[one] if logs[one] < 0 else 1.0) for one in place]
+        high = [1 + settings.clip_high * (factors[one] if logs[one] > 0 else 1.0) for one in place]
+        bounds = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+
+        def objective(log_ratios: torch.Tensor) -> torch.Tensor:
+            whole = (log_ratios.sum() / len(place)).expand(len(place))
+            log_ratio = whole if settings.ratio == "sequence" else log_ratios
+            return ppo(log_ratio.exp(), advantages(tokens, place), *bounds)
+
+        return objective
+
+    return differentiated(tokens, surrogate)
+
+
+def sat_log_ratios(tokens: Tokens, settings: SatConfig) -> list[float]:
+    """Of each token, or the mean of its sequence."""
+    logs = list(tokens.log_ratios)
+    for place in tokens.trained_of_sequences() if settings.ratio == "sequence" else ():
+        mean = math.fsum(tokens.log_ratios[one] for one in place) / len(place)
+        for one in place:
+            logs[one] = mean
+    return logs
+
+
+def sat_contractions(tokens: Tokens, settings: SatConfig) -> list[float]:
+    """c of each token on the side of its ratio: psi(|d|; q) where |d| > q > 0, else 1."""
+    sizes = [abs(log) for log in sat_log_ratios(tokens, settings)]
+    trained = sorted(sizes[place] for place in np.flatnonzero(tokens.trained))
+    q = trained[math.ceil(settings.quantile * len(trained)) - 1]
+    return [1 / (1 + (size / q) ** 2) if size > q > 0 else 1.0 for size in sizes]
 
 
 def ppo(
@@ -396,6 +434,7 @@ LOOPS: dict[str, Callable[[Tokens, Any], Expected]] = {
     "vespo": lambda tokens, s: weighted_as_they_are(tokens, vespo_weights(tokens, s)),
     "pnpo": pnpo,
     "p3o": lambda tokens, s: p3o(tokens),
+    "sat": sat,
     "prefix_ratio": lambda tokens, s: weighted(tokens, prefix_ratio_weights(tokens), s.clip_low, s.clip_high),
     "prefix_filter": prefix_filter,
     "scaled_cispo": lambda tokens, s: weighted(tokens, tokens.ratios, s.clip_low, s.clip_high),

@@ -23,6 +23,7 @@ OTHERS: dict[str, Any] = {
     "vespo": config.VespoConfig(power_positive=1.0, decay_positive=0.5, power_negative=0.5, decay_negative=4.0),
     "pnpo": config.PnpoConfig(smallest_weight=0.8, largest_weight=1.3),
     "p3o": config.P3oConfig(),
+    "sat": config.SatConfig(ratio="sequence", clip_low=0.3, clip_high=0.4, quantile=0.6),
     "prefix_ratio": config.PrefixRatioConfig(clip_low=0.9, clip_high=0.2),
     "prefix_filter": config.PrefixFilterConfig(quantile=0.3, clip_high=0.5),
     "scaled_cispo": config.ScaledCispoConfig(clip_low=0.5, clip_high=1.5),

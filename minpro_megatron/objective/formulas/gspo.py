@@ -13,8 +13,6 @@ def gspo(tokens: PolicyTokens, settings: GspoConfig) -> ObjectiveTerms:
     Every token of a sequence has the sequence's value. With sequence-mean aggregation the gradient is that of
     min(s A, clip(s) A) summed over sequences, because d s / d log pi_t = s / trained tokens.
     """
-    total = tokens.scan.whole(tokens.log_ratio_L, "sum")
-    count = tokens.scan.whole(tokens.mask_L, "sum").clamp(min=1)
-    ratio = (total / count).exp()
+    ratio = tokens.sequence_mean_log_ratio_L.exp()
     lower, upper = (torch.full_like(ratio, bound) for bound in (1 - settings.clip_low, 1 + settings.clip_high))
     return pessimistic_terms(tokens, ratio, lower, upper, dual_L=None)

@@ -1,6 +1,6 @@
 """Loss functions for one's own training loop: the objectives that keep the tokens inside a trust region."""
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 from torch import Tensor
 
@@ -68,5 +68,21 @@ def trm_loss(
         mean_divergence=mean_divergence,
         largest_ratio=largest_ratio,
         aggregation=aggregation,
+    )
+    return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)
+
+
+@loss_function
+def sat_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *,
+    ratio: Literal["token", "sequence"] = "token", clip_low: float = 0.2, clip_high: float = 0.2,
+    quantile: float = 0.9, aggregation: Aggregation = "token_mean",
+    **options: Unpack[LossOptions],
+) -> Tensor:  # fmt: skip
+    """SAT, arXiv:2607.18722: -min(rho_t A_t, clip(rho_t) A_t), where rho_t is the ratio of the token or the geometric
+    mean of the sequence's, and the bounds 1 - clip_low and 1 + clip_high move toward 1 for tokens whose |log rho_t|
+    exceeds its `quantile` over the batch."""
+    settings = config.SatConfig(
+        ratio=ratio, clip_low=clip_low, clip_high=clip_high, quantile=quantile, aggregation=aggregation
     )
     return objective_loss(settings, log_probs, old_log_probs, advantages, mask, **options)

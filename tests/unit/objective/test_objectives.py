@@ -95,7 +95,7 @@ def weighted_by(name: str, tokens: Tokens, settings: Any) -> np.ndarray:
     if name in ("prefix_ratio", "ctpo"):
         limit = getattr(settings, "log_clamp", None) or 20.0
         return np.exp(np.clip(loops.log_products(tokens), -limit, limit))
-    if name == "gspo":
+    if name == "gspo" or (name == "sat" and settings.ratio == "sequence"):
         for place in tokens.trained_of_sequences():
             ratios[place] = np.exp(np.mean(np.array(tokens.log_ratios)[place]))
     if name in ("pnpo", "ctpo_geomean"):
@@ -236,6 +236,38 @@ def test_p3o_by_hand() -> None:
     np.testing.assert_allclose(terms.coefficients_L[[0, 2, 3]], expected, rtol=1e-12)
     one = one_sequence([2.0, 2.0, 2.0])  # equal ratios count fully, but the cap is 1
     assert terms_of("p3o", one, config.P3oConfig()).coefficients_L.tolist() == [1.0] * 3
+
+
+def test_sat_by_hand() -> None:
+    tokens = one_sequence(np.exp([0.1] * 8 + [0.12, 9.0, 0.15]).tolist(), mask=[1] * 9 + [0, 1])
+    terms = terms_of("sat", tokens, config.SatConfig())  # the 0.9 quantile of ten numbers is the ninth
+    assert terms.clipped_L.tolist() == [False] * 9 + [False, True]
+    assert float(terms.value_L[-1]) == pytest.approx(-(1 + 0.2 / (1 + (0.15 / 0.12) ** 2)), rel=1e-12)
+    assert not terms_of("sat", replace(tokens, advantages=-tokens.advantages), config.SatConfig()).clipped_L.any()
+    down = replace(tokens, log_probs=-tokens.log_probs, advantages=-tokens.advantages)  # the other bound contracts
+    found = terms_of("sat", down, config.SatConfig())
+    assert float(found.value_L[-1]) == pytest.approx(1 - 0.2 / (1 + (0.15 / 0.12) ** 2), rel=1e-12)
+    twice = replace(one_sequence([1.0, 1.3, 1.0, 1.1, 1.1]), sequence=np.array([0, 0, 0, 1, 1]))
+    found = terms_of("sat", twice, config.SatConfig(ratio="sequence", quantile=0.5))  # q is the smaller mean
+    bound = 1 + 0.2 / (1 + (3 * math.log(1.1) / math.log(1.3)) ** 2)
+    np.testing.assert_allclose(found.value_L, [-(1.3 ** (1 / 3))] * 3 + [-bound] * 2, rtol=1e-12)
+
+
+def test_wrong_versions_of_sat_are_far_from_the_loop() -> None:
+    """A clip that never contracts, one that contracts at every token, and a quantile of each half of the mini-batch."""
+    tokens, settings = random_tokens(19, num_sequences=40, drift=0.08), config.SatConfig()
+    expected = np.array(LOOPS["sat"](tokens, settings).coefficients)
+    assert_trained_equal(terms_of("sat", tokens, settings).coefficients_L, expected, tokens)
+    factors = loops.sat_contractions(tokens, settings)
+    assert sum(factor < 1 for factor in np.array(factors)[tokens.trained]) == tokens.trained.sum() // 10
+    halves = np.zeros(len(tokens.mask))
+    for half in (0, 1):
+        places = np.flatnonzero(tokens.sequence % 2 == half)
+        halves[places] = terms_of("sat", tokens.where(places), settings).coefficients_L.numpy()
+    plain = terms_of("grpo", tokens, config.GrpoConfig(clip_low=0.2, clip_high=0.2)).coefficients_L.numpy()
+    always = terms_of("sat", tokens, settings.model_copy(update={"quantile": 1e-9})).coefficients_L.numpy()
+    for wrong in (halves, plain, always):
+        assert np.abs(wrong - expected)[tokens.trained].max() > 0.1
 
 
 def test_wrong_versions_of_smooth_weights_are_far_from_the_loop() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from minpro_megatron.config.objective import (
     M2poWinsorizedConfig,
     ObjectiveSection,
     PrefixFilterConfig,
+    SatConfig,
     ShuffledMinproConfig,
 )
 from minpro_megatron.objective.across_ranks.ranking import Ranks
@@ -25,6 +27,7 @@ SURVEYS: dict[str, ObjectiveSection] = {
     "m2po": M2poConfig(second_moment=0.2),
     "m2po_winsorized": M2poWinsorizedConfig(second_moment=0.2),
     "prefix_filter": PrefixFilterConfig(quantile=0.2),
+    "sat": SatConfig(),
     "shuffled_minpro": ShuffledMinproConfig(),
 }
 Cut = list[list[np.ndarray]]  # [rank][micro-batch] places of tokens
@@ -242,6 +245,29 @@ def test_products_too_small_for_a_float_keep_their_order() -> None:
     tokens = with_log_ratios([-20.0] * 100)  # down to exp(-2000)
     found = survey("prefix_filter", tokens, whole(tokens), PrefixFilterConfig(quantile=0.101))
     assert marked(found) == set(range(90, 100))
+
+
+# ---- SAT's tail
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_sat_contracts_beyond_the_quantile_of_the_whole_mini_batch(seed: int, share: float, ratio: Any) -> None:
+    tokens, settings = random_tokens(seed, drift=0.1 + seed / 9), SatConfig(ratio=ratio, quantile=share)
+    expected = np.array(loops.sat_contractions(tokens, settings))
+    for held in cuts(tokens):
+        found = survey("sat", tokens, held, settings)
+        np.testing.assert_allclose(found[tokens.trained], expected[tokens.trained], rtol=1e-12)
+    sizes = np.abs(loops.sat_log_ratios(tokens, settings))[tokens.trained]
+    edge = np.quantile(sizes, share, method="inverted_cdf")
+    assert ((found[tokens.trained] < 1) == (sizes > edge)).all()
+
+
+def test_sat_contracts_nothing_where_most_ratios_are_one_or_the_tail_is_tied() -> None:
+    for log_ratios in ([0.0] * 19 + [0.5], [0.1] + [0.5] * 9):  # q = 0; q is the largest
+        tokens = with_log_ratios(log_ratios)
+        assert survey("sat", tokens, whole(tokens)).tolist() == [1.0] * len(log_ratios)
 
 
 # ---- shuffled MinPRO
