@@ -12,11 +12,6 @@ from minpro_megatron.batching.row_shard import RowShard
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.errors import UserError
 
-_ASK_SERVERS = (
-    "start the servers with --enable-return-routed-experts and connect to each server directly: a router in "
-    "between may drop the field"
-)
-
 
 def refuse_other_routes(
     sequences: Sequence[TokenSequence], num_layers: int, num_experts: int, experts_per_token: int
@@ -28,7 +23,8 @@ def refuse_other_routes(
     missing = sum(sequence.routed_experts is None for sequence in sequences)
     if missing:
         raise UserError(
-            f"model.routing_replay = rollout: {missing} of {len(sequences)} responses have no routes; {_ASK_SERVERS}"
+            f"model.routing_replay = rollout: {missing} of {len(sequences)} responses have no routes: they were "
+            "sampled without this setting, or their routes have been removed (collector.journal_keep_routes=false)"
         )
     for sequence in sequences:
         assert sequence.routed_experts is not None
@@ -83,6 +79,6 @@ def wrong_choice(chosen: np.ndarray, first_layer: int, num_experts: int) -> str 
                 return (
                     f"model.routing_replay = rollout: layer {layer}: a server sent a token to the experts "
                     f"{of_layer[twice][0].tolist()}, one of them twice: it did not record this token's routes; "
-                    f"{_ASK_SERVERS}"
+                    "start the servers with --enable-return-routed-experts"
                 )
     return None

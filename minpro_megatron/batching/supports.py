@@ -54,8 +54,8 @@ def refuse_missing_supports(sequences: Sequence[TokenSequence], top_k: int) -> N
     missing = sum(sequence.supports is None for sequence in sequences)
     if missing:
         raise UserError(
-            f"sampling.top_k = {top_k}: {missing} of {len(sequences)} responses have no kept ids; connect to each "
-            "server directly: a router in between may drop them"
+            f"sampling.top_k = {top_k}: {missing} of {len(sequences)} responses have no kept ids: they were sampled "
+            "without sampling.top_k, or their kept ids have been removed (collector.journal_keep_routes=false)"
         )
 
 

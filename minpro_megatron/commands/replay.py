@@ -48,6 +48,13 @@ def _parser(prog: str) -> Parser:
     files = parser.add_argument_group("files")
     files.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="config.json and safetensors")
     files.add_argument("--rollouts", type=Path, required=True, metavar="FILE.jsonl", help="the rows, as above")
+    files.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="the folder of the run that sampled the rows: its run.json gives sampling.temperature, top_k and "
+        "max_response_tokens, and rows or settings that do not fit are refused",
+    )
     files.add_argument("--output", type=Path, required=True, metavar="DIR", help="new, empty or an earlier output")
     loss = parser.add_argument_group("loss")
     loss.add_argument(

@@ -218,6 +218,7 @@ class JournalFeed:
             raise JournalError(f"{reader.path}: the tokens of group {group.group_id} are no longer in it")
         if stored.reward is None:
             raise JournalError(f"{reader.path}: group {group.group_id} was consumed without a reward: it is damaged")
+        self._refuse_removed(reader, group, stored)
         return Response(
             token_ids=tokens,
             rollout_log_probs=rollout,
@@ -230,6 +231,17 @@ class JournalFeed:
             loss_mask=stored.loss_mask,
             turns=stored.turns,
         )
+
+    def _refuse_removed(self, reader: JournalReader, group: StoredGroup, stored: StoredResponse) -> None:
+        """Raises JournalError for routes or kept ids that are missing: they were there when this run started."""
+        needed = {"kept ids": (self._supports, stored.supports), "routes": (self._routes, stored.routes)}
+        for what, (is_needed, place) in needed.items():
+            if is_needed and place is None:
+                raise JournalError(
+                    f"{reader.path}: the {what} of group {group.group_id} (global step {group.consumed_step}) are no "
+                    "longer in it: its run has removed them since this one started; give the journal of a run with "
+                    "collector.journal_keep_routes=true"
+                )
 
     def _refuse_unknown_tokens(self, token_ids: Sequence[np.ndarray], group: StoredGroup) -> None:
         ids = np.concatenate(token_ids)

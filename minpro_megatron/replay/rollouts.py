@@ -40,8 +40,10 @@ class Rollout(Record, frozen=True, kw_only=True):
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def read_rollouts(path: Path, vocab_size: int, needs_rollout_log_probs: bool, top_k: int = 0) -> list[Rollout]:
-    """The rows of the file in its order.
+def read_rollouts(
+    path: Path, vocab_size: int, needs_rollout_log_probs: bool, top_k: int = 0, of_run: str = ""
+) -> list[Rollout]:
+    """The rows of the file in its order. `of_run` follows "sampling.top_k" in messages where it is that of a run.
 
     Raises UserError with one line per problem, which names file, line number and field, for an invalid row: token ids
     must be 0 .. vocab_size - 1, prompts must not be empty, the lists of a response must have its length, numbers must
@@ -52,7 +54,7 @@ def read_rollouts(path: Path, vocab_size: int, needs_rollout_log_probs: bool, to
     try:
         with path.open("rb") as file:
             for number, line in _filled_lines(file):
-                found, row = _read_row(number, line, types)
+                found, row = _read_row(number, line, types, of_run)
                 if row is not None:
                     rows.append(row)
                 problems += [f"{path}: line {number}: {problem}" for problem in found]
@@ -93,7 +95,7 @@ def _field_types(vocab_size: int, needs_rollout_log_probs: bool, top_k: int) -> 
     return types | ({"kept_ids": list[token_ids]} if top_k else {})
 
 
-def _read_row(number: int, line: bytes, types: dict[str, Any]) -> tuple[list[str], Rollout | None]:
+def _read_row(number: int, line: bytes, types: dict[str, Any], of_run: str) -> tuple[list[str], Rollout | None]:
     """(problems, row); no row if there are problems."""
     try:
         row = json.loads(line.decode("utf-8"))
@@ -106,23 +108,26 @@ def _read_row(number: int, line: bytes, types: dict[str, Any]) -> tuple[list[str
     problems, values = [], {}
     for field, kind in types.items():
         if field not in row and field != "loss_mask":
-            problems.append(_missing(field))
+            problems.append(_missing(field, of_run))
             continue
         try:
             values[field] = msgspec.convert(row.get(field), kind)
         except msgspec.ValidationError as error:
             problems.append(_wrong_value(field, row[field], error))
     if "kept_ids" in row and "kept_ids" not in types:
-        problems.append("kept_ids: the response was sampled with sampling.top_k; give --set sampling.top_k=...")
+        remedy = (
+            f"that{of_run} is 0; give the run that sampled it" if of_run else "give --run, or --set sampling.top_k=..."
+        )
+        problems.append(f"kept_ids: the response was sampled with sampling.top_k; {remedy}")
     problems += _disagreements(values)
     return problems, None if problems else _as_rollout(number, values)
 
 
-def _missing(field: str) -> str:
+def _missing(field: str, of_run: str) -> str:
     why = {
         "rollout_log_probs": " (the enabled corrections of the engines' mismatch need it, such as "
         "loss.truncated_importance)",
-        "kept_ids": " (sampling.top_k needs it)",
+        "kept_ids": f" (sampling.top_k{of_run} needs it)",
     }
     return f"{field}: the field is missing{why.get(field, '')}"
 

@@ -38,6 +38,7 @@ from minpro_megatron.replay.job import (
     write_job,
 )
 from minpro_megatron.replay.rollouts import Rollout, read_rollouts
+from minpro_megatron.replay.sampling_run import refuse_rows_of_others
 from minpro_megatron.replay.settings import ROW_TOKENS_SETTING, ReplayOptions, replay_config, sized_for
 
 MAX_LOG_PROB = 1e-3  # rounding of float32 sums of exponentials can exceed 0 a little
@@ -89,8 +90,14 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
         raise UserError(f"--model {options.model}: {problem}")
     _refuse_foreign(options.output)
     rollouts = read_rollouts(
-        options.rollouts, architecture.vocab_size, config.loss.reads_rollout_log_probs, config.sampling.top_k
+        options.rollouts,
+        architecture.vocab_size,
+        config.loss.reads_rollout_log_probs,
+        config.sampling.top_k,
+        "" if options.run is None else f" of --run {options.run}",
     )
+    if options.run is not None:
+        refuse_rows_of_others(options.run, options.rollouts, rollouts)
     _refuse_too_long(options, rollouts)
     improbable = sum(int((rollout.behavior_log_probs > MAX_LOG_PROB).sum()) for rollout in rollouts)
     if improbable:

@@ -11,6 +11,7 @@ from minpro_megatron.config.mesh_option import parse_parallel
 from minpro_megatron.config.options import SettingOption, with_flags
 from minpro_megatron.config.run import RunConfig, parse_run_config, with_overrides
 from minpro_megatron.errors import ProjectError, UserError
+from minpro_megatron.replay.sampling_run import with_sampling_of_run
 
 ROW_TOKENS = 4096  # of a packed row, unless a sequence is longer
 ROW_TOKENS_SETTING = "batch.max_tokens_per_row"
@@ -51,6 +52,7 @@ class ReplayOptions:
     objective: str
     settings: list[str]  # the values of --set: KEY=VALUE
     parallel: str = ""
+    run: Path | None = None  # the folder of the run whose responses the rows are
     mini_batch_groups: int | None = None
     updates: int | None = None
     given: Mapping[str, Any] = field(default_factory=dict)  # by `section.key`, the values of SETTING_OPTIONS
@@ -80,7 +82,10 @@ def replay_config(options: ReplayOptions, num_gpus: int) -> RunConfig:
     except ProjectError as error:
         raise with_flags(error, FLAGS) from None
     assignments = [f"objective.name={options.objective}", *map(_override, options.settings)]
-    config = with_overrides(config, assignments)
+    if options.run is None:
+        config = with_overrides(config, assignments)
+    else:
+        config = with_sampling_of_run(config, assignments, options.run)
     if config.device == "cuda" and num_gpus < config.parallel.world_size:
         raise UserError(
             f"--device cuda: {config.parallel.world_size} ranks need a GPU each, {num_gpus} are visible; lower "

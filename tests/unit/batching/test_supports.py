@@ -79,7 +79,7 @@ def test_an_array_of_another_response_is_refused(wrong: np.ndarray) -> None:
 def test_missing_supports_are_counted() -> None:
     sequences = with_kept_ids(numbered_sequences(seed=3, count=3))
     refuse_missing_supports(sequences, 20)
-    message = "sampling.top_k = 20: 1 of 3 responses have no kept ids; connect to each server directly"
+    message = "sampling.top_k = 20: 1 of 3 responses have no kept ids: they were sampled without sampling.top_k, or"
     with pytest.raises(ValueError, match=re.escape(message)):
         refuse_missing_supports([*sequences[:2], replace(sequences[2], supports=None)], 20)
 

@@ -69,12 +69,13 @@ def test_fewer_steps_than_the_journal_has(tmp_path: Path) -> None:
     assert (totals.groups_consumed, totals.largest_staleness) == (2 * NUM_PROMPTS, 1)
 
 
-def test_routes_come_along_where_they_are_replayed(tmp_path: Path) -> None:
-    def with_routes(group: CollectedGroup) -> CollectedGroup:
-        routes = np.full((3, 2, 1), group.issued.group_id, np.uint8)
-        responses = [msgspec.structs.replace(response, routed_experts=routes) for response in group.responses]
-        return msgspec.structs.replace(group, responses=responses)
+def with_routes(group: CollectedGroup) -> CollectedGroup:
+    routes = np.full((3, 2, 1), group.issued.group_id, np.uint8)
+    responses = [msgspec.structs.replace(response, routed_experts=routes) for response in group.responses]
+    return msgspec.structs.replace(group, responses=responses)
 
+
+def test_routes_come_along_where_they_are_replayed(tmp_path: Path) -> None:
     write_run(tmp_path / "stored", NUM_STEPS, change=with_routes)
     for group in make_feed(tmp_path, "model.routing_replay=rollout").batch(1).groups:
         for response in group.responses:
@@ -216,6 +217,30 @@ def test_tokens_that_are_pruned_while_training_goes_on(tmp_path: Path) -> None:
     write_run(tmp_path / "stored", NUM_STEPS, while_open=prune_later)
     with pytest.raises(JournalError, match="the tokens of group 0 are no longer in it"):
         steps[0]()
+
+
+@pytest.mark.parametrize(
+    ("what", "setting", "change"),
+    [("kept ids", "sampling.top_k=9", with_kept_ids), ("routes", "model.routing_replay=rollout", with_routes)],
+)
+def test_kept_ids_and_routes_that_are_pruned_while_training_goes_on(
+    tmp_path: Path, what: str, setting: str, change: Callable[[CollectedGroup], CollectedGroup]
+) -> None:
+    steps: list[Callable[[], object]] = []
+
+    async def prune_later(journal: Journal, run: StoredRun) -> None:
+        feed = make_feed(tmp_path, setting)
+        assert len(feed.batch(0).groups) == NUM_PROMPTS
+        await prune_files(journal, run)
+        steps.append(lambda: feed.batch(1))
+
+    write_run(tmp_path / "stored", NUM_STEPS, change=change, while_open=prune_later)
+    with pytest.raises(JournalError) as refused:
+        steps[0]()
+    assert str(refused.value) == (
+        f"{tmp_path / 'stored' / 'journal.sqlite'}: the {what} of group 3 (global step 1) are no longer in it: its run "
+        "has removed them since this one started; give the journal of a run with collector.journal_keep_routes=true"
+    )
 
 
 def test_a_score_is_never_asked_for_again(tmp_path: Path) -> None:

@@ -3,17 +3,37 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minpro_megatron.config.mesh_option import parse_parallel
+from minpro_megatron.config.run import RunConfig, parse_run_config
 from minpro_megatron.errors import UserError
 from minpro_megatron.replay.batches import replay_batches
 from minpro_megatron.replay.run import checked_replay
-from minpro_megatron.replay.settings import replay_config
+from minpro_megatron.replay.settings import ReplayOptions, replay_config
 from tests.support.replay_options import OPTIONS, options
+from tests.support.replay_rows import GOOD, write_rows
+from tests.support.rollout_fakes import run_config
 
 __all__ = ["options"]  # a fixture
+
+KEPT = {"kept_ids": [[3, 5], [76], [0, 7]]}
+
+
+def with_sampling(sampling: dict[str, Any]) -> RunConfig:
+    settings = run_config(Path("runs")).model_dump()
+    settings["sampling"] |= sampling
+    return parse_run_config(settings)
+
+
+def with_run(options: ReplayOptions, **sampling: Any) -> ReplayOptions:
+    """The options with the folder of a run with these sampling settings."""
+    run = options.output.with_name("run")
+    run.mkdir()
+    (run / "run.json").write_text(with_sampling(sampling).to_json())
+    return replace(options, run=run)
 
 
 def test_without_options_the_papers_numbers_hold():
@@ -168,3 +188,72 @@ def test_the_overlong_penalty_has_the_sampling_runs_limit(options):
     assert [sequence.advantage for sequence in batch.sequences] == [0, 0, 0]
     with pytest.raises(UserError, match=r"must not exceed sampling.max_response_tokens = 3"):
         checked_replay(replace(penalized, settings=[*settings, "sampling.max_response_tokens=3"]))
+
+
+def test_a_runs_sampling_settings_are_the_replays(options):
+    options = with_run(options, temperature=0.7, top_k=5, top_p=0.9, max_response_tokens=40)
+    write_rows(options.rollouts, GOOD | KEPT, GOOD | KEPT | {"group": "b"})
+    config, rows = checked_replay(
+        replace(options, settings=["loss.overlong_penalty.enabled=true", "loss.overlong_penalty.buffer_tokens=8"])
+    )
+    sampling = config.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.max_response_tokens) == (0.7, 5, 40)
+    assert rows.rollouts[0].supports is not None
+    checked_replay(replace(options, settings=["sampling.temperature=0.7", "sampling.top_k=5"]))  # the same once more
+
+
+@pytest.mark.parametrize(
+    ("sampling", "settings", "row", "problem"),
+    [
+        ({"top_k": 5}, [], {}, "ROWS: line 1: kept_ids: the field is missing (sampling.top_k of --run RUN needs it)"),
+        (
+            {},
+            [],
+            KEPT,
+            "ROWS: line 1: kept_ids: the response was sampled with sampling.top_k; that of --run RUN is 0; give",
+        ),
+        (
+            {"top_k": 5},
+            ["sampling.top_k=6"],
+            KEPT,
+            "--set sampling.top_k=6: --run RUN has sampling.top_k = 5, with which",
+        ),
+        (
+            {},
+            ["sampling.temperature=0.5"],
+            {},
+            "--set sampling.temperature=0.5: --run RUN has sampling.temperature = 1.0",
+        ),
+        (
+            {"max_response_tokens": 2},
+            [],
+            {},
+            "ROWS: line 1: response_ids has 3 tokens, more than sampling.max_response_tokens = 2 of --run RUN; give",
+        ),
+        (
+            {"max_prompt_tokens": 1},
+            [],
+            {},
+            "ROWS: line 1: prompt_ids has 2 tokens, more than sampling.max_prompt_tokens = 1 of --run RUN; give",
+        ),
+        (
+            {"top_k": 2},
+            [],
+            {"kept_ids": [list(range(73)), [76], [0]]},
+            "ROWS: line 1: kept_ids has 73 ids at a token, more than 72, the most for sampling.top_k = 2 of --run RUN",
+        ),
+    ],
+)
+def test_rows_and_settings_of_other_runs_are_refused(options, sampling, settings, row, problem):
+    options = with_run(options, **sampling)
+    write_rows(options.rollouts, GOOD | row)
+    with pytest.raises(UserError) as raised:
+        checked_replay(replace(options, settings=settings))
+    (found,) = raised.value.problems
+    expected = problem.replace("RUN", str(options.run)).replace("ROWS", str(options.rollouts))
+    assert found.startswith(expected)
+
+
+def test_a_run_folder_without_settings_is_named(options, tmp_path):
+    with pytest.raises(UserError, match=r"^--run .*none/run\.json: No such file or directory; give the run\.json"):
+        checked_replay(replace(options, run=tmp_path / "none"))

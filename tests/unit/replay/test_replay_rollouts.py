@@ -46,7 +46,7 @@ def test_kept_ids_are_read_with_top_k(tmp_path):
 @pytest.mark.parametrize(
     ("kept", "top_k", "problem"),
     [
-        (KEPT, 0, "kept_ids: the response was sampled with sampling.top_k; give --set sampling.top_k=..."),
+        (KEPT, 0, "kept_ids: the response was sampled with sampling.top_k; give --run, or --set sampling.top_k=..."),
         (None, 3, "kept_ids: the field is missing (sampling.top_k needs it)"),
         (KEPT[:2], 3, "kept_ids: has 2 lists for 3 response_ids"),
         ([[3], [76], [7]], 3, "kept_ids[2] = [7]: must contain response_ids[2] = 0"),
