@@ -19,6 +19,7 @@ from minpro_megatron.collector.consumption import checked_staleness, log_batch
 from minpro_megatron.collector.events import CollectorObserver
 from minpro_megatron.collector.grading_watch import GradingWatch
 from minpro_megatron.collector.group_filter import GroupFilter
+from minpro_megatron.collector.late_servers import LateServers
 from minpro_megatron.collector.leases import Conflict, Leases, Servers
 from minpro_megatron.collector.restoring import restore_state
 from minpro_megatron.collector.retention import JournalRetention
@@ -26,6 +27,7 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import first_error
 from minpro_megatron.evaluation.in_run import CollectGroup, Evaluations, EvaluationSet, heldout_set
 from minpro_megatron.evaluation.sampling import append_result, write_results
+from minpro_megatron.fleet.fleet import start_limit_s
 from minpro_megatron.monitor.status import write_status
 from minpro_megatron.prompts.prompts import PromptStream, TokenizedPrompt
 from minpro_megatron.records import (
@@ -85,7 +87,8 @@ class Collector:
         )
         self._evaluations = Evaluations(config, [heldout_set(config, heldout), *benchmarks], collect_group)
         canaries = [prompt.token_ids.tolist() for prompt in heldout[:NUM_CANARY_PROMPTS]]
-        self._leases = Leases(servers, canaries, self._evaluations, self._metrics, config.server.takes_turns)
+        late_servers = LateServers(start_limit_s(config.server)) if config.server.takes_turns else None
+        self._leases = Leases(servers, canaries, self._evaluations, self._metrics, late_servers)
         self._changes = StateChanges()
         self._writing_status = asyncio.Lock()
         self._beginnings: Sequence[Beginning] = (RUN_START,)
@@ -279,7 +282,7 @@ class Collector:
             return lease
 
         def may_release() -> bool:
-            return not self._evaluations.due(version) and self._may_publish()
+            return not self._evaluations.due(version) and self._may_publish() and self._leases.may_turn_end()
 
         if await self._wait_until(may_release if self._serving else self._leases.can_grant, timeout_s):
             self._leases.grant(following, requests_in_flight=False, releases=True)

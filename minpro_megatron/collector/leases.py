@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from minpro_megatron.collector.late_servers import LateServers
 from minpro_megatron.evaluation.in_run import Evaluations
 from minpro_megatron.records import PublishLease, ServerAddress
 
@@ -22,6 +23,10 @@ class Servers(Protocol):
 
     def members(self) -> list[ServerAddress]:
         """The servers that answer."""
+        ...
+
+    def missing(self) -> set[int]:
+        """The indices of the run's servers that do not answer."""
         ...
 
     def outdated(self) -> list[ServerAddress]:
@@ -64,12 +69,13 @@ class Leases:
         canary_prompts: list[list[int]],
         evaluations: Evaluations,
         more_metrics: Callable[[], Mapping[str, float]] = dict,
-        in_turns: bool = False,
+        late_servers: LateServers | None = None,
     ) -> None:
         """`more_metrics`: metrics that a lease reports to the trainer besides those of servers and evaluations.
-        `in_turns`: the servers share their GPUs with the trainer."""
+        `late_servers` is given if the servers share their GPUs with the trainer, in turns."""
         self._servers = servers
-        self._in_turns = in_turns
+        self._late_servers = late_servers
+        self._in_turns = late_servers is not None
         self._more_metrics = more_metrics
         self._canary_prompts = canary_prompts
         self._evaluations = evaluations  # the trainer reports those that have ended
@@ -82,9 +88,16 @@ class Leases:
     def can_grant(self) -> bool:
         return bool(self._servers.members())
 
+    def may_turn_end(self) -> bool:
+        """On shared GPUs, once all work of the servers' turn is done: whether no server is waited for that starts."""
+        now = asyncio.get_running_loop().time()
+        return self._late_servers is None or self._late_servers.may_turn_end(self._servers.missing(), now)
+
     def grant(self, version: int, requests_in_flight: bool, releases: bool = False) -> None:
         """Grants a lease of `version`, which is new to the servers, for all servers that answer. `releases`: their
         memory is the trainer's until the lease ends."""
+        if self._late_servers is not None and releases:
+            self._late_servers.turn_ends(self._servers.missing())
         self.current = self._make(version, self._servers.members(), requests_in_flight, releases)
         self._idle_before = self._idle_now(self.current.metrics)
 
@@ -145,6 +158,8 @@ class Leases:
         assert self.current is not None, "check_end comes first"
         lease, self.current = self.current, None
         now = asyncio.get_running_loop().time()
+        if self._late_servers is not None:
+            self._late_servers.turn_begins(now)
         for server in lease.servers:
             if server.index not in held_by:
                 self._not_before[server.index, server.start] = now + REPUBLISH_PAUSE_S

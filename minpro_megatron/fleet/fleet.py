@@ -130,6 +130,10 @@ class Fleet:
         """The servers that answer, in order of index."""
         return [member.address for member in self._alive()]
 
+    def missing(self) -> set[int]:
+        """The indices of the run's servers that do not answer."""
+        return set(range(self._num_expected)) - {member.address.index for member in self._alive()}
+
     def outdated(self) -> list[ServerAddress]:
         """The servers that answer but do not hold `version`: they get no work."""
         return [

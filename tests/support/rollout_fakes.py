@@ -160,11 +160,15 @@ class FakeServers:
         self._exact = exact
         self._longest = longest
         self._spanning = spanning
+        self._count = count
         self._starts = dict.fromkeys(range(count), 0)
         self._held: dict[int, int | None] = dict.fromkeys(range(count), 0)
 
     def members(self) -> list[ServerAddress]:
         return [self.address(index) for index in self._starts]
+
+    def missing(self) -> set[int]:
+        return set(range(self._count)) - set(self._starts)
 
     def outdated(self) -> list[ServerAddress]:
         return [self.address(index) for index, held in self._held.items() if held != self.version]
@@ -204,6 +208,9 @@ class FakeServers:
 
     def withdraw(self, index: int) -> None:
         del self._starts[index], self._held[index]
+
+    def rejoin(self, index: int) -> None:
+        self._starts[index], self._held[index] = 1, 0
 
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
         self.issued.append(issued)

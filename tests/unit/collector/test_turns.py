@@ -119,6 +119,49 @@ def test_a_server_that_restarts_in_its_turn_waits_for_the_next_version_unless_it
     asyncio.run(main())
 
 
+def test_a_server_that_a_turn_was_too_short_for_is_waited_for_in_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped while it started, and would be in every turn. It is not waited for longer than a start may take,
+    and not again until it has joined."""
+    monkeypatch.setattr(collector_module, "SERVER_CHECK_INTERVAL_S", 0.005)
+    config = shared(tmp_path, delay=0)
+    config = config.model_copy(update={"server": config.server.model_copy(update={"start_timeout_s": 0.2})})
+    monkeypatch.setattr(collector_module, "start_limit_s", lambda server: server.start_timeout_s)
+
+    async def main() -> None:
+        servers = FakeServers(2)
+        async with collecting(config, servers) as collector:
+            trainer = FakeTrainer(config)
+            trainer._collector, trainer._crash_at, trainer._ready = collector, None, {}
+
+            async def step(number: int) -> None:
+                await trainer._fetch(number)
+                await collector.consumed(trained(number))
+                await trainer._publish(number + 1)
+
+            await trainer._release(0)
+            await step(0)
+            servers.withdraw(1)
+            await trainer._release(1)  # it may have been starting; it is stopped
+            await step(1)
+            assert await collector.release_begin(2, 0.05) is None
+            servers.rejoin(1)
+            await trainer._release(2)
+            await step(2)
+            assert [len(lease.servers) for lease in trainer.leases] == [2, 1, 2]
+            servers.withdraw(1)
+            await trainer._release(3)
+            await step(3)
+            assert await collector.release_begin(4, 0.05) is None
+            await asyncio.sleep(0.2)
+            await trainer._release(4)
+            await step(4)
+            assert servers.kept == [[0, 1], None, [0], None, [0, 1], None, [0], None, [0], None]
+
+    asyncio.run(main())
+
+
 def test_servers_that_do_not_release_their_memory_are_not_kept(tmp_path: Path) -> None:
     config = shared(tmp_path, delay=0)
 
