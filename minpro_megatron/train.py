@@ -145,7 +145,7 @@ class Trainer:
                     batch, trained = self._train(step)
                 case Publish(version):
                     assert trained is not None
-                    self._publish(version, trained.changed)
+                    self._publish(version, trained.changed, ends_step=True)
                 case Save(version):
                     assert batch is not None
                     assert trained is not None
@@ -210,7 +210,7 @@ class Trainer:
             self._report.trained(scored.log_probs, trained.log_probs)
         return scored.batch, trained
 
-    def _publish(self, version: int, changed: bool) -> None:
+    def _publish(self, version: int, changed: bool, ends_step: bool = False) -> None:
         """Publishes the current weights as `version`; `changed`: updates have changed them since the last version."""
         self._may_write()
         with self._clock.phase("wait_for_batch"):  # in delay mode the servers first complete a batch
@@ -220,11 +220,18 @@ class Trainer:
                 self._send,
             )
         with self._clock.phase("publish"):
-            self._send(lease, changed)
+            report = self._transfer(lease, changed)
+            if self._turns is not None and ends_step:
+                self._write_publication(self._turns, lease)
+            self._hand_over(lease, report)
             self._note_evaluations(lease.evaluations)
 
-    def _send(self, lease: PublishLease, changed: bool = False) -> None:
-        """Sends the lease's version to the lease's servers. On shared GPUs it is their turn afterwards."""
+    def _send(self, lease: PublishLease) -> None:
+        """Sends the lease's version, which servers have lost, to the lease's servers."""
+        self._hand_over(lease, self._transfer(lease, changed=False))
+
+    def _transfer(self, lease: PublishLease, changed: bool) -> PublishReport | None:
+        """Gives the lease's version to the lease's servers. The report on rank 0."""
         servers, turns = lease.servers, self._turns
         if turns is not None:
             if not turns.is_trainers:  # servers that have restarted in their turn
@@ -235,16 +242,35 @@ class Trainer:
             turns.await_all_ranks()
         with self._clock.guard(f"publishing version {lease.version}"), self._versions.weights_of(lease.version):
             report = self._publisher.publish(lease if self._mesh.rank == 0 else None, changed)
+        if report and servers:  # none when training on a journal
+            self._publications.append(report)
+            self._fleet = lease.metrics
+        return report
+
+    def _hand_over(self, lease: PublishLease, report: PublishReport | None) -> None:
+        """Ends the lease: the servers sample with its version. On shared GPUs it is their turn."""
+        turns = self._turns
         if turns is not None:
             self._policy.to_host()
             turns.returned()
         if self._feed and report:
+            without = [server.index for server in lease.servers if server.index not in report.held_by]
             # on shared GPUs a server without the weights may also lack memory: it is restarted
-            late = report.late if turns is None else [one.index for one in servers if one.index not in report.held_by]
-            self._feed.publish_end(lease.version, report.held_by, late)
-            if servers:  # empty when training on a journal
-                self._publications.append(report)
-                self._fleet = lease.metrics
+            self._feed.publish_end(lease.version, report.held_by, report.late if turns is None else without)
+
+    def _write_publication(self, turns: ServerTurns, lease: PublishLease) -> None:
+        """On shared GPUs the step's metrics and its checkpoint come before its publication, whose metrics are added. If
+        they raise an alarm that ends the run, the servers, which have no work yet, release their memory again, and the
+        trainer takes it for its last checkpoint."""
+        published, alarms = publication_metrics(self._publications), []
+        self._publications.clear()
+        if self._report:
+            alarms = self._report.published(lease.version - 1, published)
+        alarm = self._saving.alarm_to_stop_on(lease.version, alarms)
+        if alarm is not None:
+            turns.release(lease)
+            self._policy.to_device()
+            self._saving.stop(self._state(lease.version), alarm)
 
     def _note_evaluations(self, results: Sequence[EvaluationResult]) -> None:
         """Takes note of all evaluations so far."""
@@ -265,8 +291,10 @@ class Trainer:
             return []
         with self._clock.phase("monitor"):
             times = {f"time/{phase}_s": seconds for phase, seconds in lap.phases.items()} | {"time/step_s": lap.total}
-            published = publication_metrics(self._publications) | self._fleet
-            self._publications.clear()
+            published = dict(self._fleet)
+            if self._turns is None:
+                published |= publication_metrics(self._publications)
+                self._publications.clear()
             of_batch = batch_metrics(batch, step, self._config.reward.right_reward)
             scalars = values(trained.metrics | of_batch) | times | published
             return self._report.step(step, scalars, trained.histograms, batch)

@@ -1,6 +1,7 @@
 """Saves checkpoints at the end of global steps, and ends starts there before the run is complete."""
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from minpro_megatron.checkpoints.manifest import TrainerState
 from minpro_megatron.checkpoints.run_checkpoints import RunCheckpoints, Trainable
@@ -53,7 +54,7 @@ class Saving:
         """
         version = state.policy_version
         last = version == self._config.num_global_steps
-        alarm = None if last else self._alarm_to_stop_on(alarms)
+        alarm = self.alarm_to_stop_on(version, alarms)
         decision = self._mesh.from_rank_0(self._schedule.after_step(version) if self._schedule else None)
         end = decision.end if decision and alarm is None else ""
         if end and self._schedule:
@@ -69,6 +70,18 @@ class Saving:
             raise AlarmStop(f"alarms.stop_on: {alarm}")
         if end:
             raise EndedEarly(version, end)
+
+    def alarm_to_stop_on(self, version: int, alarms: Sequence[Alarm]) -> Alarm | None:
+        """The first of rank 0's alarms that ends the run, on every rank; None after the last version."""
+        stop_on = self._config.alarms.stop_on
+        if not stop_on or version == self._config.num_global_steps:
+            return None
+        return self._mesh.from_rank_0(next((alarm for alarm in alarms if alarm.name in stop_on), None))
+
+    def stop(self, state: TrainerState, alarm: Alarm) -> NoReturn:
+        """For an alarm that comes after `after_step`: raises AlarmStop once there is a checkpoint of `state`."""
+        self._finish(state)
+        raise AlarmStop(f"alarms.stop_on: {alarm}")
 
     def _begin_save(self, state: TrainerState) -> None:
         if self._feed:
@@ -93,10 +106,3 @@ class Saving:
             if last is not None and self._saved_version != last.policy_version:
                 self._begin_save(last)
                 self._complete(self._checkpoints.finish())
-
-    def _alarm_to_stop_on(self, alarms: Sequence[Alarm]) -> Alarm | None:
-        """The first alarm on rank 0 that ends the run."""
-        stop_on = self._config.alarms.stop_on
-        if not stop_on:
-            return None
-        return self._mesh.from_rank_0(next((alarm for alarm in alarms if alarm.name in stop_on), None))

@@ -39,15 +39,21 @@ class AlarmLog:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """The alarms that the metrics of global step `step` raise, written and logged."""
-        raised = self._watch.add(step, metrics)
-        for alarm in raised:
-            self._raise(alarm)
-        return raised
+        return self._raise_all(self._watch.add(step, metrics))
+
+    def published(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """The alarms that the metrics of the publication after global step `step`, the last one, raise."""
+        return self._raise_all(self._watch.complete(step, metrics))
 
     def failed_at_end(self, last_step: int, num_evaluations: int) -> None:
         """Raises the alarm for `num_evaluations` that failed after the last step, whose metrics do not count them."""
         name: AlarmName = "failed_evaluation"
         self._raise(Alarm(last_step, name, describe_failed_evaluations(num_evaluations), CHECKS[name].remedy))
+
+    def _raise_all(self, alarms: list[Alarm]) -> list[Alarm]:
+        for alarm in alarms:
+            self._raise(alarm)
+        return alarms
 
     def _raise(self, alarm: Alarm) -> None:
         log.warning("alarm: %s", alarm)

@@ -65,6 +65,14 @@ class Series:
             if len(recent := self.last(name, self._window)) == self._window:
                 self._averages[name].append(fmean(recent))
 
+    def complete(self, metrics: Mapping[str, float]) -> None:
+        """Adds metrics of the last step that it did not have."""
+        for name in metrics.keys() & self._values.keys():
+            assert self._values[name][-1] is None, f"the step has {name} already"
+            self._values[name][-1] = metrics[name]
+            if len(recent := self.last(name, self._window)) == self._window:
+                self._averages[name].append(fmean(recent))
+
     def last(self, name: str, count: int) -> list[float]:
         """The finite values of the last `count` steps; fewer at the beginning."""
         return [value for value in self._values[name][-count:] if value is not None and math.isfinite(value)]
@@ -330,6 +338,14 @@ class AlarmWatch:
     def add(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """The alarms that this step raises."""
         self._series.add(metrics)
+        return self._raised(step)
+
+    def complete(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """The alarms that `metrics` raise, which the step that was added last did not have yet."""
+        self._series.complete(metrics)
+        return self._raised(step)
+
+    def _raised(self, step: int) -> list[Alarm]:
         raised = []
         for name, watched in CHECKS.items():
             seen = watched.check(self._series, self._limits)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 FILE_NAME = "metrics.jsonl"
 _OF_EVALUATIONS = ("eval/", "evaluation/")
+_OF_PUBLICATIONS = ("publish/", "alarms/")
 
 
 def is_of_evaluations(name: str) -> bool:
@@ -24,9 +25,16 @@ class Entry:
     metrics: Mapping[str, float]
 
     @property
+    def is_of_publication(self) -> bool:
+        """Whether these are scalars of a publication that came after the record of its global step, as on GPUs that
+        trainer and servers share."""
+        return all(name.startswith(_OF_PUBLICATIONS) for name in self.metrics)
+
+    @property
     def is_global_step(self) -> bool:
-        """Whether these are the scalars of a trained global step; evaluations are written on their own."""
-        return not all(map(is_of_evaluations, self.metrics))
+        """Whether these are the scalars of a trained global step; evaluations are written on their own, and
+        publications that come after the step add to them."""
+        return not self.is_of_publication and not all(map(is_of_evaluations, self.metrics))
 
 
 def encode_entry(entry: Entry) -> str:
@@ -89,11 +97,13 @@ class HistoryTail:
 
 def read_history(run_dir: Path) -> list[Entry]:
     """The run's entries, ordered by step. Of a step that was trained again after a restart only the last entry
-    counts; the evaluations of a policy version are one entry."""
+    counts; the evaluations of a policy version are one entry, and so are a step and its publication."""
     latest: dict[tuple[bool, int], Entry] = {}
     for entry in HistoryTail(run_dir).new_entries():
-        key = entry.is_global_step, entry.step
+        key = entry.is_global_step or entry.is_of_publication, entry.step
         if not entry.is_global_step and key in latest:
-            entry = Entry(entry.step, entry.time, {**latest[key].metrics, **entry.metrics})
+            former = latest[key]
+            time = former.time if entry.is_of_publication else entry.time
+            entry = Entry(entry.step, time, {**former.metrics, **entry.metrics})
         latest[key] = entry
     return sorted(latest.values(), key=lambda entry: (entry.step, entry.is_global_step))

@@ -183,12 +183,22 @@ class StepReport:
         if self._alarms is not None:
             raised = self._alarms.step(step, scalars)
             scalars |= self._alarms.counts()
-        if raised:
-            text = "\n".join(f"- **{alarm.name}**: {alarm.seen}. Try: {alarm.remedy}" for alarm in raised)
-            self._writer.text(step, "alarms", text)
+        self._show_alarms(step, raised)
         self._writer.scalars(step, scalars)
         log.info("%s", step_line(step, scalars))
         self._last_step, self._failed_evaluations = step, int(scalars.get("fleet/failed_evaluations", 0))
+        return raised
+
+    def published(self, step: int, scalars: dict[str, float]) -> list[Alarm]:
+        """Adds the metrics of a publication to the last global step, whose metrics were written before it. Returns the
+        alarms that they raise."""
+        if not scalars:
+            return []
+        raised = self._alarms.published(step, scalars) if self._alarms is not None else []
+        if self._alarms is not None and raised:
+            scalars = scalars | self._alarms.counts()
+        self._show_alarms(step, raised)
+        self._writer.scalars(step, scalars)
         return raised
 
     def finished(self, totals: CollectorTotals) -> None:
@@ -197,6 +207,11 @@ class StepReport:
         failed = totals.failed_evaluations - self._failed_evaluations
         if failed > 0 and self._alarms is not None:
             self._alarms.failed_at_end(self._last_step, failed)
+
+    def _show_alarms(self, step: int, raised: Sequence[Alarm]) -> None:
+        if raised:
+            text = "\n".join(f"- **{alarm.name}**: {alarm.seen}. Try: {alarm.remedy}" for alarm in raised)
+            self._writer.text(step, "alarms", text)
 
     def _rates(self, scalars: Mapping[str, float], batch: Batch) -> dict[str, float]:
         response_tokens = sum(response.num_sampled for group in batch.groups for response in group.responses)

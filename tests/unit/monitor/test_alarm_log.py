@@ -64,6 +64,35 @@ def test_an_alarm_is_in_every_place(config: RunConfig, caplog: pytest.LogCapture
     assert b"3 servers respond, 1 fewer than before" in texts[0].tensor_proto.string_val[0]
 
 
+CANARIES = [0.01, 0.01, 0.9, 0.9, 0.01, 0.01, 0.01, 0.9]  # with a window of 2: alarms at steps 2 and 7
+
+
+def publish_after(config: RunConfig, first: int, last: int) -> list[tuple[int, str]]:
+    """As `train`, where the metrics of a step are written before it is published."""
+    with RunWriter(config.run_dir, first or None) as writer:
+        report = StepReport(writer, lambda ids: str(len(ids)), first, alarms=AlarmLog(config, first))
+        raised = []
+        for step in range(first, last + 1):
+            raised += report.step(step, TIMES | {"fleet/members": MEMBERS[step]}, {}, make_batch())
+            raised += report.published(step, {"publish/canary_server_max": CANARIES[step]})
+    return [(alarm.step, alarm.name) for alarm in raised]
+
+
+@pytest.mark.parametrize("resumed_at", range(1, 8))
+def test_the_alarms_of_publications_that_come_after_their_steps_are_those_of_the_steps(
+    config: RunConfig, resumed_at: int
+) -> None:
+    expected = [(2, "server_loss"), (2, "canary"), (7, "canary")]
+    found = publish_after(config, 0, resumed_at - 1)
+    assert found + publish_after(config, resumed_at, 7) == expected
+    assert stated(config) == expected
+    history = read_history(config.run_dir)
+    assert [entry.metrics["publish/canary_server_max"] for entry in history] == CANARIES
+    assert [entry.metrics["alarms/raised"] for entry in history] == [0, 0, 2, 2, 2, 2, 2, 3]
+    board = EventAccumulator(str(board_folder(config.run_dir))).Reload()
+    assert sorted(event.step for event in board.Scalars("publish/canary_server_max")) == list(range(8))
+
+
 @pytest.mark.parametrize("resumed_at", range(1, 12))
 def test_a_run_that_goes_on_raises_what_one_without_a_break_does(config: RunConfig, resumed_at: int) -> None:
     reached = min(resumed_at + 1, 11)  # the interrupted start had gone a step or two further

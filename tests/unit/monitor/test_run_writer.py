@@ -103,6 +103,22 @@ def test_the_evaluations_of_a_version_are_one_entry_beside_its_step(tmp_path):
     assert trained.metrics == {"reward/mean": 0.1}
 
 
+def test_a_publication_after_its_step_is_part_of_the_step(tmp_path):
+    with RunWriter(tmp_path) as writer:
+        writer.scalars(3, {"reward/mean": 0.1, "alarms/raised": 0})
+        writer.scalars(3, {"publish/servers": 2, "alarms/raised": 1})
+        writer.scalars(4, {"reward/mean": 0.2, "alarms/raised": 1})
+        writer.scalars(3, {"reward/mean": 0.3, "alarms/raised": 0})  # the step is trained again
+    third, fourth = read_history(tmp_path)
+    assert (third.step, third.metrics) == (3, {"reward/mean": 0.3, "alarms/raised": 0})
+    with RunWriter(tmp_path) as writer:
+        writer.scalars(3, {"publish/servers": 1})
+    written = read_history(tmp_path)
+    assert [entry.metrics for entry in written] == [{**third.metrics, "publish/servers": 1}, fourth.metrics]
+    assert [entry.time for entry in written] == [third.time, fourth.time]  # of the steps
+    assert [entry.is_global_step for entry in written] == [True, True]
+
+
 def test_a_file_that_was_replaced_by_a_shorter_one_is_read_again(tmp_path):
     path = tmp_path / "lines"
     path.write_text("one\ntwo\nthree\n")
