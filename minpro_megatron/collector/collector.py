@@ -23,6 +23,7 @@ from minpro_megatron.collector.late_servers import LateServers
 from minpro_megatron.collector.leases import Conflict, Leases, Servers
 from minpro_megatron.collector.restoring import restore_state
 from minpro_megatron.collector.retention import JournalRetention
+from minpro_megatron.config.publish import NUM_CANARY_PROMPTS
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import first_error
 from minpro_megatron.evaluation.in_run import CollectGroup, Evaluations, EvaluationSet, heldout_set
@@ -48,7 +49,6 @@ log = logging.getLogger(__name__)
 SERVER_CHECK_INTERVAL_S = 0.5
 # The run ends if for this multiple of server.start_timeout_s no server has held the current weights.
 SERVERLESS_FACTOR = 3
-NUM_CANARY_PROMPTS = 4  # of the held-out prompts: a single one may have a continuation that is certain for any weights
 
 
 class Collector:

@@ -6,6 +6,10 @@ from pydantic import Field
 
 from minpro_megatron.config.base import Section
 
+# The number of held-out prompts that servers continue after a publication: a single one may have a continuation that is
+# certain for any weights.
+NUM_CANARY_PROMPTS = 4
+
 
 class PublishConfig(Section):
     """After every global step the trainer sends its weights to all servers as the next policy version."""

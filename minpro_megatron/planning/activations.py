@@ -212,6 +212,17 @@ def stage_activations(
     )
 
 
+def forward_bytes(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> int:
+    """At most so many bytes while log-probs are computed without gradients, in addition to weights: what a layer
+    computes, or a block of logits, beside the hidden states."""
+    layer = layer_activations(a, parallel, row, compute)
+    hidden = a.hidden_size * row.tokens // parallel.context * compute.element_bytes
+    tokens, columns = LOGIT_BLOCKS[compute.device]
+    rows, width = min(tokens, row.tokens // parallel.context), min(columns, a.padded_vocab_size // parallel.tensor)
+    logits = hidden + rows * width * (FLOAT32 + compute.element_bytes)
+    return hidden + max(layer.kept + layer.backward, logits)
+
+
 def recomputed_layers(recompute: str, chosen: int, layers: int) -> int:
     """The number of `layers`, those of a model chunk, that are recomputed as a whole. `chosen`:
     model.recompute_layers."""

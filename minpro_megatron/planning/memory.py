@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from minpro_megatron.config.model import layer_backend_of
+from minpro_megatron.config.publish import NUM_CANARY_PROMPTS
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture
-from minpro_megatron.planning.activations import Compute, Row, StageActivations, stage_activations
+from minpro_megatron.planning.activations import Compute, Row, StageActivations, forward_bytes, stage_activations
 from minpro_megatron.planning.gpus import GIB, GpuKind
 from minpro_megatron.planning.parameters import model_parameters, optimizer_degrees, stage_parameters
 from minpro_megatron.planning.routes import route_host_bytes
@@ -35,6 +36,7 @@ class RankMemory:
     optimizer: int
     activations: StageActivations
     publish: int  # buckets of a broadcast on rank 0, outside training
+    canaries: int  # scoring of what servers generate after a publication, outside training
     building: int  # total of tensors at the start, while weights and their copy in megatron's buffers exist
     workspaces: int  # of Transformer Engine, which stay
     context: int  # outside the allocator
@@ -169,6 +171,16 @@ def publish_bytes(config: RunConfig, a: Architecture, stage: int) -> int:
     return max(largest + bucket + received + merged, 2 * largest + max(received, merged))
 
 
+def canary_bytes(config: RunConfig, a: Architecture, compute: Compute) -> int:
+    """Bytes on a rank, in addition to its weights, while it scores the servers' continuations of all canary prompts."""
+    if not config.publish.canary_tokens:
+        return 0
+    each = min(-(-config.publish.canary_tokens // NUM_CANARY_PROMPTS), config.sampling.max_response_tokens)
+    longest = config.sampling.max_prompt_tokens + each
+    tokens = min(NUM_CANARY_PROMPTS * longest, config.batch.max_tokens_per_row)
+    return forward_bytes(a, config.parallel, Row(tokens, longest), compute)
+
+
 def rank_memory(
     config: RunConfig, a: Architecture, row: Row, num_micro_batches: int, stage: int, imbalance: float
 ) -> RankMemory:
@@ -182,6 +194,7 @@ def rank_memory(
         optimizer=optimizer,
         activations=activations,
         publish=publish_bytes(config, a, stage),
+        canaries=canary_bytes(config, a, compute),
         building=building_bytes(config, a, stage),
         workspaces=(1 + (GROUPED_WORKSPACES if a.num_experts else 0)) * WORKSPACE_BYTES if compute.fused else 0,
         context=CONTEXT_BYTES[config.device],

@@ -38,20 +38,24 @@ def turn_memory(config: RunConfig, gpu: GpuKind, ranks: Sequence[RankMemory], se
     running = round((1 - static_share(config.server, gpu.memory_bytes)) * gpu.memory_bytes)
     whole_server = server.weights + server.kv_cache + running
     residue = max(rank.context + rank.workspaces for rank in ranks)
-    kept = max(rank.weights + rank.context + rank.workspaces for rank in ranks)
     sending = max(rank.weights + rank.publish + rank.context + rank.workspaces for rank in ranks)
     return TurnMemory(
         training=max(rank.total for rank in ranks) + SERVER_RESIDUE_BYTES,
         receiving=sending + server.weights + SERVER_RESIDUE_BYTES,
-        canaries=kept + whole_server,
+        canaries=_scoring(ranks) + whole_server,
         sampling=residue + whole_server,
     )
 
 
 def fitting_share(config: RunConfig, gpu: GpuKind, ranks: Sequence[RankMemory]) -> float:
-    """The largest server.memory_fraction, in hundredths, with which servers fit beside the trainer's weights."""
-    kept = max(rank.weights + rank.context + rank.workspaces for rank in ranks)
-    return int(100 * (static_share(config.server, gpu.memory_bytes) - kept / gpu.memory_bytes)) / 100
+    """The largest server.memory_fraction, in hundredths, with which servers fit while the trainer scores canaries."""
+    left = static_share(config.server, gpu.memory_bytes) - _scoring(ranks) / gpu.memory_bytes
+    return int(100 * left) / 100
+
+
+def _scoring(ranks: Sequence[RankMemory]) -> int:
+    """Bytes of the trainer while it scores canaries."""
+    return max(rank.weights + rank.canaries + rank.context + rank.workspaces for rank in ranks)
 
 
 class MovingTimes(NamedTuple):

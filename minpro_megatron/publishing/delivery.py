@@ -77,17 +77,29 @@ class Delivery:
     _transfers: int = 0
     _paused_at: float | None = None
     _has_cache: bool = True
+    _loaded: Transport | None = None  # on shared GPUs: by which the weights have come, while the cache has no memory
     _excluded: list[ServerControl] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.transport = self.settings.transport if self.controls else None
 
     def take_back(self) -> None:
-        """On shared GPUs, before the first transfer: the servers get memory for weights, and for the cache after it."""
+        """On shared GPUs, before the first transfer: the servers get memory for weights, and with `give_cache` for the
+        cache after it."""
         self._each("resume_memory_occupation", tags=["weights"])
         self._has_cache = False
         if not self.controls:
             self.transport = None
+
+    def give_cache(self) -> Transport | None:
+        """On shared GPUs, once no rank of the trainer holds memory of the transfer any more: the servers get memory for
+        their cache, and their weights are verified. Returns the transport of the next transfer, if one is needed."""
+        if self._loaded is not None:
+            used, self._loaded, self._has_cache = self._loaded, None, True
+            self._each("resume_memory_occupation", tags=["kv_cache"])
+            self._each("continue_generation", quick=True)
+            self._conclude(used)
+        return self.transport
 
     def by_buckets(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], num_buckets: int) -> None:
         """Sends the buckets to all servers. If one server fails, the transfer has failed for all and must be repeated
@@ -221,9 +233,8 @@ class Delivery:
         self.used, self.transport = used, None
         settings, in_flight = self.settings, self.lease.requests_in_flight
         if not self._has_cache:
-            self._each("resume_memory_occupation", tags=["kv_cache"])
-            self._each("continue_generation", quick=True)
-            self._has_cache = True
+            self._loaded = used
+            return
         if settings.flush_cache and not (in_flight and settings.pause_mode == "in_place"):
             self._each("flush_cache", quick=True)
         if self._paused_at is not None:

@@ -67,6 +67,8 @@ class Publisher:
                 if delivery is None:
                     _drain(buckets)
                 transport = self._on_rank_0(delivery, partial(self._transfer, buckets=buckets))
+                if transport is None and self._config.server.takes_turns:
+                    transport = self._give_cache(delivery)
             self._on_rank_0(delivery, lambda own: self._check_change(own, changed))
             prompts, continuations = self._on_rank_0(delivery, self._ask_canaries)
             pairs = [(prompts[prompt], list(response)) for prompt, response in continuations]
@@ -120,6 +122,13 @@ class Publisher:
         finally:
             _drain(buckets)  # buckets not sent because a server failed: the other ranks still gather them
         return delivery.transport
+
+    def _give_cache(self, delivery: Delivery | None) -> Transport | None:
+        """Shared GPUs: the servers get memory for their cache once all ranks' allocators have given back what they keep
+        of the transfer. The transport of the next transfer, if one is needed."""
+        torch.cuda.empty_cache()
+        self._mesh.from_all_ranks(None)
+        return self._on_rank_0(delivery, Delivery.give_cache)
 
     def _through_files(self, delivery: Delivery, buckets: Iterator[list[tuple[str, Tensor]]]) -> None:
         start, num_bytes = time.monotonic(), 0

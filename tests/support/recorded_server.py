@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,6 +21,7 @@ class RecordedServer:
         self.hung: set[str] = set()
         self.received: list[tuple[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []  # of the monotonic clock
         self._closing = threading.Event()
         recorded = self
 
@@ -29,6 +31,7 @@ class RecordedServer:
                 path = self.path.strip("/")
                 recorded.received.append((path, json.loads(body) if body else None))
                 recorded.headers.append(dict(self.headers))
+                recorded.times.append(time.monotonic())
                 if path in recorded.hung:
                     recorded._closing.wait(hang_s)
                 waiting = recorded.once.get(path)

@@ -107,10 +107,13 @@ def test_servers_on_shared_gpus_take_their_memory_back_around_the_transfer(
     """The cache only once the weights are there; until then no request is let in. A server that fails is left out."""
     servers[1].answers["resume_memory_occupation"] = (500, "no memory")
     delivery = deliver()
+    resume = "resume_memory_occupation"
     delivery.take_back()
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
+    assert (servers[0].paths, delivery.transport) == ([resume, "update_weights_from_disk"], None)
+    delivery.give_cache()
+    delivery.give_cache()  # nothing is done twice
     delivery.close()
-    resume = "resume_memory_occupation"
     loaded = ["update_weights_from_disk", resume, "continue_generation", "flush_cache", *VERIFIED]
     assert servers[0].paths == [resume, *loaded]
     assert [body for path, body in servers[0].received if path == resume] == [
