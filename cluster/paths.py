@@ -1,31 +1,34 @@
 """The run's paths as the job's nodes see them."""
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from minpro_megatron.config.listing import path_settings
 from minpro_megatron.config.run import RunConfig
 
 _PROJECT = Path(__file__).resolve().parent.parent
 # The checkout; for an installed package the current folder, because relative paths of settings refer to it.
 CHECKOUT = _PROJECT if (_PROJECT / "pyproject.toml").is_file() else Path.cwd()
-# Every setting that names a file or folder, except the files of evaluation.benchmarks.
-_SETTINGS = (
-    ("runs_dir",), ("model", "hf_path"), ("model", "megatron_path"), ("data", "train_file"), ("data", "heldout_file"),
-    ("debug", "journal"),
-)  # fmt: skip
 
 
 def in_workspace(config: RunConfig, workspace: str, checkout: Path = CHECKOUT) -> RunConfig:
     """`config` with relative paths, and paths inside this checkout, moved to the cluster's workspace."""
     values = config.model_dump()
-    for *sections, key in _SETTINGS:
-        target: dict[str, Any] = values
-        for section in sections:
-            target = target[section]
-        target[key] = path_in_workspace(target[key], workspace, checkout)
-    for benchmark in values["evaluation"]["benchmarks"]:
-        benchmark["file"] = path_in_workspace(benchmark["file"], workspace, checkout)
+    for setting in path_settings():
+        _replace(values, setting.split("."), lambda path: path_in_workspace(path, workspace, checkout))
     return RunConfig.model_validate(values)
+
+
+def _replace(values: Any, keys: list[str], new: Callable[[str], str]) -> None:
+    """Replaces the setting at `keys` of nested dictionaries; of a list of sections, that of each section."""
+    if isinstance(values, list):
+        for section in values:
+            _replace(section, keys, new)
+    elif len(keys) > 1:
+        _replace(values[keys[0]], keys[1:], new)
+    else:
+        values[keys[0]] = new(values[keys[0]])
 
 
 def path_in_workspace(path: str, workspace: str, checkout: Path) -> str:

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.instructions import instruction_text
+from minpro_megatron.config.path_type import InputPath
 from minpro_megatron.hooks.hook import is_import_path
 
 
@@ -13,8 +14,8 @@ class DataConfig(Section):
     """The prompts: JSON Lines files of `{"id", "source", "prompt", "answer"}`, and optionally `"pass_rate"` (0 to 1)
     and `"prefix"`."""
 
-    train_file: str = Field(description="JSON Lines file of the prompts that are trained on.")
-    heldout_file: str = Field(description="JSON Lines file of the held-out prompts that evaluations use.")
+    train_file: InputPath = Field(description="JSON Lines file of the prompts that are trained on.")
+    heldout_file: InputPath = Field(description="JSON Lines file of the held-out prompts that evaluations use.")
     accept_changed_inputs: bool = Field(
         default=False,
         description="Resume the run although the content of its data files, benchmarks, model files or hooks has "
@@ -33,7 +34,7 @@ class DataConfig(Section):
     chat_template_arguments: dict[str, str | int | float | bool] = Field(
         default={}, description='Variables of the chat template, such as {"enable_thinking": false}.'
     )
-    demonstrations: str = Field(
+    demonstrations: InputPath = Field(
         default="",
         description='JSON Lines file of `{"id", "prompt", "response"}`: the run trains on these responses (supervised '
         "fine-tuning, objective.name=sft) without servers, rewards and evaluations; train_file and heldout_file are "

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.config.path_type import OtherPath
 
 _STEPS = r"^([0-9]{1,9}:[0-9]{1,9})?$"
 
@@ -18,7 +19,7 @@ class DebugConfig(Section):
         "nothing, to size the servers or to collect rollouts of the initial weights.",
     )
     timer_step_s: float = Field(default=0, ge=0, description="Duration in seconds of a global step of the timer.")
-    journal: str = Field(
+    journal: OtherPath = Field(
         default="",
         description="Path of the journal.sqlite of another run: the trainer trains on its groups and scores, without "
         "servers and without a collector.",

@@ -3,13 +3,14 @@
 from pydantic import Field, model_validator
 
 from minpro_megatron.config.base import Section
+from minpro_megatron.config.path_type import InputPath
 
 
 class BenchmarkConfig(Section):
     """A file of prompts that is evaluated in addition to the held-out prompts."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name in metrics: evaluation/.../<name>.")
-    file: str = Field(description="JSON Lines file in the format of data.heldout_file.")
+    file: InputPath = Field(description="JSON Lines file in the format of data.heldout_file.")
     samples_per_prompt: int = Field(default=2, ge=1, description="Number of responses per prompt.")
     num_prompts: int | None = Field(
         default=None, ge=1, description="Number of prompts, from the beginning of the file; null uses all."

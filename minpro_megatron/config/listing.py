@@ -3,11 +3,13 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from minpro_megatron.config.path_type import NamesPath
 from minpro_megatron.config.run import RunConfig
 
 
@@ -39,6 +41,15 @@ def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", field
         for one in inner:
             yield from fields_of(one, f"{prefix}{name}.")
+
+
+@cache
+def path_settings() -> dict[str, NamesPath]:
+    """The settings that name a file or folder, section.key, with what their type says of it."""
+    marks = {
+        path: [mark for mark in field.metadata if isinstance(mark, NamesPath)] for path, field in fields_of(RunConfig)
+    }
+    return {path: found[0] for path, found in marks.items() if found}
 
 
 def value_of(config: RunConfig, path: str) -> Any:

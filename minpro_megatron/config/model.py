@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.library_settings import ModelFields
+from minpro_megatron.config.path_type import InputPath
 from minpro_megatron.errors import UserError
 
 LayerBackendName = Literal["transformer_engine", "torch"]
@@ -44,10 +45,10 @@ def recomputed_modules(chosen: Sequence[RecomputedModule], fused: bool, mixture:
 class ModelConfig(Section):
     """The initial policy and how its layers are computed."""
 
-    hf_path: str = Field(
+    hf_path: InputPath = Field(
         description="Hugging Face folder with the architecture, the tokenizer and the parameter names for the export."
     )
-    megatron_path: str = Field(
+    megatron_path: InputPath = Field(
         description="Megatron checkpoint of the same weights, made by `minpro convert`, or the checkpoint "
         "of a run from which hf_path was exported."
     )

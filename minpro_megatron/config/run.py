@@ -25,6 +25,7 @@ from minpro_megatron.config.model import ModelConfig, layer_backend_of
 from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
 from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.parallel import ParallelConfig
+from minpro_megatron.config.path_type import OtherPath
 from minpro_megatron.config.publish import PublishConfig
 from minpro_megatron.config.renamed import current_name, under_current_names
 from minpro_megatron.config.reward import RewardConfig
@@ -42,7 +43,7 @@ class RunConfig(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Name of the run and of its folder in runs_dir."
     )
-    runs_dir: str = Field(default="runs", description="Folder that contains the run folders.")
+    runs_dir: OtherPath = Field(default="runs", description="Folder that contains the run folders.")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the run, from which every other seed is derived.")
     num_global_steps: int = Field(default=120, ge=1, description="Number of global steps of the run.")
     device: Literal["cpu", "cuda"] = Field(default="cuda", description="Device on which the trainer's ranks compute.")

@@ -13,9 +13,10 @@ from minpro_megatron.buffer.journal_file import has_locks
 from minpro_megatron.buffer.journal_reader import JournalReader
 from minpro_megatron.checkpoints.manifest import RunManifest
 from minpro_megatron.checkpoints.resume_point import CHECKPOINTS, LATEST, newest_complete, read_latest
+from minpro_megatron.config.listing import path_settings
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
-from minpro_megatron.launch.preflight.inputs import INPUT_PATHS, input_obstacles
+from minpro_megatron.launch.preflight.inputs import input_obstacles
 from minpro_megatron.launch.starts import STARTS
 from minpro_megatron.monitor.history import FILE_NAME as HISTORY_FILE
 from minpro_megatron.monitor.summary import FILE_NAME as SUMMARY_FILE
@@ -181,7 +182,8 @@ def _wrong_length(config: RunConfig, steps_before: int, latest: RunManifest) -> 
 
 def _paths_by_content(run_dir: Path) -> tuple[str, ...]:
     """The settings of paths that may change, because the run folder records the contents of the files."""
-    return INPUT_PATHS if (run_dir / INPUTS_FILE).exists() else ()
+    inputs = tuple(setting for setting, path in path_settings().items() if path.is_input)
+    return inputs if (run_dir / INPUTS_FILE).exists() else ()
 
 
 def _differences(before: Any, after: Any, may_change: tuple[str, ...], path: str = "") -> Iterator[str]:
@@ -190,5 +192,13 @@ def _differences(before: Any, after: Any, may_change: tuple[str, ...], path: str
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted(before.keys() | after.keys()):
             yield from _differences(before.get(key), after.get(key), may_change, f"{path}.{key}" if path else key)
+    elif _are_sections(before) and _are_sections(after) and len(before) == len(after):
+        for one, other in zip(before, after, strict=True):
+            yield from _differences(one, other, may_change, path)
     elif before != after:
         yield f"{path}: {json.dumps(before)} -> {json.dumps(after)}"
+
+
+def _are_sections(value: Any) -> bool:
+    """Whether the value is a list of sections, such as evaluation.benchmarks."""
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)

@@ -15,14 +15,6 @@ from minpro_megatron.run_folder.run_inputs import InputChange, RunInputs, read_i
 
 # In the name of a hook's file, such as `loss.advantage = package.module:function`, and in no other name.
 HOOK_SIGN = " = "
-# Settings of paths of inputs: the run may resume with the same contents in another place.
-INPUT_PATHS = (
-    "data.train_file",
-    "data.heldout_file",
-    "data.demonstrations",
-    "model.hf_path",
-    "model.megatron_path",
-)
 
 
 def input_digests(config: RunConfig) -> dict[str, str]:

@@ -20,10 +20,10 @@ from minpro_megatron.run_folder.run_inputs import InputChange, RunInputs, read_i
 from tests.support.run_examples import PROMPT, TOKENIZER, example_config, save_checkpoint, write_example_files
 
 
-def begun_run(folder: Path) -> RunConfig:
+def begun_run(folder: Path, **changes: object) -> RunConfig:
     """A run with a checkpoint after global step 2."""
     write_example_files(folder)
-    config = example_config(folder)
+    config = example_config(folder, **changes)
     prepare(config, begin_start(config.run_dir).incarnation)
     save_checkpoint(config, 2)
     return config
@@ -141,6 +141,24 @@ def test_the_same_contents_may_be_in_another_place(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").rename(tmp_path / f"{name}-2.jsonl")
         moved.append(f"data.{name}_file={tmp_path / f'{name}-2.jsonl'}")
     assert problems(with_overrides(config, moved)) == []
+
+
+def test_benchmarks_of_the_same_contents_may_be_in_another_place(tmp_path: Path) -> None:
+    def evaluated(*files: str) -> dict[str, object]:
+        benchmarks = [{"name": name, "file": str(tmp_path / file)} for name, file in zip("ab", files, strict=True)]
+        return {"num_prompts": 1, "benchmarks": benchmarks}
+
+    for name in ("a", "b", "moved"):
+        replace_rows(tmp_path / f"{name}.jsonl", id=name, prompt="3*1=" if name == "b" else "5*1=")
+    config = begun_run(tmp_path, evaluation=evaluated("a.jsonl", "b.jsonl"))
+    moved = RunConfig.model_validate(config.model_dump() | {"evaluation": evaluated("moved.jsonl", "b.jsonl")})
+    (found,) = problems(moved)
+    assert "the content of evaluation.benchmarks a is not that with which" in found
+    replace_rows(tmp_path / "moved.jsonl", id="a", prompt="5*1=")
+    assert problems(moved) == []
+    swapped = RunConfig.model_validate(config.model_dump() | {"evaluation": evaluated("b.jsonl", "a.jsonl")})
+    (found,) = problems(swapped)
+    assert "the content of evaluation.benchmarks a, evaluation.benchmarks b is not that with which" in found
 
 
 def test_a_renamed_run_continues_under_its_new_name(tmp_path: Path) -> None:
