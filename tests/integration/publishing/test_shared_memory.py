@@ -198,5 +198,6 @@ def test_too_little_shared_memory_is_one_line_with_the_remedy() -> None:
         pytest.skip(f"this machine gives no file system of its own to a test: {done.stderr.strip()[-200:]}")
     assert done.stdout == (
         "publish.transport = shared_memory: one of two buckets needs 4.2 MB of shared memory, and /dev/shm has 1.0 MB "
-        "free: enlarge it (docker run --shm-size), lower publish.bucket_bytes, or set publish.transport to broadcast\n"
+        "free: enlarge it (docker run --shm-size), lower publish.bucket_bytes, or set publish.transport to broadcast, "
+        "or to disk with server.placement = shared\n"
     )
