@@ -17,6 +17,7 @@ AlarmName = Literal[
     "effective_sample_size",
     "mismatch",
     "canary",
+    "transport",
     "staleness_at_bound",
     "server_loss",
     "failed_evaluation",

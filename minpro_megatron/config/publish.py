@@ -19,7 +19,8 @@ class PublishConfig(Section):
         description="Path of the weights. broadcast sends the ranks' shards through one process group (NCCL, gloo on "
         "CPU). shared_memory copies them to host memory that servers on the same machine read; two buckets must fit "
         "into /dev/shm. disk writes a Hugging Face folder in run_dir, which trainer and servers must both see; it is "
-        "also used after another transport has failed.",
+        "also used after another transport has failed, until the run is started again or the other transport works "
+        "when it is tried once more.",
     )
     bucket_bytes: int = Field(
         default=512 << 20,

@@ -334,6 +334,11 @@ METRICS: dict[str, Declaration] = {
     "publish/failures": Declaration(
         "servers", "sum", "Number of servers of the lease that do not have the new policy version and get no work"
     ),
+    "publish/fallbacks": Declaration(
+        "publications",
+        "sum",
+        "Number of publications that the servers loaded from disk because publish.transport had failed",
+    ),
     "publish/canary_abs_mean": Declaration(
         "nats",
         "mean",

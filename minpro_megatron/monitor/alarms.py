@@ -197,6 +197,11 @@ def _canary(series: Series, limits: Limits) -> str | None:
     return f"{metric} {now:.3g} nats is above {allowed}"
 
 
+def _transport(series: Series, limits: Limits) -> str | None:
+    count = series.at_end("publish/fallbacks")
+    return "the servers loaded weights from disk because publish.transport had failed" if count else None
+
+
 def _staleness_at_bound(series: Series, limits: Limits) -> str | None:
     share, bound, window = limits.settings.staleness_share_of_bound, limits.max_staleness, limits.settings.window_steps
     stalest = series.last("staleness/mean", window)
@@ -290,6 +295,11 @@ CHECKS: dict[AlarmName, _Watched] = {
         "a server's results differ from the trainer's although the checksums of the weights agree: the trainer's log "
         "names the server; compare server.dtype with model.dtype and the server's flags, or restart that server",
     ),
+    "transport": _Watched(
+        _transport,
+        "logs/train.log names the servers and what they answered: check that they can reach the trainer's address "
+        "(NCCL_SOCKET_IFNAME, firewall), or set publish.transport = disk",
+    ),
     "staleness_at_bound": _Watched(
         _staleness_at_bound,
         "if the trainer hardly waits, the servers are faster than the trainer: a lower staleness.max_staleness costs "
@@ -318,6 +328,7 @@ WATCHED = (
     "objective/effective_sample_size",
     "mismatch/kl_k3",
     "publish/canary_server_max",
+    "publish/fallbacks",
     "staleness/mean",
     "overlap/trainer_wait_share",
     "fleet/members",

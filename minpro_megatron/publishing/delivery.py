@@ -57,6 +57,7 @@ class Delivery:
     lease: PublishLease
     controls: dict[int, ServerControl]  # of the servers without a failure so far, by index
     sender: Sender
+    transport: Transport | None  # of the next transfer; None: no transfer is needed
     # the checksums of this version on other servers, by tensor-parallel size; None: the version is new. If others have
     # the version already, a fault is the server's own: it is excluded, and the run continues.
     published: dict[int, str] | None = None
@@ -72,7 +73,6 @@ class Delivery:
     canaries: dict[int, list[GreedyAnswer]] = field(
         default_factory=dict
     )  # one answer per prompt of the lease, by server
-    transport: Transport | None = None  # of the next transfer; None: no transfer is needed
     used: Transport | None = None
     _transfers: int = 0
     _paused_at: float | None = None
@@ -81,7 +81,8 @@ class Delivery:
     _excluded: list[ServerControl] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.transport = self.settings.transport if self.controls else None
+        if not self.controls:
+            self.transport = None
 
     def take_back(self) -> None:
         """On shared GPUs, before the first transfer: the servers get memory for weights, and with `give_cache` for the

@@ -1,5 +1,6 @@
 """Publishing: sends the trainer's weights as a new policy version to every rollout server that is alive."""
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,16 +17,19 @@ from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.publishing.broadcast import Broadcaster
 from minpro_megatron.publishing.canary import Continuation, differences, distinct_continuations
-from minpro_megatron.publishing.delivery import Delivery
+from minpro_megatron.publishing.delivery import Delivery, Limits
 from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.publishing.held_weights import HeldWeights, held_weights
 from minpro_megatron.publishing.publish_report import PublishReport
 from minpro_megatron.publishing.sender import PublishError, Sender, Transport
 from minpro_megatron.publishing.shared_memory import SharedMemorySender
+from minpro_megatron.publishing.transport_choice import Tried, first_transport
 from minpro_megatron.records import PublishLease
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.control import ServerControl
 from minpro_megatron.weights.hf_files import write_hf
+
+log = logging.getLogger(__name__)
 
 PUBLISHED = "published"  # the folder of run_dir for transport "disk"
 
@@ -36,14 +40,23 @@ ScoreCanaries = Callable[[list[tuple[list[int], list[int]]]], list[np.ndarray]]
 class Publisher:
     """Sends the model to the servers, one bucket at a time. All ranks take part; rank 0 sends to the servers."""
 
-    def __init__(self, config: RunConfig, gatherer: WeightGatherer, mesh: Mesh, score_canaries: ScoreCanaries) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        gatherer: WeightGatherer,
+        mesh: Mesh,
+        score_canaries: ScoreCanaries,
+        limits: Limits | None = None,
+    ) -> None:
         self._config = config
         self._gatherer = gatherer
         self._mesh = mesh
         self._score_canaries = score_canaries
         self._sender = make_sender(config.publish, mesh.device)
         self._headers = authorization(config) if mesh.rank == 0 else {}
+        self._limits = limits or Limits()
         self._published: HeldWeights | None = None  # after the last publication
+        self._tried: list[Tried] = []  # by the publications so far
 
     def begin_from(self, held: HeldWeights | None) -> None:
         """Notes what the servers held when they first released their memory, where they share the trainer's GPUs."""
@@ -105,7 +118,15 @@ class Publisher:
         published = None
         if self._published is not None and self._published.version == lease.version:
             published = self._published.checksums
-        return Delivery(self._config.publish, lease, controls, self._sender, published)
+        settings = self._config.publish
+        transport = first_transport(settings.transport, self._tried)
+        if transport != settings.transport and controls:
+            log.warning(
+                "version %d: servers load from disk: the last publication by publish.transport = %s has failed",
+                lease.version,
+                settings.transport,
+            )
+        return Delivery(settings, lease, controls, self._sender, transport, published, self._limits)
 
     def _first_transport(self, delivery: Delivery, changed: bool) -> Transport | None:
         if changed and self._published is None:  # the weights must differ from the servers' initial ones
@@ -114,13 +135,17 @@ class Publisher:
 
     def _transfer(self, delivery: Delivery, buckets: Iterator[list[tuple[str, Tensor]]]) -> Transport | None:
         """Rank 0's part of one transfer; the transport of the next one, if one is needed."""
+        transport = delivery.transport
+        assert transport is not None, "a transfer is needed"
         try:
-            if delivery.transport == "disk":
+            if transport == "disk":
                 self._through_files(delivery, buckets)
             else:
                 delivery.by_buckets(buckets, self._gatherer.num_buckets(self._config.publish.bucket_bytes))
         finally:
             _drain(buckets)  # buckets not sent because a server failed: the other ranks still gather them
+        if delivery.transport != transport:  # otherwise it is repeated without the servers that failed
+            self._tried.append(Tried(transport, arrived=delivery.transport is None and bool(delivery.controls)))
         return delivery.transport
 
     def _give_cache(self, delivery: Delivery | None) -> Transport | None:
@@ -189,6 +214,7 @@ class Publisher:
             checksum=next(iter(delivery.checksums.values()), ""),
             canaries=canaries,
             late=sorted(delivery.late),
+            fell_back=delivery.used == "disk" != self._config.publish.transport,
         )
 
 

@@ -23,6 +23,7 @@ class PublishReport:
     checksum: str  # of the weights on the servers; empty if there are none
     canaries: dict[int, Difference]  # by server
     late: list[int] = field(default_factory=list)  # of the servers that failed, those that did not answer in time
+    fell_back: bool = False  # the servers loaded from disk because publish.transport had failed
 
     def metrics(self) -> dict[str, Metric]:
         """By their names in metrics.metric.METRICS, to be merged with those of other publications."""
@@ -31,6 +32,7 @@ class PublishReport:
             "publish/paused_s": largest(self.paused_s),
             "publish/bytes_per_s": mean(self.num_bytes, self.transfer_s),
             "publish/failures": total(len(self.failures)),
+            "publish/fallbacks": total(int(self.fell_back)),
             "publish/canary_abs_mean": mean(sum(one.mean for one in canaries), len(canaries)),
             "publish/canary_server_max": Metric(max((one.mean for one in canaries), default=0.0), len(canaries), "max"),
             "publish/canary_abs_max": Metric(max((one.max for one in canaries), default=0.0), len(canaries), "max"),

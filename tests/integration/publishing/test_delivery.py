@@ -69,7 +69,7 @@ def deliver(servers: list[RecordedServer]) -> MakeDelivery:
         config = PublishConfig.model_validate({"transport": "disk", "timeout_s": 30} | settings)
         controls = {address.index: ServerControl(address, config.timeout_s) for address in addresses}
         broadcaster = Broadcaster(torch.device("cpu"), config.timeout_s)
-        return Delivery(config, lease, controls, broadcaster, limits=limits or Limits())
+        return Delivery(config, lease, controls, broadcaster, config.transport, limits=limits or Limits())
 
     return make
 

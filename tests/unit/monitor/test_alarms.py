@@ -38,6 +38,7 @@ def healthy(num_steps: int = STEPS, seed: int = 0) -> dict[str, list[float]]:
         "mismatch/kl_k3": list(np.exp(random.normal(-7, 0.5, num_steps))),
         "staleness/mean": list(np.minimum(place, 3) + random.uniform(0, 0.5, num_steps)),
         "overlap/trainer_wait_share": [0.25] * num_steps,
+        "publish/fallbacks": [0.0] * num_steps,
         "fleet/members": [8.0] * num_steps,
         "fleet/restarts": [0.0] * num_steps,
     }
@@ -86,6 +87,7 @@ def test_a_healthy_run_is_silent(seed: int) -> None:
         (changed("objective/effective_sample_size", 40, 0.1), "effective_sample_size", 47, "is below"),
         (changed("mismatch/kl_k3", 40, 0.5), "mismatch", 40, "nats is above alarms.mismatch_kl_nats = 0.02"),
         (changed("staleness/mean", 20, 3.9), "staleness_at_bound", 29, "the trainer waited for 25 % of its time"),
+        (changed("publish/fallbacks", 20, 1.0), "transport", 20, "from disk because publish.transport had failed"),
         (changed("fleet/members", 20, 6.0), "server_loss", 20, "6 servers respond, 2 fewer than before"),
         (changed("fleet/restarts", 20, 1.0), "server_loss", 20, "1 servers returned"),
         (changed("objective/loss", 20, [math.nan]), "not_finite", 20, "objective/loss: not finite"),

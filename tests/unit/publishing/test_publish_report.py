@@ -36,6 +36,7 @@ def test_one_publication() -> None:
         "publish/bytes_per_s": 50.0,
         "publish/servers": 2.0,
         "publish/failures": 1.0,
+        "publish/fallbacks": 0.0,
         "publish/canary_abs_mean": pytest.approx(0.1),
         "publish/canary_server_max": pytest.approx(0.1),
         "publish/canary_abs_max": 0.2,
@@ -45,12 +46,13 @@ def test_one_publication() -> None:
 def test_a_second_publication_of_a_step_hides_nothing_of_the_first() -> None:
     canaries = {0: Difference(mean=0.5, max=0.1), 1: Difference(mean=0.3, max=0.9), 2: Difference(mean=0.1, max=0.3)}
     first = report([0], [1, 2], paused_s=4.0, transfer_s=8.0, num_bytes=900, canaries=canaries)
-    found = publication_metrics([first, report([0, 1, 2], [])])
+    found = publication_metrics([first, report([0, 1, 2], [], fell_back=True)])
     assert found == {
         "publish/paused_s": 4.0,
         "publish/bytes_per_s": 100.0,  # of both together
         "publish/servers": 3.0,  # those that have work now
         "publish/failures": 2.0,
+        "publish/fallbacks": 1.0,
         "publish/canary_abs_mean": pytest.approx((0.5 + 0.3 + 0.1 + 3 * 0.1) / 6),
         "publish/canary_server_max": 0.5,
         "publish/canary_abs_max": 0.9,
@@ -59,7 +61,12 @@ def test_a_second_publication_of_a_step_hides_nothing_of_the_first() -> None:
 
 def test_nobody_left_and_nothing_published() -> None:
     nobody = report([], [0], transport=None, transfer_s=0.0, num_bytes=0, canaries={})
-    assert publication_metrics([nobody]) == {"publish/paused_s": 0.5, "publish/servers": 0.0, "publish/failures": 1.0}
+    assert publication_metrics([nobody]) == {
+        "publish/paused_s": 0.5,
+        "publish/servers": 0.0,
+        "publish/failures": 1.0,
+        "publish/fallbacks": 0.0,
+    }
     assert publication_metrics([]) == {}
 
 

@@ -1,0 +1,91 @@
+"""A broadcast that leaves no server is not repeated on the servers that were restarted for it."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from minpro_megatron.config.publish import PublishConfig
+from minpro_megatron.publishing.delivery import Limits
+from minpro_megatron.publishing.publish import Publisher
+from minpro_megatron.publishing.publish_report import PublishReport, publication_metrics
+from minpro_megatron.records import PublishLease, ServerAddress
+from tests.support.recorded_server import OK, RecordedServer
+from tests.support.run_examples import example_config, write_example_files
+
+VERSION = 4
+LOADED = ["update_weights_from_disk", "flush_cache", "model_info", "weights_checker"]
+
+
+@pytest.fixture
+def servers() -> Iterator[list[RecordedServer]]:
+    made = [RecordedServer(hang_s=2), RecordedServer(hang_s=2)]
+    for server in made:
+        server.answers["model_info"] = (200, {"weight_version": str(VERSION)})
+        checksums = {"ranks": [{"checksums": {"a": "1"}}], "per_engine_checksum": "5e"}
+        server.answers["weights_checker"] = (200, OK | checksums)
+    yield made
+    for server in made:
+        server.close()
+
+
+@pytest.fixture
+def publisher(tmp_path: Path) -> Iterator[Publisher]:
+    """That of a trainer of one rank, whose model has one tensor."""
+    write_example_files(tmp_path)
+    settings = PublishConfig(transport="broadcast", timeout_s=30, canary_tokens=0)
+    rank: Any = SimpleNamespace(rank=0, device=torch.device("cpu"), from_rank_0=lambda value: value)
+    model: Any = SimpleNamespace(buckets=lambda _: iter([[("a", torch.ones(3))]]), num_buckets=lambda _: 1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield Publisher(
+        example_config(tmp_path, publish=settings), model, rank, lambda _: [], Limits(clean_up_s=0.2, proof_s=0.2)
+    )
+    dist.destroy_process_group()
+
+
+def publish(publisher: Publisher, servers: list[RecordedServer]) -> PublishReport:
+    """The report of the publication to these servers; `paths` of each is then that of this publication alone."""
+    for server in servers:
+        server.received.clear()
+    addresses = [ServerAddress(index=index, url=server.url, tensor_parallel=1) for index, server in enumerate(servers)]
+    report = publisher.publish(PublishLease(version=VERSION, servers=addresses, evaluations=[]), changed=False)
+    assert report is not None
+    return report
+
+
+def test_servers_that_were_restarted_because_of_the_broadcast_load_from_disk(
+    servers: list[RecordedServer], publisher: Publisher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As behind a firewall: the servers' HTTP processes answer, those that hold the weights wait in the broadcast."""
+    for server in servers:
+        server.answers["init_weights_update_group"] = (400, "the group was closed")
+        server.hung = {"end_weight_update"}
+    lost = publish(publisher, servers)
+    assert (lost.held_by, lost.late, lost.transport, lost.fell_back) == ([], [0, 1], None, False)
+    for server in servers:
+        server.hung = set()  # restarted
+    with caplog.at_level(logging.WARNING):
+        found = publish(publisher, servers)
+    assert (found.held_by, found.transport, found.fell_back) == ([0, 1], "disk", True)
+    assert [server.paths for server in servers] == [LOADED, LOADED]
+    assert "version 4: servers load from disk" in caplog.text
+    assert publication_metrics([lost, found])["publish/fallbacks"] == 1
+    assert publish(publisher, servers).transport == "disk"  # the broadcast has never worked
+
+
+def test_a_broadcast_that_every_server_refuses_is_not_tried_at_every_version(
+    servers: list[RecordedServer], publisher: Publisher
+) -> None:
+    """Each attempt could wait for publish.timeout_s."""
+    for server in servers:
+        server.answers["init_weights_update_group"] = (400, "no route to host")
+    first = publish(publisher, servers)
+    assert (first.held_by, first.transport, first.fell_back) == ([0, 1], "disk", True)
+    assert "init_weights_update_group" in servers[0].paths
+    assert (publish(publisher, servers).held_by, servers[0].paths) == ([0, 1], LOADED)
