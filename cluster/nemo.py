@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import nemo_run
@@ -229,7 +229,7 @@ def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
             *slurm.srun,
         ],
         container_image=profile.container.image or None,
-        container_mounts=_mounts(profile) if profile.container.image else [],
+        container_mounts=profile.mounts if profile.container.image else [],
         container_env=sorted(profile.environment) or None,
         env_vars={name: _word(value) for name, value in profile.environment.items()},
         setup_lines=_setup_lines(profile),
@@ -247,14 +247,6 @@ def _setup_lines(profile: Profile) -> str:
     secrets = f". {shlex.quote(profile.secrets_file)}\n" if profile.secrets_file else ""
     exit_statuses = f"{shlex.quote(profile.jobs_folder)}/exit_status_$SLURM_JOB_ID"
     return f"planned_ends={planned_ends}\nexit_statuses={exit_statuses}\n{_SETUP}{secrets}"
-
-
-def _mounts(profile: Profile) -> list[str]:
-    """The mounts of the profile, and the workspace unless one of them includes it."""
-    workspace = PurePosixPath(profile.workspace)
-    sources = [PurePosixPath(mount.split(":")[0]) for mount in profile.container.mounts]
-    is_there = any(workspace.is_relative_to(source) for source in sources)
-    return [*profile.container.mounts, *([] if is_there else [f"{workspace}:{workspace}"])]
 
 
 def _word(text: str) -> str:

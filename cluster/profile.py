@@ -20,6 +20,7 @@ from minpro_megatron.cluster.sections import (
     SkypilotSettings,
     SlurmSettings,
     SshSettings,
+    has_writable,
 )
 from minpro_megatron.config.base import Section
 from minpro_megatron.errors import UserError
@@ -74,6 +75,16 @@ class Profile(Section):
     @property
     def jobs_folder(self) -> str:
         return self.job_dir or str(PurePosixPath(self.workspace) / "jobs")
+
+    @property
+    def mounts(self) -> list[str]:
+        """The mounts of the container: those given, and the workspace and the jobs' folder, where the nodes state their
+        exit statuses, unless a mount has them already."""
+        mounts = list(self.container.mounts)
+        for folder in map(PurePosixPath, (self.workspace, self.jobs_folder)):
+            if not any(has_writable(mount, folder) for mount in mounts):
+                mounts.append(f"{folder}:{folder}")
+        return mounts
 
     @field_validator("environment")
     @classmethod

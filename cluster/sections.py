@@ -1,5 +1,6 @@
 """The sections of a profile: the settings of each executor, and the kinds of values that they have."""
 
+from pathlib import PurePosixPath
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -76,8 +77,22 @@ class SlurmSettings(Section):
         return self
 
 
+def has_writable(mount: str, folder: PurePosixPath) -> bool:
+    """Whether a mount of the container, SOURCE[:TARGET[:FLAGS]], has `folder` under the same path as outside of it, and
+    not only to read.
+
+    >>> has_writable("/lustre:/lustre", PurePosixPath("/lustre/mine"))
+    True
+    >>> [has_writable(mount, PurePosixPath("/a")) for mount in ("/a:/b", "/a:/a:ro,rbind", "/ab", "/a")]
+    [False, False, False, True]
+    """
+    source, *rest = mount.split(":")
+    target, flags = rest[0] if rest else source, rest[1].split(",") if len(rest) > 1 else []
+    return "ro" not in flags and PurePosixPath(source) == PurePosixPath(target) and folder.is_relative_to(source)
+
+
 class ContainerSettings(Section):
-    """The image of the job's processes. The workspace is mounted in any case."""
+    """The image of the job's processes. The workspace and the jobs' folder are mounted in any case."""
 
     image: Line = ""
     mounts: list[Line] = Field(

@@ -144,6 +144,7 @@ def test_a_status_that_srun_hides_decides_about_the_restart(
     (tmp_path / "jobs").mkdir()
     _, shown, _ = submitted(capsys, "recipes.demo:tiny_moe", "--set", "restarts=0", "--set", f"job_dir={tmp_path}/jobs")
     script = shown[shown.index("#!/bin/bash") :]
+    assert f"--container-mounts /lustre/mine:/lustre/mine,{tmp_path}/jobs:{tmp_path}/jobs," in script
     state = f"from minpro_megatron.launch.job_status import *; [state_exit_status(s, os.environ) for s in {stated}]"
     (tmp_path / "srun").write_text(
         f"#!/bin/bash\n[ -z \"$MINPRO_EXIT_STATUS_FILES\" ] || {sys.executable} -c 'import os; {state}'\nexit 143\n"

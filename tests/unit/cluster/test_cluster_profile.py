@@ -23,6 +23,22 @@ def test_jobs_are_in_the_workspace_unless_another_folder_is_given() -> None:
     assert read_profile(PROFILES[0], ["workspace=/a", "job_dir=/b"]).jobs_folder == "/b"
 
 
+@pytest.mark.parametrize(
+    ("changes", "mounts"),
+    [
+        (["workspace=/a"], ["/a:/a"]),
+        (["workspace=/a", "job_dir=/b/jobs"], ["/a:/a", "/b/jobs:/b/jobs"]),
+        (["workspace=/a/b", "job_dir=/a/jobs", 'container.mounts=["/a:/a"]'], ["/a:/a"]),
+        (["workspace=/a/b", 'container.mounts=["/a"]'], ["/a"]),
+        # under another path, or not to write to, they would not be found
+        (["workspace=/a/b", 'container.mounts=["/a:/data"]'], ["/a:/data", "/a/b:/a/b"]),
+        (["workspace=/a/b", 'container.mounts=["/a:/a:ro"]'], ["/a:/a:ro", "/a/b:/a/b"]),
+    ],
+)
+def test_the_container_has_the_folders_that_its_processes_write_to(changes: list[str], mounts: list[str]) -> None:
+    assert read_profile(PROFILES[0], ["container.mounts=[]", *changes]).mounts == mounts
+
+
 def test_settings_can_be_changed() -> None:
     profile = read_profile(PROFILES[0], ["slurm.time=02:00:00", "topology.train_nodes=4", "ssh.host=a", "ssh.user=b"])
     assert (profile.slurm.time, profile.topology.train_nodes) == ("02:00:00", 4)
