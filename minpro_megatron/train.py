@@ -11,6 +11,7 @@ answers to the other ranks:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from minpro_megatron.actor import garbage
 from minpro_megatron.actor.behavior import flat
 from minpro_megatron.actor.kept_versions import KeptVersions
 from minpro_megatron.actor.policy import Policy
@@ -112,9 +113,10 @@ class Trainer:
             self._fetch_and_score(fetch)
         self._clock.lap()
         self._saving.begin()
-        for step in order.steps:
-            self._tracer.step(step)
-            self._step(order, step)
+        with garbage.collected_together():
+            for step in order.steps:
+                self._tracer.step(step)
+                self._step(order, step)
         return self._finish()
 
     def _begin(self) -> int:

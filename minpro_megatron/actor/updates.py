@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minpro_megatron.actor import garbage
 from minpro_megatron.actor.learning_rate import learning_rate_at
 from minpro_megatron.actor.memory import rank_memory
 from minpro_megatron.actor.policy import Policy, UpdateResult
@@ -67,6 +68,7 @@ class Updates:
             seed = derive_seed(self._config.seed, "update", self.count)
             with guard(f"update {self.count} (global step {step})"):
                 result = self._policy.update(mini_batch, learning_rate, seed, routes[index] if routes else None)
+                garbage.collect()
             self._refuse_an_unequal_start(result, step)
             self.count += 1
             self.skipped += not result.applied
