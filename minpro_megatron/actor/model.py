@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -203,7 +204,8 @@ def _build_chunk(
     with warnings.catch_warnings():
         # GPTModel warns of its successor (HybridModel), which cannot build these models in this release
         warnings.simplefilter("ignore")
-        model = GPTModel(
+        make = partial(
+            GPTModel,
             config=config,
             transformer_layer_spec=_block_spec(config, mesh, backend, chunk),
             vocab_size=architecture.padded_vocab_size,
@@ -216,6 +218,7 @@ def _build_chunk(
             pg_collection=mesh.groups,
             vp_stage=chunk,
         )
+        model = backend.build(config, make)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture, mesh.device)
     return model.to(mesh.device)
 

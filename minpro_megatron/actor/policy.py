@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from minpro_megatron.actor.dispatchers import release_after_forward
+from minpro_megatron.actor.after_forward import release_after_forward
 from minpro_megatron.actor.flops import forward_flops
 from minpro_megatron.actor.forward import ForwardStep, LossFunction, MicroBatch
 from minpro_megatron.actor.kept_ids import with_supports

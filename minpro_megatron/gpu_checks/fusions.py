@@ -13,7 +13,13 @@ from minpro_megatron.gpu_checks.subject import Slice, make_policy
 from minpro_megatron.parallel.mesh import Mesh
 
 # The fusions that the backend switches on (actor/backends/transformer_engine_backend.py).
-FUSIONS = ("apply_rope_fusion", "moe_permute_fusion", "bias_activation_fusion", "bias_dropout_fusion")
+FUSIONS = (
+    "apply_rope_fusion",
+    "moe_permute_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "gradient_accumulation_fusion",
+)
 
 
 @dataclass(frozen=True)

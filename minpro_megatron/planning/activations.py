@@ -63,14 +63,15 @@ class StageActivations:
     """Activations of one rank of a pipeline stage, in bytes."""
 
     micro_batches: float  # in flight at once; of an interleaved schedule, in runs of layers over the stage's number
-    saved: int  # by the forward passes of the micro-batches in flight
+    saved: int  # by the forward passes of the micro-batches in flight, at the end of a forward pass
+    at_the_end: int  # included in saved, and not there while a layer is computed
     routed: int  # included in saved: rows sent to experts
     backward: int  # additional, as of a layer; includes the recomputed layer without its inputs, which are saved
     logits: int  # additional, while log-probs or their gradient are computed
 
     @property
     def peak(self) -> int:
-        return self.saved + max(self.backward, self.logits)
+        return self.saved + max(self.backward - self.at_the_end, self.logits)
 
 
 def layer_activations(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> LayerActivations:
@@ -105,9 +106,9 @@ def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Com
     keys = max(a.num_query_groups // parallel.tensor, 1) * a.head_dim
     heads = a.num_attention_heads // parallel.tensor
     if compute.fused:
-        # joint projection (its values are views of it), rotated queries and keys, output
-        elements = (queries + 2 * keys) + (queries + keys) + queries
-        elements += (queries + keys) * a.qk_norm  # the norms' inputs
+        # rotated queries and keys, a copy of the values, output; nothing keeps the joint projection
+        elements = (queries + keys) + keys + queries
+        elements += (queries + keys) * a.qk_norm  # the norms' inputs, which are copies too
         if a.rope_scaling is not None and a.rope_scaling.attention_factor != 1:
             elements += 4 * a.head_dim  # the rotation is not fused, and keeps its cosines and sines
         inside = 0
@@ -147,13 +148,17 @@ def _feed_forward(
     rows = round(sent * parallel.expert_tensor * spread)
     activation = rows * width * element if "moe_act" in compute.modules(mixture=True) else 0
     routed = rows * (a.hidden_size + (3 if compute.fused else 5) * width) * element - activation
-    # logits, probabilities and the routing map
-    router = local * a.num_experts * (3 * FLOAT32 + 8) + 2 * 8 * local * a.num_experts_per_token
+    if compute.fused:
+        # for every token two places with each expert, and one number; of the chosen experts index and probability
+        router = local * (2 * a.num_experts + 1) * 4 + local * a.num_experts_per_token * (8 + FLOAT32)
+    else:  # logits, probabilities and the routing map
+        router = local * a.num_experts * (3 * FLOAT32 + 8) + 2 * 8 * local * a.num_experts_per_token
     backward = rows * (2 * width + 2 * a.hidden_size) * element + activation
     if parallel.expert > 1:
         # at the end of forward megatron still holds the rows as sent, as received, as the experts' results, and as
         # these are sorted to be sent back
-        backward = max(backward, (sent + 3 * rows) * a.hidden_size * element)
+        routes = local * a.num_experts * (FLOAT32 + 1)  # probabilities and the routing map
+        backward = max(backward, (sent + 3 * rows) * a.hidden_size * element + routes * compute.fused)
     return routed, router, backward
 
 
@@ -194,20 +199,26 @@ def stage_activations(
     hidden = a.hidden_size * local * compute.element_bytes
     saved = only_inputs * layer.inputs + whole * layer.kept
     last = stage == parallel.pipeline - 1
+    at_the_end = hidden  # the last layer's output
     if last:
         # the final norm's output and, with torch's layers, its normalised input
-        saved += hidden + (0 if compute.fused else hidden // compute.element_bytes * FLOAT32)
-    if stage == 0:
-        saved += hidden * in_flight  # the embedding's output
+        at_the_end += hidden + (0 if compute.fused else hidden // compute.element_bytes * FLOAT32)
+    saved += at_the_end
     if compute.fused:
-        saved += row.sequence_tokens * a.head_dim * FLOAT32  # rotary angles, which stay
+        saved += parallel.virtual_pipeline * row.sequence_tokens * a.head_dim * FLOAT32  # rotary angles, which stay
     if parallel.pipeline > 1:
-        saved += 2 * hidden  # received from, or sent to, the neighbouring stages
+        # received from, or sent to, the neighbouring stages; messages that overlap with computation are received early
+        saved += (2 if parallel.virtual_pipeline == 1 else 3) * hidden
+    # and those of the chunk before are still being sent
+    overlapping = 2 * hidden if parallel.virtual_pipeline > 1 else 0
+    # a layer that is computed again has its output's gradient already
+    again_bytes = layer.kept - layer.inputs + (hidden if a.num_experts else 0)
     return StageActivations(
         micro_batches=in_flight,
         saved=round(saved),
+        at_the_end=at_the_end,
         routed=round(whole * layer.routed),
-        backward=layer.backward + (layer.kept - layer.inputs if only_inputs else 0),
+        backward=layer.backward + overlapping + (again_bytes if only_inputs else 0),
         logits=logit_bytes(a, parallel, row, compute) if last else 0,
     )
 

@@ -8,7 +8,12 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.planning.activations import Compute, Row, StageActivations, forward_bytes, stage_activations
 from minpro_megatron.planning.gpus import GIB, GpuKind
-from minpro_megatron.planning.parameters import model_parameters, optimizer_degrees, stage_parameters
+from minpro_megatron.planning.parameters import (
+    model_parameters,
+    optimizer_degrees,
+    projection_shapes,
+    stage_parameters,
+)
 from minpro_megatron.planning.routes import route_host_bytes
 from minpro_megatron.planning.server_share import static_share
 
@@ -38,7 +43,7 @@ class RankMemory:
     publish: int  # buckets of a broadcast on rank 0, outside training
     canaries: int  # scoring of what servers generate after a publication, outside training
     building: int  # total of tensors at the start, while weights and their copy in megatron's buffers exist
-    workspaces: int  # of Transformer Engine, which stay
+    workspaces: int  # of Transformer Engine, which stay, and the gradients that it gives autograd instead of real ones
     context: int  # outside the allocator
     fragments: int
 
@@ -132,12 +137,27 @@ def state_bytes(config: RunConfig, a: Architecture, stage: int) -> tuple[int, in
 def building_bytes(config: RunConfig, a: Architecture, stage: int) -> int:
     """Bytes on a rank of the stage while megatron copies its weights into buffers and makes those of the gradients:
     first the dense parameters, whose originals are then released, then the experts; then the optimizer's float32 copies
-    are made."""
+    are made. Where a part of the optimizer is in host memory, Megatron first copies whole parameters, not shards."""
     held, element = stage_parameters(a, config.parallel, stage), ELEMENT_BYTES[config.model.dtype]
     both = held.total * (element + GRADIENT_BYTES)
     dense = held.total * element + held.dense * (element + GRADIENT_BYTES)
-    copies = 0 if element == 4 else round((1 - config.optimizer.cpu_offload) * _owned_parameters(config, a, stage) * 4)
+    offload = config.optimizer.cpu_offload
+    copied = _owned_parameters(config, a, stage) + (held.total if offload else 0)
+    copies = 0 if element == 4 else round((1 - offload) * copied * 4)
     return max(dense, both + held.experts * element, both + copies)
+
+
+def workspace_bytes(config: RunConfig, a: Architecture) -> int:
+    """Bytes that Transformer Engine keeps on every rank from the first update on; 0 for torch's layers. Products that
+    add to the float32 gradients give autograd a tensor without meaning, one for each shape of a weight (2.20.2,
+    pytorch/module/base.py:134)."""
+    if not compute_of(config).fused:
+        return 0
+    found = (1 + (GROUPED_WORKSPACES if a.num_experts else 0)) * WORKSPACE_BYTES
+    if config.model.megatron.get("gradient_accumulation_fusion", True) and config.device == "cuda":
+        shapes = set(projection_shapes(a, config.parallel.tensor, config.parallel.expert_tensor))
+        found += sum(rows * columns for rows, columns in shapes) * ELEMENT_BYTES[config.model.dtype]
+    return found
 
 
 def largest_bucket_bytes(config: RunConfig, a: Architecture) -> int:
@@ -196,7 +216,7 @@ def rank_memory(
         publish=publish_bytes(config, a, stage),
         canaries=canary_bytes(config, a, compute),
         building=building_bytes(config, a, stage),
-        workspaces=(1 + (GROUPED_WORKSPACES if a.num_experts else 0)) * WORKSPACE_BYTES if compute.fused else 0,
+        workspaces=workspace_bytes(config, a),
         context=CONTEXT_BYTES[config.device],
         fragments=round(ALLOCATOR_SHARE * (weights + gradients + optimizer + activations.peak)),
     )

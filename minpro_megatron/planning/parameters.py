@@ -35,6 +35,15 @@ def layer_parameters(a: Architecture, tensor: int, expert: int, expert_tensor: i
     return norms + attention + router, a.num_experts // expert * one_expert
 
 
+def projection_shapes(a: Architecture, tensor: int, expert_tensor: int) -> list[tuple[int, int]]:
+    """(rows, columns) of the weights of a layer's projections on a rank: attention's two and those of the feed-forward
+    layer or of an expert."""
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    width = a.expert_ffn_hidden_size // expert_tensor if a.num_experts else a.ffn_hidden_size // tensor
+    attention = [((queries + 2 * keys) // tensor, a.hidden_size), (a.hidden_size, queries // tensor)]
+    return [*attention, (2 * width, a.hidden_size), (a.hidden_size, width)]
+
+
 def stage_parameters(a: Architecture, parallel: ParallelConfig, stage: int) -> RankParameters:
     layers = sum(parallel.chunk_layers(a.num_layers)[stage :: parallel.pipeline])
     dense, experts = layer_parameters(a, parallel.tensor, parallel.expert, parallel.expert_tensor)

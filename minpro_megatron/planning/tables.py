@@ -95,7 +95,7 @@ def _rank_table(plan: Plan) -> Table:
             rank.weights,
             rank.gradients,
             rank.optimizer,
-            rank.activations.saved + rank.activations.backward - rank.activations.routed,
+            rank.activations.saved - rank.activations.at_the_end + rank.activations.backward - rank.activations.routed,
             rank.activations.routed,
             rank.activations.logits,
             rank.workspaces + rank.context + rank.fragments,

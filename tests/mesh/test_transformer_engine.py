@@ -63,6 +63,7 @@ def with_stand_in(cases: list[tuple[str, RunConfig, list]], hf_path: str, folder
             for path, config, batch in cases
         ],
         "recomputed": run_mesh(_recomputed, hf_path, config, sequences, **config.parallel.model_dump()),
+        "fused": run_mesh(_fused, hf_path, config, sequences, **config.parallel.model_dump()),
         "saved": saved,
         "loaded": loaded,
         "chosen": _chosen(),
@@ -115,6 +116,30 @@ def _recomputed(mesh: Mesh, hf_path: str, config: RunConfig, sequences: list) ->
         policy = Policy(config, architecture, chunks, mesh)
         norms[recompute] = [policy.update(sequences, LEARNING_RATE).grad_norm for _ in range(2)]
     return norms
+
+
+def _fused(mesh: Mesh, hf_path: str, config: RunConfig, sequences: list) -> dict[bool, dict[str, np.ndarray]]:
+    """The gradient of the second update, with and without sums in Transformer Engine's products; without NVIDIA Apex.
+    The stand-in's gradients for autograd are not a number then: nothing may read them."""
+    from minpro_megatron.actor.model import ModelFeatures, build_model
+    from minpro_megatron.actor.policy import Policy
+    from minpro_megatron.weights.hf_files import HfReader
+    from minpro_megatron.weights.local import load_hf_tensors
+
+    architecture, found = read_architecture(hf_path), {}
+    for fuses in (True, False):
+        fields = {"gradient_accumulation_fusion": fuses}
+        chunks = build_model(
+            architecture, mesh, torch.float32, ModelFeatures("full", backend=BACKENDS[0], megatron=fields)
+        )
+        assert {one.fuse_wgrad_accumulation for one in chunks[0].modules() if hasattr(one, "weight0")} == {fuses}
+        load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path))
+        policy = Policy(config, architecture, chunks, mesh)
+        policy.update(sequences, LEARNING_RATE)
+        policy.accumulate_gradient(sequences)
+        gradients: Any = [(name, parameter) for name, parameter in chunks[0].named_parameters()]
+        found[fuses] = {name: parameter.main_grad.numpy().copy() for name, parameter in gradients}
+    return found
 
 
 def _save(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list) -> dict[str, Any]:
@@ -216,11 +241,20 @@ def test_recomputing_changes_no_gradient(found: Found) -> None:
         assert norms == dict.fromkeys(norms, norms["none"])
 
 
+def test_sums_in_products_give_the_same_gradient(found: Found) -> None:
+    for rank in found.by_name["fused"]:
+        for name, expected in rank[False].items():
+            largest = np.abs(expected).max()
+            assert largest > 0 or ".experts." in name, name  # an expert may have no token
+            np.testing.assert_allclose(rank[True][name], expected, rtol=0, atol=1e-5 * largest, err_msg=name)
+        assert sum(np.abs(one).max() > 0 for name, one in rank[True].items() if ".experts." in name) >= 4
+
+
 def test_what_is_chosen_and_switched_on(found: Found) -> None:
     chosen = found.by_name["chosen"]
     assert chosen["cuda bfloat16"] == "TransformerEngineLayers"
     assert chosen["cuda float32"] == chosen["cpu"] == chosen["torch"] == "TorchLayers"
-    compiled = {"bias_activation_fusion", "bias_dropout_fusion"}
+    compiled = {"bias_activation_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion"}
     kernels = {"apply_rope_fusion", "moe_permute_fusion"}
     for case, expected in (("without kernels", compiled), ("with kernels", compiled | kernels), ("on a CPU", set())):
         on = {name for name, value in chosen[case].items() if value is True}

@@ -138,9 +138,9 @@ class Linear(_Module):
         super().__init__()
         assert not (bias and parallel_mode != "column")
         assert not return_bias
-        assert not fuse_wgrad_accumulation
         assert parallel_mode in ("column", "row", None)
         self.parallel_mode, self.tp_group, self.tp_size = parallel_mode, tp_group, tp_size
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.sequence_parallel = sequence_parallel and tp_size > 1
         sizes = [out_features, in_features]
         if parallel_mode:
@@ -150,8 +150,10 @@ class Linear(_Module):
 
     def forward(self, hidden: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
         if self.parallel_mode == "row":
-            return self._sum_over_ranks(F.linear(hidden, self.weight))
-        return F.linear(self._whole_sequence(hidden) if self.parallel_mode else hidden, self.weight, self.bias)
+            return self._sum_over_ranks(_product(self, hidden, self.weight, is_first_microbatch))
+        hidden = self._whole_sequence(hidden) if self.parallel_mode else hidden
+        result = _product(self, hidden, self.weight, is_first_microbatch)
+        return result if self.bias is None else result + self.bias
 
     def _whole_sequence(self, hidden: Tensor) -> Tensor:
         from megatron.core.tensor_parallel import mappings
@@ -166,6 +168,31 @@ class Linear(_Module):
         if self.sequence_parallel:
             return mappings.reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         return mappings.reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+
+
+class _SumInMainGradient(torch.autograd.Function):
+    """A product whose weight's gradient is added to `main_grad`, or written into it by the first micro-batch; autograd
+    gets a gradient without content."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Any, is_first: bool) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.weight, ctx.is_first = weight, is_first
+        return F.linear(hidden, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (hidden,), (gradient,), weight = ctx.saved_tensors, gradients, ctx.weight
+        product = gradient.flatten(0, -2).float().t() @ hidden.flatten(0, -2).float()
+        (weight.main_grad.copy_ if ctx.is_first else weight.main_grad.add_)(product)
+        weight.grad_added_to_main_grad = True
+        return gradient @ weight, torch.full_like(weight, torch.nan), None
+
+
+def _product(module: Any, hidden: Tensor, weight: Tensor, is_first: bool | None) -> Tensor:
+    if module.fuse_wgrad_accumulation and torch.is_grad_enabled():
+        return _SumInMainGradient.apply(hidden, weight, bool(is_first))
+    return F.linear(hidden, weight)
 
 
 def _weight(sizes: list[int], parallel_mode: str | None, dtype: torch.dtype | None, device: Any) -> torch.nn.Parameter:
@@ -241,12 +268,16 @@ class GroupedLinear(_Module):
         assert not single_grouped_weight
         assert tp_size == 1, "megatron's dispatcher does what the experts' tensor ranks exchange"
         self.num_gemms, self.use_bias = num_gemms, bias
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         for index in range(num_gemms):
             setattr(self, f"weight{index}", _weight([out_features, in_features], parallel_mode, params_dtype, device))
 
     def forward(self, rows: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
         groups = rows.split(m_splits)
-        return torch.cat([F.linear(rows, getattr(self, f"weight{index}")) for index, rows in enumerate(groups)])
+        weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
+        return torch.cat(
+            [_product(self, rows, weight, is_first_microbatch) for rows, weight in zip(groups, weights, strict=True)]
+        )
 
 
 class DotProductAttention(_Module):

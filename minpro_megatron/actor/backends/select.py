@@ -1,8 +1,10 @@
 """Selects the modules that a model's layers are built of: Transformer Engine's, or plain torch's."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -25,6 +27,10 @@ class LayerBackend(Protocol):
 
     def layer(self, config: TransformerConfig) -> ModuleSpec:
         """One decoder layer of the model."""
+        ...
+
+    def build(self, config: TransformerConfig, make: Callable[[], GPTModel]) -> GPTModel:
+        """The model that `make` makes with `config`, of this backend's layers."""
         ...
 
 

@@ -4,7 +4,7 @@ Shapes: T tokens of a packed row on this rank, H query heads, G query groups (ke
 N sequences in the row, Q and K the largest number of padded queries and keys of a sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -259,6 +260,9 @@ class TorchLayers:
 
     def settings(self, mixture: bool) -> dict[str, Any]:
         return {}  # Megatron's defaults: nothing is fused
+
+    def build(self, config: TransformerConfig, make: Callable[[], GPTModel]) -> GPTModel:
+        return make()
 
     def layer(self, config: TransformerConfig) -> ModuleSpec:
         modules = _Modules(grouped=self._grouped(config))

@@ -6,7 +6,7 @@ collectives, with a stand-in that has the same modules in plain torch (tests/mes
 These tests do not run the kernels.
 """
 
-from importlib.util import find_spec
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from megatron.core.extensions import transformer_engine as extension
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -81,10 +82,22 @@ class TransformerEngineLayers:
             "apply_rope_fusion": self._compiles and hasattr(extension, "fused_apply_rotary_pos_emb_thd"),
             "bias_activation_fusion": self._compiles,
             "bias_dropout_fusion": self._compiles,
-            # part of NVIDIA Apex; Megatron's embedding and output layer need it, Transformer Engine's layers do not
-            "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,
+            # products add to the float32 gradients, instead of a bfloat16 gradient of every weight and micro-batch
+            "gradient_accumulation_fusion": self._compiles,
             "cp_comm_type": "p2p",
         } | (experts if mixture else {})
+
+    def build(self, config: TransformerConfig, make: Callable[[], GPTModel]) -> GPTModel:
+        """Megatron's output layer refuses gradient_accumulation_fusion without NVIDIA Apex. It is made without, because
+        its forward pass is never called here (parallel/log_probs.py); Transformer Engine's modules need no Apex."""
+        fuses, config.gradient_accumulation_fusion = config.gradient_accumulation_fusion, False
+        model = make()
+        config.gradient_accumulation_fusion = fuses
+        for module in model.modules():
+            if isinstance(module, (te.Linear, te.LayerNormLinear, te.GroupedLinear)):
+                projection: Any = module
+                projection.fuse_wgrad_accumulation = fuses
+        return model
 
     def layer(self, config: TransformerConfig) -> ModuleSpec:
         modules = _Modules()

@@ -8,6 +8,7 @@ import pytest
 from minpro_megatron.config.model import RecomputedModule
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import with_overrides
+from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.models.known_models.find import find_architecture, known_names
 from minpro_megatron.planning.activations import (
     Compute,
@@ -94,7 +95,7 @@ def test_a_dense_layers_activations_by_hand() -> None:
     """Qwen3-8B, 1,024 tokens, bfloat16, nothing cut."""
     layer = layer_activations(DENSE, ParallelConfig(), Row(1024, 1024), GPU)
     residual_and_norms = 4 * 4096
-    attention = (4096 + 2 * 1024) + 2 * (4096 + 1024) + 4096  # joint projection, norm inputs, rotated, output
+    attention = 1024 + 2 * (4096 + 1024) + 4096  # values, norm inputs, rotated, output
     feed_forward = 3 * 12288  # gate, up and their product
     statistics = 32 + 32 + 8  # softmax, norms of 32 query and 8 key heads; float32
     assert layer.kept == 1024 * (2 * (residual_and_norms + attention + feed_forward) + 4 * statistics)
@@ -122,8 +123,8 @@ def test_recomputation_keeps_less() -> None:
 
     assert saved("full") < saved("selective") < saved("none")
     hidden = 8192 * 4096 * 2
-    # two micro-batches in flight, 18 layers' inputs each, the embedding's output, and what goes to the next stage
-    assert saved("full") == 2 * 18 * hidden + 2 * hidden + 2 * hidden
+    # two micro-batches in flight, 18 layers' inputs each, the last one's output, and what the next stage exchanges
+    assert saved("full") == 2 * 18 * hidden + hidden + 2 * hidden
 
 
 def test_some_layers_or_some_parts_can_be_recomputed() -> None:
@@ -302,11 +303,18 @@ def test_a_ranks_total_counts_publication_apart_from_training() -> None:
     assert large.total == parts - rank.activations.peak + large.publish
 
 
-def test_transformer_engine_keeps_workspaces_of_cublas() -> None:
-    row = Row(32768, 9216)
-    mixture, dense = (rank_memory(run_to_plan(), a, row, 4, 0, 1.3) for a in (MIXTURE, DENSE))
-    assert mixture.workspaces == 5 * dense.workspaces == 5 * (32 * 2**20 + 1024)
-    assert rank_memory(run_to_plan(model={"backend": "torch"}), DENSE, row, 4, 0, 1.3).workspaces == 0
+def test_transformer_engine_keeps_workspaces_and_a_gradient_of_each_shape() -> None:
+    row, no_sums = Row(32768, 9216), {"megatron": {"gradient_accumulation_fusion": False}}
+    mesh = {"tensor": 2, "context": 2, "expert": 8}
+
+    def kept(a: Architecture, **model: Any) -> int:
+        return rank_memory(run_to_plan(parallel=mesh, model=model), a, row, 4, 0, 1.3).workspaces
+
+    assert kept(MIXTURE, **no_sums) == 5 * kept(DENSE, **no_sums) == 5 * (32 * 2**20 + 1024)
+    # joint projection of 32 and 2 x 4 heads of 128, output projection, gate and up projection, down projection
+    shapes = [(2560, 2048), (2048, 2048), (2 * 768, 2048), (2048, 768)]
+    assert kept(MIXTURE) - kept(MIXTURE, **no_sums) == 2 * sum(rows * columns for rows, columns in shapes)
+    assert kept(DENSE, backend="torch") == 0
 
 
 def test_building_holds_the_originals_of_what_is_being_copied() -> None:
