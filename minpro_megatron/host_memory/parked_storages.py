@@ -7,7 +7,7 @@ to them stays valid: Megatron's buffers, the optimizer's shards of them, and its
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 
 from minpro_megatron.host_memory.host_blocks import host_tensors
 
@@ -21,7 +21,7 @@ class ParkedStorages:
     next time."""
 
     def __init__(self) -> None:
-        self._away: list[tuple[UntypedStorage, int]] = []
+        self._away: list[tuple[Tensor, int]] = []  # a tensor of each storage, and the storage's bytes
         self._host: list[Tensor] = []
 
     @property
@@ -33,32 +33,37 @@ class ParkedStorages:
     def to_host(self, tensors: Iterable[Tensor]) -> None:
         """Copies the storages of `tensors`, which may share them, to host memory and empties them."""
         assert not self._away, "they are away already"
-        storages = {storage.data_ptr(): storage for storage in (one.untyped_storage() for one in tensors)}
-        storages.pop(0, None)  # of tensors without elements
-        pieces = [piece for storage in storages.values() for piece in _pieces(storage)]
+        found = {storage_key(one): one for one in tensors if one.untyped_storage().nbytes()}
+        pieces = [piece for one in found.values() for piece in _pieces(one)]
         if [piece.nbytes for piece in pieces] != [piece.nbytes for piece in self._host]:
             self._host.clear()  # released before the new memory is allocated
             self._host = host_tensors(pieces)
         for host, piece in zip(self._host, pieces, strict=True):
             host.copy_(piece, non_blocking=True)
         torch.cuda.synchronize()
-        self._away = [(storage, storage.nbytes()) for storage in storages.values()]
-        for storage, _ in self._away:
-            storage.resize_(0)
+        self._away = [(one, one.untyped_storage().nbytes()) for one in found.values()]
+        for one, _ in self._away:
+            one.untyped_storage().resize_(0)
 
     @torch.no_grad()
     def to_device(self) -> None:
         """Undoes `to_host`."""
-        for storage, num_bytes in self._away:
-            storage.resize_(num_bytes)
-        pieces = (piece for storage, _ in self._away for piece in _pieces(storage))
+        for one, num_bytes in self._away:
+            one.untyped_storage().resize_(num_bytes)
+        pieces = (piece for one, _ in self._away for piece in _pieces(one))
         for host, piece in zip(self._host if self._away else [], pieces, strict=True):
             piece.copy_(host, non_blocking=True)
         torch.cuda.synchronize()
         self._away = []
 
 
-def _pieces(storage: UntypedStorage) -> Iterator[Tensor]:
-    """The bytes of the storage, as tensors in its memory."""
-    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def storage_key(tensor: Tensor) -> int:
+    """The same for tensors that share a storage, while it exists. Its address would not do: a rehearsal's storages
+    (docs/rehearsal.md) have none."""
+    return tensor.untyped_storage()._cdata
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The bytes of the tensor's storage, as tensors in its memory."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     yield from whole.split(_PIECE_BYTES)

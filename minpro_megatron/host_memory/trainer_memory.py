@@ -7,7 +7,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from minpro_megatron.host_memory.parked_storages import ParkedStorages
+from minpro_megatron.host_memory.parked_storages import ParkedStorages, storage_key
 
 
 class TrainerMemory:
@@ -39,9 +39,8 @@ class TrainerMemory:
             self._optimizer.zero_grad()  # its gradients may be views of the buffers, or copies
             for chunk in self._chunks:
                 chunk.offload_grad_buffers(empty_cache=False)
-            weights = {tensor.untyped_storage().data_ptr() for tensor in self._weight_tensors()}
-            found = self._state_tensors()
-            self._states.to_host(one for one in found if one.untyped_storage().data_ptr() not in weights)
+            weights = {storage_key(tensor) for tensor in self._weight_tensors()}
+            self._states.to_host(one for one in self._state_tensors() if storage_key(one) not in weights)
             self.has_states = False
         if self.has_weights and not but_weights:
             self._weights.to_host(self._weight_tensors())

@@ -9,9 +9,10 @@ from minpro_megatron.planning.activations import Row, StageActivations
 from minpro_megatron.planning.memory import rank_memory, shared_bucket_bytes, state_bytes
 from minpro_megatron.rehearsal.live_bytes import LiveBytes
 from minpro_megatron.rehearsal.record import Component, Phase
-from minpro_megatron.rehearsal.subject import PUBLISH, UPDATE, Rehearsed
+from minpro_megatron.rehearsal.subject import PARK_WEIGHTS, PUBLISH, UPDATE, Rehearsed
 
-_OF_WORKSPACES = " get_cublas_workspace"  # the function of Transformer Engine that allocates them
+# The functions of Transformer Engine that allocate what it keeps.
+_OF_WORKSPACES = (" get_cublas_workspace", " get_dummy_wgrad")
 
 
 def compare_with_plan(what: Rehearsed, architecture: Architecture, policy: Any, memory: LiveBytes) -> list[Component]:
@@ -36,13 +37,20 @@ def compare_with_plan(what: Rehearsed, architecture: Architecture, policy: Any, 
         Component("training", update.peak["cuda"], plan.states + plan.workspaces + plan.activations.peak),
         Component("building", phases["build"].peak["cuda"], plan.building),
     ]
+    in_turns = config.server.takes_turns
     if policy._mesh.rank % (config.parallel.world_size // config.parallel.pipeline) == 0:  # else it sends little
-        found.append(Component("publishing", phases[PUBLISH].peak["cuda"] - states, plan.publish))
-    # a snapshot, and the current weights while it is in their place
-    on_host = 2 * plan.weights + state_bytes(config, architecture, stage)[3]
+        beside = sizes["weights"] + workspaces if in_turns else states
+        found.append(Component("publishing", phases[PUBLISH].peak["cuda"] - beside, plan.publish))
+    # the weights and states of the servers' turn; else a snapshot, and the current weights while it is in their place
+    on_host = state_bytes(config, architecture, stage)[3] + (
+        plan.weights + plan.optimizer if in_turns else 2 * plan.weights
+    )
     if policy._mesh.rank == 0:
         on_host += shared_bucket_bytes(config, architecture)
     found.append(Component("host", max(phase.peak.get("cpu", 0) for phase in phases.values()), on_host))
+    if in_turns:
+        kept = phases[PARK_WEIGHTS].left.get("cuda", 0)
+        found.append(Component("kept in the servers' turn", kept, plan.workspaces))
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minpro_megatron.rehearsal.record import Phase
 
-_MAX_LINES = 12
+_MAX_LINES = 24
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 _OWN_FOLDER = str(Path(__file__).resolve().parent) + os.sep
 _INSTALLED_IN = re.compile(r".*/site-packages/|.*/(?=transformer_engine/pytorch/)")
@@ -32,7 +32,7 @@ class LiveBytes:
         self._open: list[Phase] = []
         self._live: Counter[str] = Counter()  # by device type
         self._lines: Counter[tuple[str, str]] = Counter()  # by device type and line
-        self._known: set[int] = set()
+        self._known: dict[int, tuple[str, int, str]] = {}  # by storage: device type, bytes, line
         self._inside_kernel = 0
         self._new_peaks: set[str] = set()  # open phases whose peak lines are not yet taken
 
@@ -80,17 +80,40 @@ class LiveBytes:
         key = storage._cdata
         if key in self._known:
             return
-        self._known.add(key)
-        device, size, line = tensor.device.type, storage.nbytes(), calling_line()
+        self._count(key, tensor.device.type, storage.nbytes())
+        weakref.finalize(storage, self._release, key)
+
+    @contextmanager
+    def watching_resizes(self) -> Iterator[None]:
+        """Context manager: storages that are emptied, and filled again, count as released and allocated."""
+        kind: Any = torch.UntypedStorage
+        original = kind.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result, key = original(storage, size), storage._cdata
+            if key in self._known:
+                device, _, _ = self._known[key]
+                self._release(key)
+                self._count(key, device, size)
+            return result
+
+        kind.resize_ = resize
+        try:
+            yield
+        finally:
+            kind.resize_ = original
+
+    def _count(self, key: int, device: str, size: int) -> None:
+        line = calling_line()
+        self._known[key] = (device, size, line)
         self._live[device] += size
         self._lines[device, line] += size
-        weakref.finalize(storage, self._release, key, device, size, line)
         if not self._inside_kernel:
             self._compare_with_peaks()
 
-    def _release(self, key: int, device: str, size: int, line: str) -> None:
+    def _release(self, key: int) -> None:
         self._take_peak_lines()
-        self._known.discard(key)
+        device, size, line = self._known.pop(key)
         self._live[device] -= size
         self._lines[device, line] -= size
 

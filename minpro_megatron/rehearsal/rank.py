@@ -21,24 +21,35 @@ from minpro_megatron.rehearsal.comparison import compare_with_plan
 from minpro_megatron.rehearsal.kinds import place_of
 from minpro_megatron.rehearsal.observer import Observer
 from minpro_megatron.rehearsal.record import RankRehearsal
-from minpro_megatron.rehearsal.subject import PUBLISH, UPDATE, Rehearsed
+from minpro_megatron.rehearsal.subject import (
+    CANARIES,
+    PARK_STATES,
+    PARK_WEIGHTS,
+    PUBLISH,
+    RETURN,
+    UPDATE,
+    Rehearsed,
+)
 from minpro_megatron.rehearsal.transformer_engine import package as transformer_engine
 
 _SNAPSHOT = "sampling"
 _LONGEST_PROMPT = 1024
+_CANARY_PROMPT = 64
+_LEARNING_RATE = 1e-6
 _MAX_ERROR = 600  # characters of an exception in a report
 
 
 def rehearse_rank(what: Rehearsed) -> RankRehearsal:
-    """Runs build, score, two updates, snapshot and publication of one rank. Once per process: torch and Megatron are
-    changed for the rest of it. Raises UserError for a recipe or a rank that cannot be rehearsed."""
+    """Runs build, score, updates and publication of one rank, and what lies between them: a snapshot, or the moves to
+    the host and back of a rank that shares its GPU with servers. Once per process: torch and Megatron are changed for
+    the rest of it. Raises UserError for a recipe or a rank that cannot be rehearsed."""
     start = time.monotonic()
     config, architecture = what.checked()
     observer = Observer()
     cuda_without_driver.install(observer.compiled)
     transformer_engine.install()
     warnings.simplefilter("ignore")
-    with FakeTensorMode(allow_non_fake_inputs=True), observer:
+    with FakeTensorMode(allow_non_fake_inputs=True), observer, observer.memory.watching_resizes():
         policy = None
         try:
             policy = _run_phases(replace(what, config=config), architecture, observer)
@@ -70,6 +81,7 @@ def _described(error: Exception) -> str:
 
 def _run_phases(what: Rehearsed, architecture: Architecture, observer: Observer) -> Any:
     """The policy, after its phases."""
+    from minpro_megatron.actor import garbage
     from minpro_megatron.actor.model import DTYPES, build_model, features_of
     from minpro_megatron.actor.policy import Policy
     from minpro_megatron.rehearsal import publication, unknown_values
@@ -88,21 +100,53 @@ def _run_phases(what: Rehearsed, architecture: Architecture, observer: Observer)
         chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features_of(config))
         policy = Policy(config, architecture, chunks, mesh)
     _separate_optimizer(policy, observer)
-    sequences = full_rows(config, what.rows)
+    publish = functools.partial(publication.gather_and_flatten, config, chunks, architecture, mesh)
+    with garbage.collected_together():  # as in a run: what reference cycles hold stays until the end of an update
+        _run_steps(config, policy, full_rows(config, what.rows), observer, publish)
+    return policy
+
+
+def _run_steps(
+    config: RunConfig, policy: Any, sequences: list[TokenSequence], observer: Observer, publish: Callable[[], None]
+) -> None:
+    """Two updates and what comes before and after them."""
+    from minpro_megatron.actor import garbage
+
+    memory, in_turns = observer.memory, config.server.takes_turns
     with memory.in_phase("score"):
         policy.score(sequences)
-    with memory.in_phase("snapshot"):
-        policy.take_snapshot(_SNAPSHOT)
-    with memory.in_phase("first update"):  # makes the optimizer's moments
-        policy.update(sequences, 1e-6)
-    with memory.in_phase(UPDATE):
-        result = policy.update(sequences, 1e-6)
+    if not in_turns:  # there a batch is scored before the weights that sampled it change
+        with memory.in_phase("snapshot"):
+            policy.take_snapshot(_SNAPSHOT)
+    for name in ("first update", UPDATE):  # the first one makes the optimizer's moments
+        with memory.in_phase(name):
+            result = policy.update(sequences, _LEARNING_RATE)
+            garbage.collect()
         assert result.applied, result
+    if in_turns:
+        _publish_in_turns(config, policy, observer, publish)
+        with memory.in_phase("update after the return"):
+            policy.update(sequences, _LEARNING_RATE)
+        return
     with memory.in_phase("score with a snapshot"), policy.use_snapshot(_SNAPSHOT):
         policy.score(sequences)
     with memory.in_phase(PUBLISH):
-        publication.gather_and_flatten(config, chunks, architecture, mesh)
-    return policy
+        publish()
+
+
+def _publish_in_turns(config: RunConfig, policy: Any, observer: Observer, publish: Callable[[], None]) -> None:
+    """What a trainer that shares its GPU with servers does between two updates (Trainer._send and _release)."""
+    memory = observer.memory
+    with memory.in_phase(PARK_STATES):
+        policy.to_host(but_weights=True)
+    with memory.in_phase(PUBLISH):
+        publish()
+    with memory.in_phase(CANARIES):
+        policy.score_canaries([([0] * _CANARY_PROMPT, [0] * max(1, config.publish.canary_tokens))])
+    with memory.in_phase(PARK_WEIGHTS):
+        policy.to_host()
+    with memory.in_phase(RETURN):
+        policy.to_device()
 
 
 def full_rows(config: RunConfig, rows: int) -> list[TokenSequence]:

@@ -11,6 +11,11 @@ from minpro_megatron.models.known_models.find import find_architecture
 # Names of phases
 UPDATE = "update"
 PUBLISH = "publish"
+# of a rank that shares its GPU with servers (server.placement), in their order: before and after PUBLISH
+PARK_STATES = "optimizer states to the host"
+CANARIES = "score canaries"
+PARK_WEIGHTS = "weights to the host"
+RETURN = "all back to the device"
 
 
 @dataclass(frozen=True)

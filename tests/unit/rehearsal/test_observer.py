@@ -48,6 +48,22 @@ def test_bytes_count_from_allocation_to_release(observer: Observer) -> None:
     assert line.endswith(" on_gpu")
 
 
+def test_a_storage_that_is_emptied_and_filled_again_counts_as_it_is(observer: Observer) -> None:
+    memory, kept = observer.memory, on_gpu(1000)
+    with memory.watching_resizes():
+        with memory.in_phase("emptied"):
+            kept.untyped_storage().resize_(0)
+        with memory.in_phase("filled"):
+            kept.untyped_storage().resize_(2000)
+    phases = memory.phases
+    assert (phases["emptied"].entry, phases["emptied"].left) == ({"cuda": 2000}, {})
+    assert (phases["filled"].entry, phases["filled"].left) == ({"cuda": 0}, {"cuda": 2000})
+    del kept
+    with memory.in_phase("released") as released:
+        pass
+    assert released.left == {}
+
+
 def test_a_compiled_function_takes_no_memory_for_what_it_does_not_return(observer: Observer) -> None:
     with observer.memory.in_phase("one"):
         given = on_gpu(1000)
