@@ -7,13 +7,12 @@ from pathlib import Path
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.launch.supervisor import RoleCommand
+from minpro_megatron.serving.server_command import ALLOCATOR_VARIABLES
 
 # The trainer's rank 0 and the servers are members of one NCCL group. If members allocate memory in different ways, its
 # first broadcast fails ("invalid argument"), so all roles get SGLang's default
 # (sglang/srt/entrypoints/engine.py, _set_envs_and_config).
 NCCL_MEMORY = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
-# Settings of torch's allocator for GPUs: the name since torch 2.9, and the older one.
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def roles_of(config: RunConfig) -> tuple[str, ...]:

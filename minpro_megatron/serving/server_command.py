@@ -18,6 +18,8 @@ from minpro_megatron.serving.sglang_main import API_KEY_VARIABLE
 # pool, by at most this number of tokens: without the margin the longest responses would be shorter than
 # max_response_tokens.
 CONTEXT_MARGIN_TOKENS = 8
+# Settings of torch's allocator for GPUs: the name since torch 2.9, and the older one.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def context_length(config: RunConfig) -> int:
@@ -190,4 +192,16 @@ def server_environment(config: RunConfig, environment: Mapping[str, str]) -> dic
         changes |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     if (key := api_key(config, environment)) is not None:
         changes |= {API_KEY_VARIABLE: key}
+    if config.server.takes_turns and config.server.device == "cuda":
+        changes |= _without_expandable_segments(environment)
     return dict(environment) | changes
+
+
+def _without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of torch's allocator without this choice of the user: torch_memory_saver 0.0.10, with which SGLang
+    releases memory, does not see such segments, and refuses to start if it finds them in the older variable."""
+    chosen = {name: environment[name] for name in ALLOCATOR_VARIABLES if name in environment}
+    return {
+        name: ",".join(part for part in text.split(",") if part.partition(":")[0].strip() != "expandable_segments")
+        for name, text in chosen.items()
+    }

@@ -5,7 +5,7 @@ import functools
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +95,12 @@ class Running:
 
 @pytest.fixture(scope="module", params=NUM_PROCESSES)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    root = tmp_path_factory.mktemp("serving")
+    with started(tmp_path_factory.mktemp("serving"), request.param) as server:
+        yield server
+
+
+@contextmanager
+def started(root: Path, engine: str) -> Iterator[Running]:
     folder, other_folder = root / "hf", root / "other"
     save_random_model(folder, seed=0)
     save_random_model(other_folder, seed=1)
@@ -117,7 +122,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "staleness": {"mode": "bounded"},
             "publish": {"pause_mode": "in_place"},
             "server": {
-                "engine": request.param,
+                "engine": engine,
                 "device": "cpu",
                 "dtype": "float32",
                 "max_total_tokens": 4096,
@@ -285,6 +290,89 @@ async def _release_while_sampling(running: Running, control: ServerControl) -> N
             request.cancel()
         await asyncio.wait(requests)
         releasing.result()
+
+
+@pytest.mark.long
+def test_a_request_that_comes_between_the_proof_and_the_release_waits_for_the_new_weights(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control, sampling = running.control(), SamplingParameters(1.0, MAX_RESPONSE_TOKENS)
+    release = ServerControl.release_memory_occupation
+
+    async def main() -> list[SampledSequence]:
+        loop, requests = asyncio.get_running_loop(), list[asyncio.Task[list[SampledSequence]]]()
+
+        def release_late(self: ServerControl, **arguments: Any) -> None:
+            loop.call_soon_threadsafe(
+                lambda: requests.append(asyncio.create_task(client.generate(PROMPTS[0], [1], sampling, 1)))
+            )
+            time.sleep(1)
+            release(self, **arguments)
+
+        monkeypatch.setattr(ServerControl, "release_memory_occupation", release_late)
+        async with running.client(exact_versions=True) as client:
+            await asyncio.to_thread(release_memory, control)
+            await asyncio.sleep(0.5)
+            [request] = requests
+            assert not request.done()
+            await asyncio.to_thread(control.resume_memory_occupation, tags=["weights", "kv_cache"])
+            folder = str(running.other_folder)
+            await asyncio.to_thread(control.update_weights_from_disk, model_path=folder, weight_version=1)
+            assert not request.done()
+            await asyncio.to_thread(control.continue_generation)
+            return await request
+
+    sampled = asyncio.run(main())
+    assert running.largest_difference(running.other_folder, [sampled]) < 1e-4
+    _load_once_idle(control, running.folder)
+    control.close()
+
+
+@pytest.mark.long
+def test_a_busy_sglang_is_never_asked_to_release_its_memory_for_it_would_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were generation not paused first, the state check would refuse, and the requests go on."""
+    sampling = SamplingParameters(1.0, MAX_RESPONSE_TOKENS)
+
+    async def main(running: Running, control: ServerControl) -> None:
+        async with running.client() as client:
+
+            async def keep_busy(seed: int) -> None:
+                while True:
+                    await client.generate(PROMPTS[0], [seed], sampling, 0)
+                    answered.set()
+
+            answered = asyncio.Event()
+            requests = [asyncio.create_task(keep_busy(seed)) for seed in range(16)]
+            await answered.wait()
+            with pytest.raises(ControlError, match="flush_cache: status 400"):
+                await asyncio.to_thread(release_memory, control, 1.0)
+            answered.clear()
+            await answered.wait()
+            with suppress(ControlError):  # what the check is for
+                await asyncio.to_thread(control.release_memory_occupation, tags=["kv_cache", "weights"])
+            await asyncio.wait(requests, return_when=asyncio.FIRST_EXCEPTION)
+            for request in requests:
+                request.cancel()
+            await asyncio.wait(requests)
+
+    with started(tmp_path, "sglang") as running:
+        control = running.control()
+        monkeypatch.setattr(ServerControl, "pause_generation", lambda self, mode: None)
+        asyncio.run(main(running, control))
+        control.close()
+        assert until_ended(running.server)
+        assert (
+            "release_memory_occupation should be called only when server is idle" in running.server.log_file.read_text()
+        )
+
+
+def until_ended(server: ServerProcess) -> bool:
+    deadline = time.monotonic() + 60
+    while server.exit_status is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return server.exit_status is not None
 
 
 def _load_once_idle(control: ServerControl, folder: Path) -> None:

@@ -15,10 +15,11 @@ from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.fleet.open_files import limit_problem
 from minpro_megatron.launch.node_roles import host_on_node, node_gpus, roles_on
-from minpro_megatron.launch.preflight.gpu_count import count_gpus
+from minpro_megatron.launch.preflight.gpu_count import compute_modes, count_gpus
 from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cuda_version, software_problems
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.run_checks import port_problems
+from minpro_megatron.launch.preflight.shared_gpu_check import machine_memory_bytes, shared_gpu_problems
 from minpro_megatron.launch.preflight.shared_memory_check import shared_memory_problems
 from minpro_megatron.launch.roles import gpus_together
 from minpro_megatron.launch.starts import Report
@@ -40,6 +41,7 @@ def node_problems(config: RunConfig, share: NodeShare, address: str, visible: st
         found += gpu_problems(needed, present := count_gpus(), gpu_memory(), visible)
         if present:
             found += map(Problem, software_problems(driver_cuda_version(), c_compiler()))
+            found += map(Problem, shared_gpu_problems(config, compute_modes(), share.ranks, machine_memory_bytes()))
     hosts = [host_on_node(host, address) for host in (config.server.host, config.collector.host)]
     servers = range(share.first_server, share.first_server + share.num_servers)
     found += port_problems(config, servers, hosts[0], hosts[1] if share.collects else "")

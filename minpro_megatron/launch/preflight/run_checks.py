@@ -17,7 +17,7 @@ from minpro_megatron.files.disk_space import existing_parent, free_bytes
 from minpro_megatron.fleet.open_files import limit_problem
 from minpro_megatron.launch.preflight.backend_check import layer_backend_problems
 from minpro_megatron.launch.preflight.environment_check import environment_problems
-from minpro_megatron.launch.preflight.gpu_count import count_gpus
+from minpro_megatron.launch.preflight.gpu_count import compute_modes, count_gpus
 from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cuda_version, software_problems
 from minpro_megatron.launch.preflight.hook_check import hook_problems
 from minpro_megatron.launch.preflight.length_check import length_problems
@@ -25,6 +25,7 @@ from minpro_megatron.launch.preflight.library_checks import megatron_field_probl
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.prompt_checks import data_problems
 from minpro_megatron.launch.preflight.reward_check import reward_problems
+from minpro_megatron.launch.preflight.shared_gpu_check import machine_memory_bytes, shared_gpu_problems
 from minpro_megatron.launch.preflight.shared_memory_check import shared_memory_problems
 from minpro_megatron.launch.preflight.stop_tokens import stop_token_warnings
 from minpro_megatron.launch.preflight.template_date import date_warnings
@@ -253,6 +254,7 @@ def _gpus(config: RunConfig) -> Iterator[str]:
         )
     if present:
         yield from software_problems(driver_cuda_version(), c_compiler())
+        yield from shared_gpu_problems(config, compute_modes(), trainer, machine_memory_bytes())
 
 
 def _disk_space(config: RunConfig) -> Iterator[str]:

@@ -78,6 +78,21 @@ def test_the_command_line_on_gpus(tmp_path: Path, hf_path: Path) -> None:
     assert "SGLANG_USE_CPU_ENGINE" not in server_environment(on_gpus, {})
 
 
+def test_servers_on_shared_gpus_have_no_segments_that_cannot_be_released(tmp_path: Path, hf_path: Path) -> None:
+    given = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_CUDA_ALLOC_CONF": "a:1,expandable_segments:True",
+    }
+    apart = config(tmp_path, hf_path, device="cuda", dtype="bfloat16")
+    assert server_environment(apart, given) | given == server_environment(apart, given)
+    server = apart.server.model_copy(update={"placement": "shared"})
+    shared = apart.model_copy(update={"server": server})
+    assert "--enable-memory-saver" in server_command(shared, 0, 31000, 0)
+    found = server_environment(shared, given)
+    assert [found[name] for name in given] == ["", "a:1"]
+    assert not given.keys() & server_environment(shared, {}).keys()
+
+
 def test_options_of_sglang_are_handed_on(tmp_path: Path, hf_path: Path) -> None:
     arguments = {
         "chunked_prefill_size": 2048,  # instead of this project's 4096 on a CPU
