@@ -1,11 +1,13 @@
 """Publishing to a real SGLang server compared with a gloo broadcast of the same bytes; effects on requests in flight.
 
     python -m benchmarks.publish [--layers 4] [--repeats 5] [--bucket-mb 32 128 512] [--split tensor] [--folder DIR]
+        [--transports broadcast shared_memory]
 
 Makes a Qwen3-MoE (hidden size 1024, 64 experts of width 192, float32) of random weights, starts a server with it on
 the CPU, and two trainer ranks, which hold it whole (`--split data`) or in halves (`--split tensor`). In turns, for
-each bucket size: a publication to the server, and broadcasts of the same buckets from rank 0 to rank 1 out of and into
-memory that is there already. Then publications under streamed responses, for each pause mode.
+each bucket size: a publication to the server by each transport, and after each one broadcasts of the same buckets from
+rank 0 to rank 1 out of and into memory that is there already. Then publications under streamed responses, for each
+pause mode.
 """
 
 import argparse
@@ -57,6 +59,7 @@ MODEL = {
     "eos_token_id": 1,
     "torch_dtype": "float32",
 }
+TRANSPORTS = ("broadcast", "shared_memory")
 PAUSE_MODES = ("retract", "in_place", "abort")
 NUM_STREAMS = 2
 
@@ -73,7 +76,7 @@ def make_model(folder: Path, num_layers: int) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def make_config(root: Path, split: str, bucket_bytes: int, pause_mode: str = "retract") -> RunConfig:
+def make_config(root: Path, split: str, bucket_bytes: int, **publish: str) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "publish",
@@ -85,7 +88,7 @@ def make_config(root: Path, split: str, bucket_bytes: int, pause_mode: str = "re
             "sampling": {"max_prompt_tokens": 8, "max_response_tokens": 2000},
             "batch": {"max_tokens_per_row": 2048},
             "server": {"device": "cpu", "dtype": "float32", "max_total_tokens": 8192, "start_timeout_s": 300},
-            "publish": {"bucket_bytes": bucket_bytes, "pause_mode": pause_mode},
+            "publish": {"bucket_bytes": bucket_bytes} | publish,
         }
     )
 
@@ -128,10 +131,10 @@ class Rank:
         self.gatherer = WeightGatherer(chunks, architecture, mesh)
         self._version = 0
 
-    def publisher(self, bucket_bytes: int, pause_mode: str = "retract") -> Any:
+    def publisher(self, bucket_bytes: int, **publish: str) -> Any:
         from minpro_megatron.publishing.publish import Publisher
 
-        config = make_config(self._root, self._split, bucket_bytes, pause_mode)
+        config = make_config(self._root, self._split, bucket_bytes, **publish)
         return Publisher(config, self.gatherer, self._mesh, score_canaries=None)  # type: ignore[arg-type]  never asked
 
     def publish(self, publisher: Any, requests_in_flight: bool = False) -> Any:
@@ -167,19 +170,23 @@ def bare_broadcast_s(sizes: Sequence[int], mesh: Mesh) -> float:
     return time.monotonic() - start
 
 
-def measure(mesh: Mesh, root: Path, split: str, server: ServerAddress, buckets: list[int], repeats: int) -> list[dict]:
+def measure(
+    mesh: Mesh, root: Path, split: str, server: ServerAddress, transports: list[str], buckets: list[int], repeats: int
+) -> list[dict]:
     """A row for every measurement, on rank 0."""
     rank, rows = Rank(mesh, root, split, server), []
-    publishers = {bucket_bytes: rank.publisher(bucket_bytes) for bucket_bytes in buckets}
+    kinds = [(bucket_bytes, transport) for bucket_bytes in buckets for transport in transports]
+    publishers = [(*kind, rank.publisher(kind[0], transport=kind[1])) for kind in kinds]
     for repeat in range(-1, repeats):  # the first round connects, and touches all memory once
-        for bucket_bytes, publisher in publishers.items():
+        for bucket_bytes, transport, publisher in publishers:
             gathered = rank.gatherer.buckets(bucket_bytes)
             sizes = mesh.from_rank_0([sum(tensor.nbytes for _, tensor in bucket) for bucket in gathered])
-            row = {"bucket_bytes": bucket_bytes, "num_buckets": len(sizes), "num_bytes": sum(sizes)}
+            row: dict[str, Any] = {"bucket_bytes": bucket_bytes, "transport": transport, "repeat": repeat}
+            row |= {"num_buckets": len(sizes), "num_bytes": sum(sizes)}
             report = rank.publish(publisher)
             row |= {"bare_s": bare_broadcast_s(sizes, mesh), "gather_s": rank.gather_s(bucket_bytes)}
             if report:
-                assert report.held_by == [0], report.failures
+                assert (report.held_by, report.transport) == ([0], transport), report.failures
                 row |= {"transfer_s": report.transfer_s, "total_s": report.total_s, "load": os.getloadavg()[0]}
             if repeat >= 0:
                 rows.append(row)
@@ -190,7 +197,7 @@ def measure_pauses(mesh: Mesh, root: Path, split: str, server: ServerAddress, bu
     rank, rows = Rank(mesh, root, split, server), []
     rank._version = 1_000_000
     for mode in PAUSE_MODES:
-        publisher = rank.publisher(bucket_bytes, mode)
+        publisher = rank.publisher(bucket_bytes, pause_mode=mode)
         rank.publish(publisher)
         streams = [Stream(server) for _ in range(NUM_STREAMS)] if mesh.rank == 0 else []
         for stream in streams:
@@ -218,17 +225,20 @@ def show(rows: list[dict], pauses: list[dict], split: str) -> None:
     console = Console(width=130)
     loads = [row["load"] for row in rows]
     console.print(f"{rows[0]['num_bytes'] / 1e6:.0f} MB, split {split}, load {min(loads):.1f} to {max(loads):.1f}")
-    names = ("bucket MB", "buckets", "bare MB/s", "publish MB/s", "of bare", "gather s", "transfer s", "all s")
+    names = ("bucket MB", "transport", "bare MB/s", "publish MB/s", "of bare", "of broadcast", "transfer s", "all s")
     table = Table(*names, box=MARKDOWN)
-    for bucket_bytes in dict.fromkeys(row["bucket_bytes"] for row in rows):
-        own = [row for row in rows if row["bucket_bytes"] == bucket_bytes]
-        middle = {name: statistics.median(row[name] for row in own) for name in own[0]}
+    for bucket_bytes, transport in dict.fromkeys((row["bucket_bytes"], row["transport"]) for row in rows):
+        own = [row for row in rows if (row["bucket_bytes"], row["transport"]) == (bucket_bytes, transport)]
+        middle = {name: statistics.median(row[name] for row in own) for name in own[0] if name != "transport"}
         rates = [middle["num_bytes"] / 1e6 / middle[name] for name in ("bare_s", "transfer_s")]
         shares = sorted(row["bare_s"] / row["transfer_s"] for row in own)
+        others = {row["repeat"]: row for row in rows
+                  if (row["bucket_bytes"], row["transport"]) == (bucket_bytes, "broadcast")}  # fmt: skip
+        faster = sorted(others[row["repeat"]]["transfer_s"] / row["transfer_s"] for row in own if others)
         table.add_row(
-            f"{bucket_bytes / 1e6:.0f}", str(own[0]["num_buckets"]), f"{rates[0]:.0f}", f"{rates[1]:.0f}",
-            f"{statistics.median(shares):.2f} ({shares[0]:.2f} to {shares[-1]:.2f})",
-            *(f"{middle[name]:.2f}" for name in ("gather_s", "transfer_s", "total_s")),
+            f"{bucket_bytes / 1e6:.0f}", transport, f"{rates[0]:.0f}", f"{rates[1]:.0f}", _middle(shares),
+            _middle(faster) if transport != "broadcast" and faster else "", f"{middle['transfer_s']:.2f}",
+            f"{middle['total_s']:.2f}",
         )  # fmt: skip
     console.print(table)
     table = Table("pause", "median gap s", "longest gap s", "paused s", "transfer s", "all s", box=MARKDOWN)
@@ -238,11 +248,16 @@ def show(rows: list[dict], pauses: list[dict], split: str) -> None:
     console.print(table)
 
 
+def _middle(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bucket-mb", type=int, nargs="+", default=[32, 128, 512])
+    parser.add_argument("--transports", choices=TRANSPORTS, nargs="+", default=list(TRANSPORTS))
     parser.add_argument("--split", choices=("data", "tensor"), default="data")
     parser.add_argument("--folder", type=Path, help="make the files below this folder (default: the temporary one)")
     parser.add_argument("--json", type=Path, help="write all measurements here too")
@@ -258,7 +273,7 @@ def main() -> None:
             server.wait_until_ready(300)
             where = (root, arguments.split, server.address)
             mesh = {arguments.split: 2, "deadline_s": 1500.0}
-            rows = run_mesh(measure, *where, buckets, arguments.repeats, **mesh)[0]
+            rows = run_mesh(measure, *where, arguments.transports, buckets, arguments.repeats, **mesh)[0]
             pauses = run_mesh(measure_pauses, *where, buckets[0], **mesh)[0]
         finally:
             stop_servers([server])

@@ -68,10 +68,11 @@ class Launched:
     reached: bool  # its crash point
 
 
-def make_model(folder: Path) -> TinyModel:
+def make_model(folder: Path, hidden_size: int = 32, layers: int = 2, warm_start_steps: int = 100) -> TinyModel:
     """A tiny model that knows the form of an answer, so that some responses are right."""
     model = TinyModel(folder / "hf", folder / "megatron")
-    make = ["tools/make_tiny_model.py", "--steps", "100", "--hidden-size", "32", "--layers", "2", "--threads", "1"]
+    make = ["tools/make_tiny_model.py", "--steps", str(warm_start_steps), "--threads", "1"]
+    make += ["--hidden-size", str(hidden_size), "--layers", str(layers)]
     convert = ["tools/convert_checkpoint.py", "to-megatron", "--hf", model.hf, "--output", model.megatron]
     for command in ([*make, "--output", model.hf], convert):
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, timeout=400, capture_output=True)

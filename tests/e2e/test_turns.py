@@ -55,6 +55,24 @@ def test_an_alarm_of_a_publication_ends_the_run_before_its_weights_are_used(mode
         assert (run.run_dir / "checkpoints" / "latest").read_text().strip().endswith("1")
 
 
+def test_a_run_in_turns_with_sglang_publishes_every_version_through_shared_memory(
+    model: TinyModel, tmp_path: Path
+) -> None:
+    """On a CPU SGLang frees nothing, but accepts the whole protocol, every step of it while the server is idle."""
+    settings = ("server.engine=sglang", "publish.transport=shared_memory", "num_global_steps=4")
+    run = CrashRun(model, tmp_path, "sglang", *IN_TURNS, *settings)
+    run.finish()
+    steps = [entry.metrics for entry in read_history(run.run_dir) if entry.is_global_step]
+    assert [metrics["staleness/max"] for metrics in steps] == [0, 1, 2, 2]
+    for metrics in steps:
+        assert (metrics["publish/servers"], metrics["publish/failures"]) == (1, 0)
+        assert metrics["publish/canary_abs_max"] < 1e-4
+        assert metrics["fleet/restarts"] == 0
+    log = (run.run_dir / "logs" / "server-0.log").read_text(errors="replace")
+    assert log.count("Cache flushed successfully") >= 8
+    assert "only when server is idle" not in log
+
+
 @pytest.mark.parametrize("case", in_turns(), ids=lambda case: case.name)
 def test_a_run_in_turns_survives_a_crash_in_every_transition(
     model: TinyModel, undisturbed: Results, tmp_path: Path, case: Case
