@@ -41,19 +41,19 @@ def forward_flops(architecture: Architecture) -> SequenceCost:
     """Floating-point operations of forward for one sequence (a multiplication and an addition count as two); backward
     takes twice as many.
 
-    Counts matrix products only: projections, the chosen experts or the dense layer, router, output layer, and the two
-    products of causal attention, which use half of the n^2 pairs.
+    Counts matrix products only: projections, the chosen and the shared experts or the dense layer, router, output
+    layer, and the two products of causal attention, which use half of the n^2 pairs.
     """
     heads = architecture.num_attention_heads * architecture.head_dim
     groups = architecture.num_query_groups * architecture.head_dim
     hidden = architecture.hidden_size
     attention = hidden * (heads + 2 * groups) + heads * hidden
-    if architecture.num_experts:
-        chosen = architecture.num_experts_per_token * architecture.expert_ffn_hidden_size
-        feed_forward = 3 * hidden * chosen + hidden * architecture.num_experts
-    else:
-        feed_forward = 3 * hidden * architecture.ffn_hidden_size
-    weights = architecture.num_layers * (attention + feed_forward) + hidden * architecture.vocab_size
+    chosen = architecture.num_experts_per_token * architecture.expert_ffn_hidden_size
+    mixture = 3 * hidden * (chosen + architecture.shared_ffn_hidden_size) + hidden * architecture.num_experts
+    dense = 3 * hidden * architecture.ffn_hidden_size
+    mixtures = architecture.expert_layers
+    feed_forward = mixtures * mixture + (architecture.num_layers - mixtures) * dense
+    weights = architecture.num_layers * attention + feed_forward + hidden * architecture.vocab_size
     return SequenceCost(linear=2.0 * weights, quadratic=2.0 * architecture.num_layers * heads)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from minpro_megatron.actor.backends.select import LayerBackend, select_backend
 from minpro_megatron.actor.backends.torch_backend import TorchLayers
@@ -189,6 +191,13 @@ def _mixture_settings(architecture: Architecture, features: ModelFeatures) -> di
         "num_moe_experts": architecture.num_experts,
         "moe_router_topk": architecture.num_experts_per_token,
         "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": architecture.shared_ffn_hidden_size or None,
+        # a list, even of equal layers, gives every layer tensors of its own in checkpoints
+        "moe_layer_freq": [int(architecture.has_experts(layer)) for layer in range(architecture.num_layers)]
+        if architecture.dense_layers
+        else 1,
+        "moe_router_score_function": "sigmoid" if architecture.sigmoid_routing else "softmax",
+        "moe_router_topk_scaling_factor": architecture.routing_scale if architecture.routing_scale != 1 else None,
         # before the choice: softmax over all experts; after it: over the chosen experts, so that they add up to 1
         "moe_router_pre_softmax": not architecture.normalized_routing,
         "moe_router_dtype": "fp32",
@@ -207,7 +216,7 @@ def _build_chunk(
         make = partial(
             GPTModel,
             config=config,
-            transformer_layer_spec=_block_spec(config, mesh, backend, chunk),
+            transformer_layer_spec=_block_spec(architecture, config, mesh, backend, chunk),
             vocab_size=architecture.padded_vocab_size,
             max_sequence_length=0,  # used by learned positions only
             pre_process=mesh.is_first_pipeline_stage and chunk in (None, 0),
@@ -220,10 +229,30 @@ def _build_chunk(
         )
         model = backend.build(config, make)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture, mesh.device)
+    if architecture.sigmoid_routing:
+        _add_expert_biases(model, architecture.num_experts)
     return model.to(mesh.device)
 
 
-def _block_spec(config: TransformerConfig, mesh: Mesh, backend: LayerBackend, chunk: int | None) -> Any:
-    # Any: GPTModel's own annotation lacks this type
-    num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=mesh.pipeline.rank())
-    return TransformerBlockSubmodules(layer_specs=[backend.layer(config)] * num_layers, layer_norm=backend.final_norm)
+def _add_expert_biases(model: GPTModel, num_experts: int) -> None:
+    """Gives every router the bias with which it chooses experts: a parameter without a gradient. Megatron's own bias is
+    a buffer that every update changes (moe_router_enable_expert_bias), and conversion and publishing know parameters
+    only; its router reads either under this name."""
+    routers: list[Any] = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    for router in routers:
+        bias = torch.empty(num_experts, dtype=torch.float32, device=router.weight.device)
+        router.expert_bias = torch.nn.Parameter(bias, requires_grad=False)
+
+
+def _block_spec(
+    architecture: Architecture, config: TransformerConfig, mesh: Mesh, backend: LayerBackend, chunk: int | None
+) -> Any:  # GPTModel's own annotation lacks the type
+    stage = mesh.pipeline.rank()
+    first = get_transformer_layer_offset(config, vp_stage=chunk, pp_rank=stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage))
+    specs = {
+        mixture: backend.layer(config, mixture) for mixture in {architecture.has_experts(layer) for layer in layers}
+    }
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[architecture.has_experts(layer)] for layer in layers], layer_norm=backend.final_norm
+    )

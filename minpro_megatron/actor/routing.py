@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -101,7 +102,7 @@ class ReplayedRouting:
                 router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
         yield
         for index, router in enumerate(routers):
-            if index < self._routers.num_recomputed:
+            if index < self._routers.num_recomputed(chunk):
                 router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
             else:
                 router.clear_indices()  # otherwise they would accumulate until the end of the mini-batch
@@ -150,15 +151,24 @@ class ChunkRouters:
 
     def __init__(self, chunks: Sequence[GPTModel], num_experts: int) -> None:
         self.device = next(chunks[0].parameters()).device
-        self.num_recomputed = _num_recomputed(chunks[0].config)
         self.dtype = torch.uint8 if num_experts <= 256 else torch.int16
-        layers: list[list[Any]] = [list(chunk.decoder.layers) if num_experts else [] for chunk in chunks]
-        self._by_chunk = [[layer.mlp.router.router_replay for layer in own_layers] for own_layers in layers]
+        layers: list[list[Any]] = [list(chunk.decoder.layers) for chunk in chunks]
+        mixtures = [[layer for layer in of_chunk if isinstance(layer.mlp, MoELayer)] for of_chunk in layers]
+        self._by_chunk = [[layer.mlp.router.router_replay for layer in of_chunk] for of_chunk in mixtures]
         # the model's layers that they belong to, counted from 0; Megatron counts from 1
         self.layers = [
-            slice(own_layers[0].layer_number - 1, own_layers[-1].layer_number) if own_layers else slice(0, 0)
-            for own_layers in layers
+            slice(of_chunk[0].layer_number - 1, of_chunk[-1].layer_number) if of_chunk else slice(0, 0)
+            for of_chunk in mixtures
         ]
+        # the layers without experts are a chunk's first ones
+        recomputed = _num_recomputed(chunks[0].config)
+        self._num_recomputed = [
+            recomputed - (len(every) - len(own)) for every, own in zip(layers, mixtures, strict=True)
+        ]
+
+    def num_recomputed(self, chunk: int) -> float:
+        """The number of the chunk's first routers that backward calls again."""
+        return self._num_recomputed[chunk]
 
     def of(self, chunk: int) -> list[RouterReplay]:
         assert None not in self._by_chunk[chunk], "the model was built without routing_replay"
@@ -174,7 +184,7 @@ class ChunkRouters:
 
 
 def _num_recomputed(config: TransformerConfig) -> float:
-    """The number of layers at the start of each chunk whose routers backward calls again."""
+    """The number of layers at the start of each chunk that are recomputed as a whole."""
     if config.recompute_granularity != "full":
         return 0
     return math.inf if config.recompute_method == "uniform" else config.recompute_num_layers or 0

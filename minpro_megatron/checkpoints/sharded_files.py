@@ -62,7 +62,7 @@ class Place:
         *_, module, parameter = self.key.split(".")
         if not module.startswith("linear_") or parameter != "weight":
             return None
-        at, of = (".".join(map(str, numbers)) for numbers in (self.index, self.sizes))
+        at, of = (".".join(map(str, numbers)) for numbers in (self.index or (0,), self.sizes or (1,)))
         return f"{self.key.removesuffix('weight')}_extra_state/shard_{at}_{of}"
 
 
@@ -70,20 +70,23 @@ def place(entry: Entry, architecture: Architecture) -> Place:
     """The place of the entry's parameter in megatron-core's checkpoints."""
     if entry.layer is None:
         return Place(entry.megatron, (), ())
-    key = re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.", entry.megatron)
+    key, index, sizes = entry.megatron, (entry.layer,), (architecture.num_layers,)
+    if architecture.dense_layers:  # the layers differ, so each has tensors of its own
+        index, sizes = (), ()
+    else:
+        key = re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.", key)
     if entry.expert is None:
-        return Place(key, (entry.layer,), (architecture.num_layers,))
+        return Place(key, index, sizes)
     key = re.sub(r"\.local_experts\.\d+\.", ".experts.", key)
-    return Place(key, (entry.layer, entry.expert), (architecture.num_layers, architecture.num_experts))
+    return Place(key, (*index, entry.expert), (*sizes, architecture.num_experts))
 
 
 class ShardedWriter:
     """Writes parameters into a folder, in any order and by any ranges of rows, and the metadata at the end."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, records: FileRecords) -> None:
+    def __init__(self, folder: Path, records: FileRecords) -> None:
         self._folder = folder
         self._records = records
-        self._properties = TensorProperties(dtype=dtype)
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._objects: dict[str, BytesStorageMetadata] = {}
         self._stored: dict[MetadataIndex, _StorageInfo] = {}
@@ -104,7 +107,8 @@ class ShardedWriter:
         tensor = self._tensors.get(where.key)
         if tensor is None:
             size = torch.Size((*where.sizes, *full_shape))
-            tensor = self._tensors[where.key] = TensorStorageMetadata(self._properties, size, [])
+            properties = TensorProperties(dtype=rows.dtype)
+            tensor = self._tensors[where.key] = TensorStorageMetadata(properties, size, [])
         place_in_tensor = MetadataIndex(where.key, offsets, len(tensor.chunks))
         tensor.chunks.append(ChunkStorageMetadata(offsets, sizes))
         # torch.save writes whole storages: rows of a larger storage are copied first

@@ -55,7 +55,8 @@ def save_training_state(
         warnings.simplefilter("ignore")
         _make_moments(optimizers)
         shardings = _shardings(chunks, mesh)
-        state = _numbered([*_owned_weights(optimizers, shardings), *_owned_states(optimizers, shardings)])
+        owned = [*_owned_weights(optimizers, shardings), *_owned_states(optimizers, shardings)]
+        state = _numbered([*owned, *_frozen_weights(shardings, mesh)])
         state["objects"] = _numbered(one for one in _sharded(chunks, mesh) if isinstance(one, ShardedObject))
         state["optimizer_step"] = max(_steps_done(one) for one in optimizers)
         return ShardWrite(state, folder, mesh, in_background)
@@ -111,6 +112,12 @@ def _owned_weights(optimizers: Sequence[Any], shardings: dict[Parameter, Any]) -
     for parameter, first, end in (owned for one in optimizers for owned in _owned_ranges(one)):
         values = parameter.detach().view(-1)[first:end]
         yield from pieces(blocks_of(shardings[parameter]), "", values, first)
+
+
+def _frozen_weights(shardings: dict[Parameter, Any], mesh: Mesh) -> Iterator[ShardedTensor]:
+    """The parameters that no optimizer owns: one of the ranks that have the same ones writes them."""
+    if mesh.groups.dp_cp.rank() == 0:
+        yield from _whole_weights({one: place for one, place in shardings.items() if not one.requires_grad})
 
 
 def _whole_weights(shardings: dict[Parameter, Any]) -> Iterator[ShardedTensor]:

@@ -67,7 +67,12 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.command == "to-megatron":
         cast_to = getattr(torch, options.dtype) if options.dtype else None
-        to_megatron(options.hf, options.output, byte_progress, options.verify, cast_to)
+        layers = to_megatron(options.hf, options.output, byte_progress, options.verify, cast_to)
+        if layers:
+            print(
+                f"not converted: {len(layers)} tensors such as {layers[0]}, of the layer that predicts later tokens "
+                "for speculative decoding, which is not trained"
+            )
         if left_out := other_files(options.hf):
             print(f"not copied, because they are neither weights nor part of the tokenizer: {', '.join(left_out)}")
     else:

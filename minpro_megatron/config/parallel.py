@@ -77,6 +77,10 @@ class ParallelConfig(Section):
         chunks = self.pipeline * self.virtual_pipeline
         return self.pipeline_layers or (num_layers // chunks,) * chunks
 
+    def chunks_of_stage(self, stage: int) -> range:
+        """The numbers of the model chunks on a pipeline stage."""
+        return range(stage, self.pipeline * self.virtual_pipeline, self.pipeline)
+
     @field_validator("pipeline_layers", mode="before")
     @classmethod
     def _added_up(cls, value: Any) -> Any:

@@ -36,7 +36,7 @@ from minpro_megatron.models.text_files import CONFIG, copy_texts, state_dtype
 from minpro_megatron.models.weight_files import INDEX, SINGLE_FILE, read_weight_map, shard_names, write_index
 from minpro_megatron.weights.hf_files import SHARD_BYTES, HfReader, dtype_name
 from minpro_megatron.weights.safetensors_stream import TensorHeader, write_safetensors
-from minpro_megatron.weights.table import EMBEDDING, OUTPUT, Entry, check_names, check_shape, entries
+from minpro_megatron.weights.table import EMBEDDING, OUTPUT, Entry, check_names, check_shape, entries, left_out
 
 # Small enough for malloc to reuse the memory of the last piece: larger blocks are mapped and zeroed again each time.
 PIECE_BYTES = 16 << 20
@@ -46,33 +46,36 @@ SHA256_FILE = "SHA256SUMS"
 type Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False, cast_to: torch.dtype | None = None) -> None:
+def to_megatron(
+    hf: Path, output: Path, watch: Watch, verify: bool = False, cast_to: torch.dtype | None = None
+) -> list[str]:
     """Write the Megatron checkpoint of the Hugging Face folder `hf` to `output`, in the dtype of its weights, with
     copies of its config and tokenizer. `verify`: read the result back and compare every bit before it gets its name.
-    `cast_to`: every tensor is rounded to this dtype, so the weights may have different dtypes.
+    `cast_to`: every tensor is rounded to this dtype, so the weights may have different dtypes. Returns the names of the
+    tensors that are left out.
 
     Raises ValueError for a model whose tensors differ from the table, or an `output` that contains files which this
     program did not write."""
     architecture = read_architecture(hf)
     reader = HfReader(hf)
     dtype = _check_tensors(reader, architecture, cast_to)
-    num_bytes = sum(TensorHeader(dtype, entry.full_shape).num_bytes for entry in entries(architecture))
+    num_bytes = sum(TensorHeader(entry.dtype(dtype), entry.full_shape).num_bytes for entry in entries(architecture))
     with _new_folder(output, num_bytes) as folder, file_records(folder) as records:
         with watch("writing", num_bytes) as announce:
-            writer = ShardedWriter(folder, dtype, records)
+            writer = ShardedWriter(folder, records)
             for entry in entries(architecture):
-                for first_row, rows in _pieces(entry, reader, dtype):
+                for first_row, rows in _pieces(entry, reader, entry.dtype(dtype)):
                     writer.write(place(entry, architecture), entry.full_shape, first_row, rows)
                     announce(rows.nbytes)
             writer.finish()
-        names = _keep_texts(reader, dtype, folder / HF_TEXTS)
+        sizes = _hf_bytes(reader, architecture, dtype)
+        names = _keep_texts(reader, sizes, folder / HF_TEXTS)
         if cast_to:
             state_dtype(folder / HF_TEXTS / CONFIG, dtype_name(dtype))
         for name in names:
             records.add(f"{HF_TEXTS}/{name}")
         if verify:
-            num_bytes = sum(_hf_bytes(reader, dtype).values())
-            with watch("verifying", num_bytes) as announce:
+            with watch("verifying", sum(sizes.values())) as announce:
                 compare(reader, ShardedReader(folder), architecture, announce, dtype)
         manifest = ModelManifest(
             source=hf.resolve().name,
@@ -81,6 +84,7 @@ def to_megatron(hf: Path, output: Path, watch: Watch, verify: bool = False, cast
             files=records.records(),
         )
         write_manifest(folder, manifest)
+    return left_out(architecture, reader.names())
 
 
 def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = None, verify: bool = False) -> None:
@@ -102,7 +106,7 @@ def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = N
     dtype = getattr(torch, manifest.dtype)
     source = ShardedReader(megatron)
     for entry in entries(architecture):
-        source.check(place(entry, architecture), entry.full_shape, dtype)
+        source.check(place(entry, architecture), entry.full_shape, entry.dtype(dtype))
     tensors = _hf_tensors(architecture)
     files = _files(texts, architecture, dtype)
     num_bytes = sum(tensors[name].header(dtype).num_bytes for names in files.values() for name in names)
@@ -139,8 +143,10 @@ def compare(
     tensors = _hf_tensors(architecture)
     for name in reader.names():
         first, tensor = 0, tensors.get(name)
-        for found in tensor.pieces(sharded) if tensor else ():
-            expected = reader.read_rows(name, first, len(found)).to(dtype)
+        if tensor is None:
+            continue
+        for found in tensor.pieces(sharded):
+            expected = reader.read_rows(name, first, len(found)).to(tensor.entry.dtype(dtype))
             if found.dtype != expected.dtype or not torch.equal(_bits(found), _bits(expected)):
                 raise UserError(f"{name}: rows {first} to {first + len(found)} differ between the two formats")
             first += len(found)
@@ -156,7 +162,8 @@ class _HfTensor:
     architecture: Architecture
 
     def header(self, dtype: torch.dtype) -> TensorHeader:
-        return TensorHeader(dtype, self.entry.shapes[self.source])
+        """In a model of this dtype."""
+        return TensorHeader(self.entry.dtype(dtype), self.entry.shapes[self.source])
 
     def pieces(self, sharded: ShardedReader) -> Iterator[Tensor]:
         """The tensor's rows in order, at most PIECE_BYTES at a time."""
@@ -208,21 +215,18 @@ def _check_tensors(reader: HfReader, architecture: Architecture, cast_to: torch.
         for name, shape in zip(entry.hf, entry.shapes, strict=True):
             check_shape(name, reader.tensors[name].shape, shape)
     dtype = cast_to or reader.tensors[EMBEDDING].dtype
-    for name in _hf_tensors(architecture):
-        if name not in reader.tensors:
+    remedy = "give --dtype bfloat16 or --dtype float32 to cast every tensor"
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{reader.path}: {EMBEDDING} is {dtype}, but a model must be float32 or bfloat16; {remedy}")
+    for name, tensor in _hf_tensors(architecture).items():
+        if cast_to is not None or name not in reader.tensors:
             continue
-        found = reader.tensors[name].dtype
-        if cast_to is None and not isinstance(dtype, torch.dtype):
+        found, needed = reader.tensors[name].dtype, tensor.entry.dtype(dtype)
+        if found != needed:
+            why = f"{EMBEDDING} is {dtype}" if needed == dtype else f"it must be {needed}"
             raise UserError(
-                f"{reader.path}: {EMBEDDING} is {dtype}, but a model must be float32 or bfloat16; give --dtype "
-                "bfloat16 or --dtype float32 to cast every tensor"
+                f"{reader.path}: {name} is {found} and {why}, and nothing is cast unless it is requested; {remedy}"
             )
-        if cast_to is None and found != dtype:
-            raise UserError(
-                f"{reader.path}: {name} is {found} and {EMBEDDING} is {dtype}, and nothing is cast unless it is "
-                "requested; give --dtype bfloat16 or --dtype float32 to cast every tensor"
-            )
-    assert isinstance(dtype, torch.dtype)
     if architecture.tied_embeddings and OUTPUT in reader.tensors:
         _refuse_another_output(reader)
     return dtype
@@ -241,17 +245,17 @@ def _refuse_another_output(reader: HfReader) -> None:
             )
 
 
-def _keep_texts(reader: HfReader, dtype: torch.dtype, folder: Path) -> list[str]:
-    """Writes what to_hf needs besides the weights: the texts, and the file of each tensor."""
+def _keep_texts(reader: HfReader, sizes: dict[str, int], folder: Path) -> list[str]:
+    """Writes what to_hf needs besides the weights: the texts, and the file of each tensor of `sizes`, in bytes."""
     folder.mkdir()
-    weight_map = {name: tensor.file for name, tensor in reader.tensors.items()}
-    _write_index(reader.path, folder, weight_map, sum(_hf_bytes(reader, dtype).values()))
+    _write_index(reader.path, folder, {name: reader.tensors[name].file for name in sizes}, sum(sizes.values()))
     return [INDEX, *copy_texts(reader.path, folder)]
 
 
-def _hf_bytes(reader: HfReader, dtype: torch.dtype) -> dict[str, int]:
-    """The number of bytes of each tensor of the Hugging Face folder in `dtype`."""
-    return {name: TensorHeader(dtype, tensor.shape).num_bytes for name, tensor in reader.tensors.items()}
+def _hf_bytes(reader: HfReader, architecture: Architecture, dtype: torch.dtype) -> dict[str, int]:
+    """The number of bytes in a model of `dtype` of each tensor of the Hugging Face folder that is kept."""
+    kept = _hf_tensors(architecture)
+    return {name: kept[name].header(dtype).num_bytes for name in reader.tensors if name in kept}
 
 
 def _write_index(texts: Path, folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:

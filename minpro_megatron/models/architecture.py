@@ -37,6 +37,27 @@ class Architecture:
     qkv_bias: bool = False  # the projections to queries, keys and values add a bias
     qk_norm: bool = True  # the queries and keys of every head are normalized
     rope_scaling: RopeScaling | None = None
+    rotary_share: float = 1.0  # of a head's dimensions, the first ones, which are rotated
+    dense_layers: int = 0  # of a mixture: the first layers, whose feed-forward network is not made of experts
+    shared_ffn_hidden_size: int = 0  # of a mixture: the width of the network that all tokens pass besides their experts
+    # A token's experts have the largest sigmoids plus a bias that is not trained; their weights are the sigmoids alone.
+    sigmoid_routing: bool = False
+    routing_scale: float = 1.0  # multiplies the weights of a token's chosen experts
+    prediction_layers: int = 0  # after the last layer, for guesses of later tokens; they are not read
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of a head's dimensions that are rotated."""
+        return int(self.head_dim * self.rotary_share)
+
+    @property
+    def expert_layers(self) -> int:
+        """The number of layers with experts, which are the last ones."""
+        return max(self.num_layers - self.dense_layers, 0) if self.num_experts else 0
+
+    def has_experts(self, layer: int) -> bool:
+        """`layer` counts from 0."""
+        return layer >= self.num_layers - self.expert_layers
 
     @property
     def padded_vocab_size(self) -> int:
@@ -115,6 +136,46 @@ def _qwen3_moe(fields: ConfigFields) -> Architecture:
     )
 
 
+def _glm4_moe(fields: ConfigFields) -> Architecture:
+    """GLM-4.5 and later releases with the same layers. Absent fields have the defaults of transformers."""
+    for grouped in ("n_group", "topk_group"):
+        fields.only(grouped, 1, 1)  # Megatron scores a group by another number of its experts than transformers
+    fields.only("norm_topk_prob", True, True)  # Megatron normalizes sigmoids whatever its settings are
+    num_experts = fields.size("n_routed_experts", MAX_EXPERTS)
+    chosen = fields.size("num_experts_per_tok", num_experts, least=2)  # Megatron does not normalize the weight of one
+    dense = _transformer(fields, "Glm4MoeForCausalLM", fields.size("intermediate_size"))
+    if dense.rope_scaling is not None:
+        raise UserError(f"{fields.where}: rope_scaling with partly rotated heads is not supported; remove it")
+    width = fields.size("moe_intermediate_size")
+    layers = fields.size("first_k_dense_replace", dense.num_layers - 1, least=0, absent=1)
+    return replace(
+        dense,
+        num_experts=num_experts,
+        num_experts_per_token=chosen,
+        expert_ffn_hidden_size=width,
+        qkv_bias=fields.switch("attention_bias"),
+        qk_norm=fields.switch("use_qk_norm"),
+        rotary_share=_rotary_share(fields, dense.head_dim),
+        dense_layers=layers,
+        shared_ffn_hidden_size=width * fields.size("n_shared_experts", absent=1),
+        sigmoid_routing=True,
+        routing_scale=fields.number("routed_scaling_factor", absent=1.0),
+        prediction_layers=fields.size("num_nextn_predict_layers", least=0, absent=0),
+    )
+
+
+def _rotary_share(fields: ConfigFields, head_dim: int) -> float:
+    """partial_rotary_factor, beside rope_theta or, as transformers 5 writes it, within rope_parameters."""
+    within = fields.within("rope_parameters")
+    share = (within if within.has("partial_rotary_factor") else fields).number("partial_rotary_factor", absent=0.5)
+    if share > 1 or int(head_dim * share) < 2 or int(head_dim * share) % 2:
+        raise UserError(
+            f"{fields.where}: partial_rotary_factor = {share:g} must be at most 1 and choose an even number of the "
+            f"head_dim = {head_dim} dimensions"
+        )
+    return share
+
+
 def _transformer(fields: ConfigFields, name: str, ffn_hidden_size: int) -> Architecture:
     """The fields that all architectures have, without experts."""
     fields.only("hidden_act", "silu", "silu")
@@ -140,6 +201,7 @@ def _transformer(fields: ConfigFields, name: str, ffn_hidden_size: int) -> Archi
 
 
 _READERS = {
+    "Glm4MoeForCausalLM": _glm4_moe,
     "LlamaForCausalLM": _llama,
     "Qwen2ForCausalLM": _qwen2,
     "Qwen3ForCausalLM": _qwen3,
@@ -163,9 +225,11 @@ def refuse_uneven_cuts(architecture: Architecture, parallel: ParallelConfig) -> 
                 architecture.expert_ffn_hidden_size,
             )
         )
+        if architecture.shared_ffn_hidden_size:
+            rules.append(("tensor", parallel.tensor, "shared experts' width", architecture.shared_ffn_hidden_size))
     elif parallel.expert > 1:
         raise UserError(f"parallel.expert = {parallel.expert}: {architecture.name} has no experts; set it to 1")
-    else:
+    if architecture.expert_layers < architecture.num_layers:
         rules.append(("tensor", parallel.tensor, "intermediate_size", architecture.ffn_hidden_size))
     _refuse_other_layers(architecture.num_layers, parallel)
     for axis, degree, what, size in rules:

@@ -16,16 +16,17 @@ class ConfigFields:
     def has(self, field: str) -> bool:
         return self._config.get(field) is not None
 
-    def size(self, field: str, largest: int = 1 << 24) -> int:
-        """A count: an integer from 1 to `largest`. Sizes decide how much is allocated, so damage must be found here."""
-        value = self._config[field]
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            raise UserError(f"{self.where}: {field} = {value!r} must be an integer from 1 to {largest}")
+    def size(self, field: str, largest: int = 1 << 24, least: int = 1, absent: int | None = None) -> int:
+        """A count: an integer from `least` to `largest`. Sizes decide how much is allocated, so damage must be found
+        here. `absent`: what transformers takes for a missing one; None if it must be given."""
+        value = self._config[field] if absent is None or self.has(field) else absent
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= largest:
+            raise UserError(f"{self.where}: {field} = {value!r} must be an integer from {least} to {largest}")
         return value
 
-    def number(self, field: str) -> float:
-        """A finite number above 0."""
-        value = self._config[field]
+    def number(self, field: str, absent: float | None = None) -> float:
+        """A finite number above 0. `absent`: as in `size`."""
+        value = self._config[field] if absent is None or self.has(field) else absent
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise UserError(f"{self.where}: {field} = {value!r} must be a number above 0")
         return float(value)

@@ -88,9 +88,10 @@ def max_positions(folder: Path) -> int | None:
 
 
 def _expert_facts(config: dict[str, Any], path: Path) -> dict[str, int]:
-    # transformers 5 writes num_local_experts where the released checkpoints say num_experts
-    num_experts = "num_local_experts" if "num_local_experts" in config else "num_experts"
-    if num_experts not in config:
+    # transformers 5 writes num_local_experts where the released checkpoints say num_experts; GLM says n_routed_experts
+    spellings = ("num_local_experts", "num_experts", "n_routed_experts")
+    num_experts = next((name for name in spellings if name in config), None)
+    if num_experts is None:
         return {}
     fields = {
         "num_layers": "num_hidden_layers",

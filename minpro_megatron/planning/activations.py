@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from minpro_megatron.config.model import RecomputedModule, recomputed_modules
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.models.architecture import Architecture
+from minpro_megatron.planning.parameters import layers_of_chunk
 
 # (gathered tokens, vocabulary columns) of a block of logits, the same as in parallel/log_probs.py.
 LOGIT_BLOCKS = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
@@ -74,12 +75,16 @@ class StageActivations:
         return self.saved + max(self.backward - self.at_the_end, self.logits)
 
 
-def layer_activations(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> LayerActivations:
+def layer_activations(
+    a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute, mixture: bool
+) -> LayerActivations:
+    """`mixture`: the layer has experts."""
     tokens = row.tokens // parallel.context
     local = tokens // parallel.tensor
     element = compute.element_bytes
     attention = _attention(a, parallel, row, compute)
-    routed, rest, backward = _feed_forward(a, parallel, tokens, local, compute)
+    feed_forward = _mixture if mixture else _dense_feed_forward
+    routed, rest, backward = feed_forward(a, parallel, tokens, local, compute)
     hidden = a.hidden_size * local * element
     modules = compute.modules(a.num_experts > 0)
     if compute.fused:
@@ -88,7 +93,9 @@ def layer_activations(a: Architecture, parallel: ParallelConfig, row: Row, compu
         # torch's norm computes in float32 and also keeps the normalised input
         norms = 2 * hidden + 2 * a.hidden_size * local * FLOAT32
         norms += 0 if element == FLOAT32 else 2 * a.hidden_size * local * FLOAT32
-    if "layernorm" in modules:  # Transformer Engine's first norm is a part of the projection after it
+    if "layernorm" in modules and (
+        mixture or not compute.fused
+    ):  # Transformer Engine's first norm is a part of the projection after it
         again = hidden if compute.fused else norms
         norms, backward = norms - again, backward + again
     elif "mlp" in modules and compute.fused:  # the second norm is a part of the feed-forward layer
@@ -110,7 +117,7 @@ def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Com
         elements = (queries + keys) + keys + queries
         elements += (queries + keys) * a.qk_norm  # the norms' inputs, which are copies too
         if a.rope_scaling is not None and a.rope_scaling.attention_factor != 1:
-            elements += 4 * a.head_dim  # the rotation is not fused, and keeps its cosines and sines
+            elements += 4 * a.rotary_dim  # the rotation is not fused, and keeps its cosines and sines
         inside = 0
         statistics = heads + (heads + keys // a.head_dim) * a.qk_norm  # of softmax and of the norms
     else:
@@ -119,7 +126,7 @@ def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Com
         elements = queries + ((queries + 2 * keys) + queries + (queries + keys)) * a.qk_norm
         # laid out as [sequence, position] blocks: queries, keys and values of all context ranks, output
         inside = 2 * queries + 2 * keys * parallel.context
-        statistics = heads + (heads + keys // a.head_dim) * a.qk_norm + 2 + 4 * a.head_dim  # and rotary angles
+        statistics = heads + (heads + keys // a.head_dim) * a.qk_norm + 2 + 4 * a.rotary_dim  # and rotary angles
         if parallel.context > 1:
             inside += row.sequence_tokens  # a mask of as many columns
     if "core_attn" in compute.modules(a.num_experts > 0):
@@ -129,18 +136,28 @@ def _attention(a: Architecture, parallel: ParallelConfig, row: Row, compute: Com
     return tokens * ((elements + inside) * compute.element_bytes + statistics * FLOAT32)
 
 
-def _feed_forward(
+def _dense_feed_forward(
+    a: Architecture, parallel: ParallelConfig, tokens: int, local: int, compute: Compute
+) -> tuple[int, int, int]:
+    """(0, for rows sent to experts; bytes kept; additional bytes in backward)."""
+    kept, backward = _gated(a, a.ffn_hidden_size // parallel.tensor, tokens, local, compute)
+    if "mlp" in compute.modules(a.num_experts > 0):
+        kept, backward = 0, backward + kept
+    return 0, kept, backward
+
+
+def _gated(a: Architecture, width: int, tokens: int, local: int, compute: Compute) -> tuple[int, int]:
+    """(bytes kept, additional bytes in backward) of a gated network that all tokens pass."""
+    element = compute.element_bytes
+    kept = (3 if compute.fused else 5) * width * tokens * element
+    return kept, (2 * width * tokens + a.hidden_size * local) * element
+
+
+def _mixture(
     a: Architecture, parallel: ParallelConfig, tokens: int, local: int, compute: Compute
 ) -> tuple[int, int, int]:
     """(bytes of rows sent to experts, other bytes kept, additional bytes in backward)."""
     element = compute.element_bytes
-    if not a.num_experts:
-        width = a.ffn_hidden_size // parallel.tensor
-        kept = (3 if compute.fused else 5) * width * tokens * element
-        backward = (2 * width * tokens + a.hidden_size * local) * element
-        if "mlp" in compute.modules(mixture=False):
-            kept, backward = 0, backward + kept
-        return 0, kept, backward
     width = a.expert_ffn_hidden_size // parallel.expert_tensor
     # a rank gets as many rows as it sends; those of expert-tensor ranks come together
     spread = compute.expert_imbalance if parallel.expert > 1 else 1.0
@@ -159,6 +176,9 @@ def _feed_forward(
         # these are sorted to be sent back
         routes = local * a.num_experts * (FLOAT32 + 1)  # probabilities and the routing map
         backward = max(backward, (sent + 3 * rows) * a.hidden_size * element + routes * compute.fused)
+    if a.shared_ffn_hidden_size:
+        shared, _ = _gated(a, a.shared_ffn_hidden_size // parallel.tensor, tokens, local, compute)
+        router += shared
     return routed, router, backward
 
 
@@ -190,14 +210,11 @@ def stage_activations(
     a: Architecture, parallel: ParallelConfig, row: Row, num_micro_batches: int, compute: Compute, stage: int
 ) -> StageActivations:
     """`num_micro_batches`: number per data-parallel rank and update."""
-    chunks = parallel.chunk_layers(a.num_layers)[stage :: parallel.pipeline]
-    layer = layer_activations(a, parallel, row, compute)
-    again = [recomputed_layers(compute.recompute, compute.recompute_layers, layers) for layers in chunks]
+    layers = _stage_layers(a, parallel, row, compute, stage)
     in_flight = _in_flight(parallel, stage, num_micro_batches)
-    only_inputs, whole = sum(again) * in_flight, (sum(chunks) - sum(again)) * in_flight
     local = row.tokens // parallel.context // parallel.tensor
     hidden = a.hidden_size * local * compute.element_bytes
-    saved = only_inputs * layer.inputs + whole * layer.kept
+    saved = in_flight * sum(layer.inputs if again else layer.kept for layer, again in layers)
     last = stage == parallel.pipeline - 1
     at_the_end = hidden  # the last layer's output
     if last:
@@ -212,13 +229,14 @@ def stage_activations(
     # and those of the chunk before are still being sent
     overlapping = 2 * hidden if parallel.virtual_pipeline > 1 else 0
     # a layer that is computed again has its output's gradient already
-    again_bytes = layer.kept - layer.inputs + (hidden if a.num_experts else 0)
+    output = hidden if a.num_experts else 0
     return StageActivations(
         micro_batches=in_flight,
         saved=round(saved),
         at_the_end=at_the_end,
-        routed=round(whole * layer.routed),
-        backward=layer.backward + overlapping + (again_bytes if only_inputs else 0),
+        routed=round(in_flight * sum(layer.routed for layer, again in layers if not again)),
+        backward=overlapping
+        + max(layer.backward + again * (layer.kept - layer.inputs + output) for layer, again in layers),
         logits=logit_bytes(a, parallel, row, compute) if last else 0,
     )
 
@@ -226,12 +244,26 @@ def stage_activations(
 def forward_bytes(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> int:
     """At most so many bytes while log-probs are computed without gradients, in addition to weights: what a layer
     computes, or a block of logits, beside the hidden states."""
-    layer = layer_activations(a, parallel, row, compute)
+    kinds = {a.has_experts(layer) for layer in range(a.num_layers)}
+    layers = [layer_activations(a, parallel, row, compute, mixture=mixture) for mixture in kinds]
     hidden = a.hidden_size * row.tokens // parallel.context * compute.element_bytes
     tokens, columns = LOGIT_BLOCKS[compute.device]
     rows, width = min(tokens, row.tokens // parallel.context), min(columns, a.padded_vocab_size // parallel.tensor)
     logits = hidden + rows * width * (FLOAT32 + compute.element_bytes)
-    return hidden + max(layer.kept + layer.backward, logits)
+    return hidden + max(logits, *(layer.kept + layer.backward for layer in layers))
+
+
+def _stage_layers(
+    a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute, stage: int
+) -> list[tuple[LayerActivations, bool]]:
+    """(activations, whether it is recomputed as a whole) of each layer of the stage."""
+    found = []
+    for chunk in parallel.chunks_of_stage(stage):
+        plain, mixtures = layers_of_chunk(a, parallel, chunk)
+        again = recomputed_layers(compute.recompute, compute.recompute_layers, plain + mixtures)
+        of_kind = {kind: layer_activations(a, parallel, row, compute, mixture=kind) for kind in (False, True)}
+        found += [(of_kind[index >= plain], index < again) for index in range(plain + mixtures)]
+    return found
 
 
 def recomputed_layers(recompute: str, chosen: int, layers: int) -> int:

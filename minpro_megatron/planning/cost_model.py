@@ -123,7 +123,8 @@ class TrainerCost:
         fused = layer_backend_of(model.backend, self.config.device, model.dtype) == "transformer_engine"
         modules = recomputed_modules(model.recompute_modules, fused, a.num_experts > 0)
         # norms and activations read and write memory only, in a small share of the time
-        feed_forward = a.num_layers * 3 * a.hidden_size * a.ffn_hidden_size / active_parameters(a)
+        dense = a.num_layers - a.expert_layers
+        feed_forward = dense * 3 * a.hidden_size * a.ffn_hidden_size / active_parameters(a)
         return attention * ("core_attn" in modules) + products * feed_forward * ("mlp" in modules)
 
     def step(self, batch: Batch) -> StepCost:
@@ -184,7 +185,7 @@ class TrainerCost:
         if not a.num_experts:
             return 0.0
         element = ELEMENT_BYTES[self.config.model.dtype]
-        moved = batch.tokens * a.num_layers * a.num_experts_per_token * a.hidden_size * element
+        moved = batch.tokens * a.expert_layers * a.num_experts_per_token * a.hidden_size * element
         return moved * self.calibration.routed_passes / (self.config.parallel.world_size * self.gpu.memory_bandwidth)
 
     def _communication(self, batch: Batch) -> float:
@@ -202,7 +203,9 @@ class TrainerCost:
             seconds += 3 * layers * tokens * keys * (p.context - 1) / self._link(p.tensor * p.context)
         if a.num_experts and p.expert * p.expert_tensor > 1:  # dispatch and return, twice
             rows = shard / p.tensor * a.num_experts_per_token * p.expert_tensor
-            seconds += 4 * layers * rows * (1 - 1 / p.expert) / self._link(p.expert * p.expert_tensor)
+            seconds += (
+                4 * a.expert_layers / p.pipeline * rows * (1 - 1 / p.expert) / self._link(p.expert * p.expert_tensor)
+            )
         return seconds
 
     def _link(self, ranks: int) -> float:
@@ -293,7 +296,7 @@ class DecodingServer:
     def _expert(self) -> int:
         """Number of parameters of one expert over all layers."""
         a = self.architecture
-        return 3 * a.hidden_size * a.expert_ffn_hidden_size * a.num_layers
+        return 3 * a.hidden_size * a.expert_ffn_hidden_size * a.expert_layers
 
     @cached_property
     def _linear_flops(self) -> float:
@@ -305,8 +308,8 @@ class DecodingServer:
         read = self._weights_read(running) * element / tensor + context_tokens * self.memory.kv_bytes_per_token
         memory_s = read / (self.gpu.memory_bandwidth * calibration.decode_share)
         compute_s = 2 * self._active * running / (tensor * self.gpu.flops * calibration.product_share)
-        each = calibration.decode_mixture_layer_s if a.num_experts else calibration.decode_dense_layer_s
-        overhead_s = a.num_layers * each
+        overhead_s = a.expert_layers * calibration.decode_mixture_layer_s
+        overhead_s += (a.num_layers - a.expert_layers) * calibration.decode_dense_layer_s
         if tensor > 1:
             message = running * a.hidden_size * element / (self.gpu.node_bandwidth * calibration.link_share)
             overhead_s += 2 * a.num_layers * (calibration.decode_all_reduce_s + message)

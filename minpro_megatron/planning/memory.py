@@ -163,7 +163,8 @@ def workspace_bytes(config: RunConfig, a: Architecture) -> int:
 def largest_bucket_bytes(config: RunConfig, a: Architecture) -> int:
     """A parameter that is larger than a bucket is sent as a bucket of its own."""
     vocabulary = a.padded_vocab_size * a.hidden_size
-    feed_forward = 0 if a.num_experts else 2 * a.hidden_size * a.ffn_hidden_size  # gate and up projection
+    dense = a.ffn_hidden_size if a.expert_layers < a.num_layers else 0
+    feed_forward = 2 * a.hidden_size * max(dense, a.shared_ffn_hidden_size)  # gate and up projection
     return max(config.publish.bucket_bytes, max(vocabulary, feed_forward) * ELEMENT_BYTES[config.model.dtype])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ class WeightGatherer:
         self._mesh = mesh
         self._parameters = global_parameters(chunks, architecture.num_experts, mesh)
         self._entries = entries(architecture)
+        model: Any = chunks[0]
+        self._dtype: torch.dtype = model.config.params_dtype
         announced = mesh.from_all_ranks(self._held_here())
         # for every entry: shard index -> the lowest rank that has it
         self._senders: dict[str, dict[int, int]] = {}
@@ -62,19 +65,19 @@ class WeightGatherer:
         return held
 
     def _plan(self, bucket_bytes: int) -> list[list[Entry]]:
-        element = next(iter(self._parameters.values())).element_size()
         sizes = [
-            _numel(self._shapes[entry.megatron]) * len(self._senders[entry.megatron]) * element
+            _numel(self._shapes[entry.megatron])
+            * len(self._senders[entry.megatron])
+            * entry.dtype(self._dtype).itemsize
             for entry in self._entries
         ]
         return [self._entries[bucket] for bucket in consecutive_buckets(sizes, bucket_bytes)]
 
     def _collect(self, bucket: Sequence[Entry]) -> list[tuple[str, Tensor]]:
-        """Each sender sends its shards of the bucket as one flat tensor; rank 0 merges them."""
+        """Each sender sends its shards of the bucket as one flat tensor of each dtype; rank 0 merges them."""
         with torch.no_grad():
             if self._mesh.rank != 0:
-                pieces = self._pieces_of(self._mesh.rank, bucket)
-                if pieces:
+                for pieces in self._pieces_of(self._mesh.rank, bucket).values():
                     dist.send(torch.cat([self._parameters[name].detach().flatten() for name, _ in pieces]), dst=0)
                 return []
             shards: dict[tuple[str, int], Tensor] = {}
@@ -82,24 +85,28 @@ class WeightGatherer:
                 shards.update(self._receive(rank, bucket))
             return [pair for entry in bucket for pair in self._merge(entry, shards)]
 
-    def _pieces_of(self, rank: int, bucket: Sequence[Entry]) -> list[tuple[str, int]]:
-        return [
-            (entry.megatron, piece)
-            for entry in bucket
-            for piece, sender in self._senders[entry.megatron].items()
-            if sender == rank
-        ]
+    def _pieces_of(self, rank: int, bucket: Sequence[Entry]) -> dict[torch.dtype, list[tuple[str, int]]]:
+        """(name, shard index) of the shards that the rank sends, by their dtype."""
+        found: dict[torch.dtype, list[tuple[str, int]]] = {}
+        for entry in bucket:
+            for piece, sender in self._senders[entry.megatron].items():
+                if sender == rank:
+                    found.setdefault(entry.dtype(self._dtype), []).append((entry.megatron, piece))
+        return found
 
     def _receive(self, rank: int, bucket: Sequence[Entry]) -> dict[tuple[str, int], Tensor]:
-        pieces = self._pieces_of(rank, bucket)
-        if rank == 0:
-            return {(name, piece): self._parameters[name].detach() for name, piece in pieces}
-        sizes = [_numel(self._shapes[name]) for name, _ in pieces]
-        like = next(iter(self._parameters.values()))
-        flat = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
-        dist.recv(flat, src=rank)
-        parts = flat.split(sizes)
-        return {key: part.view(self._shapes[key[0]]) for key, part in zip(pieces, parts, strict=True)}
+        shards: dict[tuple[str, int], Tensor] = {}
+        for dtype, pieces in self._pieces_of(rank, bucket).items():
+            if rank == 0:
+                shards |= {(name, piece): self._parameters[name].detach() for name, piece in pieces}
+                continue
+            sizes = [_numel(self._shapes[name]) for name, _ in pieces]
+            flat = torch.empty(sum(sizes), dtype=dtype, device=self._mesh.device)
+            dist.recv(flat, src=rank)
+            shards |= {
+                key: part.view(self._shapes[key[0]]) for key, part in zip(pieces, flat.split(sizes), strict=True)
+            }
+        return shards
 
     def _merge(self, entry: Entry, shards: dict[tuple[str, int], Tensor]) -> list[tuple[str, Tensor]]:
         pieces = sorted(self._senders[entry.megatron])

@@ -47,6 +47,7 @@ class KeyValueCache:
 class _Attention:
     def __init__(self, model: Architecture) -> None:
         self._query_heads, self._groups, self._head = model.num_attention_heads, model.num_query_groups, model.head_dim
+        self._rotary = model.rotary_dim
         self._norm_epsilon = model.norm_epsilon
         heads = self._query_heads + 2 * self._groups
         self._query_key_value = torch.empty(heads * self._head, model.hidden_size)
@@ -74,7 +75,7 @@ class _Attention:
         if self._norms_D is not None:
             queries, keys = rotated.split([self._query_heads, self._groups])
             rotated = torch.cat((self._norm(queries, self._norms_D[0]), self._norm(keys, self._norms_D[1])))
-        rotated = torch.addcmul(rotated * cosine_D, rotated.roll(self._head // 2, -1), sine_D)
+        rotated = self._rotate(rotated, cosine_D, sine_D)
         queries, keys = rotated.split([self._query_heads, self._groups])
         cache[position, 0], cache[position, 1] = keys, values
         keys_GDT = cache[: position + 1, 0].permute(1, 2, 0)
@@ -83,20 +84,33 @@ class _Attention:
         scores = torch.baddbmm(self._nothing, queries_GqD, keys_GDT, beta=0, alpha=self._head**-0.5).softmax(-1)
         return self._output @ torch.bmm(scores, values_GTD).view(-1)
 
+    def _rotate(self, heads: Tensor, cosine_D: Tensor, sine_D: Tensor) -> Tensor:
+        if self._rotary == self._head:
+            return torch.addcmul(heads * cosine_D, heads.roll(self._head // 2, -1), sine_D)
+        turned, still = heads.split([self._rotary, self._head - self._rotary], -1)
+        return torch.cat((torch.addcmul(turned * cosine_D, turned.roll(self._rotary // 2, -1), sine_D), still), -1)
+
     def _norm(self, heads: Tensor, weight_D: Tensor) -> Tensor:
         return functional.rms_norm(heads, (self._head,), weight_D, self._norm_epsilon)
 
 
 class _FeedForward:
-    def __init__(self, model: Architecture) -> None:
-        self._gate_up = torch.empty(2 * model.ffn_hidden_size, model.hidden_size)
-        self._down = torch.empty(model.hidden_size, model.ffn_hidden_size)
+    def __init__(self, model: Architecture, width: int) -> None:
+        self._gate_up = torch.empty(2 * width, model.hidden_size)
+        self._down = torch.empty(model.hidden_size, width)
+        # A server's routes have a place for every layer, with zeros where there are no experts.
+        self._no_route_K = torch.zeros(model.num_experts_per_token, dtype=torch.long) if model.num_experts else None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         gate, up = self._gate_up.chunk(2)
         yield from (("gate_proj.weight", gate), ("up_proj.weight", up), ("down_proj.weight", self._down))
 
     def __call__(self, hidden_H: Tensor, routes_K: list[Tensor]) -> Tensor:
+        if self._no_route_K is not None:
+            routes_K.append(self._no_route_K)
+        return self.output(hidden_H)
+
+    def output(self, hidden_H: Tensor) -> Tensor:
         gate_F, up_F = (self._gate_up @ hidden_H).chunk(2)
         return self._down @ (functional.silu(gate_F) * up_F)
 
@@ -107,31 +121,47 @@ class _Experts:
         self._gate_up = torch.empty(model.num_experts, 2 * model.expert_ffn_hidden_size, model.hidden_size)
         self._down = torch.empty(model.num_experts, model.hidden_size, model.expert_ffn_hidden_size)
         self._chosen = model.num_experts_per_token
-        self._normalized = model.normalized_routing
+        self._normalized, self._scale = model.normalized_routing, model.routing_scale
+        self._choice_bias = torch.empty(model.num_experts) if model.sigmoid_routing else None
+        self._shared = _FeedForward(model, model.shared_ffn_hidden_size) if model.shared_ffn_hidden_size else None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "gate.weight", self._router
+        if self._choice_bias is not None:
+            yield "gate.e_score_correction_bias", self._choice_bias
+        if self._shared is not None:
+            yield from ((f"shared_experts.{name}", weight) for name, weight in self._shared.weights())
         for expert, (gate_up, down) in enumerate(zip(self._gate_up, self._down, strict=True)):
             gate, up = gate_up.chunk(2)
             for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
                 yield f"experts.{expert}.{name}.weight", weight
 
     def __call__(self, hidden_H: Tensor, routes_K: list[Tensor]) -> Tensor:
-        shares_K, experts_K = (self._router @ hidden_H).softmax(-1).topk(self._chosen)
-        if self._normalized:
-            shares_K = shares_K / shares_K.sum()
+        shares_K, experts_K = self._choice(self._router @ hidden_H)
         routes_K.append(experts_K)
-        output_H = torch.zeros_like(hidden_H)
+        output_H = torch.zeros_like(hidden_H) if self._shared is None else self._shared.output(hidden_H)
         for expert, share in zip(experts_K.tolist(), shares_K.tolist(), strict=True):
             gate_F, up_F = (self._gate_up[expert] @ hidden_H).chunk(2)
             output_H.add_(self._down[expert] @ (functional.silu(gate_F) * up_F), alpha=share)
         return output_H
 
+    def _choice(self, logits_E: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights, numbers) of the token's experts."""
+        if self._choice_bias is None:
+            shares_K, experts_K = logits_E.softmax(-1).topk(self._chosen)
+        else:
+            scores_E = logits_E.sigmoid()
+            experts_K = (scores_E + self._choice_bias).topk(self._chosen).indices
+            shares_K = scores_E[experts_K]
+        if self._normalized:
+            shares_K = shares_K / shares_K.sum()
+        return shares_K * self._scale, experts_K
+
 
 class _Layer:
-    def __init__(self, model: Architecture) -> None:
+    def __init__(self, model: Architecture, index: int) -> None:
         self.attention = _Attention(model)
-        self.feed_forward = _Experts(model) if model.num_experts else _FeedForward(model)
+        self.feed_forward = _Experts(model) if model.has_experts(index) else _FeedForward(model, model.ffn_hidden_size)
         self.attention_norm_H, self.feed_forward_norm_H = torch.empty(2, model.hidden_size)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -149,7 +179,7 @@ class Model:
         """`max_tokens`: the maximum length of a sequence. The weights are uninitialized until `load`."""
         self.architecture = architecture
         self._embedding_VH = torch.empty(architecture.vocab_size, architecture.hidden_size)
-        self._layers = [_Layer(architecture) for _ in range(architecture.num_layers)]
+        self._layers = [_Layer(architecture, index) for index in range(architecture.num_layers)]
         self._norm_H = torch.empty(architecture.hidden_size)
         self._head_VH = self._embedding_VH if architecture.tied_embeddings else torch.empty_like(self._embedding_VH)
         self._cosines, self._sines = _rotations(architecture, max_tokens)
@@ -234,7 +264,8 @@ class Model:
 
 
 def _rotations(model: Architecture, max_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Cosines and sines [D] by position; the sines have the signs of rotate_half, so that a roll can replace it."""
+    """Cosines and sines [rotated dimensions] by position; the sines have the signs of rotate_half, so that a roll can
+    replace it."""
     angles = torch.arange(max_tokens, dtype=torch.float).unsqueeze(1) * inverse_frequencies(model)
     factor = 1.0 if model.rope_scaling is None else model.rope_scaling.attention_factor
     cosines, sines = angles.cos() * factor, angles.sin() * factor

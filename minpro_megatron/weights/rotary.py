@@ -14,7 +14,7 @@ def inverse_frequencies(model: Architecture, device: torch.device | None = None)
 
     The operations are those of transformers 5.19 (modeling_rope_utils.py) in the same order, so that the bits are too.
     """
-    size = model.head_dim
+    size = model.rotary_dim
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
     plain = 1.0 / (model.rope_theta**exponents)
     scaling = model.rope_scaling

@@ -1,8 +1,9 @@
 """Writes a safetensors file piece by piece: the safetensors package needs all tensors of a file in memory.
 
 The format (github.com/huggingface/safetensors): the header's length as 8 bytes, little endian; the header, JSON padded
-with spaces to a multiple of 8; the tensors' bytes. Tensors are in the order of their names, as the package writes them,
-so that a model file written by it is reproduced byte for byte.
+with spaces to a multiple of 8; the tensors' bytes. Tensors of float32 come before those of bfloat16, and those of one
+dtype are in the order of their names, as the package writes them, so that a model file written by it is reproduced byte
+for byte.
 """
 
 import json
@@ -39,9 +40,9 @@ def write_safetensors(
     pieces: Callable[[str], Iterable[Tensor]],
     announce: Callable[[int], None],
 ) -> None:
-    """Write the tensors of `headers` (all of one dtype) to the empty `file`. `pieces(name)` yields a tensor's rows, in
+    """Write the tensors of `headers` to the empty `file`. `pieces(name)` yields a tensor's rows, in
     order; `announce(bytes)` is called for each piece."""
-    names = sorted(headers)
+    names = sorted(headers, key=lambda name: (-headers[name].dtype.itemsize, name))
     file.write(_encoded({name: headers[name] for name in names}))
     for name in names:
         before = file.tell()

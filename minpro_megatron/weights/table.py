@@ -41,6 +41,8 @@ class Row:
     hf: dict[str, Shape]
     split: Split
     axis: Axis = "tensor"
+    layers: range | None = None  # those that have it; None: all
+    dtype: torch.dtype | None = None  # whatever the dtype of the model is; None: that of the model
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Entry:
     axis: Axis
     layer: int | None
     expert: int | None
+    fixed_dtype: torch.dtype | None = None  # as Row.dtype
+
+    def dtype(self, of_model: torch.dtype) -> torch.dtype:
+        """The parameter's dtype in a model of this dtype, in both formats."""
+        return self.fixed_dtype or of_model
 
     @property
     def rows(self) -> list[int]:
@@ -129,27 +136,46 @@ def _qk_norm_rows(megatron: str, hf: str, head_dim: int) -> list[Row]:
     ]
 
 
-def _mlp_rows(megatron: str, hf: str, hidden: int, width: int, axis: Axis) -> list[Row]:
+def _mlp_rows(megatron: str, hf: str, hidden: int, width: int, axis: Axis, layers: range | None = None) -> list[Row]:
     gate_and_up = {hf + "gate_proj.weight": (width, hidden), hf + "up_proj.weight": (width, hidden)}
+    down = {hf + "down_proj.weight": (hidden, width)}
     return [
-        Row(megatron + "linear_fc1.weight", gate_and_up, GatedPair(), axis),
-        Row(megatron + "linear_fc2.weight", {hf + "down_proj.weight": (hidden, width)}, ShardedAlong(1), axis),
+        Row(megatron + "linear_fc1.weight", gate_and_up, GatedPair(), axis, layers),
+        Row(megatron + "linear_fc2.weight", down, ShardedAlong(1), axis, layers),
     ]
 
 
 def _dense_mlp_rows(a: Architecture) -> list[Row]:
     mlp, hf = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
-    return _mlp_rows(mlp, hf, a.hidden_size, a.ffn_hidden_size, "tensor")
+    layers = range(a.num_layers - a.expert_layers)
+    return _mlp_rows(mlp, hf, a.hidden_size, a.ffn_hidden_size, "tensor", layers)
 
 
 def _expert_rows(a: Architecture) -> list[Row]:
     mlp, hf = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
     expert, hf_expert = mlp + "experts.local_experts.{expert}.", hf + "experts.{expert}."
-    router = Row(mlp + "router.weight", {hf + "gate.weight": (a.num_experts, a.hidden_size)}, Replicated())
-    return [router, *_mlp_rows(expert, hf_expert, a.hidden_size, a.expert_ffn_hidden_size, "expert_tensor")]
+    layers = range(a.num_layers - a.expert_layers, a.num_layers)
+    router = {hf + "gate.weight": (a.num_experts, a.hidden_size)}
+    return [
+        Row(mlp + "router.weight", router, Replicated(), layers=layers),
+        *_mlp_rows(expert, hf_expert, a.hidden_size, a.expert_ffn_hidden_size, "expert_tensor", layers),
+    ]
+
+
+def _shared_expert_rows(a: Architecture) -> list[Row]:
+    """With the bias of the choice of experts, which releases hold in float32 beside weights of bfloat16."""
+    mlp, hf = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
+    layers = range(a.num_layers - a.expert_layers, a.num_layers)
+    bias = {hf + "gate.e_score_correction_bias": (a.num_experts,)}
+    shared, hf_shared = mlp + "shared_experts.", hf + "shared_experts."
+    return [
+        Row(mlp + "router.expert_bias", bias, Replicated(), layers=layers, dtype=torch.float32),
+        *_mlp_rows(shared, hf_shared, a.hidden_size, a.shared_ffn_hidden_size, "tensor", layers),
+    ]
 
 
 _TABLES: dict[str, list[Callable[[Architecture], list[Row]]]] = {
+    "Glm4MoeForCausalLM": [_attention_rows, _dense_mlp_rows, _expert_rows, _shared_expert_rows],
     "LlamaForCausalLM": [_attention_rows, _dense_mlp_rows],
     "Qwen2ForCausalLM": [_attention_rows, _dense_mlp_rows],
     "Qwen3ForCausalLM": [_attention_rows, _dense_mlp_rows],
@@ -166,7 +192,8 @@ def entries(architecture: Architecture) -> list[Entry]:
     found = [_fill(row, None, None) for row in before]
     for layer in range(architecture.num_layers):
         for row in per_layer:
-            found.extend(_per_expert(row, layer, architecture.num_experts))
+            if row.layers is None or layer in row.layers:
+                found.extend(_per_expert(row, layer, architecture.num_experts))
     return found + [_fill(row, None, None) for row in after]
 
 
@@ -183,7 +210,7 @@ def _fill(row: Row, layer: int | None, expert: int | None) -> Entry:
         return template.format(layer=layer, expert=expert)
 
     shapes = tuple(row.hf.values())
-    return Entry(fill(row.megatron), tuple(map(fill, row.hf)), shapes, row.split, row.axis, layer, expert)
+    return Entry(fill(row.megatron), tuple(map(fill, row.hf)), shapes, row.split, row.axis, layer, expert, row.dtype)
 
 
 def table_name(live_name: str, first_expert: int) -> str:
@@ -209,14 +236,21 @@ class Coverage:
 
 
 def coverage(architecture: Architecture, hf_names: Collection[str]) -> Coverage:
-    """Compares the HF names with the table. Names that are not weights, and the output layer that some tied models
-    save a second time, are ignored."""
+    """Compares the HF names with the table. Names that are not weights, layers that are left out, and the output layer
+    that some tied models save a second time, are ignored."""
     table = [name for entry in entries(architecture) for name in entry.hf]
     known, given = set(table), set(hf_names)
     assert len(known) == len(table), "the table names a tensor twice"
-    passed = known | ({OUTPUT} if architecture.tied_embeddings else set())
+    passed = known | set(left_out(architecture, hf_names)) | ({OUTPUT} if architecture.tied_embeddings else set())
     missed = [name for name in hf_names if name not in passed and not _NOT_WEIGHTS.search(name)]
     return Coverage([name for name in hf_names if name in known], missed, [name for name in table if name not in given])
+
+
+def left_out(architecture: Architecture, hf_names: Collection[str]) -> list[str]:
+    """The names of the tensors of layers that predict later tokens: they are neither trained nor sent to servers."""
+    first = architecture.num_layers
+    prefixes = tuple(f"model.layers.{first + index}." for index in range(architecture.prediction_layers))
+    return [name for name in hf_names if name.startswith(prefixes)]
 
 
 def check_names(architecture: Architecture, hf_names: Collection[str], where: str) -> None:

@@ -5,13 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.serving.control import ServerControl
 from minpro_megatron.serving.server_process import ServerProcess, stop_servers
 from tests.e2e.publishing import Step, Trainer
-from tests.mesh.reference import LLAMA3, YARN, random_values
+from tests.mesh.reference import GLM, LLAMA3, YARN, biases_of_choice, random_values
 
 pytestmark = [
     pytest.mark.e2e,
@@ -41,6 +48,16 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**COMMON),
     "llama": LlamaConfig(**TIED, rope_parameters=LLAMA3),
     "yarn": Qwen3Config(**COMMON, head_dim=16, rope_parameters=YARN),
+    "glm": Glm4MoeConfig(
+        **{
+            **GLM,
+            **COMMON,
+            "head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        }
+    ),
 }
 
 
@@ -71,7 +88,7 @@ def save_random(config: PreTrainedConfig, folder: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *biases_of_choice(model)):
             parameter.copy_(random_values(name, parameter))
     model.save_pretrained(folder)
 

@@ -32,6 +32,15 @@ def resume(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: 
     return _continued(mesh, architecture, policy, sequences)
 
 
+def resume_from_nothing(mesh: Mesh, config: RunConfig, hf_path: str, folder: str, sequences: list) -> dict[str, Any]:
+    """As `resume`, where every parameter was NaN."""
+    architecture, policy = _policy(mesh, config, hf_path)
+    for parameter in (parameter for chunk in policy.modules for parameter in chunk.parameters()):
+        parameter.data.fill_(float("nan"))
+    policy.load(Path(folder))
+    return _continued(mesh, architecture, policy, sequences)
+
+
 def _continued(mesh: Mesh, architecture: Any, policy: Any, sequences: list) -> dict[str, Any]:
     from minpro_megatron.metrics.metric import merge
     from minpro_megatron.publishing.gather import WeightGatherer

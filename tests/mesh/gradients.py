@@ -29,7 +29,7 @@ def whole_gradients(policy: Policy, architecture: Architecture, mesh: Mesh) -> d
     parameters: list[Any] = [parameter for chunk in policy.modules for parameter in chunk.parameters()]
     weights = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
-        parameter.copy_(parameter.main_grad)
+        parameter.copy_(parameter.main_grad) if parameter.requires_grad else parameter.zero_()
     try:
         return whole_tensors(policy, architecture, mesh)
     finally:

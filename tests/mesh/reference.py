@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -50,6 +51,23 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+GLM: dict[str, Any] = {
+    "hidden_size": 44,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,  # of which 6 are rotated
+    "intermediate_size": 52,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
 # Other families, in shapes that are odd for every mesh.
 FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(
@@ -76,6 +94,12 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         intermediate_size=36,
         architectures=["Qwen3ForCausalLM"],
     ),
+    "glm": Glm4MoeConfig(**{**COMMON, **GLM}, architectures=["Glm4MoeForCausalLM"]),
+    # as GLM-4.5-Air: without norms of queries and keys
+    "glm air": Glm4MoeConfig(
+        **{**COMMON, **GLM, "num_hidden_layers": 3, "first_k_dense_replace": 2, "use_qk_norm": False},
+        architectures=["Glm4MoeForCausalLM"],
+    ),
 }
 
 
@@ -86,9 +110,14 @@ def make_model(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config(kind))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *biases_of_choice(model)):
             parameter.copy_(random_values(name, parameter))
     return model
+
+
+def biases_of_choice(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """What transformers keeps in buffers although files hold it: the biases with which GLM chooses experts."""
+    return [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
 
 
 def random_values(name: str, parameter: Tensor) -> Tensor:
@@ -236,6 +265,8 @@ def reference_step(
         for parameter in wide.parameters():
             assert parameter.grad is not None
             parameter.copy_(parameter.grad)
+        for _, bias in biases_of_choice(wide):
+            bias.zero_()
     return ReferenceStep(loss.item(), float(grad_norm), saved_tensors(wide), start, updated)
 
 

@@ -13,7 +13,14 @@ from minpro_megatron.parallel.mesh import Mesh
 from tests.mesh.harness import run_mesh
 from tests.mesh.passed_weights import assert_bit_equal, no_display, through_the_mesh
 from tests.mesh.ragged_batch import in_order, shuffled
-from tests.mesh.reference import FAMILIES, minpro_loss, reference_step, saved_tensors
+from tests.mesh.reference import (
+    FAMILIES,
+    biases_of_choice,
+    make_model,
+    minpro_loss,
+    reference_step,
+    saved_tensors,
+)
 from tests.mesh.steps import LEARNING_RATE, TEMPERATURE, differences, loaded_model, step_config, take_steps
 from tests.support.long_cases import long_rows_after
 
@@ -38,6 +45,16 @@ MESHES: dict[str, list[dict[str, Any]]] = {
         {"pipeline": 2, "virtual_pipeline": 2, "context": 2},
         {"tensor": 4},
     ],
+    "glm": [
+        {"tensor": 2, "context": 2, "expert": 2},
+        {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},  # the first chunk has no layer with experts
+        {"pipeline": 2, "pipeline_layers": (3, 1), "tensor": 2, "expert_tensor": 2},
+        {"expert": 3},
+    ],
+    "glm air": [
+        {"pipeline": 3, "tensor": 2, "expert": 2},
+        {"context": 2, "expert": 2},
+    ],
 }
 STEPS = [
     row
@@ -48,6 +65,8 @@ SAVED_ON: dict[str, dict[str, int]] = {
     "qwen2": {"tensor": 2, "pipeline": 2},
     "llama": {"pipeline": 3},
     "yarn": {"tensor": 2, "data": 2},
+    "glm": {"tensor": 2, "pipeline": 2, "expert": 2},
+    "glm air": {"expert": 2, "pipeline": 3},
 }
 LENGTHS = (2, 37)
 
@@ -82,6 +101,45 @@ def test_logits_equal_transformers(family: str, starts: dict) -> None:
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)
             assert np.abs(other).max() > 1
+
+
+def _in_bfloat16(mesh: Mesh, hf_path: Path, saved: Path) -> list[dict[str, tuple[torch.dtype, bytes]]]:
+    """The model from the Hugging Face folder and from a checkpoint of itself, as rank 0 gathers it."""
+    from minpro_megatron.actor.model import build_model
+    from minpro_megatron.checkpoints.converted_model import load_weights, save_weights
+    from minpro_megatron.models.architecture import read_architecture
+    from minpro_megatron.publishing.gather import WeightGatherer
+    from minpro_megatron.weights.hf_files import HfReader
+    from minpro_megatron.weights.local import load_hf_tensors
+
+    architecture = read_architecture(hf_path)
+    chunks = build_model(architecture, mesh, torch.bfloat16)
+    gatherer, found = WeightGatherer(chunks, architecture, mesh), []
+    for load in ("files", "checkpoint"):
+        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+            parameter.data.fill_(torch.nan)
+        if load == "files":
+            load_hf_tensors(chunks, architecture, mesh, HfReader(hf_path))
+            save_weights(chunks, architecture, saved, mesh, hf_path)
+        else:
+            load_weights(chunks, architecture, saved, mesh)
+        tensors = [pair for bucket in gatherer.buckets(3000) for pair in bucket]
+        found.append({name: (one.dtype, one.contiguous().view(torch.uint8).numpy().tobytes()) for name, one in tensors})
+    return found
+
+
+@pytest.mark.long
+def test_a_float32_bias_passes_among_weights_of_bfloat16(tmp_path: Path) -> None:
+    folder, model = tmp_path / "hf", make_model("glm").bfloat16()
+    for _, bias in biases_of_choice(model):  # as in the releases
+        bias.data = torch.rand(len(bias))
+    model.save_pretrained(folder)
+    expected = {
+        name: (one.dtype, one.view(torch.uint8).numpy().tobytes()) for name, one in saved_tensors(model).items()
+    }
+    assert {dtype for dtype, _ in expected.values()} == {torch.bfloat16, torch.float32}
+    ranks = run_mesh(_in_bfloat16, folder, tmp_path / "saved", pipeline=2, tensor=2, expert=2)
+    assert ranks[0] == [expected, expected]
 
 
 @pytest.mark.long

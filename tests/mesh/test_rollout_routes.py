@@ -115,7 +115,8 @@ def _follow(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list[TokenSe
 
     architecture, policy = _policy(mesh, config, hf_path)
     used: Counter = Counter()
-    for layer in (layer for chunk in policy.modules for layer in chunk.decoder.layers):
+    layers = [layer for chunk in policy.modules for layer in chunk.decoder.layers]
+    for layer in (layer for layer in layers if hasattr(layer.mlp, "router")):
 
         def look(module: Any, inputs: Any, output: Any, layer: int = layer.layer_number - 1) -> None:
             used.update((layer, tuple(map(int, experts.nonzero()))) for experts in output[1])
@@ -145,13 +146,14 @@ def _in_a_file(sequences: Sequence[TokenSequence], path: Path) -> list[TokenSequ
     return stored
 
 
-def _given_routes(sequences: Sequence[TokenSequence]) -> Counter:
+def _given_routes(sequences: Sequence[TokenSequence], dense_layers: int) -> Counter:
     return Counter(
         (layer, tuple(sorted(map(int, experts))))
         for sequence in sequences
         if isinstance(sequence.routed_experts, np.ndarray)
         for of_token in sequence.routed_experts
         for layer, experts in enumerate(of_token)
+        if layer >= dense_layers
     )
 
 
@@ -166,6 +168,35 @@ def test_scores_and_updates_are_those_of_the_given_routes(
     parallel: dict[str, Any], recompute: str, packing: bool, in_a_file: bool, given: Any, tmp_path: Path
 ) -> None:
     start: Given = given("moe of 5" if "pipeline_layers" in parallel else "moe")
+    compare_with_given_routes(start, parallel, recompute, packing, in_a_file, EXPERTS, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("parallel", "recompute"),
+    [
+        ({"pipeline": 2, "pipeline_layers": (1, 3), "tensor": 2, "expert": 2}, "full"),
+        ({"context": 2, "expert": 2}, "none"),
+    ],
+    ids=str,
+)
+def test_routes_have_places_for_layers_without_experts(
+    parallel: dict[str, Any], recompute: str, given: Any, tmp_path: Path
+) -> None:
+    start: Given = given("glm")
+    compare_with_given_routes(start, parallel, recompute, True, False, 6, tmp_path, dense_layers=1)
+
+
+def compare_with_given_routes(
+    start: Given,
+    parallel: dict[str, Any],
+    recompute: str,
+    packing: bool,
+    in_a_file: bool,
+    experts_of_model: int,
+    tmp_path: Path,
+    dense_layers: int = 0,
+) -> None:
     assert np.abs(start.log_probs - start.free_log_probs).max() > 0.1
     sequences = _in_a_file(start.sequences, tmp_path / "0.bin") if in_a_file else start.sequences
     ranks = run_mesh(_follow, _config(parallel, recompute, packing), start.hf_path, sequences, **parallel)
@@ -173,7 +204,7 @@ def test_scores_and_updates_are_those_of_the_given_routes(
         np.testing.assert_allclose(rank.log_probs, start.log_probs, atol=2e-5)
     assert differences(ranks[0].step, start.step).breaches == []
     # all ranks together ask for what was given, and beside it only for padding and each sequence's last token
-    wanted = _given_routes(start.sequences)
+    wanted = _given_routes(start.sequences, dense_layers)
     in_score = sum((rank.routes_of_score for rank in ranks), Counter())
     assert wanted <= in_score
     passes = 2 if recompute == "full" else 1
@@ -183,7 +214,7 @@ def test_scores_and_updates_are_those_of_the_given_routes(
     of_padding = Counter[int]()
     for (_, experts), count in (in_score - wanted).items():
         of_padding.update(dict.fromkeys(experts, count))
-    assert len(of_padding) == EXPERTS
+    assert len(of_padding) == experts_of_model
     assert max(of_padding.values()) < 3 * min(of_padding.values())  # a few slots in each row
 
 

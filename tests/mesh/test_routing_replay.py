@@ -17,7 +17,7 @@ from tests.support.long_cases import long_rows_after
 
 pytestmark = pytest.mark.mesh
 
-MESHES = [
+MESHES: list[tuple[dict[str, Any], str, bool]] = [
     ({"tensor": 2, "pipeline": 2, "expert": 2, "context": 2}, "full", True),
     ({"data": 2, "expert": 2}, "none", False),
     ({"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (1, 1, 1, 2)}, "full", True),
@@ -32,9 +32,14 @@ class RouteWitness:
 
     def __init__(self, chunks: list[Any]) -> None:
         self.seen: list[list[np.ndarray]] = []
-        for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        self.places: list[int] = []  # of the layers in their chunks
+        layers = [pair for chunk in chunks for pair in enumerate(chunk.decoder.layers)]
+        for place, layer in layers:
+            if not hasattr(layer.mlp, "router"):
+                continue
             maps: list[np.ndarray] = []
             self.seen.append(maps)
+            self.places.append(place)
             layer.mlp.router.register_forward_hook(
                 lambda module, inputs, output, maps=maps: maps.append(output[1].detach().numpy().copy())
             )
@@ -86,9 +91,9 @@ def _replay(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> dic
         "replayed": replayed,
         "update_follows": all(
             _same(
-                [before], [after], passes=2 if config.model.recompute == "full" and (not again or layer < again) else 1
+                [before], [after], passes=2 if config.model.recompute == "full" and (not again or place < again) else 1
             )
-            for layer, (before, after) in enumerate(zip(recorded, in_update, strict=True))
+            for place, before, after in zip(witness.places, recorded, in_update, strict=True)
         ),
         "score_follows": _same(recorded, in_score, passes=1),
         "free_differs": not _same(recorded, free, passes=1),
@@ -99,9 +104,26 @@ def _replay(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list) -> dic
 def test_updates_and_scores_follow_the_recorded_routes(
     parallel: dict[str, Any], recompute: str, packing: bool, tmp_path: Path
 ) -> None:
-    make_model("moe of 5" if "pipeline_layers" in parallel else "moe").save_pretrained(tmp_path)
+    follow_recorded_routes(
+        "moe of 5" if "pipeline_layers" in parallel else "moe", parallel, recompute, packing, tmp_path
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("parallel", "recompute"),
+    [({"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2}, "full"), ({}, "first two layers")],
+    ids=str,
+)
+def test_layers_without_experts_have_no_routes(parallel: dict[str, Any], recompute: str, tmp_path: Path) -> None:
+    follow_recorded_routes("glm", parallel, recompute, True, tmp_path)
+
+
+def follow_recorded_routes(kind: str, parallel: dict[str, Any], recompute: str, packing: bool, tmp_path: Path) -> None:
+    make_model(kind).save_pretrained(tmp_path)
     config = step_config(parallel, packing=packing, row_tokens=128)
-    chosen = {"recompute": "full", "recompute_layers": 1} if recompute == "first layer" else {"recompute": recompute}
+    first = {"first layer": 1, "first two layers": 2}.get(recompute)
+    chosen = {"recompute": "full", "recompute_layers": first} if first else {"recompute": recompute}
     config = config.model_copy(update={"model": config.model.model_copy(update=chosen)})
     sequences = make_sequences(11, 40)
     ranks = run_mesh(_replay, config, str(tmp_path), sequences, **parallel)

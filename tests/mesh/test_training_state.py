@@ -14,10 +14,10 @@ from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.table import entries
-from tests.mesh.continued_training import LEARNING_RATE, _policy, resume, train_and_save
+from tests.mesh.continued_training import LEARNING_RATE, _policy, resume, resume_from_nothing, train_and_save
 from tests.mesh.harness import run_mesh
 from tests.mesh.planned_models import architecture
-from tests.mesh.reference import make_model, make_sequences
+from tests.mesh.reference import make_model, make_sequences, saved_tensors
 from tests.mesh.steps import step_config
 from tests.support.long_cases import long_after
 
@@ -38,6 +38,27 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list, d
     ]
     ranks = run_mesh(train_and_save, step_config(FROM, row_tokens=128), str(hf_path), str(folder), sequences, **FROM)
     return hf_path, folder, sequences, ranks[0]
+
+
+@pytest.mark.long
+def test_what_is_not_trained_is_saved_and_loaded_too(tmp_path: Path) -> None:
+    """The biases with which GLM chooses experts, of which every rank has all."""
+    hf_path, folder = tmp_path / "hf", tmp_path / "state"
+    folder.mkdir()
+    make_model("glm").save_pretrained(hf_path)
+    sequences, start = make_sequences(8, 30), {"tensor": 2, "pipeline": 2, "data": 2, "expert": 2}
+    config = step_config(start, row_tokens=128)
+    expected = run_mesh(train_and_save, config, str(hf_path), str(folder), sequences, **start)[0]
+    parallel = {"expert": 2, "context": 2}
+    config = step_config(parallel, row_tokens=128)
+    found = run_mesh(resume_from_nothing, config, str(hf_path), str(folder), sequences, **parallel)[0]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    biases = [name for name in expected["weights"] if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 3
+    original = {name: tensor.numpy() for name, tensor in saved_tensors(make_model("glm")).items()}
+    for name in biases:
+        np.testing.assert_array_equal(expected["weights"][name], original[name])
+        np.testing.assert_array_equal(found["weights"][name], original[name])
 
 
 def _save_before_updates(mesh: Mesh, config: RunConfig, hf_path: str, folder: str) -> None:

@@ -38,6 +38,7 @@ STEPS: list[tuple[str, dict[str, int]]] = [
     ("qwen2", {"tensor": 2, "context": 2}),
     ("llama", {"tensor": 2}),
     ("yarn", {"context": 2}),
+    ("glm", {"pipeline": 2, "tensor": 2, "expert": 2}),
 ]
 SAVED_ON: dict[str, int] = {"tensor": 2, "expert": 2}
 CROSSINGS = [  # who saved, who loads; torch's own: test_training_state.py

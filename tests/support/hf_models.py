@@ -59,12 +59,12 @@ def make_model(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("the tokenizer")
-    shapes = {
-        name: shape
+    tensors = {
+        name: random_bits(shape, entry.dtype(dtype))
         for entry in entries(read_architecture(folder))
         for name, shape in zip(entry.hf, entry.shapes, strict=True)
     }
-    write_tensors(folder, {name: random_bits(shape, dtype) for name, shape in shapes.items()}, num_files)
+    write_tensors(folder, tensors, num_files)
     return folder
 
 

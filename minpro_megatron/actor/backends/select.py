@@ -25,8 +25,8 @@ class LayerBackend(Protocol):
         """The fields of TransformerConfig that the backend sets; `mixture`: the layers have experts."""
         ...
 
-    def layer(self, config: TransformerConfig) -> ModuleSpec:
-        """One decoder layer of the model."""
+    def layer(self, config: TransformerConfig, mixture: bool) -> ModuleSpec:
+        """A decoder layer of the model; `mixture`: its feed-forward network is made of experts."""
         ...
 
     def build(self, config: TransformerConfig, make: Callable[[], GPTModel]) -> GPTModel:

@@ -264,7 +264,8 @@ class TorchLayers:
     def build(self, config: TransformerConfig, make: Callable[[], GPTModel]) -> GPTModel:
         return make()
 
-    def layer(self, config: TransformerConfig) -> ModuleSpec:
+    def layer(self, config: TransformerConfig, mixture: bool) -> ModuleSpec:
+        """`mixture`: its feed-forward network is made of experts."""
         modules = _Modules(grouped=self._grouped(config))
         add_residual: Any = get_bias_dropout_add
         return ModuleSpec(
@@ -284,7 +285,9 @@ class TorchLayers:
                 ),
                 self_attn_bda=add_residual,
                 pre_mlp_layernorm=TorchRMSNorm,
-                mlp=get_mlp_module_spec_for_backend(backend=modules, num_experts=config.num_moe_experts),
+                mlp=get_mlp_module_spec_for_backend(
+                    backend=modules, num_experts=config.num_moe_experts if mixture else None
+                ),
                 mlp_bda=add_residual,
             ),
         )

@@ -99,9 +99,9 @@ class TransformerEngineLayers:
                 projection.fuse_wgrad_accumulation = fuses
         return model
 
-    def layer(self, config: TransformerConfig) -> ModuleSpec:
+    def layer(self, config: TransformerConfig, mixture: bool) -> ModuleSpec:
+        """`mixture`: its feed-forward network is made of experts."""
         modules = _Modules()
-        mixture = config.num_moe_experts is not None
         add_residual: Any = get_bias_dropout_add
         return ModuleSpec(
             module=TransformerLayer,
@@ -121,7 +121,9 @@ class TransformerEngineLayers:
                 # a dense layer's norm is fused with its first projection; in a mixture the router needs its output too
                 pre_mlp_layernorm=TransformerEngineRMSNorm if mixture else IdentityOp,
                 mlp=get_mlp_module_spec_for_backend(
-                    backend=modules, num_experts=config.num_moe_experts, moe_grouped_gemm=mixture
+                    backend=modules,
+                    num_experts=config.num_moe_experts if mixture else None,
+                    moe_grouped_gemm=mixture,
                 ),
                 mlp_bda=add_residual,
                 sharded_state_dict_keys_map=_CHECKPOINT_NAMES,

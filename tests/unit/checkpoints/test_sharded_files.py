@@ -40,7 +40,7 @@ def parameters() -> dict[tuple[int, int], Tensor]:
 
 def written(folder: Path, tensors: dict[tuple[int, int], Tensor], pieces: Sequence[int] = (6,)) -> ShardedReader:
     with file_records(folder) as records:
-        writer = ShardedWriter(folder, torch.bfloat16, records)
+        writer = ShardedWriter(folder, records)
         for (layer, expert), tensor in tensors.items():
             first = 0
             for rows in tensor.split(list(pieces)):

@@ -11,7 +11,7 @@ import pytest
 
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.models.architecture import Architecture, read_architecture, refuse_uneven_cuts
-from tests.support.released_configs import QWEN3_8B, QWEN3_30B_A3B
+from tests.support.released_configs import GLM_4_5_AIR, QWEN3_8B, QWEN3_30B_A3B
 
 
 def read(folder: Path, config: dict[str, Any]) -> Architecture:
@@ -64,6 +64,51 @@ def test_routing_is_normalized_where_the_config_says_so(stated: bool | None, nor
     config = {key: value for key, value in QWEN3_30B_A3B.items() if key != "norm_topk_prob"}
     stating = {} if stated is None else {"norm_topk_prob": stated}  # transformers takes false where it is absent
     assert read(tmp_path, config | stating).normalized_routing == normalized
+
+
+def test_glm_is_read_in_both_spellings(tmp_path: Path) -> None:
+    found = read(tmp_path, GLM_4_5_AIR)
+    assert (found.num_layers, found.dense_layers, found.expert_layers, found.prediction_layers) == (46, 1, 45, 1)
+    assert [found.has_experts(layer) for layer in (0, 1, 45)] == [False, True, True]
+    assert (found.head_dim, found.rotary_dim, found.qkv_bias, found.qk_norm) == (128, 64, True, False)
+    assert (found.expert_ffn_hidden_size, found.shared_ffn_hidden_size, found.ffn_hidden_size) == (1408, 1408, 10944)
+    assert (found.sigmoid_routing, found.normalized_routing, found.routing_scale) == (True, True, 1.0)
+    other = as_transformers_5_writes(GLM_4_5_AIR)
+    del other["partial_rotary_factor"]
+    other["rope_parameters"]["partial_rotary_factor"] = 0.5
+    assert read(tmp_path, other) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_group": 8, "topk_group": 4}, "n_group = 8 is not supported; only 1 is"),
+        ({"topk_group": 2}, "topk_group = 2 is not supported; only 1 is"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = False is not supported; only True is"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok = 1 must be an integer from 2 to 128"),
+        ({"first_k_dense_replace": 46}, "first_k_dense_replace = 46 must be an integer from 0 to 45"),
+        ({"partial_rotary_factor": 0.055}, "partial_rotary_factor = 0.055 must be at most 1 and choose an even number"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor = 1.5 must be at most 1"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536}},
+            "rope_scaling with partly rotated heads is not supported; remove it",
+        ),
+    ],
+    ids=str,
+)
+def test_what_megatron_computes_differently_for_glm_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        read(tmp_path, GLM_4_5_AIR | changes)
+
+
+def test_tensor_ranks_must_divide_shared_experts_and_dense_layers(tmp_path: Path) -> None:
+    sizes = {"intermediate_size": 10_944, "moe_intermediate_size": 1401}
+    with pytest.raises(ValueError, match=r"parallel.tensor = 2 must divide .* shared experts' width = 1401"):
+        refuse_uneven_cuts(read(tmp_path, GLM_4_5_AIR | sizes), ParallelConfig(tensor=2))
+    with pytest.raises(ValueError, match=r"parallel.tensor = 2 must divide the model's intermediate_size = 10943"):
+        refuse_uneven_cuts(read(tmp_path, GLM_4_5_AIR | {"intermediate_size": 10_943}), ParallelConfig(tensor=2))
 
 
 @pytest.mark.parametrize(("groups", "tensor", "fits"), [(4, 2, True), (1, 4, True), (2, 4, True), (6, 4, False)])
@@ -148,7 +193,7 @@ def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     for names in (["GPT2LMHeadModel"], [], None):
-        with pytest.raises(ValueError, match=r"architectures = .* is not known; known: LlamaForCausalLM, Qwen2For"):
+        with pytest.raises(ValueError, match=r"architectures = .* is not known; known: Glm4MoeForCausalLM, Llama"):
             read(tmp_path, {**QWEN3_8B, "architectures": names})
 
 

@@ -13,6 +13,10 @@ from minpro_megatron.weights.table import entries
 # The numbers of parameters that the hub's pages of the releases state (those of their safetensors files; for the tied
 # Qwen3 models, whose files hold the embedding twice, without the second one).
 PUBLISHED = {
+    "glm-4.5": 352_797_829_024,  # this and the other GLMs without the layer that predicts later tokens, see below
+    "glm-4.5-air": 106_852_251_264,
+    "glm-4.6": 352_797_829_024,
+    "glm-4.7": 352_797_829_024,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.2-1b": 1_235_814_400,
@@ -57,11 +61,21 @@ def test_the_planner_and_the_table_count_what_the_release_has(name: str, paramet
         ("/models/Qwen2.5-Math-1.5B/hf", "qwen2.5-math-1.5b"),
         ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"),
         ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("zai-org/GLM-4.5-Air-Base", "glm-4.5-air"),
         ("Qwen/Qwen2.5-Coder-7B", None),
     ],
 )
 def test_a_release_is_found_by_its_hub_id_and_by_a_part_of_a_path(hf_path: str, name: str | None) -> None:
     assert known_name(hf_path) == name
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("glm-4.5", 358_337_791_296), ("glm-4.5-air", 110_468_824_832)])
+def test_the_layer_that_glm_is_read_without_is_the_rest_of_the_release(name: str, parameters: int) -> None:
+    """The release has one more layer, with embedding, output layer, projection of two states to one, and norms."""
+    a = find_architecture(name)
+    last = sum(math.prod(shape) for entry in entries(a) if entry.layer == a.num_layers - 1 for shape in entry.shapes)
+    prediction = last + 2 * a.vocab_size * a.hidden_size + 2 * a.hidden_size**2 + 3 * a.hidden_size
+    assert PUBLISHED[name] + prediction == parameters
 
 
 def test_math_models_rotate_with_their_own_base() -> None:

@@ -48,7 +48,7 @@ GPU = Compute("cuda", 2, fused=True, recompute="none", expert_imbalance=1.0)
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3-0.6b", "qwen2.5-7b", "llama-3.2-1b"])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3-0.6b", "qwen2.5-7b", "llama-3.2-1b", "glm-4.5"])
 def test_every_stage_holds_what_the_table_of_weights_says(name: str, degrees: dict[str, Any]) -> None:
     a = replace(find_architecture(name), num_layers=8)  # the table has a row for each of 128 experts in every layer
     if not a.num_experts:
@@ -93,7 +93,7 @@ def test_float32_weights_are_their_own_main_copy() -> None:
 
 def test_a_dense_layers_activations_by_hand() -> None:
     """Qwen3-8B, 1,024 tokens, bfloat16, nothing cut."""
-    layer = layer_activations(DENSE, ParallelConfig(), Row(1024, 1024), GPU)
+    layer = layer_activations(DENSE, ParallelConfig(), Row(1024, 1024), GPU, mixture=False)
     residual_and_norms = 4 * 4096
     attention = 1024 + 2 * (4096 + 1024) + 4096  # values, norm inputs, rotated, output
     feed_forward = 3 * 12288  # gate, up and their product
@@ -106,11 +106,11 @@ def test_a_dense_layers_activations_by_hand() -> None:
 def test_a_mixtures_rows_by_hand() -> None:
     """Qwen3-30B-A3B on 8 expert ranks: as many rows arrive as are sent, times the imbalance."""
     row, parallel = Row(4096, 4096), ParallelConfig(expert=8)
-    balanced = layer_activations(MIXTURE, parallel, row, GPU)
+    balanced = layer_activations(MIXTURE, parallel, row, GPU, mixture=True)
     assert balanced.routed == 4096 * 8 * (2048 + 3 * 768) * 2
     uneven = Compute("cuda", 2, fused=True, recompute="none", expert_imbalance=1.5)
-    assert layer_activations(MIXTURE, parallel, row, uneven).routed == 1.5 * balanced.routed
-    alone = layer_activations(MIXTURE, ParallelConfig(), row, uneven)
+    assert layer_activations(MIXTURE, parallel, row, uneven, mixture=True).routed == 1.5 * balanced.routed
+    alone = layer_activations(MIXTURE, ParallelConfig(), row, uneven, mixture=True)
     assert alone.routed == balanced.routed  # one rank gets all rows, whoever they are for
 
 
@@ -142,8 +142,8 @@ def test_some_layers_or_some_parts_can_be_recomputed() -> None:
     assert saved("none") - saved("selective", ("moe_act",)) == 48 * 8192 * 8 * 768 * 2
     assert saved("selective") == saved("selective", ("moe_act", "layernorm"))
     dense = Compute("cuda", 2, True, "selective", 1.0)
-    whole = layer_activations(DENSE, ParallelConfig(), row, replace(dense, recompute="none"))
-    without_mlp = layer_activations(DENSE, ParallelConfig(), row, dense)
+    whole = layer_activations(DENSE, ParallelConfig(), row, replace(dense, recompute="none"), mixture=False)
+    without_mlp = layer_activations(DENSE, ParallelConfig(), row, dense, mixture=False)
     assert whole.kept - without_mlp.kept == (3 * 12288 + 4096) * 8192 * 2
     assert without_mlp.backward - whole.backward == whole.kept - without_mlp.kept
 

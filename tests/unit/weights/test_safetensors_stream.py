@@ -14,16 +14,24 @@ from minpro_megatron.weights.safetensors_stream import TensorHeader, write_safet
 SHAPES = {"b.weight": (7, 5), "a.10": (3,), "a.9": (2, 3, 4), "ä": (1, 1)}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+DTYPES = {
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32": (torch.float32, torch.float32),
+    "both": (torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("step", [1, 2, 100])
-def test_the_file_is_the_packages_file_byte_for_byte(dtype: torch.dtype, step: int, tmp_path: Path) -> None:
-    tensors = {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()}
+def test_the_file_is_the_packages_file_byte_for_byte(dtypes: str, step: int, tmp_path: Path) -> None:
+    of_names = dict(zip(SHAPES, 2 * DTYPES[dtypes], strict=True))
+    tensors = {name: torch.randn(shape).to(of_names[name]) for name, shape in SHAPES.items()}
     announced: list[int] = []
 
     def pieces(name: str) -> Iterator[Tensor]:
         yield from tensors[name].split(step)
 
-    headers = {name: TensorHeader(dtype, shape) for name, shape in SHAPES.items()}
+    headers = {name: TensorHeader(of_names[name], shape) for name, shape in SHAPES.items()}
     with (tmp_path / "ours").open("wb") as file:
         write_safetensors(file, headers, pieces, announced.append)
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from minpro_megatron.models.architecture import Architecture, read_architecture
 from minpro_megatron.weights.splits import GatedPair, QueryGroups, Replicated, ShardedAlong, Vocabulary
-from minpro_megatron.weights.table import check_names, coverage, entries, table_name
-from tests.mesh.reference import COMMON, saved_tensors
+from minpro_megatron.weights.table import check_names, coverage, entries, left_out, table_name
+from tests.mesh.reference import COMMON, model_architecture, saved_tensors
 from tests.support.released_configs import QWEN3_0_6B, QWEN3_8B, QWEN3_14B, QWEN3_30B_A3B
 from tests.support.tiny_architecture import TINY
 
@@ -117,6 +118,27 @@ def test_known_names_that_carry_no_weight_of_their_own_are_passed_over() -> None
     check_names(tied, [*hf_names(tied), "lm_head.weight"], "hf")
     found = coverage(tied, [*hf_names(tied), "lm_head.weight", rotary, "other"])
     assert (found.covered, found.missed, found.absent) == (hf_names(tied), ["other"], [])
+
+
+def test_layers_that_predict_later_tokens_are_left_out_and_no_others() -> None:
+    a = replace(TINY, prediction_layers=1)
+    release = [*hf_names(a), "model.layers.2.eh_proj.weight", "model.layers.2.self_attn.q_proj.weight"]
+    check_names(a, release, "hf")
+    assert left_out(a, release) == release[-2:]
+    with pytest.raises(ValueError, match=r"^hf: 1 tensors are not in the table of .*: model.layers.20.enorm.weight;"):
+        check_names(a, [*release, "model.layers.20.enorm.weight"], "hf")
+    assert left_out(TINY, release) == []
+
+
+def test_a_layer_has_the_rows_of_its_kind() -> None:
+    a = model_architecture("glm")
+    found = {layer: {e.megatron.split(".", 3)[-1] for e in entries(a) if e.layer == layer} for layer in (0, 1)}
+    assert {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight"} == found[0] - found[1]
+    assert {"mlp.router.weight", "mlp.router.expert_bias", "mlp.shared_experts.linear_fc1.weight"} <= found[1] - found[
+        0
+    ]
+    bias = next(entry for entry in entries(a) if entry.megatron.endswith("expert_bias"))
+    assert (bias.dtype(torch.bfloat16), entries(a)[0].dtype(torch.bfloat16)) == (torch.float32, torch.bfloat16)
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
