@@ -4,12 +4,14 @@ import pytest
 
 from minpro_megatron.launch.recipe import list_recipes
 from minpro_megatron.rehearsal.record import RankRehearsal
+from tests.support.recipe_kinds import with_each_run
 from tests.support.rehearsed_ranks import needs_transformer_engine, rehearse
 
 pytestmark = [pytest.mark.integration, needs_transformer_engine]
 
 MIXTURE = "recipes.qwen3_30b_a3b:minpro"
 MODELS = ("recipes.qwen3_30b_a3b", "recipes.qwen3_14b", "recipes.qwen3_8b")
+RECIPES = [line.split()[0] for model in MODELS for line in list_recipes(model)]
 MAX_ERROR = 0.05  # of the planner
 # Where the host waits for the device in an update: Megatron's dispatcher reads the numbers of tokens of each expert,
 # forward and recomputed, asynchronously; the project reads the statistics once and the gradient norm once.
@@ -72,7 +74,7 @@ def test_a_planted_mismatch_is_reported_with_its_line() -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("recipe", [line.split()[0] for model in MODELS for line in list_recipes(model)])
+@pytest.mark.parametrize("recipe", with_each_run(RECIPES, objectives_of="recipes.qwen3_8b"))
 def test_every_recipe(recipe: str) -> None:
     """At full depth what differs in memory or mesh, and two layers of what differs in the objective."""
     whole = recipe.rpartition(":")[2] in ("minpro", "minpro_one_machine", "minpro_long_context")
