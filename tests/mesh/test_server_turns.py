@@ -61,7 +61,7 @@ def freed_and_noted(mesh: Mesh, config: RunConfig, server: ServerAddress) -> lis
     return freed
 
 
-@pytest.mark.parametrize("placement", ["shared", "disaggregated"])
+@pytest.mark.parametrize("placement", ["shared", pytest.param("disaggregated", marks=pytest.mark.long)])
 def test_servers_get_their_cache_when_every_rank_has_freed_what_the_transfer_needed(
     tmp_path: Path, placement: str
 ) -> None:
