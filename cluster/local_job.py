@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import psutil
-
-from minpro_megatron.cluster.records import JobRecord
+from minpro_megatron.cluster.records import JobRecord, is_running
 from minpro_megatron.cluster.slurm_job import JobState
 from minpro_megatron.errors import UserError
 
@@ -15,7 +13,7 @@ def local_state(record: JobRecord) -> JobState:
     """The state of the job in Slurm's words. A process that no longer exists and left no status was killed."""
     if record.exit_status is not None:
         return JobState(state="FAILED" if record.exit_status else "COMPLETED", exit_status=record.exit_status)
-    if _is_running(record):
+    if is_running(record.process_id, record.submitted_at):
         return JobState(state="RUNNING", nodes=f"this machine, process {record.process_id}")
     return JobState(state="FAILED", exit_status=1)
 
@@ -30,11 +28,3 @@ def refuse_local(record: JobRecord, remedy: str) -> None:
     """Raises UserError for a job on this machine, which `submit` itself shows and ends."""
     if record.is_local:
         raise UserError(f"job {record.job_id} runs on this machine, in process {record.process_id}: {remedy}")
-
-
-def _is_running(record: JobRecord) -> bool:
-    try:
-        started = psutil.Process(record.process_id).create_time()
-    except psutil.NoSuchProcess:
-        return False
-    return started <= record.submitted_at  # else a later process has the same number

@@ -1,9 +1,14 @@
-"""This machine's records of the jobs that it has submitted: one file each, named after the run."""
+"""This machine's records of the jobs that it has submitted: one file each, named after the run. While `submit` still
+checks a run, the file of a `RunCheck` is beside them."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from minpro_megatron.cluster.sections import SshSettings
 from minpro_megatron.command_line import did_you_mean
@@ -45,6 +50,47 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.ssh is None else SshSettings.model_validate(self.ssh)
 
 
+class RunCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """A process of `submit` that checks a run before it submits its job."""
+
+    name: str
+    process_id: int
+    began_at: float
+
+    def __str__(self) -> str:
+        since = time.time() - self.began_at
+        return f"not submitted yet: minpro submit (process {self.process_id}) has been checking it for {since:.0f} s"
+
+
+@contextmanager
+def noted_check(folder: Path, name: str) -> Iterator[None]:
+    """While this process is inside, and until it has stored the record of a job, the run is one that is checked."""
+    check = RunCheck(name=name, process_id=os.getpid(), began_at=time.time())
+    path = folder / name / f"{check.process_id}.check"
+    replace_file(path, msgspec.json.encode(check).decode() + "\n")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def checks_under_way(folder: Path) -> list[RunCheck]:
+    """Every run that a process checks now, oldest first."""
+    checks = [msgspec.json.decode(path.read_bytes(), type=RunCheck) for path in folder.glob("*/*.check")]
+    submitted = {record.name: record.submitted_at for record in all_records(folder)}
+    waiting = [check for check in checks if submitted.get(check.name, 0.0) < check.began_at]
+    running = [check for check in waiting if is_running(check.process_id, check.began_at)]
+    return sorted(running, key=lambda check: check.began_at)
+
+
+def is_running(process_id: int | None, since: float) -> bool:
+    """Whether the process that existed at that time still runs; a later one may have the same number."""
+    try:
+        return psutil.Process(process_id).create_time() <= since
+    except psutil.NoSuchProcess:
+        return False
+
+
 def remember(folder: Path, record: JobRecord) -> None:
     """Stores the record; the latest record of a name replaces earlier ones."""
     text = msgspec.json.format(msgspec.json.encode(record), indent=2).decode() + "\n"
@@ -55,6 +101,9 @@ def recall(folder: Path, job: str) -> JobRecord:
     """The record of a job by its number, or the latest one of a run's name. Raises UserError."""
     found = [record for record in all_records(folder) if job in (record.name, record.job_id)]
     if not found:
+        for check in checks_under_way(folder):
+            if check.name == job:
+                raise UserError(f"job {job!r}: {check}")
         known = sorted({record.name for record in all_records(folder)})
         hint = did_you_mean(job, known)
         raise UserError(f"job {job!r}: not submitted from this machine{hint}; known: {', '.join(known) or 'none'}")

@@ -2,7 +2,8 @@
 
     minpro status NAME     (the run's name or the job's number; without it: all jobs submitted from here)
 
-Exit status: 0 while the job waits or runs and if it has completed, 1 if the named job has failed, 2 for errors.
+Exit status: 0 while the run is checked, while its job waits or runs and if it has completed, 1 if the named job has
+failed, 2 for errors.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import PurePosixPath
 
 from minpro_megatron.cluster import pods
 from minpro_megatron.cluster.local_job import LAST_LINES, local_state, trainer_log
-from minpro_megatron.cluster.records import JobRecord, all_records, recall, records_folder
+from minpro_megatron.cluster.records import JobRecord, all_records, checks_under_way, recall, records_folder
 from minpro_megatron.cluster.shell import Shell, shell_of
 from minpro_megatron.cluster.slurm_job import JobError, JobState, look_up
 from minpro_megatron.command_line import Parser
@@ -26,7 +27,13 @@ def main(arguments: list[str] | None = None, prog: str = "minpro status") -> int
 
 
 def _status(options: argparse.Namespace) -> int:
-    records = [recall(records_folder(), options.job)] if options.job else all_records(records_folder())
+    folder = records_folder()
+    checks = [check for check in checks_under_way(folder) if options.job in (None, check.name)]
+    for check in checks:
+        print(f"{check.name}  {check}")
+    if options.job and checks:
+        return 0
+    records = [recall(folder, options.job)] if options.job else all_records(folder)
     failed = False
     for record in records:
         shell = shell_of(record.ssh_settings)

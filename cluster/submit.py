@@ -20,7 +20,7 @@ from minpro_megatron.cluster.job_files import JobFiles
 from minpro_megatron.cluster.paths import in_workspace
 from minpro_megatron.cluster.planning import plan_problems
 from minpro_megatron.cluster.profile import Profile, read_profile, refuse_placeholders
-from minpro_megatron.cluster.records import JobRecord, records_folder, remember
+from minpro_megatron.cluster.records import JobRecord, noted_check, records_folder, remember
 from minpro_megatron.cluster.shell import shell_of
 from minpro_megatron.cluster.slurm_job import JobError, JobState, active_jobs, job_name
 from minpro_megatron.command_line import Parser, add_recipe
@@ -59,6 +59,21 @@ def _submit(options: argparse.Namespace) -> int:
     profile = read_profile(options.profile, options.changes)
     refuse_placeholders(profile, options.profile)
     config = in_workspace(apply_overrides(load_recipe(options.recipe), options.overrides), profile.workspace)
+    if options.dry_run:
+        topology = _checked(options, config, profile)
+        _describe(config, topology, profile)
+        return 0
+    with noted_check(records_folder(), config.name):  # until the job has a record
+        topology = _checked(options, config, profile)
+        if profile.executor in ("kubernetes", "skypilot"):
+            return _run_pods(config, topology, profile, options.detach)
+        if profile.executor == "local":
+            return _run_here(config, topology, profile)
+        return _run(config, topology, profile, options.detach)
+
+
+def _checked(options: argparse.Namespace, config: RunConfig, profile: Profile) -> Topology:
+    """The places of the roles, which are printed with all warnings. Raises UserError if the run cannot be submitted."""
     topology = lay_out(config, profile.topology)
     if (found := plan_problems(config, profile)) and not options.force:
         raise UserError([*found, "the planner expects that this run does not fit; --force submits it anyway"])
@@ -73,25 +88,24 @@ def _submit(options: argparse.Namespace) -> int:
         from minpro_megatron.rehearsal.verdict import refuse_what_does_not_fit
 
         refuse_what_does_not_fit(options.recipe, config, options.overrides, profile.gpu)
-    if options.dry_run:
-        print(f"\n# run.json\n{config.to_json()}")
-        if profile.executor == "slurm":
-            from minpro_megatron.cluster.nemo import script_of
-
-            print(f"# the job's script\n{script_of(_files(config, topology), profile)}")
-        elif profile.executor in ("kubernetes", "skypilot"):
-            print(pods.description(_files(config, topology), profile))
-        return 0
-    if profile.executor in ("kubernetes", "skypilot"):
-        return _run_pods(config, topology, profile, options.detach)
-    if profile.ssh is None:  # the run's files are on this machine's file system
+    # the run's files are on this machine's file system
+    if not options.dry_run and profile.executor in ("slurm", "local") and profile.ssh is None:
         if found := run_problems(config):
             raise UserError(found)
         for warning in warnings(config):
             print(f"warning: {warning}")
-    if profile.executor == "local":
-        return _run_here(config, topology, profile)
-    return _run(config, topology, profile, options.detach)
+    return topology
+
+
+def _describe(config: RunConfig, topology: Topology, profile: Profile) -> None:
+    """Prints what a job would be made of."""
+    print(f"\n# run.json\n{config.to_json()}")
+    if profile.executor == "slurm":
+        from minpro_megatron.cluster.nemo import script_of
+
+        print(f"# the job's script\n{script_of(_files(config, topology), profile)}")
+    elif profile.executor in ("kubernetes", "skypilot"):
+        print(pods.description(_files(config, topology), profile))
 
 
 def _run_here(config: RunConfig, topology: Topology, profile: Profile) -> int:

@@ -1,0 +1,73 @@
+"""While `submit` still checks a run, `status` says so."""
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from minpro_megatron.cluster import status, submit
+from minpro_megatron.cluster.paths import CHECKOUT
+from minpro_megatron.cluster.records import (
+    JobRecord,
+    RunCheck,
+    checks_under_way,
+    noted_check,
+    recall,
+    records_folder,
+    remember,
+)
+from minpro_megatron.errors import UserError
+
+THIS_MACHINE = str(CHECKOUT / "cluster" / "profiles" / "this_machine.toml")
+SINCE_2000, NO_PROCESS = 946684800.0, 2**22 + 1
+
+
+@pytest.fixture(autouse=True)
+def _own_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path))
+
+
+def record(name: str, submitted_at: float) -> JobRecord:
+    return JobRecord(name=name, job_id="7", run_dir="runs/a", log_folder="logs", submitted_at=submitted_at)
+
+
+def test_a_run_that_submit_checks_is_not_an_unknown_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    during = []
+
+    def problems(config: object) -> list[str]:
+        capsys.readouterr()
+        during.append((status.main(["first"]), capsys.readouterr().out))
+        during.append((status.main([]), capsys.readouterr().out))
+        return ["broken"]
+
+    monkeypatch.setattr(submit, "run_problems", problems)
+    assert submit.main(["recipes.demo:tiny_moe_smoke", "--profile", THIS_MACHINE, "name=first"]) == 2
+    for exit_status, shown in during:
+        assert exit_status == 0
+        assert shown.startswith(
+            f"first  not submitted yet: minpro submit (process {os.getpid()}) has been checking it for "
+        )
+    capsys.readouterr()
+    assert status.main(["first"]) == 2
+    assert "job 'first': not submitted from this machine" in capsys.readouterr().err
+
+
+def test_other_commands_name_the_check_too() -> None:
+    with noted_check(records_folder(), "a"), pytest.raises(UserError, match=r"job 'a': not submitted yet: minpro sub"):
+        recall(records_folder(), "a")
+
+
+def test_a_check_ends_with_its_process_and_with_the_record_of_its_job() -> None:
+    folder = records_folder()
+    with noted_check(folder, "a"):
+        remember(folder, record("a", SINCE_2000))  # of an earlier job
+        assert [check.name for check in checks_under_way(folder)] == ["a"]
+        remember(folder, record("a", 2 * SINCE_2000))
+        assert checks_under_way(folder) == []
+    killed = RunCheck(name="b", process_id=NO_PROCESS, began_at=SINCE_2000)
+    (folder / "b").mkdir()
+    (folder / "b" / "1.check").write_bytes(msgspec.json.encode(killed))
+    assert checks_under_way(folder) == []
