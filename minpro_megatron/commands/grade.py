@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from minpro_megatron.command_line import Parser, command_parser, count, positive
+from minpro_megatron.command_line import Parser, command_parser
+from minpro_megatron.config.options import SettingOption
 from minpro_megatron.config.reward import RewardConfig
 from minpro_megatron.errors import UserError, run_reporting
 from minpro_megatron.records import Prompt
@@ -37,6 +38,13 @@ from minpro_megatron.rewards.judging import Judged
 from minpro_megatron.rewards.registry import HTTP
 
 DEFAULT_REWARD = "math"
+_PROCESSORS = os.cpu_count() or 1
+OPTIONS = (
+    SettingOption("--reward", "reward.function", "NAME", default_text="by the data source, as above"),
+    SettingOption("--url", "reward.urls", "URL"),
+    SettingOption("--workers", "reward.workers", "N", default=_PROCESSORS, default_text="the number of processors"),
+    SettingOption("--timeout", "reward.timeout_s", "SECONDS"),
+)
 REWARD_BY_SOURCE = {"calculator": "calculator", "math_dapo": "dapo"}
 FIELDS = ("data_source", "ground_truth", "response")
 OPTIONAL_FIELDS = ("data_source",)  # with --reward
@@ -50,17 +58,8 @@ Row = dict[str, Any]
 def _parser(prog: str) -> Parser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("--input", type=Path, required=True, metavar="FILE.jsonl", help="the rows to grade")
-    parser.add_argument(
-        "--reward", metavar="NAME", help="one for all rows: a known reward, http, or package.module:function"
-    )
-    parser.add_argument(
-        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="grading processes (the processors)"
-    )
-    default_s = RewardConfig.model_fields["timeout_s"].default
-    parser.add_argument(
-        "--timeout", type=positive, default=default_s, metavar="SECONDS", help="processor time per response"
-    )
-    parser.add_argument("--url", action="append", default=[], help="a service for --reward http; may be repeated")
+    for option in OPTIONS:
+        option.add_to(parser)
     parser.add_argument("--json", action="store_true", help="the summary on standard error as one JSON object")
     return parser
 
@@ -106,16 +105,21 @@ def _checked(row: Any, needs_source: bool) -> Row:
 def _settings(options: argparse.Namespace) -> RewardConfig:
     if options.reward == HTTP and not options.url:
         raise UserError("--reward http: give the address of a service with --url")
+    values: dict[str, Any] = {"function": DEFAULT_REWARD, "by_source": {} if options.reward else REWARD_BY_SOURCE}
+    for option in OPTIONS:
+        given = getattr(options, option.destination)
+        if (value := option.value if given is None else given) is not None:
+            values[option.setting.removeprefix("reward.")] = value
     try:
-        return RewardConfig(
-            function=options.reward or DEFAULT_REWARD,
-            by_source={} if options.reward else REWARD_BY_SOURCE,
-            workers=options.workers,
-            timeout_s=options.timeout,
-            urls=options.url,
-        )
+        return RewardConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError("--url: " + entry["msg"].removeprefix("Value error, ") for entry in error.errors()) from None
+        raise UserError(_problem(entry) for entry in error.errors()) from None
+
+
+def _problem(entry: Any) -> str:
+    flags = {option.setting: option.flag for option in OPTIONS}
+    flag = flags.get(".".join(("reward", *map(str, entry["loc"]))), "--url")  # whose rule is one of the whole section
+    return f"{flag}: {entry['msg'].removeprefix('Value error, ').removeprefix('urls: ')}"
 
 
 async def graded(graders: Graders, rows: Sequence[Row], at_once: int) -> AsyncIterator[tuple[Row, Judged]]:
@@ -159,7 +163,7 @@ async def grade_file(options: argparse.Namespace, rows: Sequence[Row]) -> dict[s
     done = 0
     settings = _settings(options)
     async with Graders(settings) as graders:
-        at_once = max(options.workers, settings.concurrency)
+        at_once = max(settings.workers, settings.concurrency)
         async for row, judged in graded(graders, rows, at_once):
             print(printed(row, judged))
             rewards.update([] if judged.reward is None else [judged.reward])

@@ -48,7 +48,13 @@ class SettingOption:
             parser.add_argument(self.flag, action=argparse.BooleanOptionalAction, help=text)
             return
         parser.add_argument(
-            self.flag, type=_type(field), choices=_choices(field), metavar=self.metavar, help=text, default=None
+            self.flag,
+            action="extend" if get_origin(field.annotation) is list else "store",  # may be repeated
+            type=_type(field),
+            choices=_choices(field),
+            metavar=self.metavar,
+            help=text,
+            default=None,
         )
 
 
