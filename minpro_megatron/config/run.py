@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from minpro_megatron.command_line import did_you_mean
+from minpro_megatron.config import rules_between_sections as rules
 from minpro_megatron.config.alarms import AlarmsConfig
 from minpro_megatron.config.base import Section
 from minpro_megatron.config.batch import BatchConfig
@@ -21,7 +22,7 @@ from minpro_megatron.config.demonstrations import refuse_contradicting_demonstra
 from minpro_megatron.config.environment import EnvironmentConfig
 from minpro_megatron.config.evaluation import EvaluationConfig
 from minpro_megatron.config.loss import LossConfig
-from minpro_megatron.config.model import ModelConfig, layer_backend_of
+from minpro_megatron.config.model import ModelConfig
 from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
 from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.parallel import ParallelConfig
@@ -88,163 +89,17 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
-        batch, parallel, sampling = self.batch, self.parallel, self.sampling
-        if batch.num_prompts % batch.mini_batch_prompts:
-            raise ValueError(
-                f"batch.num_prompts = {batch.num_prompts} must be a multiple of batch.mini_batch_prompts = "
-                f"{batch.mini_batch_prompts}: a global step is a whole number of optimizer updates"
-            )
-        longest = sampling.max_prompt_tokens + sampling.max_response_tokens
-        # a row is split into 2 chunks per context rank, and each chunk into one piece per tensor rank
-        multiple = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
-        padded = -(-longest // multiple) * multiple
-        if padded > batch.max_tokens_per_row:
-            raise ValueError(
-                f"sampling.max_prompt_tokens + sampling.max_response_tokens = {longest}, padded to a multiple of "
-                f"{multiple} for the mesh: {padded} must fit in a row: raise batch.max_tokens_per_row = "
-                f"{batch.max_tokens_per_row}"
-            )
-        sequences = batch.mini_batch_prompts * batch.responses_per_prompt
-        if sequences < parallel.data_size:
-            raise ValueError(
-                f"an update has {sequences} sequences for parallel.data = {parallel.data_size} ranks: "
-                "raise batch.mini_batch_prompts or lower parallel.data"
-            )
-        penalty = self.loss.overlong_penalty
-        if penalty.enabled and penalty.buffer_tokens > sampling.max_response_tokens:
-            raise ValueError(
-                f"loss.overlong_penalty.buffer_tokens = {penalty.buffer_tokens} must not exceed "
-                f"sampling.max_response_tokens = {sampling.max_response_tokens}: lower it"
-            )
+        rules.batches_fit(self.batch, self.parallel, self.sampling, self.loss)
         refuse_contradicting_demonstrations(self)
-        self._episodes_can_be_sampled()
-        self._routes_can_be_replayed()
-        self._supports_can_be_replayed()
-        self._runs_on_device()
+        rules.episodes_can_be_sampled(self.environment, self.sampling, self.data)
+        rules.routes_can_be_replayed(self.model, self.staleness, self.publish, self.checkpoint, self.alarms)
+        rules.supports_can_be_replayed(self.sampling, self.server)
+        rules.runs_on_device(self.device, self.model, self.optimizer)
         if self.server.takes_turns:
-            self._turns_are_possible()
-        self._watched_parts_exist()
-        self._servers_are_reached()
+            rules.turns_are_possible(self.staleness, self.server, self.publish, self.device, self.parallel)
+        rules.watched_parts_exist(self.debug, self.num_global_steps, self.parallel)
+        rules.servers_are_reached(self.publish, self.server)
         return self
-
-    def _episodes_can_be_sampled(self) -> None:
-        environment, turns = self.environment, self.sampling.max_turns
-        if environment.enabled != (turns > 1):
-            raise ValueError(
-                f"sampling.max_turns = {turns} with environment.name = {environment.name}: without an environment a "
-                "response has one turn, and with one the policy needs at least 2 to read an answer; set both"
-            )
-        if environment.enabled and not self.data.chat_template:
-            raise ValueError(
-                f"environment.name = {environment.name} needs data.chat_template = true: the template's markers of a "
-                "turn surround the environment's answers; set it, or environment.name to none"
-            )
-
-    def _routes_can_be_replayed(self) -> None:
-        is_bounded, replay = self.staleness.mode == "bounded", self.model.routing_replay
-        if replay == "rollout" and is_bounded and self.publish.pause_mode == "retract":
-            raise ValueError(
-                "model.routing_replay = rollout with staleness.mode = bounded and publish.pause_mode = retract: the "
-                "servers recompute a retracted response with the new weights and then report the experts of the new "
-                "weights for tokens that the old weights sampled; set publish.pause_mode to abort or in_place, or "
-                "model.routing_replay to none"
-            )
-        if replay != "scored":
-            return
-        if is_bounded:
-            raise ValueError(
-                "model.routing_replay = scored: with staleness.mode = bounded a response is scored under several "
-                "weights, which choose different experts; set model.routing_replay to none, or to rollout with "
-                "publish.pause_mode = abort or in_place"
-            )
-        if self.staleness.delay_steps and (self.checkpoint.saves_before_end or self.alarms.stop_on):
-            raise ValueError(
-                "model.routing_replay = scored: checkpoints do not hold the routes of batches scored with earlier "
-                "weights; set checkpoint.every_steps and checkpoint.every_minutes to 0 and alarms.stop_on to [], or "
-                "model.routing_replay to rollout or none"
-            )
-
-    def _supports_can_be_replayed(self) -> None:
-        given = {name.replace("-", "_"): value for name, value in self.server.arguments.items()}
-        limit, top_k = given.get("sampling_mask_max_tokens"), self.sampling.top_k
-        if top_k and isinstance(limit, int) and limit < top_k:
-            raise ValueError(
-                f"server.arguments: sampling_mask_max_tokens = {limit} must be at least sampling.top_k = {top_k}, and "
-                "higher because equally likely tokens are kept together; raise it, or lower sampling.top_k"
-            )
-
-    def _runs_on_device(self) -> None:
-        if self.device == "cpu" and self.model.dtype != "float32":
-            raise ValueError(f"model.dtype = {self.model.dtype} needs device = cuda; set model.dtype to float32")
-        attention = self.model.attention_backend
-        if attention != "auto" and layer_backend_of(self.model.backend, self.device, self.model.dtype) == "torch":
-            raise ValueError(
-                f"model.attention_backend = {attention} selects kernels of Transformer Engine, and the layers are "
-                "torch's (model.backend, device and model.dtype decide this); set it to auto"
-            )
-        if self.device == "cuda" and self.model.dtype == "bfloat16":
-            return
-        if self.model.backend == "transformer_engine":
-            raise ValueError(
-                "model.backend = transformer_engine needs device = cuda and model.dtype = bfloat16, because its "
-                "attention on packed rows does not support float32; set model.backend to auto or torch"
-            )
-        if self.optimizer.cpu_offload:
-            raise ValueError(
-                f"optimizer.cpu_offload = {self.optimizer.cpu_offload} moves the float32 state of bfloat16 weights "
-                "from a GPU to its host: it needs device = cuda and model.dtype = bfloat16; set it to 0"
-            )
-
-    def _turns_are_possible(self) -> None:
-        server, remedy = self.server, "or set server.placement to disaggregated"
-        if self.staleness.mode != "delay":
-            raise ValueError(
-                f"server.placement = shared with staleness.mode = {self.staleness.mode}: in bounded mode the servers "
-                "never stop sampling, and so never release their memory; set staleness.mode to delay, " + remedy
-            )
-        if server.urls:
-            raise ValueError(
-                "server.placement = shared with server.urls: the run has to start and stop the servers that use its "
-                "GPUs; remove server.urls, " + remedy
-            )
-        if self.device != server.device:
-            raise ValueError(
-                f"server.placement = shared with device = {self.device} and server.device = {server.device}: trainer "
-                "and servers then have nothing to share; set both to the same, " + remedy
-            )
-        if self.device == "cpu":
-            return
-        if self.publish.transport == "broadcast":
-            raise ValueError(
-                "server.placement = shared with publish.transport = broadcast: NCCL refuses a group with two members "
-                "on one GPU; choose another transport, " + remedy
-            )
-        needed, ranks = server.count * server.tensor_parallel, self.parallel.world_size
-        if needed > ranks:
-            raise ValueError(
-                f"server.placement = shared: server.count x server.tensor_parallel = {needed} exceeds the trainer's "
-                f"{ranks} GPUs; lower one of them, " + remedy
-            )
-
-    def _watched_parts_exist(self) -> None:
-        debug, num_steps, num_ranks = self.debug, self.num_global_steps, self.parallel.world_size
-        for field, steps in (("trace_steps", debug.traced), ("profile_steps", debug.profiled)):
-            if steps and steps[-1] >= num_steps:
-                raise ValueError(
-                    f"debug.{field} = {getattr(debug, field)}: the run has global steps 0 to {num_steps - 1}; give "
-                    "some of these, or raise num_global_steps"
-                )
-        if debug.profile_steps and (beyond := [rank for rank in debug.profile_ranks if rank >= num_ranks]):
-            raise UserError(
-                f"debug.profile_ranks: the mesh has ranks 0 to {num_ranks - 1}, but not {beyond[0]}; remove it"
-            )
-
-    def _servers_are_reached(self) -> None:
-        if self.publish.transport == "shared_memory" and self.server.urls:
-            raise ValueError(
-                "publish.transport = shared_memory with server.urls: the trainer can share memory only with servers "
-                "that the run starts on its machine; set it to broadcast or disk, or remove server.urls"
-            )
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
