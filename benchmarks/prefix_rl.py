@@ -7,16 +7,14 @@ each seed (a complete run is not repeated, an interrupted one is resumed) and pr
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from benchmarks.trained_runs import make_model, run_python, trained_run
 from minpro_megatron.recipes import prefix_rl
 
-ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("plain", "prefixed")  # functions of recipes.prefix_rl
 WINDOW = 10  # global steps at the run's beginning and end
 
@@ -37,20 +35,9 @@ class Run:
     response_tokens: int
 
 
-def command(*words: object) -> None:
-    """Runs python with these arguments; ends this process with an error line if that fails."""
-    finished = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=False)
-    if finished.returncode:
-        sys.exit(f"benchmarks.prefix_rl: {' '.join(map(str, words))} ended with status {finished.returncode}")
-
-
 def prepare(folder: Path) -> None:
     """Makes the model in both forms and the training prompts if they are missing."""
-    hf, megatron = folder / "hf", folder / "megatron"
-    if not (hf / "config.json").exists():
-        command("tools/make_tiny_model.py", "--task", "calculator_steps", "--output", hf)
-    if not (megatron / "manifest.json").exists():
-        command("tools/convert_checkpoint.py", "to-megatron", "--hf", hf, "--output", megatron)
+    hf = make_model("calculator_steps", folder)
     if not (folder / "demonstrations.jsonl").exists():
         config = prefix_rl.prefixed()
         files = ["--prompts", "recipes/data/calculator_steps_train.jsonl", "--output", folder / "prefixed.jsonl"]
@@ -58,18 +45,13 @@ def prepare(folder: Path) -> None:
         sampling = ["--max-samples", 32, "--reward", config.reward.function, "--engine", "reference"]
         sampling += ["--max-prompt-tokens", config.sampling.max_prompt_tokens]
         sampling += ["--max-response-tokens", config.sampling.max_response_tokens]
-        command("tools/build_prefixes.py", "--model", hf, *files, *sampling)
+        run_python("tools/build_prefixes.py", "--model", hf, *files, *sampling)
 
 
 def run(kind: str, seed: int, learning_rate: float) -> Run:
     name = f"prefix-rl-{kind}-{seed}-{learning_rate:g}"
-    folder = ROOT / "runs" / name
-    if not (folder / "summary.json").exists():
-        settings = [f"name={name}", f"seed={seed}", f"optimizer.learning_rate={learning_rate}"]
-        command("-m", "minpro_megatron", "launch", f"recipes.prefix_rl:{kind}", *settings)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained = [line["metrics"] for line in lines if "reward/accuracy" in line["metrics"]]
-    evaluated = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    settings = (f"seed={seed}", f"optimizer.learning_rate={learning_rate}")
+    trained, evaluated = trained_run(f"recipes.prefix_rl:{kind}", name, *settings)
     first, last = evaluated[0], evaluated[-1]
     plain = _curve(trained, "reward/accuracy_by_prompt/plain")
     assert plain is not None

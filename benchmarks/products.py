@@ -8,8 +8,6 @@ curves (benchmarks/products.png).
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,10 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.trained_runs import make_model, trained_run
 from minpro_megatron.recipes import products
 from minpro_megatron.report.figures import STYLE
 
-ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"with_tool": "calculator", "without_tool": "none"}  # functions of recipes.products
 PICTURE = Path(__file__).with_suffix(".png")
 _NO_DATE: Any = {"Software": None}
@@ -43,30 +41,8 @@ class Run:
     equal_groups: float  # over the whole run
 
 
-def command(*words: object) -> None:
-    """Runs python with these arguments; ends this process with an error line if that fails."""
-    finished = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=False)
-    if finished.returncode:
-        sys.exit(f"benchmarks.products: {' '.join(map(str, words))} ended with status {finished.returncode}")
-
-
-def prepare(folder: Path) -> None:
-    """Makes the model in both forms if they are missing."""
-    hf, megatron = folder / "hf", folder / "megatron"
-    if not (hf / "config.json").exists():
-        command("tools/make_tiny_model.py", "--task", "products", "--output", hf)
-    if not (megatron / "manifest.json").exists():
-        command("tools/convert_checkpoint.py", "to-megatron", "--hf", hf, "--output", megatron)
-
-
 def run(kind: str, seed: int) -> Run:
-    name = f"products-{kind}-{seed}"
-    folder = ROOT / "runs" / name
-    if not (folder / "summary.json").exists():
-        command("-m", "minpro_megatron", "launch", f"recipes.products:{kind}", f"name={name}", f"seed={seed}")
-    lines = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained = [metrics for metrics in lines if "reward/accuracy" in metrics]
-    evaluated = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    trained, evaluated = trained_run(f"recipes.products:{kind}", f"products-{kind}-{seed}", f"seed={seed}")
     calls = [metrics.get("episode/tool_calls", 0.0) for metrics in trained]
     return Run(
         kind,
@@ -126,7 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    prepare(products.FOLDER)
+    make_model("products", products.FOLDER)
     runs = [run(kind, seed) for seed in options.seeds for kind in KINDS]
     print(f"\n{table(runs)}\n\n{account(runs)}")
     draw(runs, PICTURE)

@@ -1,6 +1,5 @@
 """On every mesh scoring and updating compute the softmax over the ids that truncated sampling kept."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from tests.mesh.reference import (
     response_log_probs,
 )
 from tests.mesh.steps import LEARNING_RATE, SURVEY_SEED, TEMPERATURE, MeshStep, differences, step_config
+from tests.mesh.stored_arrays import in_a_file
 from tests.support.long_cases import long_rows_after
 
 pytestmark = pytest.mark.mesh
@@ -70,20 +70,6 @@ def with_own_supports(model: Any, sequences: Sequence[TokenSequence]) -> list[To
         behavior = np.where(sequence.loss_mask > 0, current + drift, 37.0).astype(np.float32)
         found.append(replace(restricted, behavior_log_probs=behavior))
     return found
-
-
-def _in_a_file(sequences: Sequence[TokenSequence], path: Path) -> list[TokenSequence]:
-    """The sequences as the collector gives them, with their supports in a file."""
-    stored = []
-    with path.open("wb") as file:
-        for sequence in sequences:
-            supports = sequence.supports
-            assert isinstance(supports, np.ndarray)
-            place = {"path": str(path), "offset": file.tell(), "shape": supports.shape, "dtype": supports.dtype.str}
-            digest = hashlib.sha256(supports.tobytes()).hexdigest()
-            stored.append(replace(sequence, supports=StoredArray(sha256=digest, **place)))
-            file.write(supports.tobytes())
-    return stored
 
 
 @dataclass(frozen=True)
@@ -154,13 +140,13 @@ def _check(model: Any, sequences: Sequence[TokenSequence], ranks: Sequence[Repla
     assert differences(ranks[0].step, step).breaches == []
 
 
-@pytest.mark.parametrize(("kind", "parallel", "in_a_file"), long_rows_after(1, MESHES), ids=str)
+@pytest.mark.parametrize(("kind", "parallel", "in_file"), long_rows_after(1, MESHES), ids=str)
 def test_scores_and_updates_are_those_of_the_kept_ids(
-    kind: str, parallel: dict[str, Any], in_a_file: bool, starts: dict[str, Start], tmp_path: Path
+    kind: str, parallel: dict[str, Any], in_file: bool, starts: dict[str, Start], tmp_path: Path
 ) -> None:
     start = starts[kind]
     sequences = with_own_supports(start.model, in_order(start.groups))
-    given = _in_a_file(sequences, tmp_path / "0.bin") if in_a_file else sequences
+    given = in_a_file(sequences, "supports", tmp_path / "0.bin") if in_file else sequences
     config = _config(parallel)
     ranks = run_mesh(_replay, config, start.hf_path, given, **parallel)
     _check(start.model, sequences, ranks, config)
@@ -214,7 +200,7 @@ def test_supports_that_do_not_fit_are_refused_by_every_rank_before_any_forward(
     good, num_tokens = sequences[place].supports, len(sequences[place].response_ids)
     assert isinstance(good, np.ndarray)
     sizes, ids = np.split(good, [num_tokens])
-    stored = _in_a_file(sequences, tmp_path / "0.bin")[place].supports
+    stored = in_a_file(sequences, "supports", tmp_path / "0.bin")[place].supports
     assert isinstance(stored, StoredArray)
     broken = {
         "1 of 12 responses have no kept ids": None,
