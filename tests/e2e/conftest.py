@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from minpro_megatron.__main__ import run_command
+
 ROOT = Path(__file__).resolve().parents[2]
 # Overrides of the demo: a run of small steps on one rank, with the engine that starts soonest.
 SMALL_RUN = (
@@ -41,14 +43,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Random weights: what is tested is that everything works together, not that anything is learnt."""
     folder = tmp_path_factory.mktemp("tiny_model")
     model = TinyModel(folder / "hf", folder / "megatron")
-    _run_tool("make_tiny_model.py", "--steps", 0, "--output", model.hf)
+    _run("tiny-model", "--steps", 0, "--output", model.hf)
     convert(model)
     return model
 
 
 def convert(model: TinyModel) -> None:
     """Makes the Megatron format of the Hugging Face one."""
-    _run_tool("convert_checkpoint.py", "to-megatron", "--hf", model.hf, "--output", model.megatron)
+    _run("convert", "to-megatron", "--hf", model.hf, "--output", model.megatron)
 
 
 def with_weights(model: TinyModel, tensors: dict[str, torch.Tensor], folder: Path) -> TinyModel:
@@ -60,9 +62,9 @@ def with_weights(model: TinyModel, tensors: dict[str, torch.Tensor], folder: Pat
     return made
 
 
-def _run_tool(name: str, *arguments: object) -> None:
-    command = [sys.executable, f"tools/{name}", *map(str, arguments)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=170, capture_output=True)
+def _run(command: str, *arguments: object) -> None:
+    """A command in this process, which has imported torch."""
+    assert run_command(command, list(map(str, arguments)), f"minpro {command}") == 0
 
 
 class Launch:

@@ -52,7 +52,7 @@ def _scores(mesh: Mesh, hf_path: str, versions: list[np.ndarray], axes: dict[str
 
 
 @pytest.mark.parametrize(
-    "axes", long_after(2, [{"tensor": 2, "expert": 2}, {"context": 2}, {"pipeline": 2}, {"tensor": 1}])
+    "axes", long_after(1, [{"tensor": 2, "expert": 2}, {"context": 2}, {"pipeline": 2}, {"tensor": 1}])
 )
 def test_each_token_is_scored_under_its_own_version(tmp_path: Path, axes: dict[str, int]) -> None:
     make_model("moe").save_pretrained(tmp_path)

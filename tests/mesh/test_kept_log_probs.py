@@ -85,7 +85,7 @@ def restricted_softmax(case: Case) -> dict[str, np.ndarray]:
     return {name: t.detach().numpy() for name, t in zip(NAMES, results, strict=True)}
 
 
-@pytest.mark.parametrize("tensor", long_after(2, [1, 4, 2]))
+@pytest.mark.parametrize("tensor", long_after(1, [4, 1, 2]))
 def test_vocabulary_shards_give_the_softmax_over_the_kept_columns(tensor: int) -> None:
     ranks = run_mesh(_kept_on_rank, CASES, tensor=tensor)
     for index, case in enumerate(CASES):
@@ -126,7 +126,7 @@ def _faults_on_rank(mesh: Mesh) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("tensor", long_after(1, [4, 1]))
 def test_a_label_that_is_not_kept_gives_nan_and_so_does_a_logit_that_is_not_finite(tensor: int) -> None:
     ranks = run_mesh(_faults_on_rank, tensor=tensor)
     only = np.arange(TOKENS) == 9

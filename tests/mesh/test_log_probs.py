@@ -122,7 +122,7 @@ def _faults_on_rank(mesh: Mesh) -> list[dict[str, np.ndarray]]:
     return found
 
 
-@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("tensor", long_after(1, [4, 1]))
 def test_what_is_not_finite_gives_nan_and_only_there(tensor: int) -> None:
     ranks = run_mesh(_faults_on_rank, tensor=tensor)
     for index, fault in enumerate(FAULTS):

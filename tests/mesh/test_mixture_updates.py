@@ -58,6 +58,12 @@ def _train(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list[TokenSeq
     return Found(norms, live.now, sorted(gathers.values()), whole_tensors(policy, architecture, mesh))
 
 
+def _train_both(mesh: Mesh, config: RunConfig, hf_path: str, sequences: list[TokenSequence]) -> tuple[Found, Found]:
+    """From the policy as it is, and from one that leaves Megatron's behaviour as it is."""
+    ours, megatrons = (_train(mesh, config, hf_path, sequences, like_megatron) for like_megatron in (False, True))
+    return ours, megatrons
+
+
 def _counted_gathers(policy: Any) -> Counter[int]:
     """Counts from now on how often each bucket's parameters are gathered."""
     gathers: Counter[int] = Counter()
@@ -76,13 +82,10 @@ def _counted_gathers(policy: Any) -> Counter[int]:
 
 @pytest.fixture(scope="module")
 def found(starts: dict[str, Start]) -> dict[str, list[Found]]:
-    """Of each rank, from the policy as it is and from one that leaves Megatron's behaviour as it is."""
+    """Of each rank, in both cases."""
     config, sequences = step_config(MESH, row_tokens=128), make_sequences(8, 30)
-    arguments = (config, starts["moe"].hf_path, sequences)
-    return {
-        "ours": run_mesh(_train, *arguments, False, **MESH),
-        "megatron's": run_mesh(_train, *arguments, True, **MESH),
-    }
+    ranks = run_mesh(_train_both, config, starts["moe"].hf_path, sequences, **MESH)
+    return {"ours": [ours for ours, _ in ranks], "megatron's": [megatrons for _, megatrons in ranks]}
 
 
 def test_no_layer_keeps_tensors_after_an_update(found: dict[str, list[Found]]) -> None:

@@ -41,7 +41,8 @@ RELEASED = {
 MESHES = [
     ("30B-A3B", {"tensor": 4, "pipeline": 2, "expert": 8, "context": 2}),
     pytest.param("30B-A3B", {"expert": 8}, marks=pytest.mark.long),
-    ("30B-A3B", {"tensor": 8, "expert": 8}),  # more tensor ranks than key and value heads
+    # more tensor ranks than key and value heads
+    pytest.param("30B-A3B", {"tensor": 8, "expert": 8}, marks=pytest.mark.long),
     pytest.param(
         "30B-A3B",
         {"tensor": 2, "pipeline": 4, "virtual_pipeline": 2, "expert": 4, "expert_tensor": 2, "data": 8},
@@ -53,7 +54,7 @@ MESHES = [
         marks=pytest.mark.long,
     ),
     ("0.6B", {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (5, 8, 8, 7)}),  # tied embeddings
-    ("8B", {"tensor": 4, "context": 2}),
+    pytest.param("8B", {"tensor": 4, "context": 2}, marks=pytest.mark.long),
     pytest.param("14B", {"tensor": 8, "pipeline": 4, "data": 2}, marks=pytest.mark.long),
     pytest.param("0.6B", {"tensor": 2, "pipeline": 2}, marks=pytest.mark.long),
     pytest.param("Qwen2.5-7B", {"tensor": 4, "pipeline": 2}, marks=pytest.mark.long),  # biases

@@ -1,5 +1,7 @@
 """submit up to the script: what it refuses, and what it would give to sbatch."""
 
+import contextlib
+import functools
 import io
 import logging
 import os
@@ -130,6 +132,19 @@ def test_ends_before_the_time_limit_do_not_count_as_failures(
     assert last_lines == [*["scontrol requeue 7"] * 6, *ends]
 
 
+JOBS = "/the/folder/of/jobs"
+
+
+@functools.cache
+def script_without_restarts() -> str:
+    """Of a job whose files are in `JOBS`."""
+    shown = io.StringIO()
+    changes = [*MINE, "--set", "restarts=0", "--set", f"job_dir={JOBS}"]
+    with contextlib.redirect_stdout(shown):
+        assert submit.main(["recipes.demo:tiny_moe", "--profile", str(H100), *changes, "--dry-run"]) == 0
+    return shown.getvalue()[shown.getvalue().index("#!/bin/bash") :]
+
+
 @pytest.mark.parametrize(
     ("stated", "status", "last_line"),
     [
@@ -140,13 +155,12 @@ def test_ends_before_the_time_limit_do_not_count_as_failures(
     ],
 )
 def test_a_status_that_srun_hides_decides_about_the_restart(
-    stated: tuple[int, ...], status: int, last_line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    stated: tuple[int, ...], status: int, last_line: str, tmp_path: Path
 ) -> None:
     """One node states its status and ends with it; srun ends the others by a signal and returns 143."""
     pytest.importorskip("nemo_run")
     (tmp_path / "jobs").mkdir()
-    _, shown, _ = submitted(capsys, "recipes.demo:tiny_moe", "--set", "restarts=0", "--set", f"job_dir={tmp_path}/jobs")
-    script = shown[shown.index("#!/bin/bash") :]
+    script = script_without_restarts().replace(JOBS, f"{tmp_path}/jobs")
     assert f"--container-mounts /lustre/mine:/lustre/mine,{tmp_path}/jobs:{tmp_path}/jobs," in script
     state = f"from minpro_megatron.launch.job_status import *; [state_exit_status(s, os.environ) for s in {stated}]"
     (tmp_path / "srun").write_text(

@@ -10,6 +10,15 @@ from minpro_megatron.launch.preflight.run_checks import run_problems
 from tests.support.run_examples import example_config, write_example_files
 
 
+def test_preflight_reports_what_megatron_does_not_know(tmp_path: Path) -> None:
+    write_example_files(tmp_path)
+    assignments = ["model.megatron.nothing=1", "model.megatron.layernorm_epsilo=1"]
+    found = run_problems(with_overrides(example_config(tmp_path), assignments))
+    assert [problem.partition(":")[0] for problem in found] == [one.partition("=")[0] for one in assignments]
+    assert "(did you mean layernorm_epsilon?)" in found[1]
+
+
+@pytest.mark.long  # SGLang's import takes seconds
 def test_preflight_reports_what_the_libraries_refuse(tmp_path: Path) -> None:
     write_example_files(tmp_path)
     assignments = [
@@ -25,7 +34,7 @@ def test_preflight_reports_what_the_libraries_refuse(tmp_path: Path) -> None:
     assert "(did you mean chunked_prefill_size?)" in found[1]
 
 
-@pytest.mark.long  # SGLang is imported by the test above too, which takes seconds
+@pytest.mark.long
 def test_preflight_reports_a_value_that_sglang_refuses(tmp_path: Path) -> None:
     write_example_files(tmp_path)
     assignments = ["server.engine=sglang", "server.arguments.stream_interval=often"]

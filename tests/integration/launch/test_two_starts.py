@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.long_cases import long_after
 from tests.support.run_examples import write_example_files
 
 # The launcher as it is, with shell scripts as roles, where flock succeeds for everyone as on a file system whose locks
@@ -23,8 +24,10 @@ socket.gethostname = lambda: host
 from functools import partial
 from minpro_megatron.launch import launcher, run_folder
 from minpro_megatron.launch.supervisor import RoleCommand
+from minpro_megatron.run_folder import start_fence
 from minpro_megatron.__main__ import main
 
+start_fence.LOOK_EVERY_S, run_folder.TAKE_OVER_S = 0.05, 1.5
 launcher.Supervisor = partial(launcher.Supervisor, poll_s=0.03, failures_together_s=0.03)
 def stand_ins(config, config_file, incarnation, save_by):
     environment = {**os.environ, "RUN": str(config.run_dir)}
@@ -80,7 +83,7 @@ def test_the_older_of_two_starts_ends_with_one_line_and_writes_nothing_more(fold
     run_dir = folder / "runs" / "other"
     older = launch(folder, "exec sleep 60")
     until((run_dir / "logs" / "train.log").exists)
-    newer = launch(folder, "sleep 2.5", "exit 0")
+    newer = launch(folder, "exec sleep 60")
     status, lines = result(older)
     assert lines == [
         f"error: name = other: start 2 of the run (on one) has taken over {run_dir} from this one (start 1), which "
@@ -89,7 +92,7 @@ def test_the_older_of_two_starts_ends_with_one_line_and_writes_nothing_more(fold
     assert status == 2  # a job is not started again for it: the two would take turns
     assert not (run_dir / "report.html").exists()
     assert newer.poll() is None
-    (run_dir / "report.html").touch()
+    newer.terminate()
     result(newer)
     assert json.loads((run_dir / "starts" / "1" / "owner.json").read_text())["host"] == "one"
 
@@ -106,7 +109,7 @@ def test_a_newer_start_on_another_machine_waits_until_the_older_one_has_seen_it(
     assert float((run_dir / "older").read_text()) < float((run_dir / "newer").read_text())
 
 
-@pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
+@pytest.mark.parametrize("how", long_after(2, ["removed", "replaced", "renamed"]))
 def test_a_run_whose_folder_goes_ends_with_that_reason_and_makes_no_half_folder(folder: Path, how: str) -> None:
     run_dir = folder / "runs" / "other"
     process = launch(folder, "exec sleep 60")
@@ -128,7 +131,7 @@ def test_a_run_whose_folder_goes_ends_with_that_reason_and_makes_no_half_folder(
 
 def test_a_refused_start_does_not_end_the_one_that_runs(folder: Path) -> None:
     run_dir = folder / "runs" / "other"
-    process = launch(folder, "sleep 2.5", "exit 0")
+    process = launch(folder, "sleep 1", "exit 0")
     until((run_dir / "logs" / "train.log").exists)
     os.makedirs(run_dir / "starts" / "1")  # as node 0 makes it before it looks at anything else
     status, lines = result(process)

@@ -162,7 +162,10 @@ def test_a_batch_is_sampled_by_the_version_of_its_delay(
 
 
 def test_objectives_and_delays_share_prompts_and_noise() -> None:
-    results = [run(replace(KEY, objective=name, delay=delay)) for name in ("minpro", "gspo") for delay in (0, 1)]
+    two_steps = replace(SMALL, num_global_steps=2)
+    results = [
+        run(replace(KEY, objective=name, delay=delay), two_steps) for name in ("minpro", "gspo") for delay in (0, 1)
+    ]
     assert len({result.steps[0]["reward"] for result in results}) == 1
     assert len({result.heldout[0] for result in results}) == 1
     assert len({result.heldout[-1] for result in results} | {result.steps[-1]["entropy"] for result in results}) > 1
