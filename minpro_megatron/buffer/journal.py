@@ -47,6 +47,11 @@ from minpro_megatron.records import (
 log = logging.getLogger(__name__)
 
 MAX_DAMAGE_LINES = 20
+# Those of a step that a restart has undone are replaced.
+_INSERT_SCORES = (
+    "INSERT OR REPLACE INTO {table} (log_probs, checksum, group_id, place)"
+    " SELECT ?, ?, group_id, place FROM responses WHERE group_id = ? AND place = ?"
+)
 
 
 class Journal:
@@ -162,10 +167,8 @@ class Journal:
 
         def write(connection: sqlite3.Connection) -> None:
             rows = list(log_prob_rows("behavior", scored))
-            update = (
-                "UPDATE responses SET behavior_log_probs = ?, behavior_checksum = ? WHERE group_id = ? AND place = ?"
-            )
-            _expect_rows(connection.executemany(update, rows), len(rows), f"batch {index} lacks responses")
+            insert = _INSERT_SCORES.format(table="behavior_scores")
+            _expect_rows(connection.executemany(insert, rows), len(rows), f"batch {index} lacks responses")
             ids = [(group.issued.group_id,) for group, _ in scored]
             changed = connection.executemany(
                 "UPDATE groups SET state = 'scored' WHERE group_id = ? AND state = 'collected'", ids
@@ -186,22 +189,22 @@ class Journal:
         groups `surplus` were sampled for this batch and are not used. `log_probs` are the policy's log-probs at that
         step, or empty."""
         step = batch.index
+        is_trained = 1 if log_probs else None
         rows = [
-            (step, step, value, group.issued.group_id) for group, value in zip(batch.groups, staleness, strict=True)
+            (step, step, value, is_trained, group.issued.group_id)
+            for group, value in zip(batch.groups, staleness, strict=True)
         ]
 
         def write(connection: sqlite3.Connection) -> None:
             changed = connection.executemany(
-                "UPDATE groups SET state = 'consumed', consumed_step = ?, batch_index = ?, staleness = ?"
-                " WHERE group_id = ? AND state = 'scored'",
+                "UPDATE groups SET state = 'consumed', consumed_step = ?, batch_index = ?, staleness = ?,"
+                " trained = coalesce(?, trained) WHERE group_id = ? AND state = 'scored'",
                 rows,
             )
             _expect_rows(changed, len(rows), f"batch {step} is not scored, or consumed already")
             trained = zip(batch.groups, log_probs or [[]] * len(batch.groups), strict=True)
-            connection.executemany(
-                "UPDATE responses SET trained_log_probs = ?, trained_checksum = ? WHERE group_id = ? AND place = ?",
-                list(log_prob_rows("trained", trained)),
-            )
+            insert = _INSERT_SCORES.format(table="trained_scores")
+            connection.executemany(insert, list(log_prob_rows("trained", trained)))
             dropped = [(group_id,) for group_id in surplus]
             connection.executemany("UPDATE groups SET state = 'dropped' WHERE group_id = ?", dropped)
             seal_group_ids(connection, (row[-1] for row in [*rows, *dropped]))

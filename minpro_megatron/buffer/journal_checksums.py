@@ -6,7 +6,8 @@ covers the row's key as well as its values, so values in the wrong row are detec
     groups.checksum               the whole row; written again with each change of the row
     responses.checksum            the response without its arrays, with its turns; stays after the arrays are pruned
     responses.arrays_checksum     token ids, rollout log-probs, versions and loss mask
-    responses.behavior_checksum   behavior log-probs; trained_checksum, routes_checksum and supports_checksum likewise
+    behavior_scores.checksum      behavior log-probs; trained_scores.checksum likewise
+    responses.routes_checksum     the location of the routes; supports_checksum likewise
     beginnings.checksum           the whole row
 
 The tables `versions` and `evaluations` have none, because training does not read them. Checksums take a tenth of the
@@ -22,13 +23,14 @@ import numpy as np
 
 _GROUP = (
     "group_id", "issued_version", "batch_index", "prompt_id", "source", "prompt_token_ids", "state", "oldest_version",
-    "newest_version", "consumed_step", "staleness", "group_size",
+    "newest_version", "consumed_step", "staleness", "group_size", "trained",
 )  # fmt: skip
 GROUP_COLUMNS = ", ".join(_GROUP)
 
 
 class ResponseRow(NamedTuple):
-    """A row of `responses`, as SQLite returns it."""
+    """A row of `responses` with its scores, as SQLite returns it. Journals of formats below 8 have the scores and their
+    checksums in columns of `responses`, which are NULL for responses that were scored since."""
 
     group_id: int
     place: int
@@ -54,6 +56,18 @@ class ResponseRow(NamedTuple):
 
 
 RESPONSE_COLUMNS = ", ".join(ResponseRow._fields)
+_OF_SCORES = {
+    "behavior_log_probs": "coalesce(behavior.log_probs, behavior_log_probs)",
+    "trained_log_probs": "coalesce(trained.log_probs, trained_log_probs)",
+    "behavior_checksum": "coalesce(behavior.checksum, behavior_checksum)",
+    "trained_checksum": "coalesce(trained.checksum, trained_checksum)",
+}
+_RESPONSES = f"""
+SELECT {", ".join(_OF_SCORES.get(name, f"responses.{name}") for name in ResponseRow._fields)} FROM responses
+    LEFT JOIN behavior_scores AS behavior USING (group_id, place)
+    LEFT JOIN trained_scores AS trained USING (group_id, place)
+WHERE responses.group_id = ? ORDER BY responses.place
+"""
 
 
 class Damage(NamedTuple):
@@ -79,6 +93,11 @@ def checksum(*values: int | float | str | bytes | None) -> int:
             plain = value + 0.0 if isinstance(value, float) else value
             crc = zlib.crc32(f"{plain!r};".encode(), crc)
     return crc
+
+
+def group_checksum(values: Sequence) -> int:
+    """groups.checksum, of the values of GROUP_COLUMNS. Without `trained` it is that of journals of formats below 8."""
+    return checksum(*(values if values[-1] is not None else values[:-1]))
 
 
 def response_checksum(
@@ -112,7 +131,7 @@ def seal_groups(connection: sqlite3.Connection, condition: str = "1", values: It
     transaction that changes groups."""
     query = f"SELECT {GROUP_COLUMNS} FROM groups WHERE {condition}"
     rows = [row for one in values for row in connection.execute(query, one)]
-    sealed = [(checksum(*row), row[0]) for row in rows]
+    sealed = [(group_checksum(row), row[0]) for row in rows]
     connection.executemany("UPDATE groups SET checksum = ? WHERE group_id = ?", sealed)
 
 
@@ -132,26 +151,49 @@ def group_damage(row: tuple) -> Damage | None:
     """The damage if the values of GROUP_COLUMNS differ from the checksum after them, else None. Pass the same row that
     is used: a damaged page may hold a group twice, and another query may find the other row."""
     *values, recorded = row
-    if checksum(*values) == recorded:
+    if group_checksum(values) == recorded:
         return None
     return Damage(row[0], None, "its prompt, state, versions or global step differ from their checksum")
 
 
+def response_rows(connection: sqlite3.Connection, group_id: int) -> list[ResponseRow]:
+    """The responses of a group, in order."""
+    return [ResponseRow(*row) for row in connection.execute(_RESPONSES, (group_id,))]
+
+
 def responses_of(
-    connection: sqlite3.Connection, group_id: int, size: int | None, *, with_trained: bool = True
+    connection: sqlite3.Connection,
+    group_id: int,
+    size: int | None,
+    state: str,
+    trained: int | None,
+    *,
+    with_trained: bool,
 ) -> tuple[list[ResponseRow], Damage | None]:
-    """The responses of a group of `size` responses, in order, and the first damage found in them. `with_trained` also
-    checks their log-probs at the update."""
-    query = f"SELECT {RESPONSE_COLUMNS} FROM responses WHERE group_id = ? ORDER BY place"
-    rows = [ResponseRow(*row) for row in connection.execute(query, (group_id,))]
+    """The responses of a group of `size` responses, in order, and the first damage found in them. `state` and `trained`
+    are those of the group's row. `with_trained` also checks their log-probs at the update."""
+    rows = response_rows(connection, group_id)
     expected = list(range(size or 0))
     if [row.place for row in rows] != expected:
         found = ", ".join(str(row.place) for row in rows) or "none"
         return rows, Damage(group_id, None, f"it should have responses 0 to {len(expected) - 1}, but has {found}")
     for row in rows:
-        if what := _damage(row if with_trained else row._replace(trained_log_probs=None, trained_checksum=None)):
+        what = _damage(row if with_trained else row._replace(trained_log_probs=None, trained_checksum=None))
+        what = what or _lack(row, state in ("scored", "consumed"), with_trained and bool(trained))
+        if what:
             return rows, Damage(group_id, row.place, what)
     return rows, None
+
+
+def _lack(row: ResponseRow, is_scored: bool, is_trained: bool) -> str:
+    """The scores that the response should have, unless it is pruned; "" if none are missing."""
+    if row.token_ids is None:
+        return ""
+    if is_scored and row.behavior_log_probs is None:
+        return "the responses of its group are scored, but it has no behavior log-probs"
+    if is_trained and row.trained_log_probs is None:
+        return "the responses of its group are trained on, but it has no log-probs of the update"
+    return ""
 
 
 def _damage(row: ResponseRow) -> str:

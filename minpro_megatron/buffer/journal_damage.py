@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from minpro_megatron.buffer.journal_checksums import Damage, checksum, damaged_group_rows, responses_of
 from minpro_megatron.buffer.journal_errors import JournalError
+from minpro_megatron.buffer.journal_file import SCORES
 
 _NEEDED = (
     "the run needs it and cannot sample it again: restore a copy of the journal that belongs to the checkpoint, resume "
@@ -95,9 +96,7 @@ def _damaged_responses(connection: sqlite3.Connection) -> Iterator[tuple[Damage,
         " AND state IN ('collected', 'scored') ORDER BY group_id"
     ).fetchall()
     for group_id, issued_version, state, size in ready:
-        rows, damage = responses_of(connection, group_id, size, with_trained=False)
-        if damage is None and state == "scored" and any(row.behavior_log_probs is None for row in rows):
-            damage = Damage(group_id, None, "it is scored, but has no behavior log-probs")
+        _, damage = responses_of(connection, group_id, size, state, None, with_trained=False)
         if damage is not None:
             yield damage, issued_version
 
@@ -105,9 +104,10 @@ def _damaged_responses(connection: sqlite3.Connection) -> Iterator[tuple[Damage,
 def discard_responses(connection: sqlite3.Connection, group_ids: Iterable[int]) -> None:
     """Deletes the groups' responses, so that the groups are sampled again."""
     values = [(group_id,) for group_id in group_ids]
-    connection.executemany("DELETE FROM responses WHERE group_id = ?", values)
+    for table in ("responses", *SCORES):
+        connection.executemany(f"DELETE FROM {table} WHERE group_id = ?", values)
     connection.executemany(
-        "UPDATE groups SET state = 'issued', oldest_version = NULL, newest_version = NULL, group_size = NULL"
-        " WHERE group_id = ?",
+        "UPDATE groups SET state = 'issued', oldest_version = NULL, newest_version = NULL, group_size = NULL,"
+        " trained = NULL WHERE group_id = ?",
         values,
     )

@@ -17,11 +17,12 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 FILE_NAME = "journal.sqlite"
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 _OF_EPISODES = ("loss_mask BLOB", "turns TEXT")
 _OF_SUPPORTS = ("supports TEXT", "supports_checksum INTEGER")
-# The formats that can be upgraded in place, each with the columns of `responses` that it lacks.
-MISSING_COLUMNS = {5: (*_OF_EPISODES, *_OF_SUPPORTS), 6: _OF_SUPPORTS}
+# The formats that can be upgraded in place, each with the columns of `responses` that it lacks. All of them lack the
+# tables of scores and `groups.trained`: their scores are in `responses`, and stay there.
+MISSING_COLUMNS = {5: (*_OF_EPISODES, *_OF_SUPPORTS), 6: _OF_SUPPORTS, 7: ()}
 # Arrays of long responses have about 100 KB. With SQLite's default of 4 KiB per page, writing them takes 1.5 times as
 # long (benchmarks/collector_load.md).
 PAGE_BYTES = 16384
@@ -34,6 +35,23 @@ GROUP_STATES = ("issued", "collected", "scored", "consumed", "dropped")
 # the arrays are (route_files.py). `turns` is JSON, NULL for a response to one request. The
 # arrays of a pruned response and their checksums (journal_checksums.py) are NULL. The reward of a response that was not
 # graded is NULL too; its group is dropped.
+#
+# Log-probs that the trainer sends have tables of their own, because a change of a row of `responses` would write all of
+# its arrays again (benchmarks/collector_load.md). `groups.trained` is 1 once those of the update are recorded: without
+# it, lost rows could not be told from an update that sent none.
+SCORES = ("behavior_scores", "trained_scores")
+_TABLES_OF_SCORES = "".join(
+    f"""
+CREATE TABLE {table} (
+    group_id INTEGER NOT NULL REFERENCES groups (group_id) ON DELETE CASCADE,
+    place INTEGER NOT NULL,
+    log_probs BLOB NOT NULL,
+    checksum INTEGER NOT NULL,
+    PRIMARY KEY (group_id, place)
+) STRICT, WITHOUT ROWID;
+"""
+    for table in SCORES
+)
 _SCHEMA = f"""
 CREATE TABLE groups (
     group_id INTEGER PRIMARY KEY,
@@ -48,6 +66,7 @@ CREATE TABLE groups (
     consumed_step INTEGER,
     staleness INTEGER,
     group_size INTEGER,
+    trained INTEGER,
     checksum INTEGER
 ) STRICT;
 CREATE INDEX groups_by_step ON groups (consumed_step);
@@ -95,6 +114,7 @@ CREATE TABLE beginnings (
     version INTEGER NOT NULL,
     checksum INTEGER NOT NULL
 ) STRICT;
+{_TABLES_OF_SCORES}
 """
 
 
@@ -196,8 +216,9 @@ def _make_ready(connection: sqlite3.Connection, path: Path) -> None:
     if found == 0:
         connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     elif found in MISSING_COLUMNS:
-        added = "; ".join(f"ALTER TABLE responses ADD COLUMN {column}" for column in MISSING_COLUMNS[found])
-        connection.executescript(f"BEGIN IMMEDIATE; {added}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        added = "".join(f"ALTER TABLE responses ADD COLUMN {column};" for column in MISSING_COLUMNS[found])
+        added += f"ALTER TABLE groups ADD COLUMN trained INTEGER; {_TABLES_OF_SCORES}"
+        connection.executescript(f"BEGIN IMMEDIATE; {added} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     elif found != SCHEMA_VERSION:
         raise JournalError(
             f"{path}: cannot be opened (it has format {found}, this version reads {SCHEMA_VERSION}; continue with the "

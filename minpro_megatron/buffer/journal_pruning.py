@@ -4,6 +4,8 @@ import sqlite3
 from enum import Enum
 from typing import NamedTuple
 
+from minpro_megatron.buffer.journal_file import SCORES
+
 # A piece takes tens of milliseconds of the journal's thread: four groups of 16 responses of 5,000 tokens, or 1000
 # groups that are scanned, or 4 MiB of pages.
 GROUPS_PER_PIECE = 4
@@ -19,7 +21,7 @@ _FORGET = "UPDATE responses SET {changes} WHERE group_id = ?"
 
 
 class Pruned(Enum):
-    """The columns of a response that are set to NULL."""
+    """The columns of a response that are set to NULL. With EVERYTHING its scores are deleted too."""
 
     EVERYTHING = (
         "token_ids",
@@ -55,15 +57,18 @@ def prune_groups(connection: sqlite3.Connection, what: Pruned, before_step: int,
     """Removes the columns `what` of the first few groups with an id above `after` that are old enough. Runs inside the
     caller's transaction."""
     group_ids, looked_at = [], None
-    values = {"before_step": before_step, "after": after, "limit": GROUPS_SCANNED_PER_PIECE}
-    for group_id, is_due in connection.execute(_LOOK.format(present=what.present), values):
+    limits = {"before_step": before_step, "after": after, "limit": GROUPS_SCANNED_PER_PIECE}
+    for group_id, is_due in connection.execute(_LOOK.format(present=what.present), limits):
         looked_at = group_id
         if is_due:
             group_ids.append(group_id)
         if len(group_ids) == GROUPS_PER_PIECE:
             break
     changes = ", ".join(f"{column} = NULL" for column in what.value)
-    connection.executemany(_FORGET.format(changes=changes), [(group_id,) for group_id in group_ids])
+    values = [(group_id,) for group_id in group_ids]
+    connection.executemany(_FORGET.format(changes=changes), values)
+    for table in SCORES if what is Pruned.EVERYTHING else ():
+        connection.executemany(f"DELETE FROM {table} WHERE group_id = ?", values)
     return PrunedPiece(group_ids, looked_at)
 
 

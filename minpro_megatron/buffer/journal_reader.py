@@ -12,7 +12,7 @@ import numpy as np
 
 from minpro_megatron.buffer.journal_checksums import GROUP_COLUMNS, Damage, group_damage, responses_of
 from minpro_megatron.buffer.journal_errors import JournalError
-from minpro_megatron.buffer.journal_file import FILE_NAME, MISSING_COLUMNS, SCHEMA_VERSION, has_locks
+from minpro_megatron.buffer.journal_file import FILE_NAME, MISSING_COLUMNS, SCHEMA_VERSION, SCORES, has_locks
 from minpro_megatron.buffer.journal_rows import loss_mask_of, turns_of
 from minpro_megatron.buffer.route_files import RouteFiles
 from minpro_megatron.errors import UserError
@@ -129,8 +129,9 @@ SELECT consumed_step, count(*), min(num_responses), max(num_responses), max(leng
 FROM groups JOIN (
     SELECT group_id, count(*) AS num_responses, max(num_tokens) AS longest, count(routes) AS num_routes,
         count(supports) AS num_supports,
-        sum(token_ids IS NOT NULL AND behavior_log_probs IS NOT NULL) AS num_whole
-    FROM responses GROUP BY group_id
+        sum(token_ids IS NOT NULL AND (behavior_log_probs IS NOT NULL OR behavior_scores.checksum IS NOT NULL))
+            AS num_whole
+    FROM responses LEFT JOIN behavior_scores USING (group_id, place) GROUP BY group_id
 ) USING (group_id) WHERE state = 'consumed' GROUP BY consumed_step ORDER BY consumed_step
 """
 
@@ -206,8 +207,12 @@ class JournalReader:
     def _add_columns(self, columns: Sequence[str]) -> None:
         """Makes a journal of an earlier format look like a current one. A view of this connection hides the table, so
         the file does not change."""
-        missing = ", ".join(f"NULL AS {column.split()[0]}" for column in columns)
-        self._connection.execute(f"CREATE TEMP VIEW responses AS SELECT *, {missing} FROM main.responses")
+        missing = "".join(f", NULL AS {column.split()[0]}" for column in columns)
+        self._connection.execute(f"CREATE TEMP VIEW responses AS SELECT *{missing} FROM main.responses")
+        self._connection.execute("CREATE TEMP VIEW groups AS SELECT *, NULL AS trained FROM main.groups")
+        for table in SCORES:
+            empty = "SELECT NULL AS group_id, NULL AS place, NULL AS log_probs, NULL AS checksum WHERE 0"
+            self._connection.execute(f"CREATE TEMP VIEW {table} AS {empty}")
 
     def _file_state(self) -> tuple[int, int, bytes]:
         status = self.path.stat()
@@ -244,12 +249,13 @@ class JournalReader:
             with self._reading():
                 if damage := group_damage(row):
                     raise self._damaged(damage)
-                *recorded, size, _ = row
+                *recorded, size, trained, _ = row
                 fields: dict[str, Any] = dict(
                     zip(StoredGroup._fields[:-1], recorded, strict=True)
                 )  # the columns' order
                 fields["prompt_token_ids"] = _array(fields["prompt_token_ids"], "<i4")
-                group = StoredGroup(**fields, responses=self._responses(fields["group_id"], size))
+                responses = self._responses(fields["group_id"], size, fields["state"], trained)
+                group = StoredGroup(**fields, responses=responses)
             yield group
 
     def steps(self) -> dict[int, StoredStep]:
@@ -276,8 +282,8 @@ class JournalReader:
         with self._reading():
             return RouteFiles(self.path.parent).verified(group_id, response.supports, "kept ids")
 
-    def _responses(self, group_id: int, size: int | None) -> list[StoredResponse]:
-        rows, damage = responses_of(self._connection, group_id, size)
+    def _responses(self, group_id: int, size: int | None, state: str, trained: int | None) -> list[StoredResponse]:
+        rows, damage = responses_of(self._connection, group_id, size, state, trained, with_trained=True)
         if damage is not None:
             raise self._damaged(damage)
         found = []

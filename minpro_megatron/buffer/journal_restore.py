@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minpro_megatron.buffer.journal_checksums import seal_groups
+from minpro_megatron.buffer.journal_checksums import response_rows, seal_groups
 from minpro_megatron.buffer.journal_damage import discard_damaged_responses, discard_responses, refuse_needed_rows
 from minpro_megatron.buffer.journal_errors import REPLACE, JournalError
 from minpro_megatron.buffer.journal_rows import loss_mask_of, turns_of
@@ -105,9 +105,10 @@ def _check(connection: sqlite3.Connection, version: int, num_prompts: int, delay
             f"global step {step} has consumed {num_prompts} groups, but the journal has {counts.get(step, 0)}: it is "
             f"damaged; {REPLACE}"
         )
-    last, found = connection.execute("SELECT coalesce(max(group_id), -1), count(*) FROM groups").fetchone()
-    if found != last + 1:
-        raise JournalError(f"it has {found} of the groups 0 to {last}: it is damaged; {REPLACE}")
+    found = {group_id for (group_id,) in connection.execute("SELECT group_id FROM groups")}  # a page may hold one twice
+    last = max(found, default=-1)
+    if len(found) != last + 1:
+        raise JournalError(f"it has {len(found)} of the groups 0 to {last}: it is damaged; {REPLACE}")
     lost = connection.execute(
         "SELECT count(*) FROM groups WHERE state = 'issued' AND issued_version < ?", (version,)
     ).fetchone()[0]
@@ -141,37 +142,26 @@ def restore_groups(connection: sqlite3.Connection, routes: RouteFiles) -> tuple[
 
 
 def _responses(connection: sqlite3.Connection, group_id: int, routes: RouteFiles) -> list[Response]:
-    rows = connection.execute(
-        "SELECT token_ids, rollout_log_probs, policy_versions, finish_reason, reward, behavior_log_probs, routes,"
-        " loss_mask, turns, supports"
-        " FROM responses WHERE group_id = ? ORDER BY place",
-        (group_id,),
-    ).fetchall()
     responses = []
-    for (
-        tokens,
-        rollout_log_probs,
-        spans,
-        finish_reason,
-        reward,
-        behavior_log_probs,
-        place_of_routes,
-        mask,
-        turns,
-        place_of_supports,
-    ) in rows:
-        versions, lengths = np.frombuffer(spans, dtype="<i4").reshape(-1, 2).T
+    for row in response_rows(connection, group_id):
+        versions, lengths = np.frombuffer(_kept(row.policy_versions), dtype="<i4").reshape(-1, 2).T
+        behavior = row.behavior_log_probs
         response = Response(
-            token_ids=np.frombuffer(tokens, dtype="<i4"),
-            rollout_log_probs=np.frombuffer(rollout_log_probs, dtype="<f4"),
+            token_ids=np.frombuffer(_kept(row.token_ids), dtype="<i4"),
+            rollout_log_probs=np.frombuffer(_kept(row.rollout_log_probs), dtype="<f4"),
             policy_versions=np.repeat(versions, lengths),
-            finish_reason=finish_reason,
-            reward=NOT_GRADED if reward is None else reward,
-            loss_mask=loss_mask_of(mask),
-            turns=turns_of(turns),
-            behavior_log_probs=None if behavior_log_probs is None else np.frombuffer(behavior_log_probs, dtype="<f4"),
-            stored_routes=routes.verified(group_id, place_of_routes),
-            stored_supports=routes.verified(group_id, place_of_supports, "kept ids"),
+            finish_reason=row.finish_reason,
+            reward=NOT_GRADED if row.reward is None else row.reward,
+            loss_mask=loss_mask_of(row.loss_mask),
+            turns=turns_of(row.turns),
+            behavior_log_probs=None if behavior is None else np.frombuffer(behavior, dtype="<f4"),
+            stored_routes=routes.verified(group_id, row.routes),
+            stored_supports=routes.verified(group_id, row.supports, "kept ids"),
         )
         responses.append(response)
     return responses
+
+
+def _kept(data: bytes | None) -> bytes:
+    assert data is not None, "a group that was pruned is sampled again"
+    return data

@@ -205,10 +205,12 @@ class Results:
             }
             columns = (
                 "group_id, sampling_seed, token_ids, rollout_log_probs, policy_versions, finish_reason, reward,"
-                " behavior_log_probs, trained_log_probs, loss_mask"
+                " behavior_scores.log_probs, trained_scores.log_probs, loss_mask"
             )
+            scored = "responses LEFT JOIN behavior_scores USING (group_id, place)"
+            scored += " LEFT JOIN trained_scores USING (group_id, place)"
             responses: dict[int, list[tuple]] = {}
-            for row in journal.execute(f"SELECT {columns} FROM responses ORDER BY group_id, place"):
+            for row in journal.execute(f"SELECT {columns} FROM {scored} ORDER BY group_id, place"):
                 responses.setdefault(row[0], []).append(row[1:])
             states = dict(journal.execute("SELECT state, count(*) FROM groups GROUP BY state").fetchall())
             names = "policy_version, pass_at_1, standard_error, num_prompts, samples_per_prompt, mean_response_tokens"

@@ -16,7 +16,7 @@ import pytest
 from minpro_megatron.buffer import journal_file
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_errors import JournalError
-from minpro_megatron.buffer.journal_file import FILE_NAME
+from minpro_megatron.buffer.journal_file import FILE_NAME, SCORES
 from minpro_megatron.buffer.journal_rows import version_spans
 from minpro_megatron.records import Batch, EvaluationResult
 from tests.support.journals import collect, in_journal, nothing
@@ -76,8 +76,9 @@ def test_a_batch_goes_through_its_states(tmp_path: Path) -> None:
     assert states(tmp_path) == [("consumed", 1, 1)] * NUM_PROMPTS
     stored = rows(
         tmp_path,
-        "SELECT token_ids, rollout_log_probs, policy_versions, behavior_log_probs, trained_log_probs, sampling_seed,"
-        " reward, num_tokens FROM responses ORDER BY group_id, place",
+        "SELECT token_ids, rollout_log_probs, policy_versions, behavior.log_probs, trained.log_probs, sampling_seed,"
+        " reward, num_tokens FROM responses JOIN behavior_scores AS behavior USING (group_id, place)"
+        " JOIN trained_scores AS trained USING (group_id, place) ORDER BY group_id, place",
     )
     given = [response for group in made.groups for response in group.responses]
     scores = [log_probs for of_group in scores_of(made).log_probs for log_probs in of_group]
@@ -184,7 +185,7 @@ def test_a_journal_goes_on_where_it_was_closed(tmp_path: Path) -> None:
         (lambda path: path.mkdir(), "cannot be opened .*unable to open"),
         (
             lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 1").connection.close(),
-            "cannot be opened .*format 1, this version reads 7; continue with the version that started",
+            "cannot be opened .*format 1, this version reads 8; continue with the version that started",
         ),
     ],
 )
@@ -211,7 +212,7 @@ def test_pruning_keeps_what_groups_were_and_gives_their_space_back(tmp_path: Pat
             made = Batch(index=index, groups=[collected(group, long) for group in issued_groups([index], index)])
             await collect(journal, made.groups)
             await journal.score(index, with_log_probs(made.groups))
-            await journal.consume(made, [0])
+            await journal.consume(made, [0], (), log_probs_of(made.groups))
         await journal.issue(issued_groups([3]))
         await journal.collect(collected(issued_groups([3])[0], long), accepted=False)
         await journal.flush()
@@ -227,8 +228,10 @@ def test_pruning_keeps_what_groups_were_and_gives_their_space_back(tmp_path: Pat
     kept = rows(tmp_path, "SELECT group_id FROM responses WHERE token_ids IS NOT NULL")
     assert kept == [(2,)] * RESPONSES  # of step 2; the dropped group is as old as steps 0 and 1
     assert rows(tmp_path, "SELECT DISTINCT num_tokens, reward IS NULL FROM responses") == [(len(long), 0)]
-    arrays = "rollout_log_probs, policy_versions, behavior_log_probs, trained_log_probs, routes"
-    assert set(rows(tmp_path, f"SELECT {arrays} FROM responses WHERE group_id IN (0, 1, 3)")) == {(None,) * 5}
+    arrays = "rollout_log_probs, policy_versions, routes"
+    assert set(rows(tmp_path, f"SELECT {arrays} FROM responses WHERE group_id IN (0, 1, 3)")) == {(None,) * 3}
+    for table in SCORES:
+        assert rows(tmp_path, f"SELECT group_id FROM {table}") == [(2,)] * RESPONSES
 
 
 def test_others_do_not_wait_until_a_pruning_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,8 +307,8 @@ def test_a_journal_that_cannot_grow_costs_nothing_that_was_recorded(tmp_path: Pa
 
 # Everything that a transaction can change.
 STATE = (
-    "SELECT group_id, state, consumed_step, count(token_ids), count(behavior_log_probs)"
-    " FROM groups LEFT JOIN responses USING (group_id) GROUP BY group_id"
+    "SELECT group_id, state, consumed_step, count(token_ids), count(log_probs) FROM groups"
+    " LEFT JOIN responses USING (group_id) LEFT JOIN behavior_scores USING (group_id, place) GROUP BY group_id"
 )
 
 

@@ -16,11 +16,12 @@ import pytest
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_checksums import checksum, seal_groups
 from minpro_megatron.buffer.journal_errors import JournalError
-from minpro_megatron.buffer.journal_file import _SCHEMA, FILE_NAME
+from minpro_megatron.buffer.journal_file import _SCHEMA, FILE_NAME, PAGE_BYTES, SCORES
 from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup
 from minpro_megatron.buffer.journal_restore import RestoredGroup
 from minpro_megatron.buffer.staleness import Beginning
 from minpro_megatron.records import Batch, CollectedGroup, IssuedGroup, Response
+from tests.support.earlier_journals import make_earlier_format
 from tests.support.episodes import as_episode
 from tests.support.journal_feeds import NUM_STEPS, make_feed
 from tests.support.rollout_fakes import NUM_PROMPTS, collected, issued_groups
@@ -28,7 +29,8 @@ from tests.support.stored_runs import behavior, trained, write_run
 
 NUM_FLIPS = 60
 GROUP = 4  # of batch 1, which step 1 has consumed
-WHERE = {"groups": f"group_id = {GROUP}", "responses": f"group_id = {GROUP} AND place = 1"}
+OF_RESPONSE = f"group_id = {GROUP} AND place = 1"
+WHERE = {"groups": f"group_id = {GROUP}"} | dict.fromkeys(["responses", *SCORES], OF_RESPONSE)
 
 
 def columns(*tables: str) -> list[tuple[str, str]]:
@@ -38,9 +40,11 @@ def columns(*tables: str) -> list[tuple[str, str]]:
 
 
 KEYS = "group_id", "place"
-COLUMNS = columns("groups", "responses")
+# Scores of formats below 8 are in columns of `responses`.
+OF_EARLIER_FORMATS = {f"{part}_{what}" for part in ("behavior", "trained") for what in ("log_probs", "checksum")}
+COLUMNS = [one for one in columns("groups", "responses", *SCORES) if one[1] not in OF_EARLIER_FORMATS]
 # What a step that is undone has made of a response: the next one makes it again.
-MADE_AGAIN = [("responses", "trained_log_probs"), ("responses", "trained_checksum")]
+MADE_AGAIN = [one for one in COLUMNS if one[0] == "trained_scores"]
 
 
 def changed(value: Any) -> Any:
@@ -241,6 +245,19 @@ def test_groups_of_later_versions_are_forgotten_whatever_they_hold(tmp_path: Pat
     assert ([group.group_id for group in groups], next_group) == ([0], 1)
 
 
+def test_a_page_that_holds_a_group_twice_in_place_of_another_is_refused(run_dir: Path) -> None:
+    """The number of rows is right, and the checksum of each."""
+    file = run_dir / FILE_NAME
+    with closing(sqlite3.connect(file)) as connection:
+        (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'groups'").fetchone()
+    content = bytearray(file.read_bytes())
+    first = (root - 1) * PAGE_BYTES + 8  # after the header of a leaf: a pointer of two bytes to each row
+    content[first + 2 * 7 : first + 2 * 8] = content[first + 2 * 8 : first + 2 * 9]
+    file.write_bytes(content)
+    with pytest.raises(JournalError, match=r"it has 8 of the groups 0 to 8: it is damaged"):
+        restore(run_dir, 1, delay_mode=False)
+
+
 def test_a_changed_beginning_is_refused(run_dir: Path) -> None:
     async def main(delay_mode: bool) -> list[Beginning]:
         journal = await Journal.open(run_dir)
@@ -278,7 +295,8 @@ def test_a_changed_beginning_is_refused(run_dir: Path) -> None:
 def test_values_that_were_recorded_wrong_are_noticed_as_well(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, change: str, told: str
 ) -> None:
-    """Their checksums agree: they were recorded so."""
+    """Their checksums agree: they were recorded so. In the format that has all of them in one table."""
+    make_earlier_format(run_dir / FILE_NAME, 7)
     monkeypatch.setattr("minpro_megatron.buffer.journal_checksums.part_checksum", lambda *_: None)
     with closing(sqlite3.connect(run_dir / FILE_NAME)) as connection, connection:
         parts = ("arrays", "behavior", "trained", "routes", "supports")

@@ -16,7 +16,7 @@ from minpro_megatron.batching.sequences import behavior_record, sampled_tokens, 
 from minpro_megatron.buffer.journal import Journal
 from minpro_megatron.buffer.journal_errors import JournalError
 from minpro_megatron.buffer.journal_file import FILE_NAME, MISSING_COLUMNS, SCHEMA_VERSION
-from minpro_megatron.buffer.journal_reader import JournalReader
+from minpro_megatron.buffer.journal_reader import JournalReader, StoredGroup
 from minpro_megatron.buffer.scores import WrongScores, check_scores, check_trained
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.errors import RunFailed
@@ -26,10 +26,11 @@ from minpro_megatron.replay.rollouts import read_rollouts
 from minpro_megatron.replay.stored_groups import export_rows
 from minpro_megatron.report.rollout_tables import print_group
 from tests.support.batches import make_batch
+from tests.support.earlier_journals import make_earlier_format
 from tests.support.episodes import with_given_tokens
 from tests.support.journals import in_journal
 from tests.support.rollout_fakes import NUM_PROMPTS
-from tests.support.stored_runs import StoredRun, write_run
+from tests.support.stored_runs import StoredRun, behavior, trained, write_run
 
 MASK = [1, 1, 0, 0, 1, 0, 1]
 
@@ -89,13 +90,13 @@ def test_a_changed_mask_or_turn_is_noticed(tmp_path: Path, change: str, seen: st
 def test_a_journal_of_an_earlier_format_is_read_and_resumed(tmp_path: Path, version: int) -> None:
     run = write_run(tmp_path / "old")
     path = tmp_path / "old" / FILE_NAME
-    with closing(sqlite3.connect(path)) as connection, connection:
-        for column in MISSING_COLUMNS[version]:
-            connection.execute(f"ALTER TABLE responses DROP COLUMN {column.split()[0]}")
-        connection.execute(f"PRAGMA user_version = {version}")
+    with JournalReader(path) as reader:
+        written = list(reader.groups())
+    make_earlier_format(path, version)
     before = path.read_bytes()
     with JournalReader(path) as reader:
         stored = list(reader.groups())
+        check_same_scores(stored, written)
         assert len(reader.rows()) == len(run.groups) + 1
         assert [step.num_whole for step in reader.steps().values()] == [2 * NUM_PROMPTS] * 2
     assert path.read_bytes() == before
@@ -111,7 +112,34 @@ def test_a_journal_of_an_earlier_format_is_read_and_resumed(tmp_path: Path, vers
     with closing(sqlite3.connect(tmp_path / "again" / FILE_NAME)) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
     with JournalReader(tmp_path / "again") as reader:
-        assert len(list(reader.groups())) == len(stored)
+        check_same_scores(list(reader.groups()), written)
+
+
+def check_same_scores(found: list[StoredGroup], written: list[StoredGroup]) -> None:
+    for group, expected in zip(found, written, strict=True):
+        for response, other in zip(group.responses, expected.responses, strict=True):
+            for name in ("behavior_log_probs", "trained_log_probs"):
+                np.testing.assert_array_equal(getattr(response, name), getattr(other, name), strict=True)
+
+
+@pytest.mark.parametrize("version", MISSING_COLUMNS)
+def test_groups_scored_in_an_earlier_format_are_trained_on_in_this_one(tmp_path: Path, version: int) -> None:
+    """A step that is trained again after the upgrade has new log-probs of the update, and the old scores."""
+    run = write_run(tmp_path)
+    make_earlier_format(tmp_path / FILE_NAME, version)
+    later = [[log_probs + np.float32(1) for log_probs in trained(group)] for group in run.steps[0].groups]
+
+    async def use(journal: Journal) -> None:
+        await journal.restore(0, NUM_PROMPTS, delay_mode=True)
+        await journal.consume(run.steps[0], [0] * NUM_PROMPTS, (), later)
+
+    in_journal(tmp_path, use)
+    with JournalReader(tmp_path) as reader:
+        groups = list(reader.groups("consumed_step = 0"))
+    for group, of_run, expected in zip(groups, run.steps[0].groups, later, strict=True):
+        for response, scores, log_probs in zip(group.responses, behavior(of_run), expected, strict=True):
+            np.testing.assert_array_equal(response.behavior_log_probs, scores)
+            np.testing.assert_array_equal(response.trained_log_probs, log_probs)
 
 
 def test_pruning_keeps_the_turns(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 1")
-    with pytest.raises(JournalError, match="format 1; this version reads 7"):
+    with pytest.raises(JournalError, match="format 1; this version reads 8"):
         JournalReader(tmp_path)
 
 
