@@ -2,6 +2,7 @@
 
     minpro convert to-megatron --hf DIR --output DIR [--dtype bfloat16] [--verify]
     minpro convert to-hf --megatron DIR --output DIR [--hf-reference DIR] [--verify]
+    minpro convert dequantize --hf DIR --output DIR
     minpro convert plan --hf DIR --parallel tensor=4,pipeline=2,expert=8,context=2 [--json]
     minpro convert plan --hf DIR --parallel pipeline=4,pipeline_layers=11+13+13+11
 
@@ -9,7 +10,9 @@ Conversion runs in one process on the CPU, in about a gigabyte of memory whateve
 unless --dtype is given. The output appears under its name only when complete, and loads on any mesh. Weights are read
 from safetensors only. The Megatron folder of `to-hf` is an output of this tool or a run's checkpoint
 (runs/NAME/checkpoints/step-N); config and tokenizer of the latter are those of the run's model.hf_path. From a Megatron
-folder's pickles only metadata classes and plain data are unpickled. `plan` needs only config.json.
+folder's pickles only metadata classes and plain data are unpickled. `plan` needs only config.json. `dequantize` writes
+a release in float8 with a scale for each block of a weight (DeepSeek's form, also Qwen3's) as a Hugging Face folder in
+bfloat16, which trainer and servers load.
 """
 
 import argparse
@@ -33,7 +36,9 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
     back = commands.add_parser("to-hf", help="Megatron -> Hugging Face")
     back.add_argument("--megatron", type=Path, required=True, help="converted model, or a run's checkpoint")
     back.add_argument("--hf-reference", type=Path, help="take config, tokenizer and file names from this model folder")
-    for command in (into, back):
+    plain = commands.add_parser("dequantize", help="float8 with scales of blocks -> bfloat16, both Hugging Face")
+    plain.add_argument("--hf", type=Path, required=True, help="folder with config.json and safetensors")
+    for command in (into, back, plain):
         command.add_argument(
             "--output",
             type=Path,
@@ -41,6 +46,7 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
             metavar="DIR",
             help="a new folder, or an earlier output of this command",
         )
+    for command in (into, back):
         command.add_argument("--verify", action="store_true", help="compare the result with its source, bit by bit")
     plan = commands.add_parser("plan", help="parameters and bytes of each rank")
     plan.add_argument("--hf", type=Path, required=True, help="folder with config.json")
@@ -62,6 +68,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "plan":
         return _plan(options)
     from minpro_megatron.conversion.convert import to_hf, to_megatron
+    from minpro_megatron.conversion.dequantize import dequantize
     from minpro_megatron.models.text_files import other_files
     from minpro_megatron.monitor.byte_progress import byte_progress
 
@@ -75,6 +82,8 @@ def _run(options: argparse.Namespace) -> int:
             )
         if left_out := other_files(options.hf):
             print(f"not copied, because they are neither weights nor part of the tokenizer: {', '.join(left_out)}")
+    elif options.command == "dequantize":
+        dequantize(options.hf, options.output, byte_progress)
     else:
         to_hf(options.megatron, options.output, byte_progress, options.hf_reference, options.verify)
     print(f"wrote {options.output}")

@@ -60,7 +60,7 @@ def to_megatron(
     reader = HfReader(hf)
     dtype = _check_tensors(reader, architecture, cast_to)
     num_bytes = sum(TensorHeader(entry.dtype(dtype), entry.full_shape).num_bytes for entry in entries(architecture))
-    with _new_folder(output, num_bytes) as folder, file_records(folder) as records:
+    with output_folder(output, num_bytes) as folder, file_records(folder) as records:
         with watch("writing", num_bytes) as announce:
             writer = ShardedWriter(folder, records)
             for entry in entries(architecture):
@@ -110,7 +110,7 @@ def to_hf(megatron: Path, output: Path, watch: Watch, reference: Path | None = N
     tensors = _hf_tensors(architecture)
     files = _files(texts, architecture, dtype)
     num_bytes = sum(tensors[name].header(dtype).num_bytes for names in files.values() for name in names)
-    with _new_folder(output, num_bytes) as folder, file_records(folder) as records:
+    with output_folder(output, num_bytes) as folder, file_records(folder) as records:
         with watch("writing", num_bytes) as announce:
             for file, names in files.items():
                 headers = {name: tensors[name].header(dtype) for name in names}
@@ -294,7 +294,7 @@ def _files(texts: Path, architecture: Architecture, dtype: torch.dtype) -> dict[
 
 
 @contextmanager
-def _new_folder(output: Path, num_bytes: int) -> Iterator[Path]:
+def output_folder(output: Path, num_bytes: int) -> Iterator[Path]:
     """Context manager: a folder that becomes `output` if the block succeeds, and is removed otherwise."""
     check_replaceable(output)
     parent, remedy = existing_parent(output.absolute().parent), "choose another folder"

@@ -94,7 +94,8 @@ def _refuse_quantized(where: str, config: dict[str, Any]) -> None:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise UserError(
             f"{where}: quantization_config.quant_method = {method!r}: these are quantized weights, and training needs "
-            "bfloat16 weights; use the release without quantization"
+            "bfloat16 weights; use the release without quantization, or `minpro convert dequantize` for float8 with "
+            "scales of blocks"
         )
 
 

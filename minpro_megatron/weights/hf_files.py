@@ -84,7 +84,7 @@ class HfReader:
             if not isinstance(tensor.dtype, torch.dtype) and tensor.dtype not in CASTABLE:
                 raise UserError(
                     f"{self.path}: {name} is {tensor.dtype}: these are quantized or unknown weights; use the release "
-                    "in bfloat16"
+                    "in bfloat16, or `minpro convert dequantize` for float8 with scales of blocks"
                 )
 
     def read(self, name: str) -> Tensor:
