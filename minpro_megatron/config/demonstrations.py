@@ -24,6 +24,7 @@ _OF_SAMPLED_RESPONSES: dict[str, Any] = {
     "optimizer.scale_by_effective_sample_size": False,
     "environment.name": "none",
     "evaluation.every_steps": 0,
+    "evaluation.benchmarks": [],
     "server.placement": "disaggregated",
     "debug.journal": "",
     "debug.trainer": "megatron",

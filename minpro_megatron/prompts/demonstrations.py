@@ -10,10 +10,10 @@ import numpy as np
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.models.model_files import read_model_facts
-from minpro_megatron.prompts.chat_template import ChatTemplate
 from minpro_megatron.prompts.prompts import read_lines
 from minpro_megatron.prompts.rendering import make_rendering
 from minpro_megatron.prompts.tokenizer import TextTokenizer
+from minpro_megatron.prompts.turn_end import turn_end
 from minpro_megatron.records import Prompt
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def read_demonstrations(config: RunConfig) -> list[Demonstration]:
     encoded = make_rendering(config.data, config.model.hf_path).encode(prompts, tokenizer)
     prefixes = tokenizer.encode_all([row.prefix for row in rows])
     responses = tokenizer.encode_given([row.response for row in rows])
-    end = np.asarray([_end_token(config, tokenizer, facts.stop_token_ids[0])], np.int32)
+    end = np.asarray([_end_token(config, facts.stop_token_ids[0])], np.int32)
     found = [
         Demonstration(prompt, np.concatenate([question, prefix]), np.concatenate([response, end]))
         for prompt, question, prefix, response in zip(prompts, encoded, prefixes, responses, strict=True)
@@ -99,17 +99,17 @@ def _prompt(row: _Row) -> Prompt:
     )
 
 
-def _end_token(config: RunConfig, tokenizer: TextTokenizer, stop_token_id: int) -> int:
+def _end_token(config: RunConfig, stop_token_id: int) -> int:
     if not config.data.chat_template:
         return stop_token_id
-    after = ChatTemplate(config.model.hf_path, config.data.chat_template_arguments).after_response().lstrip()
-    (token_ids,) = tokenizer.encode_all([after])
-    if not len(token_ids):
+    end = turn_end(config.data, config.model.hf_path)
+    if end is None:
         raise UserError(
-            f"data.chat_template = true: the template of model.hf_path = {config.model.hf_path} writes nothing after a "
-            "response, so demonstrations would have no end; set data.chat_template to false, or correct the template"
+            f"data.chat_template = true: the template of model.hf_path = {config.model.hf_path} writes no special "
+            "token after a response, so demonstrations would have no end; set data.chat_template to false, or correct "
+            "the template"
         )
-    return int(token_ids[0])
+    return end[1]
 
 
 def _fits(one: Demonstration, config: RunConfig) -> bool:

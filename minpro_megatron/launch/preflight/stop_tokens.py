@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
-from minpro_megatron.models.model_files import added_tokens, read_model_facts
-from minpro_megatron.prompts.chat_template import ChatTemplate
+from minpro_megatron.models.model_files import read_model_facts
+from minpro_megatron.prompts.turn_end import turn_end
 
 
 def stop_token_warnings(config: RunConfig) -> Iterator[str]:
@@ -15,7 +15,7 @@ def stop_token_warnings(config: RunConfig) -> Iterator[str]:
         return
     model, chosen = config.model.hf_path, config.sampling.extra_stop_tokens
     try:
-        end = _end_token(model, config)
+        end = turn_end(config.data, model)
         stop_token_ids = read_model_facts(model, chosen).stop_token_ids
     except (UserError, OSError):  # other checks report problems of the model's files
         return
@@ -30,10 +30,3 @@ def stop_token_warnings(config: RunConfig) -> Iterator[str]:
         f"sampling.max_response_tokens = {config.sampling.max_response_tokens}; set "
         f"'sampling.extra_stop_tokens=[{shown}]'"
     )
-
-
-def _end_token(model: str, config: RunConfig) -> tuple[str, int] | None:
-    """The special token that the template writes after a response, and its id; None if it writes other text."""
-    after = ChatTemplate(model, config.data.chat_template_arguments).after_response().lstrip()
-    found = [(text, token_id) for text, token_id in added_tokens(model).items() if text and after.startswith(text)]
-    return max(found, key=lambda pair: len(pair[0]), default=None)

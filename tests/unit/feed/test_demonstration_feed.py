@@ -138,6 +138,10 @@ def test_a_missing_file_is_named(model: Path, tmp_path: Path) -> None:
         ("loss.advantage=group_mean", "loss.advantage = group_mean with data.dem.* set it to group_normalized"),
         ("loss.equal_reward_groups=mask", "loss.equal_reward_groups = mask with data.demonstrations: .* to keep"),
         ("evaluation.every_steps=5", "evaluation.every_steps = 5 with data.demonstrations: .* set it to 0"),
+        (
+            'evaluation.benchmarks=[{"name": "a", "file": "a.jsonl"}]',
+            r"evaluation.benchmarks = \[.*\] with data.demonstrations: .* set it to \[\]",
+        ),
         ("server.placement=shared", "server.placement = shared with data.demonstrations: .* set it to disaggregated"),
         ("debug.journal=x", "debug.journal = x with data.demonstrations"),
     ],
