@@ -200,7 +200,7 @@ def _mixture_settings(architecture: Architecture, features: ModelFeatures) -> di
         "moe_router_topk_scaling_factor": architecture.routing_scale if architecture.routing_scale != 1 else None,
         # before the choice: softmax over all experts; after it: over the chosen experts, so that they add up to 1
         "moe_router_pre_softmax": not architecture.normalized_routing,
-        "moe_router_dtype": "fp32",
+        "moe_router_dtype": "fp32",  # model.megatron can replace it; docs/decisions.md compares it with the servers'
         "moe_router_load_balancing_type": "none",  # no auxiliary loss in addition to the policy objective
         "moe_enable_routing_replay": features.routing_replay,
     }

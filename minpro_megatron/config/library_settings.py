@@ -79,7 +79,6 @@ _OWNED: dict[str, dict[str, str]] = {
         "a token's log-prob must not depend on random numbers or on other tokens": "hidden_dropout attention_dropout "
         "moe_token_dropping moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_input_jitter_eps "
         "moe_router_force_load_balancing moe_router_force_biased test_mode",
-        "routers compute in float32, as the servers' do": "moe_router_dtype",
     },
     "optimizer.megatron": {
         "optimizer.learning_rate": "lr min_lr decoupled_lr decoupled_min_lr",

@@ -47,7 +47,11 @@ class OptimizerConfig(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay rate of AdamW's first moment.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay rate of AdamW's second moment.")
     epsilon: float = Field(default=1e-8, gt=0, description="Term added to AdamW's denominator for numerical stability.")
-    weight_decay: float = Field(default=0.1, ge=0, description="Coefficient of AdamW's decoupled weight decay.")
+    weight_decay: float = Field(
+        default=0.1,
+        ge=0,
+        description="Coefficient of AdamW's decoupled weight decay of matrices. Norms and biases do not decay.",
+    )
     clip_grad: float = Field(
         default=1.0, ge=0, description="Gradients are scaled down to this global norm; 0 means no limit."
     )

@@ -48,7 +48,7 @@ def status_line(record: Record | None) -> str:
     """What the README's status box says of GPUs, as the text of a list item."""
     if record is None:
         return (
-            "*Verified on GPU*: nothing yet; there is no record of a GPU. NCCL, Transformer Engine's kernels, "
+            "*Verified on GPU*: nothing yet; no run on a GPU has been recorded. NCCL, Transformer Engine's kernels, "
             "bfloat16, the image and the paper's recipes are written but have not been run. "
             "[`minpro gpu-check`](docs/gpu_checks.md) makes the record, and [docs/limits.md](docs/limits.md) is the "
             "complete list."

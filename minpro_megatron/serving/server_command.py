@@ -77,6 +77,8 @@ def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list
         cache = cache or max(length, min(server.max_running_requests * length, 65536))
     else:
         arguments |= {"base-gpu-id": place * server.tensor_parallel}
+        # SGLang would round logits to the dtype of the weights; the trainer multiplies into float32 too
+        arguments |= {"enable-fp32-lm-head": True}
     if cache is not None:
         arguments |= {"max-total-tokens": cache}
     if server.memory_fraction is not None:

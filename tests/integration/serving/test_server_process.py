@@ -71,7 +71,7 @@ def test_the_command_line_on_a_cpu(tmp_path: Path, hf_path: Path) -> None:
 def test_the_command_line_on_gpus(tmp_path: Path, hf_path: Path) -> None:
     on_gpus = config(tmp_path, hf_path, device="cuda", dtype="bfloat16", tensor_parallel=4)
     text = " ".join(server_command(on_gpus, 1, 31001, 1))
-    for part in ("--device cuda ", "--dtype bfloat16 ", "--tp-size 4 ", "--base-gpu-id 4 "):
+    for part in ("--device cuda ", "--dtype bfloat16 ", "--tp-size 4 ", "--base-gpu-id 4 ", "--enable-fp32-lm-head"):
         assert part in text
     assert "torch_native" not in text
     assert "max-total-tokens" not in text

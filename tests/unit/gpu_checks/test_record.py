@@ -57,4 +57,4 @@ def test_the_status_counts_what_ran_and_names_what_did_not_pass() -> None:
 
 
 def test_without_a_record_the_status_says_so() -> None:
-    assert "nothing yet; there is no record of a GPU" in status_line(None)
+    assert "nothing yet; no run on a GPU has been recorded" in status_line(None)

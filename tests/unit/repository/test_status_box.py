@@ -37,7 +37,7 @@ def test_a_record_replaces_the_line_and_nothing_else() -> None:
     joined = " ".join(found.replace("\n>", "").split())
     assert " ".join(status_line(RECORD).split()) in joined
     assert "1 of 2 checks passed on one NVIDIA H200" in joined
-    assert "no record of a GPU" not in joined
+    assert "no run on a GPU has been recorded" not in joined
     assert max(map(len, found.splitlines())) <= max(*map(len, readme.splitlines()), 120)
     assert with_status(found, RECORD) == found
     later = with_status(found, replace(RECORD, date="2027-01-01"))
