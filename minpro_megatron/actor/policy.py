@@ -31,9 +31,8 @@ from minpro_megatron.actor.routing import (
     Routes,
     Routing,
 )
-from minpro_megatron.batching.collate import shard_row
-from minpro_megatron.batching.packing import imbalance, pack_rows, share_rows
-from minpro_megatron.batching.row_lengths import padded_length, padding_sequences, row_length, with_row_padding
+from minpro_megatron.actor.token_values import gathered_values
+from minpro_megatron.batching.row_plan import RowPlan
 from minpro_megatron.batching.row_shard import RankSlice
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.checkpoints.shard_writing import ShardWrite
@@ -91,7 +90,6 @@ class Policy:
         self._records_log_probs = records_log_probs
         self._mesh = mesh
         self.modules = chunks
-        self._place = RankSlice(mesh.context.size(), mesh.context.rank(), mesh.tensor.size(), mesh.tensor.rank())
         buffers = ddp_config(config.parallel)
         self._chunks: list[Any] = [
             DistributedDataParallel(chunk.config, buffers, chunk, disable_bucketing=index > 0)
@@ -111,9 +109,7 @@ class Policy:
         self._loss = PolicyLoss(mesh, self._objective, config.objective, config.loss)
         self.identity = run_identity(config, architecture)
         self._vocab_size, self._num_experts = architecture.vocab_size, architecture.num_experts
-        self._cost = forward_flops(architecture)
-        layers = [layer for chunk in chunks for layer in chunk.modules()]
-        self._pads_counts = any(getattr(layer, "has_graph_for_each_count", False) for layer in layers)
+        self._rows = _row_plan(config, architecture, chunks, mesh)
         self._routers = ChunkRouters(chunks, architecture.num_experts)
         self._rollout_routes = (
             RolloutRoutes(self._routers, architecture, mesh) if config.model.routing_replay == "rollout" else None
@@ -168,7 +164,7 @@ class Policy:
         self, sequences: Sequence[TokenSequence], micro_batches: list[MicroBatch], routing: Routing
     ) -> np.ndarray:
         outputs = self._run_forward(score, micro_batches, routing)
-        return self._by_token(outputs, ["log_probs"], sequences)["log_probs"]
+        return gathered_values(outputs, ["log_probs"], sequences, self._mesh.device)["log_probs"]
 
     def _routing(
         self, sequences: Sequence[TokenSequence], micro_batches: list[MicroBatch], recorded: Routes | None = None
@@ -195,7 +191,7 @@ class Policy:
         routing = self._routing(sequences, micro_batches)
         micro_batches = self._surveyed(micro_batches, seed, routing)
         outputs = self._run_forward(self._loss.inspect, micro_batches, routing)
-        return self._by_token(outputs, ["log_probs", "coefficients", "prefix_min"], sequences)
+        return gathered_values(outputs, ["log_probs", "coefficients", "prefix_min"], sequences, self._mesh.device)
 
     def update(
         self, sequences: Sequence[TokenSequence], learning_rate: float, seed: int = 0, routes: Routes | None = None
@@ -215,6 +211,8 @@ class Policy:
             metrics = metrics | {"optimizer/learning_rate_factor": mean(factor, 1)}
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+            # wd_mult, 0 for norms and biases, is applied by Megatron's scheduler, which is not used here
+            group["weight_decay"] = self._config.optimizer.weight_decay * group["wd_mult"]
         # Megatron's step() would apply a NaN gradient to the weights: it checks for NaN only with fp16's loss scaler
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())  # over the whole model, the same on every rank
@@ -255,7 +253,8 @@ class Policy:
         )
         log_probs = None
         if self._records_log_probs:
-            log_probs = self._by_token([one.by_slot for one in trained], ["log_probs"], sequences)["log_probs"]
+            by_slot = [one.by_slot for one in trained]
+            log_probs = gathered_values(by_slot, ["log_probs"], sequences, self._mesh.device)["log_probs"]
         return metrics | means | row_metrics, histograms, log_probs
 
     def save(self, folder: Path, in_background: bool = False) -> ShardWrite:
@@ -307,26 +306,6 @@ class Policy:
         mini_batch = MiniBatch(tokens, GroupRanks(self._mesh.stage), seed)
         return with_survey(micro_batches, self._objective.survey(mini_batch, self._config.objective))
 
-    def _by_token(
-        self, outputs: list[dict[str, Any]], names: Sequence[str], sequences: Sequence[TokenSequence]
-    ) -> dict[str, np.ndarray]:
-        """The values of all ranks' slots in the order of `sequences`, [all response tokens], on every rank."""
-        first = min((sequence.first_slot for sequence in sequences), default=0)
-        ends = [sequence.first_slot - first + len(sequence.response_ids) for sequence in sequences]
-        flat = torch.zeros(len(names), max(ends, default=0), device=self._mesh.device)
-        for output in outputs:
-            slots = torch.from_numpy(output["slots"]).to(flat.device)
-            for row, name in enumerate(names):
-                flat[row, slots[slots >= 0] - first] = output["values"][name][slots >= 0].float()
-        # Every token belongs to one rank of the last stage; the others add zero, so the sum is exact.
-        dist.all_reduce(flat)
-        found = flat.cpu().numpy()
-        spans = [slice(end - len(sequence.response_ids), end) for sequence, end in zip(sequences, ends, strict=True)]
-        return {
-            name: np.concatenate([found[row, span] for span in spans]) if spans else found[row]
-            for row, name in enumerate(names)
-        }
-
     def _learning_rate_factor(self, metrics: dict[str, Metric]) -> float | None:
         """The factor that the mini-batch gives the learning rate, the same on every rank; None: nothing scales it."""
         factors, optimizer = [], self._config.optimizer
@@ -347,43 +326,9 @@ class Policy:
     def _micro_batches(
         self, sequences: Sequence[TokenSequence], wanted: Sequence[bool] | None = None
     ) -> tuple[list[MicroBatch], dict[str, Metric]]:
-        """(this rank's micro-batches, metrics of how well the rows are filled and balanced). Rows
-        without a `wanted` sequence are skipped; the other rows are the same as without `wanted`."""
-        place, batch, data = self._place, self._config.batch, self._mesh.data
-        lengths = [padded_length(sequence, place.context_size) for sequence in sequences]
-        costs = [self._cost.of(length) for length in lengths]
-        multiple = data.size()
-        if self._mesh.config.virtual_pipeline > 1:
-            multiple *= self._mesh.pipeline.size()  # the interleaved schedule needs a multiple of the stages
-        if batch.packing:
-            rows = pack_rows(lengths, costs, batch.max_tokens_per_row, multiple)
-        else:
-            rows = [[index] for index in range(len(lengths))]
-        if wanted is not None:
-            rows = [row for row in rows if any(wanted[index] for index in row)]
-        rows += [[] for _ in range(-len(rows) % multiple)]
-        padding = [padding_sequences(len(row), place.context_size) if self._pads_counts else [] for row in rows]
-        computed = [
-            self._computed_lengths([*(lengths[index] for index in row), *extra])
-            for row, extra in zip(rows, padding, strict=True)
-        ]
-        row_costs = [sum(map(self._cost.of, of_row)) for of_row in computed]
-        shares = share_rows(row_costs, data.size())
-        shards = [
-            shard_row([sequences[index] for index in rows[row]], sum(computed[row]), place, padding[row])
-            for row in shares[data.rank()]
-        ]
-        real, total = sum(sequence.num_tokens for sequence in sequences), sum(map(sum, computed))
-        row_metrics = {
-            "batch/padding_fraction": mean(total - real, total),
-            "batch/imbalance": mean(imbalance(row_costs, shares), 1),
-        }
-        micro_batches = [MicroBatch(shard, index, self._mesh.device) for index, shard in enumerate(shards)]
-        return micro_batches, row_metrics
-
-    def _computed_lengths(self, lengths: Sequence[int]) -> list[int]:
-        """The lengths of a row's sequences as they are computed, with the row's padding."""
-        return with_row_padding(lengths, row_length(lengths, self._place.context_size, self._place.tensor_size))
+        """(this rank's micro-batches, metrics of the rows). Rows without a `wanted` sequence are skipped."""
+        shards, row_metrics = self._rows.shards(sequences, wanted)
+        return [MicroBatch(shard, index, self._mesh.device) for index, shard in enumerate(shards)], row_metrics
 
     def _run_forward(self, loss: LossFunction, micro_batches: list[MicroBatch], routing: Routing) -> list[Any]:
         with torch.no_grad():
@@ -413,6 +358,22 @@ class Policy:
         finally:
             self._routers.reset()
         return results or []
+
+
+def _row_plan(config: RunConfig, architecture: Architecture, chunks: list[GPTModel], mesh: Mesh) -> RowPlan:
+    layers = [layer for chunk in chunks for layer in chunk.modules()]
+    data_size = mesh.data.size()
+    return RowPlan(
+        place=RankSlice(mesh.context.size(), mesh.context.rank(), mesh.tensor.size(), mesh.tensor.rank()),
+        data_size=data_size,
+        data_rank=mesh.data.rank(),
+        # the interleaved schedule needs a multiple of the stages
+        multiple=data_size * (mesh.pipeline.size() if mesh.config.virtual_pipeline > 1 else 1),
+        max_tokens_per_row=config.batch.max_tokens_per_row,
+        packing=config.batch.packing,
+        pads_counts=any(getattr(layer, "has_graph_for_each_count", False) for layer in layers),
+        cost=forward_flops(architecture),
+    )
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

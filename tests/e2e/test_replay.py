@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.e2e.conftest import ROOT
-from tests.mesh.reference import COMMON, make_model, saved_tensors
+from tests.mesh.reference import COMMON, decayed_groups, make_model, saved_tensors
 
 pytestmark = pytest.mark.e2e
 
@@ -120,7 +120,7 @@ def expected_replay(model: PreTrainedModel, rows: list[dict], objective: str, gr
     """(updates, per-token values by row, weights afterwards); two updates, which change `model`."""
     scales = advantages(rows)
     batches, updates, tokens = mini_batches(rows, groups), [], {}
-    adam = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY)
+    adam = torch.optim.AdamW(decayed_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, betas=(0.9, 0.999))
     for batch in batches:
         with torch.no_grad():
             found = [log_probs(model, rows[row]) for row in batch]

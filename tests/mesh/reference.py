@@ -238,6 +238,15 @@ class ReferenceStep:
     updated: dict[str, Tensor]
 
 
+def decayed_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: matrices decay; norms and biases do not, as in Megatron."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [one for one in parameters if one.dim() > 1], "weight_decay": weight_decay},
+        {"params": [one for one in parameters if one.dim() == 1], "weight_decay": 0.0},
+    ]
+
+
 def reference_step(
     model: PreTrainedModel,
     sequences: Sequence[TokenSequence],
@@ -246,15 +255,14 @@ def reference_step(
     learning_rate: float,
     optimizer: OptimizerConfig,
 ) -> ReferenceStep:
-    """What one AdamW update of every parameter does; `model` stays as it is."""
+    """What one AdamW update does, which decays matrices only; `model` stays as it is."""
     start = saved_tensors(model)
     with in_float64(model) as wide:
         adam = torch.optim.AdamW(
-            wide.parameters(),
+            decayed_groups(wide, optimizer.weight_decay),
             lr=learning_rate,
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.epsilon,
-            weight_decay=optimizer.weight_decay,
         )
         loss = loss_of(sequences, [response_log_probs(wide, sequence, temperature) for sequence in sequences])
         loss.backward()
