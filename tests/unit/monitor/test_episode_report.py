@@ -12,9 +12,11 @@ from minpro_megatron.monitor.samples import read_samples
 from minpro_megatron.monitor.step_report import StepReport, batch_metrics, token_staleness
 from minpro_megatron.monitor.writer import RunWriter
 from minpro_megatron.records import Batch, CollectedGroup, Turn
+from minpro_megatron.report.report import write_report
 from minpro_megatron.report.shown_samples import shown
 from tests.support.batches import make_group
 from tests.support.episodes import as_episode
+from tests.support.run_examples import example_config
 
 MASK = [1, 1, 0, 0, 1]
 
@@ -60,6 +62,10 @@ def test_the_report_shows_turns_and_greys_given_tokens(tmp_path: Path) -> None:
         report.trained(np.zeros(8, np.float32), [ratios])
         times = {"time/step_s": 1.0, "time/wait_for_batch_s": 0.0, "time/train_s": 1.0}
         report.step(0, {"reward/mean": 0.5} | times, {}, BATCH)
+    (tmp_path / "run.json").write_text(example_config(tmp_path).to_json())
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert '<span class="t given">given by the environment</span>' in page  # the legend, in the same grey
+    assert page.index(".legend .t {") < page.index(".t.given {")  # of two rules for an element the later one counts
     (sample,) = read_samples(tmp_path)
     assert sample["ratios"] == pytest.approx([1.5, 0.5, None, None, 1.0])
     assert sample["given"] == [False, False, True, True, False]
