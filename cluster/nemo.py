@@ -24,7 +24,7 @@ from torchx.specs.api import AppState
 
 from minpro_megatron.cluster.job_files import RUN_FILE, TOPOLOGY_FILE, JobFiles, archive_code
 from minpro_megatron.cluster.profile import Profile
-from minpro_megatron.cluster.slurm_job import JOB_PREFIX
+from minpro_megatron.cluster.slurm_job import JOB_PREFIX, no_restart_file
 from minpro_megatron.cluster.tunnel import tunnel
 from minpro_megatron.errors import TO_BE_CONTINUED, WRONG_INPUT, UserError
 from minpro_megatron.launch.job_status import EXIT_STATUS_VARIABLE, STATED
@@ -65,7 +65,9 @@ scontrol() {
         fi
     done
     failed=$((${SLURM_RESTART_COUNT:-0} - $(cat "$planned_ends" 2>/dev/null | wc -l)))
-    if [ "$exitcode" -eq @WRONG_INPUT@ ]; then
+    if [ -e "$no_restart" ]; then
+        echo "not started again: its end was requested"
+    elif [ "$exitcode" -eq @WRONG_INPUT@ ]; then
         # refused for problems: it would be refused again
         echo "not started again: the problems above have to be fixed first"
     elif [ "$exitcode" -eq @TO_BE_CONTINUED@ ]; then
@@ -242,11 +244,14 @@ def _executor(files: JobFiles, profile: Profile, base: Path) -> Any:
 
 def _setup_lines(profile: Profile) -> str:
     """`planned_ends` has one line for each start that ended before its time limit. `exit_statuses` is the beginning of
-    the paths of the files in which nodes state their exit status."""
+    the paths of the files in which nodes state their exit status, and `no_restart` exists after `minpro cancel --save`.
+    """
     planned_ends = f"{shlex.quote(profile.jobs_folder)}/planned_ends_$SLURM_JOB_ID"
     secrets = f". {shlex.quote(profile.secrets_file)}\n" if profile.secrets_file else ""
     exit_statuses = f"{shlex.quote(profile.jobs_folder)}/exit_status_$SLURM_JOB_ID"
-    return f"planned_ends={planned_ends}\nexit_statuses={exit_statuses}\n{_SETUP}{secrets}"
+    no_restart = no_restart_file(shlex.quote(profile.jobs_folder), "$SLURM_JOB_ID")
+    files = f"planned_ends={planned_ends}\nexit_statuses={exit_statuses}\nno_restart={no_restart}\n"
+    return f"{files}{_SETUP}{secrets}"
 
 
 def _word(text: str) -> str:

@@ -33,6 +33,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     ssh: dict | None = None
     executor: str = "slurm"  # of jobs elsewhere than on this machine
     namespace: str = ""  # of Kubernetes
+    jobs_folder: str = ""  # the profile's, for Slurm
     process_id: int | None = None
     exit_status: int | None = None
 

@@ -118,8 +118,14 @@ def active_jobs(shell: Shell, name: str) -> list[str]:
     return listed.stdout.split()
 
 
+def no_restart_file(jobs_folder: str, job_id: str) -> str:
+    """The file whose existence tells the job's script not to start the job again."""
+    return f"{jobs_folder}/no_restart_{job_id}"
+
+
 def cancel(shell: Shell, job_id: str) -> None:
-    """Ends the job without a restart. Raises JobError."""
+    """Ends the job at once, without a restart: its processes get SIGTERM, and are killed after Slurm's KillWait. Raises
+    JobError."""
     ended = shell.run(f"scancel {shlex.quote(job_id)}", warn=True)
     if ended.return_code != 0:
         raise JobError(f"scancel: {ended.stderr.strip() or f'exit status {ended.return_code}'}")

@@ -25,7 +25,7 @@ from minpro_megatron.cluster.shell import shell_of
 from minpro_megatron.cluster.slurm_job import JobError, JobState, active_jobs, job_name
 from minpro_megatron.command_line import Parser, add_recipe
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import FAILED, INTERRUPTED, SUCCEEDED, UserError, run_reporting
+from minpro_megatron.errors import FAILED, INTERRUPTED, SUCCEEDED, TO_BE_CONTINUED, UserError, run_reporting
 from minpro_megatron.launch.preflight.run_checks import run_problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.topology import Topology, lay_out
@@ -172,6 +172,7 @@ def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) 
         job_id=job.job_id,
         run_dir=str(config.run_dir),
         log_folder=job.folder,
+        jobs_folder=profile.jobs_folder,
         submitted_at=time.time(),
         ssh=profile.ssh.model_dump() if profile.ssh else None,
     )
@@ -221,6 +222,9 @@ def conclude(state: JobState, record: JobRecord) -> int:
     if state.has_succeeded:
         print(f"job {record.job_id}: completed; the run is in {record.run_dir}")
         return 0
+    if state.exit_status == TO_BE_CONTINUED:
+        print(f"job {record.job_id}: ended with a checkpoint; submit the same command again to resume", file=sys.stderr)
+        return FAILED
     print(
         f"error: job {record.job_id} of the run {record.name}: {state}; its log is in {record.log_folder}, those of "
         f"the roles in {record.run_dir}/logs; submit the same command again to resume",

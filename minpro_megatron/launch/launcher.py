@@ -48,7 +48,9 @@ def launch(recipe: str, overrides: list[str]) -> int:
         print("\n".join(first_lines(config, incarnation, goes_on)))
         limit = save_by(config, os.environ, time.time())
         commands = role_commands(config, config_file, incarnation, save_by=limit)
-        supervisor = Supervisor(commands, config.run_dir / "logs", Stopping(config, incarnation))
+        supervisor = Supervisor(
+            commands, config.run_dir / "logs", Stopping(config, incarnation, environment=os.environ)
+        )
         with fence.explaining(), Progress(config, roles_of(config)) as progress:
             outcome = supervisor.run(guarded_tick(fence, progress.tick))
         fence.check()  # a role may already have failed for the same reason

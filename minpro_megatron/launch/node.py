@@ -37,7 +37,7 @@ from minpro_megatron.launch.preflight.problems import Problem
 from minpro_megatron.launch.recipe import read_config
 from minpro_megatron.launch.resume import CONFIG_FILE, finished_summary
 from minpro_megatron.launch.roles import NCCL_MEMORY, roles_of, trainer_environment
-from minpro_megatron.launch.starts import Plan, Start, wait_for
+from minpro_megatron.launch.starts import Plan, Start, slurm_key, wait_for
 from minpro_megatron.launch.stopping import Stopping, save_by
 from minpro_megatron.launch.supervisor import Failure, Outcome, RoleCommand, Supervisor
 from minpro_megatron.launch.this_node import ThisNode
@@ -120,7 +120,7 @@ def _key(options: NodeOptions, environment: Mapping[str, str]) -> str:
         return start
     if "SLURM_JOB_ID" not in environment:
         raise UserError("--start is missing: give all nodes of this start the same new name")
-    return f"slurm-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT', '0')}"
+    return slurm_key(environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _reachable_at(options: NodeOptions, num_nodes: int) -> tuple[str, str, list[Problem]]:
@@ -193,7 +193,7 @@ class _Node:
             commands = node_commands(
                 config, config_file, start.incarnation, self._topology, places[1], self._this.environment, self._save_by
             )
-            stopping = Stopping(config, start.incarnation, self._end_early_s)
+            stopping = Stopping(config, start.incarnation, self._end_early_s, self._this.environment)
             supervisor = Supervisor(commands, config.run_dir / "logs", stopping)
             with ExitStack() as stack:
                 stack.enter_context(fence.explaining())

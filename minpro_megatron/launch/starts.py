@@ -15,8 +15,8 @@ from minpro_megatron.launch.preflight.problems import Problem
 from minpro_megatron.run_folder.early_end import STARTS
 
 POLL_S = 0.2
-_PLAN, _REPORT, _VERDICT, _DONE, _FAILED = (
-    "plan.json",
+PLAN = "plan.json"
+_REPORT, _VERDICT, _DONE, _FAILED = (
     "report-{}.json",
     "verdict.json",
     "done-{}.json",
@@ -59,6 +59,11 @@ class NodeEnd(msgspec.Struct, frozen=True, kw_only=True):
     why: str = ""
 
 
+def slurm_key(job_id: str, restarts: str | int) -> str:
+    """The key of a start of a Slurm job that has been restarted so many times."""
+    return f"slurm-{job_id}-{restarts}"
+
+
 class Start:
     """One start of a run. Each of its files is written once."""
 
@@ -67,10 +72,10 @@ class Start:
         self.incarnation = int(folder.name)
 
     def write_plan(self, plan: Plan) -> None:
-        self._write(_PLAN, plan)
+        self._write(PLAN, plan)
 
     def read_plan(self) -> Plan | None:
-        return self._read(_PLAN, Plan)
+        return self._read(PLAN, Plan)
 
     def write_report(self, report: Report) -> None:
         self._write(_REPORT.format(report.node), report)

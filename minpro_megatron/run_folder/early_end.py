@@ -1,6 +1,7 @@
 """Ends a start of a run before the run is complete: two files between the launcher and the trainer's rank 0.
 
-run_dir/starts/<incarnation>/stop_request.json  the launcher was asked to stop and lets the trainer save first
+run_dir/starts/<incarnation>/stop_request.json  the trainer is to save and end: the launcher got a signal, or
+                                                `minpro cancel --save` was called
 run_dir/starts/<incarnation>/early_end.json     the trainer has saved, or is about to save, and ends
 """
 
@@ -11,7 +12,8 @@ import msgspec
 from minpro_megatron.files.replacement import replace_file_in
 
 STARTS = "starts"
-_STOP_REQUEST, _EARLY_END = "stop_request.json", "early_end.json"
+STOP_REQUEST = "stop_request.json"
+_EARLY_END = "early_end.json"
 
 
 class StopRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,11 +31,11 @@ class EarlyEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def request_stop(run_dir: Path, incarnation: int, request: StopRequest) -> None:
-    _write(run_dir, incarnation, _STOP_REQUEST, request)
+    _write(run_dir, incarnation, STOP_REQUEST, request)
 
 
 def read_stop_request(run_dir: Path, incarnation: int) -> StopRequest | None:
-    return _read(run_dir, incarnation, _STOP_REQUEST, StopRequest)
+    return _read(run_dir, incarnation, STOP_REQUEST, StopRequest)
 
 
 def write_early_end(run_dir: Path, incarnation: int, end: EarlyEnd) -> None:

@@ -218,6 +218,30 @@ def test_without_restarts_left_the_job_has_failed(workspace: Workspace) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
+def test_a_job_that_is_cancelled_with_a_save_ends_with_a_checkpoint_and_resumes(workspace: Workspace) -> None:
+    settings = ["num_global_steps=500", "checkpoint.every_steps=1000"]
+    submitted = workspace.submit("saved", *settings)
+    run_dir = workspace.run_dir("saved")
+    until(lambda: (run_dir / "metrics.jsonl").exists(), "a first step")
+    status, output = ended(workspace.command("cancel", "saved", "--save"))
+    assert (status, "ends after the global step in progress and its checkpoint\n" in output) == (0, True), output
+    status, output = ended(submitted)
+    assert status == 1, output
+    (version,) = re.findall(r"ended after global step (\d+), with a checkpoint: requested by minpro cancel --", output)
+    assert [path.name for path in (run_dir / "starts").iterdir()] == ["0"]
+    assert re.search(r"job \d+: ended with a checkpoint; submit the same command again to resume\n", output), output
+    assert (run_dir / "starts" / "0" / "ended").exists()
+    latest = read_latest(run_dir)
+    assert latest is not None
+    assert latest.policy_version == int(version)
+    longer = [f"num_global_steps={int(version) + 1}", "checkpoint.every_steps=1000"]
+    status, output = ended(workspace.submit("saved", *longer))
+    assert status == 0, output
+    assert f"it resumes from its checkpoint after global step {version} (start 2 of this run)" in output
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_cancelled_job_ends_and_problems_start_nothing(workspace: Workspace) -> None:
     assert ended(workspace.submit("cancelled", "--detach", "num_global_steps=500"))[0] == 0
     run_dir = workspace.run_dir("cancelled")

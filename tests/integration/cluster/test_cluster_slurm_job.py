@@ -10,17 +10,22 @@ import pytest
 from minpro_megatron.cluster import follow as following
 from minpro_megatron.cluster.follow import LogTail, follow
 from minpro_megatron.cluster.records import JobRecord, all_records, recall, remember
+from minpro_megatron.cluster.save_and_end import REQUEST, request_save_and_end
 from minpro_megatron.cluster.shell import Answer, LoginNode, ThisMachine
 from minpro_megatron.cluster.slurm_job import (
     JobError,
     JobState,
     active_jobs,
     look_up,
+    no_restart_file,
     parse_sacct,
     parse_scontrol,
     parse_script_output,
 )
 from minpro_megatron.errors import UserError
+from minpro_megatron.launch.starts import Plan, Start
+from minpro_megatron.run_folder.early_end import read_stop_request
+from tests.support.begun_runs import begin
 
 SCONTROL = """\
 JobId=7 JobName=minpro-whole
@@ -203,6 +208,54 @@ def test_a_lost_connection_is_an_answer_and_is_made_again(tmp_path: Path, monkey
 def record(name: str, job_id: str, submitted_at: float, **more: object) -> JobRecord:
     given = {"run_dir": f"/runs/{name}", "log_folder": "/logs", "submitted_at": submitted_at} | more
     return JobRecord(name=name, job_id=job_id, **given)  # type: ignore[arg-type]
+
+
+RUNNING = JobState(state="RUNNING", restarts=1)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> JobRecord:
+    """The record of job 7, whose second start is the run's tenth."""
+    config = begin(tmp_path)
+    for number, key in ((8, "slurm-7-0"), (9, "slurm-7-1")):
+        start = Start(config.run_dir / "starts" / str(number))
+        start.write_plan(Plan(key=key))
+    return record("example", "7", 1.0, run_dir=str(config.run_dir), jobs_folder=str(tmp_path))
+
+
+def test_a_running_job_is_asked_to_save_and_to_end(begun: JobRecord, tmp_path: Path) -> None:
+    request_save_and_end(Answers(), begun, RUNNING)
+    assert read_stop_request(Path(begun.run_dir), 9) == REQUEST
+    assert read_stop_request(Path(begun.run_dir), 8) is None
+    assert Path(no_restart_file(str(tmp_path), "7")).exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "settings", "problem"),
+    [
+        (
+            JobState(state="PENDING", reason="Priority"),
+            {},
+            r"job 7 is PENDING \(Priority\), and only a running one can",
+        ),
+        (JobState(state="RUNNING", restarts=2), {}, "the present start of job 7 has not reached its run folder"),
+        (RUNNING, {"checkpoint": {"every_steps": 0}}, "the run example saves nothing before its end"),
+    ],
+)
+def test_a_job_that_cannot_save_is_not_asked(
+    state: JobState, settings: dict[str, object], problem: str, begun: JobRecord, tmp_path: Path
+) -> None:
+    begin(tmp_path, **settings)
+    with pytest.raises(UserError, match=f"--save: {problem}"):
+        request_save_and_end(Answers(), begun, state)
+    assert not Path(no_restart_file(str(tmp_path), "7")).exists()
+    assert read_stop_request(Path(begun.run_dir), 9) is None
+
+
+def test_a_save_that_the_cluster_cannot_be_asked_for_is_reported(begun: JobRecord) -> None:
+    away = Answers(ls=lambda: answer(stderr="no connection to the login node", return_code=255))
+    with pytest.raises(JobError, match="no connection to the login node"):
+        request_save_and_end(away, begun, RUNNING)
 
 
 def test_a_name_stands_for_its_last_job(tmp_path: Path) -> None:

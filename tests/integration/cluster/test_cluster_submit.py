@@ -16,6 +16,7 @@ from minpro_megatron.cluster import job_files, submit
 from minpro_megatron.cluster.paths import CHECKOUT
 from minpro_megatron.cluster.planning import plan_problems
 from minpro_megatron.cluster.profile import read_profile
+from minpro_megatron.cluster.slurm_job import no_restart_file
 from minpro_megatron.errors import FAILED, TRY_AGAIN, UserError
 from minpro_megatron.launch.recipe import list_recipes, load_recipe
 from minpro_megatron.launch.topology import lay_out
@@ -148,6 +149,8 @@ def script_without_restarts() -> str:
 @pytest.mark.parametrize(
     ("stated", "status", "last_line"),
     [
+        (("end requested", 75), 75, "not started again: its end was requested"),
+        (("end requested",), 143, "not started again: its end was requested"),
         ((2,), 2, "not started again: the problems above have to be fixed first"),
         ((75, 2), 2, "not started again: the problems above have to be fixed first"),
         ((75,), 75, "scontrol requeue 7"),
@@ -155,14 +158,17 @@ def script_without_restarts() -> str:
     ],
 )
 def test_a_status_that_srun_hides_decides_about_the_restart(
-    stated: tuple[int, ...], status: int, last_line: str, tmp_path: Path
+    stated: tuple[int | str, ...], status: int, last_line: str, tmp_path: Path
 ) -> None:
     """One node states its status and ends with it; srun ends the others by a signal and returns 143."""
     pytest.importorskip("nemo_run")
     (tmp_path / "jobs").mkdir()
     script = script_without_restarts().replace(JOBS, f"{tmp_path}/jobs")
     assert f"--container-mounts /lustre/mine:/lustre/mine,{tmp_path}/jobs:{tmp_path}/jobs," in script
-    state = f"from minpro_megatron.launch.job_status import *; [state_exit_status(s, os.environ) for s in {stated}]"
+    numbers = [status for status in stated if isinstance(status, int)]
+    if "end requested" in stated:
+        Path(no_restart_file(f"{tmp_path}/jobs", "7")).touch()
+    state = f"from minpro_megatron.launch.job_status import *; [state_exit_status(s, os.environ) for s in {numbers}]"
     (tmp_path / "srun").write_text(
         f"#!/bin/bash\n[ -z \"$MINPRO_EXIT_STATUS_FILES\" ] || {sys.executable} -c 'import os; {state}'\nexit 143\n"
     )

@@ -64,31 +64,62 @@ def test_without_a_setting_a_signal_ends_the_run_at_once(tmp_path: Path) -> None
     assert read_stop_request(config.run_dir, 0) is None
 
 
+NOW = 10_000.0
+# Slurm's job ends 300 s after the signal; in a minute more than that; long after it; at a time that it does not say.
+AT_LIMIT, BEFORE_LIMIT, LONG_BEFORE, NO_LIMIT = (
+    {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": end} for end in ("10300", "10360", "10361", "0")
+)
+
+
 @pytest.mark.parametrize(
-    ("changes", "end_early_s", "expected"),
+    ("changes", "end_early_s", "environment", "expected"),
     [
-        (("save_on_stop_s=40",), 0, 40),
-        ((), 300, 240),
-        (("save_on_stop_s=40",), 300, 240),
-        (("save_on_stop_s=400",), 300, 400),
-        ((), 30, 0),
-        (("every_steps=0",), 300, 0),
+        (("save_on_stop_s=40",), 0, {}, 40),
+        # Kubernetes
+        ((), 300, {}, 240),
+        (("save_on_stop_s=40",), 300, {}, 240),
+        (("save_on_stop_s=400",), 300, {}, 300 - ENDING_S),
+        ((), 30, {}, 0),
+        (("every_steps=0",), 300, {}, 0),
+        ((), 300, AT_LIMIT, 240),
+        ((), 300, BEFORE_LIMIT, 300),
+        # scancel: Slurm kills after KillWait, whatever time the limit would leave
+        ((), 300, LONG_BEFORE, 0),
+        ((), 300, NO_LIMIT, 0),
+        ((), 0, AT_LIMIT, 0),
     ],
 )
 def test_the_trainer_is_asked_to_save_while_the_setting_or_the_job_leaves_time(
-    tmp_path: Path, changes: tuple[str, ...], end_early_s: float, expected: float, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    changes: tuple[str, ...],
+    end_early_s: float,
+    environment: dict[str, str],
+    expected: float,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = config_of(tmp_path, *changes)
-    assert Stopping(config, 2, end_early_s).allowed_s("SIGTERM") == expected
+    assert Stopping(config, 2, end_early_s, environment, lambda: NOW).allowed_s("SIGTERM") == expected
     request = read_stop_request(config.run_dir, 2)
     assert (request.reason if request else "") == ("stopped by SIGTERM" if expected else "")
     said = capsys.readouterr().err
     assert said == (
-        f"SIGTERM: the trainer finishes its global step and saves, for {expected} s at most; a second signal ends it "
-        "at once\n"
+        f"SIGTERM: the trainer finishes its global step and saves, for {expected:.0f} s at most; a second signal ends "
+        "it at once\n"
         if expected
         else ""
     )
+
+
+def test_what_slurm_may_cut_short_is_not_promised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The time that the setting allows may fit the cluster's GraceTime, which the job does not know."""
+    config = config_of(tmp_path, "save_on_stop_s=400")
+    assert Stopping(config, 0, 300, LONG_BEFORE, lambda: NOW).allowed_s("SIGTERM") == 400
+    assert ", for 400 s at most, unless Slurm kills it before (30 s after scancel, or the" in capsys.readouterr().err
+    write_early_end(config.run_dir, 0, SAVING)
+    assert Stopping(config, 0, 300, LONG_BEFORE, lambda: NOW).allowed_s("SIGTERM") == LAST_SAVE_LIMIT_S
+    assert ", unless Slurm kills it before " in capsys.readouterr().err
+    assert Stopping(config, 0, 300, AT_LIMIT, lambda: NOW).allowed_s("SIGTERM") == 300 - ENDING_S
+    assert "unless" not in capsys.readouterr().err
 
 
 def test_a_last_checkpoint_under_way_is_finished(tmp_path: Path) -> None:
