@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -161,8 +161,10 @@ class Recorder:
 class TracedWatchdog(Watchdog):
     """A watchdog that also records the guarded blocks as spans."""
 
-    def __init__(self, path: Path, timeout_s: float, tracer: Tracer) -> None:
-        super().__init__(path, timeout_s)
+    def __init__(
+        self, path: Path, timeout_s: float, tracer: Tracer, record: Callable[[], Sequence[Path]] = tuple
+    ) -> None:
+        super().__init__(path, timeout_s, record=record)
         self._tracer = tracer
 
     @contextmanager

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,11 +31,14 @@ class Watchdog:
         timeout_s: float,
         grace_s: float = GRACE_S,
         end: Callable[[int], None] = os._exit,
+        record: Callable[[], Sequence[Path]] = tuple,
     ) -> None:
+        """`record` writes what else is known of the hang, after the stacks; it returns the files."""
         self._path = Path(path)
         self._timeout_s = timeout_s
         self._grace_s = grace_s
         self._end = end
+        self._record = record
         self._guarded: tuple[str, float] | None = None  # description of the block, and its deadline
         self._closed = threading.Event()
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +72,16 @@ class Watchdog:
             faulthandler.dump_traceback(self._file, all_threads=True)
             self._file.flush()
             print(f"error: {line} in {self._path}", file=sys.stderr, flush=True)
+            self._write_record()
             self._closed.wait(self._grace_s)
             self._end(HUNG)
             return
+
+    def _write_record(self) -> None:
+        try:
+            files = ", ".join(map(str, self._record()))
+        except Exception as error:  # whatever it is, the process must end
+            print(f"error: no further record of the hang: {error!r}", file=sys.stderr, flush=True)
+        else:
+            if files:
+                print(f"further record of the hang: {files}", file=sys.stderr, flush=True)

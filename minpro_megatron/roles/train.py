@@ -33,6 +33,7 @@ from minpro_megatron.monitor.throughput import TrainerCompute
 from minpro_megatron.monitor.trace import TracedWatchdog
 from minpro_megatron.monitor.wandb_board import WandbBoard
 from minpro_megatron.monitor.writer import RunWriter
+from minpro_megatron.parallel.collective_records import write_collective_records
 from minpro_megatron.parallel.mesh import Mesh, open_mesh
 from minpro_megatron.parallel.rank_errors import record_errors
 from minpro_megatron.prompts.tokenizer import TextTokenizer
@@ -102,8 +103,9 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
         publisher.begin_from(turns.initial)
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh, fence.check)
     tracer = open_tracer(config, incarnation, mesh.rank, policy.modules, first_step)
-    stacks = config.run_dir / "logs" / f"stacks-rank-{mesh.rank}.txt"
-    watchdog = TracedWatchdog(stacks, config.debug.hang_timeout_s, tracer)
+    logs = config.run_dir / "logs"
+    record = partial(write_collective_records, logs, mesh.rank)
+    watchdog = TracedWatchdog(logs / f"stacks-rank-{mesh.rank}.txt", config.debug.hang_timeout_s, tracer, record)
     optional = {"resumed_from": resumed_from, "tracer": tracer, "turns": turns}
     make_trainer = partial(Trainer, config, mesh, policy, publisher, checkpoints, watchdog, **optional)
     _say(config, mesh, "waiting for the first batch")

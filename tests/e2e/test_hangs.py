@@ -1,5 +1,6 @@
 """A rank that stands still ends the run, and those that wait for it say where they were."""
 
+import pickle
 import time
 
 import psutil
@@ -28,6 +29,10 @@ def test_a_rank_that_is_stopped_ends_the_run(launches: Launcher) -> None:
     assert "Thread 0x" in stacks.read_text()
     assert "minpro_megatron/train.py" in stacks.read_text()
     assert not stopped.is_running()
+    # the last collectives of the rank that waited: its last one has not ended
+    record = pickle.loads((launch.run_dir / "logs" / "collectives-gloo-rank-0").read_bytes())
+    assert record["entries"][-1]["state"] != "completed"
+    assert record["entries"][-1]["retired"] is False
 
 
 def _rank(launch: Launch, rank: int) -> psutil.Process:

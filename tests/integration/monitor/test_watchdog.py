@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,6 +78,33 @@ def test_what_hangs_is_ended_with_its_stacks(
     assert re.search(rf"^\d+-\d+-\d+ \d+:\d+:\d+ {told}:\n", stacks(tmp_path))
     assert "in an_endless_update" in stacks(tmp_path)
     assert re.fullmatch(rf"error: {told} in .*/logs/stacks.txt\n", capsys.readouterr().err)
+
+
+def refuse() -> list[Path]:
+    raise RuntimeError("no recorder")
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (lambda: [Path("a"), Path("b")], "further record of the hang: a, b\n"),
+        (refuse, "error: no further record of the hang: RuntimeError('no recorder')\n"),
+    ],
+)
+def test_what_else_is_known_is_recorded_before_the_end(
+    record: Callable[[], list[Path]],
+    told: str,
+    tmp_path: Path,
+    ended: Ended,
+    last_resort: list[object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dog = Watchdog(tmp_path / "stacks.txt", TIMEOUT_S, grace_s=GRACE_S, end=ended, record=record)
+    with dog.guard("update 7"):
+        an_endless_update(ended)
+    dog.close()
+    assert ended.statuses == [HUNG]
+    assert capsys.readouterr().err.endswith(f"stacks.txt\n{told}")
 
 
 def test_what_ends_in_time_is_left_alone(

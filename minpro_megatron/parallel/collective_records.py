@@ -1,0 +1,25 @@
+"""What this rank's process groups were doing, from torch's flight recorder: for a rank that hangs.
+
+The stacks of a hanging rank show that it waits for a collective. Which one, in which group, and which ranks have not
+reached it, only the records of all ranks together show (docs/operations.md).
+"""
+
+from pathlib import Path
+
+import torch._C._distributed_c10d as c10d
+
+# By kind of group, the function of torch that returns the last collectives (TORCH_FR_BUFFER_SIZE, 2,000 unless it is
+# set) as a pickle. Builds of torch without NCCL do not have its function.
+_DUMPS = {"nccl": "_dump_nccl_trace", "gloo": "_dump_fr_trace"}
+
+
+def write_collective_records(folder: Path, rank: int) -> list[Path]:
+    """Writes the last collectives of this rank, a file for each kind of group; returns their paths. The names end with
+    the rank, as torch's own reader expects. Waits for no other rank."""
+    written = []
+    for kind, name in _DUMPS.items():
+        if (dump := getattr(c10d, name, None)) is not None:
+            path = folder / f"collectives-{kind}-rank-{rank}"
+            path.write_bytes(dump())
+            written.append(path)
+    return written
