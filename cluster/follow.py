@@ -5,16 +5,35 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TextIO
 
 from minpro_megatron.cluster.shell import Shell
 from minpro_megatron.cluster.slurm_job import JobError, JobState, log_files, look_up
 
-POLL_S = 2.0
 POD_POLL_S = 15.0
 _BLOCK_BYTES = 256 * 1024
 # slurmctld may be restarted during a job of several days.
 _MAX_SILENCE_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """Seconds between two questions to the cluster. Slurm's controller answers all users, and sites limit how often one
+    of them asks: the state is asked for every `state_s`, and in the first `soon_for_s`, when many jobs start or are
+    refused, every `state_soon_s`. The log is a file, and is read every `log_s`."""
+
+    state_s: float = 30.0
+    state_soon_s: float = 10.0
+    soon_for_s: float = 120.0
+    log_s: float = 5.0
+
+    def next_state(self, followed_s: float) -> float:
+        """Seconds from one question about the state to the next, in a job that has been followed for so long."""
+        return self.state_soon_s if followed_s < self.soon_for_s else self.state_s
+
+
+HERE, OVER_SSH = Intervals(), Intervals(log_s=15.0)
 
 
 class LogTail:
@@ -49,27 +68,29 @@ def follow(
     log_folder: str,
     out: TextIO = sys.stdout,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    intervals: Intervals = HERE,
 ) -> JobState:
     """Shows the log and changes of state until the job has ended; returns its last state. Raises JobError."""
-    tail, shown, answered = LogTail(shell, log_folder, job_id, out), "", time.monotonic()
+    tail, shown, began = LogTail(shell, log_folder, job_id, out), "", time.monotonic()
+    answered, next_state = began, began
     while True:
-        try:
-            state = look_up(shell, job_id, log_folder)
-            answered = time.monotonic()
-        except JobError:
-            if time.monotonic() - answered > _MAX_SILENCE_S:
-                raise
-            time.sleep(POLL_S)
-            continue
-        if state.has_ended:
-            time.sleep(min(POLL_S, 0.5))  # the last lines arrive with the file system's delay
+        state, now = None, time.monotonic()
+        if now >= next_state:
+            next_state = now + intervals.next_state(now - began)
+            try:
+                state, answered = look_up(shell, job_id, log_folder), now
+            except JobError:
+                if now - answered > _MAX_SILENCE_S:
+                    raise
+        if state is not None and state.has_ended:
+            time.sleep(min(intervals.log_s, 0.5))  # the last lines arrive with the file system's delay
         tail.show_news()
-        if str(state) != shown:
+        if state is not None and str(state) != shown:
             shown = str(state)
             say(f"job {job_id}: {shown}")
-        if state.has_ended:
+        if state is not None and state.has_ended:
             return state
-        time.sleep(POLL_S)
+        time.sleep(max(0.0, min(intervals.log_s, next_state - time.monotonic())))
 
 
 def follow_state(

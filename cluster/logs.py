@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from minpro_megatron.cluster import pods
-from minpro_megatron.cluster.follow import LogTail, follow
+from minpro_megatron.cluster.follow import HERE, OVER_SSH, LogTail, follow
 from minpro_megatron.cluster.local_job import refuse_local, trainer_log
 from minpro_megatron.cluster.records import recall, records_folder
 from minpro_megatron.cluster.shell import shell_of
@@ -39,7 +39,8 @@ def _logs(options: argparse.Namespace) -> int:
         LogTail(shell, record.log_folder, record.job_id, sys.stdout).show_news()
         return 0
     try:
-        return conclude(follow(shell, record.job_id, record.log_folder), record)
+        intervals = OVER_SSH if record.ssh else HERE
+        return conclude(follow(shell, record.job_id, record.log_folder, intervals=intervals), record)
     except KeyboardInterrupt:
         return INTERRUPTED
     except JobError as error:

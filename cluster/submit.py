@@ -15,7 +15,7 @@ from pathlib import Path
 from msgspec import structs
 
 from minpro_megatron.cluster import pods
-from minpro_megatron.cluster.follow import follow, follow_state
+from minpro_megatron.cluster.follow import HERE, OVER_SSH, follow, follow_state
 from minpro_megatron.cluster.job_files import JobFiles
 from minpro_megatron.cluster.paths import in_workspace
 from minpro_megatron.cluster.planning import plan_problems
@@ -182,7 +182,7 @@ def _run(config: RunConfig, topology: Topology, profile: Profile, detach: bool) 
     if detach:
         return 0
     try:
-        state = follow(shell, job.job_id, job.folder)
+        state = follow(shell, job.job_id, job.folder, intervals=OVER_SSH if profile.ssh else HERE)
     except KeyboardInterrupt:
         print(f"\nno longer following; the job continues: minpro logs {config.name} --follow")
         return INTERRUPTED

@@ -4,11 +4,12 @@ import io
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from minpro_megatron.cluster import follow as following
-from minpro_megatron.cluster.follow import LogTail, follow
+from minpro_megatron.cluster.follow import HERE, OVER_SSH, Intervals, LogTail, follow
 from minpro_megatron.cluster.records import JobRecord, all_records, recall, remember
 from minpro_megatron.cluster.save_and_end import REQUEST, request_save_and_end
 from minpro_megatron.cluster.shell import Answer, LoginNode, ThisMachine
@@ -142,8 +143,31 @@ def test_the_log_is_shown_as_it_grows_over_all_starts(tmp_path: Path) -> None:
     assert out.getvalue() == "one\nä\n\ufffd\nthird\neleventh\n"
 
 
-def test_following_ends_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "POLL_S", 0.001)
+AT_ONCE = Intervals(state_s=0.001, state_soon_s=0.001, log_s=0.001)
+
+
+@pytest.mark.parametrize("intervals", [HERE, OVER_SSH])
+def test_the_controller_is_asked_rarely_and_the_log_is_read_in_between(
+    intervals: Intervals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of questions in a job of 24 hours, by a clock that only waits."""
+    now = 0.0
+
+    def wait(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(following, "time", SimpleNamespace(monotonic=lambda: now, sleep=wait))
+    listed = answer("")
+    shell = Answers(scontrol=lambda: answer(scontrol("COMPLETED" if now > 86_400 else "RUNNING")), ls=lambda: listed)
+    assert follow(shell, "7", str(tmp_path), io.StringIO(), lambda line: None, intervals).has_succeeded
+    asked = [command.split()[0] for command in shell.commands]
+    assert asked.count("scontrol") < 86_400 / 30 + 12
+    assert asked.count("ls") < 86_400 / (15 if intervals is OVER_SSH else 5) * 1.01 + 12
+    assert now < 86_400 + 31
+
+
+def test_following_ends_with_the_job(tmp_path: Path) -> None:
     answers = [
         scontrol("PENDING", reason="Priority", nodes="(null)"), None, scontrol("RUNNING"), scontrol("RUNNING"),
         scontrol("PENDING", reason="BeginTime", restarts=1), scontrol("COMPLETED", restarts=1),
@@ -156,7 +180,7 @@ def test_following_ends_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return answer(text) if text else answer(stderr="timed out", return_code=1)
 
     said, out = list[str](), io.StringIO()
-    state = follow(Answers(scontrol=next_state), "7", str(tmp_path), out, said.append)
+    state = follow(Answers(scontrol=next_state), "7", str(tmp_path), out, said.append, AT_ONCE)
     assert state.has_succeeded
     assert out.getvalue() == "line\n" * len(answers)
     assert [line.removeprefix("job 7: ") for line in said] == [
@@ -166,14 +190,13 @@ def test_following_ends_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_cluster_that_is_unreachable_for_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "POLL_S", 0.001)
     monkeypatch.setattr(following, "_MAX_SILENCE_S", 0.01)
+    gone = Answers(scontrol=lambda: answer(stderr="gone", return_code=1))
     with pytest.raises(JobError, match="scontrol: gone"):
-        follow(Answers(scontrol=lambda: answer(stderr="gone", return_code=1)), "7", "/none", io.StringIO(), print)
+        follow(gone, "7", "/none", io.StringIO(), print, AT_ONCE)
 
 
 def test_a_lost_connection_is_an_answer_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "POLL_S", 0.001)
     monkeypatch.setattr(following, "_MAX_SILENCE_S", 5.0)
     (tmp_path / "log-a_7_0.out").write_text("line\n")
     # what each connection does with one command after the other: run it, or fail as the libraries of NeMo-Run do
@@ -197,7 +220,7 @@ def test_a_lost_connection_is_an_answer_and_is_made_again(tmp_path: Path, monkey
         return Connection(ends)
 
     shell, out = LoginNode(connect), io.StringIO()
-    assert follow(shell, "7", str(tmp_path), out, lambda line: None).has_succeeded
+    assert follow(shell, "7", str(tmp_path), out, lambda line: None, AT_ONCE).has_succeeded
     assert out.getvalue() == "line\n"
     with pytest.raises(JobError, match=r"scontrol: no connection to the login node \(StopIteration"):
         look_up(LoginNode(lambda: next(iter(()))), "7", "/none")
