@@ -42,6 +42,12 @@ class ParallelConfig(Section):
         description="How tokens reach the ranks of their experts: alltoall (NCCL), or flex, the kernels of DeepEP, "
         "which has to be installed. flex has not been tested on GPUs.",
     )
+    numa_binding: bool = Field(
+        default=True,
+        description="Bind each rank to the CPUs of its GPU's NUMA node, so that pinned copies, checkpoints and "
+        "optimizer states in host memory are on the GPU's socket. Only with device = cuda, and only where the machine "
+        "says which CPUs these are. Not tested on GPUs.",
+    )
     ddp: DdpFields = Field(
         default={},
         description="Further fields of Megatron-Core's DistributedDataParallelConfig, by its names, such as "
@@ -52,7 +58,7 @@ class ParallelConfig(Section):
     @classmethod
     def axes(cls) -> list[str]:
         """The settings that are degrees, or numbers of layers."""
-        return [name for name in cls.model_fields if name not in ("dispatcher", "ddp")]
+        return [name for name in cls.model_fields if name not in ("dispatcher", "numa_binding", "ddp")]
 
     @property
     def sequence_parallel(self) -> bool:

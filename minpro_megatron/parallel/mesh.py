@@ -21,6 +21,7 @@ from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.parallel.device import process_group_backend, select_device
 from minpro_megatron.parallel.flat_objects import flattened, unflattened
+from minpro_megatron.parallel.numa import bind_beside
 
 # The watchdog of each rank (monitor/watchdog.py) detects a real hang.
 MAX_WAIT = timedelta(days=30)
@@ -94,6 +95,8 @@ def open_mesh(
     Raises ValueError if the number of processes is not `config.world_size`.
     """
     device = select_device(device_name)
+    if device.type == "cuda" and config.numa_binding:
+        bind_beside(device)  # before it allocates host memory
     timeout = _group_timeout(hang_timeout_s)
     dist.init_process_group(
         process_group_backend(device),
