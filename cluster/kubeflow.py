@@ -170,34 +170,11 @@ def _runtime(files: JobFiles, profile: Profile) -> dict[str, Any]:
     the job.
     """
     settings = profile.kubernetes
-    volumes = {
-        _WORKSPACE: {"persistentVolumeClaim": {"claimName": settings.claim}},
-        _SHARED_MEMORY: {"emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}},
-    }
-    mounts = {_WORKSPACE: profile.workspace, _SHARED_MEMORY: "/dev/shm"}
-    container: dict[str, Any] = {
-        "name": _NODE,
-        "image": profile.container.image,
-        "volumeMounts": [{"name": name, "mountPath": path} for name, path in mounts.items()],
-    }
-    if settings.resources:  # RDMA registers pages of memory that must stay where they are
-        container["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}}
-    pod: dict[str, Any] = {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": max(settings.end_early_s, 30),
-        "containers": [container],
-        "volumes": [{"name": name, **source} for name, source in volumes.items()],
-        "tolerations": [dict(one) for one in settings.tolerations],
-    }
-    if settings.node_selector:
-        pod["nodeSelector"] = dict(settings.node_selector)
-    if settings.image_pull_secrets:
-        pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
     ends = {"containerName": _NODE, "operator": "NotIn", "values": [TO_BE_CONTINUED, _KILLED]}
     job: dict[str, Any] = {
         "backoffLimit": 0,
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": ends}]},
-        "template": {"spec": pod},
+        "template": {"spec": _pod(profile)},
     }
     if settings.annotations:
         job["template"]["metadata"] = {"annotations": dict(settings.annotations)}
@@ -223,6 +200,35 @@ def _runtime(files: JobFiles, profile: Profile) -> dict[str, Any]:
             },
         },
     }
+
+
+def _pod(profile: Profile) -> dict[str, Any]:
+    """The specification of a node's pod: its container, volumes and machine."""
+    settings = profile.kubernetes
+    volumes = {
+        _WORKSPACE: {"persistentVolumeClaim": {"claimName": settings.claim}},
+        _SHARED_MEMORY: {"emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}},
+    }
+    mounts = {_WORKSPACE: profile.workspace, _SHARED_MEMORY: "/dev/shm"}
+    container: dict[str, Any] = {
+        "name": _NODE,
+        "image": profile.container.image,
+        "volumeMounts": [{"name": name, "mountPath": path} for name, path in mounts.items()],
+    }
+    if settings.resources:  # RDMA registers pages of memory that must stay where they are
+        container["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}}
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": max(settings.end_early_s, 30),
+        "containers": [container],
+        "volumes": [{"name": name, **source} for name, source in volumes.items()],
+        "tolerations": [dict(one) for one in settings.tolerations],
+    }
+    if settings.node_selector:
+        pod["nodeSelector"] = dict(settings.node_selector)
+    if settings.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
+    return pod
 
 
 def _apply(namespace: str, runtime: dict[str, Any]) -> None:

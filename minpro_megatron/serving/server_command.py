@@ -47,6 +47,14 @@ def server_command(config: RunConfig, index: int, port: int, place: int) -> list
 
 def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list[str]:
     """SGLang's command line. It does not contain the API key, which `server_environment` passes."""
+    command = [sys.executable, "-m", "minpro_megatron.serving.sglang_main"]
+    for name, value in _sglang_arguments(config, index, port, place).items():
+        command += option(name, value)
+    return command
+
+
+def _sglang_arguments(config: RunConfig, index: int, port: int, place: int) -> dict[str, JsonValue]:
+    """By the names of SGLang's options, without their dashes."""
     server = config.server
     length = context_length(config)
     arguments: dict[str, JsonValue] = {
@@ -94,11 +102,7 @@ def sglang_command(config: RunConfig, index: int, port: int, place: int) -> list
     # Tokens in, tokens out: the tokenizer stays in collect. An idle scheduler would otherwise keep a core
     # busy.
     arguments |= {"skip-tokenizer-init": True, "skip-server-warmup": True, "sleep-on-idle": True}
-    arguments |= {name.replace("_", "-"): value for name, value in server.arguments.items()}
-    command = [sys.executable, "-m", "minpro_megatron.serving.sglang_main"]
-    for name, value in arguments.items():
-        command += option(name, value)
-    return command
+    return arguments | {name.replace("_", "-"): value for name, value in server.arguments.items()}
 
 
 def option(name: str, value: JsonValue) -> list[str]:
