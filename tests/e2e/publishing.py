@@ -43,6 +43,7 @@ class Trainer:
     config: RunConfig
     hf_path: Path
     folder: Path
+    deadline_s: float = 400.0
     _count: int = 0
     _thread: threading.Thread | None = None
     _failure: list[BaseException] = field(default_factory=list)
@@ -65,7 +66,7 @@ class Trainer:
 
     def _run(self) -> None:
         try:
-            run_mesh(_on_rank, self.config, self.hf_path, self.folder, deadline_s=400.0, tensor=2)
+            run_mesh(_on_rank, self.config, self.hf_path, self.folder, deadline_s=self.deadline_s, tensor=2)
         except BaseException as error:
             self._failure.append(error)
 

@@ -1,6 +1,8 @@
 """The config.json of models for which runs are planned before the models are downloaded: one JSON file per model.
 
-Each has the values of the config.json of the release that its name says, or that it names as `_name_or_path`.
+Each has the values of the config.json of the release that its name says, or that it names as `_name_or_path`. Plans and
+rehearsals read sizes only, so a name also stands for releases of the same sizes with other positions: the 2507 releases
+of Qwen3 rotate with another base and have 262,144 positions. Training reads the config.json of model.hf_path.
 """
 
 import json
