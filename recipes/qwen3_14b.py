@@ -4,8 +4,8 @@
 
 The paper gives this model half the batch (256 prompts, 16 per update) and 160 global steps. 16 GPUs train and 16 serve.
 Tensor 4 and context 2 use the eight GPUs of a machine: 4,096 tokens of a row of 32,768 and 33 GB per rank (weights 7,
-gradients 15, optimizer 11); tensor 2 would need 55 GB. A server of two GPUs has 30 GB of weights and 118 GB of KV
-cache (164 kB per token: 720,000 tokens), a server of one GPU a third of that.
+gradients 15, optimizer 11); tensor 2 would need 55 GB. A server of two GPUs has 30 GB of weights and 111 GB of KV
+cache (164 kB per token: 676,000 tokens), a server of one GPU a third of that.
 """
 
 from minpro_megatron.config.parallel import ParallelConfig

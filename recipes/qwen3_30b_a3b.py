@@ -5,9 +5,9 @@ which are on one machine (ranks are numbered tensor x context x data, in this or
 experts over NVLink. Attention is small (hidden size 2,048): tensor 2 is enough, and a row of 32,768 tokens is also
 divided by context 2, into 8,192 tokens per rank. A rank holds 42 GB (weights 9, gradients 18, optimizer 15).
 
-A server of two GPUs has 61 GB of weights and 87 GB of KV cache (98 kB per token: 880,000 tokens); four GPUs would
-save weights, but a decoding step waits for messages between GPUs in each of 48 layers. `minpro plan` expects 695 s
-per step with responses of 8,192 tokens on average, 820 s with 32 GPUs that train and 32 that serve, and 821 s with 16
+A server of two GPUs has 61 GB of weights and 79 GB of KV cache (98 kB per token: 806,000 tokens); four GPUs would
+save weights, but a decoding step waits for messages between GPUs in each of 48 layers. `minpro plan` expects 710 s
+per step with responses of 8,192 tokens on average, 850 s with 32 GPUs that train and 32 that serve, and 821 s with 16
 and 48.
 """
 

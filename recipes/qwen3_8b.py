@@ -1,10 +1,10 @@
 """Qwen3-8B-Base: the paper's runs on four machines of eight H100, and variants. See recipes/paper.py for files.
 
 8 GPUs train and 24 serve: a token costs a server more time than the trainer, and `minpro plan` expects 1,060 s per
-step with this split, 1,590 s with equal halves (responses of 8,192 tokens on average). Tensor 2 and context 2 divide a
+step with this split, 1,500 s with equal halves (responses of 8,192 tokens on average). Tensor 2 and context 2 divide a
 row of 32,768 tokens into 8,192 tokens per rank. A rank holds 37 GB (weights 8, gradients 16, optimizer 12), which
 leaves more room than pipeline stages would, without their idle time. Each of the other GPUs is a server: 16 GB of
-weights, 57 GB of KV cache (147 kB per token: 390,000 tokens), and no messages between GPUs.
+weights, 54 GB of KV cache (147 kB per token: 365,000 tokens), and no messages between GPUs.
 """
 
 from minpro_megatron.config.parallel import ParallelConfig
