@@ -56,6 +56,7 @@ def make_run(root: Path, arguments: argparse.Namespace) -> RunConfig:
             "device": "cpu",
             "model": {"hf_path": str(folder), "megatron_path": "unused", "dtype": "float32"},
             "data": {name: str(root / "prompts.jsonl") for name in ("train_file", "heldout_file")},
+            "publish": {"at_start": False},
             "batch": {
                 "num_prompts": num_prompts,
                 "responses_per_prompt": RESPONSES_PER_PROMPT,

@@ -120,7 +120,8 @@ class Trainer:
         return self._finish()
 
     def _begin(self) -> int:
-        """Returns the first global step: 0, or that of the checkpoint, after its weights are loaded and published."""
+        """Returns the first global step: 0, or that of the checkpoint, after its weights are loaded. They are
+        published, also those of a new run where it `publishes_at_start`."""
         self._scoring.keep_reference()  # the initial weights, also if the run resumes from a checkpoint
         manifest = self._resumed_from
         if manifest is not None:
@@ -130,7 +131,7 @@ class Trainer:
             self._versions.in_place = manifest.policy_version
         if self._feed:
             self._feed.start(self._versions.in_place)
-        if manifest is not None:
+        if manifest is not None or self._config.publishes_at_start:
             self._publish(self._versions.in_place, changed=False)
         return self._versions.in_place
 

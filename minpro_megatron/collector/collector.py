@@ -93,7 +93,7 @@ class Collector:
         self._writing_status = asyncio.Lock()
         self._beginnings: Sequence[Beginning] = (RUN_START,)
         self._schedule = make_schedule(config)
-        self._serving = True  # servers hold the schedule's version
+        self._serving = not config.publishes_at_start  # servers hold the schedule's version
         self._next_step = 0
         self._groups: dict[int, CollectedGroup] = {}  # accepted and not yet consumed, by id
         self._retention = JournalRetention(config, journal, self.fail)
@@ -116,7 +116,8 @@ class Collector:
         restored = await restore_state(self._config, self._journal, self._stream, version, former_end)
         self._groups, self._beginnings, self._schedule = restored.groups, restored.beginnings, restored.schedule
         self._next_step = self._retention.resumed_from = version
-        self._serving = version == 0  # the servers start from the initial weights
+        # the servers start from the initial weights
+        self._serving = version == 0 and not self._config.publishes_at_start
         self._evaluations.results = await self._journal.evaluations()
         write_results(self._config.run_dir, self._evaluations.results)
         if restored.num_groups or version:
@@ -306,7 +307,7 @@ class Collector:
         if lease := self._leases.released_already(version):
             self._observer.lease_granted(version)
             return lease
-        # after a restart the servers hold the initial weights, and nothing is in flight on them
+        # at the start the servers hold the initial weights, and nothing is in flight on them
         if await self._wait_until(self._may_publish if self._serving else self._leases.can_grant, timeout_s):
             in_flight = self._serving and self._config.staleness.mode == "bounded"
             self._leases.grant(version, in_flight)
@@ -322,7 +323,7 @@ class Collector:
         self._changes.raise_failure()
         self._leases.check_end(version)
         first_time = version != self._version or not self._serving
-        if first_time:
+        if first_time and version:  # no step has made version 0
             await self._journal.publish(version)
         await self._leases.let_start()
         self._leases.end(held_by, first_time, late)

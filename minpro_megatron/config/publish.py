@@ -22,6 +22,13 @@ class PublishConfig(Section):
         "also used after another transport has failed, until the run is started again or the other transport works "
         "when it is tried once more.",
     )
+    at_start: bool = Field(
+        default=True,
+        description="Whether a new run sends version 0 to the servers before they sample. This tries the transport, "
+        "and checks that the servers then hold the weights that they loaded from model.hf_path and compute the "
+        "trainer's log-probs with them; otherwise the first publication follows the first global step. It has no "
+        "effect with server.placement = shared.",
+    )
     bucket_bytes: int = Field(
         default=512 << 20,
         ge=1,

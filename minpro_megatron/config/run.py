@@ -78,6 +78,13 @@ class RunConfig(Section):
         return not (self.debug.journal or self.data.demonstrations)
 
     @property
+    def publishes_at_start(self) -> bool:
+        """Whether the trainer of a new run sends version 0 to the servers before they sample. On shared GPUs it is not
+        loaded before they have sampled, and the timer sends no weights."""
+        can_publish = self.samples_responses and self.debug.trainer == "megatron" and not self.server.takes_turns
+        return self.publish.at_start and can_publish
+
+    @property
     def drops_groups(self) -> bool:
         """Whether groups are dropped because of their rewards, so that more of them are sampled than are trained on."""
         return self.batch.dynamic_sampling or bool(self.data.filter)

@@ -33,7 +33,9 @@ class FeedError(ProjectError):
 
 
 class Feed:
-    """The trainer's requests to the collector. `start(v)` is called first. A global step with version v and delay n is:
+    """The trainer's requests to the collector. `start(v)` is called first. Where the trainer resumes, or the run
+    `publishes_at_start`, version v is published next, and servers sample after it. A global step with version v and
+    delay n is:
 
         batch(v + n), scored(...), consumed(...), publish_begin(v + 1), [publish], publish_end(v + 1, servers)
 

@@ -53,8 +53,8 @@ class Fleet:
     """The monitored servers of a run; use inside `async with`, in one event loop.
 
     `version` is the policy version that groups are sampled with. A server is *current* if it answers and holds that
-    version: a server that the run started holds version 0, and any other version only after `set_version` lists the
-    server. Raises ValueError if the API key is missing, or if routes are requested from a model without experts.
+    version: before the first `set_version` a server that reports version 0, afterwards only one that `set_version`
+    lists. Raises ValueError if the API key is missing, or if routes are requested from a model without experts.
     """
 
     def __init__(
@@ -154,6 +154,9 @@ class Fleet:
 
         Each of them is checked once more before it gets work: it may have restarted since it received the weights.
         """
+        if not self._probes.has_published:  # version 0: what the servers report does not count any more
+            for member in self._members.values():
+                member.held_version = None
         self._probes.set_version(version)
         for member in self._members.values():
             member.named_version = version if member.address.index in held_by else None

@@ -49,6 +49,11 @@ class Probes:
         self.version = version
         self._publications += 1
 
+    @property
+    def has_published(self) -> bool:
+        """Whether a publication of this start has ended."""
+        return self._publications > 0
+
     def start_due(self) -> None:
         """Starts the probes that are due."""
         now = time.monotonic()
@@ -121,9 +126,9 @@ class Probes:
             member.generation.seen()  # serve has seen it generate before it announced the address
             if member.address.start > 0:
                 self._events.count("restarts")
-            # Only the initial weights are recognized by the version that the server reports: any other weights may be
-            # left from another run, or from a publication that was interrupted.
-            member.held_version = version if version == self.version == 0 else None
+            # Only the initial weights are recognized by the version that the server reports, and only before the first
+            # publication: any other weights may be left from another run, or from a publication that was interrupted.
+            member.held_version = version if version == self.version == 0 and not self.has_published else None
             log.info("%s has joined (start %d): %s", member.name, member.address.start, described)
         elif publications == self._publications:  # otherwise the answer may be older than the last publication
             self._compare_version(member, version, described)

@@ -20,6 +20,7 @@ from minpro_megatron.publishing.canary import Continuation, differences, distinc
 from minpro_megatron.publishing.delivery import Delivery, Limits
 from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.publishing.held_weights import HeldWeights, held_weights
+from minpro_megatron.publishing.initial_weights import refuse_other_weights
 from minpro_megatron.publishing.publish_report import PublishReport
 from minpro_megatron.publishing.sender import PublishError, Sender, Transport
 from minpro_megatron.publishing.shared_memory import SharedMemorySender
@@ -57,6 +58,9 @@ class Publisher:
         self._limits = limits or Limits()
         self._published: HeldWeights | None = None  # after the last publication
         self._tried: list[Tried] = []  # by the publications so far
+        self._loaded: dict[
+            int, str
+        ] = {}  # checksums of what servers loaded from model.hf_path, by tensor-parallel size
 
     def begin_from(self, held: HeldWeights | None) -> None:
         """Notes what the servers held when they first released their memory, where they share the trainer's GPUs."""
@@ -76,13 +80,16 @@ class Publisher:
                 self._on_rank_0(delivery, Delivery.take_back)
             transport = self._on_rank_0(delivery, lambda own: self._first_transport(own, changed))
             while transport is not None:
+                used = transport
                 buckets = self._gatherer.buckets(self._config.publish.bucket_bytes)
                 if delivery is None:
                     _drain(buckets)
                 transport = self._on_rank_0(delivery, partial(self._transfer, buckets=buckets))
                 if transport is None and self._config.server.takes_turns:
                     transport = self._give_cache(delivery)
-            self._on_rank_0(delivery, lambda own: self._check_change(own, changed))
+                if delivery and transport != used:  # otherwise it is repeated without the servers that failed
+                    self._tried.append(Tried(used, arrived=transport is None and bool(delivery.controls)))
+            self._on_rank_0(delivery, lambda own: self._check_weights(own, changed))
             prompts, continuations = self._on_rank_0(delivery, self._ask_canaries)
             pairs = [(prompts[prompt], list(response)) for prompt, response in continuations]
             log_probs = self._score_canaries(pairs) if pairs else []
@@ -129,23 +136,23 @@ class Publisher:
         return Delivery(settings, lease, controls, self._sender, transport, published, self._limits)
 
     def _first_transport(self, delivery: Delivery, changed: bool) -> Transport | None:
-        if changed and self._published is None:  # the weights must differ from the servers' initial ones
-            self._published = held_weights(delivery.controls.values())
+        if self._published is None and (changed or delivery.lease.version == 0):
+            held = held_weights(delivery.controls.values())
+            if changed:  # the weights must differ from the servers' initial ones
+                self._published = held
+            elif held and held.version == 0 and not self._config.server.urls:
+                self._loaded = held.checksums
         return delivery.transport
 
     def _transfer(self, delivery: Delivery, buckets: Iterator[list[tuple[str, Tensor]]]) -> Transport | None:
         """Rank 0's part of one transfer; the transport of the next one, if one is needed."""
-        transport = delivery.transport
-        assert transport is not None, "a transfer is needed"
         try:
-            if transport == "disk":
+            if delivery.transport == "disk":
                 self._through_files(delivery, buckets)
             else:
                 delivery.by_buckets(buckets, self._gatherer.num_buckets(self._config.publish.bucket_bytes))
         finally:
             _drain(buckets)  # buckets not sent because a server failed: the other ranks still gather them
-        if delivery.transport != transport:  # otherwise it is repeated without the servers that failed
-            self._tried.append(Tried(transport, arrived=delivery.transport is None and bool(delivery.controls)))
         return delivery.transport
 
     def _give_cache(self, delivery: Delivery | None) -> Transport | None:
@@ -175,9 +182,11 @@ class Publisher:
             if previous != folder:
                 shutil.rmtree(previous, ignore_errors=True)
 
-    def _check_change(self, delivery: Delivery, changed: bool) -> None:
+    def _check_weights(self, delivery: Delivery, changed: bool) -> None:
         """Raises PublishError if the servers agree on weights that cannot be this version's."""
         version, checksums = delivery.lease.version, delivery.checksums
+        if version == 0:
+            refuse_other_weights(self._config, self._loaded, checksums)
         before, known = self._published or HeldWeights(version, {})
         same = [size for size, checksum in checksums.items() if known.get(size) == checksum]
         if changed and version > before and same:

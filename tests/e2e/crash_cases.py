@@ -38,7 +38,8 @@ PHASES = {
     "grading": CrashPoint("collect", GRADE, call=30),
     "scoring": CrashPoint("train", FORWARD, call=2, within=SCORE, within_call=10),
     "mid-update": CrashPoint("train", FORWARD, call=2, within=UPDATE, within_call=8),
-    "publishing": CrashPoint("train", SEND, moment="after", within=PUBLISH, within_call=4),
+    # the first publication is that of version 0
+    "publishing": CrashPoint("train", SEND, moment="after", within=PUBLISH, within_call=5),
     "checkpointing": CrashPoint("train", WRITE_SHARDS, within=SHARDS, within_call=2, victim="parent"),
     "journal write": CrashPoint(
         "collect", IN_TRANSACTION, moment="after", within=f"{JOURNAL}.consume", within_call=4
@@ -59,6 +60,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     torn: float | None = None  # the share of the journal's write-ahead log that is left of it
     pruned: bool = False  # the journal forgets tokens: they cannot be compared
+    sampled: bool = True  # the run has sampled something when it is crashed: another launch resumes it
     finished: bool = False  # the run has finished when it is crashed: another launch starts nothing
 
     @property
@@ -115,7 +117,7 @@ def in_train() -> list[Case]:
         "rank 1 killed, mid-update": CrashPoint("train", FORWARD, 2, within=UPDATE, within_call=8, rank=1),
         "rank 0 killed, scores not sent": CrashPoint("train", f"{FEED}.scored", 6),
         "rank 0 killed, updated, step not told": CrashPoint("train", f"{FEED}.consumed", 4),
-        "rank 0 killed, weights sent, not told": CrashPoint("train", f"{FEED}.publish_end", 4),
+        "rank 0 killed, weights sent, not told": CrashPoint("train", f"{FEED}.publish_end", 5),
         "rank 0 killed, checkpoint written, not renamed": CrashPoint("train", NAME_FILE, 1, "after", **whole_folder),
         "rank 0 killed, checkpoint renamed, not named": CrashPoint("train", NAME_FILE, 2, **whole_folder),
         "rank 0 killed, checkpoint named, not told": CrashPoint("train", NAME_FILE, 2, "after", **whole_folder),
@@ -124,13 +126,19 @@ def in_train() -> list[Case]:
         "rank 0 killed, exported, no report": CrashPoint("train", WRITE_REPORT),
         "rank 0 killed, exported and reported, no summary": CrashPoint("train", WRITE_SUMMARY),
     }
+    at_start = {
+        "rank 0 killed, publishing version 0": CrashPoint("train", SEND, moment="after"),
+        "rank 0 killed, version 0 sent, not told": CrashPoint("train", f"{FEED}.publish_end"),
+    }
     # Version 3 is published, and samples the last batch; the batch of version 2 has no scores yet.
     published = {
         "rank 0 killed, published, batch not fetched": CrashPoint("train", f"{FEED}.batch", 5),
         "rank 0 killed, scoring, the next version samples": BESIDE_SCORING,
     }
-    return [Case(name, (point,)) for name, point in points.items()] + [
-        Case(name, (point,), overrides=AT_ONCE) for name, point in published.items()
+    return [
+        *(Case(name, (point,)) for name, point in points.items()),
+        *(Case(name, (point,), sampled=False) for name, point in at_start.items()),
+        *(Case(name, (point,), overrides=AT_ONCE) for name, point in published.items()),
     ]
 
 
@@ -247,7 +255,7 @@ def in_turns() -> list[Case]:
         "after the first release, without a model": CrashPoint("train", f"{TURNS}.begin", moment="after"),
         "the servers have released": took_over,
         "mid-update, the servers have released": PHASES["mid-update"],
-        "publishing": PHASES["publishing"],
+        "publishing": replace(PHASES["publishing"], within_call=4),  # none at the start
         "given back, not reported": gave_back,
     }
     servers = {

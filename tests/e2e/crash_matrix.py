@@ -79,7 +79,7 @@ def _tried(case: Case, run: CrashRun, undisturbed: Results) -> Row:
         assert launches[-1].status == 0, f"{launches[-1].output}\n{run.logs()}"
     assert run.num_launches == len(launches) - case.finished
     resumed = re.search(r"it resumes from its (?:checkpoint after global step (\d+)|beginning)", launches[-1].output)
-    assert (resumed is None) == (len(launches) == 1 or case.finished)
+    assert (resumed is None) == (len(launches) == 1 or case.finished or not case.sampled)
     return {
         "case": case.name,
         "ended with": ", ".join(str(launched.status) for launched in launches),

@@ -111,6 +111,16 @@ def held(fleet: Fleet) -> list[tuple[int, str]]:
 TRANSPORTS = [{"transport": transport} for transport in ("broadcast", "shared_memory")]
 
 
+def test_version_0_changes_nothing(fleet: Fleet, trainer: Trainer) -> None:
+    """The first test: the servers have loaded the folder, and have the same bits from the trainer."""
+    loaded = held(fleet)
+    assert [version for version, _ in loaded] == [0, 0]
+    report = trainer.publish(Step(0, fleet.addresses, factor=1.0, changed=False))
+    assert (report.held_by, report.transport) == ([0, 1], "broadcast")
+    assert held(fleet) == loaded
+    assert max(canary.max for canary in report.canaries.values()) < MAX_DIFFERENCE
+
+
 @pytest.mark.parametrize("trainer", TRANSPORTS, indirect=True, ids=lambda settings: settings["transport"])
 def test_both_servers_hold_what_the_ranks_hold(fleet: Fleet, trainer: Trainer) -> None:
     before = held(fleet)

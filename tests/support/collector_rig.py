@@ -73,7 +73,7 @@ class FakeTrainer:
         collector.start(first)
         if self.checkpoint is not None and in_turns:
             await self._release(first)
-        if self.checkpoint is not None:
+        if self.checkpoint is not None or self._config.publishes_at_start:
             await self._publish(first)
         for fetch in order.before_first_step():
             await self._fetch(fetch.batch)

@@ -40,9 +40,10 @@ def run_config(
     over_sampling: float = 1.0,
     keep_steps: int = 50,
     placement: str = "disaggregated",
+    at_start: bool = False,
 ) -> RunConfig:
     """Delay mode, or bounded mode where `max_staleness` is given. In a folder that exists the run folder is made, as a
-    launcher makes it."""
+    launcher makes it. `at_start`: servers sample once they have received version 0."""
     bounded = {"mode": "bounded", "max_staleness": max_staleness} if max_staleness else {}
     config = RunConfig.model_validate(
         {
@@ -63,6 +64,7 @@ def run_config(
             "sampling": {"max_prompt_tokens": 8, "max_response_tokens": 6},
             "staleness": {"delay_steps": delay, **bounded},
             "server": {"device": "cpu", "dtype": "float32"},
+            "publish": {"at_start": at_start},
             "collector": {"journal_keep_steps": keep_steps},
             "evaluation": {"num_prompts": 2, "samples_per_prompt": 2, "every_steps": evaluate_every},
         }
@@ -162,6 +164,7 @@ class FakeServers:
         self._spanning = spanning
         self._count = count
         self._starts = dict.fromkeys(range(count), 0)
+        self._initial: int | None = 0  # what a server holds when it has started, until a version is published
         self._held: dict[int, int | None] = dict.fromkeys(range(count), 0)
 
     def members(self) -> list[ServerAddress]:
@@ -182,7 +185,7 @@ class FakeServers:
     def set_version(self, version: int, held_by: Sequence[int]) -> None:
         if version != self.version and self._exact:
             assert self.in_flight == 0, "published while requests are in flight"
-        self.version = version
+        self.version, self._initial = version, None
         self._held = {index: version if index in held_by else None for index in self._starts}
 
     async def keep_only(self, released: Sequence[ServerAddress]) -> None:
@@ -204,13 +207,13 @@ class FakeServers:
 
     def restart(self, index: int) -> None:
         self._starts[index] += 1
-        self._held[index] = 0
+        self._held[index] = self._initial
 
     def withdraw(self, index: int) -> None:
         del self._starts[index], self._held[index]
 
     def rejoin(self, index: int) -> None:
-        self._starts[index], self._held[index] = 1, 0
+        self._starts[index], self._held[index] = 1, self._initial
 
     async def collect(self, issued: IssuedGroup, sampling: SamplingParameters) -> CollectedGroup:
         self.issued.append(issued)

@@ -72,6 +72,7 @@ def random_config(rng: random.Random, mode: str) -> RunConfig:
             "batch": BASE.batch.model_copy(update=batch),
             "staleness": BASE.staleness.model_copy(update=staleness),
             "server": BASE.server.model_copy(update={"placement": placement}),
+            "publish": BASE.publish.model_copy(update={"at_start": rng.random() < 0.5}),
         }
     )
 
@@ -181,7 +182,7 @@ class SimulatedRun:
                     self._groups[row.group_id] = CollectedGroup(issued=issued_group(slot), responses=row.responses)
             await self._restore_beginnings(version)
         self._schedule = make_schedule(self.config, version, restored, next_group, self._beginnings)
-        self._serving = version == 0
+        self._serving = version == 0 and not self.config.publishes_at_start
         self._ids_of_incarnation: set[int] = set()
 
     async def _restore_beginnings(self, version: int) -> None:
@@ -291,7 +292,7 @@ class SimulatedRun:
         self.dropped.update(chosen.surplus)
 
     async def _publish(self, version: int) -> None:
-        if self._journal is not None:
+        if self._journal is not None and version:
             await self._journal.publish(version)
         if version != self._schedule.version:
             self._schedule.published()

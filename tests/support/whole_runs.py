@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,12 +22,12 @@ from tests.support.rollout_fakes import (
 )
 
 STEPS, DELAY, ETA = 4, 2, 2
-NUM_REQUESTS = 26  # of a run without a crash, in either mode
+NUM_REQUESTS = 28  # of a run without a crash, in either mode
 
 
 def config_of(folder: Path, mode: str, **changes) -> RunConfig:
-    bound = {"max_staleness": ETA} if mode == "bounded" else {}
-    return run_config(folder, steps=STEPS, delay=DELAY, evaluate_every=1, **bound, **changes)
+    settings: dict[str, Any] = {"at_start": True} | ({"max_staleness": ETA} if mode == "bounded" else {}) | changes
+    return run_config(folder, steps=STEPS, delay=DELAY, evaluate_every=1, **settings)
 
 
 def run_whole(

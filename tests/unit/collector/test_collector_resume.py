@@ -111,7 +111,7 @@ def test_groups_that_could_not_be_graded_stay_dropped_after_a_crash(tmp_path: Pa
 
 
 def test_what_was_scored_before_the_crash_comes_back_with_its_scores(tmp_path: Path) -> None:
-    config = config_of(tmp_path, "delay")
+    config = config_of(tmp_path, "delay", at_start=False)
 
     async def before() -> Batch:
         async with collecting(config, FakeServers()) as collector:
@@ -335,7 +335,7 @@ def test_a_checkpoint_of_earlier_settings_keeps_what_it_needs(tmp_path: Path) ->
             return await trainer.run(collector, crash_at)
 
     with pytest.raises(Crash):
-        asyncio.run(incarnation(config, 17))
+        asyncio.run(incarnation(config, 19))
     assert trainer.checkpoint == 2
     trainer._every = 99
     without = with_overrides(config, ["checkpoint.every_steps=0"])

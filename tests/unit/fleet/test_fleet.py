@@ -249,6 +249,28 @@ def test_a_publication_under_way_does_not_make_a_server_outdated(tmp_path: Path)
     run(test())
 
 
+def test_after_the_publication_at_the_start_what_a_server_reports_is_not_enough(tmp_path: Path) -> None:
+    """Version 0, which a server that failed in that publication reports as the others do, and one that restarts."""
+
+    async def test() -> None:
+        async with (
+            FakeEngine("0") as failed,
+            FakeEngine("0") as sound,
+            FakeEngine("0") as restarted,
+            running(tmp_path, [failed.url, sound.url]) as it,
+        ):
+            assert it.fleet.outdated() == []
+            await it.publish(0, [1])
+            await it.collect(2)
+            assert [(address.index, address.start) for address in it.fleet.outdated()] == [(0, 0)]
+            it.state(0, restarted.url, start=1)
+            await until(lambda: [(address.index, address.start) for address in it.fleet.outdated()] == [(0, 1)])
+            await it.collect(2, first=2)
+            assert (failed.num_requests, restarted.num_requests) == (0, 0)
+
+    run(test())
+
+
 def test_servers_not_named_are_outdated(tmp_path: Path) -> None:
     async def test() -> None:
         async with (

@@ -1,4 +1,4 @@
-"""A broadcast that leaves no server is not repeated on the servers that were restarted for it."""
+"""Several publications of one trainer: what a broadcast that left no server changes, and what version 0 must be."""
 
 import logging
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from minpro_megatron.config.publish import PublishConfig
 from minpro_megatron.publishing.delivery import Limits
 from minpro_megatron.publishing.publish import Publisher
 from minpro_megatron.publishing.publish_report import PublishReport, publication_metrics
+from minpro_megatron.publishing.sender import PublishError
 from minpro_megatron.records import PublishLease, ServerAddress
 from tests.support.recorded_server import OK, RecordedServer
 from tests.support.run_examples import example_config, write_example_files
@@ -28,11 +29,14 @@ def servers() -> Iterator[list[RecordedServer]]:
     made = [RecordedServer(hang_s=2), RecordedServer(hang_s=2)]
     for server in made:
         server.answers["model_info"] = (200, {"weight_version": str(VERSION)})
-        checksums = {"ranks": [{"checksums": {"a": "1"}}], "per_engine_checksum": "5e"}
-        server.answers["weights_checker"] = (200, OK | checksums)
+        server.answers["weights_checker"] = checksum("5e")
     yield made
     for server in made:
         server.close()
+
+
+def checksum(engine: str) -> tuple[int, Any]:
+    return 200, OK | {"ranks": [{"checksums": {"a": "1"}}], "per_engine_checksum": engine}
 
 
 @pytest.fixture
@@ -49,12 +53,12 @@ def publisher(tmp_path: Path) -> Iterator[Publisher]:
     dist.destroy_process_group()
 
 
-def publish(publisher: Publisher, servers: list[RecordedServer]) -> PublishReport:
+def publish(publisher: Publisher, servers: list[RecordedServer], version: int = VERSION) -> PublishReport:
     """The report of the publication to these servers; `paths` of each is then that of this publication alone."""
     for server in servers:
         server.received.clear()
     addresses = [ServerAddress(index=index, url=server.url, tensor_parallel=1) for index, server in enumerate(servers)]
-    report = publisher.publish(PublishLease(version=VERSION, servers=addresses, evaluations=[]), changed=False)
+    report = publisher.publish(PublishLease(version=version, servers=addresses, evaluations=[]), changed=False)
     assert report is not None
     return report
 
@@ -89,3 +93,20 @@ def test_a_broadcast_that_every_server_refuses_is_not_tried_at_every_version(
     assert (first.held_by, first.transport, first.fell_back) == ([0, 1], "disk", True)
     assert "init_weights_update_group" in servers[0].paths
     assert (publish(publisher, servers).held_by, servers[0].paths) == ([0, 1], LOADED)
+
+
+@pytest.mark.parametrize("received", ["5e", "6f"])
+def test_version_0_must_be_what_the_servers_loaded(
+    received: str, servers: list[RecordedServer], publisher: Publisher
+) -> None:
+    for server in servers:
+        server.answers["init_weights_update_group"] = (400, "no route to host")  # the disk needs no receiver
+        server.answers["model_info"] = (200, {"weight_version": "0"})
+        # asked before the transfer, after the broadcast, of which nothing has arrived, and at the end
+        server.once["weights_checker"] = [checksum("5e"), checksum("5e")]
+        server.answers["weights_checker"] = checksum(received)
+    if received == "5e":
+        assert publish(publisher, servers, version=0).held_by == [0, 1]
+        return
+    with pytest.raises(PublishError, match="publishing version 0: the trainer's weights are not those of the servers"):
+        publish(publisher, servers, version=0)
