@@ -69,7 +69,10 @@ class Broadcaster:
 
     def send(self, bucket: Sequence[tuple[str, Tensor]], weight_version: int | str) -> None:
         """Starts to send the tensors once the previous bucket has arrived; meanwhile the caller may gather the next.
-        Raises ServersFailed for either bucket."""
+        Raises ServersFailed for either bucket.
+
+        On a GPU torch runs the broadcast on the current stream of its thread, which is the default stream. What the
+        caller gathers next is queued behind it there: only the servers' loading overlaps with gathering."""
         flat = self._memory.fill([tensor for _, tensor in bucket])
         self._wait()
         assert self._group is not None, "connect comes first"

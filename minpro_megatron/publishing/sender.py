@@ -25,7 +25,8 @@ class Sender(Protocol):
 
     def send(self, bucket: Sequence[tuple[str, Tensor]], weight_version: int | str) -> None:
         """Starts to send the tensors once the servers have loaded the previous bucket; meanwhile the caller may gather
-        the next. The tensors are copied before it returns. Raises ServersFailed for either bucket."""
+        the next (on GPUs it waits for a broadcast: see Broadcaster.send). The tensors are copied before it returns.
+        Raises ServersFailed for either bucket."""
         ...
 
     def finish(self) -> None:

@@ -1,7 +1,8 @@
 """The process group over which rank 0 broadcasts new weights to the rollout servers.
 
 Its members are this process (rank 0) and processes of other programs, which may die or hang at any moment. Torch's own
-groups wait half an hour for such a member; an UpdateGroup can be closed at once for all its members.
+groups wait half an hour for such a member; an UpdateGroup can be closed at any time. See `UpdateGroup.close` for what
+waits all the same with NCCL.
 """
 
 import os
@@ -62,13 +63,21 @@ class UpdateGroup:
     def broadcast(self, flat: Tensor) -> None:
         """Sends `flat` to all other members, which must receive a tensor of the same size. Returns when the broadcast
         is started (NCCL) or sent (gloo); only the members know whether they have received it. Raises RuntimeError if a
-        member has died or the group is closed, but may wait for a dead member until it is closed: NCCL connects its
-        members at the first broadcast."""
+        member has died or the group is closed, but may wait for a dead member until it is closed, or longer: NCCL
+        connects its members at the first broadcast (see `close`)."""
         assert self._group is not None, "the group has been joined"
         dist.broadcast(flat, src=0, group=self._group)
 
     def close(self) -> None:
-        """Closes the group; calls that wait in it, in any member, fail at once."""
+        """Closes the group, at once. Calls that wait in it fail, also in the other members, with one exception: a first
+        NCCL broadcast whose members still connect. Torch knows a communicator only when all have connected, so there is
+        none to abort. The call keeps its thread and its tensor until the connection fails, for ever if a member never
+        connects; a server in that state is restarted.
+
+        NCCL's mode without blocking (`config.blocking = 0`) does not help: torch 2.14 then waits for the connection
+        with the lock that its abort takes, for TORCH_NCCL_NONBLOCKING_TIMEOUT seconds (half an hour by default; read
+        once per process), so closing would wait as well.
+        """
         self._store = None
         if self._group is None:
             return

@@ -1,5 +1,6 @@
 """The check of the abort: it passes for the group as it is, and fails if closing does nothing or nothing waits."""
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,25 @@ def test_a_close_that_does_nothing_fails_and_the_real_one_passes() -> None:
     left[0].close()  # sets the thread free
     outcome = abort.check(CPU, shapes, limits)
     assert outcome.problems == []
-    assert float(str(outcome.figures["returned_after_close_s"])) < 3
+    assert float(str(outcome.figures["closed_after_s"])) < 3
+    assert outcome.figures["ending"] != "it still connects"
+
+
+def test_where_the_broadcast_may_go_on_closing_must_return_all_the_same() -> None:
+    """As with NCCL, whose members have not connected."""
+    shapes, limits = abort.SMALL
+    connecting = replace(shapes, patience_s=1, sets_free=False)
+    left: list[UpdateGroup] = []
+    outcome = abort.check(CPU, connecting, limits, close=left.append)
+    assert (outcome.problems, outcome.figures["ending"]) == ([], "it still connects")
+    over = threading.Event()
+
+    def waits(_: UpdateGroup) -> None:
+        over.wait()
+
+    outcome = abort.check(CPU, connecting, limits, close=waits)
+    over.set()
+    assert outcome.problems == ["closing the group did not return within 1 s"]
 
 
 def test_a_broadcast_that_waits_for_nobody_shows_nothing(monkeypatch: Any) -> None:
