@@ -37,13 +37,16 @@ def _check(recipe: str, overrides: list[str], rehearsed_gpu: str) -> int:
     if finished_summary(config) is not None:
         print(f"the run {config.name} has finished; its results are in {config.run_dir}")
         return 0
-    if found := problems(config):
+    found = problems(config)
+    if rehearsed_gpu:  # also on a machine without GPUs and model files, whose absence is found above
+        from minpro_megatron.rehearsal.verdict import rehearsal_problems
+
+        if found:
+            print(f"the problems found so far, {len(found)}, are listed after the rehearsal")
+        found += rehearsal_problems(recipe, config, overrides, rehearsed_gpu)
+    if found:
         raise UserError(found)
     for warning in warnings(config):
         print(f"warning: {warning}")
-    if rehearsed_gpu:
-        from minpro_megatron.rehearsal.verdict import refuse_what_does_not_fit
-
-        refuse_what_does_not_fit(recipe, config, overrides, rehearsed_gpu)
     print(f"no problem found: the run {config.name} can start here; its folder will be {config.run_dir}")
     return 0

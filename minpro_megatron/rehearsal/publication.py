@@ -18,9 +18,12 @@ from minpro_megatron.weights.splits import Replicated
 from minpro_megatron.weights.table import Entry, entries
 
 
-def gather_and_flatten(config: RunConfig, chunks: Sequence[GPTModel], architecture: Architecture, mesh: Mesh) -> None:
+def gather_and_flatten(
+    config: RunConfig, chunks: Sequence[GPTModel], architecture: Architecture, mesh: Mesh
+) -> BucketMemory:
     """Gathers all buckets; on rank 0 also copies each into a buffer of the transport. What the other ranks announce is
-    worked out from their places on the mesh; an AssertionError if that differs for this rank from what it holds."""
+    worked out from their places on the mesh; an AssertionError if that differs for this rank from what it holds.
+    Returns the buffers, which a sender through shared memory keeps."""
 
     def announced(self: Any, own: Any) -> list[Any]:
         found = held_by_all(config.parallel, architecture)
@@ -39,6 +42,7 @@ def gather_and_flatten(config: RunConfig, chunks: Sequence[GPTModel], architectu
         if bucket:
             memory.fill([tensor for _, tensor in bucket])
         del bucket
+    return memory
 
 
 def host_bytes(num_bytes: int, _: torch.device) -> torch.Tensor:

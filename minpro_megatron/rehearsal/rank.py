@@ -107,7 +107,7 @@ def _run_phases(what: Rehearsed, architecture: Architecture, observer: Observer)
 
 
 def _run_steps(
-    config: RunConfig, policy: Any, sequences: list[TokenSequence], observer: Observer, publish: Callable[[], None]
+    config: RunConfig, policy: Any, sequences: list[TokenSequence], observer: Observer, publish: Callable[[], object]
 ) -> None:
     """Two updates and what comes before and after them."""
     from minpro_megatron.actor import garbage
@@ -124,9 +124,10 @@ def _run_steps(
             garbage.collect()
         assert result.applied, result
     if in_turns:
-        _publish_in_turns(config, policy, observer, publish)
+        buckets = _publish_in_turns(config, policy, observer, publish)
         with memory.in_phase("update after the return"):
             policy.update(sequences, _LEARNING_RATE)
+        del buckets
         return
     with memory.in_phase("score with a snapshot"), policy.use_snapshot(_SNAPSHOT):
         policy.score(sequences)
@@ -134,19 +135,21 @@ def _run_steps(
         publish()
 
 
-def _publish_in_turns(config: RunConfig, policy: Any, observer: Observer, publish: Callable[[], None]) -> None:
-    """What a trainer that shares its GPU with servers does between two updates (Trainer._send and _release)."""
+def _publish_in_turns(config: RunConfig, policy: Any, observer: Observer, publish: Callable[[], object]) -> object:
+    """What a trainer that shares its GPU with servers does between two updates (Trainer._send and _release). Returns
+    the buffers of the publication, which stay for the next one."""
     memory = observer.memory
     with memory.in_phase(PARK_STATES):
         policy.to_host(but_weights=True)
     with memory.in_phase(PUBLISH):
-        publish()
+        buckets = publish()
     with memory.in_phase(CANARIES):
         policy.score_canaries([([0] * _CANARY_PROMPT, [0] * max(1, config.publish.canary_tokens))])
     with memory.in_phase(PARK_WEIGHTS):
         policy.to_host()
     with memory.in_phase(RETURN):
         policy.to_device()
+    return buckets
 
 
 def full_rows(config: RunConfig, rows: int) -> list[TokenSequence]:

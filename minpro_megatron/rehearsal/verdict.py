@@ -13,8 +13,14 @@ from minpro_megatron.rehearsal.subject import Rehearsed
 
 
 def refuse_what_does_not_fit(recipe: str, config: RunConfig, overrides: Sequence[str], gpu: str) -> None:
-    """Rehearses one rank of each kind, with the planner's imbalance of experts, and prints a line for each. Raises
-    UserError with a line for each mismatch, and for each rank that needs more than a GPU of the kind `gpu` has."""
+    """Raises UserError with the lines of `rehearsal_problems`, if there are any."""
+    if problems := rehearsal_problems(recipe, config, overrides, gpu):
+        raise UserError(problems)
+
+
+def rehearsal_problems(recipe: str, config: RunConfig, overrides: Sequence[str], gpu: str) -> list[str]:
+    """Rehearses one rank of each kind, with the planner's imbalance of experts, and prints a line for each. Returns a
+    line for each mismatch, and for each rank that needs more than a GPU of the kind `gpu` has."""
     what = Rehearsed(recipe, config, rank=0, imbalance=EXPERT_IMBALANCE)
     kind, problems = gpu_kind(gpu), []
     print("rehearsing one trainer rank of each kind; a rank takes minutes", flush=True)
@@ -23,8 +29,7 @@ def refuse_what_does_not_fit(recipe: str, config: RunConfig, overrides: Sequence
         needed = needed_bytes(phase.peak.get("cuda", 0)) / 1e9
         print(f"rank {found.rank} ({found.place}): {needed:.1f} GB in the phase {phase.name!r}", flush=True)
         problems += rank_problems(found, what, kind)
-    if problems:
-        raise UserError(problems)
+    return problems
 
 
 def rank_problems(found: RankRehearsal, what: Rehearsed, gpu: GpuKind) -> list[str]:

@@ -4,6 +4,7 @@ import pytest
 
 from minpro_megatron.launch.recipe import list_recipes
 from minpro_megatron.rehearsal.record import RankRehearsal
+from minpro_megatron.rehearsal.subject import CANARIES, PARK_STATES, PARK_WEIGHTS, RETURN, UPDATE
 from tests.support.recipe_kinds import with_each_run
 from tests.support.rehearsed_ranks import needs_transformer_engine, rehearse
 
@@ -12,6 +13,7 @@ pytestmark = [pytest.mark.integration, needs_transformer_engine]
 MIXTURE = "recipes.qwen3_30b_a3b:minpro"
 MODELS = ("recipes.qwen3_30b_a3b", "recipes.qwen3_14b", "recipes.qwen3_8b")
 RECIPES = [line.split()[0] for model in MODELS for line in list_recipes(model)]
+WHOLE = ("minpro", "minpro_one_machine", "minpro_one_machine_shared", "minpro_long_context")
 MAX_ERROR = 0.05  # of the planner
 # Where the host waits for the device in an update: Megatron's dispatcher reads the numbers of tokens of each expert,
 # forward and recomputed, asynchronously; the project reads the statistics once and the gradient norm once.
@@ -41,6 +43,26 @@ def test_a_rank_of_the_mixture_with_two_layers() -> None:
     reads = [one for one in rank.host_reads if one.phase == "update"]
     assert {one.kind for one in reads} == UPDATE_READS
     assert sum(one.count for one in reads if "asynchronous" not in one.kind) <= 4
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_rank_that_shares_its_gpu_moves_to_the_host_and_back() -> None:
+    (rank,) = rehearse("recipes.qwen3_8b:minpro_one_machine_shared", "--layers", "2")
+    assert rank.problems == []
+    assert_planned(rank, "training", "building", "publishing", "host")
+    components = {one.name: one.measured for one in rank.components}
+    phases = {one.name: one for one in rank.phases}
+    stays, rest = components["workspaces"], 0.02e9  # rotary angles, and values of the last micro-batch
+    with_weights = phases[PARK_STATES].left["cuda"]
+    assert 0 <= with_weights - components["weights"] - stays < rest
+    assert 0 <= phases[PARK_WEIGHTS].left["cuda"] - stays < rest
+    # the canaries' rotary angles come in addition
+    assert 0 <= phases[RETURN].left["cuda"] - phases[UPDATE].left["cuda"] < 0.001e9
+    assert 0 <= phases["update after the return"].peak["cuda"] - phases[UPDATE].peak["cuda"] < 0.001e9
+    moved = components["weights"] + components["optimizer"]
+    assert phases[PARK_WEIGHTS].left["cpu"] - phases[UPDATE].left.get("cpu", 0) >= moved
+    assert phases[CANARIES].entry["cuda"] == with_weights  # the buckets are in host memory
 
 
 # Puts the labels on the host once megatron is imported, and rehearses.
@@ -73,11 +95,11 @@ def test_a_planted_mismatch_is_reported_with_its_line() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)  # two ranks of five minutes each on an idle core
 @pytest.mark.parametrize("recipe", with_each_run(RECIPES, objectives_of="recipes.qwen3_8b"))
 def test_every_recipe(recipe: str) -> None:
     """At full depth what differs in memory or mesh, and two layers of what differs in the objective."""
-    whole = recipe.rpartition(":")[2] in ("minpro", "minpro_one_machine", "minpro_long_context")
+    whole = recipe.rpartition(":")[2] in WHOLE
     for rank in rehearse(recipe, *("--all-kinds",) if whole else ("--layers", "2")):
         assert rank.problems == []
         if whole:
@@ -86,7 +108,7 @@ def test_every_recipe(recipe: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("settings", [["parallel.pipeline=4"], ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]])
 def test_every_kind_of_stage(settings: list[str]) -> None:
     ranks = rehearse(MIXTURE, *settings, "parallel.data=4", "--all-kinds")

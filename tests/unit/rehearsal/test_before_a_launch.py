@@ -63,6 +63,22 @@ def test_without_the_option_nothing_is_rehearsed(
     assert "GB in the phase" not in capsys.readouterr().out
 
 
+def test_the_machines_own_problems_do_not_keep_a_check_from_rehearsing(
+    found: Callable[[RankRehearsal], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_checks, "problems", lambda config: ["no GPU here"])
+    found(TOO_LARGE)
+    assert run_check("--rehearse") == 2
+    output, error = capsys.readouterr()
+    assert "the problems found so far, 1, are listed after the rehearsal" in output
+    assert "rank 0 (data 0/2): 97.7 GB in the phase 'update'" in output
+    own, rehearsed = error.splitlines()
+    assert own.endswith("no GPU here")
+    assert "rehearsal of rank 0 (data 0/2): 97.7 GB" in rehearsed
+    found(rehearsed_rank())
+    assert run_check("--rehearse") == 2  # still no GPU
+
+
 def test_a_larger_gpu_fits_it(found: Callable[[RankRehearsal], None]) -> None:
     found(TOO_LARGE)
     assert run_check("--rehearse", "--gpu", "h200-141gb") == 0
