@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from minpro_megatron.monitor.summary import RunSummary
 from tests.e2e.conftest import Launch, Launcher
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(560)]  # more than the waits of the test together
 
 NUM_ROWS, STEPS = 12, 30
 # What follows from the weights and the batches, and from no clock.
