@@ -20,6 +20,8 @@ def write_collective_records(folder: Path, rank: int) -> list[Path]:
     for kind, name in _DUMPS.items():
         if (dump := getattr(c10d, name, None)) is not None:
             path = folder / f"collectives-{kind}-rank-{rank}"
-            path.write_bytes(dump())
+            # With stack traces torch imports its compiler, in a process that hangs: 1.5 s of processor time, which on a
+            # busy machine is longer than the watchdog waits.
+            path.write_bytes(dump(includeStackTraces=False))
             written.append(path)
     return written

@@ -19,6 +19,7 @@ def test_the_last_collectives_are_written_without_a_setting(tmp_path: Path) -> N
         dist.destroy_process_group()
     last = files["collectives-gloo-rank-7"]["entries"][-1]
     assert (last["profiling_name"], last["input_sizes"]) == ("gloo:all_reduce", [[3, 5]])
+    assert "frames" not in last, "for them torch imports its compiler, for which a hanging process has no time"
     # with NCCL untested: this build of torch has its recorder, which has seen no group
     assert files.get("collectives-nccl-rank-7", {"entries": []})["entries"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
