@@ -12,8 +12,8 @@ from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.publishing.publish import Publisher
 from minpro_megatron.publishing.turns import ServerTurns
+from minpro_megatron.recipes.demo import tiny_moe
 from minpro_megatron.records import PublishLease, ServerAddress
-from recipes.demo import tiny_moe
 from tests.mesh.harness import run_mesh
 from tests.support.recorded_server import OK, RecordedServer
 

@@ -7,8 +7,8 @@ from minpro_megatron.command_line import did_you_mean
 from minpro_megatron.config.run import with_overrides
 from minpro_megatron.errors import UserError
 from minpro_megatron.planning.gpus import GPU_KINDS, gpu_kind
+from minpro_megatron.recipes.demo import tiny_moe
 from minpro_megatron.rewards.registry import check_reward_name
-from recipes.demo import tiny_moe
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,19 @@ def test_the_linked_folders_are_those_of_the_checkout(folder):
     assert (ROOT / PACKAGE / folder).samefile(ROOT / folder)
 
 
+def test_the_linked_folders_are_imported_by_one_name():
+    """By the other one a module is loaded a second time, and its classes are other classes (docs/decisions.md)."""
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for folder in (PACKAGE, *BESIDE, "tests", "docs")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path != ROOT / "tests" / "unit" / "launch" / "test_own_recipes.py"  # a user's own folder of this name
+        for name in sorted(imported_names(path))
+        if name.partition(".")[0] in LINKED
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize("module", ONLY_IN)
 def test_megatron_is_read_only_where_it_is_known(module):
     assert importers(_parts() - set(ONLY_IN[module]), module) == []
