@@ -6,7 +6,7 @@ from typing import Any
 from minpro_megatron.config.base import Section
 
 # The settings that are about sampled responses, their prompts and their rewards, and the values that switch them off.
-_OF_SAMPLED_RESPONSES: dict[str, Any] = {
+OF_SAMPLED_RESPONSES: dict[str, Any] = {
     "staleness.mode": "delay",
     "staleness.delay_steps": 0,
     "staleness.behavior_log_probs": "trainer",
@@ -54,7 +54,7 @@ def refuse_contradicting_demonstrations(config: Section) -> None:
             "1"
         )
     corrections = [name for name, section in loss if getattr(section, "enabled", False)]
-    needed = _OF_SAMPLED_RESPONSES | {f"loss.{name}.enabled": False for name in corrections}
+    needed = OF_SAMPLED_RESPONSES | {f"loss.{name}.enabled": False for name in corrections}
     for name, off in needed.items():
         if (value := attrgetter(name)(config)) != off:
             raise ValueError(
