@@ -308,6 +308,7 @@ async def _release_while_sampling(running: Running, control: ServerControl) -> N
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("running", NUM_PROCESSES, indirect=True, scope="module")
 def test_a_request_that_comes_between_the_proof_and_the_release_waits_for_the_new_weights(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
