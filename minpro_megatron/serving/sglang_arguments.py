@@ -68,7 +68,7 @@ def _unknown_names(arguments: Mapping[str, Any], parser: _Parser) -> Iterator[st
         elif names[name].dest in owner_of:  # under a second name, such as tensor_parallel_size
             yield f"{_SECTION}.{refusal(name, owner_of[names[name].dest])}"
         elif value is False and f"--no-{name.replace('_', '-')}" not in parser.options:
-            yield f"{_SECTION}.{name} = false: this option can only be given; remove it, or set it to null"
+            yield f"{_SECTION}.{name} = false: this option can only be given; null leaves it out"
 
 
 def main() -> int:

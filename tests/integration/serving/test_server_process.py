@@ -75,6 +75,8 @@ def test_the_command_line_on_gpus(tmp_path: Path, hf_path: Path) -> None:
         assert part in text
     assert "torch_native" not in text
     assert "max-total-tokens" not in text
+    rounded = config(tmp_path, hf_path, device="cuda", arguments={"enable_fp32_lm_head": None})
+    assert "--enable-fp32-lm-head" not in server_command(rounded, 1, 31001, 1)
     assert "SGLANG_USE_CPU_ENGINE" not in server_environment(on_gpus, {})
 
 
