@@ -18,7 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 
-from benchmarks.prefix_rl import ROOT, command, prepare
+from benchmarks.prefix_rl import prepare
+from benchmarks.trained_runs import ROOT, run_python
 from minpro_megatron.recipes import prefix_rl
 
 # Global steps: responses after a prefix are shorter, so a run on them needs more steps for as many tokens.
@@ -81,7 +82,7 @@ def sft_then_rl(seed: int) -> Curve:
     supervised = launch("supervised", f"sft-{seed}", seed, prefix_rl.supervised().num_global_steps, of_rl=False)
     hf, megatron = supervised / "hf_export", prefix_rl.FOLDER / "after_sft" / f"megatron-{seed}"
     if not (megatron / "manifest.json").exists():
-        command("tools/convert_checkpoint.py", "to-megatron", "--hf", hf, "--output", megatron)
+        run_python("tools/convert_checkpoint.py", "to-megatron", "--hf", hf, "--output", megatron)
     paths = [f"model.hf_path={hf}", f"model.megatron_path={megatron}"]
     folder = launch("after_supervised", f"sft-then-rl-{seed}", seed, STEPS["sft_then_rl"], *paths)
     return curve("sft_then_rl", seed, folder, sum(tokens for _, tokens in tokens_by_step(supervised)))
@@ -93,7 +94,7 @@ def launch(recipe: str, name: str, seed: int, num_steps: int, *settings: str, of
     folder = ROOT / "runs" / name
     if not (folder / "summary.json").exists():
         given = [f"name={name}", f"seed={seed}", f"num_global_steps={num_steps}", *(COMMON if of_rl else []), *settings]
-        command("-m", "minpro_megatron", "launch", f"recipes.prefix_rl:{recipe}", *given)
+        run_python("-m", "minpro_megatron", "launch", f"recipes.prefix_rl:{recipe}", *given)
     return folder
 
 
