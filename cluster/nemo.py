@@ -43,6 +43,12 @@ _REMEDIES = {
 # signal, and the status is 143. Therefore the statuses that decide about a restart are read from the nodes' files.
 _SETUP = """\
 { set +vx; } 2>/dev/null
+# After the loss of a node or a preemption Slurm starts the job again without asking this script.
+if [ -e "$no_restart" ]; then
+    echo "not started again: its end was requested"
+    echo "job exited with code @TO_BE_CONTINUED@"
+    exit @TO_BE_CONTINUED@
+fi
 # Versions of Slurm before 23.02 do not say when the job ends.
 if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
     job_end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2>/dev/null)

@@ -17,7 +17,7 @@ from minpro_megatron.cluster.paths import CHECKOUT
 from minpro_megatron.cluster.planning import plan_problems
 from minpro_megatron.cluster.profile import read_profile
 from minpro_megatron.cluster.slurm_job import no_restart_file
-from minpro_megatron.errors import FAILED, TRY_AGAIN, UserError
+from minpro_megatron.errors import FAILED, TO_BE_CONTINUED, TRY_AGAIN, UserError
 from minpro_megatron.launch.recipe import list_recipes, load_recipe
 from minpro_megatron.launch.topology import lay_out
 from tests.support.long_cases import long_after
@@ -166,11 +166,11 @@ def test_a_status_that_srun_hides_decides_about_the_restart(
     script = script_without_restarts().replace(JOBS, f"{tmp_path}/jobs")
     assert f"--container-mounts /lustre/mine:/lustre/mine,{tmp_path}/jobs:{tmp_path}/jobs," in script
     numbers = [status for status in stated if isinstance(status, int)]
-    if "end requested" in stated:
-        Path(no_restart_file(f"{tmp_path}/jobs", "7")).touch()
+    request = f"touch {no_restart_file(f'{tmp_path}/jobs', '7')}" if "end requested" in stated else "true"
     state = f"from minpro_megatron.launch.job_status import *; [state_exit_status(s, os.environ) for s in {numbers}]"
     (tmp_path / "srun").write_text(
-        f"#!/bin/bash\n[ -z \"$MINPRO_EXIT_STATUS_FILES\" ] || {sys.executable} -c 'import os; {state}'\nexit 143\n"
+        f'#!/bin/bash\n[ -n "$MINPRO_EXIT_STATUS_FILES" ] || exit 0\n'
+        f"{sys.executable} -c 'import os; {state}'\n{request}\nexit 143\n"
     )
     (tmp_path / "scontrol").write_text('#!/bin/bash\necho "scontrol $*"\n')
     for name in ("scontrol", "srun"):
@@ -178,6 +178,24 @@ def test_a_status_that_srun_hides_decides_about_the_restart(
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     run = subprocess.run(["bash"], input=script, env=environment, text=True, capture_output=True, check=False)
     assert (run.returncode, run.stdout.splitlines()[-1]) == (status, last_line), run.stderr
+
+
+def test_a_job_that_slurm_requeues_after_a_request_to_end_does_not_run_on(tmp_path: Path) -> None:
+    """Slurm starts a job again by itself after the loss of a node or a preemption, without asking its script."""
+    pytest.importorskip("nemo_run")
+    (tmp_path / "jobs").mkdir()
+    Path(no_restart_file(f"{tmp_path}/jobs", "7")).touch()
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*"\n')
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment["SLURM_RESTART_COUNT"] = "1"
+    script = script_without_restarts().replace(JOBS, f"{tmp_path}/jobs")
+    run = subprocess.run(["bash"], input=script, env=environment, text=True, capture_output=True, check=False)
+    assert run.returncode == TO_BE_CONTINUED
+    lines = run.stdout.splitlines()
+    assert lines[-2:] == ["not started again: its end was requested", "job exited with code 75"]
+    assert not [line for line in lines if line.startswith(("srun ", "scontrol requeue"))]
 
 
 @pytest.mark.parametrize(
