@@ -13,13 +13,18 @@ import torch._C._distributed_c10d as c10d
 _DUMPS = {"nccl": "_dump_nccl_trace", "gloo": "_dump_fr_trace"}
 
 
-def write_collective_records(folder: Path, rank: int) -> list[Path]:
+def write_collective_records(logs: Path, incarnation: int, rank: int) -> list[Path]:
     """Writes the last collectives of this rank, a file for each kind of group; returns their paths. The names end with
-    the rank, as torch's own reader expects. Waits for no other rank."""
+    the rank, as torch's own reader expects. Waits for no other rank.
+
+    Each start of the run has a folder: torch's reader compares all files of one, and would take those of an earlier
+    start for ranks of this one that have left none. They are kept, because a run may be started again after a hang."""
+    folder = logs / "collectives" / str(incarnation)
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for kind, name in _DUMPS.items():
         if (dump := getattr(c10d, name, None)) is not None:
-            path = folder / f"collectives-{kind}-rank-{rank}"
+            path = folder / f"{kind}-rank-{rank}"
             # With stack traces torch imports its compiler, in a process that hangs: 1.5 s of processor time, which on a
             # busy machine is longer than the watchdog waits.
             path.write_bytes(dump(includeStackTraces=False))

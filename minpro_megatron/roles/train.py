@@ -104,7 +104,7 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
     checkpoints = RunCheckpoints(config.run_dir / CHECKPOINTS, config.checkpoint, mesh, fence.check)
     tracer = open_tracer(config, incarnation, mesh.rank, policy.modules, first_step)
     logs = config.run_dir / "logs"
-    record = partial(write_collective_records, logs, mesh.rank)
+    record = partial(write_collective_records, logs, incarnation, mesh.rank)
     watchdog = TracedWatchdog(logs / f"stacks-rank-{mesh.rank}.txt", config.debug.hang_timeout_s, tracer, record)
     optional = {"resumed_from": resumed_from, "tracer": tracer, "turns": turns}
     make_trainer = partial(Trainer, config, mesh, policy, publisher, checkpoints, watchdog, **optional)

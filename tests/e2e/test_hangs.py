@@ -30,7 +30,7 @@ def test_a_rank_that_is_stopped_ends_the_run(launches: Launcher) -> None:
     assert "minpro_megatron/train.py" in stacks.read_text()
     assert not stopped.is_running()
     # the last collectives of the rank that waited: its last one has not ended
-    record = pickle.loads((launch.run_dir / "logs" / "collectives-gloo-rank-0").read_bytes())
+    record = pickle.loads((launch.run_dir / "logs" / "collectives" / "0" / "gloo-rank-0").read_bytes())
     assert record["entries"][-1]["state"] != "completed"
     assert record["entries"][-1]["retired"] is False
 
