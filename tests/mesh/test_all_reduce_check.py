@@ -4,6 +4,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import subprocess
 import sys
 from typing import Any
 
@@ -16,10 +17,16 @@ assert harness
 pytestmark = pytest.mark.mesh
 
 
+def environment(world_size: int) -> dict[str, str]:
+    """What all ranks of a node share."""
+    (port,) = free_ports("127.0.0.1", 1)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    return shared | {"WORLD_SIZE": str(world_size)}
+
+
 def ranks(present: list[int], limit_s: float) -> list[tuple[int, str]]:
     """Exit status and output of those of two ranks that are `present`."""
-    (port,) = free_ports("127.0.0.1", 1)
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    shared = environment(world_size=2)
     context = multiprocessing.get_context("forkserver")
     results = context.Queue()
     started = [context.Process(target=_rank, args=(rank, shared, limit_s, results)) for rank in present]
@@ -53,3 +60,15 @@ def test_a_rank_that_nobody_meets_says_so() -> None:
     assert status == 1
     assert "rank 0: " in said
     assert "Traceback" not in said
+
+
+@pytest.mark.long  # an import of torch
+@pytest.mark.parametrize(("world_size", "status"), [(1, 0), (2, 1)])
+def test_the_program_ends_with_the_status_that_a_node_reads(world_size: int, status: int) -> None:
+    """One rank, of which there are one or two."""
+    command = [sys.executable, "-m", "minpro_megatron.parallel.all_reduce_check", "cpu", "2"]
+    shared = environment(world_size) | {"RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | shared, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.startswith("all-reduce over 1 ranks in ") == (status == 0)
+    assert ("rank 0: " in done.stderr) == (status == 1)

@@ -123,7 +123,6 @@ def test_corrections_of_whole_sequences_equal_the_loop(parallel: dict[str, int],
         assert differences(found, sequences, config) == pytest.approx(dict.fromkeys(NAMES, 0.0), abs=TOLERANCE)
 
 
-@pytest.mark.long
 def test_corrections_that_add_up_only_a_ranks_own_tokens_are_noticed(starts: dict[str, Start]) -> None:
     start, parallel = starts["dense"], {"context": 2}
     sequences, config = with_mismatch(in_order(start.groups)), step_config(parallel, row_tokens=2 * SHORTEST_ROW)

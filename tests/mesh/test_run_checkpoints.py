@@ -193,38 +193,43 @@ FAILURES = {
 }
 
 
-def _save_in_trouble(mesh: Mesh, start: tuple, trouble: Callable, caplog_path: str) -> dict[str, Any]:
+def _save_in_each_trouble(mesh: Mesh, start: tuple) -> list[dict[str, Any]]:
+    """For every trouble a save that fails and one that training has waited for."""
     import logging
 
-    logging.getLogger("minpro_megatron").addHandler(logging.FileHandler(f"{caplog_path}-{mesh.rank}"))
-    rank = Rank(mesh, start)
+    logging.getLogger("minpro_megatron").addHandler(logging.FileHandler(f"{start[1]}/log-{mesh.rank}"))
+    rank, found = Rank(mesh, start, keep_last=10), []
+    checkpoints = rank.run_dir / CHECKPOINTS
     rank.checkpoints.save(rank.policy, state(10))
-    completed = [rank.checkpoints.finish()]
-    with trouble(mesh, rank.run_dir / CHECKPOINTS):
-        rank.checkpoints.save(rank.policy, state(20))
-        completed.append(rank.checkpoints.finish())
-    at = [rank.latest()]
-    names = rank.on_rank_0(lambda: sorted(path.name for path in (rank.run_dir / CHECKPOINTS).iterdir()))
-    rank.checkpoints.save(rank.policy, state(30))
-    completed.append(rank.checkpoints.poll())  # training has waited for this one
-    at.append(rank.latest())
-    rank.checkpoints.save(rank.policy, state(40))
-    completed.append(rank.checkpoints.finish())
-    return {"completed": completed, "latest": at, "names": names}
+    assert rank.checkpoints.finish() == [10]
+    for failing, trouble in zip(range(20, 100, 20), FAILURES, strict=True):
+        with trouble(mesh, checkpoints):
+            rank.checkpoints.save(rank.policy, state(failing))
+            completed = [rank.checkpoints.finish()]
+        at = [rank.latest()]
+        names = rank.on_rank_0(lambda: {path.name for path in checkpoints.iterdir()})
+        rank.checkpoints.save(rank.policy, state(failing + 10))
+        completed.append(rank.checkpoints.poll())
+        at.append(rank.latest())
+        found.append({"completed": completed, "latest": at, "names": names})
+    rank.checkpoints.save(rank.policy, state(100))
+    assert rank.checkpoints.finish() == [100]
+    return found
 
 
-@pytest.mark.parametrize("trouble", long_after(1, FAILURES), ids=lambda trouble: trouble.__name__)
-def test_a_save_that_fails_leaves_the_former_one_and_the_next_succeeds(start: tuple, trouble: Callable) -> None:
-    log = str(Path(start[1], "log"))
-    for found in run_mesh(_save_in_trouble, start, trouble, log, **TWO):
-        assert found["completed"] == [[10], [], [30], [40]]
-        assert found["latest"] == [10, 30]
-        assert found["names"] == ["latest", "step-000010"]
-    said = Path(f"{log}-0").read_text()
-    assert said.startswith("the checkpoint of policy version 20 was not written: ")
-    assert FAILURES[trouble] in said
-    assert "The one before it is intact; training will wait for the next one to be written" in said
-    assert Path(f"{log}-1").read_text() == ""
+def test_a_save_that_fails_leaves_the_former_one_and_the_next_succeeds(start: tuple) -> None:
+    failing = range(20, 20 + 20 * len(FAILURES), 20)
+    for found in run_mesh(_save_in_each_trouble, start, **TWO):
+        for version, one in zip(failing, found, strict=True):
+            assert one["completed"] == [[], [version + 10]]
+            assert one["latest"] == [version - 10, version + 10]
+            assert one["names"] == {"latest", *(f"step-{former:06d}" for former in range(10, version, 20))}
+    said = Path(start[1], "log-0").read_text().splitlines()
+    for version, reason, line in zip(failing, FAILURES.values(), said, strict=True):
+        assert line.startswith(f"the checkpoint of policy version {version} was not written: ")
+        assert reason in line
+        assert "The one before it is intact; training will wait for the next one to be written" in line
+    assert Path(start[1], "log-1").read_text() == ""
 
 
 def _save_on_a_full_disk(mesh: Mesh, start: tuple) -> tuple[str, int | None]:

@@ -1,5 +1,6 @@
 """Preflight has what a run hands on checked by SGLang's and Megatron-Core's own classes, in processes of their own."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,33 @@ def test_preflight_reports_what_megatron_does_not_know(tmp_path: Path) -> None:
     found = run_problems(with_overrides(example_config(tmp_path), assignments))
     assert [problem.partition(":")[0] for problem in found] == [one.partition("=")[0] for one in assignments]
     assert "(did you mean layernorm_epsilon?)" in found[1]
+
+
+# What SGLang's own class gives to a parser, with an option that no release has.
+SERVER_ARGS = """
+class ServerArgs:
+    @staticmethod
+    def add_cli_args(parser):
+        parser.add_argument("--chunked-prefill-size", type=int)
+        parser.add_argument("--of-this-sglang")
+"""
+
+
+def test_preflight_asks_the_installed_sglang_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class in place of SGLang's, whose import takes seconds; the long tests below ask SGLang's own."""
+    write_example_files(tmp_path)
+    package = tmp_path / "packages" / "sglang" / "srt"
+    package.mkdir(parents=True)
+    (package / "server_args.py").write_text(SERVER_ARGS)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parents[1]), os.environ.get("PYTHONPATH", "")]))
+    names = ["of_this_sglang", "chunked_prefil_size", "gc-threshold"]
+    assignments = ["server.engine=sglang", *(f"server.arguments.{name}=1" for name in names)]
+    misspelt, hyphenated = run_problems(with_overrides(example_config(tmp_path), assignments))
+    assert misspelt.startswith("server.arguments.chunked_prefil_size: SGLang's server has no option --chunked-prefil-s")
+    assert "(did you mean chunked_prefill_size?)" in misspelt
+    assert hyphenated == "server.arguments.gc-threshold: write it with underscores, gc_threshold"
 
 
 @pytest.mark.long  # SGLang's import takes seconds
