@@ -125,6 +125,7 @@ def test_every_kind_of_stage(settings: list[str]) -> None:
 FAMILIES = {
     "qwen2.5-7b": ("parallel.tensor=4", "parallel.data=2"),
     "llama-3.1-8b": ("parallel.tensor=4", "parallel.data=2"),
+    "glm-4.5-air": ("parallel.tensor=2", "parallel.context=2", "parallel.expert=8", "parallel.data=2"),
 }
 
 
