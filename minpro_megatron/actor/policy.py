@@ -224,7 +224,8 @@ class Policy:
     def parameters_with_broken_gradient(self) -> list[str]:
         """Global names of the parameters whose last gradient has a value that is not finite, sorted, on every rank."""
         named = global_parameters(self.modules, self._num_experts, self._mesh)
-        mine = [name for name, parameter in named.items() if not bool(_gradient(parameter).isfinite().all())]
+        trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        mine = [name for name, parameter in trained.items() if not bool(_gradient(parameter).isfinite().all())]
         return sorted({name for names in self._mesh.from_all_ranks(mine) for name in names})
 
     def accumulate_gradient(
