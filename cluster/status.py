@@ -31,9 +31,11 @@ def _status(options: argparse.Namespace) -> int:
     checks = [check for check in checks_under_way(folder) if options.job in (None, check.name)]
     for check in checks:
         print(f"{check.name}  {check}")
-    if options.job and checks:
+    records = all_records(folder)
+    if options.job and checks and options.job not in {record.name for record in records}:
         return 0
-    records = [recall(folder, options.job)] if options.job else all_records(folder)
+    if options.job:
+        records = [recall(folder, options.job)]
     failed = False
     for record in records:
         shell = shell_of(record.ssh_settings)
@@ -47,7 +49,7 @@ def _status(options: argparse.Namespace) -> int:
         failed |= state.has_ended and not state.has_succeeded
         for line in status_lines(record, state, shell):
             print(line)
-    return int(failed and options.job is not None)
+    return int(failed and options.job is not None and not checks)
 
 
 def _state(record: JobRecord, shell: Shell) -> JobState:

@@ -1,6 +1,7 @@
 """While `submit` still checks a run, `status` says so."""
 
 import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -28,8 +29,8 @@ def _own_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMORUN_HOME", str(tmp_path))
 
 
-def record(name: str, submitted_at: float) -> JobRecord:
-    return JobRecord(name=name, job_id="7", run_dir="runs/a", log_folder="logs", submitted_at=submitted_at)
+def record(name: str, submitted_at: float, **more: int) -> JobRecord:
+    return JobRecord(name=name, job_id="7", run_dir="runs/a", log_folder="logs", submitted_at=submitted_at, **more)
 
 
 def test_a_run_that_submit_checks_is_not_an_unknown_one(
@@ -53,6 +54,21 @@ def test_a_run_that_submit_checks_is_not_an_unknown_one(
     capsys.readouterr()
     assert status.main(["first"]) == 2
     assert "job 'first': not submitted from this machine" in capsys.readouterr().err
+
+
+def test_a_second_submit_that_checks_does_not_hide_the_job_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = records_folder()
+    remember(folder, record("a", time.time(), process_id=os.getpid()))
+    with noted_check(folder, "a"):
+        assert status.main(["a"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("a  not submitted yet: minpro submit (process ")
+        assert lines[1].startswith(f"a  job 7: RUNNING on this machine, process {os.getpid()}; run in runs/a")
+        # the check decides about the exit status, and not the job that it follows
+        remember(folder, record("a", time.time(), process_id=os.getpid(), exit_status=1))
+    with noted_check(folder, "a"):
+        assert status.main(["a"]) == 0
+    assert status.main(["a"]) == 1
 
 
 def test_other_commands_name_the_check_too() -> None:
