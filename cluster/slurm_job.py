@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from minpro_megatron.cluster.shell import Shell
-from minpro_megatron.errors import ProjectError
+from minpro_megatron.errors import TO_BE_CONTINUED, ProjectError
 
 JOB_PREFIX = "minpro-"
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
           "DEADLINE", "REVOKED")  # fmt: skip
+# What is said of a job that `has_saved`.
+SAVED = "ended with a checkpoint; submit the same command again to resume"
 # The last line of NeMo-Run's script.
 _SCRIPT_END = re.compile(r"^job exited with code (\d+)$", re.MULTILINE)
 
@@ -36,6 +38,12 @@ class JobState:
     @property
     def has_succeeded(self) -> bool:
         return self.state == "COMPLETED" and self.exit_status == 0
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether the run saved on a request or before its time limit, and the job ended for that. It is not finished
+        and has not failed."""
+        return self.has_ended and self.exit_status == TO_BE_CONTINUED
 
     def __str__(self) -> str:
         words = [self.state]

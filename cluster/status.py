@@ -2,8 +2,8 @@
 
     minpro status NAME     (the run's name or the job's number; without it: all jobs submitted from here)
 
-Exit status: 0 while the run is checked, while its job waits or runs and if it has completed, 1 if the named job has
-failed, 2 for errors.
+Exit status: 0 while the run is checked, while its job waits or runs, and if it has completed or has
+saved, 1 if the named job has failed, 2 for errors.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from minpro_megatron.cluster import pods
 from minpro_megatron.cluster.local_job import LAST_LINES, local_state, trainer_log
 from minpro_megatron.cluster.records import JobRecord, all_records, checks_under_way, recall, records_folder
 from minpro_megatron.cluster.shell import Shell, shell_of
-from minpro_megatron.cluster.slurm_job import JobError, JobState, look_up
+from minpro_megatron.cluster.slurm_job import SAVED, JobError, JobState, look_up
 from minpro_megatron.command_line import Parser
 from minpro_megatron.errors import UserError, run_reporting
 
@@ -46,7 +46,7 @@ def _status(options: argparse.Namespace) -> int:
                 raise UserError(str(error)) from None
             print(f"{record.name}  job {record.job_id}: {error}")
             continue
-        failed |= state.has_ended and not state.has_succeeded
+        failed |= state.has_ended and not (state.has_succeeded or state.has_saved)
         for line in status_lines(record, state, shell):
             print(line)
     return int(failed and options.job is not None and not checks)
@@ -60,7 +60,8 @@ def _state(record: JobRecord, shell: Shell) -> JobState:
 
 def status_lines(record: JobRecord, state: JobState, shell: Shell) -> list[str]:
     """The job's state and, if it is running, the last lines of its log."""
-    lines = [f"{record.name}  job {record.job_id}: {state}; run in {PurePosixPath(record.run_dir)}"]
+    shown = SAVED if state.has_saved else state
+    lines = [f"{record.name}  job {record.job_id}: {shown}; run in {PurePosixPath(record.run_dir)}"]
     if state.state == "RUNNING" and record.is_local:
         lines += [f"  {line}" for line in trainer_log(record)[-LAST_LINES:]]
     elif state.state == "RUNNING" and not record.is_of_pods:

@@ -22,10 +22,10 @@ from minpro_megatron.cluster.planning import plan_problems
 from minpro_megatron.cluster.profile import Profile, read_profile, refuse_placeholders
 from minpro_megatron.cluster.records import JobRecord, noted_check, records_folder, remember
 from minpro_megatron.cluster.shell import shell_of
-from minpro_megatron.cluster.slurm_job import JobError, JobState, active_jobs, job_name
+from minpro_megatron.cluster.slurm_job import SAVED, JobError, JobState, active_jobs, job_name
 from minpro_megatron.command_line import Parser, add_recipe
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.errors import FAILED, INTERRUPTED, SUCCEEDED, TO_BE_CONTINUED, UserError, run_reporting
+from minpro_megatron.errors import FAILED, INTERRUPTED, SUCCEEDED, UserError, run_reporting
 from minpro_megatron.launch.preflight.run_checks import run_problems, warnings
 from minpro_megatron.launch.recipe import apply_overrides, load_recipe
 from minpro_megatron.launch.topology import Topology, lay_out
@@ -222,8 +222,8 @@ def conclude(state: JobState, record: JobRecord) -> int:
     if state.has_succeeded:
         print(f"job {record.job_id}: completed; the run is in {record.run_dir}")
         return 0
-    if state.exit_status == TO_BE_CONTINUED:
-        print(f"job {record.job_id}: ended with a checkpoint; submit the same command again to resume", file=sys.stderr)
+    if state.has_saved:
+        print(f"job {record.job_id}: {SAVED}", file=sys.stderr)
         return FAILED
     print(
         f"error: job {record.job_id} of the run {record.name}: {state}; its log is in {record.log_folder}, those of "

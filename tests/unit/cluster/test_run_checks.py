@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from minpro_megatron.cluster import status, submit
+from minpro_megatron.cluster.local_job import local_state
 from minpro_megatron.cluster.paths import CHECKOUT
 from minpro_megatron.cluster.records import (
     JobRecord,
@@ -18,7 +19,7 @@ from minpro_megatron.cluster.records import (
     records_folder,
     remember,
 )
-from minpro_megatron.errors import UserError
+from minpro_megatron.errors import FAILED, TO_BE_CONTINUED, UserError
 
 THIS_MACHINE = str(CHECKOUT / "cluster" / "profiles" / "this_machine.toml")
 SINCE_2000, NO_PROCESS = 946684800.0, 2**22 + 1
@@ -69,6 +70,16 @@ def test_a_second_submit_that_checks_does_not_hide_the_job_of_the_first(capsys: 
     with noted_check(folder, "a"):
         assert status.main(["a"]) == 0
     assert status.main(["a"]) == 1
+
+
+def test_a_job_that_saved_before_its_end_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    saved = record("a", time.time(), process_id=os.getpid(), exit_status=TO_BE_CONTINUED)
+    remember(records_folder(), saved)
+    assert status.main(["a"]) == 0
+    said = "ended with a checkpoint; submit the same command again to resume"
+    assert capsys.readouterr().out == f"a  job 7: {said}; run in runs/a\n"
+    assert submit.conclude(local_state(saved), saved) == FAILED, "submit succeeds only with a finished run"
+    assert capsys.readouterr().err == f"job 7: {said}\n"
 
 
 def test_other_commands_name_the_check_too() -> None:
