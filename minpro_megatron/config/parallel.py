@@ -46,7 +46,7 @@ class ParallelConfig(Section):
         default=True,
         description="Bind each rank to the CPUs of its GPU's NUMA node, so that pinned copies, checkpoints and "
         "optimizer states in host memory are on the GPU's socket. Only with device = cuda, and only where the machine "
-        "says which CPUs these are. Not tested on GPUs.",
+        "says which CPUs these are and they are not too few for the ranks. Not tested on GPUs.",
     )
     ddp: DdpFields = Field(
         default={},

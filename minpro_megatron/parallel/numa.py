@@ -7,7 +7,7 @@ between the sockets.
 
 import logging
 import os
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import torch
@@ -19,14 +19,34 @@ _SYSTEM_FILES = Path("/sys")
 
 def bind_beside(device: torch.device) -> None:
     """Binds this process, with the threads that it has and will start, to the CPUs of the NUMA node of its GPU. Nothing
-    is bound where the machine or the container does not say which these are, or where the job may use none of them."""
-    address = pci_address(device)
-    cpus = cpus_beside(address, os.sched_getaffinity(0))
-    if not cpus:
-        log.info("not bound to CPUs: this machine names no usable CPUs beside the GPU at %s", address)
+    is bound where the machine or the container does not say which these are or forbids it, or where the job may use
+    too few of them for its ranks on that node."""
+    # torchrun's number of ranks on this machine, of which each has the GPU of its number
+    local_ranks = range(int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
+    bind_to_node(pci_address(device), [pci_address(torch.device("cuda", rank)) for rank in local_ranks])
+
+
+def bind_to_node(address: str, of_ranks: Sequence[str], system_files: Path = _SYSTEM_FILES) -> None:
+    """As `bind_beside`, for the GPU at `address`; those of all ranks on this machine are at `of_ranks`."""
+    try:
+        cpus = cpus_for(address, of_ranks, os.sched_getaffinity(0), system_files)
+        if not cpus:
+            log.info("not bound to CPUs: this job has too few usable CPUs beside the GPU at %s", address)
+            return
+        bind_threads(cpus)
+    except OSError as error:
+        log.info("not bound to CPUs: %s", error)
         return
-    bind_threads(cpus)
     log.info("bound to the %d usable CPUs of the NUMA node of the GPU at %s", len(cpus), address)
+
+
+def cpus_for(address: str, of_ranks: Sequence[str], allowed: Set[int], system_files: Path = _SYSTEM_FILES) -> set[int]:
+    """The CPUs beside the GPU at `address`, if they give each rank on their node at least its share of the `allowed`
+    ones; otherwise none. `of_ranks` are the GPUs of all ranks on this machine."""
+    cpus = cpus_beside(address, allowed, system_files)
+    share = max(1, len(allowed) // max(1, len(of_ranks)))
+    num_beside = sum(cpus_beside(one, allowed, system_files) == cpus for one in of_ranks)
+    return cpus if len(cpus) >= share * num_beside else set()
 
 
 def pci_address(device: torch.device) -> str:
