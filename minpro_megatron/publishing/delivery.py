@@ -310,11 +310,18 @@ class Delivery:
         stuck |= self._failing("weights_checksum", self.limits.proof_s, but=stuck)
         for index, line in stuck.items():
             self._exclude(index, f"{line}, after a failed transfer; it is restarted", is_late=True)
+        failing = dead | stuck
+        refusing = {index: line for index, line in error.failures.items() if index in self.controls}
+        # If most refuse, the transport is at fault. One faulty server must not make all of them load from disk.
+        if not failing and len(refusing) <= len(self.controls) / 2 and self._transfers < MAX_TRANSFERS:
+            failing = refusing
+            for index, line in refusing.items():
+                self._exclude(index, line)
         lines = "; ".join(error.failures.values())
         if not self.controls:
             self.transport = None
-        elif (dead or stuck) and self._transfers < MAX_TRANSFERS:
-            log.warning("version %d: sending again without server %s", self.lease.version, sorted(dead | stuck))
+        elif failing and self._transfers < MAX_TRANSFERS:
+            log.warning("version %d: sending again without server %s", self.lease.version, sorted(failing))
         else:
             log.warning("version %d: transfer failed, servers load from disk: %s", self.lease.version, lines)
             self.transport = "disk"

@@ -87,7 +87,9 @@ class Publisher:
                 transport = self._on_rank_0(delivery, partial(self._transfer, buckets=buckets))
                 if transport is None and self._config.server.takes_turns:
                     transport = self._give_cache(delivery)
-                if delivery and transport != used:  # otherwise it is repeated without the servers that failed
+                # The same transport is repeated without the servers that failed. Where others hold the version, a fault
+                # is that of the servers of the lease, and says nothing about the transport.
+                if delivery and transport != used and delivery.published is None:
                     self._tried.append(Tried(used, arrived=transport is None and bool(delivery.controls)))
             self._on_rank_0(delivery, lambda own: self._check_weights(own, changed))
             prompts, continuations = self._on_rank_0(delivery, self._ask_canaries)

@@ -241,7 +241,7 @@ def default_group() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("default_group")
-def test_a_refused_broadcast_ends_at_once_and_the_disk_is_next(
+def test_a_broadcast_that_one_server_refuses_ends_at_once_and_is_repeated_with_the_other(
     servers: list[RecordedServer], deliver: MakeDelivery
 ) -> None:
     # a session that another trainer left open is closed first
@@ -252,8 +252,8 @@ def test_a_refused_broadcast_ends_at_once_and_the_disk_is_next(
     start = time.monotonic()
     delivery.by_buckets([], num_buckets=1)
     assert time.monotonic() - start < GRACE_S / 2  # neither the time limit nor the time for servers to notice
-    assert delivery.transport == "disk"
-    assert sorted(delivery.controls) == [0, 1]
+    assert (sorted(delivery.controls), delivery.transport, delivery.late) == ([0], "broadcast", set())
+    assert "init_weights_update_group: status 400: no gloo" in delivery.failures[1]
     assert servers[0].paths == [
         "begin_weight_update", "end_weight_update", "begin_weight_update", "init_weights_update_group",
         "destroy_weights_update_group", "model_info", "end_weight_update", "weights_checker",

@@ -1,7 +1,7 @@
 """Several publications of one trainer: what a broadcast that left no server changes, and what version 0 must be."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,10 +40,10 @@ def checksum(engine: str) -> tuple[int, Any]:
 
 
 @pytest.fixture
-def publisher(tmp_path: Path) -> Iterator[Publisher]:
-    """That of a trainer of one rank, whose model has one tensor."""
+def publisher(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Publisher]:
+    """That of a trainer of one rank, whose model has one tensor. The parameter is the transport."""
     write_example_files(tmp_path)
-    settings = PublishConfig(transport="broadcast", timeout_s=30, canary_tokens=0)
+    settings = PublishConfig(transport=getattr(request, "param", "broadcast"), timeout_s=30, canary_tokens=0)
     rank: Any = SimpleNamespace(rank=0, device=torch.device("cpu"), from_rank_0=lambda value: value)
     model: Any = SimpleNamespace(buckets=lambda _: iter([[("a", torch.ones(3))]]), num_buckets=lambda _: 1)
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
@@ -53,11 +53,14 @@ def publisher(tmp_path: Path) -> Iterator[Publisher]:
     dist.destroy_process_group()
 
 
-def publish(publisher: Publisher, servers: list[RecordedServer], version: int = VERSION) -> PublishReport:
+def publish(
+    publisher: Publisher, servers: list[RecordedServer], version: int = VERSION, only: Sequence[int] = (0, 1)
+) -> PublishReport:
     """The report of the publication to these servers; `paths` of each is then that of this publication alone."""
     for server in servers:
         server.received.clear()
     addresses = [ServerAddress(index=index, url=server.url, tensor_parallel=1) for index, server in enumerate(servers)]
+    addresses = [addresses[index] for index in only]
     report = publisher.publish(PublishLease(version=version, servers=addresses, evaluations=[]), changed=False)
     assert report is not None
     return report
@@ -93,6 +96,35 @@ def test_a_broadcast_that_every_server_refuses_is_not_tried_at_every_version(
     assert (first.held_by, first.transport, first.fell_back) == ([0, 1], "disk", True)
     assert "init_weights_update_group" in servers[0].paths
     assert (publish(publisher, servers).held_by, servers[0].paths) == ([0, 1], LOADED)
+
+
+BY_MEMORY = pytest.mark.parametrize("publisher", ["shared_memory"], indirect=True)  # servers need not take part in it
+REFUSED = (400, "no such tensor")
+
+
+@BY_MEMORY
+def test_a_server_that_refuses_a_transfer_does_not_send_the_others_to_disk(
+    servers: list[RecordedServer], publisher: Publisher
+) -> None:
+    servers[1].answers["update_weights_from_tensor"] = REFUSED
+    for version in (4, 5, 6):
+        for server in servers:
+            server.answers["model_info"] = (200, {"weight_version": str(version)})
+        found = publish(publisher, servers, version)
+        assert (found.held_by, found.transport, found.fell_back) == ([0], "shared_memory", False)
+        assert "update_weights_from_tensor: status 400: no such tensor" in found.failures[1]
+
+
+@BY_MEMORY
+def test_a_server_that_refuses_its_own_publication_does_not_send_the_others_to_disk(
+    servers: list[RecordedServer], publisher: Publisher
+) -> None:
+    """Of the version that the others hold, as after a restart."""
+    servers[1].answers["update_weights_from_tensor"] = REFUSED
+    publish(publisher, servers)
+    for _ in range(3):
+        assert publish(publisher, servers, only=[1]).transport == "disk"
+    assert publish(publisher, servers, only=[0]).transport == "shared_memory"
 
 
 @pytest.mark.parametrize("received", ["5e", "6f"])
