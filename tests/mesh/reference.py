@@ -129,7 +129,7 @@ def random_values(name: str, parameter: Tensor) -> Tensor:
 
 def model_config(kind: str) -> PreTrainedConfig:
     if kind in FAMILIES:
-        return FAMILIES[kind]
+        return copy.deepcopy(FAMILIES[kind])  # saving a model of another type changes it
     kind, _, layers = kind.partition(" of ")
     common = {**COMMON, "num_hidden_layers": int(layers)} if layers else COMMON
     if kind == "moe":

@@ -22,7 +22,7 @@ from tests.mesh.reference import (
     saved_tensors,
 )
 from tests.mesh.steps import LEARNING_RATE, TEMPERATURE, differences, loaded_model, step_config, take_steps
-from tests.support.long_cases import long_rows_after
+from tests.support.long_cases import long_after, long_rows_after
 
 pytestmark = pytest.mark.mesh
 
@@ -128,8 +128,10 @@ def _in_bfloat16(mesh: Mesh, hf_path: Path, saved: Path) -> list[dict[str, tuple
     return found
 
 
-@pytest.mark.long
-def test_a_float32_bias_passes_among_weights_of_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "parallel", long_after(1, [{"expert": 2, "tensor": 2}, {"pipeline": 2, "tensor": 2, "expert": 2}]), ids=str
+)
+def test_a_float32_bias_passes_among_weights_of_bfloat16(parallel: dict[str, int], tmp_path: Path) -> None:
     folder, model = tmp_path / "hf", make_model("glm").bfloat16()
     for _, bias in biases_of_choice(model):  # as in the releases
         bias.data = torch.rand(len(bias))
@@ -138,7 +140,7 @@ def test_a_float32_bias_passes_among_weights_of_bfloat16(tmp_path: Path) -> None
         name: (one.dtype, one.view(torch.uint8).numpy().tobytes()) for name, one in saved_tensors(model).items()
     }
     assert {dtype for dtype, _ in expected.values()} == {torch.bfloat16, torch.float32}
-    ranks = run_mesh(_in_bfloat16, folder, tmp_path / "saved", pipeline=2, tensor=2, expert=2)
+    ranks = run_mesh(_in_bfloat16, folder, tmp_path / "saved", **parallel)
     assert ranks[0] == [expected, expected]
 
 

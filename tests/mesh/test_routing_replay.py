@@ -109,10 +109,15 @@ def test_updates_and_scores_follow_the_recorded_routes(
     )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("parallel", "recompute"),
-    [({"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2}, "full"), ({}, "first two layers")],
+    long_rows_after(
+        1,
+        [
+            ({}, "first two layers"),
+            ({"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2}, "full"),
+        ],
+    ),
     ids=str,
 )
 def test_layers_without_experts_have_no_routes(parallel: dict[str, Any], recompute: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.mesh.harness import run_mesh
 from tests.mesh.planned_models import architecture
 from tests.mesh.reference import make_model, make_sequences, saved_tensors
 from tests.mesh.steps import step_config
-from tests.support.long_cases import long_after
+from tests.support.long_cases import long_after, long_rows_after
 
 pytestmark = pytest.mark.mesh
 
@@ -40,16 +40,27 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list, d
     return hf_path, folder, sequences, ranks[0]
 
 
-@pytest.mark.long
-def test_what_is_not_trained_is_saved_and_loaded_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("start", "parallel"),
+    long_rows_after(
+        1,
+        [
+            ({"data": 2, "expert": 2}, {}),
+            ({"tensor": 2, "pipeline": 2, "data": 2, "expert": 2}, {"expert": 2, "context": 2}),
+        ],
+    ),
+    ids=str,
+)
+def test_what_is_not_trained_is_saved_and_loaded_too(
+    start: dict[str, int], parallel: dict[str, int], tmp_path: Path
+) -> None:
     """The biases with which GLM chooses experts, of which every rank has all."""
     hf_path, folder = tmp_path / "hf", tmp_path / "state"
     folder.mkdir()
     make_model("glm").save_pretrained(hf_path)
-    sequences, start = make_sequences(8, 30), {"tensor": 2, "pipeline": 2, "data": 2, "expert": 2}
+    sequences = make_sequences(8, 30)
     config = step_config(start, row_tokens=128)
     expected = run_mesh(train_and_save, config, str(hf_path), str(folder), sequences, **start)[0]
-    parallel = {"expert": 2, "context": 2}
     config = step_config(parallel, row_tokens=128)
     found = run_mesh(resume_from_nothing, config, str(hf_path), str(folder), sequences, **parallel)[0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
