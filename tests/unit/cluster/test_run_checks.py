@@ -30,8 +30,16 @@ def _own_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMORUN_HOME", str(tmp_path))
 
 
-def record(name: str, submitted_at: float, **more: int) -> JobRecord:
-    return JobRecord(name=name, job_id="7", run_dir="runs/a", log_folder="logs", submitted_at=submitted_at, **more)
+def record(name: str, submitted_at: float, process_id: int | None = None, exit_status: int | None = None) -> JobRecord:
+    return JobRecord(
+        name=name,
+        job_id="7",
+        run_dir="runs/a",
+        log_folder="logs",
+        submitted_at=submitted_at,
+        process_id=process_id,
+        exit_status=exit_status,
+    )
 
 
 def test_a_run_that_submit_checks_is_not_an_unknown_one(
