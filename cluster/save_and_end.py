@@ -32,29 +32,29 @@ def request_save_and_end(shell: Shell, record: JobRecord, state: JobState) -> No
     run_dir = PurePosixPath(record.run_dir)
     if state.state != "RUNNING":
         raise UserError(f"--save: job {record.job_id} is {state}, and only a running one can save: {remedy}")
-    config = RunConfig.from_json(_read(shell, run_dir / CONFIG_FILE, record))
+    config = RunConfig.from_json(_shown(shell, "cat", run_dir / CONFIG_FILE, record))
     if not saves_on_request(config):
         raise UserError(
             f"--save: the run {record.name} saves nothing before its end (checkpoint.every_steps = 0 and "
             f"checkpoint.every_minutes = 0, or debug.trainer = timer): {remedy}"
         )
-    listed = _run(shell, f"ls -1 {shlex.quote(str(run_dir / STARTS))}").split()
+    listed = _shown(shell, "ls -1", run_dir / STARTS, record).split()
     start = run_dir / STARTS / str(max((int(name) for name in listed if name.isdecimal()), default=0))
-    if msgspec.json.decode(_read(shell, start / PLAN, record), type=Plan).key != slurm_key(
+    if msgspec.json.decode(_shown(shell, "cat", start / PLAN, record), type=Plan).key != slurm_key(
         record.job_id, state.restarts
     ):
         raise _not_begun(record)
-    request, new = start / STOP_REQUEST, start / f"{STOP_REQUEST}.new"
-    text = msgspec.json.encode(REQUEST).decode()
-    _run(
-        shell,
-        f"touch {shlex.quote(no_restart_file(record.jobs_folder, record.job_id))} && "
-        f"echo {shlex.quote(text)} > {shlex.quote(str(new))} && mv {shlex.quote(str(new))} {shlex.quote(str(request))}",
-    )
+    request, new = shlex.quote(str(start / STOP_REQUEST)), shlex.quote(str(start / f"{STOP_REQUEST}.new"))
+    text = shlex.quote(msgspec.json.encode(REQUEST).decode())
+    mark = shlex.quote(no_restart_file(record.jobs_folder, record.job_id))
+    # The mark is there before the trainer can see the request, and does not stay without it: a job that runs on must
+    # be started again after a failure.
+    _run(shell, f"echo {text} > {new} && touch {mark} && {{ mv {new} {request} || {{ rm -f {mark}; false; }}; }}")
 
 
-def _read(shell: Shell, path: PurePosixPath, record: JobRecord) -> str:
-    shown = shell.run(f"cat {shlex.quote(str(path))}", warn=True)
+def _shown(shell: Shell, program: str, path: PurePosixPath, record: JobRecord) -> str:
+    """What the program shows of a file or folder of the run."""
+    shown = shell.run(f"{program} {shlex.quote(str(path))}", warn=True)
     if shown.return_code != 0 and "No such file" in shown.stderr:
         raise _not_begun(record)
     if shown.return_code != 0:
@@ -62,11 +62,10 @@ def _read(shell: Shell, path: PurePosixPath, record: JobRecord) -> str:
     return shown.stdout
 
 
-def _run(shell: Shell, command: str) -> str:
+def _run(shell: Shell, command: str) -> None:
     done = shell.run(command, warn=True)
     if done.return_code != 0:
         raise JobError(done.stderr.strip() or f"exit status {done.return_code}: {command}")
-    return done.stdout
 
 
 def _not_begun(record: JobRecord) -> UserError:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from minpro_megatron.cluster.sections import SshSettings
 
 CONNECTION_LOST = 255
+# What the commands say is read, and they speak the language of their user.
+_IN_ENGLISH = "export LC_ALL=C; "
 
 
 class Shell(Protocol):
@@ -31,7 +33,11 @@ class ThisMachine:
     def run(self, command: str, hide: bool = True, warn: bool = False) -> Answer:
         """Raises CalledProcessError for a command that fails, unless `warn`."""
         done = subprocess.run(
-            ["bash", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=not warn
+            ["bash", "-c", _IN_ENGLISH + command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=not warn,
         )
         return Answer(done.stdout, done.stderr, done.returncode)
 
@@ -49,7 +55,7 @@ class LoginNode:
         try:
             if self._tunnel is None:
                 self._tunnel = self._connect()
-            done = self._tunnel.run(command, hide=True, warn=True)
+            done = self._tunnel.run(_IN_ENGLISH + command, hide=True, warn=True)
             answer = Answer(done.stdout, done.stderr, done.return_code)
         # from paramiko, fabric, invoke and sockets; NeMo-Run ends the program if it cannot log in
         except (Exception, SystemExit) as error:

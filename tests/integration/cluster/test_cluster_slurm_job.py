@@ -1,6 +1,8 @@
 """What is read from Slurm's own words, recorded from Slurm 22.05 (scontrol) and its manual (sacct)."""
 
 import io
+import os
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -211,7 +213,7 @@ def test_a_lost_connection_is_an_answer_and_is_made_again(tmp_path: Path, monkey
         def run(self, command: str, hide: bool, warn: bool) -> Answer:
             if (end := next(self._ends)) is not None:
                 raise end
-            return nodes.run(command, hide, warn)
+            return nodes.run(command.removeprefix("export LC_ALL=C; "), hide, warn)
 
     def connect() -> Connection:
         ends = next(connections)
@@ -279,6 +281,40 @@ def test_a_save_that_the_cluster_cannot_be_asked_for_is_reported(begun: JobRecor
     away = Answers(ls=lambda: answer(stderr="no connection to the login node", return_code=255))
     with pytest.raises(JobError, match="no connection to the login node"):
         request_save_and_end(away, begun, RUNNING)
+
+
+@pytest.mark.parametrize("failing", ["touch", "mv"])
+def test_a_request_that_fails_leaves_the_job_its_restarts(
+    failing: str, begun: JobRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / failing).write_text(f"#!/bin/bash\necho '{failing}: no space left' >&2; exit 1\n")
+    (programs / failing).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    with pytest.raises(JobError, match=f"{failing}: no space left"):
+        request_save_and_end(ThisMachine(), begun, RUNNING)
+    assert not Path(no_restart_file(str(tmp_path), "7")).exists()
+    assert read_stop_request(Path(begun.run_dir), 9) is None
+
+
+def test_a_run_folder_without_starts_has_not_begun(begun: JobRecord) -> None:
+    shutil.rmtree(Path(begun.run_dir) / "starts")
+    with pytest.raises(UserError, match="--save: the present start of job 7 has not reached its run folder"):
+        request_save_and_end(ThisMachine(), begun, RUNNING)
+
+
+def test_commands_of_the_cluster_answer_in_english(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    assert ThisMachine().run("echo $LC_ALL").stdout == "C\n"
+    given = list[str]()
+
+    def run(command: str, hide: bool, warn: bool) -> Answer:
+        given.append(command)
+        return ThisMachine().run(command, hide, warn)
+
+    assert LoginNode(lambda: SimpleNamespace(run=run)).run("echo $LC_ALL; false; true").stdout == "C\n"
+    assert given == ["export LC_ALL=C; echo $LC_ALL; false; true"]
 
 
 def test_a_name_stands_for_its_last_job(tmp_path: Path) -> None:
