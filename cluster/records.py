@@ -2,6 +2,7 @@
 checks a run, the file of a `RunCheck` is beside them."""
 
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ class RunCheck(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     process_id: int
     began_at: float
+    host: str = ""  # several login nodes may have the same home folder
 
     def __str__(self) -> str:
         since = time.time() - self.began_at
@@ -66,7 +68,7 @@ class RunCheck(msgspec.Struct, frozen=True, kw_only=True):
 @contextmanager
 def noted_check(folder: Path, name: str) -> Iterator[None]:
     """While this process is inside, and until it has stored the record of a job, the run is one that is checked."""
-    check = RunCheck(name=name, process_id=os.getpid(), began_at=time.time())
+    check = RunCheck(name=name, process_id=os.getpid(), began_at=time.time(), host=platform.node())
     path = folder / name / f"{check.process_id}.check"
     replace_file(path, msgspec.json.encode(check).decode() + "\n")
     try:
@@ -76,12 +78,23 @@ def noted_check(folder: Path, name: str) -> Iterator[None]:
 
 
 def checks_under_way(folder: Path) -> list[RunCheck]:
-    """Every run that a process checks now, oldest first."""
-    checks = [msgspec.json.decode(path.read_bytes(), type=RunCheck) for path in folder.glob("*/*.check")]
+    """Every run that a process of this machine checks now, oldest first. The files of processes that were killed are
+    removed."""
+    running = []
+    for path in folder.glob("*/*.check"):
+        try:
+            check = msgspec.json.decode(path.read_bytes(), type=RunCheck)
+        except FileNotFoundError:  # its process has ended since
+            continue
+        if check.host not in ("", platform.node()):
+            continue
+        if is_running(check.process_id, check.began_at):
+            running.append(check)
+        elif check.host:
+            path.unlink(missing_ok=True)
     submitted = {record.name: record.submitted_at for record in all_records(folder)}
-    waiting = [check for check in checks if submitted.get(check.name, 0.0) < check.began_at]
-    running = [check for check in waiting if is_running(check.process_id, check.began_at)]
-    return sorted(running, key=lambda check: check.began_at)
+    waiting = [check for check in running if submitted.get(check.name, 0.0) < check.began_at]
+    return sorted(waiting, key=lambda check: check.began_at)
 
 
 def is_running(process_id: int | None, since: float) -> bool:

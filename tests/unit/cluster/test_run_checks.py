@@ -1,6 +1,7 @@
 """While `submit` still checks a run, `status` says so."""
 
 import os
+import platform
 import time
 from pathlib import Path
 
@@ -102,7 +103,16 @@ def test_a_check_ends_with_its_process_and_with_the_record_of_its_job() -> None:
         assert [check.name for check in checks_under_way(folder)] == ["a"]
         remember(folder, record("a", 2 * SINCE_2000))
         assert checks_under_way(folder) == []
-    killed = RunCheck(name="b", process_id=NO_PROCESS, began_at=SINCE_2000)
     (folder / "b").mkdir()
-    (folder / "b" / "1.check").write_bytes(msgspec.json.encode(killed))
+    for host in (platform.node(), "another-login-node"):  # which may have the same home folder
+        killed = RunCheck(name="b", process_id=NO_PROCESS, began_at=SINCE_2000, host=host)
+        (folder / "b" / f"{host}.check").write_bytes(msgspec.json.encode(killed))
+    assert checks_under_way(folder) == []
+    assert [path.name for path in (folder / "b").iterdir()] == ["another-login-node.check"]
+
+
+def test_a_check_that_ends_while_it_is_looked_up_is_none() -> None:
+    folder = records_folder()
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "1.check").symlink_to(folder / "removed")  # is found, and cannot be read any more
     assert checks_under_way(folder) == []
