@@ -134,7 +134,7 @@ def _arguments(profile: Profile) -> list[str]:
     """The options of `node` that do not depend on the node, each as a word of the script."""
     files = ["--config", f'"$folder/{RUN_FILE}"', "--topology", f'"$folder/{TOPOLOGY_FILE}"']
     if profile.executor == "kubernetes":
-        interface, end_early_s = profile.kubernetes.interface, profile.kubernetes.end_early_s
+        interface, end_early_s = profile.kubernetes.interface, profile.kubernetes.grace_s
     else:
         interface, end_early_s = profile.skypilot.interface, 0
     early = ["--end-early-s", str(end_early_s)] if end_early_s else []

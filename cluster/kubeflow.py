@@ -219,7 +219,7 @@ def _pod(profile: Profile) -> dict[str, Any]:
         container["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}}
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": max(settings.end_early_s, 30),
+        "terminationGracePeriodSeconds": settings.grace_s,
         "containers": [container],
         "volumes": [{"name": name, **source} for name, source in volumes.items()],
         "tolerations": [dict(one) for one in settings.tolerations],

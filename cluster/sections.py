@@ -144,9 +144,14 @@ class KubernetesSettings(Section):
     end_early_s: int = Field(
         default=300,
         ge=0,
-        description="time between SIGTERM and SIGKILL when a pod is ended; a late trainer may save until a minute "
-        "before its end",
+        description="time between SIGTERM and SIGKILL when a pod is ended, 30 s at least; a late trainer may save "
+        "until a minute before its end",
     )
+
+    @property
+    def grace_s(self) -> int:
+        """Seconds between SIGTERM and SIGKILL. A shorter time than Kubernetes' own would not let the roles end."""
+        return max(self.end_early_s, 30)
 
 
 class SkypilotSettings(Section):

@@ -58,6 +58,13 @@ def _is_in_slurm(environment: Mapping[str, str]) -> bool:
     return "SLURM_JOB_ID" in environment
 
 
+def _unless_killed(environment: Mapping[str, str]) -> str:
+    """Who may kill the processes at a time that is not known, as a clause; empty if nobody does."""
+    if _is_in_slurm(environment):
+        return ", unless Slurm kills it before (30 s after scancel, or the cluster's KillWait)"
+    return ", unless SkyPilot kills it before" if "SKYPILOT_TASK_ID" in environment else ""
+
+
 def saves_on_request(config: RunConfig) -> bool:
     """Whether the run's trainer saves and ends when a stop is requested."""
     return config.checkpoint.saves_before_end and config.debug.trainer == "megatron"
@@ -103,8 +110,8 @@ class Stopping:
             return 0.0
         if end is None:
             request_stop(self._run_dir, self._incarnation, StopRequest(reason=f"stopped by {signal_name}"))
-        is_unknown = killed is None and _is_in_slurm(self._environment)
-        unless = ", unless Slurm kills it before (30 s after scancel, or the cluster's KillWait)" if is_unknown else ""
+        # Ctrl-C comes from a terminal, and nothing kills after it
+        unless = _unless_killed(self._environment) if killed is None and signal_name == "SIGTERM" else ""
         print(
             f"{signal_name}: {what}, for {limit_s:.0f} s at most{unless}; a second signal ends it at once",
             file=sys.stderr,

@@ -123,6 +123,13 @@ def test_the_script_gives_each_node_its_place_and_its_variables(
     assert "abc123" not in described_job(one)
 
 
+def test_the_launcher_knows_the_shortest_grace_of_a_pod(node: Callable[..., Node]) -> None:
+    """Kubernetes kills after 30 s also where the profile asks for no time."""
+    one = node("kubernetes", "kubernetes.end_early_s=0")
+    assert "--end-early-s 30 " in one.run().stdout
+    assert "terminationGracePeriodSeconds: 30\n" in described_job(one)
+
+
 def described_job(one: Node) -> str:
     return pods.description(files_of("recipes.demo:tiny_moe", one.profile), one.profile)
 

@@ -122,6 +122,28 @@ def test_what_slurm_may_cut_short_is_not_promised(tmp_path: Path, capsys: pytest
     assert "unless" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("signal_name", "environment", "clause"),
+    [
+        ("SIGTERM", NO_LIMIT, ", unless Slurm kills it before (30 s after scancel, or the cluster's KillWait)"),
+        ("SIGTERM", {"SKYPILOT_TASK_ID": "sky-7"}, ", unless SkyPilot kills it before"),
+        ("SIGTERM", {}, ""),
+        ("SIGINT", NO_LIMIT, ""),  # Ctrl-C in an interactive job, after which nothing is killed
+        ("SIGINT", {"SKYPILOT_TASK_ID": "sky-7"}, ""),
+    ],
+)
+def test_who_may_kill_before_is_named_after_the_signal_that_announces_it(
+    signal_name: str,
+    environment: dict[str, str],
+    clause: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = config_of(tmp_path, "save_on_stop_s=400")
+    assert Stopping(config, 0, 0, environment, lambda: NOW).allowed_s(signal_name) == 400
+    assert f"saves, for 400 s at most{clause}; a second signal" in capsys.readouterr().err
+
+
 def test_a_last_checkpoint_under_way_is_finished(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     write_early_end(config.run_dir, 0, SAVING)
