@@ -78,7 +78,7 @@ class Publisher:
         try:
             if self._config.server.takes_turns:
                 self._on_rank_0(delivery, Delivery.take_back)
-            transport = self._on_rank_0(delivery, lambda own: self._first_transport(own, changed))
+            transport: Transport | None = self._on_rank_0(delivery, lambda own: self._first_transport(own, changed))
             while transport is not None:
                 used = transport
                 buckets = self._gatherer.buckets(self._config.publish.bucket_bytes)
