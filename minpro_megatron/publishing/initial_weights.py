@@ -4,9 +4,14 @@ its own, which were converted from that folder. Both must have the same bits."""
 import logging
 from collections.abc import Mapping
 
+import torch
+
 from minpro_megatron.checkpoints.manifest import read_manifest
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.publishing.sender import PublishError
+from minpro_megatron.weights.hf_files import HfReader
+from minpro_megatron.weights.table import entries
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +25,19 @@ def conversion_is_exact(stored: str, trained: str, served: str) -> bool:
     return served == "bfloat16" or stored == trained == "float32"
 
 
+def routers_are_exact(hf_path: str, stored: str, trained: str) -> bool:
+    """The same of the routers, which servers of a model with sigmoid routing hold in float32 whatever their dtype is:
+    they load what the folder has, and receive what the conversion and the trainer have rounded."""
+    architecture = read_architecture(hf_path)
+    if not architecture.sigmoid_routing or stored == trained == "float32":
+        return True
+    tensors = HfReader(hf_path).tensors
+    routers = [
+        name for entry in entries(architecture) if entry.megatron.endswith(".router.weight") for name in entry.hf
+    ]
+    return all(tensors[name].dtype == torch.bfloat16 for name in routers)
+
+
 def refuse_other_weights(config: RunConfig, loaded: Mapping[int, str], received: Mapping[int, str]) -> None:
     """Compares the servers' checksums, by tensor-parallel size, before and after they received version 0. Raises
     PublishError if one differs although nothing was rounded on the way."""
@@ -29,7 +47,8 @@ def refuse_other_weights(config: RunConfig, loaded: Mapping[int, str], received:
     size = differing[0]
     model, stored = config.model, read_manifest(config.model.megatron_path).dtype
     shown = f"checksum {loaded[size][:12]} after loading model.hf_path, {received[size][:12]} after the publication"
-    if not conversion_is_exact(stored, model.dtype, config.server.dtype):
+    exact = conversion_is_exact(stored, model.dtype, config.server.dtype)
+    if not (exact and routers_are_exact(model.hf_path, stored, model.dtype)):
         log.info("version 0: the trainer's weights are rounded and the servers' were not: %s", shown)
         return
     raise PublishError(
