@@ -106,9 +106,14 @@ def _headers(reader: HfReader, blocks: _Blocks) -> dict[str, TensorHeader]:
             raise UserError(f"{reader.path}: {name} is {dtype}, which is not dequantized; use the release in bfloat16")
         if tensor.dtype == _FLOAT8:
             of_blocks = reader.tensors.get(name + SCALES)
-            if of_blocks is None or not isinstance(of_blocks.dtype, torch.dtype):
+            if of_blocks is None:
                 raise UserError(
                     f"{reader.path}: {name} is {_FLOAT8} without {name + SCALES}; download the folder again"
+                )
+            if not isinstance(of_blocks.dtype, torch.dtype):
+                raise UserError(
+                    f"{reader.path}: {name + SCALES} is {of_blocks.dtype}, but only scales in float32 or bfloat16 are "
+                    "read; use the release in bfloat16"
                 )
             if len(tensor.shape) != 2 or of_blocks.shape != blocks.scale_shape(tensor.shape):
                 raise UserError(

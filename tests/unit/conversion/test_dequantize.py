@@ -93,6 +93,10 @@ PROJECTION = "model.layers.0.mlp.down_proj.weight"
             {"tensors": {PROJECTION + "_scale_inv": torch.ones(3, 3)}},
             rf"{PROJECTION}_scale_inv has the shape \(3, 3\), which is not that of blocks of 8 x 6",
         ),
+        (
+            {"tensors": {PROJECTION + "_scale_inv": torch.ones(3, 3).half()}},
+            f"{PROJECTION}_scale_inv is F16, but only scales in float32 or bfloat16 are read; use the release in bf",
+        ),
         ({"tensors": {"other_scale_inv": torch.ones(3, 3)}}, "other_scale_inv belongs to no F8_E4M3 tensor"),
         (
             {"tensors": {"model.norm.weight": torch.zeros(44).to(torch.float8_e4m3fn)}},
