@@ -86,6 +86,11 @@ def transformer_config(
     own = _own_fields(architecture, parallel, dtype, features, backend)
     config = TransformerConfig(**own | field_values(TransformerConfig, "model.megatron", features.megatron))
     _scale_attention(config, architecture)
+    if architecture.sigmoid_routing and dtype != torch.float32 and config.moe_router_dtype is None:
+        raise UserError(
+            f"model.megatron.moe_router_dtype = null: the routers of {architecture.name} would round their logits to "
+            "model.dtype, which those of the servers do not; remove the setting"
+        )
     return config
 
 

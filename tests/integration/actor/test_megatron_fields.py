@@ -21,6 +21,7 @@ from minpro_megatron.config.library_settings import owners
 from minpro_megatron.config.optimizer import OptimizerConfig as OptimizerSettings
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.run import with_overrides
+from minpro_megatron.errors import UserError
 from minpro_megatron.models.known_models.find import find_architecture
 from tests.support.run_examples import example_config, write_example_files
 
@@ -83,6 +84,15 @@ def test_given_fields_replace_those_of_the_project() -> None:
     optimizer = optimizer_config(OptimizerSettings(megatron={"pin_cpu_grads": False}), torch.float32)
     assert optimizer.pin_cpu_grads is False
     assert ddp_config(ParallelConfig(ddp={"bucket_size": 1000})).bucket_size == 1000
+
+
+def test_routers_of_glm_are_not_rounded_as_those_of_qwen3_may_be() -> None:
+    rounded, layers = ModelFeatures(megatron={"moe_router_dtype": None}), TorchLayers(torch.device("cpu"))
+    assert transformer_config(MIXTURE, ParallelConfig(), torch.bfloat16, rounded, layers).moe_router_dtype is None
+    glm = find_architecture("glm-4.5-air")
+    with pytest.raises(UserError, match="moe_router_dtype = null: the routers of Glm4MoeForCausalLM would round"):
+        transformer_config(glm, ParallelConfig(), torch.bfloat16, rounded, layers)
+    assert transformer_config(glm, ParallelConfig(), torch.float32, rounded, layers).moe_router_dtype is None
 
 
 def test_names_of_dtypes_and_of_enumerations_become_values() -> None:
