@@ -12,7 +12,7 @@ from safetensors only. The Megatron folder of `to-hf` is an output of this tool 
 (runs/NAME/checkpoints/step-N); config and tokenizer of the latter are those of the run's model.hf_path. From a Megatron
 folder's pickles only metadata classes and plain data are unpickled. `plan` needs only config.json. `dequantize` writes
 a release in float8 with a scale for each block of a weight (DeepSeek's form, also Qwen3's) as a Hugging Face folder in
-bfloat16, which trainer and servers load.
+bfloat16, which servers load; convert it with `to-megatron` for the trainer.
 """
 
 import argparse

@@ -106,8 +106,8 @@ def _end_token(config: RunConfig, stop_token_id: int) -> int:
     if end is None:
         raise UserError(
             f"data.chat_template = true: the template of model.hf_path = {config.model.hf_path} writes no special "
-            "token after a response, so demonstrations would have no end; set data.chat_template to false, or correct "
-            "the template"
+            "token after a response, so demonstrations would have no end; set data.chat_template to false: prompts are "
+            "then plain text, and a response ends with the model's stop token"
         )
     return end[1]
 

@@ -35,5 +35,5 @@ def test_it_is_the_templates_token_and_not_the_models_stop_token(end: str, token
 
 @pytest.mark.parametrize("end", ["\n", "\nUser: "])
 def test_a_template_that_ends_with_other_text_is_refused(end: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="writes no special token after a response, so demonstrations would have no"):
+    with pytest.raises(UserError, match=r"writes no special token .*set data\.chat_template to false: prompts"):
         read_demonstrations(config_for(tmp_path, end))

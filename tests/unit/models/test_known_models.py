@@ -11,7 +11,8 @@ from minpro_megatron.planning.parameters import model_parameters
 from minpro_megatron.weights.table import entries
 
 # The numbers of parameters that the hub's pages of the releases state (those of their safetensors files; for the tied
-# Qwen3 models, whose files hold the embedding twice, without the second one).
+# Qwen3 models, whose files hold the embedding twice, without the second one). Those of GLM-4.6 and 4.7 are GLM-4.5's
+# and were not compared with their pages.
 PUBLISHED = {
     "glm-4.5": 352_797_829_024,  # this and the other GLMs without the layer that predicts later tokens, see below
     "glm-4.5-air": 106_852_251_264,
