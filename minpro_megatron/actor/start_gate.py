@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from minpro_megatron.batching.token_sequence import TokenSequence
-from minpro_megatron.errors import RunFailed
+from minpro_megatron.errors import RunBlocked, RunFailed
 from minpro_megatron.metrics.histograms import bin_edges
 
 log = logging.getLogger(__name__)
@@ -24,13 +24,13 @@ WARN_NATS = {"float32": 1e-2, "bfloat16": 2.0}  # for one token
 def refuse_different_models(
     sequences: Sequence[TokenSequence], log_probs: np.ndarray, sampled: np.ndarray | None = None
 ) -> None:
-    """Raises RunFailed if the servers sampled the first batch with weights other than the trainer's initial ones.
+    """Raises RunBlocked if the servers sampled the first batch with weights other than the trainer's initial ones.
     `sampled`, bool [all response tokens], says which tokens are compared (None: all): given ones have no log-probs."""
     rollout = np.concatenate([sequence.rollout_log_probs for sequence in sequences])
     differences = np.abs(rollout - log_probs)
     mismatch = float((differences if sampled is None else differences[sampled]).mean())
     if not mismatch <= MAX_START_MISMATCH:
-        raise RunFailed(
+        raise RunBlocked(
             f"batch 0: the servers' log-probs differ from the trainer's by {mismatch:.3g} nats per token (limit "
             f"{MAX_START_MISMATCH}): model.megatron_path and model.hf_path hold different weights; convert again"
         )

@@ -8,12 +8,19 @@ import torch
 
 from minpro_megatron.checkpoints.manifest import read_manifest
 from minpro_megatron.config.run import RunConfig
+from minpro_megatron.errors import WRONG_INPUT
 from minpro_megatron.models.architecture import read_architecture
 from minpro_megatron.publishing.sender import PublishError
 from minpro_megatron.weights.hf_files import HfReader
 from minpro_megatron.weights.table import entries
 
 log = logging.getLogger(__name__)
+
+
+class OtherInitialWeights(PublishError):
+    """The two sets of files hold different weights: a job does not start the run again, because they stay different."""
+
+    exit_status = WRONG_INPUT
 
 
 def conversion_is_exact(stored: str, trained: str, served: str) -> bool:
@@ -40,7 +47,7 @@ def routers_are_exact(hf_path: str, stored: str, trained: str) -> bool:
 
 def refuse_other_weights(config: RunConfig, loaded: Mapping[int, str], received: Mapping[int, str]) -> None:
     """Compares the servers' checksums, by tensor-parallel size, before and after they received version 0. Raises
-    PublishError if one differs although nothing was rounded on the way."""
+    OtherInitialWeights if one differs although nothing was rounded on the way."""
     differing = [size for size, checksum in received.items() if loaded.get(size, checksum) != checksum]
     if not differing:
         return
@@ -51,7 +58,7 @@ def refuse_other_weights(config: RunConfig, loaded: Mapping[int, str], received:
     if not (exact and routers_are_exact(model.hf_path, stored, model.dtype)):
         log.info("version 0: the trainer's weights are rounded and the servers' were not: %s", shown)
         return
-    raise PublishError(
+    raise OtherInitialWeights(
         f"publishing version 0: the trainer's weights are not those of the servers ({shown}), although nothing is "
         f"rounded between them: model.megatron_path = {model.megatron_path} may hold other weights than model.hf_path "
         f"= {model.hf_path}; convert it again, or set publish.at_start to false to start without this check"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minpro_megatron.errors import RunFailed
+from minpro_megatron.errors import WRONG_INPUT, RunFailed
 from minpro_megatron.metrics.histograms import bin_edges
 from tests.mesh.reference import make_sequences
 
@@ -23,8 +23,9 @@ def test_first_batch_sampled_by_other_weights_is_refused(shift: float, refused: 
     ]
     trainer_log_probs = np.full(sum(len(sequence.response_ids) for sequence in sequences), -1.0, np.float32)
     if refused:
-        with pytest.raises(RunFailed, match="convert again"):
+        with pytest.raises(RunFailed, match="convert again") as failed:
             refuse_different_models(sequences, trainer_log_probs)
+        assert failed.value.exit_status == WRONG_INPUT  # a job does not start the run again
     else:
         refuse_different_models(sequences, trainer_log_probs)
 

@@ -1,6 +1,7 @@
 """What the servers loaded is compared with what they receive, as far as both must be equal."""
 
 import logging
+import pickle
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ import torch
 from minpro_megatron.config.model import ModelConfig
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.config.server import ServerConfig
+from minpro_megatron.errors import WRONG_INPUT
 from minpro_megatron.publishing.initial_weights import conversion_is_exact, refuse_other_weights, routers_are_exact
 from minpro_megatron.publishing.sender import PublishError
 from tests.mesh.reference import FAMILIES
@@ -69,8 +71,11 @@ def config_of(folder: Path, dtype: str = "float32", served: Literal["float32", "
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PublishError, match=r"checksum 5e after loading .*, 6f after .*publish\.at_start to false"):
+    expected = r"checksum 5e after loading .*, 6f after .*publish\.at_start to false"
+    with pytest.raises(PublishError, match=expected) as refused:
         refuse_other_weights(config_of(tmp_path), {1: "5e", 2: "7a"}, {1: "6f", 2: "7a"})
+    assert refused.value.exit_status == WRONG_INPUT  # a job does not start the run again
+    assert pickle.loads(pickle.dumps(refused.value)).exit_status == WRONG_INPUT  # on the other ranks
 
 
 def test_equal_weights_and_sizes_that_were_not_there_are_fine(tmp_path: Path) -> None:
