@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 
 # How often a waiting request checks whether a server has restarted without the current weights.
 SERVER_CHECK_INTERVAL_S = 0.5
-# The run ends if for this multiple of server.start_timeout_s no server has held the current weights.
+# The run ends if for this multiple of server.start_timeout_s no server has held the current weights, or has answered
+# before they are published.
 SERVERLESS_FACTOR = 3
 
 
@@ -390,8 +391,10 @@ class Collector:
 
     def _refuse_to_wait_for_ever(self) -> None:
         limit_s = SERVERLESS_FACTOR * self._config.server.start_timeout_s
-        if self._serving and self._leases.serverless_s() > limit_s:
-            raise CollectorFailed(
-                f"no server has held version {self._version} for {limit_s:g} s ({SERVERLESS_FACTOR} x "
-                "server.start_timeout_s), so nothing can be sampled; see the logs of serve and train"
-            )
+        if self._leases.serverless_s(self._serving) > limit_s:
+            limit = f"for {limit_s:g} s ({SERVERLESS_FACTOR} x server.start_timeout_s)"
+            if self._serving:
+                found = f"no server has held version {self._version} {limit}, so nothing can be sampled"
+            else:
+                found = f"no server has answered {limit}, so version {self._version} is not published"
+            raise CollectorFailed(f"{found}; see the logs of serve and train")

@@ -117,11 +117,13 @@ class Leases:
             self.current = self._make(version, behind, requests_in_flight)
         return self.current.version == version
 
-    def serverless_s(self) -> float:
-        """The time for which no server has held the current version. Correct if called at least once a minute."""
+    def serverless_s(self, version_is_published: bool) -> float:
+        """The time for which no server has held the current version, or has answered if that version is not published
+        yet: then the trainer may need long to load it. Correct if called at least once a minute."""
         now = asyncio.get_running_loop().time()
         asked_at, self._asked_at = self._asked_at, now
-        if now - asked_at > MAX_UNASKED_S or len(self._servers.members()) > len(self._servers.outdated()):
+        useless = len(self._servers.outdated()) if version_is_published else 0
+        if now - asked_at > MAX_UNASKED_S or len(self._servers.members()) > useless:
             self._serverless_since = now
         return now - self._serverless_since
 
