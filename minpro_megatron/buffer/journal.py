@@ -198,7 +198,7 @@ class Journal:
         def write(connection: sqlite3.Connection) -> None:
             changed = connection.executemany(
                 "UPDATE groups SET state = 'consumed', consumed_step = ?, batch_index = ?, staleness = ?,"
-                " trained = coalesce(?, trained) WHERE group_id = ? AND state = 'scored'",
+                " trained = ? WHERE group_id = ? AND state = 'scored'",
                 rows,
             )
             _expect_rows(changed, len(rows), f"batch {step} is not scored, or consumed already")

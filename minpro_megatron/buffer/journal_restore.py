@@ -68,9 +68,13 @@ def roll_back(
     for table, column in (("versions", "version"), ("evaluations", "policy_version"), ("beginnings", "version")):
         connection.execute(f"DELETE FROM {table} WHERE {column} > :version", values)
     connection.execute(
-        "UPDATE groups SET state = 'scored', consumed_step = NULL, staleness = NULL"
+        "UPDATE groups SET state = 'scored', consumed_step = NULL, staleness = NULL, trained = NULL"
         " WHERE state = 'consumed' AND consumed_step >= :version",
         values,
+    )
+    # the repeated update computes its own, or records none
+    connection.execute(
+        "DELETE FROM trained_scores WHERE group_id IN (SELECT group_id FROM groups WHERE consumed_step IS NULL)"
     )
     if delay_mode:
         connection.execute(f"UPDATE groups SET state = 'dropped' WHERE {_SURPLUS}", {"num_prompts": num_prompts})

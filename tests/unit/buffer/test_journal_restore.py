@@ -144,6 +144,25 @@ def test_responses_and_scores_come_back_as_they_were() -> None:
     in_memory(use)
 
 
+def test_log_probs_of_updates_after_the_checkpoint_are_forgotten() -> None:
+    """The repeated update may record none, where `collector.journal_ratios` was switched off."""
+
+    async def use(journal: Journal, file: InMemoryFile) -> None:
+        groups = await fill(journal, [(0, [0], "scored")] * 4)
+        for step in range(2):
+            own = groups[2 * step : 2 * step + 2]
+            await journal.consume(Batch(index=step, groups=own), [0, 0], log_probs=log_probs_of(own))
+        recorded = file.rows("SELECT DISTINCT group_id FROM trained_scores ORDER BY group_id")
+        assert recorded == [(0,), (1,), (2,), (3,)]
+        await journal.restore(1, NUM_PROMPTS, True)
+        assert file.rows("SELECT trained FROM groups ORDER BY group_id") == [(1,), (1,), (None,), (None,)]
+        assert file.rows("SELECT DISTINCT group_id FROM trained_scores ORDER BY group_id") == [(0,), (1,)]
+        await journal.consume(Batch(index=1, groups=groups[2:]), [0, 0])
+        assert file.rows("SELECT trained FROM groups ORDER BY group_id") == [(1,), (1,), (None,), (None,)]
+
+    in_memory(use)
+
+
 def test_versions_and_evaluations_after_the_checkpoint_are_forgotten() -> None:
     async def use(journal: Journal, file: InMemoryFile) -> None:
         await fill(journal, CONSUMED_0)
