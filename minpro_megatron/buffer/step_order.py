@@ -1,6 +1,7 @@
 """The order of a run as the trainer sees it: when it fetches a batch, trains, publishes and saves.
 
-This is the only place that states the order. The trainer follows it, and so does everything that replaces the trainer:
+This is the only place that states the order, but for the publication of version 0, or of a checkpoint's version, before
+the first step (Trainer._begin). The trainer follows it, and so does everything that replaces the trainer:
 the timer, the planner's simulation, the load benchmark and the trainers of the tests.
 
 In delay mode with n = 2, a run of four global steps is:

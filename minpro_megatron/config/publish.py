@@ -27,7 +27,7 @@ class PublishConfig(Section):
         description="Whether a new run sends version 0 to the servers before they sample. This tries the transport, "
         "and checks that the servers then hold the weights that they loaded from model.hf_path and compute the "
         "trainer's log-probs with them; otherwise the first publication follows the first global step. It has no "
-        "effect with server.placement = shared.",
+        "effect with server.placement = shared, debug.trainer = timer, debug.journal and data.demonstrations.",
     )
     bucket_bytes: int = Field(
         default=512 << 20,

@@ -108,7 +108,8 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
     watchdog = TracedWatchdog(logs / f"stacks-rank-{mesh.rank}.txt", config.debug.hang_timeout_s, tracer, record)
     optional = {"resumed_from": resumed_from, "tracer": tracer, "turns": turns}
     make_trainer = partial(Trainer, config, mesh, policy, publisher, checkpoints, watchdog, **optional)
-    _say(config, mesh, "waiting for the first batch")
+    publishes = resumed_from is None and config.publishes_at_start
+    _say(config, mesh, "publishing version 0" if publishes else "waiting for the first batch")
     if not first:
         with closing(tracer), closing(publisher):
             make_trainer().run()
