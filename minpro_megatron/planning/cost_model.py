@@ -303,17 +303,28 @@ class DecodingServer:
         return forward_flops(self.architecture).linear
 
     def iteration_s(self, running: int, context_tokens: float) -> float:
-        a, tensor, calibration = self.architecture, self.config.server.tensor_parallel, self.calibration
-        element = ELEMENT_BYTES[self.config.server.dtype]
-        read = self._weights_read(running) * element / tensor + context_tokens * self.memory.kv_bytes_per_token
-        memory_s = read / (self.gpu.memory_bandwidth * calibration.decode_share)
-        compute_s = 2 * self._active * running / (tensor * self.gpu.flops * calibration.product_share)
-        overhead_s = a.expert_layers * calibration.decode_mixture_layer_s
-        overhead_s += (a.num_layers - a.expert_layers) * calibration.decode_dense_layer_s
-        if tensor > 1:
-            message = running * a.hidden_size * element / (self.gpu.node_bandwidth * calibration.link_share)
-            overhead_s += 2 * a.num_layers * (calibration.decode_all_reduce_s + message)
-        return max(memory_s, compute_s) + overhead_s
+        weight_bytes, compute_s, overhead_s = self._costs_of(running)
+        read = weight_bytes + context_tokens * self.memory.kv_bytes_per_token
+        return max(read / (self.gpu.memory_bandwidth * self.calibration.decode_share), compute_s) + overhead_s
+
+    def _costs_of(self, running: int) -> tuple[float, float, float]:
+        """What an iteration of `running` responses needs whatever their lengths are: (bytes of weights read, seconds of
+        products, seconds of everything else). A simulation asks for few different numbers, and for each many times."""
+        if running not in self._known_costs:
+            a, tensor, calibration = self.architecture, self.config.server.tensor_parallel, self.calibration
+            element = ELEMENT_BYTES[self.config.server.dtype]
+            compute_s = 2 * self._active * running / (tensor * self.gpu.flops * calibration.product_share)
+            overhead_s = a.expert_layers * calibration.decode_mixture_layer_s
+            overhead_s += (a.num_layers - a.expert_layers) * calibration.decode_dense_layer_s
+            if tensor > 1:
+                message = running * a.hidden_size * element / (self.gpu.node_bandwidth * calibration.link_share)
+                overhead_s += 2 * a.num_layers * (calibration.decode_all_reduce_s + message)
+            self._known_costs[running] = (self._weights_read(running) * element / tensor, compute_s, overhead_s)
+        return self._known_costs[running]
+
+    @cached_property
+    def _known_costs(self) -> dict[int, tuple[float, float, float]]:
+        return {}
 
     def _weights_read(self, running: int) -> float:
         """Number of parameters that an iteration reads: for experts, those to which at least one response is sent."""
