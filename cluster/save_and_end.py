@@ -2,7 +2,7 @@
 
 scancel leaves no time for that: Slurm sends SIGTERM, and kills after KillWait (30 s unless the cluster has another
 value), which is less than a global step. So the trainer is asked through the run folder, as the launcher asks it, and
-the job's script is told not to start the job again.
+the job's script gets a mark, with which it does not start the job again.
 """
 
 import shlex

@@ -3,7 +3,8 @@
 import json
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -62,3 +63,22 @@ class RecordedServer:
         self._http.shutdown()
         self._thread.join()
         self._http.server_close()
+
+
+def checksum(engine: str) -> tuple[int, Any]:
+    """The answer of a server whose weights have this checksum."""
+    return 200, OK | {"ranks": [{"checksums": {"a": "1"}}], "per_engine_checksum": engine}
+
+
+@contextmanager
+def two_with_weights(version: int, hang_s: float) -> Iterator[list[RecordedServer]]:
+    """Two servers that report the same weights, of `version`."""
+    made = [RecordedServer(hang_s=hang_s), RecordedServer(hang_s=hang_s)]
+    for server in made:
+        server.answers["model_info"] = (200, {"weight_version": str(version)})
+        server.answers["weights_checker"] = checksum("5e")
+    try:
+        yield made
+    finally:
+        for server in made:
+            server.close()

@@ -25,7 +25,7 @@ from minpro_megatron.records import PublishLease, ServerAddress
 from minpro_megatron.serving.answers import AnswerChecker, SentRequest
 from minpro_megatron.serving.control import GreedyAnswer, ServerControl
 from minpro_megatron.serving.errors import InvalidAnswer
-from tests.support.recorded_server import OK, RecordedServer
+from tests.support.recorded_server import RecordedServer, checksum, two_with_weights
 
 VERSION = 4
 FOLDER = Path("/published/version-4")
@@ -36,17 +36,8 @@ MakeDelivery = Callable[..., Delivery]
 
 @pytest.fixture
 def servers() -> Iterator[list[RecordedServer]]:
-    made = [RecordedServer(hang_s=0.3), RecordedServer(hang_s=0.3)]
-    for server in made:
-        server.answers["model_info"] = (200, {"weight_version": str(VERSION)})
-        server.answers["weights_checker"] = checksum("5e")
-    yield made
-    for server in made:
-        server.close()
-
-
-def checksum(engine: str) -> tuple[int, Any]:
-    return 200, OK | {"ranks": [{"checksums": {"a": "1"}}], "per_engine_checksum": engine}
+    with two_with_weights(VERSION, hang_s=0.3) as made:
+        yield made
 
 
 @pytest.fixture

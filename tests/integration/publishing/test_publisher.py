@@ -17,7 +17,7 @@ from minpro_megatron.publishing.publish import Publisher
 from minpro_megatron.publishing.publish_report import PublishReport, publication_metrics
 from minpro_megatron.publishing.sender import PublishError
 from minpro_megatron.records import PublishLease, ServerAddress
-from tests.support.recorded_server import OK, RecordedServer
+from tests.support.recorded_server import RecordedServer, checksum, two_with_weights
 from tests.support.run_examples import example_config, write_example_files
 
 VERSION = 4
@@ -26,17 +26,8 @@ LOADED = ["update_weights_from_disk", "flush_cache", "model_info", "weights_chec
 
 @pytest.fixture
 def servers() -> Iterator[list[RecordedServer]]:
-    made = [RecordedServer(hang_s=2), RecordedServer(hang_s=2)]
-    for server in made:
-        server.answers["model_info"] = (200, {"weight_version": str(VERSION)})
-        server.answers["weights_checker"] = checksum("5e")
-    yield made
-    for server in made:
-        server.close()
-
-
-def checksum(engine: str) -> tuple[int, Any]:
-    return 200, OK | {"ranks": [{"checksums": {"a": "1"}}], "per_engine_checksum": engine}
+    with two_with_weights(VERSION, hang_s=2) as made:
+        yield made
 
 
 @pytest.fixture
