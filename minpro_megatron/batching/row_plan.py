@@ -12,6 +12,17 @@ from minpro_megatron.metrics.metric import Metric, mean
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of one mini-batch, and of each row: which sequences it has, and what is computed for them."""
+
+    sequences: list[list[int]]  # indices of the mini-batch
+    padding: list[list[int]]  # lengths of the sequences of padding after them
+    lengths: list[list[int]]  # of all its sequences as they are computed, with the row's padding
+    costs: list[float]
+    shares: list[list[int]]  # the rows of each data-parallel rank
+
+
+@dataclass(frozen=True)
 class RowPlan:
     """What determines the rows of every mini-batch. All ranks have the same plan, but for their own places in it."""
 
@@ -29,8 +40,30 @@ class RowPlan:
     ) -> tuple[list[RowShard], dict[str, Metric]]:
         """(this rank's shards of the rows that its data-parallel rank computes, metrics of how well the rows are filled
         and balanced). Rows without a `wanted` sequence are skipped; the other rows are the same as without `wanted`."""
-        lengths = [padded_length(sequence, self.place.context_size) for sequence in sequences]
-        rows = self._rows(lengths)
+        rows = self.rows([padded_length(sequence, self.place.context_size) for sequence in sequences], wanted)
+        shards = [
+            shard_row(
+                [sequences[index] for index in rows.sequences[row]],
+                sum(rows.lengths[row]),
+                self.place,
+                rows.padding[row],
+            )
+            for row in rows.shares[self.data_rank]
+        ]
+        real, total = sum(sequence.num_tokens for sequence in sequences), sum(map(sum, rows.lengths))
+        return shards, {
+            "batch/padding_fraction": mean(total - real, total),
+            "batch/imbalance": mean(imbalance(rows.costs, rows.shares), 1),
+        }
+
+    def rows(self, lengths: Sequence[int], wanted: Sequence[bool] | None = None) -> Rows:
+        """The rows of a mini-batch of sequences that take `lengths` (row_lengths.padded_length), the same on all
+        ranks; `wanted` as in `shards`."""
+        if self.packing:
+            costs = [self.cost.of(length) for length in lengths]
+            rows = pack_rows(lengths, costs, self.max_tokens_per_row, self.multiple)
+        else:
+            rows = [[index] for index in range(len(lengths))]
         if wanted is not None:
             rows = [row for row in rows if any(wanted[index] for index in row)]
         rows += [[] for _ in range(-len(rows) % self.multiple)]
@@ -39,24 +72,8 @@ class RowPlan:
             self._computed_lengths([*(lengths[index] for index in row), *extra])
             for row, extra in zip(rows, padding, strict=True)
         ]
-        costs = [sum(map(self.cost.of, of_row)) for of_row in computed]
-        shares = share_rows(costs, self.data_size)
-        shards = [
-            shard_row([sequences[index] for index in rows[row]], sum(computed[row]), self.place, padding[row])
-            for row in shares[self.data_rank]
-        ]
-        real, total = sum(sequence.num_tokens for sequence in sequences), sum(map(sum, computed))
-        return shards, {
-            "batch/padding_fraction": mean(total - real, total),
-            "batch/imbalance": mean(imbalance(costs, shares), 1),
-        }
-
-    def _rows(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The indices of the sequences in each row."""
-        if not self.packing:
-            return [[index] for index in range(len(lengths))]
-        costs = [self.cost.of(length) for length in lengths]
-        return pack_rows(lengths, costs, self.max_tokens_per_row, self.multiple)
+        row_costs = [sum(map(self.cost.of, of_row)) for of_row in computed]
+        return Rows(rows, padding, computed, row_costs, share_rows(row_costs, self.data_size))
 
     def _computed_lengths(self, lengths: Sequence[int]) -> list[int]:
         """The lengths of a row's sequences as they are computed, with the row's padding."""

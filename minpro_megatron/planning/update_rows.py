@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minpro_megatron.actor.flops import forward_flops
-from minpro_megatron.batching.packing import pack_rows, share_rows
-from minpro_megatron.batching.row_lengths import padding_sequences, row_length, with_row_padding
+from minpro_megatron.batching.row_plan import RowPlan
+from minpro_megatron.batching.row_shard import RankSlice
 from minpro_megatron.batching.shards import sequence_multiple
 from minpro_megatron.config.model import layer_backend_of
 from minpro_megatron.config.run import RunConfig
@@ -28,21 +28,21 @@ def update_rows(config: RunConfig, architecture: Architecture, sequence_tokens: 
     cost, data = forward_flops(architecture), parallel.data_size
     multiple = sequence_multiple(parallel.context)
     lengths = [-(-tokens // multiple) * multiple for tokens in sequence_tokens]
-    ranks = data * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
-    rows = [[index] for index in range(len(lengths))]
-    if batch.packing:
-        rows = pack_rows(lengths, [cost.of(length) for length in lengths], batch.max_tokens_per_row, ranks)
-    rows += [[] for _ in range(-len(rows) % ranks)]
-    model, row_costs = config.model, []
-    pads_counts = layer_backend_of(model.backend, config.device, model.dtype) != "torch"
-    for row in rows:
-        own = [lengths[index] for index in row]
-        own += padding_sequences(len(row), parallel.context) if pads_counts else []
-        computed = with_row_padding(own, row_length(own, parallel.context, parallel.tensor))
-        row_costs.append(sum(map(cost.of, computed)))
-    shares = share_rows(row_costs, data)
+    plan = RowPlan(
+        place=RankSlice(parallel.context, 0, parallel.tensor, 0),
+        data_size=data,
+        data_rank=0,
+        multiple=data * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1),
+        max_tokens_per_row=batch.max_tokens_per_row,
+        packing=batch.packing,
+        pads_counts=layer_backend_of(config.model.backend, config.device, config.model.dtype) != "torch",
+        cost=cost,
+    )
+    rows = plan.rows(lengths)
     even = sum(map(cost.of, sequence_tokens)) / data
     together = max(1, parallel.expert * parallel.expert_tensor // (parallel.tensor * parallel.context))
-    groups = [shares[first : first + together] for first in range(0, data, together)]
-    busiest = max(sum(max(row_costs[row] for row in rows) for rows in zip(*group, strict=True)) for group in groups)
-    return UpdateRows(len(shares[0]), busiest / even - 1)
+    groups = [rows.shares[first : first + together] for first in range(0, data, together)]
+    busiest = max(
+        sum(max(rows.costs[row] for row in at_once) for at_once in zip(*group, strict=True)) for group in groups
+    )
+    return UpdateRows(len(rows.shares[0]), busiest / even - 1)
