@@ -60,7 +60,7 @@ test-mesh: setup ## Megatron-Core on 2 to 8 gloo ranks
 test-matrix: setup ## all meshes of up to 8 ranks, into tests/mesh/matrix_result.md; RESUME=1 goes on (20-40 min)
 	MATRIX_RESUME=$(RESUME) $(PYTHON) -m pytest tests/mesh/matrix.py $(ARGS)
 
-test-long: setup transformer-engine-python ## what make test leaves out: more runs, kills, SGLang, eval, Slurm, full-size meshes (30-60 min)
+test-long: setup transformer-engine-python ## what make test leaves out: more runs, kills, SGLang, eval, Slurm, full-size meshes (more than an hour)
 	$(PYTHON) -m pytest -m long tests/unit tests/integration tests/mesh tests/e2e $(ARGS)
 
 test-gpu: setup ## the checks of gpu-check as tests (skipped without a GPU)

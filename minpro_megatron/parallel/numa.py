@@ -31,7 +31,10 @@ def bind_to_node(address: str, of_ranks: Sequence[str], system_files: Path = _SY
     try:
         cpus = cpus_for(address, of_ranks, os.sched_getaffinity(0), system_files)
         if not cpus:
-            log.info("not bound to CPUs: this job has too few usable CPUs beside the GPU at %s", address)
+            log.info(
+                "not bound to CPUs: the NUMA node of the GPU at %s is unknown, or has too few usable CPUs",
+                address,
+            )
             return
         bind_threads(cpus)
     except OSError as error:

@@ -58,9 +58,8 @@ class Publisher:
         self._limits = limits or Limits()
         self._published: HeldWeights | None = None  # after the last publication
         self._tried: list[Tried] = []  # by the publications so far
-        self._loaded: dict[
-            int, str
-        ] = {}  # checksums of what servers loaded from model.hf_path, by tensor-parallel size
+        # checksums of what servers loaded from model.hf_path, by tensor-parallel size
+        self._loaded: dict[int, str] = {}
 
     def begin_from(self, held: HeldWeights | None) -> None:
         """Notes what the servers held when they first released their memory, where they share the trainer's GPUs."""
