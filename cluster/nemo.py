@@ -181,12 +181,9 @@ def _script(python: str, arguments: list[str]) -> Any:
 
 @contextmanager
 def _empty_experiment(name: str, base: Path) -> Iterator[Any]:
-    """An experiment without tasks. It restores this process's logging afterwards, which NeMo-Run changes."""
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    root.handlers = []  # NeMo-Run closes the handlers that it finds
-    try:
-        experiment = nemo_run.Experiment(
+    """An experiment without tasks."""
+    with _logging_restored():
+        experiment = _Experiment(
             name,
             base_dir=str(base),
             log_level="ERROR",
@@ -197,6 +194,29 @@ def _empty_experiment(name: str, base: Path) -> Iterator[Any]:
         )
         with experiment:
             yield experiment
+
+
+class _Experiment(nemo_run.Experiment):
+    """An experiment whose finalizer leaves this process's logging as it is.
+
+    NeMo-Run's removes the first handler of the root logger, whoever added it, at any time after the end of the
+    experiment, since the garbage collector calls it.
+    """
+
+    def __del__(self) -> None:
+        with _logging_restored():
+            super().__del__()
+
+
+@contextmanager
+def _logging_restored() -> Iterator[None]:
+    """Restores the handlers and the level of the root logger afterwards. Inside there are no handlers, because NeMo-Run
+    closes those that it finds."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    root.handlers = []
+    try:
+        yield
     finally:
         root.handlers = handlers
         root.setLevel(level)

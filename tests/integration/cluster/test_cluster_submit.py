@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import io
 import logging
 import os
@@ -298,3 +299,17 @@ def test_logging_is_as_it_was(capsys: pytest.CaptureFixture[str], caplog: pytest
         assert submitted(capsys, "recipes.demo:tiny_moe")[0] == 0
         logging.getLogger("after").info("still heard")
     assert "still heard" in caplog.text
+
+
+def test_logging_is_as_it_was_after_the_experiments_are_collected(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nemo_run")
+    root = logging.getLogger()
+    before = list(root.handlers)
+    first = logging.NullHandler()
+    root.handlers.insert(0, first)
+    try:
+        assert submitted(capsys, "recipes.demo:tiny_moe")[0] == 0
+        gc.collect()
+        assert root.handlers == [first, *before]
+    finally:
+        root.handlers = before
