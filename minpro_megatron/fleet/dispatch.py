@@ -143,7 +143,7 @@ class Dispatcher:
     def judge_rates(self) -> None:
         """Checks again which servers are far slower than the others, and logs newly slow ones."""
         members = {member.key: member for member in self._current()}
-        rates = {key: rate for key, member in members.items() if (rate := member.rate) is not None}
+        rates = {key: rate for key, member in members.items() if (rate := member.rate.tokens_per_s) is not None}
         median = statistics.median_high(rates.values()) if rates else 0.0
         slow = {key for key, rate in rates.items() if rate < median / self._slow_factor}
         for key in slow - self._slow:
@@ -165,7 +165,7 @@ class Dispatcher:
                     return member
             return None
         # after a failure, which is rare: all servers are compared
-        free = [m for m in self._current() if not m.is_suspended and self._has_room(m, group.num_requests)]
+        free = [m for m in self._current() if not m.suspension.is_active and self._has_room(m, group.num_requests)]
         return min(free, key=lambda m: (m.key in group.tried, m.key in self._slow, m.num_requests, m.key), default=None)
 
     def _has_room(self, member: Member, num_requests: int) -> bool:

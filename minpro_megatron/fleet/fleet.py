@@ -241,7 +241,7 @@ class Fleet:
         """
         area = "invalid_answers" if isinstance(error, InvalidAnswer) else "failures"
         self.count(f"{area}/{error.kind}")
-        member.suspend()  # the next check after the suspension dispatches the waiting groups
+        member.suspension.begin()  # the next check after the suspension dispatches the waiting groups
         if isinstance(error, ServerUnavailable | WrongPolicyVersion):
             await self._probes.ask(member)
         is_current = member.answers and member.held_version == self.version

@@ -56,7 +56,7 @@ class Loads:
                 heapq.heappop(self._heap)
                 continue
             member = self._members[key]
-            if member.is_suspended:
+            if member.suspension.is_active:
                 self._suspended.append(member)
             elif self._may_work(member):
                 return member
@@ -67,7 +67,7 @@ class Loads:
     def _resume(self) -> None:
         suspended, self._suspended = self._suspended, []
         for member in suspended:
-            if member.is_suspended:
+            if member.suspension.is_active:
                 self._suspended.append(member)
             else:
                 self.put(member)

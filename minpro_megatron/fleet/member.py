@@ -10,19 +10,14 @@ import numpy as np
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import UserError
 from minpro_megatron.fleet.generation_watch import GenerationWatch
+from minpro_megatron.fleet.idle_time import IdleTime
+from minpro_megatron.fleet.response_rate import ResponseRate
+from minpro_megatron.fleet.suspension import Suspension
 from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.records import ServerAddress
 from minpro_megatron.serving.answers import SampledSequence
 from minpro_megatron.serving.api_key import authorization
 from minpro_megatron.serving.client import Check, SamplingParameters, ServerClient, check_here
-
-# The pause after a failure. It doubles with each further failure until a group succeeds.
-FIRST_SUSPENSION_S = 0.5
-MAX_SUSPENSION_S = 60.0
-# A server's rate is an average over about this number of groups. An average of this age is no longer used.
-RATE_GROUPS = 8
-RATE_LIFETIME_S = 300.0
-
 
 Key = tuple[int, int]  # (index, start) of a server
 
@@ -70,19 +65,15 @@ class Member:
         self.probed_at = -float("inf")
         self.probe: asyncio.Task[None] | None = None
         self.generation = GenerationWatch()
+        self.suspension = Suspension()
+        self.rate = ResponseRate()
+        self.idle_time = IdleTime()
         self.num_groups = 0  # in flight
         self.num_requests = 0  # of these groups
         self.num_tokens = 0
         self._requests: set[asyncio.Task[list[SampledSequence]]] = set()
         self._is_back = asyncio.Event()  # cleared while the trainer may change its weights
         self._is_back.set()
-        self._num_failures = 0
-        self._suspended_until = 0.0
-        self._rate = 0.0
-        self._num_rated = 0
-        self._rated_at = 0.0
-        self._idle_since: float | None = time.monotonic()
-        self._idle_s = 0.0
 
     @property
     def key(self) -> Key:
@@ -156,60 +147,24 @@ class Member:
 
     def take(self, num_requests: int) -> None:
         """Records one more group in flight, with `num_requests` requests."""
-        self._count_idleness()
         self.num_groups += 1
         self.num_requests += num_requests
-        self._idle_since = None
+        self.idle_time.end()
 
     def release(self, num_requests: int) -> None:
         """Records the end of a group."""
         self.num_groups -= 1
         self.num_requests -= num_requests
         if self.num_groups == 0:
-            self._idle_since = time.monotonic()
-
-    def idle_s(self) -> float:
-        """The total time without any group, in seconds."""
-        self._count_idleness()
-        return self._idle_s
-
-    def _count_idleness(self) -> None:
-        if self._idle_since is not None:
-            now = time.monotonic()
-            self._idle_s += now - self._idle_since
-            self._idle_since = now
-
-    def suspend(self) -> float:
-        """Pauses new groups after a failure and returns the seconds. Simultaneous failures count once."""
-        if (left_s := self._suspended_until - time.monotonic()) > 0:
-            return left_s
-        pause_s = min(MAX_SUSPENSION_S, FIRST_SUSPENSION_S * 2**self._num_failures)
-        self._num_failures += 1
-        self._suspended_until = time.monotonic() + pause_s
-        return pause_s
-
-    @property
-    def is_suspended(self) -> bool:
-        return time.monotonic() < self._suspended_until
+            self.idle_time.begin()
 
     def succeeded(self, sequences: Sequence[SampledSequence], wall_time_s: float) -> None:
         """Records a group's tokens and their rate."""
-        self._num_failures = 0
+        self.suspension.succeeded()
         self.generation.seen()
         lengths = [len(sequence.token_ids) for sequence in sequences]
         self.num_tokens += sum(lengths)
-        # the longest response was running for the whole time
-        rate = max(lengths) / max(wall_time_s, 1e-6)
-        self._num_rated += 1
-        weight = 1 / min(self._num_rated, RATE_GROUPS)
-        self._rate += weight * (rate - self._rate)
-        self._rated_at = time.monotonic()
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens per second of one response; None while there are too few groups, or if the last ones are too old."""
-        known = self._num_rated >= RATE_GROUPS and time.monotonic() - self._rated_at < RATE_LIFETIME_S
-        return self._rate if known else None
+        self.rate.add(lengths, wall_time_s)
 
 
 def client_maker(config: RunConfig, facts: ModelFacts, check: Check = check_here) -> Callable[[ServerAddress], Client]:

@@ -17,7 +17,7 @@ import torch
 
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig
-from minpro_megatron.fleet import member as member_module
+from minpro_megatron.fleet import suspension
 from minpro_megatron.fleet.fleet import Fleet
 from minpro_megatron.fleet.generation import GroupCollector
 from minpro_megatron.models.model_files import read_model_facts
@@ -530,7 +530,7 @@ def _sampled_over_an_update(
 @pytest.fixture
 def version_one(running: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The server holds the same weights as version 1: there is an older version to lie about. Pauses are short."""
-    monkeypatch.setattr(member_module, "FIRST_SUSPENSION_S", 0.05)
+    monkeypatch.setattr(suspension, "FIRST_SUSPENSION_S", 0.05)
     monkeypatch.setattr(client_module, "FIRST_PAUSE_S", 0.02)
     control = running.control()
     control.update_weights_from_disk(model_path=str(running.folder), weight_version=1)

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from minpro_megatron.fleet import member as member_module
+from minpro_megatron.fleet import idle_time, response_rate, suspension
 from minpro_megatron.fleet.dispatch import Dispatcher, Ticket
-from minpro_megatron.fleet.member import RATE_GROUPS, Key, Member
+from minpro_megatron.fleet.member import Key, Member
+from minpro_megatron.fleet.response_rate import RATE_GROUPS
 from minpro_megatron.records import ServerAddress
 from tests.support.fake_client import FakeClient
 from tests.support.rollout_fakes import sequence
@@ -61,13 +62,13 @@ def test_whatever_happens_the_choice_is_that_of_a_search_through_all_servers(
 ) -> None:
     """Groups come and end, servers fail and recover, leave and return, and turn out slow."""
     rng, now = random.Random(seed), 0.0
-    monkeypatch.setattr(member_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(suspension, "time", SimpleNamespace(monotonic=lambda: now))
     setting = Setting(7, max_requests=6)
     members, dispatcher, held = setting.members, setting.dispatcher, []
     slow: set[Key] = set()
 
     def best(num_requests: int) -> Member | None:
-        free = [one for one in setting.current if not one.is_suspended]
+        free = [one for one in setting.current if not one.suspension.is_active]
         free = [one for one in free if not one.num_requests or one.num_requests + num_requests <= 6]
         return min(free, key=lambda one: (one.key in slow, one.num_requests, one.key), default=None)
 
@@ -79,7 +80,7 @@ def test_whatever_happens_the_choice_is_that_of_a_search_through_all_servers(
             member = rng.choice(members)
             match rng.randrange(8):
                 case 0:
-                    member.suspend()
+                    member.suspension.begin()
                 case 1 if member in setting.current:
                     setting.current.remove(member)
                 case 2 if member not in setting.current:
@@ -89,7 +90,8 @@ def test_whatever_happens_the_choice_is_that_of_a_search_through_all_servers(
                     setting.rate(member.address.index, rng.choice([1.0, 9.0]))
                     dispatcher.judge_rates()
                     dispatcher.dispatch()
-                    rates = {one.key: one.rate for one in setting.current if one.rate is not None}
+                    measured = {one.key: one.rate.tokens_per_s for one in setting.current}
+                    rates = {key: rate for key, rate in measured.items() if rate is not None}
                     middle = statistics.median_high(rates.values()) if rates else 0.0
                     slow = {key for key, rate in rates.items() if rate < middle / 3}
                 case 4 | 5 if held:
@@ -207,32 +209,32 @@ def test_a_server_far_slower_than_the_median_gets_work_last(caplog: pytest.LogCa
 def test_a_rate_of_long_ago_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(2)
     setting.rate(0, 10.0)
-    assert setting.members[0].rate == pytest.approx(1.0)
-    monkeypatch.setattr(member_module, "RATE_LIFETIME_S", 0.0)
-    assert setting.members[0].rate is None
+    assert setting.members[0].rate.tokens_per_s == pytest.approx(1.0)
+    monkeypatch.setattr(response_rate, "RATE_LIFETIME_S", 0.0)
+    assert setting.members[0].rate.tokens_per_s is None
 
 
 def test_failures_suspend_a_server_ever_longer_until_it_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(member_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(suspension, "time", SimpleNamespace(monotonic=lambda: now))
     (member,) = Setting(1).members
     pauses = []
     for _ in range(9):
-        pauses.append(member.suspend())
-        assert member.is_suspended
+        pauses.append(member.suspension.begin())
+        assert member.suspension.is_active
         now += pauses[-1] / 2
-        assert member.suspend() == pytest.approx(pauses[-1] / 2)  # of the same burst: counts once
+        assert member.suspension.begin() == pytest.approx(pauses[-1] / 2)  # of the same burst: counts once
         now += pauses[-1] / 2
-        assert not member.is_suspended
+        assert not member.suspension.is_active
     assert pauses == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
     member.succeeded([sequence(0, 1)], 1.0)
-    assert member.suspend() == 0.5
+    assert member.suspension.begin() == 0.5
 
 
 def test_suspended_servers_get_nothing() -> None:
     async def main() -> None:
         setting = Setting(2, max_requests=1)
-        setting.members[0].suspend()
+        setting.members[0].suspension.begin()
         assert await setting.take(1) == [1]
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(setting.dispatcher.acquire(training(1), 1, ()), 0.01)
@@ -273,15 +275,15 @@ def test_a_failure_is_raised_where_groups_wait() -> None:
 
 def test_idle_time_is_time_without_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(member_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(idle_time, "time", SimpleNamespace(monotonic=lambda: now))
     (member,) = Setting(1).members
     now = 3.0
-    assert member.idle_s() == 3
+    assert member.idle_time.total_s() == 3
     member.take(1)
     member.take(1)
     now = 10.0
     member.release(1)
-    assert member.idle_s() == 3
+    assert member.idle_time.total_s() == 3
     member.release(1)
     now = 12.0
-    assert member.idle_s() == 5
+    assert member.idle_time.total_s() == 5

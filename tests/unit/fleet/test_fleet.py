@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from minpro_megatron.fleet import member as member_module
+from minpro_megatron.fleet import suspension
 from minpro_megatron.fleet.dispatch import Ticket
 from minpro_megatron.fleet.fleet import Fleet, FleetError
 from minpro_megatron.fleet.generation import GenerationError
@@ -22,7 +22,7 @@ from tests.support.sglang_answers import FACTS
 
 @pytest.fixture(autouse=True)
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(member_module, "FIRST_SUSPENSION_S", 0.002)
+    monkeypatch.setattr(suspension, "FIRST_SUSPENSION_S", 0.002)
     monkeypatch.setattr(client_module, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(client_module, "BODY_TIMEOUT_S", 0.05)
     monkeypatch.setattr(client_module, "ABORT_TIMEOUT_S", 0.1)
