@@ -17,11 +17,12 @@ from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.publishing.broadcast import Broadcaster
 from minpro_megatron.publishing.canary import Continuation, differences, distinct_continuations
-from minpro_megatron.publishing.delivery import Delivery, Limits
+from minpro_megatron.publishing.delivery import Delivery
 from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.publishing.held_weights import HeldWeights, held_weights
 from minpro_megatron.publishing.initial_weights import refuse_other_weights
 from minpro_megatron.publishing.publish_report import PublishReport
+from minpro_megatron.publishing.receivers import Limits, Receivers
 from minpro_megatron.publishing.sender import PublishError, Sender, Transport
 from minpro_megatron.publishing.shared_memory import SharedMemorySender
 from minpro_megatron.publishing.transport_choice import Tried, first_transport
@@ -89,7 +90,7 @@ class Publisher:
                 # The same transport is repeated without the servers that failed. Where others hold the version, a fault
                 # is that of the servers of the lease, and says nothing about the transport.
                 if delivery and transport != used and delivery.published is None:
-                    self._tried.append(Tried(used, arrived=transport is None and bool(delivery.controls)))
+                    self._tried.append(Tried(used, arrived=transport is None and bool(delivery.receivers.controls)))
             self._on_rank_0(delivery, lambda own: self._check_weights(own, changed))
             prompts, continuations = self._on_rank_0(delivery, self._ask_canaries)
             pairs = [(prompts[prompt], list(response)) for prompt, response in continuations]
@@ -134,11 +135,12 @@ class Publisher:
                 lease.version,
                 settings.transport,
             )
-        return Delivery(settings, lease, controls, self._sender, transport, published, self._limits)
+        receivers = Receivers(lease.version, controls, self._limits)
+        return Delivery(settings, lease, receivers, self._sender, transport, published)
 
     def _first_transport(self, delivery: Delivery, changed: bool) -> Transport | None:
         if self._published is None and (changed or delivery.lease.version == 0):
-            held = held_weights(delivery.controls.values())
+            held = held_weights(delivery.receivers.controls.values())
             if changed:  # the weights must differ from the servers' initial ones
                 self._published = held
             elif held and held.version == 0 and not self._config.server.urls:
@@ -214,8 +216,8 @@ class Publisher:
         delivery.compare(canaries)
         return PublishReport(
             version=delivery.lease.version,
-            held_by=sorted(delivery.controls),
-            failures=delivery.failures,
+            held_by=sorted(delivery.receivers.controls),
+            failures=delivery.receivers.failures,
             transport=delivery.used,
             total_s=time.monotonic() - start,
             paused_s=delivery.paused_s,
@@ -223,7 +225,7 @@ class Publisher:
             num_bytes=delivery.num_bytes,
             checksum=next(iter(delivery.checksums.values()), ""),
             canaries=canaries,
-            late=sorted(delivery.late),
+            late=sorted(delivery.receivers.late),
             fell_back=delivery.used == "disk" != self._config.publish.transport,
         )
 

@@ -18,8 +18,9 @@ from minpro_megatron.models.model_files import ModelFacts
 from minpro_megatron.publishing import delivery as module
 from minpro_megatron.publishing.broadcast import GRACE_S, Broadcaster, own_address
 from minpro_megatron.publishing.canary import Difference, differences, distinct_continuations
-from minpro_megatron.publishing.delivery import Delivery, Limits
+from minpro_megatron.publishing.delivery import Delivery
 from minpro_megatron.publishing.held_weights import held_weights
+from minpro_megatron.publishing.receivers import Limits, Receivers
 from minpro_megatron.publishing.sender import PublishError
 from minpro_megatron.records import PublishLease, ServerAddress
 from minpro_megatron.serving.answers import AnswerChecker, SentRequest
@@ -60,7 +61,8 @@ def deliver(servers: list[RecordedServer]) -> MakeDelivery:
         config = PublishConfig.model_validate({"transport": "disk", "timeout_s": 30} | settings)
         controls = {address.index: ServerControl(address, config.timeout_s) for address in addresses}
         broadcaster = Broadcaster(torch.device("cpu"), config.timeout_s)
-        return Delivery(config, lease, controls, broadcaster, config.transport, limits=limits or Limits())
+        receivers = Receivers(lease.version, controls, limits or Limits())
+        return Delivery(config, lease, receivers, broadcaster, config.transport)
 
     return make
 
@@ -73,7 +75,7 @@ def test_in_order(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
     for server in servers:
         assert server.paths == ["update_weights_from_disk", "flush_cache", *VERIFIED]
         assert server.received[0][1] == {"model_path": str(FOLDER), "weight_version": "4", "flush_cache": False}
-    assert (sorted(delivery.controls), delivery.failures) == ([0, 1], {})
+    assert (sorted(delivery.receivers.controls), delivery.receivers.failures) == ([0, 1], {})
     assert (delivery.transport, delivery.used, delivery.checksums) == (None, "disk", {1: "5e"})
     assert delivery.transfer_s > 1.0
     assert delivery.paused_s == 0.0
@@ -111,8 +113,8 @@ def test_servers_on_shared_gpus_take_their_memory_back_around_the_transfer(
         {"tags": ["weights"]},
         {"tags": ["kv_cache"]},
     ]
-    assert (servers[1].paths, sorted(delivery.controls)) == ([resume], [0])
-    assert "no memory" in delivery.failures[1]
+    assert (servers[1].paths, sorted(delivery.receivers.controls)) == ([resume], [0])
+    assert "no memory" in delivery.receivers.failures[1]
 
 
 def test_the_cache_stays_in_the_given_folder(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
@@ -126,8 +128,8 @@ def test_a_server_that_refuses_is_left_out(path: str, servers: list[RecordedServ
     delivery = deliver(requests_in_flight=True)
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
     delivery.close()
-    assert sorted(delivery.controls) == [0]
-    assert delivery.failures == {1: f"server 1 at {servers[1].url}, {path}: status 400: no"}
+    assert sorted(delivery.receivers.controls) == [0]
+    assert delivery.receivers.failures == {1: f"server 1 at {servers[1].url}, {path}: status 400: no"}
     # nothing goes on under weights that nobody vouches for, and nothing stays paused
     assert servers[1].paths[-2:] == ["abort_request", "continue_generation"]
     assert servers[1].received[-2][1] == {"abort_all": True}
@@ -137,10 +139,12 @@ def test_a_server_that_refuses_is_left_out(path: str, servers: list[RecordedServ
 def test_a_server_that_hangs_is_left_out(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
     servers[1].hung = {"update_weights_from_disk"}
     delivery = deliver(timeout_s=30)
-    delivery.controls[1] = delivery.controls[1].within(0.1)  # the other one may be as slow as it likes
+    delivery.receivers.controls[1] = delivery.receivers.controls[1].within(
+        0.1
+    )  # the other one may be as slow as it likes
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
-    assert (sorted(delivery.controls), delivery.late) == ([0], {1})
-    assert "update_weights_from_disk: no answer within 0.1 s" in delivery.failures[1]
+    assert (sorted(delivery.receivers.controls), delivery.receivers.late) == ([0], {1})
+    assert "update_weights_from_disk: no answer within 0.1 s" in delivery.receivers.failures[1]
 
 
 def give_server_1_only(monkeypatch: pytest.MonkeyPatch, limit_s: float) -> None:
@@ -161,8 +165,8 @@ def test_a_request_that_moves_no_weights_has_a_short_limit(
     servers[1].hung = {path}
     delivery = deliver(requests_in_flight=True, timeout_s=30)
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
-    assert (sorted(delivery.controls), delivery.late) == ([0], {1})
-    assert "no answer within 0.1 s" in delivery.failures[1]
+    assert (sorted(delivery.receivers.controls), delivery.receivers.late) == ([0], {1})
+    assert "no answer within 0.1 s" in delivery.receivers.failures[1]
 
 
 @pytest.mark.parametrize("path", ["pause_generation", "begin_weight_update"])
@@ -174,14 +178,14 @@ def test_a_broadcast_starts_without_a_server_that_hangs(
     delivery = deliver(transport="broadcast", requests_in_flight=True, timeout_s=30)
     delivery._pause()
     delivery._begin()
-    assert (sorted(delivery.controls), delivery.late) == ([0], {1})
+    assert (sorted(delivery.receivers.controls), delivery.receivers.late) == ([0], {1})
 
 
 def test_a_server_that_refuses_is_not_late(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
     servers[1].answers["flush_cache"] = (400, {"success": False, "message": "no"})
     delivery = deliver()
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
-    assert (sorted(delivery.failures), delivery.late) == ([1], set())
+    assert (sorted(delivery.receivers.failures), delivery.receivers.late) == ([1], set())
 
 
 def test_it_is_an_error_if_all_refuse_and_none_if_all_are_dead(
@@ -197,7 +201,7 @@ def test_it_is_an_error_if_all_refuse_and_none_if_all_are_dead(
         server.answers["model_info"] = (503, "")
     delivery = deliver()
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
-    assert (delivery.controls, sorted(delivery.failures), delivery.transport) == ({}, [0, 1], None)
+    assert (delivery.receivers.controls, sorted(delivery.receivers.failures), delivery.transport) == ({}, [0, 1], None)
 
 
 def test_a_server_must_state_the_version(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
@@ -205,9 +209,9 @@ def test_a_server_must_state_the_version(servers: list[RecordedServer], deliver:
     servers[1].answers["model_info"] = (200, {"weight_version": str(module.INCOMPLETE)})
     delivery = deliver()
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
-    assert delivery.controls == {}
-    assert "it reports version 3 after loading version 4" in delivery.failures[0]
-    assert "it reports version 9999999999" in delivery.failures[1]
+    assert delivery.receivers.controls == {}
+    assert "it reports version 3 after loading version 4" in delivery.receivers.failures[0]
+    assert "it reports version 9999999999" in delivery.receivers.failures[1]
 
 
 def test_checksums_must_agree(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
@@ -243,8 +247,12 @@ def test_a_broadcast_that_one_server_refuses_ends_at_once_and_is_repeated_with_t
     start = time.monotonic()
     delivery.by_buckets([], num_buckets=1)
     assert time.monotonic() - start < GRACE_S / 2  # neither the time limit nor the time for servers to notice
-    assert (sorted(delivery.controls), delivery.transport, delivery.late) == ([0], "broadcast", set())
-    assert "init_weights_update_group: status 400: no gloo" in delivery.failures[1]
+    assert (sorted(delivery.receivers.controls), delivery.transport, delivery.receivers.late) == (
+        [0],
+        "broadcast",
+        set(),
+    )
+    assert "init_weights_update_group: status 400: no gloo" in delivery.receivers.failures[1]
     assert servers[0].paths == [
         "begin_weight_update", "end_weight_update", "begin_weight_update", "init_weights_update_group",
         "destroy_weights_update_group", "model_info", "end_weight_update", "weights_checker",
@@ -257,8 +265,8 @@ def test_the_dead_are_left_out_and_the_broadcast_repeated(servers: list[Recorded
     servers[0].answers["init_weights_update_group"] = (400, "the group was closed")
     delivery = deliver(transport="broadcast")
     delivery.by_buckets([], num_buckets=1)
-    assert (sorted(delivery.controls), delivery.transport) == ([0], "broadcast")
-    assert "init_weights_update_group" in delivery.failures[1]
+    assert (sorted(delivery.receivers.controls), delivery.transport) == ([0], "broadcast")
+    assert "init_weights_update_group" in delivery.receivers.failures[1]
     delivery.by_buckets([], num_buckets=1)
     assert delivery.transport == "disk"  # alone, and it still refuses
 
@@ -276,12 +284,12 @@ def test_a_server_that_a_broken_broadcast_leaves_stuck_is_left_out(
     servers[1].hung = {path}
     delivery = deliver(transport="broadcast", limits=limits)
     delivery.by_buckets([], num_buckets=1)
-    assert (sorted(delivery.controls), delivery.transport) == ([0], "broadcast")
-    assert f"{path}: no answer within 0.1 s, after a failed transfer; it is restarted" in delivery.failures[1]
-    assert delivery.late == {1}
+    assert (sorted(delivery.receivers.controls), delivery.transport) == ([0], "broadcast")
+    assert f"{path}: no answer within 0.1 s, after a failed transfer; it is restarted" in delivery.receivers.failures[1]
+    assert delivery.receivers.late == {1}
     servers[0].answers["weights_checker"] = (400, "CUDA error")
     delivery.by_buckets([], num_buckets=1)
-    assert (delivery.controls, delivery.transport) == ({}, None)
+    assert (delivery.receivers.controls, delivery.transport) == ({}, None)
 
 
 def greedy(*pairs: tuple[int, float]) -> GreedyAnswer:
@@ -312,27 +320,20 @@ def test_the_fault_is_the_servers_own_where_others_hold_the_version(
     alone = deliver()
     alone.published = {1: "5e"}
     alone.compare({0: Difference(1.2, 1.3), 1: Difference(1.2, 1.3)})
-    assert list(alone.controls) == []
+    assert list(alone.receivers.controls) == []
     servers[1].answers["weights_checker"] = checksum("6f")
     delivery = deliver()
     delivery.published = {1: "6f"}
     delivery.from_disk(FOLDER, num_bytes=10, written_s=0.0)
-    assert list(delivery.controls) == [1]
-    assert "its weights differ from the others" in delivery.failures[0]
-
-
-def test_the_majority_of_checksums_counts(deliver: MakeDelivery) -> None:
-    delivery = deliver()
-    assert delivery._right_checksums({0: "5e", 1: "6f"}) == {}
-    delivery.controls[2] = delivery.controls[0]
-    assert delivery._right_checksums({0: "5e", 1: "6f", 2: "5e"}) == {1: "5e"}
+    assert list(delivery.receivers.controls) == [1]
+    assert "its weights differ from the others" in delivery.receivers.failures[0]
 
 
 def test_a_canary_that_is_off_leaves_its_server_out_and_all_of_them_are_an_error(deliver: MakeDelivery) -> None:
     delivery = deliver(canary_tolerance=0.1)
     delivery.compare({0: Difference(0.1, 0.3), 1: Difference(float("nan"), float("nan"))})
-    assert list(delivery.controls) == [0]
-    assert "canary log-probs differ from the trainer's by nan nats per token" in delivery.failures[1]
+    assert list(delivery.receivers.controls) == [0]
+    assert "canary log-probs differ from the trainer's by nan nats per token" in delivery.receivers.failures[1]
     with pytest.raises(PublishError, match=r"server 0 .* 1.2 nats.*server 1 .*sampling.temperature"):
         deliver().compare({0: Difference(1.2, 1.3), 1: Difference(1.1, 2)})
     deliver().compare({})
@@ -344,7 +345,7 @@ def test_servers_that_are_not_clearly_broken_stay_and_are_named(
     """Their checksums agree: engines that round differently must not end a run of days."""
     delivery = deliver()
     delivery.compare({0: Difference(0.9, 4.0), 1: Difference(0.01, 0.3)})
-    assert (sorted(delivery.controls), delivery.failures) == ([0, 1], {})
+    assert (sorted(delivery.receivers.controls), delivery.receivers.failures) == ([0, 1], {})
     assert [record.getMessage() for record in caplog.records] == [
         "version 4: server 0: canary log-probs differ from the trainer's by 0.9 nats per token, 4 at most"
     ]
@@ -362,8 +363,8 @@ def test_every_server_continues_every_prompt(servers: list[RecordedServer], deli
     servers[1].once["generate"] = [(500, "broken")]
     broken = deliver()
     broken.ask_canaries(1, temperature=0.7)
-    assert (list(broken.canaries), list(broken.controls)) == ([0], [0])
-    assert "generate: status 500" in broken.failures[1]
+    assert (list(broken.canaries), list(broken.receivers.controls)) == ([0], [0])
+    assert "generate: status 500" in broken.receivers.failures[1]
 
 
 def test_canaries_that_are_late(
@@ -376,15 +377,18 @@ def test_canaries_that_are_late(
     # the other one may be as slow as it likes
     monkeypatch.setattr(
         module,
-        "_within",
+        "within",
         lambda limit_s, controls: [one.within(limit_s if one.address.index == 1 else 30) for one in controls],
     )
     busy = deliver(requests_in_flight=True, limits=Limits(canary_patience_s=0.05))
     busy.ask_canaries(1, temperature=0.7)
-    assert (list(busy.canaries), sorted(busy.controls)) == ([0], [0, 1])  # it is busy, and its checksum is right
+    assert (list(busy.canaries), sorted(busy.receivers.controls)) == (
+        [0],
+        [0, 1],
+    )  # it is busy, and its checksum is right
     idle = deliver(timeout_s=0.05)
     idle.ask_canaries(1, temperature=0.7)
-    assert sorted(idle.controls) == [0]
+    assert sorted(idle.receivers.controls) == [0]
     none = deliver()
     none.ask_canaries(0, temperature=0.7)
     assert none.canaries == {}
@@ -393,10 +397,10 @@ def test_canaries_that_are_late(
 def test_what_the_servers_start_with(servers: list[RecordedServer], deliver: MakeDelivery) -> None:
     servers[0].answers["model_info"] = (200, {"weight_version": "0"})
     servers[1].answers["weights_checker"] = checksum("6f")
-    assert held_weights(deliver().controls.values()) == (0, {1: "5e"})
+    assert held_weights(deliver().receivers.controls.values()) == (0, {1: "5e"})
     for server in servers:
         server.answers["model_info"] = (200, {"weight_version": "default"})
-    assert held_weights(deliver().controls.values()) is None
+    assert held_weights(deliver().receivers.controls.values()) is None
 
 
 def test_the_address_that_servers_can_reach() -> None:

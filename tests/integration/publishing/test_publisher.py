@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from minpro_megatron.config.publish import PublishConfig
-from minpro_megatron.publishing.delivery import Limits
 from minpro_megatron.publishing.publish import Publisher
 from minpro_megatron.publishing.publish_report import PublishReport, publication_metrics
+from minpro_megatron.publishing.receivers import Limits
 from minpro_megatron.publishing.sender import PublishError
 from minpro_megatron.records import PublishLease, ServerAddress
 from tests.support.recorded_server import RecordedServer, checksum, two_with_weights
