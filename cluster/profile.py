@@ -27,6 +27,7 @@ from minpro_megatron.errors import UserError
 from minpro_megatron.launch.topology import TopologySettings
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+EXAMPLES = Path(__file__).parent / "profiles"
 # The words in capital letters in cluster/profiles, as a part of a path or the whole value.
 _PLACEHOLDER = re.compile(r"(?<![\w-])(ACCOUNT|PARTITION|PROJECT|REGISTRY|CHECKOUT|NAMESPACE|CLAIM|CONTEXT)(?![\w-])")
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)")
@@ -157,7 +158,7 @@ def read_profile(path: Path, assignments: list[str]) -> Profile:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--profile {path}: {error.strerror}; see cluster/profiles for examples") from None
+        raise UserError(f"--profile {path}: {error.strerror}; {EXAMPLES} has examples") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--profile {path}: not TOML: {error}") from None
     for assignment in assignments:

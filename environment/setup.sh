@@ -8,8 +8,9 @@
 # MINPRO_PYTHON names the interpreter (3.12 or 3.13); otherwise a working one is searched for.
 # With an NVIDIA driver the full train and serve extras go in, without one the CPU environment.
 #
-# Several checkouts may use one environment (MINPRO_VENV). Its command `minpro` runs the code of the checkout that made
-# it; make, python -m minpro_megatron and the files of tools/ run that of the checkout in which they are called.
+# Several checkouts may use one environment (MINPRO_VENV): make, minpro, python -m minpro_megatron and the files of
+# tools/ run the code of the checkout in which they are called. Elsewhere minpro runs that of the checkout that made the
+# environment.
 set -euo pipefail
 unset PYTHONPATH # what is installed must not be confused with what lies in a checkout
 

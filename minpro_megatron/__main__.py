@@ -6,13 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from minpro_megatron.command_line import PROGRAM, did_you_mean
-from minpro_megatron.errors import INTERRUPTED
+from minpro_megatron.errors import INTERRUPTED, UserError, report
+from minpro_megatron.missing_packages import missing_package
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-_OF_THIS_FOLDER = "python -m minpro_megatron"
+_AS_MODULE = "python -m minpro_megatron"
 
 
 class Command(NamedTuple):
@@ -90,6 +91,10 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if (problem := missing_package(error)) is None:
+            raise
+        return report(UserError(problem), "error")
     except BrokenPipeError:  # piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it once more at its end
         return INTERRUPTED
@@ -108,9 +113,9 @@ def _use_this_code() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that `arguments` name (by default those of this process); returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    program = PROGRAM if Path(sys.argv[0]).name == PROGRAM else _OF_THIS_FOLDER
-    if program == PROGRAM and _is_another_checkout(Path.cwd()):
-        print(f"note: {PROGRAM} runs the code in {CHECKOUT}; that of this folder: {_OF_THIS_FOLDER}", file=sys.stderr)
+    program = PROGRAM if Path(sys.argv[0]).name == PROGRAM else _AS_MODULE
+    if program == PROGRAM and _is_another_checkout(folder := Path.cwd()):
+        _run_code_in(folder, given)
     if not given:
         return _refuse(f"a command is missing; see {program} --help")
     name, *rest = given
@@ -131,6 +136,17 @@ def _is_another_checkout(folder: Path) -> bool:
     """Whether the folder has this project's code, but not the code that runs."""
     code = folder / "minpro_megatron" / "__main__.py"
     return code.is_file() and not code.samefile(__file__)
+
+
+def _run_code_in(checkout: Path, arguments: list[str]) -> NoReturn:
+    """Replaces this process by the same command with the code of `checkout`. Otherwise a command called there would
+    read the recipes of that checkout, and the models, data and code of the one that the environment was made for."""
+    print(
+        f"note: running the code in {checkout}; this environment was made for {CHECKOUT}", file=sys.stderr, flush=True
+    )
+    path = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "minpro_megatron", *arguments]
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
 
 
 def _refuse(problem: str) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
+from minpro_megatron.missing_packages import missing_package
 from minpro_megatron.terminal_text import visible
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class TryAgainError(ProjectError):
 
 def run_reporting(command: Callable[[], int], prefix: str = "error", *, reads_given_files: bool = False) -> int:
     """Calls `command` and returns its exit status. If it raises, the error is reported on standard error: a
-    ProjectError with one line per problem after `prefix`, any other exception with its traceback.
+    ProjectError with one line per problem after `prefix`, a package of an extra that is not installed with one line,
+    any other exception with its traceback.
 
     `reads_given_files`: the command opens files that the user names, so an OSError that names a file is reported in one
     line.
@@ -89,6 +91,10 @@ def run_reporting(command: Callable[[], int], prefix: str = "error", *, reads_gi
             return report_unexpected(prefix)
         print(f"{prefix}: {visible(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
         return WRONG_INPUT
+    except ModuleNotFoundError as error:
+        if (problem := missing_package(error)) is None:
+            return report_unexpected(prefix)
+        return report(UserError(problem), prefix)
     except Exception:
         return report_unexpected(prefix)
 

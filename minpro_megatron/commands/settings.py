@@ -8,6 +8,7 @@
 They are changed on the command line of `launch`, as section.key=value.
 """
 
+import difflib
 import shutil
 import sys
 import textwrap
@@ -48,9 +49,7 @@ def _lines(recipe: str, overrides: list[str], chosen: list[str]) -> Iterator[str
     every = list(settings_of())
     for name in chosen:
         if not any(_is_in(setting.path, name) for setting in every):
-            sections = [setting.path.partition(".")[0] for setting in every]
-            hint = did_you_mean(name, dict.fromkeys(sections)) or did_you_mean(name, [one.path for one in every])
-            raise UserError(f"there is no section or setting {name!r}{hint}")
+            raise UserError(f"there is no section or setting {name!r}{_similar(name, [one.path for one in every])}")
     config = apply_overrides(load_recipe(recipe), overrides) if recipe else None
 
     def line(setting: Setting) -> str | None:
@@ -72,6 +71,15 @@ def _lines(recipe: str, overrides: list[str], chosen: list[str]) -> Iterator[str
             seen.add(setting.path)
             yield shown
             yield from _wrapped(setting.description)
+
+
+def _similar(name: str, paths: list[str]) -> str:
+    """The hint at the most similar sections, else settings, else the setting whose last part is the most similar."""
+    sections = dict.fromkeys(path.partition(".")[0] for path in paths)
+    by_last_part = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    last_parts = difflib.get_close_matches(name, by_last_part, n=1, cutoff=0.7)
+    hint = did_you_mean(name, sections) or did_you_mean(name, paths)
+    return hint or (f" (did you mean {by_last_part[last_parts[0]]}?)" if last_parts else "")
 
 
 def _is_in(path: str, name: str) -> bool:

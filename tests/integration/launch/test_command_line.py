@@ -10,7 +10,8 @@ from contextlib import closing
 
 import pytest
 
-from minpro_megatron.__main__ import CHECKOUT, main
+from minpro_megatron import __version__
+from minpro_megatron.__main__ import CHECKOUT
 from minpro_megatron.launch.recipe import load_recipe
 from tests.support.command_errors import errors_of
 from tests.support.run_examples import example_config, write_example_files
@@ -72,6 +73,8 @@ def recipes(tmp_path, monkeypatch):
         (["launch", "./no_such.py:mine"], "there is no file ./no_such.py"),
         (["launch", "recipes.demos:tiny_moe"], r"no module 'recipes.demos' \(did you mean recipes.demo"),
         (["settings", "optimiser"], r"no section or setting 'optimiser' \(did you mean optimizer\?\)"),
+        (["settings", "learning_rte"], r"'learning_rte' \(did you mean optimizer.learning_rate\?\)"),
+        (["settings", "learning_rate"], r"'learning_rate' \(did you mean optimizer.learning_rate\?\)"),
         (["check", "my_recipes:good"], "model.hf_path = .*/hf: no such folder"),
         (["launch", "my_recipes:good", "seed=x"], "seed: .*valid integer.* \\(got 'x'\\)"),
         (["launch", "my_recipes:good"], "model.hf_path = .*/hf: no such folder"),
@@ -82,15 +85,25 @@ def test_a_users_error_is_one_line_and_status_2(recipes, capsys, arguments, patt
     assert re.search(pattern, line), line
 
 
-def test_the_command_of_another_checkout_says_whose_code_runs(tmp_path, monkeypatch, capsys):
-    (tmp_path / "minpro_megatron").mkdir()
-    (tmp_path / "minpro_megatron" / "__main__.py").touch()
-    monkeypatch.setattr(sys, "argv", ["/environment/bin/minpro", "--version"])
-    for folder in (CHECKOUT, tmp_path):
-        monkeypatch.chdir(folder)
-        assert main() == 0
-    note = f"note: minpro runs the code in {CHECKOUT}; that of this folder: python -m minpro_megatron\n"
-    assert capsys.readouterr().err == note
+def test_the_command_in_another_checkout_runs_the_code_of_that_checkout(tmp_path):
+    """Two checkouts may share one environment, whose command was made for one of them."""
+    other = tmp_path / "minpro_megatron"
+    other.mkdir()
+    (other / "__init__.py").touch()
+    (other / "__main__.py").write_text("import sys\nprint('other', *sys.argv[1:])\nsys.exit(3)\n")
+    command = "import sys; sys.argv[0] = '/environment/bin/minpro'; from minpro_megatron.__main__ import main; main()"
+
+    def minpro(folder):
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(CHECKOUT)}
+        ended = subprocess.run(
+            [sys.executable, "-P", "-c", command, "--version", "x"],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        return ended.returncode, ended.stdout, ended.stderr
+
+    assert minpro(CHECKOUT) == (0, f"minpro-megatron {__version__}\n", "")
+    note = f"note: running the code in {tmp_path}; this environment was made for {CHECKOUT}\n"
+    assert minpro(tmp_path) == (3, "other --version x\n", note)
 
 
 def test_every_wrong_setting_has_its_line(recipes, capsys):

@@ -76,7 +76,7 @@ def test_what_is_wrong_is_named(change: str, problem: str) -> None:
 
 
 def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none.toml: No such file or directory; see cluster/profiles for examples"):
+    with pytest.raises(UserError, match=r"none.toml: No such file or directory; .*/cluster/profiles has examples"):
         read_profile(tmp_path / "none.toml", [])
     (tmp_path / "bad.toml").write_text("a = ")
     with pytest.raises(UserError, match=r"bad.toml: not TOML: "):

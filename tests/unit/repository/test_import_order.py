@@ -14,7 +14,7 @@ from tests.support.imports_of_files import PACKAGE, ROOT, imported_names
 
 # Folders (and files) of the package. Each may import those of earlier lines, and itself.
 ORDER = [
-    ["terminal_text", "command_line"],
+    ["terminal_text", "missing_packages", "command_line"],
     ["errors", "records", "pipe_messages"],
     ["hooks"],
     ["files", "config"],
