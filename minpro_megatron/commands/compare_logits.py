@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minpro_megatron.command_line import command_parser, make_console
+from minpro_megatron.config.mesh_option import FLAGS as MESH_FLAGS
 from minpro_megatron.config.mesh_option import add_parallel
-from minpro_megatron.config.options import SettingOption
+from minpro_megatron.config.options import SettingOption, naming
 from minpro_megatron.errors import run_reporting
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ OPTIONS = (
     SettingOption("--dtype", "model.dtype", default="bfloat16", default_text="bfloat16 on GPUs, float32 on the CPU"),
     SettingOption("--backend", "model.backend"),
 )
+FLAGS = {option.setting: option.flag for option in OPTIONS} | {"model.hf_path": "--hf"} | MESH_FLAGS
 
 
 def main(arguments: list[str] | None = None, prog: str = "minpro compare-logits") -> int:
@@ -52,7 +54,8 @@ def main(arguments: list[str] | None = None, prog: str = "minpro compare-logits"
 def _compare(as_json: bool, given: dict[str, Any]) -> int:
     from minpro_megatron.model_comparison.comparison import ComparisonOptions, run_comparison, to_standard_error
 
-    comparison = run_comparison(ComparisonOptions(**given), to_standard_error)
+    with naming(FLAGS):
+        comparison = run_comparison(ComparisonOptions(**given), to_standard_error)
     if as_json:
         print(json.dumps(asdict(comparison), indent=2))
     else:

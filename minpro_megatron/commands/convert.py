@@ -19,8 +19,12 @@ import argparse
 from pathlib import Path
 
 from minpro_megatron.command_line import command_parser, make_console
+from minpro_megatron.config.mesh_option import FLAGS as MESH_FLAGS
 from minpro_megatron.config.mesh_option import add_parallel, parallel_config
+from minpro_megatron.config.options import naming
 from minpro_megatron.errors import run_reporting
+
+FLAGS = {"model.hf_path": "--hf"} | MESH_FLAGS
 
 
 def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
@@ -58,7 +62,12 @@ def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespac
 def main(arguments: list[str] | None = None, prog: str = "minpro convert") -> int:
     """0, or 2 after a message about a wrong option or model; `plan` also ends with 2 if tensors are missing."""
     options = parse_arguments(arguments, prog)
-    return run_reporting(lambda: _run(options))
+
+    def run() -> int:
+        with naming(FLAGS):
+            return _run(options)
+
+    return run_reporting(run)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -9,6 +9,9 @@ from minpro_megatron.command_line import did_you_mean
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import UserError
 
+# What messages about the settings of the mesh are to be named.
+FLAGS = {f"parallel.{axis}": f"--parallel {axis}" for axis in ParallelConfig.axes()}
+
 
 def add_parallel(parser: "argparse._ActionsContainer") -> None:
     """Adds the option; `parse_parallel` and `parallel_config` read its value."""

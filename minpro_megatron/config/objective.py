@@ -394,13 +394,13 @@ class ImportedObjectiveConfig(ObjectiveSection):
     settings: dict[str, Any] = Field(default={}, description="Settings that the function receives as a dictionary.")
 
 
-_IMPORTED = "import path"
+IMPORTED = "import path"
 
 
 def objective_name(value: Any) -> str | None:
     """The objective that a section belongs to, by its name."""
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return _IMPORTED if isinstance(name, str) and is_import_path(name) else name
+    return IMPORTED if isinstance(name, str) and is_import_path(name) else name
 
 
 ObjectiveConfig = Annotated[
@@ -425,6 +425,6 @@ ObjectiveConfig = Annotated[
     | Annotated[ScaledCispoConfig, Tag("scaled_cispo")]
     | Annotated[ShuffledMinproConfig, Tag("shuffled_minpro")]
     | Annotated[SftConfig, Tag("sft")]
-    | Annotated[ImportedObjectiveConfig, Tag(_IMPORTED)],
+    | Annotated[ImportedObjectiveConfig, Tag(IMPORTED)],
     Field(discriminator=Discriminator(objective_name)),
 ]

@@ -4,7 +4,8 @@ of the settings classes."""
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -94,6 +95,15 @@ def renamed_in(text: str, flags: Mapping[str, str]) -> str:
         text = f"{flag} {rest.partition(' ')[2]}"
     pattern = "|".join(re.escape(setting) for setting in sorted(flags, key=len, reverse=True))
     return re.sub(rf"(?<![\w.-])({pattern})(?![\w.]*\w)", lambda found: flags[found.group(1)], text)
+
+
+@contextmanager
+def naming(flags: Mapping[str, str]) -> Iterator[None]:
+    """Errors that are raised inside name the flags of the command line in place of the settings of a run."""
+    try:
+        yield
+    except ProjectError as error:
+        raise with_flags(error, flags) from error
 
 
 def with_flags(error: ProjectError, flags: Mapping[str, str]) -> ProjectError:

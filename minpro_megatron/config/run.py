@@ -23,7 +23,7 @@ from minpro_megatron.config.environment import EnvironmentConfig
 from minpro_megatron.config.evaluation import EvaluationConfig
 from minpro_megatron.config.loss import LossConfig
 from minpro_megatron.config.model import ModelConfig
-from minpro_megatron.config.objective import MinproConfig, ObjectiveConfig
+from minpro_megatron.config.objective import IMPORTED, MinproConfig, ObjectiveConfig
 from minpro_megatron.config.optimizer import OptimizerConfig
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.config.path_type import OtherPath
@@ -126,6 +126,8 @@ def parse_run_config(values: dict[str, Any]) -> RunConfig:
 
 
 def _problem(entry: Any) -> str:
+    if entry["type"] == "union_tag_invalid":
+        return _unknown_objective(entry)
     where = ".".join(str(part) for part in entry["loc"]) or "run"
     shown = "" if isinstance(entry["input"], dict | Section) else f" (got {entry['input']!r})"
     return f"{where}: {entry['msg'].removeprefix('Value error, ')}{shown}{_similar_choice(entry)}"
@@ -134,9 +136,19 @@ def _problem(entry: Any) -> str:
 def _similar_choice(entry: Any) -> str:
     """A hint at the permitted values that are most similar to the given one, if the permitted values are a list."""
     context = entry.get("ctx", {})
-    choices = re.findall(r"'([^']+)'", str(context.get("expected") or context.get("expected_tags") or ""))
-    given = context.get("tag", entry["input"])
+    choices = re.findall(r"'([^']+)'", str(context.get("expected") or ""))
+    given = entry["input"]
     return did_you_mean(given, choices) if isinstance(given, str) else ""
+
+
+def _unknown_objective(entry: Any) -> str:
+    """The objective is the only section whose fields depend on a name in it."""
+    name = str(entry["ctx"]["tag"])
+    known = [tag for tag in re.findall(r"'([^']+)'", entry["ctx"]["expected_tags"]) if tag != IMPORTED]
+    return (
+        f"objective.name = {name!r}: there is no such objective{did_you_mean(name, known)}; known: {', '.join(known)}, "
+        "or the import path of your own function, such as package.module:function"
+    )
 
 
 def with_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
@@ -223,4 +235,4 @@ def _objective_defaults(name: Any) -> dict[str, Any]:
     try:
         return TypeAdapter(ObjectiveConfig).validate_python({"name": name}).model_dump()
     except ValidationError as error:
-        raise UserError(f"objective.name: {entry['msg']}{_similar_choice(entry)}" for entry in error.errors()) from None
+        raise UserError(map(_problem, error.errors())) from None

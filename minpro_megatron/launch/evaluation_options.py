@@ -1,14 +1,14 @@
 """The options of the command `eval`: validated and converted to settings of servers, sampling and grading."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minpro_megatron.config.options import SettingOption, given_settings, nested, with_flags
+from minpro_megatron.config.options import SettingOption, given_settings, naming, nested
 from minpro_megatron.config.run import RunConfig, parse_run_config
-from minpro_megatron.errors import ProjectError, UserError
+from minpro_megatron.errors import UserError
 from minpro_megatron.evaluation.benchmarks import (
     MAX_RESPONSE_TOKENS,
     SAMPLES_PER_REQUEST,
@@ -180,13 +180,9 @@ def wording(options: EvaluationOptions, config: RunConfig) -> str:
     )
 
 
-@contextmanager
-def naming_flags() -> Iterator[None]:
+def naming_flags() -> AbstractContextManager[None]:
     """Errors that are raised inside name the options of the command line in place of the settings of a run."""
-    try:
-        yield
-    except ProjectError as error:
-        raise with_flags(error, FLAGS) from error
+    return naming(FLAGS)
 
 
 def samples_per_prompt(options: EvaluationOptions) -> dict[str, int]:

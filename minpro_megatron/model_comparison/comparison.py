@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minpro_megatron.checkpoints.manifest import check_architecture, read_manifest
 from minpro_megatron.config.mesh_option import parallel_config
 from minpro_megatron.config.parallel import ParallelConfig
 from minpro_megatron.errors import SUCCEEDED, UserError
@@ -65,6 +66,8 @@ def run_comparison(options: ComparisonOptions, tell: Callable[[str], None]) -> C
     architecture = read_architecture(options.hf)
     config = parallel_config(options.parallel)
     refuse_uneven_cuts(architecture, config)
+    if options.megatron:
+        check_architecture(options.megatron, read_manifest(options.megatron), architecture)
     sequences = token_sequences(options.hf, options.text, options.ids, architecture.vocab_size)
     device = "cuda" if count_gpus() >= config.world_size else "cpu"
     dtype = options.dtype if device == "cuda" else "float32"

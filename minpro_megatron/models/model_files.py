@@ -104,6 +104,8 @@ def _expert_facts(config: dict[str, Any], path: Path) -> dict[str, int]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file's object. Raises ValueError that names the file if it contains anything else, or is not a regular
     file."""
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file; give a complete Hugging Face model folder")
     if not path.is_file():  # opening a pipe would wait for its other end
         raise UserError(f"{path}: this is not a regular file; download the folder again")
     if (size := path.stat().st_size) > MAX_JSON_BYTES:

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from minpro_megatron.batching.shards import sequence_multiple
+from minpro_megatron.config.mesh_option import FLAGS as MESH_FLAGS
+from minpro_megatron.config.options import naming
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.errors import FAILED, SUCCEEDED, UserError
 from minpro_megatron.files.replacement import check_replaceable
@@ -83,9 +85,10 @@ def checked_replay(options: ReplayOptions) -> tuple[RunConfig, ReplayRows]:
         raise UserError(f"--model {options.model}: there is no such folder; give a Hugging Face model folder")
     try:
         architecture = read_architecture(options.model)
-        refuse_uneven_cuts(architecture, config.parallel)
     except UserError as error:
         raise UserError(f"--model {options.model}: {error}") from None
+    with naming(MESH_FLAGS):
+        refuse_uneven_cuts(architecture, config.parallel)
     if problem := weight_problem(options.model, for_servers=False):
         raise UserError(f"--model {options.model}: {problem}")
     _refuse_foreign(options.output)

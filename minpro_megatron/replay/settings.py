@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from minpro_megatron.batching.shards import row_multiple
+from minpro_megatron.config.mesh_option import FLAGS as MESH_FLAGS
 from minpro_megatron.config.mesh_option import parse_parallel
-from minpro_megatron.config.options import SettingOption, with_flags
+from minpro_megatron.config.options import SettingOption, naming
 from minpro_megatron.config.run import RunConfig, parse_run_config, with_overrides
-from minpro_megatron.errors import ProjectError, UserError
+from minpro_megatron.errors import UserError
 from minpro_megatron.replay.sampling_run import with_sampling_of_run
 
 ROW_TOKENS = 4096  # of a packed row, unless a sequence is longer
@@ -73,19 +74,19 @@ def replay_config(options: ReplayOptions, num_gpus: int) -> RunConfig:
         "batch": _ANY_BATCH,
         "optimizer": {"warmup_global_steps": 0},
     }
-    config = parse_run_config(values)
+    with naming(MESH_FLAGS):
+        config = parse_run_config(values)
     device = options.given.get("device") or ("cuda" if num_gpus >= config.parallel.world_size else "cpu")
     chosen = {"device": device, "model.dtype": "bfloat16" if device == "cuda" else "float32", **options.given}
     chosen.pop(ROW_TOKENS_SETTING, None)  # sized_for applies it, with the lengths of the rows
-    try:
+    with naming(FLAGS):
         config = with_overrides(config, [f"{setting}={json.dumps(value)}" for setting, value in chosen.items()])
-    except ProjectError as error:
-        raise with_flags(error, FLAGS) from None
     assignments = [f"objective.name={options.objective}", *map(_override, options.settings)]
-    if options.run is None:
-        config = with_overrides(config, assignments)
-    else:
-        config = with_sampling_of_run(config, assignments, options.run)
+    with naming({"objective.name": "--objective"}):
+        if options.run is None:
+            config = with_overrides(config, assignments)
+        else:
+            config = with_sampling_of_run(config, assignments, options.run)
     if config.device == "cuda" and num_gpus < config.parallel.world_size:
         raise UserError(
             f"--device cuda: {config.parallel.world_size} ranks need a GPU each, {num_gpus} are visible; lower "

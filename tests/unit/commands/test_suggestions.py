@@ -55,7 +55,7 @@ def test_an_option_with_choices_lists_and_suggests_them(
     [
         ("staleness.mode=delai", "delay"),
         ("device=CUDA", "cuda"),
-        ("objective.name=minpr", "minpro"),
+        ("objective.name=minpr", "minpro\\?\\); known: minpro, cispo"),
         ("objective.aggregation=tokens_mean", "token_mean"),
         ('model.recompute_modules=["mooe_act"]', "moe_act"),
     ],

@@ -69,11 +69,12 @@ def test_it_computes_on_gpus_where_every_rank_has_one(num_gpus, device, dtype):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"objective": "dapo"}, "objective.name: .*'dapo'.*'minpro', 'cispo'"),
+        ({"objective": "dapo"}, "^--objective = 'dapo': .*known: minpro, cispo"),
         ({"settings": ["clip=4"]}, r"no setting 'clip' \(did you mean clip_low or clip_high\?\); known: aggregation, "),
         ({"settings": ["clip_high"]}, "expected section.key=value"),
         ({"settings": ["clip_high=-1"]}, "clip_high: Input should be greater than or equal to 0"),
         ({"settings": ["clip_high=NaN"]}, "clip_high: Input should be a finite number"),
+        ({"objective": "minpr"}, r"^--objective = 'minpr': there is no such objective \(did you mean minpro\?\)"),
         ({"settings": ["name=grpo"]}, "choose the objective with --objective"),
         ({"settings": ["staleness.delay_steps=3"]}, "no effect in a replay; known: .* loss.*"),
         ({"settings": ["optimizer.warmup_global_steps=3"]}, "constant"),
@@ -87,7 +88,7 @@ def test_it_computes_on_gpus_where_every_rank_has_one(num_gpus, device, dtype):
         ({"parallel": "tensor"}, "tensor needs a whole number"),
         ({"parallel": "pipeline=2,pipeline_layers=3+x"}, "pipeline_layers needs whole numbers, such as"),
         ({"parallel": "pipeline=2,pipeline_layers=3+2+1"}, "3 numbers for pipeline x virtual_pipeline = 2 x 1 = 2"),
-        ({"parallel": "tensor=0"}, "parallel.tensor: Input should be greater than or equal to 1"),
+        ({"parallel": "tensor=0"}, "--parallel tensor: Input should be greater than or equal to 1"),
         ({"parallel": "expert=2,data=1"}, "must divide tensor x context x data"),
         ({"given": {"device": "cpu", "model.dtype": "bfloat16"}}, "--dtype = bfloat16 needs --device = cuda"),
         ({"given": {"device": "cuda"}, "parallel": "data=4"}, "4 ranks need a GPU each, 1 are visible"),
@@ -129,7 +130,7 @@ def test_a_mini_batch_without_a_trained_token_is_refused_if_an_update_uses_it(op
     [
         ({"model": Path("/nowhere")}, "--model /nowhere: there is no such folder"),
         ({"rollouts": Path("/nowhere.jsonl")}, "--rollouts /nowhere.jsonl: No such file"),
-        ({"parallel": "tensor=8"}, "parallel.tensor = 8 must divide the model's num_attention_heads = 4"),
+        ({"parallel": "tensor=8"}, "--parallel tensor = 8 must divide the model's num_attention_heads = 4"),
         ({"parallel": "expert=2"}, "has no experts"),
         (
             {"given": {"batch.max_tokens_per_row": 4}},
