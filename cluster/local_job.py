@@ -1,12 +1,17 @@
 """A run submitted to this machine: it runs in the process of `submit`, whose record says how it ended."""
 
+import re
+import time
+from datetime import datetime
 from pathlib import Path
 
 from minpro_megatron.cluster.records import JobRecord, is_running
 from minpro_megatron.cluster.slurm_job import JobState
 from minpro_megatron.errors import UserError
+from minpro_megatron.monitor.status import read_statuses
 
 LAST_LINES = 3
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),")
 
 
 def local_state(record: JobRecord) -> JobState:
@@ -22,6 +27,24 @@ def trainer_log(record: JobRecord) -> list[str]:
     """The lines of the trainer's log; none before the trainer has started."""
     path = Path(record.run_dir) / "logs" / "train.log"
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
+
+def progress(record: JobRecord) -> list[str]:
+    """What the roles of a running job do and for how long, and the last lines that its trainer has logged. What an
+    earlier start of the run has left is not shown: a resumed run takes minutes until its first global step."""
+    since = record.submitted_at
+    statuses = {role: status for role, status in read_statuses(Path(record.run_dir)).items() if status.time >= since}
+    now = time.time()
+    doing = [f"{role}: {status.phase}, for {now - status.time:.0f} s" for role, status in statuses.items()]
+    return (doing or ["starting the roles"]) + _logged_since(since, trainer_log(record))[-LAST_LINES:]
+
+
+def _logged_since(since: float, lines: list[str]) -> list[str]:
+    """The lines from the first one with a time of `since` or later; earlier ones may have none."""
+    for index, line in enumerate(lines):
+        if (found := _TIME.match(line)) and datetime.fromisoformat(found.group(1)).timestamp() >= int(since):
+            return lines[index:]
+    return []
 
 
 def refuse_local(record: JobRecord, remedy: str) -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import PurePosixPath
 
 from minpro_megatron.cluster import pods
-from minpro_megatron.cluster.local_job import LAST_LINES, local_state, trainer_log
+from minpro_megatron.cluster.local_job import local_state, progress
 from minpro_megatron.cluster.records import JobRecord, all_records, checks_under_way, recall, records_folder
 from minpro_megatron.cluster.shell import Shell, shell_of
 from minpro_megatron.cluster.slurm_job import SAVED, JobError, JobState, look_up
@@ -59,11 +59,11 @@ def _state(record: JobRecord, shell: Shell) -> JobState:
 
 
 def status_lines(record: JobRecord, state: JobState, shell: Shell) -> list[str]:
-    """The job's state and, if it is running, the last lines of its log."""
+    """The job's state and, if it is running, its progress or the last lines of its log."""
     shown = SAVED if state.has_saved else state
     lines = [f"{record.name}  job {record.job_id}: {shown}; run in {PurePosixPath(record.run_dir)}"]
     if state.state == "RUNNING" and record.is_local:
-        lines += [f"  {line}" for line in trainer_log(record)[-LAST_LINES:]]
+        lines += [f"  {line}" for line in progress(record)]
     elif state.state == "RUNNING" and not record.is_of_pods:
         command = f"tail -qn 3 {record.log_folder}/log-*_{record.job_id}_{state.restarts}.out"
         lines += [f"  {line}" for line in shell.run(command, warn=True).stdout.splitlines()]

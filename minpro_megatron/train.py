@@ -53,6 +53,7 @@ class RankZero:
     save_schedule: SaveSchedule | None = None
     before_early_end: Callable[[int, str], None] = lambda version, reason: None  # called before the last save
     may_write: Callable[[], None] = lambda: None  # raises RunBlocked once this start does not own the run folder
+    say: Callable[[str], None] = lambda phase: None  # shows what the trainer does
 
 
 class Trainer:
@@ -78,6 +79,7 @@ class Trainer:
         self._feed = rank_zero.feed if rank_zero else None
         self._report = rank_zero.report if rank_zero else None
         self._may_write = rank_zero.may_write if rank_zero else lambda: None
+        self._say = rank_zero.say if rank_zero else lambda phase: None
         self._turns = turns
         self._tracer = tracer or NoTracer()
         self._clock = PhaseClock(PHASES if turns is None else PHASES + OF_TURNS, self._tracer, watchdog)
@@ -112,6 +114,7 @@ class Trainer:
         for fetch in order.before_first_step():
             self._fetch_and_score(fetch)
         self._clock.lap()
+        self._say("training")
         self._saving.begin()
         with garbage.collected_together():
             for step in order.steps:
@@ -125,6 +128,7 @@ class Trainer:
         self._scoring.keep_reference()  # the initial weights, also if the run resumes from a checkpoint
         manifest = self._resumed_from
         if manifest is not None:
+            self._say("loading the checkpoint")
             with self._clock.guard("loading the checkpoint"):
                 applied = self._checkpoints.load(self._policy, manifest)
             self._updates.resume(manifest.updates, applied)
@@ -132,7 +136,9 @@ class Trainer:
         if self._feed:
             self._feed.start(self._versions.in_place)
         if manifest is not None or self._config.publishes_at_start:
+            self._say(f"publishing version {self._versions.in_place}")
             self._publish(self._versions.in_place, changed=False)
+        self._say("waiting for the first batch")
         return self._versions.in_place
 
     def _step(self, order: StepOrder, step: int) -> None:
@@ -303,6 +309,7 @@ class Trainer:
             return self._report.step(step, scalars, trained.histograms, batch)
 
     def _finish(self) -> CollectorTotals | None:
+        self._say("waiting for the last evaluations")
         totals = answer_to(lambda: self._mesh.from_rank_0(self._feed.finish() if self._feed else None), self._send)
         self._note_scores(totals.evaluations)
         if self._report:

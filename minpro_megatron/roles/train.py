@@ -108,8 +108,6 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
     watchdog = TracedWatchdog(logs / f"stacks-rank-{mesh.rank}.txt", config.debug.hang_timeout_s, tracer, record)
     optional = {"resumed_from": resumed_from, "tracer": tracer, "turns": turns}
     make_trainer = partial(Trainer, config, mesh, policy, publisher, checkpoints, watchdog, **optional)
-    publishes = resumed_from is None and config.publishes_at_start
-    _say(config, mesh, "publishing version 0" if publishes else "waiting for the first batch")
     if not first:
         with closing(tracer), closing(publisher):
             make_trainer().run()
@@ -129,7 +127,9 @@ def _train(config: RunConfig, incarnation: int, save_by: float | None, mesh: Mes
         compute, alarms = _compute(config, architecture, mesh), AlarmLog(config, first_step)
         step_report = StepReport(writer, tokenizer.response_text, first_step, compute, alarms)
         announce = partial(_announce_early_end, config, incarnation, False)
-        trainer = make_trainer(RankZero(feed, step_report, schedule, announce, fence.check))
+        trainer = make_trainer(
+            RankZero(feed, step_report, schedule, announce, fence.check, partial(_say, config, mesh))
+        )
         totals = trainer.run()
     assert totals is not None, "rank 0 has a feed"
     fence.check()
