@@ -54,7 +54,7 @@ Draw = Callable[[Axes, Sequence[Entry]], bool]  # draws a history on axes; False
 _WIDTH, _HEIGHT = 5.0, 2.6  # inches; text of 9 points is then readable on a phone
 _LOG_FROM = {"log": 3.0, "wide": 30.0}  # largest over smallest positive value
 _LEGEND_ROW = 0.065  # of the picture's height
-_INNER = (0.135, 0.165, 0.85, 0.735)  # left, bottom, width, height: equal for all charts, so that their axes align
+_INNER = (0.145, 0.165, 0.84, 0.735)  # left, bottom, width, height: equal for all charts, so that their axes align
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +231,9 @@ def dressed(axes: Axes, data: Sequence[Series], kind: str, unit: str = "", at: f
     if at is not None:
         axes.axhline(at, color=GREY, linewidth=0.8, linestyle=":")
     if unit:
-        axes.set_ylabel(unit)
+        axes.set_ylabel(unit, labelpad=2)
     scale(axes, kind, data)
-    if unit and axes.get_yscale() == "linear" and any(value < 0 for one in data for value in one.values):
-        axes.ticklabel_format(axis="y", scilimits=(-2, 5))  # numbers such as -0.005 would push the unit out
+    if unit and axes.get_yscale() == "linear":
+        axes.ticklabel_format(axis="y", scilimits=(-2, 5))  # numbers such as 0.0125 would push the unit out
     legend(axes)
     return True

@@ -6,6 +6,7 @@ import re
 
 import msgspec
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minpro_megatron.config.run import with_overrides
@@ -15,7 +16,7 @@ from minpro_megatron.monitor.samples import write_samples
 from minpro_megatron.monitor.summary import read_summary, summarize, write_summary
 from minpro_megatron.objective.registry import OBJECTIVES
 from minpro_megatron.records import CollectorTotals, EvaluationResult
-from minpro_megatron.report.figures import COLORS, VARIABLES, picture, smooth
+from minpro_megatron.report.figures import COLORS, VARIABLES, Series, drawing, dressed, picture, smooth
 from minpro_megatron.report.pages import KEPT
 from minpro_megatron.report.report import write_report
 from minpro_megatron.report.run_charts import CHARTS, charts
@@ -288,3 +289,18 @@ def test_smoothing_keeps_a_constant_and_skips_nan():
     noisy = [2.0] * 100
     noisy[50] = math.nan
     assert smooth(noisy) == [2.0] * 100
+
+
+@pytest.mark.parametrize("largest", [0.0125, -0.0125, 0.25, 12345.0])
+def test_the_unit_beside_the_numbers_of_an_axis_is_inside_the_picture(largest: float) -> None:
+    data = Series([0, 1], [0.0, largest])
+    drawn = []
+
+    def draw(axes: Axes) -> bool:
+        drawn.append(axes)
+        axes.plot(data.steps, data.values)
+        return dressed(axes, [data], "plain", "nats")
+
+    with drawing():
+        assert picture(draw) is not None
+        assert drawn[0].yaxis.label.get_window_extent().x0 >= 0
