@@ -22,12 +22,14 @@ _ON_CPUS = {"matplotlib", "megatron", "tensorboard", "torch"}  # the extra `cpu`
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
-    """One line: the package, the environment that lacks it, and how it is installed; None if no extra brings it."""
+    """The line of `not_installed` for the package that was imported; None if no extra brings it."""
     name = (error.name or "").partition(".")[0]
-    extra = EXTRAS.get(name)
-    if extra is None:
-        return None
-    install = f"pip install '.[{extra}]'" + (" (without a GPU '.[cpu]')" if name in _ON_CPUS else "")
+    return not_installed(name) if name in EXTRAS else None
+
+
+def not_installed(name: str) -> str:
+    """One line: the package, the environment that lacks it, and how it is installed."""
+    install = f"pip install '.[{EXTRAS[name]}]'" + (" (without a GPU '.[cpu]')" if name in _ON_CPUS else "")
     return (
         f"the package {name} is not installed in {sys.prefix}; in a checkout of this project, {install} installs it, "
         "and make setup makes an environment with all packages"

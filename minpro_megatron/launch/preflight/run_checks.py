@@ -22,6 +22,7 @@ from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cud
 from minpro_megatron.launch.preflight.hook_check import hook_problems
 from minpro_megatron.launch.preflight.length_check import length_problems
 from minpro_megatron.launch.preflight.library_checks import megatron_field_problems, server_argument_problems
+from minpro_megatron.launch.preflight.package_check import package_problems
 from minpro_megatron.launch.preflight.problems import Problem, passes
 from minpro_megatron.launch.preflight.prompt_checks import data_problems
 from minpro_megatron.launch.preflight.reward_check import reward_problems
@@ -52,7 +53,7 @@ Check = Callable[[RunConfig], Iterable[str]]
 
 def problems(config: RunConfig) -> list[str]:
     """One line for each problem that would stop this run on this machine: setting, value, rule and remedy."""
-    found = [*run_problems(config), *_ports(config), *_gpus(config), *_open_files(config)]
+    found = [*package_problems(config), *run_problems(config), *_ports(config), *_gpus(config), *_open_files(config)]
     return [*found, *(shared_memory_problems(config) if "train" in roles_of(config) else [])]
 
 
