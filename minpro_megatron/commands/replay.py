@@ -32,6 +32,7 @@ Options that are settings of a run have the defaults and descriptions of these s
 updates are the replay's own, and --set reaches the other settings that affect it.
 """
 
+import sys
 from pathlib import Path
 
 from minpro_megatron.command_line import Parser, command_parser, count
@@ -87,6 +88,7 @@ def main(arguments: list[str] | None = None, prog: str = "minpro replay") -> int
     given = vars(_parser(prog).parse_args(arguments))
 
     def run() -> int:
+        print(f"checking the rows of {given['rollouts']}", file=sys.stderr, flush=True)  # the next import takes seconds
         from minpro_megatron.replay.run import run_replay  # imports torch
 
         every = [option for group in SETTING_OPTIONS.values() for option in group]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -39,12 +40,12 @@ from minpro_megatron.replay.job import (
     stated_error,
     write_job,
 )
+from minpro_megatron.replay.progress_lines import ProgressLines
 from minpro_megatron.replay.rollouts import Rollout, read_rollouts
 from minpro_megatron.replay.sampling_run import refuse_rows_of_others
 from minpro_megatron.replay.settings import ROW_TOKENS_SETTING, ReplayOptions, replay_config, sized_for
 
 MAX_LOG_PROB = 1e-3  # rounding of float32 sums of exponentials can exceed 0 a little
-LINES_INTERVAL_S = 2.0  # between lines of progress where there is no terminal for a live display
 _ROLE = "replay"
 
 
@@ -206,15 +207,13 @@ def _run_ranks(config: RunConfig, work: Path) -> Outcome:
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as display:
         task = display.add_task("", total=None)
-        told, told_at = "", -LINES_INTERVAL_S
+        lines = ProgressLines(partial(print, file=sys.stderr, flush=True))
 
         def show() -> None:
-            nonlocal told, told_at
-            now, time_s = read_progress(work), time.monotonic()
+            now = read_progress(work)
             display.update(task, description=now.phase, completed=now.done, total=now.total)
-            if not console.is_terminal and now.phase != told and time_s - told_at >= LINES_INTERVAL_S:
-                told, told_at = now.phase, time_s
-                print(now.phase, file=sys.stderr, flush=True)
+            if not console.is_terminal:
+                lines.show(now, time.monotonic())
 
         return Supervisor([RoleCommand(_ROLE, ranks, environment)], work).run(show)
 

@@ -242,7 +242,11 @@ def test_weights_that_hold_nan_end_the_replay_with_one_line(model_dir: Path, tmp
     )
     assert done.returncode == 1
     lines = done.stderr.splitlines()
-    assert lines[:2] == ["1 rows, 1 updates on 2 ranks (cpu)", "starting the ranks"]
+    assert lines[:3] == [
+        f"checking the rows of {file}",
+        "1 rows, 1 updates on 2 ranks (cpu)",
+        "starting the ranks",
+    ]
     assert lines[-1] == "error: line 1: log_probs[0] = nan under the initial weights: do they hold NaN or infinity?"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "rows.jsonl"]
 

@@ -19,6 +19,7 @@ def test_the_command_tells_each_problem_in_a_line_and_exits_with_2(options, tmp_
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
+        f"checking the rows of {file}",
         f"error: {file}: line 1: reward = null: Expected float, got null",
         f"error: {file}: line 2: loss_mask: has 1 numbers for 3 response_ids",
     ]
