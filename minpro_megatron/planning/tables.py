@@ -168,9 +168,8 @@ def _step_table(plan: Plan) -> Table:
 
 def _first_checkpoint(plan: Plan) -> str:
     first = first_checkpoint(plan)
-    earliest = f"{first.earliest / 3600:.1f} h after the job's start if its time limit asks for it"
-    planned = f"{first.planned / 3600:.1f} h, or " if math.isfinite(first.planned) else ""
-    return f"the first is complete {planned}{earliest}"
+    planned = f"the first is complete after {first.planned / 3600:.1f} h; " if math.isfinite(first.planned) else ""
+    return f"{planned}if the time limit ends the job early, one is complete after {first.earliest / 3600:.1f} h"
 
 
 def _seconds(seconds: float) -> str:
