@@ -183,13 +183,15 @@ def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
 
 
 def read_config(path: Path, option: str = "--config") -> RunConfig:
-    """The settings in a run.json, which `option` names. Raises UserError with one line per problem."""
+    """The settings in a run.json, which `option` names, or whose folder it names. Raises UserError with one line per
+    problem."""
+    remedy = "give the run.json of a run" if option == "--config" else "give the folder of a run"
     try:
         return RunConfig.from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror}; give the run.json of a run") from None
+        raise UserError(f"{option} {path}: {error.strerror}; {remedy}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{option} {path}: not JSON ({error}); give the run.json of a run") from None
+        raise UserError(f"{option} {path}: not JSON ({error}); {remedy}") from None
     except UserError as error:
         raise UserError(f"{option} {path}: {problem}" for problem in error.problems) from None
 

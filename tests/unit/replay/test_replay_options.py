@@ -256,5 +256,7 @@ def test_rows_and_settings_of_other_runs_are_refused(options, sampling, settings
 
 
 def test_a_run_folder_without_settings_is_named(options, tmp_path):
-    with pytest.raises(UserError, match=r"^--run .*none/run\.json: No such file or directory; give the run\.json"):
+    with pytest.raises(
+        UserError, match=r"^--run .*none/run\.json: No such file or directory; give the folder of a run"
+    ):
         checked_replay(replace(options, run=tmp_path / "none"))
