@@ -5,13 +5,13 @@ from collections.abc import Callable
 from minpro_megatron.monitor.progress import duration
 from minpro_megatron.replay.job import ReplayProgress
 
-NEWS_INTERVAL_S = 2.0  # between lines of new phases
-REPEAT_AFTER_S = 15.0  # a phase that lasts
+NEWS_INTERVAL_S = 2.0  # between lines of different kinds of work
+REPEAT_AFTER_S = 15.0  # between lines of the same kind, such as updates
 
 
 class ProgressLines:
-    """Calls `say` for a new phase at most every 2 s, and again for one that lasts; with the rate so far and the time
-    left, as soon as the ranks have gone through a mini-batch."""
+    """Calls `say` when another kind of work begins, at most every 2 s, and every 15 s while it lasts; with the rate so
+    far and the time left, as soon as the ranks have gone through a mini-batch."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -25,9 +25,10 @@ class ProgressLines:
             self._first = self._first or (now.done, time_s)
             if now.done != self._latest[0]:
                 self._latest = (now.done, time_s)
-        is_new = now.phase != self._said
+        kind = now.phase.partition("/")[0].rstrip("0123456789")  # of "update 3/16": "update "
+        is_new = kind != self._said
         if time_s - self._said_at >= (NEWS_INTERVAL_S if is_new else REPEAT_AFTER_S):
-            self._said, self._said_at = now.phase, time_s
+            self._said, self._said_at = kind, time_s
             self._say(now.phase + self._counted(now, time_s))
 
     def _counted(self, now: ReplayProgress, time_s: float) -> str:
