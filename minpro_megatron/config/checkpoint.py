@@ -35,8 +35,8 @@ class CheckpointConfig(Section):
         default=0.0,
         ge=0,
         description="Time in seconds that the run may take after Ctrl-C or SIGTERM to finish its global step and to "
-        "save. A second signal ends it at once; with 0 the first one does. After scancel or a preemption Slurm leaves "
-        "its KillWait or GraceTime, whatever this says.",
+        "save. A second signal ends it at once; with 0 the first one does. After scancel or a preemption a job has "
+        "only Slurm's KillWait or GraceTime, whatever this setting says.",
     )
     keep_last: int = Field(
         default=2,

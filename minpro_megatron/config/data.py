@@ -11,8 +11,8 @@ from minpro_megatron.hooks.hook import is_import_path
 
 
 class DataConfig(Section):
-    """The prompts: JSON Lines files of `{"id", "source", "prompt", "answer"}`, and optionally `"pass_rate"` (0 to 1)
-    and `"prefix"`."""
+    """The prompts: JSON Lines files of `{"id", "source", "prompt", "answer"}`, and optionally `"pass_rate"` (0 to 1),
+    `"prefix"`, `"system"` and `"metadata"`."""
 
     train_file: InputPath = Field(description="JSON Lines file of the prompts that are trained on.")
     heldout_file: InputPath = Field(description="JSON Lines file of the held-out prompts that evaluations use.")

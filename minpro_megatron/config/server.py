@@ -108,7 +108,8 @@ class ServerConfig(Section):
         default=10,
         ge=0,
         description="Maximum number of restarts of one server within restart_window_s. After one more failure the run "
-        "continues without it until the oldest of them is outside the window, and ends if no other server is left.",
+        "continues without the server until the oldest of these restarts is outside the window; it ends if no other "
+        "server is left.",
     )
     restart_window_s: float = Field(
         default=21600, gt=0, description="Time in seconds over which restarts are counted for max_restarts."
