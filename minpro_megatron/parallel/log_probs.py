@@ -156,6 +156,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 else:
                     is_kept = in_chunk.mask(block)
                     d_logits = _elementwise(_kept_logit_gradient, logits.device.type)(logits, is_kept, *upstream)
+                    del is_kept
                 del logits
                 add_product(d_weight[block], d_logits.t(), hidden_CH, 1 / settings.temperature)
                 add_product(d_hidden_CH, d_logits, weight_BH, 1 / settings.temperature)
@@ -195,8 +196,10 @@ def _sums_over_columns(
             is_kept = kept.mask(block)
             inside = inside & is_kept.gather(1, column)[:, 0]
             kept_largest, kept_total = add_kept_block(logits, is_kept, kept_largest, kept_total)
+            del is_kept
         found = found + inside
         largest, total, weighted = add_block(logits, largest, total, weighted)
+        del logits  # before the next block's are made
     return _Sums(largest, total, weighted, label, found, kept_largest, kept_total)
 
 

@@ -150,7 +150,10 @@ def _gated(a: Architecture, width: int, tokens: int, local: int, compute: Comput
     """(bytes kept, additional bytes in backward) of a gated network that all tokens pass."""
     element = compute.element_bytes
     kept = (3 if compute.fused else 5) * width * tokens * element
-    return kept, (2 * width * tokens + a.hidden_size * local) * element
+    # the gradients of gate and up projection; or before, that of their product, beside those of the network's result:
+    # of the layer, of the network and, gathered from the tensor ranks, of all tokens
+    gathered = a.hidden_size * (tokens + local) if local < tokens else 0
+    return kept, (max(2 * width * tokens, width * tokens + gathered) + a.hidden_size * local) * element
 
 
 def _mixture(
@@ -239,18 +242,6 @@ def stage_activations(
         + max(layer.backward + again * (layer.kept - layer.inputs + output) for layer, again in layers),
         logits=logit_bytes(a, parallel, row, compute) if last else 0,
     )
-
-
-def forward_bytes(a: Architecture, parallel: ParallelConfig, row: Row, compute: Compute) -> int:
-    """At most so many bytes while log-probs are computed without gradients, in addition to weights: what a layer
-    computes, or a block of logits, beside the hidden states."""
-    kinds = {a.has_experts(layer) for layer in range(a.num_layers)}
-    layers = [layer_activations(a, parallel, row, compute, mixture=mixture) for mixture in kinds]
-    hidden = a.hidden_size * row.tokens // parallel.context * compute.element_bytes
-    tokens, columns = LOGIT_BLOCKS[compute.device]
-    rows, width = min(tokens, row.tokens // parallel.context), min(columns, a.padded_vocab_size // parallel.tensor)
-    logits = hidden + rows * width * (FLOAT32 + compute.element_bytes)
-    return hidden + max(logits, *(layer.kept + layer.backward for layer in layers))
 
 
 def _stage_layers(

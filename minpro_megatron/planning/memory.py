@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from minpro_megatron.config.model import layer_backend_of
-from minpro_megatron.config.publish import NUM_CANARY_PROMPTS
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture
-from minpro_megatron.planning.activations import Compute, Row, StageActivations, forward_bytes, stage_activations
+from minpro_megatron.planning.activations import Compute, Row, StageActivations, stage_activations
+from minpro_megatron.planning.canaries import canary_bytes
 from minpro_megatron.planning.gpus import GIB, GpuKind
 from minpro_megatron.planning.parameters import (
     model_parameters,
@@ -192,16 +192,6 @@ def publish_bytes(config: RunConfig, a: Architecture, stage: int) -> int:
     return max(largest + bucket + received + merged, 2 * largest + max(received, merged))
 
 
-def canary_bytes(config: RunConfig, a: Architecture, compute: Compute) -> int:
-    """Bytes on a rank, in addition to its weights, while it scores the servers' continuations of all canary prompts."""
-    if not config.publish.canary_tokens:
-        return 0
-    each = min(-(-config.publish.canary_tokens // NUM_CANARY_PROMPTS), config.sampling.max_response_tokens)
-    longest = config.sampling.max_prompt_tokens + each
-    tokens = min(NUM_CANARY_PROMPTS * longest, config.batch.max_tokens_per_row)
-    return forward_bytes(a, config.parallel, Row(tokens, longest), compute)
-
-
 def rank_memory(
     config: RunConfig, a: Architecture, row: Row, num_micro_batches: int, stage: int, imbalance: float
 ) -> RankMemory:
@@ -215,7 +205,7 @@ def rank_memory(
         optimizer=optimizer,
         activations=activations,
         publish=publish_bytes(config, a, stage),
-        canaries=canary_bytes(config, a, compute),
+        canaries=canary_bytes(config, a, compute, stage),
         building=building_bytes(config, a, stage),
         workspaces=workspace_bytes(config, a),
         context=CONTEXT_BYTES[config.device],

@@ -24,25 +24,33 @@ class UpdateRows:
 
 def update_rows(config: RunConfig, architecture: Architecture, sequence_tokens: Sequence[int]) -> UpdateRows:
     """The rows of a mini-batch of sequences with these numbers of tokens."""
-    parallel, batch = config.parallel, config.batch
-    cost, data = forward_flops(architecture), parallel.data_size
-    multiple = sequence_multiple(parallel.context)
-    lengths = [-(-tokens // multiple) * multiple for tokens in sequence_tokens]
-    plan = RowPlan(
-        place=RankSlice(parallel.context, 0, parallel.tensor, 0),
-        data_size=data,
-        data_rank=0,
-        multiple=data * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1),
-        max_tokens_per_row=batch.max_tokens_per_row,
-        packing=batch.packing,
-        pads_counts=layer_backend_of(config.model.backend, config.device, config.model.dtype) != "torch",
-        cost=cost,
-    )
-    rows = plan.rows(lengths)
-    even = sum(map(cost.of, sequence_tokens)) / data
+    parallel, plan = config.parallel, row_plan(config, architecture)
+    rows = plan.rows(padded_lengths(config, sequence_tokens))
+    even = sum(map(plan.cost.of, sequence_tokens)) / plan.data_size
     together = max(1, parallel.expert * parallel.expert_tensor // (parallel.tensor * parallel.context))
-    groups = [rows.shares[first : first + together] for first in range(0, data, together)]
+    groups = [rows.shares[first : first + together] for first in range(0, plan.data_size, together)]
     busiest = max(
         sum(max(rows.costs[row] for row in at_once) for at_once in zip(*group, strict=True)) for group in groups
     )
     return UpdateRows(len(rows.shares[0]), busiest / even - 1)
+
+
+def padded_lengths(config: RunConfig, sequence_tokens: Sequence[int]) -> list[int]:
+    """The numbers of tokens that sequences of `sequence_tokens` take in a row."""
+    multiple = sequence_multiple(config.parallel.context)
+    return [-(-tokens // multiple) * multiple for tokens in sequence_tokens]
+
+
+def row_plan(config: RunConfig, architecture: Architecture) -> RowPlan:
+    """How the trainer packs its rows; on its first rank."""
+    parallel, batch = config.parallel, config.batch
+    return RowPlan(
+        place=RankSlice(parallel.context, 0, parallel.tensor, 0),
+        data_size=parallel.data_size,
+        data_rank=0,
+        multiple=parallel.data_size * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1),
+        max_tokens_per_row=batch.max_tokens_per_row,
+        packing=batch.packing,
+        pads_counts=layer_backend_of(config.model.backend, config.device, config.model.dtype) != "torch",
+        cost=forward_flops(architecture),
+    )

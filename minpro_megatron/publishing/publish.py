@@ -17,6 +17,7 @@ from minpro_megatron.models.model_files import read_model_facts
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.publishing.broadcast import Broadcaster
 from minpro_megatron.publishing.canary import Continuation, differences, distinct_continuations
+from minpro_megatron.publishing.canary_count import continuation_tokens
 from minpro_megatron.publishing.delivery import Delivery
 from minpro_megatron.publishing.gather import WeightGatherer
 from minpro_megatron.publishing.held_weights import HeldWeights, held_weights
@@ -203,10 +204,7 @@ class Publisher:
     def _ask_canaries(self, delivery: Delivery) -> tuple[list[list[int]], list[Continuation]]:
         """The prompts and the servers' continuations of them, for the trainer's log-probs."""
         prompts = delivery.lease.canary_prompts
-        sampling = self._config.sampling
-        # not longer than other responses, for which servers and rows have room
-        each = -(-self._config.publish.canary_tokens // max(1, len(prompts)))
-        delivery.ask_canaries(min(each, sampling.max_response_tokens), sampling.temperature)
+        delivery.ask_canaries(continuation_tokens(self._config, len(prompts)), self._config.sampling.temperature)
         return prompts, distinct_continuations(delivery.canaries)
 
     def _report(

@@ -9,7 +9,7 @@ from minpro_megatron.planning.activations import Row, StageActivations
 from minpro_megatron.planning.memory import rank_memory, shared_bucket_bytes, state_bytes
 from minpro_megatron.rehearsal.live_bytes import LiveBytes
 from minpro_megatron.rehearsal.record import Component, Phase
-from minpro_megatron.rehearsal.subject import PARK_WEIGHTS, PUBLISH, UPDATE, Rehearsed
+from minpro_megatron.rehearsal.subject import CANARIES, PARK_WEIGHTS, PUBLISH, UPDATE, Rehearsed
 
 # The functions of Transformer Engine that allocate what it keeps.
 _OF_WORKSPACES = (" get_cublas_workspace", " get_dummy_wgrad")
@@ -38,8 +38,10 @@ def compare_with_plan(what: Rehearsed, architecture: Architecture, policy: Any, 
         Component("building", phases["build"].peak["cuda"], plan.building),
     ]
     in_turns = config.server.takes_turns
+    beside = sizes["weights"] + workspaces if in_turns else states
+    if CANARIES in phases:
+        found.append(Component("canaries", phases[CANARIES].peak["cuda"] - beside, plan.canaries))
     if policy._mesh.rank % (config.parallel.world_size // config.parallel.pipeline) == 0:  # else it sends little
-        beside = sizes["weights"] + workspaces if in_turns else states
         found.append(Component("publishing", phases[PUBLISH].peak["cuda"] - beside, plan.publish))
     # the weights and states of the servers' turn; else a snapshot, and the current weights while it is in their place
     on_host = state_bytes(config, architecture, stage)[3] + (

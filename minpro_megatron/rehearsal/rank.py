@@ -16,6 +16,8 @@ from minpro_megatron.batching.supports import support_array
 from minpro_megatron.batching.token_sequence import TokenSequence
 from minpro_megatron.config.run import RunConfig
 from minpro_megatron.models.architecture import Architecture
+from minpro_megatron.planning.update_rows import padded_lengths
+from minpro_megatron.publishing.canary_count import most_canaries
 from minpro_megatron.rehearsal import cuda_without_driver
 from minpro_megatron.rehearsal.comparison import compare_with_plan
 from minpro_megatron.rehearsal.kinds import place_of
@@ -34,7 +36,6 @@ from minpro_megatron.rehearsal.transformer_engine import package as transformer_
 
 _SNAPSHOT = "sampling"
 _LONGEST_PROMPT = 1024
-_CANARY_PROMPT = 64
 _LEARNING_RATE = 1e-6
 _MAX_ERROR = 600  # characters of an exception in a report
 
@@ -93,21 +94,27 @@ def _run_phases(what: Rehearsed, architecture: Architecture, observer: Observer)
     )
     unknown_values.assume_even_routing(observer, what.imbalance)
     unknown_values.keep_rows_of_experts()
-    local = config.batch.max_tokens_per_row // config.parallel.context // config.parallel.tensor
-    unknown_values.assume_received_shapes((local, 1, architecture.hidden_size))
     _separate_log_probs(observer)
     with memory.in_phase("build"):
         chunks = build_model(architecture, mesh, DTYPES[config.model.dtype], features_of(config))
         policy = Policy(config, architecture, chunks, mesh)
     _separate_optimizer(policy, observer)
     publish = functools.partial(publication.gather_and_flatten, config, chunks, architecture, mesh)
-    with garbage.collected_together():  # as in a run: what reference cycles hold stays until the end of an update
-        _run_steps(config, policy, full_rows(config, what.rows), observer, publish)
+    canaries = functools.partial(_score_canaries, config, architecture, policy, observer)
+    full = _received_shape(config, architecture, config.batch.max_tokens_per_row)
+    # as in a run: what reference cycles hold stays until the end of an update
+    with garbage.collected_together(), unknown_values.received_shapes(full):
+        _run_steps(config, policy, full_rows(config, what.rows), observer, publish, canaries)
     return policy
 
 
 def _run_steps(
-    config: RunConfig, policy: Any, sequences: list[TokenSequence], observer: Observer, publish: Callable[[], object]
+    config: RunConfig,
+    policy: Any,
+    sequences: list[TokenSequence],
+    observer: Observer,
+    publish: Callable[[], object],
+    score_canaries: Callable[[], None],
 ) -> None:
     """Two updates and what comes before and after them."""
     from minpro_megatron.actor import garbage
@@ -124,7 +131,7 @@ def _run_steps(
             garbage.collect()
         assert result.applied, result
     if in_turns:
-        buckets = _publish_in_turns(config, policy, observer, publish)
+        buckets = _publish_in_turns(policy, observer, publish, score_canaries)
         with memory.in_phase("update after the return"):
             policy.update(sequences, _LEARNING_RATE)
         del buckets
@@ -133,9 +140,12 @@ def _run_steps(
         policy.score(sequences)
     with memory.in_phase(PUBLISH):
         publish()
+    score_canaries()
 
 
-def _publish_in_turns(config: RunConfig, policy: Any, observer: Observer, publish: Callable[[], object]) -> object:
+def _publish_in_turns(
+    policy: Any, observer: Observer, publish: Callable[[], object], score_canaries: Callable[[], None]
+) -> object:
     """What a trainer that shares its GPU with servers does between two updates (Trainer._send and _release). Returns
     the buffers of the publication, which stay for the next one."""
     memory = observer.memory
@@ -143,13 +153,34 @@ def _publish_in_turns(config: RunConfig, policy: Any, observer: Observer, publis
         policy.to_host(but_weights=True)
     with memory.in_phase(PUBLISH):
         buckets = publish()
-    with memory.in_phase(CANARIES):
-        policy.score_canaries([([0] * _CANARY_PROMPT, [0] * max(1, config.publish.canary_tokens))])
+    score_canaries()
     with memory.in_phase(PARK_WEIGHTS):
         policy.to_host()
     with memory.in_phase(RETURN):
         policy.to_device()
     return buckets
+
+
+def _score_canaries(config: RunConfig, architecture: Architecture, policy: Any, observer: Observer) -> None:
+    """One row for every data-parallel rank: the longest one of the most that servers may have generated. Nothing, if a
+    run compares no canaries."""
+    from minpro_megatron.rehearsal import unknown_values
+
+    most, plan = most_canaries(config), policy._rows
+    if not most.count:
+        return
+    each = padded_lengths(config, [most.prompt_tokens + most.continuation_tokens])
+    rows = plan.rows(each * most.count)
+    longest = max(range(len(rows.lengths)), key=lambda row: sum(rows.lengths[row]))
+    count = len(rows.sequences[longest]) * plan.multiple
+    shape = _received_shape(config, architecture, sum(rows.lengths[longest]))
+    with observer.memory.in_phase(CANARIES), unknown_values.received_shapes(shape):
+        policy.score_canaries([([0] * most.prompt_tokens, [0] * most.continuation_tokens)] * count)
+
+
+def _received_shape(config: RunConfig, architecture: Architecture, row_tokens: int) -> tuple[int, int, int]:
+    """The shape of a rank's hidden states of a row."""
+    return row_tokens // config.parallel.context // config.parallel.tensor, 1, architecture.hidden_size
 
 
 def full_rows(config: RunConfig, rows: int) -> list[TokenSequence]:

@@ -4,7 +4,8 @@ A rehearsal assumes: every expert gets the same number of tokens, times an imbal
 the neighbouring pipeline stages send what this rank sends them; the other ranks answer what this rank answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,9 @@ def keep_rows_of_experts() -> None:
     layer.forward = forward
 
 
-def assume_received_shapes(shape: Sequence[int]) -> None:
-    """Replaces the shapes that pipeline stages tell each other: all hidden states have `shape`."""
+@contextmanager
+def received_shapes(shape: Sequence[int]) -> Iterator[None]:
+    """Context manager. Replaces the shapes that pipeline stages tell each other: all hidden states have `shape`."""
     communicator: Any = P2PCommunicator
     original = communicator._communicate_shapes
 
@@ -73,3 +75,7 @@ def assume_received_shapes(shape: Sequence[int]) -> None:
         return (list(shape) if recv_prev else [0, 0, 0]), (list(shape) if recv_next else [0, 0, 0])
 
     communicator._communicate_shapes = communicate
+    try:
+        yield
+    finally:
+        communicator._communicate_shapes = original

@@ -13,6 +13,7 @@ from minpro_megatron.models.architecture import Architecture
 from minpro_megatron.parallel.mesh import Mesh
 from minpro_megatron.planning.activations import Row
 from minpro_megatron.planning.memory import rank_memory
+from minpro_megatron.publishing.canary_count import most_canaries
 from tests.mesh.harness import run_mesh
 from tests.mesh.live_bytes import LiveBytes
 from tests.mesh.planned_models import architecture
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.mesh
 
 PROMPT_TOKENS, SEQUENCE_TOKENS, ROW_TOKENS = 16, 128, 256
 MAX_ERROR = 0.1  # of each quantity
+MOST_PLANNED = 2.5  # for canaries, with torch's layers: what a layer would keep for a backward pass
 QWEN2: dict[str, Any] = {"name": "Qwen2ForCausalLM", "qkv_bias": True, "qk_norm": False}
 GLM: dict[str, Any] = {
     "name": "Glm4MoeForCausalLM",
@@ -81,6 +83,7 @@ class Found:
     gradients: int
     optimizer: int
     activations: int  # the most that lived beside these during forward and backward
+    canaries: int  # and while the most canaries were scored
 
 
 def _measure(mesh: Mesh, config: RunConfig, a: Architecture, batch: list[TokenSequence]) -> Found:
@@ -101,12 +104,16 @@ def _measure(mesh: Mesh, config: RunConfig, a: Architecture, batch: list[TokenSe
     live = LiveBytes()
     with live:
         policy.accumulate_gradient(batch)
+    most, scoring = most_canaries(config), LiveBytes()
+    with scoring:
+        policy.score_canaries([([0] * most.prompt_tokens, [0] * most.continuation_tokens)] * most.count)
     return Found(
         stage=mesh.pipeline.rank(),
         weights=_storage_bytes(parameters),
         gradients=_storage_bytes([parameter.main_grad for parameter in parameters if parameter.requires_grad]),
         optimizer=_moment_bytes(policy._optimizer),
         activations=live.peak,
+        canaries=scoring.peak,
     )
 
 
@@ -163,3 +170,6 @@ def compare_with_plan(a: Architecture, degrees: dict[str, int], recompute: str, 
             found = sum(getattr(rank, name) for rank in own) / len(own)
             print(f"stage {stage}, {name}: {size:,} planned, {found:,.0f} found, {size / found - 1:+.1%}")
             assert size == pytest.approx(found, rel=MAX_ERROR)
+        canaries = max(rank.canaries for rank in own)
+        print(f"stage {stage}, canaries: {planned.canaries:,} planned at most, {canaries:,} found")
+        assert canaries <= planned.canaries < MOST_PLANNED * canaries

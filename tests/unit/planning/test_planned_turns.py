@@ -7,6 +7,8 @@ import pytest
 
 from minpro_megatron.config.run import RunConfig, with_overrides
 from minpro_megatron.models.known_models.find import find_architecture
+from minpro_megatron.planning.activations import Row
+from minpro_megatron.planning.canaries import canary_row
 from minpro_megatron.planning.cluster_size import in_turns
 from minpro_megatron.planning.gpus import GIB, gpu_kind
 from minpro_megatron.planning.memory import host_memory, server_memory, state_bytes
@@ -53,13 +55,39 @@ def test_memory_of_every_moment() -> None:
     assert found.training == rank.total + 3 * GIB
     assert found.receiving == stays + rank.weights + rank.publish + weights + 3 * GIB
     assert found.sampling == pytest.approx(stays + 0.6 * 79 * GIB + running, rel=1e-4)
-    # four prompts of 1,024 tokens with 16 more each, in bfloat16 on a quarter of the vocabulary and half of the row
-    hidden, block = 4 * 1040 // 2 * 2048 * 2, 4 * 1040 // 2 * 8192 * (4 + 2)
-    assert 2 * hidden + block <= rank.canaries < 0.5e9
+    # Four prompts of 1,024 tokens with 16 more, each in two servers' ways: 8,320 tokens in one row, of which a rank has
+    # an eighth. While an expert's second product is computed there are hidden states four times, the rows of 8 experts
+    # as they are sent and, 1.3 times as many, received, sorted and as results, and three times an expert's width.
+    hidden, rows = 1040 * 2048 * 2, 1.3 * 8 * 1040
+    widths = 3 * 2048 + 3 * 768
+    angles = (9216 + 1040) * 128 * 4
+    routes = 1040 * (5 * 128 + 4 * 257)
+    expected = 4 * hidden + 8 * hidden + rows * widths * 2 + angles + routes
+    assert rank.canaries == pytest.approx(expected, rel=1e-4)
     assert found.canaries == found.sampling + rank.weights + rank.canaries
     no_canaries = stage_memories(shared("publish.canary_tokens=0"), MIXTURE)
     assert turn_memory(config, H100, no_canaries, server).canaries == found.sampling + rank.weights
     assert found.largest == max(found.training, found.canaries)
+
+
+def test_canaries_of_many_servers_fill_several_rows() -> None:
+    """The longest row counts; of equal sequences, as many as fit into it or as a rank's share has."""
+    longest = {
+        changes: canary_row(with_overrides(shared(), list(changes)), MIXTURE)
+        for changes in [
+            (),
+            ("publish.canary_tokens=0",),
+            ("server.count=20", "server.placement=disaggregated"),
+            ("parallel.tensor=2", "parallel.data=2"),
+        ]
+    }
+    assert list(longest.values()) == [
+        Row(8 * 1040, 1040),
+        None,
+        # 80 sequences in three rows, with five of padding (four tokens each) beside 27, and the row's own padding
+        Row(27 * 1040 + 5 * 4 + 12, 1040),
+        Row(4 * 1040, 1040),
+    ]
 
 
 def test_the_largest_share_for_servers_is_the_one_that_is_offered() -> None:
