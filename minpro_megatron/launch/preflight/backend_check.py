@@ -1,4 +1,5 @@
-"""Checks that the ranks can import the packages that `model.backend` requires."""
+"""Checks of `model.backend`: the ranks can import the packages that it requires, and what its layers recompute saves
+memory."""
 
 import subprocess
 import sys
@@ -36,6 +37,18 @@ def layer_backend_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"model.backend = {model.backend}: Megatron-Core cannot be imported with this Transformer Engine "
             f"({reason}); {_install(reason)}, or uninstall transformer_engine"
+        )
+
+
+def recomputation_warnings(config: RunConfig) -> Iterator[str]:
+    """A line for recomputation that costs time and saves next to nothing. Megatron's own warning of it is not
+    printed."""
+    model = config.model
+    fused = layer_backend_of(model.backend, config.device, model.dtype) == "transformer_engine"
+    if fused and "core_attn" in model.recompute_modules:
+        yield (
+            "model.recompute_modules: core_attn computes Transformer Engine's attention again, and saves only the "
+            "statistics of its softmax; remove it, and leave the setting empty for parts that save memory"
         )
 
 

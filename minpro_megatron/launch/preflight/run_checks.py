@@ -15,7 +15,7 @@ from minpro_megatron.feed.demonstration_feed import demonstration_problems
 from minpro_megatron.feed.journal_feed import journal_problems
 from minpro_megatron.files.disk_space import existing_parent, free_bytes
 from minpro_megatron.fleet.open_files import limit_problem
-from minpro_megatron.launch.preflight.backend_check import layer_backend_problems
+from minpro_megatron.launch.preflight.backend_check import layer_backend_problems, recomputation_warnings
 from minpro_megatron.launch.preflight.environment_check import environment_problems
 from minpro_megatron.launch.preflight.gpu_count import compute_modes, count_gpus
 from minpro_megatron.launch.preflight.gpu_software import c_compiler, driver_cuda_version, software_problems
@@ -78,9 +78,11 @@ def _replaced_rollouts(config: RunConfig) -> Iterable[str]:
 
 def warnings(config: RunConfig) -> list[str]:
     """One line for each probable mistake that does not stop a run. Requires that there are no `run_problems`."""
-    if "collect" not in roles_of(config):
-        return []
-    return [*_shared_prompts(config), *stop_token_warnings(config), *date_warnings(config), *_open_servers(config)]
+    roles, checks = roles_of(config), list[Check]()
+    checks += [recomputation_warnings] if "train" in roles else []
+    if "collect" in roles:
+        checks += [_shared_prompts, stop_token_warnings, date_warnings, _open_servers]
+    return [warning for check in checks for warning in check(config)]
 
 
 def _open_servers(config: RunConfig) -> Iterator[str]:

@@ -176,6 +176,21 @@ def test_servers_of_others_that_ask_for_no_key_are_warned_of(folder, server, is_
         )
 
 
+@pytest.mark.parametrize(
+    ("modules", "backend", "is_told"),
+    [
+        ("core_attn", "auto", True),
+        ("moe_act+core_attn", "transformer_engine", True),
+        ("moe_act", "auto", False),
+        ("core_attn", "torch", False),
+    ],
+)
+def test_recomputation_that_saves_nothing_is_warned_of(folder, modules, backend, is_told):
+    changes = ["device=cuda", "model.dtype=bfloat16", f"model.backend={backend}", "model.recompute=selective"]
+    told = warnings(with_overrides(example_config(folder), [*changes, f"model.recompute_modules={modules}"]))
+    assert [line.split(" computes")[0] for line in told] == ["model.recompute_modules: core_attn"] * is_told
+
+
 ROWS = [
     {"id": "1", "source": "a", "prompt": "1+1=", "answer": "2", "pass_rate": 0.5},
     {"id": "2", "source": "b", "prompt": "1+2=", "answer": "3"},
