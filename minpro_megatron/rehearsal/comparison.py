@@ -24,7 +24,7 @@ def compare_with_plan(what: Rehearsed, architecture: Architecture, policy: Any, 
     plan = rank_memory(config, architecture, row, what.rows, stage, what.imbalance)
     sizes = _state_sizes(policy)
     update = phases[UPDATE]
-    workspaces = sum(size for line, size in update.left_lines if line.endswith(_OF_WORKSPACES))
+    workspaces = sum(size for line, size in update.left_lines["cuda"] if line.endswith(_OF_WORKSPACES))
     states = sum(sizes.values()) + workspaces
     found = [
         Component("weights", sizes["weights"], plan.weights),

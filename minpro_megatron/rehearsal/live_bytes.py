@@ -34,7 +34,7 @@ class LiveBytes:
         self._lines: Counter[tuple[str, str]] = Counter()  # by device type and line
         self._known: dict[int, tuple[str, int, str]] = {}  # by storage: device type, bytes, line
         self._inside_kernel = 0
-        self._new_peaks: set[str] = set()  # open phases whose peak lines are not yet taken
+        self._new_peaks: set[tuple[str, str]] = set()  # (device type, open phase) whose peak lines are not yet taken
 
     @property
     def phase(self) -> str:
@@ -61,7 +61,7 @@ class LiveBytes:
         finally:
             self._take_peak_lines()
             phase.left = {device: size for device, size in self._live.items() if size}
-            phase.left_lines = self._largest_lines()
+            phase.left_lines = {device: self._largest_lines(device) for device in phase.left}
             self._open.pop()
 
     @contextmanager
@@ -122,19 +122,18 @@ class LiveBytes:
             for device, size in self._live.items():
                 if size > phase.peak.get(device, 0):
                     phase.peak[device] = size
-                    if device == "cuda":
-                        self._new_peaks.add(phase.name)
+                    self._new_peaks.add((device, phase.name))
 
     def _take_peak_lines(self) -> None:
         """At a release after a new peak: to sort the lines at every new peak would take most of the time."""
-        if self._new_peaks:
-            lines = self._largest_lines()
-            for name in self._new_peaks:
-                self.phases[name].peak_lines = lines
-            self._new_peaks.clear()
+        for device in {device for device, _ in self._new_peaks}:
+            lines = self._largest_lines(device)
+            for name in (name for other, name in self._new_peaks if other == device):
+                self.phases[name].peak_lines[device] = lines
+        self._new_peaks.clear()
 
-    def _largest_lines(self) -> list[list[Any]]:
-        found = [[line, size] for (device, line), size in self._lines.items() if device == "cuda" and size]
+    def _largest_lines(self, device: str) -> list[list[Any]]:
+        found = [[line, size] for (other, line), size in self._lines.items() if other == device and size]
         return sorted(found, key=lambda one: -one[1])[:_MAX_LINES]
 
 

@@ -1,6 +1,7 @@
 """Rehearses one rank: the real policy of a run on fake tensors, phase by phase."""
 
 import functools
+import logging
 import resource
 import time
 import traceback
@@ -49,7 +50,7 @@ def rehearse_rank(what: Rehearsed) -> RankRehearsal:
     observer = Observer()
     cuda_without_driver.install(observer.compiled)
     transformer_engine.install()
-    warnings.simplefilter("ignore")
+    _silence_libraries()
     with FakeTensorMode(allow_non_fake_inputs=True), observer, observer.memory.watching_resizes():
         policy = None
         try:
@@ -71,6 +72,13 @@ def rehearse_rank(what: Rehearsed) -> RankRehearsal:
             process_peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             seconds=time.monotonic() - start,
         )
+
+
+def _silence_libraries() -> None:
+    """What Megatron-Core and torch say of themselves, and of a machine without a GPU."""
+    warnings.simplefilter("ignore")
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _described(error: Exception) -> str:

@@ -13,9 +13,9 @@ class Phase:
     peak: dict[str, int] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)  # at its end
     operators: int = 0
-    # bytes on the device at the peak, and at the end, by the line of code that allocated them; largest first
-    peak_lines: list[list[Any]] = field(default_factory=list)  # [line, bytes]
-    left_lines: list[list[Any]] = field(default_factory=list)
+    # of the peak, and of what is left: [line of code that allocated, bytes] by device type, largest first
+    peak_lines: dict[str, list[list[Any]]] = field(default_factory=dict)
+    left_lines: dict[str, list[list[Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, order=True)

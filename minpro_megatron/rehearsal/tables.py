@@ -4,10 +4,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from minpro_megatron.rehearsal.record import RankRehearsal
+from minpro_megatron.rehearsal.record import Phase, RankRehearsal
 
 _GB, _MB = 1e9, 1e6
-_LINES_OF_PEAK = 6
+_LINES_OF_PEAK = {"cuda": 6, "cpu": 3}
 
 
 def print_rehearsal(console: Console, found: RankRehearsal) -> None:
@@ -41,12 +41,18 @@ def _print_phases(console: Console, found: RankRehearsal) -> None:
         peaks = (_gb(phase.peak.get("cuda", 0)), _gb(phase.left.get("cuda", 0)), _gb(phase.peak.get("cpu", 0)))
         table.add_row(phase.name, *peaks, f"{phase.operators:,}")
     console.print(table)
-    for phase in found.phases:
-        if " > " in phase.name or not phase.peak_lines:
-            continue
-        console.print(f"at the peak of {phase.name}, GB by the line that allocated:")
-        for line, size in phase.peak_lines[:_LINES_OF_PEAK]:
-            console.print(f"  {_gb(size)}  {line}", markup=False)
+    for phase in (phase for phase in found.phases if " > " not in phase.name):
+        for device, most in _LINES_OF_PEAK.items():
+            _print_lines(console, phase, device, most)
+
+
+def _print_lines(console: Console, phase: Phase, device: str, most: int) -> None:
+    lines = [(line, size) for line, size in phase.peak_lines.get(device, [])[:most] if size >= _MB]
+    if lines:
+        where = "device" if device == "cuda" else "host"
+        console.print(f"at the peak of {phase.name} on the {where}, GB by the line that allocated:")
+    for line, size in lines:
+        console.print(f"  {_gb(size)}  {line}", markup=False)
 
 
 def _print_components(console: Console, found: RankRehearsal) -> None:

@@ -37,6 +37,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def rehearse(*arguments: str, program: tuple[str, ...] = ("-m", "minpro_megatron", "rehearse")) -> list[RankRehearsal]:
     done = run_python(*program, *arguments, "--json")
     assert done.stdout, done.stderr[-2000:]
+    assert done.stderr == ""
     return [RankRehearsal.from_json(one) for one in json.loads(done.stdout)]
 
 

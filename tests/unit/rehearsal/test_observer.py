@@ -43,9 +43,12 @@ def test_bytes_count_from_allocation_to_release(observer: Observer) -> None:
     assert phases["outer > inner"].entry["cuda"] == kept.nbytes == 2000
     assert phases["outer"].peak == phases["outer > inner"].peak == {"cuda": 8000, "cpu": on_host.nbytes}
     assert phases["outer"].left == {"cuda": 2000, "cpu": 200}
-    line, size = phases["outer"].peak_lines[0]
-    assert size == 8000
-    assert line.endswith(" on_gpu")
+    ((line, size),) = phases["outer"].peak_lines["cuda"]
+    assert (size, line.endswith(" on_gpu")) == (8000, True)
+    ((line, size),) = phases["outer > inner"].peak_lines["cpu"]
+    assert (size, line.endswith(" test_bytes_count_from_allocation_to_release")) == (200, True)
+    left = phases["outer"].left_lines
+    assert {device: [size for _, size in lines] for device, lines in left.items()} == {"cuda": [2000], "cpu": [200]}
 
 
 def test_a_storage_that_is_emptied_and_filled_again_counts_as_it_is(observer: Observer) -> None:
