@@ -1,9 +1,15 @@
 """A run submitted to this machine: it runs in the process of `submit`, whose record says how it ended."""
 
 import re
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+
+import psutil
 
 from minpro_megatron.cluster.records import JobRecord, is_running
 from minpro_megatron.cluster.slurm_job import JobState
@@ -23,6 +29,32 @@ def local_state(record: JobRecord) -> JobState:
     return JobState(state="FAILED", exit_status=1)
 
 
+@contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """An interrupt (Ctrl-C) ends the processes that are started inside, with the signal on which a launcher ends its
+    roles in order; afterwards this raises KeyboardInterrupt. NeMo-Run starts processes where Ctrl-C does not reach
+    them, and after an interrupt it waits until they have ended by themselves."""
+    before = {child.pid for child in psutil.Process().children()}
+    interrupted = False
+
+    def end(number: int, frame: object) -> None:
+        nonlocal interrupted
+        if not interrupted:
+            print("interrupted: the job is ending", file=sys.stderr, flush=True)
+        interrupted = True
+        for child in psutil.Process().children():
+            if child.pid not in before:
+                child.terminate()
+
+    previous = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
 def trainer_log(record: JobRecord) -> list[str]:
     """The lines of the trainer's log; none before the trainer has started."""
     path = Path(record.run_dir) / "logs" / "train.log"
@@ -36,7 +68,9 @@ def progress(record: JobRecord) -> list[str]:
     statuses = {role: status for role, status in read_statuses(Path(record.run_dir)).items() if status.time >= since}
     now = time.time()
     doing = [f"{role}: {status.phase}, for {now - status.time:.0f} s" for role, status in statuses.items()]
-    return (doing or ["starting the roles"]) + _logged_since(since, trainer_log(record))[-LAST_LINES:]
+    if not {"train", "timer"} & statuses.keys():  # of which every run has one, and which take longest to say anything
+        doing.append("train: starting")
+    return doing + _logged_since(since, trainer_log(record))[-LAST_LINES:]
 
 
 def _logged_since(since: float, lines: list[str]) -> list[str]:

@@ -23,6 +23,7 @@ from nemo_run.core.packaging.base import Packager
 from torchx.specs.api import AppState
 
 from minpro_megatron.cluster.job_files import RUN_FILE, TOPOLOGY_FILE, JobFiles, archive_code
+from minpro_megatron.cluster.local_job import ended_by_interrupt
 from minpro_megatron.cluster.profile import Profile
 from minpro_megatron.cluster.slurm_job import JOB_PREFIX, no_restart_file
 from minpro_megatron.cluster.tunnel import tunnel
@@ -160,7 +161,8 @@ def run_here(files: JobFiles, profile: Profile) -> bool:
         (configs / name).write_text(text, encoding="utf-8")
     script = _script(profile.python, [*_arguments(profile, str(configs)), "--start", start, "--index", "0"])
     executor = nemo_run.LocalExecutor(env_vars=dict(profile.environment))
-    with _empty_experiment(files.name, Path(profile.jobs_folder)) as experiment:
+    # The experiment waits for the job at its end.
+    with ended_by_interrupt(), _empty_experiment(files.name, Path(profile.jobs_folder)) as experiment:
         experiment.add(script, executor=executor, name=files.name, tail_logs=True)
         experiment.run()
     return experiment.jobs[0].state == AppState.SUCCEEDED

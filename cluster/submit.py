@@ -3,7 +3,8 @@
     minpro submit recipes.qwen3_30b_a3b:minpro --profile my_cluster.toml optimizer.learning_rate=1e-6
 
 Exit status: 0 if the job has completed (with --detach: was submitted; with --dry-run: could be), 1 if it has failed, 2
-if nothing was submitted or following was interrupted by an error, 130 after an interrupt, which ends following only.
+if nothing was submitted or following was interrupted by an error, 130 after an interrupt, which ends following
+only, or the job if it runs on this machine.
 """
 
 import argparse

@@ -29,7 +29,7 @@ def test_a_resumed_run_shows_what_it_waits_for_and_no_line_of_an_earlier_start(t
         _, *lines = status_lines(record, local_state(record), shell_of(None))
         return lines
 
-    assert shown() == ["  starting the roles"]
+    assert shown() == ["  train: starting"]
     write_status(tmp_path, "train", "loading the checkpoint")
     assert shown() == ["  train: loading the checkpoint, for 0 s"]
     write_status(tmp_path, "train", "training")
