@@ -151,12 +151,12 @@ async def _make_collector(config: RunConfig, incarnation: int, journal: Journal,
     stream = PromptStream(training, config)
     collector = Collector(config, journal, stream, heldout, collect_group, fleet, benchmarks, graders.metrics, observer)
     manifest = read_latest(config.run_dir)
-    if manifest is not None:
-        await collector.restore(manifest.policy_version, manifest.num_global_steps)
-    else:
-        await collector.restore(0)
+    version = 0 if manifest is None else manifest.policy_version
+    await collector.restore(version, None if manifest is None else manifest.num_global_steps)
     write_status(config.run_dir, "collect", "waiting for the servers")
     await fleet.wait_until_ready(start_limit_s(config.server))
+    if version or config.publishes_at_start:
+        write_status(config.run_dir, "collect", f"waiting until the trainer has published version {version}")
     stack.callback(asyncio.create_task(_show_servers(config, fleet)).cancel)
     return collector
 
