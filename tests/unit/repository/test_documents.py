@@ -74,6 +74,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 def test_pages_are_short() -> None:
     lengths = {page: page.read_text(encoding="utf-8").count("\n") for page in pages()}
     assert lengths.pop(ROOT / "README.md") <= README_LINES
+    del lengths[ROOT / "CHANGELOG.md"]  # a list that grows, and that is not read as a whole
     assert {page.name: length for page, length in lengths.items() if length > PAGE_LINES} == {}
 
 
