@@ -145,7 +145,7 @@ def test_stages_of_other_numbers_of_layers_are_other_kinds(
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ("tensor=3", "parallel.tensor = 3 must divide the model's num_attention_heads = 4"),
+        ("tensor=3", "--parallel tensor = 3 must divide the model's num_attention_heads = 4"),
         ("foo=2", "--parallel foo=2: there is no axis 'foo'; known: tensor, pipeline"),
         ("tensors=2", "there is no axis 'tensors' (did you mean tensor"),
         ("tensor", "--parallel tensor: tensor needs a whole number"),
