@@ -23,10 +23,6 @@ def gather_selected(values: list[Tensor], where: list[Tensor]) -> Tensor:
 
 def scatter_selected(found: Tensor, where: list[Tensor], mini_batch: MiniBatch) -> list[Tensor]:
     """The inverse of `gather_selected`: the slots of each micro-batch, 0 where not selected."""
-    parts = iter(found.split([int(chosen.sum()) for chosen in where]))
-    result = []
-    for tokens, chosen in zip(mini_batch.micro_batches, where, strict=True):
-        spread = torch.zeros_like(tokens.log_ratio_L)
-        spread[chosen] = next(parts).to(spread.dtype)
-        result.append(spread)
-    return result
+    whole = torch.zeros_like(torch.cat([tokens.log_ratio_L for tokens in mini_batch.micro_batches]))
+    whole[torch.cat(where)] = found.to(whole.dtype)
+    return list(whole.split([len(chosen) for chosen in where]))  # sizes that the host knows without waiting
